@@ -1,0 +1,196 @@
+"""The image autoencoder: the original's outputs and activations, sizes, names, errors."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from qdit_jax.models.vae import AutoencoderKL
+
+TOLERANCE = 2e-5
+LEGACY_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def nested_params(tensors: dict[str, np.ndarray]) -> dict:
+    """Returns the parameter tree of a torch state dict, by the rules of every published autoencoder."""
+    tree: dict = {}
+    for key, value in tensors.items():
+        for old, new in LEGACY_NAMES.items():
+            key = key.replace(f".{old}.", f".{new}.")
+        *folders, leaf = re.sub(r"\.(\d+)", r"_\1", key).split(".")
+        if leaf == "weight":
+            leaf = "scale" if value.ndim == 1 else "kernel"
+            value = value.transpose({1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}[value.ndim])
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[leaf] = value
+    return tree
+
+
+def small_model(**changes) -> AutoencoderKL:
+    settings = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
+    return AutoencoderKL(**settings | changes)
+
+
+def from_folder(folder) -> tuple[AutoencoderKL, dict]:
+    config = json.loads((folder / "config.json").read_text())
+    fields = set(AutoencoderKL.__dataclass_fields__)
+    kept = {k: v for k, v in config.items() if k in fields and v is not None}
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    return AutoencoderKL(**kept), nested_params(tensors)
+
+
+def nhwc(x: np.ndarray) -> np.ndarray:
+    return np.moveaxis(x, 1, -1)
+
+
+@pytest.fixture(params=["vae", "vae_legacy_keys"])
+def published(request, golden):
+    return *from_folder(golden(request.param)), np.load(golden("vae_io.npz"))
+
+
+def test_decoder_equals_the_original_at_every_stage(published):
+    model, params, io = published
+    out, state = model.apply(
+        {"params": params}, nhwc(io["z"]), method="decode", capture_intermediates=True
+    )
+    seen = state["intermediates"]
+    decoder = seen["decoder"]
+    stages = {
+        "post_quant": seen["post_quant_conv"],
+        "dec_mid_attn": decoder["mid_block"]["attentions_0"],
+        "dec_mid": decoder["mid_block"],
+        "dec_up0": decoder["up_blocks_0"],
+        "dec_up1": decoder["up_blocks_1"],
+    }
+    for name, stage in stages.items():
+        np.testing.assert_allclose(
+            stage["__call__"][0], nhwc(io[name]), atol=TOLERANCE, err_msg=name
+        )
+    np.testing.assert_allclose(out, nhwc(io["decoded"]), atol=TOLERANCE)
+
+
+def test_decoder_takes_sizes_that_are_not_square(published):
+    model, params, io = published
+    out = model.apply({"params": params}, nhwc(io["z_nonsquare"]), method="decode")
+    np.testing.assert_allclose(out, nhwc(io["decoded_nonsquare"]), atol=TOLERANCE)
+
+
+def test_decoded_pixels_of_scaled_latents_equal_the_original(published):
+    model, params, io = published
+    latents = nhwc(io["z"]) / model.scaling_factor
+    out = model.apply({"params": params}, latents, method="decode")
+    pixels = np.uint8(np.clip(127.5 * np.asarray(out) + 128, 0, 255))
+    differ = np.abs(pixels.astype(int) - io["decoded_uint8_of_z_over_scale"])
+    assert differ.max() <= 1
+    assert (differ > 0).mean() < 1e-3
+
+
+def test_encoder_equals_the_original_at_every_stage(published):
+    model, params, io = published
+    (mean, logvar), state = model.apply(
+        {"params": params}, nhwc(io["image"]), method="encode", capture_intermediates=True
+    )
+    encoder = state["intermediates"]["encoder"]
+    for i in range(2):
+        block = encoder[f"down_blocks_{i}"]["__call__"][0]
+        np.testing.assert_allclose(block, nhwc(io[f"enc_down{i}"]), atol=TOLERANCE)
+    np.testing.assert_allclose(mean, nhwc(io["enc_mean"]), atol=TOLERANCE)
+    np.testing.assert_allclose(mean, nhwc(io["enc_mode"]), atol=TOLERANCE)
+    np.testing.assert_allclose(logvar, nhwc(io["enc_logvar"]), atol=TOLERANCE)
+    np.testing.assert_allclose(jnp.exp(0.5 * logvar), nhwc(io["enc_std"]), atol=TOLERANCE)
+
+
+def test_initialised_names_and_shapes_equal_the_published_ones(published):
+    model, params, _ = published
+    fresh = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    shapes = jax.tree.map(lambda leaf: leaf.shape, fresh)
+    assert shapes == jax.tree.map(lambda leaf: leaf.shape, params)
+
+
+def test_published_size_has_the_published_number_of_values():
+    shapes = jax.eval_shape(AutoencoderKL().init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    leaves = jax.tree.leaves(shapes)
+    assert len(leaves) == 248
+    assert sum(leaf.size for leaf in leaves) == 83_653_863
+
+
+def test_logvar_is_clamped(golden):
+    model, params = from_folder(golden("vae"))
+    params["quant_conv"]["bias"] = params["quant_conv"]["bias"] + 1e3
+    _, logvar = model.apply({"params": params}, jnp.zeros((1, 32, 32, 3)), method="encode")
+    assert (np.asarray(logvar) == 20).all()
+
+
+def test_config_survives_json():
+    model = small_model(use_quant_conv=False, mid_block_add_attention=False)
+    fields = [f for f in AutoencoderKL.__dataclass_fields__ if f not in ("name", "parent")]
+    config = json.loads(json.dumps({f: getattr(model, f) for f in fields}))
+    again = AutoencoderKL(**config)
+    x = jnp.zeros((1, 8, 8, 3))
+    shapes = [jax.eval_shape(m.init, jax.random.key(0), x)["params"] for m in (model, again)]
+    assert shapes[0] == shapes[1]
+    assert "quant_conv" not in shapes[0]
+    assert "attentions_0" not in shapes[0]["decoder"]["mid_block"]
+    hash(again)  # a jitted function may take the model as a static argument
+
+
+def test_wrong_sizes_are_named():
+    model, key = small_model(), jax.random.key(0)
+    good = jnp.zeros((1, 8, 8, 3))
+    params = jax.eval_shape(model.init, key, good)
+    with pytest.raises(ValueError, match="divisible by 2"):
+        jax.eval_shape(lambda p: model.apply(p, good[:, :7], method="encode"), params)
+    with pytest.raises(ValueError, match=r"\[B, h, w, 4\]"):
+        jax.eval_shape(lambda p: model.apply(p, good, method="decode"), params)
+    with pytest.raises(ValueError, match="norm_num_groups=7"):
+        jax.eval_shape(small_model(norm_num_groups=7).init, key, good)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"block_out_channels": (8, 8, 16), "layers_per_block": 2, "norm_num_groups": 4},
+        {"latent_channels": 3, "use_quant_conv": False, "use_post_quant_conv": False},
+        {"mid_block_add_attention": False},
+    ],
+)
+def test_random_models_equal_the_torch_peer(changes):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    model = small_model(**changes)
+    levels = len(model.block_out_channels)
+    torch.manual_seed(3)
+    peer = diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        **{k: list(v) if isinstance(v, tuple) else v for k, v in settings_of(model).items()},
+    ).eval()
+    with torch.no_grad():
+        for p in peer.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        x = torch.randn(2, 3, 16, 24)
+        posterior = peer.encode(x).latent_dist
+        decoded = peer.decode(posterior.mean).sample.numpy()
+    params = {"params": nested_params({k: v.numpy() for k, v in peer.state_dict().items()})}
+    mean, logvar = model.apply(params, nhwc(x.numpy()), method="encode")
+    out = model.apply(params, nhwc(posterior.mean.numpy()), method="decode")
+    for ours, theirs in [
+        (mean, posterior.mean.numpy()),
+        (logvar, posterior.logvar.numpy()),
+        (out, decoded),
+    ]:
+        scale = 1 + np.abs(theirs).max()
+        np.testing.assert_allclose(ours, nhwc(theirs), atol=TOLERANCE * scale)
+
+
+def settings_of(model: AutoencoderKL) -> dict:
+    names = set(AutoencoderKL.__dataclass_fields__) - {"name", "parent", "shift_factor"}
+    return {name: getattr(model, name) for name in names}
