@@ -1,0 +1,125 @@
+"""The one sampling loop: a `lax.scan` over a sampler's rows, compiled once a length and shape.
+
+Dimension letters: S = number of steps, B = batch, channels last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from qdit_jax.diffusion.guidance import as_pytree
+from qdit_jax.diffusion.samplers import Sampler, Step
+
+
+def sample(
+    denoise_fn: Callable,
+    sampler: Sampler,
+    noise: Any,
+    label: Any,
+    key: Any = None,
+    *,
+    step_noise: Any = None,
+) -> Float[Array, "B ..."]:
+    """Returns the latents at the end of the walk from `noise [B, H, W, C]`.
+
+    `denoise_fn(x [B,H,W,C], timestep [B], label [B])` returns the model's output; a registered
+    pytree's arrays are arguments of the compiled loop (see `as_pytree`).  Label, noise, key and
+    the sampler's coefficients are data: only shapes and the number of steps are static.
+
+    A stochastic sampler draws its noise from `key`, one key for the batch or one a sample (then a
+    sample's noise does not depend on its neighbors), or reads `step_noise [S, B, ...]`.
+
+    Raises:
+        ValueError: if a stochastic sampler is given neither, or shapes do not fit.
+    """
+    final, _ = sample_trajectory(
+        denoise_fn, sampler, noise, label, key, step_noise=step_noise, collect_fn=nothing
+    )
+    return final
+
+
+def nothing(step: Step) -> None:
+    """Returns nothing to collect."""
+
+
+def whole_step(step: Step) -> Step:
+    """Returns everything that a step knows."""
+    return step
+
+
+def sample_trajectory(
+    denoise_fn: Callable,
+    sampler: Sampler,
+    noise: Any,
+    label: Any,
+    key: Any = None,
+    *,
+    step_noise: Any = None,
+    collect_fn: Callable[[Step], Any] = whole_step,
+) -> tuple[Float[Array, "B ..."], Any]:
+    """Returns the final latents, and `collect_fn` of every step stacked along a first axis.
+
+    By default that is a `Step` with `x`, `output`, `x0`, `x_next` as `[S, B, ...]` and
+    `timestep` as `[S]`: what the model was given is `x`.  `collect_fn` is static: pass a function
+    that lives longer than the call, not a fresh lambda.
+
+    Raises:
+        ValueError: as `sample`.
+    """
+    noise, label = jnp.asarray(noise), jnp.asarray(label)
+    if not jnp.issubdtype(noise.dtype, jnp.floating):
+        raise TypeError(f"noise has dtype {noise.dtype}; give floating-point latents.")
+    num_steps = jax.tree.leaves(sampler.table)[0].shape[0]
+    if label.shape[:1] != noise.shape[:1]:
+        raise ValueError(
+            f"label has shape {label.shape} for noise {noise.shape}; give one label a sample."
+        )
+    if not sampler.stochastic:
+        key = step_noise = None
+    elif step_noise is not None:
+        step_noise = jnp.asarray(step_noise)
+        if step_noise.shape != (num_steps, *noise.shape):
+            raise ValueError(
+                f"step_noise has shape {step_noise.shape}; give {(num_steps, *noise.shape)}."
+            )
+        key = None
+    elif key is None:
+        raise ValueError("this sampler draws noise at every step; give key, or step_noise.")
+    else:
+        key = _typed(key, noise.shape[0])
+    return _walk(as_pytree(denoise_fn), sampler, noise, label, key, step_noise, collect_fn)
+
+
+def _typed(key: Any, num_samples: int) -> Any:
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.shape not in ((), (num_samples,)):
+        raise ValueError(
+            f"key has shape {key.shape}; give one key, or {num_samples}: one a sample."
+        )
+    return key
+
+
+@jax.jit(static_argnames=("collect_fn",))
+def _walk(denoise_fn, sampler, noise, label, key, step_noise, collect_fn):
+    num_steps = jax.tree.leaves(sampler.table)[0].shape[0]
+
+    def body(x, scanned):
+        row, index, recorded = scanned
+        drawn = recorded if key is None else _drawn(key, index, x)
+        step = sampler.step(denoise_fn, x, label, row, drawn)
+        return step.x_next.astype(x.dtype), collect_fn(step)
+
+    return jax.lax.scan(body, noise, (sampler.table, jnp.arange(num_steps), step_noise))
+
+
+def _drawn(key, index, x):
+    if key.ndim == 0:
+        return jax.random.normal(jax.random.fold_in(key, index), x.shape, x.dtype)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(key, index)
+    return jax.vmap(lambda one: jax.random.normal(one, x.shape[1:], x.dtype))(keys)

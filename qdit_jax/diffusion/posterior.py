@@ -1,0 +1,102 @@
+"""What a model's output says about one step: `x_0`, `eps`, and the Gaussian of the step before.
+
+Coefficients arrive as scalars of one timestep, gathered by the sampling loop.
+Dimension letters: B = batch, D = height and width (and frames), C = channels of the latents,
+O = channels of the model's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Prediction(NamedTuple):
+    """Coefficients that relate `x_t`, `x_0` and `eps`: `x_0 = x_weight x_t - eps_weight eps`."""
+
+    x_weight: Any
+    eps_weight: Any
+
+
+Latents = Float[Array, "B *D C"]
+PredictFn = Callable[[Latents, Latents, Prediction], tuple[Latents, Latents]]
+
+
+def eps_prediction(x: Latents, output: Latents, row: Prediction) -> tuple[Latents, Latents]:
+    """Returns `(x_0, eps)` of a model that predicts the noise."""
+    return row.x_weight * x - row.eps_weight * output, output
+
+
+def x0_prediction(x: Latents, output: Latents, row: Prediction) -> tuple[Latents, Latents]:
+    """Returns `(x_0, eps)` of a model that predicts the data."""
+    return output, (row.x_weight * x - output) / row.eps_weight
+
+
+def predicted(
+    predict_fn: PredictFn, x: Latents, output: Float[Array, "B *D O"], row: Prediction, clip: Any
+) -> tuple[Latents, Latents]:
+    """Returns `(x_0, eps)`, with `x_0` clipped to `[-clip, clip]` and `eps` made consistent.
+
+    Channels of `output` beyond those of `x` are the variance's and are not read; `clip=None`
+    leaves `x_0` as it is.
+    """
+    num_channels = x.shape[-1]
+    if output.shape[:-1] != x.shape[:-1] or output.shape[-1] not in (
+        num_channels,
+        2 * num_channels,
+    ):
+        raise ValueError(
+            f"the model returned {output.shape} for latents {x.shape}; it must return the same "
+            f"shape with {num_channels} channels, or {2 * num_channels} with a learned variance."
+        )
+    x0, eps = predict_fn(x, output[..., :num_channels].astype(x.dtype), row)
+    if clip is None:
+        return x0, eps
+    x0 = jnp.clip(x0, -clip, clip)
+    return x0, (row.x_weight * x - x0) / row.eps_weight
+
+
+class LogVariance(NamedTuple):
+    """Logs of the variances that a reverse step may have: the posterior's, and `beta`.
+
+    The first timestep's zero is replaced by the second's in `posterior`; `beta_clipped` has the
+    posterior's second there, as published.
+    """
+
+    posterior: Any
+    beta: Any
+    beta_clipped: Any
+
+
+VarianceFn = Callable[[Latents, Float[Array, "B *D O"], LogVariance], Any]
+
+
+def learned_range(x: Latents, output: Float[Array, "B *D O"], row: LogVariance) -> Latents:
+    """Returns the log variance that the model's last channels choose between the two extremes.
+
+    -1 is the smallest, 1 the largest (Nichol and Dhariwal, arXiv:2102.09672).
+
+    Raises:
+        ValueError: if the model returns no variance channels.
+    """
+    num_channels = x.shape[-1]
+    if output.shape[-1] != 2 * num_channels:
+        raise ValueError(
+            f"learned_range needs {2 * num_channels} output channels, the model returned "
+            f"{output.shape[-1]}; use variance_fn=fixed_large or fixed_small."
+        )
+    share = (output[..., num_channels:].astype(x.dtype) + 1) / 2
+    return share * row.beta + (1 - share) * row.posterior
+
+
+def fixed_large(x: Latents, output: Float[Array, "B *D O"], row: LogVariance) -> Latents:
+    """Returns the log of `beta`, the larger of the two fixed variances."""
+    return jnp.full_like(x, row.beta_clipped)
+
+
+def fixed_small(x: Latents, output: Float[Array, "B *D O"], row: LogVariance) -> Latents:
+    """Returns the log of the posterior's variance, the smaller of the two fixed variances."""
+    return jnp.full_like(x, row.posterior)
