@@ -1,0 +1,23 @@
+"""The way back from this library's parameter tree to the published PyTorch names."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+
+def facebook_state_dict(params: Any, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    """Returns `{key: array}` in the facebook DiT layout (linear `[out, in]`, convolution OIHW)."""
+    state = {}
+    for path, leaf in flatten_dict(params, sep=".").items():
+        array = np.asarray(leaf)
+        name = re.sub(r"_(\d+)\b", r".\1", path)
+        name = name.replace("adaLN_modulation", "adaLN_modulation.1")
+        if name.endswith(".kernel"):
+            name = name.removesuffix("kernel") + "weight"
+            array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+        state[name] = np.ascontiguousarray(array, dtype=dtype)
+    return state
