@@ -1,0 +1,169 @@
+"""What one tensor is quantised to: frozen, hashable, JSON-serialisable settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from qdit_jax.quant import formats, ranges
+
+MODES = ("dynamic", "static")
+SCALE_DTYPES = ("float32", "float16", "bfloat16")
+
+
+def _check_bits(bits: int) -> None:
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in range(2, 9):
+        raise ValueError(
+            f"bits={bits!r} is not supported; use 2 to 8, or 16 to leave the layer as it is."
+        )
+
+
+def _check_group_size(group_size: int) -> None:
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 0:
+        raise ValueError(
+            f"group_size={group_size!r} is not supported; use a positive number of input "
+            "channels, or 0 for the whole channel."
+        )
+
+
+def _check_range_fn(range_fn: Any) -> None:
+    if not isinstance(range_fn, ranges.RangeRule):
+        raise TypeError(
+            f"range_fn={range_fn!r} is not a range rule; use one of qdit_jax.quant.ranges, "
+            "such as ranges.minmax or ranges.mse()."
+        )
+
+
+def _adopt_format(spec: Any) -> None:
+    """Sets the fields of `spec` that its number format fixes."""
+    if spec.fmt is None:
+        return
+    object.__setattr__(spec, "bits", spec.fmt.bits)
+    object.__setattr__(spec, "symmetric", True)
+    if spec.fmt.block_size:
+        object.__setattr__(spec, "group_size", spec.fmt.block_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightSpec:
+    """How a kernel `[K, N]` is quantised.
+
+    Attributes:
+        bits: bits a code, 2 to 8.
+        group_size: input channels that share a scale; 0 is the whole channel.
+        symmetric: signed codes without a zero point.
+        range_fn: a rule of `qdit_jax.quant.ranges`.
+        scale_dtype: dtype of the stored scales. Codes are computed with the stored scale.
+        channel_group: neighbouring output channels that share a scale.
+        fmt: a number format of `qdit_jax.quant.formats` in place of integers; it then fixes
+            `bits`, `symmetric` and, if it has blocks, `group_size`.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = False
+    range_fn: Any = ranges.minmax
+    scale_dtype: str = "float32"
+    channel_group: int = 1
+    fmt: formats.Format | None = None
+
+    def __post_init__(self) -> None:
+        _adopt_format(self)
+        _check_bits(self.bits)
+        _check_group_size(self.group_size)
+        _check_range_fn(self.range_fn)
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise ValueError(
+                f"scale_dtype={self.scale_dtype!r} is not supported; use one of "
+                f"{', '.join(SCALE_DTYPES)}."
+            )
+        if self.channel_group < 1:
+            raise ValueError(f"channel_group={self.channel_group} must be 1 or more.")
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the settings as JSON-serialisable values."""
+        return _to_json(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> WeightSpec:
+        """Returns the spec that `to_json` described; absent settings keep their defaults.
+
+        Raises:
+            ValueError: if a setting, range rule or format is unknown.
+        """
+        return _from_json(cls, data)
+
+
+@dataclasses.dataclass(frozen=True)
+class ActSpec:
+    """How the input `[..., K]` of a linear layer is quantised.
+
+    Attributes:
+        bits: bits a code, 2 to 8.
+        group_size: channels of one token that share a scale; 0 is the whole token (dynamic)
+            or the whole tensor (static).
+        symmetric: no zero point.
+        range_fn: a rule of `qdit_jax.quant.ranges`.
+        mode: "dynamic" computes scales from the current values, "static" uses calibrated ones.
+        unsigned: with `symmetric`, codes `[0, 2**bits - 1]` for values that are never negative.
+        shift: constant added before quantising and taken off afterwards; 0.1701 makes the
+            output of a tanh GELU non-negative.
+        fmt: a number format of `qdit_jax.quant.formats` in place of integers; it then fixes
+            `bits`, `symmetric` and, if it has blocks, `group_size`.
+    """
+
+    bits: int = 8
+    group_size: int = 128
+    symmetric: bool = False
+    range_fn: Any = ranges.minmax
+    mode: Literal["dynamic", "static"] = "dynamic"
+    unsigned: bool = False
+    shift: float = 0.0
+    fmt: formats.Format | None = None
+
+    def __post_init__(self) -> None:
+        _adopt_format(self)
+        _check_bits(self.bits)
+        _check_group_size(self.group_size)
+        _check_range_fn(self.range_fn)
+        if self.mode not in MODES:
+            raise ValueError(f"mode={self.mode!r} is not supported; use 'dynamic' or 'static'.")
+        if self.unsigned and not self.symmetric:
+            raise ValueError("unsigned=True needs symmetric=True; asymmetric codes are unsigned.")
+        if self.fmt is not None and (self.unsigned or self.mode == "static"):
+            raise ValueError(f"format {self.fmt.name!r} is signed and dynamic only.")
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the settings as JSON-serialisable values."""
+        return _to_json(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ActSpec:
+        """Returns the spec that `to_json` described; absent settings keep their defaults.
+
+        Raises:
+            ValueError: if a setting, range rule or format is unknown.
+        """
+        return _from_json(cls, data)
+
+
+def _to_json(spec: Any) -> dict[str, Any]:
+    data = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    data["range_fn"] = spec.range_fn.to_json()
+    data["fmt"] = None if spec.fmt is None else spec.fmt.name
+    return data
+
+
+def _from_json(cls: type, data: dict[str, Any]) -> Any:
+    known = {field.name for field in dataclasses.fields(cls)}
+    unknown = sorted(set(data) - known)
+    if unknown:
+        raise ValueError(
+            f"unknown setting {unknown[0]!r} of {cls.__name__}; known: {', '.join(sorted(known))}."
+        )
+    settings = dict(data)
+    if "range_fn" in settings:
+        settings["range_fn"] = ranges.from_json(settings["range_fn"])
+    if isinstance(settings.get("fmt"), str):
+        settings["fmt"] = formats.by_name(settings["fmt"])
+    return cls(**settings)
