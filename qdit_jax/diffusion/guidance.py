@@ -23,7 +23,7 @@ def as_pytree(denoise_fn: Callable) -> Callable:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Guided:
     """A guided `denoise_fn`: one model call on the conditional and the null half together."""
 
@@ -46,7 +46,7 @@ class Guided:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class GuidedDoubled:
     """The published rule on doubled batches; see `guided_doubled`."""
 

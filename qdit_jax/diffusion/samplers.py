@@ -62,7 +62,7 @@ class DDIMRow(NamedTuple):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class DDIM:
     """Denoising diffusion implicit model (Song et al., arXiv:2010.02502), in either direction."""
 
@@ -93,7 +93,7 @@ class DDPMRow(NamedTuple):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class DDPM:
     """Ancestral sampling (Ho et al., arXiv:2006.11239) with a learned or fixed variance."""
 
@@ -125,7 +125,7 @@ class FlowRow(NamedTuple):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Flow:
     """The probability-flow ODE of a model that predicts the velocity `x_data - x_noise`."""
 
@@ -160,10 +160,10 @@ def heun(denoise_fn: DenoiseFn, x: Any, velocity: Any, label: Any, row: FlowRow)
 
 def ddim(
     steps: int | str = 50,
-    eta: float = 0.0,
+    eta: float | int = 0.0,
     *,
     schedule: Schedule | None = None,
-    clip: float | None = None,
+    clip: float | int | None = None,
     predict_fn: Callable = posterior.eps_prediction,
 ) -> DDIM:
     """Returns the DDIM sampler; `eta=0` is deterministic, `eta=1` has DDPM's variance.
@@ -189,7 +189,7 @@ def reverse_ddim(
     steps: int | str = 50,
     *,
     schedule: Schedule | None = None,
-    clip: float | None = None,
+    clip: float | int | None = None,
     predict_fn: Callable = posterior.eps_prediction,
 ) -> DDIM:
     """Returns the sampler that walks deterministic DDIM from data to noise.
@@ -208,7 +208,7 @@ def ddpm(
     steps: int | str = 250,
     *,
     schedule: Schedule | None = None,
-    clip: float | None = None,
+    clip: float | int | None = None,
     predict_fn: Callable = posterior.eps_prediction,
     variance_fn: Callable = posterior.learned_range,
 ) -> DDPM:
@@ -266,7 +266,7 @@ def _ddim_table(process: Schedule, target: np.ndarray, sigma: np.ndarray) -> DDI
     )
 
 
-def _clip(clip: float | None) -> np.float32 | None:
+def _clip(clip: float | int | None) -> np.float32 | None:
     if clip is not None and not clip > 0:
         raise ValueError(f"clip={clip} is not supported; use a positive range, or None.")
     return None if clip is None else np.float32(clip)
