@@ -1,0 +1,120 @@
+"""The Fréchet distance between two Gaussians, and its limit for infinitely many samples.
+
+With Inception's pool_3 features this is FID (arXiv:1706.08500); with any other features it is not.
+Dimensions: N samples, D features (E must equal D), R rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import scipy.linalg
+from jaxtyping import Array, Float
+
+from qdit_jax.metrics.streaming import moments
+
+AnyArray = Array | np.ndarray
+
+
+def frechet_distance(
+    mean_a: Float[AnyArray, " D"],
+    covariance_a: Float[AnyArray, "D D"],
+    mean_b: Float[AnyArray, " E"],
+    covariance_b: Float[AnyArray, "E E"],
+) -> float:
+    """Returns `|mean_a - mean_b|^2 + tr(A + B - 2 sqrt(A B))`, in float64.
+
+    With factors `A = L L^T` and `B = M M^T`, `tr sqrt(A B)` is the sum of the singular values of
+    `L^T M`: real and stable whatever the ranks. Differs from the usual `sqrtm(A B)`, which needs
+    a multiple of the identity added when the product is singular.
+
+    Raises:
+        ValueError: if sizes differ, values are not finite, or a matrix is not a covariance.
+    """
+    mean_a, mean_b = np.asarray(mean_a, np.float64), np.asarray(mean_b, np.float64)
+    if mean_a.shape != mean_b.shape:
+        raise ValueError(
+            f"statistics have {mean_a.size} and {mean_b.size} features; "
+            "they come from different feature networks."
+        )
+    a, b = np.asarray(covariance_a, np.float64), np.asarray(covariance_b, np.float64)
+    overlap = scipy.linalg.svdvals(factor(a).T @ factor(b)).sum()
+    distance = np.square(mean_a - mean_b).sum() + np.trace(a) + np.trace(b) - 2 * overlap
+    return float(distance)
+
+
+def factor(covariance: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D R"]:
+    """Returns L with `L L^T = covariance`, of its numerical rank (at least one column).
+
+    Raises:
+        ValueError: if the matrix is not symmetric positive semidefinite.
+    """
+    largest = np.abs(covariance).max(initial=0.0)
+    if not np.isfinite(largest):
+        raise ValueError("the covariance holds NaN or infinite values.")
+    if np.abs(covariance - covariance.T).max(initial=0.0) > 1e-5 * largest:
+        raise ValueError("the covariance is not symmetric; check how the statistics were made.")
+    values, vectors = scipy.linalg.eigh(covariance)
+    # Statistics stored in float32 may have slightly negative eigenvalues; more is an error.
+    if values[0] < -1e-4 * max(values[-1], largest):
+        raise ValueError(f"the covariance has the negative eigenvalue {values[0]:.3g}.")
+    # Eigenvalues of this size are rounding noise, and a root would raise it to half the digits.
+    kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
+    kept[-1] = True
+    return vectors[:, kept] * np.sqrt(np.maximum(values[kept], 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Extrapolation:
+    """The limit for infinitely many samples, its standard error, and the points it rests on."""
+
+    value: float
+    standard_error: float
+    sizes: tuple[int, ...]
+    distances: tuple[float, ...]
+
+
+def frechet_infinity(
+    mean: Float[AnyArray, " D"],
+    covariance: Float[AnyArray, "D D"],
+    features: Float[AnyArray, "N D"],
+    *,
+    seed: int = 0,
+    num_points: int = 15,
+    smallest: int | None = None,
+) -> Extrapolation:
+    """Returns the Fréchet distance extrapolated to infinitely many samples (arXiv:1911.07023).
+
+    Distances of random subsets, `smallest` (a tenth by default) to all samples, are fitted by
+    a line in `1 / N`; its intercept is the value. The standard error is the fit's own and leaves
+    out that subsets share samples.
+
+    Raises:
+        ValueError: if `features` are too few for `num_points` different sizes.
+    """
+    count = len(features)
+    smallest = max(2, count // 10) if smallest is None else smallest
+    sizes = np.linspace(smallest, count, num_points).astype(int)
+    if num_points < 3 or smallest < 2 or len(set(sizes)) < num_points:
+        raise ValueError(
+            f"{count} samples are too few for num_points={num_points} subsets "
+            f"of {smallest} samples and more; at least 3 points are needed."
+        )
+    rng = np.random.default_rng(seed)
+    features = np.asarray(features)
+    distances = []
+    for size in sizes:
+        subset = moments(features[rng.choice(count, size, replace=False)])
+        distances.append(frechet_distance(mean, covariance, subset.mean, subset.covariance))
+    value, standard_error = intercept(1 / sizes, np.array(distances))
+    return Extrapolation(value, standard_error, tuple(sizes.tolist()), tuple(distances))
+
+
+def intercept(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Returns the intercept of the least-squares line and its standard error."""
+    design = np.stack([np.ones_like(x), x], axis=1)
+    solution, *_ = np.linalg.lstsq(design, y, rcond=None)
+    residual = np.square(y - design @ solution).sum() / (len(x) - 2)
+    variance = residual * np.linalg.inv(design.T @ design)[0, 0]
+    return float(solution[0]), float(np.sqrt(variance))

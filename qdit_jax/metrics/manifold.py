@@ -1,0 +1,139 @@
+"""Precision and recall by k-nearest-neighbour manifolds (arXiv:1904.06991), in blocks.
+
+Dimensions: N reference samples, M other samples, D features (E must equal D),
+R rows of a block, J blocks of S rows.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+AnyArray = Array | np.ndarray
+BLOCK_ROWS = 2048
+
+
+def precision_and_recall(
+    reference: Float[AnyArray, "N D"],
+    samples: Float[AnyArray, "M E"],
+    *,
+    k: int = 3,
+    block_rows: int = BLOCK_ROWS,
+) -> tuple[float, float]:
+    """Returns the share of `samples` inside the reference's manifold, and the converse.
+
+    A set's manifold is the union of balls around its members that reach their k-th neighbour;
+    a point on the boundary is inside. Memory beyond the inputs is a few blocks of
+    `block_rows` squared.
+
+    Raises:
+        ValueError: if a set has k samples or fewer, or the numbers of features differ.
+    """
+    reference, samples = common_origin(reference, samples)
+    reference_radii = manifold_radii(reference, k=k, block_rows=block_rows)
+    sample_radii = manifold_radii(samples, k=k, block_rows=block_rows)
+    precision = inside(samples, reference, reference_radii, block_rows=block_rows).mean()
+    recall = inside(reference, samples, sample_radii, block_rows=block_rows).mean()
+    return float(precision), float(recall)
+
+
+def common_origin(
+    reference: Float[AnyArray, "N D"], samples: Float[AnyArray, "M E"]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns both sets in float32, shifted by the reference's mean.
+
+    Distances stay; their rounding, which grows with the distance from the origin, shrinks.
+    """
+    if reference.shape[1] != samples.shape[1]:
+        raise ValueError(
+            f"features have {reference.shape[1]} and {samples.shape[1]} values; "
+            "they come from different feature networks."
+        )
+    centre = np.asarray(reference).mean(0, dtype=np.float64)
+    return tuple((np.asarray(x) - centre).astype(np.float32) for x in (reference, samples))
+
+
+def manifold_radii(
+    features: Float[AnyArray, "N D"], *, k: int = 3, block_rows: int = BLOCK_ROWS
+) -> Float[np.ndarray, " N"]:
+    """Returns the *squared* distance from every sample to its k-th nearest neighbour.
+
+    Raises:
+        ValueError: if there are not more than k samples.
+    """
+    if k < 1 or len(features) <= k:
+        raise ValueError(
+            f"{len(features)} samples have no neighbour number k={k}; use more samples."
+        )
+    blocks, valid = blocked(features, block_rows)
+    # The nearest "neighbour" of a sample is itself, hence k + 1.
+    rows = [nearest(rows, blocks, valid, k=k + 1)[:, -1] for rows in blocks]
+    return np.concatenate(rows)[: len(features)]
+
+
+def inside(
+    points: Float[AnyArray, "M D"],
+    centres: Float[AnyArray, "N D"],
+    radii: Float[AnyArray, " N"],
+    *,
+    block_rows: int = BLOCK_ROWS,
+) -> Bool[np.ndarray, " M"]:
+    """Returns whether each point lies in any ball; `radii` are squared."""
+    blocks, valid = blocked(centres, block_rows)
+    # A padded centre gets a radius that nothing is inside of.
+    padded = np.full(valid.size, -np.inf, np.float32)
+    padded[: len(radii)] = radii
+    padded = jnp.asarray(padded).reshape(valid.shape)
+    rows = [covered(rows, blocks, padded) for rows in blocked(points, block_rows)[0]]
+    return np.concatenate(rows)[: len(points)]
+
+
+def blocked(
+    x: Float[AnyArray, "N D"], block_rows: int
+) -> tuple[Float[Array, "J S D"], Bool[Array, "J S"]]:
+    """Returns `x` cut into blocks, the last one padded, and which rows are real."""
+    count, width = x.shape
+    size = min(block_rows, count)
+    num_blocks = -(-count // size)
+    padded = np.zeros((num_blocks * size, width), np.float32)
+    padded[:count] = x
+    valid = np.arange(num_blocks * size) < count
+    return jnp.asarray(padded).reshape(-1, size, width), jnp.asarray(valid).reshape(-1, size)
+
+
+def squared_distances(a: Float[Array, "R D"], b: Float[Array, "S D"]) -> Float[Array, "R S"]:
+    """Returns all squared distances between two blocks, never below zero."""
+    dots = jnp.dot(a, b.T, precision=jax.lax.Precision.HIGHEST)
+    norms = [jnp.square(x).sum(-1) for x in (a, b)]
+    return jnp.maximum(norms[0][:, None] - 2 * dots + norms[1], 0)
+
+
+@partial(jax.jit, static_argnames=("k",))
+def nearest(
+    rows: Float[Array, "R D"], blocks: Float[Array, "J S D"], valid: Bool[Array, "J S"], *, k: int
+) -> Float[Array, "R k"]:
+    """Returns each row's k smallest squared distances to the valid rows of all blocks, ascending."""
+
+    def closer(best, block):
+        distances = jnp.where(block[1], squared_distances(rows, block[0]), jnp.inf)
+        candidates = jnp.concatenate([best, distances], axis=1)
+        return -jax.lax.top_k(-candidates, k)[0], None
+
+    start = jnp.full((rows.shape[0], k), jnp.inf, rows.dtype)
+    return jax.lax.scan(closer, start, (blocks, valid))[0]
+
+
+@jax.jit
+def covered(
+    rows: Float[Array, "R D"], blocks: Float[Array, "J S D"], radii: Float[Array, "J S"]
+) -> Bool[Array, " R"]:
+    """Returns whether each row lies in any ball around the rows of all blocks."""
+
+    def either(found, block):
+        return found | (squared_distances(rows, block[0]) <= block[1]).any(1), None
+
+    return jax.lax.scan(either, jnp.zeros(rows.shape[0], bool), (blocks, radii))[0]

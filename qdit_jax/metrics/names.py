@@ -1,0 +1,37 @@
+"""What scores are called in reports: only Inception's features may carry the published names."""
+
+from __future__ import annotations
+
+DEMO_FEATURES = "demo"
+INCEPTION_FEATURES = "inception"
+DEMO_FRECHET_DISTANCE = "Fréchet distance (demo features)"
+
+LABELS = {
+    "frechet_distance": "FID",
+    "spatial_frechet_distance": "sFID",
+    "frechet_distance_infinity": "FID (infinite samples)",
+    "inception_score": "Inception Score",
+    "kernel_distance": "KID",
+    "precision": "precision",
+    "recall": "recall",
+}
+GENERAL_LABELS = {
+    "frechet_distance": "Fréchet distance",
+    "spatial_frechet_distance": "spatial Fréchet distance",
+    "frechet_distance_infinity": "Fréchet distance at infinitely many samples",
+    "inception_score": "classifier score",
+    "kernel_distance": "kernel distance",
+    "precision": "precision",
+    "recall": "recall",
+}
+
+
+def label(score: str, features: str) -> str:
+    """Returns the name of a score in reports, with the features it rests on unless Inception's.
+
+    Raises:
+        KeyError: for an unknown score.
+    """
+    if features == INCEPTION_FEATURES:
+        return LABELS[score]
+    return f"{GENERAL_LABELS[score]} ({features} features)"

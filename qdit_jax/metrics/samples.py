@@ -1,0 +1,132 @@
+"""Images in the `.npz` that evaluators of diffusion models share (`arr_0`, uint8, NHWC).
+
+Dimensions: N images, B images of a batch, H and W rows and columns, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+import zlib
+from collections.abc import Iterator
+from io import BufferedIOBase
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Array, UInt8
+
+AnyArray = Array | np.ndarray
+MEMBER = "arr_0.npy"
+# What the standard library raises for one damaged byte or another.
+DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
+
+def image_shape(path: str | Path) -> tuple[int, int, int, int]:
+    """Returns `(N, H, W, C)` of the images in an `.npz`, without reading them.
+
+    Raises:
+        ValueError: one sentence if the file has no `arr_0`, or it is not uint8 `[N, H, W, C]`.
+    """
+    with open_archive(path) as archive, open_images(archive, path) as stream:
+        return read_header(stream, path)
+
+
+def image_batches(path: str | Path, batch_size: int) -> Iterator[UInt8[np.ndarray, "B H W C"]]:
+    """Yields the images of an `.npz` in order, one batch in memory at a time.
+
+    Raises:
+        ValueError: as `image_shape`, or if the file is damaged or its values lie in [0, 1].
+    """
+    with open_archive(path) as archive, open_images(archive, path) as stream:
+        count, *shape = read_header(stream, path)
+        darkest = True
+        for start in range(0, count, batch_size):
+            size = min(batch_size, count - start)
+            batch = read_batch(stream, (size, *shape), path)
+            darkest = darkest and batch.max() <= 1
+            yield batch
+        if darkest:
+            raise ValueError(f"{path}: no value of arr_0 exceeds 1; images must span 0 to 255.")
+
+
+def read_images(path: str | Path) -> UInt8[np.ndarray, "N H W C"]:
+    """Returns all images of an `.npz`; for many large ones use `image_batches`."""
+    return np.concatenate(list(image_batches(path, 1024)))
+
+
+def write_images(path: str | Path, images: UInt8[AnyArray, "N H W C"]) -> None:
+    """Writes images as `arr_0`, uncompressed, as other evaluators read them."""
+    np.savez(path, arr_0=np.asarray(images))
+
+
+def open_archive(path: str | Path) -> zipfile.ZipFile:
+    """Returns the opened `.npz`; raises `ValueError` if it is none."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: there is no such file.")
+    try:
+        return zipfile.ZipFile(path)
+    except DAMAGE:
+        raise ValueError(f"{path} is not an .npz file, or it is damaged.") from None
+
+
+def open_images(archive: zipfile.ZipFile, path: str | Path) -> BufferedIOBase:
+    """Returns the stream of `arr_0`; raises `ValueError` naming what is there instead."""
+    names = archive.namelist()
+    if MEMBER not in names:
+        found = ", ".join(name.removesuffix(".npy") for name in names) or "nothing"
+        raise ValueError(f"{path} has no arr_0 with images; it holds {found}.")
+    try:
+        return archive.open(MEMBER)
+    except DAMAGE:
+        raise ValueError(f"{path}: arr_0 is damaged.") from None
+
+
+def read_header(stream: BufferedIOBase, path: str | Path) -> tuple[int, int, int, int]:
+    """Returns the checked shape of the array whose data follow in `stream`."""
+    try:
+        version = np.lib.format.read_magic(stream)
+        reader = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+        shape, fortran_order, dtype = reader[version[0]](stream)
+    except DAMAGE:
+        raise ValueError(f"{path}: arr_0 is damaged.") from None
+    check_kind(shape, dtype, path)
+    if fortran_order:
+        raise ValueError(f"{path}: arr_0 is in Fortran order; save it with np.ascontiguousarray.")
+    return shape
+
+
+def check_kind(shape: tuple[int, ...], dtype: np.dtype, path: str | Path) -> None:
+    """Raises `ValueError` unless shape and dtype are those of uint8 NHWC images."""
+    if dtype != np.uint8:
+        raise ValueError(
+            f"{path}: arr_0 is {dtype}; images must be uint8 from 0 to 255 "
+            "(from [-1, 1]: np.clip(127.5 * x + 128, 0, 255).astype(np.uint8))."
+        )
+    if len(shape) == 4 and shape[1] in (1, 3) and shape[3] not in (1, 3):
+        raise ValueError(f"{path}: arr_0 has shape {shape}, channels first; transpose it to NHWC.")
+    if len(shape) != 4 or shape[3] not in (1, 3):
+        raise ValueError(f"{path}: arr_0 has shape {shape}; images must be [N, H, W, 1 or 3].")
+    if 0 in shape:
+        raise ValueError(f"{path}: arr_0 has shape {shape}: there is no image in it.")
+
+
+def read_batch(stream: BufferedIOBase, shape: tuple[int, ...], path: str | Path) -> np.ndarray:
+    """Returns the next `shape` uint8 values of the stream."""
+    size = math.prod(shape)
+    try:
+        data = stream.read(size)
+    except DAMAGE:
+        data = b""
+    if len(data) != size:
+        raise ValueError(f"{path}: arr_0 is truncated or damaged.")
+    return np.frombuffer(data, np.uint8).reshape(shape)
