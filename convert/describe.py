@@ -1,0 +1,113 @@
+"""What a file of PyTorch weights holds, and what convert would make of it; no values are read."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from qdit_convert.api import Network, open_source
+from qdit_convert.dit import Choices
+from qdit_convert.folders import is_pipeline, read_pipeline
+from qdit_convert.readers import open_weights
+from qdit_convert.tensors import StateDict, StoredTensor
+
+from qdit_jax.errors import UserError
+
+
+def describe(src: str | os.PathLike, *, weights: str | None = None) -> dict[str, Any]:
+    """Returns a JSON-able description of the PyTorch weights at `src`.
+
+    Keys: `path`, `networks` (each with `family`, `layout`, `config`, `weights`, `num_tensors`,
+    `num_values`, `bytes`, `dtypes` and `parts`, both by bytes), `metadata`, `command` (what would
+    convert it) and `problem` (why convert would refuse it, or None). Where convert would refuse,
+    `networks` holds what can be said without knowing the network.
+
+    Raises:
+        UserError: if the file cannot be read at all.
+    """
+    path = Path(src)
+    if not path.exists():
+        raise UserError(f"{path} does not exist.")
+    problem, metadata = None, {}
+    try:
+        networks, metadata = open_source(path, None, Choices(), weights)
+        described = [_network(network) for network in networks]
+    except UserError as error:
+        problem = str(error)
+        described = [_state(open_weights(folder, weights)) for folder in _folders(path)]
+    return {
+        "path": str(path),
+        "networks": described,
+        "metadata": metadata,
+        "problem": problem,
+        "command": f"qdit convert {path} OUT",
+    }
+
+
+def _folders(path: Path) -> list[Path]:
+    if not is_pipeline(path):
+        return [path]
+    transformer, vae, _ = read_pipeline(path)
+    return [transformer] if vae is None else [transformer, vae]
+
+
+def _network(network: Network) -> dict[str, Any]:
+    plan = network.plan
+    config = {k: list(v) if isinstance(v, tuple) else v for k, v in plan.config.items()}
+    told = {"family": plan.family, "layout": network.layout.title, "config": config}
+    if len(network.layout.families) > 1:
+        told["also"] = list(network.layout.families[1:])
+    return told | _state(network.state)
+
+
+def _state(state: StateDict) -> dict[str, Any]:
+    tensors = state.tensors
+    return {
+        "weights": state.weights,
+        "num_tensors": len(tensors),
+        "num_values": sum(math.prod(t.shape) for t in tensors.values()),
+        "bytes": sum(t.nbytes for t in tensors.values()),
+        "dtypes": _bytes_by((str(t.dtype), t) for t in tensors.values()),
+        "parts": _bytes_by((key.split(".")[0], t) for key, t in tensors.items()),
+    }
+
+
+def _bytes_by(named: Iterable[tuple[str, StoredTensor]]) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for name, tensor in named:
+        totals[name] = totals.get(name, 0) + tensor.nbytes
+    return totals
+
+
+def description_text(described: dict[str, Any]) -> str:
+    """Returns the description as lines for a terminal."""
+    lines = [described["path"]]
+    for network in described["networks"]:
+        lines += _network_lines(network)
+    if described["metadata"].get("pipeline"):
+        lines.append(f"  pipeline: {described['metadata']['pipeline']}")
+    if described["problem"] is None:
+        lines.append(f"  convert with: {described['command']}")
+    else:
+        lines.append(f"  convert would say: {described['problem']}")
+    return "\n".join(lines)
+
+
+def _network_lines(network: dict[str, Any]) -> list[str]:
+    lines = []
+    if "family" in network:
+        also = "".join(
+            f" (the same names as {name}: --family {name})" for name in network.get("also", ())
+        )
+        lines.append(f"  family: {network['family']}, {network['layout']}{also}")
+        lines.append("  config: " + ", ".join(f"{k}={v}" for k, v in network["config"].items()))
+    lines.append(
+        f"  {network['num_tensors']} tensors ({network['weights']}), {network['num_values']:,} values, "
+        f"{network['bytes']:,} bytes"
+    )
+    for title in ("dtypes", "parts"):
+        lines.append(f"  {title}: " + ", ".join(f"{k} {v:,} B" for k, v in network[title].items()))
+    return lines

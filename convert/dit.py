@@ -1,0 +1,231 @@
+"""The facebook layout of DiT, which SiT shares.
+
+Dimensions: N tokens, D width, C channels, p patch size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qdit_convert.plan import (
+    Leaf,
+    Plan,
+    affine,
+    block_count,
+    convolution,
+    most_common,
+    shape_of,
+)
+from qdit_convert.tensors import StateDict, StoredTensor, shape_text
+
+from qdit_jax.errors import UserError
+from qdit_jax.models.dit import SIZES, published_config
+
+# (depth, width) -> heads, as published.
+PUBLISHED = {(depth, width): heads for depth, width, heads in SIZES.values()}
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a user says where shapes cannot tell."""
+
+    model: str | None = None
+    num_heads: int | None = None
+    num_classes: int | None = None
+    input_size: int | tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that the shapes of a DiT settle, whatever its layout."""
+
+    depth: int
+    width: int
+    patch_size: int
+    in_channels: int
+    out_channels: int
+    mlp_width: int
+    table_rows: int
+
+
+def facebook_plan(state: StateDict, choices: Choices, velocity: bool) -> Plan:
+    """Returns the plan for a DiT, or for a SiT if `velocity`."""
+    tensors = state.tensors
+    sizes = facebook_sizes(tensors)
+    check_model(choices.model, sizes)
+    num_tokens = shape_of(tensors, "pos_embed", 3)[1]
+    stated = choices.num_classes
+    stated = state.hints.get("num_classes") if stated is None else stated
+    config = dit_config(sizes, num_heads(sizes, choices))
+    config |= label_config(sizes.table_rows, stated if isinstance(stated, int) else None)
+    config |= {"input_size": input_size(num_tokens, sizes.patch_size, choices.input_size)}
+    config |= {"velocity": velocity}
+    return Plan("dit", config, tuple(facebook_leaves(sizes, num_tokens)))
+
+
+def facebook_sizes(tensors: Mapping[str, StoredTensor]) -> Sizes:
+    """Returns the sizes of the network; a single wrong shape is outvoted, to be named later."""
+    depth = block_count(tensors, "blocks.")
+    if depth == 0:
+        raise UserError("there are no blocks (blocks.0.attn.qkv.weight and so on).")
+    _, in_channels, patch_size, _ = shape_of(tensors, "x_embedder.proj.weight", 4)
+    votes = {
+        "x_embedder.proj.weight": (0, 4),
+        "t_embedder.mlp.2.weight": (0, 2),
+        "final_layer.linear.weight": (1, 2),
+        "y_embedder.embedding_table.weight": (1, 2),
+        "pos_embed": (2, 3),
+        "blocks.0.attn.proj.weight": (0, 2),
+    }
+    found = {k: tensors[k].shape for k in votes if k in tensors}
+    width = most_common([found[k][a] for k, (a, n) in votes.items() if len(found.get(k, ())) == n])
+    mlp = [t.shape[0] for k, t in tensors.items() if k.endswith(".mlp.fc1.weight") and t.shape]
+    return Sizes(
+        depth=depth,
+        width=width,
+        patch_size=patch_size,
+        in_channels=in_channels,
+        out_channels=out_channels(shape_of(tensors, "final_layer.linear.weight", 2)[0], patch_size),
+        mlp_width=most_common([*mlp, 4 * width]),
+        table_rows=shape_of(tensors, "y_embedder.embedding_table.weight", 2)[0],
+    )
+
+
+def facebook_leaves(sizes: Sizes, num_tokens: int) -> list[Leaf]:
+    """Returns the 12 + 10 * depth leaves."""
+    D, p, mlp = sizes.width, sizes.patch_size, sizes.mlp_width
+    table = "y_embedder.embedding_table.weight"
+    leaves = [
+        Leaf("pos_embed", ("pos_embed",), ((1, num_tokens, D),)),
+        *affine("x_embedder/proj", "x_embedder.proj", (D, sizes.in_channels, p, p), convolution),
+        *affine("t_embedder/mlp_0", "t_embedder.mlp.0", (D, 256)),
+        *affine("t_embedder/mlp_2", "t_embedder.mlp.2", (D, D)),
+        Leaf("y_embedder/embedding_table", (table,), ((sizes.table_rows, D),)),
+    ]
+    for i in range(sizes.depth):
+        new, old = f"blocks_{i}", f"blocks.{i}"
+        leaves += affine(f"{new}/adaLN_modulation", f"{old}.adaLN_modulation.1", (6 * D, D))
+        leaves += affine(f"{new}/attn/qkv", f"{old}.attn.qkv", (3 * D, D))
+        leaves += affine(f"{new}/attn/proj", f"{old}.attn.proj", (D, D))
+        leaves += affine(f"{new}/mlp/fc1", f"{old}.mlp.fc1", (mlp, D))
+        leaves += affine(f"{new}/mlp/fc2", f"{old}.mlp.fc2", (D, mlp))
+    out = p * p * sizes.out_channels
+    leaves += affine("final_layer/adaLN_modulation", "final_layer.adaLN_modulation.1", (2 * D, D))
+    leaves += affine("final_layer/linear", "final_layer.linear", (out, D))
+    return leaves
+
+
+def dit_config(sizes: Sizes, heads: int) -> dict[str, Any]:
+    """Returns the fields of the model that follow from `sizes`."""
+    C, out = sizes.in_channels, sizes.out_channels
+    if out not in (C, 2 * C):
+        raise UserError(
+            f"the network has {out} output channels for {C} input channels; {C} or {2 * C} are known."
+        )
+    if sizes.width % heads or sizes.width % 4:
+        raise UserError(f"the width {sizes.width} must be divisible by num_heads={heads} and by 4.")
+    ratio = sizes.mlp_width / sizes.width
+    if int(sizes.width * ratio) != sizes.mlp_width:
+        ratio = math.nextafter(ratio, math.inf)
+    return {
+        "patch_size": sizes.patch_size,
+        "in_channels": C,
+        "hidden_size": sizes.width,
+        "depth": sizes.depth,
+        "num_heads": heads,
+        "mlp_ratio": ratio,
+        "learn_sigma": out == 2 * C,
+        "frequency_shift": 0,
+        "mlp_norm_eps": 1e-6,
+        "velocity": False,
+    }
+
+
+def out_channels(features: int, patch_size: int) -> int:
+    """Returns the output channels of a final layer with `features` rows."""
+    if features % patch_size**2:
+        raise UserError(
+            f"the final layer has {features} rows, which patches of {patch_size}x{patch_size} do not divide."
+        )
+    return features // patch_size**2
+
+
+def check_model(model: str | None, sizes: Sizes) -> None:
+    """Raises `UserError` if `model` is unknown, or another size than the file's."""
+    if model is None:
+        return
+    try:
+        said = published_config(model)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if (said["depth"], said["hidden_size"], said["patch_size"]) != (
+        sizes.depth,
+        sizes.width,
+        sizes.patch_size,
+    ):
+        raise UserError(
+            f"{model} has {said['depth']} blocks of width {said['hidden_size']} and patches of "
+            f"{said['patch_size']}, but the file has {sizes.depth} blocks of width {sizes.width} and "
+            f"patches of {sizes.patch_size}."
+        )
+
+
+def num_heads(sizes: Sizes, choices: Choices) -> int:
+    """Returns the number of heads: as published for this size, or as the user says."""
+    published = PUBLISHED.get((sizes.depth, sizes.width))
+    if choices.num_heads is None and published is None:
+        raise UserError(
+            f"{sizes.depth} blocks of width {sizes.width} is no published size, and shapes cannot tell the "
+            "number of attention heads; pass --num-heads."
+        )
+    if choices.num_heads is not None and choices.num_heads < 1:
+        raise UserError(f"num_heads={choices.num_heads} is not a number of heads; use 1 or more.")
+    if choices.model and choices.num_heads not in (None, published):
+        raise UserError(
+            f"{choices.model} has {published} heads, but num_heads={choices.num_heads}."
+        )
+    heads = choices.num_heads or published
+    assert heads is not None
+    return heads
+
+
+def label_config(rows: int, num_classes: int | None) -> dict[str, Any]:
+    """Returns the number of classes, and whether the table ends with the null class.
+
+    Without `num_classes`, a table of 1000 rows is ImageNet without the null class; any other is
+    taken to have one, as in every published training.
+    """
+    if num_classes is None:
+        num_classes = rows if rows == 1000 else rows - 1
+    if num_classes not in (rows, rows - 1) or num_classes < 1:
+        raise UserError(
+            f"the label table has {rows} rows, which num_classes={num_classes} does not fit."
+        )
+    return {"num_classes": num_classes, "null_class": num_classes == rows - 1}
+
+
+def input_size(
+    num_tokens: int, patch: int, stated: int | tuple[int, int] | None
+) -> int | tuple[int, int]:
+    """Returns the latent's rows and columns (one number when equal) for `num_tokens` patches."""
+    if stated is None:
+        side = math.isqrt(num_tokens)
+        if side * side != num_tokens:
+            raise UserError(
+                f"{num_tokens} positions make no square; pass --input-size ROWS COLUMNS of the latent."
+            )
+        return side * patch
+    rows, columns = (stated, stated) if isinstance(stated, int) else stated
+    if (
+        rows < 1
+        or columns < 1
+        or (rows % patch or columns % patch or rows * columns != num_tokens * patch**2)
+    ):
+        raise UserError(
+            f"input_size={shape_text((rows, columns))} in patches of {patch} does not make the "
+            f"{num_tokens} positions of the file."
+        )
+    return rows if rows == columns else (rows, columns)

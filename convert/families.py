@@ -1,0 +1,154 @@
+"""Which network a table of names is of, told from the names alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qdit_convert.diffusers_dit import diffusers_plan
+from qdit_convert.dit import Choices, facebook_plan
+from qdit_convert.inception import inception_plan
+from qdit_convert.plan import Plan
+from qdit_convert.tensors import StateDict, listing
+from qdit_convert.vae import from_latent_diffusion, vae_plan
+
+from qdit_jax.errors import UserError
+
+Planner = Callable[[StateDict, Choices, Mapping[str, Any] | None], Plan]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way in which a family's tensors are named.
+
+    Attributes:
+        title: what it is called in messages.
+        families: the values of `--family` that it can serve, the likeliest first.
+        names: patterns of the names; a file is of the layout that covers most of its names.
+        plan: writes the conversion.
+        wants_config: whether a folder of this layout must hold a config.json.
+        rename: puts the file's names into those that `plan` knows.
+    """
+
+    title: str
+    families: tuple[str, ...]
+    names: re.Pattern[str]
+    plan: Planner
+    wants_config: bool = False
+    rename: Callable[[StateDict], StateDict] = lambda state: state
+
+
+def _plan_dit(state: StateDict, choices: Choices, _: Mapping[str, Any] | None) -> Plan:
+    return facebook_plan(state, choices, velocity=False)
+
+
+def _plan_sit(state: StateDict, choices: Choices, _: Mapping[str, Any] | None) -> Plan:
+    return facebook_plan(state, choices, velocity=True)
+
+
+LAYOUTS = (
+    Layout(
+        "DiT in the facebook layout",
+        ("dit", "sit"),
+        re.compile(
+            r"pos_embed$|x_embedder\.proj\.|t_embedder\.mlp\.|y_embedder\.embedding_table\.|"
+            r"blocks\.\d+\.(adaLN_modulation\.1|attn\.(qkv|proj)|mlp\.fc[12])\.|"
+            r"final_layer\.(adaLN_modulation\.1|linear)\."
+        ),
+        _plan_dit,
+    ),
+    Layout(
+        "DiT in the diffusers layout",
+        ("dit",),
+        re.compile(
+            r"pos_embed\.proj\.|proj_out_[12]\.|transformer_blocks\.\d+\."
+            r"(norm1\.(emb|linear)\.|attn1\.to_(q|k|v|out\.0)\.|ff\.net\.)"
+        ),
+        diffusers_plan,
+        wants_config=True,
+    ),
+    Layout(
+        "AutoencoderKL in the diffusers layout",
+        ("vae",),
+        re.compile(
+            r"(post_)?quant_conv\.|(en|de)coder\.(conv_(in|out|norm_out)\.|mid_block\.|"
+            r"(down|up)_blocks\.\d+\.(resnets|(down|up)samplers)\.)"
+        ),
+        lambda state, _, config: vae_plan(state, config),
+        wants_config=True,
+    ),
+    Layout(
+        "AutoencoderKL in the latent-diffusion layout",
+        ("vae",),
+        re.compile(
+            r"(first_stage_model\.)?((post_)?quant_conv\.|loss\.|(en|de)coder\.(conv_(in|out)\.|norm_out\.|"
+            r"mid\.|(down|up)\.\d+\.))"
+        ),
+        lambda state, _, config: vae_plan(state, config),
+        rename=from_latent_diffusion,
+    ),
+    Layout(
+        "InceptionV3 for FID",
+        ("inception",),
+        re.compile(r"fc\.|(Conv2d_\d\w_\dx\d|Mixed_\d\w\.branch\w+)\.(conv|bn)\."),
+        lambda state, *_: inception_plan(state),
+    ),
+)
+SIT = Layout("SiT in the facebook layout", ("sit",), LAYOUTS[0].names, _plan_sit)
+FAMILIES = tuple(dict.fromkeys(name for layout in LAYOUTS for name in layout.families))
+
+# Networks that convert knows by a name that only they have, but does not convert.
+UNSUPPORTED = (
+    ("Latte (video)", re.compile(r"temp_embed$")),
+    ("Latte (video, diffusers)", re.compile(r"temporal_transformer_blocks\.\d+\.")),
+    ("STDiT3 (Open-Sora 1.2)", re.compile(r"(spatial|temporal)_blocks\.\d+\.")),
+    ("STDiT (Open-Sora 1.0)", re.compile(r"blocks\.\d+\.attn_temp\.")),
+    ("PixArt", re.compile(r"blocks\.\d+\.cross_attn\.|caption_projection\.")),
+    (
+        "MM-DiT (SD3, Flux)",
+        re.compile(r"(joint_blocks|single_transformer_blocks|double_blocks)\.\d+\."),
+    ),
+    (
+        "a U-Net (Stable Diffusion)",
+        re.compile(r"(model\.diffusion_model\.)?(input_blocks|middle_block)\."),
+    ),
+    ("a U-Net (diffusers)", re.compile(r"up_blocks\.\d+\.(attentions|resnets)\.")),
+)
+
+
+def find_layout(state: StateDict, family: str | None = None) -> Layout:
+    """Returns the layout of the names in `state`, one that serves `family` if that is given.
+
+    Raises:
+        UserError: if the names are of no known network, or of another than `family`.
+    """
+    if family is not None and family not in FAMILIES:
+        raise UserError(f"family={family!r} is not known; use one of {', '.join(FAMILIES)}.")
+    keys = list(state.tensors)
+    if family != "vae" or not any(key.startswith("first_stage_model.") for key in keys):
+        _refuse_unsupported(keys)
+    else:
+        keys = [key for key in keys if key.startswith("first_stage_model.")]
+    shares = [sum(bool(layout.names.match(key)) for key in keys) / len(keys) for layout in LAYOUTS]
+    best = max(range(len(LAYOUTS)), key=lambda i: shares[i])
+    layout = LAYOUTS[best]
+    if shares[best] < 0.5:
+        raise UserError(
+            f"the names of its tensors are of no network that convert knows ({', '.join(FAMILIES)}): "
+            f"{listing(keys, 4)}."
+        )
+    if family is not None and family not in layout.families:
+        raise UserError(
+            f"the names of its tensors are of a {layout.title}, not of family {family}."
+        )
+    return SIT if family == "sit" else layout
+
+
+def _refuse_unsupported(keys: Iterable[str]) -> None:
+    for title, pattern in UNSUPPORTED:
+        if any(pattern.match(key) for key in keys):
+            raise UserError(
+                f"the names of its tensors are of {title}, which convert does not support yet."
+            )

@@ -1,0 +1,240 @@
+"""Reads the pickle inside a torch file by interpreting it: nothing in it can run.
+
+Python's own unpickler calls whatever a file names. This one knows the instructions that a file of
+weights needs, and builds tensors, dictionaries, lists and numbers only; every other name that a
+file mentions is refused, and said.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from qdit_jax.errors import UserError
+
+REMEDY = (
+    "where the file came from, save the bare weights: torch.save(model.state_dict(), 'weights.pt')"
+)
+MALFORMED = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    MemoryError,
+    OverflowError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
+class Mark:
+    """The pickle's mark on the stack."""
+
+
+MARK = Mark()
+
+
+@dataclass
+class Namespace:
+    """A stand-in for `argparse.Namespace`: the settings, and nothing that acts."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Name:
+    """A global that the file may mention.
+
+    `value` is the function of ours that a call runs, or what a type that is never called stands for.
+    """
+
+    name: str
+    value: Any
+
+
+def new_dict(items: Any = ()) -> dict:
+    """Returns what `OrderedDict(items)` holds; keys are checked as everywhere."""
+    return {_key(key): value for key, value in items}
+
+
+def read_pickle(data: bytes, names: dict[str, Name], persistent: Callable[[Any], Any]) -> Any:
+    """Returns the object that `data` describes.
+
+    Args:
+        names: the globals that may occur, by `module.name`.
+        persistent: makes a storage of a persistent id.
+
+    Raises:
+        UserError: if the pickle is damaged, or names anything else.
+    """
+    machine = _Machine(names, persistent)
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name == "STOP":
+                return machine.pop()
+            machine.step(opcode.name, argument)
+    except UserError:
+        raise
+    except MALFORMED as error:
+        raise UserError(f"the pickle inside is damaged ({type(error).__name__}).") from None
+    raise UserError("the pickle inside is cut short.")
+
+
+def mentioned_names(data: bytes) -> list[str]:
+    """Returns the globals that a pickle mentions, in order, as far as it can be read."""
+    found, strings = [], ["", ""]
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name == "GLOBAL":
+                found.append(argument.replace(" ", "."))
+            elif opcode.name == "STACK_GLOBAL":
+                found.append(".".join(strings))
+            elif isinstance(argument, str):
+                strings = [strings[1], argument]
+    except MALFORMED:
+        pass
+    return found
+
+
+class _Machine:
+    """The stack and memo of one reading."""
+
+    def __init__(self, names: dict[str, Name], persistent: Callable[[Any], Any]) -> None:
+        self.names = names
+        self.persistent = persistent
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def step(self, opcode: str, argument: Any) -> None:
+        if opcode in _IGNORED:
+            return
+        if opcode in _LITERALS:
+            self.stack.append(argument)
+        elif opcode in _CONSTANTS:
+            self.stack.append(_CONSTANTS[opcode]())
+        elif opcode in _ACTIONS:
+            _ACTIONS[opcode](self, argument)
+        else:
+            raise UserError(f"the pickle inside uses {opcode}, which no file of weights needs.")
+
+    def pop(self) -> Any:
+        value = self.stack.pop()
+        if value is MARK:
+            raise ValueError("mark where a value belongs")
+        return value
+
+    def to_mark(self) -> list[Any]:
+        for index in range(len(self.stack) - 1, -1, -1):
+            if self.stack[index] is MARK:
+                items = self.stack[index + 1 :]
+                del self.stack[index:]
+                return items
+        raise ValueError("no mark")
+
+    def mention(self, name: str) -> None:
+        if name not in self.names:
+            raise UserError(
+                f"the file names {name!r}; convert runs no code from a file and reads only tensors "
+                f"({REMEDY})."
+            )
+        self.stack.append(self.names[name])
+
+    def call(self, _: Any) -> None:
+        arguments, name = self.pop(), self.pop()
+        if not isinstance(name, Name) or not callable(name.value) or type(arguments) is not tuple:
+            raise UserError("the pickle inside calls something that is no tensor or table.")
+        self.stack.append(name.value(*arguments))
+
+    def set_state(self, _: Any) -> None:
+        state, target = self.pop(), self.stack[-1]
+        if isinstance(target, Namespace):
+            target.values.update(state)
+        elif not isinstance(target, dict):  # an OrderedDict's attributes (`_metadata`) are no data
+            raise UserError("the pickle inside sets the state of an unknown object.")
+
+    def set_items(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, dict) or len(items) % 2:
+            raise ValueError("items of no dictionary")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[_key(key)] = value
+
+    def extend(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, list):
+            raise ValueError("elements of no list")
+        target.extend(items)
+
+
+def _key(key: Any) -> Any:
+    if not isinstance(key, str | int | float | bytes | None):
+        raise UserError(f"the pickle inside has a {type(key).__name__} as a dictionary's key.")
+    return key
+
+
+def _tuple(count: int) -> Callable[[_Machine, Any], None]:
+    def act(machine: _Machine, _: Any) -> None:
+        items = [machine.pop() for _ in range(count)]
+        machine.stack.append(tuple(items[::-1]))
+
+    return act
+
+
+def _put(machine: _Machine, index: Any) -> None:
+    machine.memo[len(machine.memo) if index is None else int(index)] = machine.stack[-1]
+
+
+def _pair(machine: _Machine) -> list[Any]:
+    value = machine.pop()
+    return [machine.pop(), value]
+
+
+def _stack_global(machine: _Machine) -> str:
+    module, name = _pair(machine)
+    return f"{module}.{name}"
+
+
+_IGNORED = {"PROTO", "FRAME"}
+_LITERALS = {
+    *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE"),
+    *("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "BINFLOAT", "FLOAT"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINSTRING", "SHORT_BINSTRING", "STRING"),
+}
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "MARK": lambda: MARK,
+}
+_ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
+    "TUPLE": lambda m, _: m.stack.append(tuple(m.to_mark())),
+    "TUPLE1": _tuple(1),
+    "TUPLE2": _tuple(2),
+    "TUPLE3": _tuple(3),
+    "LIST": lambda m, _: m.stack.append(m.to_mark()),
+    "DICT": lambda m, _: (lambda items: (m.stack.append({}), m.set_items(items)))(m.to_mark()),
+    "SETITEM": lambda m, _: m.set_items(_pair(m)),
+    "SETITEMS": lambda m, _: m.set_items(m.to_mark()),
+    "APPEND": lambda m, _: m.extend([m.pop()]),
+    "APPENDS": lambda m, _: m.extend(m.to_mark()),
+    "BINPUT": _put,
+    "LONG_BINPUT": _put,
+    "PUT": _put,
+    "MEMOIZE": _put,
+    "BINGET": lambda m, index: m.stack.append(m.memo[index]),
+    "LONG_BINGET": lambda m, index: m.stack.append(m.memo[index]),
+    "GET": lambda m, index: m.stack.append(m.memo[int(index)]),
+    "POP": lambda m, _: m.stack.pop(),
+    "POP_MARK": lambda m, _: m.to_mark(),
+    "GLOBAL": lambda m, argument: m.mention(argument.replace(" ", ".")),
+    "STACK_GLOBAL": lambda m, _: m.mention(_stack_global(m)),
+    "REDUCE": _Machine.call,
+    "NEWOBJ": _Machine.call,
+    "BUILD": _Machine.set_state,
+    "BINPERSID": lambda m, _: m.stack.append(m.persistent(m.pop())),
+}

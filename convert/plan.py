@@ -1,0 +1,242 @@
+"""A conversion as data: which tensors of the file become which leaf of the parameter tree.
+
+A family writes a `Plan` from the names and shapes alone. Checking it and carrying it out are the
+same for every family.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from qdit_convert.tensors import StateDict, StoredTensor, is_floating, listing, shape_text
+
+from qdit_jax.errors import UserError
+
+Shape = tuple[int, ...]
+Params = dict[str, Any]
+
+
+def same(array: np.ndarray) -> np.ndarray:
+    """Returns `array`: embeddings, biases, scales and stored tables stay as they are."""
+    return array
+
+
+def linear(array: np.ndarray) -> np.ndarray:
+    """Returns the kernel `[in, out]` of torch's `[out, in]`, also of a 1x1 convolution's."""
+    return array.reshape(array.shape[:2]).T
+
+
+def convolution(array: np.ndarray) -> np.ndarray:
+    """Returns the kernel HWIO of torch's OIHW."""
+    return array.transpose(2, 3, 1, 0)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One leaf of the parameter tree.
+
+    Attributes:
+        path: its names, joined by `/`.
+        sources: tensors of the file, joined along their first axis.
+        shapes: the shapes that each source may have.
+        copies: further tensors that must equal the first source.
+        values: computes the leaf where the file does not store it.
+    """
+
+    path: str
+    sources: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    transform: Callable[[np.ndarray], np.ndarray] = same
+    copies: tuple[str, ...] = ()
+    values: Callable[[], np.ndarray] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one network is converted; `ignored` tensors are known and not needed."""
+
+    family: str
+    config: dict[str, Any]
+    leaves: tuple[Leaf, ...]
+    notes: tuple[str, ...] = ()
+    ignored: frozenset[str] = field(default_factory=frozenset)
+
+
+def affine(path: str, key: str, kernel: Shape, transform: Callable = linear) -> list[Leaf]:
+    """Returns the leaves of a layer with weight (torch shape `kernel`) and bias."""
+    return [
+        Leaf(f"{path}/kernel", (f"{key}.weight",), (kernel,), transform),
+        Leaf(f"{path}/bias", (f"{key}.bias",), (kernel[:1],)),
+    ]
+
+
+def norm(path: str, key: str, width: int) -> list[Leaf]:
+    """Returns the leaves of a normalisation with scale and bias."""
+    return [
+        Leaf(f"{path}/scale", (f"{key}.weight",), ((width,),)),
+        Leaf(f"{path}/bias", (f"{key}.bias",), ((width,),)),
+    ]
+
+
+def check_plan(plan: Plan, state: StateDict) -> None:
+    """Raises `UserError` unless the file has exactly the tensors that `plan` needs."""
+    expected = {key: leaf.shapes for leaf in plan.leaves for key in (*leaf.sources, *leaf.copies)}
+    missing = [f"{k} {_shapes_text(s)}" for k, s in expected.items() if k not in state.tensors]
+    unexpected = [
+        f"{key} {shape_text(tensor.shape)}"
+        for key, tensor in state.tensors.items()
+        if key not in expected and key not in plan.ignored
+    ]
+    unexpected += [f"{key} (a {kind}, no tensor)" for key, kind in state.others.items()]
+    misshapen = [
+        f"{key} (found {shape_text(state.tensors[key].shape)}, expected {_shapes_text(shapes)})"
+        for key, shapes in expected.items()
+        if key in state.tensors and state.tensors[key].shape not in shapes
+    ]
+    problems = [
+        _count(len(names), singular, plural) + listing(names, 4)
+        for names, singular, plural in (
+            (missing, "tensor is missing", "tensors are missing"),
+            (unexpected, "tensor is unexpected", "tensors are unexpected"),
+            (misshapen, "tensor has the wrong shape", "tensors have the wrong shape"),
+        )
+        if names
+    ]
+    if problems:
+        raise UserError("; ".join(problems) + ".")
+    _check_dtypes(expected, state.tensors)
+
+
+def _count(number: int, singular: str, plural: str) -> str:
+    return f"{number} {singular if number == 1 else plural}: "
+
+
+def _shapes_text(shapes: Iterable[Shape]) -> str:
+    return " or ".join(shape_text(shape) for shape in shapes)
+
+
+def _check_dtypes(expected: Iterable[str], tensors: Mapping[str, StoredTensor]) -> None:
+    wrong = [
+        f"{key} ({tensors[key].dtype})" for key in expected if not is_floating(tensors[key].dtype)
+    ]
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} tensors are not floating point: {listing(wrong)}; convert reads weights "
+            "in float64, float32, float16 or bfloat16, not ones that are quantised already."
+        )
+
+
+def build_params(
+    plan: Plan,
+    tensors: Mapping[str, StoredTensor],
+    dtype: np.dtype | None,
+    on_leaf: Callable[[Leaf], None],
+) -> Params:
+    """Returns the parameter tree as NumPy arrays, read from the file one leaf at a time.
+
+    Args:
+        dtype: of every leaf; None keeps that of the file (float64 becomes float32).
+        on_leaf: called after each leaf, for a progress display.
+
+    Raises:
+        UserError: naming the tensors with NaN or inf, and copies that differ.
+    """
+    params: Params = {}
+    bad: list[str] = []
+    for leaf in plan.leaves:
+        arrays = _read(leaf, tensors)
+        bad += [text for key, array in arrays if (text := _not_finite(key, array))]
+        whole = np.concatenate([a for _, a in arrays]) if len(arrays) > 1 else arrays[0][1]
+        _insert(params, leaf.path, _cast(leaf, leaf.transform(whole), dtype))
+        on_leaf(leaf)
+    if bad:
+        raise UserError(
+            f"{_count(len(bad), 'tensor is', 'tensors are')}not finite: {listing(bad)}."
+        )
+    return params
+
+
+def _read(leaf: Leaf, tensors: Mapping[str, StoredTensor]) -> list[tuple[str, np.ndarray]]:
+    if leaf.values is not None:
+        return [(leaf.path, leaf.values())]
+    arrays = [(key, tensors[key].read()) for key in leaf.sources]
+    for key in leaf.copies:
+        if not np.array_equal(arrays[0][1], tensors[key].read(), equal_nan=True):
+            raise UserError(
+                f"{key} differs from {leaf.sources[0]}; convert can merge the embedders of the "
+                "blocks only where they are equal, as in every published checkpoint."
+            )
+    return arrays
+
+
+def _not_finite(key: str, array: np.ndarray) -> str:
+    nan, inf = int(np.isnan(array).sum()), int(np.isinf(array).sum())
+    counts = [f"{n} {what}" for n, what in ((nan, "NaN"), (inf, "inf")) if n]
+    return f"{key} ({' and '.join(counts)} of {array.size} values)" if counts else ""
+
+
+def _cast(leaf: Leaf, array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
+    """Returns `array`, contiguous and in `dtype`, refusing values that would become inf."""
+    if dtype is None:
+        dtype = np.dtype("f4") if array.dtype == np.dtype("f8") else array.dtype
+    with np.errstate(over="ignore"):
+        out = np.array(array, dtype=dtype, order="C", copy=True)
+    if out.dtype.itemsize < array.dtype.itemsize or array.dtype != dtype:
+        lost = int((np.isinf(out) & np.isfinite(array)).sum())
+        if lost:
+            raise UserError(
+                f"{leaf.path}: {lost} of {array.size} values are too large for {dtype}; "
+                "choose another --dtype."
+            )
+    return out
+
+
+def _insert(params: Params, path: str, leaf: np.ndarray) -> None:
+    *parents, name = path.split("/")
+    for parent in parents:
+        params = params.setdefault(parent, {})
+    params[name] = leaf
+
+
+def block_count(keys: Iterable[str], prefix: str) -> int:
+    """Returns how many numbered blocks there are under `prefix`, such as `"blocks."`.
+
+    Raises:
+        UserError: if a number between the first and the last is missing.
+    """
+    pattern = re.compile(re.escape(prefix) + r"(\d{1,4})\.")
+    numbers = {int(found.group(1)) for key in keys if (found := pattern.match(key))}
+    gaps = sorted(set(range(max(numbers, default=-1) + 1)) - numbers)
+    if gaps:
+        named = listing([f"{prefix}{i}" for i in gaps])
+        raise UserError(
+            f"the numbering of the blocks has a gap: {named} missing, though {prefix}{max(numbers)} is there."
+        )
+    return len(numbers)
+
+
+def shape_of(tensors: Mapping[str, StoredTensor], key: str, rank: int) -> Shape:
+    """Returns the shape of a tensor that settles the configuration.
+
+    Raises:
+        UserError: if it is missing, or has another number of axes.
+    """
+    if key not in tensors:
+        raise UserError(f"1 tensor is missing: {key}, which settles the sizes of the network.")
+    shape = tensors[key].shape
+    if len(shape) != rank or 0 in shape:
+        raise UserError(
+            f"1 tensor has the wrong shape: {key} (found {shape_text(shape)}, "
+            f"expected {rank} axes, none of them 0)."
+        )
+    return shape
+
+
+def most_common(numbers: Iterable[int]) -> int:
+    """Returns the number that occurs most often, the first of those."""
+    listed = list(numbers)
+    return max(listed, key=listed.count)

@@ -1,0 +1,220 @@
+"""AutoencoderKL: the diffusers layout with new or old attention names, and latent-diffusion's.
+
+Dimensions: Z latent channels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from qdit_convert.plan import Leaf, Plan, affine, block_count, convolution, linear, norm, shape_of
+from qdit_convert.tensors import StateDict, StoredTensor
+
+from qdit_jax.errors import UserError
+
+OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+REQUIRED = {
+    "act_fn": "silu",
+    "down_block_types": "DownEncoderBlock2D",
+    "up_block_types": "UpDecoderBlock2D",
+}
+FIELDS = (
+    "in_channels",
+    "out_channels",
+    "latent_channels",
+    "layers_per_block",
+    "block_out_channels",
+)
+SCALING_FACTOR = 0.18215  # of the published models, whose configs lack it
+PREFIX = "first_stage_model."
+
+
+def vae_plan(state: StateDict, config: Mapping[str, Any] | None) -> Plan:
+    """Returns the plan for an AutoencoderKL; `config` is its config.json, if there is one."""
+    settings = dict(config or {})
+    tensors = state.tensors
+    found = _shape_config(tensors)
+    _check_config(settings, found)
+    groups = settings.get("norm_num_groups", 32)
+    if (
+        type(groups) is not int
+        or groups < 1
+        or any(w % groups for w in found["block_out_channels"])
+    ):
+        raise UserError(
+            f"norm_num_groups={groups!r} does not divide the widths {list(found['block_out_channels'])}; "
+            "the folder's config.json must say how many groups there are."
+        )
+    result = {
+        **found,
+        "norm_num_groups": groups,
+        "scaling_factor": _number(settings, "scaling_factor", SCALING_FACTOR),
+        "shift_factor": _number(settings, "shift_factor", 0.0),
+    }
+    return Plan("vae", result, tuple(_leaves(tensors, result)))
+
+
+def _number(settings: Mapping[str, Any], key: str, default: float) -> float:
+    value = settings.get(key)
+    if value is None:
+        return default
+    if type(value) not in (int, float):
+        raise UserError(f"config.json says {key}={value!r}, which is no number.")
+    return float(value)
+
+
+def _shape_config(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """Returns the fields of the model that shapes settle."""
+    num_blocks = block_count(tensors, "encoder.down_blocks.")
+    if num_blocks == 0:
+        raise UserError(
+            "the encoder is missing (encoder.down_blocks.0.resnets.0.conv1.weight and so on)."
+        )
+    widths = [
+        shape_of(tensors, f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 4)[0]
+        for i in range(num_blocks)
+    ]
+    return {
+        "block_out_channels": tuple(widths),
+        "layers_per_block": block_count(tensors, "encoder.down_blocks.0.resnets."),
+        "in_channels": shape_of(tensors, "encoder.conv_in.weight", 4)[1],
+        "out_channels": shape_of(tensors, "decoder.conv_out.weight", 4)[0],
+        "latent_channels": shape_of(tensors, "decoder.conv_in.weight", 4)[1],
+        "use_quant_conv": any(key.startswith("quant_conv.") for key in tensors),
+        "use_post_quant_conv": any(key.startswith("post_quant_conv.") for key in tensors),
+        "mid_block_add_attention": any(".mid_block.attentions." in key for key in tensors),
+    }
+
+
+def _check_config(config: Mapping[str, Any], found: dict[str, Any]) -> None:
+    name = config.get("_class_name", "AutoencoderKL")
+    if name != "AutoencoderKL":
+        raise UserError(f"config.json is of a {name}, but the weights are of an AutoencoderKL.")
+    for key, known in REQUIRED.items():
+        stated = config.get(key, known)
+        if any(kind != known for kind in (stated if isinstance(stated, list) else [stated])):
+            raise UserError(f"config.json says {key}={stated!r}; convert knows {known!r} only.")
+    flags = ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention")
+    for key in FIELDS + flags:
+        stated = config.get(key)
+        stated = tuple(stated) if isinstance(stated, list) else stated
+        if stated is not None and stated != found[key]:
+            says, has = (list(v) if isinstance(v, tuple) else v for v in (stated, found[key]))
+            raise UserError(f"config.json says {key} = {says}, but the weights have {has}.")
+
+
+def _leaves(tensors: Mapping[str, StoredTensor], config: dict[str, Any]) -> list[Leaf]:
+    widths, layers, Z = (
+        config["block_out_channels"],
+        config["layers_per_block"],
+        config["latent_channels"],
+    )
+    leaves = [*_half("encoder", config["in_channels"], widths[0]), *_half("decoder", Z, widths[-1])]
+    width = widths[0]
+    for i, after in enumerate(widths):
+        block = f"encoder.down_blocks.{i}"
+        leaves += _resnets(block, [width] + [after] * (layers - 1), after)
+        if i < len(widths) - 1:
+            leaves += _conv(f"{block}.downsamplers.0.conv", after, after)
+        width = after
+    for i, after in enumerate(widths[::-1]):
+        block = f"decoder.up_blocks.{i}"
+        leaves += _resnets(block, [width] + [after] * layers, after)
+        if i < len(widths) - 1:
+            leaves += _conv(f"{block}.upsamplers.0.conv", after, after)
+        width = after
+    for half, out, last in (
+        ("encoder", 2 * Z, widths[-1]),
+        ("decoder", config["out_channels"], widths[0]),
+    ):
+        block = f"{half}.mid_block"
+        leaves += _resnets(block, [widths[-1]] * 2, widths[-1])
+        if config["mid_block_add_attention"]:
+            leaves += _attention(f"{block}.attentions.0", widths[-1], tensors)
+        leaves += norm(_path(f"{half}.conv_norm_out"), f"{half}.conv_norm_out", last)
+        leaves += _conv(f"{half}.conv_out", last, out)
+    if config["use_quant_conv"]:
+        leaves += _conv("quant_conv", 2 * Z, 2 * Z, 1)
+    if config["use_post_quant_conv"]:
+        leaves += _conv("post_quant_conv", Z, Z, 1)
+    return leaves
+
+
+def _half(half: str, channels: int, width: int) -> list[Leaf]:
+    return _conv(f"{half}.conv_in", channels, width)
+
+
+def _path(key: str) -> str:
+    """Returns the path of a layer: a number joins the name before it."""
+    return re.sub(r"\.(\d+)", r"_\1", key).replace(".", "/")
+
+
+def _conv(key: str, before: int, after: int, size: int = 3) -> list[Leaf]:
+    return affine(_path(key), key, (after, before, size, size), convolution)
+
+
+def _resnets(block: str, befores: list[int], after: int) -> list[Leaf]:
+    leaves = []
+    for i, before in enumerate(befores):
+        key = f"{block}.resnets.{i}"
+        leaves += norm(_path(f"{key}.norm1"), f"{key}.norm1", before)
+        leaves += _conv(f"{key}.conv1", before, after)
+        leaves += norm(_path(f"{key}.norm2"), f"{key}.norm2", after)
+        leaves += _conv(f"{key}.conv2", after, after)
+        if before != after:
+            leaves += _conv(f"{key}.conv_shortcut", before, after, 1)
+    return leaves
+
+
+def _attention(key: str, width: int, tensors: Mapping[str, StoredTensor]) -> list[Leaf]:
+    """Returns the leaves of the attention, whose layers may be linear or 1x1 convolutions."""
+    leaves = norm(_path(f"{key}.group_norm"), f"{key}.group_norm", width)
+    for name, old in OLD_ATTENTION.items():
+        source = old if f"{key}.{old}.weight" in tensors else name
+        kernel, bias = affine(_path(f"{key}.{name}"), f"{key}.{source}", (width, width), linear)
+        leaves += [replace(kernel, shapes=((width, width), (width, width, 1, 1))), bias]
+    return leaves
+
+
+def from_latent_diffusion(state: StateDict) -> StateDict:
+    """Returns `state` with the names of latent-diffusion's autoencoder put into diffusers' names.
+
+    The other networks in the same file, and the training's loss, are left out.
+    """
+    tensors = dict(state.tensors)
+    if any(key.startswith(PREFIX) for key in tensors):
+        tensors = {k.removeprefix(PREFIX): v for k, v in tensors.items() if k.startswith(PREFIX)}
+    tensors = {k: v for k, v in tensors.items() if not k.startswith(("loss.", "model_ema."))}
+    up = block_count(tensors, "decoder.up.")
+    renamed = {_diffusers_name(key, up): value for key, value in tensors.items()}
+    return replace(state, tensors=renamed, others={})
+
+
+def _diffusers_name(key: str, num_up: int) -> str:
+    # The decoder's blocks are numbered from fine to coarse, and run from coarse to fine.
+    key = re.sub(
+        r"^decoder\.up\.(\d+)\.",
+        lambda m: f"decoder.up_blocks.{num_up - 1 - int(m.group(1))}.",
+        key,
+    )
+    for pattern, name in LATENT_DIFFUSION:
+        key = re.sub(pattern, name, key)
+    return key
+
+
+LATENT_DIFFUSION = (
+    (r"^encoder\.down\.", "encoder.down_blocks."),
+    (r"(blocks\.\d+)\.block\.", r"\1.resnets."),
+    (r"\.downsample\.conv\.", ".downsamplers.0.conv."),
+    (r"\.upsample\.conv\.", ".upsamplers.0.conv."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"coder\.norm_out\.", "coder.conv_norm_out."),
+)
