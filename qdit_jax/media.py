@@ -115,8 +115,13 @@ def save_npz(path: str | Path, images: Any, **arrays: Any) -> None:
 
     Further arrays, such as labels, are stored under their names.
     """
+    save_arrays(path, arr_0=_checked(images), **arrays)
+
+
+def save_arrays(path: str | Path, **arrays: Any) -> None:
+    """Writes arrays under their names to an `.npz` archive."""
     with replaced_file(path) as temporary, open(temporary, "wb") as stream:
-        np.savez(stream, _checked(images), **arrays)
+        np.savez(stream, **arrays)
 
 
 def _checked(images: Any) -> np.ndarray:

@@ -1,0 +1,148 @@
+"""What `qdit sample` does with its options."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+from qdit_jax import checkpoint as checkpoints
+from qdit_jax import diffusion, media, sampling
+from qdit_jax.errors import UserError
+
+SMALLEST_CELL = 64  # pixels; smaller pictures are enlarged in a grid
+
+
+def run_sample(args: argparse.Namespace) -> None:
+    """Samples, decodes and writes; prints what was made and how long it took.
+
+    Raises:
+        UserError: on options that do not fit the checkpoint or each other.
+    """
+    if args.out.suffix not in (".png", ".npz"):
+        raise UserError(f"--out {args.out}: the name must end with .png or .npz.")
+    if args.num_samples is not None and args.num_samples < 1:
+        raise UserError(f"--num-samples {args.num_samples}: use a positive number.")
+    checkpoint = checkpoints.load(args.checkpoint)
+    if not hasattr(checkpoint.model, "velocity"):
+        kind = type(checkpoint.model).__name__
+        raise UserError(f"{args.checkpoint} holds a {kind}, which makes no pictures by itself.")
+    if args.vae is not None:
+        checkpoint = dataclasses.replace(checkpoint, vae=checkpoints.load(args.vae))
+    check_pictures(args, checkpoint)
+    label = chosen_labels(args.labels, args.num_samples, checkpoint.model.num_classes)
+    sampler = chosen_sampler(args, checkpoint)
+    start = time.perf_counter()
+    with tqdm(total=len(label), unit="sample", file=sys.stderr) as bar:
+        images = sampling.generate(
+            checkpoint,
+            sampler,
+            label,
+            seed=args.seed,
+            guidance=args.guidance,
+            guidance_channels=args.guidance_channels,
+            batch_size=args.batch_size,
+            execution=args.execution,
+            progress_fn=bar.update,
+        )
+    seconds = time.perf_counter() - start
+    check_finite(images)
+    write(args, checkpoint, images, label)
+    print(
+        f"{args.out}: {len(label)} samples, {type(sampler).__name__} {args.steps} steps, "
+        f"guidance {args.guidance:g}, {precision(checkpoint, args.execution)}, {seconds:.1f} s."
+    )
+
+
+def precision(checkpoint: checkpoints.Checkpoint, execution: str) -> str:
+    """Returns how the numbers were computed, in words."""
+    return "full precision" if checkpoint.recipe is None else f"quantised, {execution} execution"
+
+
+def chosen_labels(text: str | None, num_samples: int | None, num_classes: int) -> np.ndarray:
+    """Returns one label a sample: those of `text`, or all classes, in turn.
+
+    Raises:
+        UserError: if `text` is no list of numbers and ranges.
+    """
+    if text is None:
+        return np.arange(num_samples or 8) % num_classes
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise UserError(
+                f"--labels {text}: {part!r} is no class; use numbers such as 207,360 or 0-9."
+            )
+        found += range(int(first), int(last or first) + 1)
+    if not found:
+        raise UserError(f"--labels {text} names no class; a range runs from low to high.")
+    return np.resize(np.array(found), num_samples or len(found))
+
+
+def chosen_sampler(
+    args: argparse.Namespace, checkpoint: checkpoints.Checkpoint
+) -> diffusion.Sampler:
+    """Returns the sampler of the options, on the schedule that the checkpoint was trained on.
+
+    Raises:
+        UserError: if the sampler does not fit what the network predicts, or the number of steps.
+    """
+    model = checkpoint.model
+    name = args.sampler or ("flow" if model.velocity else "ddim")
+    if model.velocity != (name == "flow"):
+        kind, fitting = ("a velocity", "flow") if model.velocity else ("noise", "ddim or ddpm")
+        raise UserError(f"--sampler {name}: this model predicts {kind}; use {fitting}.")
+    if args.eta and name != "ddim":
+        raise UserError(f"--eta {args.eta} is an option of ddim, not of {name}.")
+    if name == "flow":
+        if not args.steps.isdecimal() or int(args.steps) < 1:
+            raise UserError(f"--steps {args.steps}: flow takes a positive number.")
+        return diffusion.flow(int(args.steps))
+    options = {"schedule": sampling.trained_schedule(checkpoint.metadata), "clip": args.clip}
+    if name == "ddim":
+        return diffusion.ddim(args.steps, args.eta, **options)
+    variance_fn = diffusion.learned_range if model.learn_sigma else diffusion.fixed_large
+    return diffusion.ddpm(args.steps, variance_fn=variance_fn, **options)
+
+
+def check_pictures(args: argparse.Namespace, checkpoint: checkpoints.Checkpoint) -> None:
+    """Raises `UserError` if a picture is asked of latents that nothing decodes."""
+    if is_latent(checkpoint) and args.out.suffix == ".png":
+        raise UserError(
+            f"the model's {checkpoint.model.in_channels} channels are latents and {args.checkpoint} "
+            "holds no autoencoder; give --vae CHECKPOINT, or --out latents.npz."
+        )
+
+
+def is_latent(checkpoint: checkpoints.Checkpoint) -> bool:
+    return checkpoint.vae is None and checkpoint.model.in_channels not in (1, 3)
+
+
+def check_finite(images: np.ndarray) -> None:
+    """Raises `UserError` if a sample is not a finite number everywhere."""
+    bad = int((~np.isfinite(images).all(axis=(1, 2, 3))).sum())
+    if bad:
+        raise UserError(f"{bad} of {len(images)} samples are not finite; nothing was written.")
+
+
+def write(
+    args: argparse.Namespace,
+    checkpoint: checkpoints.Checkpoint,
+    images: np.ndarray,
+    label: np.ndarray,
+) -> None:
+    """Writes the grid with its captions, or the archive with its labels."""
+    if is_latent(checkpoint):
+        media.save_arrays(args.out, latents=images, label=label)
+    elif args.out.suffix == ".npz":
+        media.save_npz(args.out, images, label=label)
+    else:
+        names = checkpoint.metadata.get("id2label", {})
+        captions = [str(names.get(str(i), i)).partition(",")[0] for i in label]
+        scale = -(-SMALLEST_CELL // images.shape[1])
+        media.save_grid(args.out, images, columns=args.columns, labels=captions, scale=scale)
