@@ -1,6 +1,13 @@
 """One array: specs, ranges, packed codes, `QTensor`, and the quantisers of weights and inputs."""
 
 from qdit_jax.quant import formats, packing, ranges
+from qdit_jax.quant.act import (
+    ActQuant,
+    fake_quantize,
+    group_extremes,
+    select_rows,
+    static_act_quant,
+)
 from qdit_jax.quant.qtensor import (
     QTensor,
     dequantize,
@@ -11,18 +18,26 @@ from qdit_jax.quant.qtensor import (
     quantize,
 )
 from qdit_jax.quant.specs import ActSpec, WeightSpec
+from qdit_jax.quant.traced import fake_quantize_kernel_traced, fake_quantize_traced
 
 __all__ = [
+    "ActQuant",
     "ActSpec",
     "QTensor",
     "WeightSpec",
     "dequantize",
+    "fake_quantize",
+    "fake_quantize_kernel_traced",
+    "fake_quantize_traced",
     "formats",
     "from_codes",
+    "group_extremes",
     "integer_codes",
     "nbytes",
     "packed_nbytes",
     "packing",
     "quantize",
     "ranges",
+    "select_rows",
+    "static_act_quant",
 ]

@@ -25,7 +25,7 @@ def num_groups(num_channels: int, group_size: int) -> int:
 
 def map_groups(
     fn: Callable, w: Shaped[Array, "K N"], group_size: int, channel_group: int = 1
-) -> Shaped[Array, "G N"] | tuple:
+) -> Shaped[Array, "G B"] | tuple:
     """Returns `fn` of every group, stacked along G.
 
     `fn` takes `[G, S, N // C]` (S counts the members of a group, the C neighbouring output

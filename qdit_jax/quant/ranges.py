@@ -19,7 +19,8 @@ from jaxtyping import Array, Float
 
 from qdit_jax.quant import grid_search
 
-Limits = tuple[Float[Array, "*any"], Float[Array, "..."]]
+Values = Float[Array, "..."]
+Limits = tuple[Values, Values]
 
 
 def max_code(bits: int, symmetric: bool) -> int:
@@ -41,7 +42,7 @@ def exact_quotient(x: Float[Array, "*s"], divisor: int) -> Float[Array, "*s"]:
     return x / jax.lax.optimization_barrier(jnp.full_like(x, divisor))
 
 
-def extremes(x: Float[Array, "*any"], axis: int) -> Limits:
+def extremes(x: Values, axis: int) -> Limits:
     """Returns the least and the greatest value along `axis`, which is removed."""
     return jnp.min(x, axis=axis), jnp.max(x, axis=axis)
 
@@ -71,11 +72,11 @@ class RangeRule:
         """Returns the interval to cover, given a group's least and greatest value."""
         raise NotImplementedError
 
-    def limits(self, x: Float[Array, "*any"], bits: int, symmetric: bool, axis: int) -> Limits:
+    def limits(self, x: Values, bits: int, symmetric: bool, axis: int) -> Limits:
         """Returns the interval to cover for every group; `axis` (the members) is removed."""
         return self.limits_from_extremes(*extremes(x, axis), bits, symmetric)
 
-    def scale(self, low: Any, high: Any, bits: int, symmetric: bool) -> Float[Array, "*any"]:
+    def scale(self, low: Any, high: Any, bits: int, symmetric: bool) -> Values:
         """Returns the step of the codes on `[low, high]`; 1 where the interval is a point."""
         top = max_code(bits, symmetric)
         return positive_or_one(exact_quotient(high if symmetric else high - low, top))
@@ -137,7 +138,7 @@ class Percentile(RangeRule):
         if not 0.5 < self.p <= 1:
             raise ValueError(f"p={self.p} is not an upper quantile; use a number in (0.5, 1].")
 
-    def limits(self, x: Float[Array, "*any"], bits: int, symmetric: bool, axis: int) -> Limits:
+    def limits(self, x: Values, bits: int, symmetric: bool, axis: int) -> Limits:
         """See `RangeRule`."""
         if symmetric:
             high = jnp.quantile(jnp.abs(x), self.p, axis=axis)
@@ -172,7 +173,7 @@ class Mse(RangeRule):
         """Returns the rule whose interval is shrunk."""
         return MinMax()
 
-    def limits(self, x: Float[Array, "*any"], bits: int, symmetric: bool, axis: int) -> Limits:
+    def limits(self, x: Values, bits: int, symmetric: bool, axis: int) -> Limits:
         """See `RangeRule`."""
         low, high = self.widest().limits(x, bits, symmetric, axis)
         ratio = grid_search.best_ratio(
@@ -205,7 +206,7 @@ class Authors(RangeRule):
         # `scale`, which rounds once instead of twice.
         return jax.lax.optimization_barrier((low * self.clip, high * self.clip))
 
-    def scale(self, low: Any, high: Any, bits: int, symmetric: bool) -> Float[Array, "*any"]:
+    def scale(self, low: Any, high: Any, bits: int, symmetric: bool) -> Values:
         """See `RangeRule`; the interval is at least 1e-5 wide."""
         top = max_code(bits, symmetric)
         return exact_quotient(high if symmetric else jnp.maximum(high - low, 1e-5), top)
@@ -224,7 +225,7 @@ class AuthorsMse(Mse):
         """See `Mse`."""
         return Authors()
 
-    def scale(self, low: Any, high: Any, bits: int, symmetric: bool) -> Float[Array, "*any"]:
+    def scale(self, low: Any, high: Any, bits: int, symmetric: bool) -> Values:
         """See `Authors`."""
         return Authors().scale(low, high, bits, symmetric)
 
@@ -253,7 +254,7 @@ class AuthorsGptq(RangeRule):
         empty = (low == 0) & (high == 0)
         return jnp.where(empty, -1.0, low), jnp.where(empty, 1.0, high)
 
-    def scale(self, low: Any, high: Any, bits: int, symmetric: bool) -> Float[Array, "*any"]:
+    def scale(self, low: Any, high: Any, bits: int, symmetric: bool) -> Values:
         """See `RangeRule`."""
         return exact_quotient((high - low) * self.clip, 2**bits - 1)
 

@@ -1,0 +1,234 @@
+"""Quantising the inputs of linear layers: dynamic, static, or one row of scales a timestep.
+
+Dimensions: K channels, G groups along K, S rows of a table of scales, B samples.
+The equation is that of weights, per token: `x' = (code - zero_point) * scale - shift`, with
+`code = clip(round((x + shift) / scale) + zero_point)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from qdit_jax.quant import groups
+from qdit_jax.quant.qtensor import zero_point_of
+from qdit_jax.quant.specs import ActSpec
+
+
+def code_limits(spec: ActSpec) -> tuple[int, int]:
+    """Returns the least and the greatest code of `spec`."""
+    if spec.symmetric and not spec.unsigned:
+        return -(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1
+    return 0, 2**spec.bits - 1
+
+
+def grid_of_limits(low: Any, high: Any, spec: ActSpec) -> tuple[Any, Any]:
+    """Returns (scale, zero_point) of the interval `[low, high]`; zero_point None if symmetric."""
+    if spec.unsigned:
+        return spec.range_fn.scale(jnp.zeros_like(high), high, spec.bits, False), None
+    scale = spec.range_fn.scale(low, high, spec.bits, spec.symmetric)
+    return scale, None if spec.symmetric else zero_point_of(low, scale, spec.bits)
+
+
+def dynamic_grid(x: Float[Array, "*lead K"], spec: ActSpec) -> tuple[Any, Any]:
+    """Returns (scale, zero_point), float32 `[*lead, G]`, from the values of `x` themselves.
+
+    A shorter last group has its own statistics. zero_point is None if symmetric. `spec.shift`
+    is not added here.
+    """
+    size = groups.effective_group_size(x.shape[-1], spec.group_size)
+    full = x.shape[-1] // size * size
+    grids = []
+    if full:
+        members = x[..., :full].reshape(*x.shape[:-1], full // size, size)
+        grids.append(_grid_of_members(members, spec))
+    if full < x.shape[-1]:
+        grids.append(_grid_of_members(x[..., None, full:], spec))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-1), *grids)
+
+
+def _grid_of_members(members: Float[Array, "*lead G S"], spec: ActSpec) -> tuple[Any, Any]:
+    symmetric = spec.symmetric and not spec.unsigned
+    limits = spec.range_fn.limits(members, spec.bits, symmetric, members.ndim - 1)
+    return grid_of_limits(*limits, spec)
+
+
+def expand_to_channels(
+    values: Float[Array, "*lead G"], num_channels: int, group_size: int
+) -> Float[Array, "*lead K"]:
+    """Returns one value per channel from one value per group."""
+    size = groups.effective_group_size(num_channels, group_size)
+    wide = jnp.broadcast_to(values[..., None], (*values.shape, size))
+    return wide.reshape(*values.shape[:-1], -1)[..., :num_channels]
+
+
+def codes_of(
+    x: Float[Array, "*lead K"], scale: Any, zero_point: Any, spec: ActSpec
+) -> Float[Array, "*lead K"]:
+    """Returns the codes of `x` (shift already added) as whole floats.
+
+    `scale` and `zero_point` are `[*lead or broadcastable, G]`.
+    """
+    lowest, highest = code_limits(spec)
+    codes = jnp.round(x / expand_to_channels(scale, x.shape[-1], spec.group_size))
+    if zero_point is not None:
+        codes = codes + expand_to_channels(zero_point, x.shape[-1], spec.group_size)
+    return jnp.clip(codes, lowest, highest)
+
+
+def values_of(
+    codes: Float[Array, "*lead K"], scale: Any, zero_point: Any, spec: ActSpec
+) -> Float[Array, "*lead K"]:
+    """Returns the values that codes stand for, `spec.shift` taken off again."""
+    if zero_point is not None:
+        codes = codes - expand_to_channels(zero_point, codes.shape[-1], spec.group_size)
+    values = codes * expand_to_channels(scale, codes.shape[-1], spec.group_size)
+    return values - spec.shift if spec.shift else values
+
+
+@partial(jax.jit, static_argnames="spec")
+def fake_quantize(x: Float[Array, "*lead K"], spec: ActSpec) -> Float[Array, "*lead K"]:
+    """Returns `x` rounded to the grid of each token's groups, in the dtype of `x`.
+
+    Any K works with any group size; the arithmetic is float32.
+
+    Raises:
+        ValueError: if `spec` is static: its scales come from calibration, see `ActQuant`.
+    """
+    if spec.mode == "static":
+        raise ValueError("a static ActSpec needs calibrated scales; use an ActQuant that has them.")
+    if spec.fmt is not None:
+        return spec.fmt.fake_quantize(x, spec.group_size).astype(x.dtype)
+    shifted = x.astype(jnp.float32) + spec.shift
+    scale, zero_point = dynamic_grid(shifted, spec)
+    return _round_trip(shifted, scale, zero_point, spec).astype(x.dtype)
+
+
+def _round_trip(x: Any, scale: Any, zero_point: Any, spec: ActSpec) -> Any:
+    return values_of(codes_of(x, scale, zero_point, spec), scale, zero_point, spec)
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["scale", "zero_point"], meta_fields=["spec"]
+)
+@dataclasses.dataclass(frozen=True)
+class ActQuant:
+    """An activation quantiser with what it has learned in calibration.
+
+    Attributes:
+        spec: static settings.
+        scale: None when dynamic; static: `[G]` (`[1]`: one for the tensor), or a table `[S, G]`
+            with one row a sampling step or timestep bucket, from which `at` picks.
+        zero_point: like `scale`, whole numbers; None when symmetric or dynamic.
+    """
+
+    spec: ActSpec
+    scale: Any = None
+    zero_point: Any = None
+
+    @property
+    def is_table(self) -> bool:
+        """Whether a row must be picked with `at` first."""
+        return self.scale is not None and self.scale.ndim == 2
+
+    def at(self, index: Any) -> ActQuant:
+        """Returns the quantiser of row `index` of the table (an integer, traced or not).
+
+        An index `[B]` gives every sample its own row. Without a table, returns itself.
+        """
+        if not self.is_table:
+            return self
+        index = jnp.asarray(index)
+
+        def pick(table: Any) -> Any:
+            rows = table[index]
+            return rows[:, None, :] if index.ndim else rows  # [B, 1, G] or [G]
+
+        zero_point = None if self.zero_point is None else pick(self.zero_point)
+        return ActQuant(self.spec, pick(self.scale), zero_point)
+
+    def grid(self, x: Float[Array, "*lead K"]) -> tuple[Any, Any]:
+        """Returns (scale, zero_point) for `x` (shift added), broadcastable to `[*lead, G]`.
+
+        Raises:
+            ValueError: if scales are missing, are still a table, or do not fit K.
+        """
+        if self.spec.mode == "dynamic":
+            return dynamic_grid(x, self.spec)
+        self._check_scales(x.shape[-1])
+        if self.scale.ndim == 1:
+            return self.scale, self.zero_point
+        lead = (self.scale.shape[0],) + (1,) * (x.ndim - 2)
+        return jax.tree.map(lambda a: a.reshape(*lead, -1), (self.scale, self.zero_point))
+
+    def __call__(self, x: Float[Array, "*lead K"]) -> Float[Array, "*lead K"]:
+        """Returns `x` fake-quantised, in the dtype of `x`."""
+        if self.spec.mode == "dynamic":
+            return fake_quantize(x, self.spec)
+        shifted = x.astype(jnp.float32) + self.spec.shift
+        return _round_trip(shifted, *self.grid(shifted), self.spec).astype(x.dtype)
+
+    def _check_scales(self, num_channels: int) -> None:
+        if self.scale is None:
+            raise ValueError("a static ActQuant has no scales; calibrate it first.")
+        if self.is_table:
+            raise ValueError(
+                f"scale is a table of {self.scale.shape[0]} rows; pick one with `at(index)`."
+            )
+        expected = groups.num_groups(num_channels, self.spec.group_size)
+        if self.scale.shape[-1] != expected:
+            raise ValueError(
+                f"scale has {self.scale.shape[-1]} groups, but {num_channels} channels make "
+                f"{expected} groups of {self.spec.group_size}."
+            )
+
+
+def static_act_quant(low: Any, high: Any, spec: ActSpec) -> ActQuant:
+    """Returns the static quantiser of calibrated extremes `[G]` or, a row a step, `[S, G]`.
+
+    `low` and `high` are the least and greatest values seen, `spec.shift` not yet added.
+
+    Raises:
+        ValueError: if `spec` is dynamic or its range rule needs more than the extremes; such a
+            rule's limits can be computed from samples and passed with `range_fn=ranges.minmax`.
+    """
+    if spec.mode != "static":
+        raise ValueError("a dynamic ActSpec takes no calibrated range; use mode='static'.")
+    if not spec.range_fn.from_extremes:
+        raise ValueError(
+            f"range rule {spec.range_fn.name!r} needs samples, not extremes; compute its limits "
+            "from samples and use range_fn=ranges.minmax here."
+        )
+    low = jnp.asarray(low, jnp.float32) + spec.shift
+    high = jnp.asarray(high, jnp.float32) + spec.shift
+    if low.shape != high.shape or low.ndim not in (1, 2):
+        raise ValueError(f"low {low.shape} and high {high.shape} must both be [G] or [S, G].")
+    symmetric = spec.symmetric and not spec.unsigned
+    limits = spec.range_fn.limits_from_extremes(low, high, spec.bits, symmetric)
+    return ActQuant(spec, *grid_of_limits(*limits, spec))
+
+
+def select_rows(tree: Any, index: Any) -> Any:
+    """Returns `tree` with every `ActQuant` table replaced by its row `index`, as in `at`."""
+    return jax.tree.map(
+        lambda node: node.at(index) if isinstance(node, ActQuant) else node,
+        tree,
+        is_leaf=lambda node: isinstance(node, ActQuant),
+    )
+
+
+def group_extremes(x: Float[Array, "*lead K"], group_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the least and greatest value of every group over all leading axes, `[G]` each."""
+    size = groups.effective_group_size(x.shape[-1], group_size)
+    starts = np.arange(0, x.shape[-1], size)
+    rows = np.asarray(x, np.float32).reshape(-1, x.shape[-1])
+    return (
+        np.minimum.reduceat(rows.min(axis=0), starts),
+        np.maximum.reduceat(rows.max(axis=0), starts),
+    )
