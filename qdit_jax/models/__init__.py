@@ -7,11 +7,13 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+import jax
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 
 from qdit_jax.models.dit import DiT, published_config
 
-__all__ = ["DiT", "build_model", "config_of", "family_of", "published_config"]
+__all__ = ["DiT", "abstract_params", "build_model", "config_of", "family_of", "published_config"]
 
 # Family name -> (module, class); modules load when they are first asked for.
 FAMILIES = {
@@ -61,3 +63,10 @@ def model_class(family: str) -> Callable[..., nn.Module]:
 
 def tuple_of_list(value: Any) -> Any:
     return tuple(tuple_of_list(v) for v in value) if isinstance(value, list) else value
+
+
+def abstract_params(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the path (joined by `/`), shape and dtype of every parameter, computing nothing."""
+    inputs = model.example_inputs()
+    variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    return flatten_dict(variables["params"], sep="/")

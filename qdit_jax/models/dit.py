@@ -121,7 +121,11 @@ class DiT(nn.Module):
         c = c + LabelEmbedder(num_rows, self.hidden_size, name="y_embedder")(label)
         for i in range(self.depth):
             tokens = Block(
-                self.num_heads, self.mlp_ratio, self.mlp_norm_eps, self.execution, name=f"blocks_{i}"
+                self.num_heads,
+                self.mlp_ratio,
+                self.mlp_norm_eps,
+                self.execution,
+                name=f"blocks_{i}",
             )(tokens, c)
         channels = self.in_channels * (2 if self.learn_sigma else 1)
         p = self.patch_size
@@ -129,6 +133,16 @@ class DiT(nn.Module):
         out = out.reshape(-1, rows, columns, p, p, channels).transpose(0, 1, 3, 2, 4, 5)
         out = out.reshape(-1, rows * p, columns * p, channels)
         return out[..., : self.in_channels] if self.velocity else out
+
+    def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Returns abstract arguments of a call with one sample, to trace the network with."""
+        size = self.input_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return (
+            jax.ShapeDtypeStruct((1, height, width, self.in_channels), jnp.float32),
+            jax.ShapeDtypeStruct((1,), jnp.float32),
+            jax.ShapeDtypeStruct((1,), jnp.int32),
+        )
 
     def grid_size(self, x: Float[Array, "B H W C"]) -> tuple[int, int]:
         """Returns the rows and columns of tokens; raises `ValueError` for another input size."""
@@ -140,7 +154,9 @@ class DiT(nn.Module):
                 f"{self.in_channels}]."
             )
         if any(n % self.patch_size for n in expected):
-            raise ValueError(f"input_size={expected} is not divisible by patch_size={self.patch_size}.")
+            raise ValueError(
+                f"input_size={expected} is not divisible by patch_size={self.patch_size}."
+            )
         return expected[0] // self.patch_size, expected[1] // self.patch_size
 
     def init_positions(self, key: Array, shape: tuple[int, ...]) -> Array:

@@ -132,7 +132,7 @@ class LabelEmbedder(nn.Module):
     def __call__(self, label: Num[Array, " B"]) -> Float[Array, "B D"]:
         init = nn.initializers.normal(0.02)
         table = stored(self, "embedding_table", init, (self.num_rows, self.hidden_size))
-        return table[label]
+        return jnp.asarray(table)[label]
 
 
 class Attention(nn.Module):
@@ -189,7 +189,9 @@ def modulate(
 
 def sincos_positions(width: int, height_width: tuple[int, int]) -> np.ndarray:
     """Returns the 2-D sin-cos table `[T, D]`: first half the column, second the row; tokens row-major."""
-    rows, columns = np.meshgrid(*(np.arange(n, dtype=np.float64) for n in height_width), indexing="ij")
+    rows, columns = np.meshgrid(
+        *(np.arange(n, dtype=np.float64) for n in height_width), indexing="ij"
+    )
     frequencies = 10_000 ** -(np.arange(width // 4, dtype=np.float64) / (width / 4))
     halves = []
     for position in (columns, rows):

@@ -1,0 +1,44 @@
+"""Diffusion transformers in 4 to 8 bits in JAX.
+
+`params -> quantize_params -> params`; the network is called the same way before and after.
+"""
+
+from qdit_jax import quant
+from qdit_jax.calibration import calibrate
+from qdit_jax.checkpoint import Checkpoint, load, save
+from qdit_jax.diffusion import ddim, ddpm, flow, sample
+from qdit_jax.errors import UserError
+from qdit_jax.kernels import quantized_matmul
+from qdit_jax.ptq import LayerSpec, Recipe, Rule, Stats, plan, quantize_params
+from qdit_jax.quant import ActSpec, QTensor, WeightSpec, dequantize, quantize, ranges
+from qdit_jax.sampling import denoiser, generate
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActSpec",
+    "Checkpoint",
+    "LayerSpec",
+    "QTensor",
+    "Recipe",
+    "Rule",
+    "Stats",
+    "UserError",
+    "WeightSpec",
+    "calibrate",
+    "ddim",
+    "ddpm",
+    "denoiser",
+    "dequantize",
+    "flow",
+    "generate",
+    "load",
+    "plan",
+    "quant",
+    "quantize",
+    "quantize_params",
+    "quantized_matmul",
+    "ranges",
+    "sample",
+    "save",
+]

@@ -1,0 +1,52 @@
+"""The command line: one verb a stage, each in a file of its own."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+VERBS = ("convert", "inspect", "calibrate", "quantize", "sample", "evaluate", "demo")
+DESCRIPTION = """\
+Diffusion transformers in 4 to 8 bits in JAX.
+
+The road: a PyTorch checkpoint goes in, a quantised model and pictures come out.
+
+  qdit convert DiT-XL-2-256x256.pt xl2        # PyTorch weights to a checkpoint folder
+  qdit inspect xl2                            # what is in it
+  qdit quantize xl2 xl2-w4a8 --recipe w4a8    # a smaller checkpoint
+  qdit sample xl2-w4a8 --labels 207,360 --out grid.png
+  qdit demo                                   # all of it, on the model that the package carries
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit status: 0, or 2 after one sentence on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="qdit", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb in VERBS:
+        import_module(f"qdit_jax.cli.{verb}").add_parser(subparsers)
+    args = parser.parse_args(argv)
+    use_compilation_cache()
+    try:
+        args.run(args)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"qdit: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("qdit: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, in `$JAX_COMPILATION_CACHE_DIR` or the user's cache."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(base / "qdit_jax" / "xla")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")

@@ -1,0 +1,56 @@
+"""`qdit calibrate`: statistics of the layers' inputs over timesteps."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+HELP = """\
+Record the range of every linear layer's input, by channel, at every timestep of sampling,
+for labels and for the null class. Static activation scales are made from it.
+
+example:
+  qdit calibrate xl2 stats.npz --num-samples 64 --steps 50
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "calibrate",
+        help="record activation statistics",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a full-precision checkpoint")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the .npz file to write")
+    parser.add_argument("--num-samples", type=int, default=256, help="trajectories (default 256)")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=50, help="steps a trajectory (default 50)")
+    parser.add_argument("--guidance", type=float, default=1.5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    import jax
+    from tqdm import tqdm
+
+    import qdit_jax as qdit
+    from qdit_jax.calibration import default_sampler
+
+    if args.out.suffix != ".npz":
+        raise qdit.UserError(f"OUT={args.out} must end in .npz.")
+    checkpoint = qdit.load(args.checkpoint)
+    with tqdm(total=args.num_samples, unit="sample", disable=None) as bar:
+        stats = qdit.calibrate(
+            checkpoint,
+            jax.random.key(args.seed),
+            args.num_samples,
+            sampler=default_sampler(checkpoint, args.steps),
+            guidance=args.guidance,
+            batch_size=args.batch_size,
+            progress_fn=bar.update,
+        )
+    stats.save(args.out)
+    print(f"wrote {args.out}: {len(stats.low)} layers at {len(stats.timesteps)} timesteps")

@@ -1,0 +1,148 @@
+"""`qdit quantize`: a checkpoint in, a smaller one out."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+HELP = """\
+Quantise a checkpoint's linear layers in groups of input channels.
+
+The weights are stored as packed codes with one scale (and zero point) a group; the activations are
+quantised while the network runs, per token and group. The new checkpoint needs no other file.
+
+examples:
+  qdit quantize xl2 xl2-w4a8 --recipe w4a8 --group-size 128
+  qdit quantize xl2 xl2-w8a8 --recipe w8a8 --group-size 0       # one scale a channel
+  qdit quantize xl2 out --recipe recipe.json                    # per-layer settings
+  qdit quantize xl2 out --recipe w4a8 --dry-run                 # the plan only, writes nothing
+  qdit quantize xl2 out --recipe w4a8 --act-mode static --stats stats.npz
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "quantize",
+        help="quantise a checkpoint",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a checkpoint folder")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
+    parser.add_argument(
+        "--recipe", required=True, help="w4a8, w6a8, w8a8, ... (w<bits>a<bits>), or a recipe.json"
+    )
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        help="input channels a scale; 0 is the whole channel (default 128)",
+    )
+    parser.add_argument(
+        "--act-group-size", type=int, help="of the activations; the weights' if absent"
+    )
+    parser.add_argument("--symmetric", action="store_true", help="no zero points")
+    parser.add_argument("--act-mode", choices=("dynamic", "static"), default="dynamic")
+    parser.add_argument("--layers", help="regular expression of the layers a preset quantises")
+    parser.add_argument(
+        "--stats", type=Path, help="from `qdit calibrate`; static activations need it"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    import qdit_jax as qdit
+    from qdit_jax.files import check_free
+    from qdit_jax.ptq import sqnr_db
+
+    if not args.dry_run:
+        check_free(args.out, args.force)
+    checkpoint = qdit.load(args.checkpoint)
+    recipe = recipe_of(args, checkpoint.params)
+    plans = {p.path: p for p in qdit.plan(checkpoint.params, recipe)}
+    needs_stats = any(rule.spec.act and rule.spec.act.mode == "static" for rule in recipe.rules)
+    if needs_stats and not args.dry_run and args.stats is None:
+        raise qdit.UserError("static activations need --stats FILE from `qdit calibrate`.")
+    width = max(map(len, plans), default=10)
+    print(
+        f"{'layer':{width}}  {'K x N':>11}  weights   inputs    bytes before     after  error, dB"
+    )
+
+    def show(path: str, error: str) -> None:
+        plan = plans[path]
+        shape = f"{plan.shape[0]} x {plan.shape[1]}"
+        print(
+            f"{path:{width}}  {shape:>11}  {describe(plan.spec.weight):8}  {describe(plan.spec.act):8}"
+            f"  {plan.bytes_before:12,}  {plan.bytes_after:8,}  {error:>9}",
+            flush=True,
+        )
+
+    if args.dry_run:
+        for path in plans:
+            show(path, "-")
+        print_totals(plans.values(), checkpoint.params)
+        return
+    stats = None if args.stats is None else qdit.Stats.load(args.stats)
+    params = qdit.quantize_params(
+        checkpoint.params,
+        recipe=recipe,
+        stats=stats,
+        on_layer=lambda path, w, q: show(path, f"{sqnr_db(w, q):.1f}"),
+    )
+    print_totals(plans.values(), params)
+    metadata = {**checkpoint.metadata, "quantized_from": str(args.checkpoint)}
+    qdit.save(
+        args.out,
+        qdit.Checkpoint(checkpoint.model, params, recipe, metadata, checkpoint.vae),
+        overwrite=args.force,
+    )
+    print(f"wrote {args.out}")
+
+
+def recipe_of(args: argparse.Namespace, params: Any) -> Any:
+    """Returns the recipe that `--recipe` names, a preset or a file.
+
+    Raises:
+        UserError: if options of a preset accompany a file.
+    """
+    import qdit_jax as qdit
+    from qdit_jax.ptq.recipe import BLOCK_LINEARS, PRESET
+
+    if PRESET.fullmatch(args.recipe):
+        return qdit.Recipe.preset(
+            args.recipe,
+            params,
+            group_size=128 if args.group_size is None else args.group_size,
+            symmetric=args.symmetric,
+            act_group_size=args.act_group_size,
+            act_mode=args.act_mode,
+            layers=args.layers or BLOCK_LINEARS,
+        )
+    given = [name for name in ("group_size", "act_group_size", "layers") if getattr(args, name)]
+    if given or args.symmetric or args.act_mode != "dynamic":
+        raise qdit.UserError(
+            f"--recipe {args.recipe} is a file (or no preset): options such as --group-size belong "
+            "to presets like w4a8; write them into the file."
+        )
+    return qdit.Recipe.from_json(args.recipe)
+
+
+def describe(spec: Any) -> str:
+    """Returns a spec in few letters, such as `4b g128`."""
+    if spec is None:
+        return "-"
+    return f"{spec.bits}b g{spec.group_size}" + ("s" if spec.symmetric else "")
+
+
+def print_totals(plans: Any, params: Any) -> None:
+    import jax
+
+    before = sum(plan.bytes_before for plan in plans)
+    after = sum(plan.bytes_after for plan in plans)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    print(
+        f"{len(plans)} layers: {before:,} -> {after:,} bytes by the formula "
+        f"({before / max(after, 1):.2f}x smaller); all parameters now {held:,} bytes"
+    )

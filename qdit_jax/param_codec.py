@@ -1,0 +1,97 @@
+"""Parameter trees as plain arrays plus a JSON description, and back.
+
+A quantised leaf is a dataclass: its array fields become arrays, its static fields JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from qdit_jax.quant import ActQuant, ActSpec, QTensor, formats
+
+LEAF_TYPES = {"QTensor": QTensor, "ActQuant": ActQuant}
+
+
+def encode_params(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns nested dicts of arrays, and a manifest `{path: description}` of every leaf."""
+    arrays, manifest = {}, {}
+    for path, leaf in flatten_dict(params, sep="/").items():
+        name = type(leaf).__name__
+        if name not in LEAF_TYPES:
+            arrays[path] = leaf
+            manifest[path] = {"type": "array", **shape_and_dtype(leaf)}
+            continue
+        held, static = split_fields(leaf)
+        arrays |= {f"{path}/{field}": array for field, array in held.items()}
+        described = {field: shape_and_dtype(array) for field, array in held.items()}
+        manifest[path] = {"type": name, "arrays": described, **static}
+    return unflatten_dict(arrays, sep="/"), manifest
+
+
+def decode_params(arrays: dict[str, Any], manifest: dict[str, Any]) -> Any:
+    """Returns the parameter tree that `encode_params` took apart."""
+    flat = flatten_dict(arrays, sep="/")
+    params = {}
+    for path, described in manifest.items():
+        if described["type"] == "array":
+            params[path] = flat[path]
+            continue
+        static = {k: v for k, v in described.items() if k not in ("type", "arrays")}
+        held = {field: flat[f"{path}/{field}"] for field in described["arrays"]}
+        params[path] = LEAF_TYPES[described["type"]](**held, **from_json(static))
+    return unflatten_dict(params, sep="/")
+
+
+def abstract_arrays(manifest: dict[str, Any], sharding: jax.sharding.Sharding) -> dict[str, Any]:
+    """Returns the nested dicts of `encode_params` with shapes in place of arrays."""
+    flat = {}
+    for path, described in manifest.items():
+        fields = (
+            {path: described}
+            if described["type"] == "array"
+            else {f"{path}/{field}": array for field, array in described["arrays"].items()}
+        )
+        for name, array in fields.items():
+            shape, dtype = tuple(array["shape"]), np.dtype(array["dtype"])
+            flat[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    return unflatten_dict(flat, sep="/")
+
+
+def logical_shapes(manifest: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every parameter as the network sees it, quantised or not."""
+    leaves = {path: d for path, d in manifest.items() if d["type"] != "ActQuant"}
+    return {path: tuple(described["shape"]) for path, described in leaves.items()}
+
+
+def split_fields(leaf: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the array fields and the JSON-able static fields of a quantised leaf."""
+    held, static = {}, {}
+    for field in dataclasses.fields(leaf):
+        value = getattr(leaf, field.name)
+        if hasattr(value, "shape") and hasattr(value, "dtype"):
+            held[field.name] = value
+        elif value is not None:
+            static[field.name] = to_json(value)
+    return held, static
+
+
+def to_json(value: Any) -> Any:
+    if isinstance(value, ActSpec):
+        return value.to_json()
+    if isinstance(value, formats.Format):
+        return value.name
+    return list(value) if isinstance(value, tuple) else value
+
+
+def from_json(static: dict[str, Any]) -> dict[str, Any]:
+    decoders = {"spec": ActSpec.from_json, "fmt": formats.by_name, "shape": tuple}
+    return {k: decoders[k](v) if k in decoders else v for k, v in static.items()}
+
+
+def shape_and_dtype(array: Any) -> dict[str, Any]:
+    return {"shape": list(array.shape), "dtype": np.dtype(array.dtype).name}

@@ -1,0 +1,126 @@
+"""The transform: a parameter tree in, the same tree with quantised leaves out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from qdit_jax.ptq.recipe import LayerSpec, Recipe
+from qdit_jax.ptq.stats import Stats
+from qdit_jax.quant import ActQuant, QTensor, WeightSpec, dequantize, packed_nbytes, quantize
+from qdit_jax.quant.act import group_extremes, static_act_quant
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """What quantising one layer does to its kernel `[K, N]`; bytes before and after."""
+
+    path: str
+    shape: tuple[int, int]
+    spec: LayerSpec
+    bytes_before: int
+    bytes_after: int
+
+
+def plan(params: Any, recipe: Recipe) -> list[LayerPlan]:
+    """Returns what `quantize_params` would do, layer by layer, computing nothing.
+
+    Raises:
+        ValueError: as `quantize_params`.
+    """
+    flat = flatten_dict(params, sep="/")
+    plans = []
+    for path, spec in recipe.resolve(params).items():
+        kernel = flat.get(f"{path}/kernel")
+        if kernel is None:
+            continue
+        check_unquantized(path, kernel)
+        k, n = matrix_shape(kernel)
+        before = k * n * np.dtype(kernel.dtype).itemsize
+        after = before if spec.weight is None else packed_nbytes(k, n, spec.weight)
+        plans.append(LayerPlan(path, (k, n), spec, before, after))
+    return plans
+
+
+def quantize_params(
+    params: Any,
+    *,
+    recipe: Recipe,
+    stats: Stats | None = None,
+    quantize_fn: Callable[[str, Any, WeightSpec], QTensor] | None = None,
+    on_layer: Callable[[str, Any, QTensor], None] | None = None,
+) -> Any:
+    """Returns `params` with each kernel that `recipe` names as a `QTensor`.
+
+    A layer whose input is quantised gains an `act_quant` entry; an operand `q` of an attention
+    product gains `q_quant` beside `qkv`. Nothing else changes and no array is copied.
+
+    Args:
+        recipe: which layers, and to what.
+        stats: calibration statistics, for static activation scales only.
+        quantize_fn: `(path, kernel [K, N], spec) -> QTensor`; rounding to nearest when None.
+        on_layer: called with the path, the kernel and its `QTensor` after each layer.
+
+    Raises:
+        ValueError: if a rule of the recipe matches no layer, a layer is quantised already, or
+            statistics are needed and absent.
+    """
+    flat = dict(flatten_dict(params, sep="/"))
+    for path, spec in recipe.resolve(params).items():
+        kernel = flat.get(f"{path}/kernel")
+        if spec.act is not None:
+            name = f"{path}_quant" if kernel is None else f"{path}/act_quant"
+            flat[name] = act_quantizer(path, spec.act, stats)
+        if kernel is None or spec.weight is None:
+            continue
+        check_unquantized(path, kernel)
+        matrix = jnp.asarray(kernel).reshape(matrix_shape(kernel))
+        q = (
+            quantize(matrix, spec.weight)
+            if quantize_fn is None
+            else quantize_fn(path, matrix, spec.weight)
+        )
+        flat[f"{path}/kernel"] = q
+        if on_layer is not None:
+            on_layer(path, matrix, q)
+    return unflatten_dict(flat, sep="/")
+
+
+def act_quantizer(path: str, spec: Any, stats: Stats | None) -> ActQuant:
+    """Returns the activation quantiser of one layer; static ones take their range from `stats`."""
+    if spec.mode == "dynamic":
+        return ActQuant(spec)
+    if stats is None or path not in stats.low:
+        raise ValueError(
+            f"the recipe quantises the input of {path} with mode='static', which needs calibration "
+            "statistics of that layer; pass stats=calibrate(...), or use mode='dynamic'."
+        )
+    seen = np.concatenate([stats.low[path], stats.high[path]])  # [2S, K]
+    return static_act_quant(*group_extremes(seen, spec.group_size), spec)
+
+
+def sqnr_db(w: jax.Array, q: QTensor) -> float:
+    """Returns the signal-to-quantisation-noise ratio of a kernel in dB."""
+    signal = jnp.asarray(w, jnp.float32)
+    noise = dequantize(q) - signal
+    ratio = jnp.sum(jnp.square(signal)) / jnp.maximum(jnp.sum(jnp.square(noise)), 1e-30)
+    return float(10 * jnp.log10(jnp.maximum(ratio, 1e-30)))
+
+
+def check_unquantized(path: str, kernel: Any) -> None:
+    if isinstance(kernel, QTensor):
+        raise ValueError(
+            f"{path} is quantised already ({kernel.bits} bits); start from the full-precision "
+            "checkpoint."
+        )
+
+
+def matrix_shape(kernel: Any) -> tuple[int, int]:
+    """Returns a kernel's shape with all input axes as one: `(K, N)`."""
+    return int(np.prod(kernel.shape[:-1])), int(kernel.shape[-1])
