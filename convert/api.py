@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -68,6 +69,7 @@ def convert(
     )
     checkpoint = to_checkpoint(read)
     if out is not None:
+        _check_space(Path(out), read)
         try:
             save(out, checkpoint, overwrite=force)
         except OSError as error:
@@ -135,6 +137,8 @@ def open_source(
     """Returns the networks in `src` (the VAE of a pipeline second), and what else to keep."""
     if not src.exists():
         raise UserError(f"{src} does not exist.")
+    if (src / "model.json").is_file():
+        raise UserError(f"{src} is a checkpoint of this library already.")
     if not is_pipeline(src):
         return [open_network(src, family, choices, weights)], {}
     transformer, vae, kept = read_pipeline(src)
@@ -189,6 +193,25 @@ def _read_network(network: Network, dtype: np.dtype | None, progress: Progress |
         "source_family": "sit" if plan.config.get("velocity") else plan.family,
     }
     return ReadModel(plan.family, plan.config, params, metadata)
+
+
+def _check_space(out: Path, read: ReadModel) -> None:
+    """Raises `UserError` if the disk that holds `out` has less room than the parameters take."""
+    folder = next(parent for parent in out.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if num_bytes(read) > free:
+        raise UserError(
+            f"{out} would take {num_bytes(read):,} bytes, but its disk has {free:,} left."
+        )
+
+
+def num_bytes(read: ReadModel) -> int:
+    """Returns the bytes of all parameters, those of the VAE included."""
+
+    def total(tree: Params) -> int:
+        return sum(total(leaf) if isinstance(leaf, dict) else leaf.nbytes for leaf in tree.values())
+
+    return total(read.params) + (0 if read.vae is None else num_bytes(read.vae))
 
 
 def to_checkpoint(read: ReadModel) -> Checkpoint:

@@ -10,6 +10,7 @@ from typing import Any
 
 from qdit_convert.api import Network, open_source
 from qdit_convert.dit import Choices
+from qdit_convert.families import find_layout
 from qdit_convert.folders import is_pipeline, read_pipeline
 from qdit_convert.readers import open_weights
 from qdit_convert.tensors import StateDict, StoredTensor
@@ -37,7 +38,7 @@ def describe(src: str | os.PathLike, *, weights: str | None = None) -> dict[str,
         described = [_network(network) for network in networks]
     except UserError as error:
         problem = str(error)
-        described = [_state(open_weights(folder, weights)) for folder in _folders(path)]
+        described = [_told(open_weights(folder, weights)) for folder in _folders(path)]
     return {
         "path": str(path),
         "networks": described,
@@ -52,6 +53,15 @@ def _folders(path: Path) -> list[Path]:
         return [path]
     transformer, vae, _ = read_pipeline(path)
     return [transformer] if vae is None else [transformer, vae]
+
+
+def _told(state: StateDict) -> dict[str, Any]:
+    """Returns what can be said of weights that cannot be converted as they are."""
+    try:
+        layout = find_layout(state)
+    except UserError:
+        return _state(state)
+    return {"family": layout.families[0], "layout": layout.title} | _state(state)
 
 
 def _network(network: Network) -> dict[str, Any]:
@@ -103,6 +113,7 @@ def _network_lines(network: dict[str, Any]) -> list[str]:
             f" (the same names as {name}: --family {name})" for name in network.get("also", ())
         )
         lines.append(f"  family: {network['family']}, {network['layout']}{also}")
+    if "config" in network:
         lines.append("  config: " + ", ".join(f"{k}={v}" for k, v in network["config"].items()))
     lines.append(
         f"  {network['num_tensors']} tensors ({network['weights']}), {network['num_values']:,} values, "

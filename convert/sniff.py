@@ -50,7 +50,7 @@ def sniff(path: Path) -> str:
         return SAFETENSORS
     if head.lstrip().startswith(b"{"):
         return JSON
-    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
+    if re.match(rb"\x80[\x02-\x05]", head):
         raise UserError(
             "this is a bare Python pickle, not a file of torch.save; opening it could run code, "
             "so convert does not."
