@@ -8,6 +8,7 @@ from qdit_jax.quant.act import (
     select_rows,
     static_act_quant,
 )
+from qdit_jax.quant.gptq import accumulate_hessian, gptq, gptq_authors, output_error
 from qdit_jax.quant.qtensor import (
     QTensor,
     dequantize,
@@ -25,15 +26,19 @@ __all__ = [
     "ActSpec",
     "QTensor",
     "WeightSpec",
+    "accumulate_hessian",
     "dequantize",
     "fake_quantize",
     "fake_quantize_kernel_traced",
     "fake_quantize_traced",
     "formats",
     "from_codes",
+    "gptq",
+    "gptq_authors",
     "group_extremes",
     "integer_codes",
     "nbytes",
+    "output_error",
     "packed_nbytes",
     "packing",
     "quantize",

@@ -1,20 +1,173 @@
-"""Number formats other than integers."""
+"""Number formats other than integers: FP8, FP4, the block formats MXFP4, MXFP8, NVFP4, and NF4.
+
+A format is an element (a table of values, one a code) and the scale of a block. Elements round
+to nearest, ties to even, and saturate; a block's codes are `element(x / scale)`.
+
+Dimensions: K channels, G groups (blocks), S members of a group.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+# 16 quantiles of a standard normal, scaled to [-1, 1] (QLoRA, arXiv:2305.14314, appendix E).
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+_DTYPES = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "e2m1": "float4_e2m1fn"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A number format: its element, its block and the scale of a block."""
+    """A number format.
+
+    Attributes:
+        name: what recipes call it.
+        element: "e4m3", "e5m2", "e2m1" or "nf4".
+        bits: bits an element.
+        block_size: members of a block; 0 leaves the group size to the spec.
+        block_scale: "float" (in the spec's scale dtype), "e8m0" (a power of two, one byte) or
+            "e4m3" (one byte, times one float32 factor for the whole tensor).
+    """
 
     name: str
+    element: str
     bits: int
     block_size: int = 0
+    block_scale: str = "float"
+
+    @property
+    def has_tensor_scale(self) -> bool:
+        """Whether one float32 factor a tensor multiplies every block scale."""
+        return self.block_scale == "e4m3"
+
+    @property
+    def has_byte_scale(self) -> bool:
+        """Whether a block's scale is stored as one byte."""
+        return self.block_scale != "float"
+
+    def values(self) -> np.ndarray:
+        """Returns the value of every code, float32 `[2**bits]`; FP8 holds NaN and infinities."""
+        if self.element == "nf4":
+            return np.array(_NF4, np.float32)
+        codes = np.arange(2**self.bits, dtype=np.uint8)
+        return codes.view(getattr(ml_dtypes, _DTYPES[self.element])).astype(np.float32)
+
+    def max_value(self) -> float:
+        """Returns the greatest finite value of an element."""
+        values = self.values()
+        return float(values[np.isfinite(values)].max())
+
+    def value(self, codes: UInt8[Array, "*s"]) -> Float[Array, "*s"]:
+        """Returns the element values of codes, float32."""
+        if self.bits == 8:
+            dtype = jnp.dtype(_DTYPES[self.element])
+            return jax.lax.bitcast_convert_type(codes, dtype).astype(jnp.float32)
+        return jnp.asarray(self.values())[codes]
+
+    def code(self, x: Float[Array, "*s"]) -> UInt8[Array, "*s"]:
+        """Returns the codes of the elements nearest to `x`, ties to even, saturating."""
+        if self.element == "nf4":
+            return _count_above(x, self.values(), ties_to_even=False)
+        if self.bits == 8:
+            return _byte_of(x, self.element)
+        sign = jnp.signbit(x).astype(jnp.uint8) << (self.bits - 1)
+        magnitudes = self.values()[: 2 ** (self.bits - 1)]
+        return _count_above(jnp.abs(x), magnitudes, ties_to_even=True) | sign
+
+    def scale_value(self, stored: Any) -> Float[Array, "*s"]:
+        """Returns block scales in float32 from what is stored, the tensor's factor apart."""
+        if self.block_scale == "e8m0":
+            return jnp.exp2(stored.astype(jnp.float32) - 127)
+        if self.block_scale == "e4m3":
+            return jax.lax.bitcast_convert_type(stored, jnp.float8_e4m3fn).astype(jnp.float32)
+        return stored.astype(jnp.float32)
+
+    def stored_scale(self, absmax: Any, tensor_scale: Any) -> Any:
+        """Returns the block scales, as stored, of blocks whose greatest magnitude is `absmax`.
+
+        `tensor_scale` broadcasts to `absmax`; it is used by formats that have one. A block of
+        zeros gets scale 1 (or what is nearest to 0 beside a tensor scale).
+        """
+        if self.block_scale == "e8m0":
+            # An element's greatest power of two meets the block's: 2**2 in E2M1, 2**8 in E4M3.
+            top = int(np.floor(np.log2(self.max_value())))
+            _, exponent = jnp.frexp(absmax)
+            byte = jnp.clip(exponent - 1 - top + 127, 0, 254)
+            return jnp.where(absmax > 0, byte, 127).astype(jnp.uint8)
+        top = self.max_value()
+        if self.block_scale == "e4m3":
+            return _byte_of(absmax / top / tensor_scale, "e4m3")
+        scale = absmax / jax.lax.optimization_barrier(jnp.full_like(absmax, top))
+        return jnp.where(absmax > 0, scale, jnp.ones_like(scale))
+
+    def tensor_scale(self, absmax: Any) -> Any:
+        """Returns the factor for tensors of greatest magnitude `absmax`: blocks fill E4M3."""
+        scale = absmax / (self.max_value() * 448.0)
+        return jnp.where(scale > 0, scale, jnp.ones_like(scale))
+
+    def fake_quantize(self, x: Float[Array, "*lead K"], group_size: int) -> Float[Array, "*lead K"]:
+        """Returns `x` rounded to this format in blocks along its last axis, float32.
+
+        A tensor scale is one a token, so that no token depends on another.
+        """
+        x = x.astype(jnp.float32)
+        size = self.block_size or group_size or x.shape[-1]
+        pad = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)]
+        blocks = jnp.pad(x, pad).reshape(*x.shape[:-1], -1, size)
+        absmax = jnp.max(jnp.abs(blocks), axis=-1)
+        factor = jnp.float32(1)
+        if self.has_tensor_scale:
+            factor = self.tensor_scale(jnp.max(absmax, axis=-1, keepdims=True))
+        scale = (self.scale_value(self.stored_scale(absmax, factor)) * factor)[..., None]
+        values = self.value(self.code(divide(blocks, scale))) * scale
+        return values.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
 
 
-_FORMATS: dict[str, Format] = {}
+def divide(x: Float[Array, "*s"], scale: Any) -> Float[Array, "*s"]:
+    """Returns `x / scale` rounded once, 0 where `scale` is 0."""
+    wide = jax.lax.optimization_barrier(jnp.broadcast_to(scale, x.shape))
+    return jnp.where(wide > 0, x / jnp.where(wide > 0, wide, 1.0), 0.0)
+
+
+def _byte_of(x: Float[Array, "*s"], element: str) -> UInt8[Array, "*s"]:
+    dtype = jnp.dtype(_DTYPES[element])
+    top = float(ml_dtypes.finfo(dtype).max)
+    return jax.lax.bitcast_convert_type(jnp.clip(x, -top, top).astype(dtype), jnp.uint8)
+
+
+def _count_above(
+    x: Float[Array, "*s"], values: np.ndarray, *, ties_to_even: bool
+) -> UInt8[Array, "*s"]:
+    """Returns the index of the nearest of ascending `values`, by comparing with midpoints."""
+    code = jnp.zeros(x.shape, jnp.uint8)
+    for i, (below, above) in enumerate(itertools.pairwise(values)):
+        middle = np.float32((float(below) + float(above)) / 2)
+        over = x >= middle if ties_to_even and i % 2 else x > middle
+        code = code + over.astype(jnp.uint8)
+    return code
+
+
+fp8_e4m3 = Format("fp8_e4m3", "e4m3", 8)
+fp8_e5m2 = Format("fp8_e5m2", "e5m2", 8)
+fp4_e2m1 = Format("fp4_e2m1", "e2m1", 4)
+mxfp4 = Format("mxfp4", "e2m1", 4, block_size=32, block_scale="e8m0")
+mxfp8 = Format("mxfp8", "e4m3", 8, block_size=32, block_scale="e8m0")
+nvfp4 = Format("nvfp4", "e2m1", 4, block_size=16, block_scale="e4m3")
+nf4 = Format("nf4", "nf4", 4)
+
+FORMATS = {fmt.name: fmt for fmt in (fp8_e4m3, fp8_e5m2, fp4_e2m1, mxfp4, mxfp8, nvfp4, nf4)}
 
 
 def by_name(name: str) -> Format:
@@ -23,6 +176,6 @@ def by_name(name: str) -> Format:
     Raises:
         ValueError: if there is none; the message lists the known ones.
     """
-    if name not in _FORMATS:
-        raise ValueError(f"unknown format {name!r}; known formats: {', '.join(sorted(_FORMATS))}.")
-    return _FORMATS[name]
+    if name not in FORMATS:
+        raise ValueError(f"unknown format {name!r}; known formats: {', '.join(sorted(FORMATS))}.")
+    return FORMATS[name]

@@ -224,12 +224,9 @@ def integer_codes(q: QTensor) -> Integer[Array, "*lead K N"]:
 def dequantize(q: QTensor, dtype: Any = jnp.float32) -> Float[Array, "*lead K N"]:
     """Returns the kernel that `q` stands for, in `dtype` (the arithmetic is float32)."""
     codes = integer_codes(q)
-    scale = groups.expand_groups(q.scale.astype(jnp.float32), q.shape, q.group_size)
+    scale = groups.expand_groups(scale_values(q), q.shape, q.group_size)
     if q.fmt is not None:
-        values = q.fmt.value(codes) * scale
-        if q.tensor_scale is not None:
-            values = values * q.tensor_scale[..., None, None]
-        return values.astype(dtype)
+        return (q.fmt.value(codes) * scale).astype(dtype)
     if q.packed_zero_point is None:
         offset = jnp.float32(2 ** (q.bits - 1))
     else:
@@ -237,9 +234,27 @@ def dequantize(q: QTensor, dtype: Any = jnp.float32) -> Float[Array, "*lead K N"
     return ((codes.astype(jnp.float32) - offset) * scale).astype(dtype)
 
 
+def scale_values(q: QTensor) -> Float[Array, "*lead G B"]:
+    """Returns the scales in float32, a format's stored bytes decoded and its factor applied."""
+    if q.fmt is None:
+        return q.scale.astype(jnp.float32)
+    scale = q.fmt.scale_value(q.scale)
+    return scale if q.tensor_scale is None else scale * q.tensor_scale[..., None, None]
+
+
 def _scale_dtype(spec: WeightSpec) -> Any:
-    return jnp.dtype(spec.scale_dtype) if spec.fmt is None else spec.fmt.scale_dtype
+    byte = spec.fmt is not None and spec.fmt.has_byte_scale
+    return jnp.dtype("uint8" if byte else spec.scale_dtype)
 
 
 def _quantize_to_format(w: Float[Array, "K N"], spec: WeightSpec) -> QTensor:
-    raise NotImplementedError
+    fmt = spec.fmt
+    absmax = groups.map_groups(lambda m: jnp.max(jnp.abs(m), axis=1), w, spec.group_size)
+    factor = fmt.tensor_scale(jnp.max(absmax)) if fmt.has_tensor_scale else None
+    stored = fmt.stored_scale(absmax, factor)
+    if not fmt.has_byte_scale:
+        stored = stored_scale(stored, spec.scale_dtype)
+    scale = fmt.scale_value(stored) if factor is None else fmt.scale_value(stored) * factor
+    wide = groups.expand_groups(scale, w.shape, spec.group_size)
+    q = from_codes(fmt.code(formats.divide(w, wide)), stored, None, spec)
+    return dataclasses.replace(q, tensor_scale=factor)

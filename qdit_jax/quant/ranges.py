@@ -179,7 +179,8 @@ class Mse(RangeRule):
         ratio = grid_search.best_ratio(
             jnp.moveaxis(x, axis, 0), low, high, self, bits=bits, symmetric=symmetric
         )
-        return low * ratio, high * ratio
+        # The barrier keeps these products from being contracted with the difference in `scale`.
+        return jax.lax.optimization_barrier((low * ratio, high * ratio))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,6 +79,10 @@ class WeightSpec:
             )
         if self.channel_group < 1:
             raise ValueError(f"channel_group={self.channel_group} must be 1 or more.")
+        if self.fmt is not None and self.channel_group != 1:
+            raise ValueError(
+                f"format {self.fmt.name!r} has a scale a channel; use channel_group=1."
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Returns the settings as JSON-serialisable values."""
