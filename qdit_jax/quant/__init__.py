@@ -8,7 +8,7 @@ from qdit_jax.quant.act import (
     select_rows,
     static_act_quant,
 )
-from qdit_jax.quant.gptq import accumulate_hessian, gptq, gptq_authors, output_error
+from qdit_jax.quant.gptq_rounding import accumulate_hessian, gptq, gptq_authors, output_error
 from qdit_jax.quant.qtensor import (
     QTensor,
     dequantize,
