@@ -101,6 +101,7 @@ def trained_schedule(metadata: Mapping[str, Any]) -> diffusion.Schedule:
     return diffusion.Schedule(NAMED_BETAS[name](num_timesteps, *ends))
 
 
+@jax.jit(static_argnames=("shape",))
 def initial_noise(
     key: Any, index: Int[Array, " B"], shape: tuple[int, ...]
 ) -> tuple[Float[Array, "B H W C"], Any]:

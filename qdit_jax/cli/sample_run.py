@@ -33,9 +33,9 @@ def run_sample(args: argparse.Namespace) -> None:
         raise UserError(f"{args.checkpoint} holds a {kind}, which makes no pictures by itself.")
     if args.vae is not None:
         checkpoint = dataclasses.replace(checkpoint, vae=checkpoints.load(args.vae))
-    check_pictures(args, checkpoint)
     label = chosen_labels(args.labels, args.num_samples, checkpoint.model.num_classes)
     sampler = chosen_sampler(args, checkpoint)
+    check_pictures(args, checkpoint)
     start = time.perf_counter()
     with tqdm(total=len(label), unit="sample", file=sys.stderr) as bar:
         images = sampling.generate(

@@ -11,15 +11,17 @@ import pytest
 
 from qdit_jax import diffusion, sampling
 from qdit_jax.models import build_model
+from qdit_jax.ptq import LayerSpec, Recipe, Rule, quantize_params
+from qdit_jax.quant import ActSpec, WeightSpec, ranges
 
 qdit_convert = pytest.importorskip("qdit_convert")
 
 CASES = [
     "ddim_ddim25_nocfg_clip0",
     "ddim_ddim25_cfg1.5_clip0",
-    "ddim_50_cfg1.5_clip0",
+    pytest.param("ddim_50_cfg1.5_clip0", marks=pytest.mark.slow),
     "ddim_20_nocfg_clip1_eta0.7",
-    "ddpm_50_nocfg_clip0",
+    pytest.param("ddpm_50_nocfg_clip0", marks=pytest.mark.slow),
     "ddpm_20_cfg1.5_clip1",
 ]
 
@@ -86,3 +88,35 @@ def test_trajectory_holds_the_recorded_calibration_inputs(golden, network):
     # A calibration item is one sample at one recorded iteration.
     chosen = np.asarray(step.x)[recorded["chosen_steps"], np.arange(4)]
     assert_close(chosen, recorded["calib_x"])
+
+
+@pytest.mark.parametrize("bits", [4, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("run", ["ddim25_nocfg", pytest.param("50_cfg1.5", marks=pytest.mark.slow)])
+def test_quantized_loops_match_recorded_runs(golden, network, bits, run):
+    recorded = np.load(golden("diffusion_loops_quant.npz"))
+    model, params = network
+    spec = LayerSpec(
+        WeightSpec(bits, 32, range_fn=ranges.authors), ActSpec(8, 32, range_fn=ranges.authors)
+    )
+    params = quantize_params(
+        params, recipe=Recipe((Rule(r"blocks_\d+/(attn/qkv|attn/proj|mlp/fc1|mlp/fc2)", spec),))
+    )
+    denoise_fn = sampling.denoiser(model, params, guidance=None)
+    spacing, guidance = run.split("_")
+    noise, label = nhwc(recorded["z"]), recorded["y"].astype(np.int32)
+    if guidance != "nocfg":
+        denoise_fn = diffusion.guided_doubled(denoise_fn, float(guidance.removeprefix("cfg")))
+        noise, label = np.concatenate([noise, noise]), recorded["y_cfg"].astype(np.int32)
+    final, step = diffusion.sample_trajectory(
+        denoise_fn, diffusion.ddim(spacing), jnp.asarray(noise), label
+    )
+
+    def relative_error(ours, name):
+        reference = nhwc(recorded[f"w{bits}a8_g32_{run}__{name}"])
+        return np.linalg.norm(np.asarray(ours) - reference) / np.linalg.norm(reference)
+
+    # Rounding flips: the reference moves by `jitter` when its own input moves by 1e-6.
+    jitter = float(recorded[f"w{bits}a8_g32_{run}__jitter_rel_l2"])
+    assert relative_error(step.x_next[0], "first_step") < jitter
+    assert relative_error(final, "final") < 3 * jitter
+    assert relative_error(final, "fp_final") > 3 * relative_error(final, "final")
