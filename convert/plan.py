@@ -125,7 +125,8 @@ def _check_dtypes(expected: Iterable[str], tensors: Mapping[str, StoredTensor]) 
     ]
     if wrong:
         raise UserError(
-            f"{len(wrong)} tensors are not floating point: {listing(wrong)}; convert reads weights "
+            _count(len(wrong), "tensor is not floating point", "tensors are not floating point")
+            + f"{listing(wrong)}; convert reads weights "
             "in float64, float32, float16 or bfloat16, not ones that are quantised already."
         )
 
@@ -155,7 +156,7 @@ def build_params(
         on_leaf(leaf)
     if bad:
         raise UserError(
-            f"{_count(len(bad), 'tensor is', 'tensors are')}not finite: {listing(bad)}."
+            f"{_count(len(bad), 'tensor is not finite', 'tensors are not finite')}{listing(bad)}."
         )
     return params
 

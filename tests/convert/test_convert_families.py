@@ -1,0 +1,423 @@
+"""Names and shapes to parameter trees: every layout, every choice, every complaint."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from convert_samples import (
+    CLASSES,
+    VAE_CONFIG,
+    diffusers_arrays,
+    diffusers_config,
+    dit_shapes,
+    flat,
+    random_arrays,
+    vae_arrays,
+    write_folder,
+    write_pipeline,
+    write_safetensors,
+)
+from qdit_convert import read_model
+from qdit_convert.api import to_checkpoint
+from qdit_convert.inception import convolutions
+from torch_file import Object
+
+from qdit_jax.errors import UserError
+from qdit_jax.models import build_model
+
+
+def check_tree(read):
+    """Asserts that the leaves are exactly those of the network, by name and shape."""
+    model = build_model(read.family, read.config)
+    inputs = {"vae": ((1, 16, 16, 3),), "inception": ((1, 299, 299, 3),)}.get(read.family)
+    if inputs is None:
+        size = read.config["input_size"]
+        inputs = ((1, size, size, 4), (1,))
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in inputs]
+    if len(shapes) > 1:
+        shapes.append(jax.ShapeDtypeStruct((1,), jnp.int32))
+    expected = flat(jax.eval_shape(model.init, jax.random.key(0), *shapes)["params"])
+    found = flat(read.params)
+    assert set(found) == set(expected)
+    for path, leaf in found.items():
+        assert leaf.shape == expected[path].shape, path
+        assert leaf.flags.c_contiguous
+
+
+def test_a_facebook_dit_becomes_the_tree_of_our_dit(pt, dit):
+    read = read_model(pt(dit), num_heads=2)
+    check_tree(read)
+    tree = flat(read.params)
+    weight = dit["blocks.1.attn.qkv.weight"]
+    np.testing.assert_array_equal(tree["blocks_1/attn/qkv/kernel"], weight.T)
+    patch = dit["x_embedder.proj.weight"]
+    np.testing.assert_array_equal(tree["x_embedder/proj/kernel"], patch.transpose(2, 3, 1, 0))
+    np.testing.assert_array_equal(tree["pos_embed"], dit["pos_embed"])
+    assert read.family == "dit"
+    assert read.config["num_classes"] == CLASSES
+    assert read.config["null_class"]
+    assert read.config["input_size"] == 4
+    assert read.config["learn_sigma"]
+    assert not read.config["velocity"]
+
+
+def test_a_safetensors_file_gives_the_same_tree(pt, dit, tmp_path):
+    one = flat(read_model(pt(dit), num_heads=2).params)
+    two = flat(read_model(write_safetensors(tmp_path / "m.safetensors", dit), num_heads=2).params)
+    assert all((one[path] == two[path]).all() for path in one)
+
+
+@pytest.mark.parametrize("stored", ["float16", ml_dtypes.bfloat16, "float64"])
+def test_stored_values_are_kept_exactly_in_float32(pt, dit, stored):
+    arrays = {name: array.astype(stored) for name, array in dit.items()}
+    tree = flat(read_model(pt(arrays), num_heads=2).params)
+    assert tree["pos_embed"].dtype == np.float32
+    expected = arrays["pos_embed"].astype(np.float32)
+    np.testing.assert_array_equal(tree["pos_embed"], expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_dtype_is_that_of_every_leaf(pt, dit, dtype):
+    tree = flat(read_model(pt(dit), num_heads=2, dtype=dtype).params)
+    assert {leaf.dtype.name for leaf in tree.values()} == {dtype}
+
+
+def test_sit_is_a_dit_that_returns_velocities(pt, dit):
+    read = read_model(pt(dit), family="sit", num_heads=2)
+    assert read.family == "dit"
+    assert read.config["velocity"]
+    assert read.metadata["source_family"] == "sit"
+
+
+def test_published_sizes_know_their_heads(pt):
+    arrays = random_arrays(dit_shapes(384, 12))
+    path = pt(arrays)
+    assert read_model(path).config["num_heads"] == 6
+    assert read_model(path, model="DiT-S/2").config["num_heads"] == 6
+    with pytest.raises(
+        UserError, match=r"DiT-B/2 has 12 blocks of width 768 .* file has 12 blocks of width 384"
+    ):
+        read_model(path, model="DiT-B/2")
+    with pytest.raises(UserError, match="DiT-S/2 has 6 heads, but num_heads=4"):
+        read_model(path, model="DiT-S/2", num_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "expected"),
+    [
+        (11, {}, (10, True)),
+        (10, {"num_classes": 10}, (10, False)),
+        (1000, {}, (1000, False)),
+        (1001, {}, (1000, True)),
+    ],
+)
+def test_the_null_class_is_the_last_row(pt, dit, rows, settings, expected):
+    dit["y_embedder.embedding_table.weight"] = np.zeros((rows, 16), np.float32)
+    config = read_model(pt(dit), num_heads=2, **settings).config
+    assert (config["num_classes"], config["null_class"]) == expected
+
+
+def test_a_training_script_says_how_many_classes(pt, dit):
+    args = Object("argparse.Namespace", (), {"num_classes": 11})
+    assert not read_model(pt({"ema": dit, "args": args}), num_heads=2).config["null_class"]
+
+
+def test_sizes_that_are_no_square_must_be_said(pt, dit):
+    dit["pos_embed"] = np.zeros((1, 6, 16), np.float32)
+    path = pt(dit)
+    with pytest.raises(UserError, match=r"6 positions make no square; pass --input-size"):
+        read_model(path, num_heads=2)
+    assert read_model(path, num_heads=2, input_size=(4, 6)).config["input_size"] == (4, 6)
+    with pytest.raises(UserError, match=r"input_size=\[4, 4\] in patches of 2 does not make the 6"):
+        read_model(path, num_heads=2, input_size=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        ({}, {"num_heads": None}, "2 blocks of width 16 is no published size.*--num-heads"),
+        ({}, {"num_heads": 3}, "width 16 must be divisible by num_heads=3"),
+        ({}, {"num_heads": 0}, "num_heads=0 is not a number of heads"),
+        ({}, {"model": "DiT-Q/2"}, "'DiT-Q/2' is not a published size"),
+        ({}, {"num_classes": 5}, "label table has 11 rows, which num_classes=5 does not fit"),
+        ({}, {"dtype": "int8"}, "'int8' is not known; use one of float32"),
+        ({}, {"family": "vae"}, "are of a DiT in the facebook layout, not of family vae"),
+        ({}, {"family": "gan"}, "'gan' is not known; use one of dit, sit, vae, inception"),
+        ({"pos_embed": None}, {}, "1 tensor is missing: pos_embed"),
+        (
+            {"blocks.1.attn.qkv.bias": None, "blocks.0.mlp.fc2.weight": None},
+            {},
+            r"2 tensors are missing: blocks\.0\.mlp\.fc2\.weight \[16, 64\], blocks\.1\.attn\.qkv\.bias \[48\]",
+        ),
+        ({"blocks.0.extra": (3,)}, {}, r"1 tensor is unexpected: blocks\.0\.extra \[3\]"),
+        (
+            {"blocks.1.attn.proj.weight": (16, 15)},
+            {},
+            r"blocks\.1\.attn\.proj\.weight \(found \[16, 15\], expected \[16, 16\]\)",
+        ),
+        ({"pos_embed": (1, 4, 15)}, {}, r"pos_embed \(found \[1, 4, 15\], expected \[1, 4, 16\]\)"),
+        ({"x_embedder.proj.weight": (16, 4)}, {}, r"x_embedder\.proj\.weight \(found \[16, 4\]"),
+        ({"final_layer.linear.weight": (24, 16)}, {}, "6 output channels for 4 input channels"),
+        (
+            {"final_layer.linear.weight": (33, 16)},
+            {},
+            "33 rows, which patches of 2x2 do not divide",
+        ),
+    ],
+)
+def test_complaints_about_a_dit(pt, dit, change, settings, message):
+    for name, shape in change.items():
+        dit.pop(name, None)
+        if shape is not None:
+            dit[name] = np.zeros(shape, np.float32)
+    with pytest.raises(UserError, match=message) as caught:
+        read_model(pt(dit), **{"num_heads": 2, **settings})
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_gap_in_the_blocks_is_named(pt):
+    arrays = random_arrays(dit_shapes(depth=4))
+    kept = {k: v for k, v in arrays.items() if not re.match(r"blocks\.[12]\.", k)}
+    with pytest.raises(UserError, match=r"gap: blocks\.1, blocks\.2 missing, though blocks\.3"):
+        read_model(pt(kept), num_heads=2)
+
+
+def test_values_that_are_not_finite_are_counted(pt, dit):
+    dit["pos_embed"][0, 0, :3] = np.nan
+    dit["blocks.1.mlp.fc1.bias"][5] = -np.inf
+    dit["blocks.1.mlp.fc1.bias"][6] = np.nan
+    with pytest.raises(UserError) as caught:
+        read_model(pt(dit), num_heads=2)
+    message = str(caught.value)
+    assert "2 tensors are not finite" in message
+    assert "pos_embed (3 NaN of 64 values)" in message
+    assert "blocks.1.mlp.fc1.bias (1 NaN and 1 inf of 64 values)" in message
+
+
+def test_values_too_large_for_the_dtype_are_refused(pt, dit):
+    dit["pos_embed"][0, 0, 0] = 1e6
+    with pytest.raises(UserError, match="pos_embed: 1 of 64 values are too large for float16"):
+        read_model(pt(dit), num_heads=2, dtype="float16")
+
+
+def test_integer_weights_are_refused(pt, dit):
+    dit["blocks.0.attn.qkv.weight"] = dit["blocks.0.attn.qkv.weight"].astype(np.int64)
+    with pytest.raises(
+        UserError, match=r"1 tensor is not floating point: blocks\.0\.attn\.qkv\.weight \(int64\)"
+    ):
+        read_model(pt(dit), num_heads=2)
+
+
+def test_entries_that_are_no_tensors_are_named(pt, dit):
+    with pytest.raises(UserError, match=r"unexpected: epoch \(a int, no tensor\)"):
+        read_model(pt({**dit, "epoch": 3}), num_heads=2)
+
+
+def test_an_unrelated_network_shows_its_names(pt):
+    arrays = {f"layer{i}.conv.weight": np.ones(2, np.float32) for i in range(9)}
+    with pytest.raises(
+        UserError, match=r"no network that convert knows .*: layer0\.conv\.weight, .* and 5 more"
+    ):
+        read_model(pt(arrays))
+
+
+@pytest.mark.parametrize(
+    ("key", "title"),
+    [
+        ("temp_embed", "Latte"),
+        ("blocks.0.attn_temp.qkv.weight", "STDiT"),
+        ("spatial_blocks.0.attn.qkv.weight", "STDiT3"),
+        ("blocks.0.cross_attn.q_linear.weight", "PixArt"),
+        ("caption_projection.linear_1.weight", "PixArt"),
+    ],
+)
+def test_networks_not_supported_yet_are_recognised(pt, dit, key, title):
+    with pytest.raises(UserError, match=f"{title}.* does not support yet"):
+        read_model(pt({**dit, key: np.ones(2, np.float32)}))
+
+
+def test_the_diffusers_layout_gives_the_facebook_tree(dit, tmp_path, pt):
+    theirs = read_model(write_folder(tmp_path / "d", diffusers_arrays(dit), diffusers_config()))
+    check_tree(theirs)
+    ours = flat(read_model(pt(dit), num_heads=2).params)
+    for path, leaf in flat(theirs.params).items():
+        if path != "pos_embed":
+            np.testing.assert_array_equal(leaf, ours[path], err_msg=path)
+    assert theirs.config["frequency_shift"] == 1
+    assert theirs.config["mlp_norm_eps"] == 1e-5
+    assert theirs.config["num_heads"] == 2
+
+
+def test_embedders_that_differ_between_blocks_are_refused(dit, tmp_path):
+    arrays = diffusers_arrays(dit)
+    key = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_2.bias"
+    arrays[key] = arrays[key] + 1
+    with pytest.raises(UserError, match=f"{re.escape(key)} differs from transformer_blocks.0"):
+        read_model(write_folder(tmp_path / "d", arrays, diffusers_config()))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, r"no config\.json"),
+        ({"num_layers": 3}, r"config\.json says num_layers = 3, but the weights have 2"),
+        ({"attention_head_dim": 9}, r"attention_head_dim = 18, but the weights have 16"),
+        ({"num_embeds_ada_norm": 12}, r"num_embeds_ada_norm \+ 1 = 13, but the weights have 11"),
+        ({"patch_size": 4}, "patch_size = 4"),
+        ({"_class_name": "UNet2DConditionModel"}, "is of a UNet2DConditionModel"),
+        ({"activation_fn": "geglu"}, "activation_fn='geglu'"),
+        ({"num_attention_heads": "two"}, "no positive number"),
+        ({"sample_size": ...}, "pass --input-size"),
+        ({"norm_eps": "x"}, "no number"),
+    ],
+)
+def test_complaints_about_config_json(dit, tmp_path, config, message):
+    settings = None if config is None else diffusers_config(**config)
+    with pytest.raises(UserError, match=message):
+        read_model(write_folder(tmp_path / "d", diffusers_arrays(dit), settings))
+
+
+def test_config_json_that_is_no_json(dit, tmp_path):
+    folder = write_folder(tmp_path / "d", diffusers_arrays(dit), {})
+    (folder / "config.json").write_text("{,")
+    with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
+        read_model(folder)
+
+
+def test_a_vae_becomes_the_tree_of_our_vae(tmp_path):
+    arrays = vae_arrays()
+    read = read_model(write_folder(tmp_path / "v", arrays, VAE_CONFIG))
+    check_tree(read)
+    assert read.family == "vae"
+    assert read.config["scaling_factor"] == 0.18215
+    path = "decoder/mid_block/attentions_0/to_out_0/kernel"
+    weight = arrays["decoder.mid_block.attentions.0.to_out.0.weight"]
+    np.testing.assert_array_equal(flat(read.params)[path], weight.T)
+
+
+OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def old_attention(key):
+    for new, old in OLD.items():
+        key = key.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
+    return key
+
+
+def latent_diffusion(key):
+    """Returns the latent-diffusion name of one of diffusers."""
+    for pattern, name in (
+        (r"decoder\.up_blocks\.(\d)", lambda m: f"decoder.up.{1 - int(m.group(1))}"),
+        (r"down_blocks", "down"),
+        (r"mid_block\.resnets\.0", "mid.block_1"),
+        (r"mid_block\.resnets\.1", "mid.block_2"),
+        (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
+        (r"mid_block\.attentions\.0\.to_([qkv])", r"mid.attn_1.\1"),
+        (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
+        (r"resnets", "block"),
+        (r"downsamplers\.0", "downsample"),
+        (r"upsamplers\.0", "upsample"),
+        (r"conv_shortcut", "nin_shortcut"),
+        (r"conv_norm_out", "norm_out"),
+    ):
+        key = re.sub(pattern, name, key)
+    return key
+
+
+@pytest.mark.parametrize("as_convolution", [False, True])
+@pytest.mark.parametrize("rename", [old_attention, latent_diffusion])
+def test_older_names_give_the_same_vae(tmp_path, rename, as_convolution):
+    arrays = vae_arrays()
+    wanted = flat(read_model(write_folder(tmp_path / "new", arrays, VAE_CONFIG)).params)
+    if as_convolution:
+        arrays = {
+            k: v[..., None, None] if "attentions" in k and v.ndim == 2 else v
+            for k, v in arrays.items()
+        }
+    renamed = {rename(key): array for key, array in arrays.items()}
+    assert set(renamed) != set(arrays)
+    found = flat(read_model(write_folder(tmp_path / "old", renamed, VAE_CONFIG)).params)
+    assert set(found) == set(wanted)
+    assert all((found[path] == wanted[path]).all() for path in wanted)
+
+
+def test_the_autoencoder_inside_a_whole_stable_diffusion_file(pt, tmp_path):
+    arrays = {f"first_stage_model.{latent_diffusion(k)}": v for k, v in vae_arrays().items()}
+    path = pt(
+        {
+            "state_dict": {
+                **arrays,
+                "model.diffusion_model.input_blocks.0.0.weight": arrays[next(iter(arrays))],
+            }
+        }
+    )
+    with pytest.raises(UserError, match="U-Net"):
+        read_model(path)
+    with pytest.raises(UserError, match="norm_num_groups=32 does not divide"):
+        read_model(path, family="vae")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, r"no config\.json"),
+        ({**VAE_CONFIG, "norm_num_groups": 5}, "norm_num_groups=5 does not divide"),
+        ({**VAE_CONFIG, "block_out_channels": [8, 32]}, r"block_out_channels = \[8, 32\]"),
+        ({**VAE_CONFIG, "act_fn": "gelu"}, "act_fn='gelu'"),
+        ({**VAE_CONFIG, "scaling_factor": "big"}, "no number"),
+        ({**VAE_CONFIG, "_class_name": "VQModel"}, "is of a VQModel"),
+    ],
+)
+def test_complaints_about_a_vae(tmp_path, config, message):
+    with pytest.raises(UserError, match=message):
+        read_model(write_folder(tmp_path / "v", vae_arrays(), config))
+
+
+def test_inception_has_the_names_of_our_network(pt, tmp_path):
+    shapes = {"fc.weight": (1008, 2048), "fc.bias": (1008,)}
+    for name, (before, after, rows, columns) in convolutions().items():
+        shapes |= {f"{name}.conv.weight": (after, before, rows, columns)}
+        shapes |= {
+            f"{name}.bn.{k}": (after,) for k in ("weight", "bias", "running_mean", "running_var")
+        }
+    arrays = {name: np.zeros(shape, np.float16) for name, shape in shapes.items()}
+    arrays["Mixed_5b.branch1x1.bn.num_batches_tracked"] = np.zeros((), np.int64)
+    read = read_model(write_safetensors(tmp_path / "i.safetensors", arrays), dtype="float16")
+    assert read.family == "inception"
+    check_tree(read)
+
+
+def test_a_pipeline_brings_its_vae_and_scheduler(tmp_path):
+    read = read_model(write_pipeline(tmp_path / "p"))
+    check_tree(read)
+    check_tree(read.vae)
+    assert read.metadata["scheduler"]["_class_name"] == "DDIMScheduler"
+    assert read.metadata["id2label"] == {"0": "tench, Tinca tinca"}
+    checkpoint = to_checkpoint(read)
+    assert checkpoint.vae is not None
+
+
+def test_complaints_about_pipelines(tmp_path):
+    folder = write_pipeline(tmp_path / "p")
+    index = (folder / "model_index.json").read_text()
+    (folder / "model_index.json").write_text(index.replace("DiTPipeline", "FluxPipeline"))
+    with pytest.raises(UserError, match="this is a FluxPipeline"):
+        read_model(folder)
+    (folder / "model_index.json").write_text(index)
+    (folder / "vae").rename(folder / "elsewhere")
+    with pytest.raises(UserError, match="names the part vae, but the folder vae is missing"):
+        read_model(folder)
+
+
+def test_other_paths_that_are_no_source(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        read_model(tmp_path / "nothing")
+    (tmp_path / "model.json").write_text("{}")
+    with pytest.raises(UserError, match="checkpoint of this library already"):
+        read_model(tmp_path)
