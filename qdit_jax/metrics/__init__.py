@@ -18,7 +18,7 @@ from qdit_jax.metrics.reference import (
     statistics,
     write_reference,
 )
-from qdit_jax.metrics.samples import image_batches, image_shape, read_images, write_images
+from qdit_jax.metrics.samples import image_batches, image_shape, read_images
 from qdit_jax.metrics.streaming import Moments, merge, moments
 from qdit_jax.metrics.suite import Features, ScoreSettings, extract, scores
 
@@ -57,6 +57,5 @@ __all__ = [
     "ssim",
     "statistics",
     "trajectory_db",
-    "write_images",
     "write_reference",
 ]

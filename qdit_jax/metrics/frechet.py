@@ -6,6 +6,7 @@ Dimensions: N samples, D features (E must equal D), R rank.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -50,19 +51,33 @@ def factor(covariance: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D R"]:
     Raises:
         ValueError: if the matrix is not symmetric positive semidefinite.
     """
+    check_covariance(covariance)
+    noise = len(covariance) * np.finfo(np.float64).eps
+    with contextlib.suppress(np.linalg.LinAlgError):
+        # Many times faster than eigenvectors, and as exact while the rank is full.
+        lower = np.linalg.cholesky(covariance)
+        pivots = np.square(lower.diagonal())
+        if pivots.min() > noise * pivots.max():
+            return lower
+    values, vectors = np.linalg.eigh(covariance)
+    # Statistics stored in float32 may have slightly negative eigenvalues; more is an error.
+    if values[0] < -1e-4 * np.abs(covariance).max():
+        raise ValueError(f"the covariance has the negative eigenvalue {values[0]:.3g}.")
+    # Eigenvalues of this size are rounding noise, and a root would raise it to half the digits.
+    kept = values > values[-1] * noise
+    kept[-1] = True
+    return vectors[:, kept] * np.sqrt(np.maximum(values[kept], 0))
+
+
+def check_covariance(covariance: Float[np.ndarray, "D D"]) -> None:
+    """Raises `ValueError` if a look at the entries shows that the matrix is no covariance."""
     largest = np.abs(covariance).max(initial=0.0)
     if not np.isfinite(largest):
         raise ValueError("the covariance holds NaN or infinite values.")
     if np.abs(covariance - covariance.T).max(initial=0.0) > 1e-5 * largest:
         raise ValueError("the covariance is not symmetric; check how the statistics were made.")
-    values, vectors = scipy.linalg.eigh(covariance)
-    # Statistics stored in float32 may have slightly negative eigenvalues; more is an error.
-    if values[0] < -1e-4 * max(values[-1], largest):
-        raise ValueError(f"the covariance has the negative eigenvalue {values[0]:.3g}.")
-    # Eigenvalues of this size are rounding noise, and a root would raise it to half the digits.
-    kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
-    kept[-1] = True
-    return vectors[:, kept] * np.sqrt(np.maximum(values[kept], 0))
+    if covariance.diagonal().min(initial=0.0) < 0:
+        raise ValueError("the covariance has negative variances on its diagonal.")
 
 
 @dataclasses.dataclass(frozen=True)

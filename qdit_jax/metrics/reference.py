@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qdit_jax.metrics.frechet import factor
+from qdit_jax.metrics.frechet import check_covariance
 from qdit_jax.metrics.samples import DAMAGE, MEMBER, open_archive
 from qdit_jax.metrics.streaming import Moments
 
@@ -89,7 +89,7 @@ def read_statistics(data: dict[str, np.ndarray], part: str, path: str | Path) ->
     if not np.isfinite(mean).all():
         raise ValueError(f"{path}: {mean_key} holds NaN or infinite values.")
     try:
-        factor(np.asarray(covariance, np.float64))
+        check_covariance(covariance)
     except ValueError as error:
         raise ValueError(f"{path}: {covariance_key}: {error}") from None
     return Statistics(np.asarray(mean, np.float64), np.asarray(covariance, np.float64))

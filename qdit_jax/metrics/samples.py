@@ -13,9 +13,8 @@ from io import BufferedIOBase
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Array, UInt8
+from jaxtyping import UInt8
 
-AnyArray = Array | np.ndarray
 MEMBER = "arr_0.npy"
 # What the standard library raises for one damaged byte or another.
 DAMAGE = (
@@ -62,11 +61,6 @@ def image_batches(path: str | Path, batch_size: int) -> Iterator[UInt8[np.ndarra
 def read_images(path: str | Path) -> UInt8[np.ndarray, "N H W C"]:
     """Returns all images of an `.npz`; for many large ones use `image_batches`."""
     return np.concatenate(list(image_batches(path, 1024)))
-
-
-def write_images(path: str | Path, images: UInt8[AnyArray, "N H W C"]) -> None:
-    """Writes images as `arr_0`, uncompressed, as other evaluators read them."""
-    np.savez(path, arr_0=np.asarray(images))
 
 
 def open_archive(path: str | Path) -> zipfile.ZipFile:

@@ -16,7 +16,6 @@ from qdit_jax.metrics import (
     read_images,
     read_reference,
     statistics,
-    write_images,
     write_reference,
 )
 
@@ -38,13 +37,6 @@ def test_images_come_back_in_order(tmp_path, save, batch_size):
     batches = list(image_batches(tmp_path / "a.npz", batch_size))
     assert all(len(b) == batch_size for b in batches[:-1])
     np.testing.assert_array_equal(np.concatenate(batches), images)
-
-
-def test_written_images_are_read_by_numpy(tmp_path):
-    images = some_images(shape=(4, 4, 1))
-    write_images(tmp_path / "a.npz", images)
-    np.testing.assert_array_equal(np.load(tmp_path / "a.npz")["arr_0"], images)
-    np.testing.assert_array_equal(read_images(tmp_path / "a.npz"), images)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +127,7 @@ def test_published_files_with_only_some_keys_are_read(tmp_path):
         ({"mu": np.ones(3), "sigma": np.eye(4)}, r"\(3,\) and sigma \(4, 4\)"),
         ({"mu": np.ones(3, int), "sigma": np.eye(3)}, "floating point"),
         ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "mu holds NaN"),
-        ({"mu": np.ones(3), "sigma": -np.eye(3)}, "negative eigenvalue"),
+        ({"mu": np.ones(3), "sigma": -np.eye(3)}, "negative variances"),
         ({"mu": np.ones(3), "sigma": np.full((3, 3), np.inf)}, "NaN or infinite"),
         ({"weights": np.ones(3)}, "neither images"),
         ({"mu": np.ones(3), "sigma": np.array({})}, "damaged|pickle"),

@@ -80,6 +80,14 @@ def test_distance_is_symmetric_and_zero_for_equal_rank_deficient_statistics():
     assert distance_of(a, a) == pytest.approx(0, abs=1e-10)
 
 
+def test_distance_survives_statistics_rounded_to_float32():
+    rng = np.random.default_rng(8)
+    a, b = (moments(rng.normal(size=(n, 64)) + shift) for n, shift in ((40, 0), (500, 1)))
+    exact = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+    rounded = [np.float32(x) for x in (a.mean, a.covariance, b.mean, b.covariance)]
+    assert frechet_distance(*rounded) == pytest.approx(exact, rel=1e-4)
+
+
 def test_extrapolation_removes_most_of_the_bias():
     rng = np.random.default_rng(4)
     features = rng.normal(size=(1500, 30))
@@ -106,7 +114,11 @@ def test_extrapolation_removes_most_of_the_bias():
             lambda: frechet_distance(np.ones(2), np.eye(2), np.ones(3), np.eye(3)),
             "2 and 3 features",
         ),
-        (lambda: frechet_distance(np.ones(2), -np.eye(2), np.ones(2), np.eye(2)), "negative"),
+        (lambda: frechet_distance(np.ones(2), -np.eye(2), np.ones(2), np.eye(2)), "negative var"),
+        (
+            lambda: frechet_distance(np.ones(2), 2 - np.eye(2), np.ones(2), np.eye(2)),
+            "negative eig",
+        ),
         (
             lambda: frechet_distance(np.ones(2), np.triu(np.ones((2, 2))), np.ones(2), np.eye(2)),
             "not symm",

@@ -1,0 +1,120 @@
+"""`qdit evaluate` on ready-made files, as a user runs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qdit_jax.cli import evaluate
+from qdit_jax.metrics import DEMO_FRECHET_DISTANCE
+from qdit_jax.models.features import DEMO_STATISTICS, asset
+
+
+def run(*arguments) -> None:
+    parser = argparse.ArgumentParser()
+    evaluate.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["evaluate", *map(str, arguments)])
+    args.run(args)
+
+
+def strokes(seed: int, count: int = 120, size: int = 16) -> np.ndarray:
+    """Returns images of random bars: something a digit network can look at."""
+    rng = np.random.default_rng(seed)
+    images = np.zeros((count, size, size, 1), np.uint8)
+    for image in images:
+        for _ in range(3):
+            row, column = rng.integers(2, size - 6, 2)
+            if rng.random() < 0.5:
+                image[row : row + 2, column : column + 6] = rng.integers(120, 256)
+            else:
+                image[row : row + 6, column : column + 2] = rng.integers(120, 256)
+    return images
+
+
+@pytest.fixture
+def files(tmp_path):
+    np.savez(tmp_path / "a.npz", strokes(0))
+    np.savez_compressed(tmp_path / "b.npz", strokes(1, 150))
+    return tmp_path
+
+
+def test_samples_against_packaged_statistics(files, capsys):
+    out = files / "metrics.json"
+    run("--samples", files / "a.npz", "--reference", "demo", "--out", out)
+    summary = json.loads(out.read_text())
+    assert summary["num_samples"] == 120
+    assert summary["features"] == "demo"
+    assert summary["scores"]["frechet_distance"]["label"] == DEMO_FRECHET_DISTANCE
+    assert "precision" not in summary["scores"]
+    printed = capsys.readouterr().out
+    assert DEMO_FRECHET_DISTANCE in printed
+    assert "FID" not in printed
+
+
+def test_samples_against_images_with_pictures(files):
+    out, picture = files / "metrics.json", files / "compare.png"
+    common = ["--reference", files / "b.npz", "--batch-size", 50]
+    run("--samples", files / "a.npz", *common, "--out", out, "--pictures", picture)
+    scores = json.loads(out.read_text())["scores"]
+    assert {"precision", "recall", "kernel_distance", "inception_score"} <= set(scores)
+    assert all(math.isfinite(entry["value"]) for entry in scores.values())
+    assert scores["kernel_distance"]["error"] > 0
+    assert Image.open(picture).width > 700
+    run("--samples", files / "b.npz", *common, "--out", out)
+    same = json.loads(out.read_text())["scores"]
+    assert same["frechet_distance"]["value"] == pytest.approx(0, abs=1e-6)
+    assert same["precision"]["value"] == same["recall"]["value"] == 1
+    assert not list(files.glob(".metrics*"))
+
+
+def test_published_reference_statistics_do_not_fit_the_demo_network(files):
+    np.savez(files / "r.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.raises(ValueError, match="2048 features, but 'demo' has 64"):
+        run("--samples", files / "a.npz", "--reference", files / "r.npz")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--samples", "a.npz", "--reference", "small.npz"], "16x16 and .*small.npz of 8x8"),
+        (["--samples", "small.npz", "--reference", "demo"], "take digits of 16x16"),
+        (["--samples", "few.npz", "--reference", "demo"], "5 samples are too few: at least 65"),
+        (["--samples", "float.npz", "--reference", "demo"], "must be uint8"),
+        (["--samples", "absent.npz", "--reference", "demo"], "no such file"),
+        (["--samples", "a.npz", "--reference", "absent.npz"], "no such file"),
+        (["--samples", "a.npz", "--reference", "demo", "--features", "vgg"], "`inception CKPT`"),
+        (
+            ["--samples", "a.npz", "--reference", "demo", "--features", "inception"],
+            "one checkpoint",
+        ),
+        (
+            ["--samples", "a.npz", "--reference", "demo", "--features", "inception", "none"],
+            "not exist",
+        ),
+        (["--samples", "a.npz", "--reference", "demo", "--batch-size", "0"], "--batch-size"),
+    ],
+)
+def test_bad_input_gets_a_sentence_and_no_file(files, monkeypatch, arguments, message):
+    monkeypatch.chdir(files)
+    np.savez("small.npz", strokes(0, size=8 + 4)[:, :8, :8])
+    np.savez("few.npz", strokes(0, 5))
+    np.savez("float.npz", strokes(0) / 127.5 - 1)
+    with pytest.raises(ValueError, match=message):
+        run(*arguments, "--out", "metrics.json")
+    assert not (files / "metrics.json").exists()
+
+
+def test_few_samples_can_be_asked_for(files):
+    np.savez(files / "few.npz", strokes(0, 20))
+    out = files / "metrics.json"
+    run("--samples", files / "few.npz", "--reference", "demo", "--min-samples", 10, "--out", out)
+    assert json.loads(out.read_text())["num_samples"] == 20
+
+
+def test_the_packaged_statistics_are_found_by_path_too(files):
+    run("--samples", files / "a.npz", "--reference", str(asset(DEMO_STATISTICS)))
