@@ -1,0 +1,110 @@
+"""Feature networks as functions of uint8 images, and the small one that comes with the package.
+
+Dimensions: B batch, H and W rows and columns, C channels, D features, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float
+from safetensors.numpy import load, save
+
+from qdit_jax.models.inception import InceptionV3, preprocess
+
+AnyArray = Array | np.ndarray
+FeaturesFn = Callable[[np.ndarray], Mapping[str, Any]]
+
+DEMO_SIZE = 16
+DEMO_WEIGHTS = "features.safetensors"
+DEMO_STATISTICS = "features_stats.npz"
+
+
+class DigitFeatures(nn.Module):
+    """A small classifier of grey digits whose penultimate layer serves as features.
+
+    Takes images in [-1, 1] of any size from 8; gives a dict of `pool [B, num_features]`,
+    `logits` and `probabilities [B, num_classes]`.
+    """
+
+    widths: tuple[int, ...] = (32, 64, 64, 96)
+    strides: tuple[int, ...] = (1, 2, 1, 2)
+    num_features: int = 64
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, x: Float[AnyArray, "B H W 1"]) -> dict[str, Array]:
+        x = jnp.asarray(x)
+        for i, (width, stride) in enumerate(zip(self.widths, self.strides, strict=True)):
+            x = nn.Conv(width, (3, 3), strides=stride, name=f"conv_{i}")(x)
+            x = nn.gelu(nn.GroupNorm(8, use_fast_variance=False, name=f"norm_{i}")(x))
+        features = nn.gelu(nn.Dense(self.num_features, name="features")(x.mean((1, 2))))
+        logits = nn.Dense(self.num_classes, name="classifier")(features)
+        return {"pool": features, "logits": logits, "probabilities": jax.nn.softmax(logits)}
+
+
+def demo_features_fn(weights: Path | None = None) -> FeaturesFn:
+    """Returns the packaged digit features as a function of uint8 images `[B, 16, 16, 1 or 3]`.
+
+    `weights` replaces the packaged file. Scores from it are "Fréchet distance (demo features)" and the like, never FID.
+    """
+    params = load_params((weights or asset(DEMO_WEIGHTS)).read_bytes())
+
+    @jax.jit
+    def features(params: Any, images: Array) -> dict[str, Array]:
+        return DigitFeatures().apply({"params": params}, images[..., :1] / 127.5 - 1)
+
+    def checked(images: np.ndarray) -> dict[str, Array]:
+        check_digits(images)
+        return features(params, jnp.asarray(images, jnp.float32))
+
+    return checked
+
+
+def inception_features_fn(params: Any, *, half_pixel: bool = False) -> FeaturesFn:
+    """Returns Inception's features as a function of uint8 images `[B, H, W, 1 or 3]`.
+
+    `half_pixel` chooses the preprocessing of the common PyTorch port (see `inception.preprocess`).
+    """
+
+    @jax.jit
+    def features(params: Any, images: Array) -> dict[str, Array]:
+        return InceptionV3().apply({"params": params}, preprocess(images, half_pixel=half_pixel))
+
+    return lambda images: features(params, jnp.asarray(images))
+
+
+def check_digits(images: np.ndarray) -> None:
+    """Raises `ValueError` unless images are those that the packaged network was trained on."""
+    if images.shape[1:3] != (DEMO_SIZE, DEMO_SIZE):
+        raise ValueError(
+            f"images are {images.shape[1]}x{images.shape[2]}; the demo features take digits of "
+            f"{DEMO_SIZE}x{DEMO_SIZE}; use Inception's features for other pictures."
+        )
+    if images.shape[-1] == 3 and (images != images[..., :1]).any():
+        raise ValueError("images are in colour; the demo features take grey digits.")
+
+
+def asset(name: str) -> Any:
+    """Returns the packaged file `name`."""
+    return resources.files("qdit_jax") / "assets" / name
+
+
+def load_params(data: bytes) -> dict[str, Any]:
+    """Returns a parameter tree in float32 from safetensors whose names are paths."""
+    flat = {tuple(k.split("/")): v.astype(np.float32) for k, v in load(data).items()}
+    return unflatten_dict(flat)
+
+
+def save_params(params: Any) -> bytes:
+    """Returns safetensors of a parameter tree in float16."""
+    flat = flatten_dict(params, sep="/")
+    return save({name: np.asarray(leaf, np.float16) for name, leaf in flat.items()})
