@@ -1,0 +1,171 @@
+"""The work of `qdit evaluate` on ready-made files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from qdit_jax import metrics
+from qdit_jax.errors import UserError
+from qdit_jax.files import replaced_file
+from qdit_jax.media import save_picture, side_by_side
+from qdit_jax.metrics.names import DEMO_FEATURES, INCEPTION_FEATURES
+from qdit_jax.models.features import (
+    DEMO_STATISTICS,
+    FeaturesFn,
+    asset,
+    demo_features_fn,
+    inception_features_fn,
+)
+
+NUM_PICTURES = 64
+ERRORS = {
+    "frechet_distance_infinity": "frechet_distance_infinity_error",
+    "inception_score": "inception_score_std",
+    "kernel_distance": "kernel_distance_error",
+}
+
+
+def evaluate_files(args: argparse.Namespace) -> None:
+    """Scores `args.samples` against `args.reference`, prints a table, writes files asked for.
+
+    Raises:
+        ValueError: one sentence for anything in the input that would make a number meaningless.
+    """
+    check_options(args)
+    reference_path = demo_statistics() if args.reference == "demo" else Path(args.reference)
+    reference = metrics.read_reference(reference_path)
+    shape = metrics.image_shape(args.samples)
+    if reference.has_images:
+        check_sizes(shape, metrics.image_shape(reference_path), args)
+    features_fn, features = chosen_features(args)
+    samples = features_of(features_fn, args.samples, args.batch_size, "samples")
+    metrics.check_network(reference, features, samples.pool.shape[1], reference_path)
+    real = None
+    if reference.has_images:
+        real = features_of(features_fn, reference_path, args.batch_size, "reference")
+    settings = metrics.ScoreSettings(
+        split_size=args.split_size,
+        kernel_samples=args.kernel_samples,
+        min_samples=args.min_samples,
+        seed=args.seed,
+    )
+    found = metrics.scores(samples, reference, real, settings)
+    summary = describe(args, features, found)
+    print_table(summary)
+    if args.out:
+        with replaced_file(args.out) as temporary:
+            temporary.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    if args.pictures:
+        sources = {"samples": args.samples}
+        if reference.has_images:
+            sources["reference"] = reference_path
+        write_pictures(args.pictures, sources)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raises `UserError` if options do not fit together."""
+    kind, *rest = args.features
+    if kind not in (DEMO_FEATURES, INCEPTION_FEATURES):
+        raise UserError(f"--features {kind} is unknown; use `demo`, or `inception CKPT`.")
+    if len(rest) != (kind == INCEPTION_FEATURES):
+        raise UserError("--features takes `demo` alone, or `inception` and one checkpoint folder.")
+    for name in ("batch_size", "split_size", "kernel_samples"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
+
+
+def demo_statistics() -> Path:
+    """Returns the path of the packaged reference statistics."""
+    return Path(str(asset(DEMO_STATISTICS)))
+
+
+def check_sizes(samples: tuple, reference: tuple, args: argparse.Namespace) -> None:
+    """Raises `UserError` if samples and reference images differ in size."""
+    if samples[1:3] != reference[1:3]:
+        raise UserError(
+            f"{args.samples} holds images of {samples[1]}x{samples[2]} and {args.reference} of "
+            f"{reference[1]}x{reference[2]}; scores compare images of one size."
+        )
+
+
+def chosen_features(args: argparse.Namespace) -> tuple[FeaturesFn, str]:
+    """Returns the feature function of `--features` and the name its scores are called by."""
+    if args.features[0] == DEMO_FEATURES:
+        return demo_features_fn(), DEMO_FEATURES
+    from qdit_jax.checkpoint import load
+    from qdit_jax.models.inception import InceptionV3
+
+    folder = args.features[1]
+    checkpoint = load(folder)
+    if not isinstance(checkpoint.model, InceptionV3):
+        raise UserError(
+            f"{folder} holds a {type(checkpoint.model).__name__}, not the Inception network; make "
+            "one with `qdit convert pt_inception-2015-12-05-6726825d.pth OUT`."
+        )
+    half_pixel = args.preprocessing == "port"
+    return inception_features_fn(checkpoint.params, half_pixel=half_pixel), INCEPTION_FEATURES
+
+
+def features_of(
+    features_fn: FeaturesFn, path: Path, batch_size: int, name: str
+) -> metrics.Features:
+    """Returns the features of all images in a file, with a progress bar."""
+    count = metrics.image_shape(path)[0]
+    batches = metrics.image_batches(path, batch_size)
+    return metrics.extract(features_fn, progress(batches, count, name))
+
+
+def progress(batches: Iterator[np.ndarray], count: int, name: str) -> Iterator[np.ndarray]:
+    with tqdm(total=count, desc=name, unit="image", disable=not sys.stderr.isatty()) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch))
+
+
+def describe(args: argparse.Namespace, features: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Returns what `metrics.json` holds: every score with its name in reports and its error."""
+    entries = {}
+    for name, value in found.items():
+        if name == "num_samples" or name in ERRORS.values():
+            continue
+        entries[name] = {"label": metrics.label(name, features), "value": value}
+        if name in ERRORS:
+            entries[name]["error"] = found[ERRORS[name]]
+    summary = {
+        "samples": str(args.samples),
+        "reference": str(args.reference),
+        "features": features,
+        "num_samples": found["num_samples"],
+        "scores": entries,
+    }
+    if features == INCEPTION_FEATURES:
+        summary["preprocessing"] = args.preprocessing
+    return summary
+
+
+def print_table(summary: dict[str, Any]) -> None:
+    print(f"{summary['num_samples']:,} samples, {summary['features']} features")
+    width = max(len(entry["label"]) for entry in summary["scores"].values())
+    for entry in summary["scores"].values():
+        error = f" ± {entry['error']:.2g}" if "error" in entry else ""
+        digits = 4 if abs(entry["value"]) >= 1e-3 else 7
+        print(f"  {entry['label']:<{width}}  {entry['value']:.{digits}f}{error}")
+
+
+def write_pictures(path: Path, sources: dict[str, Path]) -> None:
+    """Writes the first images of every source side by side, enlarged if they are small."""
+    firsts = {
+        title: next(metrics.image_batches(file, NUM_PICTURES)) for title, file in sources.items()
+    }
+    height = max(images.shape[1] for images in firsts.values())
+    scale = max(1, math.floor(48 / height))
+    save_picture(path, side_by_side(firsts, scale=scale))
