@@ -9,7 +9,7 @@ import pytest
 
 from qdit_jax import diffusion
 from qdit_jax.diffusion import Schedule, linear_betas, respaced
-from qdit_jax.diffusion.loop import _walk
+from qdit_jax.diffusion.loop import _typed, _walk
 
 SCHEDULE = Schedule(linear_betas())
 MEAN, VARIANCE = 0.4, 0.25  # of the data
@@ -27,7 +27,14 @@ def gaussian_eps(x, timestep, label, xp=jnp):
 
 
 def latents(num_samples=2, channels=3, seed=0):
-    return jax.random.normal(jax.random.key(seed), (num_samples, 4, 4, channels))
+    # NumPy's numbers: compiling jax.random for every shape would dominate these tests.
+    drawn = np.random.default_rng(seed).standard_normal((num_samples, 4, 4, channels))
+    return jnp.asarray(drawn, jnp.float32)
+
+
+def noise_of_steps(steps, noise):
+    drawn = np.random.default_rng(9).standard_normal((steps, *noise.shape))
+    return jnp.asarray(drawn, jnp.float32)
 
 
 def zeros(num_samples=2):
@@ -47,7 +54,7 @@ def gaussian_ddim_oracle(noise, steps):
     return x
 
 
-@pytest.mark.parametrize("steps", [1, 10, "ddim25", 1000])
+@pytest.mark.parametrize("steps", [1, "ddim25", 1000])
 def test_ddim_equals_the_closed_form(steps):
     noise = latents()
     ours = diffusion.sample(gaussian_eps, diffusion.ddim(steps), noise, zeros())
@@ -69,7 +76,7 @@ def test_ddim_converges_to_the_exact_flow():
 def test_ancestral_steps_equal_the_closed_form():
     # With the posterior's variance, x_0's mean and the same noise, every step is affine.
     noise, steps = latents(), 20
-    step_noise = jax.random.normal(jax.random.key(1), (steps, *noise.shape))
+    step_noise = noise_of_steps(steps, noise)
     sampler = diffusion.ddpm(steps, variance_fn=diffusion.fixed_small)
     ours = diffusion.sample(gaussian_eps, sampler, noise, zeros(), step_noise=step_noise)
     process, x = respaced(SCHEDULE, steps), np.asarray(noise, np.float64)
@@ -107,7 +114,8 @@ def ancestral_moments(steps, variance):
 def test_stochastic_samplers_have_the_chains_moments(sampler, variance):
     mean, spread = ancestral_moments(50, variance)
     noise = latents(num_samples=2000, channels=1)
-    out = diffusion.sample(gaussian_eps, sampler, noise, zeros(2000), jax.random.key(2))
+    step_noise = noise_of_steps(50, noise)
+    out = diffusion.sample(gaussian_eps, sampler, noise, zeros(2000), step_noise=step_noise)
     assert abs(out.mean() - mean) < 4 * np.sqrt(spread / out.size)
     assert abs(out.var() / spread - 1) < 4 * np.sqrt(2 / out.size)
 
@@ -120,7 +128,7 @@ def test_ancestral_sampling_converges_to_the_data():
 
 def test_full_eta_is_ancestral_sampling_with_the_smaller_variance():
     noise = latents()
-    step_noise = jax.random.normal(jax.random.key(1), (30, *noise.shape))
+    step_noise = noise_of_steps(30, noise)
     small = diffusion.ddpm(30, variance_fn=diffusion.fixed_small)
     ancestral = diffusion.sample(gaussian_eps, small, noise, zeros(), step_noise=step_noise)
     implicit = diffusion.sample(
@@ -219,16 +227,14 @@ def test_one_key_a_sample_makes_samples_independent_of_the_batch():
     sampler, keys = diffusion.ddim(5, eta=1.0), jax.random.split(jax.random.key(0), 4)
     noise = latents(4)
     together = diffusion.sample(gaussian_eps, sampler, noise, zeros(4), keys)
-    for i in [0, 3]:
-        alone = diffusion.sample(gaussian_eps, sampler, noise[i : i + 1], zeros(1), keys[i : i + 1])
-        np.testing.assert_allclose(together[i : i + 1], alone, atol=1e-5)
+    alone = diffusion.sample(gaussian_eps, sampler, noise[3:], zeros(1), keys[3:])
+    np.testing.assert_allclose(together[3:], alone, atol=1e-5)
 
 
 def test_legacy_keys_are_keys():
-    sampler, noise = diffusion.ddim(5, eta=1.0), latents()
-    legacy = diffusion.sample(gaussian_eps, sampler, noise, zeros(), jax.random.PRNGKey(0))
-    typed = diffusion.sample(gaussian_eps, sampler, noise, zeros(), jax.random.key(0))
-    np.testing.assert_array_equal(legacy, typed)
+    assert (_typed(jax.random.PRNGKey(3), 2) == jax.random.key(3)).all()
+    with pytest.raises(ValueError, match="give one key, or 2"):
+        _typed(jax.random.split(jax.random.key(0), 3), 2)
 
 
 def labelled(params, x, timestep, label):
