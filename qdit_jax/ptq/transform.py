@@ -102,7 +102,7 @@ def act_quantizer(path: str, spec: Any, stats: Stats | None) -> ActQuant:
             "statistics of that layer; pass stats=calibrate(...), or use mode='dynamic'."
         )
     seen = np.concatenate([stats.low[path], stats.high[path]])  # [2S, K]
-    return static_act_quant(*group_extremes(seen, spec.group_size), spec)
+    return static_act_quant(*group_extremes(jnp.asarray(seen), spec.group_size), spec)
 
 
 def sqnr_db(w: jax.Array, q: QTensor) -> float:
