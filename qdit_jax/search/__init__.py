@@ -1,0 +1,77 @@
+"""The allocation: which group size (and bits) every layer gets under a budget."""
+
+from qdit_jax.search.assigned import ChosenAct, assigned_params
+from qdit_jax.search.budget import Budget, parse_budget
+from qdit_jax.search.cost import (
+    BitOps,
+    Bytes,
+    CpuCost,
+    HardwareCost,
+    MeanGroup,
+    cost_table,
+    gpu_cost,
+    named_costs,
+    total_cost,
+    tpu_cost,
+)
+from qdit_jax.search.evaluate import (
+    BadFitnessError,
+    Evaluator,
+    LostWorkerError,
+    candidate_mesh,
+)
+from qdit_jax.search.objectives import (
+    FeatureDistance,
+    FunctionObjective,
+    PairedError,
+    feature_distance,
+    function_objective,
+    paired_error,
+)
+from qdit_jax.search.space import (
+    GROUP_SIZES,
+    SearchLayer,
+    Space,
+    assignment_of,
+    recipe_of,
+    search_space,
+    specs_of,
+    uniform_assignment,
+    uniform_sizes,
+)
+
+__all__ = [
+    "GROUP_SIZES",
+    "BadFitnessError",
+    "BitOps",
+    "Budget",
+    "Bytes",
+    "ChosenAct",
+    "CpuCost",
+    "Evaluator",
+    "FeatureDistance",
+    "FunctionObjective",
+    "HardwareCost",
+    "LostWorkerError",
+    "MeanGroup",
+    "PairedError",
+    "SearchLayer",
+    "Space",
+    "assigned_params",
+    "assignment_of",
+    "candidate_mesh",
+    "cost_table",
+    "feature_distance",
+    "function_objective",
+    "gpu_cost",
+    "named_costs",
+    "paired_error",
+    "parse_budget",
+    "recipe_of",
+    "search_space",
+    "specs_of",
+    "total_cost",
+    "tpu_cost",
+    "uniform_assignment",
+    "uniform_sizes",
+]

@@ -1,0 +1,183 @@
+"""What a search minimises. An objective measures inside jit and scores on the host.
+
+The network, its sampler and its features arrive as functions; arrays that an objective holds are
+arguments of whatever is compiled with it.
+
+Dimensions: J batches, B samples a batch, H, W, C one latent, D features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+# (params, noise [B, H, W, C], label [B], key [B]) -> latents [B, H, W, C]; a registered pytree
+# (`jax.tree_util.Partial` for example) if it holds arrays.
+SampleFn = Callable[[Any, Any, Any, Any], Any]
+
+
+class Objective(Protocol):
+    """What the evaluator asks of an objective; a registered pytree."""
+
+    @property
+    def num_batches(self) -> int:
+        """Returns J, the number of batches that it can be measured on."""
+
+    def measure(self, params: Any, batch: Any) -> Any:
+        """Returns a tree of arrays for one batch; traced, `batch` is an int32."""
+
+    def score(self, measured: Any) -> float:
+        """Returns the fitness from `measure` of some batches, stacked; lower is better."""
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["sample_fn", "noise", "label", "keys", "reference"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class PairedError:
+    """Squared error of final latents against full precision: same noise, labels, steps, guidance.
+
+    A sample's error is its mean squared difference over the mean square of the reference latents.
+
+    Attributes:
+        noise, reference: `[J, B, H, W, C]`.
+        label, keys: `[J, B]`.
+    """
+
+    sample_fn: Any
+    noise: Any
+    label: Any
+    keys: Any
+    reference: Any
+
+    @property
+    def num_batches(self) -> int:
+        """Returns J."""
+        return self.noise.shape[0]
+
+    def measure(self, params: Any, batch: Any) -> Float[Array, " B"]:
+        """Returns every sample's error."""
+        final = self.sample_fn(params, self.noise[batch], self.label[batch], self.keys[batch])
+        gap = jnp.square(final - self.reference[batch]).mean(axis=tuple(range(1, final.ndim)))
+        return gap / jnp.square(self.reference).mean()
+
+    def score(self, measured: Any) -> float:
+        """Returns the mean error."""
+        return float(np.mean(measured, dtype=np.float64))
+
+
+def paired_error(
+    sample_fn: SampleFn, params: Any, noise: Any, label: Any, keys: Any
+) -> PairedError:
+    """Returns the paired objective with its reference sampled from full-precision `params`.
+
+    Args:
+        noise: `[J, B, H, W, C]`; label, keys: `[J, B]`.
+    """
+    noise, label = jnp.asarray(noise), jnp.asarray(label)
+    run = jax.jit(lambda sample_fn, *data: sample_fn(*data))
+    sample_fn = as_pytree(sample_fn)
+    final = [run(sample_fn, params, *data) for data in zip(noise, label, keys, strict=True)]
+    return PairedError(sample_fn, noise, label, keys, jnp.stack(final))
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["sample_fn", "features_fn", "noise", "label", "keys"],
+    meta_fields=["distance_fn"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeatureDistance:
+    """A distance between features of generated samples and of a reference, such as FID's or FVD's.
+
+    Attributes:
+        features_fn: `(latents [B, H, W, C]) -> [B, D]`, decoding included where there is an
+            autoencoder; traced.
+        distance_fn: `(features [N, D]) -> float`, on the host; it knows the reference.
+        noise, label, keys: as in `PairedError`.
+    """
+
+    sample_fn: Any
+    features_fn: Any
+    noise: Any
+    label: Any
+    keys: Any
+    distance_fn: Any
+
+    @property
+    def num_batches(self) -> int:
+        """Returns J."""
+        return self.noise.shape[0]
+
+    def measure(self, params: Any, batch: Any) -> Float[Array, "B D"]:
+        """Returns the features of one batch of samples."""
+        final = self.sample_fn(params, self.noise[batch], self.label[batch], self.keys[batch])
+        return self.features_fn(final)
+
+    def score(self, measured: Any) -> float:
+        """Returns the distance of all samples' features from the reference."""
+        features = np.asarray(measured)
+        return float(self.distance_fn(features.reshape(-1, features.shape[-1])))
+
+
+def feature_distance(
+    sample_fn: SampleFn,
+    features_fn: Callable[[Any], Any],
+    distance_fn: Callable[[Any], float],
+    noise: Any,
+    label: Any,
+    keys: Any,
+) -> FeatureDistance:
+    """Returns the objective of the paper's kind; see `FeatureDistance` for the arguments."""
+    arrays = jnp.asarray(noise), jnp.asarray(label), keys
+    return FeatureDistance(as_pytree(sample_fn), as_pytree(features_fn), *arrays, distance_fn)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["fn", "key"],
+    meta_fields=["count"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class FunctionObjective:
+    """A user's `fn(params, key) -> scalar`, averaged over `count` keys."""
+
+    fn: Any
+    key: Any
+    count: int = 1
+
+    @property
+    def num_batches(self) -> int:
+        """Returns the number of keys."""
+        return self.count
+
+    def measure(self, params: Any, batch: Any) -> Float[Array, ""]:
+        """Returns the function's value under the batch's own key."""
+        return jnp.asarray(self.fn(params, jax.random.fold_in(self.key, batch)), jnp.float32)
+
+    def score(self, measured: Any) -> float:
+        """Returns the mean over the keys."""
+        return float(np.mean(measured, dtype=np.float64))
+
+
+def function_objective(
+    fn: Callable[[Any, Any], Any], key: Any, num_batches: int = 1
+) -> FunctionObjective:
+    """Returns the objective of a user's traced function; see `FunctionObjective`."""
+    return FunctionObjective(as_pytree(fn), key, num_batches)
+
+
+def as_pytree(fn: Any) -> Any:
+    """Returns `fn` as an argument of jit; a plain function becomes static, by identity."""
+    leaves = jax.tree.leaves(fn)
+    is_plain = len(leaves) == 1 and leaves[0] is fn
+    return jax.tree_util.Partial(fn) if is_plain else fn
