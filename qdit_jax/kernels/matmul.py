@@ -43,7 +43,7 @@ def unsupported_reason(
 
 
 def quantized_matmul(
-    x: Float[Array, "*lead K"],
+    x: Float[Any, "*lead K"],
     q: QTensor,
     act_quant: ActQuant | ActSpec | None = None,
     *,

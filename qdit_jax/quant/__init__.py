@@ -8,6 +8,7 @@ from qdit_jax.quant.act import (
     select_rows,
     static_act_quant,
 )
+from qdit_jax.quant.adaptive_rounding import AdaRoundSettings, adaround
 from qdit_jax.quant.gptq_rounding import accumulate_hessian, gptq, gptq_authors, output_error
 from qdit_jax.quant.qtensor import (
     QTensor,
@@ -24,9 +25,11 @@ from qdit_jax.quant.traced import fake_quantize_kernel_traced, fake_quantize_tra
 __all__ = [
     "ActQuant",
     "ActSpec",
+    "AdaRoundSettings",
     "QTensor",
     "WeightSpec",
     "accumulate_hessian",
+    "adaround",
     "dequantize",
     "fake_quantize",
     "fake_quantize_kernel_traced",

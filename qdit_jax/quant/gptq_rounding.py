@@ -34,7 +34,7 @@ _DAMPING_TRIES = 8
 
 @jax.jit
 def accumulate_hessian(
-    hessian: Float[Array, "K K"], x: Float[Array, "*lead K"], weight: Any = 1.0
+    hessian: Float[Any, "K K"], x: Float[Any, "*lead K"], weight: Any = 1.0
 ) -> Float[Array, "K K"]:
     """Returns `hessian + weight * sum x xᵀ` in float32; start from zeros, keep no activations."""
     tokens = x.astype(jnp.float32).reshape(-1, x.shape[-1])
@@ -237,7 +237,7 @@ def _round_channels(
 
 
 def channel_errors(
-    w: Float[Array, "K N"], q: QTensor, hessian: Float[Array, "K K"]
+    w: Float[Any, "K N"], q: QTensor, hessian: Float[Any, "K K"]
 ) -> Float[Array, "N"]:  # noqa: UP037
     """Returns every output channel's squared error over the inputs that made `hessian`."""
     difference = w.astype(jnp.float32) - dequantize(q)
@@ -245,9 +245,8 @@ def channel_errors(
     return jnp.sum(difference * product, axis=0)
 
 
-def output_error(
-    w: Float[Array, "K N"], q: QTensor, hessian: Float[Array, "K K"]
-) -> Float[Array, ""]:
+@jax.jit
+def output_error(w: Float[Any, "K N"], q: QTensor, hessian: Float[Any, "K K"]) -> Float[Array, ""]:
     """Returns ‖x(w − w')‖² / ‖x w‖² over the inputs x that made `hessian`."""
     w = w.astype(jnp.float32)
     signal = jnp.sum(w * jnp.matmul(hessian, w, precision=jax.lax.Precision.HIGHEST))

@@ -72,7 +72,7 @@ class QTensor:
         """The code of 0.0 of every group, uint8 `[..., G, B]`; None when symmetric."""
         if self.packed_zero_point is None:
             return None
-        return packing.unpack(self.packed_zero_point, self.bits, self.num_groups)
+        return packing.unpack(jnp.asarray(self.packed_zero_point), self.bits, self.num_groups)
 
     @property
     def nbytes(self) -> int:
@@ -216,11 +216,13 @@ def from_codes(
     )
 
 
+@jax.jit
 def integer_codes(q: QTensor) -> Integer[Array, "*lead K N"]:
     """Returns the codes unpacked, uint8; signed codes still carry their `2**(bits - 1)`."""
     return packing.unpack(q.codes, q.bits, q.shape[0])
 
 
+@partial(jax.jit, static_argnames="dtype")
 def dequantize(q: QTensor, dtype: Any = jnp.float32) -> Float[Array, "*lead K N"]:
     """Returns the kernel that `q` stands for, in `dtype` (the arithmetic is float32)."""
     codes = integer_codes(q)

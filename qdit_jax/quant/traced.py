@@ -22,7 +22,7 @@ from qdit_jax.quant.specs import ActSpec, WeightSpec
 
 
 def fake_quantize_traced(
-    x: Float[Array, "*lead K"], spec: ActSpec, choice: Any, group_sizes: tuple[int, ...]
+    x: Float[Any, "*lead K"], spec: ActSpec, choice: Any, group_sizes: tuple[int, ...]
 ) -> Float[Array, "*lead K"]:
     """Returns `fake_quantize(x, spec)` with group size `group_sizes[choice]`, `choice` traced.
 
@@ -34,7 +34,7 @@ def fake_quantize_traced(
     _check(spec)
     if spec.mode == "static":
         raise ValueError("a traced group size is for dynamic activations; use mode='dynamic'.")
-    shifted = x.astype(jnp.float32) + spec.shift
+    shifted = jnp.asarray(x, jnp.float32) + spec.shift
     block, table = group_table(x.shape[-1], group_sizes)
     low, high = _gather(*_block_extremes(shifted, block), table[jnp.asarray(choice)])
     symmetric = spec.symmetric and not spec.unsigned
@@ -46,7 +46,7 @@ def fake_quantize_traced(
 
 
 def fake_quantize_kernel_traced(
-    w: Float[Array, "K N"], spec: WeightSpec, choice: Any, group_sizes: tuple[int, ...]
+    w: Float[Any, "K N"], spec: WeightSpec, choice: Any, group_sizes: tuple[int, ...]
 ) -> Float[Array, "K N"]:
     """Returns `dequantize(quantize(w, spec))` with group size `group_sizes[choice]`, traced.
 
@@ -59,7 +59,7 @@ def fake_quantize_kernel_traced(
     if spec.channel_group != 1:
         raise ValueError(f"channel_group={spec.channel_group} has no traced form; use 1.")
     block, table = group_table(w.shape[0], group_sizes)
-    columns = w.astype(jnp.float32).T  # [N, K]
+    columns = jnp.asarray(w, jnp.float32).T  # [N, K]
     low, high = _gather(*_block_extremes(columns, block), table[jnp.asarray(choice)])
     low, high = spec.range_fn.limits_from_extremes(low, high, spec.bits, spec.symmetric)
     scale = spec.range_fn.scale(low, high, spec.bits, spec.symmetric)
@@ -69,7 +69,7 @@ def fake_quantize_kernel_traced(
     else:
         offset = zero_point_of(low, scale, spec.bits)
     scale, offset = (groups.expand_groups(a.T, w.shape, block) for a in (scale, offset))
-    steps = jnp.round(w.astype(jnp.float32) / jax.lax.optimization_barrier(scale))
+    steps = jnp.round(columns.T / jax.lax.optimization_barrier(scale))
     codes = jnp.clip(steps + offset, 0, 2**spec.bits - 1)
     return ((codes - offset) * scale).astype(w.dtype)
 
