@@ -63,7 +63,7 @@ LABELS = [0, 3, 1, 4, 2]
 
 def test_a_sample_does_not_depend_on_its_batch(checkpoint):
     sampler = diffusion.ddim(4, eta=1.0)
-    together = sampling.generate(checkpoint, sampler, LABELS)
+    together = sampling.generate(checkpoint, sampler, LABELS, batch_size=5)
     progress = []
     by_two = sampling.generate(
         checkpoint, sampler, LABELS, batch_size=2, progress_fn=progress.append
@@ -86,7 +86,7 @@ def test_noise_of_a_sample_follows_from_its_number_alone():
 
 def test_generation_is_the_public_call(checkpoint):
     sampler = diffusion.ddim(4)
-    ours = sampling.generate(checkpoint, sampler, LABELS, guidance=2.0)
+    ours = sampling.generate(checkpoint, sampler, LABELS, guidance=2.0, batch_size=5)
     noise, _ = sampling.initial_noise(jax.random.key(0), jnp.arange(5), (4, 4, 4))
     denoise_fn = sampling.denoiser(checkpoint.model, checkpoint.params, 2.0)
     direct = diffusion.sample(denoise_fn, sampler, noise, jnp.array(LABELS))

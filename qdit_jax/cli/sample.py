@@ -51,7 +51,11 @@ def add_parser(subparsers: Any) -> None:
         default=0,
         help="sample i depends on seed, i and label only (%(default)s)",
     )
-    add("--batch-size", type=int, help="samples at once, over all devices (default: 16 a device)")
+    add(
+        "--batch-size",
+        type=int,
+        help="samples at once, over all devices (default: 16 a device, 4 on CPU)",
+    )
     add("--execution", choices=("simulated", "integer"), default="simulated", help="%(default)s")
     add("--vae", type=Path, help="checkpoint of the autoencoder, where CHECKPOINT holds none")
     add("--columns", type=int, help="pictures in a row of the grid")

@@ -36,6 +36,7 @@ def run_sample(args: argparse.Namespace) -> None:
     label = chosen_labels(args.labels, args.num_samples, checkpoint.model.num_classes)
     sampler = chosen_sampler(args, checkpoint)
     check_pictures(args, checkpoint)
+    sampling.checked_labels(checkpoint.model, label)  # before the progress bar appears
     start = time.perf_counter()
     with tqdm(total=len(label), unit="sample", file=sys.stderr) as bar:
         images = sampling.generate(
