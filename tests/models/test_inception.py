@@ -6,27 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from qdit_convert import read_model
 
 from qdit_jax.models.inception import InceptionV3, average_pool, preprocess, resize_matrix
-
-TORCH_NAMES = {"running_mean": "mean", "running_var": "var"}
-
-
-def nested_params(tensors: dict[str, np.ndarray]) -> dict:
-    """Returns the parameter tree of the common port's state dict."""
-    tree: dict = {}
-    for key, value in tensors.items():
-        *folders, leaf = key.split(".")
-        if leaf == "num_batches_tracked":
-            continue
-        if leaf == "weight":
-            leaf = "scale" if value.ndim == 1 else "kernel"
-            value = value.transpose({1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}[value.ndim])
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[TORCH_NAMES.get(leaf, leaf)] = value
-    return tree
 
 
 def abstract() -> tuple[dict, dict]:
@@ -95,12 +77,13 @@ def test_half_pixel_resizing_equals_torch():
 
 
 @pytest.mark.slow
-def test_random_network_equals_torch():
+def test_random_network_equals_torch(tmp_path):
     torch = pytest.importorskip("torch")
     from torch_inception import random_inception
 
     peer = random_inception()
-    params = nested_params({k: v.numpy() for k, v in peer.state_dict().items()})
+    torch.save(peer.state_dict(), tmp_path / "port.pth")
+    params = read_model(tmp_path / "port.pth").params
     _, expected_params = abstract()
     shapes = [jax.tree.map(lambda leaf: leaf.shape, p) for p in (params, expected_params)]
     assert shapes[0] == shapes[1]
