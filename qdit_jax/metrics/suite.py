@@ -16,7 +16,7 @@ from qdit_jax.metrics.frechet import frechet_distance, frechet_infinity
 from qdit_jax.metrics.kernel_distance import kid
 from qdit_jax.metrics.manifold import precision_and_recall
 from qdit_jax.metrics.reference import Reference, statistics
-from qdit_jax.metrics.streaming import Moments, merge, moments
+from qdit_jax.metrics.streaming import BLOCK_ROWS, Moments, merge_all, moments
 
 AnyArray = Array | np.ndarray
 # Takes uint8 images `[B, H, W, C]`; gives `pool [B, D]` and, where the network has them,
@@ -39,22 +39,26 @@ def extract(features_fn: FeaturesFn, batches: Iterable[np.ndarray]) -> Features:
     Raises:
         ValueError: if there is no batch.
     """
-    pool, probabilities, spatial = [], [], None
+    parts: dict[str, list[np.ndarray]] = {"pool": [], "probabilities": [], "spatial": []}
+    spatial = []
     for batch in batches:
         # A last, shorter batch is padded, so that a jitted network compiles once.
-        size = max(len(batch), len(pool[0]) if pool else 0)
+        size = max(len(batch), len(parts["pool"][0]) if parts["pool"] else 0)
         padded = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), 0)])
-        found = {k: np.asarray(v)[: len(batch)] for k, v in features_fn(padded).items()}
-        pool.append(found["pool"].astype(np.float32))
-        if "probabilities" in found:
-            probabilities.append(found["probabilities"].astype(np.float32))
-        if "spatial" in found:
-            part = moments(found["spatial"])
-            spatial = part if spatial is None else merge(spatial, part)
-    if not pool:
+        for name, value in features_fn(padded).items():
+            if name in parts:
+                parts[name].append(np.asarray(value, np.float32)[: len(batch)])
+        if sum(map(len, parts["spatial"])) >= BLOCK_ROWS:
+            spatial = [merge_all([*spatial, moments(np.concatenate(parts["spatial"]))])]
+            parts["spatial"] = []
+    if not parts["pool"]:
         raise ValueError("there are no images to score.")
-    stacked = np.concatenate(probabilities) if probabilities else None
-    return Features(np.concatenate(pool), spatial, stacked)
+    if parts["spatial"]:
+        spatial.append(moments(np.concatenate(parts["spatial"])))
+    probabilities = np.concatenate(parts["probabilities"]) if parts["probabilities"] else None
+    return Features(
+        np.concatenate(parts["pool"]), merge_all(spatial) if spatial else None, probabilities
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import scipy.linalg
 
 from qdit_jax.metrics import frechet_distance, frechet_infinity, merge, moments
+from qdit_jax.metrics.streaming import merge_all
 
 
 def distance_of(a, b) -> float:
@@ -52,6 +55,18 @@ def test_merged_parts_equal_the_whole(offset):
     np.testing.assert_allclose(total.mean, x.mean(0), rtol=1e-12)
     np.testing.assert_allclose(total.covariance, np.cov(x, rowvar=False), rtol=1e-8, atol=1e-8)
     assert total.count == 1000
+
+
+def test_streaming_holds_one_block_in_memory():
+    rng = np.random.default_rng(5)
+    batches = (rng.normal(size=(500, 128)) for _ in range(100))  # 51 MB in all
+    tracemalloc.start()
+    total = merge_all(moments(batch) for batch in batches)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert total.count == 50_000
+    assert peak < 5e6
+    np.testing.assert_allclose(total.covariance, np.eye(128), atol=0.03)
 
 
 def test_distance_equals_the_matrix_square_root():

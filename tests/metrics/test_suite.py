@@ -48,6 +48,16 @@ def test_features_do_not_depend_on_batches():
     assert parts.spatial.count == len(images)
 
 
+def test_spatial_moments_are_streamed(monkeypatch):
+    monkeypatch.setattr("qdit_jax.metrics.suite.BLOCK_ROWS", 30)
+    images = toy_images(3)
+    expected = moments(toy_features(images)["spatial"].astype(np.float32))
+    for batch_size in (7, 30, 64, 200):
+        found = features_of(images, batch_size).spatial
+        assert found.count == 200
+        np.testing.assert_allclose(found.covariance, expected.covariance, rtol=1e-5)
+
+
 def test_every_batch_has_one_shape():
     shapes = set()
 
