@@ -16,7 +16,9 @@ def load_digits(path: str | None, size: int = 16) -> tuple[np.ndarray, np.ndarra
     """
     if path is not None:
         if not Path(path).exists():
-            raise FileNotFoundError(f"--data {path} does not exist; leave it out for the 8x8 digits.")
+            raise FileNotFoundError(
+                f"--data {path} does not exist; leave it out for the 8x8 digits."
+            )
         with np.load(path) as data:
             images, labels = data["images"], data["labels"]
     else:

@@ -16,6 +16,7 @@ def facebook_state_dict(params: Any, dtype: Any = np.float32) -> dict[str, np.nd
         array = np.asarray(leaf)
         name = re.sub(r"_(\d+)\b", r".\1", path)
         name = name.replace("adaLN_modulation", "adaLN_modulation.1")
+        name = name.replace("embedding_table", "embedding_table.weight")
         if name.endswith(".kernel"):
             name = name.removesuffix("kernel") + "weight"
             array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T

@@ -29,7 +29,13 @@ from safetensors.numpy import save_file
 from qdit_jax.models.dit import DiT
 
 MODEL = DiT(
-    input_size=16, patch_size=4, in_channels=1, hidden_size=128, depth=6, num_heads=4, num_classes=10
+    input_size=16,
+    patch_size=4,
+    in_channels=1,
+    hidden_size=128,
+    depth=6,
+    num_heads=4,
+    num_classes=10,
 )
 NUM_TIMESTEPS = 1000
 LABEL_DROPOUT = 0.1
@@ -65,7 +71,9 @@ def loss_fn(params, image, label, key, model, min_snr_gamma):
     offsets = (jnp.arange(batch) + jax.random.uniform(key_t, (batch,))) / batch
     timestep = (offsets * NUM_TIMESTEPS).astype(jnp.int32)
     noise = jax.random.normal(key_noise, image.shape)
-    label = jnp.where(jax.random.uniform(key_drop, (batch,)) < LABEL_DROPOUT, model.num_classes, label)
+    label = jnp.where(
+        jax.random.uniform(key_drop, (batch,)) < LABEL_DROPOUT, model.num_classes, label
+    )
     a = alphas_cumprod[timestep][:, None, None, None]
     noisy = jnp.sqrt(a) * image + jnp.sqrt(1 - a) * noise
     out = model.apply({"params": params}, noisy, timestep, label)
@@ -77,8 +85,10 @@ def loss_fn(params, image, label, key, model, min_snr_gamma):
     low, high = log_posterior[timestep], jnp.log(betas)[timestep]
     low, high = low[:, None, None, None], high[:, None, None, None]
     log_variance = (fraction + 1) / 2 * (high - low) + low
-    mean_gap = jax.lax.stop_gradient(predicted - noise) * jnp.exp(high) / jnp.sqrt(
-        (1 - a) * (1 - jnp.exp(high))
+    mean_gap = (
+        jax.lax.stop_gradient(predicted - noise)
+        * jnp.exp(high)
+        / jnp.sqrt((1 - a) * (1 - jnp.exp(high)))
     )
     kl = 0.5 * (
         log_variance - low + jnp.exp(low - log_variance) - 1 + mean_gap**2 * jnp.exp(-log_variance)
@@ -86,8 +96,12 @@ def loss_fn(params, image, label, key, model, min_snr_gamma):
     return simple + 0.1 * kl.mean(), simple
 
 
-@functools.partial(jax.jit, static_argnames=("optimizer", "model", "num_inner", "batch_size", "gamma"))
-def train_steps(state, images, labels, key, step, *, optimizer, model, num_inner, batch_size, gamma):
+@functools.partial(
+    jax.jit, static_argnames=("optimizer", "model", "num_inner", "batch_size", "gamma")
+)
+def train_steps(
+    state, images, labels, key, step, *, optimizer, model, num_inner, batch_size, gamma
+):
     """Returns the state after `num_inner` steps and their mean noise error; keys follow the step."""
 
     def body(state, i):
@@ -126,8 +140,10 @@ def preview(params, key, labels, *, model, num_steps=50, guidance=1.5):
         clean = (x - jnp.sqrt(1 - a) * eps) / jnp.sqrt(a)
         return jnp.sqrt(a_prev) * clean + jnp.sqrt(1 - a_prev) * eps, None
 
-    steps = tuple(jnp.asarray(v[::-1].copy(), d) for v, d in
-                  ((timesteps, jnp.int32), (a_now, jnp.float32), (a_next, jnp.float32)))
+    steps = tuple(
+        jnp.asarray(v[::-1].copy(), d)
+        for v, d in ((timesteps, jnp.int32), (a_now, jnp.float32), (a_next, jnp.float32))
+    )
     return jax.lax.scan(body, noise, steps)[0]
 
 
@@ -135,11 +151,15 @@ def save_preview(path: Path, images: np.ndarray, columns: int = 10) -> None:
     rows = images[..., 0].reshape(-1, columns, *images.shape[1:3])
     grid = np.concatenate([np.concatenate(row, axis=1) for row in rows])
     pixels = np.clip(127.5 * grid + 128, 0, 255).astype(np.uint8)
-    Image.fromarray(pixels).resize(np.array(pixels.shape[::-1]) * 4, Image.Resampling.NEAREST).save(path)
+    Image.fromarray(pixels).resize(np.array(pixels.shape[::-1]) * 4, Image.Resampling.NEAREST).save(
+        path
+    )
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--data", help="npz of 28x28 digits; without it scikit-learn's 8x8 digits")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--steps", type=int, default=30_000)
@@ -175,8 +195,12 @@ def main() -> None:
             state = manager.restore(step, args=ocp.args.StandardRestore(state))
             print(f"continuing from step {step}", flush=True)
         run = functools.partial(
-            train_steps, optimizer=optimizer, model=MODEL, num_inner=100,
-            batch_size=args.batch_size, gamma=args.min_snr_gamma,
+            train_steps,
+            optimizer=optimizer,
+            model=MODEL,
+            num_inner=100,
+            batch_size=args.batch_size,
+            gamma=args.min_snr_gamma,
         )
         while step < args.steps:
             began = time.perf_counter()

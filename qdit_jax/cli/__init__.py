@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs between runs, in `$JAX_COMPILATION_CACHE_DIR` or the user's cache."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
         base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(base / "qdit_jax" / "xla")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+        jax.config.update("jax_compilation_cache_dir", str(base / "qdit_jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

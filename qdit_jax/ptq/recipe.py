@@ -90,6 +90,7 @@ class Recipe:
         act_group_size: int | None = None,
         act_mode: str = "dynamic",
         range_fn: Any = ranges.minmax,
+        scale_dtype: str = "float16",
         layers: str = BLOCK_LINEARS,
     ) -> Recipe:
         """Returns the uniform recipe `"w<bits>a<bits>"` for the four linears of every block.
@@ -100,6 +101,8 @@ class Recipe:
             group_size: input channels that share a scale; 0 is the whole channel.
             act_group_size: the activations' group size; the weights' when None.
             act_mode: `"dynamic"`, or `"static"` (needs calibration statistics).
+            range_fn: of the weights; activations take the least and greatest value.
+            scale_dtype: of the weights' scales, 16 bits each as the paper counts them.
             layers: the pattern of the layers to quantise.
 
         Raises:
@@ -114,7 +117,7 @@ class Recipe:
         weight_bits, act_bits = map(int, match.groups())
         weight = act = None
         if weight_bits != 16:
-            weight = WeightSpec(weight_bits, group_size, symmetric, range_fn)
+            weight = WeightSpec(weight_bits, group_size, symmetric, range_fn, scale_dtype)
         if act_bits != 16:
             size = group_size if act_group_size is None else act_group_size
             act = ActSpec(act_bits, size, symmetric, mode=act_mode)

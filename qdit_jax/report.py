@@ -1,0 +1,72 @@
+"""Self-contained HTML pages: text, tables and pictures in one file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qdit_jax.files import replaced_file
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
+       color: #1b1f24; background: #fff; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
+table { border-collapse: collapse; } caption { text-align: left; color: #57606a; padding: .3rem 0; }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid #d0d7de; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+figure { margin: 1rem 0; } img { max-width: 100%; image-rendering: pixelated; }
+figcaption { color: #57606a; }
+"""
+
+
+def paragraph(text: str) -> str:
+    """Returns a paragraph; the text is escaped."""
+    return f"<p>{html.escape(text)}</p>"
+
+
+def heading(text: str) -> str:
+    """Returns a section heading."""
+    return f"<h2>{html.escape(text)}</h2>"
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> str:
+    """Returns a table; every cell is shown as `str` of its value."""
+
+    def line(tag: str, cells: Sequence[Any]) -> str:
+        joined = "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells)
+        return f"<tr>{joined}</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    return f"<table>{title}<thead>{line('th', headers)}</thead><tbody>{body}</tbody></table>"
+
+
+def picture(image: Any, caption: str) -> str:
+    """Returns a figure with a Pillow image or a matplotlib figure inside, as PNG."""
+    buffer = io.BytesIO()
+    if hasattr(image, "savefig"):
+        image.savefig(buffer, format="png", dpi=110)
+    else:
+        image.save(buffer, format="png")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    text = html.escape(caption)
+    return (
+        f'<figure><img alt="{text}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{text}</figcaption></figure>"
+    )
+
+
+def write_report(path: str | Path, title: str, parts: Sequence[str]) -> None:
+    """Writes one HTML page with the parts in order."""
+    page = (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
+        f"<h1>{html.escape(title)}</h1>{''.join(parts)}</html>\n"
+    )
+    with replaced_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
