@@ -20,6 +20,8 @@ from qdit_jax.search.evaluate import (
     LostWorkerError,
     candidate_mesh,
 )
+from qdit_jax.search.evolution import EvolutionSettings, evolve, random_search
+from qdit_jax.search.knapsack import Solution, lagrangian_front, pareto, solve
 from qdit_jax.search.objectives import (
     FeatureDistance,
     FunctionObjective,
@@ -28,6 +30,7 @@ from qdit_jax.search.objectives import (
     function_objective,
     paired_error,
 )
+from qdit_jax.search.records import Measured, Store
 from qdit_jax.search.space import (
     GROUP_SIZES,
     SearchLayer,
@@ -49,26 +52,35 @@ __all__ = [
     "ChosenAct",
     "CpuCost",
     "Evaluator",
+    "EvolutionSettings",
     "FeatureDistance",
     "FunctionObjective",
     "HardwareCost",
     "LostWorkerError",
     "MeanGroup",
+    "Measured",
     "PairedError",
     "SearchLayer",
+    "Solution",
     "Space",
+    "Store",
     "assigned_params",
     "assignment_of",
     "candidate_mesh",
     "cost_table",
+    "evolve",
     "feature_distance",
     "function_objective",
     "gpu_cost",
+    "lagrangian_front",
     "named_costs",
     "paired_error",
+    "pareto",
     "parse_budget",
+    "random_search",
     "recipe_of",
     "search_space",
+    "solve",
     "specs_of",
     "total_cost",
     "tpu_cost",
