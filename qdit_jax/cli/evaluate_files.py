@@ -138,7 +138,7 @@ def describe(args: argparse.Namespace, features: str, found: dict[str, Any]) -> 
         if name == "num_samples" or name in ERRORS.values():
             continue
         entries[name] = {"label": metrics.label(name, features), "value": value}
-        if name in ERRORS:
+        if ERRORS.get(name) in found:
             entries[name]["error"] = found[ERRORS[name]]
     summary = {
         "samples": str(args.samples),
@@ -158,7 +158,9 @@ def print_table(summary: dict[str, Any]) -> None:
     for entry in summary["scores"].values():
         error = f" ± {entry['error']:.2g}" if "error" in entry else ""
         digits = 4 if abs(entry["value"]) >= 1e-3 else 7
-        print(f"  {entry['label']:<{width}}  {entry['value']:.{digits}f}{error}")
+        print(
+            f"  {entry['label']:<{width}}  {round(entry['value'], digits) + 0.0:.{digits}f}{error}"
+        )
 
 
 def write_pictures(path: Path, sources: dict[str, Path]) -> None:

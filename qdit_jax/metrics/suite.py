@@ -96,7 +96,9 @@ def scores(
     result |= distances(samples, reference, reference_features, settings)
     if samples.probabilities is not None:
         mean, spread = inception_score(samples.probabilities, split_size=settings.split_size)
-        result |= {"inception_score": mean, "inception_score_std": spread}
+        result["inception_score"] = mean
+        if len(samples.pool) > settings.split_size:  # one split alone has no spread
+            result["inception_score_std"] = spread
     if reference_features is not None:
         result |= comparisons(samples.pool, reference_features.pool, settings)
     return result

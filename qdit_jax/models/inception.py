@@ -198,6 +198,10 @@ class InceptionV3(nn.Module):
 
     num_classes: int = NUM_CLASSES
 
+    def example_inputs(self) -> tuple[jax.ShapeDtypeStruct]:
+        """Returns the shape of one input, for tracing shapes."""
+        return (jax.ShapeDtypeStruct((1, INPUT_SIZE, INPUT_SIZE, 3), jnp.float32),)
+
     @nn.compact
     def __call__(self, x: Float[AnyArray, "B 299 299 3"]) -> dict[str, Array]:
         x = stem(jnp.asarray(x))

@@ -205,6 +205,11 @@ class AutoencoderKL(nn.Module):
         self.block_out_channels = tuple(self.block_out_channels)
         super().__post_init__()
 
+    def example_inputs(self) -> tuple[jax.ShapeDtypeStruct]:
+        """Returns the smallest input, for tracing shapes."""
+        size = 2 ** (len(self.block_out_channels) - 1)
+        return (jax.ShapeDtypeStruct((1, size, size, self.in_channels), jnp.float32),)
+
     def setup(self) -> None:
         check_widths(self.block_out_channels, self.norm_num_groups)
         moment_channels = 2 * self.latent_channels

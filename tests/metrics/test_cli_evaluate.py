@@ -8,11 +8,15 @@ import math
 
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 from PIL import Image
 
+from qdit_jax import checkpoint
 from qdit_jax.cli import evaluate
 from qdit_jax.metrics import DEMO_FRECHET_DISTANCE
+from qdit_jax.models import abstract_params
 from qdit_jax.models.features import DEMO_STATISTICS, asset
+from qdit_jax.models.inception import InceptionV3
 
 
 def run(*arguments) -> None:
@@ -118,3 +122,30 @@ def test_few_samples_can_be_asked_for(files):
 
 def test_the_packaged_statistics_are_found_by_path_too(files):
     run("--samples", files / "a.npz", "--reference", str(asset(DEMO_STATISTICS)))
+
+
+@pytest.mark.slow
+def test_inception_scores_carry_the_published_names(files, capsys):
+    model = InceptionV3()
+    rng = np.random.default_rng(0)
+    flat = {}
+    for name, leaf in abstract_params(model).items():
+        fan_in = np.prod(leaf.shape[:-1]) if len(leaf.shape) > 1 else 1
+        centre = 1 if name.endswith(("scale", "var")) else 0
+        spread = (2 / fan_in) ** 0.5 if len(leaf.shape) > 1 else 0.1
+        flat[name] = np.float32(centre + spread * rng.normal(size=leaf.shape))
+    checkpoint.save(
+        files / "inception", checkpoint.Checkpoint(model, unflatten_dict(flat, sep="/"))
+    )
+    np.savez(files / "a.npz", rng.integers(0, 256, (12, 32, 24, 3), np.uint8))
+    np.savez(files / "b.npz", rng.integers(0, 200, (10, 32, 24, 3), np.uint8))
+    common = ["--samples", files / "a.npz", "--reference", files / "b.npz", "--batch-size", 6]
+    common += ["--features", "inception", files / "inception", "--out", files / "metrics.json"]
+    with pytest.raises(ValueError, match="12 samples are too few: at least 2049"):
+        run(*common)
+    run(*common, "--min-samples", 10)
+    summary = json.loads((files / "metrics.json").read_text())
+    labels = {entry["label"] for entry in summary["scores"].values()}
+    assert {"FID", "sFID", "Inception Score", "KID", "precision", "recall"} == labels
+    assert summary["preprocessing"] == "published"
+    assert all(math.isfinite(entry["value"]) for entry in summary["scores"].values())

@@ -78,6 +78,9 @@ def test_all_scores_come_from_images():
     assert set(LABELS) <= set(found)
     assert found["kernel_distance"] > 5 * found["kernel_distance_error"]
     assert found["num_samples"] == 200
+    assert "inception_score_std" not in found
+    split = scores(samples, Reference(has_images=True), real, ScoreSettings(split_size=60))
+    assert split["inception_score_std"] > 0
 
 
 def test_statistics_suffice_for_distances():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from qdit_convert import read_model
 
+from qdit_jax import checkpoint
 from qdit_jax.models import build_model
 from qdit_jax.models.vae import AutoencoderKL
 
@@ -96,7 +97,7 @@ def test_encoder_equals_the_original_at_every_stage(published):
 
 def test_initialised_names_and_shapes_equal_the_published_ones(published):
     model, params, _ = published
-    fresh = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    fresh = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
     shapes = jax.tree.map(lambda leaf: leaf.shape, fresh)
     assert shapes == jax.tree.map(lambda leaf: leaf.shape, params)
 
@@ -106,6 +107,14 @@ def test_published_size_has_the_published_number_of_values():
     leaves = jax.tree.leaves(shapes)
     assert len(leaves) == 248
     assert sum(leaf.size for leaf in leaves) == 83_653_863
+
+
+def test_checkpoint_comes_back(published, tmp_path):
+    model, params, _ = published
+    checkpoint.save(tmp_path / "vae", checkpoint.Checkpoint(model, params))
+    again = checkpoint.load(tmp_path / "vae")
+    assert again.model == model
+    jax.tree.map(np.testing.assert_array_equal, again.params, params)
 
 
 def test_logvar_is_clamped(published):
