@@ -69,7 +69,7 @@ def kid_of_subsets(
 
 def kernel(x: Float[AnyArray, "N D"], y: Float[AnyArray, "M D"]) -> Float[np.ndarray, "N M"]:
     """Returns the cubic kernel of all pairs."""
-    return (x @ y.T / x.shape[1] + 1) ** 3
+    return (np.asarray(x) @ np.asarray(y).T / x.shape[1] + 1) ** 3
 
 
 def cross_sums(

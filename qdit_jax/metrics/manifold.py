@@ -87,8 +87,8 @@ def inside(
     # A padded centre gets a radius that nothing is inside of.
     padded = np.full(valid.size, -np.inf, np.float32)
     padded[: len(radii)] = radii
-    padded = jnp.asarray(padded).reshape(valid.shape)
-    rows = [covered(rows, blocks, padded) for rows in blocked(points, block_rows)[0]]
+    limits = jnp.asarray(padded).reshape(valid.shape)
+    rows = [covered(rows, blocks, limits) for rows in blocked(points, block_rows)[0]]
     return np.concatenate(rows)[: len(points)]
 
 

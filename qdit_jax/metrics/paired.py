@@ -101,7 +101,8 @@ def as_pairs(reference: AnyArray, other: AnyArray, keep: int) -> tuple[np.ndarra
     """Returns both arrays in float64 with all but the first `keep` axes flattened into one."""
     check_shapes(reference, other)
     shape = (*reference.shape[:keep], -1)
-    return tuple(np.asarray(x, np.float64).reshape(shape) for x in (reference, other))
+    x, y = (np.asarray(values, np.float64).reshape(shape) for values in (reference, other))
+    return x, y
 
 
 def check_shapes(reference: AnyArray, other: AnyArray) -> None:

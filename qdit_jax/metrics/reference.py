@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -105,7 +106,10 @@ def write_reference(
     images: np.ndarray | None = None,
 ) -> None:
     """Writes statistics (float32, as the published files) and, if given, the images themselves."""
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {
+        "features": np.array(features),
+        "num_images": np.array(num_images),
+    }
     for part, value in (("pool", pool), ("spatial", spatial)):
         if value is not None:
             mean_key, covariance_key = KEYS[part]
@@ -113,9 +117,7 @@ def write_reference(
             arrays[covariance_key] = value.covariance.astype(np.float32)
     if images is not None:
         arrays["arr_0"] = np.asarray(images)
-    np.savez_compressed(
-        path, features=np.array(features), num_images=np.array(num_images), **arrays
-    )
+    np.savez_compressed(path, **arrays)
 
 
 def check_network(reference: Reference, features: str, num_features: int, path: str | Path) -> None:

@@ -9,13 +9,14 @@ import math
 import zipfile
 import zlib
 from collections.abc import Iterator
-from io import BufferedIOBase
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
 MEMBER = "arr_0.npy"
+Stream = Any  # what zipfile opens has no public type
 # What the standard library raises for one damaged byte or another.
 DAMAGE = (
     zipfile.BadZipFile,
@@ -73,7 +74,7 @@ def open_archive(path: str | Path) -> zipfile.ZipFile:
         raise ValueError(f"{path} is not an .npz file, or it is damaged.") from None
 
 
-def open_images(archive: zipfile.ZipFile, path: str | Path) -> BufferedIOBase:
+def open_images(archive: zipfile.ZipFile, path: str | Path) -> Stream:
     """Returns the stream of `arr_0`; raises `ValueError` naming what is there instead."""
     names = archive.namelist()
     if MEMBER not in names:
@@ -85,7 +86,7 @@ def open_images(archive: zipfile.ZipFile, path: str | Path) -> BufferedIOBase:
         raise ValueError(f"{path}: arr_0 is damaged.") from None
 
 
-def read_header(stream: BufferedIOBase, path: str | Path) -> tuple[int, int, int, int]:
+def read_header(stream: Stream, path: str | Path) -> tuple[int, int, int, int]:
     """Returns the checked shape of the array whose data follow in `stream`."""
     try:
         version = np.lib.format.read_magic(stream)
@@ -96,7 +97,8 @@ def read_header(stream: BufferedIOBase, path: str | Path) -> tuple[int, int, int
     check_kind(shape, dtype, path)
     if fortran_order:
         raise ValueError(f"{path}: arr_0 is in Fortran order; save it with np.ascontiguousarray.")
-    return shape
+    count, height, width, channels = shape
+    return count, height, width, channels
 
 
 def check_kind(shape: tuple[int, ...], dtype: np.dtype, path: str | Path) -> None:
@@ -114,7 +116,7 @@ def check_kind(shape: tuple[int, ...], dtype: np.dtype, path: str | Path) -> Non
         raise ValueError(f"{path}: arr_0 has shape {shape}: there is no image in it.")
 
 
-def read_batch(stream: BufferedIOBase, shape: tuple[int, ...], path: str | Path) -> np.ndarray:
+def read_batch(stream: Stream, shape: tuple[int, ...], path: str | Path) -> np.ndarray:
     """Returns the next `shape` uint8 values of the stream."""
     size = math.prod(shape)
     try:

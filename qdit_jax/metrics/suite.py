@@ -40,7 +40,7 @@ def extract(features_fn: FeaturesFn, batches: Iterable[np.ndarray]) -> Features:
         ValueError: if there is no batch.
     """
     parts: dict[str, list[np.ndarray]] = {"pool": [], "probabilities": [], "spatial": []}
-    spatial = []
+    spatial: list[Moments] = []
     for batch in batches:
         # A last, shorter batch is padded, so that a jitted network compiles once.
         size = max(len(batch), len(parts["pool"][0]) if parts["pool"] else 0)
@@ -92,7 +92,7 @@ def scores(
     """
     settings = settings or ScoreSettings()
     check_num_samples(samples, settings)
-    result = {"num_samples": len(samples.pool)}
+    result: dict[str, int | float] = {"num_samples": len(samples.pool)}
     result |= distances(samples, reference, reference_features, settings)
     if samples.probabilities is not None:
         mean, spread = inception_score(samples.probabilities, split_size=settings.split_size)
@@ -131,7 +131,7 @@ def distances(
     if pool is None:
         raise ValueError("the reference has neither statistics nor images.")
     own = moments(samples.pool)
-    result = {
+    result: dict[str, int | float] = {
         "frechet_distance": frechet_distance(pool.mean, pool.covariance, own.mean, own.covariance)
     }
     if samples.spatial is not None and spatial is not None:

@@ -59,7 +59,7 @@ def demo_features_fn(weights: Path | None = None) -> FeaturesFn:
     params = load_params((weights or asset(DEMO_WEIGHTS)).read_bytes())
 
     @jax.jit
-    def features(params: Any, images: Array) -> dict[str, Array]:
+    def features(params: Any, images: Array) -> Any:
         return DigitFeatures().apply({"params": params}, images[..., :1] / 127.5 - 1)
 
     def checked(images: np.ndarray) -> dict[str, Array]:
@@ -76,7 +76,7 @@ def inception_features_fn(params: Any, *, half_pixel: bool = False) -> FeaturesF
     """
 
     @jax.jit
-    def features(params: Any, images: Array) -> dict[str, Array]:
+    def features(params: Any, images: Array) -> Any:
         return InceptionV3().apply({"params": params}, preprocess(images, half_pixel=half_pixel))
 
     return lambda images: features(params, jnp.asarray(images))

@@ -211,9 +211,10 @@ class AutoencoderKL(nn.Module):
         return (jax.ShapeDtypeStruct((1, size, size, self.in_channels), jnp.float32),)
 
     def setup(self) -> None:
-        check_widths(self.block_out_channels, self.norm_num_groups)
+        widths = tuple(self.block_out_channels)
+        check_widths(widths, self.norm_num_groups)
         moment_channels = 2 * self.latent_channels
-        shared = (self.block_out_channels, self.layers_per_block, self.norm_num_groups)
+        shared = (widths, self.layers_per_block, self.norm_num_groups)
         self.encoder = Encoder(*shared, moment_channels, self.mid_block_add_attention)
         self.decoder = Decoder(*shared, self.out_channels, self.mid_block_add_attention)
         if self.use_quant_conv:
