@@ -12,7 +12,7 @@ import numpy as np
 from qdit_convert.dit import Choices
 from qdit_convert.families import Layout, find_layout
 from qdit_convert.folders import is_pipeline, read_config, read_pipeline
-from qdit_convert.plan import Leaf, Params, Plan, build_params, check_plan
+from qdit_convert.plan import Leaf, Params, Plan, build_params, check_plan, same
 from qdit_convert.readers import open_weights
 from qdit_convert.tensors import StateDict, about, bfloat16
 
@@ -51,6 +51,8 @@ def convert(
     Raises:
         UserError: if the input is not as it should be, or `out` exists; nothing is written then.
     """
+    import jax.numpy as jnp
+
     from qdit_jax.checkpoint import save
     from qdit_jax.files import check_free
 
@@ -66,6 +68,7 @@ def convert(
         weights=weights,
         dtype=dtype,
         progress=progress,
+        place=jnp.asarray,  # saving copies NumPy arrays, and device arrays not
     )
     checkpoint = to_checkpoint(read)
     if out is not None:
@@ -78,7 +81,7 @@ def convert(
 
 
 class ReadModel(NamedTuple):
-    """A network read from PyTorch weights: what a `Checkpoint` is made of, as NumPy arrays."""
+    """A network read from PyTorch weights: what a `Checkpoint` is made of."""
 
     family: str
     config: dict[str, Any]
@@ -107,6 +110,7 @@ def read_model(
     weights: str | None = None,
     dtype: str | None = "float32",
     progress: Progress | None = None,
+    place: Callable[[np.ndarray], Any] = same,
 ) -> ReadModel:
     """Returns the network in `src`, of a file, a sharded index, a folder, or a whole pipeline.
 
@@ -119,6 +123,8 @@ def read_model(
         input_size: rows and columns of the latent, where the file does not say.
         weights: `"ema"` or `"model"`; None prefers `"ema"` where a file has both.
         dtype: of all leaves: one of `DTYPES`, or None to keep that of the file.
+        progress: called after each leaf.
+        place: what each leaf is replaced by as soon as it is read; by default it stays NumPy.
 
     Raises:
         UserError: with one sentence on what is wrong with the input.
@@ -126,7 +132,7 @@ def read_model(
     choices = Choices(model, num_heads, num_classes, input_size)
     target = parse_dtype(dtype)
     networks, kept = open_source(Path(src), family, choices, weights)
-    found = [_read_network(network, target, progress) for network in networks]
+    found = [_read_network(network, target, progress, place) for network in networks]
     main = found[0]._replace(metadata={**found[0].metadata, **kept})
     return main._replace(vae=found[1]) if len(found) > 1 else main
 
@@ -174,7 +180,12 @@ def _check_config_needed(layout: Layout, choices: Choices) -> None:
         )
 
 
-def _read_network(network: Network, dtype: np.dtype | None, progress: Progress | None) -> ReadModel:
+def _read_network(
+    network: Network,
+    dtype: np.dtype | None,
+    progress: Progress | None,
+    place: Callable[[np.ndarray], Any],
+) -> ReadModel:
     plan, total = network.plan, len(network.plan.leaves)
 
     def on_leaf(leaf: Leaf) -> None:
@@ -183,7 +194,7 @@ def _read_network(network: Network, dtype: np.dtype | None, progress: Progress |
 
     with about(network.label):
         try:
-            params = build_params(plan, network.state.tensors, dtype, on_leaf)
+            params = build_params(plan, network.state.tensors, dtype, on_leaf, place)
         except OSError as error:
             raise UserError(f"{error.strerror or error}.") from None
     metadata = {

@@ -136,12 +136,14 @@ def build_params(
     tensors: Mapping[str, StoredTensor],
     dtype: np.dtype | None,
     on_leaf: Callable[[Leaf], None],
+    place: Callable[[np.ndarray], Any] = same,
 ) -> Params:
-    """Returns the parameter tree as NumPy arrays, read from the file one leaf at a time.
+    """Returns the parameter tree, read from the file one leaf at a time.
 
     Args:
         dtype: of every leaf; None keeps that of the file (float64 becomes float32).
         on_leaf: called after each leaf, for a progress display.
+        place: what each leaf is replaced by as soon as it is read, such as an array on a device.
 
     Raises:
         UserError: naming the tensors with NaN or inf, and copies that differ.
@@ -152,7 +154,7 @@ def build_params(
         arrays = _read(leaf, tensors)
         bad += [text for key, array in arrays if (text := _not_finite(key, array))]
         whole = np.concatenate([a for _, a in arrays]) if len(arrays) > 1 else arrays[0][1]
-        _insert(params, leaf.path, _cast(leaf, leaf.transform(whole), dtype))
+        _insert(params, leaf.path, place(_cast(leaf, leaf.transform(whole), dtype)))
         on_leaf(leaf)
     if bad:
         raise UserError(
@@ -196,7 +198,7 @@ def _cast(leaf: Leaf, array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
     return out
 
 
-def _insert(params: Params, path: str, leaf: np.ndarray) -> None:
+def _insert(params: Params, path: str, leaf: Any) -> None:
     *parents, name = path.split("/")
     for parent in parents:
         params = params.setdefault(parent, {})

@@ -77,8 +77,6 @@ def read_torch_zip(path: Path) -> Any:
     if not pickles:
         raise UserError("this zip archive holds no data.pkl; torch.save did not write it.")
     prefix = min(pickles, key=len).removesuffix("data.pkl")
-    if f"{prefix}constants.pkl" in entries:
-        raise UserError(f"this is a TorchScript program, not a file of weights; {REMEDY}.")
     data = _small(entries[f"{prefix}data.pkl"])
     if f"{prefix}byteorder" in entries and _small(entries[f"{prefix}byteorder"]) == b"big":
         raise UserError(
@@ -170,6 +168,7 @@ def _entries(path: Path) -> dict[str, FileSpan]:
     size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            _refuse_programs(archive.namelist())
             return {info.filename: _span(path, file, info, size) for info in archive.infolist()}
     except UserError:
         raise
@@ -181,6 +180,11 @@ def _entries(path: Path) -> dict[str, FileSpan]:
         raise UserError("the zip archive is damaged; fetch the file again.") from None
     except ZIP_ERRORS:
         raise UserError("the zip archive is damaged; fetch the file again.") from None
+
+
+def _refuse_programs(names: list[str]) -> None:
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise UserError(f"this is a TorchScript program, not a file of weights; {REMEDY}.")
 
 
 def _span(path: Path, file: Any, info: zipfile.ZipInfo, size: int) -> FileSpan:

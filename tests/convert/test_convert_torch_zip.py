@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import ml_dtypes
 import numpy as np
 import pytest
+from convert_samples import dit_shapes, random_arrays
+from qdit_convert import read_model
 from qdit_convert.readers import open_weights, strip_prefixes, unwrap
 from qdit_convert.tensors import StoredTensor
 from torch_file import Object, Storage, Tensor, tensor
@@ -159,3 +163,12 @@ def test_a_flipped_bit_in_the_values_is_found_by_the_checksum(pt, view):
 def test_unknown_kind_of_weights_names_the_known():
     with pytest.raises(UserError, match="use ema or model"):
         unwrap({"a": 1}, "x", "best")
+
+
+def test_only_one_tensor_is_in_memory_at_a_time(pt):
+    path = pt(random_arrays(dit_shapes(128, 4)))
+    tracemalloc.start()
+    read_model(path, num_heads=4, place=lambda leaf: leaf[..., :1].copy())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 0.3 * path.stat().st_size
