@@ -136,6 +136,7 @@ def compare(checkpoints: dict[str, Checkpoint], settings: DemoSettings) -> list[
     features_fn = demo_features_fn()
     with resources.as_file(asset(DEMO_STATISTICS)) as file:
         reference = metrics.read_reference(file).pool
+    assert reference is not None, "the packaged statistics lack a mean and covariance"
     for title, checkpoint in tqdm(checkpoints.items(), unit="model", file=sys.stderr):
         images, first_seconds = timed(checkpoint, settings)
         _, seconds = timed(checkpoint, settings)

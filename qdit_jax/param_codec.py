@@ -6,6 +6,7 @@ A quantised leaf is a dataclass: its array fields become arrays, its static fiel
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -89,7 +90,11 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(static: dict[str, Any]) -> dict[str, Any]:
-    decoders = {"spec": ActSpec.from_json, "fmt": formats.by_name, "shape": tuple}
+    decoders: dict[str, Callable] = {
+        "spec": ActSpec.from_json,
+        "fmt": formats.by_name,
+        "shape": tuple,
+    }
     return {k: decoders[k](v) if k in decoders else v for k, v in static.items()}
 
 

@@ -19,7 +19,7 @@ from qdit_jax import diffusion
 from qdit_jax.checkpoint import Checkpoint
 
 PUBLISHED_CHANNELS = 3
-NAMED_BETAS = {
+NAMED_BETAS: dict[str, Callable] = {
     "linear": diffusion.linear_betas,
     "scaled_linear": diffusion.scaled_linear_betas,
     "squaredcos_cap_v2": diffusion.cosine_betas,
@@ -173,7 +173,8 @@ def generate(
         out = _generated(
             denoise_fn, sampler, jax.random.key(seed), numbers, label, latent_shape(model)
         )
-        out = out if vae is None else decode_fn(vae, out)
+        if vae is not None and decode_fn is not None:
+            out = decode_fn(vae, out)
         num_new = len(np.unique(index))
         done.append(np.asarray(out)[:num_new])
         if progress_fn is not None:

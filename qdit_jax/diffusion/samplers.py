@@ -39,8 +39,13 @@ class Step(NamedTuple):
 class Sampler(Protocol):
     """What the sampling loop asks of a sampler."""
 
-    table: Any
-    stochastic: bool
+    @property
+    def table(self) -> Any:
+        """Coefficients, one row a step."""
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps need noise."""
 
     def step(self, denoise_fn: DenoiseFn, x: Any, label: Any, row: Any, noise: Any) -> Step:
         """Returns one iteration from `x` with the coefficients `row`."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -55,7 +56,7 @@ class Schedule:
     """
 
     betas: np.ndarray
-    timestep_map: np.ndarray | None = None
+    timestep_map: Any = None
 
     def __post_init__(self):
         betas = np.asarray(self.betas, np.float64)

@@ -47,7 +47,7 @@ def quantized_matmul(
     q: QTensor,
     act_quant: ActQuant | ActSpec | None = None,
     *,
-    execution: Execution = "simulated",
+    execution: Execution | str = "simulated",
 ) -> Float[Array, "*lead N"]:
     """Returns `x @ q` `[*lead, N]` in the dtype of `x`, with `x` quantised as `act_quant` says.
 

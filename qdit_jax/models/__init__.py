@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -56,7 +55,7 @@ def family_of(model: nn.Module) -> str:
     raise TypeError(f"{type(model).__name__} belongs to no family that can be saved.")
 
 
-def model_class(family: str) -> Callable[..., nn.Module]:
+def model_class(family: str) -> Any:
     module, name = FAMILIES[family]
     return getattr(import_module(module), name)
 

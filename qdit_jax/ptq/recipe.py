@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flax.traverse_util import flatten_dict
 
@@ -88,7 +88,7 @@ class Recipe:
         group_size: int = 128,
         symmetric: bool = False,
         act_group_size: int | None = None,
-        act_mode: str = "dynamic",
+        act_mode: Literal["dynamic", "static"] = "dynamic",
         range_fn: Any = ranges.minmax,
         scale_dtype: str = "float16",
         layers: str = BLOCK_LINEARS,
@@ -178,9 +178,11 @@ def rule_from_json(data: dict[str, Any], where: str) -> Rule:
     if unknown := sorted(set(data) - {"layers", "weight", "act"}):
         raise ValueError(f"{where}: unknown entry {unknown[0]!r}; known: layers, weight, act.")
     pattern = data.get("layers")
+    if not isinstance(pattern, str):
+        raise ValueError(f"{where}: layers={pattern!r} is no regular expression.")
     try:
-        re.compile(pattern)  # type: ignore[arg-type]
-    except (TypeError, re.error) as error:
+        re.compile(pattern)
+    except re.error as error:
         raise ValueError(
             f"{where}: layers={pattern!r} is no regular expression: {error}."
         ) from error
@@ -193,7 +195,7 @@ def rule_from_json(data: dict[str, Any], where: str) -> Rule:
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
-    return Rule(pattern, spec)  # type: ignore[arg-type]
+    return Rule(pattern, spec)
 
 
 def layer_paths(params: Any) -> list[str]:

@@ -91,13 +91,13 @@ def collect_stats(
         found = ranges_fn(x, jnp.full(len(x), float(timestep)), label)
         at = merged.setdefault(timestep, {})
         for path, (low, high) in found.items():
-            low, high = np.asarray(low), np.asarray(high)
-            if path in at:
-                low, high = np.minimum(low, at[path][0]), np.maximum(high, at[path][1])
-            at[path] = (low, high)
+            before = at.get(path, (low, high))
+            at[path] = np.minimum(low, before[0]), np.maximum(high, before[1])
     if not merged:
         raise ValueError("no batch to calibrate on; ask for at least one sample.")
     paths = next(iter(merged.values()))
-    low = {path: np.stack([at[path][0] for at in merged.values()]) for path in paths}
-    high = {path: np.stack([at[path][1] for at in merged.values()]) for path in paths}
-    return Stats(np.array(list(merged)), low, high)
+
+    def stacked(side: int) -> dict[str, np.ndarray]:
+        return {path: np.stack([at[path][side] for at in merged.values()]) for path in paths}
+
+    return Stats(np.array(list(merged)), stacked(0), stacked(1))
