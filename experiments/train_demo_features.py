@@ -10,6 +10,7 @@ features of all images) to `qdit_jax/assets`. Without `--data`, scikit-learn's 8
 from __future__ import annotations
 
 import argparse
+import math
 from functools import partial
 from pathlib import Path
 
@@ -56,11 +57,12 @@ def train_step(state, images, labels, key, *, num_steps):
     return (optax.apply_updates(params, updates), momenta), value
 
 
-def train(images, labels, *, num_epochs: int, batch_size: int, seed: int):
+def train(images, labels, *, num_steps: int, batch_size: int, seed: int):
     """Returns the trained params; prints the loss of every epoch."""
     key = jax.random.key(seed)
     params = demo.DigitFeatures().init(key, images[:1])["params"]
     steps_per_epoch = len(images) // batch_size
+    num_epochs = math.ceil(num_steps / steps_per_epoch)
     num_steps = num_epochs * steps_per_epoch
     state = params, optimizer(num_steps).init(params)
     rng = np.random.default_rng(seed)
@@ -95,7 +97,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--data", help="MNIST's test split as .npz; default: scikit-learn's digits")
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=840, help="rounded up to whole epochs")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ASSETS)
@@ -106,7 +108,7 @@ def main() -> None:
     params = train(
         images[fitted],
         labels[fitted],
-        num_epochs=args.epochs,
+        num_steps=args.steps,
         batch_size=args.batch_size,
         seed=args.seed,
     )

@@ -112,7 +112,7 @@ def check_num_samples(samples: Features, settings: ScoreSettings) -> None:
         raise ValueError(
             f"{count} samples are too few: at least {needed} are needed "
             f"(the network has {width} features, and fewer samples leave their covariance "
-            "without full rank and the score mostly bias); lower the limit to score them anyway."
+            "without full rank and the score mostly bias); lower --min-samples to score them anyway."
         )
 
 
