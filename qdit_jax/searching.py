@@ -37,3 +37,30 @@ class Rollout:
         """Returns the latents at the end of the walk."""
         denoise_fn = denoiser(self.model, params, self.guidance)
         return diffusion.sample(denoise_fn, self.sampler, noise, label, key)
+
+    def step(self, params: Any, x: Any, label: Any, key: Any, step: Any) -> Any:
+        """Returns the latents after one step; the same walk as the whole call, step by step."""
+        denoise_fn = denoiser(self.model, params, self.guidance)
+        row = jax.tree.map(lambda a: a[step], self.sampler.table)
+        noise = None
+        if self.sampler.stochastic:
+            keys = jax.vmap(jax.random.fold_in, (0, None))(key, step)
+            noise = jax.vmap(lambda one: jax.random.normal(one, x.shape[1:], x.dtype))(keys)
+        return self.sampler.step(denoise_fn, x, label, row, noise).x_next
+
+    @property
+    def num_steps(self) -> int:
+        """Returns the number of steps of the walk."""
+        return jax.tree.leaves(self.sampler.table)[0].shape[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class OneStep:
+    """A rollout's `step` as a pytree that is a function."""
+
+    rollout: Rollout
+
+    def __call__(self, *args: Any) -> Any:
+        """Returns the latents after one step."""
+        return self.rollout.step(*args)

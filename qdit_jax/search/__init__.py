@@ -1,5 +1,6 @@
 """The allocation: which group size (and bits) every layer gets under a budget."""
 
+from qdit_jax.search.allocate import Allocation, AllocationSettings, allocate
 from qdit_jax.search.assigned import ChosenAct, assigned_params
 from qdit_jax.search.budget import Budget, parse_budget
 from qdit_jax.search.cost import (
@@ -14,6 +15,7 @@ from qdit_jax.search.cost import (
     total_cost,
     tpu_cost,
 )
+from qdit_jax.search.descent import additive_solution, corrected, descend
 from qdit_jax.search.evaluate import (
     BadFitnessError,
     Evaluator,
@@ -21,6 +23,7 @@ from qdit_jax.search.evaluate import (
     candidate_mesh,
 )
 from qdit_jax.search.evolution import EvolutionSettings, evolve, random_search
+from qdit_jax.search.journal import Journal
 from qdit_jax.search.knapsack import Solution, lagrangian_front, pareto, solve
 from qdit_jax.search.objectives import (
     FeatureDistance,
@@ -31,6 +34,7 @@ from qdit_jax.search.objectives import (
     paired_error,
 )
 from qdit_jax.search.records import Measured, Store
+from qdit_jax.search.sensitivity import Effects, Prediction, effects, prediction, rank_correlation
 from qdit_jax.search.space import (
     GROUP_SIZES,
     SearchLayer,
@@ -45,29 +49,39 @@ from qdit_jax.search.space import (
 
 __all__ = [
     "GROUP_SIZES",
+    "Allocation",
+    "AllocationSettings",
     "BadFitnessError",
     "BitOps",
     "Budget",
     "Bytes",
     "ChosenAct",
     "CpuCost",
+    "Effects",
     "Evaluator",
     "EvolutionSettings",
     "FeatureDistance",
     "FunctionObjective",
     "HardwareCost",
+    "Journal",
     "LostWorkerError",
     "MeanGroup",
     "Measured",
     "PairedError",
+    "Prediction",
     "SearchLayer",
     "Solution",
     "Space",
     "Store",
+    "additive_solution",
+    "allocate",
     "assigned_params",
     "assignment_of",
     "candidate_mesh",
+    "corrected",
     "cost_table",
+    "descend",
+    "effects",
     "evolve",
     "feature_distance",
     "function_objective",
@@ -77,7 +91,9 @@ __all__ = [
     "paired_error",
     "pareto",
     "parse_budget",
+    "prediction",
     "random_search",
+    "rank_correlation",
     "recipe_of",
     "search_space",
     "solve",

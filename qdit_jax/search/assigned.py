@@ -40,8 +40,19 @@ class ChosenAct:
     specs: tuple[ActSpec | None, ...]
 
     def __call__(self, x: Any) -> Any:
-        """Returns `x` fake-quantised, in the dtype of `x`."""
-        return chosen(act_branch, self.specs, self.choice, x)
+        """Returns `x` fake-quantised, in the dtype of `x`; its derivative is that of `x`."""
+        return straight_through(x, chosen(act_branch, self.specs, self.choice, x))
+
+
+@jax.custom_jvp
+def straight_through(x: Any, rounded: Any) -> Any:
+    """Returns `rounded`, differentiated as if it were `x` (rounding has no useful derivative)."""
+    return rounded
+
+
+@straight_through.defjvp
+def _straight_through_jvp(primals: Any, tangents: Any) -> Any:
+    return primals[1], tangents[0]
 
 
 def assigned_params(params: Any, space: Space, assignment: Any) -> Any:

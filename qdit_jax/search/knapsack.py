@@ -184,9 +184,8 @@ def lower_hull(error: np.ndarray, cost: np.ndarray) -> list[int]:
 
 def is_above(a: int, b: int, c: int, error: np.ndarray, cost: np.ndarray) -> bool:
     """Returns whether point b lies on or above the line from a to c."""
-    return (error[b] - error[a]) * (cost[c] - cost[a]) >= (error[c] - error[a]) * (
-        cost[b] - cost[a]
-    )
+    left = (error[b] - error[a]) * (cost[c] - cost[a])
+    return bool(left >= (error[c] - error[a]) * (cost[b] - cost[a]))
 
 
 def pareto(cost: np.ndarray, error: np.ndarray) -> np.ndarray:

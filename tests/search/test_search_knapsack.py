@@ -42,7 +42,7 @@ def test_the_solution_is_that_of_exhaustive_search(seed, num_layers, share, whol
 def test_costs_may_be_negative():
     errors = [np.array([0.0, 1.0, 5.0])] * 3
     costs = [np.array([-32.0, -128.0, -288.0])] * 3
-    assert solve(errors, costs, -3 * 128).error == 3.0
+    assert solve(errors, costs, -3 * 128.0).error == 3.0
 
 
 def test_the_papers_size_is_solved_exactly_in_no_time():
