@@ -108,9 +108,10 @@ def recipe_of(args: argparse.Namespace, params: Any) -> Any:
         UserError: if options of a preset accompany a file.
     """
     import qdit_jax as qdit
-    from qdit_jax.ptq.recipe import BLOCK_LINEARS, PRESET
+    from qdit_jax.ptq.recipe import BLOCK_LINEARS
 
-    if PRESET.fullmatch(args.recipe):
+    is_file = args.recipe.endswith(".json") or Path(args.recipe).exists()
+    if not is_file:
         return qdit.Recipe.preset(
             args.recipe,
             params,
@@ -123,7 +124,7 @@ def recipe_of(args: argparse.Namespace, params: Any) -> Any:
     given = [name for name in ("group_size", "act_group_size", "layers") if getattr(args, name)]
     if given or args.symmetric or args.act_mode != "dynamic":
         raise qdit.UserError(
-            f"--recipe {args.recipe} is a file (or no preset): options such as --group-size belong "
+            f"--recipe {args.recipe} is a file: options such as --group-size belong "
             "to presets like w4a8; write them into the file."
         )
     return qdit.Recipe.from_json(args.recipe)

@@ -1,0 +1,160 @@
+"""Recipes and the transform: rules, their errors, and what is left alone."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from qdit_jax.ptq import LayerSpec, Recipe, Rule, Stats, layer_paths, plan, quantize_params
+from qdit_jax.quant import ActSpec, QTensor, WeightSpec, dequantize, nbytes
+from qdit_jax.testing import realistic_dit
+
+
+@pytest.fixture(scope="module")
+def params():
+    return realistic_dit(0, hidden_size=48, depth=2, num_heads=4, input_size=8)[1]
+
+
+def test_the_last_matching_rule_decides(params):
+    fine, coarse = WeightSpec(4, 16), WeightSpec(4, 0)
+    recipe = Recipe(
+        (
+            Rule(r"blocks_\d+/mlp/fc\d", LayerSpec(coarse)),
+            Rule("blocks_1/mlp/fc2", LayerSpec(fine)),
+            Rule("blocks_0/mlp/fc1", LayerSpec()),
+        )
+    )
+    assert recipe.get("blocks_0/mlp/fc2") == LayerSpec(coarse)
+    assert recipe.get("blocks_1/mlp/fc2") == LayerSpec(fine)
+    assert recipe.get("blocks_0/mlp/fc1") is None
+    assert recipe.get("blocks_0/mlp/fc22") is None
+    assert list(recipe.resolve(params)) == [
+        "blocks_0/mlp/fc2",
+        "blocks_1/mlp/fc1",
+        "blocks_1/mlp/fc2",
+    ]
+
+
+def test_json_round_trip(tmp_path):
+    recipe = Recipe(
+        (Rule("blocks_0/attn/qkv", LayerSpec(WeightSpec(3, 64, True), ActSpec(8, 32))),), "mine"
+    )
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(recipe.to_json()))
+    assert Recipe.from_json(file) == recipe
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not readable JSON"),
+        ("[]", "holds no JSON object"),
+        ('{"rules": 3}', "a list of objects named 'rules'"),
+        ('{"format_version": 9, "rules": []}', "format_version=9"),
+        ('{"rules": [{"layers": "("}]}', "rule 0: layers='\\(' is no regular expression"),
+        ('{"rules": [{"layers": "x", "wieght": {}}]}', "unknown entry 'wieght'"),
+        ('{"rules": [{"layers": "x", "weight": {"bits": 9}}]}', "rule 0: bits=9 is not supported"),
+        ('{"rules": [{"layers": "x", "weight": {"group": 9}}]}', "unknown setting 'group'"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, content, message):
+    file = tmp_path / "recipe.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_json(file)
+
+
+def test_a_rule_that_matches_nothing_is_an_error(params):
+    recipe = Recipe((Rule("block_0/mlp/fc1", LayerSpec(WeightSpec())),))
+    with pytest.raises(ValueError, match="'block_0/mlp/fc1' matches no layer"):
+        quantize_params(params, recipe=recipe)
+
+
+def test_operands_have_no_weights(params):
+    recipe = Recipe((Rule("blocks_0/attn/q", LayerSpec(WeightSpec())),))
+    with pytest.raises(ValueError, match="has no weights"):
+        recipe.resolve(params)
+
+
+@pytest.mark.parametrize("name", ["w4", "int4", "w44a8", "w9a8", "w4a1"])
+def test_an_unknown_preset_is_named(name, params):
+    with pytest.raises(ValueError, match=r"is no preset|is not supported"):
+        Recipe.preset(name, params)
+
+
+@pytest.mark.parametrize(("name", "weights", "acts"), [("w16a8", 0, 8), ("w4a16", 8, 0)])
+def test_16_bits_leave_a_side_as_it_is(name, weights, acts, params):
+    quantized = quantize_params(params, recipe=Recipe.preset(name, params, group_size=32))
+    is_q = [isinstance(leaf, QTensor) for leaf in leaves(quantized)]
+    assert sum(is_q) == weights
+    blocks = [quantized[f"blocks_{i}"] for i in range(2)]
+    assert (
+        sum("act_quant" in b[p][n] for b in blocks for p in ("attn", "mlp") for n in b[p]) == acts
+    )
+
+
+def leaves(tree):
+    return jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+
+
+def test_only_named_layers_change_and_the_input_stays(params):
+    before = jax.tree.map(np.array, params)
+    quantized = quantize_params(params, recipe=Recipe.preset("w4a8", params, group_size=32))
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+    np.testing.assert_array_equal(quantized["pos_embed"], params["pos_embed"])
+    kernel = quantized["blocks_0"]["adaLN_modulation"]["kernel"]
+    np.testing.assert_array_equal(kernel, params["blocks_0"]["adaLN_modulation"]["kernel"])
+    assert isinstance(quantized["blocks_1"]["mlp"]["fc2"]["kernel"], QTensor)
+
+
+def test_every_kernel_can_be_quantised_patches_included(params):
+    paths = layer_paths(params)
+    assert {"x_embedder/proj", "t_embedder/mlp_0", "final_layer/linear"} <= set(paths)
+    recipe = Recipe(
+        (Rule(".*(proj|mlp_.|linear|modulation|qkv|fc.)", LayerSpec(WeightSpec(8, 32))),)
+    )
+    quantized = quantize_params(params, recipe=recipe)
+    q = quantized["x_embedder"]["proj"]["kernel"]
+    original = params["x_embedder"]["proj"]["kernel"].reshape(q.shape)
+    assert np.abs(dequantize(q) - original).max() <= 0.51 * np.abs(np.asarray(q.scale)).max()
+    assert sum(isinstance(leaf, QTensor) for leaf in leaves(quantized)) == len(paths)
+
+
+def test_the_plan_tells_the_bytes_that_are_held(params):
+    recipe = Recipe.preset("w3a8", params, group_size=32)
+    quantized = quantize_params(params, recipe=recipe)
+    for entry in plan(params, recipe):
+        block, part, name = entry.path.split("/")
+        assert nbytes(quantized[block][part][name]["kernel"]) == entry.bytes_after
+
+
+def test_quantising_twice_is_refused(params):
+    recipe = Recipe.preset("w4a8", params, group_size=32)
+    quantized = quantize_params(params, recipe=recipe)
+    with pytest.raises(ValueError, match="quantised already"):
+        quantize_params(quantized, recipe=recipe)
+
+
+def test_static_activations_need_statistics(params):
+    recipe = Recipe.preset("w4a8", params, group_size=0, act_mode="static")
+    with pytest.raises(ValueError, match="needs calibration statistics"):
+        quantize_params(params, recipe=recipe)
+
+
+def test_static_scales_cover_the_calibrated_range(params):
+    rng = np.random.default_rng(0)
+    low, high = -rng.uniform(1, 20, (3, 48)), rng.uniform(1, 20, (3, 48))
+    path = "blocks_0/attn/qkv"
+    stats = Stats(np.arange(3), {path: low}, {path: high})
+    for group_size in (0, 32):
+        spec = ActSpec(8, group_size, mode="static")
+        recipe = Recipe((Rule(path, LayerSpec(None, spec)),))
+        act = quantize_params(params, recipe=recipe, stats=stats)["blocks_0"]["attn"]["qkv"][
+            "act_quant"
+        ]
+        starts = [0] if group_size == 0 else [0, 32]
+        span = np.maximum.reduceat(high.max(0), starts) - np.minimum.reduceat(low.min(0), starts)
+        np.testing.assert_allclose(act.scale, span / 255, rtol=1e-6)
