@@ -57,7 +57,7 @@ def convert(
     from qdit_jax.files import check_free
 
     if out is not None:
-        check_free(out, force)
+        check_free(Path(out), force)
     read = read_model(
         src,
         family=family,
@@ -74,7 +74,7 @@ def convert(
     if out is not None:
         _check_space(Path(out), read)
         try:
-            save(out, checkpoint, overwrite=force)
+            save(Path(out), checkpoint, overwrite=force)
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error.strerror or error}.") from None
     return checkpoint

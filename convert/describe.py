@@ -32,7 +32,8 @@ def describe(src: str | os.PathLike, *, weights: str | None = None) -> dict[str,
     path = Path(src)
     if not path.exists():
         raise UserError(f"{path} does not exist.")
-    problem, metadata = None, {}
+    problem: str | None = None
+    metadata: dict[str, Any] = {}
     try:
         networks, metadata = open_source(path, None, Choices(), weights)
         described = [_network(network) for network in networks]

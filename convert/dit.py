@@ -58,9 +58,11 @@ def facebook_plan(state: StateDict, choices: Choices, velocity: bool) -> Plan:
     check_model(choices.model, sizes)
     num_tokens = shape_of(tensors, "pos_embed", 3)[1]
     stated = choices.num_classes
-    stated = state.hints.get("num_classes") if stated is None else stated
+    hint = state.hints.get("num_classes")
+    if stated is None and type(hint) is int:
+        stated = hint
     config = dit_config(sizes, num_heads(sizes, choices))
-    config |= label_config(sizes.table_rows, stated if isinstance(stated, int) else None)
+    config |= label_config(sizes.table_rows, stated)
     config |= {"input_size": input_size(num_tokens, sizes.patch_size, choices.input_size)}
     config |= {"velocity": velocity}
     return Plan("dit", config, tuple(facebook_leaves(sizes, num_tokens)))

@@ -88,7 +88,7 @@ def mentioned_names(data: bytes) -> list[str]:
     try:
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name == "GLOBAL":
-                found.append(argument.replace(" ", "."))
+                found.append(str(argument).replace(" ", "."))
             elif opcode.name == "STACK_GLOBAL":
                 found.append(".".join(strings))
             elif isinstance(argument, str):
@@ -182,6 +182,12 @@ def _tuple(count: int) -> Callable[[_Machine, Any], None]:
     return act
 
 
+def _dict(machine: _Machine, _: Any) -> None:
+    items = machine.to_mark()
+    machine.stack.append({})
+    machine.set_items(items)
+
+
 def _put(machine: _Machine, index: Any) -> None:
     machine.memo[len(machine.memo) if index is None else int(index)] = machine.stack[-1]
 
@@ -217,7 +223,7 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "TUPLE2": _tuple(2),
     "TUPLE3": _tuple(3),
     "LIST": lambda m, _: m.stack.append(m.to_mark()),
-    "DICT": lambda m, _: (lambda items: (m.stack.append({}), m.set_items(items)))(m.to_mark()),
+    "DICT": _dict,
     "SETITEM": lambda m, _: m.set_items(_pair(m)),
     "SETITEMS": lambda m, _: m.set_items(m.to_mark()),
     "APPEND": lambda m, _: m.extend([m.pop()]),
@@ -230,7 +236,7 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "LONG_BINGET": lambda m, index: m.stack.append(m.memo[index]),
     "GET": lambda m, index: m.stack.append(m.memo[int(index)]),
     "POP": lambda m, _: m.stack.pop(),
-    "POP_MARK": lambda m, _: m.to_mark(),
+    "POP_MARK": lambda m, _: m.to_mark().clear(),
     "GLOBAL": lambda m, argument: m.mention(argument.replace(" ", ".")),
     "STACK_GLOBAL": lambda m, _: m.mention(_stack_global(m)),
     "REDUCE": _Machine.call,

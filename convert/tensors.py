@@ -75,7 +75,7 @@ class FileSpan:
         if data.size != count:
             raise UserError(f"{self.path.name} ended early while its tensors were being read.")
         if self.crc is not None and not self.verified:
-            self._verify(zlib.crc32(data))
+            self._verify(zlib.crc32(data.data))
         return data
 
     def _verify(self, crc: int) -> None:

@@ -7,7 +7,11 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from qdit_jax.models import build_model
 
 WIDTH, DEPTH, CLASSES = 16, 2, 10
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "float64": "F64"}
@@ -207,3 +211,21 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
         path = f"{prefix}{name}"
         out |= flat(value, f"{path}/") if isinstance(value, dict) else {path: value}
     return out
+
+
+def check_tree(read: Any) -> None:
+    """Asserts that the leaves are exactly those of the network, by name and shape."""
+    model = build_model(read.family, read.config)
+    inputs = {"vae": ((1, 16, 16, 3),), "inception": ((1, 299, 299, 3),)}.get(read.family)
+    if inputs is None:
+        size = read.config["input_size"]
+        inputs = ((1, size, size, 4), (1,))
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in inputs]
+    if len(shapes) > 1:
+        shapes.append(jax.ShapeDtypeStruct((1,), jnp.int32))
+    expected = flat(jax.eval_shape(model.init, jax.random.key(0), *shapes)["params"])
+    found = flat(read.params)
+    assert set(found) == set(expected)
+    for path, leaf in found.items():
+        assert leaf.shape == expected[path].shape, path
+        assert leaf.flags.c_contiguous
