@@ -21,7 +21,7 @@ from qdit_convert.dit import (
     out_channels,
 )
 from qdit_convert.plan import Leaf, Plan, affine, block_count, convolution, linear, shape_of
-from qdit_convert.tensors import StateDict
+from qdit_convert.tensors import StateDict, StoredTensor
 
 from qdit_jax.errors import UserError
 from qdit_jax.models.layers import sincos_positions
@@ -29,6 +29,7 @@ from qdit_jax.models.layers import sincos_positions
 BLOCKS = "transformer_blocks."
 EMBEDDER = "norm1.emb.timestep_embedder"
 LABELS = "norm1.emb.class_embedder.embedding_table.weight"
+POSITIONS = "pos_embed.pos_embed"  # the table, in the few files that store it
 CLASS_NAMES = ("DiTTransformer2DModel", "Transformer2DModel")
 # What the network must be for its equations to be those of DiT.
 REQUIRED = {
@@ -65,7 +66,7 @@ def diffusers_plan(state: StateDict, choices: Choices, config: Mapping[str, Any]
     )
     result |= label_config(sizes.table_rows, stated)
     result |= {"input_size": input_size(tokens, sizes.patch_size, (rows, columns))}
-    return Plan("dit", result, tuple(_leaves(sizes, (rows, columns))))
+    return Plan("dit", result, tuple(_leaves(sizes, (rows, columns), state.tensors)))
 
 
 def diffusers_sizes(state: StateDict) -> Sizes:
@@ -122,11 +123,14 @@ def _check_config(config: Mapping[str, Any], sizes: Sizes) -> None:
             raise UserError(f"config.json says {key} = {says}, but the weights have {found}.")
 
 
-def _leaves(sizes: Sizes, size: tuple[int, int]) -> list[Leaf]:
+def _leaves(sizes: Sizes, size: tuple[int, int], tensors: Mapping[str, StoredTensor]) -> list[Leaf]:
     D, p, mlp = sizes.width, sizes.patch_size, sizes.mlp_width
     grid = (size[0] // p, size[1] // p)
+    positions = Leaf("pos_embed", (), (), values=partial(_positions, D, grid))
+    if POSITIONS in tensors:
+        positions = Leaf("pos_embed", (POSITIONS,), ((1, grid[0] * grid[1], D),))
     leaves = [
-        Leaf("pos_embed", (), (), values=partial(_positions, D, grid)),
+        positions,
         *affine("x_embedder/proj", "pos_embed.proj", (D, sizes.in_channels, p, p), convolution),
         *_shared("t_embedder/mlp_0", f"{EMBEDDER}.linear_1", (D, 256), sizes.depth),
         *_shared("t_embedder/mlp_2", f"{EMBEDDER}.linear_2", (D, D), sizes.depth),

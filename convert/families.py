@@ -63,7 +63,7 @@ LAYOUTS = (
         "DiT in the diffusers layout",
         ("dit",),
         re.compile(
-            r"pos_embed\.proj\.|proj_out_[12]\.|transformer_blocks\.\d+\."
+            r"pos_embed\.(proj\.|pos_embed$)|proj_out_[12]\.|transformer_blocks\.\d+\."
             r"(norm1\.(emb|linear)\.|attn1\.to_(q|k|v|out\.0)\.|ff\.net\.)"
         ),
         diffusers_plan,

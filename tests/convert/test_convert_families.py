@@ -229,6 +229,12 @@ def test_the_diffusers_layout_gives_the_facebook_tree(dit, tmp_path, pt):
     assert theirs.config["num_heads"] == 2
 
 
+def test_a_stored_position_table_is_used_as_stored(dit, tmp_path):
+    arrays = {**diffusers_arrays(dit), "pos_embed.pos_embed": dit["pos_embed"]}
+    read = read_model(write_folder(tmp_path / "d", arrays, diffusers_config()))
+    np.testing.assert_array_equal(read.params["pos_embed"], dit["pos_embed"])
+
+
 def test_embedders_that_differ_between_blocks_are_refused(dit, tmp_path):
     arrays = diffusers_arrays(dit)
     key = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_2.bias"
