@@ -1,0 +1,216 @@
+"""Says whether a checkpoint is hard enough for rankings of quantisation methods to mean anything.
+
+    python experiments/check_testbed.py demo_dit.safetensors --num-heads 4 --out runs/testbed
+
+Takes about 3 minutes on 2 cores for the demo model. Expected for the shipped one: every line of the
+gate passes. Reads a checkpoint folder or PyTorch weights; prints each property with its figure and
+its threshold, then the gate, in dB of final latents against full precision over the same noise,
+labels and steps; writes `testbed.json` and `testbed.png`. Ends with status 1 where the gate fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+import numpy as np
+from testbed_measures import Property, collect, measure, read_checkpoint
+
+import qdit_jax as qdit
+from qdit_jax.calibration import default_sampler
+from qdit_jax.metrics import bootstrap_interval, paired_test, signal_to_noise_db
+
+FAITHFUL_DB = 30.0
+COLLAPSE_DB = 12.0
+COLLAPSED_DB = 10.0
+APART_DB = 3.0
+FULL = "full precision"
+W8A8 = "W8A8 groups, dynamic"
+STATIC = "W4A8 per channel, static per tensor"
+TOKEN = "W4A8 per channel, per token"
+GROUPS = "W4A8 groups, static"
+DYNAMIC = "W4A8 groups, dynamic"
+A4_TOKEN = "W4A4 per channel, per token"
+A4_GROUPS = "W4A4 groups, dynamic"
+
+
+def recipes(group_size: int) -> dict[str, qdit.Recipe]:
+    """Returns the gate's recipes by name."""
+    preset = qdit.Recipe.preset
+    return {
+        W8A8: preset("w8a8", group_size=group_size),
+        STATIC: preset("w4a8", group_size=0, act_mode="static"),
+        TOKEN: preset("w4a8", group_size=0),
+        GROUPS: preset("w4a8", group_size=group_size, act_mode="static"),
+        DYNAMIC: preset("w4a8", group_size=group_size),
+        A4_TOKEN: preset("w4a4", group_size=0),
+        A4_GROUPS: preset("w4a4", group_size=group_size),
+    }
+
+
+def simulated(params: Any) -> Any:
+    """Returns `params` with the weights that the codes stand for: what a simulation multiplies by.
+
+    All recipes of one kind of activation quantiser then share a compilation.
+    """
+    is_quantized = lambda leaf: isinstance(leaf, qdit.QTensor)  # noqa: E731
+    return jax.tree.map(
+        lambda leaf: qdit.dequantize(leaf) if is_quantized(leaf) else leaf,
+        params,
+        is_leaf=is_quantized,
+    )
+
+
+def sample_all(
+    checkpoint: qdit.Checkpoint, args: argparse.Namespace, sampler: Any
+) -> dict[str, np.ndarray]:
+    """Returns final latents `[seeds * samples, H, W, C]` of full precision and of every recipe."""
+    stats = qdit.calibrate(
+        checkpoint,
+        jax.random.key(10_000),
+        args.samples,
+        sampler=sampler,
+        guidance=args.guidance,
+        batch_size=args.samples,
+    )
+    settings = {FULL: checkpoint.params}
+    for name, recipe in recipes(args.group_size).items():
+        quantized = qdit.quantize_params(checkpoint.params, recipe=recipe, stats=stats)
+        settings[name] = simulated(quantized)
+    labels = np.arange(args.samples) % checkpoint.model.num_classes
+    guidance = args.guidance if checkpoint.model.null_class else None
+    found = {}
+    for name, params in settings.items():
+        runs = [
+            qdit.generate(
+                dataclasses.replace(checkpoint, params=params, vae=None),
+                sampler,
+                labels,
+                seed=seed,
+                guidance=guidance,
+                batch_size=args.samples,
+            )
+            for seed in range(args.seeds)
+        ]
+        found[name] = np.concatenate(runs)
+        print(f"  sampled {name}", file=sys.stderr, flush=True)
+    return found
+
+
+def gate(db: dict[str, np.ndarray]) -> list[Property]:
+    """Returns the gate's lines from decibels a sample of every recipe."""
+    mean = {name: float(values.mean()) for name, values in db.items()}
+    gain = mean[DYNAMIC] - mean[STATIC]
+    dynamic = paired_test(db[DYNAMIC], db[GROUPS]).difference
+    return [
+        Property("W8A8 is full precision: dB", mean[W8A8], FAITHFUL_DB),
+        Property("W4A8 static collapses: dB below 10", COLLAPSED_DB - mean[STATIC], 0.0),
+        Property("W4A8 static below groups: dB", mean[GROUPS] - mean[STATIC], COLLAPSE_DB),
+        Property("groups recover most: share", (mean[GROUPS] - mean[STATIC]) / gain, 0.5),
+        Property(
+            "dynamic recovers more: dB, low end",
+            dynamic.low,
+            0.0,
+            f"{dynamic.estimate:+.2f} [{dynamic.low:+.2f}, {dynamic.high:+.2f}]",
+        ),
+        Property("W4A4 below W4A8, groups: dB", mean[DYNAMIC] - mean[A4_GROUPS], APART_DB),
+        Property("W4A4 per token below groups: dB", mean[A4_GROUPS] - mean[A4_TOKEN], APART_DB),
+    ]
+
+
+def print_table(title: str, lines: list[Property]) -> None:
+    print(f"\n{title}")
+    for line in lines:
+        threshold = "" if line.least is None else f">= {line.least:g}"
+        verdict = "" if line.least is None else ("pass" if line.passes else "FAIL")
+        print(f"  {line.name:54} {line.value:8.2f}  {threshold:8} {verdict:5} {line.note}".rstrip())
+
+
+def write_figure(
+    path: Path,
+    seen: dict[str, dict[str, np.ndarray]],
+    latents: dict[str, np.ndarray],
+    db: dict[str, np.ndarray],
+) -> None:
+    """Writes channels' sizes over time of two layers, and the first samples of every recipe."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(13, 9), width_ratios=(1, 2))
+    last = max(
+        int(name.split("/")[0].removeprefix("blocks_")) for name in seen if "blocks_" in name
+    )
+    for axis, layer in zip(axes[:, 0], ("attn/qkv", "mlp/fc1"), strict=True):
+        name = f"blocks_{last // 2}/{layer}"
+        axis.semilogy(np.sort(seen[name]["channel_max"][0], axis=1)[::6].T[::-1])
+        axis.set(title=f"{name}: channels' absmax, steps", xlabel="channel, sorted")
+    for axis, part in zip(axes[:, 1], np.array_split(np.array(list(latents)), 2), strict=True):
+        rows = [np.concatenate(list(latents[name][:10, ..., 0]), axis=1) for name in part]
+        axis.imshow(np.concatenate(rows), cmap="gray", vmin=-1, vmax=1)
+        height = rows[0].shape[0]
+        labels = [f"{n}\n{db[n].mean():.1f} dB" if n in db else n for n in part]
+        axis.set_yticks(height * (np.arange(len(part)) + 0.5), labels, fontsize=8)
+        axis.set_xticks([])
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--num-heads", type=int, help="of weights that are no published size")
+    parser.add_argument("--out", type=Path, default=Path("runs/testbed"))
+    parser.add_argument("--group-size", type=int, help="default: 32 below width 512, else 128")
+    parser.add_argument("--samples", type=int, default=20, help="of each seed")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, default=1.5)
+    parser.add_argument("--only-measure", action="store_true", help="no gate: weights and inputs")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    checkpoint = read_checkpoint(args.checkpoint, args.num_heads)
+    if args.group_size is None:
+        args.group_size = 32 if checkpoint.model.hidden_size < 512 else 128
+    sampler = default_sampler(checkpoint, args.steps)
+    seen = collect(checkpoint, sampler, jax.random.key(20_000), args.samples, args.guidance)
+    properties = measure(checkpoint, seen)
+    print_table(f"Properties of {args.checkpoint}", properties)
+    if args.only_measure:
+        return 0
+    latents = sample_all(checkpoint, args, sampler)
+    db = {n: signal_to_noise_db(latents[FULL], x) for n, x in latents.items() if n != FULL}
+    print(f"\nFinal latents against full precision, dB, groups of {args.group_size}")
+    intervals = {name: bootstrap_interval(values) for name, values in db.items()}
+    for name, found in intervals.items():
+        print(f"  {name:54} {found.estimate:8.2f}  [{found.low:.2f}, {found.high:.2f}]")
+    lines = gate(db)
+    print_table("Gate", lines)
+    args.out.mkdir(parents=True, exist_ok=True)
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    content = {
+        "settings": settings,
+        "properties": [{**line._asdict(), "passes": line.passes} for line in properties],
+        "decibels": {name: dataclasses.asdict(found) for name, found in intervals.items()},
+        "gate": [{**line._asdict(), "passes": line.passes} for line in lines],
+    }
+    (args.out / "testbed.json").write_text(json.dumps(content, indent=1))
+    write_figure(args.out / "testbed.png", seen, latents, db)
+    passed = all(line.passes for line in lines)
+    print(f"\nThe gate {'passes' if passed else 'FAILS'}; wrote {args.out}/testbed.json and .png")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""Gives a small DiT the outlier channels of a large one, without changing what it computes.
+
+    python experiments/inject_outliers.py demo_dit.safetensors injected.safetensors --num-heads 4
+
+Takes seconds. Expected: the printed change of the output is below 1e-5 in float32 (the file's
+half precision adds its own rounding), and `check_testbed.py injected.safetensors` passes its gate.
+
+At the inputs of qkv and fc1 of every block, inside one neighborhood of channels (those that vary
+most over the timesteps), a few activations grow by `--factors` and their weights shrink; inside
+another (those that vary least), a few weights grow by `--heavy-factors`, the other weights there by
+about `--heavy-rest`, and their activations shrink. A few channels of v grow too, for proj. These are
+inverse folds; a neighborhood is as large as a group, so that finer groups can undo what they do.
+Channels that are only rescaled flatter methods that rescale: fine-tune afterwards
+(`finetune_demo.py`), and report results on all three: as trained, injected, fine-tuned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from facebook_layout import facebook_state_dict
+from safetensors.numpy import save_file
+from testbed_measures import read_checkpoint
+
+import qdit_jax as qdit
+from qdit_jax.models.layers import TimestepEmbedder
+from qdit_jax.ptq.folds import fold_inputs, producers
+
+NUM_TIMESTEPS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Injection:
+    """How strong the injected spread is; factors are drawn uniformly between two ends."""
+
+    outliers: int = 3
+    factors: tuple[float, float] = (20.0, 40.0)
+    heavy: int = 2
+    heavy_factors: tuple[float, float] = (20.0, 35.0)
+    heavy_rest: float = 5.0
+    proj_outliers: int = 2
+    proj_factors: tuple[float, float] = (3.0, 6.0)
+    ordinary: tuple[float, float] = (0.4, 0.8)
+    shift: float = 0.1
+    neighborhood: int = 32
+    seed: int = 0
+
+
+def inject(checkpoint: qdit.Checkpoint, settings: Injection) -> Any:
+    """Returns the params of the same function with outlier channels."""
+    model, params = checkpoint.model, checkpoint.params
+    rng = np.random.default_rng(settings.seed)
+    modulation = modulation_over_time(model, params)
+    scale, shift = {}, {}
+    for i in range(model.depth):
+        for layer in ("attn/qkv", "mlp/fc1"):
+            path = f"blocks_{i}/{layer}"
+            size = channel_size(modulation[i], path)
+            factor = channel_factors(rng, variation(size, settings.ordinary), settings)
+            scale[path] = 1 / factor
+            signs = rng.choice([-1.0, 1.0], factor.size)
+            # In units of the channel's own size, so that after scaling it grows with the factor.
+            shift[path] = np.where(factor > 2, settings.shift * signs * size.max(0), 0.0)
+        path = f"blocks_{i}/attn/proj"
+        loudness = np.square(params[f"blocks_{i}"]["attn"]["qkv"]["kernel"]).mean(0)
+        factor = np.ones(model.hidden_size)
+        top = np.argsort(-loudness[2 * model.hidden_size :])[: settings.proj_outliers]
+        factor[top] = rng.uniform(*settings.proj_factors, top.size)
+        scale[path] = 1 / factor
+    return fold_inputs(params, scale=scale, shift=shift)
+
+
+def modulation_over_time(model: Any, params: Any) -> list[np.ndarray]:
+    """Returns every block's adaLN output `[S, 6D]` over the timesteps, for the mean class."""
+    timestep = jnp.linspace(0, 1 if model.velocity else 999, NUM_TIMESTEPS)
+    embedder = TimestepEmbedder(model.hidden_size, model.frequency_shift)
+    condition = embedder.apply({"params": params["t_embedder"]}, timestep)
+    condition += np.asarray(params["y_embedder"]["embedding_table"])[: model.num_classes].mean(0)
+    layers = [params[f"blocks_{i}"]["adaLN_modulation"] for i in range(model.depth)]
+    return [np.asarray(jax.nn.silu(condition) @ a["kernel"] + a["bias"]) for a in layers]
+
+
+def channel_size(modulation: np.ndarray, path: str) -> np.ndarray:
+    """Returns the root mean square `[S, D]` of a layer's modulated input: the norm's is 1."""
+    width = modulation.shape[1] // 6
+    parts = [
+        modulation[:, p.chunk * width : (p.chunk + 1) * width] + p.offset for p in producers(path)
+    ]
+    return np.sqrt(sum(np.square(part) for part in parts)) + 1e-3
+
+
+def variation(size: np.ndarray, ordinary: tuple[float, float]) -> np.ndarray:
+    """Returns the spread of the logarithm of `size [S, D]` over time; 0 for unusual channels.
+
+    `ordinary` are quantiles of the channels' largest size. Channels above matter so much that any
+    rounding of shrunk weights would be felt; those below are never seen.
+    """
+    largest = size.max(0)
+    low, high = np.quantile(largest, ordinary)
+    return np.where((largest >= low) & (largest <= high), np.log(size).std(0), 0.0)
+
+
+def channel_factors(
+    rng: np.random.Generator, variation: np.ndarray, settings: Injection
+) -> np.ndarray:
+    """Returns by how much each channel's activations grow; below 1 its weights do."""
+    width, near = variation.size, settings.neighborhood
+    if width < 2 * near:
+        raise ValueError(f"width {width} holds no two neighborhoods of {near} channels.")
+    factor = np.ones(width)
+    order = np.argsort(-variation)
+    loud = order[0] // near
+    members = order[order // near == loud]
+    factor[members[: settings.outliers]] = rng.uniform(*settings.factors, settings.outliers)
+    quietness = [
+        np.inf if g == loud else variation[g * near : (g + 1) * near].mean()
+        for g in range(width // near)
+    ]
+    members = order[order // near == int(np.argmin(quietness))][::-1]
+    rest = np.log(settings.heavy_rest) + 0.3 * rng.standard_normal(members.size)
+    factor[members] = np.exp(-rest)
+    factor[members[: settings.heavy]] = 1 / rng.uniform(*settings.heavy_factors, settings.heavy)
+    return factor
+
+
+def largest_change(checkpoint: qdit.Checkpoint, params: Any) -> float:
+    """Returns the largest difference of the outputs on noise, over the largest output."""
+    model, size = checkpoint.model, checkpoint.model.input_size
+    rows = (size, size) if isinstance(size, int) else tuple(size)
+    x = jax.random.normal(jax.random.key(0), (4, *rows, model.in_channels))
+    timestep = jnp.linspace(0, 1 if model.velocity else 999, 4)
+    label = jnp.arange(4) % model.num_classes
+    apply = jax.jit(lambda p: model.apply({"params": p}, x, timestep, label))
+    before, after = apply(checkpoint.params), apply(params)
+    return float(jnp.abs(after - before).max() / jnp.abs(before).max())
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder or PyTorch weights")
+    parser.add_argument("out", type=Path, help="a new folder, or a .safetensors (facebook layout)")
+    parser.add_argument("--num-heads", type=int, help="of weights that are no published size")
+    parser.add_argument("--dtype", choices=["float16", "float32"], default="float16")
+    for field in dataclasses.fields(Injection):
+        pair = isinstance(field.default, tuple)
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=float if pair else type(field.default),
+            nargs=2 if pair else None,
+            default=field.default,
+        )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    checkpoint = read_checkpoint(args.checkpoint, args.num_heads)
+    names = [field.name for field in dataclasses.fields(Injection)]
+    settings = Injection(
+        **{
+            name: tuple(value) if isinstance(value := getattr(args, name), list) else value
+            for name in names
+        }
+    )
+    params = inject(checkpoint, settings)
+    print(f"largest change of the output: {largest_change(checkpoint, params):.1e}")
+    if args.out.suffix == ".safetensors":
+        save_file(facebook_state_dict(params, dtype=np.dtype(args.dtype)), args.out)
+    else:
+        qdit.save(args.out, dataclasses.replace(checkpoint, params=params))
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
