@@ -77,8 +77,8 @@ def polarization(v: Float[Array, "K N"], cost: Float[Array, "K N"]) -> Float[Arr
 
 
 def adaround(
-    w: Float[Any, "K N"],
-    hessian: Float[Any, "K K"],
+    w: Any,
+    hessian: Any,
     spec: WeightSpec,
     *,
     settings: AdaRoundSettings | None = None,

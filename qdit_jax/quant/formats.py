@@ -18,6 +18,8 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from qdit_jax.quant import ranges
+
 # 16 quantiles of a standard normal, scaled to [-1, 1] (QLoRA, arXiv:2305.14314, appendix E).
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -89,7 +91,9 @@ class Format:
     def scale_value(self, stored: Any) -> Float[Array, "*s"]:
         """Returns block scales in float32 from what is stored, the tensor's factor apart."""
         if self.block_scale == "e8m0":
-            return jnp.exp2(stored.astype(jnp.float32) - 127)
+            # exp2 is not exact; the byte is a float32's exponent, but for 2**-127.
+            power = jax.lax.bitcast_convert_type(stored.astype(jnp.int32) << 23, jnp.float32)
+            return jnp.where(stored > 0, power, jnp.float32(2.0**-127))
         if self.block_scale == "e4m3":
             return jax.lax.bitcast_convert_type(stored, jnp.float8_e4m3fn).astype(jnp.float32)
         return stored.astype(jnp.float32)
@@ -109,8 +113,7 @@ class Format:
         top = self.max_value()
         if self.block_scale == "e4m3":
             return _byte_of(absmax / top / tensor_scale, "e4m3")
-        scale = absmax / jax.lax.optimization_barrier(jnp.full_like(absmax, top))
-        return jnp.where(absmax > 0, scale, jnp.ones_like(scale))
+        return ranges.positive_or_one(ranges.exact_quotient(absmax, top))
 
     def tensor_scale(self, absmax: Any) -> Any:
         """Returns the factor for tensors of greatest magnitude `absmax`: blocks fill E4M3."""

@@ -43,8 +43,8 @@ def accumulate_hessian(
 
 
 def gptq(
-    w: Float[Any, "K N"],
-    hessian: Float[Any, "K K"],
+    w: Any,
+    hessian: Any,
     spec: WeightSpec,
     *,
     damping: float = 0.01,
@@ -94,9 +94,7 @@ def _gptq(w: Any, hessian: Any, damping: Any, holdout: Any, spec: WeightSpec) ->
     return from_codes(jnp.where(better, codes, nearest), scale, zero_point, spec)
 
 
-def gptq_authors(
-    w: Float[Any, "K N"], hessian: Float[Any, "K K"], spec: WeightSpec, *, damping: float = 0.01
-) -> QTensor:
+def gptq_authors(w: Any, hessian: Any, spec: WeightSpec, *, damping: float = 0.01) -> QTensor:
     """Returns `w` rounded as the Q-DiT release's GPTQ does; pass `range_fn=ranges.authors_gptq`.
 
     Channels are visited in order. A group's grid is taken from the running weights when its

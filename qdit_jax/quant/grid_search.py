@@ -101,7 +101,7 @@ def power(x: Float[Array, "*s"], exponent: float) -> Float[Array, "*s"]:
     """Returns `x ** exponent` for x >= 0 to about 1e-5 relative, in vector instructions only.
 
     XLA:CPU calls a scalar routine for a general power, which costs seven times as much.
-    Results below 2**-126 come back as about 2**-126.
+    The power of 0 is about `2**(-127 * exponent)`, never less than 2**-126.
     """
     if exponent == 1:
         return x

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer, Num
+from jaxtyping import Array, Float, Integer
 
 from qdit_jax.quant import formats, groups, packing
 from qdit_jax.quant.specs import WeightSpec
@@ -103,8 +103,8 @@ def packed_nbytes(num_rows: int, width: int, spec: WeightSpec) -> int:
     return total + (0 if spec.symmetric else packing.packed_rows(count, spec.bits) * blocks)
 
 
-def quantize(w: Num[Any, "K N"], spec: WeightSpec) -> QTensor:
-    """Returns the kernel `w` (any float dtype) rounded to nearest on the grid of `spec`.
+def quantize(w: Any, spec: WeightSpec) -> QTensor:
+    """Returns the kernel `w` `[K, N]` (any float dtype) rounded to nearest on the grid of `spec`.
 
     Raises:
         TypeError: if `w` is not floating point.

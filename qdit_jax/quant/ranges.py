@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -33,13 +32,23 @@ def positive_or_one(scale: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return jnp.where(scale > 0, scale, jnp.ones_like(scale))
 
 
-def exact_quotient(x: Float[Array, "*s"], divisor: int) -> Float[Array, "*s"]:
+def exact_quotient(x: Float[Array, "*s"], divisor: int | float) -> Float[Array, "*s"]:
     """Returns `x / divisor`, rounded once.
 
     XLA turns a division by a broadcast scalar into a product with its reciprocal, which may be
-    one ulp off; the barrier hides the broadcast.
+    one ulp off; a divisor that seems to depend on `x` is left alone, under vmap too.
     """
-    return x / jax.lax.optimization_barrier(jnp.full_like(x, divisor))
+    return x / jnp.where(jnp.isnan(x), 1.0, divisor)
+
+
+def rounded_product(x: Values, factor: Any) -> Values:
+    """Returns `x * factor`, rounded before anything else happens to it.
+
+    XLA:CPU contracts a product and a following difference into one fused operation, which
+    rounds once instead of twice; the clip to finite numbers stands between them.
+    """
+    top = float(jnp.finfo(jnp.float32).max)
+    return jnp.clip(x * factor, -top, top)
 
 
 def extremes(x: Values, axis: int) -> Limits:
@@ -179,8 +188,7 @@ class Mse(RangeRule):
         ratio = grid_search.best_ratio(
             jnp.moveaxis(x, axis, 0), low, high, self, bits=bits, symmetric=symmetric
         )
-        # The barrier keeps these products from being contracted with the difference in `scale`.
-        return jax.lax.optimization_barrier((low * ratio, high * ratio))
+        return rounded_product(low, ratio), rounded_product(high, ratio)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,9 +211,7 @@ class Authors(RangeRule):
         if symmetric:
             high = jnp.maximum(jnp.maximum(-low, high), 1e-5) * self.clip
             return -high, high
-        # Without the barrier the products are contracted into a fused multiply-subtract in
-        # `scale`, which rounds once instead of twice.
-        return jax.lax.optimization_barrier((low * self.clip, high * self.clip))
+        return rounded_product(low, self.clip), rounded_product(high, self.clip)
 
     def scale(self, low: Any, high: Any, bits: int, symmetric: bool) -> Values:
         """See `RangeRule`; the interval is at least 1e-5 wide."""

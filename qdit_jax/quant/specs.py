@@ -5,25 +5,35 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+import numpy as np
+
 from qdit_jax.quant import formats, ranges
 
 MODES = ("dynamic", "static")
 SCALE_DTYPES = ("float32", "float16", "bfloat16")
 
 
-def _check_bits(bits: int) -> None:
+def _check_bits(bits: Any) -> None:
     if isinstance(bits, bool) or not isinstance(bits, int) or bits not in range(2, 9):
         raise ValueError(
             f"bits={bits!r} is not supported; use 2 to 8, or 16 to leave the layer as it is."
         )
 
 
-def _check_group_size(group_size: int) -> None:
+def _check_group_size(group_size: Any) -> None:
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 0:
         raise ValueError(
             f"group_size={group_size!r} is not supported; use a positive number of input "
             "channels, or 0 for the whole channel."
         )
+
+
+def _adopt_whole_numbers(spec: Any) -> None:
+    """Turns NumPy integers, which searches produce, into Python's, for hashing and JSON."""
+    for name in ("bits", "group_size"):
+        value = getattr(spec, name)
+        if isinstance(value, np.integer):
+            object.__setattr__(spec, name, int(value))
 
 
 def _check_range_fn(range_fn: Any) -> None:
@@ -59,8 +69,8 @@ class WeightSpec:
             `bits`, `symmetric` and, if it has blocks, `group_size`.
     """
 
-    bits: int = 4
-    group_size: int = 128
+    bits: Any = 4
+    group_size: Any = 128
     symmetric: bool = False
     range_fn: Any = ranges.minmax
     scale_dtype: str = "float32"
@@ -69,6 +79,7 @@ class WeightSpec:
 
     def __post_init__(self) -> None:
         _adopt_format(self)
+        _adopt_whole_numbers(self)
         _check_bits(self.bits)
         _check_group_size(self.group_size)
         _check_range_fn(self.range_fn)
@@ -116,8 +127,8 @@ class ActSpec:
             `bits`, `symmetric` and, if it has blocks, `group_size`.
     """
 
-    bits: int = 8
-    group_size: int = 128
+    bits: Any = 8
+    group_size: Any = 128
     symmetric: bool = False
     range_fn: Any = ranges.minmax
     mode: Literal["dynamic", "static"] = "dynamic"
@@ -127,6 +138,7 @@ class ActSpec:
 
     def __post_init__(self) -> None:
         _adopt_format(self)
+        _adopt_whole_numbers(self)
         _check_bits(self.bits)
         _check_group_size(self.group_size)
         _check_range_fn(self.range_fn)

@@ -1,0 +1,152 @@
+"""The product of quantised operands: two executions, one meaning."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qdit_jax.kernels import quantized_matmul, unsupported_reason
+from qdit_jax.kernels.xla import segments
+from qdit_jax.quant import (
+    ActQuant,
+    ActSpec,
+    WeightSpec,
+    dequantize,
+    fake_quantize,
+    formats,
+    group_extremes,
+    quantize,
+    static_act_quant,
+)
+
+N = 8
+SIZES = [(96, 32, 32), (100, 32, 48), (100, 0, 32), (77, 33, 32), (128, 128, 0), (130, 0, 0)]
+SHIFTED = {"symmetric": True, "unsigned": True, "shift": 0.1701}
+ACTS = [{"bits": 8}, {"bits": 8, "symmetric": True}, {"bits": 4, **SHIFTED}, {"bits": 2}]
+WEIGHTS = [
+    {"bits": 4},
+    {"bits": 8},
+    {"bits": 3, "symmetric": True, "channel_group": 2},
+    {"bits": 6, "scale_dtype": "float16"},
+]
+
+
+def operands(channels):
+    rng = np.random.default_rng(channels)
+    x = rng.normal(size=(2, 3, channels))
+    x[..., ::17] *= 20
+    x[0, 0] = 0
+    x[0, 1] = np.abs(x[0, 1]) + 1
+    w = rng.normal(size=(channels, N))
+    w[:, 1] = 0
+    w[:, 2] = np.abs(w[:, 2])
+    return jnp.asarray(x, jnp.float32), w.astype(np.float32)
+
+
+def relative_error(found, x, w, shift=0.0):
+    """Returns the greatest error against float64, in units of the sum of magnitudes."""
+    x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    magnitude = (np.abs(x) + shift) @ np.abs(w) + 1e-3
+    return float(np.max(np.abs(np.asarray(found, np.float64) - x @ w) / magnitude))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "act", "weight"),
+    [(sizes, ACTS[i % 4], WEIGHTS[(i + i // 4) % 4]) for i, sizes in enumerate(SIZES)],
+    ids=str,
+)
+def test_both_executions_are_the_product_of_the_rounded_operands(sizes, act, weight):
+    channels, act_size, weight_size = sizes
+    x, w = operands(channels)
+    act_spec = ActSpec(group_size=act_size, **act)
+    q = quantize(w, WeightSpec(group_size=weight_size, **weight))
+    rounded = fake_quantize(x, act_spec)
+    for execution in ("simulated", "integer"):
+        found = quantized_matmul(x, q, act_spec, execution=execution)
+        assert found.shape == (2, 3, N)
+        assert relative_error(found, rounded, dequantize(q), act_spec.shift) < 1e-6
+
+
+@pytest.mark.parametrize("group_size", [0, 32])
+def test_static_scales_and_rows_for_each_sample(group_size):
+    x, w = operands(100)
+    q = quantize(w, WeightSpec(4, 48))
+    low, high = group_extremes(x, group_size)
+    spec = ActSpec(8, group_size, mode="static")
+    table = static_act_quant(np.stack([low, 2 * low]), np.stack([high, 2 * high]), spec)
+    for quant in (table.at(0), table.at(jnp.array([1, 0]))):
+        for execution in ("simulated", "integer"):
+            found = quantized_matmul(x, q, quant, execution=execution)
+            assert relative_error(found, quant(x), dequantize(q)) < 1e-6
+
+
+def test_weights_alone_and_number_formats_run_simulated():
+    x, w = operands(100)
+    for spec in (WeightSpec(4, 32), WeightSpec(fmt=formats.nvfp4)):
+        q = quantize(w, spec)
+        assert relative_error(quantized_matmul(x, q), x, dequantize(q)) < 1e-6
+    act = ActSpec(fmt=formats.mxfp8)
+    assert relative_error(quantized_matmul(x, q, act), fake_quantize(x, act), dequantize(q)) < 1e-6
+
+
+def test_dtype_is_that_of_x_and_any_leading_axes_will_do():
+    x, w = operands(96)
+    q = quantize(w, WeightSpec(4, 32))
+    for execution in ("simulated", "integer"):
+        y = quantized_matmul(x.astype(jnp.bfloat16), q, ActSpec(group_size=32), execution=execution)
+        assert y.dtype == jnp.bfloat16
+        assert quantized_matmul(x[0, 1], q, ActSpec(), execution=execution).shape == (N,)
+
+
+def test_works_inside_jit_scan_and_vmap():
+    x, w = operands(96)
+    spec, act = WeightSpec(4, 32), ActSpec(group_size=32)
+    stack = jnp.stack([w, 2 * w])
+    q = jax.vmap(lambda w: quantize(w, spec))(stack)
+    for execution in ("simulated", "integer"):
+
+        def product(q, execution=execution):
+            return quantized_matmul(x, q, act, execution=execution)
+
+        scanned = jax.jit(lambda q, f=product: jax.lax.scan(lambda c, q: (c, f(q)), 0, q)[1])(q)
+        mapped = jax.vmap(product)(q)
+        expected = product(quantize(stack[1], spec))
+        np.testing.assert_allclose(scanned[1], expected, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(mapped[1], expected, rtol=1e-5, atol=1e-4)
+
+
+def test_segments_refine_both_groupings():
+    starts, rows = segments(100, 32, 48)
+    np.testing.assert_array_equal(starts, [0, 32, 48, 64, 96])
+    assert sorted(rows[rows < 100]) == list(range(100))
+    starts, _ = segments(20000, 0, 0)  # an int32 accumulator has its limit
+    assert len(starts) == 3
+
+
+def test_long_whole_channels_do_not_overflow():
+    x = jnp.ones((1, 40000)).at[0, 0].set(0)
+    q = quantize(np.ones((40000, 2), np.float32), WeightSpec(8, 0))
+    y = quantized_matmul(x, q, ActSpec(8, 0), execution="integer")
+    np.testing.assert_allclose(y, 39999, rtol=1e-5)
+
+
+def test_reasons_come_from_shapes_and_settings_alone():
+    weight, act = WeightSpec(4, 32), ActSpec()
+    q = jax.eval_shape(lambda w: quantize(w, weight), jnp.ones((96, N)))
+    assert unsupported_reason((2, 96), q, act, execution="integer") is None
+    assert "x has 95 channels" in unsupported_reason((2, 95), q)
+    assert "pass act_quant" in unsupported_reason((2, 96), weight, execution="integer")
+    assert "number formats" in unsupported_reason(
+        (2, 96), WeightSpec(fmt=formats.nf4), act, execution="integer"
+    )
+    assert "use one of simulated, integer" in unsupported_reason((2, 96), q, execution="fast")
+    static = ActSpec(mode="static")
+    assert "calibrated scales" in unsupported_reason((2, 96), q, static)
+    table = ActQuant(static, jnp.ones((3, 1)), jnp.ones((3, 1)))
+    assert "pick one" in unsupported_reason((2, 96), q, table)
+
+
+def test_what_cannot_run_raises_its_reason():
+    x, w = operands(96)
+    with pytest.raises(ValueError, match="x has 96 channels, but the kernel has 95"):
+        quantized_matmul(x, quantize(w[:95], WeightSpec()))
