@@ -48,6 +48,16 @@ class AllocationSettings:
     num_finalists: int = 9
     rungs: tuple[int, ...] = (1, 4, 16)
 
+    def planned_items(self, num_given: int) -> int:
+        """Returns about how many items (assignments times batches) a search measures at most."""
+        first = num_given + self.num_gate + 3 * (1 + num_given)
+        first += self.per_round * (self.num_estimates + self.num_rounds)
+        later, left = 0, self.num_finalists
+        for rung in self.rungs[1:]:
+            later += left * rung
+            left = max(2, -(-left // 3))
+        return first * self.rungs[0] + later
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Allocation:
@@ -79,15 +89,18 @@ class Run:
         predict_fn: PredictFn,
         settings: AllocationSettings,
         journal: Journal,
-        report_fn: Callable[[str], Any],
+        report_fn: Callable[..., Any],
     ) -> None:
         self.space, self.budget, self.settings = space, budget, settings
         self.measure_fn, self.predict_fn = measure_fn, predict_fn
         self.journal, self.report_fn = journal, report_fn
         self.measured = Measured.none(space)
+        self.num_items = 0  # pairs of an assignment and a batch, read from the journal or not
+        self.num_predictions = 0
 
     def predict(self, base: np.ndarray | None) -> Prediction:
         """Returns the prediction at `base`, from the journal if it was made before."""
+        self.num_predictions += 1
         arrays = self.journal.step("prediction", lambda: dataclasses.asdict(self.predict_fn(base)))
         return Prediction(float(arrays["constant"]), arrays["linear"], arrays["gram"])
 
@@ -103,11 +116,12 @@ class Run:
         self.measured = self.measured.extended(rows, fitness, self.budget.cost(rows))
         legal = self.legal()
         if len(legal):
-            best = self.measured.fitness[legal].min()
-            self.report_fn(f"{len(self.measured.fitness)} measured, best {best:.6g}")
+            best = float(self.measured.fitness[legal].min())
+            self.report_fn(f"{len(self.measured.fitness)} measured, best {best:.6g}", best)
 
     def fitness(self, rows: np.ndarray, batches: Sequence[int]) -> np.ndarray:
         """Returns measured fitness, from the journal if it was measured before."""
+        self.num_items += len(rows) * len(batches)
         return self.journal.step("fitness", lambda: {"fitness": self.measure_fn(rows, batches)})[
             "fitness"
         ]
@@ -133,7 +147,7 @@ def allocate(
     settings: AllocationSettings | None = None,
     first: Sequence[Any] = (),
     journal: Journal | None = None,
-    report_fn: Callable[[str], Any] = lambda text: None,
+    report_fn: Callable[..., Any] = lambda text, best=None: None,
 ) -> Allocation:
     """Returns the allocation of least measured error that predictions and measurements find.
 
@@ -141,7 +155,7 @@ def allocate(
         first: assignments to measure in any case, such as uniform ones, legal or not; those within
             the budget may win.
         journal: keeps what was computed; a search that was stopped goes on from it.
-        report_fn: called with one line of progress at a time.
+        report_fn: `(text, best=None)`, one line of progress at a time.
     """
     settings = AllocationSettings() if settings is None else settings
     journal = Journal() if journal is None else journal
@@ -171,6 +185,8 @@ def allocate(
         "knapsack": solution.assignment.tolist(),
         "knapsack_gap": solution.gap,
         "finalists": finalists,
+        "num_items": run.num_items,
+        "num_predictions": run.num_predictions,
     }
     return Allocation(winner, front, front_cost, front_error, run.measured, report)
 
@@ -254,3 +270,28 @@ def halving(run: Run) -> tuple[np.ndarray, list[dict[str, Any]]]:
         is_last = rung == len(run.settings.rungs) - 2
         left = left[order[: 1 if is_last else max(2, -(-len(left) // 3))]]
     return left[0], rounds
+
+
+def predicted_only(
+    space: Space,
+    budget: Budget,
+    predict_fn: PredictFn,
+    *,
+    first: Sequence[Any] = (),
+    journal: Journal | None = None,
+) -> Allocation:
+    """Returns the allocation of least predicted error; nothing is measured."""
+    journal = Journal() if journal is None else journal
+    arrays = journal.step("prediction", lambda: dataclasses.asdict(predict_fn(None)))
+    prediction = Prediction(float(arrays["constant"]), arrays["linear"], arrays["gram"])
+    front, cost, error = lagrangian_front(own_errors(prediction, space), list(budget.table))
+    solution = additive_solution(prediction, space, budget)
+    starts = [solution.assignment, *(a for a in map(space.check, first) if budget.allows(a))]
+    ends = [[start, *descend(prediction, space, budget, start)][-1] for start in starts]
+    best = ends[int(np.argmin(prediction.joint(np.array(ends))))]
+    report = {
+        "knapsack": solution.assignment.tolist(),
+        "knapsack_gap": solution.gap,
+        "predicted_error": float(prediction.joint(best)[0]),
+    }
+    return Allocation(best, front, cost, error, Measured.none(space), report)

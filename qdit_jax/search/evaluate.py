@@ -49,6 +49,7 @@ class Evaluator:
         mesh: of one axis, see `candidate_mesh`; all devices by default.
         per_device: items a device measures in one call, one after another (`lax.map`).
         batch_size: how many of them at once (vmap); 1 is fastest on CPU.
+        progress_fn: called with the number of items after every call.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Evaluator:
         mesh: Mesh | None = None,
         per_device: int = 1,
         batch_size: int = 1,
+        progress_fn: Callable[[int], Any] = lambda count: None,
     ) -> None:
         if per_device < 1 or batch_size < 1 or per_device % batch_size:
             raise ValueError(
@@ -71,6 +73,7 @@ class Evaluator:
         self.num_items = per_device * self.mesh.size
         self.data = replicated((params, objective), self.mesh)
         self.measure = measurer(space, self.mesh, per_device, batch_size)
+        self.progress_fn = progress_fn
         self.num_measured = 0
 
     @property
@@ -116,6 +119,7 @@ class Evaluator:
             out = self.run(rows[index], columns[index])
             count = min(self.num_items, len(rows) - start)
             results.append(jax.tree.map(operator.itemgetter(slice(count)), out))
+            self.progress_fn(count)
         self.num_measured += len(rows)
         joined = jax.tree.map(lambda *parts: np.concatenate(parts), *results)
         count = len(batches)

@@ -100,9 +100,9 @@ class FeatureDistance:
     """A distance between features of generated samples and of a reference, such as FID's or FVD's.
 
     Attributes:
-        features_fn: `(latents [B, H, W, C]) -> [B, D]`, decoding included where there is an
-            autoencoder; traced.
-        distance_fn: `(features [N, D]) -> float`, on the host; it knows the reference.
+        features_fn: `(latents [B, H, W, C]) -> [B, ...]`, features or the images from which
+            `distance_fn` makes them; decoding included; traced.
+        distance_fn: `(features [N, ...]) -> float`, on the host; it knows the reference.
         noise, label, keys: as in `PairedError`.
     """
 
@@ -118,7 +118,7 @@ class FeatureDistance:
         """Returns J."""
         return self.noise.shape[0]
 
-    def measure(self, params: Any, batch: Any) -> Float[Array, "B D"]:
+    def measure(self, params: Any, batch: Any) -> Array:
         """Returns the features of one batch of samples."""
         final = self.sample_fn(params, self.noise[batch], self.label[batch], self.keys[batch])
         return self.features_fn(final)
@@ -126,7 +126,7 @@ class FeatureDistance:
     def score(self, measured: Any) -> float:
         """Returns the distance of all samples' features from the reference."""
         features = np.asarray(measured)
-        return float(self.distance_fn(features.reshape(-1, features.shape[-1])))
+        return float(self.distance_fn(features.reshape(-1, *features.shape[2:])))
 
 
 def feature_distance(

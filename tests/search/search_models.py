@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import jax
 import numpy as np
 
 from qdit_jax import ddim
+from qdit_jax.rollouts import Rollout
 from qdit_jax.sampling import initial_noise, latent_shape
-from qdit_jax.search import search_space
-from qdit_jax.searching import Rollout
 from qdit_jax.testing import realistic_dit
+
+# As an attribute of the package, `search` is the function.
+search = importlib.import_module("qdit_jax.search")
 
 SIZES = (8, 16, 32, 64)
 
@@ -22,7 +25,7 @@ def small_model(depth: int = 1) -> tuple[Any, Any]:
 
 
 def small_space(params: Any, **settings: Any) -> Any:
-    return search_space(params, **{"group_sizes": SIZES, **settings})
+    return search.search_space(params, **{"group_sizes": SIZES, **settings})
 
 
 def small_rollout(model: Any, num_steps: int = 3, guidance: float | None = 1.5) -> Rollout:

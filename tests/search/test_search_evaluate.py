@@ -5,9 +5,8 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from search_models import batches_of_noise, small_model, small_rollout, small_space
+from search_models import batches_of_noise, search, small_model, small_rollout, small_space
 
-from qdit_jax import search
 from qdit_jax.ptq import quantize_params
 from qdit_jax.quant import ranges
 

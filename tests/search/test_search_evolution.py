@@ -6,9 +6,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from search_models import small_model, small_space
+from search_models import search, small_model, small_space
 
-from qdit_jax import search
 from qdit_jax.errors import UserError
 from qdit_jax.search.evolution import children, random_legal
 from qdit_jax.search.records import Measured, Store

@@ -7,9 +7,8 @@ import re
 import jax
 import numpy as np
 import pytest
-from search_models import SIZES, small_model, small_space
+from search_models import SIZES, search, small_model, small_space
 
-from qdit_jax import search
 from qdit_jax.models.dit import DiT
 from qdit_jax.ptq import LayerSpec, Recipe, quantize_params
 from qdit_jax.quant import ActSpec, QTensor, WeightSpec

@@ -1,0 +1,86 @@
+"""The pictures of a search: cost against error, and which layer got what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from qdit_jax.search import uniform_assignment, uniform_sizes
+from qdit_jax.searching import SearchResult
+
+INK, SOFT, ACCENT, MARK = "#222222", "#9aa5b1", "#0b6e99", "#c2410c"
+
+
+def draw_front(path: Path, result: SearchResult) -> None:
+    """Draws cost against error: the front, what was measured, uniform sizes, the choice."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    rows = result.history["measured"]
+    is_predicted = result.history["method"] == "default" or not rows
+    label = "front (predicted, additive)" if is_predicted else "front (measured)"
+    axes.plot(result.front.cost, result.front.error, "-", color=ACCENT, lw=1.5, label=label)
+    if rows:
+        cost, error = ([row[name] for row in rows] for name in ("cost", "fitness"))
+        axes.plot(cost, error, ".", color=SOFT, ms=4, label="measured", zorder=1)
+    by_assignment = {tuple(row["assignment"]): row for row in rows}
+    points = {
+        size: by_assignment[key]
+        for size in uniform_sizes(result.space)
+        if (key := tuple(uniform_assignment(result.space, size).tolist())) in by_assignment
+    }
+    for number, (size, row) in enumerate(points.items()):
+        name = "uniform sizes" if number == 0 else None
+        axes.plot(row["cost"], row["fitness"], "s", color=MARK, ms=6, label=name)
+        text = "channel" if size == 0 else str(size)
+        axes.annotate(
+            text,
+            (row["cost"], row["fitness"]),
+            xytext=(5, 4),
+            textcoords="offset points",
+            color=MARK,
+        )
+    chosen = by_assignment.get(tuple(result.history["assignment"]))
+    if chosen is not None:
+        axes.plot(chosen["cost"], chosen["fitness"], "*", color=INK, ms=13, label="chosen")
+    axes.axvline(result.budget.limit, color=SOFT, lw=1, ls="--")
+    axes.set_xlabel(f"cost ({result.budget.text.partition('=')[0]}); dashed: the budget")
+    axes.set_ylabel(f"error ({result.history['objective']})")
+    if all(value > 0 for value in [*result.front.error, *(row["fitness"] for row in rows)]):
+        axes.set_yscale("log")
+    axes.legend(frameon=False, fontsize=9)
+    save(figure, path)
+
+
+def draw_map(path: Path, result: SearchResult) -> None:
+    """Draws layers by choices: the choice in black, the ten best assignments' choices in blue."""
+    history = result.history
+    labels = list(dict.fromkeys(name for choices in history["choices"] for name in choices))
+    shares = np.zeros((len(history["layers"]), len(labels)))
+    rows = [row for row in history["measured"] if result.budget.allows(row["assignment"])]
+    best = sorted(rows, key=lambda row: row["fitness"])[:10]
+    for row in best or [{"assignment": history["assignment"]}]:
+        for layer, choice in enumerate(row["assignment"]):
+            shares[layer, labels.index(history["choices"][layer][choice])] += 1
+    shares /= max(len(best), 1)
+    figure = Figure(
+        figsize=(3.2 + 0.45 * len(labels), 1.6 + 0.19 * len(shares)), layout="constrained"
+    )
+    axes = figure.add_subplot()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.4, aspect="auto")
+    chosen = [
+        labels.index(choices[i])
+        for choices, i in zip(history["choices"], history["assignment"], strict=True)
+    ]
+    axes.plot(chosen, range(len(chosen)), "s", color=INK, ms=5)
+    axes.set_yticks(range(len(shares)), history["layers"], fontsize=7)
+    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8)
+    axes.set_title("chosen (black); share among the ten best (blue)", fontsize=9)
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})

@@ -1,0 +1,186 @@
+"""What `qdit search` does once its options are read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+import qdit_jax as qdit
+from qdit_jax.calibration import default_sampler
+from qdit_jax.cli.search_pictures import draw_front, draw_map
+from qdit_jax.files import replaced_file
+from qdit_jax.rollouts import Rollout, frechet_objective, seeds
+from qdit_jax.search import EvolutionSettings
+from qdit_jax.searching import SearchResult, search
+
+
+def run_search(args: argparse.Namespace) -> None:
+    """Searches, prints progress, and writes the results; only the first process writes."""
+    join_others(args)
+    prepare_folder(args.out, args.force)
+    checkpoint = qdit.load(args.checkpoint)
+    is_first = jax.process_index() == 0
+    progress = Progress(is_first)
+    settings = None
+    if args.method != "default":
+        settings = EvolutionSettings(args.population, args.generations)
+    try:
+        result = search(
+            checkpoint,
+            jax.random.key(args.seed),
+            budget=args.budget,
+            objective=objective_of(args, checkpoint),
+            method=args.method,
+            num_steps=args.steps,
+            guidance=args.guidance,
+            num_batches=args.num_batches,
+            batch_size=args.batch_size,
+            settings=settings,
+            state=args.out / "state",
+            per_device=args.per_device,
+            report_fn=progress,
+            **space_settings(args),
+        )
+    finally:
+        progress.close()
+    if is_first:
+        write_result(args.out, result)
+        print(summary(result))
+        print(
+            f"wrote {args.out}: next, qdit quantize {args.checkpoint} DIR --recipe "
+            f"{args.out / 'recipe.json'}"
+        )
+
+
+def join_others(args: argparse.Namespace) -> None:
+    """Joins the other processes of a distributed search, if there are any."""
+    given = (args.coordinator, args.num_processes, args.process_id)
+    if args.distributed:
+        jax.distributed.initialize()
+    elif any(value is not None for value in given):
+        if any(value is None for value in given):
+            raise qdit.UserError("--coordinator, --num-processes and --process-id go together.")
+        jax.distributed.initialize(*given)
+
+
+def prepare_folder(out: Path, force: bool) -> None:
+    """Makes the folder; a finished search is replaced only if `force`."""
+    if jax.process_index() != 0:
+        return
+    if force and out.exists():
+        shutil.rmtree(out)
+    if (out / "recipe.json").exists():
+        raise qdit.UserError(f"{out} holds a finished search; pass --force to replace it.")
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "state").exists():
+        print(f"going on from {out / 'state'}", flush=True)
+
+
+def space_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options that describe the space, those that were given."""
+    pinned = {}
+    for text in args.pin:
+        pattern, _, size = text.rpartition("=")
+        if not pattern or not size.isdigit():
+            raise qdit.UserError(f"--pin {text!r} cannot be read; write PATTERN=SIZE.")
+        pinned[pattern] = int(size)
+    options = {
+        "weight_bits": args.weight_bits,
+        "act_bits": args.act_bits,
+        "group_sizes": args.group_sizes,
+        "sides": args.sides,
+        "layers": args.layers,
+        "pinned": pinned,
+        "excluded": args.exclude,
+    }
+    return {name: value for name, value in options.items() if value}
+
+
+def objective_of(args: argparse.Namespace, checkpoint: qdit.Checkpoint) -> Any:
+    """Returns the objective's name, or the Fréchet distance from the reference given."""
+    if args.objective != "frechet":
+        return args.objective
+    from qdit_jax.metrics import check_network, read_reference
+    from qdit_jax.models import features as networks
+
+    if args.reference is None:
+        raise qdit.UserError("--objective frechet needs --reference, an .npz or `demo`.")
+    if args.features[0] == "demo":
+        features_fn = networks.demo_features_fn()
+    elif args.features[0] == "inception" and len(args.features) == 2:
+        features_fn = networks.inception_features_fn(qdit.load(args.features[1]).params)
+    else:
+        raise qdit.UserError(f"--features {' '.join(args.features)}: use demo, or inception CKPT.")
+    path = networks.asset(networks.DEMO_STATISTICS) if args.reference == "demo" else args.reference
+    reference = read_reference(path)
+    if reference.pool is None:
+        raise qdit.UserError(f"{path} holds no statistics (mu, sigma).")
+    check_network(reference, args.features[0], reference.pool.mean.size, path)
+    guidance = None if args.method == "qdit-release" else args.guidance
+    rollout = Rollout.of(checkpoint.model, default_sampler(checkpoint, args.steps), guidance)
+    key = jax.random.split(jax.random.key(args.seed))[0]
+    data = seeds(checkpoint.model, key, args.num_batches, args.batch_size)
+    return frechet_objective(checkpoint, rollout, data, features_fn, reference.pool)
+
+
+class Progress:
+    """A bar with the best so far and the time left, and lines of text above it."""
+
+    def __init__(self, is_shown: bool) -> None:
+        self.bar = tqdm(total=0, unit="rollout", disable=not is_shown, file=sys.stderr)
+        self.is_shown = is_shown
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Shows what happened."""
+        if event.get("total") is not None:
+            self.bar.total = event["total"]
+            self.bar.refresh()
+        if event.get("best") is not None:
+            self.bar.set_postfix(best=f"{event['best']:.5g}", refresh=False)
+        if event.get("items"):
+            self.bar.total = max(self.bar.total or 0, self.bar.n + event["items"])
+            self.bar.update(event["items"])
+        if event.get("text") and self.is_shown:
+            self.bar.write(event["text"], file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self.bar.close()
+
+
+def write_result(out: Path, result: SearchResult) -> None:
+    """Writes history, pictures and, last of all, recipe.json: its presence means all is there."""
+    with replaced_file(out / "history.json") as path:
+        path.write_text(json.dumps(result.history, indent=1))
+    with replaced_file(out / "front.png") as path:
+        draw_front(path, result)
+    with replaced_file(out / "map.png") as path:
+        draw_map(path, result)
+    with replaced_file(out / "recipe.json") as path:
+        path.write_text(json.dumps(result.recipe.to_json(), indent=1))
+
+
+def summary(result: SearchResult) -> str:
+    """Returns the outcome in a few lines."""
+    history = result.history
+    report = history["report"]
+    lines = [
+        f"cost {history['cost']:.6g} of {history['limit']:.6g} allowed by {history['budget']}",
+        f"{len(history['measured'])} assignments measured, "
+        f"{report['network_evaluations']:,} network evaluations, {history['seconds']:.0f} s",
+    ]
+    if "rank_correlation" in report:
+        found = report["rank_correlation"]
+        verdict = "passed" if report["passed"] else "below .9: chosen by measured errors"
+        lines.append(
+            f"rank correlation additive {found['additive']:.2f}, joint {found['joint']:.2f}: {verdict}"
+        )
+    return "\n".join(lines)
