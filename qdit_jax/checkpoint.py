@@ -72,7 +72,8 @@ def write_folder(folder: Path, checkpoint: Checkpoint) -> None:
     if checkpoint.recipe is not None:
         (folder / "recipe.json").write_text(json.dumps(checkpoint.recipe.to_json(), indent=1))
     quiet_orbax()
-    with ocp.StandardCheckpointer() as checkpointer:
+    # One file an array: the other layout gathers all arrays in memory a second time.
+    with ocp.StandardCheckpointer(use_ocdbt=False) as checkpointer:
         checkpointer.save((folder / "params").resolve(), arrays)
     if checkpoint.vae is not None:
         (folder / "vae").mkdir()

@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import_module(f"qdit_jax.cli.{verb}").add_parser(subparsers)
     args = parser.parse_args(argv)
     use_compilation_cache()
+    keep_weights_packed()
     try:
         args.run(args)
     except (ValueError, TypeError, OSError) as error:
@@ -52,3 +53,18 @@ def use_compilation_cache() -> None:
         base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(base / "qdit_jax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def keep_weights_packed() -> None:
+    """Has XLA's CPU compiler leave the unpacking of weights inside the sampling loop.
+
+    Its default scheduler moves it out, and then the whole model lies in memory in float32: 3.9 GB
+    in place of 2.0 for DiT-XL/2 with 4-bit blocks, at the same speed. Read when a backend starts.
+    """
+    from importlib.metadata import version
+
+    flag = "--xla_cpu_enable_concurrency_optimized_scheduler"
+    flags = os.environ.get("XLA_FLAGS", "")
+    # An unknown flag would end the process: only where it is known to exist.
+    if flag not in flags and version("jaxlib").startswith(("0.10.", "0.11.")):
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}=false".strip()
