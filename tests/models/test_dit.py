@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import qdit_convert
 
+from qdit_jax.diffusion import guided_doubled
 from qdit_jax.models import abstract_params, build_model, config_of, published_config
 from qdit_jax.models.layers import sincos_positions, timestep_features
+from qdit_jax.sampling import denoiser
 
 
 def nhwc(array):
@@ -58,6 +60,26 @@ def test_forward_equals_the_original(golden, file, forward, heads):
             "b0.mlp.fc2.out": block["mlp"]["fc2"],
         }.items():
             assert_close(part["__call__"][0][:few], data[name])
+
+
+@pytest.mark.parametrize(
+    ("file", "forward", "heads"),
+    [("dit_A.pt", "dit_A_forward.npz", 4), ("dit_B_ema.pt", "dit_B_forward.npz", 2)],
+)
+def test_guidance_equals_the_original(golden, file, forward, heads):
+    model, params = load(golden, file, heads)
+    with np.load(golden(forward)) as data:
+        inputs = (
+            nhwc(data["cfg_x"]),
+            jnp.asarray(data["cfg_t"]),
+            jnp.asarray(data["cfg_y"], jnp.int32),
+        )
+        for scale in (1.5, 4.0):
+            guided = guided_doubled(denoiser(model, params, guidance=None), scale)
+            assert_close(guided(*inputs), np.moveaxis(data[f"cfg_out_scale{scale}"], 1, -1))
+        half = len(data["cfg_x"]) // 2
+        alone = denoiser(model, params, guidance=1.5)(*(a[:half] for a in inputs))
+        assert_close(alone, np.moveaxis(data["cfg_out_scale1.5"], 1, -1)[:half])
 
 
 def test_timestep_features_are_cosines_then_sines(golden):

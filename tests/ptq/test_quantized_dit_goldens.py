@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import qdit_convert
 
+from qdit_jax.diffusion import guided_doubled
 from qdit_jax.kernels import quantized_matmul
 from qdit_jax.models import build_model
 from qdit_jax.ptq import LayerSpec, Recipe, Rule, Stats, quantize_params
 from qdit_jax.ptq.recipe import BLOCK_LINEARS
 from qdit_jax.quant import ActQuant, ActSpec, WeightSpec, integer_codes, ranges
+from qdit_jax.sampling import denoiser
 
 LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 FAST = ["dit_A_q_w4a8_g32", "dit_A_q_w4a8_cand_intended", "dit_A_q_w4a8_perblock"]
@@ -126,6 +128,13 @@ def test_rounding_to_nearest_equals_the_authors(golden, case):
     out = np.moveaxis(np.asarray(model.apply({"params": quantized}, x, t, y)), -1, 1)
     # The least tolerance is what one flipped code moves the output by.
     assert relative(out, data["out"]) < max(5 * float(data["noise_floor_rel_l2"]), 4e-3)
+    guided = guided_doubled(denoiser(model, quantized, guidance=None), 1.5)
+    t, labels = jnp.asarray(data["cfg_t"]), jnp.asarray(data["cfg_y"], jnp.int32)
+    both = np.moveaxis(np.asarray(guided(x, t, labels)), -1, 1)
+    assert relative(both, data["cfg_out_scale1.5"]) < max(
+        10 * float(data["noise_floor_rel_l2"]), 8e-3
+    )
+    t = jnp.asarray(data["t"])
     full = np.moveaxis(np.asarray(model.apply({"params": params}, x, t, y)), -1, 1)
     distance = np.linalg.norm(out - full) / np.linalg.norm(full)
     assert distance == pytest.approx(float(data["rel_l2_vs_fp"]), rel=0.1)
