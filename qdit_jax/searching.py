@@ -98,7 +98,7 @@ def search(
     num_batches: int = 16,
     batch_size: int = 16,
     num_calibration: int = 2,
-    num_probes: int = 4,
+    num_probes: int = 8,
     settings: AllocationSettings | EvolutionSettings | None = None,
     costs: Mapping[str, Any] | None = None,
     state: str | Path | None = None,

@@ -211,8 +211,8 @@ class Prediction:
         return self.linear + own
 
     def additive(self, assignments: Any) -> np.ndarray:
-        """Returns the sum of single-layer errors of assignments `[..., L]`."""
-        assignments = np.asarray(assignments)
+        """Returns the sum of single-layer errors of assignments `[N, L]`."""
+        assignments = np.atleast_2d(assignments)
         return self.constant + self.table[np.arange(len(self.linear)), assignments].sum(axis=-1)
 
     def joint(self, assignments: Any) -> np.ndarray:
