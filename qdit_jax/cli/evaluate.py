@@ -1,4 +1,4 @@
-"""`qdit evaluate`: how good samples are, against a reference."""
+"""`qdit evaluate`: how good samples are, and how far a quantised model is from full precision."""
 
 from __future__ import annotations
 
@@ -7,33 +7,95 @@ from pathlib import Path
 from typing import Any
 
 HELP = """\
-Score ready-made samples, any generator's, against reference images or statistics.
+Sample a checkpoint, hold it against another sample by sample, and score it against a reference;
+or score ready-made samples, any generator's.
 
-Files are .npz archives as other evaluators share them: arr_0 with uint8 images [N, H, W, C], or
-mu and sigma (and mu_s, sigma_s) of a reference, or both.
+Of checkpoints, the folder --out gets report.html (one file), metrics.json, pictures.png and
+samples.npz (arr_0, uint8 [N, H, W, C], which other evaluators read). Finished batches are kept
+there: the same command after a kill goes on where it was.
+
+References are .npz archives as evaluators share them: arr_0 with images, or mu and sigma (and
+mu_s, sigma_s), or both; `demo` is the packaged one of digits.
 
 examples:
+  qdit evaluate xl2-w4a8 --against xl2 --num-samples 100 --out compared
+  qdit evaluate xl2-w4a8 --against xl2 --compare xl2-w4a8-channel --num-samples 100
+  qdit evaluate xl2-w4a8 --num-samples 10000 --reference VIRTUAL_imagenet256_labeled.npz \\
+      --features inception inception_ckpt
   qdit evaluate --samples samples.npz --reference demo
-  qdit evaluate --samples a.npz --reference real.npz --features demo --out metrics.json
-  qdit evaluate --samples a.npz --reference VIRTUAL_imagenet256_labeled.npz \\
-      --features inception inception_ckpt --out metrics.json --pictures compare.png
+  qdit evaluate --samples a.npz --reference real.npz --features inception inception_ckpt \\
+      --out metrics.json --pictures compare.png
 
 Make inception_ckpt with `qdit convert pt_inception-2015-12-05-6726825d.pth inception_ckpt`.
 Only Inception's features give scores called FID, sFID, Inception Score and KID.
 """
+# Options of one way to call the verb, with their defaults; the other way refuses them.
+OF_CHECKPOINTS = {
+    "against": None,
+    "compare": None,
+    "num_samples": 100,
+    "steps": "50",
+    "sampler": None,
+    "eta": 0.0,
+    "clip": None,
+    "guidance": 1.5,
+    "guidance_channels": "3",
+    "execution": "simulated",
+    "vae": None,
+    "range_samples": 4,
+}
+OF_FILES = {"samples": None, "pictures": None}
 
 
 def add_parser(subparsers: Any) -> None:
     """Adds the verb with its options."""
     parser = subparsers.add_parser(
         "evaluate",
-        help="score samples against a reference",
+        help="compare a quantised model with full precision; score samples",
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("--samples", type=Path, required=True, help="images to score, .npz with arr_0")
-    add("--reference", required=True, help="reference .npz, or `demo` for the packaged statistics")
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path, nargs="?", help="what to sample")
+    add_checkpoint_options(parser.add_argument_group("of checkpoints").add_argument)
+    files = parser.add_argument_group("of ready-made files").add_argument
+    files("--samples", type=Path, help="images to score, .npz with arr_0, in place of CKPT")
+    files("--pictures", type=Path, help="write samples and reference images side by side, .png")
+    add_score_options(parser.add_argument_group("of both").add_argument)
+    parser.set_defaults(run=run)
+
+
+def add_checkpoint_options(add: Any) -> None:
+    from qdit_jax.cli.sample import SAMPLERS
+
+    add(
+        "--against",
+        metavar="REF",
+        type=Path,
+        help="the checkpoint to compare with, sample by sample",
+    )
+    add("--compare", metavar="OTHER", type=Path, help="a second one, tested against CKPT in pairs")
+    add("--num-samples", type=int, help="how many, of all classes in turn (100)")
+    add("--steps", help="number, or a published spacing such as ddim25 (50)")
+    add("--sampler", choices=SAMPLERS, help="default: flow for velocity models, else ddim")
+    add("--eta", type=float, help="noise of ddim (0)")
+    add("--clip", type=float, help="clip the predicted data to [-CLIP, CLIP] at every step")
+    add("--guidance", type=float, help="1 turns it off (1.5)")
+    add(
+        "--guidance-channels",
+        metavar="N|all",
+        help="guided channels: 3 as published, all as diffusers",
+    )
+    add("--execution", choices=("simulated", "integer"), help="of quantised layers (simulated)")
+    add("--vae", type=Path, help="the autoencoder, for checkpoints that hold none")
+    add(
+        "--range-samples",
+        type=int,
+        help="trajectories for the histograms of ranges, 0 for none (4)",
+    )
+
+
+def add_score_options(add: Any) -> None:
+    add("--reference", help="reference .npz, or `demo` for the packaged statistics")
     add(
         "--features",
         nargs="+",
@@ -47,22 +109,38 @@ def add_parser(subparsers: Any) -> None:
         default="published",
         help="of Inception's input: as the published evaluator, or as its PyTorch port",
     )
-    add("--out", type=Path, help="write the scores to this metrics.json")
-    add("--pictures", type=Path, help="write samples and reference images side by side, .png")
-    add("--batch-size", type=int, default=64, help="images at once (%(default)s)")
+    add("--out", type=Path, help="of checkpoints: the folder of results (qdit-evaluate); of files: metrics.json")  # fmt: skip
+    add("--batch-size", type=int, help="images at once (files 64; sampling 16 a device, 4 on CPU)")
     add(
         "--min-samples",
         type=int,
-        help="accept this few samples (default: one more than the network has features)",
+        help="score this few samples too (default: one more than the network has features)",
     )
     add("--split-size", type=int, default=5000, help="of the Inception Score (%(default)s)")
     add("--kernel-samples", type=int, default=10_000, help="of each set for KID (%(default)s)")
-    add("--seed", type=int, default=0, help="of subsets (%(default)s)")
-    parser.set_defaults(run=run)
+    add("--seed", type=int, default=0, help="of noise and of subsets (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Scores the files, prints a table, and writes what was asked for."""
-    from qdit_jax.cli.evaluate_files import evaluate_files  # jax loads only when a verb runs
+    """Scores files or compares checkpoints, prints tables, and writes what was asked for."""
+    from qdit_jax.errors import UserError
 
-    evaluate_files(args)
+    if (args.checkpoint is None) == (args.samples is None):
+        raise UserError("give a checkpoint to sample, or --samples FILE with ready-made images.")
+    used, other, kind = OF_CHECKPOINTS, OF_FILES, "ready-made files"
+    if args.checkpoint is None:
+        used, other, kind = OF_FILES, OF_CHECKPOINTS, "checkpoints"
+    for name in other:
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} is an option of evaluating {kind}.")
+    for name, default in used.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    if args.checkpoint is None:
+        from qdit_jax.cli.evaluate_files import evaluate_files  # jax loads only when a verb runs
+
+        evaluate_files(args)
+    else:
+        from qdit_jax.cli.evaluate_models import evaluate_models
+
+        evaluate_models(args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -27,11 +28,24 @@ from qdit_jax.models.features import (
 )
 
 NUM_PICTURES = 64
+FILE_BATCH = 64
 ERRORS = {
     "frechet_distance_infinity": "frechet_distance_infinity_error",
     "inception_score": "inception_score_std",
     "kernel_distance": "kernel_distance_error",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """What samples are scored with: a feature network, a reference, and its images' features."""
+
+    features_fn: FeaturesFn
+    features: str
+    reference_path: Path
+    reference: metrics.Reference
+    real: metrics.Features | None
+    settings: metrics.ScoreSettings
 
 
 def evaluate_files(args: argparse.Namespace) -> None:
@@ -40,35 +54,55 @@ def evaluate_files(args: argparse.Namespace) -> None:
     Raises:
         ValueError: one sentence for anything in the input that would make a number meaningless.
     """
+    args.batch_size = FILE_BATCH if args.batch_size is None else args.batch_size
     check_options(args)
-    reference_path = demo_statistics() if args.reference == "demo" else Path(args.reference)
-    reference = metrics.read_reference(reference_path)
-    shape = metrics.image_shape(args.samples)
-    if reference.has_images:
-        check_sizes(shape, metrics.image_shape(reference_path), args)
-    features_fn, features = chosen_features(args)
-    samples = features_of(features_fn, args.samples, args.batch_size, "samples")
-    metrics.check_network(reference, features, samples.pool.shape[1], reference_path)
-    real = None
-    if reference.has_images:
-        real = features_of(features_fn, reference_path, args.batch_size, "reference")
-    settings = metrics.ScoreSettings(
-        split_size=args.split_size,
-        kernel_samples=args.kernel_samples,
-        min_samples=args.min_samples,
-        seed=args.seed,
-    )
-    found = metrics.scores(samples, reference, real, settings)
-    summary = describe(args, features, found)
+    if args.reference is None:
+        raise UserError("--samples needs --reference: a .npz file, or `demo`.")
+    judge = chosen_judge(args, metrics.image_shape(args.samples), str(args.samples))
+    summary = describe(args, judge.features, score_file(judge, args.samples, args.batch_size))
     print_table(summary)
     if args.out:
         with replaced_file(args.out) as temporary:
             temporary.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     if args.pictures:
         sources = {"samples": args.samples}
-        if reference.has_images:
-            sources["reference"] = reference_path
+        if judge.reference.has_images:
+            sources["reference"] = judge.reference_path
         write_pictures(args.pictures, sources)
+
+
+def chosen_judge(args: argparse.Namespace, shape: tuple[int, ...], name: str) -> Judge:
+    """Returns what `name`, images of `shape [N, H, W, C]`, is to be scored with, all of it checked.
+
+    Raises:
+        ValueError: if network, reference and samples do not fit, or the samples are too few.
+    """
+    reference_path = demo_statistics() if args.reference == "demo" else Path(args.reference)
+    reference = metrics.read_reference(reference_path)
+    if reference.has_images:
+        check_sizes(shape, metrics.image_shape(reference_path), args, name)
+    features_fn, features = chosen_features(args)
+    settings = metrics.ScoreSettings(
+        split_size=args.split_size,
+        kernel_samples=args.kernel_samples,
+        min_samples=args.min_samples,
+        seed=args.seed,
+    )
+    # A blank batch: what does not fit shows before anything long begins.
+    size = min(args.batch_size, shape[0])
+    blank = features_fn(np.zeros((size, *shape[1:]), np.uint8))["pool"]
+    metrics.check_network(reference, features, blank.shape[1], reference_path)
+    metrics.check_num_samples(shape[0], blank.shape[1], settings)
+    real = None
+    if reference.has_images:
+        real = features_of(features_fn, reference_path, args.batch_size, "reference")
+    return Judge(features_fn, features, reference_path, reference, real, settings)
+
+
+def score_file(judge: Judge, path: Path, batch_size: int) -> dict[str, Any]:
+    """Returns the scores of the images in one file, by the names of `metrics.names`."""
+    samples = features_of(judge.features_fn, path, batch_size, path.stem)
+    return metrics.scores(samples, judge.reference, judge.real, judge.settings)
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -88,11 +122,11 @@ def demo_statistics() -> Path:
     return Path(str(asset(DEMO_STATISTICS)))
 
 
-def check_sizes(samples: tuple, reference: tuple, args: argparse.Namespace) -> None:
+def check_sizes(samples: tuple, reference: tuple, args: argparse.Namespace, name: str) -> None:
     """Raises `UserError` if samples and reference images differ in size."""
     if samples[1:3] != reference[1:3]:
         raise UserError(
-            f"{args.samples} holds images of {samples[1]}x{samples[2]} and {args.reference} of "
+            f"{name} holds images of {samples[1]}x{samples[2]} and {args.reference} of "
             f"{reference[1]}x{reference[2]}; scores compare images of one size."
         )
 
@@ -133,6 +167,20 @@ def progress(batches: Iterator[np.ndarray], count: int, name: str) -> Iterator[n
 
 def describe(args: argparse.Namespace, features: str, found: dict[str, Any]) -> dict[str, Any]:
     """Returns what `metrics.json` holds: every score with its name in reports and its error."""
+    summary = {
+        "samples": str(args.samples),
+        "reference": str(args.reference),
+        "features": features,
+        "num_samples": found["num_samples"],
+        "scores": labelled(features, found),
+    }
+    if features == INCEPTION_FEATURES:
+        summary["preprocessing"] = args.preprocessing
+    return summary
+
+
+def labelled(features: str, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns every score with the name that its features allow, and its error if it has one."""
     entries = {}
     for name, value in found.items():
         if name == "num_samples" or name in ERRORS.values():
@@ -140,16 +188,7 @@ def describe(args: argparse.Namespace, features: str, found: dict[str, Any]) -> 
         entries[name] = {"label": metrics.label(name, features), "value": value}
         if ERRORS.get(name) in found:
             entries[name]["error"] = found[ERRORS[name]]
-    summary = {
-        "samples": str(args.samples),
-        "reference": str(args.reference),
-        "features": features,
-        "num_samples": found["num_samples"],
-        "scores": entries,
-    }
-    if features == INCEPTION_FEATURES:
-        summary["preprocessing"] = args.preprocessing
-    return summary
+    return entries
 
 
 def print_table(summary: dict[str, Any]) -> None:

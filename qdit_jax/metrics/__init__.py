@@ -5,11 +5,17 @@ Nothing here loads a network: features arrive as arrays or as a function.
 
 from qdit_jax.metrics.classifier_score import inception_score
 from qdit_jax.metrics.frechet import Extrapolation, frechet_distance, frechet_infinity
-from qdit_jax.metrics.intervals import Interval, PairedTest, bootstrap_interval, paired_test
+from qdit_jax.metrics.intervals import (
+    Interval,
+    PairedTest,
+    bootstrap_band,
+    bootstrap_interval,
+    paired_test,
+)
 from qdit_jax.metrics.kernel_distance import kid, kid_of_subsets
 from qdit_jax.metrics.manifold import manifold_radii, precision_and_recall
 from qdit_jax.metrics.names import DEMO_FRECHET_DISTANCE, label
-from qdit_jax.metrics.paired import cosine, psnr, signal_to_noise_db, ssim, trajectory_db
+from qdit_jax.metrics.paired import cosine, decibels, psnr, signal_to_noise_db, ssim, trajectory_db
 from qdit_jax.metrics.reference import (
     Reference,
     Statistics,
@@ -20,7 +26,7 @@ from qdit_jax.metrics.reference import (
 )
 from qdit_jax.metrics.samples import image_batches, image_shape, read_images
 from qdit_jax.metrics.streaming import Moments, merge, moments
-from qdit_jax.metrics.suite import Features, ScoreSettings, extract, scores
+from qdit_jax.metrics.suite import Features, ScoreSettings, check_num_samples, extract, scores
 
 __all__ = [
     "DEMO_FRECHET_DISTANCE",
@@ -32,9 +38,12 @@ __all__ = [
     "Reference",
     "ScoreSettings",
     "Statistics",
+    "bootstrap_band",
     "bootstrap_interval",
     "check_network",
+    "check_num_samples",
     "cosine",
+    "decibels",
     "extract",
     "frechet_distance",
     "frechet_infinity",

@@ -97,7 +97,7 @@ def sign_flip_p_value(
     return (exceed + 1) / (num_permutations + 1)
 
 
-def checked(values: Float[AnyArray, " N"]) -> Float[np.ndarray, " N"]:
+def checked(values: Float[AnyArray, "N ..."]) -> Float[np.ndarray, "N ..."]:
     """Returns `values` in float64; raises `ValueError` if they are too few or not finite."""
     values = np.asarray(values, np.float64)
     if len(values) < 2:
@@ -106,6 +106,27 @@ def checked(values: Float[AnyArray, " N"]) -> Float[np.ndarray, " N"]:
         )
     if not np.isfinite(values).all():
         raise ValueError(
-            f"{(~np.isfinite(values)).sum()} of {len(values)} values are NaN or infinite."
+            f"{(~np.isfinite(values)).sum()} of {values.size} values are NaN or infinite."
         )
     return values
+
+
+def bootstrap_band(
+    values: Float[AnyArray, "N S"],
+    *,
+    seed: int = 0,
+    num_resamples: int = 500,
+    level: float = 0.95,
+) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, " S"], Float[np.ndarray, " S"]]:
+    """Returns the mean over samples with the ends of its interval, for each of S quantities.
+
+    Raises:
+        ValueError: as `bootstrap_interval`.
+    """
+    values = checked(values)
+    count = len(values)
+    rng = np.random.default_rng(seed)
+    # How often each sample is drawn: one product gives every resampled mean.
+    draws = rng.multinomial(count, np.full(count, 1 / count), num_resamples) @ values / count
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return values.mean(0), low, high

@@ -91,7 +91,7 @@ def scores(
         ValueError: if there are too few samples, or the features come from different networks.
     """
     settings = settings or ScoreSettings()
-    check_num_samples(samples, settings)
+    check_num_samples(*samples.pool.shape, settings)
     result: dict[str, int | float] = {"num_samples": len(samples.pool)}
     result |= distances(samples, reference, reference_features, settings)
     if samples.probabilities is not None:
@@ -104,9 +104,8 @@ def scores(
     return result
 
 
-def check_num_samples(samples: Features, settings: ScoreSettings) -> None:
+def check_num_samples(count: int, width: int, settings: ScoreSettings) -> None:
     """Raises `ValueError` if samples are fewer than a covariance of full rank needs."""
-    count, width = samples.pool.shape
     needed = width + 1 if settings.min_samples is None else max(settings.min_samples, 2)
     if count < needed:
         raise ValueError(

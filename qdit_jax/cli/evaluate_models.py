@@ -1,0 +1,251 @@
+"""The work of `qdit evaluate` on checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from qdit_jax import checkpoint as checkpoints
+from qdit_jax.calibration import calibrate
+from qdit_jax.checkpoint import Checkpoint
+from qdit_jax.cli.evaluate_files import (
+    FILE_BATCH,
+    Judge,
+    check_options,
+    chosen_judge,
+    labelled,
+    score_file,
+)
+from qdit_jax.cli.sample import guidance_channels
+from qdit_jax.cli.sample_run import chosen_sampler
+from qdit_jax.errors import UserError
+from qdit_jax.evaluation import Contender, Protocol, Run, run_evaluation
+from qdit_jax.evaluation_report import compared_pictures, write_evaluation
+from qdit_jax.evaluation_store import merge
+from qdit_jax.evaluation_summary import MEASURES, summarize
+from qdit_jax.files import replaced_file
+from qdit_jax.media import save_picture
+from qdit_jax.ptq import Stats
+from qdit_jax.sampling import decode, latent_shape
+
+DEFAULT_OUT = Path("qdit-evaluate")
+
+
+def evaluate_models(args: argparse.Namespace) -> None:
+    """Samples, measures, scores, prints tables and writes the folder `args.out`.
+
+    Raises:
+        ValueError: one sentence for anything that would make a number meaningless.
+    """
+    check_arguments(args)
+    out = args.out or DEFAULT_OUT
+    contenders = loaded(args)
+    protocol = chosen_protocol(args, contenders)
+    judge = None
+    if args.reference is not None:
+        judge = judge_of(args, contenders)
+    with tqdm(total=args.num_samples, unit="sample", file=sys.stderr) as bar:
+        run = run_evaluation(contenders, protocol, out, bar.update)
+    label = np.arange(args.num_samples) % contenders[0].checkpoint.model.num_classes
+    files = merged(run, contenders, label)
+    scores = {}
+    if judge is not None:
+        for contender, file in zip(contenders, files, strict=True):
+            found = score_file(judge, file, args.batch_size or FILE_BATCH)
+            scores[contender.title] = labelled(judge.features, found)
+    stats = range_stats(args, contenders[0].checkpoint, protocol, out / "ranges.npz")
+    summary = summarize(run, contenders, scores)
+    if judge is not None:
+        summary["settings"]["reference"] = str(args.reference)
+        summary["settings"]["features"] = judge.features
+    write_results(out, run, contenders, summary, stats)
+    print_summary(summary)
+    print(
+        f"wrote {out / 'report.html'}, {out / 'metrics.json'} and {files[-1 if len(files) < 3 else 1]}"
+    )
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises `UserError` if options do not fit together."""
+    if args.compare is not None and args.against is None:
+        raise UserError("--compare OTHER needs --against REF: both are held against it.")
+    if args.num_samples < 2:
+        raise UserError(f"--num-samples {args.num_samples} is too few; use at least 2.")
+    if args.range_samples < 0:
+        raise UserError(f"--range-samples {args.range_samples}: use 0 or more.")
+    if args.reference is None and args.features != ["demo"]:
+        raise UserError("--features needs --reference: scores compare features with a reference's.")
+    batch_size, args.batch_size = args.batch_size, args.batch_size or FILE_BATCH
+    if batch_size is not None and batch_size < 1:
+        raise UserError("--batch-size must be at least 1.")
+    check_options(args)
+    args.batch_size = batch_size
+    try:
+        args.guidance_channels = guidance_channels(args.guidance_channels)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--guidance-channels: {error}.") from None
+
+
+def loaded(args: argparse.Namespace) -> list[Contender]:
+    """Returns the contenders, the reference first, each with an autoencoder where one is known."""
+    paths = [p for p in (args.against, args.checkpoint, args.compare) if p is not None]
+    found = [checkpoints.load(path) for path in paths]
+    for path, checkpoint in zip(paths, found, strict=True):
+        if not hasattr(checkpoint.model, "velocity"):
+            kind = type(checkpoint.model).__name__
+            raise UserError(f"{path} holds a {kind}, which makes no pictures by itself.")
+    given = None if args.vae is None else checkpoints.load(args.vae)
+    if given is not None and hasattr(given.model, "velocity"):
+        raise UserError(f"--vae {args.vae} holds no autoencoder.")
+    known = given or next((c.vae for c in found if c.vae is not None), None)
+    return [
+        Contender(title, dataclasses.replace(c, vae=given or c.vae or known))
+        for title, c in zip(titles(paths), found, strict=True)
+    ]
+
+
+def titles(paths: list[Path]) -> list[str]:
+    """Returns the folders' names, or as much of each path as tells them apart."""
+    names = [path.resolve().name for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    names = [str(path) for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{name} ({i})" for i, name in enumerate(names, 1)]
+
+
+def chosen_protocol(args: argparse.Namespace, contenders: list[Contender]) -> Protocol:
+    sampler = chosen_sampler(args, contenders[0].checkpoint)
+    record = {
+        "sampler": type(sampler).__name__,
+        "steps": args.steps,
+        "eta": args.eta,
+        "clip": args.clip,
+    }
+    return Protocol(
+        sampler,
+        record,
+        args.num_samples,
+        seed=args.seed,
+        guidance=args.guidance,
+        guidance_channels=args.guidance_channels,
+        execution=args.execution,
+        batch_size=args.batch_size,
+    )
+
+
+def judge_of(args: argparse.Namespace, contenders: list[Contender]) -> Judge:
+    """Returns what the images to come are scored with; checks sizes and counts beforehand."""
+    shape = image_shape(contenders[0].checkpoint)
+    if shape is None:
+        raise UserError(
+            "the models make latents and no autoencoder is known; give --vae CHECKPOINT to score "
+            "images against --reference."
+        )
+    batch_size, args.batch_size = args.batch_size, args.batch_size or FILE_BATCH
+    try:
+        return chosen_judge(args, (args.num_samples, *shape), str(args.checkpoint))
+    finally:
+        args.batch_size = batch_size
+
+
+def image_shape(checkpoint: Checkpoint) -> tuple[int, ...] | None:
+    """Returns rows, columns and channels of a checkpoint's images; None if it makes latents."""
+    shape = latent_shape(checkpoint.model)
+    if checkpoint.vae is None:
+        return shape if shape[-1] in (1, 3) else None
+    latents = jax.ShapeDtypeStruct((1, *shape), np.float32)
+    return jax.eval_shape(lambda z: decode(checkpoint.vae, z), latents).shape[1:]
+
+
+def merged(run: Run, contenders: list[Contender], label: np.ndarray) -> list[Path]:
+    """Writes the samples of each contender and returns the files, in their order.
+
+    `samples.npz` is the checkpoint under evaluation.
+    """
+    names = ["samples.npz"]
+    if len(contenders) > 1:
+        names = ["reference_samples.npz", "samples.npz", "compared_samples.npz"]
+    files = []
+    for i, (contender, name) in enumerate(zip(contenders, names, strict=False)):
+        decoded = image_shape(contender.checkpoint) is not None
+        array, member = ("images", "arr_0") if decoded else ("latents", "latents")
+        file = run.folder / name
+        merge(run.folder, run.ranges, f"{i}/{array}", file, member, label=label)
+        files.append(file)
+    return files
+
+
+def range_stats(
+    args: argparse.Namespace, checkpoint: Checkpoint, protocol: Protocol, file: Path
+) -> Stats | None:
+    """Returns the ranges of the first model's inputs, kept in `file` for the next time."""
+    if args.range_samples == 0:
+        return None
+    count = min(args.range_samples, args.num_samples)
+    if file.is_file():
+        return Stats.load(file)
+    stats = calibrate(
+        checkpoint,
+        jax.random.key(args.seed),
+        count,
+        sampler=protocol.sampler,
+        guidance=args.guidance,
+        batch_size=count,
+    )
+    stats.save(file)
+    return stats
+
+
+def write_results(
+    out: Path,
+    run: Run,
+    contenders: list[Contender],
+    summary: dict[str, Any],
+    stats: Stats | None,
+) -> None:
+    """Writes metrics.json, pictures.png and report.html."""
+    with replaced_file(out / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    pictures = compared_pictures(run, contenders)
+    if pictures is not None:
+        save_picture(out / "pictures.png", pictures)
+    write_evaluation(out / "report.html", summary, contenders, pictures, stats)
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    first = summary["models"][0]
+    for model in summary["models"]:
+        print(
+            f"{model['title']}: {model['execution']}, {model['bytes']:,} bytes "
+            f"({first['bytes'] / model['bytes']:.2f}x smaller), "
+            f"{model['seconds_per_sample']:.3g} s a sample"
+        )
+    for title, measures in summary["paired"].items():
+        print(
+            f"{title} against {first['title']}, {summary['settings']['num_samples']:,} samples, 95% intervals"
+        )
+        for name, entry in measures.items():
+            digits = 2 if name.endswith("_db") else 4
+            low, high = (f"{entry[end]:.{digits}f}" for end in ("low", "high"))
+            print(f"  {MEASURES[name]:36} {entry['estimate']:.{digits}f} ({low} to {high})")
+    for name, test in summary.get("comparison", {}).get("a_minus_b", {}).items():
+        difference = test["difference"]
+        print(
+            f"  {summary['comparison']['a']} minus {summary['comparison']['b']}, {MEASURES[name]}: "
+            f"{difference['estimate']:.4g} ({difference['low']:.4g} to {difference['high']:.4g}), "
+            f"p = {test['p_value']:.2g}"
+        )
+    for title, entries in summary["scores"].items():
+        for entry in entries.values():
+            error = f" ± {entry['error']:.2g}" if "error" in entry else ""
+            print(f"  {title}: {entry['label']} {entry['value']:.4f}{error}")
