@@ -1,0 +1,191 @@
+"""Which axes of a linen layer's kernel are inputs and outputs, and its product as matrices.
+
+Dimensions: K input channels, N output channels, B products at once (batch axes of the kernel),
+T rows of one product.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from qdit_jax.quant import QTensor
+
+LAYERS = (nn.Dense, nn.DenseGeneral, nn.Einsum)
+
+
+def quantizable(module: nn.Module) -> bool:
+    """Whether `module` computes as `nn.Dense`, `nn.DenseGeneral` or `nn.Einsum` does."""
+    own = [cls for cls in LAYERS if isinstance(module, cls)]
+    return bool(own) and type(module).__call__ is own[0].__call__
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelLayout:
+    """The axes of a kernel of shape `shape`: batch, inputs, outputs; stacked axes come before."""
+
+    shape: tuple[int, ...]
+    batch: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    def matrices(self, kernel: Any) -> Any:
+        """Returns `kernel` `[*stack, *shape]` as `[*stack, (B,) K, N]`; B only with batch axes.
+
+        Raises:
+            ValueError: if its last axes are not `shape`.
+        """
+        stacked = kernel.ndim - len(self.shape)
+        if stacked < 0 or kernel.shape[stacked:] != tuple(self.shape):
+            raise ValueError(
+                f"a kernel of shape {kernel.shape} is used as {self.shape}; only stacks along "
+                "leading axes (nn.scan with variable_axes={'params': 0}) can be quantised."
+            )
+        order = [axis + stacked for axis in (*self.batch, *self.inputs, *self.outputs)]
+        parts = [self.batch] if self.batch else []
+        sizes = [self.size(axes) for axes in (*parts, self.inputs, self.outputs)]
+        turned = jnp.transpose(kernel, [*range(stacked), *order])
+        return turned.reshape(*kernel.shape[:stacked], *sizes)
+
+    def size(self, axes: tuple[int, ...]) -> int:
+        return math.prod(self.shape[axis] for axis in axes)
+
+
+def layout_from_bias(kernel: Any, bias: Any) -> KernelLayout | None:
+    """Returns the layout of a kernel whose outputs are its bias' axes; None if it cannot be told.
+
+    A kernel of two axes is `[K, N]`.
+    """
+    shape = tuple(kernel.shape)
+    num_outputs = 1 if len(shape) == 2 else 0
+    if bias is not None and bias.ndim < len(shape) and shape[-bias.ndim :] == bias.shape:
+        num_outputs = bias.ndim
+    if not num_outputs:
+        return None
+    axes = tuple(range(len(shape)))
+    return KernelLayout(shape, (), axes[:-num_outputs], axes[-num_outputs:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Contraction:
+    """A layer's product: the axes of its input and of its kernel that go together.
+
+    Attributes:
+        x_batch, x_rows, x_in: axes of the input: shared with the kernel and kept, its own, summed.
+        k_batch, k_in, k_out: axes of the kernel: likewise, and the features.
+        features: sizes of the features.
+        order: the result's axes among `[*x_batch, *x_rows, *features]`.
+    """
+
+    x_batch: tuple[int, ...]
+    x_rows: tuple[int, ...]
+    x_in: tuple[int, ...]
+    k_batch: tuple[int, ...]
+    k_in: tuple[int, ...]
+    k_out: tuple[int, ...]
+    features: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def rows(self, x: Any) -> Any:
+        """Returns the input as `[B, T, K]`."""
+        turned = jnp.transpose(x, (*self.x_batch, *self.x_rows, *self.x_in))
+        sizes = (
+            math.prod(x.shape[axis] for axis in axes)
+            for axes in (self.x_batch, self.x_rows, self.x_in)
+        )
+        return turned.reshape(*sizes)
+
+    def result(self, y: Any, x_shape: tuple[int, ...]) -> Any:
+        """Returns the product `[B, T, N]` in the layer's own axes."""
+        kept = (x_shape[axis] for axis in (*self.x_batch, *self.x_rows))
+        return jnp.transpose(y.reshape(*kept, *self.features), self.order)
+
+    def bias_shape(self, y_shape: tuple[int, ...]) -> list[int]:
+        """Returns the shape that makes a bias, which lacks the rows' axes, fit the result."""
+        first = len(self.x_batch)
+        rows = range(first, first + len(self.x_rows))
+        return [1 if axis in rows else size for axis, size in zip(self.order, y_shape, strict=True)]
+
+    def check_kernel(self, kernel: QTensor, x_shape: tuple[int, ...]) -> None:
+        """Raises `ValueError` if `kernel` was quantised with other axes as inputs."""
+        expected = math.prod(x_shape[axis] for axis in self.x_in), math.prod(self.features)
+        batch_axes = kernel.codes.ndim - 2
+        if tuple(kernel.shape) != expected or batch_axes != bool(self.k_batch):
+            raise ValueError(
+                f"its kernel was quantised as a matrix {tuple(kernel.shape)}, but the layer "
+                f"multiplies by {expected}; pass example_args=(x, ...) to quantize_linen."
+            )
+
+
+def contraction_of(module: Any, inputs: Any, einsum_str: str | None = None) -> Contraction:
+    """Returns the product of one of `LAYERS` for its input.
+
+    Raises:
+        ValueError: if the layer's arithmetic is its own, or not a product of matrices.
+    """
+    if getattr(module, "dot_general", None) or getattr(module, "dot_general_cls", None):
+        raise ValueError("it has a dot_general of its own.")
+    if isinstance(module, nn.Einsum):
+        return of_einsum(module.einsum_str or einsum_str, jnp.ndim(inputs), module.shape)
+    if isinstance(module, nn.Dense):
+        return of_axes(jnp.ndim(inputs), (-1,), (), (module.features,))
+    return of_axes(
+        jnp.ndim(inputs),
+        as_tuple(module.axis),
+        as_tuple(module.batch_dims),
+        as_tuple(module.features),
+    )
+
+
+def as_tuple(value: Any) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def of_axes(
+    ndim: int, axis: tuple[int, ...], batch: tuple[int, ...], features: tuple[int, ...]
+) -> Contraction:
+    """Returns the product of `nn.DenseGeneral`, whose kernel is `[*batch, *axis, *features]`."""
+    summed = tuple(sorted(a % ndim for a in axis))  # as flax orders them in the kernel
+    batch = tuple(range(len(batch)))
+    rows = tuple(a for a in range(ndim) if a not in summed and a not in batch)
+    kernel = tuple(range(len(batch) + len(summed) + len(features)))
+    first = len(batch) + len(summed)
+    order = tuple(range(len(batch) + len(rows) + len(features)))
+    parts = kernel[: len(batch)], kernel[len(batch) : first], kernel[first:]
+    return Contraction(batch, rows, summed, *parts, features, order)
+
+
+def of_einsum(equation: str | None, ndim: int, kernel_shape: tuple[int, ...]) -> Contraction:
+    """Returns the product of `nn.Einsum`, an equation `input,kernel->output`.
+
+    Raises:
+        ValueError: if an axis repeats, or is summed in one operand only.
+    """
+    operands, _, out = (equation or "").replace(" ", "").partition("->")
+    x, _, kernel = operands.partition(",")
+    if "..." in kernel:
+        raise ValueError(f"the equation {equation!r} has an ellipsis in the kernel.")
+    num_rest = ndim - len(x.replace("...", ""))
+    rest = "".join(chr(0x3B1 + i) for i in range(num_rest))  # letters that no equation has
+    x, out = x.replace("...", rest), out.replace("...", rest)
+    if any(len(set(axes)) != len(axes) for axes in (x, kernel, out)):
+        raise ValueError(f"the equation {equation!r} repeats an axis.")
+    batch = [c for c in kernel if c in x and c in out]
+    summed = [c for c in kernel if c in x and c not in out]
+    features = [c for c in kernel if c not in x and c in out]
+    rows = [c for c in x if c not in kernel and c in out]
+    if len(batch + summed + features) != len(kernel) or len(batch + summed + rows) != len(x):
+        raise ValueError(f"the equation {equation!r} sums over an axis of one operand alone.")
+    if not summed or not features:
+        raise ValueError(f"the equation {equation!r} is no product of matrices.")
+    result = batch + rows + features
+    return Contraction(
+        *(tuple(x.index(c) for c in axes) for axes in (batch, rows, summed)),
+        *(tuple(kernel.index(c) for c in axes) for axes in (batch, summed, features)),
+        tuple(kernel_shape[kernel.index(c)] for c in features),
+        tuple(result.index(c) for c in out),
+    )
