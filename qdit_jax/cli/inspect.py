@@ -10,11 +10,18 @@ from typing import Any
 HELP = """\
 Show what a checkpoint folder holds, or what `qdit convert` would make of a PyTorch file.
 
+With --stats, sample a few pictures and draw what decides how the model should be quantised: the
+spread of weights and inputs over channels, outlier channels, ranges over the timesteps. The folder
+--out gets report.html (one file), the charts as PNG, and the figures in stats.json.
+
 examples:
   qdit inspect xl2-w4a8
   qdit inspect xl2-w4a8 --json
   qdit inspect DiT-XL-2-256x256.pt
+  qdit inspect xl2 --stats --out xl2-stats --num-samples 4 --steps 10
 """
+# Options of --stats with their defaults.
+STATS = {"num_samples": 4, "steps": 10, "guidance": 1.5, "seed": 0, "batch_size": 4, "out": None}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -26,13 +33,28 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("path", metavar="PATH", type=Path, help="a checkpoint folder or a file")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--stats", action="store_true", help="draw weights and activations")
+    add = parser.add_argument_group("of --stats").add_argument
+    add("--out", type=Path, help="folder of the results (PATH-stats, here)")
+    add("--num-samples", type=int, help="trajectories (4)")
+    add("--steps", type=int, help="of each (10)")
+    add("--guidance", type=float, help="1 turns it off (1.5)")
+    add("--batch-size", type=int, help="samples at once (4)")
+    add("--seed", type=int, help="of the noise (0)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     from qdit_jax.checkpoint import read_description
+    from qdit_jax.errors import UserError
 
-    if (args.path / "model.json").is_file():
+    is_checkpoint = (args.path / "model.json").is_file()
+    if args.stats:
+        draw_stats(args, is_checkpoint)
+        return
+    if given := [name for name in STATS if getattr(args, name) is not None]:
+        raise UserError(f"--{given[0].replace('_', '-')} is an option of --stats.")
+    if is_checkpoint:
         summary = summarize(args.path, read_description(args.path))
     else:
         from qdit_convert import describe
@@ -44,8 +66,85 @@ def run(args: argparse.Namespace) -> None:
         print_tree(summary)
 
 
+def draw_stats(args: argparse.Namespace, is_checkpoint: bool) -> None:
+    """Samples a little, draws, and prints the layers that stand out.
+
+    Raises:
+        UserError: if there is no checkpoint of a diffusion transformer, or an option is off.
+    """
+    from qdit_jax.errors import UserError
+
+    for name, default in STATS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    for name in ("num_samples", "steps", "batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: use 1 or more.")
+    if not is_checkpoint and args.path.exists():
+        raise UserError(
+            f"{args.path} is no checkpoint folder; --stats runs the model, so make one with "
+            f"`qdit convert {args.path} OUT` first."
+        )
+    out = args.out or Path(f"{args.path.resolve().name}-stats")
+    if out.is_file():
+        raise UserError(f"--out {out} is a file; choose a folder.")
+    summary = recorded(args, out)
+    if args.json:
+        print(json.dumps(summary, indent=1))
+        return
+    for path, entry in summary["inputs"].items():
+        weights = summary["weights"][path]
+        print(
+            f"{path}: weights spread {weights['input_spread']:.2f} over inputs, "
+            f"{weights['output_spread']:.2f} over outputs; inputs: {entry['num_outliers']} outlier "
+            f"channels, the largest {entry['largest_over_median']:.1f} x median, drift "
+            f"{entry['drift']:.2f}"
+        )
+    print(f"wrote {out / 'report.html'}, {out / 'stats.json'} and 5 charts")
+
+
+def recorded(args: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """Runs the model, writes the report to `out` and returns its figures."""
+    import sys
+
+    import jax
+    from tqdm import tqdm
+
+    from qdit_jax.calibration import calibrate, default_sampler
+    from qdit_jax.checkpoint import load
+    from qdit_jax.errors import UserError
+    from qdit_jax.model_report import write_model_report
+
+    checkpoint = load(args.path)
+    if not hasattr(checkpoint.model, "velocity"):
+        kind = type(checkpoint.model).__name__
+        raise UserError(f"{args.path} holds a {kind}; --stats draws diffusion transformers.")
+    sampler = default_sampler(checkpoint, args.steps)
+    with tqdm(total=args.num_samples, unit="sample", file=sys.stderr) as bar:
+        stats = calibrate(
+            checkpoint,
+            jax.random.key(args.seed),
+            args.num_samples,
+            sampler=sampler,
+            guidance=args.guidance,
+            batch_size=min(args.batch_size, args.num_samples),
+            progress_fn=bar.update,
+        )
+    protocol = {
+        "sampler": type(sampler).__name__,
+        "steps": args.steps,
+        "samples": args.num_samples,
+        "guidance": args.guidance,
+        "seed": args.seed,
+    }
+    title = args.path.resolve().name
+    return write_model_report(out, title, checkpoint.params, stats, protocol)
+
+
 def summarize(folder: Path, description: dict[str, Any]) -> dict[str, Any]:
     """Returns the family, configuration, counts, bytes by part, and recipe of a checkpoint."""
+    from qdit_jax.model_stats import part_of
+
     parts: dict[str, dict[str, Any]] = {}
     for path, leaf in description["params"].items():
         part = parts.setdefault(part_of(path), {"values": 0, "bytes": 0, "dtypes": {}})
@@ -73,14 +172,6 @@ def summarize(folder: Path, description: dict[str, Any]) -> dict[str, Any]:
 
         summary["vae"] = summarize(folder / "vae", read_description(folder / "vae"))
     return summary
-
-
-def part_of(path: str) -> str:
-    """Returns the kind of layer a parameter belongs to, the same for all blocks."""
-    names = path.split("/")
-    if names[0].startswith("blocks_"):
-        return "blocks/" + "/".join(names[1:-1])
-    return names[0]
 
 
 def product(shape: list[int]) -> int:
