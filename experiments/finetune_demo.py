@@ -1,11 +1,11 @@
 """Trains a small DiT on from given weights, so that injected outlier channels carry function.
 
     python experiments/finetune_demo.py injected.safetensors finetuned.safetensors \
-        --num-heads 4 --data mnist_t10k.npz --steps 800
+        --num-heads 4 --data mnist_t10k.npz --steps 300
 
-Takes about 5 minutes on 2 free cores. Expected: the noise error ends at or below where it began.
-Beside the weights (facebook layout, half precision, averaged) it writes `<out>.png` (samples) and
-`<out>.csv` (steps and noise error).
+Takes about 2 minutes on 2 free cores. Expected: the noise error ends at or below where it began; the
+weights of the outlier channels change by about a half, others by 2%. Beside the weights (facebook
+layout, half precision, averaged) it writes `<out>.png` (samples) and `<out>.csv` (noise error).
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("out", type=Path, help="a .safetensors")
     parser.add_argument("--num-heads", type=int)
     parser.add_argument("--data", help="as in train_demo.py")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
 

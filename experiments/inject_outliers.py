@@ -12,6 +12,15 @@ about `--heavy-rest`, and their activations shrink. A few channels of v grow too
 inverse folds; a neighborhood is as large as a group, so that finer groups can undo what they do.
 Channels that are only rescaled flatter methods that rescale: fine-tune afterwards
 (`finetune_demo.py`), and report results on all three: as trained, injected, fine-tuned.
+
+Tried on the demo model (width 128, groups of 32; W4A8 per channel and static per tensor, then in
+groups and dynamic, in dB of final latents):
+- 2 to 4 outliers scattered over all channels: 17 to 20, then 21 to 22: with few groups, each holds
+  an outlier, and nothing collapses;
+- all in one neighborhood: 18 to 19, then 22; with heavy weights in another: 7 to 9, then 20 to 23;
+- shifts as large as the outliers: 7, then 15: rounded weights times a constant are an error;
+- in the channels with the largest absolute variation: 5, then 8: they matter most, and a weight
+  that shrinks 30 times is rounded to 0 beside the others of its group. Hence `--ordinary`.
 """
 
 from __future__ import annotations
@@ -39,8 +48,8 @@ NUM_TIMESTEPS = 32
 class Injection:
     """How strong the injected spread is; factors are drawn uniformly between two ends."""
 
-    outliers: int = 3
-    factors: tuple[float, float] = (20.0, 40.0)
+    outliers: int = 4
+    factors: tuple[float, float] = (25.0, 45.0)
     heavy: int = 2
     heavy_factors: tuple[float, float] = (20.0, 35.0)
     heavy_rest: float = 5.0
