@@ -58,8 +58,8 @@ def main() -> None:
     add("--model", default="demo", help="of cost: demo, small (DiT-S/2 on 16x16 latents), or both")
     add("--checkpoint", type=Path, help="a checkpoint folder; a random network without it")
     add("--bits", default="w4a8")
-    add("--group-sizes", type=int, nargs="+", default=[8, 16, 32, 64, 128])
-    add("--budget", default="bitops=1.0x-g32")
+    add("--group-sizes", type=int, nargs="+", default=[32, 64, 128, 192, 288])
+    add("--budget", default="bitops=1.0x-g128")
     add("--methods", nargs="+", default=METHODS)
     add("--keys", type=int, default=3)
     add("--steps", type=int, default=10)
@@ -96,9 +96,7 @@ def candidate_cost(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Returns seconds of a candidate and of a plain quantised rollout, the least of several."""
     checkpoint = checkpoint_of(args, name)
     params = checkpoint.params
-    space = search_space(
-        params, group_sizes=args.group_sizes if name == "demo" else (32, 64, 128, 192, 288)
-    )
+    space = search_space(params, group_sizes=args.group_sizes)
     rollout = Rollout.of(checkpoint.model, default_sampler(checkpoint, args.steps), 1.5)
     data = seeds(checkpoint.model, jax.random.key(0), 1, args.batch_size)
     evaluator = Evaluator(space, params, paired_error(rollout, params, *data))

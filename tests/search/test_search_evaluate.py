@@ -29,8 +29,13 @@ def drawn_assignments(space, count, seed=0):
         {},
         {"sides": "separate", "layers": ".*"},
         {"weight_bits": (3, 4, 16), "act_bits": (4, 8), "sides": "weights"},
-        {"symmetric": True, "group_sizes": (24, 0, 5000), "weight_bits": 3},
-        {"range_fn": ranges.percentile(0.99), "group_sizes": (16, 64)},
+        pytest.param(
+            {"symmetric": True, "group_sizes": (24, 0, 5000), "weight_bits": 3},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"range_fn": ranges.percentile(0.99), "group_sizes": (16, 64)}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_an_assigned_tree_is_the_statically_quantised_model(settings):
@@ -87,6 +92,7 @@ def test_the_answer_does_not_depend_on_company_or_on_order(case):
     np.testing.assert_allclose(halves, together, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_many_items_a_call_agree_with_one(case):
     _, params, space, evaluator = case
     several = search.Evaluator(space, params, evaluator.objective, per_device=4, batch_size=2)

@@ -53,6 +53,7 @@ def test_a_change_is_the_difference_that_one_layer_makes_to_the_final_latents(ca
     np.testing.assert_allclose(found.signal, np.square(exact).sum((1, 2, 3)), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_weight_of_a_step_is_how_far_its_errors_grow(case):
     rollout, params, _, (noise, label, keys), found = case
     state, weights = noise, []
@@ -73,6 +74,7 @@ def test_the_weight_of_a_step_is_how_far_its_errors_grow(case):
     np.testing.assert_allclose(np.log(found.step_weight), np.log(weights), atol=0.7)
 
 
+@pytest.mark.slow
 def test_the_prediction_at_a_base_is_its_measured_error():
     model, params = small_model()
     space = small_space(params)
