@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from qdit_jax import diffusion
 from qdit_jax.checkpoint import Checkpoint
+from qdit_jax.quant import select_timestep
 
 PUBLISHED_CHANNELS = 3
 NAMED_BETAS: dict[str, Callable] = {
@@ -35,8 +36,9 @@ class Denoiser:
     model: nn.Module = dataclasses.field(metadata={"static": True})
 
     def __call__(self, x: Any, timestep: Any, label: Any) -> Any:
-        """Returns the network's output."""
-        return self.model.apply({"params": self.params}, x, timestep, label)
+        """Returns the network's output, with the static scales of the nearest timestep if any."""
+        params = select_timestep(self.params, timestep)
+        return self.model.apply({"params": params}, x, timestep, label)
 
 
 def denoiser(

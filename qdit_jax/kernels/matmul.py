@@ -33,7 +33,10 @@ def unsupported_reason(
     if isinstance(act, ActSpec) and act.mode == "static":
         return "a static ActSpec needs calibrated scales; pass an ActQuant that has them."
     if isinstance(act, ActQuant) and act.is_table:
-        return "the static scales are a table with a row a step; pick one with `at(index)`."
+        return (
+            "the static scales are a table with a row a timestep; pick one with "
+            "`select_timestep(params, timestep)`, as the sampler's denoiser does, or `at(index)`."
+        )
     if execution == "integer":
         if spec is None:
             return "integer execution needs quantised activations; pass act_quant."

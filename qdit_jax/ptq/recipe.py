@@ -89,7 +89,9 @@ class Recipe:
         symmetric: bool = False,
         act_group_size: int | None = None,
         act_mode: Literal["dynamic", "static"] = "dynamic",
+        per_timestep: bool = False,
         range_fn: Any = ranges.minmax,
+        act_range_fn: Any = ranges.minmax,
         scale_dtype: str = "float16",
         layers: str = BLOCK_LINEARS,
     ) -> Recipe:
@@ -101,7 +103,8 @@ class Recipe:
             group_size: input channels that share a scale; 0 is the whole channel.
             act_group_size: the activations' group size; the weights' when None.
             act_mode: `"dynamic"`, or `"static"` (needs calibration statistics).
-            range_fn: of the weights; activations take the least and greatest value.
+            per_timestep: of static activations: a range for every calibrated timestep.
+            range_fn, act_range_fn: of the weights and of the activations.
             scale_dtype: of the weights' scales, 16 bits each as the paper counts them.
             layers: the pattern of the layers to quantise.
 
@@ -120,7 +123,9 @@ class Recipe:
             weight = WeightSpec(weight_bits, group_size, symmetric, range_fn, scale_dtype)
         if act_bits != 16:
             size = group_size if act_group_size is None else act_group_size
-            act = ActSpec(act_bits, size, symmetric, mode=act_mode)
+            act = ActSpec(
+                act_bits, size, symmetric, act_range_fn, act_mode, per_timestep=per_timestep
+            )
         recipe = cls((Rule(layers, LayerSpec(weight, act)),), f"{name}-g{group_size}")
         if params is not None:
             recipe.resolve(params)

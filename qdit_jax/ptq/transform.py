@@ -101,8 +101,17 @@ def act_quantizer(path: str, spec: Any, stats: Stats | None) -> ActQuant:
             f"the recipe quantises the input of {path} with mode='static', which needs calibration "
             "statistics of that layer; pass stats=calibrate(...), or use mode='dynamic'."
         )
-    seen = np.concatenate([stats.low[path], stats.high[path]])  # [2S, K]
-    return static_act_quant(*group_extremes(jnp.asarray(seen), spec.group_size), spec)
+    low, high = stats.low[path], stats.high[path]  # [S, K]
+    if not spec.per_timestep:
+        seen = np.concatenate([low, high])
+        return static_act_quant(*group_extremes(seen, spec.group_size), spec)
+    by_step = [
+        group_extremes(np.stack(pair), spec.group_size) for pair in zip(low, high, strict=True)
+    ]
+    lows, highs = (np.stack(rows) for rows in zip(*by_step, strict=True))
+    quantizer = static_act_quant(lows, highs, spec)
+    timesteps = jnp.asarray(stats.timesteps, jnp.float32)
+    return dataclasses.replace(quantizer, timesteps=timesteps)
 
 
 def sqnr_db(w: jax.Array, q: QTensor) -> float:

@@ -6,6 +6,7 @@ from qdit_jax.quant.act import (
     fake_quantize,
     group_extremes,
     select_rows,
+    select_timestep,
     static_act_quant,
 )
 from qdit_jax.quant.adaptive_rounding import AdaRoundSettings, adaround
@@ -47,5 +48,6 @@ __all__ = [
     "quantize",
     "ranges",
     "select_rows",
+    "select_timestep",
     "static_act_quant",
 ]

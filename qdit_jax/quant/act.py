@@ -8,6 +8,7 @@ The equation is that of weights, per token: `x' = (code - zero_point) * scale - 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -115,7 +116,9 @@ def _round_trip(x: Any, scale: Any, zero_point: Any, spec: ActSpec) -> Any:
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["scale", "zero_point"], meta_fields=["spec"]
+    jax.tree_util.register_dataclass,
+    data_fields=["scale", "zero_point", "timesteps"],
+    meta_fields=["spec"],
 )
 @dataclasses.dataclass(frozen=True)
 class ActQuant:
@@ -126,11 +129,13 @@ class ActQuant:
         scale: None when dynamic; static: `[G]` (`[1]`: one for the tensor), or a table `[S, G]`
             with one row a sampling step or timestep bucket, from which `at` picks.
         zero_point: like `scale`, whole numbers; None when symmetric or dynamic.
+        timesteps: `[S]`, what the rows of a table were calibrated at; `at_timestep` needs them.
     """
 
     spec: ActSpec
     scale: Any = None
     zero_point: Any = None
+    timesteps: Any = None
 
     @property
     def is_table(self) -> bool:
@@ -152,6 +157,16 @@ class ActQuant:
 
         zero_point = None if self.zero_point is None else pick(self.zero_point)
         return ActQuant(self.spec, pick(self.scale), zero_point)
+
+    def at_timestep(self, timestep: Any) -> ActQuant:
+        """Returns the quantiser calibrated nearest to `timestep`, a number or one a sample `[B]`.
+
+        Without recorded timesteps, returns itself. Works under jit and inside `lax.scan`.
+        """
+        if not self.is_table or self.timesteps is None:
+            return self
+        away = jnp.abs(jnp.asarray(timestep, jnp.float32)[..., None] - self.timesteps)
+        return self.at(jnp.argmin(away, axis=-1))
 
     def grid(self, x: Float[Array, "*lead K"]) -> tuple[Any, Any]:
         """Returns (scale, zero_point) for `x` (shift added), broadcastable to `[*lead, G]`.
@@ -179,7 +194,8 @@ class ActQuant:
             raise ValueError("a static ActQuant has no scales; calibrate it first.")
         if self.is_table:
             raise ValueError(
-                f"scale is a table of {self.scale.shape[0]} rows; pick one with `at(index)`."
+                f"scale is a table of {self.scale.shape[0]} rows; pick one with "
+                "`select_timestep(params, timestep)`, as the sampler's denoiser does, or `at(index)`."
             )
         expected = groups.num_groups(num_channels, self.spec.group_size)
         if self.scale.shape[-1] != expected:
@@ -216,8 +232,17 @@ def static_act_quant(low: Any, high: Any, spec: ActSpec) -> ActQuant:
 
 def select_rows(tree: Any, index: Any) -> Any:
     """Returns `tree` with every `ActQuant` table replaced by its row `index`, as in `at`."""
+    return _map_act_quants(lambda quantizer: quantizer.at(index), tree)
+
+
+def select_timestep(tree: Any, timestep: Any) -> Any:
+    """Returns `tree` with the row of every `ActQuant` table calibrated nearest to `timestep`."""
+    return _map_act_quants(lambda quantizer: quantizer.at_timestep(timestep), tree)
+
+
+def _map_act_quants(fn: Callable[[ActQuant], ActQuant], tree: Any) -> Any:
     return jax.tree.map(
-        lambda node: node.at(index) if isinstance(node, ActQuant) else node,
+        lambda node: fn(node) if isinstance(node, ActQuant) else node,
         tree,
         is_leaf=lambda node: isinstance(node, ActQuant),
     )

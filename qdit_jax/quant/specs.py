@@ -120,6 +120,7 @@ class ActSpec:
         symmetric: no zero point.
         range_fn: a rule of `qdit_jax.quant.ranges`.
         mode: "dynamic" computes scales from the current values, "static" uses calibrated ones.
+        per_timestep: a static range for every calibrated timestep in place of one for all.
         unsigned: with `symmetric`, codes `[0, 2**bits - 1]` for values that are never negative.
         shift: constant added before quantising and taken off afterwards; 0.1701 makes the
             output of a tanh GELU non-negative.
@@ -135,6 +136,7 @@ class ActSpec:
     unsigned: bool = False
     shift: float = 0.0
     fmt: formats.Format | None = None
+    per_timestep: bool = False
 
     def __post_init__(self) -> None:
         _adopt_format(self)
@@ -142,6 +144,8 @@ class ActSpec:
         _check_bits(self.bits)
         _check_group_size(self.group_size)
         _check_range_fn(self.range_fn)
+        if self.per_timestep and self.mode != "static":
+            raise ValueError("per_timestep=True needs mode='static'; dynamic ranges are current.")
         if self.mode not in MODES:
             raise ValueError(f"mode={self.mode!r} is not supported; use 'dynamic' or 'static'.")
         if self.unsigned and not self.symmetric:
