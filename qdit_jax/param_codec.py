@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from qdit_jax.quant import ActQuant, ActSpec, QTensor, formats
+from qdit_jax.quant import ActQuant, ActSpec, QTensor, formats, groups, packing
 
 LEAF_TYPES = {"QTensor": QTensor, "ActQuant": ActQuant}
 
@@ -42,14 +42,21 @@ def decode_params(arrays: dict[str, Any], manifest: dict[str, Any]) -> Any:
         if described["type"] == "array":
             params[path] = flat[path]
             continue
+        if described["type"] not in LEAF_TYPES:
+            raise ValueError(f"{path} is a {described['type']}, which is not known here")
         static = {k: v for k, v in described.items() if k not in ("type", "arrays")}
         held = {field: flat[f"{path}/{field}"] for field in described["arrays"]}
         params[path] = LEAF_TYPES[described["type"]](**held, **from_json(static))
     return unflatten_dict(params, sep="/")
 
 
-def abstract_arrays(manifest: dict[str, Any], sharding: jax.sharding.Sharding) -> dict[str, Any]:
-    """Returns the nested dicts of `encode_params` with shapes in place of arrays."""
+def abstract_arrays(manifest: dict[str, Any], sharding: Any = None) -> dict[str, Any]:
+    """Returns the nested dicts of `encode_params` with shapes in place of arrays.
+
+    `sharding` is one for all, a function `(path, shape) -> sharding`, or None: the first device.
+    """
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     flat = {}
     for path, described in manifest.items():
         fields = (
@@ -59,14 +66,35 @@ def abstract_arrays(manifest: dict[str, Any], sharding: jax.sharding.Sharding) -
         )
         for name, array in fields.items():
             shape, dtype = tuple(array["shape"]), np.dtype(array["dtype"])
-            flat[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+            place = sharding(name, shape) if callable(sharding) else sharding
+            flat[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
     return unflatten_dict(flat, sep="/")
 
 
 def logical_shapes(manifest: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every parameter as the network sees it, quantised or not."""
     leaves = {path: d for path, d in manifest.items() if d["type"] != "ActQuant"}
+    for path, described in leaves.items():
+        if described["type"] == "QTensor":
+            check_packing(path, described)
     return {path: tuple(described["shape"]) for path, described in leaves.items()}
+
+
+def check_packing(path: str, described: dict[str, Any]) -> None:
+    """Raises `ValueError` if the arrays of a `QTensor` are not those of its bits and shape."""
+    arrays = described["arrays"]
+    (rows, width), bits = described["shape"], described["bits"]
+    count = groups.num_groups(rows, described["group_size"])
+    codes, scale = arrays["codes"], arrays["scale"]
+    blocks = scale["shape"][-1]
+    wanted = {"codes": [packing.packed_rows(rows, bits), width], "scale": [count, blocks]}
+    if "packed_zero_point" in arrays:
+        wanted["packed_zero_point"] = [packing.packed_rows(count, bits), blocks]
+    for name, shape in wanted.items():
+        if arrays[name]["shape"][-2:] != shape:
+            raise ValueError(f"{path}/{name} is {arrays[name]['shape']}, its settings need {shape}")
+    if width % blocks or codes["dtype"] != "uint8":
+        raise ValueError(f"{path} holds {codes['dtype']} codes and {blocks} scales a row")
 
 
 def split_fields(leaf: Any) -> tuple[dict[str, Any], dict[str, Any]]:

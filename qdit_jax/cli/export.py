@@ -1,0 +1,54 @@
+"""`qdit export`: a checkpoint folder to one safetensors file, or such a file to a folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+HELP = """\
+Write a checkpoint, quantised or not, to one safetensors file, or make a folder of such a file.
+
+The arrays stay as they are: packed codes, scales and zero points, bit for bit, uncompressed. The
+network's configuration, the recipe and the autoencoder travel along. Which way is decided by the
+name that ends with .safetensors. Wherever a checkpoint is read, such a file will do as well.
+
+examples:
+  qdit export xl2-w4a8 xl2-w4a8.safetensors     # folder to file
+  qdit export xl2-w4a8.safetensors xl2-w4a8     # and back
+"""
+SUFFIX = ".safetensors"
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the verb with its options."""
+    parser = subparsers.add_parser(
+        "export",
+        help="write a checkpoint to one safetensors file, or read one back",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SRC", type=Path, help="checkpoint folder, or the file")
+    parser.add_argument("out", metavar="OUT", type=Path, help="file to write, or the folder")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes OUT; raises `UserError` if not exactly one of both names is a .safetensors file."""
+    from qdit_jax import checkpoint, export
+    from qdit_jax.errors import UserError
+    from qdit_jax.files import check_free
+
+    if (args.source.suffix == SUFFIX) == (args.out.suffix == SUFFIX):
+        raise UserError(
+            f"{args.source} and {args.out}: one of both must be a {SUFFIX} file, the other a "
+            "checkpoint folder."
+        )
+    check_free(args.out, args.force)
+    if args.out.suffix == SUFFIX:
+        export.save_safetensors(args.out, checkpoint.load(args.source), overwrite=args.force)
+        print(f"wrote {args.out}, {args.out.stat().st_size:,} bytes")
+        return
+    checkpoint.save(args.out, export.load_safetensors(args.source), overwrite=args.force)
+    print(f"wrote {args.out}")
