@@ -45,6 +45,7 @@ def test_injection_needs_room_for_two_neighborhoods(script):
         injector.channel_factors(np.random.default_rng(0), np.ones(48), injector.Injection())
 
 
+@pytest.mark.slow
 def test_measures_find_what_the_random_bed_was_built_with(script):
     measures = script("testbed_measures")
     checkpoint = qdit.Checkpoint(*realistic_dit(depth=1))

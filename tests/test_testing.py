@@ -103,7 +103,6 @@ def test_quantising_without_groups_fails_and_groups_recover():
 
     static = score("w4a8", group_size=0, act_mode="static")
     grouped = score("w4a8", group_size=32)
-    assert score("w8a8", group_size=32) > grouped + 6
     assert grouped > static + 4
 
 
