@@ -146,10 +146,15 @@ def read_arrays(folder: Path, target: Any) -> Any:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore((folder / "params").resolve(), target)
     except Exception as error:  # Orbax and its storage layer raise many kinds.
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"{folder}/params is damaged or incomplete ({reason[0][:200]}); write the checkpoint again."
-        ) from error
+        raise damaged(folder, error) from error
+
+
+def damaged(folder: Path, error: Exception) -> UserError:
+    """Returns the error that arrays of a checkpoint cannot be read."""
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return UserError(
+        f"{folder}/params is damaged or incomplete ({reason[0][:200]}); write the checkpoint again."
+    )
 
 
 def read_recipe(folder: Path) -> dict[str, Any] | None:

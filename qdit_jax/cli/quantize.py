@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from qdit_jax.cli.quantize_rounding import (
+    RANGES,
+    add_rounding_options,
+    range_named,
+    round_on_inputs,
+    with_authors_ranges,
+)
 
 HELP = """\
 Quantise a checkpoint's linear layers in groups of input channels.
@@ -17,8 +26,20 @@ examples:
   qdit quantize xl2 xl2-w8a8 --recipe w8a8 --group-size 0       # one scale a channel
   qdit quantize xl2 out --recipe recipe.json                    # per-layer settings
   qdit quantize xl2 out --recipe w4a8 --dry-run                 # the plan only, writes nothing
-  qdit quantize xl2 out --recipe w4a8 --act-mode static --stats stats.npz
+  qdit quantize xl2 out --recipe w4a8 --rounding gptq --range mse --num-samples 64
+  qdit quantize xl2 out --recipe w4a8 --rounding gptq-authors --adaln w4a16
+  qdit quantize xl2 out --recipe w4a8 --adaln w8a8 --embedders w8a8 --final w8a8 --attention w16a8
+  qdit quantize xl2 out --recipe w4a8 --act-mode static-per-timestep --stats stats.npz
+
+--rounding other than nearest samples trajectories with the checkpoint and runs the network once for
+every block, earlier blocks quantised; each layer is checked on held-out trajectories and keeps
+rounding to nearest where that is better.
 """
+
+ACT_MODES = ("dynamic", "static", "static-per-timestep")
+PRESET_OPTIONS = (
+    "group_size", "act_group_size", "layers", "range", "adaln", "embedders", "final", "attention",
+)  # fmt: skip
 
 
 def add_parser(subparsers: Any) -> None:
@@ -42,20 +63,28 @@ def add_parser(subparsers: Any) -> None:
         "--act-group-size", type=int, help="of the activations; the weights' if absent"
     )
     parser.add_argument("--symmetric", action="store_true", help="no zero points")
-    parser.add_argument("--act-mode", choices=("dynamic", "static"), default="dynamic")
+    parser.add_argument(
+        "--range", metavar="RULE", help=f"of the weights: {', '.join(RANGES)} (default minmax)"
+    )
+    parser.add_argument("--act-mode", choices=ACT_MODES, default="dynamic")
     parser.add_argument("--layers", help="regular expression of the layers a preset quantises")
+    for part in ("adaln", "embedders", "final"):
+        parser.add_argument(f"--{part}", metavar="WxAy", help=f"quantise {part} too, as w8a8")
+    parser.add_argument(
+        "--attention", metavar="W16Ay", help="quantise q, k, v and softmax too, as w16a8"
+    )
     parser.add_argument(
         "--stats", type=Path, help="from `qdit calibrate`; static activations need it"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    add_rounding_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     import qdit_jax as qdit
     from qdit_jax.files import check_free
-    from qdit_jax.ptq import sqnr_db
 
     if not args.dry_run:
         check_free(args.out, args.force)
@@ -66,9 +95,8 @@ def run(args: argparse.Namespace) -> None:
     if needs_stats and not args.dry_run and args.stats is None:
         raise qdit.UserError("static activations need --stats FILE from `qdit calibrate`.")
     width = max(map(len, plans), default=10)
-    print(
-        f"{'layer':{width}}  {'K x N':>11}  weights   inputs    bytes before     after  error, dB"
-    )
+    title = "error, dB" if args.rounding == "nearest" or args.dry_run else "output error, dB"
+    print(f"{'layer':{width}}  {'K x N':>11}  weights   inputs    bytes before     after  {title}")
 
     def show(path: str, error: str) -> None:
         plan = plans[path]
@@ -84,21 +112,37 @@ def run(args: argparse.Namespace) -> None:
             show(path, "-")
         print_totals(plans.values(), checkpoint.params)
         return
-    stats = None if args.stats is None else qdit.Stats.load(args.stats)
-    params = qdit.quantize_params(
-        checkpoint.params,
-        recipe=recipe,
-        stats=stats,
-        on_layer=lambda path, w, q: show(path, f"{sqnr_db(w, q):.1f}"),
-    )
+    params = quantized_params(args, checkpoint, recipe, show)
     print_totals(plans.values(), params)
-    metadata = {**checkpoint.metadata, "quantized_from": str(args.checkpoint)}
+    metadata = {
+        **checkpoint.metadata,
+        "quantized_from": str(args.checkpoint),
+        "rounding": args.rounding,
+    }
     qdit.save(
         args.out,
         qdit.Checkpoint(checkpoint.model, params, recipe, metadata, checkpoint.vae),
         overwrite=args.force,
     )
     print(f"wrote {args.out}")
+
+
+def quantized_params(
+    args: argparse.Namespace, checkpoint: Any, recipe: Any, show: Callable[[str, str], None]
+) -> Any:
+    """Returns the quantised parameters, showing every layer."""
+    import qdit_jax as qdit
+    from qdit_jax.ptq import sqnr_db
+
+    stats = None if args.stats is None else qdit.Stats.load(args.stats)
+    if args.rounding != "nearest":
+        return round_on_inputs(args, checkpoint, recipe, stats, show)
+    return qdit.quantize_params(
+        checkpoint.params,
+        recipe=recipe,
+        stats=stats,
+        on_layer=lambda path, w, q: show(path, f"{sqnr_db(w, q):.1f}"),
+    )
 
 
 def recipe_of(args: argparse.Namespace, params: Any) -> Any:
@@ -108,26 +152,32 @@ def recipe_of(args: argparse.Namespace, params: Any) -> Any:
         UserError: if options of a preset accompany a file.
     """
     import qdit_jax as qdit
-    from qdit_jax.ptq.recipe import BLOCK_LINEARS
+    from qdit_jax.ptq.recipe import BLOCK_LINEARS, PARTS
 
-    is_file = args.recipe.endswith(".json") or Path(args.recipe).exists()
-    if not is_file:
-        return qdit.Recipe.preset(
-            args.recipe,
-            params,
-            group_size=128 if args.group_size is None else args.group_size,
-            symmetric=args.symmetric,
-            act_group_size=args.act_group_size,
-            act_mode=args.act_mode,
-            layers=args.layers or BLOCK_LINEARS,
-        )
-    given = [name for name in ("group_size", "act_group_size", "layers") if getattr(args, name)]
-    if given or args.symmetric or args.act_mode != "dynamic":
-        raise qdit.UserError(
-            f"--recipe {args.recipe} is a file: options such as --group-size belong "
-            "to presets like w4a8; write them into the file."
-        )
-    return qdit.Recipe.from_json(args.recipe)
+    if args.recipe.endswith(".json") or Path(args.recipe).exists():
+        given = [name for name in PRESET_OPTIONS if getattr(args, name) is not None]
+        if given or args.symmetric or args.act_mode != "dynamic":
+            raise qdit.UserError(
+                f"--recipe {args.recipe} is a file: options such as --group-size belong "
+                "to presets like w4a8; write them into the file."
+            )
+        return qdit.Recipe.from_json(args.recipe)
+    options = {
+        "group_size": 128 if args.group_size is None else args.group_size,
+        "symmetric": args.symmetric,
+        "act_group_size": args.act_group_size,
+        "act_mode": args.act_mode.split("-")[0],
+        "per_timestep": args.act_mode == "static-per-timestep",
+        "range_fn": range_named(args.range or "minmax"),
+    }
+    recipe = qdit.Recipe.preset(args.recipe, layers=args.layers or BLOCK_LINEARS, **options)
+    for part in PARTS:
+        if (name := getattr(args, part)) is not None:
+            recipe = recipe.with_part(part, name, **options)
+    if args.rounding == "gptq-authors" and args.range is None:
+        recipe = with_authors_ranges(recipe)
+    recipe.resolve(params)
+    return recipe
 
 
 def describe(spec: Any) -> str:

@@ -17,7 +17,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Num
 
 from qdit_jax.kernels import quantized_matmul
-from qdit_jax.quant import QTensor
+from qdit_jax.quant import QTensor, dequantize, select_columns
 
 Initializer = Callable[..., Any]
 
@@ -123,7 +123,10 @@ def timestep_features(
 
 
 class LabelEmbedder(nn.Module):
-    """Returns the embedding of class labels; the last row is the null class when there is one."""
+    """Returns the embedding of class labels; the last row is the null class when there is one.
+
+    `embedding_table` is an array `[rows, D]`, or a `QTensor` `[D, rows]`.
+    """
 
     num_rows: int
     hidden_size: int
@@ -132,6 +135,8 @@ class LabelEmbedder(nn.Module):
     def __call__(self, label: Num[Array, " B"]) -> Float[Array, "B D"]:
         init = nn.initializers.normal(0.02)
         table = stored(self, "embedding_table", init, (self.num_rows, self.hidden_size))
+        if isinstance(table, QTensor):
+            return dequantize(select_columns(table, label)).T
         return jnp.asarray(table)[label]
 
 

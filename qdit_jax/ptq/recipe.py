@@ -20,6 +20,14 @@ from qdit_jax.quant import ActSpec, WeightSpec, ranges
 FORMAT_VERSION = 1
 BLOCK_LINEARS = r"blocks_\d+/(attn/(qkv|proj)|mlp/(fc1|fc2))"
 ATTENTION_OPERANDS = ("q", "k", "v", "softmax")
+TABLE = "/embedding_table"
+# Parts of a network beside the blocks' linears, and the layers or operands that make them up.
+PARTS = {
+    "adaln": r"(blocks_\d+|final_layer)/adaLN_modulation",
+    "embedders": r"x_embedder/proj|t_embedder/mlp_\d",
+    "final": r"final_layer/linear",
+    "attention": r"blocks_\d+/attn/(q|k|v|softmax)",
+}
 PRESET = re.compile(r"w(\d+)a(\d+)")
 
 
@@ -59,13 +67,16 @@ class Recipe:
     def resolve(self, params: Any) -> dict[str, LayerSpec]:
         """Returns the spec of every layer of `params` that is quantised, by path.
 
+        A label table, such as `y_embedder`, has no input: of a rule that matches it only the
+        weights' settings apply.
+
         Raises:
             ValueError: if a rule matches no layer, or asks for weights where there are none.
         """
         layers = layer_paths(params)
-        operands = operand_paths(layers)
+        operands, tables = operand_paths(layers), table_paths(params)
         for rule in self.rules:
-            if not any(rule.matches(path) for path in layers + operands):
+            if not any(rule.matches(path) for path in layers + operands + tables):
                 raise ValueError(
                     f"recipe {self.name!r}: the pattern {rule.layers!r} matches no layer; "
                     f"layers are named like {', '.join(layers[:1] + layers[-1:] + operands[:1])}."
@@ -77,7 +88,8 @@ class Recipe:
                     f"recipe {self.name!r}: {path} is an operand of the attention products and has "
                     "no weights; give it an act spec only."
                 )
-        return found
+        weights = {path: spec.weight for path in tables if (spec := self.get(path)) is not None}
+        return found | {path: LayerSpec(weight) for path, weight in weights.items() if weight}
 
     @classmethod
     def preset(
@@ -130,6 +142,30 @@ class Recipe:
         if params is not None:
             recipe.resolve(params)
         return recipe
+
+    def with_part(self, part: str, name: str, **options: Any) -> Recipe:
+        """Returns the recipe with one more part quantised, with bits of its own.
+
+        Args:
+            part: one of `PARTS`: "adaln", "embedders", "final", or "attention", the operands q, k,
+                v and softmax of the attention products (per head and token, over the head's
+                channels or the row's tokens).
+            name: as in `preset`; "attention" has no weights: `"w16a8"`.
+            options: those of `preset`.
+
+        Raises:
+            ValueError: if there is no such part, or weights are asked of "attention".
+        """
+        if part not in PARTS:
+            raise ValueError(f"part={part!r} is not known; use one of {', '.join(PARTS)}.")
+        if part == "attention":
+            options = {**options, "act_group_size": 0}
+            if not name.startswith("w16"):
+                raise ValueError(
+                    f"name={name!r}: attention operands have no weights; use 'w16a8' or the like."
+                )
+        added = Recipe.preset(name, layers=PARTS[part], **options)
+        return Recipe((*self.rules, *added.rules), f"{self.name}-{part}-{name}")
 
     def to_json(self) -> dict[str, Any]:
         """Returns the recipe as JSON-serialisable values."""
@@ -213,3 +249,9 @@ def operand_paths(layers: list[str]) -> list[str]:
     """Returns the paths of the attention products' operands, such as `blocks_0/attn/q`."""
     attentions = [path.removesuffix("/qkv") for path in layers if path.endswith("/qkv")]
     return [f"{path}/{name}" for path in attentions for name in ATTENTION_OPERANDS]
+
+
+def table_paths(params: Any) -> list[str]:
+    """Returns the paths of the label tables, such as `y_embedder`."""
+    flat = flatten_dict(params, sep="/")
+    return [path.removesuffix(TABLE) for path in flat if path.endswith(TABLE)]

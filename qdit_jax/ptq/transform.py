@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from qdit_jax.ptq.recipe import LayerSpec, Recipe
+from qdit_jax.ptq.recipe import TABLE, LayerSpec, Recipe
 from qdit_jax.ptq.stats import Stats
 from qdit_jax.quant import ActQuant, QTensor, WeightSpec, dequantize, packed_nbytes, quantize
 from qdit_jax.quant.act import group_extremes, static_act_quant
@@ -37,11 +37,13 @@ def plan(params: Any, recipe: Recipe) -> list[LayerPlan]:
     flat = flatten_dict(params, sep="/")
     plans = []
     for path, spec in recipe.resolve(params).items():
-        kernel = flat.get(f"{path}/kernel")
-        if kernel is None:
+        name = weight_name(flat, path)
+        if name is None:
             continue
+        kernel = flat[name]
         check_unquantized(path, kernel)
         k, n = matrix_shape(kernel)
+        k, n = (n, k) if name.endswith(TABLE) else (k, n)
         before = k * n * np.dtype(kernel.dtype).itemsize
         after = before if spec.weight is None else packed_nbytes(k, n, spec.weight)
         plans.append(LayerPlan(path, (k, n), spec, before, after))
@@ -59,7 +61,9 @@ def quantize_params(
     """Returns `params` with each kernel that `recipe` names as a `QTensor`.
 
     A layer whose input is quantised gains an `act_quant` entry; an operand `q` of an attention
-    product gains `q_quant` beside `qkv`. Nothing else changes and no array is copied.
+    product gains `q_quant` beside `qkv`. A label table becomes a `QTensor` too, turned to `[D, rows]`
+    so that groups run along a row, always rounded to nearest. Nothing else changes and no array is
+    copied.
 
     Args:
         recipe: which layers, and to what.
@@ -73,23 +77,30 @@ def quantize_params(
     """
     flat = dict(flatten_dict(params, sep="/"))
     for path, spec in recipe.resolve(params).items():
-        kernel = flat.get(f"{path}/kernel")
+        name = weight_name(flat, path)
         if spec.act is not None:
-            name = f"{path}_quant" if kernel is None else f"{path}/act_quant"
-            flat[name] = act_quantizer(path, spec.act, stats)
-        if kernel is None or spec.weight is None:
+            entry = f"{path}_quant" if name is None else f"{path}/act_quant"
+            flat[entry] = act_quantizer(path, spec.act, stats)
+        if name is None or spec.weight is None:
             continue
-        check_unquantized(path, kernel)
-        matrix = jnp.asarray(kernel).reshape(matrix_shape(kernel))
+        check_unquantized(path, flat[name])
+        is_table = name.endswith(TABLE)
+        matrix = jnp.asarray(flat[name])
+        matrix = matrix.T if is_table else matrix.reshape(matrix_shape(matrix))
         q = (
             quantize(matrix, spec.weight)
-            if quantize_fn is None
+            if quantize_fn is None or is_table
             else quantize_fn(path, matrix, spec.weight)
         )
-        flat[f"{path}/kernel"] = q
+        flat[name] = q
         if on_layer is not None:
             on_layer(path, matrix, q)
     return unflatten_dict(flat, sep="/")
+
+
+def weight_name(flat: dict[str, Any], path: str) -> str | None:
+    """Returns the key of a layer's kernel or table; None for operands of attention products."""
+    return next((name for name in (f"{path}/kernel", path + TABLE) if name in flat), None)
 
 
 def act_quantizer(path: str, spec: Any, stats: Stats | None) -> ActQuant:

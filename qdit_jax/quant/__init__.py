@@ -19,6 +19,7 @@ from qdit_jax.quant.qtensor import (
     nbytes,
     packed_nbytes,
     quantize,
+    select_columns,
 )
 from qdit_jax.quant.specs import ActSpec, WeightSpec
 from qdit_jax.quant.traced import fake_quantize_kernel_traced, fake_quantize_traced
@@ -47,6 +48,7 @@ __all__ = [
     "packing",
     "quantize",
     "ranges",
+    "select_columns",
     "select_rows",
     "select_timestep",
     "static_act_quant",

@@ -236,6 +236,19 @@ def dequantize(q: QTensor, dtype: Any = jnp.float32) -> Float[Array, "*lead K N"
     return ((codes.astype(jnp.float32) - offset) * scale).astype(dtype)
 
 
+def select_columns(q: QTensor, index: Integer[Array, " M"]) -> QTensor:
+    """Returns the columns `index` of `q`, `[K, M]`, still packed."""
+    block = index // q.channel_group
+    zero_point = q.packed_zero_point
+    return dataclasses.replace(
+        q,
+        codes=q.codes[..., index],
+        scale=q.scale[..., block],
+        packed_zero_point=None if zero_point is None else zero_point[..., block],
+        shape=(q.shape[0], index.shape[0]),
+    )
+
+
 def scale_values(q: QTensor) -> Float[Array, "*lead G B"]:
     """Returns the scales in float32, a format's stored bytes decoded and its factor applied."""
     if q.fmt is None:
