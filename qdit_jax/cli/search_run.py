@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from qdit_jax.calibration import default_sampler
 from qdit_jax.cli.search_pictures import draw_front, draw_map
 from qdit_jax.files import replaced_file
 from qdit_jax.rollouts import Rollout, frechet_objective, seeds
-from qdit_jax.search import EvolutionSettings
+from qdit_jax.search import EvolutionSettings, LostWorkerError
 from qdit_jax.searching import SearchResult, search
 
 
@@ -48,6 +49,10 @@ def run_search(args: argparse.Namespace) -> None:
             report_fn=progress,
             **space_settings(args),
         )
+    except LostWorkerError as error:
+        # A normal exit would wait for the lost process at JAX's barrier, and abort with a dump.
+        print(f"\nqdit: error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
     finally:
         progress.close()
     if is_first:
@@ -72,12 +77,12 @@ def join_others(args: argparse.Namespace) -> None:
 
 def prepare_folder(out: Path, force: bool) -> None:
     """Makes the folder; a finished search is replaced only if `force`."""
+    if (out / "recipe.json").exists() and not force:
+        raise qdit.UserError(f"{out} holds a finished search; pass --force to replace it.")
     if jax.process_index() != 0:
         return
     if force and out.exists():
         shutil.rmtree(out)
-    if (out / "recipe.json").exists():
-        raise qdit.UserError(f"{out} holds a finished search; pass --force to replace it.")
     out.mkdir(parents=True, exist_ok=True)
     if (out / "state").exists():
         print(f"going on from {out / 'state'}", flush=True)

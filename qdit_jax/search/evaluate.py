@@ -25,7 +25,7 @@ from qdit_jax.search.space import Space
 AXIS = "candidates"
 
 
-class LostWorkerError(RuntimeError):
+class LostWorkerError(ConnectionError):
     """Another process of a distributed search is gone; what it had finished is on disk."""
 
 
