@@ -246,8 +246,9 @@ class Walker:
             images = np.asarray(decode(self.vae, final))
         elif model.in_channels in (1, 3):
             images = np.asarray(final)
-        arrays = (np.asarray(array) for array in (timestep, x, final))
-        return Walk(*arrays, images, seconds, compile_seconds)
+        return Walk(
+            np.asarray(timestep), np.asarray(x), np.asarray(final), images, seconds, compile_seconds
+        )
 
 
 @jax.jit(static_argnames=("shape",))

@@ -14,7 +14,7 @@ from PIL import Image
 
 from qdit_jax import report
 from qdit_jax.evaluation import Contender, Run
-from qdit_jax.evaluation_store import collect
+from qdit_jax.evaluation_store import first_samples
 from qdit_jax.evaluation_summary import MEASURES, TRAJECTORY, num_bytes
 from qdit_jax.media import side_by_side
 from qdit_jax.metrics import signal_to_noise_db
@@ -80,27 +80,20 @@ def caption(contenders: Sequence[Contender]) -> str:
 
 def compared_pictures(run: Run, contenders: Sequence[Contender]) -> Image.Image | None:
     """Returns the first samples of each contender with differences; None for latents."""
-    images = [first_images(run, i) for i in range(len(contenders))]
-    if any(found is None for found in images):
-        return None
+    images = []
+    for i in range(len(contenders)):
+        found = first_samples(run.folder, run.ranges, f"{i}/images", NUM_SHOWN)
+        if found is None:
+            return None
+        images.append(found)
     groups = {contenders[0].title: images[0]}
-    for contender, found in zip(contenders[1:], images[1:], strict=True):
-        difference, gain = difference_images(images[0], found)
-        groups[contender.title] = found
-        groups[f"difference x{gain}" + (f" ({contender.title})" if len(images) > 2 else "")] = (
-            difference
-        )
+    for contender, shown in zip(contenders[1:], images[1:], strict=True):
+        difference, gain = difference_images(images[0], shown)
+        groups[contender.title] = shown
+        of = f" ({contender.title})" if len(images) > 2 else ""
+        groups[f"difference x{gain}{of}"] = difference
     scale = max(1, 48 // images[0].shape[1])
     return side_by_side(groups, scale=scale)
-
-
-def first_images(run: Run, number: int) -> np.ndarray | None:
-    found: list[np.ndarray] = []
-    for shard in run.ranges:
-        if shard[0] >= NUM_SHOWN:
-            break
-        found += collect(run.folder, [shard], f"{number}/images")
-    return np.concatenate(found)[:NUM_SHOWN] if found else None
 
 
 def difference_images(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, int]:

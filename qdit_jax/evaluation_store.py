@@ -25,6 +25,7 @@ from qdit_jax.media import save_arrays
 
 RUN_FILE = "run.json"
 SHARDS = "shards"
+SAMPLES = ("/images", "/latents")  # ends of the names of a shard's large arrays
 DAMAGE = (zipfile.BadZipFile, OSError, ValueError, KeyError, EOFError)
 
 
@@ -135,14 +136,30 @@ def write_shard(folder: Path, start: int, arrays: Mapping[str, Any]) -> None:
     save_arrays(shard_path(folder, start), **arrays)
 
 
-def collect(folder: Path, ranges: Sequence[tuple[int, int]], name: str) -> list[np.ndarray]:
-    """Returns the array `name` of every shard that has it, in order."""
-    found = []
+def collect(folder: Path, ranges: Sequence[tuple[int, int]]) -> dict[str, list[np.ndarray]]:
+    """Returns the measures in all shards by name, in order; the samples stay on disk."""
+    found: dict[str, list[np.ndarray]] = {}
     for start, _ in ranges:
         with np.load(shard_path(folder, start)) as data:
-            if name in data:
-                found.append(data[name])
+            for name in data.files:
+                if not name.endswith(SAMPLES):
+                    found.setdefault(name, []).append(data[name])
     return found
+
+
+def first_samples(
+    folder: Path, ranges: Sequence[tuple[int, int]], name: str, count: int
+) -> np.ndarray | None:
+    """Returns the first `count` samples of the array `name`, or None where it was not stored."""
+    found: list[np.ndarray] = []
+    for start, _ in ranges:
+        if start >= count:
+            break
+        with np.load(shard_path(folder, start)) as data:
+            if name not in data.files:
+                return None
+            found.append(data[name])
+    return np.concatenate(found)[:count]
 
 
 def merge(

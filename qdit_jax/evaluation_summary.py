@@ -13,6 +13,8 @@ from qdit_jax import metrics
 from qdit_jax.evaluation import Contender, Run
 from qdit_jax.evaluation_store import collect
 
+Table = Mapping[str, Sequence[np.ndarray]]  # a measure's arrays, one a shard
+
 MEASURES = {
     "latent_snr_db": "final latents: signal to error, dB",
     "latent_cosine": "final latents: cosine",
@@ -36,27 +38,27 @@ def summarize(
 
     `scores` are those of the distribution, by title, as `metrics.json` shall hold them.
     """
+    table = collect(run.folder, run.ranges)
     pairs = list(enumerate(contenders))[1:]
-    device = sorted({str(name) for name in collect(run.folder, run.ranges, "device")})
+    device = sorted({str(name) for name in table["device"]})
     summary: dict[str, Any] = {
         "settings": {**run.settings, "device": device},
-        "models": [model_facts(run, i, c) for i, c in enumerate(contenders)],
-        "paired": {c.title: paired(run, i) for i, c in pairs},
-        "trajectory": {c.title: trajectory(run, i) for i, c in pairs},
+        "models": [model_facts(run, table, i, c) for i, c in enumerate(contenders)],
+        "paired": {c.title: paired(table, i) for i, c in pairs},
+        "trajectory": {c.title: trajectory(table, i) for i, c in pairs},
         "scores": dict(scores or {}),
     }
     if len(contenders) > 2:
-        summary["comparison"] = comparison(run, contenders)
+        summary["comparison"] = comparison(table, contenders)
     return summary
 
 
-def model_facts(run: Run, number: int, contender: Contender) -> dict[str, Any]:
+def model_facts(run: Run, table: Table, number: int, contender: Contender) -> dict[str, Any]:
     """Returns size, execution and time of one contender."""
     checkpoint = contender.checkpoint
-    seconds = [float(s) for s in collect(run.folder, run.ranges, f"{number}/seconds")]
-    compile_seconds = [
-        float(s) for s in collect(run.folder, run.ranges, f"{number}/compile_seconds")
-    ]
+    seconds, compile_seconds = (
+        np.array(table[f"{number}/{name}"], np.float64) for name in ("seconds", "compile_seconds")
+    )
     batch = run.ranges[0][1] - run.ranges[0][0]
     return {
         "title": contender.title,
@@ -64,7 +66,7 @@ def model_facts(run: Run, number: int, contender: Contender) -> dict[str, Any]:
         "execution": execution(contender, run.settings["execution"]),
         "bytes": num_bytes(checkpoint.params),
         "seconds_per_sample": float(np.median(seconds)) / batch,
-        "compile_seconds": max(compile_seconds),
+        "compile_seconds": float(compile_seconds.max()),
     }
 
 
@@ -78,28 +80,28 @@ def num_bytes(params: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
-def measure(run: Run, number: int, name: str) -> np.ndarray | None:
+def measure(table: Table, number: int, name: str) -> np.ndarray | None:
     """Returns one measure of all samples, or None where it was not taken."""
-    found = collect(run.folder, run.ranges, f"{number}/{name}")
+    found = table.get(f"{number}/{name}")
     return np.concatenate(found) if found else None
 
 
-def paired(run: Run, number: int) -> dict[str, dict[str, float]]:
+def paired(table: Table, number: int) -> dict[str, dict[str, float]]:
     """Returns the mean of each measure with its 95% interval over samples."""
     result = {}
     for name in MEASURES:
-        values = measure(run, number, name)
+        values = measure(table, number, name)
         if values is not None:
             result[name] = dataclasses.asdict(metrics.bootstrap_interval(values))
     return result
 
 
-def trajectory(run: Run, number: int) -> dict[str, Any]:
+def trajectory(table: Table, number: int) -> dict[str, Any]:
     """Returns errors in dB at each timestep with 95% intervals over samples."""
-    timestep = collect(run.folder, run.ranges[:1], f"{number}/timestep")[0]
+    timestep = table[f"{number}/timestep"][0]
     result: dict[str, Any] = {"timestep": timestep.tolist()}
     for name in TRAJECTORY:
-        values = measure(run, number, name)
+        values = measure(table, number, name)
         if values is None or len(values) < 2:
             continue
         ends = metrics.bootstrap_band(values)
@@ -110,11 +112,11 @@ def trajectory(run: Run, number: int) -> dict[str, Any]:
     return result
 
 
-def comparison(run: Run, contenders: Sequence[Contender]) -> dict[str, Any]:
+def comparison(table: Table, contenders: Sequence[Contender]) -> dict[str, Any]:
     """Returns the paired test of the second contender against the third, for every measure."""
     tests = {}
     for name in MEASURES:
-        a, b = measure(run, 1, name), measure(run, 2, name)
+        a, b = measure(table, 1, name), measure(table, 2, name)
         if a is not None and b is not None:
             tests[name] = dataclasses.asdict(metrics.paired_test(a, b))
     return {"a": contenders[1].title, "b": contenders[2].title, "a_minus_b": tests}

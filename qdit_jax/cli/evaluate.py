@@ -30,7 +30,7 @@ Make inception_ckpt with `qdit convert pt_inception-2015-12-05-6726825d.pth ince
 Only Inception's features give scores called FID, sFID, Inception Score and KID.
 """
 # Options of one way to call the verb, with their defaults; the other way refuses them.
-OF_CHECKPOINTS = {
+OF_CHECKPOINTS: dict[str, Any] = {
     "against": None,
     "compare": None,
     "num_samples": 100,
@@ -44,7 +44,7 @@ OF_CHECKPOINTS = {
     "vae": None,
     "range_samples": 4,
 }
-OF_FILES = {"samples": None, "pictures": None}
+OF_FILES: dict[str, Any] = {"samples": None, "pictures": None}
 
 
 def add_parser(subparsers: Any) -> None:

@@ -161,10 +161,11 @@ def judge_of(args: argparse.Namespace, contenders: list[Contender]) -> Judge:
 def image_shape(checkpoint: Checkpoint) -> tuple[int, ...] | None:
     """Returns rows, columns and channels of a checkpoint's images; None if it makes latents."""
     shape = latent_shape(checkpoint.model)
-    if checkpoint.vae is None:
+    vae = checkpoint.vae
+    if vae is None:
         return shape if shape[-1] in (1, 3) else None
     latents = jax.ShapeDtypeStruct((1, *shape), np.float32)
-    return jax.eval_shape(lambda z: decode(checkpoint.vae, z), latents).shape[1:]
+    return jax.eval_shape(lambda z: decode(vae, z), latents).shape[1:]
 
 
 def merged(run: Run, contenders: list[Contender], label: np.ndarray) -> list[Path]:

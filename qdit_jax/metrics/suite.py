@@ -91,7 +91,7 @@ def scores(
         ValueError: if there are too few samples, or the features come from different networks.
     """
     settings = settings or ScoreSettings()
-    check_num_samples(*samples.pool.shape, settings)
+    check_num_samples(len(samples.pool), samples.pool.shape[1], settings)
     result: dict[str, int | float] = {"num_samples": len(samples.pool)}
     result |= distances(samples, reference, reference_features, settings)
     if samples.probabilities is not None:

@@ -89,6 +89,9 @@ def test_published_reference_statistics_do_not_fit_the_demo_network(files):
         (["--samples", "small.npz", "--reference", "demo"], "take digits of 16x16"),
         (["--samples", "few.npz", "--reference", "demo"], "5 samples are too few: at least 65"),
         (["--samples", "float.npz", "--reference", "demo"], "must be uint8"),
+        (["--samples", "dark.npz", "--reference", "demo"], "must span 0 to 255"),
+        (["--samples", "colour.npz", "--reference", "demo"], "demo features take grey digits"),
+        (["--samples", "a.npz", "--reference", "other.npz"], "'vgg', but the samples are scored"),
         (["--samples", "absent.npz", "--reference", "demo"], "no such file"),
         (["--samples", "a.npz", "--reference", "absent.npz"], "no such file"),
         (["--samples", "a.npz", "--reference", "demo", "--features", "vgg"], "`inception CKPT`"),
@@ -107,6 +110,9 @@ def test_bad_input_gets_a_sentence_and_no_file(files, monkeypatch, arguments, me
     monkeypatch.chdir(files)
     np.savez("small.npz", strokes(0, size=8 + 4)[:, :8, :8])
     np.savez("few.npz", strokes(0, 5))
+    np.savez("dark.npz", (strokes(0) > 100).astype(np.uint8))
+    np.savez("colour.npz", strokes(0) * np.array([1, 0, 1], np.uint8))
+    np.savez("other.npz", mu=np.zeros(64), sigma=np.eye(64), features=np.array("vgg"))
     np.savez("float.npz", strokes(0) / 127.5 - 1)
     with pytest.raises(ValueError, match=message):
         run(*arguments, "--out", "metrics.json")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from qdit_jax.metrics import (
+    bootstrap_band,
     bootstrap_interval,
     cosine,
     paired_test,
@@ -110,6 +111,19 @@ def test_p_values_are_uniform_without_a_difference_and_small_with_one():
     assert result.num_samples == 40
 
 
+def test_a_band_is_the_interval_of_every_quantity():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(60, 3)) * [1, 2, 5] + [0, 10, -3]
+    mean, low, high = bootstrap_band(values, num_resamples=4000)
+    for i in range(3):
+        interval = bootstrap_interval(values[:, i])
+        assert mean[i] == pytest.approx(interval.estimate)
+        width = interval.high - interval.low
+        np.testing.assert_allclose(
+            [low[i], high[i]], [interval.low, interval.high], atol=0.06 * width
+        )
+
+
 def test_few_samples_are_enumerated():
     assert paired_test(np.array([1.0, 2, 3]), np.zeros(3)).p_value == pytest.approx(2 / 8)
     assert paired_test(np.array([1.0, 1, 1, 1]), np.ones(4)).p_value == 1
@@ -125,6 +139,7 @@ def test_few_samples_are_enumerated():
         (lambda x: ssim(x[:, :8], x[:, :8]), "smaller than window=11"),
         (lambda x: bootstrap_interval(np.ones(1)), "too few"),
         (lambda x: bootstrap_interval(np.array([1.0, np.inf])), "1 of 2 values are NaN"),
+        (lambda x: bootstrap_band(np.full((3, 2), np.nan)), "6 of 6 values are NaN"),
         (lambda x: paired_test(np.ones(3), np.ones(4)), "same noise and labels"),
     ],
 )
