@@ -139,7 +139,7 @@ def activation_properties(
     ]
     if len(sizes[0]) > 1:
         share = median(share_of_null_differences(size) for size in sizes)
-        least = 0.1 if modulated else None
+        least = 0.2 if modulated else None
         found.append(Property(f"{kind}: share of channels with another null range", share, least))
     if kind == "fc2":
         skewness = median(layer["skewness"][CONDITIONAL].mean() for layer in layers)
