@@ -85,10 +85,11 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     import qdit_jax as qdit
     from qdit_jax.files import check_free
+    from qdit_jax.streaming import materialized, open_checkpoint
 
     if not args.dry_run:
         check_free(args.out, args.force)
-    checkpoint = qdit.load(args.checkpoint)
+    checkpoint = open_checkpoint(args.checkpoint)  # its arrays are read one at a time
     recipe = recipe_of(args, checkpoint.params)
     plans = {p.path: p for p in qdit.plan(checkpoint.params, recipe)}
     needs_stats = any(rule.spec.act and rule.spec.act.mode == "static" for rule in recipe.rules)
@@ -119,11 +120,8 @@ def run(args: argparse.Namespace) -> None:
         "quantized_from": str(args.checkpoint),
         "rounding": args.rounding,
     }
-    qdit.save(
-        args.out,
-        qdit.Checkpoint(checkpoint.model, params, recipe, metadata, checkpoint.vae),
-        overwrite=args.force,
-    )
+    quantised = qdit.Checkpoint(checkpoint.model, params, recipe, metadata, checkpoint.vae)
+    qdit.save(args.out, materialized(quantised), overwrite=args.force)
     print(f"wrote {args.out}")
 
 
@@ -133,10 +131,11 @@ def quantized_params(
     """Returns the quantised parameters, showing every layer."""
     import qdit_jax as qdit
     from qdit_jax.ptq import sqnr_db
+    from qdit_jax.streaming import materialized
 
     stats = None if args.stats is None else qdit.Stats.load(args.stats)
     if args.rounding != "nearest":
-        return round_on_inputs(args, checkpoint, recipe, stats, show)
+        return round_on_inputs(args, materialized(checkpoint), recipe, stats, show)
     return qdit.quantize_params(
         checkpoint.params,
         recipe=recipe,
