@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from qdit_jax.evaluation_store import (
     write_shard,
 )
 from qdit_jax.media import to_uint8
+from qdit_jax.models import config_of
 from qdit_jax.sampling import decode, denoiser, initial_noise, latent_shape
 
 NUM_PROBED = 16  # samples whose single network calls are compared as well
@@ -142,7 +144,8 @@ def default_batch_size() -> int:
 
 def digest(checkpoint: Checkpoint) -> str:
     """Returns a fingerprint of all parameters, the autoencoder's included."""
-    found = hashlib.sha256(repr(checkpoint.model).encode())
+    config = json.dumps(config_of(checkpoint.model), sort_keys=True)
+    found = hashlib.sha256(config.encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(checkpoint.params):
         array = np.asarray(leaf)
         found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())

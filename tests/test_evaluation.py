@@ -220,7 +220,7 @@ def test_a_run_with_other_settings_is_not_continued(folders, compared, model, op
         (("--samples", "a.npz"), "--samples needs --reference"),
         (("w4", "--sampler", "flow"), "predicts noise"),
         (("w4", "--out", "full"), "holds .* and no evaluation"),
-        (("w4", "--out", "full/model.json"), "is a file"),
+        (("w4", "--out", "metrics.json"), "it is a folder for all results"),
     ],
 )
 def test_bad_input_gets_a_sentence(folders, monkeypatch, arguments, message):
@@ -230,6 +230,13 @@ def test_bad_input_gets_a_sentence(folders, monkeypatch, arguments, message):
         run(*arguments)
     assert sorted(os.listdir(folders)) == before
     assert "lock" not in os.listdir("full")
+
+
+def test_a_file_in_the_place_of_the_folder(folders, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ValueError, match="out is a file"):
+        run(folders / "w4", *COMMON, "--out", tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_one_process_at_a_time(folders, tmp_path):

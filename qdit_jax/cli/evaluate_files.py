@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,12 @@ ERRORS = {
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """What samples are scored with: a feature network, a reference, and its images' features."""
+    """What samples are scored with: a feature network, a reference, and the scores' settings."""
 
     features_fn: FeaturesFn
     features: str
     reference_path: Path
     reference: metrics.Reference
-    real: metrics.Features | None
     settings: metrics.ScoreSettings
 
 
@@ -59,7 +58,8 @@ def evaluate_files(args: argparse.Namespace) -> None:
     if args.reference is None:
         raise UserError("--samples needs --reference: a .npz file, or `demo`.")
     judge = chosen_judge(args, metrics.image_shape(args.samples), str(args.samples))
-    summary = describe(args, judge.features, score_file(judge, args.samples, args.batch_size))
+    (found,) = score_files(judge, [args.samples], args.batch_size)
+    summary = describe(args, judge.features, found)
     print_table(summary)
     if args.out:
         with replaced_file(args.out) as temporary:
@@ -93,16 +93,23 @@ def chosen_judge(args: argparse.Namespace, shape: tuple[int, ...], name: str) ->
     blank = features_fn(np.zeros((size, *shape[1:]), np.uint8))["pool"]
     metrics.check_network(reference, features, blank.shape[1], reference_path)
     metrics.check_num_samples(shape[0], blank.shape[1], settings)
+    return Judge(features_fn, features, reference_path, reference, settings)
+
+
+def score_files(judge: Judge, paths: Sequence[Path], batch_size: int) -> list[dict[str, Any]]:
+    """Returns the scores of the images in each file, by the names of `metrics.names`."""
     real = None
-    if reference.has_images:
-        real = features_of(features_fn, reference_path, args.batch_size, "reference")
-    return Judge(features_fn, features, reference_path, reference, real, settings)
-
-
-def score_file(judge: Judge, path: Path, batch_size: int) -> dict[str, Any]:
-    """Returns the scores of the images in one file, by the names of `metrics.names`."""
-    samples = features_of(judge.features_fn, path, batch_size, path.stem)
-    return metrics.scores(samples, judge.reference, judge.real, judge.settings)
+    if judge.reference.has_images:
+        real = features_of(judge.features_fn, judge.reference_path, batch_size, "reference")
+    return [
+        metrics.scores(
+            features_of(judge.features_fn, path, batch_size, path.stem),
+            judge.reference,
+            real,
+            judge.settings,
+        )
+        for path in paths
+    ]
 
 
 def check_options(args: argparse.Namespace) -> None:

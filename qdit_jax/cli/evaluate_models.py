@@ -22,7 +22,7 @@ from qdit_jax.cli.evaluate_files import (
     check_options,
     chosen_judge,
     labelled,
-    score_file,
+    score_files,
 )
 from qdit_jax.cli.sample import guidance_channels
 from qdit_jax.cli.sample_run import chosen_sampler
@@ -47,6 +47,8 @@ def evaluate_models(args: argparse.Namespace) -> None:
     """
     check_arguments(args)
     out = args.out or DEFAULT_OUT
+    if out.suffix in (".json", ".html", ".npz", ".png"):
+        raise UserError(f"--out {out}: of checkpoints, it is a folder for all results.")
     contenders = loaded(args)
     protocol = chosen_protocol(args, contenders)
     judge = None
@@ -58,9 +60,10 @@ def evaluate_models(args: argparse.Namespace) -> None:
     files = merged(run, contenders, label)
     scores = {}
     if judge is not None:
-        for contender, file in zip(contenders, files, strict=True):
-            found = score_file(judge, file, args.batch_size or FILE_BATCH)
-            scores[contender.title] = labelled(judge.features, found)
+        found = score_files(judge, files, args.batch_size or FILE_BATCH)
+        scores = {
+            c.title: labelled(judge.features, f) for c, f in zip(contenders, found, strict=True)
+        }
     stats = range_stats(args, contenders[0].checkpoint, protocol, out / "ranges.npz")
     summary = summarize(run, contenders, scores)
     if judge is not None:
