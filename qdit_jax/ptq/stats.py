@@ -1,12 +1,12 @@
-"""Calibration statistics: the range of every layer's input, by channel, over timesteps.
+"""Calibration statistics: what every layer's input looks like, by channel, over timesteps.
 
-Dimensions: S timesteps, K input channels.
+Dimensions: S timesteps, K input channels, M tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,90 +14,105 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jaxtyping import Float
 
 from qdit_jax.errors import UserError
 from qdit_jax.files import replaced_file
+
+HALVES = ("conditional", "null")
 
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
     """Smallest and largest value of each layer's input channels at each timestep.
 
+    Layers are named by path; an attention product's operand is `<attention>/q`, `k`, `v` (channels
+    of a head) or `softmax` (one a key).
+
     Attributes:
         timesteps: `[S]`, in the order of sampling.
         low, high: by layer path, float32 `[S, K]`.
+        halves: the same for calls with a label (`"conditional"`) and with the null class
+            (`"null"`) alone; `low` and `high` cover both.
+        hessians: by layer path, float32 `[K, K]`, the mean of `x xᵀ` over all tokens, if asked for.
+        tokens: by layer path, float32 `[S, M, K]`, inputs picked evenly, if asked for.
     """
 
     timesteps: np.ndarray
     low: dict[str, np.ndarray]
     high: dict[str, np.ndarray]
+    halves: dict[str, Stats] = dataclasses.field(default_factory=dict)
+    hessians: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    tokens: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def absmax(self, path: str) -> Float[np.ndarray, "S K"]:
+        """Returns the largest absolute value of each channel of a layer's input."""
+        return np.maximum(np.abs(self.low[path]), np.abs(self.high[path]))
 
     def save(self, path: str | Path) -> None:
-        """Writes an `.npz` with `timesteps`, `low/<layer>` and `high/<layer>`."""
-        arrays = {
-            f"{side}/{name}": array
-            for side in ("low", "high")
-            for name, array in getattr(self, side).items()
-        }
-        with replaced_file(path) as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, timesteps=self.timesteps, **arrays)
+        """Writes an `.npz` with `timesteps` and `<kind>/<layer>`; halves as `null.low/<layer>`."""
+        arrays = {"timesteps": self.timesteps}
+        for prefix, one in (("", self), *((f"{h}.", s) for h, s in self.halves.items())):
+            for kind in ("low", "high", "hessians", "tokens"):
+                held = getattr(one, kind)
+                arrays |= {f"{prefix}{kind}/{name}": array for name, array in held.items()}
+        write_arrays(path, arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> Stats:
         """Returns the statistics in a file; raises `UserError` if it holds none."""
         try:
             with np.load(path) as data:
-                sides: dict[str, dict[str, np.ndarray]] = {"low": {}, "high": {}}
+                kinds: dict[str, dict[str, np.ndarray]] = {}
                 for key in data.files:
-                    side, _, name = key.partition("/")
-                    if name:
-                        sides[side][name] = data[key]
-                return cls(data["timesteps"], sides["low"], sides["high"])
+                    kind, _, name = key.partition("/")
+                    kinds.setdefault(kind, {})[name] = data[key]
+                timesteps = kinds["timesteps"][""]
+                halves = {
+                    half: cls(timesteps, kinds[f"{half}.low"], kinds[f"{half}.high"])
+                    for half in HALVES
+                    if f"{half}.low" in kinds
+                }
+                more = kinds.get("hessians", {}), kinds.get("tokens", {})
+                return cls(timesteps, kinds["low"], kinds["high"], halves, *more)
         except (OSError, KeyError, ValueError) as error:
             raise UserError(f"{path} holds no calibration statistics ({error}).") from error
+
+
+def write_arrays(path: str | Path, arrays: dict[str, Any]) -> None:
+    """Writes an `.npz` beside `path` and renames it."""
+    with replaced_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def input_rows(
+    apply: Callable[[], Any], layer_type: type[nn.Module]
+) -> dict[str, Float[jax.Array, "R K"]]:
+    """Returns `{path: input rows}` of every `layer_type` and attention operand in one call.
+
+    `apply` runs the network once; call this inside the function that is jitted, and what is not
+    used of it is never held.
+    """
+    rows: dict[str, jax.Array] = {}
+
+    def record(next_fn: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext):
+        path = "/".join(context.module.path)
+        if isinstance(context.module, layer_type) and context.method_name == "__call__":
+            rows[path] = args[0].reshape(-1, args[0].shape[-1]).astype(jnp.float32)
+        elif context.method_name == "operand":
+            name, x = args
+            rows[f"{path}/{name}"] = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        return next_fn(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+        apply()
+    return rows
 
 
 def input_ranges(
     apply: Callable[[], Any], layer_type: type[nn.Module]
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Returns `{layer path: (low [K], high [K])}` of the inputs of every `layer_type` in one call.
-
-    `apply` runs the network once; call this inside the function that is jitted.
-    """
-    ranges: dict[str, tuple[jax.Array, jax.Array]] = {}
-
-    def record(next_fn: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext):
-        if isinstance(context.module, layer_type) and context.method_name == "__call__":
-            rows = args[0].reshape(-1, args[0].shape[-1]).astype(jnp.float32)
-            ranges["/".join(context.module.path)] = (rows.min(0), rows.max(0))
-        return next_fn(*args, **kwargs)
-
-    with nn.intercept_methods(record):
-        apply()
-    return ranges
-
-
-def collect_stats(
-    ranges_fn: Callable[[Any, Any, Any], dict[str, tuple[jax.Array, jax.Array]]],
-    batches: Iterable[tuple[float, Any, Any]],
-) -> Stats:
-    """Returns statistics over `batches` of `(timestep, x, label)`.
-
-    `ranges_fn(x, timestep [B], label)` is jitted and returns what `input_ranges` does. Batches of
-    the same timestep are merged; nothing but one range a layer is kept.
-    """
-    merged: dict[float, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
-    for timestep, x, label in batches:
-        found = ranges_fn(x, jnp.full(len(x), float(timestep)), label)
-        at = merged.setdefault(timestep, {})
-        for path, (low, high) in found.items():
-            before = at.get(path, (low, high))
-            at[path] = np.minimum(low, before[0]), np.maximum(high, before[1])
-    if not merged:
-        raise ValueError("no batch to calibrate on; ask for at least one sample.")
-    paths = next(iter(merged.values()))
-
-    def stacked(side: int) -> dict[str, np.ndarray]:
-        return {path: np.stack([at[path][side] for at in merged.values()]) for path in paths}
-
-    return Stats(np.array(list(merged)), stacked(0), stacked(1))
+    """Returns `{path: (low [K], high [K])}` of what `input_rows` returns."""
+    return {
+        path: (rows.min(0), rows.max(0)) for path, rows in input_rows(apply, layer_type).items()
+    }
