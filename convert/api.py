@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
 from qdit_convert.dit import Choices
 from qdit_convert.families import Layout, find_layout
 from qdit_convert.folders import is_pipeline, read_config, read_pipeline
 from qdit_convert.plan import Leaf, Params, Plan, build_params, check_plan, same
 from qdit_convert.readers import open_weights
 from qdit_convert.tensors import StateDict, about, bfloat16
-
 from qdit_jax.errors import UserError
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ from qdit_convert.families import find_layout
 from qdit_convert.folders import is_pipeline, read_pipeline
 from qdit_convert.readers import open_weights
 from qdit_convert.tensors import StateDict, StoredTensor
-
 from qdit_jax.errors import UserError
 
 

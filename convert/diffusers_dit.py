@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+
 from qdit_convert.dit import (
     Choices,
     Sizes,
@@ -22,7 +23,6 @@ from qdit_convert.dit import (
 )
 from qdit_convert.plan import Leaf, Plan, affine, block_count, convolution, linear, shape_of
 from qdit_convert.tensors import StateDict, StoredTensor
-
 from qdit_jax.errors import UserError
 from qdit_jax.models.layers import sincos_positions
 

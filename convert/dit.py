@@ -20,7 +20,6 @@ from qdit_convert.plan import (
     shape_of,
 )
 from qdit_convert.tensors import StateDict, StoredTensor, shape_text
-
 from qdit_jax.errors import UserError
 from qdit_jax.models.dit import SIZES, published_config
 

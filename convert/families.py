@@ -13,7 +13,6 @@ from qdit_convert.inception import inception_plan
 from qdit_convert.plan import Plan
 from qdit_convert.tensors import StateDict, listing
 from qdit_convert.vae import from_latent_diffusion, vae_plan
-
 from qdit_jax.errors import UserError
 
 Planner = Callable[[StateDict, Choices, Mapping[str, Any] | None], Plan]

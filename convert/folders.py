@@ -7,7 +7,6 @@ from typing import Any
 
 from qdit_convert.shards import read_json
 from qdit_convert.tensors import about
-
 from qdit_jax.errors import UserError
 
 PIPELINE_INDEX = "model_index.json"

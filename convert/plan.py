@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from qdit_convert.tensors import StateDict, StoredTensor, is_floating, listing, shape_text
 
+from qdit_convert.tensors import StateDict, StoredTensor, is_floating, listing, shape_text
 from qdit_jax.errors import UserError
 
 Shape = tuple[int, ...]

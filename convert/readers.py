@@ -14,7 +14,6 @@ from qdit_convert.shards import read_shards
 from qdit_convert.tensors import StateDict, StoredTensor, about, listing
 from qdit_convert.torch_legacy import read_torch_legacy
 from qdit_convert.torch_zip import read_torch_zip
-
 from qdit_jax.errors import UserError
 
 # Names under which training scripts keep averaged and raw weights, in order of preference.

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from qdit_convert.tensors import FileSpan, StoredTensor, bfloat16
 
+from qdit_convert.tensors import FileSpan, StoredTensor, bfloat16
 from qdit_jax.errors import UserError
 
 MAX_HEADER = 100_000_000

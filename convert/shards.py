@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from qdit_convert.tensors import StoredTensor, about, listing
-
 from qdit_jax.errors import UserError
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from qdit_convert.pickle_reader import Namespace
 from qdit_convert.tensors import StoredTensor, bfloat16
-
 from qdit_jax.errors import UserError
 
 

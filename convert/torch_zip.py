@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from qdit_convert.pickle_reader import (
     REMEDY,
     Name,
@@ -19,7 +20,6 @@ from qdit_convert.pickle_reader import (
     read_pickle,
 )
 from qdit_convert.tensors import FileSpan, StoredTensor, bfloat16
-
 from qdit_jax.errors import UserError
 
 MAX_PICKLE = 1 << 28

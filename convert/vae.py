@@ -12,7 +12,6 @@ from typing import Any
 
 from qdit_convert.plan import Leaf, Plan, affine, block_count, convolution, linear, norm, shape_of
 from qdit_convert.tensors import StateDict, StoredTensor
-
 from qdit_jax.errors import UserError
 
 OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}

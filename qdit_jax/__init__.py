@@ -12,6 +12,7 @@ from qdit_jax.kernels import quantized_matmul
 from qdit_jax.ptq import LayerSpec, Recipe, Rule, Stats, plan, quantize_params
 from qdit_jax.quant import ActSpec, QTensor, WeightSpec, dequantize, quantize, ranges
 from qdit_jax.sampling import denoiser, generate
+from qdit_jax.searching import search
 
 __version__ = "0.1.0"
 
@@ -41,4 +42,5 @@ __all__ = [
     "ranges",
     "sample",
     "save",
+    "search",
 ]

@@ -9,7 +9,17 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-VERBS = ("convert", "inspect", "calibrate", "quantize", "export", "sample", "evaluate", "demo")
+VERBS = (
+    "convert",
+    "inspect",
+    "calibrate",
+    "search",
+    "quantize",
+    "export",
+    "sample",
+    "evaluate",
+    "demo",
+)
 DESCRIPTION = """\
 Diffusion transformers in 4 to 8 bits in JAX.
 

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 HELP = """\
-Record the range of every linear layer's input, by channel, at every timestep of sampling,
-for labels and for the null class. Static activation scales are made from it.
+Record the range of every linear layer's input and of the attention operands, by channel, at every
+timestep of sampling, for labels and for the null class apart. Static activation scales are made from
+it. A run that was stopped goes on from OUT with the ending .unfinished.npz, which is removed at the
+end.
 
-example:
+examples:
   qdit calibrate xl2 stats.npz --num-samples 64 --steps 50
+  qdit calibrate xl2 stats.npz --hessians 'blocks_0/.*' --tokens 8
 """
 
 
@@ -29,6 +32,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--steps", type=int, default=50, help="steps a trajectory (default 50)")
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--hessians", metavar="REGEX", help="layers whose mean of x xT to keep, K x K each"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=0, help="inputs of each layer to keep a call (default 0)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.set_defaults(run=run)
 
 
@@ -38,9 +48,12 @@ def run(args: argparse.Namespace) -> None:
 
     import qdit_jax as qdit
     from qdit_jax.calibration import default_sampler
+    from qdit_jax.files import check_free
 
     if args.out.suffix != ".npz":
         raise qdit.UserError(f"OUT={args.out} must end in .npz.")
+    check_free(args.out, args.force)
+    unfinished = args.out.with_suffix(".unfinished.npz")
     checkpoint = qdit.load(args.checkpoint)
     with tqdm(total=args.num_samples, unit="sample", disable=None) as bar:
         stats = qdit.calibrate(
@@ -50,7 +63,11 @@ def run(args: argparse.Namespace) -> None:
             sampler=default_sampler(checkpoint, args.steps),
             guidance=args.guidance,
             batch_size=args.batch_size,
+            hessians=args.hessians,
+            num_tokens=args.tokens,
+            unfinished=unfinished,
             progress_fn=bar.update,
         )
     stats.save(args.out)
+    unfinished.unlink(missing_ok=True)
     print(f"wrote {args.out}: {len(stats.low)} layers at {len(stats.timesteps)} timesteps")

@@ -85,7 +85,6 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Converts, and says what was found and written."""
     from qdit_convert import convert
-
     from qdit_jax.errors import UserError
 
     size = args.input_size

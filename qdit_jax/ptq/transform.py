@@ -127,10 +127,15 @@ def act_quantizer(path: str, spec: Any, stats: Stats | None) -> ActQuant:
 
 def sqnr_db(w: jax.Array, q: QTensor) -> float:
     """Returns the signal-to-quantisation-noise ratio of a kernel in dB."""
-    signal = jnp.asarray(w, jnp.float32)
+    return float(_sqnr_db(jnp.asarray(w), q))
+
+
+@jax.jit  # without it, three more copies of the kernel in float32
+def _sqnr_db(w: jax.Array, q: QTensor) -> jax.Array:
+    signal = w.astype(jnp.float32)
     noise = dequantize(q) - signal
     ratio = jnp.sum(jnp.square(signal)) / jnp.maximum(jnp.sum(jnp.square(noise)), 1e-30)
-    return float(10 * jnp.log10(jnp.maximum(ratio, 1e-30)))
+    return 10 * jnp.log10(jnp.maximum(ratio, 1e-30))
 
 
 def check_unquantized(path: str, kernel: Any) -> None:

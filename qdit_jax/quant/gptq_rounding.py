@@ -187,7 +187,7 @@ def _round_channels(
     w: Float[Array, "K N"],
     factor: Float[Array, "K K"],
     grid: tuple[Any, Any],
-    group_of: Int[Array, "K"],  # noqa: UP037
+    group_of: Int[Array, "K"],
     spec: WeightSpec,
     refresh: Callable | None,
 ) -> tuple[Any, tuple[Any, Any]]:
@@ -236,7 +236,7 @@ def _round_channels(
 
 def channel_errors(
     w: Float[Any, "K N"], q: QTensor, hessian: Float[Any, "K K"]
-) -> Float[Array, "N"]:  # noqa: UP037
+) -> Float[Array, "N"]:
     """Returns every output channel's squared error over the inputs that made `hessian`."""
     difference = w.astype(jnp.float32) - dequantize(q)
     product = jnp.matmul(hessian, difference, precision=jax.lax.Precision.HIGHEST)

@@ -9,8 +9,8 @@ import zipfile
 import numpy as np
 import pytest
 from convert_samples import write_raw_safetensors, write_safetensors
-from qdit_convert.readers import open_weights
 
+from qdit_convert.readers import open_weights
 from qdit_jax.errors import UserError
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2700611775\n"

@@ -11,10 +11,10 @@ import time
 import numpy as np
 import pytest
 from convert_samples import dit_shapes, flat, random_arrays, write_pipeline
-from qdit_convert import convert, describe, description_text
 from torch_file import write_torch_file
 
 import qdit_jax.checkpoint as checkpoints
+from qdit_convert import convert, describe, description_text
 from qdit_jax.cli import convert as verb
 from qdit_jax.errors import UserError
 

@@ -18,9 +18,9 @@ from convert_samples import (
     write_folder,
     write_safetensors,
 )
-from qdit_convert import read_model
 from torch_file import Object
 
+from qdit_convert import read_model
 from qdit_jax.errors import UserError
 
 

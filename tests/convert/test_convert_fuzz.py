@@ -15,9 +15,9 @@ import pytest
 from convert_samples import dit_shapes, random_arrays, write_safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from qdit_convert import convert, describe, read_model
 from torch_file import Object, write_torch_file
 
+from qdit_convert import convert, describe, read_model
 from qdit_jax.errors import UserError
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

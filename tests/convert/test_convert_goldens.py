@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from convert_samples import flat
+
 from qdit_convert import read_model
 from qdit_convert.api import to_checkpoint
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from convert_samples import flat
+from torch_file import Storage, Tensor, write_torch_file
+
 from qdit_convert import read_model
 from qdit_convert.api import to_checkpoint
 from qdit_convert.readers import open_weights
-from torch_file import Storage, Tensor, write_torch_file
-
 from qdit_jax.errors import UserError
 
 torch = pytest.importorskip("torch")

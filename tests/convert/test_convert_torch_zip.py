@@ -8,11 +8,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from convert_samples import dit_shapes, random_arrays
+from torch_file import Object, Storage, Tensor, tensor
+
 from qdit_convert import read_model
 from qdit_convert.readers import open_weights, strip_prefixes, unwrap
 from qdit_convert.tensors import StoredTensor
-from torch_file import Object, Storage, Tensor, tensor
-
 from qdit_jax.errors import UserError
 
 

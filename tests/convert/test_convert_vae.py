@@ -15,10 +15,10 @@ from convert_samples import (
     write_pipeline,
     write_safetensors,
 )
+
 from qdit_convert import read_model
 from qdit_convert.api import to_checkpoint
 from qdit_convert.inception import convolutions
-
 from qdit_jax.errors import UserError
 
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from convert_samples import CLASSES, dit_shapes, random_arrays
-from qdit_convert import convert
 
+from qdit_convert import convert
 from qdit_jax import diffusion, sampling
 from qdit_jax.checkpoint import load
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from qdit_convert import read_model
 
+from qdit_convert import read_model
 from qdit_jax.models.inception import InceptionV3, average_pool, preprocess, resize_matrix
 
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from qdit_convert import read_model
 
+from qdit_convert import read_model
 from qdit_jax import checkpoint
 from qdit_jax.models import build_model
 from qdit_jax.models.vae import AutoencoderKL

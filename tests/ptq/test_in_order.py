@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import qdit_convert
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+import qdit_convert
 from qdit_jax import quant
 from qdit_jax.calibration_items import Items, collect_items
 from qdit_jax.checkpoint import Checkpoint

@@ -11,8 +11,8 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import qdit_convert
 
+import qdit_convert
 from qdit_jax.diffusion import guided_doubled
 from qdit_jax.kernels import quantized_matmul
 from qdit_jax.models import build_model
