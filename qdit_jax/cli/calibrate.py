@@ -38,7 +38,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--tokens", type=int, default=0, help="inputs of each layer to keep a call (default 0)"
     )
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.set_defaults(run=run)
 
 
@@ -48,11 +47,9 @@ def run(args: argparse.Namespace) -> None:
 
     import qdit_jax as qdit
     from qdit_jax.calibration import default_sampler
-    from qdit_jax.files import check_free
 
     if args.out.suffix != ".npz":
         raise qdit.UserError(f"OUT={args.out} must end in .npz.")
-    check_free(args.out, args.force)
     unfinished = args.out.with_suffix(".unfinished.npz")
     checkpoint = qdit.load(args.checkpoint)
     with tqdm(total=args.num_samples, unit="sample", disable=None) as bar:
