@@ -1,0 +1,109 @@
+"""`qdit quantize`: roundings, ranges, parts and activation modes, as a person asks for them."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+
+from qdit_jax.checkpoint import Checkpoint, load, save
+from qdit_jax.cli import main
+from qdit_jax.diffusion import ddim
+from qdit_jax.quant import QTensor, ranges
+from qdit_jax.sampling import generate
+from qdit_jax.testing import realistic_dit
+
+FEW = ["--num-samples", "4", "--steps", "4", "--group-size", "16"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model, params = realistic_dit(0, hidden_size=32, depth=1, num_heads=2)
+    save(tmp_path / "model", Checkpoint(model, params))
+    return tmp_path
+
+
+def quantize(folder, *options):
+    return main(["quantize", str(folder / "model"), str(folder / "out"), *options])
+
+
+def test_gptq_prints_held_out_errors_and_writes_the_checkpoint(folder, capsys):
+    options = ["--recipe", "w3a8", "--layers", "blocks_0/attn/qkv", "--rounding", "gptq", *FEW]
+    assert quantize(folder, *options, "--range", "percentile:0.99") == 0
+    printed = capsys.readouterr().out
+    assert "output error, dB" in printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("blocks_0/attn/qkv")]
+    assert " -> " in line
+    assert "measured on held-out inputs" in printed
+    out = load(folder / "out")
+    assert isinstance(out.params["blocks_0"]["attn"]["qkv"]["kernel"], QTensor)
+    assert out.metadata["rounding"] == "gptq"
+    assert out.recipe.rules[0].spec.weight.range_fn == ranges.percentile(0.99)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounding", ["gptq-authors", "adaround"])
+def test_other_roundings_write_a_checkpoint(folder, rounding, capsys):
+    options = ["--recipe", "w4a8", "--rounding", rounding, "--adaln", "w4a16", *FEW]
+    assert quantize(folder, *options) == 0
+    printed = capsys.readouterr().out
+    out = load(folder / "out")
+    weight = out.recipe.rules[0].spec.weight
+    if rounding == "gptq-authors":
+        assert "nothing was held out" in printed
+        assert weight.range_fn == ranges.authors_gptq
+        assert out.recipe.rules[0].spec.act.range_fn == ranges.authors
+    else:
+        assert weight.range_fn == ranges.minmax
+    assert isinstance(out.params["blocks_0"]["adaLN_modulation"]["kernel"], QTensor)
+
+
+def test_parts_have_bits_of_their_own(folder, capsys):
+    parts = ["--adaln", "w6a8", "--embedders", "w8a8", "--final", "w8a16", "--attention", "w16a8"]
+    assert quantize(folder, "--recipe", "w4a8", "--group-size", "16", *parts) == 0
+    assert "10 layers" in capsys.readouterr().out
+    params = load(folder / "out").params
+    bits = {
+        "blocks_0/attn/qkv": 4, "blocks_0/adaLN_modulation": 6, "final_layer/adaLN_modulation": 6,
+        "x_embedder/proj": 8, "t_embedder/mlp_0": 8, "final_layer/linear": 8,
+    }  # fmt: skip
+    for path, expected in bits.items():
+        layer = params
+        for name in path.split("/"):
+            layer = layer[name]
+        assert layer["kernel"].bits == expected, path
+        assert ("act_quant" in layer) == (path != "final_layer/linear"), path
+    attention = params["blocks_0"]["attn"]
+    assert {f"{name}_quant" for name in ("q", "k", "v", "softmax")} <= set(attention)
+
+
+def test_static_per_timestep_survives_the_checkpoint(folder, capsys):
+    stats = str(folder / "stats.npz")
+    model = str(folder / "model")
+    assert main(["calibrate", model, stats, "--num-samples", "2", "--steps", "2"]) == 0
+    assert not [name for name in os.listdir(folder) if "unfinished" in name]
+    options = ["--recipe", "w8a8", "--act-mode", "static-per-timestep", "--stats", stats]
+    assert quantize(folder, *options, "--group-size", "0", "--attention", "w16a8") == 0
+    attention = load(folder / "out").params["blocks_0"]["attn"]
+    assert attention["qkv"]["act_quant"].scale.shape == (2, 1)
+    assert attention["softmax_quant"].timesteps.shape == (2,)
+    latents = generate(load(folder / "out"), ddim(steps=2), [1, 2])
+    assert np.isfinite(latents).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--range", "widest"], "--range widest is not known; use minmax, absmax, percentile:P"),
+        (["--range", "percentile"], "--range percentile is not known"),
+        (["--range", "percentile:x"], "--range percentile:x:"),
+        (["--attention", "w4a8"], "attention operands have no weights"),
+        (["--adaln", "small"], "recipe='small' is no preset"),
+        (["--rounding", "gptq", "--num-samples", "1", "--steps", "2"], "leaves one side empty"),
+    ],
+)
+def test_bad_options_end_in_one_sentence(folder, options, message, capsys):
+    assert quantize(folder, "--recipe", "w4a8", *options) == 2
+    assert message in capsys.readouterr().err
+    assert os.listdir(folder) == ["model"]
