@@ -75,6 +75,7 @@ def quantized_matmul(
 
 def _matmul_traced(x: Any, q: QTensor, act: ActQuant | None, execution: str) -> Any:
     if execution == "integer":
+        assert act is not None  # unsupported_reason has seen to it
         return xla.integer_matmul(x, q, act)
     return xla.simulated_matmul(x, q, act)
 

@@ -56,8 +56,8 @@ def dynamic_grid(x: Float[Array, "*lead K"], spec: ActSpec) -> tuple[Any, Any]:
 
 def _grid_of_members(members: Float[Array, "*lead G S"], spec: ActSpec) -> tuple[Any, Any]:
     symmetric = spec.symmetric and not spec.unsigned
-    limits = spec.range_fn.limits(members, spec.bits, symmetric, members.ndim - 1)
-    return grid_of_limits(*limits, spec)
+    low, high = spec.range_fn.limits(members, spec.bits, symmetric, members.ndim - 1)
+    return grid_of_limits(low, high, spec)
 
 
 def expand_to_channels(
@@ -226,8 +226,8 @@ def static_act_quant(low: Any, high: Any, spec: ActSpec) -> ActQuant:
     if low.shape != high.shape or low.ndim not in (1, 2):
         raise ValueError(f"low {low.shape} and high {high.shape} must both be [G] or [S, G].")
     symmetric = spec.symmetric and not spec.unsigned
-    limits = spec.range_fn.limits_from_extremes(low, high, spec.bits, symmetric)
-    return ActQuant(spec, *grid_of_limits(*limits, spec))
+    low, high = spec.range_fn.limits_from_extremes(low, high, spec.bits, symmetric)
+    return ActQuant(spec, *grid_of_limits(low, high, spec))
 
 
 def select_rows(tree: Any, index: Any) -> Any:

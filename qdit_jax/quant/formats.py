@@ -106,9 +106,9 @@ class Format:
         """
         if self.block_scale == "e8m0":
             # An element's greatest power of two meets the block's: 2**2 in E2M1, 2**8 in E4M3.
-            top = int(np.floor(np.log2(self.max_value())))
+            power = int(np.floor(np.log2(self.max_value())))
             _, exponent = jnp.frexp(absmax)
-            byte = jnp.clip(exponent - 1 - top + 127, 0, 254)
+            byte = jnp.clip(exponent - 1 - power + 127, 0, 254)
             return jnp.where(absmax > 0, byte, 127).astype(jnp.uint8)
         top = self.max_value()
         if self.block_scale == "e4m3":

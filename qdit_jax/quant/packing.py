@@ -11,6 +11,9 @@ Dimensions: K rows of codes, R rows of bytes, N columns.
 
 from __future__ import annotations
 
+import operator
+from functools import reduce
+
 import jax.numpy as jnp
 from jaxtyping import Array, Integer, UInt8
 
@@ -49,13 +52,12 @@ def unpack(
     packed: UInt8[Array, "*lead R N"], bits: int, num_rows: int
 ) -> UInt8[Array, "*lead K N"]:
     """Returns the `num_rows` rows of codes that `pack` packed."""
-    codes, row, shift = None, 0, 0
+    parts, row, shift = [], 0, 0
     for plane in planes(bits):
         rows = plane_rows(num_rows, plane)
-        part = _unpack_plane(packed[..., row : row + rows, :], plane, num_rows) << shift
-        codes = part if codes is None else codes | part
+        parts.append(_unpack_plane(packed[..., row : row + rows, :], plane, num_rows) << shift)
         row, shift = row + rows, shift + plane
-    return codes
+    return reduce(operator.or_, parts)
 
 
 def _split(num_rows: int, plane: int) -> tuple[int, int, int]:

@@ -152,16 +152,16 @@ def scale_and_zero_point(
     computed with the scale as stored, clamped to the codes that exist.
     """
 
-    def of_groups(members: Float[Array, "G S B"]) -> Any:
+    def of_groups(members: Float[Array, "G S B"]) -> tuple[Any, Any]:
         low, high = spec.range_fn.limits(members, spec.bits, spec.symmetric, 1)
         scale = spec.range_fn.scale(low, high, spec.bits, spec.symmetric)
         scale = stored_scale(scale, spec.scale_dtype)
         if spec.symmetric:
-            return scale
+            return scale, None
         return scale, zero_point_of(low, scale.astype(jnp.float32), spec.bits)
 
-    result = groups.map_groups(of_groups, w, spec.group_size, spec.channel_group)
-    return (result, None) if spec.symmetric else result
+    scale, zero_point = groups.map_groups(of_groups, w, spec.group_size, spec.channel_group)
+    return scale, zero_point
 
 
 def zero_point_of(
@@ -186,14 +186,15 @@ def codes_on_grid(
     w: Float[Array, "K N"], scale: Any, zero_point: Any, spec: WeightSpec
 ) -> Integer[Array, "K N"]:
     """Returns the nearest codes, `[0, 2**bits - 1]`, signed codes offset by `2**(bits - 1)`."""
-    wide = groups.expand_groups(scale.astype(jnp.float32), w.shape, spec.group_size)
+    shape = (w.shape[0], w.shape[1])
+    wide = groups.expand_groups(scale.astype(jnp.float32), shape, spec.group_size)
     # XLA would turn a division by a broadcast array into a product with its reciprocal, which
     # moves a quotient by one ulp now and then, and a tie with it.
     steps = jnp.round(w / jax.lax.optimization_barrier(wide))
     if zero_point is None:
         offset = jnp.float32(2 ** (spec.bits - 1))
     else:
-        offset = groups.expand_groups(zero_point, w.shape, spec.group_size)
+        offset = groups.expand_groups(zero_point, shape, spec.group_size)
     return jnp.clip(steps + offset, 0, 2**spec.bits - 1).astype(jnp.uint8)
 
 
@@ -211,7 +212,7 @@ def from_codes(
         packed_zero_point=packed,
         bits=spec.bits,
         group_size=spec.group_size,
-        shape=tuple(codes.shape[-2:]),
+        shape=(codes.shape[-2], codes.shape[-1]),
         fmt=spec.fmt,
     )
 
@@ -264,12 +265,13 @@ def _scale_dtype(spec: WeightSpec) -> Any:
 
 def _quantize_to_format(w: Float[Array, "K N"], spec: WeightSpec) -> QTensor:
     fmt = spec.fmt
-    absmax = groups.map_groups(lambda m: jnp.max(jnp.abs(m), axis=1), w, spec.group_size)
+    assert fmt is not None
+    absmax: Any = groups.map_groups(lambda m: jnp.max(jnp.abs(m), axis=1), w, spec.group_size)
     factor = fmt.tensor_scale(jnp.max(absmax)) if fmt.has_tensor_scale else None
     stored = fmt.stored_scale(absmax, factor)
     if not fmt.has_byte_scale:
         stored = stored_scale(stored, spec.scale_dtype)
     scale = fmt.scale_value(stored) if factor is None else fmt.scale_value(stored) * factor
-    wide = groups.expand_groups(scale, w.shape, spec.group_size)
+    wide = groups.expand_groups(scale, (w.shape[0], w.shape[1]), spec.group_size)
     q = from_codes(fmt.code(formats.divide(w, wide)), stored, None, spec)
     return dataclasses.replace(q, tensor_scale=factor)

@@ -38,8 +38,8 @@ def fake_quantize_traced(
     block, table = group_table(x.shape[-1], group_sizes)
     low, high = _gather(*_block_extremes(shifted, block), table[jnp.asarray(choice)])
     symmetric = spec.symmetric and not spec.unsigned
-    limits = spec.range_fn.limits_from_extremes(low, high, spec.bits, symmetric)
-    scale, zero_point = act.grid_of_limits(*limits, spec)
+    low, high = spec.range_fn.limits_from_extremes(low, high, spec.bits, symmetric)
+    scale, zero_point = act.grid_of_limits(low, high, spec)
     by_block = _with_group_size(spec, block)
     codes = act.codes_of(shifted, scale, zero_point, by_block)
     return act.values_of(codes, scale, zero_point, by_block).astype(x.dtype)
