@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -130,7 +131,7 @@ def contraction_of(module: Any, inputs: Any, einsum_str: str | None = None) -> C
     if getattr(module, "dot_general", None) or getattr(module, "dot_general_cls", None):
         raise ValueError("it has a dot_general of its own.")
     if isinstance(module, nn.Einsum):
-        return of_einsum(module.einsum_str or einsum_str, jnp.ndim(inputs), module.shape)
+        return of_einsum(module.einsum_str or einsum_str, jnp.ndim(inputs), tuple(module.shape))
     if isinstance(module, nn.Dense):
         return of_axes(jnp.ndim(inputs), (-1,), (), (module.features,))
     return of_axes(
@@ -183,9 +184,19 @@ def of_einsum(equation: str | None, ndim: int, kernel_shape: tuple[int, ...]) ->
     if not summed or not features:
         raise ValueError(f"the equation {equation!r} is no product of matrices.")
     result = batch + rows + features
+    k_out = positions(features, kernel)
     return Contraction(
-        *(tuple(x.index(c) for c in axes) for axes in (batch, rows, summed)),
-        *(tuple(kernel.index(c) for c in axes) for axes in (batch, summed, features)),
-        tuple(kernel_shape[kernel.index(c)] for c in features),
-        tuple(result.index(c) for c in out),
+        x_batch=positions(batch, x),
+        x_rows=positions(rows, x),
+        x_in=positions(summed, x),
+        k_batch=positions(batch, kernel),
+        k_in=positions(summed, kernel),
+        k_out=k_out,
+        features=tuple(kernel_shape[axis] for axis in k_out),
+        order=positions(out, result),
     )
+
+
+def positions(axes: Sequence[str], operand: Sequence[str]) -> tuple[int, ...]:
+    """Returns where the letters `axes` stand in an operand."""
+    return tuple(operand.index(axis) for axis in axes)
