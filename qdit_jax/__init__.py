@@ -8,7 +8,9 @@ from qdit_jax.calibration import calibrate
 from qdit_jax.checkpoint import Checkpoint, load, save
 from qdit_jax.diffusion import ddim, ddpm, flow, sample
 from qdit_jax.errors import UserError
+from qdit_jax.export import load_safetensors, save_safetensors
 from qdit_jax.kernels import quantized_matmul
+from qdit_jax.linen import quantize_linen
 from qdit_jax.ptq import LayerSpec, Recipe, Rule, Stats, plan, quantize_params
 from qdit_jax.quant import ActSpec, QTensor, WeightSpec, dequantize, quantize, ranges
 from qdit_jax.sampling import denoiser, generate
@@ -34,13 +36,16 @@ __all__ = [
     "flow",
     "generate",
     "load",
+    "load_safetensors",
     "plan",
     "quant",
     "quantize",
+    "quantize_linen",
     "quantize_params",
     "quantized_matmul",
     "ranges",
     "sample",
     "save",
+    "save_safetensors",
     "search",
 ]

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 
 from qdit_jax.errors import UserError
 from qdit_jax.files import replaced_folder
@@ -139,14 +140,39 @@ def read_arrays(folder: Path, target: Any) -> Any:
     """Returns the stored arrays that the nested dicts `target` describe, placed as they say.
 
     Raises:
-        UserError: if an array is absent or damaged.
+        UserError: if an array is absent, damaged, or of another shape or dtype.
     """
-    quiet_orbax()
+    check_stored(folder, target)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore((folder / "params").resolve(), target)
     except Exception as error:  # Orbax and its storage layer raise many kinds.
         raise damaged(folder, error) from error
+
+
+def check_stored(folder: Path, target: Any) -> None:
+    """Raises `UserError` if `folder` stores other arrays than the nested dicts `target` describe.
+
+    Orbax itself would convert another dtype without a word.
+    """
+    quiet_orbax()
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.metadata((folder / "params").resolve()).item_metadata.tree
+        stored = {
+            path: (tuple(leaf.shape), np.dtype(leaf.dtype))
+            for path, leaf in flatten_dict(tree, sep="/").items()
+        }
+    except Exception as error:  # as in `read_arrays`
+        raise damaged(folder, error) from error
+    for path, leaf in flatten_dict(target, sep="/").items():
+        found, wanted = stored.get(path), (tuple(leaf.shape), np.dtype(leaf.dtype))
+        if found != wanted:
+            is_now = "is absent" if found is None else f"is {found[1]} {found[0]}"
+            raise UserError(
+                f"{folder}/params: {path} {is_now}, but model.json says {wanted[1]} {wanted[0]}; "
+                "write the checkpoint again."
+            )
 
 
 def damaged(folder: Path, error: Exception) -> UserError:

@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from qdit_jax.checkpoint import (
     Checkpoint,
     check_network,
+    check_stored,
     damaged,
     from_parts,
     quiet_orbax,
@@ -93,7 +94,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     folder = Path(path)
     description = read_description(folder)
     check_network(f"{folder}/model.json", description)
-    flat = flatten_dict(abstract_arrays(description["params"]), sep="/")
+    target = abstract_arrays(description["params"])
+    check_stored(folder, target)
+    flat = flatten_dict(target, sep="/")
     stored = {
         name: StoredArray(folder, name, leaf.shape, np.dtype(leaf.dtype))
         for name, leaf in flat.items()

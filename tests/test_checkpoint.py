@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,6 +136,18 @@ def without_a_parameter(folder):
     edited(folder, params=params)
 
 
+def with_another_dtype(folder):
+    params = json.loads((folder / "model.json").read_text())["params"]
+    params["pos_embed"]["dtype"] = "int32"
+    edited(folder, params=params)
+
+
+def with_wrong_packing(folder):
+    params = json.loads((folder / "model.json").read_text())["params"]
+    params["blocks_0/attn/qkv/kernel"]["group_size"] = 16
+    edited(folder, params=params)
+
+
 def with_truncated_arrays(folder):
     files = [file for file in (folder / "params").rglob("*") if file.is_file()]
     max(files, key=lambda file: file.stat().st_size).write_bytes(b"short")
@@ -151,6 +164,10 @@ def with_truncated_arrays(folder):
         (lambda f: edited(f, config={**CONFIG, "depth": 2}), "lacks 10 parameters"),
         (without_a_parameter, "lacks 1 parameters, the first is blocks_0/mlp/fc1/bias"),
         (with_truncated_arrays, "damaged or incomplete"),
+        (with_another_dtype, "pos_embed is float32 (1, 16, 48), but model.json says int32"),
+        (lambda f: edited(f, params=[]), "config and params must be objects"),
+        (lambda f: edited(f, params={"a": 1}), "every entry of params must be an object"),
+        (lambda f: shutil.rmtree(f / "params"), "damaged or incomplete"),
     ],
 )
 def test_damage_is_named(tmp_path, damage, message):
@@ -158,6 +175,27 @@ def test_damage_is_named(tmp_path, damage, message):
     save(tmp_path / "ckpt", Checkpoint(model, params))
     damage(tmp_path / "ckpt")
     with pytest.raises(UserError, match=re.escape(message)):
+        load(tmp_path / "ckpt")
+
+
+def test_settings_that_do_not_fit_the_packed_arrays_are_named(tmp_path):
+    model, params = network()
+    recipe = mixed_recipe()
+    save(tmp_path / "ckpt", Checkpoint(model, quantize_params(params, recipe=recipe), recipe))
+    with_wrong_packing(tmp_path / "ckpt")
+    with pytest.raises(
+        UserError, match=r"qkv/kernel/scale is \[2, 144\], its settings need \[3, 144\]"
+    ):
+        load(tmp_path / "ckpt")
+    recipe_file = tmp_path / "ckpt" / "recipe.json"
+    with_wrong = json.loads((tmp_path / "ckpt" / "model.json").read_text())["params"]
+    with_wrong["blocks_0/attn/qkv/kernel"]["group_size"] = 32
+    edited(tmp_path / "ckpt", params=with_wrong)
+    recipe_file.write_text("{")
+    with pytest.raises(UserError, match=r"recipe.json is damaged"):
+        load(tmp_path / "ckpt")
+    recipe_file.write_text(json.dumps({**recipe.to_json(), "format_version": 7}))
+    with pytest.raises(UserError, match="format_version=7"):
         load(tmp_path / "ckpt")
 
 

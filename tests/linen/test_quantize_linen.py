@@ -131,18 +131,18 @@ def test_a_layer_with_a_quantised_input_equals_its_definition(name):
     both = Recipe((Rule("layer", LayerSpec(WeightSpec(8, 0), act)),))
     inputs_only = Recipe((Rule("layer", LayerSpec(None, act)),))
     plain = model.apply({"params": params}, x)
-    for chosen in (recipe, both, inputs_only):
-        for execution in ("simulated", "integer"):
-            if chosen is not both and execution == "integer":
-                continue
-            apply_fn, quantized = quantize_linen(
-                model, params, chosen, example_args=(x,), execution=execution
-            )
-            found = jax.jit(apply_fn)({"params": quantized}, x)
-            assert found.shape == plain.shape
-            assert found.dtype == plain.dtype
-            assert float(jnp.linalg.norm(found - plain)) < 0.02 * float(jnp.linalg.norm(plain))
-            assert not (found == plain).all()
+    cases = [(both, "simulated"), (both, "integer")]
+    if name in ("axes_turned", "batched", "einsum_qkv"):
+        cases += [(recipe, "simulated"), (inputs_only, "simulated")]
+    for chosen, execution in cases:
+        apply_fn, quantized = quantize_linen(
+            model, params, chosen, example_args=(x,), execution=execution
+        )
+        found = jax.jit(apply_fn)({"params": quantized}, x)
+        assert found.shape == plain.shape
+        assert found.dtype == plain.dtype
+        assert float(jnp.linalg.norm(found - plain)) < 0.02 * float(jnp.linalg.norm(plain))
+        assert not (found == plain).all()
 
 
 def test_the_groups_of_an_input_run_along_its_summed_axes():
