@@ -22,7 +22,7 @@ from demo_data import load_digits
 from facebook_layout import facebook_state_dict
 from safetensors.numpy import save_file
 from testbed_measures import read_checkpoint
-from train_demo import State, loss_fn, preview, save_preview, train_steps
+from train_demo import State, loss_fn, save_preview, train_steps
 
 NUM_INNER = 50
 GAMMA = 5.0
@@ -92,8 +92,7 @@ def main() -> None:
     save_file(facebook_state_dict(state.ema, dtype=np.float16), args.out)
     rows = "".join(f"{step},{value:.6f}\n" for step, value in curve)
     args.out.with_suffix(".csv").write_text(rows)
-    samples = preview(state.ema, jax.random.key(1), jnp.arange(40) % 10, model=model)
-    save_preview(args.out.with_suffix(".png"), np.asarray(samples))
+    save_preview(args.out.with_suffix(".png"), model, state.ema)
     print(f"wrote {args.out}, .csv and .png; noise error {began:.5f} -> {curve[-1][1]:.5f}")
 
 

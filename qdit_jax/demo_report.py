@@ -83,6 +83,6 @@ def figure(outcomes: Sequence[Any]) -> Figure:
                 textcoords="offset points", xytext=(6, 4),
             )  # fmt: skip
         axes.set(xlabel="megabytes of parameters", ylabel="closeness to full precision, dB")
-        axes.margins(0.25)
+        axes.margins(x=0.35, y=0.2)
         axes.grid(alpha=0.3)
     return chart
