@@ -126,6 +126,37 @@ def test_static_operands_come_from_their_statistics(checkpoint, stats):
     assert 0 < jnp.linalg.norm(out - full) < jnp.linalg.norm(full)
 
 
+def test_static_ranges_may_be_searched_on_the_kept_tokens(checkpoint, stats):
+    path = "blocks_0/mlp/fc2"
+
+    def act(range_fn, **options):
+        spec = qdit.ActSpec(4, 0, range_fn=range_fn, mode="static", **options)
+        recipe = qdit.Recipe((qdit.Rule(path, qdit.LayerSpec(None, spec)),))
+        params = qdit.quantize_params(checkpoint.params, recipe=recipe, stats=stats)
+        return params["blocks_0"]["mlp"]["fc2"]["act_quant"]
+
+    tokens = jnp.asarray(stats.tokens[path])
+
+    def error(quantizer):
+        return float(jnp.square(quantizer(tokens) - tokens).sum())
+
+    searched, plain = act(qdit.ranges.mse()), act(qdit.ranges.minmax)
+    assert searched.scale.shape == (1,)
+    assert searched.scale < plain.scale
+    assert error(searched) < error(plain)
+    table = act(qdit.ranges.percentile(0.99), per_timestep=True)
+    for i in range(STEPS):
+        low, high = np.quantile(stats.tokens[path][i], [0.01, 0.99])
+        expected = (max(high, 0) - min(low, 0)) / 15
+        np.testing.assert_allclose(table.scale[i], expected, rtol=0.05)
+    without = qdit.Stats(stats.timesteps, stats.low, stats.high)
+    recipe = qdit.Recipe.preset(
+        "w16a8", act_mode="static", act_range_fn=qdit.ranges.mse(), group_size=0
+    )
+    with pytest.raises(ValueError, match=r"'mse' of the input of .* needs tokens"):
+        qdit.quantize_params(checkpoint.params, recipe=recipe, stats=without)
+
+
 def test_the_authors_collection_equals_the_recorded_one(golden):
     read = qdit_convert.read_model(golden("dit_A.pt"), num_heads=4)
     model = build_model(read.family, read.config)

@@ -9,6 +9,7 @@ Dimensions: K input channels, N output channels.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import Any
@@ -17,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from qdit_jax.ptq.recipe import Recipe
+from qdit_jax.ptq.recipe import LayerSpec, Recipe, Rule
 from qdit_jax.ptq.stats import Stats
-from qdit_jax.ptq.transform import act_quantizer, check_unquantized, matrix_shape
+from qdit_jax.ptq.transform import check_unquantized, matrix_shape, quantize_params
 from qdit_jax.quant import QTensor, WeightSpec, output_error, quantize
 
 # `(kernel [K, N], hessian [K, K], spec) -> QTensor`: `quant.gptq`, `quant.adaround`, ...
@@ -74,12 +75,7 @@ def quantize_in_order(
         ValueError: as `quantize_params`; also if the stages lack a layer of the recipe.
     """
     specs = recipe.resolve(params)
-    flat = dict(flatten_dict(params, sep="/"))
-    for path, spec in specs.items():
-        if spec.act is not None:
-            is_operand = f"{path}/kernel" not in flat
-            name = f"{path}_quant" if is_operand else f"{path}/act_quant"
-            flat[name] = act_quantizer(path, spec.act, stats)
+    flat = dict(flatten_dict(without_kernels(params, specs, stats), sep="/"))
     wanted = {path for path, s in specs.items() if s.weight and f"{path}/kernel" in flat}
     chosen = [[path for path in stage if path in wanted] for stage in stages]
     if missing := sorted(wanted - {path for stage in chosen for path in stage}):
@@ -98,6 +94,16 @@ def quantize_in_order(
             if on_layer is not None:
                 on_layer(layer)
     return unflatten_dict(flat, sep="/")
+
+
+def without_kernels(params: Any, specs: dict[str, LayerSpec], stats: Stats | None) -> Any:
+    """Returns `params` with the activation quantisers and label tables of `specs` only."""
+    flat = flatten_dict(params, sep="/")
+    rules = [
+        Rule(re.escape(path), LayerSpec(None, spec.act) if f"{path}/kernel" in flat else spec)
+        for path, spec in specs.items()
+    ]
+    return quantize_params(params, recipe=Recipe(tuple(rules)), stats=stats)
 
 
 def checked(

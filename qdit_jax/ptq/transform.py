@@ -12,9 +12,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qdit_jax.ptq.recipe import TABLE, LayerSpec, Recipe
+from qdit_jax.ptq.static_acts import act_quantizer
 from qdit_jax.ptq.stats import Stats
-from qdit_jax.quant import ActQuant, QTensor, WeightSpec, dequantize, packed_nbytes, quantize
-from qdit_jax.quant.act import group_extremes, static_act_quant
+from qdit_jax.quant import QTensor, WeightSpec, dequantize, packed_nbytes, quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,28 +101,6 @@ def quantize_params(
 def weight_name(flat: dict[str, Any], path: str) -> str | None:
     """Returns the key of a layer's kernel or table; None for operands of attention products."""
     return next((name for name in (f"{path}/kernel", path + TABLE) if name in flat), None)
-
-
-def act_quantizer(path: str, spec: Any, stats: Stats | None) -> ActQuant:
-    """Returns the activation quantiser of one layer; static ones take their range from `stats`."""
-    if spec.mode == "dynamic":
-        return ActQuant(spec)
-    if stats is None or path not in stats.low:
-        raise ValueError(
-            f"the recipe quantises the input of {path} with mode='static', which needs calibration "
-            "statistics of that layer; pass stats=calibrate(...), or use mode='dynamic'."
-        )
-    low, high = stats.low[path], stats.high[path]  # [S, K]
-    if not spec.per_timestep:
-        seen = np.concatenate([low, high])
-        return static_act_quant(*group_extremes(seen, spec.group_size), spec)
-    by_step = [
-        group_extremes(np.stack(pair), spec.group_size) for pair in zip(low, high, strict=True)
-    ]
-    lows, highs = (np.stack(rows) for rows in zip(*by_step, strict=True))
-    quantizer = static_act_quant(lows, highs, spec)
-    timesteps = jnp.asarray(stats.timesteps, jnp.float32)
-    return dataclasses.replace(quantizer, timesteps=timesteps)
 
 
 def sqnr_db(w: jax.Array, q: QTensor) -> float:

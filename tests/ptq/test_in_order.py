@@ -267,6 +267,23 @@ def test_hessians_are_those_of_the_quantised_network(small):
     assert relative(sums["blocks_0/attn/proj"], expected) < 1e-3
 
 
+def test_operands_and_label_tables_are_quantised_too(small):
+    model, params, items = small
+    recipe = Recipe(
+        (
+            Rule("y_embedder", LayerSpec(WeightSpec(8, 16))),
+            Rule("blocks_0/attn/[qk]", LayerSpec(None, ActSpec(8, 0))),
+            Rule("final_layer/linear", LayerSpec(WeightSpec(4, 16), ActSpec(8, 16))),
+        )
+    )
+    ours = round_params(model, params, items, recipe=recipe, batch_size=24)
+    plain = quantize_params(params, recipe=recipe)
+    assert jax.tree.structure(ours) == jax.tree.structure(plain)
+    final = [tree["final_layer"]["linear"].pop("kernel") for tree in (ours, plain)]
+    jax.tree.map(np.testing.assert_array_equal, ours, plain)
+    assert (np.asarray(final[0].codes) != np.asarray(final[1].codes)).any()
+
+
 def test_stages_follow_the_network():
     model, params = realistic_dit(0, hidden_size=48, depth=2, num_heads=4)
     apply = partial(model.apply, {"params": params})

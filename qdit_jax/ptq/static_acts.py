@@ -1,0 +1,70 @@
+"""Static activation quantisers from calibration statistics.
+
+Dimensions: S timesteps, K input channels, G groups, M tokens, R all tokens of all timesteps used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from qdit_jax.ptq.stats import Stats
+from qdit_jax.quant import ActQuant, ActSpec, groups, ranges
+from qdit_jax.quant.act import group_extremes, static_act_quant
+
+
+def act_quantizer(path: str, spec: ActSpec, stats: Stats | None) -> ActQuant:
+    """Returns the activation quantiser of one layer; static ones take their range from `stats`.
+
+    A range rule that looks at more than extremes, such as `ranges.mse()`, takes its limits from the
+    tokens that the statistics keep.
+
+    Raises:
+        ValueError: if the layer's statistics, or tokens that the range rule needs, are absent.
+    """
+    if spec.mode == "dynamic":
+        return ActQuant(spec)
+    if stats is None or path not in stats.low:
+        raise ValueError(
+            f"the recipe quantises the input of {path} with mode='static', which needs calibration "
+            "statistics of that layer; pass stats=calibrate(...), or use mode='dynamic'."
+        )
+    if spec.range_fn.from_extremes:
+        parts = np.stack([stats.low[path], stats.high[path]], axis=1)  # [S, 2, K]
+    elif path in stats.tokens:
+        parts = stats.tokens[path]  # [S, M, K]
+    else:
+        raise ValueError(
+            f"range rule {spec.range_fn.name!r} of the input of {path} needs tokens; calibrate with "
+            "num_tokens (--tokens), or use a rule such as ranges.minmax."
+        )
+    rows = parts if spec.per_timestep else parts.reshape(1, -1, parts.shape[-1])
+    limits = [group_limits(part, spec) for part in rows]
+    low, high = (np.stack(side) for side in zip(*limits, strict=True))
+    if not spec.range_fn.from_extremes:
+        spec = dataclasses.replace(spec, range_fn=ranges.minmax)
+    if not spec.per_timestep:
+        return static_act_quant(low[0], high[0], spec)
+    quantizer = static_act_quant(low, high, spec)
+    timesteps = jnp.asarray(stats.timesteps, jnp.float32)
+    return dataclasses.replace(quantizer, timesteps=timesteps)
+
+
+def group_limits(x: Float[np.ndarray, "R K"], spec: ActSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the interval that each group of channels has to cover, `[G]` each, without the shift."""
+    if spec.range_fn.from_extremes:
+        return group_extremes(x, spec.group_size)
+    symmetric = spec.symmetric and not spec.unsigned
+
+    def limits(members: Any) -> Any:  # [G, S, R]
+        flat = members.reshape(members.shape[0], -1)
+        low, high = spec.range_fn.limits(flat, spec.bits, symmetric, 1)
+        return low[:, None], high[:, None]
+
+    shifted = jnp.asarray(x, jnp.float32).T + spec.shift  # [K, R]
+    low, high = groups.map_groups(limits, shifted, spec.group_size)
+    return np.asarray(low)[:, 0] - spec.shift, np.asarray(high)[:, 0] - spec.shift
