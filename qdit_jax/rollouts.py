@@ -43,8 +43,9 @@ class Rollout:
     @classmethod
     def of(cls, model: nn.Module, sampler: Any, guidance: float | None) -> Rollout:
         """Returns the rollout; guidance 1 or None calls the network once a step."""
-        plain = guidance is None or guidance == 1 or not model.null_class
-        return cls(sampler, None if plain else float(guidance), model)
+        if guidance is None or guidance == 1 or not model.null_class:
+            return cls(sampler, None, model)
+        return cls(sampler, float(guidance), model)
 
     def __call__(self, params: Any, noise: Any, label: Any, key: Any) -> Any:
         """Returns the latents at the end of the walk."""

@@ -167,9 +167,8 @@ def search(
             probe_key,
             num_probes,
         )
-        arguments = {"seed": seed, "settings": settings, "given": given, "store": store}
         if objective == "predicted":
-            found = from_predictions(space, limit, predict_fn, report_fn, **arguments)
+            found = from_predictions(space, limit, predict_fn, report_fn, given=given, store=store)
         else:
             evaluator = Evaluator(
                 space,
@@ -179,7 +178,18 @@ def search(
                 progress_fn=lambda count: report_fn({"items": count}),
             )
             run = by_allocation if method == "default" else by_evolution
-            found = run(space, limit, evaluator, predict_fn, report_fn, method=method, **arguments)
+            found = run(
+                space,
+                limit,
+                evaluator,
+                predict_fn,
+                report_fn,
+                method=method,
+                seed=seed,
+                settings=settings,
+                given=given,
+                store=store,
+            )
     assignment, front, measured, report = found
     if objective != "predicted":
         per_item = batch_size * rollout.evaluations
@@ -321,8 +331,6 @@ def from_predictions(
     predict_fn: Any,
     report_fn: Callable,
     *,
-    seed: int,
-    settings: Any,
     given: list[np.ndarray],
     store: Store | None,
 ) -> Found:

@@ -72,7 +72,7 @@ class Evaluator:
         self.mesh = candidate_mesh() if mesh is None else mesh
         self.num_items = per_device * self.mesh.size
         self.data = replicated((params, objective), self.mesh)
-        self.measure = measurer(space, self.mesh, per_device, batch_size)
+        self.measure: Any = measurer(space, self.mesh, per_device, batch_size)
         self.progress_fn = progress_fn
         self.num_measured = 0
 

@@ -64,11 +64,12 @@ def solve(
 
 
 def as_tables(errors: Table, costs: Table) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    pair = tuple([np.asarray(row, np.float64) for row in table] for table in (errors, costs))
-    for error, cost in zip(*pair, strict=True):
+    error_rows = [np.asarray(row, np.float64) for row in errors]
+    cost_rows = [np.asarray(row, np.float64) for row in costs]
+    for error, cost in zip(error_rows, cost_rows, strict=True):
         if error.shape != cost.shape or not (np.isfinite(error).all() and np.isfinite(cost).all()):
             raise ValueError(f"errors {error} and costs {cost} must be finite, one a choice.")
-    return pair
+    return error_rows, cost_rows
 
 
 def dynamic_program(
@@ -164,10 +165,11 @@ def lagrangian_front(errors: Table, costs: Table) -> tuple[np.ndarray, np.ndarra
         current[layer] = after
         front.append(current.copy())
     assignments = np.array(front)
-    totals = [
-        sum(row[assignments[:, i]] for i, row in enumerate(table)) for table in (costs, errors)
-    ]
-    return assignments, *totals
+    cost, error = (
+        sum((row[assignments[:, i]] for i, row in enumerate(table)), np.zeros(len(front)))
+        for table in (costs, errors)
+    )
+    return assignments, cost, error
 
 
 def lower_hull(error: np.ndarray, cost: np.ndarray) -> list[int]:

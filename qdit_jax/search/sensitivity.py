@@ -84,10 +84,14 @@ def effects(
         run = partial(tapped_step, step_fn, used, label, key, step, layer_type)
         taps = jax.eval_shape(partial(run, taps=None), x)[1][1]
         taps = {path: jnp.zeros(y.shape, y.dtype) for path, y in taps.items()}
-        _, pull, records = jax.vjp(lambda x, taps: run(x, taps=taps), x, taps, has_aux=True)
+        _, pull, (inputs, outputs) = jax.vjp(
+            lambda x, taps: run(x, taps=taps), x, taps, has_aux=True
+        )
         before, adjoint = jax.vmap(pull)(probes)
         change = [
-            layer_change(layer, params, *(r[layer.path] for r in records), adjoint[layer.path])
+            layer_change(
+                layer, params, inputs[layer.path], outputs[layer.path], adjoint[layer.path]
+            )
             for layer in space.layers
         ]
         weight = jnp.square(before[:num_probes]).mean() / jnp.square(carry[0][:num_probes]).mean()
