@@ -24,6 +24,7 @@ from qdit_jax.checkpoint import (
     check_stored,
     damaged,
     from_parts,
+    load,
     quiet_orbax,
     read_description,
     read_recipe,
@@ -86,12 +87,14 @@ class StoredArray:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Returns the checkpoint in the folder `path` with `StoredArray` leaves, reading no array.
 
-    An autoencoder's arrays stay on disk as well.
+    An autoencoder's arrays stay on disk as well. An exported file is read as a whole.
 
     Raises:
         UserError: as `qdit_jax.load`, but for damaged arrays, which are found when they are read.
     """
     folder = Path(path)
+    if folder.suffix == ".safetensors" and folder.is_file():
+        return load(folder)
     description = read_description(folder)
     check_network(f"{folder}/model.json", description)
     target = abstract_arrays(description["params"])

@@ -84,6 +84,14 @@ def test_the_command_goes_both_ways(tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
+def test_an_exported_file_is_a_checkpoint_to_other_commands(tmp_path):
+    model, params = network()
+    save_safetensors(tmp_path / "full.safetensors", Checkpoint(model, params))
+    arguments = [str(tmp_path / "full.safetensors"), str(tmp_path / "q")]
+    assert main(["quantize", *arguments, "--recipe", "w4a8", "--group-size", "16"]) == 0
+    assert load(tmp_path / "q").recipe is not None
+
+
 def formula_bytes(params, recipe):
     """The bytes that a checkpoint should take: packed kernels, the rest as it is."""
     plans = plan(params, recipe)

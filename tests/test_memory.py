@@ -1,0 +1,87 @@
+"""Memory: weights stay packed inside the sampling loop, and streaming holds one layer at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+TEMPORARIES = """
+import json, sys
+from qdit_jax.cli import keep_weights_packed
+keep_weights_packed()
+import jax, jax.numpy as jnp, numpy as np
+from qdit_jax import Recipe, ddim, quantize_params
+from qdit_jax.models import build_model
+from qdit_jax.sampling import _generated, denoiser
+config = dict(input_size=8, hidden_size=512, depth=4, num_heads=8, num_classes=9)
+model = build_model("dit", config).clone(execution=sys.argv[1])
+params = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
+full = sum(leaf.size * 4 for leaf in jax.tree.leaves(params))
+recipe = Recipe.preset("w4a8", params).with_part("adaln", "w4a8")
+packed = jax.eval_shape(lambda p: quantize_params(p, recipe=recipe), params)
+held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(packed))
+compiled = _generated.lower(
+    denoiser(model, packed, 1.5), ddim(4), jax.random.key(0),
+    jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32), (8, 8, 4),
+).compile()
+memory = compiled.memory_analysis()
+print(json.dumps({"full": full, "held": held, "temporaries": memory.temp_size_in_bytes}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("execution", ["simulated", "integer"])
+def test_weights_stay_packed_in_the_sampling_loop(execution):
+    run = subprocess.run(
+        [sys.executable, "-c", TEMPORARIES, execution],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["held"] < 0.2 * found["full"]
+    # One layer in float32 at most (adaLN, 512 x 3072), not the network of 19 million weights.
+    assert found["temporaries"] < 0.2 * found["full"], found
+
+
+STREAMED = """
+import resource, sys
+import numpy as np, jax
+from qdit_jax.checkpoint import Checkpoint, save
+from qdit_jax.models import build_model
+from qdit_jax.cli import main
+folder = sys.argv[1]
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+if sys.argv[2] == "make":
+    model = build_model("dit", dict(hidden_size=1024, depth=8, num_heads=16))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
+    rng = np.random.default_rng(0)
+    save(folder + "/full", Checkpoint(model, jax.tree.map(
+        lambda s: rng.standard_normal(s.shape, np.float32), shapes)))
+else:
+    layers = sys.argv[2]
+    options = ["--recipe", "w4a16", "--layers", layers, "--force"]
+    assert main(["quantize", folder + "/full", folder + "/out", *options]) == 0
+    print(peak())
+"""
+
+
+@pytest.mark.slow
+def test_quantising_holds_little_more_than_what_is_written(tmp_path):
+    def run(what):
+        done = subprocess.run(
+            [sys.executable, "-c", STREAMED, str(tmp_path), what],
+            env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    run("make")  # 155 million values, 620 MB
+    peak = int(run(r".*(qkv|proj|fc1|fc2|adaLN_modulation)").splitlines()[-1])
+    # 250 MB of Python and JAX, 90 MB written, a few copies of the largest layer, 25 MB.
+    assert peak < 250e6 + 90e6 + 8 * 25e6, peak
