@@ -5,6 +5,7 @@
 
 from qdit_jax import quant
 from qdit_jax.calibration import calibrate
+from qdit_jax.calibration_items import collect_items
 from qdit_jax.checkpoint import Checkpoint, load, save
 from qdit_jax.diffusion import ddim, ddpm, flow, sample
 from qdit_jax.errors import UserError
@@ -13,6 +14,7 @@ from qdit_jax.kernels import quantized_matmul
 from qdit_jax.linen import quantize_linen
 from qdit_jax.ptq import LayerSpec, Recipe, Rule, Stats, plan, quantize_params
 from qdit_jax.quant import ActSpec, QTensor, WeightSpec, dequantize, quantize, ranges
+from qdit_jax.rounding import round_params
 from qdit_jax.sampling import denoiser, generate
 from qdit_jax.searching import search
 
@@ -29,6 +31,7 @@ __all__ = [
     "UserError",
     "WeightSpec",
     "calibrate",
+    "collect_items",
     "ddim",
     "ddpm",
     "denoiser",
@@ -44,6 +47,7 @@ __all__ = [
     "quantize_params",
     "quantized_matmul",
     "ranges",
+    "round_params",
     "sample",
     "save",
     "save_safetensors",

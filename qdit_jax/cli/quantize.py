@@ -74,6 +74,9 @@ def add_parser(subparsers: Any) -> None:
         "--attention", metavar="W16Ay", help="quantise q, k, v and softmax too, as w16a8"
     )
     parser.add_argument(
+        "--shifted-gelu", action="store_true", help="unsigned codes for the inputs of fc2"
+    )
+    parser.add_argument(
         "--stats", type=Path, help="from `qdit calibrate`; static activations need it"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
@@ -156,7 +159,7 @@ def recipe_of(args: argparse.Namespace, params: Any) -> Any:
 
     if args.recipe.endswith(".json") or Path(args.recipe).exists():
         given = [name for name in PRESET_OPTIONS if getattr(args, name) is not None]
-        if given or args.symmetric or args.act_mode != "dynamic":
+        if given or args.symmetric or args.shifted_gelu or args.act_mode != "dynamic":
             raise qdit.UserError(
                 f"--recipe {args.recipe} is a file: options such as --group-size belong "
                 "to presets like w4a8; write them into the file."
@@ -176,6 +179,8 @@ def recipe_of(args: argparse.Namespace, params: Any) -> Any:
             recipe = recipe.with_part(part, name, **options)
     if args.rounding == "gptq-authors" and args.range is None:
         recipe = with_authors_ranges(recipe)
+    if args.shifted_gelu:
+        recipe = recipe.with_shifted_gelu(params)
     recipe.resolve(params)
     return recipe
 

@@ -139,15 +139,19 @@ def collected(args: argparse.Namespace, checkpoint: Any, authors: bool) -> Any:
 def round_named(name: str) -> Callable:
     from qdit_jax import quant
 
-    return {"gptq": quant.gptq, "gptq-authors": quant.gptq_authors, "adaround": quant.adaround}[
-        name
-    ]
+    functions: dict[str, Callable] = {
+        "gptq": quant.gptq,
+        "gptq-authors": quant.gptq_authors,
+        "adaround": quant.adaround,
+    }
+    return functions[name]
 
 
 def stages_named(name: str, authors: bool) -> Callable:
     from qdit_jax.ptq import by_block, by_block_authors, by_layer
 
-    return by_block_authors if authors else {"block": by_block, "layer": by_layer}[name]
+    functions: dict[str, Callable] = {"block": by_block, "layer": by_layer}
+    return by_block_authors if authors else functions[name]
 
 
 def decibel(error: float) -> str:

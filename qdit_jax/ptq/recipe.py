@@ -28,6 +28,8 @@ PARTS = {
     "final": r"final_layer/linear",
     "attention": r"blocks_\d+/attn/(q|k|v|softmax)",
 }
+# The least value of the tanh form of GELU is -0.17004.
+GELU_SHIFT = 0.1701
 PRESET = re.compile(r"w(\d+)a(\d+)")
 
 
@@ -166,6 +168,28 @@ class Recipe:
                 )
         added = Recipe.preset(name, layers=PARTS[part], **options)
         return Recipe((*self.rules, *added.rules), f"{self.name}-{part}-{name}")
+
+    def with_shifted_gelu(self, params: Any) -> Recipe:
+        """Returns the recipe with unsigned symmetric codes for the inputs of the blocks' fc2.
+
+        `GELU_SHIFT` is added before quantising and taken off afterwards, so that nothing is
+        negative and no zero point is needed.
+
+        Raises:
+            ValueError: as `resolve`.
+        """
+        added = [
+            Rule(
+                re.escape(path),
+                LayerSpec(
+                    spec.weight,
+                    dataclasses.replace(spec.act, symmetric=True, unsigned=True, shift=GELU_SHIFT),
+                ),
+            )
+            for path, spec in self.resolve(params).items()
+            if path.endswith("mlp/fc2") and spec.act is not None and spec.act.fmt is None
+        ]
+        return Recipe((*self.rules, *added), f"{self.name}-gelu")
 
     def to_json(self) -> dict[str, Any]:
         """Returns the recipe as JSON-serialisable values."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from qdit_jax.ptq import LayerSpec, Recipe, Rule, Stats, layer_paths, plan, quantize_params
+from qdit_jax.ptq.recipe import GELU_SHIFT
 from qdit_jax.quant import ActSpec, QTensor, WeightSpec, dequantize, nbytes
 from qdit_jax.testing import realistic_dit
 
@@ -158,3 +159,35 @@ def test_static_scales_cover_the_calibrated_range(params):
         starts = [0] if group_size == 0 else [0, 32]
         span = np.maximum.reduceat(high.max(0), starts) - np.minimum.reduceat(low.min(0), starts)
         np.testing.assert_allclose(act.scale, span / 255, rtol=1e-6)
+
+
+def test_shifted_gelu_makes_the_inputs_of_fc2_unsigned(params):
+    recipe = Recipe.preset("w4a8", params, group_size=32).with_shifted_gelu(params)
+    quantized = quantize_params(params, recipe=recipe)
+    act = quantized["blocks_1"]["mlp"]["fc2"]["act_quant"]
+    assert act.spec == ActSpec(8, 32, True, unsigned=True, shift=GELU_SHIFT)
+    assert quantized["blocks_1"]["mlp"]["fc1"]["act_quant"].spec == ActSpec(8, 32)
+    lowest = jax.nn.gelu(np.linspace(-3, 3, 64, dtype=np.float32), approximate=True)
+    step = (lowest.max() + GELU_SHIFT) / 255
+    assert np.abs(act(lowest) - lowest).max() <= 0.51 * step
+
+
+@pytest.mark.parametrize(
+    ("part", "layers"), [("adaln", 3), ("embedders", 3), ("final", 1), ("attention", 8)]
+)
+def test_a_part_adds_its_layers(params, part, layers):
+    base = Recipe.preset("w4a8", params, group_size=32)
+    name = "w16a6" if part == "attention" else "w6a6"
+    extended = base.with_part(part, name, group_size=16)
+    added = set(extended.resolve(params)) - set(base.resolve(params))
+    assert len(added) == layers
+    for path in added:
+        spec = extended.get(path)
+        assert spec.act.bits == 6
+        assert (spec.weight is None) == (part == "attention")
+    assert Recipe.from_json(extended.to_json()) == extended
+
+
+def test_an_unknown_part_is_named():
+    with pytest.raises(ValueError, match="part='head' is not known; use one of adaln, embedders"):
+        Recipe.preset("w4a8").with_part("head", "w8a8")
