@@ -6,6 +6,7 @@ Dimensions: I items, B batch, S steps, M items of one trajectory, H, W, C one la
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ from jaxtyping import Float, Int
 from qdit_jax import diffusion
 from qdit_jax.calibration import default_sampler, model_inputs
 from qdit_jax.checkpoint import Checkpoint
+from qdit_jax.errors import UserError
+from qdit_jax.ptq.stats import write_arrays
 from qdit_jax.sampling import denoiser, initial_noise, latent_shape
 
 # `(sample numbers [B], S) -> steps [B, M]`: which iterations a trajectory's items come from.
@@ -28,6 +31,22 @@ class Items(NamedTuple):
     timestep: Float[np.ndarray, " I"]
     label: Int[np.ndarray, " I"]
     sample: Int[np.ndarray, " I"]
+
+    def save(self, path: str | Path) -> None:
+        """Writes an `.npz` with one array a field."""
+        write_arrays(path, self._asdict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Items:
+        """Returns the items in a file; raises `UserError` if it holds none."""
+        try:
+            with np.load(path) as data:
+                return cls(*(data[name] for name in cls._fields))
+        except (OSError, KeyError, ValueError) as error:
+            raise UserError(
+                f"{path} holds no calibration inputs ({error}); write them with "
+                "`qdit calibrate CKPT FILE --collect spread`."
+            ) from error
 
 
 def spread_steps(num_items: int = 4) -> ChooseFn:

@@ -42,6 +42,18 @@ def test_gptq_prints_held_out_errors_and_writes_the_checkpoint(folder, capsys):
     assert out.recipe.rules[0].spec.weight.range_fn == ranges.percentile(0.99)
 
 
+def test_collected_inputs_serve_several_roundings(folder, capsys):
+    items, model = str(folder / "items.npz"), str(folder / "model")
+    few = ["--num-samples", "4", "--steps", "3"]
+    assert main(["calibrate", model, items, "--collect", "authors", *few]) == 0
+    assert "4 inputs of 4 trajectories" in capsys.readouterr().out
+    options = ["--recipe", "w4a16", "--layers", "final_layer/linear", "--group-size", "16"]
+    assert quantize(folder, *options, "--rounding", "gptq", "--items", items) == 0
+    assert "measured on held-out inputs" in capsys.readouterr().out
+    assert quantize(folder, *options, "--rounding", "gptq", "--items", model, "--force") == 2
+    assert "holds no calibration inputs" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rounding", ["gptq-authors", "adaround"])
 def test_other_roundings_write_a_checkpoint(folder, rounding, capsys):

@@ -15,6 +15,11 @@ end.
 examples:
   qdit calibrate xl2 stats.npz --num-samples 64 --steps 50
   qdit calibrate xl2 stats.npz --hessians 'blocks_0/.*' --tokens 8
+  qdit calibrate xl2 items.npz --collect spread --num-samples 64    # for qdit quantize --items
+
+--collect writes single inputs of the network in place of statistics: 4 steps of every trajectory,
+with its label and with the null class (spread), or one step of each and no null class, as the Q-DiT
+release draws them (authors).
 """
 
 
@@ -38,6 +43,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--tokens", type=int, default=0, help="inputs of each layer to keep a call (default 0)"
     )
+    parser.add_argument(
+        "--collect", choices=("spread", "authors"), help="write single inputs, not statistics"
+    )
     parser.set_defaults(run=run)
 
 
@@ -50,8 +58,11 @@ def run(args: argparse.Namespace) -> None:
 
     if args.out.suffix != ".npz":
         raise qdit.UserError(f"OUT={args.out} must end in .npz.")
-    unfinished = args.out.with_suffix(".unfinished.npz")
     checkpoint = qdit.load(args.checkpoint)
+    if args.collect:
+        collect(args, checkpoint)
+        return
+    unfinished = args.out.with_suffix(".unfinished.npz")
     with tqdm(total=args.num_samples, unit="sample", disable=None) as bar:
         stats = qdit.calibrate(
             checkpoint,
@@ -68,3 +79,18 @@ def run(args: argparse.Namespace) -> None:
     stats.save(args.out)
     unfinished.unlink(missing_ok=True)
     print(f"wrote {args.out}: {len(stats.low)} layers at {len(stats.timesteps)} timesteps")
+
+
+def collect(args: argparse.Namespace, checkpoint: Any) -> None:
+    """Writes single inputs of the network."""
+    from tqdm import tqdm
+
+    import qdit_jax as qdit
+    from qdit_jax.cli.quantize_rounding import collected
+
+    if args.hessians or args.tokens:
+        raise qdit.UserError("--hessians and --tokens belong to statistics; leave out --collect.")
+    with tqdm(total=args.num_samples, unit="sample", disable=None) as bar:
+        items = collected(args, checkpoint, args.collect == "authors", bar.update)
+    items.save(args.out)
+    print(f"wrote {args.out}: {len(items.sample)} inputs of {args.num_samples} trajectories")

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 ROUNDINGS = ("nearest", "gptq", "gptq-authors", "adaround")
@@ -21,6 +22,9 @@ def add_rounding_options(parser: argparse.ArgumentParser) -> None:
         choices=ROUNDINGS,
         default="nearest",
         help="gptq: robust form; gptq-authors: as the Q-DiT release; adaround: learned",
+    )
+    group.add_argument(
+        "--items", type=Path, help="inputs from `qdit calibrate --collect`; sampled now if absent"
     )
     group.add_argument(
         "--num-samples", type=int, default=32, help="trajectories sampled (default 32)"
@@ -73,12 +77,13 @@ def round_on_inputs(
     from tqdm import tqdm
 
     from qdit_jax import rounding
+    from qdit_jax.calibration_items import Items
     from qdit_jax.models.layers import Linear
     from qdit_jax.ptq.hessians import layers_in_order
 
     authors = args.rounding == "gptq-authors"
     holdout = args.holdout if args.holdout is not None else (0.0 if authors else 0.25)
-    items = collected(args, checkpoint, authors)
+    items = Items.load(args.items) if args.items else collected(args, checkpoint, authors)
     stages_fn = stages_named(args.stages, authors)
     model = checkpoint.model
     apply = partial(model.apply, {"params": checkpoint.params})
@@ -117,7 +122,12 @@ def round_on_inputs(
     return params
 
 
-def collected(args: argparse.Namespace, checkpoint: Any, authors: bool) -> Any:
+def collected(
+    args: argparse.Namespace,
+    checkpoint: Any,
+    authors: bool,
+    progress_fn: Callable[[int], Any] | None = None,
+) -> Any:
     """Returns the calibration items: conditional and null, or those of the release."""
     import jax
 
@@ -133,6 +143,7 @@ def collected(args: argparse.Namespace, checkpoint: Any, authors: bool) -> Any:
         batch_size=min(args.batch_size, args.steps),
         choose_fn=authors_steps(args.seed) if authors else None,
         null=not authors,
+        progress_fn=progress_fn,
     )
 
 
