@@ -77,7 +77,9 @@ def run(args: argparse.Namespace) -> None:
             progress_fn=bar.update,
         )
     stats.save(args.out)
-    unfinished.unlink(missing_ok=True)
+    # A killed run also leaves what it was writing at that moment.
+    for left in (unfinished, *args.out.parent.glob(f".{unfinished.name}.*")):
+        left.unlink(missing_ok=True)
     print(f"wrote {args.out}: {len(stats.low)} layers at {len(stats.timesteps)} timesteps")
 
 

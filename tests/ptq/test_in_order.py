@@ -222,7 +222,8 @@ def test_rounding_in_order_beats_nearest_on_held_out_inputs(small, rounding, pat
     assert better < 0.8
     nearest = quantize_params(params, recipe=recipe)
     inputs = [jnp.asarray(array) for array in items[:3]]
-    full, ours, plain = (Denoiser(p, model)(*inputs) for p in (params, quantized, nearest))
+    call = jax.jit(lambda denoise_fn: denoise_fn(*inputs))
+    full, ours, plain = (call(Denoiser(p, model)) for p in (params, quantized, nearest))
     held_out = held_out_items(items, 0.25)
     assert relative(ours[held_out], full[held_out]) < 0.9 * relative(
         plain[held_out], full[held_out]
@@ -258,10 +259,15 @@ def test_hessians_are_those_of_the_quantised_network(small):
     sums = hessians_of(
         Denoiser(quantized, model), items, np.ones(len(items.x), bool), ["blocks_0/attn/proj"], 7
     )
-    seen = []
-    with seen_inputs(lambda path, x: seen.append((path, x)), Linear, rounded=False):
-        model.apply({"params": quantized}, *(jnp.asarray(array) for array in items[:3]))
-    x = dict(seen)["blocks_0/attn/proj"]
+
+    @jax.jit
+    def recorded_by_hand(params):
+        seen = {}
+        with seen_inputs(seen.__setitem__, Linear, rounded=False):
+            model.apply({"params": params}, *(jnp.asarray(array) for array in items[:3]))
+        return seen["blocks_0/attn/proj"]
+
+    x = recorded_by_hand(quantized)
     rounded = quant.fake_quantize(x, ActSpec(8, 16)).reshape(-1, x.shape[-1])
     expected = rounded.T @ rounded
     assert relative(sums["blocks_0/attn/proj"], expected) < 1e-3
