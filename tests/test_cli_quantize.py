@@ -36,6 +36,7 @@ def test_gptq_prints_held_out_errors_and_writes_the_checkpoint(folder, capsys):
     (line,) = [line for line in printed.splitlines() if line.startswith("blocks_0/attn/qkv")]
     assert " -> " in line
     assert "measured on held-out inputs" in printed
+    assert "note:" not in printed  # 24 items of 16 tokens for 32 channels
     out = load(folder / "out")
     assert isinstance(out.params["blocks_0"]["attn"]["qkv"]["kernel"], QTensor)
     assert out.metadata["rounding"] == "gptq"
@@ -64,6 +65,7 @@ def test_other_roundings_write_a_checkpoint(folder, rounding, capsys):
     weight = out.recipe.rules[0].spec.weight
     if rounding == "gptq-authors":
         assert "nothing was held out" in printed
+        assert "note: 64 inputs for the 128 channels of blocks_0/mlp/fc2" in printed
         assert weight.range_fn == ranges.authors_gptq
         assert out.recipe.rules[0].spec.act.range_fn == ranges.authors
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -91,6 +92,7 @@ def round_on_inputs(
     chosen = set(recipe.resolve(checkpoint.params))
     num_stages = sum(bool(chosen & set(stage)) for stage in stages_fn(paths))
     total = rounding.num_batches(items, holdout, args.batch_size, num_stages)
+    note_few_tokens(checkpoint, recipe, len(items.x) * (1 - holdout))
     fallen = []
 
     def on_layer(layer: Any) -> None:
@@ -120,6 +122,26 @@ def round_on_inputs(
         "which was better there"
     )
     return params
+
+
+def note_few_tokens(checkpoint: Any, recipe: Any, num_items: float) -> None:
+    """Prints a sentence if a block's layer has fewer than 4 inputs a channel to be fitted to."""
+    import qdit_jax as qdit
+    from qdit_jax.sampling import latent_shape
+
+    height, width, _ = latent_shape(checkpoint.model)
+    num_tokens = int(num_items * height * width / checkpoint.model.patch_size**2)
+    planned = [
+        plan
+        for plan in qdit.plan(checkpoint.params, recipe)
+        if plan.spec.weight is not None and re.search("/(attn|mlp)/", plan.path)
+    ]
+    widest = max(planned, key=lambda plan: plan.shape[0], default=None)
+    if widest is not None and num_tokens < 4 * widest.shape[0]:
+        print(
+            f"note: {num_tokens:,} inputs for the {widest.shape[0]:,} channels of {widest.path}; "
+            "gains on inputs not seen need 4 a channel or more: raise --num-samples"
+        )
 
 
 def collected(
