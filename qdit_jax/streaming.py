@@ -7,9 +7,7 @@ left. At no time are two full-precision layers in memory.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +28,6 @@ from qdit_jax.checkpoint import (
     read_recipe,
 )
 from qdit_jax.param_codec import abstract_arrays
-
-M_MMAP_THRESHOLD = -3  # glibc's malloc.h
-LARGE = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,13 +110,3 @@ def materialized(tree: Any) -> Any:
         vae = None if tree.vae is None else materialized(tree.vae)
         return dataclasses.replace(tree, params=materialized(tree.params), vae=vae)
     return jax.tree.map(lambda leaf: leaf.read() if isinstance(leaf, StoredArray) else leaf, tree)
-
-
-def give_back_freed_memory() -> None:
-    """Has this process return every large array's memory as soon as the array is freed (glibc).
-
-    By default the freed layers of a streamed checkpoint stay as holes between the packed ones:
-    1.0 GB in place of 0.8 for DiT-XL/2. It stays in force; elsewhere than on Linux it does nothing.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)

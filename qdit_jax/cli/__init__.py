@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
+import platform
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -44,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     use_compilation_cache()
     keep_weights_packed()
+    give_back_freed_memory()
     try:
         args.run(args)
     except (ValueError, TypeError, OSError) as error:
@@ -78,3 +81,15 @@ def keep_weights_packed() -> None:
     # An unknown flag would end the process: only where it is known to exist.
     if flag not in flags and version("jaxlib").startswith(("0.10.", "0.11.")):
         os.environ["XLA_FLAGS"] = f"{flags} {flag}=false".strip()
+
+
+def give_back_freed_memory() -> None:
+    """Has this process return a large array's memory as soon as the array is freed (glibc).
+
+    By default freed arrays stay as holes between those in use. For DiT-XL/2: 0.85 GB in place of
+    1.02 to quantise, 3.1 in place of 3.9 to sample in full precision, at the same speed. Elsewhere
+    than on Linux it does nothing.
+    """
+    mmap_threshold, large = -3, 1 << 18  # M_MMAP_THRESHOLD of glibc's malloc.h
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(mmap_threshold, large)

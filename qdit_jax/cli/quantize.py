@@ -88,11 +88,10 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     import qdit_jax as qdit
     from qdit_jax.files import check_free
-    from qdit_jax.streaming import give_back_freed_memory, materialized, open_checkpoint
+    from qdit_jax.streaming import materialized, open_checkpoint
 
     if not args.dry_run:
         check_free(args.out, args.force)
-    give_back_freed_memory()
     checkpoint = open_checkpoint(args.checkpoint)  # its arrays are read one at a time
     recipe = recipe_of(args, checkpoint.params)
     plans = {p.path: p for p in qdit.plan(checkpoint.params, recipe)}
