@@ -81,6 +81,20 @@ def load_safetensors(path: str | Path, *, sharding: Placement = None) -> Checkpo
         return build(path, file, read_metadata(path, file.metadata()), "", sharding)
 
 
+def exported_parts(path: str | Path) -> dict[str, Any] | None:
+    """Returns what an exported file says of itself, or None if `path` is no exported checkpoint.
+
+    Raises:
+        UserError: if the file is an export, but damaged or from a newer version.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata()
+    except (SafetensorError, OSError):
+        return None
+    return read_metadata(Path(path), metadata) if KEY in (metadata or {}) else None
+
+
 def read_metadata(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     """Returns what the file says of itself; raises `UserError` if that cannot be used."""
     if KEY not in (metadata or {}):

@@ -87,6 +87,22 @@ def test_inspect_counts_bytes_by_part(folder, capsys):
     assert "family: dit" in capsys.readouterr().out
 
 
+def test_inspect_tells_an_exported_file_from_a_torch_file(folder, capsys, golden):
+    exported = str(folder / "model.safetensors")
+    assert main(["export", str(folder / "model"), exported]) == 0
+    capsys.readouterr()
+    for path in (exported, str(folder / "model")):
+        assert main(["inspect", path, "--json"]) == 0
+    first, second = capsys.readouterr().out.split("\n}\n")[:2]
+    first, second = json.loads(first + "}"), json.loads(second + "}")
+    assert first["bytes"] == second["bytes"]
+    assert first["parts"] == second["parts"]
+    assert main(["inspect", str(golden("dit_A.pt"))]) == 0
+    printed = capsys.readouterr().out
+    assert "family: dit, DiT in the facebook layout" in printed
+    assert "pass --num-heads" in printed
+
+
 def jax_leaves(tree):
     import jax
 

@@ -17,6 +17,7 @@ spread of weights and inputs over channels, outlier channels, ranges over the ti
 examples:
   qdit inspect xl2-w4a8
   qdit inspect xl2-w4a8 --json
+  qdit inspect xl2-w4a8.safetensors
   qdit inspect DiT-XL-2-256x256.pt
   qdit inspect xl2 --stats --out xl2-stats --num-samples 4 --steps 10
 """
@@ -45,8 +46,8 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from qdit_jax.checkpoint import read_description
     from qdit_jax.errors import UserError
+    from qdit_jax.export import exported_parts
 
     is_checkpoint = (args.path / "model.json").is_file()
     if args.stats:
@@ -54,16 +55,30 @@ def run(args: argparse.Namespace) -> None:
         return
     if given := [name for name in STATS if getattr(args, name) is not None]:
         raise UserError(f"--{given[0].replace('_', '-')} is an option of --stats.")
-    if is_checkpoint:
-        summary = summarize(args.path, read_description(args.path))
-    else:
-        from qdit_convert import describe
+    parts = folder_parts(args.path) if is_checkpoint else exported_parts(args.path)
+    if parts is None:
+        from qdit_convert import describe, description_text
 
-        summary = describe(args.path)
+        described = describe(args.path)
+        print(json.dumps(described, indent=1) if args.json else description_text(described))
+        return
+    summary = summarize(str(args.path), parts)
     if args.json:
         print(json.dumps(summary, indent=1))
     else:
         print_tree(summary)
+
+
+def folder_parts(folder: Path) -> dict[str, Any]:
+    """Returns `model`, `recipe` and `vae` of a checkpoint folder, as an exported file has them."""
+    from qdit_jax.checkpoint import read_description
+
+    recipe, vae = folder / "recipe.json", folder / "vae"
+    return {
+        "model": read_description(folder),
+        "recipe": json.loads(recipe.read_text()) if recipe.exists() else None,
+        "vae": folder_parts(vae) if (vae / "model.json").is_file() else None,
+    }
 
 
 def draw_stats(args: argparse.Namespace, is_checkpoint: bool) -> None:
@@ -141,13 +156,14 @@ def recorded(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     return write_model_report(out, title, checkpoint.params, stats, protocol)
 
 
-def summarize(folder: Path, description: dict[str, Any]) -> dict[str, Any]:
+def summarize(path: str, found: dict[str, Any]) -> dict[str, Any]:
     """Returns the family, configuration, counts, bytes by part, and recipe of a checkpoint."""
     from qdit_jax.model_stats import part_of
 
+    description = found["model"]
     parts: dict[str, dict[str, Any]] = {}
-    for path, leaf in description["params"].items():
-        part = parts.setdefault(part_of(path), {"values": 0, "bytes": 0, "dtypes": {}})
+    for name, leaf in description["params"].items():
+        part = parts.setdefault(part_of(name), {"values": 0, "bytes": 0, "dtypes": {}})
         arrays = [leaf] if leaf["type"] == "array" else list(leaf["arrays"].values())
         if leaf["type"] != "ActQuant":
             part["values"] += product(leaf["shape"])
@@ -157,7 +173,7 @@ def summarize(folder: Path, description: dict[str, Any]) -> dict[str, Any]:
             kind = f"{leaf['bits']}-bit" if leaf["type"] == "QTensor" else array["dtype"]
             part["dtypes"][kind] = part["dtypes"].get(kind, 0) + size
     summary = {
-        "path": str(folder),
+        "path": path,
         "family": description["family"],
         "config": description["config"],
         "values": sum(part["values"] for part in parts.values()),
@@ -165,12 +181,10 @@ def summarize(folder: Path, description: dict[str, Any]) -> dict[str, Any]:
         "parts": parts,
         "metadata": description.get("metadata", {}),
     }
-    if (folder / "recipe.json").exists():
-        summary["recipe"] = json.loads((folder / "recipe.json").read_text())
-    if (folder / "vae" / "model.json").is_file():
-        from qdit_jax.checkpoint import read_description
-
-        summary["vae"] = summarize(folder / "vae", read_description(folder / "vae"))
+    if found.get("recipe"):
+        summary["recipe"] = found["recipe"]
+    if found.get("vae"):
+        summary["vae"] = summarize(f"{path}/vae", found["vae"])
     return summary
 
 
