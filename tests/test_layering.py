@@ -43,8 +43,6 @@ def rooms_of(names: set[str]) -> set[str]:
 @pytest.mark.parametrize("room", sorted(ALLOWED))
 def test_a_room_imports_only_what_lies_below(room):
     files = list((ROOT / "qdit_jax" / room).rglob("*.py"))
-    if room == "search" and not files:
-        pytest.skip("not built")
     assert files
     exported = {"ActSpec", "QTensor", "WeightSpec"}
     for file in files:
