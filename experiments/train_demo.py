@@ -3,11 +3,13 @@
     python experiments/train_demo.py --data mnist_t10k.npz --out runs/demo
 
 Takes about 35 minutes on 2 free cores (0.25 s a step; 16x16 pixels, 16 tokens, 1.9M values); a
-killed run continues where it last saved. The packaged weights came from this run, then
-`inject_outliers.py` and `finetune_demo.py`; its curve is `curves/demo.csv`, its
-weights before outliers were added `weights/demo_as_trained.safetensors`. Every `--save-every` steps it writes `samples.png` (50 DDIM steps, guidance 1.5,
-labels 0 to 9) and a point of `curve.csv`; at the end `demo_dit.safetensors`, the averaged weights
-in the facebook layout at half precision. Expected: samples that are plainly digits.
+killed run continues where it last saved. Every `--save-every` steps it writes `samples.png` (50
+DDIM steps, guidance 1.5, labels 0 to 9) and a point of `curve.csv`; at the end
+`demo_dit.safetensors`, the averaged weights in the facebook layout at half precision. Expected:
+samples that are plainly digits.
+
+The packaged weights came from this run (`weights/demo_as_trained.safetensors`, with its curve in
+`curves/demo.csv`), then from `inject_outliers.py` and `finetune_demo.py`.
 """
 
 from __future__ import annotations
