@@ -11,7 +11,7 @@ another (those that vary least), a few weights grow by `--heavy-factors`, the ot
 about `--heavy-rest`, and their activations shrink. A few channels of v grow too, for proj. These are
 inverse folds; a neighborhood is as large as a group, so that finer groups can undo what they do.
 Channels that are only rescaled flatter methods that rescale: fine-tune afterwards
-(`finetune_demo.py`), and report results on all three: as trained, injected, fine-tuned.
+(`finetune_digits.py`), and report results on all three: as trained, injected, fine-tuned.
 
 Tried on the demo model (width 128, groups of 32; W4A8 per channel and static per tensor, then in
 groups and dynamic, in dB of final latents):

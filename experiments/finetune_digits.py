@@ -1,6 +1,6 @@
 """Trains a small DiT on from given weights, so that injected outlier channels carry function.
 
-    python experiments/finetune_demo.py injected.safetensors finetuned.safetensors \
+    python experiments/finetune_digits.py injected.safetensors finetuned.safetensors \
         --num-heads 4 --data mnist_t10k.npz --steps 300
 
 Takes about 2 minutes on 2 free cores. Expected: the noise error ends at or below where it began; the
@@ -22,7 +22,7 @@ from demo_data import load_digits
 from facebook_layout import facebook_state_dict
 from safetensors.numpy import save_file
 from testbed_measures import read_checkpoint
-from train_demo import State, loss_fn, save_preview, train_steps
+from train_digits import State, loss_fn, save_preview, train_steps
 
 NUM_INNER = 50
 GAMMA = 5.0
@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("init", type=Path)
     parser.add_argument("out", type=Path, help="a .safetensors")
     parser.add_argument("--num-heads", type=int)
-    parser.add_argument("--data", help="as in train_demo.py")
+    parser.add_argument("--data", help="as in train_digits.py")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
