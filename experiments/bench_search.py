@@ -7,8 +7,9 @@
 model of the same batch, interleaved; expected: at most 1.15 times, one compilation.
 
 `methods` searches with every method at equal bit operations for several keys, then measures the
-winners and the uniform recipe on seeds that no search saw. It writes methods.json, which
-`experiments/plot_search.py` makes a table and a figure of. Expected on the demo model: the default
+winners and the uniform recipe on seeds that no search saw. It writes methods-BITS.json after every
+search, which `experiments/plot_search.py` makes a table and a figure of; a run with the same OUT
+goes on from it. Expected on the demo model: the default
 search finds an error as low as the evolution's with a hundredth of its published evaluations.
 About 2 minutes for `cost`, about an hour for `methods` with the settings below, on 2 cores.
 """
@@ -150,7 +151,9 @@ def compare(args: argparse.Namespace) -> None:
     size = int(args.budget.rpartition("-g")[2])
     tokens = (checkpoint.model.input_size // checkpoint.model.patch_size) ** 2
     uniform_bitops = total_cost(cost_table(space, BitOps(tokens)), uniform_assignment(space, size))
-    results: dict[str, Any] = {"settings": {k: str(v) for k, v in vars(args).items()}, "runs": []}
+    path = args.out / f"methods-{args.bits}.json"
+    results = started(path, args)
+    known = {(row["method"], row["key"]) for row in results["runs"]}
     measure = {}
 
     def errors_of(found_space: Any, assignment: Any) -> np.ndarray:
@@ -163,6 +166,8 @@ def compare(args: argparse.Namespace) -> None:
     print(f"uniform {size}: {uniform.mean():.4g}", flush=True)
     results["uniform"] = {"error": float(uniform.mean()), "errors": uniform.tolist()}
     for key, method in itertools.product(range(args.keys), args.methods):
+        if (method, key) in known:
+            continue
         is_default = method == "default"
         settings = None if is_default else EvolutionSettings(args.population, args.generations)
         budget = f"mean-group={size}" if method == "qdit-release" else args.budget
@@ -198,7 +203,7 @@ def compare(args: argparse.Namespace) -> None:
             "rank_correlation": report.get("rank_correlation"),
         }
         results["runs"].append(row)
-        (args.out / f"methods-{args.bits}.json").write_text(json.dumps(results, indent=1))
+        path.write_text(json.dumps(results, indent=1))
         print(
             f"key {key} {method:12} error {row['error']:.4g} ({row['relative_to_uniform']:+.1%} "
             f"of uniform {size}; difference [{test.difference.low:.2g}, {test.difference.high:.2g}])  "
@@ -207,6 +212,23 @@ def compare(args: argparse.Namespace) -> None:
             f"evolution's, {row['seconds']:.0f} s  {row['rank_correlation'] or ''}",
             flush=True,
         )
+
+
+def started(path: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the results so far of the same settings, or none."""
+    varied = ("methods", "keys")  # rows are added for these
+    settings = {k: str(v) for k, v in vars(args).items()}
+    if path.exists():
+        results = json.loads(path.read_text())
+        others = {
+            k: (v, settings.get(k))
+            for k, v in results["settings"].items()
+            if k not in varied and v != settings.get(k)
+        }
+        if others:
+            raise SystemExit(f"{path} holds results of other settings {others}; use another --out.")
+        return results
+    return {"settings": settings, "runs": []}
 
 
 if __name__ == "__main__":

@@ -27,12 +27,16 @@ from qdit_jax.search import (
     EvolutionSettings,
     Journal,
     Measured,
+    Prediction,
     Space,
     Store,
+    additive_solution,
     allocate,
     evolve,
     function_objective,
+    lagrangian_front,
     named_costs,
+    nsga2,
     paired_error,
     pareto,
     parse_budget,
@@ -43,9 +47,10 @@ from qdit_jax.search import (
     uniform_sizes,
 )
 from qdit_jax.search.allocate import predicted_only
+from qdit_jax.search.descent import own_errors
 from qdit_jax.search.space import describe
 
-METHODS = ("default", "qdit-paper", "qdit-release", "random")
+METHODS = ("default", "nsga2", "qdit-paper", "qdit-release", "random")
 DEFAULT_BUDGET = "bitops=1.0x-g128"
 # What the release really searches (see its loop): weight groups only, symmetric, without guidance,
 # under a mean group size.
@@ -116,7 +121,8 @@ def search(
             sensitivities alone, nothing measured; a function `(params, key) -> scalar`; or an
             objective such as `rollouts.frechet_objective(...)`.
         method: "default": sensitivities and the exact knapsack, verified; "qdit-paper" and
-            "qdit-release": the published evolution, and what its release really does; "random".
+            "qdit-release": the published evolution, and what its release really does; "nsga2": a
+            measured front, begun from the predicted one; "random".
         space: or settings of `search_space` as keywords (`weight_bits=3`, `sides="separate"`).
         sampler: of the rollouts; `num_steps` of the default one if None.
         num_batches, batch_size: samples on which an assignment can be measured. The default search
@@ -309,20 +315,36 @@ def by_evolution(
         best = float(measured.fitness.min())
         report_fn({"text": f"{text}, best {best:.6g}", "best": best})
 
-    measured = (random_search if method == "random" else evolve)(
+    first = [a for a in given if budget.allows(a)]
+    if method == "nsga2" and saved is None:
+        report_fn({"text": "measuring sensitivities"})
+        first = predicted_front(predict_fn(None), space, budget, settings.population // 2) + first
+    run_fn = {"nsga2": nsga2, "random": random_search}.get(method, evolve)
+    measured = run_fn(
         space,
         budget,
         evaluator,
         seed=seed,
         settings=settings,
-        first=[a for a in given if budget.allows(a)],
+        first=first,
         measured=None if saved is None else Measured(**saved),
         save_fn=after_generation,
     )
     kept = pareto(measured.cost, measured.fitness)
     front = Front(measured.assignments[kept], measured.cost[kept], measured.fitness[kept])
     items = len(measured.fitness) * evaluator.objective.num_batches
-    return measured.best, front, measured, {"num_items": items, "num_predictions": 0}
+    report = {"num_items": items, "num_predictions": int(method == "nsga2")}
+    return measured.best, front, measured, report
+
+
+def predicted_front(
+    prediction: Prediction, space: Space, budget: Budget, count: int
+) -> list[np.ndarray]:
+    """Returns at most `count` legal assignments of the predicted front, the knapsack's first."""
+    front = lagrangian_front(own_errors(prediction, space), list(budget.table))[0]
+    legal = front[budget.allows(front)]
+    spread = np.unique(np.linspace(0, len(legal) - 1, max(count - 1, 1)).round().astype(int))
+    return [additive_solution(prediction, space, budget).assignment, *legal[spread]][:count]
 
 
 def from_predictions(

@@ -40,7 +40,7 @@ def add_parser(subparsers: Any) -> None:
     add("out", metavar="OUT", type=Path, help="the folder to write")
     add("--budget", help="such as bitops=1.0x-g128 (the default) or bytes=351.3M")
     add("--objective", choices=("paired", "predicted", "frechet"), default="paired")
-    add("--method", default="default", help="default, qdit-paper, qdit-release or random")
+    add("--method", default="default", help="default, nsga2, qdit-paper, qdit-release or random")
     add("--weight-bits", type=int, nargs="+", help="default 4; several are a second axis")
     add("--act-bits", type=int, nargs="+", help="default 8; 16 leaves the inputs as they are")
     add("--group-sizes", type=int, nargs="+", help="default 32 64 128 192 288; 0 is the channel")

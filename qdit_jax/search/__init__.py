@@ -25,6 +25,7 @@ from qdit_jax.search.evaluate import (
 from qdit_jax.search.evolution import EvolutionSettings, evolve, random_search
 from qdit_jax.search.journal import Journal
 from qdit_jax.search.knapsack import Solution, lagrangian_front, pareto, solve
+from qdit_jax.search.nsga import nsga2
 from qdit_jax.search.objectives import (
     FeatureDistance,
     FunctionObjective,
@@ -88,6 +89,7 @@ __all__ = [
     "gpu_cost",
     "lagrangian_front",
     "named_costs",
+    "nsga2",
     "paired_error",
     "pareto",
     "parse_budget",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,9 @@ from qdit_jax.search.budget import Budget
 from qdit_jax.search.records import Measured
 from qdit_jax.search.space import Space
 
+SaveFn = Callable[[Measured], Any]
+# (generator, measured=...) -> new legal assignments [C, L]
+DrawFn = Callable[..., np.ndarray]
 ATTEMPTS = 10  # draws a child that is wanted, before the rest is drawn at random
 
 
@@ -61,7 +65,7 @@ def evolve(
     settings: EvolutionSettings | None = None,
     first: Sequence[Any] = (),
     measured: Measured | None = None,
-    save_fn: Callable[[Measured], Any] | None = None,
+    save_fn: SaveFn = lambda measured: None,
 ) -> Measured:
     """Returns all assignments measured, `.best` among them.
 
@@ -75,19 +79,8 @@ def evolve(
         ValueError: if an assignment of `first` does not fit space and budget.
     """
     settings = EvolutionSettings() if settings is None else settings
-    measured = Measured.none(space) if measured is None else measured
-    for generation in range(measured.num_rounds, settings.num_generations + 1):
-        rng = np.random.default_rng([seed, generation])
-        if generation == 0:
-            drawn = first_population(rng, space, budget, settings.population, first)
-        else:
-            drawn = children(rng, space, budget, settings, measured)
-        if not len(drawn):
-            break  # Every legal assignment has been measured.
-        measured = measured.extended(drawn, fitness_fn(drawn), budget.cost(drawn))
-        if save_fn is not None:
-            save_fn(measured)
-    return measured
+    draw_fn = partial(children, space=space, budget=budget, settings=settings)
+    return generations(space, budget, fitness_fn, draw_fn, seed, settings, first, measured, save_fn)
 
 
 def random_search(
@@ -99,24 +92,41 @@ def random_search(
     settings: EvolutionSettings | None = None,
     first: Sequence[Any] = (),
     measured: Measured | None = None,
-    save_fn: Callable[[Measured], Any] | None = None,
+    save_fn: SaveFn = lambda measured: None,
 ) -> Measured:
     """Returns as many measured assignments as `evolve` would, all drawn at random."""
     settings = EvolutionSettings() if settings is None else settings
-    only_random = dataclasses.replace(settings, num_crossover=0, num_mutation=0)
     count = settings.num_crossover + settings.num_mutation
+
+    def draw_fn(rng: np.random.Generator, measured: Measured) -> np.ndarray:
+        return filled(rng, space, budget, [], count, measured.known)
+
+    return generations(space, budget, fitness_fn, draw_fn, seed, settings, first, measured, save_fn)
+
+
+def generations(
+    space: Space,
+    budget: Budget,
+    fitness_fn: Callable[[np.ndarray], np.ndarray],
+    draw_fn: DrawFn,
+    seed: int,
+    settings: EvolutionSettings,
+    first: Sequence[Any],
+    measured: Measured | None,
+    save_fn: SaveFn,
+) -> Measured:
+    """Returns all assignments measured: a first population, then what `draw_fn` draws."""
     measured = Measured.none(space) if measured is None else measured
     for generation in range(measured.num_rounds, settings.num_generations + 1):
         rng = np.random.default_rng([seed, generation])
         if generation == 0:
-            drawn = first_population(rng, space, budget, only_random.population, first)
+            drawn = first_population(rng, space, budget, settings.population, first)
         else:
-            drawn = filled(rng, space, budget, [], count, measured.known)
+            drawn = draw_fn(rng, measured=measured)
         if not len(drawn):
-            break
+            break  # Every legal assignment has been measured.
         measured = measured.extended(drawn, fitness_fn(drawn), budget.cost(drawn))
-        if save_fn is not None:
-            save_fn(measured)
+        save_fn(measured)
     return measured
 
 
@@ -197,7 +207,12 @@ def random_legal(rng: np.random.Generator, space: Space, budget: Budget) -> np.n
     112 layers practically never is, so random layers move to their next cheaper choice until it
     fits.
     """
-    drawn = rng.integers(0, space.num_choices).astype(np.int32)
+    return repaired(rng, rng.integers(0, space.num_choices), budget)
+
+
+def repaired(rng: np.random.Generator, drawn: np.ndarray, budget: Budget) -> np.ndarray:
+    """Returns `drawn` with random layers moved to their next cheaper choice until it is legal."""
+    drawn = drawn.astype(np.int32)
     while not budget.allows(drawn):
         cheaper = [next_cheaper(row, i) for row, i in zip(budget.table, drawn, strict=True)]
         layer = rng.choice(np.flatnonzero([choice is not None for choice in cheaper]))
