@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,10 @@ A4_TOKEN = "W4A4 per channel, per token"
 A4_GROUPS = "W4A4 groups, dynamic"
 
 
-def recipes(group_size: int) -> dict[str, qdit.Recipe]:
-    """Returns the gate's recipes by name."""
+def recipes(group_size: int, others: Sequence[int] = ()) -> dict[str, qdit.Recipe]:
+    """Returns the gate's recipes by name, and W4A8 dynamic in groups of the `others`."""
     preset = qdit.Recipe.preset
-    return {
+    found = {
         W8A8: preset("w8a8", group_size=group_size),
         A8_STATIC: preset("w16a8", group_size=0, act_mode="static"),
         STATIC: preset("w4a8", group_size=0, act_mode="static"),
@@ -54,6 +55,7 @@ def recipes(group_size: int) -> dict[str, qdit.Recipe]:
         A4_TOKEN: preset("w4a4", group_size=0),
         A4_GROUPS: preset("w4a4", group_size=group_size),
     }
+    return found | {f"{DYNAMIC}, {n}": preset("w4a8", group_size=n) for n in others}
 
 
 def simulated(params: Any) -> Any:
@@ -70,23 +72,28 @@ def simulated(params: Any) -> Any:
 
 
 def sample_all(
-    checkpoint: qdit.Checkpoint, args: argparse.Namespace, sampler: Any
+    checkpoint: qdit.Checkpoint,
+    sampler: Any,
+    recipes: dict[str, qdit.Recipe],
+    *,
+    num_samples: int,
+    seeds: Sequence[int],
+    guidance: float,
 ) -> dict[str, np.ndarray]:
     """Returns final latents `[seeds * samples, H, W, C]` of full precision and of every recipe."""
     stats = qdit.calibrate(
         checkpoint,
         jax.random.key(10_000),
-        args.samples,
+        num_samples,
         sampler=sampler,
-        guidance=args.guidance,
-        batch_size=args.samples,
+        guidance=guidance,
+        batch_size=num_samples,
     )
     settings = {FULL: checkpoint.params}
-    for name, recipe in recipes(args.group_size).items():
+    for name, recipe in recipes.items():
         quantized = qdit.quantize_params(checkpoint.params, recipe=recipe, stats=stats)
         settings[name] = simulated(quantized)
-    labels = np.arange(args.samples) % checkpoint.model.num_classes
-    guidance = args.guidance if checkpoint.model.null_class else None
+    labels = np.arange(num_samples) % checkpoint.model.num_classes
     found = {}
     for name, params in settings.items():
         runs = [
@@ -95,14 +102,20 @@ def sample_all(
                 sampler,
                 labels,
                 seed=seed,
-                guidance=guidance,
-                batch_size=args.samples,
+                guidance=guidance if checkpoint.model.null_class else None,
+                batch_size=num_samples,
             )
-            for seed in range(args.seeds)
+            for seed in seeds
         ]
         found[name] = np.concatenate(runs)
         print(f"  sampled {name}", file=sys.stderr, flush=True)
     return found
+
+
+def decibels(latents: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the signal to the error of full precision, a sample, of every recipe."""
+    full = latents[FULL]
+    return {name: signal_to_noise_db(full, x) for name, x in latents.items() if name != FULL}
 
 
 def gate(db: dict[str, np.ndarray]) -> list[Property]:
@@ -135,6 +148,19 @@ def print_table(title: str, lines: list[Property]) -> None:
         print(f"  {line.name:54} {line.value:8.2f}  {threshold:8} {verdict:5} {line.note}".rstrip())
 
 
+def write_json(path: Path, settings: dict, properties: Any, decibels: Any, lines: Any) -> None:
+    """Writes what was measured, beside and renamed."""
+    content = {
+        "settings": settings,
+        "properties": [{**line._asdict(), "passes": line.passes} for line in properties],
+        "decibels": {name: dataclasses.asdict(found) for name, found in decibels.items()},
+        "gate": [{**line._asdict(), "passes": line.passes} for line in lines],
+    }
+    temporary = path.with_suffix(".unfinished")
+    temporary.write_text(json.dumps(content, indent=1))
+    temporary.replace(path)
+
+
 def write_figure(
     path: Path,
     seen: dict[str, dict[str, np.ndarray]],
@@ -165,7 +191,7 @@ def write_figure(
     plt.close(figure)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -173,16 +199,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-heads", type=int, help="of weights that are no published size")
     parser.add_argument("--out", type=Path, default=Path("runs/testbed"))
     parser.add_argument("--group-size", type=int, help="default: 32 below width 512, else 128")
+    parser.add_argument(
+        "--group-sizes", type=int, nargs="*", default=[], help="W4A8 dynamic at these too"
+    )
     parser.add_argument("--samples", type=int, default=20, help="of each seed")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--only-measure", action="store_true", help="no gate: weights and inputs")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> int:
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
     checkpoint = read_checkpoint(args.checkpoint, args.num_heads)
     if args.group_size is None:
         args.group_size = 32 if checkpoint.model.hidden_size < 512 else 128
@@ -192,8 +221,15 @@ def main() -> int:
     print_table(f"Properties of {args.checkpoint}", properties)
     if args.only_measure:
         return 0
-    latents = sample_all(checkpoint, args, sampler)
-    db = {n: signal_to_noise_db(latents[FULL], x) for n, x in latents.items() if n != FULL}
+    latents = sample_all(
+        checkpoint,
+        sampler,
+        recipes(args.group_size, args.group_sizes),
+        num_samples=args.samples,
+        seeds=range(args.seeds),
+        guidance=args.guidance,
+    )
+    db = decibels(latents)
     print(f"\nFinal latents against full precision, dB, groups of {args.group_size}")
     intervals = {name: bootstrap_interval(values) for name, values in db.items()}
     for name, found in intervals.items():
@@ -201,15 +237,10 @@ def main() -> int:
     lines = gate(db)
     print_table("Gate", lines)
     args.out.mkdir(parents=True, exist_ok=True)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    content = {
-        "settings": settings,
-        "properties": [{**line._asdict(), "passes": line.passes} for line in properties],
-        "decibels": {name: dataclasses.asdict(found) for name, found in intervals.items()},
-        "gate": [{**line._asdict(), "passes": line.passes} for line in lines],
-    }
-    (args.out / "testbed.json").write_text(json.dumps(content, indent=1))
+    kept = ("group_size", "samples", "seeds", "steps", "guidance", "num_heads")
+    settings = {"checkpoint": args.checkpoint.name} | {name: vars(args)[name] for name in kept}
     write_figure(args.out / "testbed.png", seen, latents, db)
+    write_json(args.out / "testbed.json", settings, properties, intervals, lines)
     passed = all(line.passes for line in lines)
     print(f"\nThe gate {'passes' if passed else 'FAILS'}; wrote {args.out}/testbed.json and .png")
     return 0 if passed else 1

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
 
 
 def facebook_state_dict(params: Any, dtype: Any = np.float32) -> dict[str, np.ndarray]:
@@ -22,3 +24,10 @@ def facebook_state_dict(params: Any, dtype: Any = np.float32) -> dict[str, np.nd
             array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
         state[name] = np.ascontiguousarray(array, dtype=dtype)
     return state
+
+
+def write_facebook(path: Path, params: Any, dtype: Any = np.float16) -> None:
+    """Writes a `.safetensors` in the facebook DiT layout, beside and renamed: whole or not at all."""
+    temporary = path.with_name(f"unfinished_{path.name}")
+    save_file(facebook_state_dict(params, dtype=dtype), temporary)
+    temporary.replace(path)

@@ -11,16 +11,15 @@ layout, half precision, averaged) it writes `<out>.png` (samples) and `<out>.csv
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from demo_data import load_digits
-from facebook_layout import facebook_state_dict
-from safetensors.numpy import save_file
+from facebook_layout import write_facebook
 from testbed_measures import read_checkpoint
 from train_digits import State, loss_fn, save_preview, train_steps
 
@@ -47,7 +46,7 @@ def noise_error(params, images, labels, *, model):
     return loss_fn(params, images, labels, jax.random.key(99), model, GAMMA)[1]
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -59,11 +58,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=1)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     checkpoint = read_checkpoint(args.init, args.num_heads)
     model = checkpoint.model
     images, labels = (jnp.asarray(a) for a in load_digits(args.data, model.input_size))
@@ -89,10 +88,10 @@ def main() -> None:
         )
         curve.append((step + NUM_INNER, float(error(state.ema))))
         print(f"step {curve[-1][0]} noise error {curve[-1][1]:.5f}", flush=True)
-    save_file(facebook_state_dict(state.ema, dtype=np.float16), args.out)
     rows = "".join(f"{step},{value:.6f}\n" for step, value in curve)
     args.out.with_suffix(".csv").write_text(rows)
     save_preview(args.out.with_suffix(".png"), model, state.ema)
+    write_facebook(args.out, state.ema)
     print(f"wrote {args.out}, .csv and .png; noise error {began:.5f} -> {curve[-1][1]:.5f}")
 
 

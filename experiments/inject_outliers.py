@@ -27,14 +27,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from facebook_layout import facebook_state_dict
-from safetensors.numpy import save_file
+from facebook_layout import write_facebook
 from testbed_measures import read_checkpoint
 
 import qdit_jax as qdit
@@ -46,8 +46,13 @@ NUM_TIMESTEPS = 32
 
 @dataclasses.dataclass(frozen=True)
 class Injection:
-    """How strong the injected spread is; factors are drawn uniformly between two ends."""
+    """How strong the injected spread is; factors are drawn uniformly between two ends.
 
+    Channels are split into `spans`; every one gets a neighborhood with `outliers` outlier channels
+    and another with `heavy` heavy weights.
+    """
+
+    spans: int = 1
     outliers: int = 4
     factors: tuple[float, float] = (25.0, 45.0)
     heavy: int = 2
@@ -119,18 +124,31 @@ def channel_factors(
     rng: np.random.Generator, variation: np.ndarray, settings: Injection
 ) -> np.ndarray:
     """Returns by how much each channel's activations grow; below 1 its weights do."""
-    width, near = variation.size, settings.neighborhood
-    if width < 2 * near:
-        raise ValueError(f"width {width} holds no two neighborhoods of {near} channels.")
-    factor = np.ones(width)
+    near, span = settings.neighborhood, variation.size // settings.spans
+    if span < 2 * near or span % near:
+        raise ValueError(
+            f"width {variation.size} in {settings.spans} spans holds no two whole neighborhoods of "
+            f"{near} channels; lower --neighborhood or --spans."
+        )
+    factor = np.ones(variation.size)
+    for start in range(0, settings.spans * span, span):
+        part = slice(start, start + span)
+        factor[part] = span_factors(rng, variation[part], settings)
+    return factor
+
+
+def span_factors(
+    rng: np.random.Generator, variation: np.ndarray, settings: Injection
+) -> np.ndarray:
+    """Returns the factors of one span: outliers where it varies most, heavy weights where least."""
+    near = settings.neighborhood
+    factor = np.ones(variation.size)
     order = np.argsort(-variation)
     loud = order[0] // near
     members = order[order // near == loud]
     factor[members[: settings.outliers]] = rng.uniform(*settings.factors, settings.outliers)
-    quietness = [
-        np.inf if g == loud else variation[g * near : (g + 1) * near].mean()
-        for g in range(width // near)
-    ]
+    quietness = variation.reshape(-1, near).mean(1)
+    quietness[loud] = np.inf
     members = order[order // near == int(np.argmin(quietness))][::-1]
     rest = np.log(settings.heavy_rest) + 0.3 * rng.standard_normal(members.size)
     factor[members] = np.exp(-rest)
@@ -150,7 +168,7 @@ def largest_change(checkpoint: qdit.Checkpoint, params: Any) -> float:
     return float(jnp.abs(after - before).max() / jnp.abs(before).max())
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -166,11 +184,11 @@ def parse_args() -> argparse.Namespace:
             nargs=2 if pair else None,
             default=field.default,
         )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     checkpoint = read_checkpoint(args.checkpoint, args.num_heads)
     names = [field.name for field in dataclasses.fields(Injection)]
     settings = Injection(
@@ -182,7 +200,7 @@ def main() -> None:
     params = inject(checkpoint, settings)
     print(f"largest change of the output: {largest_change(checkpoint, params):.1e}")
     if args.out.suffix == ".safetensors":
-        save_file(facebook_state_dict(params, dtype=np.dtype(args.dtype)), args.out)
+        write_facebook(args.out, params, dtype=np.dtype(args.dtype))
     else:
         qdit.save(args.out, dataclasses.replace(checkpoint, params=params))
     print(f"wrote {args.out}")

@@ -18,18 +18,18 @@ from __future__ import annotations
 
 import argparse
 import functools
+import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from demo_data import load_digits
-from facebook_layout import facebook_state_dict
-from safetensors.numpy import save_file
+from facebook_layout import write_facebook
 
 import qdit_jax as qdit
 from qdit_jax.media import save_grid
@@ -40,9 +40,11 @@ MODELS = {
     "demo": DIGITS.clone(patch_size=4, hidden_size=128, depth=6, num_heads=4),
     # The width and the heads of DiT-XL.
     "wide": DIGITS.clone(patch_size=8, hidden_size=1152, depth=2, num_heads=16),
+    # For tests: trained in seconds, to no use.
+    "tiny": DIGITS.clone(patch_size=8, hidden_size=64, depth=1, num_heads=2),
 }
 # Of each model, unless given: steps, learning rate.
-SETTINGS = {"demo": (8000, 1e-3), "wide": (3000, 3e-4)}
+SETTINGS = {"demo": (8000, 1e-3), "wide": (3000, 3e-4), "tiny": (100, 1e-3)}
 NUM_TIMESTEPS = 1000
 LABEL_DROPOUT = 0.1
 EMA_DECAY = 0.999
@@ -54,7 +56,7 @@ class State(NamedTuple):
     opt_state: Any
 
 
-def loss_fn(params, image, label, key, model, min_snr_gamma):
+def loss_fn(params, image, label, key, model, min_snr_gamma, label_dropout=LABEL_DROPOUT):
     """Returns the noise error (Min-SNR weights, arXiv:2303.09556) plus the bound on the variance.
 
     The variance's share is the KL divergence of the posteriors with the mean held fixed
@@ -71,7 +73,7 @@ def loss_fn(params, image, label, key, model, min_snr_gamma):
     timestep = (offsets * NUM_TIMESTEPS).astype(jnp.int32)
     noise = jax.random.normal(key_noise, image.shape)
     label = jnp.where(
-        jax.random.uniform(key_drop, (batch,)) < LABEL_DROPOUT, model.num_classes, label
+        jax.random.uniform(key_drop, (batch,)) < label_dropout, model.num_classes, label
     )
     a = alphas_cumprod[timestep][:, None, None, None]
     noisy = jnp.sqrt(a) * image + jnp.sqrt(1 - a) * noise
@@ -96,10 +98,22 @@ def loss_fn(params, image, label, key, model, min_snr_gamma):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("optimizer", "model", "num_inner", "batch_size", "gamma")
+    jax.jit,
+    static_argnames=("optimizer", "model", "num_inner", "batch_size", "gamma", "label_dropout"),
 )
 def train_steps(
-    state, images, labels, key, step, *, optimizer, model, num_inner, batch_size, gamma
+    state,
+    images,
+    labels,
+    key,
+    step,
+    *,
+    optimizer,
+    model,
+    num_inner,
+    batch_size,
+    gamma,
+    label_dropout=LABEL_DROPOUT,
 ):
     """Returns the state after `num_inner` steps and their mean noise error; keys follow the step."""
 
@@ -108,7 +122,9 @@ def train_steps(
         pick_key, loss_key = jax.random.split(step_key)
         pick = jax.random.randint(pick_key, (batch_size,), 0, images.shape[0])
         grad_fn = jax.grad(loss_fn, has_aux=True)
-        grads, simple = grad_fn(state.params, images[pick], labels[pick], loss_key, model, gamma)
+        grads, simple = grad_fn(
+            state.params, images[pick], labels[pick], loss_key, model, gamma, label_dropout
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(EMA_DECAY, (1 + i) / (10 + i))
@@ -128,7 +144,7 @@ def save_preview(path: Path, model: DiT, params: Any) -> None:
     save_grid(path, samples, columns=10, scale=3)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -140,16 +156,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, help="1e-3 of demo, 3e-4 of wide")
     parser.add_argument("--min-snr-gamma", type=float, default=5.0)
     parser.add_argument("--save-every", type=int, default=1000)
+    parser.add_argument("--keep-snapshots", action="store_true", help="keep every save's weights")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     steps, learning_rate = SETTINGS[args.model]
     args.steps = args.steps or steps
     args.learning_rate = args.learning_rate or learning_rate
     return args
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     model = MODELS[args.model]
     num_tokens = (model.input_size // model.patch_size) ** 2
@@ -196,8 +213,11 @@ def main() -> None:
             if step % args.save_every == 0 or step >= args.steps:
                 manager.save(step, args=ocp.args.StandardSave(state))
                 save_preview(args.out / "samples.png", model, state.ema)
-                weights = facebook_state_dict(state.ema, dtype=np.float16)
-                save_file(weights, args.out / f"{args.model}_dit.safetensors")
+                weights = args.out / f"{args.model}_dit.safetensors"
+                write_facebook(weights, state.ema)
+                if args.keep_snapshots:
+                    (args.out / "snapshots").mkdir(exist_ok=True)
+                    shutil.copyfile(weights, args.out / "snapshots" / f"{step}.safetensors")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,100 @@
+"""Builds a digit model in its three states and says what each shows: one command, start to end.
+
+    python experiments/build_testbed.py --model wide --data mnist_t10k.npz --out runs/wide
+    python experiments/build_testbed.py --model demo --data mnist_t10k.npz --out runs/demo
+
+Stages: train, inject outliers, fine-tune, check each state. A stage whose file is there is skipped,
+and a killed training continues, so that the command may be given again. In `--out`:
+`as_trained.safetensors`, `injected.safetensors`, `finetuned.safetensors` (half precision, facebook
+layout), samples as PNG beside the first and the last, `<state>.json` and `<state>.png` of
+`check_testbed.py`, `summary.md` of all three. `--as-trained` starts from given weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import check_testbed
+import finetune_digits
+import inject_outliers
+import train_digits
+from testbed_summary import STATES, write_summary
+
+# Of each model: what its stages are given beyond the scripts' own defaults.
+INJECTION: dict[str, list[str]] = {"demo": [], "tiny": [], "wide": []}
+FINETUNING: dict[str, list[str]] = {"demo": [], "tiny": ["--steps", "50"], "wide": []}
+CHECK: dict[str, list[str]] = {
+    "demo": ["--group-sizes", "64"],
+    "tiny": ["--samples", "4", "--seeds", "1", "--steps", "4"],
+    "wide": ["--group-sizes", "32", "64", "192", "288"],
+}
+
+
+def build(model: str, data: str | None, out: Path, as_trained: Path | None) -> str:
+    """Returns the summary of the three states, after building what is missing in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {state: out / f"{state}.safetensors" for state in STATES}
+    heads = ["--num-heads", str(train_digits.MODELS[model].num_heads)]
+    digits = ["--data", data] if data else []
+
+    def train(path: Path) -> None:
+        folder = out / "training"
+        if as_trained is None:
+            train_digits.main(["--model", model, *digits, "--out", str(folder)])
+            shutil.copyfile(folder / "samples.png", out / "as_trained_samples.png")
+        source = as_trained or folder / f"{model}_dit.safetensors"
+        shutil.copyfile(source, path.with_suffix(".unfinished"))
+        path.with_suffix(".unfinished").replace(path)
+
+    def inject(path: Path) -> None:
+        files = [str(weights["as_trained"]), str(path)]
+        inject_outliers.main([*files, *heads, *INJECTION[model]])
+
+    def finetune(path: Path) -> None:
+        files = [str(weights["injected"]), str(path)]
+        finetune_digits.main([*files, *heads, *digits, *FINETUNING[model]])
+
+    def check(path: Path) -> None:
+        folder = out / "checked"
+        file = str(weights[path.stem])
+        check_testbed.main([file, *heads, "--out", str(folder), *CHECK[model]])
+        (folder / "testbed.png").replace(path.with_suffix(".png"))
+        (folder / "testbed.json").replace(path)
+
+    for state, make in zip(STATES, (train, inject, finetune), strict=True):
+        stage(make, weights[state])
+    for state in STATES:
+        stage(check, out / f"{state}.json")
+    return write_summary(out, STATES)
+
+
+def stage(make: Callable[[Path], None], path: Path) -> None:
+    """Makes the file unless it is there; prints what it took."""
+    if path.exists():
+        print(f"{path.name} is there", flush=True)
+        return
+    began = time.perf_counter()
+    make(path)
+    print(f"made {path.name} in {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--model", choices=train_digits.MODELS, default="wide")
+    parser.add_argument("--data", help="as in train_digits.py")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--as-trained", type=Path, help="weights to begin with, in place of training"
+    )
+    args = parser.parse_args(argv)
+    print(build(args.model, args.data, args.out, args.as_trained))
+
+
+if __name__ == "__main__":
+    main()
