@@ -3,8 +3,8 @@
     python experiments/plot_search.py runs/search/methods-w4a8.json runs/search/methods-w3a8.json \\
         --out search_methods
 
-Reads what `bench_search.py --part methods` wrote; prints a Markdown table and writes OUT.md and
-OUT.png. A second's work.
+Reads what `bench_search.py --part methods` wrote (files of one name hold rows of one setting);
+prints a Markdown table and writes OUT.md and OUT.png. A second's work.
 """
 
 from __future__ import annotations
@@ -22,8 +22,18 @@ NAMES = {
     "qdit-paper": "evolution, as published",
     "qdit-release": "evolution, as released",
     "random": "random search",
+    "nsga2": "NSGA-II from the predicted front",
     "default": "sensitivities + knapsack (default)",
 }
+COLUMNS = (
+    "method",
+    "keys",
+    "error",
+    "against uniform (95%)",
+    "bit operations",
+    "network evaluations",
+    "of the published evolution's",
+)
 PAPER_EVALUATIONS = 550 * 800 * 50 * 2
 
 
@@ -34,53 +44,58 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=Path("search_methods"))
     args = parser.parse_args()
-    results = {
-        file.stem.removeprefix("methods-"): json.loads(file.read_text()) for file in args.files
-    }
+    results: dict[str, dict[str, Any]] = {}
+    for file in args.files:
+        add(results, file.stem.removeprefix("methods-"), json.loads(file.read_text()))
     text = "\n".join(table(name, result) for name, result in results.items())
     print(text)
     args.out.with_suffix(".md").write_text(text)
     draw(args.out.with_suffix(".png"), results)
 
 
+def add(results: dict[str, dict[str, Any]], name: str, found: dict[str, Any]) -> None:
+    """Adds the rows of one file; the uniform recipe ties the files of one setting together."""
+    known = results.setdefault(name, {**found, "runs": []})
+    if not np.allclose(known["uniform"]["errors"], found["uniform"]["errors"], rtol=1e-4):
+        raise SystemExit(f"files of {name} measured different uniform errors; plot them apart.")
+    known["runs"] += found["runs"]
+
+
 def table(name: str, result: dict[str, Any]) -> str:
     """Returns a Markdown table of one setting, a row a method."""
     lines = [
-        f"**{name}**, error of final latents on unseen seeds; uniform: {result['uniform']['error']:.3g}",
+        f"**{name.upper()}**: uniform has an error of {result['uniform']['error']:.3g}",
         "",
-        "| method | error | against uniform | 95% interval of the difference | bit operations "
-        "against uniform | network evaluations | share of the published evolution's |",
-        "|---|---|---|---|---|---|---|",
+        f"| {' | '.join(COLUMNS)} |",
+        "|" + "---|" * len(COLUMNS),
     ]
+    uniform = np.array(result["uniform"]["errors"])
     for method, rows in by_method(result).items():
-        gaps = np.concatenate(
-            [np.array(row["errors"]) - result["uniform"]["errors"] for row in rows]
-        )
-        low, high = interval(gaps)
-        error = np.mean([row["error"] for row in rows])
+        errors = np.array([row["errors"] for row in rows])
+        low, high = interval(errors - uniform) / uniform.mean()
         share = np.mean([row["network_evaluations"] for row in rows])
         bitops = np.mean([row["bitops_of_uniform"] for row in rows])
         lines.append(
-            f"| {NAMES[method]} ({len(rows)} keys) | {error:.3g} "
-            f"| {error / result['uniform']['error'] - 1:+.1%} | [{low:.2g}, {high:.2g}] "
-            f"| {bitops:.3f} | {share:,.0f} | 1/{PAPER_EVALUATIONS / share:.0f} |"
+            f"| {NAMES[method]} | {len(rows)} | {errors.mean():.3g} "
+            f"| {errors.mean() / uniform.mean() - 1:+.1%} ({low:+.1%} to {high:+.1%}) "
+            f"| {bitops:.3f} x | {share:,.0f} | 1/{PAPER_EVALUATIONS / share:.0f} |"
         )
     return "\n".join([*lines, ""])
 
 
 def by_method(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for row in result["runs"]:
-        rows.setdefault(row["method"], []).append(row)
-    return rows
+    """Returns the rows of every method, in the order of `NAMES`."""
+    rows = {method: [row for row in result["runs"] if row["method"] == method] for method in NAMES}
+    return {method: found for method, found in rows.items() if found}
 
 
-def interval(values: np.ndarray, num_resamples: int = 2000) -> tuple[float, float]:
-    """Returns the 95% bootstrap interval of the mean."""
+def interval(gaps: np.ndarray, num_resamples: int = 5000) -> np.ndarray:
+    """Returns the 95% interval of the mean of `[keys, samples]`; both are drawn again."""
     rng = np.random.default_rng(0)
-    picks = rng.integers(0, len(values), (num_resamples, len(values)))
-    low, high = np.quantile(values[picks].mean(axis=1), [0.025, 0.975])
-    return float(low), float(high)
+    keys = rng.integers(0, gaps.shape[0], (num_resamples, gaps.shape[0]))
+    samples = rng.integers(0, gaps.shape[1], (num_resamples, gaps.shape[1]))
+    means = [gaps[np.ix_(one, several)].mean() for one, several in zip(keys, samples, strict=True)]
+    return np.quantile(means, [0.025, 0.975])
 
 
 def draw(path: Path, results: dict[str, Any]) -> None:
@@ -89,7 +104,7 @@ def draw(path: Path, results: dict[str, Any]) -> None:
     for axes, (name, result) in zip(
         np.atleast_1d(figure.subplots(1, len(results))), results.items(), strict=True
     ):
-        axes.axhline(result["uniform"]["error"], color="#9aa5b1", ls="--", label="uniform")
+        axes.axhline(result["uniform"]["error"], color="#9aa5b1", ls="--", label="uniform 128")
         for method, rows in by_method(result).items():
             axes.plot(
                 [row["network_evaluations"] for row in rows],

@@ -4,7 +4,7 @@
     python experiments/train_digits.py --model wide --data mnist_t10k.npz --out runs/wide
 
 About 40 minutes each on 2 free cores: `demo` 8,000 steps of 0.25 s (width 128, depth 6, 16 tokens,
-1.9M values), `wide` 3,000 steps of 0.8 s (width 1152, 16 heads, depth 2, 4 tokens, 48M values). A
+1.9M values), `wide` 2,400 steps of 0.8 s (width 1152, 16 heads, depth 2, 4 tokens, 48M values). A
 killed run continues where it last saved. Every `--save-every` steps it writes `samples.png` (50
 DDIM steps, guidance 1.5, labels 0 to 9) and every 100 a point of `curve.csv`; at the end
 `demo_dit.safetensors` or `wide_dit.safetensors`, the averaged weights in the facebook layout at
@@ -44,7 +44,7 @@ MODELS = {
     "tiny": DIGITS.clone(patch_size=8, hidden_size=64, depth=1, num_heads=2),
 }
 # Of each model, unless given: steps, learning rate.
-SETTINGS = {"demo": (8000, 1e-3), "wide": (3000, 3e-4), "tiny": (100, 1e-3)}
+SETTINGS = {"demo": (8000, 1e-3), "wide": (2400, 3e-4), "tiny": (100, 1e-3)}
 NUM_TIMESTEPS = 1000
 LABEL_DROPOUT = 0.1
 EMA_DECAY = 0.999
@@ -151,7 +151,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", help="npz of 28x28 digits; without it scikit-learn's 8x8 digits")
     parser.add_argument("--out", type=Path, default=Path("runs/digits"))
     parser.add_argument("--model", choices=MODELS, default="demo")
-    parser.add_argument("--steps", type=int, help="8000 of demo, 3000 of wide")
+    parser.add_argument("--steps", type=int, help="8000 of demo, 2400 of wide")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, help="1e-3 of demo, 3e-4 of wide")
     parser.add_argument("--min-snr-gamma", type=float, default=5.0)
