@@ -22,6 +22,7 @@ from qdit_jax.sampling import denoiser, initial_noise, latent_shape
 from qdit_jax.search import (
     FeatureDistance,
     Prediction,
+    SampleFn,
     Space,
     effects,
     feature_distance,
@@ -147,14 +148,19 @@ class Sensitivities:
 
 def frechet_objective(
     checkpoint: Checkpoint,
-    rollout: Rollout,
+    rollout: SampleFn,
     data: tuple[Any, Any, Any],
     features_fn: Callable[[np.ndarray], Any],
     reference: Any,
 ) -> FeatureDistance:
     """Returns the objective of the paper: the Fréchet distance of samples from a reference.
 
+    With InceptionV3's features it is FID. Videos `[B, T, H, W, C]` with features of videos (I3D's
+    for FVD) work alike; a checkpoint's autoencoder then decodes frame by frame.
+
     Args:
+        checkpoint: only its autoencoder is used.
+        rollout: `Rollout`, or any `search.SampleFn`.
         data: noise, labels and keys, see `seeds`.
         features_fn: of uint8 images `[B, H, W, C]`, with an entry `pool`; see `models.features`.
         reference: `metrics.Statistics` of the same features.
@@ -182,6 +188,8 @@ def as_images(x: Any) -> Any:
 
 
 def decoded_images(model: nn.Module, params: Any, latents: Any) -> Any:
-    """Returns the uint8 images of latents."""
-    latents = latents / model.scaling_factor + model.shift_factor
-    return as_images(model.apply({"params": params}, latents, method="decode"))
+    """Returns the uint8 images of latents `[..., H, W, C]`."""
+    frames = latents.reshape(-1, *latents.shape[-3:])
+    frames = frames / model.scaling_factor + model.shift_factor
+    images = as_images(model.apply({"params": params}, frames, method="decode"))
+    return images.reshape(*latents.shape[:-3], *images.shape[1:])
