@@ -100,23 +100,27 @@ def interval(gaps: np.ndarray, num_resamples: int = 5000) -> np.ndarray:
 
 def draw(path: Path, results: dict[str, Any]) -> None:
     """Draws error against network evaluations, one panel a setting."""
-    figure = Figure(figsize=(5 * len(results), 3.8), layout="constrained")
+    figure = Figure(figsize=(5 * len(results), 4.2), layout="constrained")
     for axes, (name, result) in zip(
         np.atleast_1d(figure.subplots(1, len(results))), results.items(), strict=True
     ):
         axes.axhline(result["uniform"]["error"], color="#9aa5b1", ls="--", label="uniform 128")
         for method, rows in by_method(result).items():
+            bitops = np.mean([row["bitops_of_uniform"] for row in rows])
+            is_equal = bitops < 1.01
             axes.plot(
-                [row["network_evaluations"] for row in rows],
+                [row["network_evaluations"] / 1000 for row in rows],
                 [row["error"] for row in rows],
-                "o",
-                label=NAMES[method],
+                "o" if is_equal else "x",
+                label=NAMES[method] + ("" if is_equal else " (more bit operations)"),
             )
-        axes.set_xscale("log")
-        axes.set_xlabel("network evaluations of the search")
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("thousand network evaluations of the search")
         axes.set_ylabel("error on unseen seeds")
-        axes.set_title(name)
-        axes.legend(frameon=False, fontsize=8)
+        axes.set_title(name.upper())
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
 
 
