@@ -6,8 +6,14 @@
 Stages: train, inject outliers, fine-tune, check each state. A stage whose file is there is skipped,
 and a killed training continues, so that the command may be given again. In `--out`:
 `as_trained.safetensors`, `injected.safetensors`, `finetuned.safetensors` (half precision, facebook
-layout), samples as PNG beside the first and the last, `<state>.json` and `<state>.png` of
-`check_testbed.py`, `summary.md` of all three. `--as-trained` starts from given weights.
+layout, 105 MB each for `wide`), `<state>_samples.png` of the first and the last, `<state>.json` and
+`<state>.png` of `check_testbed.py`, `summary.md` of all three. `--as-trained` starts from given
+weights: those of `demo` are `weights/demo_as_trained.safetensors`.
+
+Measured for `wide` on 2 cores shared with other work: training 61 minutes (32 on free cores, by the
+seconds of its free steps), injection 6 s, fine-tuning 10 minutes, checks 13 minutes. For `demo` on
+free cores: training 30, the rest about 10 minutes. Expected: as trained fails the gate, the other two
+pass: `testbed/wide/summary.md`, `testbed/demo/summary.md`.
 """
 
 from __future__ import annotations
@@ -25,12 +31,21 @@ import train_digits
 from testbed_summary import STATES, write_summary
 
 # Of each model: what its stages are given beyond the scripts' own defaults.
-INJECTION: dict[str, list[str]] = {"demo": [], "tiny": [], "wide": []}
-FINETUNING: dict[str, list[str]] = {"demo": [], "tiny": ["--steps", "50"], "wide": []}
+WIDE_INJECTION = "--spans 3 --outliers 4 --heavy 2 --heavy-factors 15 25 --heavy-rest 4"
+INJECTION: dict[str, list[str]] = {
+    "demo": [],
+    "tiny": [],
+    "wide": [*WIDE_INJECTION.split(), "--proj-outliers", "12"],
+}
+FINETUNING: dict[str, list[str]] = {
+    "demo": [],
+    "tiny": ["--steps", "50"],
+    "wide": ["--learning-rate", "1e-4"],
+}
 CHECK: dict[str, list[str]] = {
     "demo": ["--group-sizes", "64"],
     "tiny": ["--samples", "4", "--seeds", "1", "--steps", "4"],
-    "wide": ["--group-sizes", "32", "64", "192", "288"],
+    "wide": ["--group-sizes", "32", "64", "192", "288", "--samples", "10"],
 }
 
 
@@ -57,6 +72,7 @@ def build(model: str, data: str | None, out: Path, as_trained: Path | None) -> s
     def finetune(path: Path) -> None:
         files = [str(weights["injected"]), str(path)]
         finetune_digits.main([*files, *heads, *digits, *FINETUNING[model]])
+        path.with_suffix(".png").rename(out / "finetuned_samples.png")
 
     def check(path: Path) -> None:
         folder = out / "checked"

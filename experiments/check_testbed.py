@@ -2,8 +2,8 @@
 
     python experiments/check_testbed.py demo_dit.safetensors --num-heads 4 --out runs/testbed
 
-Takes about 3 minutes on 2 cores for the demo model. Expected for the shipped one: every line of the
-gate passes. Reads a checkpoint folder or PyTorch weights; prints each property with its figure and
+Takes about 2 minutes on 2 cores for the demo model, 4 for the wide one. Expected for the shipped
+one: every line of the gate passes (`testbed/` holds what was found on every state of both). Reads a checkpoint folder or PyTorch weights; prints each property with its figure and
 its threshold, then the gate, in dB of final latents against full precision over the same noise,
 labels and steps; writes `testbed.json` and `testbed.png`. Ends with status 1 where the gate fails.
 """

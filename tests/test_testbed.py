@@ -98,15 +98,15 @@ def test_the_stages_of_a_build_are_run_once_in_order(script, tmp_path, monkeypat
             called.append(name)
             made = Path(argv[argv.index("--out") + 1]) if "--out" in argv else None
             for file in files:
-                path = made / file if made else Path(argv[1])
+                path = made / file if made else Path(argv[1]).with_suffix(file)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps({"gate": [], "properties": [], "decibels": {}}))
 
         monkeypatch.setattr(getattr(builder, name), "main", main)
 
     stub("train_digits", "tiny_dit.safetensors", "samples.png")
-    stub("inject_outliers", "")
-    stub("finetune_digits", "")
+    stub("inject_outliers", ".safetensors")
+    stub("finetune_digits", ".safetensors", ".png")
     stub("check_testbed", "testbed.json", "testbed.png")
     for _ in range(2):
         assert "| as_trained | injected | finetuned |" in builder.build(
@@ -114,6 +114,8 @@ def test_the_stages_of_a_build_are_run_once_in_order(script, tmp_path, monkeypat
         )
     order = ["train_digits", "inject_outliers", "finetune_digits", *3 * ["check_testbed"]]
     assert called == order
+    samples = ("as_trained_samples.png", "finetuned_samples.png")
+    assert all((tmp_path / name).exists() for name in (*samples, "finetuned.png"))
     (tmp_path / "injected.json").unlink()
     builder.build("tiny", None, tmp_path, None)
     assert called == [*order, "check_testbed"]
