@@ -145,6 +145,9 @@ def search(
     )
     tokens = (height // model.patch_size) * (width // model.patch_size)
     limit = parse_budget(budget, space, {**named_costs(tokens), **(costs or {})})
+    if limit.leaves_no_choice:
+        text = "nothing to search: only the cheapest assignment fits; allow more, or coarser sizes"
+        report_fn({"text": f"{budget}: {text}"})
     sampler = default_sampler(checkpoint, num_steps) if sampler is None else sampler
     rollout = Rollout.of(model, sampler, guidance)
     noise_key, probe_key = jax.random.split(key)

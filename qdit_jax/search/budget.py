@@ -46,6 +46,13 @@ class Budget:
         return 1e-9 * max(abs(self.limit), sum(float(np.abs(row).max()) for row in self.table))
 
     @property
+    def leaves_no_choice(self) -> bool:
+        """Returns whether only the cheapest assignment is legal."""
+        costs = [np.sort(row) for row in self.table]
+        steps = [row[1] - row[0] for row in costs if len(row) > 1]
+        return bool(min(steps, default=np.inf) > self.limit + self.slack - self.least)
+
+    @property
     def least(self) -> float:
         """Returns the cost of the cheapest assignment."""
         return float(sum(row.min() for row in self.table))

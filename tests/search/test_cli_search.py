@@ -50,7 +50,9 @@ def test_a_search_writes_a_recipe_that_quantises_and_pictures(folder, checkpoint
     assert history["cost"] <= history["limit"] * (1 + 1e-9)
     for name in ("front.png", "map.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
-    assert "1 measured" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 measured" in printed
+    assert "bitops=1.0x-g32: nothing to search: only the cheapest assignment fits" in printed
     with pytest.raises(qdit.UserError, match="holds a finished search; pass --force"):
         run(folder, out, *FAST)
 

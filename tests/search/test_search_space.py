@@ -186,6 +186,16 @@ def test_relative_budgets_admit_their_uniform_assignment_and_nothing_dearer(para
     assert search.parse_budget("bytes=1.5M", space, costs).limit == 1.5e6
 
 
+def test_a_budget_that_leaves_no_choice_says_so(params):
+    space = small_space(params)
+    for name in ("bitops", "bytes"):
+        least = search.parse_budget(f"{name}=1.0x-g64", space, search.named_costs(16))
+        assert least.leaves_no_choice
+        steps = [np.diff(np.sort(row)[:2])[0] for row in least.table]
+        one_more = f"{name}={float(least.least + min(steps))!r}"
+        assert not search.parse_budget(one_more, space, search.named_costs(16)).leaves_no_choice
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
