@@ -166,4 +166,5 @@ def test_integer_dots_are_int8_rows_by_columns():
         dots = [line for line in text.splitlines() if "dot_general" in line]
         assert dots
         for line in dots:
-            assert "contracting_dims = [1] x [0]" in line and "xi8>" in line, line
+            assert "contracting_dims = [1] x [0]" in line, line
+            assert "xi8>" in line, line
