@@ -59,6 +59,7 @@ class Variant:
     label_dropout: float = LABEL_DROPOUT
     depth: int = 4
     width: int = 96
+    patch_size: int = 4
     muon: bool = False
     steps: int = COMPARED_AT
     seed: int = 0
@@ -77,6 +78,9 @@ VARIANTS = {
     "Muon in place of Adam": Variant(muon=True),
     "learning rate 3e-4": Variant(learning_rate=3e-4),
     "width 192": Variant(width=192),
+    "4 tokens, depth 2": Variant(patch_size=8, depth=2),
+    "4 tokens, depth 2, width 384": Variant(patch_size=8, depth=2, width=384),
+    "4 tokens, depth 2, width 768": Variant(patch_size=8, depth=2, width=768),
 }
 
 
@@ -107,7 +111,9 @@ def train(
     The state is kept in `path` once the caller has seen to the measurement.
     """
     images, labels = data
-    model = BASE.clone(hidden_size=variant.width, depth=variant.depth)
+    model = BASE.clone(
+        hidden_size=variant.width, depth=variant.depth, patch_size=variant.patch_size
+    )
     key = jax.random.key(variant.seed)
     params = model.init(key, images[:1], jnp.zeros(1), labels[:1])["params"]
     update = optimizer(variant)

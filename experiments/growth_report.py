@@ -40,12 +40,13 @@ def row(name: str, step: str, found: dict[str, Any]) -> str:
 
 
 def write_figure(path: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Draws every training's ratios after 1,500 steps, and the ratios of the long ones over steps."""
+    """Draws every training's ratios after 1,500 steps, and those of the base and long ones over steps."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     compared = {name: found[COMPARED_AT] for name, found in results.items() if COMPARED_AT in found}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 0.45 * len(compared) + 2.5))
+    size = (13, 0.35 * len(compared) + 2.5)
+    figure, (left, right) = plt.subplots(1, 2, figsize=size)
     position = np.arange(len(compared))
     for i, kind in enumerate(KINDS):
         ratio = [found[kind]["ratio"] for found in compared.values()]
@@ -53,19 +54,21 @@ def write_figure(path: Path, results: dict[str, dict[str, Any]]) -> None:
     left.set_yticks(position, list(compared))
     left.invert_yaxis()
     left.set(xscale="log", xlabel=f"top channel / median channel, {COMPARED_AT} steps")
+    left.minorticks_off()
+    left.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
     left.axvline(20, color="gray", linestyle=":")
     left.legend(fontsize=8)
     markers = iter("osv^Dx")
     for name, found in results.items():
         steps = sorted(found, key=int)
-        if int(steps[-1]) <= int(COMPARED_AT):
+        if name != "base" and len(steps) < 3:
             continue
         marker = next(markers)
         for kind, color in (("qkv", "C0"), ("fc1", "C2")):
             ratio = [found[step][kind]["ratio"] for step in steps]
             label = f"{name}, {kind}"
             right.plot([int(s) for s in steps], ratio, marker=marker, color=color, label=label)
-    right.set(xlabel="steps", ylabel="top channel / median channel", xscale="log", yscale="log")
+    right.set(xlabel="steps", ylabel="top channel / median channel", ylim=(0, None))
     right.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
