@@ -9,8 +9,9 @@ same weights (skipped where torch is absent). With --torch-seconds too small for
 runs on the first layer of every shape and the rest is extrapolated by weights.
 
 Expected on 2 cores that other work loaded (2026-11-23; first run, compilation included): min-max 3 s,
-`mse` 20 s, the authors' grid 54 s (64 s of CPU time, both cores counted); the torch loop, extrapolated,
-many times that. Scales and codes of a layer are compared where torch has run.
+`mse` 20 s, the authors' grid 54 s (64 s of CPU time, both cores counted). The loop in torch took .29
+CPU s for 0.44 million weights, 440 for the network; 99.9 % of the scales and 99.998 % of the codes
+agreed (near ties go either way).
 """
 
 from __future__ import annotations
@@ -104,14 +105,15 @@ def compare_with_torch(kernels: dict[str, jax.Array], limit: float) -> dict[str,
     names = list({w.shape: name for name, w in reversed(kernels.items())}.values())
     some = sum(kernels[name].size for name in names)
     every = sum(w.size for w in kernels.values())
-    seconds = {name: timed_in_torch(kernels[name]) for name in names}
-    total = sum(seconds.values()) * every / some
+    times = {name: timed_in_torch(kernels[name]) for name in names}
+    total, cpu = (sum(column) * every / some for column in zip(*times.values(), strict=True))
     how = f"extrapolated by weights from {len(names)} layers, {some / every:.1%} of the weights"
     if total <= limit:
-        rest = [name for name in kernels if name not in seconds]
-        seconds |= {name: timed_in_torch(kernels[name]) for name in rest}
-        total, how = sum(seconds.values()), "measured on every layer"
-    print(f"authors' loop in torch {torch.__version__}: {total:.1f} s, {how}")
+        rest = [name for name in kernels if name not in times]
+        times |= {name: timed_in_torch(kernels[name]) for name in rest}
+        total, cpu = (sum(column) for column in zip(*times.values(), strict=True))
+        how = "measured on every layer"
+    print(f"authors' loop in torch {torch.__version__}: {total:.1f} s, {cpu:.1f} CPU s, {how}")
     same_scale, same_codes = [], []
     for name in names:
         codes, scale = authors_search(torch.from_numpy(np.array(kernels[name].T)))
@@ -119,16 +121,18 @@ def compare_with_torch(kernels: dict[str, jax.Array], limit: float) -> dict[str,
         same_scale.append(np.isclose(np.asarray(q.scale).T, scale.numpy(), rtol=1e-6).mean())
         same_codes.append((codes.numpy() == np.asarray(integer_codes(q)).T).mean())
         print(f"  {name}: equal scales {same_scale[-1]:.4%}, equal codes {same_codes[-1]:.4%}")
-    return {"seconds": total, "how": how, "equal_scales": min(same_scale), "equal_codes": min(same_codes)}  # fmt: skip
+    equal = {"equal_scales": min(same_scale), "equal_codes": min(same_codes)}
+    return {"seconds": total, "cpu": cpu, "how": how, **equal}
 
 
-def timed_in_torch(kernel: jax.Array) -> float:
+def timed_in_torch(kernel: jax.Array) -> tuple[float, float]:
+    """Returns the seconds of the search, by the clock and of all cores."""
     import torch
 
     w = torch.from_numpy(np.array(kernel.T))
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     authors_search(w)
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - cpu
 
 
 def authors_search(w: Any) -> tuple[Any, Any]:
