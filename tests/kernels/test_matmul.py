@@ -168,3 +168,11 @@ def test_integer_dots_are_int8_rows_by_columns():
         for line in dots:
             assert "contracting_dims = [1] x [0]" in line, line
             assert "xi8>" in line, line
+
+
+def test_only_the_cpu_program_holds_a_product_back_until_its_input():
+    x, w = operands(96)
+    traced = jax.jit(lambda x, q: quantized_matmul(x, q)).trace(x, quantize(w, WeightSpec(4, 32)))
+    for platform, held_back in (("cpu", True), ("cuda", False), ("tpu", False)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("bitcast_convert" in text) == held_back, platform
