@@ -8,10 +8,10 @@ Q-DiT release's search written as it describes it, a loop in torch over groups a
 same weights (skipped where torch is absent). With --torch-seconds too small for the network, torch
 runs on the first layer of every shape and the rest is extrapolated by weights.
 
-Expected on 2 cores that other work loaded (2026-11-23; first run, compilation included): min-max 3 s,
-`mse` 20 s, the authors' grid 54 s (64 s of CPU time, both cores counted). The loop in torch took .29
-CPU s for 0.44 million weights, 440 for the network; 99.9 % of the scales and 99.998 % of the codes
-agreed (near ties go either way).
+Expected on 2 free cores (2026-11-23; first run, compilation included): min-max 3 s, `mse` 13 s, the
+authors' grid 37 s (25 s for the block linears). The loop in torch, timed apart on loaded cores, took
+.29 CPU s for 0.44 million weights, 440 for the network, where the authors' grid here takes 63; 99.9 % of
+the scales and 99.998 % of the codes agreed (near ties go either way).
 """
 
 from __future__ import annotations
