@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qdit_jax.kernels import xla
@@ -74,6 +75,8 @@ def quantized_matmul(
 
 
 def _matmul_traced(x: Any, q: QTensor, act: ActQuant | None, execution: str) -> Any:
+    if x.size == 0:
+        return jnp.zeros((*x.shape[:-1], q.shape[1]), x.dtype)
     if execution == "integer":
         assert act is not None  # unsupported_reason has seen to it
         return xla.integer_matmul(x, q, act)

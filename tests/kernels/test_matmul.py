@@ -176,3 +176,11 @@ def test_only_the_cpu_program_holds_a_product_back_until_its_input():
     for platform, held_back in (("cpu", True), ("cuda", False), ("tpu", False)):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         assert ("bitcast_convert" in text) == held_back, platform
+
+
+@pytest.mark.parametrize("execution", ["simulated", "integer"])
+def test_no_rows_give_no_rows(execution):
+    x, w = operands(96)
+    q = quantize(w, WeightSpec(4, 32))
+    found = quantized_matmul(x[:0], q, ActSpec(group_size=32), execution=execution)
+    assert found.shape == (0, 3, N)
