@@ -36,11 +36,11 @@ from qdit_jax.search import (
     function_objective,
     lagrangian_front,
     named_costs,
-    nsga2,
+    offspring,
     paired_error,
     pareto,
     parse_budget,
-    random_search,
+    random_children,
     recipe_of,
     search_space,
     uniform_assignment,
@@ -322,8 +322,7 @@ def by_evolution(
     if method == "nsga2" and saved is None:
         report_fn({"text": "measuring sensitivities"})
         first = predicted_front(predict_fn(None), space, budget, settings.population // 2) + first
-    run_fn = {"nsga2": nsga2, "random": random_search}.get(method, evolve)
-    measured = run_fn(
+    measured = evolve(
         space,
         budget,
         evaluator,
@@ -332,6 +331,7 @@ def by_evolution(
         first=first,
         measured=None if saved is None else Measured(**saved),
         save_fn=after_generation,
+        draw_fn={"nsga2": offspring, "random": random_children}.get(method),
     )
     kept = pareto(measured.cost, measured.fitness)
     front = Front(measured.assignments[kept], measured.cost[kept], measured.fitness[kept])

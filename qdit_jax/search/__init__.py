@@ -22,10 +22,10 @@ from qdit_jax.search.evaluate import (
     LostWorkerError,
     candidate_mesh,
 )
-from qdit_jax.search.evolution import EvolutionSettings, evolve, random_search
+from qdit_jax.search.evolution import EvolutionSettings, evolve, random_children
 from qdit_jax.search.journal import Journal
 from qdit_jax.search.knapsack import Solution, lagrangian_front, pareto, solve
-from qdit_jax.search.nsga import nsga2
+from qdit_jax.search.nsga import offspring
 from qdit_jax.search.objectives import (
     FeatureDistance,
     FunctionObjective,
@@ -91,12 +91,12 @@ __all__ = [
     "gpu_cost",
     "lagrangian_front",
     "named_costs",
-    "nsga2",
+    "offspring",
     "paired_error",
     "pareto",
     "parse_budget",
     "prediction",
-    "random_search",
+    "random_children",
     "rank_correlation",
     "recipe_of",
     "search_space",

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,6 @@ from qdit_jax.search.budget import Budget
 from qdit_jax.search.records import Measured
 from qdit_jax.search.space import Space
 
-SaveFn = Callable[[Measured], Any]
-# (generator, measured=...) -> new legal assignments [C, L]
-DrawFn = Callable[..., np.ndarray]
 ATTEMPTS = 10  # draws a child that is wanted, before the rest is drawn at random
 
 
@@ -56,6 +52,10 @@ class EvolutionSettings:
             raise ValueError(f"mutation_probability={self.mutation_probability} must be in [0, 1].")
 
 
+# (generator, space, budget, settings, measured) -> new legal assignments [C, L]
+DrawFn = Callable[[np.random.Generator, Space, Budget, EvolutionSettings, Measured], np.ndarray]
+
+
 def evolve(
     space: Space,
     budget: Budget,
@@ -65,7 +65,8 @@ def evolve(
     settings: EvolutionSettings | None = None,
     first: Sequence[Any] = (),
     measured: Measured | None = None,
-    save_fn: SaveFn = lambda measured: None,
+    save_fn: Callable[[Measured], Any] = lambda measured: None,
+    draw_fn: DrawFn | None = None,
 ) -> Measured:
     """Returns all assignments measured, `.best` among them.
 
@@ -74,60 +75,38 @@ def evolve(
         first: assignments of the first population, such as uniform ones; the rest is random.
         measured: what an earlier run had saved, to go on from.
         save_fn: called after every generation.
+        draw_fn: what makes a generation: `children` (the published one, if None),
+            `random_children`, or `nsga.offspring`.
 
     Raises:
         ValueError: if an assignment of `first` does not fit space and budget.
     """
     settings = EvolutionSettings() if settings is None else settings
-    draw_fn = partial(children, space=space, budget=budget, settings=settings)
-    return generations(space, budget, fitness_fn, draw_fn, seed, settings, first, measured, save_fn)
-
-
-def random_search(
-    space: Space,
-    budget: Budget,
-    fitness_fn: Callable[[np.ndarray], np.ndarray],
-    *,
-    seed: int,
-    settings: EvolutionSettings | None = None,
-    first: Sequence[Any] = (),
-    measured: Measured | None = None,
-    save_fn: SaveFn = lambda measured: None,
-) -> Measured:
-    """Returns as many measured assignments as `evolve` would, all drawn at random."""
-    settings = EvolutionSettings() if settings is None else settings
-    count = settings.num_crossover + settings.num_mutation
-
-    def draw_fn(rng: np.random.Generator, measured: Measured) -> np.ndarray:
-        return filled(rng, space, budget, [], count, measured.known)
-
-    return generations(space, budget, fitness_fn, draw_fn, seed, settings, first, measured, save_fn)
-
-
-def generations(
-    space: Space,
-    budget: Budget,
-    fitness_fn: Callable[[np.ndarray], np.ndarray],
-    draw_fn: DrawFn,
-    seed: int,
-    settings: EvolutionSettings,
-    first: Sequence[Any],
-    measured: Measured | None,
-    save_fn: SaveFn,
-) -> Measured:
-    """Returns all assignments measured: a first population, then what `draw_fn` draws."""
+    draw_fn = children if draw_fn is None else draw_fn
     measured = Measured.none(space) if measured is None else measured
     for generation in range(measured.num_rounds, settings.num_generations + 1):
         rng = np.random.default_rng([seed, generation])
         if generation == 0:
             drawn = first_population(rng, space, budget, settings.population, first)
         else:
-            drawn = draw_fn(rng, measured=measured)
+            drawn = draw_fn(rng, space, budget, settings, measured)
         if not len(drawn):
             break  # Every legal assignment has been measured.
         measured = measured.extended(drawn, fitness_fn(drawn), budget.cost(drawn))
         save_fn(measured)
     return measured
+
+
+def random_children(
+    rng: np.random.Generator,
+    space: Space,
+    budget: Budget,
+    settings: EvolutionSettings,
+    measured: Measured,
+) -> np.ndarray:
+    """Returns as many new assignments as a generation has, all drawn at random."""
+    count = settings.num_crossover + settings.num_mutation
+    return filled(rng, space, budget, [], count, measured.known)
 
 
 def first_population(

@@ -12,56 +12,15 @@ Dimensions: C assignments, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
-
 import numpy as np
 
 from qdit_jax.search.budget import Budget
-from qdit_jax.search.evolution import (
-    ATTEMPTS,
-    EvolutionSettings,
-    SaveFn,
-    filled,
-    generations,
-    repaired,
-)
+from qdit_jax.search.evolution import ATTEMPTS, EvolutionSettings, filled, repaired
 from qdit_jax.search.knapsack import pareto
 from qdit_jax.search.records import Measured
 from qdit_jax.search.space import Space
 
 CROSSOVER = 0.9  # share of children that have two parents
-
-
-def nsga2(
-    space: Space,
-    budget: Budget,
-    fitness_fn: Callable[[np.ndarray], np.ndarray],
-    *,
-    seed: int,
-    settings: EvolutionSettings | None = None,
-    first: Sequence[Any] = (),
-    measured: Measured | None = None,
-    save_fn: SaveFn = lambda measured: None,
-) -> Measured:
-    """Returns all assignments measured: `.best` within the budget, their `pareto` front below it.
-
-    Args:
-        fitness_fn: `[C, L] -> [C]`, lower is better.
-        settings: `population` are measured first and are the parents of a generation;
-            `num_crossover + num_mutation` children a generation.
-        first: legal assignments of the first population, such as a predicted front; the rest is
-            random.
-        measured: what an earlier run had saved, to go on from.
-        save_fn: called after every generation.
-
-    Raises:
-        ValueError: if an assignment of `first` does not fit space and budget.
-    """
-    settings = EvolutionSettings() if settings is None else settings
-    draw_fn = partial(offspring, space=space, budget=budget, settings=settings)
-    return generations(space, budget, fitness_fn, draw_fn, seed, settings, first, measured, save_fn)
 
 
 def offspring(
@@ -71,7 +30,10 @@ def offspring(
     settings: EvolutionSettings,
     measured: Measured,
 ) -> np.ndarray:
-    """Returns the next generation: new and legal, of parents that won a tournament of two."""
+    """Returns the next generation: new and legal, of parents that won a tournament of two.
+
+    A `draw_fn` of `evolve`; `settings.population` parents take part.
+    """
     order = survivors(measured.cost, measured.fitness, settings.population)
     parents = measured.assignments[order]
     known = set(measured.known)

@@ -146,7 +146,7 @@ def test_random_assignments_fill_a_tight_budget_without_bias_to_failure(space):
 
 def test_random_search_measures_as_many_and_evolution_beats_it(space, budget):
     longer = dataclasses.replace(SETTINGS, num_generations=15)
-    drawn = search.random_search(space, budget, known_fitness, seed=7, settings=longer)
+    drawn = run(space, budget, settings=longer, draw_fn=search.random_children)
     evolved = run(space, budget, settings=longer)
     assert len(drawn.fitness) == len(evolved.fitness)
     assert evolved.fitness.min() < drawn.fitness.min()

@@ -83,7 +83,9 @@ def test_of_one_rank_the_lonely_survive():
 
 
 def test_every_child_is_legal_and_new(space, budget):
-    found = search.nsga2(space, budget, fitness, seed=3, settings=SETTINGS)
+    found = search.evolve(
+        space, budget, fitness, draw_fn=search.offspring, seed=3, settings=SETTINGS
+    )
     assert budget.allows(found.assignments).all()
     assert len(found.known) == len(found.fitness)
     children = offspring(
@@ -127,9 +129,13 @@ def test_the_front_is_nearer_to_the_true_one_than_random_search_and_a_seeded_one
     for seed in range(5):
         options = {"seed": seed, "settings": SETTINGS}
         found = {
-            "random": search.random_search(space, budget, fitness, **options),
-            "nsga2": search.nsga2(space, budget, fitness, **options),
-            "seeded": search.nsga2(space, budget, fitness, first=first, **options),
+            "random": search.evolve(
+                space, budget, fitness, draw_fn=search.random_children, **options
+            ),
+            "nsga2": search.evolve(space, budget, fitness, draw_fn=search.offspring, **options),
+            "seeded": search.evolve(
+                space, budget, fitness, draw_fn=search.offspring, first=first, **options
+            ),
         }
         for name, one in found.items():
             missing[name].append(1 - hypervolume(one.cost, one.fitness, *corner) / whole)
@@ -139,18 +145,39 @@ def test_the_front_is_nearer_to_the_true_one_than_random_search_and_a_seeded_one
 
 def test_a_stopped_run_goes_on_to_the_same_result(space, budget):
     states = []
-    whole = search.nsga2(
-        space, budget, fitness, seed=7, settings=SETTINGS, save_fn=lambda m: states.append(m)
+    whole = search.evolve(
+        space,
+        budget,
+        fitness,
+        draw_fn=search.offspring,
+        seed=7,
+        settings=SETTINGS,
+        save_fn=lambda m: states.append(m),
     )
-    resumed = search.nsga2(
-        space, budget, fitness, seed=7, settings=SETTINGS, measured=Measured(**states[3].arrays())
+    resumed = search.evolve(
+        space,
+        budget,
+        fitness,
+        draw_fn=search.offspring,
+        seed=7,
+        settings=SETTINGS,
+        measured=Measured(**states[3].arrays()),
     )
     for name, array in whole.arrays().items():
         assert array.tobytes() == resumed.arrays()[name].tobytes(), name
-    other = search.nsga2(space, budget, fitness, seed=8, settings=SETTINGS)
+    other = search.evolve(
+        space, budget, fitness, draw_fn=search.offspring, seed=8, settings=SETTINGS
+    )
     assert other.assignments.tobytes() != whole.assignments.tobytes()
 
 
 def test_without_generations_only_the_first_population_is_measured(space, budget):
     settings = dataclasses.replace(SETTINGS, num_generations=0)
-    assert len(search.nsga2(space, budget, fitness, seed=0, settings=settings).fitness) == 24
+    assert (
+        len(
+            search.evolve(
+                space, budget, fitness, draw_fn=search.offspring, seed=0, settings=settings
+            ).fitness
+        )
+        == 24
+    )
