@@ -45,6 +45,7 @@ SNAPSHOTS = (500, 1500, 4500)
 COMPARED_AT = 1500
 NUM_INNER = 100
 BATCH_SIZE = 64
+GUIDANCE = 1.5
 SAMPLES = 20
 SAMPLER_STEPS = 25
 
@@ -152,13 +153,15 @@ def train(
             began = time.perf_counter()
 
 
-def measurement(checkpoint: qdit.Checkpoint, sampled: bool) -> dict[str, Any]:
+def measurement(
+    checkpoint: qdit.Checkpoint, sampled: bool, guidance: float = GUIDANCE
+) -> dict[str, Any]:
     """Returns what the weights and inputs of a network's linear layers look like.
 
     By kind of layer, over its blocks; `sampled` adds what two recipes do to samples.
     """
     sampler = default_sampler(checkpoint, SAMPLER_STEPS)
-    seen = collect(checkpoint, sampler, jax.random.key(20_000), SAMPLES, 1.5)
+    seen = collect(checkpoint, sampler, jax.random.key(20_000), SAMPLES, guidance)
     found: dict[str, Any] = {}
     kernels = flatten_dict(checkpoint.params, sep="/")
     for kind, suffix in KINDS.items():
@@ -171,7 +174,7 @@ def measurement(checkpoint: qdit.Checkpoint, sampled: bool) -> dict[str, Any]:
         size = 32 if checkpoint.model.hidden_size < 512 else 128
         chosen = {name: recipes(size)[name] for name in (STATIC, GROUPS, DYNAMIC)}
         latents = sample_all(
-            checkpoint, sampler, chosen, num_samples=SAMPLES, seeds=[0], guidance=1.5
+            checkpoint, sampler, chosen, num_samples=SAMPLES, seeds=[0], guidance=guidance
         )
         found["decibels"] = {name: float(a.mean()) for name, a in decibels(latents).items()}
     return found
@@ -215,6 +218,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--snapshots", type=Path, help="measure these instead of training")
     parser.add_argument("--name", help="of the training that --snapshots are from")
     parser.add_argument("--num-heads", type=int, help="of the model that --snapshots are of")
+    parser.add_argument(
+        "--guidance", type=float, default=GUIDANCE, help="for --snapshots (%(default)s)"
+    )
     parser.add_argument("--report", action="store_true", help="only write the table and the figure")
     return parser.parse_args()
 
@@ -223,7 +229,7 @@ def measure_snapshots(args: argparse.Namespace, found: dict) -> Iterator[str]:
     for path in sorted(args.snapshots.glob("*.safetensors"), key=lambda p: int(p.stem)):
         if path.stem not in found:
             checkpoint = read_checkpoint(path, args.num_heads)
-            found[path.stem] = measurement(checkpoint, True)
+            found[path.stem] = measurement(checkpoint, args.guidance == GUIDANCE, args.guidance)
             yield path.stem
 
 
