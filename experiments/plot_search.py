@@ -64,7 +64,7 @@ def add(results: dict[str, dict[str, Any]], name: str, found: dict[str, Any]) ->
 def table(name: str, result: dict[str, Any]) -> str:
     """Returns a Markdown table of one setting, a row a method."""
     lines = [
-        f"**{name.upper()}**: uniform has an error of {result['uniform']['error']:.3g}",
+        f"**{name.upper()}** (uniform 128: error {result['uniform']['error']:.3g})",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "|" + "---|" * len(COLUMNS),
