@@ -6,6 +6,7 @@ of groups searched together.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,13 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from qdit_jax.quant import powers
+
 # Groups searched together: [P, BLOCK] scores and their grids stay in the cache of one core.
 BLOCK = 4608
 _UNROLL = 4
-
-# Least-squares polynomials, lowest power first: log2 on [sqrt(1/2), sqrt(2)], 2**x on [-1/2, 1/2].
-_LOG2 = np.polynomial.Chebyshev.interpolate(np.log2, 6, [0.5**0.5, 2**0.5])
-_EXP2 = np.polynomial.Chebyshev.interpolate(np.exp2, 4, [-0.5, 0.5])
 
 
 def best_ratio(
@@ -79,11 +78,33 @@ def _score(
         first = -jnp.clip(jnp.round(-low / scale), 0, 2**bits - 1)
         last = first + (2**bits - 1)
     per_unit = 1 / scale
+    general = partial(powers.power, exponent=rule.norm)
+    limit = greatest_error(rule, bits)
+    fit = None if rule.norm in (1, 2) else powers.root_polynomial(rule.norm, limit)
+
+    def sums(power_fn: Any) -> Any:
+        return _sum_of_powers(x, per_unit, first, last, power_fn)
+
+    if fit is None:
+        score = sums(general)
+    else:
+        # Only a group that lies off the grid, as a rule may have it that leaves 0 out, errs by more.
+        beyond = jnp.maximum(first - jnp.min(x, 0) * per_unit, jnp.max(x, 0) * per_unit - last)
+        near = jnp.max(beyond) <= limit
+        score = jax.lax.cond(
+            near, lambda: sums(partial(powers.by_root, fit)), lambda: sums(general)
+        )
+    return score * scale**rule.norm
+
+
+def _sum_of_powers(
+    x: Float[Array, "S B"], per_unit: Any, first: Any, last: Any, power_fn: Any
+) -> Float[Array, "P B"]:
+    """Returns the sum over members of `power_fn(|error|)`, errors in steps."""
 
     def add(score: Any, row: Any) -> Any:
         steps = row * per_unit
-        error = jnp.abs(steps - jnp.clip(jnp.round(steps), first, last))
-        return score + power(error, rule.norm)
+        return score + power_fn(jnp.abs(steps - jnp.clip(jnp.round(steps), first, last)))
 
     def add_rows(i: Any, score: Any) -> Any:
         for j in range(_UNROLL):  # fewer passes over the scores than one row at a time
@@ -91,38 +112,12 @@ def _score(
         return score
 
     whole = x.shape[0] // _UNROLL
-    score = jax.lax.fori_loop(0, whole, add_rows, jnp.zeros_like(scale))
+    score = jax.lax.fori_loop(0, whole, add_rows, jnp.zeros_like(per_unit))
     for row in range(whole * _UNROLL, x.shape[0]):
         score = add(score, x[row])
-    return score * scale**rule.norm
+    return score
 
 
-def power(x: Float[Array, "*s"], exponent: float) -> Float[Array, "*s"]:
-    """Returns `x ** exponent` for x >= 0 to about 1e-5 relative, in vector instructions only.
-
-    XLA:CPU calls a scalar routine for a general power, which costs seven times as much.
-    The power of 0 is about `2**(-127 * exponent)`, never less than 2**-125.
-    """
-    if exponent == 1:
-        return x
-    if exponent == 2:
-        return x * x
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    whole = (bits - 0x3F3504F3) >> 23  # exponent of x with the mantissa in [sqrt(1/2), sqrt(2))
-    mantissa = jax.lax.bitcast_convert_type(bits - (whole << 23), jnp.float32)
-    log2 = _polynomial(_LOG2, mantissa) + whole.astype(jnp.float32)
-    log2 = jnp.maximum(log2 * np.float32(exponent), -125.0)
-    whole = jnp.round(log2)
-    fraction = _polynomial(_EXP2, log2 - whole)
-    exponent_bits = whole.astype(jnp.int32) << 23
-    return jax.lax.bitcast_convert_type(
-        jax.lax.bitcast_convert_type(fraction, jnp.int32) + exponent_bits, jnp.float32
-    )
-
-
-def _polynomial(fit: Any, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    first, *rest = fit.convert(kind=np.polynomial.Polynomial).coef[::-1].astype(np.float32)
-    result = jnp.full_like(x, first)
-    for coefficient in rest:
-        result = result * x + coefficient
-    return result
+def greatest_error(rule: Any, bits: int) -> float:
+    """Returns the steps by which a value of a group can miss its grid, if the group holds 0."""
+    return 1 + 2**bits * (1 / grid_of(rule)[-1] - 1)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qdit_jax.quant import WeightSpec, dequantize, grid_search, quantize, ranges
+from qdit_jax.quant import WeightSpec, dequantize, grid_search, powers, quantize, ranges
 
 
 def outlier_kernel(rows=128, width=6):
@@ -75,8 +75,43 @@ def rule_limits(w):
 @pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0, 2.4, 3.0])
 def test_power_is_close_and_harmless_at_zero(exponent):
     x = np.concatenate([[0.0], np.logspace(-12, 3, 2000)]).astype(np.float32)
-    result = np.asarray(grid_search.power(jnp.asarray(x), exponent), np.float64)
+    result = np.asarray(powers.power(jnp.asarray(x), exponent), np.float64)
     np.testing.assert_allclose(result, x.astype(np.float64) ** exponent, rtol=2e-5, atol=2**-60)
+
+
+@pytest.mark.parametrize("exponent", [1.5, 2.4, 3.0])
+def test_a_root_polynomial_is_close_up_to_its_limit(exponent):
+    limit = grid_search.greatest_error(ranges.authors_mse, 4)
+    fit = powers.root_polynomial(exponent, limit)
+    x = np.random.default_rng(0).uniform(0, limit, 4000).astype(np.float32)
+    x[:3] = 0, 1e-9, limit
+    found = np.asarray(powers.by_root(fit, jnp.asarray(x)), np.float64)
+    wanted = x.astype(np.float64) ** exponent
+    assert (np.abs(found - wanted) < 3e-5 * (wanted + 0.5**exponent / (1 + exponent))).all()
+
+
+def test_a_power_without_a_near_polynomial_has_none():
+    assert powers.root_polynomial(0.3, 3.0) is None
+
+
+def test_the_authors_grid_is_searched_right_for_groups_far_off_zero():
+    w = np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32)
+    w[:, 1] += 50  # the whole group lies off the grid, which begins at 0
+    w[:, 2] -= 9
+    w[0, 3] *= 40
+    w[:, 4] = 2.5
+    found = np.asarray(dequantize(quantize(w, WeightSpec(4, 32, range_fn=ranges.authors_mse))))
+    for column, chosen in zip(w.T.astype(np.float64), found.T, strict=True):
+        scores = [authors_score(column, r) for r in grid_search.grid_of(ranges.authors_mse)]
+        error = (np.abs(chosen - column) ** 2.4).sum()
+        np.testing.assert_allclose(error, min(scores), rtol=1e-4, atol=1e-9)
+
+
+def authors_score(w, ratio):
+    low, high = w.min() * ratio, w.max() * ratio
+    scale = max(high - low, 1e-5) / 15
+    zero = np.clip(np.round(-low / scale), 0, 15)
+    return (np.abs((np.clip(np.round(w / scale) + zero, 0, 15) - zero) * scale - w) ** 2.4).sum()
 
 
 def test_the_authors_rule_loses_groups_away_from_zero_and_ours_does_not():
