@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from qdit_jax.quant import groups
+from qdit_jax.quant.division import quotient
 from qdit_jax.quant.qtensor import zero_point_of
 from qdit_jax.quant.specs import ActSpec
 
@@ -77,7 +78,7 @@ def codes_of(
     `scale` and `zero_point` are `[*lead or broadcastable, G]`.
     """
     lowest, highest = code_limits(spec)
-    codes = jnp.round(x / expand_to_channels(scale, x.shape[-1], spec.group_size))
+    codes = jnp.round(quotient(x, expand_to_channels(scale, x.shape[-1], spec.group_size)))
     if zero_point is not None:
         codes = codes + expand_to_channels(zero_point, x.shape[-1], spec.group_size)
     return jnp.clip(codes, lowest, highest)

@@ -19,6 +19,7 @@ import optax
 from jaxtyping import Array, Float
 
 from qdit_jax.quant import groups
+from qdit_jax.quant.division import quotient
 from qdit_jax.quant.qtensor import QTensor, check_kernel, from_codes, scale_and_zero_point
 from qdit_jax.quant.specs import WeightSpec
 
@@ -52,7 +53,8 @@ def rectified_sigmoid(v: Float[Array, "*s"]) -> Float[Array, "*s"]:
 
 def initial_logits(w: Float[Array, "K N"], scale: Float[Array, "K N"]) -> Float[Array, "K N"]:
     """Returns the v whose rectified sigmoid gives back `w` itself."""
-    fraction = w / scale - jnp.floor(w / scale)
+    steps = quotient(w, scale)
+    fraction = steps - jnp.floor(steps)
     return jax.scipy.special.logit((fraction - _LOW) / (_HIGH - _LOW))
 
 
@@ -63,7 +65,7 @@ def soft_codes(
 
     `scale` and `offset` (the code of 0.0) broadcast to `w`.
     """
-    return jnp.clip(jnp.floor(w / scale) + rectified_sigmoid(v) + offset, 0, 2**bits - 1)
+    return jnp.clip(jnp.floor(quotient(w, scale)) + rectified_sigmoid(v) + offset, 0, 2**bits - 1)
 
 
 def polarization(v: Float[Array, "K N"], cost: Float[Array, "K N"]) -> Float[Array, ""]:
@@ -115,7 +117,7 @@ def _adaround(w: Any, hessian: Any, spec: WeightSpec, settings: AdaRoundSettings
         product = jnp.matmul(hessian, difference, precision=jax.lax.Precision.HIGHEST)
         return jnp.sum(difference * product, axis=0)
 
-    nearest = jnp.clip(jnp.round(w / scale) + offset, 0, 2**spec.bits - 1)
+    nearest = jnp.clip(jnp.round(quotient(w, scale)) + offset, 0, 2**spec.bits - 1)
     base = channel_error(nearest)
     unit = jnp.maximum(jnp.sum(base), jnp.finfo(jnp.float32).tiny)
     cost = jnp.diagonal(hessian)[:, None] * jnp.square(scale)

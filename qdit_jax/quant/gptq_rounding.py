@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qdit_jax.quant import groups
+from qdit_jax.quant.division import quotient
 from qdit_jax.quant.qtensor import (
     QTensor,
     check_kernel,
@@ -218,7 +219,7 @@ def _round_channels(
 
         def round_one(j: Any, inner: Any) -> Any:
             rows, codes, errors = inner
-            code = jnp.clip(jnp.round(rows[j] / scale[j]) + offset[j], 0, top)
+            code = jnp.clip(jnp.round(quotient(rows[j], scale[j])) + offset[j], 0, top)
             error = (rows[j] - (code - offset[j]) * scale[j]) / inside[j, j]
             rows = rows - inside[j][:, None] * error
             return rows, codes.at[j].set(code.astype(jnp.uint8)), errors.at[j].set(error)

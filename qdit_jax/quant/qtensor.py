@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from qdit_jax.quant import formats, groups, packing
+from qdit_jax.quant.division import quotient
 from qdit_jax.quant.specs import WeightSpec
 
 
@@ -168,7 +169,7 @@ def zero_point_of(
     low: Float[Array, "*s"], scale: Float[Array, "*s"], bits: int
 ) -> Float[Array, "*s"]:
     """Returns the code of 0.0, a whole number in `[0, 2**bits - 1]`."""
-    return jnp.clip(jnp.round(-low / scale), 0, 2**bits - 1)
+    return jnp.clip(jnp.round(quotient(-low, scale)), 0, 2**bits - 1)
 
 
 def stored_scale(scale: Float[Array, "*s"], dtype: str) -> Float[Array, "*s"]:
@@ -190,7 +191,7 @@ def codes_on_grid(
     wide = groups.expand_groups(scale.astype(jnp.float32), shape, spec.group_size)
     # XLA would turn a division by a broadcast array into a product with its reciprocal, which
     # moves a quotient by one ulp now and then, and a tie with it.
-    steps = jnp.round(w / jax.lax.optimization_barrier(wide))
+    steps = jnp.round(quotient(w, jax.lax.optimization_barrier(wide)))
     if zero_point is None:
         offset = jnp.float32(2 ** (spec.bits - 1))
     else:

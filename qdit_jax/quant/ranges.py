@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qdit_jax.quant import grid_search
+from qdit_jax.quant.division import quotient
 
 Values = Float[Array, "..."]
 Limits = tuple[Values, Values]
@@ -38,7 +39,7 @@ def exact_quotient(x: Float[Array, "*s"], divisor: int | float) -> Float[Array, 
     XLA turns a division by a broadcast scalar into a product with its reciprocal, which may be
     one ulp off; a divisor that seems to depend on `x` is left alone, under vmap too.
     """
-    return x / jnp.where(jnp.isnan(x), 1.0, divisor)
+    return quotient(x, jnp.where(jnp.isnan(x), 1.0, divisor))
 
 
 def rounded_product(x: Values, factor: Any) -> Values:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from qdit_jax.quant import act, groups
+from qdit_jax.quant.division import quotient
 from qdit_jax.quant.qtensor import stored_scale, zero_point_of
 from qdit_jax.quant.specs import ActSpec, WeightSpec
 
@@ -69,7 +70,7 @@ def fake_quantize_kernel_traced(
     else:
         offset = zero_point_of(low, scale, spec.bits)
     scale, offset = (groups.expand_groups(a.T, w.shape, block) for a in (scale, offset))
-    steps = jnp.round(columns.T / jax.lax.optimization_barrier(scale))
+    steps = jnp.round(quotient(columns.T, jax.lax.optimization_barrier(scale)))
     codes = jnp.clip(steps + offset, 0, 2**spec.bits - 1)
     return ((codes - offset) * scale).astype(w.dtype)
 

@@ -1,0 +1,51 @@
+"""Division rounded once, on every backend.
+
+A code is the rounding of a quotient, and quotients on a tie are common (a range cut into equal
+steps has them), so an error of one unit in the last place moves codes. XLA divides float32 exactly
+on CPU; its code for GPUs is off by up to two units.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+_UPPER_HALF = -(1 << 12)  # of a float32: sign, exponent and 11 bits of mantissa
+
+
+def quotient(x: Float[Array, "*s"], divisor: Any) -> Float[Array, "*s"]:
+    """Returns `x / divisor` in float32, rounded to nearest, as IEEE 754 has it.
+
+    `divisor` broadcasts to `x`. Beyond about 1e30 and below 1e-30 the last bit is the backend's.
+    """
+    divisor = jnp.broadcast_to(jnp.asarray(divisor, jnp.float32), x.shape)
+    return jax.lax.platform_dependent(x, divisor, cpu=jnp.divide, default=_divided_again)
+
+
+def _divided_again(x: Float[Array, "*s"], divisor: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    return corrected(x / divisor, x, divisor)
+
+
+def corrected(
+    near: Float[Array, "*s"], x: Float[Array, "*s"], divisor: Float[Array, "*s"]
+) -> Float[Array, "*s"]:
+    """Returns `x / divisor` rounded once from a quotient `near` that is a few units off.
+
+    The remainder `x - near * divisor` is had exactly from halves of both factors, whose products
+    have no rounding error, fused with the sums or not (Dekker, 1971).
+    """
+    upper, lower = _halves(near)
+    top, rest = _halves(divisor)
+    product = near * divisor
+    error = ((upper * top - product) + upper * rest + lower * top) + lower * rest
+    better = near + ((x - product) - error) / divisor
+    return jnp.where(jnp.isfinite(better), better, near)
+
+
+def _halves(x: Float[Array, "*s"]) -> tuple[Float[Array, "*s"], Float[Array, "*s"]]:
+    bits: Int[Array, "*s"] = jax.lax.bitcast_convert_type(x, jnp.int32)
+    upper = jax.lax.bitcast_convert_type(bits & _UPPER_HALF, jnp.float32)
+    return upper, x - upper
