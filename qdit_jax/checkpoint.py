@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
+from qdit_jax.deferred import save_arrays
 from qdit_jax.errors import UserError
 from qdit_jax.files import replaced_folder
 from qdit_jax.models import abstract_params, build_model, config_of, family_of
@@ -40,7 +41,7 @@ class Checkpoint:
 
     Attributes:
         model: a linen module made by `build_model`.
-        params: nested dict of arrays and quantised leaves.
+        params: nested dict of arrays and quantised leaves; arrays may be deferred.
         recipe: how the parameters were quantised, or None.
         metadata: JSON-able facts: source file, scheduler, ...
         vae: the autoencoder between latents and images, or None.
@@ -56,6 +57,8 @@ class Checkpoint:
 def save(path: str | Path, checkpoint: Checkpoint, *, overwrite: bool = False) -> None:
     """Writes `checkpoint` to the folder `path`: beside it first, then renamed.
 
+    A `DeferredArray` is made when its turn comes and dropped once it is written.
+
     Raises:
         UserError: if `path` exists and `overwrite` is off.
     """
@@ -69,9 +72,7 @@ def write_folder(folder: Path, checkpoint: Checkpoint) -> None:
     if checkpoint.recipe is not None:
         (folder / "recipe.json").write_text(json.dumps(checkpoint.recipe.to_json(), indent=1))
     quiet_orbax()
-    # One file an array: the other layout gathers all arrays in memory a second time.
-    with ocp.StandardCheckpointer(use_ocdbt=False) as checkpointer:
-        checkpointer.save((folder / "params").resolve(), arrays)
+    save_arrays(folder / "params", arrays)
     if checkpoint.vae is not None:
         (folder / "vae").mkdir()
         write_folder(folder / "vae", checkpoint.vae)

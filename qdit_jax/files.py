@@ -5,12 +5,18 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from qdit_jax.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
@@ -36,7 +42,8 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
 def replaced_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yields a new folder beside `path`; on success it becomes `path`, else it is removed.
 
-    With `overwrite` the old and new folders change places in one step where the system can.
+    With `overwrite` the old and new folders change places in one step where the system can. What a
+    killed process of this machine has left of the same folder is removed first.
 
     Raises:
         UserError: if `path` exists and `overwrite` is off.
@@ -44,16 +51,49 @@ def replaced_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]
     path = Path(path)
     check_free(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+    mark = f".{path.name}.partial-{socket.gethostname()}-"
+    remove_abandoned(path.parent, mark)
+    unmarked = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    with locked(unmarked):
+        temporary = unmarked.rename(path.with_name(mark + unmarked.name.rpartition(".")[2]))
+        try:
+            yield temporary
+            temporary.chmod(0o777 & ~umask())
+            if path.exists():
+                exchange(temporary, path)
+            else:
+                os.rename(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_abandoned(parent: Path, mark: str) -> None:
+    """Removes the folders in `parent` whose names begin with `mark` and that nobody has locked."""
+    for folder in parent.iterdir():
+        if folder.name.startswith(mark):
+            with locked(folder) as is_ours:
+                if is_ours:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Yields whether this process has now locked `folder`; the lock ends with it, killed or not.
+
+    Where the system or its disk has no such locks, it never has.
+    """
+    descriptor = None
     try:
-        yield temporary
-        temporary.chmod(0o777 & ~umask())
-        if path.exists():
-            exchange(temporary, path)
-        else:
-            os.rename(temporary, path)
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_ours = True
+    except (OSError, AttributeError):
+        is_ours = False
+    try:
+        yield is_ours
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def check_free(path: str | Path, overwrite: bool) -> None:

@@ -1,13 +1,15 @@
-"""Reading a checkpoint's arrays when they are used, so that a large one is quantised in little memory.
+"""Quantising a checkpoint layer by layer from disk to disk, in the memory of its largest layer.
 
-`open_checkpoint` gives the same tree as `load` with a `StoredArray` in place of every array.
-`quantize_params` reads them one at a time and keeps only packed codes; `materialized` reads what is
-left. At no time are two full-precision layers in memory.
+`quantize_checkpoint` does it in one call. Its parts: `open_checkpoint` gives the tree of `load` with
+every array still on disk, `deferred_quantization` the tree of `quantize_params` with every kernel's
+arrays still to be computed, and `save` makes and writes one after another.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,61 +28,56 @@ from qdit_jax.checkpoint import (
     quiet_orbax,
     read_description,
     read_recipe,
+    save,
 )
-from qdit_jax.param_codec import abstract_arrays
+from qdit_jax.deferred import DeferredArray
+from qdit_jax.files import check_free
+from qdit_jax.param_codec import abstract_arrays, split_fields
+from qdit_jax.ptq import Recipe, Stats
+from qdit_jax.ptq.by_columns import quantize_by_columns
+from qdit_jax.ptq.transform import as_matrix, rewrite_kernels
+from qdit_jax.quant import QTensor, WeightSpec, quantize
 
 
-@dataclasses.dataclass(frozen=True)
-class StoredArray:
-    """An array in a checkpoint folder: its shape is known, its values are read when asked for.
+def quantize_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    *,
+    recipe: Recipe,
+    stats: Stats | None = None,
+    on_layer: Callable[[str, Any, QTensor], None] | None = None,
+    overwrite: bool = False,
+) -> Checkpoint:
+    """Writes the checkpoint in `source`, rounded to nearest by `recipe`, to the folder `out`.
 
-    NumPy and JAX take it for an array; every use reads the file again.
+    Each layer is read, quantised, written and let go before the next: beside the runtime, memory
+    holds about two copies of the largest array. The result is bit for bit what `load`,
+    `quantize_params` and `save` write; it appears under its name when it is complete.
+
+    Args:
+        source: a checkpoint folder; an exported file is read as a whole.
+        stats: calibration statistics, for static activation scales only.
+        on_layer: called with the path, the kernel `[K, N]` and its `QTensor` as each is written.
+        overwrite: replace `out` if it exists; it may be `source` itself.
+
+    Returns:
+        The new checkpoint as `open_checkpoint` reads it.
+
+    Raises:
+        UserError: as `open_checkpoint` and `save`.
+        ValueError: as `quantize_params`.
     """
-
-    folder: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape)) * self.dtype.itemsize
-
-    def read(self) -> jax.Array:
-        """Returns the array on the first local device.
-
-        Raises:
-            UserError: if it is absent or damaged.
-        """
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=device)
-        wanted = unflatten_dict({self.name: target}, sep="/")
-        quiet_orbax()
-        try:
-            with ocp.PyTreeCheckpointer() as checkpointer:
-                how = ocp.args.PyTreeRestore(
-                    item=wanted,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-                    partial_restore=True,
-                )
-                found = checkpointer.restore((self.folder / "params").resolve(), args=how)
-            return flatten_dict(found, sep="/")[self.name]
-        except Exception as error:  # Orbax and its storage layer raise many kinds.
-            raise damaged(self.folder, error) from error
-
-    def __jax_array__(self) -> jax.Array:
-        return self.read()
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.read(), dtype)
+    check_free(out, overwrite)
+    checkpoint = open_checkpoint(source)
+    params = deferred_quantization(checkpoint.params, recipe=recipe, stats=stats, on_layer=on_layer)
+    metadata = {**checkpoint.metadata, "quantized_from": str(source), "rounding": "nearest"}
+    quantised = Checkpoint(checkpoint.model, params, recipe, metadata, checkpoint.vae)
+    save(out, quantised, overwrite=overwrite)
+    return open_checkpoint(out)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Returns the checkpoint in the folder `path` with `StoredArray` leaves, reading no array.
+    """Returns the checkpoint in the folder `path` with `DeferredArray` leaves, reading no array.
 
     An autoencoder's arrays stay on disk as well. An exported file is read as a whole.
 
@@ -94,19 +91,76 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     check_network(f"{folder}/model.json", description)
     target = abstract_arrays(description["params"])
     check_stored(folder, target)
-    flat = flatten_dict(target, sep="/")
     stored = {
-        name: StoredArray(folder, name, leaf.shape, np.dtype(leaf.dtype))
-        for name, leaf in flat.items()
+        name: DeferredArray(leaf.shape, leaf.dtype, partial(read_array, folder, name), name)
+        for name, leaf in flatten_dict(target, sep="/").items()
     }
     vae = open_checkpoint(folder / "vae") if (folder / "vae").is_dir() else None
     arrays = unflatten_dict(stored, sep="/")
     return from_parts(folder, description, arrays, read_recipe(folder), vae)
 
 
+def read_array(folder: Path, name: str) -> dict[str, np.ndarray]:
+    """Returns one array of a checkpoint folder, under its name.
+
+    Raises:
+        UserError: if it is absent or damaged.
+    """
+    quiet_orbax()
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            how = ocp.args.PyTreeRestore(
+                item=unflatten_dict({name: 0}, sep="/"),
+                restore_args=unflatten_dict(
+                    {name: ocp.RestoreArgs(restore_type=np.ndarray)}, sep="/"
+                ),
+                partial_restore=True,
+            )
+            found = checkpointer.restore((folder / "params").resolve(), args=how)
+        return {name: flatten_dict(found, sep="/")[name]}
+    except Exception as error:  # Orbax and its storage layer raise many kinds.
+        raise damaged(folder, error) from error
+
+
+def deferred_quantization(
+    params: Any,
+    *,
+    recipe: Recipe,
+    stats: Stats | None = None,
+    on_layer: Callable[[str, Any, QTensor], None] | None = None,
+) -> Any:
+    """Returns `quantize_params(params, ...)` with kernels that are quantised when they are read.
+
+    A kernel's arrays are `DeferredArray`s; `on_layer` is called whenever they are made.
+
+    Raises:
+        ValueError: as `quantize_params`.
+    """
+
+    def defer(path: str, name: str, leaf: Any, spec: WeightSpec) -> QTensor:
+        def make() -> dict[str, Any]:
+            matrix = as_matrix(name, np.asarray(leaf))
+            q = quantize_by_columns(matrix, spec)
+            if on_layer is not None:
+                on_layer(path, matrix, q)
+            return split_fields(q)[0]
+
+        matrix = jax.eval_shape(
+            partial(as_matrix, name), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        )
+        q = jax.eval_shape(partial(quantize, spec=spec), matrix)
+        arrays = {
+            field: DeferredArray(array.shape, array.dtype, make, field)
+            for field, array in split_fields(q)[0].items()
+        }
+        return dataclasses.replace(q, **arrays)
+
+    return rewrite_kernels(params, defer, recipe=recipe, stats=stats)
+
+
 def materialized(tree: Any) -> Any:
-    """Returns a pytree or a `Checkpoint` with its stored arrays read."""
+    """Returns a pytree or a `Checkpoint` with its deferred arrays read."""
     if isinstance(tree, Checkpoint):
         vae = None if tree.vae is None else materialized(tree.vae)
         return dataclasses.replace(tree, params=materialized(tree.params), vae=vae)
-    return jax.tree.map(lambda leaf: leaf.read() if isinstance(leaf, StoredArray) else leaf, tree)
+    return jax.tree.map(lambda leaf: leaf.read() if isinstance(leaf, DeferredArray) else leaf, tree)

@@ -13,13 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qdit_jax import streaming
 from qdit_jax.checkpoint import Checkpoint, load, save
 from qdit_jax.cli import main
+from qdit_jax.deferred import DeferredArray
 from qdit_jax.errors import UserError
 from qdit_jax.models import build_model
 from qdit_jax.ptq import LayerSpec, Recipe, Rule, plan, quantize_params
 from qdit_jax.quant import ActSpec, QTensor, WeightSpec, dequantize, packed_nbytes
-from qdit_jax.streaming import StoredArray, materialized, open_checkpoint
+from qdit_jax.streaming import materialized, open_checkpoint
 
 CONFIG = {
     "input_size": 8, "in_channels": 2, "hidden_size": 64, "depth": 1, "num_heads": 4, "num_classes": 9,
@@ -51,7 +53,7 @@ def test_stored_arrays_are_the_loaded_ones(tmp_path):
     wanted = Checkpoint(model, quantize_params(params, recipe=recipe), recipe, {"a": 1})
     save(tmp_path / "ckpt", Checkpoint(model, wanted.params, recipe, {"a": 1}, vae=wanted))
     opened = open_checkpoint(tmp_path / "ckpt")
-    assert {type(leaf) for leaf in jax.tree.leaves(opened.params)} == {StoredArray}
+    assert {type(leaf) for leaf in jax.tree.leaves(opened.params)} == {DeferredArray}
     assert (opened.model, opened.recipe, opened.metadata) == (model, recipe, {"a": 1})
     found = materialized(opened)
     equal(found.params, wanted.params)
@@ -66,8 +68,9 @@ def test_arrays_are_read_one_at_a_time(tmp_path, monkeypatch):
     model, params = network()
     save(tmp_path / "ckpt", Checkpoint(model, params))
     events = []
-    read = StoredArray.read
-    monkeypatch.setattr(StoredArray, "read", lambda a: events.append(a.name) or read(a))
+    read = streaming.read_array
+    noted = lambda folder, name: events.append(name) or read(folder, name)  # noqa: E731
+    monkeypatch.setattr(streaming, "read_array", noted)
     opened = open_checkpoint(tmp_path / "ckpt")
     recipe = Recipe.preset("w4a8", opened.params, group_size=32)
     assert plan(opened.params, recipe) == plan(params, recipe)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,10 @@ examples:
   qdit quantize xl2 out --recipe w4a8 --adaln w8a8 --embedders w8a8 --final w8a8 --attention w16a8
   qdit quantize xl2 out --recipe w4a8 --act-mode static-per-timestep --stats stats.npz
 
---rounding other than nearest samples trajectories with the checkpoint and runs the network once for
-every block, earlier blocks quantised; each layer is checked on held-out trajectories and keeps
-rounding to nearest where that is better.
+Rounding to nearest takes one layer after another from CKPT to OUT; memory holds the largest, not the
+network. --rounding other than nearest holds the network: it samples trajectories with the checkpoint and
+runs the network once for every block, earlier blocks quantised; each layer is checked on held-out
+trajectories and keeps rounding to nearest where that is better.
 """
 
 ACT_MODES = ("dynamic", "static", "static-per-timestep")
@@ -88,11 +90,12 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     import qdit_jax as qdit
     from qdit_jax.files import check_free
-    from qdit_jax.streaming import materialized, open_checkpoint
+    from qdit_jax.ptq import sqnr_db
+    from qdit_jax.streaming import open_checkpoint, quantize_checkpoint
 
     if not args.dry_run:
         check_free(args.out, args.force)
-    checkpoint = open_checkpoint(args.checkpoint)  # its arrays are read one at a time
+    checkpoint = open_checkpoint(args.checkpoint)  # which reads no array
     recipe = recipe_of(args, checkpoint.params)
     plans = {p.path: p for p in qdit.plan(checkpoint.params, recipe)}
     needs_stats = any(rule.spec.act and rule.spec.act.mode == "static" for rule in recipe.rules)
@@ -116,35 +119,41 @@ def run(args: argparse.Namespace) -> None:
             show(path, "-")
         print_totals(plans.values(), checkpoint.params)
         return
-    params = quantized_params(args, checkpoint, recipe, show)
-    print_totals(plans.values(), params)
+    stats = None if args.stats is None else qdit.Stats.load(args.stats)
+    if args.rounding == "nearest":
+        written = quantize_checkpoint(
+            args.checkpoint,
+            args.out,
+            recipe=recipe,
+            stats=stats,
+            on_layer=lambda path, w, q: show(path, f"{sqnr_db(w, q):.1f}"),
+            overwrite=args.force,
+        )
+    else:
+        written = rounded_checkpoint(args, checkpoint, recipe, stats, show)
+        qdit.save(args.out, written, overwrite=args.force)
+    print_totals(plans.values(), written.params)
+    print(f"wrote {args.out}")
+
+
+def rounded_checkpoint(
+    args: argparse.Namespace,
+    checkpoint: Any,
+    recipe: Any,
+    stats: Any,
+    show: Callable[[str, str], None],
+) -> Any:
+    """Returns the checkpoint rounded on calibration inputs, in memory, showing every layer."""
+    from qdit_jax.streaming import materialized
+
+    whole = materialized(checkpoint)
+    params = round_on_inputs(args, whole, recipe, stats, show)
     metadata = {
         **checkpoint.metadata,
         "quantized_from": str(args.checkpoint),
         "rounding": args.rounding,
     }
-    quantised = qdit.Checkpoint(checkpoint.model, params, recipe, metadata, checkpoint.vae)
-    qdit.save(args.out, materialized(quantised), overwrite=args.force)
-    print(f"wrote {args.out}")
-
-
-def quantized_params(
-    args: argparse.Namespace, checkpoint: Any, recipe: Any, show: Callable[[str, str], None]
-) -> Any:
-    """Returns the quantised parameters, showing every layer."""
-    import qdit_jax as qdit
-    from qdit_jax.ptq import sqnr_db
-    from qdit_jax.streaming import materialized
-
-    stats = None if args.stats is None else qdit.Stats.load(args.stats)
-    if args.rounding != "nearest":
-        return round_on_inputs(args, materialized(checkpoint), recipe, stats, show)
-    return qdit.quantize_params(
-        checkpoint.params,
-        recipe=recipe,
-        stats=stats,
-        on_layer=lambda path, w, q: show(path, f"{sqnr_db(w, q):.1f}"),
-    )
+    return dataclasses.replace(whole, params=params, recipe=recipe, metadata=metadata)
 
 
 def recipe_of(args: argparse.Namespace, params: Any) -> Any:

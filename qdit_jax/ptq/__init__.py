@@ -1,5 +1,6 @@
 """The transform from a parameter tree to a quantised one, and what it needs."""
 
+from qdit_jax.ptq.by_columns import sqnr_db
 from qdit_jax.ptq.in_order import (
     RoundedLayer,
     by_block,
@@ -9,7 +10,7 @@ from qdit_jax.ptq.in_order import (
 )
 from qdit_jax.ptq.recipe import LayerSpec, Recipe, Rule, layer_paths
 from qdit_jax.ptq.stats import Stats, input_ranges
-from qdit_jax.ptq.transform import LayerPlan, plan, quantize_params, sqnr_db
+from qdit_jax.ptq.transform import LayerPlan, plan, quantize_params
 
 __all__ = [
     "LayerPlan",

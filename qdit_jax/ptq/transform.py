@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -14,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from qdit_jax.ptq.recipe import TABLE, LayerSpec, Recipe
 from qdit_jax.ptq.static_acts import act_quantizer
 from qdit_jax.ptq.stats import Stats
-from qdit_jax.quant import QTensor, WeightSpec, dequantize, packed_nbytes, quantize
+from qdit_jax.quant import QTensor, WeightSpec, packed_nbytes, quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +74,32 @@ def quantize_params(
         ValueError: if a rule of the recipe matches no layer, a layer is quantised already, or
             statistics are needed and absent.
     """
+
+    def rewrite(path: str, name: str, leaf: Any, spec: WeightSpec) -> QTensor:
+        matrix = as_matrix(name, jnp.asarray(leaf))
+        q = (
+            quantize(matrix, spec)
+            if quantize_fn is None or name.endswith(TABLE)
+            else quantize_fn(path, matrix, spec)
+        )
+        if on_layer is not None:
+            on_layer(path, matrix, q)
+        return q
+
+    return rewrite_kernels(params, rewrite, recipe=recipe, stats=stats)
+
+
+def rewrite_kernels(
+    params: Any,
+    rewrite_fn: Callable[[str, str, Any, WeightSpec], QTensor],
+    *,
+    recipe: Recipe,
+    stats: Stats | None,
+) -> Any:
+    """Returns `params` with activation quantisers, and `rewrite_fn` of each kernel to be quantised.
+
+    `rewrite_fn` takes a layer's path, its leaf's name, the leaf and its spec. See `quantize_params`.
+    """
     flat = dict(flatten_dict(params, sep="/"))
     for path, spec in recipe.resolve(params).items():
         name = weight_name(flat, path)
@@ -84,36 +109,18 @@ def quantize_params(
         if name is None or spec.weight is None:
             continue
         check_unquantized(path, flat[name])
-        is_table = name.endswith(TABLE)
-        matrix = jnp.asarray(flat[name])
-        matrix = matrix.T if is_table else matrix.reshape(matrix_shape(matrix))
-        q = (
-            quantize(matrix, spec.weight)
-            if quantize_fn is None or is_table
-            else quantize_fn(path, matrix, spec.weight)
-        )
-        flat[name] = q
-        if on_layer is not None:
-            on_layer(path, matrix, q)
+        flat[name] = rewrite_fn(path, name, flat[name], spec.weight)
     return unflatten_dict(flat, sep="/")
+
+
+def as_matrix(name: str, leaf: Any) -> Any:
+    """Returns a kernel as `[K, N]`; a table `[rows, D]` as `[D, rows]`."""
+    return leaf.T if name.endswith(TABLE) else leaf.reshape(matrix_shape(leaf))
 
 
 def weight_name(flat: dict[str, Any], path: str) -> str | None:
     """Returns the key of a layer's kernel or table; None for operands of attention products."""
     return next((name for name in (f"{path}/kernel", path + TABLE) if name in flat), None)
-
-
-def sqnr_db(w: jax.Array, q: QTensor) -> float:
-    """Returns the signal-to-quantisation-noise ratio of a kernel in dB."""
-    return float(_sqnr_db(jnp.asarray(w), q))
-
-
-@jax.jit  # without it, three more copies of the kernel in float32
-def _sqnr_db(w: jax.Array, q: QTensor) -> jax.Array:
-    signal = w.astype(jnp.float32)
-    noise = dequantize(q) - signal
-    ratio = jnp.sum(jnp.square(signal)) / jnp.maximum(jnp.sum(jnp.square(noise)), 1e-30)
-    return 10 * jnp.log10(jnp.maximum(ratio, 1e-30))
 
 
 def check_unquantized(path: str, kernel: Any) -> None:

@@ -1,0 +1,113 @@
+"""Arrays that are made when they are used, and a writer that makes one after another.
+
+A parameter tree may hold a `DeferredArray` wherever it may hold an array: a checkpoint's arrays that
+are still on disk, or the arrays of a kernel that is quantised while it is being written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DeferredArray:
+    """An array of known shape and dtype that is made anew whenever it is asked for.
+
+    NumPy and JAX take it for an array.
+
+    Attributes:
+        make: returns arrays by name; arrays that are made together share this object.
+        name: which of them this one is.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], Mapping[str, Any]]
+    name: str
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def read(self) -> jax.Array:
+        """Returns the array on the first local device."""
+        return on_device(self.make()[self.name])
+
+    def __jax_array__(self) -> jax.Array:
+        return self.read()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.make()[self.name], dtype)
+
+
+def on_device(array: Any) -> jax.Array:
+    """Returns `array` as JAX's; one of NumPy goes onto the first local device."""
+    return array if isinstance(array, jax.Array) else jax.device_put(array, jax.local_devices()[0])
+
+
+def save_arrays(folder: Path, arrays: Any) -> None:
+    """Writes nested dicts of arrays to the new folder `folder` (Orbax, one file an array).
+
+    Deferred arrays are made in the order of the dicts, those that share their `make` at once, and
+    let go as soon as they are written.
+    """
+    flat = list(flatten_dict(arrays).values())
+    order = [array for array in flat if isinstance(array, DeferredArray)]
+    writer = InTurn(ocp.type_handlers.get_type_handler(jax.Array), order)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, InTurn(ocp.type_handlers.get_type_handler(np.ndarray))),
+        (jax.Array, writer),
+        (DeferredArray, writer),
+    )
+    # The layout of one file for all would gather the arrays in memory.
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(folder.resolve(), args=ocp.args.PyTreeSave(arrays))
+
+
+class InTurn:
+    """A handler of Orbax that has written when it returns, deferred arrays in the order given.
+
+    Nothing goes on in other threads then, so that a failure leaves nothing to wait for.
+    """
+
+    def __init__(self, handler: Any, order: Sequence[DeferredArray] = ()) -> None:
+        self._handler = handler
+        self._turn = {array: turn for turn, array in enumerate(order)}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._handler, name)
+
+    async def serialize(self, values: Any, infos: Any, args: Any) -> list[Any]:
+        """Writes the arrays; there is no future to wait for. See Orbax's `TypeHandler`."""
+        requests = list(zip(values, infos, args, strict=True))
+        deferred = [request for request in requests if isinstance(request[0], DeferredArray)]
+        if held := [request for request in requests if not isinstance(request[0], DeferredArray)]:
+            await self._write(*zip(*held, strict=True))
+        deferred.sort(key=lambda request: self._turn[request[0]])
+        for make, together in groupby(deferred, key=lambda request: request[0].make):
+            await self._write(*zip(*made(make, together), strict=True))
+        return []
+
+    async def _write(self, values: Any, infos: Any, args: Any) -> None:
+        for future in await self._handler.serialize(values, infos, args):
+            future.result()
+
+
+def made(make: Callable[[], Mapping[str, Any]], requests: Any) -> list[tuple[Any, Any, Any]]:
+    """Returns requests `(array, info, args)` with what `make` makes for their deferred arrays."""
+    arrays = make()
+    return [(on_device(arrays[array.name]), info, args) for array, info, args in requests]
