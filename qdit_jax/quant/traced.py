@@ -9,6 +9,8 @@ Dimensions: K channels, N output channels, D blocks, M most blocks a group can h
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from qdit_jax.quant import act, groups
+from qdit_jax.quant import act, branches, groups
 from qdit_jax.quant.division import quotient
 from qdit_jax.quant.qtensor import stored_scale, zero_point_of
 from qdit_jax.quant.specs import ActSpec, WeightSpec
@@ -35,9 +37,24 @@ def fake_quantize_traced(
     _check(spec)
     if spec.mode == "static":
         raise ValueError("a traced group size is for dynamic activations; use mode='dynamic'.")
-    shifted = jnp.asarray(x, jnp.float32) + spec.shift
+    x, choice = jnp.asarray(x), jnp.asarray(choice)
+    if not x.size:
+        return x
+    rounded = partial(_rounded, spec=spec, group_sizes=tuple(group_sizes))
+    return jax.lax.platform_dependent(x, choice, cpu=partial(_apart, rounded), default=rounded)
+
+
+def _apart(rounded: Callable[[Any, Any], Any], x: Any, choice: Any) -> Any:
+    """Returns `rounded(x, choice)`, whose three passes over `x` find it computed once."""
+    return jax.lax.cond(branches.always(x), rounded, lambda x, choice: x, x, choice)
+
+
+def _rounded(
+    x: Float[Array, "*lead K"], choice: Any, *, spec: ActSpec, group_sizes: tuple[int, ...]
+) -> Float[Array, "*lead K"]:
+    shifted = x.astype(jnp.float32) + spec.shift
     block, table = group_table(x.shape[-1], group_sizes)
-    low, high = _gather(*_block_extremes(shifted, block), table[jnp.asarray(choice)])
+    low, high = _gather(*_block_extremes(shifted, block), table[choice])
     symmetric = spec.symmetric and not spec.unsigned
     low, high = spec.range_fn.limits_from_extremes(low, high, spec.bits, symmetric)
     scale, zero_point = act.grid_of_limits(low, high, spec)

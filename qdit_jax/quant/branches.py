@@ -1,0 +1,23 @@
+"""Branches that are always taken, so that XLA:CPU computes when and where a program says.
+
+It fuses a cheap producer into each of its consumers, and computes what depends on parameters alone
+long before it is used; optimization barriers are gone when it decides. What stands in a branch of a
+conditional is computed when the branch is taken, from operands that are computed once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def always(x: Float[Any, "..."]) -> Bool[Array, ""]:
+    """Returns true, which the compiler does not know and cannot have before the values of `x`.
+
+    `x` has one element or more.
+    """
+    bits = jax.lax.bitcast_convert_type(x.reshape(-1)[0].astype(jnp.float32), jnp.int32)
+    return (bits | 1) != 0
