@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -30,7 +32,6 @@ def unsupported_reason(
         return f"execution={execution!r} is not known; use one of {', '.join(EXECUTIONS)}."
     if isinstance(weight, QTensor) and x_shape[-1] != weight.shape[0]:
         return f"x has {x_shape[-1]} channels, but the kernel has {weight.shape[0]}."
-    spec = act.spec if isinstance(act, ActQuant) else act
     if isinstance(act, ActSpec) and act.mode == "static":
         return "a static ActSpec needs calibrated scales; pass an ActQuant that has them."
     if isinstance(act, ActQuant) and act.is_table:
@@ -38,11 +39,8 @@ def unsupported_reason(
             "the static scales are a table with a row a timestep; pick one with "
             "`select_timestep(params, timestep)`, as the sampler's denoiser does, or `at(index)`."
         )
-    if execution == "integer":
-        if spec is None:
-            return "integer execution needs quantised activations; pass act_quant."
-        if weight.fmt is not None or spec.fmt is not None:
-            return "integer execution needs integer codes; run number formats as 'simulated'."
+    if execution == "integer" and act is None:
+        return "integer execution needs quantised activations; pass act_quant."
     return None
 
 
@@ -61,8 +59,10 @@ def quantized_matmul(
         act_quant: None leaves `x` as it is; an `ActSpec` quantises it dynamically; an `ActQuant`
             may carry calibrated scales.
         execution: "simulated" is float arithmetic on the quantised grid, what papers measure;
-            "integer" is int8 dots with int32 accumulators, what hardware runs. They agree to
-            float rounding.
+            "integer" multiplies the stored elements and scales their sums, what hardware runs:
+            int8 dots with int32 accumulators for integers, FP4 and mixtures of these; dots of
+            bfloat16 with FP8 elements and of float32 with NF4's, which hold them exactly, summed
+            in float32. They agree to float rounding.
 
     Raises:
         ValueError: with the sentence of `unsupported_reason`.
@@ -77,10 +77,25 @@ def quantized_matmul(
 def _matmul_traced(x: Any, q: QTensor, act: ActQuant | None, execution: str) -> Any:
     if x.size == 0:
         return jnp.zeros((*x.shape[:-1], q.shape[1]), x.dtype)
-    if execution == "integer":
-        assert act is not None  # unsupported_reason has seen to it
-        return xla.integer_matmul(x, q, act)
-    return xla.simulated_matmul(x, q, act)
+    product = xla.integer_matmul if execution == "integer" else xla.simulated_matmul
+    return jax.lax.platform_dependent(x, q, act, cpu=partial(in_its_turn, product), default=product)
 
 
 _matmul = jax.jit(_matmul_traced, static_argnums=3)
+
+
+def in_its_turn(product: Callable, x: Any, q: QTensor, act_quant: Any) -> Any:
+    """Returns `product(x, q, act_quant)`, nothing of it computed before `x` is.
+
+    XLA:CPU would unpack the weights of many layers long before their products, and the whole model
+    would lie in memory; optimization barriers are gone when it orders its work. What stands in a
+    branch is done when the branch is taken, and this one always is.
+    """
+
+    def nothing(x: Any, q: QTensor, act_quant: Any) -> Any:
+        edge = 0 * (x[..., :1] + q.scale.astype(x.dtype).reshape(-1)[:1])
+        return jnp.broadcast_to(edge, (*x.shape[:-1], q.shape[1]))
+
+    bits = jax.lax.bitcast_convert_type(x.reshape(-1)[0].astype(jnp.float32), jnp.int32)
+    always = (bits | 1) != 0  # which the compiler does not know
+    return jax.lax.cond(always, product, nothing, x, q, act_quant)

@@ -1,7 +1,8 @@
 """Number formats other than integers: FP8, FP4, the block formats MXFP4, MXFP8, NVFP4, and NF4.
 
 A format is an element (a table of values, one a code) and the scale of a block. Elements round
-to nearest, ties to even, and saturate; a block's codes are `element(x / scale)`.
+to nearest, ties to even, and saturate; a block's codes are `element(x / scale)`. A product may sum
+elements before it scales: they are whole numbers (E2M1, doubled) or exact in a dtype with a dot.
 
 Dimensions: K channels, G groups (blocks), S members of a group.
 """
@@ -16,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Num, UInt8
 
 from qdit_jax.quant import ranges
+from qdit_jax.quant.division import quotient
 
 # 16 quantiles of a standard normal, scaled to [-1, 1] (QLoRA, arXiv:2305.14314, appendix E).
 _NF4 = (
@@ -28,6 +30,11 @@ _NF4 = (
     0.7229568362236023, 1.0,
 )  # fmt: skip
 _DTYPES = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "e2m1": "float4_e2m1fn"}
+# What holds an element exactly in a dot, in units of: doubled, those of E2M1 are whole numbers.
+_OPERANDS = {
+    "e2m1": ("int8", 0.5), "e4m3": ("bfloat16", 1.0), "e5m2": ("bfloat16", 1.0),
+    "nf4": ("float32", 1.0),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +85,25 @@ class Format:
             return jax.lax.bitcast_convert_type(codes, dtype).astype(jnp.float32)
         return jnp.asarray(self.values())[codes]
 
+    @property
+    def operand_dtype(self) -> Any:
+        """The narrowest dtype with a dot that holds this format's elements exactly."""
+        return jnp.dtype(_OPERANDS[self.element][0])
+
+    @property
+    def unit(self) -> float:
+        """The value of operand 1: `value(codes) = operand(codes) * unit`, exactly."""
+        return _OPERANDS[self.element][1]
+
+    def operand(self, codes: UInt8[Array, "*s"]) -> Num[Array, "*s"]:
+        """Returns what a dot multiplies for elements, exact, in `operand_dtype`.
+
+        FP8 is looked up too, not cast: XLA turns a dot of operands that were cast from float8 into
+        a float8 dot, and Hopper GPUs keep 14 bits of its sums (errors of 1e-3, not 1e-7).
+        """
+        values = self.values() / np.float32(self.unit)
+        return jnp.asarray(values.astype(self.operand_dtype))[codes]
+
     def code(self, x: Float[Array, "*s"]) -> UInt8[Array, "*s"]:
         """Returns the codes of the elements nearest to `x`, ties to even, saturating."""
         if self.element == "nf4":
@@ -112,18 +138,20 @@ class Format:
             return jnp.where(absmax > 0, byte, 127).astype(jnp.uint8)
         top = self.max_value()
         if self.block_scale == "e4m3":
-            return _byte_of(absmax / top / tensor_scale, "e4m3")
+            return _byte_of(quotient(ranges.exact_quotient(absmax, top), tensor_scale), "e4m3")
         return ranges.positive_or_one(ranges.exact_quotient(absmax, top))
 
     def tensor_scale(self, absmax: Any) -> Any:
         """Returns the factor for tensors of greatest magnitude `absmax`: blocks fill E4M3."""
-        scale = absmax / (self.max_value() * 448.0)
+        scale = ranges.exact_quotient(absmax, self.max_value() * 448.0)
         return jnp.where(scale > 0, scale, jnp.ones_like(scale))
 
-    def fake_quantize(self, x: Float[Array, "*lead K"], group_size: int) -> Float[Array, "*lead K"]:
-        """Returns `x` rounded to this format in blocks along its last axis, float32.
+    def quantize_blocks(
+        self, x: Float[Array, "*lead K"], group_size: int
+    ) -> tuple[UInt8[Array, "*lead K"], Float[Array, "*lead G"]]:
+        """Returns the codes of `x` in blocks along its last axis, and their scales in float32.
 
-        A tensor scale is one a token, so that no token depends on another.
+        A tensor scale is one a token, so that no token depends on another; it is in the scales.
         """
         x = x.astype(jnp.float32)
         size = self.block_size or group_size or x.shape[-1]
@@ -133,15 +161,21 @@ class Format:
         factor = jnp.float32(1)
         if self.has_tensor_scale:
             factor = self.tensor_scale(jnp.max(absmax, axis=-1, keepdims=True))
-        scale = (self.scale_value(self.stored_scale(absmax, factor)) * factor)[..., None]
-        values = self.value(self.code(divide(blocks, scale))) * scale
-        return values.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+        scale = self.scale_value(self.stored_scale(absmax, factor)) * factor
+        codes = self.code(divide(blocks, scale[..., None]))
+        return codes.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], scale
+
+    def fake_quantize(self, x: Float[Array, "*lead K"], group_size: int) -> Float[Array, "*lead K"]:
+        """Returns `x` rounded to this format in blocks along its last axis, float32."""
+        codes, scale = self.quantize_blocks(x, group_size)
+        size = self.block_size or group_size or x.shape[-1]
+        return self.value(codes) * jnp.repeat(scale, size, axis=-1)[..., : x.shape[-1]]
 
 
 def divide(x: Float[Array, "*s"], scale: Any) -> Float[Array, "*s"]:
     """Returns `x / scale` rounded once, 0 where `scale` is 0."""
     wide = jax.lax.optimization_barrier(jnp.broadcast_to(scale, x.shape))
-    return jnp.where(wide > 0, x / jnp.where(wide > 0, wide, 1.0), 0.0)
+    return jnp.where(wide > 0, quotient(x, jnp.where(wide > 0, wide, 1.0)), 0.0)
 
 
 def _byte_of(x: Float[Array, "*s"], element: str) -> UInt8[Array, "*s"]:

@@ -6,7 +6,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qdit_jax.quant import ActSpec, WeightSpec, dequantize, fake_quantize, formats, quantize
+from qdit_jax.quant import (
+    ActSpec,
+    WeightSpec,
+    dequantize,
+    fake_quantize,
+    formats,
+    integer_codes,
+    quantize,
+)
+from qdit_jax.quant.qtensor import scale_values
 
 DTYPES = {
     "fp8_e4m3": ml_dtypes.float8_e4m3fn,
@@ -35,6 +44,16 @@ def test_codes_and_values_equal_ml_dtypes(name):
     codes = jax.jit(fmt.code)(jnp.asarray(x))
     np.testing.assert_array_equal(codes, expected.view(np.uint8))
     np.testing.assert_array_equal(fmt.value(codes), expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("name", formats.FORMATS)
+def test_what_a_dot_multiplies_is_the_value_of_every_code(name):
+    fmt = formats.by_name(name)
+    codes = jnp.arange(2**fmt.bits, dtype=jnp.uint8)
+    operand = fmt.operand(codes)
+    assert operand.dtype == fmt.operand_dtype
+    np.testing.assert_array_equal(np.asarray(operand, np.float32) * fmt.unit, fmt.values())
+    np.testing.assert_array_equal(fmt.value(codes), fmt.values())
 
 
 @pytest.mark.parametrize("name", formats.FORMATS)
@@ -101,4 +120,8 @@ def test_activations_of_one_token_are_a_kernel_of_one_column(name):
     fmt, w = formats.by_name(name), kernel(80, 1)
     spec = WeightSpec(fmt=fmt, group_size=32)
     x = fake_quantize(w.T, ActSpec(fmt=fmt, group_size=32))
-    np.testing.assert_allclose(x.T, dequantize(quantize(w, spec)), rtol=1e-6)
+    q = quantize(w, spec)
+    np.testing.assert_allclose(x.T, dequantize(q), rtol=1e-6)
+    codes, scale = fmt.quantize_blocks(jnp.asarray(w.T), 32)
+    np.testing.assert_array_equal(codes.T, integer_codes(q))
+    np.testing.assert_allclose(scale.T, scale_values(q), rtol=1e-6)

@@ -1,0 +1,150 @@
+"""What the integer execution multiplies: two operands, cut into segments.
+
+Integers and number formats alike are `value = (element - zero) * scale`. Integer codes, moved by
+`2**(bits-1)`, and the doubled elements of E2M1 are int8; FP8 elements are bfloat16, NF4's float32.
+Two int8 operands keep their zeros, which their sums take off exactly. In a wider dtype every
+`element - zero` is exact itself, and a sum would cancel; so there the zero is taken off first.
+
+Dimensions: T tokens, K input channels, N output channels, B scales of a row, U segments of K,
+L channels of a segment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Num
+
+from qdit_jax.kernels.segments import Segments
+from qdit_jax.quant import ActQuant, QTensor, formats, integer_codes, packing
+from qdit_jax.quant.act import codes_of, expand_to_channels
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """One operand, a segment at a time.
+
+    Attributes:
+        stacked: a tree of arrays with an axis of U first, for `lax.scan` to walk.
+        segment: makes (elements, zero, scale) of one entry of `stacked`: `[T, L]`, `[T, 1]`,
+            `[T, 1]` of activations, `[L, N]`, `[N]`, `[N]` of weights. Zero is None where 0.
+    """
+
+    stacked: Any
+    segment: Callable[[Any], tuple[Any, Any, Any]]
+
+
+def element_dtype(fmt: formats.Format | None) -> Any:
+    """Returns the narrowest dtype with a dot that holds the elements of integers or of `fmt`."""
+    return jnp.dtype(jnp.int8) if fmt is None else fmt.operand_dtype
+
+
+def act_operand(
+    x: Float[Array, "*lead K"], act_quant: ActQuant, dtype: Any, segments: Segments
+) -> Operand:
+    """Returns the operand of the activations `x` (shift added), its elements in `dtype`."""
+    elements, zero, scale = act_elements(x, act_quant, dtype)
+    elements = segments.cut(elements.reshape(-1, x.shape[-1]), 1)  # [T, U L]
+
+    def of_token(values: Any, group: Any) -> Any:  # [T, 1]
+        values = jnp.broadcast_to(values, (*x.shape[:-1], values.shape[-1]))
+        return column(values.reshape(-1, values.shape[-1]), group)
+
+    def segment(one: tuple[Any, Any]) -> tuple[Any, Any, Any]:
+        index, group = one
+        part = column(elements, index * segments.length, segments.length)
+        one_zero = zero if zero is None or isinstance(zero, int) else of_token(zero, group)
+        return part, one_zero, of_token(scale, group)
+
+    group = segments.group(act_quant.spec.group_size)
+    return Operand((np.arange(len(group)), group), segment)
+
+
+def act_elements(
+    x: Float[Array, "*lead K"], act_quant: ActQuant, dtype: Any
+) -> tuple[Num[Array, "*lead K"], Any, Any]:
+    """Returns (elements, zero, scale) of the activations; zero and scale a value a group."""
+    spec = act_quant.spec
+    if spec.fmt is not None:
+        codes, scale = spec.fmt.quantize_blocks(x, spec.group_size)
+        return spec.fmt.operand(codes).astype(dtype), None, scale * spec.fmt.unit
+    scale, zero_point = act_quant.grid(x)
+    codes = codes_of(x, scale, zero_point, spec)
+    if dtype != jnp.int8:
+        if zero_point is not None:
+            codes = codes - expand_to_channels(zero_point, x.shape[-1], spec.group_size)
+        return codes.astype(dtype), None, scale
+    half = 2 ** (spec.bits - 1)
+    if zero_point is not None:
+        return (codes - half).astype(dtype), zero_point.astype(jnp.int32) - half, scale
+    if spec.unsigned:
+        return (codes - half).astype(dtype), -half, scale
+    return codes.astype(dtype), None, scale
+
+
+def weight_operand(q: QTensor, dtype: Any, segments: Segments) -> Operand:
+    """Returns the operand of the kernel `q`, its elements in `dtype`; see `stacked_codes`."""
+    codes, unpacked = stacked_codes(q, segments)
+    group = segments.group(q.group_size)
+    half = 2 ** (q.bits - 1)
+    stacked = {
+        "codes": codes,
+        "zero": None if q.symmetric else take(q.zero_point, group),  # [U, B]
+        "scale": take(q.scale, group),
+    }
+
+    def segment(one: dict[str, Any]) -> tuple[Any, Any, Any]:
+        codes, scale = (
+            unpacked(one["codes"]),
+            jnp.repeat(row_scale(q, one["scale"]), q.channel_group),
+        )
+        if q.fmt is not None:
+            return q.fmt.operand(codes).astype(dtype), None, scale
+        zero: Any = None
+        if one["zero"] is not None:
+            zero = jnp.repeat(one["zero"].astype(jnp.int32), q.channel_group) - half
+        elements = (codes - jnp.uint8(half)).astype(jnp.int8)  # uint8 wraps to the signed code
+        if dtype == jnp.int8:
+            return elements, zero, scale
+        return (elements if zero is None else elements - zero).astype(dtype), None, scale
+
+    return Operand(stacked, segment)
+
+
+def row_scale(q: QTensor, scale: Num[Array, " B"]) -> Float[Array, " B"]:
+    """Returns a row of `q.scale` as the float32 scales of elements."""
+    if q.fmt is None:
+        return scale.astype(jnp.float32)
+    values = q.fmt.scale_value(scale)
+    return (values if q.tensor_scale is None else values * q.tensor_scale) * q.fmt.unit
+
+
+def stacked_codes(q: QTensor, segments: Segments) -> tuple[Any, Callable]:
+    """Returns an array to scan over and what makes a segment's codes, uint8 `[L, N]`, of its rows.
+
+    Where every segment has bytes of its own, the array is the packed codes: one segment at a time
+    is unpacked. Elsewhere the layer is.
+    """
+    count, length = segments.rows.shape
+    fields = 8 // q.bits
+    whole = segments.are_equal and length % (packing.SUB_BLOCK * fields) == 0
+    if whole and packing.planes(q.bits) == (q.bits,):
+        packed = q.codes.reshape(count, length // fields, -1)
+        return packed, lambda one: packing.unpack(one, q.bits, length)
+    codes = segments.cut(integer_codes(q), 0)
+    return codes.reshape(count, length, -1), lambda one: one
+
+
+def column(values: Num[Array, "T M"], start: Any, length: int = 1) -> Num[Array, "T L"]:
+    return jax.lax.dynamic_slice_in_dim(values, start, length, 1, allow_negative_indices=False)
+
+
+def take(values: Any, index: np.ndarray) -> Any:
+    """Returns the rows `index` of `values`; itself where that is everything in order."""
+    same = np.array_equal(index, np.arange(values.shape[0]))
+    return values if same else jnp.take(values, index, axis=0)

@@ -1,0 +1,76 @@
+"""Segments: the runs of input channels inside which both operands have one scale.
+
+Dimensions: K input channels, U segments, L channels of a segment, filled ones included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Num
+
+from qdit_jax.quant import groups
+
+# An int32 accumulator holds this many products of two 8-bit codes, corrections included.
+MAX_SEGMENT = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """The common refinement of two groupings of `num_channels` channels; any two sizes work.
+
+    Attributes:
+        num_channels: K.
+        starts: the first channel of every segment `[U]`.
+        rows: the channels of every segment `[U, L]`; a shorter one is filled with `num_channels`.
+    """
+
+    num_channels: int
+    starts: np.ndarray
+    rows: np.ndarray
+
+    @property
+    def length(self) -> int:
+        """Channels of the longest segment."""
+        return self.rows.shape[1]
+
+    @property
+    def members(self) -> np.ndarray:
+        """Channels of every segment, int32 `[U]`, filled ones not counted."""
+        return (self.rows < self.num_channels).sum(axis=1, dtype=np.int32)
+
+    @property
+    def are_equal(self) -> bool:
+        """Whether the segments, one after another, are the channels: none is filled."""
+        return self.rows.size == self.num_channels
+
+    def group(self, group_size: int) -> np.ndarray:
+        """Returns the group of `group_size` that every segment lies in `[U]`."""
+        return self.starts // groups.effective_group_size(self.num_channels, group_size)
+
+    def cut(self, values: Num[Any, "..."], axis: int) -> Num[Any, "..."]:
+        """Returns `values` with the channels of all segments along `axis`; 0 where filled."""
+        if self.are_equal:
+            return values
+        pad = [(0, 0)] * values.ndim
+        pad[axis] = (0, max(self.rows.size - self.num_channels, 1))
+        padded = jnp.pad(values, pad)
+        if (np.diff(self.starts) == self.length).all():  # regular but for its end: no gather
+            return padded
+        return jnp.take(padded, self.rows.reshape(-1), axis=axis)
+
+
+def segments(num_channels: int, x_group_size: int, w_group_size: int) -> Segments:
+    """Returns the segments of operands with these group sizes."""
+    edges = {0, *range(0, num_channels, MAX_SEGMENT)}
+    for size in (x_group_size, w_group_size):
+        size = groups.effective_group_size(num_channels, size)
+        edges.update(range(0, num_channels, size))
+    starts = np.array(sorted(edges))
+    lengths = np.diff(np.append(starts, num_channels))
+    rows = starts[:, None] + np.arange(lengths.max())
+    rows = np.where(rows < (starts + lengths)[:, None], rows, num_channels)
+    return Segments(num_channels, starts, rows)
