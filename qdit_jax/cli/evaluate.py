@@ -85,7 +85,11 @@ def add_checkpoint_options(add: Any) -> None:
         metavar="N|all",
         help="guided channels: 3 as published, all as diffusers",
     )
-    add("--execution", choices=("simulated", "integer"), help="of quantised layers (simulated)")
+    add(
+        "--execution",
+        choices=("simulated", "integer"),
+        help="of quantised layers, as in qdit sample (simulated)",
+    )
     add("--vae", type=Path, help="the autoencoder, for checkpoints that hold none")
     add(
         "--range-samples",

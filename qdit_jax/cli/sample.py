@@ -56,7 +56,13 @@ def add_parser(subparsers: Any) -> None:
         type=int,
         help="samples at once, over all devices (default: 16 a device, 4 on CPU)",
     )
-    add("--execution", choices=("simulated", "integer"), default="simulated", help="%(default)s")
+    add(
+        "--execution",
+        choices=("simulated", "integer"),
+        default="simulated",
+        help="of quantised layers: float arithmetic on the quantised grid, or dots of the stored "
+        "integers or elements, scaled afterwards; quantised inputs needed (%(default)s)",
+    )
     add("--vae", type=Path, help="checkpoint of the autoencoder, where CHECKPOINT holds none")
     add("--columns", type=int, help="pictures in a row of the grid")
     parser.set_defaults(run=run)
