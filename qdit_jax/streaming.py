@@ -50,9 +50,10 @@ def quantize_checkpoint(
 ) -> Checkpoint:
     """Writes the checkpoint in `source`, rounded to nearest by `recipe`, to the folder `out`.
 
-    Each layer is read, quantised, written and let go before the next: beside the runtime, memory
-    holds about two copies of the largest array. The result is bit for bit what `load`,
-    `quantize_params` and `save` write; it appears under its name when it is complete.
+    Each layer is read, quantised, written and let go before the next: beside the runtime and its
+    programs, memory holds two copies of the largest array; call `memory.give_back_freed_memory`
+    first, or holes that earlier layers have left stay as well. The result is bit for bit what
+    `load`, `quantize_params` and `save` write, and appears under its name once it is complete.
 
     Args:
         source: a checkpoint folder; an exported file is read as a whole.
@@ -145,10 +146,8 @@ def deferred_quantization(
                 on_layer(path, matrix, q)
             return split_fields(q)[0]
 
-        matrix = jax.eval_shape(
-            partial(as_matrix, name), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        )
-        q = jax.eval_shape(partial(quantize, spec=spec), matrix)
+        whole = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        q = jax.eval_shape(lambda w: quantize(as_matrix(name, w), spec), whole)
         arrays = {
             field: DeferredArray(array.shape, array.dtype, make, field)
             for field, array in split_fields(q)[0].items()

@@ -32,10 +32,10 @@ examples:
   qdit quantize xl2 out --recipe w4a8 --adaln w8a8 --embedders w8a8 --final w8a8 --attention w16a8
   qdit quantize xl2 out --recipe w4a8 --act-mode static-per-timestep --stats stats.npz
 
-Rounding to nearest takes one layer after another from CKPT to OUT; memory holds the largest, not the
-network. --rounding other than nearest holds the network: it samples trajectories with the checkpoint and
-runs the network once for every block, earlier blocks quantised; each layer is checked on held-out
-trajectories and keeps rounding to nearest where that is better.
+Rounding to nearest takes one layer after another from CKPT to OUT, and memory holds the largest
+layer, not the network. --rounding other than nearest holds the network: it samples trajectories with
+the checkpoint and runs the network once for every block, earlier blocks quantised; each layer is
+checked on held-out trajectories and keeps rounding to nearest where that is better.
 """
 
 ACT_MODES = ("dynamic", "static", "static-per-timestep")

@@ -53,11 +53,16 @@ def sqnr_db(w: Any, q: QTensor) -> float:
     w, q = np.asarray(w), jax.tree.map(np.asarray, q)
     signal = noise = 0.0
     for columns in column_blocks(w.shape, q.channel_group):
-        # Sums inside of jit would unpack the codes again for every few values.
-        part = w[:, columns].astype(np.float32)
+        part = np.asarray(w[:, columns], np.float32)
+        # A sum inside of jit would unpack the codes again for every few values.
         error = np.asarray(dequantize(columns_of(q, columns))) - part
-        signal, noise = signal + float(np.vdot(part, part)), noise + float(np.vdot(error, error))
+        signal, noise = signal + sum_of_squares(part), noise + sum_of_squares(error)
     return 10 * math.log10(max(signal / max(noise, 1e-30), 1e-30))
+
+
+def sum_of_squares(x: Float[np.ndarray, "K N"]) -> float:
+    """Returns the sum of all squares; `x` may be a part of an array and is not copied."""
+    return float(np.einsum("kn,kn->k", x, x).sum(dtype=np.float64))
 
 
 def columns_of(q: QTensor, columns: slice) -> QTensor:
