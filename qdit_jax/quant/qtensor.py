@@ -178,9 +178,11 @@ def stored_scale(scale: Float[Array, "*s"], dtype: str) -> Float[Array, "*s"]:
         return scale
     info = jnp.finfo(dtype)
     scale = jnp.clip(scale, float(info.tiny), float(info.max))
-    rounded = scale.astype(dtype)
-    above = jnp.nextafter(rounded, jnp.full_like(rounded, info.max))
-    return jnp.where(rounded.astype(jnp.float32) < scale, above, rounded)
+    # In float32 up to the cast, which is exact: XLA drops a cast to 16 bits that a cast back follows.
+    rounded = jax.lax.reduce_precision(scale, info.nexp, info.nmant)
+    bits: Any = jax.lax.bitcast_convert_type(rounded, jnp.int32) + (1 << (23 - info.nmant))
+    above = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return jnp.where(rounded < scale, above, rounded).astype(dtype)
 
 
 def codes_on_grid(

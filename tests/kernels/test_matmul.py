@@ -74,7 +74,7 @@ def test_both_executions_are_the_product_of_the_rounded_operands(sizes, act, wei
     for execution in ("simulated", "integer"):
         found = quantized_matmul(x, q, act_spec, execution=execution)
         assert found.shape == (2, 3, N)
-        assert relative_error(found, rounded, dequantize(q), act_spec.shift) < 1e-6
+        assert relative_error(found, rounded, dequantize(q), act_spec.shift) < 2e-6
 
 
 @pytest.mark.parametrize("kind", ACT_KINDS)
@@ -97,7 +97,7 @@ def test_every_kind_of_activation_by_every_kind_of_weight(kind):
 
         for name, found in products(x, kernels).items():
             error = relative_error(found, rounded, dequantize(kernels[name]), act.shift)
-            assert error < 1e-6, (execution, name)
+            assert error < 2e-6, (execution, name)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_formats_in_groups_of_any_size(channels, act, weight):
     x, w = operands(channels)
     q = quantize(w, weight)
     found = quantized_matmul(x, q, act, execution="integer")
-    assert relative_error(found, fake_quantize(x, act), dequantize(q), act.shift) < 1e-6
+    assert relative_error(found, fake_quantize(x, act), dequantize(q), act.shift) < 2e-6
 
 
 @pytest.mark.parametrize("group_size", [0, 32])
@@ -128,14 +128,14 @@ def test_static_scales_and_rows_for_each_sample(group_size):
     for quant in (table.at(0), table.at(jnp.array([1, 0]))):
         for execution in ("simulated", "integer"):
             found = quantized_matmul(x, q, quant, execution=execution)
-            assert relative_error(found, quant(x), dequantize(q)) < 1e-6
+            assert relative_error(found, quant(x), dequantize(q)) < 2e-6
 
 
 def test_weights_alone_run_simulated():
     x, w = operands(100)
     for spec in (WeightSpec(4, 32), WeightSpec(fmt=formats.nvfp4)):
         q = quantize(w, spec)
-        assert relative_error(quantized_matmul(x, q), x, dequantize(q)) < 1e-6
+        assert relative_error(quantized_matmul(x, q), x, dequantize(q)) < 2e-6
 
 
 def test_dtype_is_that_of_x_and_any_leading_axes_will_do():

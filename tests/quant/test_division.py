@@ -13,7 +13,9 @@ def operands(seed=0, count=200_000):
     x = rng.normal(size=count) * 10.0 ** rng.uniform(-12, 12, count)
     divisor = rng.uniform(0.5, 2, count) * 10.0 ** rng.uniform(-12, 12, count)
     x, divisor = x.astype(np.float32), divisor.astype(np.float32)
-    x[: count // 4] = (rng.integers(-999, 999, count // 4) + np.float32(0.5)) * divisor[: count // 4]
+    x[: count // 4] = (rng.integers(-999, 999, count // 4) + np.float32(0.5)) * divisor[
+        : count // 4
+    ]
     x[0] = 0
     return x, divisor
 
@@ -32,9 +34,10 @@ def test_a_quotient_is_that_of_ieee_754():
     x, divisor = operands(1)
     np.testing.assert_array_equal(np.asarray(jax.jit(quotient)(x, divisor)), x / divisor)
     row = np.full(4, 0.4, np.float32)
-    assert quotient(jnp.float32([3, -3, 1, 0]), row[0]).tolist() == (
-        np.float32([3, -3, 1, 0]) / row
-    ).tolist()
+    assert (
+        quotient(jnp.float32([3, -3, 1, 0]), row[0]).tolist()
+        == (np.float32([3, -3, 1, 0]) / row).tolist()
+    )
 
 
 def test_what_is_not_finite_stays_so():
