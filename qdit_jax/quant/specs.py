@@ -150,8 +150,11 @@ class ActSpec:
             raise ValueError(f"mode={self.mode!r} is not supported; use 'dynamic' or 'static'.")
         if self.unsigned and not self.symmetric:
             raise ValueError("unsigned=True needs symmetric=True; asymmetric codes are unsigned.")
-        if self.fmt is not None and (self.unsigned or self.mode == "static"):
-            raise ValueError(f"format {self.fmt.name!r} is signed and dynamic only.")
+        if self.fmt is not None and (self.unsigned or self.shift or self.mode == "static"):
+            raise ValueError(
+                f"format {self.fmt.name!r} is signed, unshifted and dynamic only; leave unsigned, "
+                "shift and mode at their defaults."
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Returns the settings as JSON-serialisable values."""

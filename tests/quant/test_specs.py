@@ -52,7 +52,11 @@ def test_group_sizes_of_numpy_are_whole_numbers_too():
         (lambda: WeightSpec(channel_group=0), "channel_group=0"),
         (lambda: WeightSpec(fmt=formats.nf4, channel_group=2), "'nf4' has a scale a channel"),
         (lambda: ActSpec(unsigned=True), "needs symmetric=True"),
-        (lambda: ActSpec(fmt=formats.mxfp4, mode="static"), "'mxfp4' is signed and dynamic"),
+        (
+            lambda: ActSpec(fmt=formats.mxfp4, mode="static"),
+            "'mxfp4' is signed, unshifted and dynamic",
+        ),
+        (lambda: ActSpec(fmt=formats.nf4, shift=0.5), "'nf4' is signed, unshifted and dynamic"),
         (lambda: ranges.minmax(clip=0.0), "clip=0.0 is not a clip ratio"),
         (lambda: ranges.minmax(ratio=1), "has no setting 'ratio'; it has \\['clip'\\]"),
         (lambda: ranges.percentile(0.2), "p=0.2"),
