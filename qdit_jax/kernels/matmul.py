@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qdit_jax.kernels import xla
-from qdit_jax.quant import ActQuant, ActSpec, QTensor, WeightSpec
+from qdit_jax.quant import ActQuant, ActSpec, QTensor, WeightSpec, branches
 
 Execution = Literal["simulated", "integer"]
 EXECUTIONS = ("simulated", "integer")
@@ -88,14 +88,11 @@ def in_its_turn(product: Callable, x: Any, q: QTensor, act_quant: Any) -> Any:
     """Returns `product(x, q, act_quant)`, nothing of it computed before `x` is.
 
     XLA:CPU would unpack the weights of many layers long before their products, and the whole model
-    would lie in memory; optimization barriers are gone when it orders its work. What stands in a
-    branch is done when the branch is taken, and this one always is.
+    would lie in memory; see `branches`.
     """
 
     def nothing(x: Any, q: QTensor, act_quant: Any) -> Any:
         edge = 0 * (x[..., :1] + q.scale.astype(x.dtype).reshape(-1)[:1])
         return jnp.broadcast_to(edge, (*x.shape[:-1], q.shape[1]))
 
-    bits = jax.lax.bitcast_convert_type(x.reshape(-1)[0].astype(jnp.float32), jnp.int32)
-    always = (bits | 1) != 0  # which the compiler does not know
-    return jax.lax.cond(always, product, nothing, x, q, act_quant)
+    return jax.lax.cond(branches.always(x), product, nothing, x, q, act_quant)
