@@ -84,11 +84,12 @@ def test_arrays_are_read_one_at_a_time(tmp_path, monkeypatch):
     equal(materialized(found), quantize_params(params, recipe=recipe))
 
 
-def test_damaged_arrays_are_named_when_they_are_read(tmp_path):
+@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(b"short"), Path.unlink])
+def test_damaged_arrays_are_named_when_they_are_read(tmp_path, damage):
     model, params = network()
     save(tmp_path / "ckpt", Checkpoint(model, params))
     files = [file for file in (tmp_path / "ckpt" / "params").rglob("*") if file.is_file()]
-    max(files, key=lambda file: file.stat().st_size).write_bytes(b"short")
+    damage(max(files, key=lambda file: file.stat().st_size))
     opened = open_checkpoint(tmp_path / "ckpt")
     with pytest.raises(UserError, match="damaged or incomplete"):
         materialized(opened)
