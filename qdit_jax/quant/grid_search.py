@@ -1,7 +1,7 @@
 """The clipping-ratio search behind the MSE range rules, vectorised and in bounded memory.
 
-Dimensions: P ratios tried, S members of a group, M groups (all that share nothing), B a block
-of groups searched together.
+Dimensions: P ratios tried, R rows of groups, S members of a group, N groups side by side, B a block
+of them searched together.
 """
 
 from __future__ import annotations
@@ -16,44 +16,49 @@ from jaxtyping import Array, Float
 
 from qdit_jax.quant import powers
 
-# Groups searched together: [P, BLOCK] scores and their grids stay in the cache of one core.
-BLOCK = 4608
+# Groups searched together: half a dozen arrays [P, BLOCK] stay in the cache of one core.
+BLOCK = 1536
 _UNROLL = 4
 
 
 def best_ratio(
-    x: Float[Array, "S ..."],
-    low: Float[Array, "*m"],
-    high: Float[Array, "*m"],
+    x: Float[Array, "*r S N"],
+    low: Float[Array, "*r N"],
+    high: Float[Array, "*r N"],
     rule: Any,
     *,
     bits: int,
     symmetric: bool,
-) -> Float[Array, "*m"]:
+) -> Float[Array, "*r N"]:
     """Returns the ratio r whose grid on `[r * low, r * high]` has the least error for each group.
 
     `rule` names the grid (`num_points`, `max_shrink`), the `norm` and the `scale` rule. Of equal
-    scores the first (widest) wins. Memory beyond `x` and its transpose: a few times
-    `num_points * BLOCK` floats.
+    scores the first (widest) wins. Memory beyond `x`: a few times `num_points * BLOCK` floats.
     """
-    _, *lead = x.shape
-    count = int(np.prod(lead))
-    block = min(BLOCK, count)
-    pad = -count % block
+    if x.shape[-1] < BLOCK // 8:  # few groups side by side: all rows are one
+        rows = jnp.moveaxis(x, -2, 0).reshape(1, x.shape[-2], -1)
+        limits = (low.reshape(1, -1), high.reshape(1, -1))
+    else:
+        rows = x.reshape(-1, *x.shape[-2:])
+        limits = (low.reshape(-1, x.shape[-1]), high.reshape(-1, x.shape[-1]))
+    num_rows, size, width = rows.shape
+    num_blocks = -(-width // BLOCK)
+    block = -(-width // num_blocks)
     ratios = jnp.asarray(grid_of(rule), jnp.float32)[:, None]
 
-    def blocks(values: Any) -> Any:
-        rows = values.reshape(-1, count)
-        rows = jnp.pad(rows, ((0, 0), (0, pad)), mode="edge")
-        return jnp.swapaxes(rows.reshape(rows.shape[0], -1, block), 0, 1)
-
-    def search(args: Any) -> Any:
-        members, low_, high_ = args
-        score = _score(members, low_[0] * ratios, high_[0] * ratios, rule, bits, symmetric)
+    def search(where: Any) -> Any:
+        row, start = where
+        members = jax.lax.dynamic_slice(rows, (row, 0, start), (1, size, block))[0]
+        ends = (jax.lax.dynamic_slice(end, (row, start), (1, block)) * ratios for end in limits)
+        score = _score(members.astype(jnp.float32), *ends, rule, bits, symmetric)
         return ratios[jnp.argmin(score, axis=0), 0]
 
-    args = (blocks(x.astype(jnp.float32)), blocks(low), blocks(high))
-    return jax.lax.map(search, args).reshape(-1)[:count].reshape(lead)
+    starts = np.minimum(np.arange(num_blocks) * block, width - block)
+    places = np.repeat(np.arange(num_rows), num_blocks), np.tile(starts, num_rows)
+    found = jax.lax.map(search, places).reshape(num_rows, num_blocks, block)
+    new = width - (num_blocks - 1) * block  # the last block begins in the one before
+    parts = found[:, :-1].reshape(num_rows, -1), found[:, -1, block - new :]
+    return jnp.concatenate(parts, axis=1).reshape(low.shape)
 
 
 def grid_of(rule: Any) -> np.ndarray:

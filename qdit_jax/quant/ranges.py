@@ -186,9 +186,8 @@ class Mse(RangeRule):
     def limits(self, x: Values, bits: int, symmetric: bool, axis: int) -> Limits:
         """See `RangeRule`."""
         low, high = self.widest().limits(x, bits, symmetric, axis)
-        ratio = grid_search.best_ratio(
-            jnp.moveaxis(x, axis, 0), low, high, self, bits=bits, symmetric=symmetric
-        )
+        members = jnp.moveaxis(x, axis, -2)
+        ratio = grid_search.best_ratio(members, low, high, self, bits=bits, symmetric=symmetric)
         return rounded_product(low, ratio), rounded_product(high, ratio)
 
 
