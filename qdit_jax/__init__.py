@@ -17,6 +17,7 @@ from qdit_jax.quant import ActSpec, QTensor, WeightSpec, dequantize, quantize, r
 from qdit_jax.rounding import round_params
 from qdit_jax.sampling import denoiser, generate
 from qdit_jax.searching import search
+from qdit_jax.streaming import quantize_checkpoint
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "plan",
     "quant",
     "quantize",
+    "quantize_checkpoint",
     "quantize_linen",
     "quantize_params",
     "quantized_matmul",
