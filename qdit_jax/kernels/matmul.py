@@ -78,10 +78,21 @@ def _matmul_traced(x: Any, q: QTensor, act: ActQuant | None, execution: str) -> 
     if x.size == 0:
         return jnp.zeros((*x.shape[:-1], q.shape[1]), x.dtype)
     product = xla.integer_matmul if execution == "integer" else xla.simulated_matmul
-    return jax.lax.platform_dependent(x, q, act, cpu=partial(in_its_turn, product), default=product)
+    return jax.lax.platform_dependent(
+        x, q, act, cpu=partial(in_its_turn, product), default=partial(together, product)
+    )
 
 
 _matmul = jax.jit(_matmul_traced, static_argnums=3)
+
+
+def together(product: Callable, x: Any, q: QTensor, act_quant: Any) -> Any:
+    """Returns `product(x, q, act_quant)`, the weights of which wait for `x`.
+
+    XLA for GPUs and TPUs keeps barriers until its work is in order; without this one it may
+    dequantise many layers ahead.
+    """
+    return product(*jax.lax.optimization_barrier((x, q)), act_quant)
 
 
 def in_its_turn(product: Callable, x: Any, q: QTensor, act_quant: Any) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Num
 
 from qdit_jax.kernels.segments import Segments
@@ -99,10 +100,9 @@ def weight_operand(q: QTensor, dtype: Any, segments: Segments) -> Operand:
     }
 
     def segment(one: dict[str, Any]) -> tuple[Any, Any, Any]:
-        codes, scale = (
-            unpacked(one["codes"]),
-            jnp.repeat(row_scale(q, one["scale"]), q.channel_group),
-        )
+        # Else XLA for GPUs, whose int8 dot wants columns, keeps a turned copy of all packed codes.
+        codes = with_layout_constraint(unpacked(one["codes"]), Layout(major_to_minor=(0, 1)))
+        scale = jnp.repeat(row_scale(q, one["scale"]), q.channel_group)
         if q.fmt is not None:
             return q.fmt.operand(codes).astype(dtype), None, scale
         zero: Any = None
