@@ -49,8 +49,9 @@ def best_ratio(
     def search(where: Any) -> Any:
         row, start = where
         members = jax.lax.dynamic_slice(rows, (row, 0, start), (1, size, block))[0]
-        ends = (jax.lax.dynamic_slice(end, (row, start), (1, block)) * ratios for end in limits)
-        score = _score(members.astype(jnp.float32), *ends, rule, bits, symmetric)
+        widest = [jax.lax.dynamic_slice(end, (row, start), (1, block)) for end in limits]
+        tried = [end * ratios for end in widest]
+        score = _score(members.astype(jnp.float32), tried[0], tried[1], rule, bits, symmetric)
         return ratios[jnp.argmin(score, axis=0), 0]
 
     starts = np.minimum(np.arange(num_blocks) * block, width - block)
