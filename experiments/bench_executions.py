@@ -8,6 +8,10 @@ with guidance through the compiled loop; the rounds of all variants are interlea
 to full precision is the median over rounds. "arguments" are the bytes of weights and inputs,
 "temporary" what the compiled loop needs beside them, both as XLA counts them: a network whose
 weights were dequantised all at once would show in the latter.
+
+Expected on an H100 (2026-11-23, jax 0.11.2): full precision 22.6 ms a step with products in TF32, 92.5
+in float32; W4A8 simulated 96, integer 116; 0.35 GB of arguments in place of 2.70. On 2 CPU cores,
+DiT-S/2: all within a tenth of full precision.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python experiments/bench_search.py --part methods --checkpoint demo_ckpt --bits w4a8 --out runs/search
 
 `cost` times one candidate (traced sizes, rollout) against the rollout of a statically quantised
-model of the same batch, interleaved; expected: 1.17 times on the demo model, 1.04 on a DiT-S/2, one
+model of the same batch, interleaved; expected: 1.09 times on the demo model, 1.02 on a DiT-S/2, one
 compilation.
 
 `methods` searches with every method at equal bit operations for several keys, then measures the
