@@ -110,7 +110,10 @@ def _sum_of_powers(
 
     def add(score: Any, row: Any) -> Any:
         steps = row * per_unit
-        return score + power_fn(jnp.abs(steps - jnp.clip(jnp.round(steps), first, last)))
+        code = jnp.round(steps)
+        code = jnp.where(code < first, first, code)  # a clip would look after NaNs, at a cost
+        code = jnp.where(code > last, last, code)
+        return score + power_fn(jnp.abs(steps - code))
 
     def add_rows(i: Any, score: Any) -> Any:
         for j in range(_UNROLL):  # fewer passes over the scores than one row at a time

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 # Polynomials in the square root of an error: degrees tried, and how near one must come.
-_DEGREES = range(4, 13)
-_TOLERANCE = 2e-5
+_DEGREES = range(4, 17)
+_TOLERANCE = 1e-6
 
 # Least-squares polynomials, lowest power first: log2 on [sqrt(1/2), sqrt(2)], 2**x on [-1/2, 1/2].
 _LOG2 = np.polynomial.Chebyshev.interpolate(np.log2, 6, [0.5**0.5, 2**0.5])
