@@ -8,10 +8,10 @@ Q-DiT release's search written as it describes it, a loop in torch over groups a
 same weights (skipped where torch is absent). With --torch-seconds too small for the network, torch
 runs on the first layer of every shape and the rest is extrapolated by weights.
 
-Expected on 2 free cores (2026-11-23; first run, compilation included): min-max 3 s, `mse` 9 s, the
-authors' grid 25 s (16 s for the block linears). With `--layers 'blocks_0/.*'`: the loop in
-torch 39.6 s (78 CPU s), the authors' grid here 0.7 s (1.3) once compiled; 99.9 % of the scales and
-99.9998 % of the codes agree (near ties go either way).
+Expected on 2 free cores (2026-11-23; first run, compilation included): min-max 3 s, `mse` 10 s, the
+authors' grid 27 s (16 s for the block linears). With `--layers 'blocks_0/.*'`: the loop in
+torch 46.6 s (92 CPU s), the authors' grid here 1.0 s (1.9) once compiled; 99.9 % of the scales and
+99.9999 % of the codes agree (near ties go either way).
 """
 
 from __future__ import annotations
