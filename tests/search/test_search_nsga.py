@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -145,29 +146,14 @@ def test_the_front_is_nearer_to_the_true_one_than_random_search_and_a_seeded_one
 
 def test_a_stopped_run_goes_on_to_the_same_result(space, budget):
     states = []
-    whole = search.evolve(
-        space,
-        budget,
-        fitness,
-        draw_fn=search.offspring,
-        seed=7,
-        settings=SETTINGS,
-        save_fn=lambda m: states.append(m),
+    evolve = partial(
+        search.evolve, space, budget, fitness, draw_fn=search.offspring, settings=SETTINGS
     )
-    resumed = search.evolve(
-        space,
-        budget,
-        fitness,
-        draw_fn=search.offspring,
-        seed=7,
-        settings=SETTINGS,
-        measured=Measured(**states[3].arrays()),
-    )
+    whole = evolve(seed=7, save_fn=states.append)
+    resumed = evolve(seed=7, measured=Measured(**states[3].arrays()))
     for name, array in whole.arrays().items():
         assert array.tobytes() == resumed.arrays()[name].tobytes(), name
-    other = search.evolve(
-        space, budget, fitness, draw_fn=search.offspring, seed=8, settings=SETTINGS
-    )
+    other = evolve(seed=8)
     assert other.assignments.tobytes() != whole.assignments.tobytes()
 
 
