@@ -25,6 +25,15 @@ def quotient(x: Float[Array, "*s"], divisor: Any) -> Float[Array, "*s"]:
     return jax.lax.platform_dependent(x, divisor, cpu=jnp.divide, default=_divided_again)
 
 
+def quotient_by_number(x: Float[Array, "*s"], divisor: int | float) -> Float[Array, "*s"]:
+    """Returns `x / divisor`, rounded once, for one number `divisor`.
+
+    XLA turns a division by a broadcast scalar into a product with its reciprocal, which may be
+    one ulp off; a divisor that seems to depend on `x` is left alone, under vmap too.
+    """
+    return quotient(x, jnp.where(jnp.isnan(x), 1.0, divisor))
+
+
 def _divided_again(x: Float[Array, "*s"], divisor: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return corrected(x / divisor, x, divisor)
 

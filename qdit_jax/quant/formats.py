@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Num, UInt8
 
 from qdit_jax.quant import ranges
-from qdit_jax.quant.division import quotient
+from qdit_jax.quant.division import quotient, quotient_by_number
 
 # 16 quantiles of a standard normal, scaled to [-1, 1] (QLoRA, arXiv:2305.14314, appendix E).
 _NF4 = (
@@ -139,12 +139,12 @@ class Format:
             return jnp.where(absmax > 0, byte, 127).astype(jnp.uint8)
         top = self.max_value()
         if self.block_scale == "e4m3":
-            return _byte_of(quotient(ranges.exact_quotient(absmax, top), tensor_scale), "e4m3")
-        return ranges.positive_or_one(ranges.exact_quotient(absmax, top))
+            return _byte_of(quotient(quotient_by_number(absmax, top), tensor_scale), "e4m3")
+        return ranges.positive_or_one(quotient_by_number(absmax, top))
 
     def tensor_scale(self, absmax: Any) -> Any:
         """Returns the factor for tensors of greatest magnitude `absmax`: blocks fill E4M3."""
-        scale = ranges.exact_quotient(absmax, self.max_value() * 448.0)
+        scale = quotient_by_number(absmax, self.max_value() * 448.0)
         return jnp.where(scale > 0, scale, jnp.ones_like(scale))
 
     def quantize_blocks(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qdit_jax.quant import grid_search
-from qdit_jax.quant.division import quotient
+from qdit_jax.quant.division import quotient_by_number
 
 Values = Float[Array, "..."]
 Limits = tuple[Values, Values]
@@ -31,15 +31,6 @@ def max_code(bits: int, symmetric: bool) -> int:
 def positive_or_one(scale: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """Returns `scale` with 1 in place of 0, the scale of a group that holds zeros only."""
     return jnp.where(scale > 0, scale, jnp.ones_like(scale))
-
-
-def exact_quotient(x: Float[Array, "*s"], divisor: int | float) -> Float[Array, "*s"]:
-    """Returns `x / divisor`, rounded once.
-
-    XLA turns a division by a broadcast scalar into a product with its reciprocal, which may be
-    one ulp off; a divisor that seems to depend on `x` is left alone, under vmap too.
-    """
-    return quotient(x, jnp.where(jnp.isnan(x), 1.0, divisor))
 
 
 def rounded_product(x: Values, factor: Any) -> Values:
@@ -89,7 +80,7 @@ class RangeRule:
     def scale(self, low: Any, high: Any, bits: int, symmetric: bool) -> Values:
         """Returns the step of the codes on `[low, high]`; 1 where the interval is a point."""
         top = max_code(bits, symmetric)
-        return positive_or_one(exact_quotient(high if symmetric else high - low, top))
+        return positive_or_one(quotient_by_number(high if symmetric else high - low, top))
 
     def to_json(self) -> dict[str, Any]:
         """Returns the rule's name and settings."""
@@ -216,7 +207,7 @@ class Authors(RangeRule):
     def scale(self, low: Any, high: Any, bits: int, symmetric: bool) -> Values:
         """See `RangeRule`; the interval is at least 1e-5 wide."""
         top = max_code(bits, symmetric)
-        return exact_quotient(high if symmetric else jnp.maximum(high - low, 1e-5), top)
+        return quotient_by_number(high if symmetric else jnp.maximum(high - low, 1e-5), top)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +254,7 @@ class AuthorsGptq(RangeRule):
 
     def scale(self, low: Any, high: Any, bits: int, symmetric: bool) -> Values:
         """See `RangeRule`."""
-        return exact_quotient((high - low) * self.clip, 2**bits - 1)
+        return quotient_by_number((high - low) * self.clip, 2**bits - 1)
 
 
 minmax = MinMax()
