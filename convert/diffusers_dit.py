@@ -24,7 +24,7 @@ from qdit_convert.dit import (
 from qdit_convert.plan import Leaf, Plan, affine, block_count, convolution, linear, shape_of
 from qdit_convert.tensors import StateDict, StoredTensor
 from qdit_jax.errors import UserError
-from qdit_jax.models.layers import sincos_positions
+from qdit_jax.models import sincos_positions
 
 BLOCKS = "transformer_blocks."
 EMBEDDER = "norm1.emb.timestep_embedder"

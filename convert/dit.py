@@ -21,7 +21,7 @@ from qdit_convert.plan import (
 )
 from qdit_convert.tensors import StateDict, StoredTensor, shape_text
 from qdit_jax.errors import UserError
-from qdit_jax.models.dit import SIZES, published_config
+from qdit_jax.models import SIZES, published_config
 
 # (depth, width) -> heads, as published.
 PUBLISHED = {(depth, width): heads for depth, width, heads in SIZES.values()}

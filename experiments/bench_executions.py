@@ -31,8 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import qdit_jax as qdit
-from qdit_jax.models.dit import DiT, published_config
-from qdit_jax.rollouts import Rollout, seeds
+from qdit_jax.allocation import Rollout, seeds
+from qdit_jax.models import DiT, published_config
 
 LAYERS = r"(?!.*/(q|k|v|softmax)$).*"  # all but the operands of attention
 

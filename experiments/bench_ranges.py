@@ -31,8 +31,8 @@ from flax.traverse_util import flatten_dict
 
 import qdit_jax as qdit
 from qdit_jax.memory import give_back_freed_memory
-from qdit_jax.ptq.recipe import BLOCK_LINEARS
-from qdit_jax.quant.qtensor import integer_codes, quantize
+from qdit_jax.quant import integer_codes, quantize
+from qdit_jax.recipes import BLOCK_LINEARS
 
 GROUP_SIZE = 128
 BITS = 4

@@ -28,22 +28,23 @@ import jax
 import numpy as np
 
 import qdit_jax as qdit
-from qdit_jax.calibration import default_sampler
-from qdit_jax.metrics import paired_test
-from qdit_jax.models.dit import DiT, published_config
-from qdit_jax.rollouts import Rollout, seeds
-from qdit_jax.search import (
+from qdit_jax.allocation import (
     BitOps,
     Evaluator,
     EvolutionSettings,
+    Rollout,
     cost_table,
     paired_error,
     recipe_of,
+    search,
     search_space,
+    seeds,
     total_cost,
     uniform_assignment,
 )
-from qdit_jax.searching import search
+from qdit_jax.calibration import default_sampler
+from qdit_jax.metrics import paired_test
+from qdit_jax.models import DiT, published_config
 from qdit_jax.testing import realistic_dit
 
 METHODS = ("qdit-paper", "qdit-release", "random", "default")

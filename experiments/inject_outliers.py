@@ -50,8 +50,8 @@ from facebook_layout import write_facebook
 from testbed_measures import read_checkpoint
 
 import qdit_jax as qdit
-from qdit_jax.models.layers import TimestepEmbedder
-from qdit_jax.ptq.folds import fold_inputs, producers
+from qdit_jax.methods import fold_inputs, producers
+from qdit_jax.models import TimestepEmbedder
 
 NUM_TIMESTEPS = 32
 

@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict
 
 import qdit_jax as qdit
 from qdit_jax.calibration import trajectories
-from qdit_jax.models.layers import Linear
+from qdit_jax.models import Linear
 from qdit_jax.sampling import denoiser
 
 KINDS = {"qkv": "attn/qkv", "proj": "attn/proj", "fc1": "mlp/fc1", "fc2": "mlp/fc2"}

@@ -38,8 +38,8 @@ from demo_data import load_digits
 from facebook_layout import write_facebook
 
 import qdit_jax as qdit
-from qdit_jax.media import save_grid
-from qdit_jax.models.dit import DiT
+from qdit_jax.models import DiT
+from qdit_jax.report import save_grid
 
 DIGITS = DiT(input_size=16, in_channels=1, num_classes=10)
 MODELS = {

@@ -1,57 +1,79 @@
 """Diffusion transformers in 4 to 8 bits in JAX.
 
 `params -> quantize_params -> params`; the network is called the same way before and after.
+A name is imported from its room when it is first used, so that `import qdit_jax` alone is quick.
 """
 
-from qdit_jax import quant
-from qdit_jax.calibration import calibrate
-from qdit_jax.calibration_items import collect_items
-from qdit_jax.checkpoint import Checkpoint, load, save
-from qdit_jax.diffusion import ddim, ddpm, flow, sample
-from qdit_jax.errors import UserError
-from qdit_jax.export import load_safetensors, save_safetensors
-from qdit_jax.kernels import quantized_matmul
-from qdit_jax.linen import quantize_linen
-from qdit_jax.ptq import LayerSpec, Recipe, Rule, Stats, plan, quantize_params
-from qdit_jax.quant import ActSpec, QTensor, WeightSpec, dequantize, quantize, ranges
-from qdit_jax.rounding import round_params
-from qdit_jax.sampling import denoiser, generate
-from qdit_jax.searching import search
-from qdit_jax.streaming import quantize_checkpoint
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qdit_jax import quant as quant
+    from qdit_jax.adapters import quantize_linen as quantize_linen
+    from qdit_jax.allocation import search as search
+    from qdit_jax.calibration import Stats as Stats
+    from qdit_jax.calibration import calibrate as calibrate
+    from qdit_jax.calibration import collect_items as collect_items
+    from qdit_jax.checkpoint import Checkpoint as Checkpoint
+    from qdit_jax.checkpoint import load as load
+    from qdit_jax.checkpoint import load_safetensors as load_safetensors
+    from qdit_jax.checkpoint import save as save
+    from qdit_jax.checkpoint import save_safetensors as save_safetensors
+    from qdit_jax.diffusion import ddim as ddim
+    from qdit_jax.diffusion import ddpm as ddpm
+    from qdit_jax.diffusion import flow as flow
+    from qdit_jax.diffusion import sample as sample
+    from qdit_jax.errors import UserError as UserError
+    from qdit_jax.kernels import quantized_matmul as quantized_matmul
+    from qdit_jax.ptq import plan as plan
+    from qdit_jax.ptq import quantize_checkpoint as quantize_checkpoint
+    from qdit_jax.ptq import quantize_params as quantize_params
+    from qdit_jax.ptq import round_params as round_params
+    from qdit_jax.quant import ActSpec as ActSpec
+    from qdit_jax.quant import QTensor as QTensor
+    from qdit_jax.quant import WeightSpec as WeightSpec
+    from qdit_jax.quant import dequantize as dequantize
+    from qdit_jax.quant import quantize as quantize
+    from qdit_jax.quant import ranges as ranges
+    from qdit_jax.recipes import LayerSpec as LayerSpec
+    from qdit_jax.recipes import Recipe as Recipe
+    from qdit_jax.recipes import Rule as Rule
+    from qdit_jax.sampling import denoiser as denoiser
+    from qdit_jax.sampling import generate as generate
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "ActSpec",
-    "Checkpoint",
-    "LayerSpec",
-    "QTensor",
-    "Recipe",
-    "Rule",
-    "Stats",
-    "UserError",
-    "WeightSpec",
-    "calibrate",
-    "collect_items",
-    "ddim",
-    "ddpm",
-    "denoiser",
-    "dequantize",
-    "flow",
-    "generate",
-    "load",
-    "load_safetensors",
-    "plan",
-    "quant",
-    "quantize",
-    "quantize_checkpoint",
-    "quantize_linen",
-    "quantize_params",
-    "quantized_matmul",
-    "ranges",
-    "round_params",
-    "sample",
-    "save",
-    "save_safetensors",
-    "search",
-]
+# Room -> the names that the package shows of it.
+PUBLIC = {
+    "adapters": ("quantize_linen",),
+    "allocation": ("search",),
+    "calibration": ("Stats", "calibrate", "collect_items"),
+    "checkpoint": ("Checkpoint", "load", "load_safetensors", "save", "save_safetensors"),
+    "diffusion": ("ddim", "ddpm", "flow", "sample"),
+    "errors": ("UserError",),
+    "kernels": ("quantized_matmul",),
+    "ptq": ("plan", "quantize_checkpoint", "quantize_params", "round_params"),
+    "quant": ("ActSpec", "QTensor", "WeightSpec", "dequantize", "quantize", "ranges"),
+    "recipes": ("LayerSpec", "Recipe", "Rule"),
+    "sampling": ("denoiser", "generate"),
+}
+ROOM_OF = {name: room for room, names in PUBLIC.items() for name in names}
+
+__all__ = sorted(["quant", *ROOM_OF])
+
+
+def __getattr__(name: str) -> Any:
+    """Returns a public name, imported from its room now."""
+    if name in ROOM_OF:
+        value = getattr(import_module(f"qdit_jax.{ROOM_OF[name]}"), name)
+        globals()[name] = value
+        return value
+    if name == "quant":
+        return import_module("qdit_jax.quant")
+    raise AttributeError(f"module 'qdit_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

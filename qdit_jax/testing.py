@@ -24,8 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from qdit_jax.models.dit import DiT
-from qdit_jax.models.layers import sincos_positions, timestep_features
+from qdit_jax.models import DiT, sincos_positions, timestep_features
 
 SMALL = {
     "input_size": 8,

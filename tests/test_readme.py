@@ -10,7 +10,7 @@ import pytest
 
 from qdit_jax.checkpoint import Checkpoint, load, save
 from qdit_jax.cli import VERBS
-from qdit_jax.ptq import Recipe
+from qdit_jax.recipes import Recipe
 from qdit_jax.testing import realistic_dit
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,10 +11,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from qdit_jax import Recipe, quantize_params
-from qdit_jax.calibration import layer_ranges
+from qdit_jax.calibration import Stats
+from qdit_jax.calibration.recording import layer_ranges
 from qdit_jax.metrics import signal_to_noise_db
-from qdit_jax.models.dit import DiT
-from qdit_jax.ptq import Stats
+from qdit_jax.models import DiT
 from qdit_jax.testing import realistic_dit
 
 TIMESTEPS = np.linspace(0, 999, 9)

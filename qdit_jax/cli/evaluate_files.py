@@ -17,15 +17,15 @@ from tqdm import tqdm
 from qdit_jax import metrics
 from qdit_jax.errors import UserError
 from qdit_jax.files import replaced_file
-from qdit_jax.media import save_picture, side_by_side
-from qdit_jax.metrics.names import DEMO_FEATURES, INCEPTION_FEATURES
-from qdit_jax.models.features import (
+from qdit_jax.metrics import DEMO_FEATURES, INCEPTION_FEATURES
+from qdit_jax.models import (
     DEMO_STATISTICS,
     FeaturesFn,
     asset,
     demo_features_fn,
     inception_features_fn,
 )
+from qdit_jax.report import save_picture, side_by_side
 
 NUM_PICTURES = 64
 FILE_BATCH = 64
@@ -143,7 +143,7 @@ def chosen_features(args: argparse.Namespace) -> tuple[FeaturesFn, str]:
     if args.features[0] == DEMO_FEATURES:
         return demo_features_fn(), DEMO_FEATURES
     from qdit_jax.checkpoint import load
-    from qdit_jax.models.inception import InceptionV3
+    from qdit_jax.models import InceptionV3
 
     folder = args.features[1]
     checkpoint = load(folder)

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from qdit_jax import checkpoint as checkpoints
-from qdit_jax.calibration import calibrate
+from qdit_jax.calibration import Stats, calibrate
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.cli.evaluate_files import (
     FILE_BATCH,
@@ -27,13 +27,19 @@ from qdit_jax.cli.evaluate_files import (
 from qdit_jax.cli.sample import guidance_channels
 from qdit_jax.cli.sample_run import chosen_sampler
 from qdit_jax.errors import UserError
-from qdit_jax.evaluation import Contender, Protocol, Run, run_evaluation
-from qdit_jax.evaluation_report import compared_pictures, write_evaluation
-from qdit_jax.evaluation_store import merge
-from qdit_jax.evaluation_summary import MEASURES, summarize
+from qdit_jax.evaluation import (
+    MEASURES,
+    Contender,
+    Protocol,
+    Run,
+    compared_pictures,
+    merge,
+    run_evaluation,
+    summarize,
+    write_evaluation,
+)
 from qdit_jax.files import replaced_file
-from qdit_jax.media import save_picture
-from qdit_jax.ptq import Stats
+from qdit_jax.report import save_picture
 from qdit_jax.sampling import decode, latent_shape
 
 DEFAULT_OUT = Path("qdit-evaluate")

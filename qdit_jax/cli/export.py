@@ -36,7 +36,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes OUT; raises `UserError` if not exactly one of both names is a .safetensors file."""
-    from qdit_jax import checkpoint, export
+    from qdit_jax import checkpoint
+    from qdit_jax.checkpoint import single_file as export
     from qdit_jax.errors import UserError
     from qdit_jax.files import check_free
 

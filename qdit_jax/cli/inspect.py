@@ -46,8 +46,8 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from qdit_jax.checkpoint import exported_parts
     from qdit_jax.errors import UserError
-    from qdit_jax.export import exported_parts
 
     is_checkpoint = (args.path / "model.json").is_file()
     if args.stats:
@@ -128,7 +128,7 @@ def recorded(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     from qdit_jax.calibration import calibrate, default_sampler
     from qdit_jax.checkpoint import load
     from qdit_jax.errors import UserError
-    from qdit_jax.model_report import write_model_report
+    from qdit_jax.report import write_model_report
 
     checkpoint = load(args.path)
     if not hasattr(checkpoint.model, "velocity"):
@@ -158,7 +158,7 @@ def recorded(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 
 def summarize(path: str, found: dict[str, Any]) -> dict[str, Any]:
     """Returns the family, configuration, counts, bytes by part, and recipe of a checkpoint."""
-    from qdit_jax.model_stats import part_of
+    from qdit_jax.report import part_of
 
     description = found["model"]
     parts: dict[str, dict[str, Any]] = {}

@@ -89,9 +89,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     import qdit_jax as qdit
+    from qdit_jax.checkpoint import open_checkpoint
     from qdit_jax.files import check_free
-    from qdit_jax.ptq import sqnr_db
-    from qdit_jax.streaming import open_checkpoint, quantize_checkpoint
+    from qdit_jax.ptq import quantize_checkpoint, sqnr_db
 
     if not args.dry_run:
         check_free(args.out, args.force)
@@ -144,7 +144,7 @@ def rounded_checkpoint(
     show: Callable[[str, str], None],
 ) -> Any:
     """Returns the checkpoint rounded on calibration inputs, in memory, showing every layer."""
-    from qdit_jax.streaming import materialized
+    from qdit_jax.checkpoint import materialized
 
     whole = materialized(checkpoint)
     params = round_on_inputs(args, whole, recipe, stats, show)
@@ -163,7 +163,7 @@ def recipe_of(args: argparse.Namespace, params: Any) -> Any:
         UserError: if options of a preset accompany a file.
     """
     import qdit_jax as qdit
-    from qdit_jax.ptq.recipe import BLOCK_LINEARS, PARTS
+    from qdit_jax.recipes import BLOCK_LINEARS, PARTS
 
     if args.recipe.endswith(".json") or Path(args.recipe).exists():
         given = [name for name in PRESET_OPTIONS if getattr(args, name) is not None]

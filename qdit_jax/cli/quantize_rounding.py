@@ -77,10 +77,9 @@ def round_on_inputs(
     """Returns the parameters rounded as `--rounding` says, showing every layer."""
     from tqdm import tqdm
 
-    from qdit_jax import rounding
-    from qdit_jax.calibration_items import Items
-    from qdit_jax.models.layers import Linear
-    from qdit_jax.ptq.hessians import layers_in_order
+    from qdit_jax.calibration import Items, layers_in_order
+    from qdit_jax.models import Linear
+    from qdit_jax.ptq import rounding
 
     authors = args.rounding == "gptq-authors"
     holdout = args.holdout if args.holdout is not None else (0.0 if authors else 0.25)
@@ -153,8 +152,7 @@ def collected(
     """Returns the calibration items: conditional and null, or those of the release."""
     import jax
 
-    from qdit_jax.calibration import default_sampler
-    from qdit_jax.calibration_items import authors_steps, collect_items
+    from qdit_jax.calibration import authors_steps, collect_items, default_sampler
 
     return collect_items(
         checkpoint,

@@ -11,8 +11,9 @@ import numpy as np
 from tqdm import tqdm
 
 from qdit_jax import checkpoint as checkpoints
-from qdit_jax import diffusion, media, sampling
+from qdit_jax import diffusion, sampling
 from qdit_jax.errors import UserError
+from qdit_jax.report import media
 
 SMALLEST_CELL = 64  # pixels; smaller pictures are enlarged in a grid
 

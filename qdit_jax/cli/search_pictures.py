@@ -9,8 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from qdit_jax.search import uniform_assignment, uniform_sizes
-from qdit_jax.searching import SearchResult
+from qdit_jax.allocation import SearchResult, uniform_assignment, uniform_sizes
 
 INK, SOFT, ACCENT, MARK = "#222222", "#9aa5b1", "#0b6e99", "#c2410c"
 

@@ -14,12 +14,18 @@ import jax
 from tqdm import tqdm
 
 import qdit_jax as qdit
+from qdit_jax.allocation import (
+    EvolutionSettings,
+    LostWorkerError,
+    Rollout,
+    SearchResult,
+    frechet_objective,
+    search,
+    seeds,
+)
 from qdit_jax.calibration import default_sampler
 from qdit_jax.cli.search_pictures import draw_front, draw_map
 from qdit_jax.files import replaced_file
-from qdit_jax.rollouts import Rollout, frechet_objective, seeds
-from qdit_jax.search import EvolutionSettings, LostWorkerError
-from qdit_jax.searching import SearchResult, search
 
 
 def run_search(args: argparse.Namespace) -> None:
@@ -112,8 +118,8 @@ def objective_of(args: argparse.Namespace, checkpoint: qdit.Checkpoint) -> Any:
     """Returns the objective's name, or the Fréchet distance from the reference given."""
     if args.objective != "frechet":
         return args.objective
+    from qdit_jax import models as networks
     from qdit_jax.metrics import check_network, read_reference
-    from qdit_jax.models import features as networks
 
     if args.reference is None:
         raise qdit.UserError("--objective frechet needs --reference, an .npz or `demo`.")

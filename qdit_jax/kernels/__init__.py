@@ -1,5 +1,5 @@
 """One product: quantised activations times a packed kernel."""
 
-from qdit_jax.kernels.matmul import quantized_matmul, unsupported_reason
+from qdit_jax.kernels.matmul import EXECUTIONS, quantized_matmul, unsupported_reason
 
-__all__ = ["quantized_matmul", "unsupported_reason"]
+__all__ = ["EXECUTIONS", "quantized_matmul", "unsupported_reason"]

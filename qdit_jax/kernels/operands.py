@@ -22,8 +22,15 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Num
 
 from qdit_jax.kernels.segments import Segments
-from qdit_jax.quant import ActQuant, QTensor, formats, integer_codes, packing
-from qdit_jax.quant.act import codes_of, expand_to_channels
+from qdit_jax.quant import (
+    ActQuant,
+    QTensor,
+    codes_of,
+    expand_to_channels,
+    formats,
+    integer_codes,
+    packing,
+)
 
 
 @dataclasses.dataclass(frozen=True)

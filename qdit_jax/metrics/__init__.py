@@ -14,7 +14,7 @@ from qdit_jax.metrics.intervals import (
 )
 from qdit_jax.metrics.kernel_distance import kid, kid_of_subsets
 from qdit_jax.metrics.manifold import manifold_radii, precision_and_recall
-from qdit_jax.metrics.names import DEMO_FRECHET_DISTANCE, label
+from qdit_jax.metrics.names import DEMO_FEATURES, DEMO_FRECHET_DISTANCE, INCEPTION_FEATURES, label
 from qdit_jax.metrics.paired import cosine, decibels, psnr, signal_to_noise_db, ssim, trajectory_db
 from qdit_jax.metrics.reference import (
     Reference,
@@ -29,7 +29,9 @@ from qdit_jax.metrics.streaming import Moments, merge, moments
 from qdit_jax.metrics.suite import Features, ScoreSettings, check_num_samples, extract, scores
 
 __all__ = [
+    "DEMO_FEATURES",
     "DEMO_FRECHET_DISTANCE",
+    "INCEPTION_FEATURES",
     "Extrapolation",
     "Features",
     "Interval",

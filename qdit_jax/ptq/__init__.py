@@ -1,31 +1,38 @@
 """The transform from a parameter tree to a quantised one, and what it needs."""
 
 from qdit_jax.ptq.by_columns import sqnr_db
-from qdit_jax.ptq.in_order import (
+from qdit_jax.ptq.rounding import num_batches, round_params
+from qdit_jax.ptq.sequential import (
     RoundedLayer,
     by_block,
     by_block_authors,
     by_layer,
     quantize_in_order,
 )
-from qdit_jax.ptq.recipe import LayerSpec, Recipe, Rule, layer_paths
-from qdit_jax.ptq.stats import Stats, input_ranges
-from qdit_jax.ptq.transform import LayerPlan, plan, quantize_params
+from qdit_jax.ptq.streaming import quantize_checkpoint
+from qdit_jax.ptq.transform import (
+    LayerPlan,
+    act_quantizer,
+    check_unquantized,
+    matrix_shape,
+    plan,
+    quantize_params,
+)
 
 __all__ = [
     "LayerPlan",
-    "LayerSpec",
-    "Recipe",
     "RoundedLayer",
-    "Rule",
-    "Stats",
+    "act_quantizer",
     "by_block",
     "by_block_authors",
     "by_layer",
-    "input_ranges",
-    "layer_paths",
+    "check_unquantized",
+    "matrix_shape",
+    "num_batches",
     "plan",
+    "quantize_checkpoint",
     "quantize_in_order",
     "quantize_params",
+    "round_params",
     "sqnr_db",
 ]

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from qdit_jax.ptq.stats import Stats
-from qdit_jax.quant import ActQuant, ActSpec, groups, ranges
-from qdit_jax.quant.act import group_extremes, static_act_quant
+from qdit_jax.calibration import Stats
+from qdit_jax.quant import ActQuant, ActSpec, group_extremes, groups, ranges, static_act_quant
 
 
 def act_quantizer(path: str, spec: ActSpec, stats: Stats | None) -> ActQuant:

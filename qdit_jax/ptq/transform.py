@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from qdit_jax.ptq.recipe import TABLE, LayerSpec, Recipe
+from qdit_jax.calibration import Stats
 from qdit_jax.ptq.static_acts import act_quantizer
-from qdit_jax.ptq.stats import Stats
 from qdit_jax.quant import QTensor, WeightSpec, packed_nbytes, quantize
+from qdit_jax.recipes import TABLE, LayerSpec, Recipe
 
 
 @dataclasses.dataclass(frozen=True)

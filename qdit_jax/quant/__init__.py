@@ -3,6 +3,8 @@
 from qdit_jax.quant import formats, packing, ranges
 from qdit_jax.quant.act import (
     ActQuant,
+    codes_of,
+    expand_to_channels,
     fake_quantize,
     group_extremes,
     select_rows,
@@ -11,6 +13,7 @@ from qdit_jax.quant.act import (
 )
 from qdit_jax.quant.adaptive_rounding import AdaRoundSettings, adaround
 from qdit_jax.quant.gptq_rounding import accumulate_hessian, gptq, gptq_authors, output_error
+from qdit_jax.quant.groups import effective_group_size
 from qdit_jax.quant.qtensor import (
     QTensor,
     dequantize,
@@ -32,7 +35,10 @@ __all__ = [
     "WeightSpec",
     "accumulate_hessian",
     "adaround",
+    "codes_of",
     "dequantize",
+    "effective_group_size",
+    "expand_to_channels",
     "fake_quantize",
     "fake_quantize_kernel_traced",
     "fake_quantize_traced",

@@ -11,8 +11,9 @@ import pytest
 
 from qdit_jax import diffusion, sampling
 from qdit_jax.models import build_model
-from qdit_jax.ptq import LayerSpec, Recipe, Rule, quantize_params
+from qdit_jax.ptq import quantize_params
 from qdit_jax.quant import ActSpec, WeightSpec, ranges
+from qdit_jax.recipes import LayerSpec, Recipe, Rule
 
 qdit_convert = pytest.importorskip("qdit_convert")
 

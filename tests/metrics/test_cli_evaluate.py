@@ -14,9 +14,7 @@ from PIL import Image
 from qdit_jax import checkpoint
 from qdit_jax.cli import evaluate
 from qdit_jax.metrics import DEMO_FRECHET_DISTANCE
-from qdit_jax.models import abstract_params
-from qdit_jax.models.features import DEMO_STATISTICS, asset
-from qdit_jax.models.inception import InceptionV3
+from qdit_jax.models import DEMO_STATISTICS, InceptionV3, abstract_params, asset
 
 
 def run(*arguments) -> None:

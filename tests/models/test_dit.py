@@ -11,8 +11,14 @@ import pytest
 
 import qdit_convert
 from qdit_jax.diffusion import guided_doubled
-from qdit_jax.models import abstract_params, build_model, config_of, published_config
-from qdit_jax.models.layers import sincos_positions, timestep_features
+from qdit_jax.models import (
+    abstract_params,
+    build_model,
+    config_of,
+    published_config,
+    sincos_positions,
+    timestep_features,
+)
 from qdit_jax.sampling import denoiser
 
 

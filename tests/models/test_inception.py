@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from qdit_convert import read_model
-from qdit_jax.models.inception import InceptionV3, average_pool, preprocess, resize_matrix
+from qdit_jax.models import InceptionV3
+from qdit_jax.models.inception import average_pool, preprocess, resize_matrix
 
 
 def abstract() -> tuple[dict, dict]:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from qdit_jax import Recipe, quantize_params
-from qdit_jax.calibration import layer_ranges
-from qdit_jax.ptq.folds import fold_inputs, foldable
+from qdit_jax.calibration.recording import layer_ranges
+from qdit_jax.methods import fold_inputs
+from qdit_jax.methods.folds import foldable
 from qdit_jax.testing import realistic_dit
 
 PATHS = ["blocks_0/attn/qkv", "blocks_1/attn/proj", "blocks_1/mlp/fc1", "final_layer/linear"]

@@ -14,25 +14,21 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import qdit_convert
 from qdit_jax import quant
-from qdit_jax.calibration_items import Items, collect_items
+from qdit_jax.calibration import Items, collect_items, layers_in_order
+from qdit_jax.calibration.hessians import seen_inputs
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.diffusion import ddim
-from qdit_jax.models import build_model
-from qdit_jax.models.layers import Linear
+from qdit_jax.models import Linear, build_model
 from qdit_jax.ptq import (
-    LayerSpec,
-    Recipe,
-    Rule,
     by_block,
     by_block_authors,
     by_layer,
-    layer_paths,
     quantize_in_order,
     quantize_params,
+    round_params,
 )
-from qdit_jax.ptq.hessians import layers_in_order, seen_inputs
-from qdit_jax.ptq.in_order import rounded_together
-from qdit_jax.ptq.recipe import BLOCK_LINEARS, PARTS
+from qdit_jax.ptq.rounding import held_out_items, hessians_of
+from qdit_jax.ptq.sequential import rounded_together
 from qdit_jax.quant import (
     ActSpec,
     AdaRoundSettings,
@@ -42,7 +38,7 @@ from qdit_jax.quant import (
     output_error,
     ranges,
 )
-from qdit_jax.rounding import held_out_items, hessians_of, round_params
+from qdit_jax.recipes import BLOCK_LINEARS, PARTS, LayerSpec, Recipe, Rule, layer_paths
 from qdit_jax.sampling import Denoiser
 from qdit_jax.testing import realistic_dit
 

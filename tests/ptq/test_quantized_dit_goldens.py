@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 import qdit_convert
+from qdit_jax.calibration import Stats
 from qdit_jax.diffusion import guided_doubled
 from qdit_jax.kernels import quantized_matmul
 from qdit_jax.models import build_model
-from qdit_jax.ptq import LayerSpec, Recipe, Rule, Stats, quantize_params
-from qdit_jax.ptq.recipe import BLOCK_LINEARS
+from qdit_jax.ptq import quantize_params
 from qdit_jax.quant import ActQuant, ActSpec, WeightSpec, integer_codes, ranges
+from qdit_jax.recipes import BLOCK_LINEARS, LayerSpec, Recipe, Rule
 from qdit_jax.sampling import denoiser
 
 LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")

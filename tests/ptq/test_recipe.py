@@ -8,9 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from qdit_jax.ptq import LayerSpec, Recipe, Rule, Stats, layer_paths, plan, quantize_params
-from qdit_jax.ptq.recipe import GELU_SHIFT
+from qdit_jax.calibration import Stats
+from qdit_jax.ptq import plan, quantize_params
 from qdit_jax.quant import ActSpec, QTensor, WeightSpec, dequantize, nbytes
+from qdit_jax.recipes import LayerSpec, Recipe, Rule, layer_paths
+from qdit_jax.recipes.recipe import GELU_SHIFT
 from qdit_jax.testing import realistic_dit
 
 

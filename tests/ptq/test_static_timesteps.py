@@ -9,8 +9,9 @@ import pytest
 
 import qdit_jax as qdit
 from qdit_jax import diffusion
-from qdit_jax.ptq import Recipe, quantize_params
+from qdit_jax.ptq import quantize_params
 from qdit_jax.quant import ActQuant, ActSpec, select_timestep
+from qdit_jax.recipes import Recipe
 from qdit_jax.sampling import Denoiser, denoiser, initial_noise
 from qdit_jax.testing import realistic_dit
 

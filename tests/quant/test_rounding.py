@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from qdit_jax.quant import (
+    AdaRoundSettings,
     WeightSpec,
     accumulate_hessian,
     adaround,
@@ -20,7 +21,6 @@ from qdit_jax.quant import (
     quantize,
     ranges,
 )
-from qdit_jax.quant.adaptive_rounding import AdaRoundSettings
 from qdit_jax.quant.gptq_rounding import inverse_factor
 
 K, N = 96, 16

@@ -1,0 +1,117 @@
+"""The allocation: which group size (and bits) every layer gets under a budget."""
+
+from qdit_jax.allocation.allocate import Allocation, AllocationSettings, allocate
+from qdit_jax.allocation.assigned import ChosenAct, assigned_params
+from qdit_jax.allocation.budget import Budget, parse_budget
+from qdit_jax.allocation.cost import (
+    BitOps,
+    Bytes,
+    CpuCost,
+    HardwareCost,
+    MeanGroup,
+    cost_table,
+    gpu_cost,
+    named_costs,
+    total_cost,
+    tpu_cost,
+)
+from qdit_jax.allocation.descent import additive_solution, corrected, descend
+from qdit_jax.allocation.evaluate import BadFitnessError, Evaluator, LostWorkerError, candidate_mesh
+from qdit_jax.allocation.evolution import EvolutionSettings, evolve, random_children
+from qdit_jax.allocation.journal import Journal
+from qdit_jax.allocation.knapsack import Solution, lagrangian_front, pareto, solve
+from qdit_jax.allocation.nsga import offspring
+from qdit_jax.allocation.objectives import (
+    FeatureDistance,
+    FunctionObjective,
+    PairedError,
+    SampleFn,
+    feature_distance,
+    function_objective,
+    paired_error,
+)
+from qdit_jax.allocation.records import Measured, Store
+from qdit_jax.allocation.rollouts import Rollout, frechet_objective, seeds
+from qdit_jax.allocation.searching import SearchResult, search
+from qdit_jax.allocation.sensitivity import (
+    Effects,
+    Prediction,
+    effects,
+    prediction,
+    rank_correlation,
+)
+from qdit_jax.allocation.space import (
+    GROUP_SIZES,
+    SearchLayer,
+    Space,
+    assignment_of,
+    recipe_of,
+    search_space,
+    specs_of,
+    uniform_assignment,
+    uniform_sizes,
+)
+
+__all__ = [
+    "GROUP_SIZES",
+    "Allocation",
+    "AllocationSettings",
+    "BadFitnessError",
+    "BitOps",
+    "Budget",
+    "Bytes",
+    "ChosenAct",
+    "CpuCost",
+    "Effects",
+    "Evaluator",
+    "EvolutionSettings",
+    "FeatureDistance",
+    "FunctionObjective",
+    "HardwareCost",
+    "Journal",
+    "LostWorkerError",
+    "MeanGroup",
+    "Measured",
+    "PairedError",
+    "Prediction",
+    "Rollout",
+    "SampleFn",
+    "SearchLayer",
+    "SearchResult",
+    "Solution",
+    "Space",
+    "Store",
+    "additive_solution",
+    "allocate",
+    "assigned_params",
+    "assignment_of",
+    "candidate_mesh",
+    "corrected",
+    "cost_table",
+    "descend",
+    "effects",
+    "evolve",
+    "feature_distance",
+    "frechet_objective",
+    "function_objective",
+    "gpu_cost",
+    "lagrangian_front",
+    "named_costs",
+    "offspring",
+    "paired_error",
+    "pareto",
+    "parse_budget",
+    "prediction",
+    "random_children",
+    "rank_correlation",
+    "recipe_of",
+    "search",
+    "search_space",
+    "seeds",
+    "solve",
+    "specs_of",
+    "total_cost",
+    "tpu_cost",
+    "uniform_assignment",
+    "uniform_sizes",
+]

@@ -1,0 +1,136 @@
+"""The parameter tree of an assignment, computed inside jit: one compilation for every assignment.
+
+Choices that differ in nothing but the group size share one quantiser with a traced size; other
+differences (bits, rules) are branches of a `lax.switch`, of which one runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from qdit_jax.allocation.space import Space
+from qdit_jax.quant import (
+    ActSpec,
+    WeightSpec,
+    dequantize,
+    fake_quantize,
+    fake_quantize_kernel_traced,
+    fake_quantize_traced,
+    quantize,
+)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["choice"], meta_fields=["specs"])
+@dataclasses.dataclass(frozen=True)
+class ChosenAct:
+    """An activation quantiser whose spec is `specs[choice]`, the choice traced.
+
+    It stands in the `act_quant` entry of a layer; None among the specs leaves the input as it is.
+    """
+
+    choice: Any
+    specs: tuple[ActSpec | None, ...]
+
+    def __call__(self, x: Any) -> Any:
+        """Returns `x` fake-quantised, in the dtype of `x`; its derivative is that of `x`."""
+        return straight_through(x, chosen(act_branch, self.specs, self.choice, x))
+
+
+@jax.custom_jvp
+def straight_through(x: Any, rounded: Any) -> Any:
+    """Returns `rounded`, differentiated as if it were `x` (rounding has no useful derivative)."""
+    return rounded
+
+
+@straight_through.defjvp
+def _straight_through_jvp(primals: Any, tangents: Any) -> Any:
+    return primals[1], tangents[0]
+
+
+def assigned_params(params: Any, space: Space, assignment: Any) -> Any:
+    """Returns `params` quantised as `assignment` `[L]` says, for use inside jit.
+
+    Kernels are the values that packed codes stand for, inputs have a `ChosenAct`. Equal to
+    `quantize_params(params, recipe=recipe_of(space, assignment))` to float rounding.
+    """
+    assignment = jnp.asarray(assignment)
+    flat = dict(flatten_dict(params, sep="/"))
+    for number, layer in enumerate(space.layers):
+        choice = assignment[number]
+        weights = tuple(spec.weight for spec in layer.choices)
+        acts = tuple(spec.act for spec in layer.choices)
+        if any(weights):
+            kernel = flat[f"{layer.path}/kernel"]
+            matrix = kernel.reshape(layer.shape)
+            flat[f"{layer.path}/kernel"] = chosen(kernel_branch, weights, choice, matrix).reshape(
+                kernel.shape
+            )
+        if any(acts):
+            flat[f"{layer.path}/act_quant"] = ChosenAct(choice, acts)
+    return unflatten_dict(flat, sep="/")
+
+
+def chosen(
+    branch_fn: Callable[[Sequence[Any]], Callable[[Any, Any], Any]],
+    specs: tuple[Any, ...],
+    choice: Any,
+    x: Any,
+) -> Any:
+    """Returns `x` quantised to `specs[choice]`, with one branch for each family of specs."""
+    families, family_of, member_of = families_of(specs)
+    member = jnp.asarray(member_of)[choice]
+    branches = [branch_fn(family) for family in families]
+    if len(branches) == 1:
+        return branches[0](x, member)
+    return jax.lax.switch(jnp.asarray(family_of)[choice], branches, x, member)
+
+
+def families_of(specs: Sequence[Any]) -> tuple[list[list[Any]], np.ndarray, np.ndarray]:
+    """Returns families of specs alike but for the group size, and each spec's family and place.
+
+    None, and specs without a form with a traced size, are families of their own.
+    """
+    families: dict[Any, list[Any]] = {}
+    family_of, member_of = [], []
+    for spec in specs:
+        name = dataclasses.replace(spec, group_size=0) if is_traceable(spec) else spec
+        members = families.setdefault(name, [])
+        if spec not in members:
+            members.append(spec)
+        family_of.append(list(families).index(name))
+        member_of.append(members.index(spec))
+    return list(families.values()), np.array(family_of), np.array(member_of)
+
+
+def is_traceable(spec: Any) -> bool:
+    if spec is None or spec.fmt is not None or not spec.range_fn.from_extremes:
+        return False
+    return getattr(spec, "channel_group", 1) == 1
+
+
+def kernel_branch(family: Sequence[WeightSpec | None]) -> Callable[[Any, Any], Any]:
+    spec = family[0]
+    if spec is None:
+        return lambda w, member: w
+    if not is_traceable(spec):
+        return lambda w, member: dequantize(quantize(w, spec), w.dtype)
+    sizes = tuple(member.group_size for member in family if member is not None)
+    return lambda w, member: fake_quantize_kernel_traced(w, spec, member, sizes)
+
+
+def act_branch(family: Sequence[ActSpec | None]) -> Callable[[Any, Any], Any]:
+    spec = family[0]
+    if spec is None:
+        return lambda x, member: x
+    if not is_traceable(spec):
+        return lambda x, member: fake_quantize(x, spec)
+    sizes = tuple(member.group_size for member in family if member is not None)
+    return lambda x, member: fake_quantize_traced(x, spec, member, sizes)

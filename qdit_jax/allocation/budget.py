@@ -1,0 +1,127 @@
+"""Budgets: an upper limit of one cost, written like `bitops=1.0x-g128` or `bytes=351.3M`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from qdit_jax.allocation.cost import CostFn, MeanGroup, cost_table, total_cost
+from qdit_jax.allocation.space import SearchLayer, Space
+from qdit_jax.recipes import LayerSpec
+
+SUFFIXES = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+RELATIVE = re.compile(r"([0-9.]+)x-(?:w(\d+)a(\d+)-)?g(\d+)")
+ABSOLUTE = re.compile(r"([0-9.]+(?:e[+-]?\d+)?)([KMGTP]?)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """The costs of a space's choices and the most that an assignment may cost.
+
+    Attributes:
+        text: as the user wrote it.
+        table: the cost of every choice, one array a layer.
+        limit: the greatest total allowed.
+    """
+
+    text: str
+    table: tuple[np.ndarray, ...]
+    limit: float
+
+    def cost(self, assignment: Any) -> Any:
+        """Returns the cost of assignments `[..., L]`, `[...]`."""
+        return total_cost(list(self.table), assignment)
+
+    def allows(self, assignment: Any) -> Any:
+        """Returns whether assignments `[..., L]` stay within the limit, to float rounding."""
+        return self.cost(assignment) <= self.limit + self.slack
+
+    @property
+    def slack(self) -> float:
+        """Returns the rounding of a sum of costs."""
+        return 1e-9 * max(abs(self.limit), sum(float(np.abs(row).max()) for row in self.table))
+
+    @property
+    def leaves_no_choice(self) -> bool:
+        """Returns whether only the cheapest assignment is legal."""
+        costs = [np.sort(row) for row in self.table]
+        steps = [row[1] - row[0] for row in costs if len(row) > 1]
+        return bool(min(steps, default=np.inf) > self.limit + self.slack - self.least)
+
+    @property
+    def least(self) -> float:
+        """Returns the cost of the cheapest assignment."""
+        return float(sum(row.min() for row in self.table))
+
+    @property
+    def most(self) -> float:
+        """Returns the cost of the dearest assignment."""
+        return float(sum(row.max() for row in self.table))
+
+
+def parse_budget(text: str, space: Space, costs: Mapping[str, CostFn]) -> Budget:
+    """Returns the budget that `text` names.
+
+    `NAME=NUMBER` with an optional suffix K, M, G, T or P; `NAME=1.0x-g128` relative to the uniform
+    assignment of that group size at the first bits of every layer; `NAME=1.0x-w4a8-g128` at given
+    bits. `mean-group=128` is the release's rule: a mean of at least so much.
+
+    Args:
+        costs: by name, see `cost.named_costs`; a user's own function under a name of his.
+
+    Raises:
+        ValueError: if the text cannot be read, or no assignment is cheap enough.
+    """
+    name, _, value = text.partition("=")
+    if name not in costs:
+        raise ValueError(f"budget={text!r}: the cost {name!r} is not known; use {sorted(costs)}.")
+    limit = parse_limit(text, value, space, costs[name])
+    if isinstance(costs[name], MeanGroup) and RELATIVE.fullmatch(value) is None:
+        limit = -limit * len(space.layers)
+    return checked(Budget(text, tuple(cost_table(space, costs[name])), limit))
+
+
+def checked(budget: Budget) -> Budget:
+    """Returns the budget; raises `ValueError` if no assignment meets it."""
+    if budget.least > budget.limit + budget.slack:
+        raise ValueError(
+            f"budget={budget.text!r} is impossible: the limit is {budget.limit:.6g} and the "
+            f"cheapest assignment costs {budget.least:.6g}; allow more, or offer cheaper choices."
+        )
+    return budget
+
+
+def parse_limit(text: str, value: str, space: Space, cost_fn: CostFn) -> float:
+    if match := RELATIVE.fullmatch(value):
+        factor, weight_bits, act_bits, size = match.groups()
+        bits = None if weight_bits is None else (int(weight_bits), int(act_bits))
+        specs = [reference_spec(layer, int(size), bits) for layer in space.layers]
+        costs = map(cost_fn, space.layers, specs)
+        return float(factor) * sum(costs)
+    if match := ABSOLUTE.fullmatch(value):
+        return float(match[1]) * SUFFIXES[match[2]]
+    raise ValueError(
+        f"budget={text!r} cannot be read; write NAME=1.0x-g128 or NAME=NUMBER such as bytes=351.3M."
+    )
+
+
+def reference_spec(layer: SearchLayer, group_size: int, bits: tuple[int, int] | None) -> LayerSpec:
+    """Returns the layer's first choice at another group size (and bits); pinned layers stay.
+
+    Where no choice varies the inputs' group size, the inputs keep theirs.
+    """
+    spec = layer.choices[0]
+    if len(layer.choices) == 1:
+        return spec
+    weight, act = spec.weight, spec.act
+    if len({choice.act.group_size for choice in layer.choices if choice.act}) > 1 or not weight:
+        act = act and dataclasses.replace(act, group_size=group_size)
+    weight = weight and dataclasses.replace(weight, group_size=group_size)
+    if bits is not None:
+        weight = weight and dataclasses.replace(weight, bits=bits[0])
+        act = act and dataclasses.replace(act, bits=bits[1])
+    return LayerSpec(weight, act)

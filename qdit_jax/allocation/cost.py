@@ -1,0 +1,237 @@
+"""What a quantised layer costs: bit operations, bytes, time on a kind of hardware, or a rule.
+
+A cost function takes `(layer, spec)` and returns a number; the total is the sum over layers, so
+that budgets can be met exactly. Any function of that kind will do, a user's own included.
+
+Dimensions: T tokens a sample, K input channels, N output channels, b_w and b_a bits,
+G segments of K inside which weights and inputs have one scale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from qdit_jax.allocation.space import SearchLayer, Space
+from qdit_jax.quant import effective_group_size, packed_nbytes
+from qdit_jax.recipes import LayerSpec
+
+CostFn = Callable[[SearchLayer, LayerSpec], float]
+
+# These layers see one condition vector a sample, not tokens.
+CONDITION_LAYERS = r"t_embedder/.*|y_embedder/.*|.*adaLN_modulation"
+FLOAT32_MAC = 1024  # bit operations: 32 x 32
+# Clamping at both ends and rounding one value: three float32 operations of 32 bits, and the
+# multiplication by the reciprocal scale.
+ACT_QUANT_VALUE = 3 * 32 + FLOAT32_MAC
+ACT_QUANT_GROUP = 2 * FLOAT32_MAC  # the scale and the zero point of one token's group
+
+
+def cost_table(space: Space, cost_fn: CostFn) -> list[np.ndarray]:
+    """Returns the cost of every choice of every layer, float64 `[choices]` each.
+
+    Raises:
+        ValueError: if the function returns what is no finite number.
+    """
+    table = []
+    for layer in space.layers:
+        row = np.array([cost_fn(layer, spec) for spec in layer.choices], np.float64)
+        if not np.isfinite(row).all():
+            raise ValueError(f"the cost function returned {row.tolist()} for {layer.path}.")
+        table.append(row)
+    return table
+
+
+def total_cost(table: list[np.ndarray], assignment: Any) -> Any:
+    """Returns the cost of assignments `[..., L]`, float64 `[...]`."""
+    assignment = np.asarray(assignment)
+    return sum(row[assignment[..., i]] for i, row in enumerate(table))
+
+
+def tokens_of(layer: SearchLayer, num_tokens: int) -> int:
+    """Returns how many rows a sample sends through the layer."""
+    return 1 if re.fullmatch(CONDITION_LAYERS, layer.path) else num_tokens
+
+
+def side_bits(spec: LayerSpec) -> tuple[int, int]:
+    """Returns `(b_w, b_a)`, 16 for a side that is left as it is."""
+    return (
+        spec.weight.bits if spec.weight else 16,
+        spec.act.bits if spec.act else 16,
+    )
+
+
+def num_segments(layer: SearchLayer, spec: LayerSpec) -> int:
+    """Returns G: the pieces of K inside which neither side's scale changes."""
+    num_channels = layer.shape[0]
+    edges: set[int] = set()
+    for side in (spec.weight, spec.act):
+        size = num_channels if side is None else effective_group_size(num_channels, side.group_size)
+        edges.update(range(0, num_channels, size))
+    return len(edges)
+
+
+def num_corrections(spec: LayerSpec) -> int:
+    """Returns the multiply-adds a segment's sum takes on its way into the accumulator.
+
+    1 symmetric by symmetric (the scale); 2 with one zero point; 3 with two: with the sums of codes
+    known, `s (c - z_x (sum w - G z_w)) - s z_w sum x` has one term a zero point.
+    """
+    return 1 + sum(side is not None and not side.symmetric for side in (spec.weight, spec.act))
+
+
+@dataclasses.dataclass(frozen=True)
+class BitOps:
+    """Bit operations a sample, the overhead of groups included:
+
+    `T K N b_w b_a + T N G accumulator k + T K q_v + T ceil(K / g_a) q_g`
+
+    with G segments of `k` corrections (`num_corrections`) in the accumulator's arithmetic, and
+    q_v and q_g to quantise a value and a group of the input. Without the second term the budget
+    would not depend on the group size. A side left as it is counts 16 bits and no overhead.
+
+    Attributes:
+        num_tokens: T of the layers that see tokens.
+        accumulator: bit operations of one multiply-add: 1024 in float32, 256 in float16.
+    """
+
+    num_tokens: int
+    accumulator: int = FLOAT32_MAC
+
+    def __call__(self, layer: SearchLayer, spec: LayerSpec) -> float:
+        num_channels, width = layer.shape
+        tokens = tokens_of(layer, self.num_tokens)
+        b_w, b_a = side_bits(spec)
+        total = tokens * num_channels * width * b_w * b_a
+        if spec.weight is not None and spec.act is not None:
+            per_output = num_segments(layer, spec) * num_corrections(spec)
+            total += tokens * width * per_output * self.accumulator
+        if spec.act is not None:
+            size = effective_group_size(num_channels, spec.act.group_size)
+            groups = -(-num_channels // size)
+            total += tokens * (num_channels * ACT_QUANT_VALUE + groups * ACT_QUANT_GROUP)
+        return float(total)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """Bytes of the packed kernel: codes, scales and zero points as `QTensor` holds them."""
+
+    def __call__(self, layer: SearchLayer, spec: LayerSpec) -> float:
+        num_channels, width = layer.shape
+        if spec.weight is None:
+            return float(2 * num_channels * width)
+        return float(packed_nbytes(num_channels, width, spec.weight))
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanGroup:
+    """The release's rule: the mean of the group sizes must be at least so much.
+
+    The cost is minus a layer's group size (of the weights where they are quantised), so that a
+    budget of `-L * 128` means a mean of 128 or more. A whole channel counts its K.
+    """
+
+    def __call__(self, layer: SearchLayer, spec: LayerSpec) -> float:
+        side = spec.weight or spec.act
+        return -float(layer.shape[0] if side is None else side.group_size or layer.shape[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class HardwareCost:
+    """Time of a layer in 8-bit multiply-adds of the machine's matrix unit:
+
+    `T N sum_segments(roundup(length, depth)) / rate + T N G k rescale + T K quantize`
+
+    A segment shorter than the unit's depth fills it with zeros. `rate` is how much faster than
+    8 bits the unit works at this width; `rescale` and `quantize` are float32 multiply-adds of the
+    vector unit, in 8-bit multiply-adds of the matrix unit.
+
+    Attributes:
+        depth8, depth4: contraction depth of one step at 8 and at 4 bits.
+        rate4: speed at 4 bits on both sides against 8.
+        rescale: price of one float32 multiply-add.
+    """
+
+    num_tokens: int
+    depth8: int
+    depth4: int
+    rate4: float
+    rescale: float
+
+    def __call__(self, layer: SearchLayer, spec: LayerSpec) -> float:
+        num_channels, width = layer.shape
+        tokens = tokens_of(layer, self.num_tokens)
+        bits = max(side_bits(spec))
+        depth = self.depth4 if bits <= 4 else self.depth8
+        rate = {4: self.rate4, 8: 1.0, 16: 0.5}[next(b for b in (4, 8, 16) if bits <= b)]
+        padded = sum(-(-length // depth) * depth for length in segment_lengths(layer, spec))
+        total = tokens * width * padded / rate
+        if spec.weight is not None and spec.act is not None:
+            segments = num_segments(layer, spec) * num_corrections(spec)
+            total += tokens * width * segments * self.rescale
+        if spec.act is not None:
+            total += tokens * num_channels * self.rescale
+        return float(total)
+
+
+@dataclasses.dataclass(frozen=True)
+class CpuCost:
+    """Time of a layer on a CPU, in float32 multiply-adds: `T K N (0.95 + 25 / length)`.
+
+    Fitted to measured times of the scan over groups of int8 dots (AVX2, 512x1152x4608): 1.74, 1.20
+    and 1.04 of a float32 product at group sizes 32, 128 and 288. `length` is K / G.
+    """
+
+    num_tokens: int
+
+    def __call__(self, layer: SearchLayer, spec: LayerSpec) -> float:
+        num_channels, width = layer.shape
+        macs = tokens_of(layer, self.num_tokens) * num_channels * width
+        if spec.weight is None or spec.act is None:
+            return float(macs)
+        return macs * (0.95 + 25.0 * num_segments(layer, spec) / num_channels)
+
+
+def segment_lengths(layer: SearchLayer, spec: LayerSpec) -> np.ndarray:
+    """Returns the lengths of the segments of K, `[G]`."""
+    num_channels = layer.shape[0]
+    edges = {num_channels}
+    for side in (spec.weight, spec.act):
+        size = num_channels if side is None else effective_group_size(num_channels, side.group_size)
+        edges.update(range(0, num_channels, size))
+    return np.diff(sorted(edges))
+
+
+def gpu_cost(num_tokens: int) -> HardwareCost:
+    """Returns the profile of a tensor-core GPU.
+
+    Depth 32 at 8 bits and 64 at 4; a float32 multiply-add outside the tensor cores takes the time
+    of about 30 8-bit ones inside (H100 data sheet: 1979 TOPS against 67 TFLOPS).
+    """
+    return HardwareCost(num_tokens, depth8=32, depth4=64, rate4=2.0, rescale=30.0)
+
+
+def tpu_cost(num_tokens: int) -> HardwareCost:
+    """Returns the profile of a TPU: a contraction 128 deep, so a group g < 128 costs 128 / g.
+
+    A float32 multiply-add of the vector unit is taken to cost 60 8-bit ones of the matrix unit.
+    """
+    return HardwareCost(num_tokens, depth8=128, depth4=128, rate4=1.0, rescale=60.0)
+
+
+def named_costs(num_tokens: int) -> Mapping[str, CostFn]:
+    """Returns the cost functions that a budget can name."""
+    return {
+        "bitops": BitOps(num_tokens),
+        "bitops16": BitOps(num_tokens, accumulator=256),
+        "bytes": Bytes(),
+        "gpu": gpu_cost(num_tokens),
+        "tpu": tpu_cost(num_tokens),
+        "cpu": CpuCost(num_tokens),
+        "mean-group": MeanGroup(),
+    }

@@ -1,0 +1,188 @@
+"""Fitness of many assignments: one compilation, one or many devices, one or many processes.
+
+Work is cut into items, a pair of an assignment and a batch of samples. Every device runs the same
+program on the same number of items at a time, so an item's result does not depend on how many
+devices or processes there are.
+
+Dimensions: C assignments, L layers, J batches, P items a device and call.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from qdit_jax.allocation.assigned import assigned_params
+from qdit_jax.allocation.space import Space
+
+AXIS = "candidates"
+
+
+class LostWorkerError(ConnectionError):
+    """Another process of a distributed search is gone; what it had finished is on disk."""
+
+
+class BadFitnessError(ValueError):
+    """An assignment whose fitness is not a number."""
+
+
+def candidate_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+    """Returns the mesh of all devices of all processes, one axis."""
+    devices = jax.devices() if devices is None else list(devices)
+    return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+class Evaluator:
+    """Measures assignments of `space` under an objective.
+
+    Args:
+        space: static.
+        params: the full-precision parameters; arguments of the compiled function.
+        objective: see `objectives.Objective`; its arrays are arguments too.
+        mesh: of one axis, see `candidate_mesh`; all devices by default.
+        per_device: items a device measures in one call, one after another (`lax.map`).
+        batch_size: how many of them at once (vmap); 1 is fastest on CPU.
+        progress_fn: called with the number of items after every call.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        params: Any,
+        objective: Any,
+        *,
+        mesh: Mesh | None = None,
+        per_device: int = 1,
+        batch_size: int = 1,
+        progress_fn: Callable[[int], Any] = lambda count: None,
+    ) -> None:
+        if per_device < 1 or batch_size < 1 or per_device % batch_size:
+            raise ValueError(
+                f"per_device={per_device} must be a positive multiple of batch_size={batch_size}."
+            )
+        self.space = space
+        self.objective = objective
+        self.mesh = candidate_mesh() if mesh is None else mesh
+        self.num_items = per_device * self.mesh.size
+        self.data = replicated((params, objective), self.mesh)
+        self.measure: Any = measurer(space, self.mesh, per_device, batch_size)
+        self.progress_fn = progress_fn
+        self.num_measured = 0
+
+    @property
+    def num_compilations(self) -> int:
+        """Returns how many programs were compiled; 1 after any number of assignments."""
+        return self.measure._cache_size()
+
+    def __call__(self, assignments: Any, batches: Sequence[int] | None = None) -> np.ndarray:
+        """Returns the fitness of every assignment `[C, L]`, float64 `[C]`; lower is better.
+
+        Raises:
+            BadFitnessError: if one is not finite.
+            LostWorkerError: if another process is gone.
+        """
+        measured = self.measurements(assignments, batches)
+        scores = [self.objective.score(one) for one in measured]
+        fitness = np.array(scores, np.float64)
+        for assignment, value in zip(np.atleast_2d(assignments), fitness, strict=True):
+            if not np.isfinite(value):
+                raise BadFitnessError(
+                    f"the objective returned {value} for the assignment {assignment.tolist()}; "
+                    "check the objective, or exclude the choices that make the network overflow."
+                )
+        return fitness
+
+    def measurements(self, assignments: Any, batches: Sequence[int] | None = None) -> list[Any]:
+        """Returns what the objective measured, a tree a candidate with a first axis of J batches."""
+        numbers = self.space.check(np.atleast_2d(assignments))
+        batches = range(self.objective.num_batches) if batches is None else batches
+        if not len(batches) or not all(0 <= b < self.objective.num_batches for b in batches):
+            raise ValueError(
+                f"batches={list(batches)} are not batches of an objective that has "
+                f"{self.objective.num_batches}."
+            )
+        if not len(numbers):
+            return []
+        rows = np.repeat(numbers, len(batches), axis=0)
+        columns = np.tile(np.array(batches, np.int32), len(numbers))
+        results = []
+        for start in range(0, len(rows), self.num_items):
+            # The last call is filled up with its last item: the shapes never change.
+            index = np.minimum(np.arange(start, start + self.num_items), len(rows) - 1)
+            out = self.run(rows[index], columns[index])
+            count = min(self.num_items, len(rows) - start)
+            results.append(jax.tree.map(operator.itemgetter(slice(count)), out))
+            self.progress_fn(count)
+        self.num_measured += len(rows)
+        joined = jax.tree.map(lambda *parts: np.concatenate(parts), *results)
+        count = len(batches)
+        return [
+            jax.tree.map(lambda a, i=i: a[i * count : (i + 1) * count], joined)
+            for i in range(len(numbers))
+        ]
+
+    def run(self, rows: np.ndarray, batches: np.ndarray) -> Any:
+        """Returns the measurements of one full set of items, on the host of every process."""
+        items = sharded((rows, batches), self.mesh)
+        try:
+            return jax.tree.map(np.asarray, self.measure(*self.data, *items))
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            reason = str(error).strip().splitlines()[0][:200]
+            raise LostWorkerError(
+                f"process {jax.process_index()} of {jax.process_count()} lost another one "
+                f"({reason}); generations finished so far are saved: start all processes again "
+                "with the same command."
+            ) from error
+
+
+def measurer(space: Space, mesh: Mesh, per_device: int, batch_size: int) -> Callable:
+    """Returns the compiled `(params, objective, assignments [C, L], batches [C]) -> measurements`."""
+    whole = PartitionSpec()
+    split = PartitionSpec(AXIS)
+
+    def one(params: Any, objective: Any, item: tuple[Any, Any]) -> Any:
+        assignment, batch = item
+        return objective.measure(assigned_params(params, space, assignment), batch)
+
+    def local(params: Any, objective: Any, assignments: Any, batches: Any) -> Any:
+        return jax.lax.map(
+            partial(one, params, objective), (assignments, batches), batch_size=batch_size
+        )
+
+    mapped = jax.shard_map(
+        local, mesh=mesh, in_specs=(whole, whole, split, split), out_specs=split, check_vma=False
+    )
+    return jax.jit(mapped, out_shardings=NamedSharding(mesh, whole))
+
+
+def replicated(tree: Any, mesh: Mesh) -> Any:
+    """Returns `tree` with its arrays on every device of the mesh, in every process."""
+    return placed(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def sharded(tree: Any, mesh: Mesh) -> Any:
+    """Returns `tree` with the first axis of its arrays split over the mesh."""
+    return placed(tree, NamedSharding(mesh, PartitionSpec(AXIS)))
+
+
+def placed(tree: Any, sharding: NamedSharding) -> Any:
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def place(leaf: Any) -> Any:
+        if jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key):
+            data = place(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(place, tree)

@@ -1,0 +1,206 @@
+"""Evolutionary search as Q-DiT published it (arXiv:2406.17343, section 3.2).
+
+A random population; the best `num_kept` of all seen are parents; the next generation is half
+crossover and half mutation; only children within the budget are measured; and so on.
+Everything a generation draws follows from the seed, its number and what was measured before, so a
+run that was stopped goes on to the same result.
+
+Dimensions: C assignments, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from qdit_jax.allocation.budget import Budget
+from qdit_jax.allocation.records import Measured
+from qdit_jax.allocation.space import Space
+
+ATTEMPTS = 10  # draws a child that is wanted, before the rest is drawn at random
+
+
+@dataclasses.dataclass(frozen=True)
+class EvolutionSettings:
+    """The numbers of the evolution; the defaults are those of the release.
+
+    Attributes:
+        population: assignments measured first.
+        num_generations: generations of children after that.
+        num_kept: the best of all seen, the parents of a generation.
+        num_crossover, num_mutation: children a generation.
+        mutation_probability: for every layer of a mutated child.
+    """
+
+    population: int = 50
+    num_generations: int = 10
+    num_kept: int = 10
+    num_crossover: int = 25
+    num_mutation: int = 25
+    mutation_probability: float = 0.1
+
+    def __post_init__(self) -> None:
+        for field in ("population", "num_kept"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} must be 1 or more.")
+        if min(self.num_generations, self.num_crossover, self.num_mutation) < 0:
+            raise ValueError(f"numbers of {self} must not be negative.")
+        if not 0 <= self.mutation_probability <= 1:
+            raise ValueError(f"mutation_probability={self.mutation_probability} must be in [0, 1].")
+
+
+# (generator, space, budget, settings, measured) -> new legal assignments [C, L]
+DrawFn = Callable[[np.random.Generator, Space, Budget, EvolutionSettings, Measured], np.ndarray]
+
+
+def evolve(
+    space: Space,
+    budget: Budget,
+    fitness_fn: Callable[[np.ndarray], np.ndarray],
+    *,
+    seed: int,
+    settings: EvolutionSettings | None = None,
+    first: Sequence[Any] = (),
+    measured: Measured | None = None,
+    save_fn: Callable[[Measured], Any] = lambda measured: None,
+    draw_fn: DrawFn | None = None,
+) -> Measured:
+    """Returns all assignments measured, `.best` among them.
+
+    Args:
+        fitness_fn: `[C, L] -> [C]`, lower is better.
+        first: assignments of the first population, such as uniform ones; the rest is random.
+        measured: what an earlier run had saved, to go on from.
+        save_fn: called after every generation.
+        draw_fn: what makes a generation: `children` (the published one, if None),
+            `random_children`, or `nsga.offspring`.
+
+    Raises:
+        ValueError: if an assignment of `first` does not fit space and budget.
+    """
+    settings = EvolutionSettings() if settings is None else settings
+    draw_fn = children if draw_fn is None else draw_fn
+    measured = Measured.none(space) if measured is None else measured
+    for generation in range(measured.num_rounds, settings.num_generations + 1):
+        rng = np.random.default_rng([seed, generation])
+        if generation == 0:
+            drawn = first_population(rng, space, budget, settings.population, first)
+        else:
+            drawn = draw_fn(rng, space, budget, settings, measured)
+        if not len(drawn):
+            break  # Every legal assignment has been measured.
+        measured = measured.extended(drawn, fitness_fn(drawn), budget.cost(drawn))
+        save_fn(measured)
+    return measured
+
+
+def random_children(
+    rng: np.random.Generator,
+    space: Space,
+    budget: Budget,
+    settings: EvolutionSettings,
+    measured: Measured,
+) -> np.ndarray:
+    """Returns as many new assignments as a generation has, all drawn at random."""
+    count = settings.num_crossover + settings.num_mutation
+    return filled(rng, space, budget, [], count, measured.known)
+
+
+def first_population(
+    rng: np.random.Generator, space: Space, budget: Budget, count: int, first: Sequence[Any]
+) -> np.ndarray:
+    given = [space.check(assignment) for assignment in first][:count]
+    for assignment in given:
+        if not budget.allows(assignment):
+            raise ValueError(
+                f"the assignment {assignment.tolist()} costs {budget.cost(assignment):.6g}, more "
+                f"than budget={budget.text!r} allows ({budget.limit:.6g})."
+            )
+    unique = list({a.tobytes(): a for a in given}.values())
+    return filled(rng, space, budget, unique, count, set())
+
+
+def children(
+    rng: np.random.Generator,
+    space: Space,
+    budget: Budget,
+    settings: EvolutionSettings,
+    measured: Measured,
+) -> np.ndarray:
+    """Returns the next generation: new, legal, mutations first, then crossovers, then random."""
+    parents = measured.assignments[measured.order[: settings.num_kept]]
+
+    def mutated() -> np.ndarray:
+        parent = parents[rng.integers(len(parents))]
+        changes = rng.random(len(parent)) < settings.mutation_probability
+        return np.where(changes, rng.integers(0, space.num_choices), parent)
+
+    def crossed() -> np.ndarray:
+        pair = parents[rng.integers(len(parents), size=2)]
+        return np.where(rng.random(len(pair[0])) < 0.5, *pair)
+
+    found: list[np.ndarray] = []
+    known = set(measured.known)
+    wanted = ((mutated, settings.num_mutation), (crossed, settings.num_crossover))
+    for draw, count in wanted:
+        target = len(found) + count
+        for _ in range(ATTEMPTS * count):
+            if len(found) == target:
+                break
+            child = draw().astype(np.int32)
+            if child.tobytes() not in known and budget.allows(child):
+                known.add(child.tobytes())
+                found.append(child)
+    total = settings.num_mutation + settings.num_crossover
+    return filled(rng, space, budget, found, total, measured.known)
+
+
+def filled(
+    rng: np.random.Generator,
+    space: Space,
+    budget: Budget,
+    given: list[np.ndarray],
+    count: int,
+    known: set[bytes],
+) -> np.ndarray:
+    """Returns `given` and new random legal assignments, `count` in all if there are so many."""
+    found = list(given)
+    known = known | {a.tobytes() for a in found}
+    for _ in range(ATTEMPTS * max(count - len(found), 0)):
+        if len(found) >= count:
+            break
+        drawn = random_legal(rng, space, budget)
+        if drawn.tobytes() not in known:
+            known.add(drawn.tobytes())
+            found.append(drawn)
+    return np.array(found, np.int32).reshape(-1, len(space.layers))
+
+
+def random_legal(rng: np.random.Generator, space: Space, budget: Budget) -> np.ndarray:
+    """Returns a random assignment within the budget.
+
+    Differs from Q-DiT, which draws until one is legal: at equal bit operations a uniform draw over
+    112 layers practically never is, so random layers move to their next cheaper choice until it
+    fits.
+    """
+    return repaired(rng, rng.integers(0, space.num_choices), budget)
+
+
+def repaired(rng: np.random.Generator, drawn: np.ndarray, budget: Budget) -> np.ndarray:
+    """Returns `drawn` with random layers moved to their next cheaper choice until it is legal."""
+    drawn = drawn.astype(np.int32)
+    while not budget.allows(drawn):
+        cheaper = [next_cheaper(row, i) for row, i in zip(budget.table, drawn, strict=True)]
+        layer = rng.choice(np.flatnonzero([choice is not None for choice in cheaper]))
+        drawn[layer] = cheaper[layer]
+    return drawn
+
+
+def next_cheaper(costs: np.ndarray, choice: Any) -> int | None:
+    """Returns the dearest of the choices that are cheaper than `choice`, or None."""
+    below = np.where(costs < costs[choice], costs, -np.inf)
+    best = int(np.argmax(below))
+    return best if np.isfinite(below[best]) else None

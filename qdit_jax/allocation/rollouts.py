@@ -1,0 +1,189 @@
+"""What a search asks of a checkpoint: its sampler with the parameters left open, and objectives.
+
+Dimensions: J batches, B samples a batch, H, W, C one latent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from qdit_jax import diffusion, metrics
+from qdit_jax.allocation.objectives import FeatureDistance, SampleFn, feature_distance
+from qdit_jax.allocation.sensitivity import Prediction, effects, prediction
+from qdit_jax.allocation.space import Space
+from qdit_jax.checkpoint import Checkpoint
+from qdit_jax.models import Linear
+from qdit_jax.sampling import denoiser, initial_noise, latent_shape
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["sampler", "guidance"], meta_fields=["model"]
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rollout:
+    """`(params, noise, label, key) -> final latents`: a network's sampler, parameters left open."""
+
+    sampler: Any
+    guidance: Any
+    model: nn.Module
+
+    @classmethod
+    def of(cls, model: nn.Module, sampler: Any, guidance: float | None) -> Rollout:
+        """Returns the rollout; guidance 1 or None calls the network once a step."""
+        if guidance is None or guidance == 1 or not model.null_class:
+            return cls(sampler, None, model)
+        return cls(sampler, float(guidance), model)
+
+    def __call__(self, params: Any, noise: Any, label: Any, key: Any) -> Any:
+        """Returns the latents at the end of the walk."""
+        denoise_fn = denoiser(self.model, params, self.guidance)
+        return diffusion.sample(denoise_fn, self.sampler, noise, label, key)
+
+    def step(self, params: Any, x: Any, label: Any, key: Any, step: Any) -> Any:
+        """Returns the latents after one step; the same walk as the whole call, step by step."""
+        denoise_fn = denoiser(self.model, params, self.guidance)
+        row = jax.tree.map(lambda a: jnp.asarray(a)[step], self.sampler.table)
+        noise = None
+        if self.sampler.stochastic:
+            keys = jax.vmap(jax.random.fold_in, (0, None))(key, step)
+            noise = jax.vmap(lambda one: jax.random.normal(one, x.shape[1:], x.dtype))(keys)
+        return self.sampler.step(denoise_fn, x, label, row, noise).x_next
+
+    @property
+    def num_steps(self) -> int:
+        """Returns the number of steps of the walk."""
+        return jax.tree.leaves(self.sampler.table)[0].shape[0]
+
+    @property
+    def evaluations(self) -> int:
+        """Returns the network evaluations of one sample."""
+        return self.num_steps * (1 if self.guidance is None else 2)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class OneStep:
+    """A rollout's `step` as a pytree that is a function."""
+
+    rollout: Rollout
+
+    def __call__(self, *args: Any) -> Any:
+        """Returns the latents after one step."""
+        return self.rollout.step(*args)
+
+
+def seeds(
+    model: nn.Module, key: Any, num_batches: int, batch_size: int, first: int = 0
+) -> tuple[Any, Any, Any]:
+    """Returns noise `[J, B, H, W, C]`, labels `[J, B]` in turn and keys `[J, B]`.
+
+    Sample number `first + i` follows from the key and its number alone.
+    """
+    index = first + np.arange(num_batches * batch_size)
+    noise, keys = initial_noise(key, jnp.asarray(index), latent_shape(model))
+    label = jnp.asarray(index % model.num_classes, jnp.int32)
+    shape = (num_batches, batch_size)
+    return noise.reshape(*shape, *noise.shape[1:]), label.reshape(shape), keys.reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sensitivities:
+    """`base -> Prediction`: sensitivities of every choice on fixed trajectories."""
+
+    rollout: Rollout
+    space: Space
+    params: Any
+    data: tuple[Any, Any, Any]
+    key: Any
+    num_probes: int
+
+    def __call__(self, base: np.ndarray | None) -> Prediction:
+        """Returns the quadratic prediction at the assignment `base`, or at full precision."""
+        noise, label, keys = self.data
+        found = []
+        for i in range(len(noise)):
+            one = effects(
+                OneStep(self.rollout),
+                self.params,
+                base,
+                noise[i],
+                label[i],
+                keys[i],
+                jax.random.fold_in(self.key, i),
+                space=self.space,
+                num_steps=self.rollout.num_steps,
+                num_probes=self.num_probes,
+                layer_type=Linear,
+            )
+            found.append(jax.tree.map(np.asarray, one))
+        return prediction(found)
+
+    @property
+    def evaluations(self) -> int:
+        """Returns what one prediction costs, in network evaluations.
+
+        A sample and step is walked twice (full precision, base), run forward once more and back
+        once a probe (a reverse pass of the inputs counts as one forward), and every choice
+        multiplies each layer once.
+        """
+        noise = self.data[0]
+        choices = int(self.space.num_choices.max())
+        passes = 3 + self.num_probes + 1 + choices
+        return len(noise) * noise.shape[1] * self.rollout.evaluations * passes
+
+
+def frechet_objective(
+    checkpoint: Checkpoint,
+    rollout: SampleFn,
+    data: tuple[Any, Any, Any],
+    features_fn: Callable[[np.ndarray], Any],
+    reference: Any,
+) -> FeatureDistance:
+    """Returns the objective of the paper: the Fréchet distance of samples from a reference.
+
+    With InceptionV3's features it is FID. Videos `[B, T, H, W, C]` with features of videos (I3D's
+    for FVD) work alike; a checkpoint's autoencoder then decodes frame by frame.
+
+    Args:
+        checkpoint: only its autoencoder is used.
+        rollout: `Rollout`, or any `search.SampleFn`.
+        data: noise, labels and keys, see `seeds`.
+        features_fn: of uint8 images `[B, H, W, C]`, with an entry `pool`; see `models.features`.
+        reference: `metrics.Statistics` of the same features.
+    """
+
+    def distance_fn(images: np.ndarray) -> float:
+        parts = [
+            np.asarray(features_fn(images[i : i + 64])["pool"]) for i in range(0, len(images), 64)
+        ]
+        own = metrics.statistics(metrics.moments(np.concatenate(parts)))
+        return metrics.frechet_distance(
+            reference.mean, reference.covariance, own.mean, own.covariance
+        )
+
+    images_fn: Any = as_images
+    if checkpoint.vae is not None:
+        vae = checkpoint.vae
+        images_fn = jax.tree_util.Partial(partial(decoded_images, vae.model), vae.params)
+    return feature_distance(rollout, images_fn, distance_fn, *data)
+
+
+def as_images(x: Any) -> Any:
+    """Returns images in [-1, 1] as uint8."""
+    return jnp.clip(jnp.round(127.5 * x + 127.5), 0, 255).astype(jnp.uint8)
+
+
+def decoded_images(model: nn.Module, params: Any, latents: Any) -> Any:
+    """Returns the uint8 images of latents `[..., H, W, C]`."""
+    frames = latents.reshape(-1, *latents.shape[-3:])
+    frames = frames / model.scaling_factor + model.shift_factor
+    images = as_images(model.apply({"params": params}, frames, method="decode"))
+    return images.reshape(*latents.shape[:-3], *images.shape[1:])

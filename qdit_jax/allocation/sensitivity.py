@@ -1,0 +1,260 @@
+"""What every choice of every layer does to the final latents, from a few reverse passes.
+
+With `u = J^T v` at a layer's output, J the derivative of the final latents with respect to it
+through all remaining steps of the sampler, `sum_s u_s . dy_s` is the change of `v . final` when
+the layer's output changes by `dy`. A choice's `dy` needs one product of the layer alone, so all
+layers and choices are scored at once (Gauss-Newton: J at one point, errors squared).
+
+Dimensions: S steps, B samples, P probes, L layers, C most choices of a layer, M = samples * probes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+from qdit_jax.allocation.assigned import act_branch, assigned_params, chosen, kernel_branch
+from qdit_jax.allocation.space import Space
+from qdit_jax.ptq import matrix_shape
+
+# (params, x [B, H, W, C], label [B], key [B], step) -> x after that step; a pytree, see objectives.
+StepFn = Callable[[Any, Any, Any, Any, Any], Any]
+
+
+class Effects(NamedTuple):
+    """What one batch of trajectories tells, float32.
+
+    Attributes:
+        change: `[B, P, L, C]`, `v . (J dy)` for every probe.
+        along: `[B, L, C]`, `r . (J dy)`; r is the error of the base, zero for full precision.
+        base_error: `[B]`, `|r|^2`.
+        signal: `[B]`, `|final|^2` at full precision.
+        step_weight: `[S]`, mean of `|J_s^T v|^2 / |v|^2`: how far an error made just after step s
+            is magnified on its way to the end.
+    """
+
+    change: Any
+    along: Any
+    base_error: Any
+    signal: Any
+    step_weight: Any
+
+
+@partial(jax.jit, static_argnames=("space", "num_steps", "num_probes", "layer_type"))
+def effects(
+    step_fn: StepFn,
+    params: Any,
+    base: Any,
+    noise: Any,
+    label: Any,
+    key: Any,
+    probe_key: Any,
+    *,
+    space: Space,
+    num_steps: int,
+    num_probes: int,
+    layer_type: type[nn.Module],
+) -> Effects:
+    """Returns the effects of every choice on trajectories from `noise`.
+
+    Args:
+        base: the assignment `[L]` to differentiate at and count changes from; None is full
+            precision.
+        layer_type: the modules whose outputs are layers, by path.
+    """
+    used = params if base is None else assigned_params(params, space, base)
+    exact = walk(step_fn, params, noise, label, key, num_steps)[0]
+    final, seen = walk(step_fn, used, noise, label, key, num_steps)
+    error = final - exact
+    probes = jax.random.normal(probe_key, (num_probes, *final.shape))
+    if base is not None:
+        probes = jnp.concatenate([probes, error[None]])
+
+    def backward(carry: Any, scanned: Any) -> Any:
+        probes, total = carry
+        x, step = scanned
+        run = partial(tapped_step, step_fn, used, label, key, step, layer_type)
+        taps = jax.eval_shape(partial(run, taps=None), x)[1][1]
+        taps = {path: jnp.zeros(y.shape, y.dtype) for path, y in taps.items()}
+        _, pull, (inputs, outputs) = jax.vjp(
+            lambda x, taps: run(x, taps=taps), x, taps, has_aux=True
+        )
+        before, adjoint = jax.vmap(pull)(probes)
+        change = [
+            layer_change(
+                layer, params, inputs[layer.path], outputs[layer.path], adjoint[layer.path]
+            )
+            for layer in space.layers
+        ]
+        weight = jnp.square(before[:num_probes]).mean() / jnp.square(carry[0][:num_probes]).mean()
+        return (before, total + padded(change, len(x), space)), weight
+
+    count = (len(probes), noise.shape[0], len(space.layers), int(space.num_choices.max()))
+    start = (probes, jnp.zeros(count))
+    steps = (seen, jnp.arange(num_steps))
+    (_, total), ratio = jax.lax.scan(backward, start, steps, reverse=True)
+    total = jnp.moveaxis(total, 0, 1)  # [B, P (+ 1), L, C]
+    along = jnp.zeros_like(total[:, 0]) if base is None else total[:, -1]
+    # ratio[s] is the growth over step s; an error made just after s passes the later steps only.
+    later = jnp.append(jnp.cumprod(ratio[::-1])[::-1][1:], 1.0)
+    axes = tuple(range(1, final.ndim))
+    return Effects(
+        total[:, :num_probes],
+        along,
+        jnp.square(error).sum(axes),
+        jnp.square(exact).sum(axes),
+        later,
+    )
+
+
+def walk(
+    step_fn: StepFn, params: Any, noise: Any, label: Any, key: Any, num_steps: int
+) -> tuple[Any, Any]:
+    """Returns the final latents and what every step was given, `[S, B, ...]`."""
+
+    def body(x: Any, step: Any) -> tuple[Any, Any]:
+        return step_fn(params, x, label, key, step).astype(x.dtype), x
+
+    return jax.lax.scan(body, noise, jnp.arange(num_steps))
+
+
+def tapped_step(
+    step_fn: StepFn,
+    params: Any,
+    label: Any,
+    key: Any,
+    step: Any,
+    layer_type: type[nn.Module],
+    x: Any,
+    *,
+    taps: dict[str, Any] | None,
+) -> tuple[Any, tuple[dict[str, Any], dict[str, Any]]]:
+    """Returns a step's result with `taps` added to the layers' outputs, and their inputs and outputs."""
+    inputs: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
+
+    def tap(next_fn: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext):
+        y = next_fn(*args, **kwargs)
+        if not isinstance(context.module, layer_type) or context.method_name != "__call__":
+            return y
+        path = "/".join(context.module.path)
+        inputs[path], outputs[path] = args[0], y
+        return y if taps is None else y + taps[path]
+
+    with nn.intercept_methods(tap):
+        result = step_fn(params, x, label, key, step)
+    return result, (inputs, outputs)
+
+
+def layer_change(layer: Any, params: Any, x: Any, y: Any, adjoint: Any) -> Any:
+    """Returns `u . dy` of every choice of one layer, `[P, B, choices]`.
+
+    Rows of the layer's input may be several a sample (guidance): all of them count.
+    """
+    flat = flatten_dict(params, sep="/")
+    kernel = flat[f"{layer.path}/kernel"]
+    kernel = kernel.reshape(matrix_shape(kernel))
+    bias = flat.get(f"{layer.path}/bias", 0.0)
+    weights = tuple(spec.weight for spec in layer.choices)
+    acts = tuple(spec.act for spec in layer.choices)
+
+    def one(choice: Any) -> Any:
+        quantized = chosen(act_branch, acts, choice, x) @ chosen(
+            kernel_branch, weights, choice, kernel
+        )
+        gap = (quantized + bias - y).astype(jnp.float32)
+        # [P, B, -1]: the sum over rows of a sample, tokens and output channels.
+        return jnp.einsum("p...n,...n->p...", adjoint, gap)
+
+    by_row = jax.lax.map(one, jnp.arange(len(layer.choices)))  # [choices, P, R, ...]
+    return jnp.moveaxis(by_row.sum(axis=tuple(range(3, by_row.ndim))), 0, -1)  # [P, R, choices]
+
+
+def padded(change: Sequence[Any], batch: int, space: Space) -> Any:
+    """Returns changes `[P, R, choices]` a layer, summed over a sample's rows: `[P, B, L, C]`.
+
+    A sample's rows (R / B of them, with guidance two) lie side by side.
+    """
+    most = int(space.num_choices.max())
+    stacked = []
+    for one in change:
+        rows = one.reshape(one.shape[0], batch, -1, one.shape[-1]).sum(axis=2)
+        stacked.append(jnp.pad(rows, ((0, 0), (0, 0), (0, most - rows.shape[-1]))))
+    return jnp.stack(stacked, axis=2)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prediction:
+    """A quadratic model of the relative error of final latents, as `PairedError` measures it:
+
+    `error(c) = constant + sum_l linear[l, c_l] + sum_{l, m} gram[l, c_l, m, c_m]`
+
+    Attributes:
+        constant: the error of the base.
+        linear: `[L, C]`.
+        gram: `[L, C, L, C]`.
+    """
+
+    constant: float
+    linear: np.ndarray
+    gram: np.ndarray
+
+    @property
+    def table(self) -> np.ndarray:
+        """Returns each choice's own share, `[L, C]`: what an additive model sums up."""
+        count, choices = self.linear.shape
+        own = self.gram.reshape(count * choices, -1).diagonal().reshape(count, choices)
+        return self.linear + own
+
+    def additive(self, assignments: Any) -> np.ndarray:
+        """Returns the sum of single-layer errors of assignments `[N, L]`."""
+        assignments = np.atleast_2d(assignments)
+        return self.constant + self.table[np.arange(len(self.linear)), assignments].sum(axis=-1)
+
+    def joint(self, assignments: Any) -> np.ndarray:
+        """Returns the error with the terms between layers, of assignments `[N, L]`."""
+        layers = np.arange(len(self.linear))
+        found = []
+        for chosen_ in np.atleast_2d(assignments):
+            rows = self.gram[layers, chosen_][:, layers, chosen_]
+            found.append(self.constant + self.linear[layers, chosen_].sum() + rows.sum())
+        return np.array(found)
+
+
+def prediction(batches: Sequence[Effects]) -> Prediction:
+    """Returns the quadratic model that the effects of all batches give."""
+    joined = [
+        np.concatenate([np.asarray(getattr(b, name), np.float64) for b in batches])
+        for name in ("change", "along", "base_error", "signal")
+    ]
+    change, along, base_error, signal = joined
+    scale = 1 / signal.mean()
+    _, _, count, choices = change.shape
+    rows = change.reshape(-1, count * choices)
+    gram = (rows.T @ rows / len(rows) * scale).reshape(count, choices, count, choices)
+    return Prediction(float(base_error.mean() * scale), 2 * along.mean(axis=0) * scale, gram)
+
+
+def rank_correlation(a: Any, b: Any) -> float:
+    """Returns Spearman's rank correlation; 0 where one side does not vary."""
+    ranks = [rank_of(np.asarray(values, np.float64)) for values in (a, b)]
+    spread = [r.std() for r in ranks]
+    if min(spread) == 0:
+        return 0.0
+    centered = [r - r.mean() for r in ranks]
+    return float((centered[0] * centered[1]).mean() / (spread[0] * spread[1]))
+
+
+def rank_of(values: np.ndarray) -> np.ndarray:
+    """Returns ranks from 0, equal values sharing the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts) - 1
+    return (last - (counts - 1) / 2)[inverse]

@@ -1,0 +1,132 @@
+"""Collecting calibration statistics batch by batch, in a state that can be written and read back.
+
+Dimensions: S timesteps, K input channels, M tokens kept a timestep, R rows of one call.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from qdit_jax.calibration.statistics import HALVES, Stats, write_arrays
+from qdit_jax.errors import UserError
+
+State = dict[str, Any]
+
+
+def empty_state(settings: dict[str, Any]) -> State:
+    """Returns the state of a collection without a batch; `settings` say what it is of."""
+    return {"settings": json.dumps(settings, sort_keys=True), "num_done": 0, "num_rows": {}}
+
+
+def observed(
+    rows: dict[str, Float[Any, "R K"]], hessians: str | None, num_tokens: int
+) -> dict[str, Any]:
+    """Returns what one call adds, `<kind>/<layer>`: low, high, and what is asked for.
+
+    `hessians` is a pattern of layer paths, whose `[K, K]` sums are then all in memory.
+    """
+    found: dict[str, Any] = {}
+    for path, x in rows.items():
+        found[f"low/{path}"], found[f"high/{path}"] = x.min(0), x.max(0)
+        if num_tokens:
+            place = np.linspace(0, x.shape[0] - 1, num_tokens).round().astype(int)
+            found[f"tokens/{path}"] = x[place]
+        if hessians is not None and re.fullmatch(hessians, path):
+            found[f"hessians/{path}"] = jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST)
+            found[f"num_rows/{path}"] = np.int64(x.shape[0])
+    return found
+
+
+def add_call(
+    state: State, found: dict[str, Any], half: str, step: int, num_steps: int, call: int
+) -> None:
+    """Adds to `state` what `observed` found in one half at one step.
+
+    `call` counts the calls of that step so far; tokens of each have their own place.
+    """
+    for name, array in found.items():
+        kind, _, path = name.partition("/")
+        array = np.asarray(array)
+        if kind == "hessians":
+            state[name] = state.get(name, 0) + array
+        elif kind == "num_rows":
+            state["num_rows"][path] = state["num_rows"].get(path, 0) + int(array)
+        elif kind == "tokens":
+            kept = state.setdefault(name, np.zeros((num_steps, 0, array.shape[1]), np.float32))
+            if kept.shape[1] < (call + 1) * len(array):
+                kept = np.pad(kept, ((0, 0), (0, len(array)), (0, 0)))
+                state[name] = kept
+            kept[step, call * len(array) : (call + 1) * len(array)] = array
+        else:
+            start, pick = (np.inf, np.minimum) if kind == "low" else (-np.inf, np.maximum)
+            key = f"{half}.{name}"
+            if key not in state:
+                state[key] = np.full((num_steps, len(array)), start, np.float32)
+            state[key][step] = pick(state[key][step], array)
+
+
+def stats_of(state: State) -> Stats:
+    """Returns the statistics of a finished state."""
+    timesteps = state["timesteps"]
+    sides: dict[str, dict[str, Any]] = {}
+    for name, array in state.items():
+        kind, _, path = name.partition("/")
+        if path:
+            sides.setdefault(kind, {})[path] = array
+    halves = {
+        half: Stats(timesteps, sides[f"{half}.low"], sides[f"{half}.high"])
+        for half in HALVES
+        if f"{half}.low" in sides
+    }
+    first = next(iter(halves.values()))
+
+    def both(side: str, pick: Callable) -> dict[str, np.ndarray]:
+        return {p: pick([getattr(h, side)[p] for h in halves.values()]) for p in first.low}
+
+    hessians = {
+        path: (total / np.float32(state["num_rows"][path])).astype(np.float32)
+        for path, total in sides.get("hessians", {}).items()
+    }
+    low = both("low", lambda parts: np.min(parts, axis=0))
+    high = both("high", lambda parts: np.max(parts, axis=0))
+    return Stats(timesteps, low, high, halves, hessians, sides.get("tokens", {}))
+
+
+def write_state(path: str | Path, state: State) -> None:
+    """Writes an unfinished collection; a reader never sees half of it."""
+    plain = {key: value for key, value in state.items() if key not in ("num_rows",)}
+    write_arrays(path, {**plain, "num_rows": json.dumps(state["num_rows"])})
+
+
+def read_state(path: str | Path, settings: dict[str, Any]) -> State:
+    """Returns the unfinished collection at `path`, or an empty one if there is no such file.
+
+    Raises:
+        UserError: if the file is unreadable, or was made with other settings.
+    """
+    state = empty_state(settings)
+    if not Path(path).exists():
+        return state
+    try:
+        with np.load(path) as data:
+            found = {key: data[key] for key in data.files}
+            found["settings"] = str(found["settings"])
+            found["num_done"] = int(found["num_done"])
+            found["num_rows"] = json.loads(str(found["num_rows"]))
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is no unfinished calibration ({error}); delete it.") from error
+    if found["settings"] != state["settings"]:
+        raise UserError(
+            f"{path} is an unfinished calibration with other settings or another checkpoint; "
+            "delete it to start over."
+        )
+    return found

@@ -1,0 +1,25 @@
+"""Checkpoints on disk: a folder or a single file, read whole or array by array."""
+
+from qdit_jax.checkpoint.by_suffix import load, save
+from qdit_jax.checkpoint.codec import abstract_arrays, split_fields
+from qdit_jax.checkpoint.deferred import DeferredArray
+from qdit_jax.checkpoint.description import Checkpoint
+from qdit_jax.checkpoint.folder import read_description, split_over
+from qdit_jax.checkpoint.lazy import materialized, open_checkpoint
+from qdit_jax.checkpoint.single_file import exported_parts, load_safetensors, save_safetensors
+
+__all__ = [
+    "Checkpoint",
+    "DeferredArray",
+    "abstract_arrays",
+    "exported_parts",
+    "load",
+    "load_safetensors",
+    "materialized",
+    "open_checkpoint",
+    "read_description",
+    "save",
+    "save_safetensors",
+    "split_fields",
+    "split_over",
+]

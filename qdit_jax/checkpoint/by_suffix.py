@@ -1,0 +1,39 @@
+"""`load` and `save` of both forms: the suffix `.safetensors` means a single file, else a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qdit_jax.checkpoint.description import Checkpoint
+from qdit_jax.checkpoint.folder import Placement, load_folder, save_folder
+from qdit_jax.checkpoint.single_file import load_safetensors, save_safetensors
+
+SUFFIX = ".safetensors"
+
+
+def load(path: str | Path, *, sharding: Placement = None) -> Checkpoint:
+    """Returns the checkpoint at `path`, a folder or an exported file, placed by `sharding`.
+
+    Only what is stored is read: a quantized checkpoint stays packed.
+
+    Args:
+        sharding: of every array; or a function from an array's path (such as
+            `blocks_0/mlp/fc1/kernel/codes`) and shape to its sharding, see `split_over`; None is
+            the first local device.
+
+    Raises:
+        UserError: if there is nothing, no checkpoint, one from a newer version or a damaged one, or
+            if its parameters do not fit the network that it names.
+    """
+    is_file = Path(path).suffix == SUFFIX and Path(path).is_file()
+    return (load_safetensors if is_file else load_folder)(path, sharding=sharding)
+
+
+def save(path: str | Path, checkpoint: Checkpoint, *, overwrite: bool = False) -> None:
+    """Writes `checkpoint` to `path`, a folder or a `.safetensors` file: beside it, then renamed.
+
+    Raises:
+        UserError: if `path` exists and `overwrite` is off.
+    """
+    writer = save_safetensors if Path(path).suffix == SUFFIX else save_folder
+    writer(path, checkpoint, overwrite=overwrite)

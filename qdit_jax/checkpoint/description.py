@@ -1,0 +1,115 @@
+"""What a checkpoint is: a network, its parameters, and the JSON that describes both."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import linen as nn
+
+from qdit_jax.checkpoint.codec import decode_params, logical_shapes
+from qdit_jax.errors import UserError
+from qdit_jax.models import abstract_params, build_model, config_of, family_of
+from qdit_jax.recipes import Recipe
+
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A network with its parameters, and how they came about.
+
+    Attributes:
+        model: a linen module made by `build_model`.
+        params: nested dict of arrays and quantised leaves; arrays may be deferred.
+        recipe: how the parameters were quantised, or None.
+        metadata: JSON-able facts: source file, scheduler, ...
+        vae: the autoencoder between latents and images, or None.
+    """
+
+    model: nn.Module
+    params: Any
+    recipe: Recipe | None = None
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    vae: Checkpoint | None = None
+
+
+def describe(checkpoint: Checkpoint, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Returns the content of `model.json`."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "family": family_of(checkpoint.model),
+        "config": config_of(checkpoint.model),
+        "params": manifest,
+        "metadata": checkpoint.metadata,
+    }
+
+
+def from_parts(
+    path: Path, description: dict[str, Any], arrays: Any, recipe: Any, vae: Checkpoint | None
+) -> Checkpoint:
+    """Returns the checkpoint of a description and its arrays; `recipe` as JSON or None.
+
+    Raises:
+        UserError: if the arrays make no parameters, or `recipe` is none.
+    """
+    try:
+        return Checkpoint(
+            model=build_model(description["family"], description["config"]),
+            params=decode_params(arrays, description["params"]),
+            recipe=None if recipe is None else Recipe.from_json(recipe),
+            metadata=description.get("metadata", {}),
+            vae=vae,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def check_description(description: Any, where: str) -> dict[str, Any]:
+    """Returns the content of a `model.json`; raises `UserError` if it is damaged or newer."""
+    try:
+        version = description["format_version"]
+        family, config, params = (description[key] for key in ("family", "config", "params"))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{where} is damaged: {error!r}; write the checkpoint again.") from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{where} has format version {version}; this qdit_jax reads version {FORMAT_VERSION}: "
+            "install the release that wrote it."
+        )
+    if not isinstance(config, dict) or not isinstance(params, dict):
+        raise UserError(f"{where} is damaged: config and params must be objects.")
+    if not isinstance(family, str) or not all(isinstance(leaf, dict) for leaf in params.values()):
+        raise UserError(f"{where} is damaged: every entry of params must be an object.")
+    return description
+
+
+def check_network(where: str, description: dict[str, Any]) -> None:
+    """Raises `UserError` if a description names no known network, or not its parameters."""
+    try:
+        model = build_model(description["family"], description["config"])
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where} does not describe a known network: {error}") from error
+    manifest = description["params"]
+    expected = {path: leaf.shape for path, leaf in abstract_params(model).items()}
+    try:
+        found = logical_shapes(manifest)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where} is damaged: {error}.") from error
+    if missing := sorted(set(expected) - set(found)):
+        raise UserError(f"{where} lacks {len(missing)} parameters, the first is {missing[0]}.")
+    if unknown := sorted(set(found) - set(expected)):
+        raise UserError(
+            f"{where} has {len(unknown)} unknown parameters, the first is {unknown[0]}."
+        )
+    for path, shape in expected.items():
+        as_matrix = (int(np.prod(shape[:-1])), shape[-1]) if len(shape) > 1 else shape
+        if found[path] not in (shape, as_matrix, table_shape(path, shape)):
+            raise UserError(f"{where}: {path} has shape {found[path]}, the network needs {shape}.")
+
+
+def table_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Returns the shape of a label table once quantised: groups run along a row, so it is turned."""
+    return shape[::-1] if path.endswith("/embedding_table") else None

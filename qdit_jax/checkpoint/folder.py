@@ -1,0 +1,176 @@
+"""Checkpoints on disk: a folder that the next stage, or another machine, reads.
+
+    model.json    format version, family, configuration, what every parameter is, metadata
+    params/       the arrays (Orbax)
+    recipe.json   how the model was quantised, if it was
+    vae/          the autoencoder's own checkpoint, if there is one
+
+Orbax keeps arrays; the static fields of a quantised leaf stand in `model.json`. `qdit_jax.export`
+puts the same content into one safetensors file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
+
+from qdit_jax.checkpoint.codec import abstract_arrays, encode_params
+from qdit_jax.checkpoint.deferred import save_arrays
+from qdit_jax.checkpoint.description import (
+    Checkpoint,
+    check_description,
+    check_network,
+    describe,
+    from_parts,
+)
+from qdit_jax.errors import UserError
+from qdit_jax.files import replaced_folder
+
+Placement = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None
+
+
+def save_folder(path: str | Path, checkpoint: Checkpoint, *, overwrite: bool = False) -> None:
+    """Writes `checkpoint` to the folder `path`: beside it first, then renamed.
+
+    A `DeferredArray` is made when its turn comes and dropped once it is written.
+
+    Raises:
+        UserError: if `path` exists and `overwrite` is off.
+    """
+    with replaced_folder(path, overwrite) as folder:
+        write_folder(folder, checkpoint)
+
+
+def write_folder(folder: Path, checkpoint: Checkpoint) -> None:
+    arrays, manifest = encode_params(checkpoint.params)
+    (folder / "model.json").write_text(json.dumps(describe(checkpoint, manifest), indent=1))
+    if checkpoint.recipe is not None:
+        (folder / "recipe.json").write_text(json.dumps(checkpoint.recipe.to_json(), indent=1))
+    quiet_orbax()
+    save_arrays(folder / "params", arrays)
+    if checkpoint.vae is not None:
+        (folder / "vae").mkdir()
+        write_folder(folder / "vae", checkpoint.vae)
+
+
+def load_folder(path: str | Path, *, sharding: Placement = None) -> Checkpoint:
+    """Returns the checkpoint in the folder `path`, its arrays placed by `sharding`.
+
+    Args:
+        sharding: as of `load`.
+
+    Raises:
+        UserError: if the folder is absent, no checkpoint, from a newer version, damaged, or if
+            its parameters do not fit the network that it names.
+    """
+    folder = Path(path)
+    description = read_description(folder)
+    check_network(f"{folder}/model.json", description)
+    target = abstract_arrays(description["params"], sharding)
+    arrays = read_arrays(folder, target)
+    vae = load_folder(folder / "vae", sharding=sharding) if (folder / "vae").is_dir() else None
+    return from_parts(folder, description, arrays, read_recipe(folder), vae)
+
+
+def read_arrays(folder: Path, target: Any) -> Any:
+    """Returns the stored arrays that the nested dicts `target` describe, placed as they say.
+
+    Raises:
+        UserError: if an array is absent, damaged, or of another shape or dtype.
+    """
+    check_stored(folder, target)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore((folder / "params").resolve(), target)
+    except Exception as error:  # Orbax and its storage layer raise many kinds.
+        raise damaged(folder, error) from error
+
+
+def check_stored(folder: Path, target: Any) -> None:
+    """Raises `UserError` if `folder` stores other arrays than the nested dicts `target` describe.
+
+    Orbax itself would convert another dtype without a word.
+    """
+    quiet_orbax()
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.metadata((folder / "params").resolve()).item_metadata.tree
+        stored = {
+            path: (tuple(leaf.shape), np.dtype(leaf.dtype))
+            for path, leaf in flatten_dict(tree, sep="/").items()
+        }
+    except Exception as error:  # as in `read_arrays`
+        raise damaged(folder, error) from error
+    for path, leaf in flatten_dict(target, sep="/").items():
+        found, wanted = stored.get(path), (tuple(leaf.shape), np.dtype(leaf.dtype))
+        if found != wanted:
+            is_now = "is absent" if found is None else f"is {found[1]} {found[0]}"
+            raise UserError(
+                f"{folder}/params: {path} {is_now}, but model.json says {wanted[1]} {wanted[0]}; "
+                "write the checkpoint again."
+            )
+
+
+def damaged(folder: Path, error: Exception) -> UserError:
+    """Returns the error that arrays of a checkpoint cannot be read."""
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return UserError(
+        f"{folder}/params is damaged or incomplete ({reason[0][:200]}); write the checkpoint again."
+    )
+
+
+def read_recipe(folder: Path) -> dict[str, Any] | None:
+    """Returns the content of `recipe.json`, None if there is none."""
+    file = folder / "recipe.json"
+    if not file.exists():
+        return None
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: {error}; write the checkpoint again.") from error
+
+
+def split_over(mesh: jax.sharding.Mesh) -> Callable[[str, tuple[int, ...]], Any]:
+    """Returns the placement that cuts every array over all devices of `mesh`.
+
+    The last axis that their number divides is cut; an array without one is copied to all.
+    """
+
+    def place(path: str, shape: tuple[int, ...]) -> jax.sharding.NamedSharding:
+        axes = [i for i, size in enumerate(shape) if size and size % mesh.size == 0]
+        spec = [None] * (axes[-1] if axes else 0) + [mesh.axis_names] * bool(axes)
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+    return place
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Returns the content of `model.json`; raises `UserError` where `folder` is no checkpoint."""
+    if not folder.exists():
+        raise UserError(
+            f"{folder} does not exist; make a checkpoint with `qdit convert SRC {folder}`."
+        )
+    file = folder / "model.json"
+    if not file.is_file():
+        raise UserError(
+            f"{folder} is not a checkpoint (no model.json); convert PyTorch weights with "
+            "`qdit convert SRC OUT` first."
+        )
+    try:
+        description = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: {error!r}; write the checkpoint again.") from error
+    return check_description(description, str(file))
+
+
+def quiet_orbax() -> None:
+    """Keeps Orbax's notes about saving and sharding out of a command's output."""
+    logging.getLogger("absl").setLevel(logging.ERROR)

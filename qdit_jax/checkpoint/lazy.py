@@ -1,0 +1,73 @@
+"""A checkpoint whose arrays stay on disk until they are used.
+
+`open_checkpoint` gives the tree of `load` with a `DeferredArray` in place of every array.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from qdit_jax.checkpoint.codec import abstract_arrays
+from qdit_jax.checkpoint.deferred import DeferredArray
+from qdit_jax.checkpoint.description import Checkpoint, check_network, from_parts
+from qdit_jax.checkpoint.folder import check_stored, damaged, read_description, read_recipe
+from qdit_jax.checkpoint.single_file import load_safetensors
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Returns the checkpoint in the folder `path` with `DeferredArray` leaves, reading no array.
+
+    An autoencoder's arrays stay on disk as well. An exported file is read as a whole.
+
+    Raises:
+        UserError: as `qdit_jax.load`, but for damaged arrays, which are found when they are read.
+    """
+    folder = Path(path)
+    if folder.suffix == ".safetensors" and folder.is_file():
+        return load_safetensors(folder)
+    description = read_description(folder)
+    check_network(f"{folder}/model.json", description)
+    target = abstract_arrays(description["params"])
+    check_stored(folder, target)
+    stored = {
+        name: DeferredArray(leaf.shape, leaf.dtype, partial(read_array, folder, name), name)
+        for name, leaf in flatten_dict(target, sep="/").items()
+    }
+    vae = open_checkpoint(folder / "vae") if (folder / "vae").is_dir() else None
+    arrays = unflatten_dict(stored, sep="/")
+    return from_parts(folder, description, arrays, read_recipe(folder), vae)
+
+
+def read_array(folder: Path, name: str) -> dict[str, np.ndarray]:
+    """Returns one array of a checkpoint folder, under its name.
+
+    Raises:
+        UserError: if it is absent or damaged.
+    """
+    file = (folder / "params" / name.replace("/", ".")).resolve()
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": str(file)},
+        "fill_missing_data_reads": False,
+    }
+    try:
+        # As Orbax would, which reads the description of all arrays again for each.
+        return {name: tensorstore.open(spec, open=True, read=True).result().read().result()}
+    except Exception as error:  # It raises many kinds.
+        raise damaged(folder, error) from error
+
+
+def materialized(tree: Any) -> Any:
+    """Returns a pytree or a `Checkpoint` with its deferred arrays read."""
+    if isinstance(tree, Checkpoint):
+        vae = None if tree.vae is None else materialized(tree.vae)
+        return dataclasses.replace(tree, params=materialized(tree.params), vae=vae)
+    return jax.tree.map(lambda leaf: leaf.read() if isinstance(leaf, DeferredArray) else leaf, tree)

@@ -1,0 +1,144 @@
+"""A whole checkpoint in one safetensors file, packed, uncompressed, and back bit for bit.
+
+Every array stands under its parameter's path (`blocks_0/attn/qkv/kernel/codes`), an autoencoder's
+under `vae/`. The file's metadata holds `qdit_jax`, a JSON object: the format version and what
+`model.json` and `recipe.json` of a checkpoint folder hold.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from qdit_jax.checkpoint.codec import abstract_arrays, encode_params
+from qdit_jax.checkpoint.description import (
+    Checkpoint,
+    check_description,
+    check_network,
+    describe,
+    from_parts,
+)
+from qdit_jax.checkpoint.folder import Placement
+from qdit_jax.errors import UserError
+from qdit_jax.files import check_free, replaced_file
+
+FORMAT_VERSION = 1
+KEY = "qdit_jax"
+VAE = "vae/"
+
+
+def save_safetensors(path: str | Path, checkpoint: Checkpoint, *, overwrite: bool = False) -> None:
+    """Writes `checkpoint` to the file `path`: beside it first, then renamed.
+
+    Raises:
+        UserError: if `path` exists and `overwrite` is off.
+    """
+    check_free(path, overwrite)
+    arrays, description = parts_of(checkpoint)
+    metadata = {KEY: json.dumps({"format_version": FORMAT_VERSION, **description})}
+    with replaced_file(path) as file:
+        save_file(arrays, file, metadata=metadata)
+
+
+def parts_of(checkpoint: Checkpoint) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Returns all arrays of a checkpoint by path, and everything else as JSON-able values."""
+    nested, manifest = encode_params(checkpoint.params)
+    flat = flatten_dict(nested, sep="/")
+    arrays = {name: np.asarray(array, order="C") for name, array in flat.items()}
+    description: dict[str, Any] = {"model": describe(checkpoint, manifest)}
+    if checkpoint.recipe is not None:
+        description["recipe"] = checkpoint.recipe.to_json()
+    if checkpoint.vae is not None:
+        more, description["vae"] = parts_of(checkpoint.vae)
+        arrays |= {VAE + name: array for name, array in more.items()}
+    return arrays, description
+
+
+def load_safetensors(path: str | Path, *, sharding: Placement = None) -> Checkpoint:
+    """Returns the checkpoint in the file `path`, its arrays placed as by `qdit_jax.load`.
+
+    Raises:
+        UserError: if the file is absent, truncated, from a newer version, no exported checkpoint,
+            or if its arrays are not those that it names.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is not a file; give one that `qdit export CKPT FILE` wrote.")
+    try:
+        file = safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is no whole safetensors file ({error}); export the checkpoint again."
+        ) from error
+    with file:
+        return build(path, file, read_metadata(path, file.metadata()), "", sharding)
+
+
+def exported_parts(path: str | Path) -> dict[str, Any] | None:
+    """Returns what an exported file says of itself, or None if `path` is no exported checkpoint.
+
+    Raises:
+        UserError: if the file is an export, but damaged or from a newer version.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata()
+    except (SafetensorError, OSError):
+        return None
+    return read_metadata(Path(path), metadata) if KEY in (metadata or {}) else None
+
+
+def read_metadata(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
+    """Returns what the file says of itself; raises `UserError` if that cannot be used."""
+    if KEY not in (metadata or {}):
+        raise UserError(
+            f"{path} is a safetensors file, but no exported checkpoint; `qdit convert {path} OUT` "
+            "reads weights in a PyTorch layout."
+        )
+    try:
+        description = json.loads((metadata or {})[KEY])
+        version = description["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: its metadata is damaged ({error!r}); export it again.") from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has export format version {version}; this qdit_jax reads version "
+            f"{FORMAT_VERSION}: install the release that wrote it."
+        )
+    return description
+
+
+def build(
+    path: Path, file: Any, description: dict[str, Any], prefix: str, sharding: Placement
+) -> Checkpoint:
+    """Returns the checkpoint whose arrays stand under `prefix`, read one at a time."""
+    model = check_description(description.get("model"), f"{path}, metadata")
+    check_network(f"{path}, metadata", model)
+    wanted = flatten_dict(abstract_arrays(model["params"], sharding), sep="/")
+    stored = set(file.keys())
+    arrays = {}
+    for name, abstract in wanted.items():
+        if prefix + name not in stored:
+            raise UserError(f"{path} lacks the array {prefix + name}; export it again.")
+        array = file.get_tensor(prefix + name)
+        if array.shape != abstract.shape or array.dtype != abstract.dtype:
+            raise UserError(
+                f"{path}: {prefix + name} is {array.dtype} {array.shape}, its metadata says "
+                f"{abstract.dtype} {abstract.shape}; export it again."
+            )
+        arrays[name] = jax.device_put(array, abstract.sharding)
+    vae = description.get("vae")
+    return from_parts(
+        path,
+        model,
+        unflatten_dict(arrays, sep="/"),
+        description.get("recipe"),
+        None if vae is None else build(path, file, vae, prefix + VAE, sharding),
+    )

@@ -1,0 +1,345 @@
+"""Sampling several models from the same noise, labels and steps, and measuring them in pairs.
+
+The first contender is what the others are held against. Every batch is a shard on disk
+(`evaluation_store`), so that a killed run goes on without repeating or losing a sample.
+Dimensions: N samples, B samples of a batch, S steps, H, W, C an image or latent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from qdit_jax import diffusion, metrics
+from qdit_jax.checkpoint import Checkpoint
+from qdit_jax.errors import UserError
+from qdit_jax.evaluation.store import locked, missing_shards, open_run, shard_ranges, write_shard
+from qdit_jax.models import config_of
+from qdit_jax.report import to_uint8
+from qdit_jax.sampling import decode, denoiser, initial_noise, latent_shape
+
+NUM_PROBED = 16  # samples whose single network calls are compared as well
+SAME_FIELDS = ("input_size", "in_channels", "num_classes", "null_class", "velocity")
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A checkpoint that takes part, under a title for people."""
+
+    title: str
+    checkpoint: Checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How every contender is sampled: all that a sample depends on besides the network.
+
+    `record` says in JSON which sampler it is; `batch_size` None takes the device's default.
+    """
+
+    sampler: diffusion.Sampler
+    record: dict[str, Any]
+    num_samples: int
+    seed: int = 0
+    guidance: float = 1.5
+    guidance_channels: int | None = 3
+    execution: str = "simulated"
+    batch_size: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, the samples of each shard in it, and its settings."""
+
+    folder: Path
+    ranges: list[tuple[int, int]]
+    settings: dict[str, Any]
+
+
+def run_evaluation(
+    contenders: Sequence[Contender],
+    protocol: Protocol,
+    folder: Path,
+    progress_fn: Callable[[int], Any] | None = None,
+) -> Run:
+    """Samples what `folder` lacks and returns the finished run.
+
+    `progress_fn` is called with the number of samples that are done, first with those found.
+
+    Raises:
+        UserError: if the contenders cannot be paired, the folder holds another run, or a sample
+            is not finite.
+    """
+    if protocol.num_samples < 2:
+        raise UserError(f"{protocol.num_samples} samples are too few; use at least 2.")
+    if protocol.batch_size is not None and protocol.batch_size < 1:
+        raise UserError(f"batch_size={protocol.batch_size} must be at least 1.")
+    check_pairable(contenders)
+    with locked(folder):
+        default = {"batch_size": default_batch_size()}
+        settings = open_run(folder, settings_of(contenders, protocol), default)
+        ranges = shard_ranges(protocol.num_samples, settings["batch_size"])
+        missing = missing_shards(folder, ranges)
+        report = progress_fn or (lambda count: None)
+        report(protocol.num_samples - sum(stop - start for start, stop in missing))
+        for start, arrays in shards(contenders, protocol, missing, settings["batch_size"]):
+            write_shard(folder, start, arrays)
+            report(int(arrays["stop"]) - start)
+    return Run(folder, ranges, settings)
+
+
+def check_pairable(contenders: Sequence[Contender]) -> None:
+    """Raises `UserError` if the contenders do not take the same noise, labels and schedule."""
+    first = contenders[0]
+    for other in contenders[1:]:
+        for name in SAME_FIELDS:
+            a, b = (getattr(c.checkpoint.model, name) for c in (first, other))
+            if a != b:
+                raise UserError(
+                    f"{first.title} has {name}={a} and {other.title} has {name}={b}; only models "
+                    "of the same inputs can be compared."
+                )
+        a, b = (c.checkpoint.metadata.get("scheduler") for c in (first, other))
+        if a != b:
+            raise UserError(
+                f"{first.title} and {other.title} were trained on different schedules; their "
+                "samples cannot be paired."
+            )
+
+
+def settings_of(contenders: Sequence[Contender], protocol: Protocol) -> dict[str, Any]:
+    """Returns what decides every value of the run, in JSON's types."""
+    channels = protocol.guidance_channels
+    return {
+        "models": [digest(c.checkpoint) for c in contenders],
+        **protocol.record,
+        "num_samples": protocol.num_samples,
+        "seed": protocol.seed,
+        "guidance": protocol.guidance,
+        "guidance_channels": "all" if channels is None else channels,
+        "execution": protocol.execution,
+        "batch_size": protocol.batch_size,
+    }
+
+
+def default_batch_size() -> int:
+    return (4 if jax.default_backend() == "cpu" else 16) * jax.local_device_count()
+
+
+def digest(checkpoint: Checkpoint) -> str:
+    """Returns a fingerprint of all parameters, the autoencoder's included."""
+    config = json.dumps(config_of(checkpoint.model), sort_keys=True)
+    found = hashlib.sha256(config.encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(checkpoint.params):
+        array = np.asarray(leaf)
+        found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    if checkpoint.vae is not None:
+        found.update(digest(checkpoint.vae).encode())
+    return found.hexdigest()[:16]
+
+
+def shards(
+    contenders: Sequence[Contender],
+    protocol: Protocol,
+    missing: Sequence[tuple[int, int]],
+    batch_size: int,
+) -> Iterable[tuple[int, dict[str, Any]]]:
+    """Yields the first sample and the arrays of every shard that is missing."""
+    if not missing:
+        return
+    mesh = jax.make_mesh(
+        (jax.local_device_count(),), ("batch",), (AxisType.Auto,), devices=jax.local_devices()
+    )
+    padded = -(-batch_size // mesh.size) * mesh.size
+    walkers = [walker(c.checkpoint, protocol, mesh) for c in contenders]
+    device = jax.local_devices()[0]
+    place = f"{mesh.size} x {device.platform} ({device.device_kind})"
+    for start, stop in missing:
+        index = np.minimum(np.arange(start, start + padded), protocol.num_samples - 1)
+        label = index % contenders[0].checkpoint.model.num_classes
+        arrays: dict[str, Any] = {"stop": stop, "device": place}
+        walks = []
+        for i, (contender, walk) in enumerate(zip(contenders, walkers, strict=True)):
+            found = walk(index.astype(np.int32), label.astype(np.int32)).head(stop - start)
+            check_finite(found, contender.title, start)
+            arrays |= {f"{i}/{name}": value for name, value in found.stored().items()}
+            walks.append(found)
+        for i, other in enumerate(walks[1:], 1):
+            arrays |= {f"{i}/{name}": v for name, v in pair_measures(walks[0], other).items()}
+            if start < NUM_PROBED:
+                probed = probe(walkers[0], walkers[i], walks[0], label[: stop - start])
+                arrays[f"{i}/output_db"] = probed
+        yield start, arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """A batch's trajectory in one network, on the host, and how long it took.
+
+    `x [S, B, H, W, C]` is what the network was given at each of the `timestep [S]`, `final` what
+    the last step gave, `images` that decoded, or None where nothing decodes latents.
+    """
+
+    timestep: np.ndarray
+    x: np.ndarray
+    final: np.ndarray
+    images: np.ndarray | None
+    seconds: float
+    compile_seconds: float
+
+    def head(self, count: int) -> Walk:
+        """Returns the first `count` samples."""
+        images = None if self.images is None else self.images[:count]
+        return dataclasses.replace(
+            self, x=self.x[:, :count], final=self.final[:count], images=images
+        )
+
+    def stored(self) -> dict[str, Any]:
+        """Returns what a shard keeps of it."""
+        samples = (
+            {"latents": self.final} if self.images is None else {"images": to_uint8(self.images)}
+        )
+        times = {"seconds": self.seconds, "compile_seconds": self.compile_seconds}
+        return {**samples, **times, "timestep": self.timestep}
+
+
+class Walker:
+    """Samples batches with one network: compiled once, timed without compilation."""
+
+    def __init__(self, denoise_fn: Any, vae: Checkpoint | None, protocol: Protocol, split: Any):
+        self.denoise_fn = denoise_fn
+        self.vae = vae
+        self.protocol = protocol
+        self.split = split
+        self.compiled: Any = None
+
+    def __call__(self, index: np.ndarray, label: np.ndarray) -> Walk:
+        """Returns the trajectories of the samples numbered `index`."""
+        model = network(self.denoise_fn).model
+        numbers, label = jax.device_put((index, label), self.split)
+        key = jax.random.key(self.protocol.seed)
+        given = (self.denoise_fn, self.protocol.sampler, key, numbers, label)
+        compile_seconds, began = 0.0, time.perf_counter()
+        if self.compiled is None:
+            self.compiled = walked.lower(*given, shape=latent_shape(model)).compile()
+            compile_seconds = time.perf_counter() - began
+        began = time.perf_counter()
+        found = jax.block_until_ready(self.compiled(*given))
+        seconds = time.perf_counter() - began
+        timestep, x, final = found
+        images = None
+        if self.vae is not None:
+            images = np.asarray(decode(self.vae, final))
+        elif model.in_channels in (1, 3):
+            images = np.asarray(final)
+        return Walk(
+            np.asarray(timestep), np.asarray(x), np.asarray(final), images, seconds, compile_seconds
+        )
+
+
+@jax.jit(static_argnames=("shape",))
+def walked(denoise_fn, sampler, key, index, label, shape):
+    """Returns timesteps `[S]`, inputs `[S, B, H, W, C]` and final latents `[B, H, W, C]`."""
+    noise, keys = initial_noise(key, index, shape)
+    final, (timestep, x) = diffusion.sample_trajectory(
+        denoise_fn, sampler, noise, label, keys, collect_fn=timestep_and_input
+    )
+    return timestep, x, final
+
+
+def timestep_and_input(step: diffusion.Step) -> tuple[Any, Any]:
+    return step.timestep, step.x
+
+
+def network(denoise_fn: Any) -> Any:
+    """Returns the `Denoiser` inside a guided or plain `denoise_fn`."""
+    return getattr(denoise_fn, "denoise_fn", denoise_fn)
+
+
+def walker(checkpoint: Checkpoint, protocol: Protocol, mesh: Any) -> Walker:
+    """Returns the sampler of a checkpoint with its parameters on every device."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    model = checkpoint.model.clone(execution=protocol.execution)
+    guidance, channels = protocol.guidance, protocol.guidance_channels
+    denoise_fn = denoiser(model, checkpoint.params, guidance, channels)
+    vae = checkpoint.vae
+    if vae is not None:
+        vae = dataclasses.replace(vae, params=jax.device_put(vae.params, whole))
+    split = NamedSharding(mesh, PartitionSpec("batch"))
+    return Walker(jax.device_put(denoise_fn, whole), vae, protocol, split)
+
+
+def check_finite(walk: Walk, title: str, start: int) -> None:
+    """Raises `UserError` if a sample has a value that is no finite number."""
+    for values in (walk.final, walk.images):
+        if values is None:
+            continue
+        bad = np.flatnonzero(~np.isfinite(values).all(axis=(1, 2, 3)))
+        if bad.size:
+            raise UserError(
+                f"{title}: sample {start + bad[0]} is not finite; this model cannot be scored "
+                "with these settings."
+            )
+
+
+def pair_measures(reference: Walk, other: Walk) -> dict[str, np.ndarray]:
+    """Returns the paired measures of each sample: arrays `[B]`, and `drift_db [B, S]`.
+
+    Images are compared as they are seen, clipped to [-1, 1]; latents as they are.
+    """
+    found = {
+        "latent_snr_db": metrics.signal_to_noise_db(reference.final, other.final),
+        "latent_cosine": metrics.cosine(reference.final, other.final),
+    }
+    if reference.images is not None and other.images is not None:
+        a, b = np.clip(reference.images, -1, 1), np.clip(other.images, -1, 1)
+        found["image_snr_db"] = metrics.signal_to_noise_db(a, b)
+        found["image_psnr_db"] = metrics.psnr(a, b)
+        found["image_cosine"] = metrics.cosine(a, b)
+        if min(a.shape[1:3]) >= 11:  # the window of SSIM
+            found["image_ssim"] = metrics.ssim(a, b)
+    after = [
+        metrics.signal_to_noise_db(x, y)
+        for x, y in zip(
+            [*reference.x[1:], reference.final], [*other.x[1:], other.final], strict=True
+        )
+    ]
+    return {**found, "drift_db": np.stack(after, axis=1)}
+
+
+def probe(reference: Walker, other: Walker, walk: Walk, label: np.ndarray) -> np.ndarray:
+    """Returns `[B, S]`: how close two networks' outputs are for the very same input, in dB.
+
+    The inputs are those of the reference's trajectory, so that no earlier error is in it; of a
+    learned variance's channels nothing is counted.
+    """
+    # One device: these few samples need not divide among all.
+    device = jax.local_devices()[0]
+    fns = [jax.device_put(w.denoise_fn, device) for w in (reference, other)]
+    given = jax.device_put((walk.x, walk.timestep, label.astype(np.int32)), device)
+    signal, noise = (np.asarray(power) for power in output_powers(*fns, *given))
+    return metrics.decibels(signal, noise).T
+
+
+@jax.jit
+def output_powers(reference_fn, other_fn, x, timestep, label):
+    """Returns the powers `[S, B]` of the reference's outputs and of the difference to it."""
+
+    def step(scanned):
+        x, timestep = scanned
+        at = jnp.full(len(x), timestep)
+        a, b = (fn(x, at, label)[..., : x.shape[-1]] for fn in (reference_fn, other_fn))
+        return jnp.square(a).sum((1, 2, 3)), jnp.square(a - b).sum((1, 2, 3))
+
+    return jax.lax.map(step, (x, timestep))

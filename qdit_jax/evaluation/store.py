@@ -1,0 +1,195 @@
+"""The folder of an evaluation: settings, finished shards, and what is merged from them.
+
+    run.json       the settings that every shard was made with
+    shards/        one archive a batch, written beside and renamed: it is whole or absent
+    lock           held while a process writes here
+
+A killed run therefore goes on where it was: shards that are there are kept, the others are made.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qdit_jax.errors import UserError
+from qdit_jax.files import replaced_file
+from qdit_jax.report import save_arrays
+
+RUN_FILE = "run.json"
+SHARDS = "shards"
+SAMPLES = ("/images", "/latents")  # ends of the names of a shard's large arrays
+DAMAGE = (zipfile.BadZipFile, OSError, ValueError, KeyError, EOFError)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds `folder` for this process; a process that is killed lets go of it.
+
+    Raises:
+        UserError: if another process holds it, or `folder` is a file or holds other things.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose a folder for the results.")
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock
+        yield
+        return
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process writes to {folder} now; wait for it.") from None
+        yield
+
+
+def open_run(
+    folder: Path, settings: Mapping[str, Any], default: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the settings of the run in `folder`: those stored there, else `settings`, now stored.
+
+    A setting that has a default and is None takes the stored value, or for a new run its default:
+    a run that moves to another machine keeps its batches.
+
+    Raises:
+        UserError: if the folder holds a run with other settings.
+    """
+    file = folder / RUN_FILE
+    (folder / SHARDS).mkdir(exist_ok=True)
+    open_ = {name for name in default if settings[name] is None}
+    if not file.exists():
+        complete = {**settings, **{name: default[name] for name in open_}}
+        with replaced_file(file) as temporary:
+            temporary.write_text(json.dumps(complete, indent=1))
+        return complete
+    try:
+        stored = json.loads(file.read_text())
+        names = [*settings, *(name for name in stored if name not in settings)]
+    except (ValueError, TypeError):
+        raise UserError(f"{file} is damaged; remove {folder} to start again.") from None
+    differing = [
+        f"{name} {show(stored.get(name))}, not {show(settings.get(name))}"
+        for name in names
+        if name not in open_ and settings.get(name) != stored.get(name)
+    ]
+    if differing:
+        raise UserError(
+            f"{folder} holds a run with other settings ({'; '.join(differing[:4])}); use the same "
+            "to continue it, or another --out."
+        )
+    for leftover in (folder / SHARDS).glob(".*"):  # of a process that was killed
+        leftover.unlink()
+    return stored
+
+
+def check_folder(folder: Path) -> None:
+    """Raises `UserError` if `folder` holds things, but no run."""
+    if (folder / RUN_FILE).exists() or not folder.exists():
+        return
+    strangers = [p.name for p in folder.iterdir() if not re.match(r"lock$|shards$|\.", p.name)]
+    if strangers:
+        raise UserError(
+            f"{folder} holds {strangers[0]} and no evaluation; choose another --out, or an empty "
+            "folder."
+        )
+
+
+def show(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def shard_ranges(num_samples: int, batch_size: int) -> list[tuple[int, int]]:
+    """Returns the first and one past the last sample of every shard, in order."""
+    starts = range(0, num_samples, batch_size)
+    return [(start, min(start + batch_size, num_samples)) for start in starts]
+
+
+def shard_path(folder: Path, start: int) -> Path:
+    return folder / SHARDS / f"{start:08d}.npz"
+
+
+def missing_shards(folder: Path, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Returns the ranges that have no whole shard yet."""
+    return [(start, stop) for start, stop in ranges if not is_whole(shard_path(folder, start))]
+
+
+def is_whole(path: Path) -> bool:
+    """Returns whether the archive is there and its checksums hold."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except DAMAGE:
+        return False
+
+
+def write_shard(folder: Path, start: int, arrays: Mapping[str, Any]) -> None:
+    save_arrays(shard_path(folder, start), **arrays)
+
+
+def collect(folder: Path, ranges: Sequence[tuple[int, int]]) -> dict[str, list[np.ndarray]]:
+    """Returns the measures in all shards by name, in order; the samples stay on disk."""
+    found: dict[str, list[np.ndarray]] = {}
+    for start, _ in ranges:
+        with np.load(shard_path(folder, start)) as data:
+            for name in data.files:
+                if not name.endswith(SAMPLES):
+                    found.setdefault(name, []).append(data[name])
+    return found
+
+
+def first_samples(
+    folder: Path, ranges: Sequence[tuple[int, int]], name: str, count: int
+) -> np.ndarray | None:
+    """Returns the first `count` samples of the array `name`, or None where it was not stored."""
+    found: list[np.ndarray] = []
+    for start, _ in ranges:
+        if start >= count:
+            break
+        with np.load(shard_path(folder, start)) as data:
+            if name not in data.files:
+                return None
+            found.append(data[name])
+    return np.concatenate(found)[:count]
+
+
+def merge(
+    folder: Path,
+    ranges: Sequence[tuple[int, int]],
+    name: str,
+    path: Path,
+    member: str,
+    **others: np.ndarray,
+) -> None:
+    """Writes the arrays `name` of all shards as one array `member` of an `.npz`, shard by shard."""
+    with np.load(shard_path(folder, 0)) as data:
+        first = data[name]
+    shape = (ranges[-1][1], *first.shape[1:])
+    header = {
+        "descr": np.lib.format.dtype_to_descr(first.dtype),
+        "fortran_order": False,
+        "shape": shape,
+    }
+    with replaced_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open(zip_entry(member), "w", force_zip64=True) as stream:
+            np.lib.format.write_array_header_1_0(stream, header)
+            for start, _ in ranges:
+                with np.load(shard_path(folder, start)) as data:
+                    stream.write(np.ascontiguousarray(data[name]).tobytes())
+        for other, array in others.items():
+            with archive.open(zip_entry(other), "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, np.asarray(array), allow_pickle=False)
+
+
+def zip_entry(name: str) -> zipfile.ZipInfo:
+    """Returns an entry with a fixed date, so that equal samples make equal files."""
+    return zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))

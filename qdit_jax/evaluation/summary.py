@@ -1,0 +1,122 @@
+"""The figures of a finished evaluation: what `metrics.json` holds, from the shards on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from qdit_jax import metrics
+from qdit_jax.evaluation.runs import Contender, Run
+from qdit_jax.evaluation.store import collect
+
+Table = Mapping[str, Sequence[np.ndarray]]  # a measure's arrays, one a shard
+
+MEASURES = {
+    "latent_snr_db": "final latents: signal to error, dB",
+    "latent_cosine": "final latents: cosine",
+    "image_snr_db": "images: signal to error, dB",
+    "image_psnr_db": "images: PSNR, dB",
+    "image_ssim": "images: SSIM",
+    "image_cosine": "images: cosine",
+}
+TRAJECTORY = {
+    "output_db": "one call of the network, the same input",
+    "drift_db": "the samples after each step (drift)",
+}
+
+
+def summarize(
+    run: Run,
+    contenders: Sequence[Contender],
+    scores: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Returns settings, models, paired measures, trajectories and tests in JSON's types.
+
+    `scores` are those of the distribution, by title, as `metrics.json` shall hold them.
+    """
+    table = collect(run.folder, run.ranges)
+    pairs = list(enumerate(contenders))[1:]
+    device = sorted({str(name) for name in table["device"]})
+    summary: dict[str, Any] = {
+        "settings": {**run.settings, "device": device},
+        "models": [model_facts(run, table, i, c) for i, c in enumerate(contenders)],
+        "paired": {c.title: paired(table, i) for i, c in pairs},
+        "trajectory": {c.title: trajectory(table, i) for i, c in pairs},
+        "scores": dict(scores or {}),
+    }
+    if len(contenders) > 2:
+        summary["comparison"] = comparison(table, contenders)
+    return summary
+
+
+def model_facts(run: Run, table: Table, number: int, contender: Contender) -> dict[str, Any]:
+    """Returns size, execution and time of one contender."""
+    checkpoint = contender.checkpoint
+    seconds, compile_seconds = (
+        np.array(table[f"{number}/{name}"], np.float64) for name in ("seconds", "compile_seconds")
+    )
+    batch = run.ranges[0][1] - run.ranges[0][0]
+    return {
+        "title": contender.title,
+        "recipe": None if checkpoint.recipe is None else checkpoint.recipe.name,
+        "execution": execution(contender, run.settings["execution"]),
+        "bytes": num_bytes(checkpoint.params),
+        "seconds_per_sample": float(np.median(seconds)) / batch,
+        "compile_seconds": float(compile_seconds.max()),
+    }
+
+
+def execution(contender: Contender, chosen: str) -> str:
+    """Returns how the numbers of a contender were computed, in words."""
+    quantized = contender.checkpoint.recipe is not None
+    return f"quantised, {chosen} execution" if quantized else "full precision"
+
+
+def num_bytes(params: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+def measure(table: Table, number: int, name: str) -> np.ndarray | None:
+    """Returns one measure of all samples, or None where it was not taken."""
+    found = table.get(f"{number}/{name}")
+    return np.concatenate(found) if found else None
+
+
+def paired(table: Table, number: int) -> dict[str, dict[str, float]]:
+    """Returns the mean of each measure with its 95% interval over samples."""
+    result = {}
+    for name in MEASURES:
+        values = measure(table, number, name)
+        if values is not None:
+            result[name] = dataclasses.asdict(metrics.bootstrap_interval(values))
+    return result
+
+
+def trajectory(table: Table, number: int) -> dict[str, Any]:
+    """Returns errors in dB at each timestep with 95% intervals over samples."""
+    timestep = table[f"{number}/timestep"][0]
+    result: dict[str, Any] = {"timestep": timestep.tolist()}
+    for name in TRAJECTORY:
+        values = measure(table, number, name)
+        if values is None or len(values) < 2:
+            continue
+        ends = metrics.bootstrap_band(values)
+        result[name] = {
+            key: end.tolist() for key, end in zip(("mean", "low", "high"), ends, strict=True)
+        }
+        result[name]["num_samples"] = len(values)
+    return result
+
+
+def comparison(table: Table, contenders: Sequence[Contender]) -> dict[str, Any]:
+    """Returns the paired test of the second contender against the third, for every measure."""
+    tests = {}
+    for name in MEASURES:
+        a, b = measure(table, 1, name), measure(table, 2, name)
+        if a is not None and b is not None:
+            tests[name] = dataclasses.asdict(metrics.paired_test(a, b))
+    return {"a": contenders[1].title, "b": contenders[2].title, "a_minus_b": tests}

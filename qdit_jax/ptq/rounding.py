@@ -1,0 +1,142 @@
+"""Rounding that learns from a network's inputs: GPTQ and AdaRound of whole networks.
+
+Dimensions: I items, B batch, K input channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+from qdit_jax.calibration import Items, Stats, empty_hessians, input_hessians, layers_in_order
+from qdit_jax.models import Linear
+from qdit_jax.ptq.sequential import RoundedLayer, RoundFn, by_block, quantize_in_order
+from qdit_jax.quant import gptq
+from qdit_jax.recipes import Recipe
+from qdit_jax.sampling import Denoiser
+
+
+def round_params(
+    model: nn.Module,
+    params: Any,
+    items: Items,
+    *,
+    recipe: Recipe,
+    round_fn: RoundFn = gptq,
+    stages_fn: Callable[[Sequence[str]], list[list[str]]] = by_block,
+    holdout: float | int = 0.25,
+    stats: Stats | None = None,
+    batch_size: int = 8,
+    on_layer: Callable[[RoundedLayer], None] | None = None,
+    progress_fn: Callable[[int], Any] | None = None,
+) -> Any:
+    """Returns `params` quantised by `recipe`, each layer fitted to inputs from the quantised network.
+
+    The network runs once on all items for every stage, up to the stage's layers, with the stages
+    before it quantised and the activation quantisers working; no activation outlives a batch. Full
+    precision parameters, one stage's Hessians (`quantize_in_order` says how large) and the
+    activations of one batch are what memory holds.
+
+    Args:
+        items: from `collect_items`.
+        round_fn: `quant.gptq`, `quant.gptq_authors`, `quant.adaround`, or any like them.
+        stages_fn: `ptq.by_block`, `by_layer` or, as the Q-DiT release, `by_block_authors`.
+        holdout: the share of trajectories on whose items a layer's output error is compared with
+            that of rounding to nearest, which is kept where it is better; 0 for no check.
+        stats: calibration statistics, for static activation scales only.
+        progress_fn: called with 1 after every batch; there are `num_batches(...)` of them.
+
+    Raises:
+        ValueError: as `quantize_params`, or if `holdout` leaves nothing on one of the sides.
+    """
+    held_out = held_out_items(items, holdout)
+    apply = partial(model.apply, {"params": params})
+    stages = stages_fn(layers_in_order(apply, Linear, *model.example_inputs()))
+
+    def hessians_fn(params: Any, paths: Sequence[str]) -> Any:
+        denoise_fn = Denoiser(params, model)
+        found = hessians_of(denoise_fn, items, ~held_out, paths, batch_size, progress_fn)
+        if not held_out.any():
+            return found, None
+        return found, hessians_of(denoise_fn, items, held_out, paths, batch_size, progress_fn)
+
+    return quantize_in_order(
+        params,
+        recipe=recipe,
+        hessians_fn=hessians_fn,
+        round_fn=round_fn,
+        stages=stages,
+        stats=stats,
+        on_layer=on_layer,
+    )
+
+
+def held_out_items(items: Items, share: float | int) -> np.ndarray:
+    """Returns which items are held out, `[I]`: those of every so many-th trajectory.
+
+    Raises:
+        ValueError: if there are too few trajectories for the share, or it is not in [0, 1).
+    """
+    if share == 0:
+        return np.zeros(len(items.sample), bool)
+    if not 0 < share < 1:
+        raise ValueError(f"holdout={share} is no share; use a number from 0 up to 1.")
+    order = np.unique(items.sample, return_inverse=True)[1]
+    held_out = np.floor((order + 1) * share) > np.floor(order * share)
+    if held_out.all() or not held_out.any():
+        raise ValueError(
+            f"holdout={share} of {order.max() + 1} trajectories leaves one side empty; use more "
+            "samples, or holdout=0 for no check."
+        )
+    return held_out
+
+
+def hessians_of(
+    denoise_fn: Denoiser,
+    items: Items,
+    chosen: np.ndarray,
+    paths: Sequence[str],
+    batch_size: int,
+    progress_fn: Callable[[int], Any] | None = None,
+) -> dict[str, jax.Array]:
+    """Returns the Hessian `[K, K]` of every path's inputs over the chosen items, float32."""
+    sums = empty_hessians(flatten_dict(denoise_fn.params, sep="/"), paths)
+    for batch, weight in batches_of(np.flatnonzero(chosen), batch_size):
+        inputs = items.x[batch], items.timestep[batch], items.label[batch]
+        sums = added(sums, denoise_fn, *inputs, weight)
+        if progress_fn is not None:
+            jax.block_until_ready(sums)
+            progress_fn(1)
+    return sums
+
+
+def batches_of(numbers: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields item numbers in batches of one size, and weights: 0 for those that fill the last up."""
+    size = min(batch_size, len(numbers))
+    for start in range(0, len(numbers), size):
+        place = np.arange(start, start + size)
+        weight = (place < len(numbers)).astype(np.float32)
+        yield numbers[np.minimum(place, len(numbers) - 1)], weight
+
+
+def num_batches(items: Items, holdout: float | int, batch_size: int, num_stages: int) -> int:
+    """Returns how often `round_params` calls its `progress_fn`."""
+    held_out = int(held_out_items(items, holdout).sum())
+    counts = [n for n in (len(items.sample) - held_out, held_out) if n]
+    return num_stages * sum(-(-n // min(batch_size, n)) for n in counts)
+
+
+@partial(jax.jit, donate_argnums=0)
+def added(
+    sums: dict[str, Any], denoise_fn: Denoiser, x: Any, timestep: Any, label: Any, weight: Any
+) -> dict[str, Any]:
+    """Returns `sums` with one batch's Hessians added; its paths are those of `sums`."""
+    apply = partial(denoise_fn, jnp.asarray(x), timestep, label)
+    return input_hessians(apply, Linear, sums, weight)

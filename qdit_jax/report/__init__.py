@@ -1,0 +1,43 @@
+"""Pages, pictures and charts."""
+
+from qdit_jax.report.figures import range_histograms
+from qdit_jax.report.html import heading, paragraph, picture, table, write_report
+from qdit_jax.report.media import (
+    image_grid,
+    save_arrays,
+    save_grid,
+    save_npz,
+    save_picture,
+    side_by_side,
+    to_uint8,
+)
+from qdit_jax.report.model_page import write_model_report
+from qdit_jax.report.model_stats import (
+    block_layers,
+    input_ranges,
+    kernel_of,
+    part_of,
+    weight_ranges,
+)
+
+__all__ = [
+    "block_layers",
+    "heading",
+    "image_grid",
+    "input_ranges",
+    "kernel_of",
+    "paragraph",
+    "part_of",
+    "picture",
+    "range_histograms",
+    "save_arrays",
+    "save_grid",
+    "save_npz",
+    "save_picture",
+    "side_by_side",
+    "table",
+    "to_uint8",
+    "weight_ranges",
+    "write_model_report",
+    "write_report",
+]

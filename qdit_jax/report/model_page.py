@@ -1,0 +1,125 @@
+"""What a person looks at to see how hard a model is to quantise: charts, a page, figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qdit_jax.calibration import Stats
+from qdit_jax.errors import UserError
+from qdit_jax.files import replaced_file
+from qdit_jax.report import html as report
+from qdit_jax.report.figures import (
+    activation_channels_figure,
+    outlier_figure,
+    range_histograms,
+    timestep_figure,
+    weight_spread_figure,
+)
+from qdit_jax.report.model_stats import (
+    OUTLIER_FACTOR,
+    activation_facts,
+    block_layers,
+    input_ranges,
+    summary_of,
+    weight_facts,
+    weight_ranges,
+)
+
+GROUP_SIZE = 32
+CAPTIONS = {
+    "weights": "Weights: the largest of every input and of every output channel, sorted. Groups "
+    "along input channels pay where input channels spread more.",
+    "activations": "Inputs of layers: the largest value of every channel over all timesteps. "
+    "Channels above the dashed line are counted as outliers.",
+    "timesteps": "Inputs of layers: the largest value at each timestep. A static range must hold "
+    "them all.",
+    "outliers": "Outlier channels by layer, and the largest channel over the median one.",
+    "ranges": f"Histograms of ranges by layer: of weights in groups of {GROUP_SIZE} input "
+    "channels, and of every input channel at every timestep.",
+}
+
+
+def write_model_report(
+    out: Path, title: str, params: Any, stats: Stats, protocol: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Writes charts (PNG), `stats.json` and `report.html` to `out`; returns what the JSON holds.
+
+    `protocol` says how `stats` came about.
+
+    Raises:
+        UserError: if the network has no transformer blocks.
+    """
+    paths = [path for path in block_layers(params) if path in stats.low]
+    if not paths:
+        raise UserError(f"{title} has no transformer blocks to draw.")
+    weights, inputs = weight_facts(params, paths), activation_facts(stats, paths)
+    order = np.argsort(stats.timesteps)
+    ranges = {
+        "weights": weight_ranges(params, paths, GROUP_SIZE),
+        "inputs": input_ranges(stats, paths),
+    }
+    figures = {
+        "weights": weight_spread_figure(weights),
+        "activations": activation_channels_figure(inputs),
+        "timesteps": timestep_figure(inputs, stats.timesteps, order),
+        "outliers": outlier_figure(inputs),
+        "ranges": range_histograms(ranges),
+    }
+    summary = {
+        "model": title,
+        "protocol": dict(protocol),
+        "timesteps": stats.timesteps.tolist(),
+        "outlier_factor": OUTLIER_FACTOR,
+        "weights": summary_of(weights),
+        "inputs": summary_of(inputs),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        with replaced_file(out / f"{name}.png") as temporary:
+            figure.savefig(temporary, dpi=110)
+    with replaced_file(out / "stats.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=1))
+    parts = [report.paragraph(protocol_text(protocol, stats))]
+    parts += [report.picture(figure, CAPTIONS[name]) for name, figure in figures.items()]
+    parts.append(layers_table(summary))
+    report.write_report(out / "report.html", f"Weights and activations of {title}", parts)
+    return summary
+
+
+def protocol_text(protocol: Mapping[str, Any], stats: Stats) -> str:
+    told = ", ".join(f"{name} {value}" for name, value in protocol.items())
+    return (
+        f"Inputs recorded while sampling: {told}; {len(stats.timesteps)} timesteps, labels in turn "
+        "and the null class."
+    )
+
+
+def layers_table(summary: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            path,
+            f"{weights['input_spread']:.2f}",
+            f"{weights['output_spread']:.2f}",
+            f"{inputs['spread']:.2f}",
+            f"{inputs['largest_over_median']:.1f}",
+            f"{inputs['num_outliers']} of {inputs['num_channels']}",
+            ", ".join(map(str, inputs["outlier_channels"])) or "-",
+            f"{inputs['drift']:.2f}",
+        ]
+        for (path, weights), inputs in zip(
+            summary["weights"].items(), summary["inputs"].values(), strict=True
+        )
+    ]
+    head = ["layer", "weights: spread over inputs", "over outputs", "inputs: spread"]
+    head += ["largest / median", "outliers", "the largest of them", "drift"]
+    note = (
+        "Spread: standard deviation of the channels' largest values over their mean. Outliers: "
+        f"above {OUTLIER_FACTOR:g} times the median channel. Drift: the largest range of a "
+        "timestep over the smallest."
+    )
+    return report.table(head, rows, note)

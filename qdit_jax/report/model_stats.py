@@ -1,0 +1,132 @@
+"""Figures about a network's weights and activations that decide how it should be quantised.
+
+Dimensions: S timesteps, K input channels, N output channels, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jaxtyping import Float
+
+from qdit_jax.calibration import Stats
+from qdit_jax.quant import QTensor, dequantize
+
+BLOCK_LAYERS = ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2")
+OUTLIER_FACTOR = 6.0  # times the median channel
+NUM_LISTED = 8
+
+
+def block_layers(params: Any) -> list[str]:
+    """Returns the paths of the linear layers in the blocks, block by block."""
+    paths = {path.removesuffix("/kernel") for path in flatten_dict(params, sep="/")}
+    blocks = sorted({p.split("/")[0] for p in paths if p.startswith("blocks_")}, key=block_number)
+    return [f"{b}/{kind}" for b in blocks for kind in BLOCK_LAYERS if f"{b}/{kind}" in paths]
+
+
+def block_number(path: str) -> int:
+    return int(path.split("/")[0].removeprefix("blocks_"))
+
+
+def kind_of(path: str) -> str:
+    """Returns the kind of a layer, the same in all blocks."""
+    return path.partition("/")[2]
+
+
+def kernel_of(params: Any, path: str) -> Float[np.ndarray, "K N"]:
+    """Returns the kernel of one layer in float32, unpacked if it is quantised."""
+    leaf = params
+    for name in (*path.split("/"), "kernel"):
+        leaf = leaf[name]
+    values = dequantize(leaf) if isinstance(leaf, QTensor) else leaf
+    return np.asarray(values, np.float32).reshape(-1, values.shape[-1])
+
+
+def spread(values: Float[np.ndarray, " C"]) -> float:
+    """Returns the standard deviation of channels' largest values over their mean: 0 if all equal."""
+    return float(values.std() / max(float(values.mean()), 1e-12))
+
+
+def weight_facts(params: Any, paths: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Returns each layer's largest absolute weight by input and by output channel, and spreads."""
+    facts = {}
+    for path in paths:
+        size = np.abs(kernel_of(params, path))
+        by_input, by_output = size.max(1), size.max(0)
+        facts[path] = {
+            "by_input": by_input,
+            "by_output": by_output,
+            "input_spread": spread(by_input),
+            "output_spread": spread(by_output),
+        }
+    return facts
+
+
+def channel_sizes(stats: Stats, path: str) -> Float[np.ndarray, "S K"]:
+    """Returns the largest absolute input of a layer, by timestep and channel."""
+    return np.maximum(np.abs(stats.low[path]), np.abs(stats.high[path]))
+
+
+def activation_facts(stats: Stats, paths: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Returns each layer's outlier channels and how its range moves over the timesteps.
+
+    A channel is an outlier if its largest value is more than `OUTLIER_FACTOR` times the median
+    channel's. `drift` is the largest range of any timestep over the smallest.
+    """
+    facts = {}
+    for path in paths:
+        sizes = channel_sizes(stats, path)
+        by_channel, by_timestep = sizes.max(0), sizes.max(1)
+        ratio = by_channel / max(float(np.median(by_channel)), 1e-12)
+        order = np.argsort(-ratio)
+        outliers = [int(k) for k in order if ratio[k] > OUTLIER_FACTOR]
+        facts[path] = {
+            "by_channel": by_channel,
+            "by_timestep": by_timestep,
+            "median_by_timestep": np.median(sizes, axis=1),
+            "num_channels": len(by_channel),
+            "num_outliers": len(outliers),
+            "outlier_channels": outliers[:NUM_LISTED],
+            "largest_over_median": float(ratio[order[0]]),
+            "spread": spread(by_channel),
+            "drift": float(by_timestep.max() / max(float(by_timestep.min()), 1e-12)),
+        }
+    return facts
+
+
+def group_ranges(w: Float[np.ndarray, "K N"], group_size: int) -> Float[np.ndarray, " R"]:
+    """Returns the range of every group of `group_size` input channels (0: whole columns)."""
+    starts = np.arange(0, len(w), group_size or len(w))
+    low, high = (ends.reduceat(w, starts, axis=0) for ends in (np.minimum, np.maximum))
+    return (high - low).ravel()
+
+
+def weight_ranges(params: Any, paths: Sequence[str], group_size: int) -> dict[str, np.ndarray]:
+    """Returns the ranges of all groups of each layer's weights."""
+    return {path: group_ranges(kernel_of(params, path), group_size) for path in paths}
+
+
+def input_ranges(stats: Stats, paths: Sequence[str]) -> dict[str, np.ndarray]:
+    """Returns the ranges of each layer's input channels, of all timesteps together."""
+    return {path: (stats.high[path] - stats.low[path]).ravel() for path in paths}
+
+
+def summary_of(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns facts as JSON's types, without the arrays by channel."""
+    return {
+        path: {
+            name: value.tolist() if isinstance(value, np.ndarray) else value
+            for name, value in entry.items()
+            if name not in ("by_input", "by_output", "by_channel")
+        }
+        for path, entry in facts.items()
+    }
+
+
+def part_of(path: str) -> str:
+    """Returns the kind of layer a parameter belongs to, the same for all blocks."""
+    names = path.split("/")
+    return "blocks/" + "/".join(names[1:-1]) if names[0].startswith("blocks_") else names[0]

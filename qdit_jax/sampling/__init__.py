@@ -1,0 +1,23 @@
+"""From a checkpoint to pictures: denoisers, schedules of training, batched generation."""
+
+from qdit_jax.sampling.generation import (
+    Denoiser,
+    checked_labels,
+    decode,
+    denoiser,
+    generate,
+    initial_noise,
+    latent_shape,
+    trained_schedule,
+)
+
+__all__ = [
+    "Denoiser",
+    "checked_labels",
+    "decode",
+    "denoiser",
+    "generate",
+    "initial_noise",
+    "latent_shape",
+    "trained_schedule",
+]

@@ -1,0 +1,43 @@
+"""Small networks with outlier channels, and rollouts of them, for the tests of the search."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from qdit_jax import ddim
+from qdit_jax.allocation import Rollout
+from qdit_jax.sampling import initial_noise, latent_shape
+from qdit_jax.testing import realistic_dit
+
+# As an attribute of the package, `search` is the function.
+search = importlib.import_module("qdit_jax.allocation")
+
+SIZES = (8, 16, 32, 64)
+
+
+def small_model(depth: int = 1) -> tuple[Any, Any]:
+    model, params = realistic_dit(0, hidden_size=64, depth=depth, num_heads=2, in_channels=2)
+    return model, jax.tree.map(jax.numpy.asarray, params)
+
+
+def small_space(params: Any, **settings: Any) -> Any:
+    return search.search_space(params, **{"group_sizes": SIZES, **settings})
+
+
+def small_rollout(model: Any, num_steps: int = 3, guidance: float | None = 1.5) -> Rollout:
+    return Rollout.of(model, ddim(steps=num_steps), guidance)
+
+
+def batches_of_noise(model: Any, num_batches: int = 2, size: int = 3) -> tuple[Any, Any, Any]:
+    index = np.arange(num_batches * size)
+    noise, keys = initial_noise(jax.random.key(5), jax.numpy.asarray(index), latent_shape(model))
+    label = jax.numpy.asarray(index % model.num_classes, np.int32)
+    return (
+        noise.reshape(num_batches, size, *noise.shape[1:]),
+        label.reshape(num_batches, size),
+        keys.reshape(num_batches, size),
+    )

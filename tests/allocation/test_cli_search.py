@@ -1,0 +1,138 @@
+"""`qdit search` end to end on a small checkpoint: files, resuming, errors, `search` itself."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+
+import jax
+import numpy as np
+import pytest
+from search_models import small_model
+
+import qdit_jax as qdit
+from qdit_jax.allocation import AllocationSettings, EvolutionSettings, search
+from qdit_jax.cli import search as verb
+
+FAST = ["--steps", "2", "--num-batches", "2", "--batch-size", "2", "--group-sizes", "8", "32"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return qdit.Checkpoint(*small_model())
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint, tmp_path_factory):
+    path = tmp_path_factory.mktemp("search") / "ckpt"
+    qdit.save(path, checkpoint)
+    return path
+
+
+def run(*arguments):
+    parser = argparse.ArgumentParser()
+    verb.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["search", *map(str, arguments)])
+    args.run(args)
+
+
+def test_a_search_writes_a_recipe_that_quantises_and_pictures(folder, checkpoint, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ["--method", "qdit-paper", "--population", "4", "--generations", "1"]
+    run(folder, out, "--budget", "bitops=1.0x-g32", *options, *FAST)
+    recipe = qdit.Recipe.from_json(out / "recipe.json")
+    assert len(qdit.plan(checkpoint.params, recipe)) == 4
+    history = json.loads((out / "history.json").read_text())
+    # Nothing but coarse groups fits: 1 assignment, 2 batches of 2, 2 steps, guidance.
+    assert history["report"]["network_evaluations"] == 2 * 2 * 2 * 2 * 2
+    assert history["cost"] <= history["limit"] * (1 + 1e-9)
+    for name in ("front.png", "map.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "1 measured" in printed
+    assert "bitops=1.0x-g32: nothing to search: only the cheapest assignment fits" in printed
+    with pytest.raises(qdit.UserError, match="holds a finished search; pass --force"):
+        run(folder, out, *FAST)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "bytes=5"], "budget='bytes=5' is impossible"),
+        (["--layers", "nothing"], "matches no layer"),
+        (["--pin", "x"], "write PATTERN=SIZE"),
+        (["--method", "luck"], "method='luck' is not known"),
+        (["--objective", "frechet"], "needs --reference"),
+        (["--process-id", "0"], "go together"),
+    ],
+)
+def test_errors_are_one_sentence(folder, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(folder, tmp_path / "out", *FAST, *options)
+
+
+def test_a_fitness_that_is_no_number_loses_nothing(checkpoint, tmp_path):
+    settings = EvolutionSettings(4, 2, 2, 2, 2)
+    options = {"method": "qdit-paper", "settings": settings, "num_steps": 2, "num_batches": 1}
+    space = {"group_sizes": (8, 16, 32), "budget": "bitops=1.0x-g16"}
+    calls = []
+
+    def fn(params, key):
+        calls.append(1)
+        return params["blocks_0"]["mlp"]["fc1"]["kernel"].std()
+
+    def broken(params, key):
+        value = fn(params, key)
+        return jax.numpy.where(value > 0, jax.numpy.nan, value)
+
+    key = jax.random.key(4)
+    whole = search(checkpoint, key, objective=fn, state=tmp_path / "a", **options, **space)
+    assert len(calls) == 1  # traced once for the whole search
+    with pytest.raises(importlib.import_module("qdit_jax.allocation").BadFitnessError, match="nan"):
+        search(checkpoint, key, objective=broken, state=tmp_path / "b", **options, **space)
+    again = search(checkpoint, key, objective=fn, state=tmp_path / "a", **options, **space)
+    assert again.history["measured"] == whole.history["measured"]
+    assert again.recipe == whole.recipe
+
+
+@pytest.mark.slow
+def test_the_default_search_beats_the_uniform_recipe_and_resumes(checkpoint, tmp_path):
+    settings = AllocationSettings(num_gate=6, num_estimates=1, num_rounds=1, rungs=(1, 2, 3))
+    options = {
+        "budget": "bitops=1.0x-g16",
+        "group_sizes": (8, 16, 32, 64),
+        "settings": settings,
+        "num_steps": 3,
+        "num_batches": 3,
+        "batch_size": 4,
+        "num_calibration": 1,
+    }
+    found = search(checkpoint, jax.random.key(0), state=tmp_path / "state", **options)
+    again = search(checkpoint, jax.random.key(0), state=tmp_path / "state", **options)
+    assert again.assignment.tolist() == found.assignment.tolist()
+    assert again.history["report"] == found.history["report"]
+    last = found.history["report"]["finalists"][-1]["fitness"]
+    assert last == sorted(last)
+    uniform = next(r for r in found.history["measured"] if set(r["assignment"]) == {1})
+    chosen = next(
+        r for r in found.history["measured"] if r["assignment"] == found.assignment.tolist()
+    )
+    assert chosen["fitness"] <= uniform["fitness"]
+    assert np.isfinite(found.front.error).all()
+
+
+@pytest.mark.slow
+def test_the_predicted_objective_measures_nothing(checkpoint):
+    found = search(
+        checkpoint,
+        jax.random.key(0),
+        objective="predicted",
+        budget="bitops=1.0x-g16",
+        group_sizes=(8, 16, 32),
+        num_steps=2,
+        batch_size=2,
+        num_calibration=1,
+    )
+    assert found.history["measured"] == []
+    assert found.budget.allows(found.assignment)

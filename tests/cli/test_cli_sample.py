@@ -1,0 +1,113 @@
+"""`qdit sample`: files written, options that do not fit refused in one sentence."""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_models import CONFIG, random_params, tiny_vae
+
+from qdit_jax import checkpoint as checkpoints
+from qdit_jax.cli import sample
+from qdit_jax.cli.sample_run import chosen_labels
+from qdit_jax.errors import UserError
+from qdit_jax.models import DiT
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Returns checkpoints: of grey pixels, of latents with and without decoder, of velocities."""
+    base = tmp_path_factory.mktemp("checkpoints")
+    configs = {
+        "grey": {"in_channels": 1},
+        "latents": {},
+        "velocity": {"velocity": True},
+        "no_null": {"null_class": False, "in_channels": 1},
+    }
+    for name, config in configs.items():
+        model = DiT(**{**CONFIG, **config})
+        checkpoints.save(base / name, checkpoints.Checkpoint(model, random_params(model)))
+    checkpoints.save(base / "vae", tiny_vae())
+    return base
+
+
+def run(*arguments):
+    parser = argparse.ArgumentParser()
+    sample.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["sample", *map(str, arguments)])
+    return args.run(args)
+
+
+def test_a_grid_of_grey_pictures(folders, tmp_path, capsys):
+    out = tmp_path / "grid.png"
+    run(folders / "grey", "--labels", "0-2", "--steps", 3, "--out", out)
+    assert Image.open(out).size[0] >= 2 * 64
+    printed = capsys.readouterr()
+    assert "3 samples, DDIM 3 steps, guidance 1.5, full precision" in printed.out
+    assert "3/3" in printed.err
+
+
+def test_an_archive_of_decoded_latents(folders, tmp_path):
+    out = tmp_path / "samples.npz"
+    options = ("--num-samples", 3, "--batch-size", 2, "--steps", 3, "--vae", folders / "vae")
+    run(folders / "latents", *options, "--out", out)
+    stored = np.load(out)
+    assert stored["arr_0"].shape == (3, 8, 8, 3)
+    assert stored["arr_0"].dtype == np.uint8
+    np.testing.assert_array_equal(stored["label"], [0, 1, 2])
+
+
+def test_latents_alone_go_to_an_archive(folders, tmp_path):
+    out = tmp_path / "latents.npz"
+    run(folders / "velocity", "--labels", "1", "--steps", 3, "--guidance", 1, "--out", out)
+    assert np.load(out)["latents"].shape == (1, 4, 4, 4)
+
+
+def test_labels_are_numbers_and_ranges_repeated_as_needed():
+    assert chosen_labels("207,360", None, 1000).tolist() == [207, 360]
+    assert chosen_labels("3, 7-9", 6, 10).tolist() == [3, 7, 8, 9, 3, 7]
+    assert chosen_labels(None, 5, 3).tolist() == [0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("folder", "options", "message"),
+    [
+        ("grey", ("--labels", "9"), "label 9 is out of range"),
+        ("grey", ("--labels", "cat"), "'cat' is no class"),
+        ("grey", ("--labels", "3-1"), "names no class"),
+        ("grey", ("--steps", "1001"), "1001 steps where the process has 1000"),
+        ("grey", ("--steps", "0"), "positive number of steps"),
+        ("grey", ("--eta", "2"), "eta=2.0 is not supported"),
+        ("grey", ("--sampler", "ddpm", "--eta", "1"), "is an option of ddim"),
+        ("grey", ("--sampler", "flow"), "this model predicts noise; use ddim or ddpm"),
+        ("grey", ("--num-samples", "0"), "use a positive number"),
+        ("grey", ("--batch-size", "0"), "batch_size=0 is not supported"),
+        ("grey", ("--out", "grid.gif"), "must end with .png or .npz"),
+        ("velocity", ("--sampler", "ddim"), "this model predicts a velocity; use flow"),
+        ("velocity", ("--steps", "ddim25", "--out", "x.npz"), "flow takes a positive number"),
+        ("latents", (), "holds no autoencoder"),
+        ("vae", (), "makes no pictures by itself"),
+        ("no_null", ("--steps", "2"), "needs a null class"),
+        ("absent", (), "does not exist"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    folders, tmp_path, monkeypatch, folder, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        run(folders / folder, *options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_samples_that_are_not_finite_are_not_written(folders, tmp_path):
+    model = DiT(**{**CONFIG, "in_channels": 1})
+    params = random_params(model)
+    params["final_layer"]["linear"]["bias"] = params["final_layer"]["linear"]["bias"] * np.nan
+    checkpoints.save(tmp_path / "broken", checkpoints.Checkpoint(model, params))
+    out = tmp_path / "grid.png"
+    with pytest.raises(UserError, match="8 of 8 samples are not finite"):
+        run(tmp_path / "broken", "--steps", 2, "--out", out)
+    assert not out.exists()

@@ -1,0 +1,44 @@
+"""Tiny networks with random parameters, for tests of every room."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qdit_jax.checkpoint import Checkpoint
+from qdit_jax.models import AutoencoderKL, DiT
+
+CONFIG = {
+    "input_size": 4,
+    "patch_size": 2,
+    "in_channels": 4,
+    "hidden_size": 32,
+    "depth": 1,
+    "num_heads": 2,
+    "num_classes": 5,
+}
+
+
+def random_params(model, seed=0, scale=0.2):
+    """Returns parameters without the zeros of initialisation, so that every input matters."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
+    leaves, tree = jax.tree.flatten(shapes)
+    rng = np.random.default_rng(seed)
+    drawn = [jnp.asarray(scale * rng.standard_normal(leaf.shape), jnp.float32) for leaf in leaves]
+    return jax.tree.unflatten(tree, drawn)
+
+
+def tiny_checkpoint(**config):
+    model = DiT(**{**CONFIG, **config})
+    return Checkpoint(model, random_params(model))
+
+
+def tiny_vae():
+    model = AutoencoderKL(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(0.1 * rng.standard_normal(leaf.shape), jnp.float32), shapes
+    )
+    return Checkpoint(model, params)
