@@ -33,12 +33,14 @@ from qdit_jax.allocation import (
     Evaluator,
     EvolutionSettings,
     Rollout,
+    Rollouts,
     cost_table,
     paired_error,
     recipe_of,
     search,
     search_space,
     seeds,
+    strategy_named,
     total_cost,
     uniform_assignment,
 )
@@ -177,14 +179,15 @@ def compare(args: argparse.Namespace) -> None:
             checkpoint,
             jax.random.key(key),
             budget=budget,
-            method=method,
-            num_steps=args.steps,
-            num_batches=args.num_batches if is_default else args.evolution_batches,
-            batch_size=args.batch_size,
-            settings=settings,
+            strategy=strategy_named(method, settings),
+            rollouts=Rollouts(
+                num_steps=args.steps,
+                num_batches=args.num_batches if is_default else args.evolution_batches,
+                batch_size=args.batch_size,
+            ),
             state=args.out / f"state-{args.bits}-{method}-{key}",
-            **bits,
-            symmetric=False,  # also for the release's search: only what it varies is compared
+            # Symmetric is off for the release's search too: only what it varies is compared.
+            space={**bits, "symmetric": False},
         )
         bitops = total_cost(cost_table(found.space, BitOps()), found.assignment)
         errors = errors_of(found.space, found.assignment)

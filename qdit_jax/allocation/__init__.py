@@ -1,6 +1,5 @@
 """The allocation: which group size (and bits) every layer gets under a budget."""
 
-from qdit_jax.allocation.allocate import Allocation, AllocationSettings, allocate
 from qdit_jax.allocation.assigned import ChosenAct, assigned_params
 from qdit_jax.allocation.budget import Budget, parse_budget
 from qdit_jax.allocation.cost import (
@@ -17,10 +16,8 @@ from qdit_jax.allocation.cost import (
 )
 from qdit_jax.allocation.descent import additive_solution, corrected, descend
 from qdit_jax.allocation.evaluate import BadFitnessError, Evaluator, LostWorkerError, candidate_mesh
-from qdit_jax.allocation.evolution import EvolutionSettings, evolve, random_children
 from qdit_jax.allocation.journal import Journal
 from qdit_jax.allocation.knapsack import Solution, lagrangian_front, pareto, solve
-from qdit_jax.allocation.nsga import offspring
 from qdit_jax.allocation.objectives import (
     FeatureDistance,
     FunctionObjective,
@@ -30,9 +27,10 @@ from qdit_jax.allocation.objectives import (
     function_objective,
     paired_error,
 )
+from qdit_jax.allocation.problem import Found, Front, Problem, Strategy
 from qdit_jax.allocation.records import Measured, Store
 from qdit_jax.allocation.rollouts import Rollout, frechet_objective, seeds
-from qdit_jax.allocation.searching import SearchResult, search
+from qdit_jax.allocation.searching import Rollouts, SearchResult, search
 from qdit_jax.allocation.sensitivity import (
     Effects,
     Prediction,
@@ -51,10 +49,16 @@ from qdit_jax.allocation.space import (
     uniform_assignment,
     uniform_sizes,
 )
+from qdit_jax.allocation.strategies import STRATEGIES, strategy_named
+from qdit_jax.allocation.strategies.allocate import Allocate, AllocationSettings, allocate
+from qdit_jax.allocation.strategies.evolution import EvolutionSettings, Evolve, evolve
+from qdit_jax.allocation.strategies.nsga import offspring
+from qdit_jax.allocation.strategies.random_draw import random_children
 
 __all__ = [
     "GROUP_SIZES",
-    "Allocation",
+    "STRATEGIES",
+    "Allocate",
     "AllocationSettings",
     "BadFitnessError",
     "BitOps",
@@ -65,7 +69,10 @@ __all__ = [
     "Effects",
     "Evaluator",
     "EvolutionSettings",
+    "Evolve",
     "FeatureDistance",
+    "Found",
+    "Front",
     "FunctionObjective",
     "HardwareCost",
     "Journal",
@@ -74,13 +81,16 @@ __all__ = [
     "Measured",
     "PairedError",
     "Prediction",
+    "Problem",
     "Rollout",
+    "Rollouts",
     "SampleFn",
     "SearchLayer",
     "SearchResult",
     "Solution",
     "Space",
     "Store",
+    "Strategy",
     "additive_solution",
     "allocate",
     "assigned_params",
@@ -110,6 +120,7 @@ __all__ = [
     "seeds",
     "solve",
     "specs_of",
+    "strategy_named",
     "total_cost",
     "tpu_cost",
     "uniform_assignment",

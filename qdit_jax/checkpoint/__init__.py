@@ -4,6 +4,7 @@ from qdit_jax.checkpoint.by_suffix import load, save
 from qdit_jax.checkpoint.codec import abstract_arrays, split_fields
 from qdit_jax.checkpoint.deferred import DeferredArray
 from qdit_jax.checkpoint.description import Checkpoint
+from qdit_jax.checkpoint.fingerprint import digest, fingerprint, first_difference
 from qdit_jax.checkpoint.folder import read_description, split_over
 from qdit_jax.checkpoint.lazy import materialized, open_checkpoint
 from qdit_jax.checkpoint.single_file import exported_parts, load_safetensors, save_safetensors
@@ -12,7 +13,10 @@ __all__ = [
     "Checkpoint",
     "DeferredArray",
     "abstract_arrays",
+    "digest",
     "exported_parts",
+    "fingerprint",
+    "first_difference",
     "load",
     "load_safetensors",
     "materialized",

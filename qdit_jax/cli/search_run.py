@@ -18,10 +18,12 @@ from qdit_jax.allocation import (
     EvolutionSettings,
     LostWorkerError,
     Rollout,
+    Rollouts,
     SearchResult,
     frechet_objective,
     search,
     seeds,
+    strategy_named,
 )
 from qdit_jax.calibration import default_sampler
 from qdit_jax.cli.search_pictures import draw_front, draw_map
@@ -35,6 +37,13 @@ def run_search(args: argparse.Namespace) -> None:
     checkpoint = qdit.load(args.checkpoint)
     is_first = jax.process_index() == 0
     progress = Progress(is_first)
+    rollouts = Rollouts(
+        num_steps=args.steps,
+        guidance=args.guidance,
+        num_batches=args.num_batches,
+        batch_size=args.batch_size,
+        per_device=args.per_device,
+    )
     settings = None
     if args.method != "default":
         settings = EvolutionSettings(args.population, args.generations)
@@ -44,16 +53,11 @@ def run_search(args: argparse.Namespace) -> None:
             jax.random.key(args.seed),
             budget=args.budget,
             objective=objective_of(args, checkpoint),
-            method=args.method,
-            num_steps=args.steps,
-            guidance=args.guidance,
-            num_batches=args.num_batches,
-            batch_size=args.batch_size,
-            settings=settings,
+            strategy=strategy_named(args.method, settings),
+            space=space_settings(args),
+            rollouts=rollouts,
             state=args.out / "state",
-            per_device=args.per_device,
             report_fn=progress,
-            **space_settings(args),
         )
     except LostWorkerError as error:
         # A normal exit would wait for the lost process at JAX's barrier, and abort with a dump.

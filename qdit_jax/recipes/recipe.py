@@ -179,7 +179,8 @@ class Recipe:
         recipe = cls((rule,), f"{name}-g{group_size}")
         if params is not None:
             params = getattr(params, "params", params)
-            recipe = recipe.bound(params)
+            family = family_of_params(params)
+            recipe = recipe.bound(params) if family is None else recipe.bound_to(family)
             recipe.resolve(params)
         return recipe
 

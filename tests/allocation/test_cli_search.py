@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 
 import jax
@@ -12,9 +11,18 @@ import pytest
 from search_models import small_model
 
 import qdit_jax as qdit
-from qdit_jax.allocation import AllocationSettings, EvolutionSettings, search
+from qdit_jax.allocation import (
+    Allocate,
+    AllocationSettings,
+    BadFitnessError,
+    EvolutionSettings,
+    Evolve,
+    Rollouts,
+    search,
+)
 from qdit_jax.cli import search as verb
 
+CALLS: list[int] = []  # not in a closure, whose content belongs to an objective
 FAST = ["--steps", "2", "--num-batches", "2", "--batch-size", "2", "--group-sizes", "8", "32"]
 
 
@@ -62,7 +70,7 @@ def test_a_search_writes_a_recipe_that_quantises_and_pictures(folder, checkpoint
         (["--budget", "bytes=5"], "budget='bytes=5' is impossible"),
         (["--layers", "nothing"], "matches no layer"),
         (["--pin", "x"], "write PATTERN=SIZE"),
-        (["--method", "luck"], "method='luck' is not known"),
+        (["--method", "luck"], "strategy='luck' is not known"),
         (["--objective", "frechet"], "needs --reference"),
         (["--process-id", "0"], "go together"),
     ],
@@ -74,12 +82,12 @@ def test_errors_are_one_sentence(folder, tmp_path, options, message):
 
 def test_a_fitness_that_is_no_number_loses_nothing(checkpoint, tmp_path):
     settings = EvolutionSettings(4, 2, 2, 2, 2)
-    options = {"method": "qdit-paper", "settings": settings, "num_steps": 2, "num_batches": 1}
-    space = {"group_sizes": (8, 16, 32), "budget": "bitops=1.0x-g16"}
-    calls = []
+    options = {"strategy": Evolve(settings), "rollouts": Rollouts(num_steps=2, num_batches=1)}
+    space = {"space": {"group_sizes": (8, 16, 32)}, "budget": "bitops=1.0x-g16"}
+    CALLS.clear()
 
     def fn(params, key):
-        calls.append(1)
+        CALLS.append(1)
         return params["blocks_0"]["mlp"]["fc1"]["kernel"].std()
 
     def broken(params, key):
@@ -88,8 +96,8 @@ def test_a_fitness_that_is_no_number_loses_nothing(checkpoint, tmp_path):
 
     key = jax.random.key(4)
     whole = search(checkpoint, key, objective=fn, state=tmp_path / "a", **options, **space)
-    assert len(calls) == 1  # traced once for the whole search
-    with pytest.raises(importlib.import_module("qdit_jax.allocation").BadFitnessError, match="nan"):
+    assert len(CALLS) == 1  # traced once for the whole search
+    with pytest.raises(BadFitnessError, match="nan"):
         search(checkpoint, key, objective=broken, state=tmp_path / "b", **options, **space)
     again = search(checkpoint, key, objective=fn, state=tmp_path / "a", **options, **space)
     assert again.history["measured"] == whole.history["measured"]
@@ -101,12 +109,9 @@ def test_the_default_search_beats_the_uniform_recipe_and_resumes(checkpoint, tmp
     settings = AllocationSettings(num_gate=6, num_estimates=1, num_rounds=1, rungs=(1, 2, 3))
     options = {
         "budget": "bitops=1.0x-g16",
-        "group_sizes": (8, 16, 32, 64),
-        "settings": settings,
-        "num_steps": 3,
-        "num_batches": 3,
-        "batch_size": 4,
-        "num_calibration": 1,
+        "space": {"group_sizes": (8, 16, 32, 64)},
+        "strategy": Allocate(settings),
+        "rollouts": Rollouts(num_steps=3, num_batches=3, batch_size=4, num_calibration=1),
     }
     found = search(checkpoint, jax.random.key(0), state=tmp_path / "state", **options)
     again = search(checkpoint, jax.random.key(0), state=tmp_path / "state", **options)
@@ -129,10 +134,8 @@ def test_the_predicted_objective_measures_nothing(checkpoint):
         jax.random.key(0),
         objective="predicted",
         budget="bitops=1.0x-g16",
-        group_sizes=(8, 16, 32),
-        num_steps=2,
-        batch_size=2,
-        num_calibration=1,
+        space={"group_sizes": (8, 16, 32)},
+        rollouts=Rollouts(num_steps=2, batch_size=2, num_calibration=1),
     )
     assert found.history["measured"] == []
     assert found.budget.allows(found.assignment)

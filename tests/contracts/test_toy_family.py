@@ -13,7 +13,7 @@ from tiny_models import random_params
 from toy_family import ROW, ToyVideo, prompts
 
 import qdit_jax as qdit
-from qdit_jax.allocation import BitOps, cost_table, search_space
+from qdit_jax.allocation import BitOps, Rollouts, cost_table, search_space
 from qdit_jax.evaluation import Contender, Protocol, run_evaluation, summarize
 from qdit_jax.methods import fold_inputs
 from qdit_jax.models import FAMILIES, OPERANDS, rows_per_sample
@@ -164,9 +164,9 @@ def test_sequential_rounding_takes_the_shared_modulation_first(checkpoint):
     params = qdit.round_params(
         checkpoint.model, checkpoint.params, items, recipe=recipe, on_layer=seen.append
     )
-    assert [layer.path for layer in seen][0] == "modulation"
+    assert seen[0].path == "modulation"
     assert kernels(params) == ALL_LINEARS | {"modulation"}
-    layers = [p for p in rows_per_sample(checkpoint.model)]
+    layers = list(rows_per_sample(checkpoint.model))
     assert [len(stage) for stage in by_block(layers, ROW)][-3:] == [7, 7, 1]
     assert sum(layer.rounded <= layer.nearest for layer in seen) > len(seen) / 2
 
@@ -183,13 +183,15 @@ def test_search_finds_a_recipe_within_the_budget(checkpoint):
         checkpoint,
         jax.random.key(2),
         budget="bitops=1.0x-g16",
-        conditions=PROMPTS,
-        group_sizes=(8, 16, 32),
-        num_steps=2,
-        num_batches=2,
-        batch_size=2,
-        num_calibration=1,
-        num_probes=2,
+        space={"group_sizes": (8, 16, 32)},
+        rollouts=Rollouts(
+            conditions=PROMPTS,
+            num_steps=2,
+            num_batches=2,
+            batch_size=2,
+            num_calibration=1,
+            num_probes=2,
+        ),
     )
     assert {layer.path for layer in found.space.layers} == ALL_LINEARS
     assert found.budget.allows(found.assignment)

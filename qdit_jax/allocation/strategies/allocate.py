@@ -1,4 +1,4 @@
-"""The default search: sensitivities, the exact knapsack, re-estimation, and paired verification.
+"""The default strategy: sensitivities, the exact knapsack, re-estimation, paired verification.
 
 Dimensions: N assignments, L layers, J batches.
 """
@@ -6,19 +6,20 @@ Dimensions: N assignments, L layers, J batches.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from qdit_jax.allocation.budget import Budget
 from qdit_jax.allocation.descent import additive_solution, corrected, descend, own_errors
-from qdit_jax.allocation.evolution import random_legal
 from qdit_jax.allocation.journal import Journal
 from qdit_jax.allocation.knapsack import lagrangian_front
+from qdit_jax.allocation.problem import Found, Front, Problem
 from qdit_jax.allocation.records import Measured
 from qdit_jax.allocation.sensitivity import Prediction, rank_correlation
 from qdit_jax.allocation.space import Space
+from qdit_jax.allocation.strategies.evolution import random_legal
 
 # (assignments [N, L], batches) -> fitness [N]
 MeasureFn = Callable[[np.ndarray, Sequence[int]], np.ndarray]
@@ -48,6 +49,11 @@ class AllocationSettings:
     num_finalists: int = 9
     rungs: tuple[int, ...] = (1, 4, 16)
 
+    def fitted(self, num_batches: int) -> AllocationSettings:
+        """Returns the settings with rungs that an objective of so many batches can be asked for."""
+        rungs = sorted({min(rung, num_batches) for rung in self.rungs} | {num_batches})
+        return dataclasses.replace(self, rungs=tuple(rungs))
+
     def planned_items(self, num_given: int) -> int:
         """Returns about how many items (assignments times batches) a search measures at most."""
         first = num_given + self.num_gate + 3 * (1 + num_given)
@@ -59,23 +65,48 @@ class AllocationSettings:
         return first * self.rungs[0] + later
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Allocation:
-    """What the default search found.
+@dataclasses.dataclass(frozen=True)
+class Allocate:
+    """The default strategy: predictions propose, measurements on paired samples decide.
 
-    Attributes:
-        assignment: the winner of the verification, `[L]`.
-        front: assignments `[F, L]` of the λ sweep; front_cost, front_error: predicted, `[F]`.
-        measured: everything measured on the first rung, in rounds.
-        report: JSON-able: rank correlations, whether they passed, finalists, rounds.
+    Where the problem has no evaluator, predictions alone decide.
     """
 
-    assignment: np.ndarray
-    front: np.ndarray
-    front_cost: np.ndarray
-    front_error: np.ndarray
-    measured: Measured
-    report: dict[str, Any]
+    settings: AllocationSettings = AllocationSettings()
+    name: str = "default"
+    budget: str = "bitops=1.0x-g128"
+    space: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    guided: bool = True
+
+    def run(self, problem: Problem) -> Found:
+        """Returns the allocation of least error that was measured, or predicted."""
+        journal = Journal(problem.store)
+        if problem.evaluator is None:
+            problem.report_fn({"total": 0, "text": "measuring sensitivities"})
+            found = predicted_only(
+                problem.space,
+                problem.budget,
+                problem.predict_fn,
+                first=problem.given,
+                journal=journal,
+            )
+            text = "rank correlation not checked: nothing is measured by this objective"
+            problem.report_fn({"text": text})
+            return found
+        settings = self.settings.fitted(problem.evaluator.objective.num_batches)
+        total = settings.planned_items(len(problem.given))
+        problem.report_fn({"total": total, "text": "measuring sensitivities"})
+        return allocate(
+            problem.space,
+            problem.budget,
+            problem.evaluator,
+            problem.predict_fn,
+            seed=problem.seed,
+            settings=settings,
+            first=problem.given,
+            journal=journal,
+            report_fn=lambda text, best=None: problem.report_fn({"text": text, "best": best}),
+        )
 
 
 class Run:
@@ -148,7 +179,7 @@ def allocate(
     first: Sequence[Any] = (),
     journal: Journal | None = None,
     report_fn: Callable[..., Any] = lambda text, best=None: None,
-) -> Allocation:
+) -> Found:
     """Returns the allocation of least measured error that predictions and measurements find.
 
     Args:
@@ -188,7 +219,7 @@ def allocate(
         "num_items": run.num_items,
         "num_predictions": run.num_predictions,
     }
-    return Allocation(winner, front, front_cost, front_error, run.measured, report)
+    return Found(winner, Front(front, front_cost, front_error), run.measured, report)
 
 
 def gate(
@@ -279,7 +310,7 @@ def predicted_only(
     *,
     first: Sequence[Any] = (),
     journal: Journal | None = None,
-) -> Allocation:
+) -> Found:
     """Returns the allocation of least predicted error; nothing is measured."""
     journal = Journal() if journal is None else journal
     arrays = journal.step("prediction", lambda: dataclasses.asdict(predict_fn(None)))
@@ -293,5 +324,7 @@ def predicted_only(
         "knapsack": solution.assignment.tolist(),
         "knapsack_gap": solution.gap,
         "predicted_error": float(prediction.joint(best)[0]),
+        "num_items": 0,
+        "num_predictions": 1,
     }
-    return Allocation(best, front, cost, error, Measured.none(space), report)
+    return Found(best, Front(front, cost, error), Measured.none(space), report)

@@ -15,10 +15,15 @@ from __future__ import annotations
 import numpy as np
 
 from qdit_jax.allocation.budget import Budget
-from qdit_jax.allocation.evolution import ATTEMPTS, EvolutionSettings, filled, repaired
 from qdit_jax.allocation.knapsack import pareto
 from qdit_jax.allocation.records import Measured
 from qdit_jax.allocation.space import Space
+from qdit_jax.allocation.strategies.evolution import (
+    ATTEMPTS,
+    EvolutionSettings,
+    filled,
+    repaired,
+)
 
 CROSSOVER = 0.9  # share of children that have two parents
 

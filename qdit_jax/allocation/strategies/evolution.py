@@ -11,13 +11,18 @@ Dimensions: C assignments, L layers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from qdit_jax.allocation.budget import Budget
+from qdit_jax.allocation.descent import additive_solution, own_errors
+from qdit_jax.allocation.knapsack import lagrangian_front, pareto
+from qdit_jax.allocation.problem import Found, Front, Problem
 from qdit_jax.allocation.records import Measured
+from qdit_jax.allocation.sensitivity import Prediction
 from qdit_jax.allocation.space import Space
 
 ATTEMPTS = 10  # draws a child that is wanted, before the rest is drawn at random
@@ -56,6 +61,82 @@ class EvolutionSettings:
 DrawFn = Callable[[np.random.Generator, Space, Budget, EvolutionSettings, Measured], np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True)
+class Evolve:
+    """Generations of assignments, each measured on all samples.
+
+    Attributes:
+        draw_fn: what makes a generation; the published one, if None.
+        begins_predicted: whether the first population begins with the predicted front.
+    """
+
+    settings: EvolutionSettings = EvolutionSettings()
+    draw_fn: DrawFn | None = None
+    begins_predicted: bool = False
+    name: str = "qdit-paper"
+    budget: str = "bitops=1.0x-g128"
+    space: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    guided: bool = True
+
+    def run(self, problem: Problem) -> Found:
+        """Returns the best assignment of all generations."""
+        evaluator, settings = problem.needs_evaluator(), self.settings
+        num_batches = evaluator.objective.num_batches
+        children = settings.num_crossover + settings.num_mutation
+        total = settings.population + settings.num_generations * children
+        problem.report_fn({"total": total * num_batches})
+        saved = None if problem.store is None else problem.store.load()
+        measured = evolve(
+            problem.space,
+            problem.budget,
+            evaluator,
+            seed=problem.seed,
+            settings=settings,
+            first=() if saved else self.first(problem),
+            measured=None if saved is None else Measured(**saved),
+            save_fn=partial(after_generation, problem),
+            draw_fn=self.draw_fn,
+        )
+        kept = pareto(measured.cost, measured.fitness)
+        front = Front(measured.assignments[kept], measured.cost[kept], measured.fitness[kept])
+        report = {
+            "num_items": len(measured.fitness) * num_batches,
+            "num_predictions": int(self.begins_predicted),
+        }
+        return Found(measured.best, front, measured, report)
+
+    def first(self, problem: Problem) -> list[np.ndarray]:
+        """Returns the assignments that the first population begins with."""
+        uniform = [a for a in problem.given if problem.budget.allows(a)]
+        if not self.begins_predicted:
+            return uniform
+        problem.report_fn({"text": "measuring sensitivities"})
+        count = self.settings.population // 2
+        return (
+            predicted_front(problem.predict_fn(None), problem.space, problem.budget, count)
+            + uniform
+        )
+
+
+def after_generation(problem: Problem, measured: Measured) -> None:
+    """Saves what was measured, and tells of it."""
+    if problem.store is not None:
+        problem.store.save(measured.arrays())
+    text = f"generation {measured.num_rounds - 1}: {len(measured.fitness)} measured"
+    best = float(measured.fitness.min())
+    problem.report_fn({"text": f"{text}, best {best:.6g}", "best": best})
+
+
+def predicted_front(
+    prediction: Prediction, space: Space, budget: Budget, count: int
+) -> list[np.ndarray]:
+    """Returns at most `count` legal assignments of the predicted front, the knapsack's first."""
+    front = lagrangian_front(own_errors(prediction, space), list(budget.table))[0]
+    legal = front[budget.allows(front)]
+    spread = np.unique(np.linspace(0, len(legal) - 1, max(count - 1, 1)).round().astype(int))
+    return [additive_solution(prediction, space, budget).assignment, *legal[spread]][:count]
+
+
 def evolve(
     space: Space,
     budget: Budget,
@@ -76,7 +157,7 @@ def evolve(
         measured: what an earlier run had saved, to go on from.
         save_fn: called after every generation.
         draw_fn: what makes a generation: `children` (the published one, if None),
-            `random_children`, or `nsga.offspring`.
+            `random_draw.random_children`, or `nsga.offspring`.
 
     Raises:
         ValueError: if an assignment of `first` does not fit space and budget.
@@ -95,18 +176,6 @@ def evolve(
         measured = measured.extended(drawn, fitness_fn(drawn), budget.cost(drawn))
         save_fn(measured)
     return measured
-
-
-def random_children(
-    rng: np.random.Generator,
-    space: Space,
-    budget: Budget,
-    settings: EvolutionSettings,
-    measured: Measured,
-) -> np.ndarray:
-    """Returns as many new assignments as a generation has, all drawn at random."""
-    count = settings.num_crossover + settings.num_mutation
-    return filled(rng, space, budget, [], count, measured.known)
 
 
 def first_population(

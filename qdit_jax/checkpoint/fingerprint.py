@@ -1,0 +1,142 @@
+"""Fingerprints of everything that determines a result, so that no run takes up another's work.
+
+A resumable job describes its settings by `fingerprint`, keeps that beside what it has computed, and
+goes on only where every entry is the same. A value enters with all of its bytes: arrays whole, keys,
+samplers, networks with their configuration, functions with their code and what they close over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import types
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+LENGTH = 16  # hexadecimal digits that are kept: 64 bits
+PLAIN = (bool, int, float, str, type(None))
+
+
+def fingerprint(**settings: Any) -> dict[str, Any]:
+    """Returns the settings as JSON's values: plain ones as they are, everything else as a digest.
+
+    Raises:
+        TypeError: if a value has no content that can be told, such as a generator.
+    """
+    return {
+        name: value if isinstance(value, PLAIN) else digest(value)
+        for name, value in settings.items()
+    }
+
+
+def digest(value: Any) -> str:
+    """Returns a short digest of a value's whole content.
+
+    Raises:
+        TypeError: as `fingerprint`.
+    """
+    total = hashlib.sha256()
+    feed(total.update, value)
+    return total.hexdigest()[:LENGTH]
+
+
+def first_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Returns the first name whose values differ, or None; a name that one lacks counts as None."""
+    names = sorted({*saved, *now})
+    return next((name for name in names if saved.get(name) != now.get(name)), None)
+
+
+def feed(update: Callable[[bytes], None], value: Any) -> None:
+    """Passes a value's content to `update`, each part behind its kind so that none runs together."""
+    if isinstance(value, PLAIN):
+        update(f"{type(value).__name__}:{value!r};".encode())
+    elif isinstance(value, bytes):
+        update(b"bytes:" + value)
+    elif hasattr(value, "dtype") and hasattr(value, "shape"):
+        feed_array(update, value)
+    elif isinstance(value, Mapping):
+        update(f"map {len(value)}:".encode())
+        for key in sorted(value, key=repr):
+            feed(update, key)
+            feed(update, value[key])
+    elif isinstance(value, Sequence | set | frozenset):
+        items = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
+        update(f"{type(value).__name__} {len(items)}:".encode())
+        for item in items:
+            feed(update, item)
+    else:
+        feed_object(update, value)
+
+
+def feed_array(update: Callable[[bytes], None], array: Any) -> None:
+    """Passes an array's dtype, shape and bytes; a PRNG key's data and kind."""
+    if isinstance(array, jax.Array) and jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+        update(f"key {array.dtype}:".encode())
+        array = jax.random.key_data(array)
+    array = np.asarray(array)
+    update(f"array {array.dtype} {array.shape}:".encode())
+    update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def feed_object(update: Callable[[bytes], None], value: Any) -> None:
+    """Passes an object's class and fields, or a function's code and what it refers to."""
+    kind = type(value)
+    update(f"{kind.__module__}.{kind.__qualname__}:".encode())
+    if isinstance(value, type):
+        update(f"{value.__module__}.{value.__qualname__};".encode())
+    elif isinstance(value, partial):  # `jax.tree_util.Partial` as well
+        feed(update, (value.func, value.args, value.keywords))
+    elif isinstance(value, types.MethodType):
+        feed(update, (value.__func__, value.__self__))
+    elif hasattr(value, "__wrapped__"):  # jitted, or decorated with `functools.wraps`
+        feed(update, value.__wrapped__)
+    elif isinstance(value, types.FunctionType):
+        feed_function(update, value)
+    elif isinstance(value, types.ModuleType):
+        update(f"{value.__name__};".encode())
+    elif isinstance(value, nn.Module):
+        hidden = {"parent", "name"}
+        fields = [f.name for f in dataclasses.fields(value) if f.name not in hidden]
+        feed(update, {name: getattr(value, name) for name in fields})
+    elif dataclasses.is_dataclass(value):
+        feed(update, {f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
+    elif hasattr(value, "__dict__"):
+        feed(update, vars(value))
+    elif callable(value) and hasattr(value, "__qualname__"):  # built in
+        update(f"{value.__module__}.{value.__qualname__};".encode())
+    else:
+        raise TypeError(
+            f"a {kind.__name__} has no content that a fingerprint could hold; pass a function, a "
+            "dataclass or arrays."
+        )
+
+
+def feed_function(update: Callable[[bytes], None], function: types.FunctionType) -> None:
+    """Passes a function's name, code, defaults and the values that it closes over."""
+    update(f"{function.__module__}.{function.__qualname__};".encode())
+    feed_code(update, function.__code__)
+    cells = [cell.cell_contents for cell in function.__closure__ or () if cell_is_set(cell)]
+    cells = [content for content in cells if content is not function]  # it calls itself
+    feed(update, (function.__defaults__, function.__kwdefaults__, cells))
+
+
+def feed_code(update: Callable[[bytes], None], code: types.CodeType) -> None:
+    update(code.co_code)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            feed_code(update, constant)
+        else:
+            update(repr(constant).encode())
+    update(repr(code.co_names).encode())
+
+
+def cell_is_set(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:  # a name that has no value yet
+        return False
