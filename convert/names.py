@@ -107,10 +107,8 @@ def _check_kind(state: StateDict, roots: list[Root], weights: str | None) -> lis
 
 def _chosen(roots: list[Root]) -> Root:
     """Returns the one network of `roots`."""
-    if len(roots) == 1:
-        return roots[0]
-    most = max(root.count for root in roots)
-    roots = [root for root in roots if 2 * root.count > most]
+    most = {layout: max(r.count for r in roots if r.layout is layout) for _, layout, _ in roots}
+    roots = [root for root in roots if 2 * root.count > most[root.layout]]
     if len(roots) == 1:
         return roots[0]
     found = listing([f'"{root.prefix}" ({root.layout.title})' for root in roots])

@@ -66,9 +66,10 @@ def rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> Store
 
     def read() -> np.ndarray:
         first = (storage.first + offset) * dtype.itemsize
-        data = storage.span().read(first, reach * dtype.itemsize).view(dtype)
-        steps = tuple(s * dtype.itemsize for s in strides)
-        return np.lib.stride_tricks.as_strided(data, tuple(shape), steps, writeable=False)
+        data = storage.span().read(first, reach * dtype.itemsize)
+        view = np.ndarray(tuple(shape), dtype, data, 0, tuple(s * dtype.itemsize for s in strides))
+        view.flags.writeable = False  # elements may be the same memory
+        return view
 
     return StoredTensor(tuple(shape), dtype, read)
 
