@@ -24,7 +24,7 @@ class Root(NamedTuple):
 
     prefix: str
     layout: Layout
-    count: int
+    num_names: int
 
 
 def select_network(
@@ -77,13 +77,13 @@ def _prefix(key: str, layout: Layout) -> str | None:
 
 
 def _is_network(root: Root, keys: list[str]) -> bool:
-    if 2 * root.count >= len(keys):
+    if 2 * root.num_names >= len(keys):
         return True
     # Beside other networks: among the parts that the layout has, most names must be its own.
     under = [key[len(root.prefix) :] for key in keys if key.startswith(root.prefix)]
     parts = {name.split(".")[0] for name in under if root.layout.names.match(name)}
     akin = [name for name in under if name.split(".")[0] in parts]
-    return root.count >= FEW and 2 * root.count >= len(akin)
+    return root.num_names >= FEW and 2 * root.num_names >= len(akin)
 
 
 def _check_kind(state: StateDict, roots: list[Root], weights: str | None) -> list[Root]:
@@ -107,8 +107,8 @@ def _check_kind(state: StateDict, roots: list[Root], weights: str | None) -> lis
 
 def _chosen(roots: list[Root]) -> Root:
     """Returns the one network of `roots`."""
-    most = {layout: max(r.count for r in roots if r.layout is layout) for _, layout, _ in roots}
-    roots = [root for root in roots if 2 * root.count > most[root.layout]]
+    most = {layout: max(r.num_names for r in roots if r.layout is layout) for _, layout, _ in roots}
+    roots = [root for root in roots if 2 * root.num_names > most[root.layout]]
     if len(roots) == 1:
         return roots[0]
     found = listing([f'"{root.prefix}" ({root.layout.title})' for root in roots])

@@ -190,8 +190,8 @@ def _scalar(dtype: Any, data: Any = None) -> Any:
         return Label("numpy.scalar")
     if not re.fullmatch(r"[iuf][1248]|b1|c8|c16", dtype.code):
         return Label("numpy.scalar", (dtype.code,))
-    order = dtype.order if dtype.order in "<>" else "<"
-    return np.frombuffer(data, np.dtype(dtype.code).newbyteorder(order))[0].item()
+    order = ">" if dtype.order == ">" else "<"
+    return np.frombuffer(data, np.dtype(order + dtype.code))[0].item()
 
 
 def refuse_modules(data: bytes | BinaryIO, names: dict[str, Name]) -> None:

@@ -35,8 +35,8 @@ def unwrap(saved: Any, label: str, weights: str | None = None) -> StateDict:
     if weights not in (None, *WRAPPERS):
         raise UserError(f"weights={weights!r} is not known; use ema or model.")
     if not isinstance(saved, dict):
-        kind = "a single tensor" if isinstance(saved, StoredTensor) else f"a {type(saved).__name__}"
-        raise UserError(f"the file holds {kind}, not a table of named weights.")
+        what = "a single tensor" if isinstance(saved, StoredTensor) else f"a {type(saved).__name__}"
+        raise UserError(f"the file holds {what}, not a table of named weights.")
     if not saved:
         raise UserError("the file holds an empty state dict.")
     kinds = {key: kind for key, value in saved.items() if (kind := _kind(key, value))}
