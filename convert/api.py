@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from qdit_convert.dit import Choices
-from qdit_convert.families import Layout, find_layout
+from qdit_convert.families import Layout, check_options, find_layout
 from qdit_convert.folders import is_pipeline, read_config, read_pipeline
+from qdit_convert.names import select_network
 from qdit_convert.plan import Leaf, Params, Plan, build_params, check_plan, same
 from qdit_convert.readers import open_weights
 from qdit_convert.tensors import StateDict, about, bfloat16
+from qdit_convert.wrappers import RAW
 from qdit_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -158,14 +161,28 @@ def open_network(path: Path, family: str | None, choices: Choices, weights: str 
     """Returns the network at `path`, its names and shapes checked."""
     state = open_weights(path, weights)
     config = read_config(path)
-    with about(path):
+    with about(path), _suggesting_raw(state):
+        state = select_network(state, family, weights)
+    with about(path), _suggesting_raw(state):
         layout = find_layout(state, family)
+        check_options(layout, choices)
         if layout.wants_config and config is None and path.is_dir():
             _check_config_needed(layout, choices)
         state = layout.rename(state)
         plan = layout.plan(state, choices, config)
         check_plan(plan, state)
     return Network(str(path), state, layout, plan)
+
+
+@contextmanager
+def _suggesting_raw(state: StateDict) -> Iterator[None]:
+    """Adds to complaints about averaged weights that the file holds the raw ones too."""
+    try:
+        yield
+    except UserError as error:
+        if not state.raw or RAW in str(error):
+            raise
+        raise UserError(f"{str(error).removesuffix('.')} (in the averaged weights{RAW}).") from None
 
 
 def _check_config_needed(layout: Layout, choices: Choices) -> None:
@@ -192,7 +209,7 @@ def _read_network(
         if progress is not None:
             progress(plan.family, leaf, total)
 
-    with about(network.label):
+    with about(network.label), _suggesting_raw(network.state):
         try:
             params = build_params(plan, network.state.tensors, dtype, on_leaf, place)
         except OSError as error:
@@ -203,6 +220,8 @@ def _read_network(
         "weights": network.state.weights,
         "source_family": "sit" if plan.config.get("velocity") else plan.family,
     }
+    if network.state.notes:
+        metadata["names"] = list(network.state.notes)
     return ReadModel(plan.family, plan.config, params, metadata)
 
 

@@ -12,6 +12,7 @@ from qdit_convert.api import Network, open_source
 from qdit_convert.dit import Choices
 from qdit_convert.families import find_layout
 from qdit_convert.folders import is_pipeline, read_pipeline
+from qdit_convert.names import select_network
 from qdit_convert.readers import open_weights
 from qdit_convert.tensors import StateDict, StoredTensor
 from qdit_jax.errors import UserError
@@ -21,7 +22,7 @@ def describe(src: str | os.PathLike, *, weights: str | None = None) -> dict[str,
     """Returns a JSON-able description of the PyTorch weights at `src`.
 
     Keys: `path`, `networks` (each with `family`, `layout`, `config`, `weights`, `num_tensors`,
-    `num_values`, `bytes`, `dtypes` and `parts`, both by bytes), `metadata`, `command` (what would
+    `num_values`, `names` (what was done to them), `bytes`, `dtypes` and `parts`, both by bytes), `metadata`, `command` (what would
     convert it) and `problem` (why convert would refuse it, or None). Where convert would refuse,
     `networks` holds what can be said without knowing the network.
 
@@ -58,6 +59,7 @@ def _folders(path: Path) -> list[Path]:
 def _told(state: StateDict) -> dict[str, Any]:
     """Returns what can be said of weights that cannot be converted as they are."""
     try:
+        state = select_network(state)
         layout = find_layout(state)
     except UserError:
         return _state(state)
@@ -77,6 +79,7 @@ def _state(state: StateDict) -> dict[str, Any]:
     tensors = state.tensors
     return {
         "weights": state.weights,
+        "names": list(state.notes),
         "num_tensors": len(tensors),
         "num_values": sum(math.prod(t.shape) for t in tensors.values()),
         "bytes": sum(t.nbytes for t in tensors.values()),
@@ -119,6 +122,7 @@ def _network_lines(network: dict[str, Any]) -> list[str]:
         f"  {network['num_tensors']} tensors ({network['weights']}), {network['num_values']:,} values, "
         f"{network['bytes']:,} bytes"
     )
+    lines += [f"  names: {note}" for note in network["names"]]
     for title in ("dtypes", "parts"):
         lines.append(f"  {title}: " + ", ".join(f"{k} {v:,} B" for k, v in network[title].items()))
     return lines

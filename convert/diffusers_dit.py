@@ -15,6 +15,7 @@ import numpy as np
 from qdit_convert.dit import (
     Choices,
     Sizes,
+    check_model,
     dit_config,
     input_size,
     label_config,
@@ -45,6 +46,7 @@ REQUIRED = {
 def diffusers_plan(state: StateDict, choices: Choices, config: Mapping[str, Any] | None) -> Plan:
     """Returns the plan for a diffusers DiT; `config` is its config.json, if there is one."""
     sizes = diffusers_sizes(state)
+    check_model(choices.model, sizes)
     settings = dict(config or {})
     _check_config(settings, sizes)
     heads = settings.get("num_attention_heads")

@@ -201,9 +201,16 @@ def label_config(rows: int, num_classes: int | None) -> dict[str, Any]:
     """
     if num_classes is None:
         num_classes = rows if rows == 1000 else rows - 1
+        if rows == 1:
+            raise UserError(
+                "the label table has 1 row, which leaves no class if it is the null class; pass "
+                "--num-classes 1 if it is a class, and there is no null class."
+            )
     if num_classes not in (rows, rows - 1) or num_classes < 1:
+        fits = f"{rows - 1} (the last row is the null class) or {rows}" if rows > 1 else f"{rows}"
         raise UserError(
-            f"the label table has {rows} rows, which num_classes={num_classes} does not fit."
+            f"the label table has {rows} rows, which num_classes={num_classes} does not fit; "
+            f"--num-classes can be {fits}."
         )
     return {"num_classes": num_classes, "null_class": num_classes == rows - 1}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from qdit_convert.diffusers_dit import diffusers_plan
@@ -28,6 +28,8 @@ class Layout:
         names: patterns of the names; a file is of the layout that covers most of its names.
         plan: writes the conversion.
         wants_config: whether a folder of this layout must hold a config.json.
+        parts: the first parts of its names, where a file may hold other networks beside it.
+        options: the fields of `Choices` that the plan heeds.
         rename: puts the file's names into those that `plan` knows.
     """
 
@@ -36,6 +38,8 @@ class Layout:
     names: re.Pattern[str]
     plan: Planner
     wants_config: bool = False
+    parts: frozenset[str] = frozenset()
+    options: tuple[str, ...] = ()
     rename: Callable[[StateDict], StateDict] = lambda state: state
 
 
@@ -47,6 +51,7 @@ def _plan_sit(state: StateDict, choices: Choices, _: Mapping[str, Any] | None) -
     return facebook_plan(state, choices, velocity=True)
 
 
+DIT_OPTIONS = tuple(field.name for field in fields(Choices))
 LAYOUTS = (
     Layout(
         "DiT in the facebook layout",
@@ -57,6 +62,7 @@ LAYOUTS = (
             r"final_layer\.(adaLN_modulation\.1|linear)\."
         ),
         _plan_dit,
+        options=DIT_OPTIONS,
     ),
     Layout(
         "DiT in the diffusers layout",
@@ -67,6 +73,7 @@ LAYOUTS = (
         ),
         diffusers_plan,
         wants_config=True,
+        options=DIT_OPTIONS,
     ),
     Layout(
         "AutoencoderKL in the diffusers layout",
@@ -82,10 +89,10 @@ LAYOUTS = (
         "AutoencoderKL in the latent-diffusion layout",
         ("vae",),
         re.compile(
-            r"(first_stage_model\.)?((post_)?quant_conv\.|loss\.|(en|de)coder\.(conv_(in|out)\.|norm_out\.|"
-            r"mid\.|(down|up)\.\d+\.))"
+            r"(post_)?quant_conv\.|(en|de)coder\.(conv_(in|out)\.|norm_out\.|mid\.|(down|up)\.\d+\.)"
         ),
         lambda state, _, config: vae_plan(state, config),
+        parts=frozenset({"encoder", "decoder", "quant_conv", "post_quant_conv"}),
         rename=from_latent_diffusion,
     ),
     Layout(
@@ -95,7 +102,7 @@ LAYOUTS = (
         lambda state, *_: inception_plan(state),
     ),
 )
-SIT = Layout("SiT in the facebook layout", ("sit",), LAYOUTS[0].names, _plan_sit)
+SIT = replace(LAYOUTS[0], title="SiT in the facebook layout", families=("sit",), plan=_plan_sit)
 FAMILIES = tuple(dict.fromkeys(name for layout in LAYOUTS for name in layout.families))
 
 # Networks that convert knows by a name that only they have, but does not convert.
@@ -126,14 +133,12 @@ def find_layout(state: StateDict, family: str | None = None) -> Layout:
     if family is not None and family not in FAMILIES:
         raise UserError(f"family={family!r} is not known; use one of {', '.join(FAMILIES)}.")
     keys = list(state.tensors)
-    if family != "vae" or not any(key.startswith("first_stage_model.") for key in keys):
-        _refuse_unsupported(keys)
-    else:
-        keys = [key for key in keys if key.startswith("first_stage_model.")]
+    _refuse_unsupported(unsupported_title(keys, depth=0))
     shares = [sum(bool(layout.names.match(key)) for key in keys) / len(keys) for layout in LAYOUTS]
     best = max(range(len(LAYOUTS)), key=lambda i: shares[i])
     layout = LAYOUTS[best]
     if shares[best] < 0.5:
+        _refuse_unsupported(unsupported_title(keys))
         raise UserError(
             f"the names of its tensors are of no network that convert knows ({', '.join(FAMILIES)}): "
             f"{listing(keys, 4)}."
@@ -145,9 +150,36 @@ def find_layout(state: StateDict, family: str | None = None) -> Layout:
     return SIT if family == "sit" else layout
 
 
-def _refuse_unsupported(keys: Iterable[str]) -> None:
-    for title, pattern in UNSUPPORTED:
-        if any(pattern.match(key) for key in keys):
+def check_options(layout: Layout, choices: Choices) -> None:
+    """Raises `UserError` for a choice that the network has nothing to do with."""
+    for field in fields(choices):
+        if getattr(choices, field.name) is not None and field.name not in layout.options:
+            option = field.name.replace("_", "-")
             raise UserError(
-                f"the names of its tensors are of {title}, which convert does not support yet."
+                f"--{option} says nothing about a network of family {layout.families[0]} "
+                f"({layout.title}); leave it out."
             )
+
+
+def _refuse_unsupported(title: str | None) -> None:
+    if title is not None:
+        raise UserError(
+            f"the names of its tensors are of {title}, which convert does not support yet."
+        )
+
+
+def unsupported_title(keys: Iterable[str], depth: int | None = None) -> str | None:
+    """Returns which known but unsupported network has some of the names, or None.
+
+    Args:
+        depth: how many dotted parts may stand before the name; None for any number.
+    """
+    for title, pattern in UNSUPPORTED:
+        if any(pattern.match(key, start) for key in keys for start in _starts(key, depth)):
+            return title
+    return None
+
+
+def _starts(key: str, depth: int | None) -> list[int]:
+    starts = [0, *(i + 1 for i, letter in enumerate(key) if letter == ".")]
+    return starts if depth is None else starts[: depth + 1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qdit_convert.shards import read_json
+from qdit_convert.json_file import read_json
 from qdit_convert.tensors import about
 from qdit_jax.errors import UserError
 

@@ -8,9 +8,9 @@ file mentions is refused, and said.
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 from qdit_jax.errors import UserError
 
@@ -55,14 +55,17 @@ class Name:
 
 
 def new_dict(items: Any = ()) -> dict:
-    """Returns what `OrderedDict(items)` holds; keys are checked as everywhere."""
-    return {_key(key): value for key, value in items}
+    """Returns what `OrderedDict(items)` holds."""
+    return _fill({}, items.items() if isinstance(items, dict) else items)
 
 
-def read_pickle(data: bytes, names: dict[str, Name], persistent: Callable[[Any], Any]) -> Any:
+def read_pickle(
+    data: bytes | BinaryIO, names: dict[str, Name], persistent: Callable[[Any], Any]
+) -> Any:
     """Returns the object that `data` describes.
 
     Args:
+        data: the pickle, or a file that is at its beginning; it is left at its end.
         names: the globals that may occur, by `module.name`.
         persistent: makes a storage of a persistent id.
 
@@ -82,7 +85,7 @@ def read_pickle(data: bytes, names: dict[str, Name], persistent: Callable[[Any],
     raise UserError("the pickle inside is cut short.")
 
 
-def mentioned_names(data: bytes) -> list[str]:
+def mentioned_names(data: bytes | BinaryIO) -> list[str]:
     """Returns the globals that a pickle mentions, in order, as far as it can be read."""
     found, strings = [], ["", ""]
     try:
@@ -151,6 +154,8 @@ class _Machine:
         state, target = self.pop(), self.stack[-1]
         if isinstance(target, Namespace):
             target.values.update(state)
+        elif hasattr(target, "set_state"):
+            target.set_state(state)
         elif not isinstance(target, dict):  # an OrderedDict's attributes (`_metadata`) are no data
             raise UserError("the pickle inside sets the state of an unknown object.")
 
@@ -158,8 +163,13 @@ class _Machine:
         target = self.stack[-1]
         if not isinstance(target, dict) or len(items) % 2:
             raise ValueError("items of no dictionary")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            target[_key(key)] = value
+        _fill(target, zip(items[::2], items[1::2], strict=True))
+
+    def add_elements(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, set):
+            raise ValueError("elements of no set")
+        target.update(items)
 
     def extend(self, items: list[Any]) -> None:
         target = self.stack[-1]
@@ -168,10 +178,13 @@ class _Machine:
         target.extend(items)
 
 
-def _key(key: Any) -> Any:
-    if not isinstance(key, str | int | float | bytes | None):
-        raise UserError(f"the pickle inside has a {type(key).__name__} as a dictionary's key.")
-    return key
+def _fill(target: dict, items: Iterable[tuple[Any, Any]]) -> dict:
+    """Returns `target` with `items` put in; no pickler writes a key of one table twice."""
+    for key, value in items:
+        if key in target:
+            raise UserError(f"the pickle inside holds {str(key)[:200]!r} twice in one table.")
+        target[key] = value
+    return target
 
 
 def _tuple(count: int) -> Callable[[_Machine, Any], None]:
@@ -206,7 +219,15 @@ _IGNORED = {"PROTO", "FRAME"}
 _LITERALS = {
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE"),
     *("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "BINFLOAT", "FLOAT"),
-    *("BINBYTES", "SHORT_BINBYTES", "BINSTRING", "SHORT_BINSTRING", "STRING"),
+    *(
+        "BINBYTES",
+        "SHORT_BINBYTES",
+        "BINBYTES8",
+        "BYTEARRAY8",
+        "BINSTRING",
+        "SHORT_BINSTRING",
+        "STRING",
+    ),
 }
 _CONSTANTS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
@@ -215,6 +236,7 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
     "EMPTY_DICT": dict,
     "EMPTY_LIST": list,
     "EMPTY_TUPLE": tuple,
+    "EMPTY_SET": set,
     "MARK": lambda: MARK,
 }
 _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
@@ -228,6 +250,8 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "SETITEMS": lambda m, _: m.set_items(m.to_mark()),
     "APPEND": lambda m, _: m.extend([m.pop()]),
     "APPENDS": lambda m, _: m.extend(m.to_mark()),
+    "ADDITEMS": lambda m, _: m.add_elements(m.to_mark()),
+    "FROZENSET": lambda m, _: m.stack.append(frozenset(m.to_mark())),
     "BINPUT": _put,
     "LONG_BINPUT": _put,
     "PUT": _put,

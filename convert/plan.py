@@ -120,12 +120,24 @@ def _shapes_text(shapes: Iterable[Shape]) -> str:
 
 
 def _check_dtypes(expected: Iterable[str], tensors: Mapping[str, StoredTensor]) -> None:
-    wrong = [
-        f"{key} ({tensors[key].dtype})" for key in expected if not is_floating(tensors[key].dtype)
-    ]
-    if wrong:
+    found = [(key, tensors[key]) for key in expected]
+    strange = [f"{key} ({tensor.problem})" for key, tensor in found if tensor.problem]
+    if strange:
         raise UserError(
-            _count(len(wrong), "tensor is not floating point", "tensors are not floating point")
+            _count(len(strange), "tensor holds no plain numbers", "tensors hold no plain numbers")
+            + f"{listing(strange)}; convert reads dense weights in float64, float32, float16 or "
+            "bfloat16 (where the file came from: dequantize() or to_dense() them, or load the real ones)."
+        )
+    wrong = [f"{key} ({t.dtype})" for key, t in found if not is_floating(t.dtype)]
+    narrow = [text for text in wrong if "(float8" in text]
+    if wrong:
+        what = "an 8-bit float" if len(narrow) == len(wrong) else "not floating point"
+        raise UserError(
+            _count(
+                len(wrong),
+                f"tensor is {what}",
+                f"tensors are {what}".replace("an 8-bit float", "8-bit floats"),
+            )
             + f"{listing(wrong)}; convert reads weights "
             "in float64, float32, float16 or bfloat16, not ones that are quantised already."
         )

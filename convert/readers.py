@@ -8,20 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from qdit_convert import sniff
-from qdit_convert.pickle_reader import Namespace
 from qdit_convert.safetensors_file import read_safetensors
 from qdit_convert.shards import read_shards
-from qdit_convert.tensors import StateDict, StoredTensor, about, listing
+from qdit_convert.tensors import StateDict, about, listing
 from qdit_convert.torch_legacy import read_torch_legacy
 from qdit_convert.torch_zip import read_torch_zip
+from qdit_convert.wrappers import unwrap
 from qdit_jax.errors import UserError
 
-# Names under which training scripts keep averaged and raw weights, in order of preference.
-WRAPPERS = {
-    "ema": ("ema", "state_dict_ema", "ema_state_dict", "model_ema"),
-    "model": ("model", "state_dict", "model_state_dict", "module"),
-}
-PREFIXES = ("module.", "_orig_mod.")
 INDEX_SUFFIX = ".index.json"
 # The order of preference within a folder; `{stem}` is the usual name of the model's file.
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -76,81 +70,21 @@ def weights_file(folder: Path) -> Path:
 
 
 def _open(path: Path, weights: str | None) -> StateDict:
-    kind = sniff.sniff(path)
-    if kind == sniff.JSON:
-        if ".index" not in path.name:
-            raise UserError(
-                "this is a JSON file, not weights; give the folder or the weights file."
-            )
-        tensors = read_shards(path, lambda shard: _open(shard, weights).tensors)
-        return StateDict(str(path), tensors)
+    if sniff.sniff(path) != sniff.JSON:
+        return unwrap(_saved(path), str(path), weights)
+    if ".index" not in path.name:
+        raise UserError("this is a JSON file, not weights; give the folder or the weights file.")
+    return unwrap(read_shards(path, _saved), str(path), weights)
+
+
+def _saved(path: Path) -> Any:
+    """Returns what the file `path` holds, as it was saved."""
     readers: Mapping[str, Callable[[Path], Any]] = {
         sniff.ZIP: read_torch_zip,
         sniff.LEGACY: read_torch_legacy,
         sniff.SAFETENSORS: read_safetensors,
     }
-    return unwrap(readers[kind](path), str(path), weights)
-
-
-def unwrap(saved: Any, label: str, weights: str | None = None) -> StateDict:
-    """Returns the state dict inside what a training script saved.
-
-    Raises:
-        UserError: if there is none, or none of the kind that `weights` asks for.
-    """
-    if weights not in (None, *WRAPPERS):
-        raise UserError(f"weights={weights!r} is not known; use ema or model.")
-    if not isinstance(saved, dict):
-        kind = "a single tensor" if isinstance(saved, StoredTensor) else f"a {type(saved).__name__}"
-        raise UserError(f"the file holds {kind}, not a table of named weights.")
-    if not saved:
-        raise UserError("the file holds an empty state dict.")
-    known = {name for names in WRAPPERS.values() for name in names}
-    tables = {key for key, value in saved.items() if key in known and isinstance(value, dict)}
-    if not tables and any(isinstance(value, StoredTensor) for value in saved.values()):
-        return _state_dict(saved, label, "flat", {})
-    name = _wrapper(saved, tables, weights)
-    return _state_dict(saved[name], label, name, _hints(saved))
-
-
-def _wrapper(saved: dict, tables: set[str], weights: str | None) -> str:
-    """Returns the key of `saved` that holds the wanted weights."""
-    wanted = [weights] if weights else ["ema", "model"]
-    for kind in wanted:
-        for name in WRAPPERS[kind]:
-            if name in tables:
-                return name
-    if tables:
-        raise UserError(
-            f"the file has no {weights} weights; it holds {listing(sorted(tables))} "
-            f"(choose with --weights)."
-        )
-    keys = listing([str(key)[:60] for key in saved])
-    raise UserError(f"the file holds no state dict; its entries are {keys}.")
-
-
-def _hints(saved: dict) -> dict[str, object]:
-    arguments = saved.get("args")
-    values = arguments.values if isinstance(arguments, Namespace) else arguments
-    if not isinstance(values, dict):
-        return {}
-    plain = (str, int, float, bool)
-    return {k: v for k, v in values.items() if isinstance(k, str) and isinstance(v, plain)}
-
-
-def _state_dict(table: dict, label: str, weights: str, hints: dict[str, object]) -> StateDict:
-    if not table:
-        raise UserError(f"the file holds an empty state dict ({weights}).")
-    tensors = {str(k): v for k, v in table.items() if isinstance(v, StoredTensor)}
-    others = {str(k): type(v).__name__ for k, v in table.items() if not isinstance(v, StoredTensor)}
-    if not tensors:
-        raise UserError(f"the entry {weights} holds no tensors; it holds {listing(list(others))}.")
-    return StateDict(label, strip_prefixes(tensors), others, weights, hints)
-
-
-def strip_prefixes(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Returns `tensors` without the prefixes that wrappers such as DDP put before every name."""
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) and len(name) > len(prefix) for name in tensors):
-            return strip_prefixes({name[len(prefix) :]: v for name, v in tensors.items()})
-    return tensors
+    kind = sniff.sniff(path)
+    if kind not in readers:
+        raise UserError("this is a JSON file, not weights.")
+    return readers[kind](path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from qdit_convert.json_file import parse_json
 from qdit_convert.tensors import FileSpan, StoredTensor, bfloat16
 from qdit_jax.errors import UserError
 
@@ -30,6 +30,8 @@ DTYPES = {
     "BOOL": "?",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "C64": "c8",
 }
 
 
@@ -67,13 +69,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
                 f"the file ends early: its header has {length:,} bytes, the whole file {size:,}."
             )
         text = file.read(length)
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError):
-        raise UserError("its safetensors header is no valid JSON; the file is damaged.") from None
-    if not isinstance(header, dict):
-        raise UserError("its safetensors header is no JSON object; the file is damaged.")
-    return header, 8 + length
+    return parse_json(text, "its safetensors header"), 8 + length
 
 
 def _entry(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qdit_convert.json_file import read_json
 from qdit_convert.tensors import StoredTensor, about, listing
 from qdit_jax.errors import UserError
 
 
-def read_shards(
-    index: Path, read_file: Callable[[Path], Mapping[str, StoredTensor]]
-) -> dict[str, StoredTensor]:
+def read_shards(index: Path, read_file: Callable[[Path], Any]) -> dict[str, StoredTensor]:
     """Returns the tensors of all files that `index` names.
 
     Raises:
@@ -30,10 +28,16 @@ def read_shards(
     tensors: dict[str, StoredTensor] = {}
     for name in files:
         with about(name):
-            found = read_file(index.parent / name)
+            found = _tensors(read_file(index.parent / name))
         _check_shard(name, set(found), places)
         tensors.update(found)
     return tensors
+
+
+def _tensors(saved: Any) -> dict[str, StoredTensor]:
+    if not isinstance(saved, dict) or not all(isinstance(v, StoredTensor) for v in saved.values()):
+        raise UserError("this shard is not a plain table of tensors.")
+    return saved
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -65,18 +69,3 @@ def _check_shard(name: str, found: set[str], places: dict[str, str]) -> None:
             f"the shard {name} holds {len(extra)} tensors that the index does not put there: "
             f"{listing(extra)}."
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in `path`.
-
-    Raises:
-        UserError: if the file holds none.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path.name} is not valid JSON ({str(error)[:80]}).") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path.name} is not a JSON object.")
-    return content

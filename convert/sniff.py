@@ -38,7 +38,7 @@ def sniff(path: Path) -> str:
         head = file.read(1024)
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return ZIP
-    if head.startswith(b"\x80") and LEGACY_MAGIC in head[:16]:
+    if head.startswith(b"\x80") and LEGACY_MAGIC in head[:32]:
         return LEGACY
     _refuse_text(head)
     for magic, what in KNOWN_OTHERS:

@@ -18,15 +18,34 @@ CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a file: its shape and dtype at once, its values when `read` is called."""
+    """A tensor of a file: its shape and dtype at once, its values when `read` is called.
+
+    `problem` says what it is where it is no array of numbers, such as a sparse tensor.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    problem: str = ""
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def unreadable(shape: tuple[int, ...], dtype: np.dtype, problem: str) -> StoredTensor:
+    """Returns a tensor that can be named but not read: `problem` says what it is.
+
+    Raises:
+        UserError: if `shape` is none.
+    """
+    if any(type(n) is not int or n < 0 for n in shape):
+        raise UserError("the pickle inside describes a tensor with an impossible size.")
+
+    def read() -> np.ndarray:
+        raise UserError(f"a tensor cannot be read: it is {problem}.")
+
+    return StoredTensor(shape, dtype, read, problem)
 
 
 @dataclass(frozen=True)
@@ -39,6 +58,8 @@ class StateDict:
         others: entries that are no tensors: their name and kind.
         weights: the wrapper that the tensors came from (`"ema"`, `"model"`, ...), or `"flat"`.
         hints: plain settings that lay beside the weights (a training script's arguments).
+        raw: whether the weights are averaged ones, and the file holds the raw ones too.
+        notes: what was done to the names and what was left out, to be said to the user.
     """
 
     label: str
@@ -46,6 +67,8 @@ class StateDict:
     others: Mapping[str, str] = field(default_factory=dict)
     weights: str = "flat"
     hints: Mapping[str, object] = field(default_factory=dict)
+    raw: bool = False
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

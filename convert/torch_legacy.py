@@ -1,67 +1,90 @@
-"""Reads the format that torch wrote before 1.6, through torch's own safe loader."""
+"""Reads the format that torch wrote before 1.6, without torch: pickles in a row, then the storages."""
 
 from __future__ import annotations
 
-import argparse
-import pickle
+import struct
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import numpy as np
-
-from qdit_convert.pickle_reader import Namespace
-from qdit_convert.tensors import StoredTensor, bfloat16
+from qdit_convert.pickle_reader import read_pickle
+from qdit_convert.tensors import FileSpan
+from qdit_convert.torch_names import known_names, refuse_modules
+from qdit_convert.torch_tensors import ElementType, Storage
 from qdit_jax.errors import UserError
+
+MAGIC = 0x1950A86A20F9469CFC6C
+VERSION = 1001
 
 
 def read_torch_legacy(path: Path) -> Any:
-    """Returns the object that was saved, like `read_torch_zip`; the whole file is in memory.
+    """Returns the object that was saved: dictionaries, lists and `StoredTensor`s.
 
     Raises:
-        UserError: if torch is not installed, or its safe loader refuses the file.
+        UserError: if the file is damaged, or holds anything but tensors and plain settings.
     """
-    try:
-        import torch
-    except ImportError:
-        raise UserError(
-            "this is torch's format from before version 1.6, which only torch reads: install torch, "
-            "or save the file anew with torch.save(torch.load(path), new_path)."
-        ) from None
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        KeyError,
-        EOFError,
-        pickle.UnpicklingError,
-    ) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"torch's safe loader refuses this file: {reason[:200]}") from None
-    return _plain(loaded, torch)
+    storages = _Storages(path)
+    with path.open("rb") as file:
+        magic, version, system = (read_pickle(file, {}, _refuse) for _ in range(3))
+        if magic != MAGIC or version != VERSION:
+            raise UserError(f"this is version {version} of torch's old format; 1001 is known.")
+        if not isinstance(system, dict) or system.get("little_endian") is not True:
+            raise UserError(
+                "the file was written on a big-endian machine, which convert does not read."
+            )
+        start, names = file.tell(), known_names()
+        refuse_modules(file, names)
+        file.seek(start)
+        saved = read_pickle(file, names, storages.persistent)
+        storages.place(read_pickle(file, {}, _refuse), file)
+    return saved
 
 
-def _plain(value: Any, torch: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return _stored(value.detach(), torch)
-    if isinstance(value, dict):
-        return {key: _plain(item, torch) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_plain(item, torch) for item in value)
-    if isinstance(value, argparse.Namespace):
-        return Namespace(dict(vars(value)))
-    return value
+def _refuse(_: Any) -> Any:
+    raise UserError("the pickle inside refers to something that is no storage.")
 
 
-def _stored(tensor: Any, torch: Any) -> StoredTensor:
-    if tensor.dtype == torch.bfloat16:
-        read, dtype = (
-            (lambda: tensor.contiguous().view(torch.int16).numpy().view(bfloat16())),
-            bfloat16(),
-        )
-    else:
-        dtype = tensor.new_empty(0).numpy().dtype
-        read = tensor.numpy
-    return StoredTensor(tuple(tensor.shape), np.dtype(dtype), read)
+@dataclass
+class _Storages:
+    """Turns the persistent ids of the pickle into storages, which lie behind it in the file.
+
+    `sizes` are the bytes of an element and of the whole, `spans` where it lies, by the storage's key.
+    """
+
+    path: Path
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    spans: dict[str, FileSpan] = field(default_factory=dict)
+
+    def persistent(self, identity: Any) -> Storage:
+        kind, storage_type, key, _, count, view = identity
+        element = getattr(storage_type, "value", None)
+        if kind != "storage" or not isinstance(element, ElementType):
+            raise UserError("the pickle inside refers to something that is no storage.")
+        _, first, size = (None, 0, count) if view is None else view
+        if any(type(n) is not int or n < 0 for n in (count, first, size)):
+            raise UserError("the pickle inside describes a storage without a size.")
+        itemsize = element.dtype.itemsize
+        _, nbytes = self.sizes.setdefault(str(key), (itemsize, count * itemsize))
+        if (first + size) * itemsize > nbytes:
+            raise UserError(f"the storage {key} has {nbytes} bytes, too few for its tensors.")
+        return Storage(self.path, element, size, partial(self.spans.__getitem__, str(key)), first)
+
+    def place(self, keys: Any, file: BinaryIO) -> None:
+        """Finds the storages, which stand one after the other in the order of `keys`."""
+        if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(self.sizes):
+            raise UserError(
+                "the file does not hold each storage of its tensors once; it is damaged."
+            )
+        end = self.path.stat().st_size
+        for key in map(str, keys):
+            header, (itemsize, nbytes) = file.read(8), self.sizes[key]
+            if len(header) < 8 or file.tell() + nbytes > end:
+                raise UserError(f"the file ends early (it has {end:,} bytes); fetch it again.")
+            (count,) = struct.unpack("<q", header)
+            if count * itemsize != nbytes:
+                raise UserError(
+                    f"the storage {key} should have {nbytes} bytes, but has {count * itemsize}."
+                )
+            self.spans[key] = FileSpan(self.path, file.tell(), nbytes)
+            file.seek(nbytes, 1)

@@ -28,7 +28,6 @@ FIELDS = (
     "block_out_channels",
 )
 SCALING_FACTOR = 0.18215  # of the published models, whose configs lack it
-PREFIX = "first_stage_model."
 
 
 def vae_plan(state: StateDict, config: Mapping[str, Any] | None) -> Plan:
@@ -45,7 +44,7 @@ def vae_plan(state: StateDict, config: Mapping[str, Any] | None) -> Plan:
     ):
         raise UserError(
             f"norm_num_groups={groups!r} does not divide the widths {list(found['block_out_channels'])}; "
-            "the folder's config.json must say how many groups there are."
+            "a config.json beside the weights must say norm_num_groups."
         )
     result = {
         **found,
@@ -179,17 +178,10 @@ def _attention(key: str, width: int, tensors: Mapping[str, StoredTensor]) -> lis
 
 
 def from_latent_diffusion(state: StateDict) -> StateDict:
-    """Returns `state` with the names of latent-diffusion's autoencoder put into diffusers' names.
-
-    The other networks in the same file, and the training's loss, are left out.
-    """
-    tensors = dict(state.tensors)
-    if any(key.startswith(PREFIX) for key in tensors):
-        tensors = {k.removeprefix(PREFIX): v for k, v in tensors.items() if k.startswith(PREFIX)}
-    tensors = {k: v for k, v in tensors.items() if not k.startswith(("loss.", "model_ema."))}
-    up = block_count(tensors, "decoder.up.")
-    renamed = {_diffusers_name(key, up): value for key, value in tensors.items()}
-    return replace(state, tensors=renamed, others={})
+    """Returns `state` with the names of latent-diffusion's autoencoder put into diffusers' names."""
+    up = block_count(state.tensors, "decoder.up.")
+    renamed = {_diffusers_name(key, up): value for key, value in state.tensors.items()}
+    return replace(state, tensors=renamed)
 
 
 def _diffusers_name(key: str, num_up: int) -> str:

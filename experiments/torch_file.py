@@ -26,6 +26,9 @@ STORAGES = {
     "int8": "CharStorage",
     "uint8": "ByteStorage",
     "bool": "BoolStorage",
+    "complex64": "ComplexFloatStorage",
+    "qint8": "QInt8Storage",
+    "untyped": "storage.UntypedStorage",
 }
 
 
@@ -50,6 +53,13 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class Global:
+    """A name that is mentioned and not called, such as `torch.float32`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class Object:
     """A call of a global, `name(*arguments)`, and the state that it is then given."""
 
@@ -60,7 +70,7 @@ class Object:
 
 def tensor(array: np.ndarray) -> Tensor:
     """Returns `array` as a tensor with a storage of its own."""
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array, order="C")
     storage = Storage(array.dtype.name, array.size, lambda: [array])
     return Tensor(storage, 0, array.shape, contiguous_strides(array.shape))
 
@@ -75,7 +85,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def write_torch_file(path: Path, content: Any, device: str = "cpu") -> None:
-    """Writes `content`: nested dicts, lists, tuples, numbers, strings, arrays, `Tensor`s, `Object`s."""
+    """Writes `content`: nested dicts, lists, tuples, numbers, strings, arrays, `Tensor`s, `Global`s, `Object`s."""
     pickle = _Pickle(device)
     data = pickle.dumps(content)
     name = Path(path).stem
@@ -89,6 +99,23 @@ def write_torch_file(path: Path, content: Any, device: str = "cpu") -> None:
         archive.close()
 
 
+def write_old_torch_file(path: Path, content: Any, device: str = "cpu") -> None:
+    """Writes `content` in the format from before torch 1.6: pickles in a row, then the storages."""
+    pickle = _Pickle(device, id_tail=(None,))
+    data = pickle.dumps(content)
+    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"int": 4}}
+    with Path(path).open("wb") as file:
+        for head in (0x1950A86A20F9469CFC6C, 1001, system):
+            file.write(_Pickle(device).dumps(head))
+        file.write(data)
+        keys = [str(index) for index in range(len(pickle.storages))]
+        file.write(_Pickle(device).dumps(keys))
+        for storage in pickle.storages:
+            file.write(struct.pack("<q", storage.count))
+            for chunk in storage.chunks():
+                file.write(_raw(chunk))
+
+
 def _raw(chunk: np.ndarray) -> memoryview:
     return np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
 
@@ -99,6 +126,7 @@ class _Pickle:
 
     device: str
     storages: list[Storage] = field(default_factory=list)
+    id_tail: tuple = ()  # what the older format writes at the end of a storage's identity
 
     def dumps(self, content: Any) -> bytes:
         out = io.BytesIO()
@@ -116,6 +144,8 @@ class _Pickle:
             self.write_storage(out, value)
         elif isinstance(value, Object):
             self.write_object(out, value)
+        elif isinstance(value, Global):
+            out.write(_global(value.name))
         elif isinstance(value, Mapping):
             out.write(b"}(")
             for key, item in value.items():
@@ -151,7 +181,8 @@ class _Pickle:
             self.storages.append(storage)
             known.append(id(storage))
         out.write(b"(" + _scalar("storage") + _global(f"torch.{STORAGES[storage.dtype]}"))
-        for item in (str(known.index(id(storage))), self.device, storage.count):
+        key = str(known.index(id(storage)))
+        for item in (key, self.device, storage.count, *self.id_tail):
             out.write(_scalar(item))
         out.write(b"tQ")
 

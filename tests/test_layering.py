@@ -51,11 +51,11 @@ def test_a_room_imports_only_what_lies_below(room):
         assert not forbidden, f"{file.relative_to(ROOT)} imports {sorted(forbidden)}"
 
 
-def test_torch_is_imported_by_the_legacy_reader_only():
+def test_torch_is_imported_nowhere():
     for folder in ("qdit_jax", "convert"):
         for file in (ROOT / folder).rglob("*.py"):
             torch = {n for n in imported_modules(file) if n.split(".")[0] in ("torch", "diffusers")}
-            assert not torch or file.name == "torch_legacy.py", file
+            assert not torch, file
 
 
 def test_importing_the_package_loads_no_torch_and_starts_no_backend():

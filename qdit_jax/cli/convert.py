@@ -109,6 +109,8 @@ def run(args: argparse.Namespace) -> None:
     for title, part in (("", checkpoint), ("vae: ", checkpoint.vae)):
         if part is not None:
             print(title + _summary(part))
+            for note in part.metadata.get("names", ()):
+                print(f"{title}names: {note}")
     if args.family is None and checkpoint.metadata["layout"].endswith("facebook layout"):
         print("SiT has the same names as DiT: if this is a SiT, convert with --family sit")
     print(f"wrote {args.out}")

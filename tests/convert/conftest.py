@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "experiments")]
 
 from convert_samples import dit_shapes, random_arrays  # noqa: E402
-from torch_file import write_torch_file  # noqa: E402
+from torch_file import write_old_torch_file, write_torch_file  # noqa: E402
 
 
 @pytest.fixture
@@ -30,6 +30,18 @@ def pt(tmp_path: Path) -> Callable[..., Path]:
     def write(content: Any, **settings: Any) -> Path:
         path = tmp_path / "model.pt"
         write_torch_file(path, content, **settings)
+        return path
+
+    return write
+
+
+@pytest.fixture(params=[write_torch_file, write_old_torch_file], ids=["zip", "old"])
+def either(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Path]:
+    """Returns a function that writes its argument in one of torch's two formats."""
+
+    def write(content: Any) -> Path:
+        path = tmp_path / "either.pt"
+        request.param(path, content)
         return path
 
     return write

@@ -43,6 +43,16 @@ def test_the_verb_writes_a_checkpoint_that_loads(pt, dit, tmp_path, capsys):
     np.testing.assert_array_equal(kernel, dit["blocks.0.mlp.fc1.weight"].T)
 
 
+def test_the_verb_prints_what_was_done_to_the_names(pt, dit, tmp_path, capsys):
+    content = {f"model.{name}": array for name, array in dit.items()}
+    command(pt({**content, "step": np.ones(1, np.float32)}), tmp_path / "out", "--num-heads", 2)
+    printed = capsys.readouterr().out
+    assert 'names: stripped "model."\n' in printed
+    assert "names: left out 1 tensors: step\n" in printed
+    kept = checkpoints.load(tmp_path / "out").metadata["names"]
+    assert kept == ['stripped "model."', "left out 1 tensors: step"]
+
+
 def test_a_pipeline_is_written_with_its_vae(tmp_path):
     convert(write_pipeline(tmp_path / "p"), tmp_path / "out")
     assert (tmp_path / "out" / "vae" / "model.json").is_file()

@@ -15,7 +15,7 @@ import pytest
 from convert_samples import dit_shapes, random_arrays, write_safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch_file import Object, write_torch_file
+from torch_file import Object, write_old_torch_file, write_torch_file
 
 from qdit_convert import convert, describe, read_model
 from qdit_jax.errors import UserError
@@ -32,7 +32,8 @@ def original(suffix: str) -> bytes:
             write_safetensors(path, arrays)
         else:
             args = Object("argparse.Namespace", (), {"num_classes": 10})
-            write_torch_file(path, {"ema": arrays, "args": args})
+            write = write_old_torch_file if suffix == ".old.pt" else write_torch_file
+            write(path, {"ema": arrays, "args": args})
         return path.read_bytes()
 
 
@@ -61,10 +62,10 @@ def complaint(function: Callable, *args: Any, **kwargs: Any) -> str | None:
     return None
 
 
-SUFFIX = st.sampled_from([".pt", ".safetensors"])
+SUFFIX = st.sampled_from([".pt", ".old.pt", ".safetensors"])
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".pt", ".old.pt", ".safetensors"])
 def test_the_undamaged_file_converts(suffix):
     assert attempt(original(suffix), suffix)
 
@@ -99,6 +100,13 @@ def test_flipped_bytes_in_the_pickle(data):
     start = whole.index(b"\x80\x02}(")
     end = whole.index(b"byteorder")
     attempt(damaged(without_checksums(whole), data, start, end), ".pt")
+
+
+@QUICK
+@given(st.data())
+def test_flipped_bytes_in_the_pickles_of_the_old_format(data):
+    whole = original(".old.pt")
+    attempt(damaged(whole, data, 12, len(whole) // 3), ".old.pt")
 
 
 @QUICK

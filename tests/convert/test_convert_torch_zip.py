@@ -11,8 +11,9 @@ from convert_samples import dit_shapes, random_arrays
 from torch_file import Object, Storage, Tensor, tensor
 
 from qdit_convert import read_model
-from qdit_convert.readers import open_weights, strip_prefixes, unwrap
+from qdit_convert.readers import open_weights
 from qdit_convert.tensors import StoredTensor
+from qdit_convert.wrappers import strip_prefixes, unwrap
 from qdit_jax.errors import UserError
 
 
@@ -76,14 +77,33 @@ def test_model_weights_serve_where_there_is_no_ema(pt):
         open_weights(pt({"model": {"a": np.ones(1, np.float32)}}), "ema")
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_prefixes_of_wrappers_are_dropped_only_where_all_have_them(prefix):
-    table = {
-        f"{prefix}{name}": StoredTensor((), np.dtype("f4"), lambda: np.zeros(())) for name in "ab"
+def table_of(*names):
+    return {
+        name: StoredTensor((), np.dtype("f4"), lambda i=i: np.full((), i))
+        for i, name in enumerate(names)
     }
-    assert set(strip_prefixes(table)) == {"a", "b"}
-    other = {**table, "c": table[f"{prefix}a"]}
-    assert set(strip_prefixes(other)) == set(other)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "module.module."])
+def test_prefixes_of_wrappers_are_dropped_and_said(prefix):
+    found, notes = strip_prefixes(table_of(f"{prefix}a.x", f"{prefix}b"))
+    assert {name: int(tensor.read()) for name, tensor in found.items()} == {"a.x": 0, "b": 1}
+    assert notes
+
+
+def test_module_is_a_wrapper_only_where_all_names_have_it():
+    found, notes = strip_prefixes(table_of("module.a", "c"))
+    assert set(found) == {"module.a", "c"}
+    assert not notes
+
+
+def test_what_compiling_and_sharding_insert_is_removed_anywhere():
+    names = ("blocks.0._orig_mod.w", "blocks.1.w", "_fsdp_wrapped_module.c", "my_orig_mod.d")
+    found, notes = strip_prefixes(table_of(*names))
+    assert set(found) == {"blocks.0.w", "blocks.1.w", "c", "my_orig_mod.d"}
+    assert notes == ('removed "_fsdp_wrapped_module."', 'removed "_orig_mod."')
+    with pytest.raises(UserError, match="is that of another tensor"):
+        strip_prefixes(table_of("_orig_mod.a", "a"))
 
 
 @pytest.mark.parametrize(

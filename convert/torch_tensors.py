@@ -1,0 +1,223 @@
+"""Builds the tensors that a torch file describes, as torch does: views, flags, and what is no array."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qdit_convert.pickle_reader import Name
+from qdit_convert.tensors import FileSpan, StoredTensor, unreadable
+from qdit_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class ElementType:
+    """A dtype of torch; `problem` says what its tensors are where NumPy has no such numbers."""
+
+    name: str
+    dtype: np.dtype
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A typed run of numbers in the file `path`, which several tensors may share.
+
+    Attributes:
+        count: the number of elements.
+        span: returns where they lie, which the older format tells only after its tensors.
+        first: the element of the span that the storage begins with.
+    """
+
+    path: Path
+    kind: ElementType
+    count: int
+    span: Callable[[], FileSpan]
+    first: int = 0
+
+
+def rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> StoredTensor:
+    """Returns the view of `storage` that torch would make: `offset` and `strides` in elements.
+
+    Raises:
+        UserError: if the view reaches outside the storage.
+    """
+    if not isinstance(storage, Storage) or len(shape) != len(strides):
+        raise UserError("the pickle inside describes a tensor without a storage.")
+    numbers = (offset, *shape, *strides)
+    if any(type(n) is not int or n < 0 for n in numbers):
+        raise UserError("the pickle inside describes a tensor with an impossible size.")
+    dtype, size = storage.kind.dtype, math.prod(shape)
+    reach = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if size else 0
+    if offset + reach > storage.count:
+        raise UserError(
+            f"a tensor reaches to element {offset + reach} of a storage of {storage.count}."
+        )
+    # A repeated element (stride 0) may be small in the file and enormous in memory.
+    if size * dtype.itemsize > max(storage.path.stat().st_size, 1 << 20):
+        raise UserError("a tensor claims more bytes than the whole file has.")
+    if storage.kind.problem:
+        return unreadable(tuple(shape), dtype, storage.kind.problem)
+
+    def read() -> np.ndarray:
+        first = (storage.first + offset) * dtype.itemsize
+        data = storage.span().read(first, reach * dtype.itemsize)
+        view = np.ndarray(tuple(shape), dtype, data, 0, tuple(s * dtype.itemsize for s in strides))
+        view.flags.writeable = False  # elements may be the same memory
+        return view
+
+    return StoredTensor(tuple(shape), dtype, read)
+
+
+def rebuild_tensor_v2(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    requires_grad: Any,
+    hooks: Any,
+    metadata: Any = None,
+) -> StoredTensor:
+    """Returns the view, its values negated or conjugated where `metadata` says so.
+
+    `requires_grad` and `hooks` (of the backward pass) do not change values.
+    """
+    return _flagged(rebuild_tensor(storage, offset, shape, strides), metadata)
+
+
+def rebuild_tensor_v3(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    requires_grad: Any,
+    hooks: Any,
+    dtype: Any,
+    metadata: Any = None,
+) -> StoredTensor:
+    """Returns the view of an untyped storage whose elements are of `dtype`."""
+    kind = _element_type(dtype)
+    if not isinstance(storage, Storage) or storage.kind.dtype.itemsize != 1:
+        raise UserError("the pickle inside describes a tensor without a storage.")
+    if storage.first % kind.dtype.itemsize:
+        raise UserError("the pickle inside describes a tensor that begins inside an element.")
+    count, first = (n // kind.dtype.itemsize for n in (storage.count, storage.first))
+    typed = replace(storage, kind=kind, count=count, first=first)
+    return _flagged(rebuild_tensor(typed, offset, shape, strides), metadata)
+
+
+def _flagged(tensor: StoredTensor, metadata: Any) -> StoredTensor:
+    """Returns `tensor` with the operations that torch had put off until the values are used."""
+    if metadata is None:
+        return tensor
+    if not isinstance(metadata, dict):
+        raise UserError("the pickle inside gives a tensor metadata that are no table.")
+    for flag, value in metadata.items():
+        if flag not in _DEFERRED or type(value) is not bool:
+            raise UserError(
+                f"a tensor's metadata say {flag!r}: {value!r}, which convert does not know; where the "
+                "file came from, save clones of the tensors: {name: tensor.clone() for ...}."
+            )
+        if value:
+            tensor = _applied(tensor, flag)
+    return tensor
+
+
+def _applied(tensor: StoredTensor, flag: str) -> StoredTensor:
+    kinds, function = _DEFERRED[flag]
+    if tensor.problem:
+        return tensor
+    if tensor.dtype.kind not in kinds:
+        raise UserError(f"a tensor's metadata say {flag!r}, but its values are {tensor.dtype}.")
+    return replace(tensor, read=lambda: function(tensor.read()))
+
+
+# flag: (kinds of dtype that torch sets it for, what it stands for); V holds bfloat16 and 8-bit floats
+_DEFERRED: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "neg": ("fcV", np.negative),
+    "conj": ("c", np.conjugate),
+}
+
+
+def rebuild_parameter(
+    tensor: Any, requires_grad: Any = True, hooks: Any = None, state: Any = None
+) -> StoredTensor:
+    """Returns `tensor`: gradients, hooks and attributes (`state`) of a parameter are no values."""
+    if not isinstance(tensor, StoredTensor):
+        raise UserError("the pickle inside describes a parameter without a tensor.")
+    return tensor
+
+
+def rebuild_from_type(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
+    """Returns what `function` makes of `arguments`: a tensor that had Python attributes."""
+    if not isinstance(function, Name) or not callable(function.value):
+        raise UserError("the pickle inside calls something that is no tensor or table.")
+    return rebuild_parameter(function.value(*arguments))
+
+
+def rebuild_from_cpu(data: Any, dtype: Any, device: Any, requires_grad: Any) -> StoredTensor:
+    """Returns a tensor that lay on a device without storages, in `dtype`."""
+    tensor, kind = rebuild_parameter(data), _element_type(dtype)
+    if tensor.dtype == kind.dtype or tensor.problem:
+        return tensor
+    if kind.problem:
+        return unreadable(tensor.shape, kind.dtype, kind.problem)
+    return StoredTensor(tensor.shape, kind.dtype, lambda: tensor.read().astype(kind.dtype))
+
+
+def rebuild_quantized(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    quantizer: Any,
+    requires_grad: Any,
+    hooks: Any,
+) -> StoredTensor:
+    """Returns a stand-in for a quantised tensor of torch."""
+    tensor = rebuild_tensor(storage, offset, shape, strides)
+    return replace(tensor, problem=tensor.problem or "a quantized tensor")
+
+
+def rebuild_sparse(layout: Any, data: Any) -> StoredTensor:
+    """Returns a stand-in for a sparse tensor: `data` is indices, values, size (and a flag)."""
+    name = str(layout.arguments[0]).removeprefix("torch.")
+    *_, values, size = data[:3] if name == "sparse_coo" else data
+    return unreadable(tuple(size), rebuild_parameter(values).dtype, f"a {name} tensor")
+
+
+def rebuild_meta(dtype: Any, shape: Any, strides: Any, requires_grad: Any) -> StoredTensor:
+    """Returns a stand-in for a tensor of the meta device."""
+    kind = _element_type(dtype)
+    return unreadable(tuple(shape), kind.dtype, "on the meta device, which holds no values")
+
+
+def rebuild_nested(buffer: Any, sizes: Any, strides: Any, offsets: Any) -> StoredTensor:
+    """Returns a stand-in for a nested tensor."""
+    values = rebuild_parameter(buffer)
+    return unreadable(values.shape, values.dtype, "a nested tensor")
+
+
+def rebuild_wrapper(
+    kind: Any,
+    dtype: Any,
+    shape: Any,
+    strides: Any,
+    offset: Any,
+    layout: Any,
+    device: Any,
+    requires_grad: Any,
+) -> StoredTensor:
+    """Returns a stand-in for a tensor subclass that keeps its values elsewhere."""
+    return unreadable(tuple(shape), _element_type(dtype).dtype, "a wrapper that holds no values")
+
+
+def _element_type(dtype: Any) -> ElementType:
+    if not isinstance(dtype, Name) or not isinstance(dtype.value, ElementType):
+        raise UserError("the pickle inside describes a tensor without a dtype.")
+    return dtype.value
