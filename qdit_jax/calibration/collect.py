@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from qdit_jax.calibration.statistics import HALVES, Stats, write_arrays
+from qdit_jax.checkpoint import first_difference
 from qdit_jax.errors import UserError
 
 State = dict[str, Any]
@@ -124,9 +125,13 @@ def read_state(path: str | Path, settings: dict[str, Any]) -> State:
             found["num_rows"] = json.loads(str(found["num_rows"]))
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{path} is no unfinished calibration ({error}); delete it.") from error
-    if found["settings"] != state["settings"]:
+    try:
+        other = first_difference(json.loads(found["settings"]), settings)
+    except ValueError:
+        other = "settings"
+    if other is not None:
         raise UserError(
-            f"{path} is an unfinished calibration with other settings or another checkpoint; "
-            "delete it to start over."
+            f"{path} is an unfinished calibration with other settings or another checkpoint (its "
+            f"{other} is not the same); delete it to start over."
         )
     return found

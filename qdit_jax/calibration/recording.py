@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ from qdit_jax.calibration.collect import (
     write_state,
 )
 from qdit_jax.calibration.statistics import HALVES, Stats, input_rows
-from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.models import as_condition
+from qdit_jax.checkpoint import Checkpoint, fingerprint
 from qdit_jax.sampling import conditions_in_turn, denoiser, initial_noise, trained_schedule
 
 
@@ -69,15 +67,18 @@ def calibrate(
         raise ValueError(f"num_samples={num_samples} must be 1 or more.")
     model, params = checkpoint.model, checkpoint.params
     sampler = default_sampler(checkpoint) if sampler is None else sampler
-    settings = fingerprint(params, sampler, key) | {
-        "model": repr(model),
-        "num_samples": num_samples,
-        "guidance": str(guidance),
-        "batch_size": batch_size,
-        "conditions": digest(jax.tree.leaves(as_condition(conditions))),
-        "hessians": hessians,
-        "num_tokens": num_tokens,
-    }
+    settings = fingerprint(
+        params=params,
+        model=model,
+        sampler=sampler,
+        key=key,
+        num_samples=num_samples,
+        guidance=guidance,
+        batch_size=batch_size,
+        conditions=conditions,
+        hessians=hessians,
+        num_tokens=num_tokens,
+    )
     state = empty_state(settings) if unfinished is None else read_state(unfinished, settings)
     if state["num_done"] and progress_fn is not None:
         progress_fn(state["num_done"])
@@ -100,23 +101,6 @@ def calibrate(
         if progress_fn is not None:
             progress_fn(len(index))
     return stats_of(state)
-
-
-def fingerprint(params: Any, sampler: diffusion.Sampler, key: Any) -> dict[str, str]:
-    """Returns digests of a sampler, a key and the first values of every parameter."""
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.key_data(key)
-    heads = [np.asarray(leaf).reshape(-1)[:256] for leaf in jax.tree.leaves(params)]
-    named = {"params": heads, "sampler": jax.tree.leaves(sampler), "key": [key]}
-    return {name: digest(arrays) for name, arrays in named.items()}
-
-
-def digest(arrays: Iterable[Any]) -> str:
-    """Returns the SHA-256 of the arrays' bytes, one after another."""
-    total = hashlib.sha256()
-    for array in arrays:
-        total.update(np.ascontiguousarray(array).tobytes())
-    return total.hexdigest()
 
 
 def default_sampler(checkpoint: Checkpoint, num_steps: int = 50) -> diffusion.Sampler:

@@ -8,8 +8,6 @@ Dimensions: N samples, B samples of a batch, S steps, H, W, C an image or latent
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,10 +19,9 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qdit_jax import diffusion, metrics
-from qdit_jax.checkpoint import Checkpoint
+from qdit_jax.checkpoint import Checkpoint, digest
 from qdit_jax.errors import UserError
 from qdit_jax.evaluation.store import locked, missing_shards, open_run, shard_ranges, write_shard
-from qdit_jax.models import config_of
 from qdit_jax.report import to_uint8
 from qdit_jax.sampling import conditions_in_turn, decode, denoiser, initial_noise
 
@@ -137,7 +134,9 @@ def settings_of(contenders: Sequence[Contender], protocol: Protocol) -> dict[str
     """Returns what decides every value of the run, in JSON's types."""
     channels = protocol.guidance_channels
     return {
-        "models": [digest(c.checkpoint) for c in contenders],
+        "models": [content_of(c.checkpoint) for c in contenders],
+        "sampler_content": digest(protocol.sampler),
+        "conditions": None if protocol.conditions is None else digest(protocol.conditions),
         **protocol.record,
         "num_samples": protocol.num_samples,
         "seed": protocol.seed,
@@ -148,21 +147,14 @@ def settings_of(contenders: Sequence[Contender], protocol: Protocol) -> dict[str
     }
 
 
+def content_of(checkpoint: Checkpoint) -> str:
+    """Returns a digest of a network and all parameters, the autoencoder's included."""
+    vae = checkpoint.vae
+    return digest((checkpoint.model, checkpoint.params, vae and (vae.model, vae.params)))
+
+
 def default_batch_size() -> int:
     return (4 if jax.default_backend() == "cpu" else 16) * jax.local_device_count()
-
-
-def digest(checkpoint: Checkpoint) -> str:
-    """Returns a fingerprint of all parameters, the autoencoder's included."""
-    config = json.dumps(config_of(checkpoint.model), sort_keys=True)
-    found = hashlib.sha256(config.encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(checkpoint.params):
-        array = np.asarray(leaf)
-        found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    if checkpoint.vae is not None:
-        found.update(digest(checkpoint.vae).encode())
-    return found.hexdigest()[:16]
 
 
 def shards(

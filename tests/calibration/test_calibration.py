@@ -194,3 +194,44 @@ def test_chosen_steps_cover_the_trajectory():
     assert spread_steps(9)(np.arange(2), 3).shape == (2, 3)
     with pytest.raises(ValueError, match="use batch_size=3 or less"):
         authors_steps(0)(np.arange(4), 3)
+
+
+def last_value_changed(checkpoint):
+    params = jax.tree.map(jnp.asarray, checkpoint.params)
+    kernel = params["blocks_0"]["mlp"]["fc2"]["kernel"]
+    params["blocks_0"]["mlp"]["fc2"]["kernel"] = kernel.at[-1, -1].add(1e-3)
+    return qdit.Checkpoint(checkpoint.model, params)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("params", {"checkpoint": last_value_changed}),
+        ("key", {"key": jax.random.key(9)}),
+        ("num_samples", {"num_samples": 6}),
+        ("sampler", {"sampler": qdit.ddim(steps=STEPS, eta=0.5)}),
+        ("guidance", {"guidance": 3.0}),
+        ("batch_size", {"batch_size": 1}),
+        ("conditions", {"conditions": np.array([1, 2])}),
+        ("hessians", {"hessians": None}),
+        ("num_tokens", {"num_tokens": 2}),
+    ],
+)
+def test_an_unfinished_calibration_is_taken_up_by_the_same_settings_only(
+    checkpoint, tmp_path, name, changes
+):
+    def kill(count):
+        raise KeyboardInterrupt
+
+    file = tmp_path / "unfinished.npz"
+    base = {
+        "sampler": qdit.ddim(steps=STEPS), "batch_size": 2, "guidance": 1.5,
+        "hessians": "blocks_0/attn/qkv", "num_tokens": 3, "num_samples": 4,
+    }  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(checkpoint, KEY, **base, unfinished=file, progress_fn=kill)
+    changes = dict(changes)
+    other = changes.pop("checkpoint", lambda same: same)(checkpoint)
+    key = changes.pop("key", KEY)
+    with pytest.raises(qdit.UserError, match=rf"\(its {name} is not the same\)"):
+        calibrate(other, key, **{**base, **changes}, unfinished=file)

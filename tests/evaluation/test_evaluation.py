@@ -198,7 +198,7 @@ def test_a_run_with_other_settings_is_not_continued(folders, compared, model, op
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("w4", "--against", "large"), "large has input_size=32 and w4 has input_size=16"),
+        (("w4", "--against", "large"), "large has sample shape \\(32, 32, 1\\) and w4 has"),
         (("w4", "--against", "schedule"), "trained on different schedules"),
         (("w4", "--against", "absent"), "does not exist"),
         (("vae",), "makes no pictures by itself"),
