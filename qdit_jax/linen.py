@@ -54,7 +54,8 @@ def quantize_linen(
 
     Args:
         params: the `"params"` collection, or all variables, `{"params": ..., "batch_stats": ...}`,
-            which then come back with quantised params; partitioning boxes are taken off.
+            which then come back with quantised params; partitioning boxes are taken off. Cast
+            them before: results are promoted with the dtype that a kernel had here.
         recipe: which layers, and to what.
         example_args: arguments of a call, arrays or abstract; the network is traced with them
             to learn its layers. Needed where a bias does not tell inputs from outputs: kernels
@@ -73,6 +74,10 @@ def quantize_linen(
             be told, the network cannot be called with the example, or with `strict`, as said there.
     """
     check_arguments(model, params, execution)
+    if not isinstance(example_args, tuple | list):
+        raise TypeError(
+            f"example_args is a {type(example_args).__name__}; pass a tuple, such as (x,)."
+        )
     variables = core.unfreeze(nn.unbox(params))
     whole = isinstance(variables.get("params"), Mapping)
     variables = variables if whole else {"params": variables}

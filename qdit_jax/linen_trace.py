@@ -142,6 +142,9 @@ class Marked:
     mark: Any
     dtype: str  # of the kernel in full precision
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"other code reads the kernel's {name!r}")
+
 
 def faults(
     call: ExampleCall,
@@ -162,7 +165,9 @@ def faults(
     if error is None:
         return {}
     if len(layouts) == 1:
-        return dict.fromkeys(layouts, f"its kernel is used outside its product as well ({error})")
+        return dict.fromkeys(
+            layouts, f"its kernel does not reach its product alone and unchanged ({error})"
+        )
     paths = list(layouts)
     half = len(paths) // 2
     found: dict[Path, str] = {}
@@ -203,8 +208,9 @@ def trial(
     try:
         found = call.shapes(variables | {"params": traverse_util.unflatten_dict(marked)}, stand_in)
     except Exception as error:
-        return f"{type(error).__name__}: {first_line(error)}"
-    return None if found == shapes else f"the network would return {found} in place of {shapes}"
+        return f"with random keys in its place: {type(error).__name__}: {first_line(error)}"
+    same = [(s.shape, s.dtype) for s in found] == [(s.shape, s.dtype) for s in shapes]
+    return None if same else f"the network would return {found} in place of {shapes}"
 
 
 def nothing(rows: Any, ways: Contraction) -> Any:
