@@ -29,11 +29,11 @@ from qdit_jax.quant import QTensor, WeightSpec, quantize
 
 
 def quantize_linen(
-    model: nn.Module,
+    model: Any,
     params: Any,
     recipe: Recipe,
     *,
-    example_args: tuple[Any, ...] = (),
+    example_args: Any = (),
     example_kwargs: Mapping[str, Any] | None = None,
     execution: str = "simulated",
     stats: Stats | None = None,
@@ -53,11 +53,12 @@ def quantize_linen(
     were not.
 
     Args:
+        model: an `nn.Module` of `flax.linen`.
         params: the `"params"` collection, or all variables, `{"params": ..., "batch_stats": ...}`,
             which then come back with quantised params; partitioning boxes are taken off. Cast
             them before: results are promoted with the dtype that a kernel had here.
         recipe: which layers, and to what.
-        example_args: arguments of a call, arrays or abstract; the network is traced with them
+        example_args: a tuple of a call's arguments, arrays or abstract; the network is traced with them
             to learn its layers. Needed where a bias does not tell inputs from outputs: kernels
             of more than two axes without one, or stacked by `nn.scan`. Pass them wherever you
             can: without them, layers of other classes are met at the first call only.

@@ -68,7 +68,7 @@ def other_parameters(
 
 
 def is_matrix(leaf: Any) -> bool:
-    if isinstance(leaf, QTensor) or not hasattr(leaf, "dtype"):
+    if isinstance(leaf, QTensor) or not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
         return False
     return len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
