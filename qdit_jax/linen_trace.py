@@ -125,9 +125,10 @@ def layout_or_reason(found: Sightings, path: Path, kernel: Any) -> KernelLayout 
     if fitting:
         return "its calls use the kernel in different ways"
     if ways:
+        used = min(way.shape for way in ways if isinstance(way, KernelLayout))
         return (
-            f"a kernel {shape} is used as {min(way.shape for way in ways)}; only stacks along leading "
-            "axes (nn.scan or nn.vmap with variable_axes={'params': 0}) can be quantised"
+            f"a kernel {shape} is used as {used}; only stacks along leading axes (nn.scan or nn.vmap "
+            "with variable_axes={'params': 0}) can be quantised"
         )
     if path in found.kinds:
         return f"it is a {found.kinds[path]}; {ONLY}"
