@@ -13,15 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from qdit_jax.models import Family, Fold, Linear, Producer, example_inputs, optional
-from qdit_jax.models.layers import (
-    Attention,
-    Mlp,
+from qdit_jax.models import (
+    Family,
+    Fold,
+    Linear,
+    Producer,
     TimestepEmbedder,
-    layer_norm,
-    modulate,
-    stored,
+    example_inputs,
+    optional,
 )
+from qdit_jax.models.layers import Attention, Mlp, layer_norm, modulate, stored
 
 NORMAL = nn.initializers.normal(0.2)
 

@@ -2,11 +2,14 @@
 
 `nn.Dense`, `nn.DenseGeneral` and `nn.Einsum` layers, those inside attention modules included, are
 intercepted while the network is traced; its code stays as it is. Their parameters change as those
-of our own networks do: a `kernel` becomes a `QTensor`, an `act_quant` entry appears beside it.
+of our own networks do: a `kernel` becomes a `QTensor`, an `act_quant` entry appears beside it. A
+`kernel_origin` beside a quantised kernel tells what it was.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,30 +18,29 @@ import jax.numpy as jnp
 from flax import core, traverse_util
 from flax import linen as nn
 
-from qdit_jax.adapters.linen_layout import (
-    KernelLayout,
-    contraction_of,
-    layout_from_bias,
-    quantizable,
-)
+from qdit_jax.adapters.linen_layout import KernelLayout, layout_from_bias
+from qdit_jax.adapters.linen_product import KernelOrigin, interceptor
+from qdit_jax.adapters.linen_report import LinenReport, check_rules, other_parameters
+from qdit_jax.adapters.linen_trace import ExampleCall, Path, faults, layout_or_reason, sightings
 from qdit_jax.calibration import Stats
-from qdit_jax.kernels import EXECUTIONS, quantized_matmul
+from qdit_jax.kernels import EXECUTIONS
 from qdit_jax.ptq import act_quantizer
 from qdit_jax.quant import QTensor, WeightSpec, quantize
 from qdit_jax.recipes import Recipe
 
 
 def quantize_linen(
-    model: nn.Module,
+    model: Any,
     params: Any,
     recipe: Recipe,
     *,
-    example_args: tuple[Any, ...] = (),
+    example_args: Any = (),
     example_kwargs: Mapping[str, Any] | None = None,
     execution: str = "simulated",
     stats: Stats | None = None,
     quantize_fn: Callable[[Any, WeightSpec], QTensor] = quantize,
-) -> tuple[Callable[..., Any], Any]:
+    strict: bool = False,
+) -> tuple[LinenApply, Any]:
     """Returns `(apply_fn, params)`: `model.apply` for quantised parameters, and these.
 
     `apply_fn({"params": params}, x)` is a pure function: jit it, scan over it, shard it. Jit
@@ -46,105 +48,228 @@ def quantize_linen(
     along the input axes of a kernel taken together, in the kernel's order. Layers are named by
     their path, such as `encoder/attention/query`; a layer that is the whole network is `""`.
 
+    Layers that a rule matches and that cannot be quantised (convolutions, embedding tables, layers
+    with arithmetic of their own, kernels that are also normalised or read elsewhere) stay as they
+    are; a warning names them. `apply_fn.report` tells which layers were quantised, and why others
+    were not.
+
     Args:
-        params: the `"params"` collection; partitioning boxes are taken off.
-        recipe: which layers, and to what. Embedding tables, convolutions and norms stay.
-        example_args: arguments of a call, arrays or abstract; the network is traced with them
+        model: an `nn.Module` of `flax.linen`.
+        params: the `"params"` collection, or all variables, `{"params": ..., "batch_stats": ...}`,
+            which then come back with quantised params; partitioning boxes are taken off. Cast
+            them before: results are promoted with the dtype that a kernel had here.
+        recipe: which layers, and to what.
+        example_args: a tuple of a call's arguments, arrays or abstract; the network is traced with them
             to learn its layers. Needed where a bias does not tell inputs from outputs: kernels
-            of more than two axes without one, or stacked by `nn.scan`.
-        example_kwargs: keyword arguments of that call, such as `{"deterministic": True}`.
+            of more than two axes without one, or stacked by `nn.scan`. Pass them wherever you
+            can: without them, layers of other classes are met at the first call only.
+        example_kwargs: keyword arguments of that call, such as `{"deterministic": True}`, `rngs`
+            and `mutable` among them.
         execution: `"simulated"` or `"integer"`, as in `quantized_matmul`.
         stats: statistics by layer, for static activations only.
         quantize_fn: `(kernel [K, N], spec) -> QTensor`.
+        strict: refuse, instead of warn, if a layer that a rule matches would be left.
 
     Raises:
-        ValueError: if a rule matches no layer, a layer's kernel is no matrix that can be
-            quantised, or the layout of a kernel cannot be told.
+        TypeError: if `model` is no linen module, or `params` is no dict.
+        ValueError: if a rule matches no layer that can be quantised, the layout of a kernel cannot
+            be told, the network cannot be called with the example, or with `strict`, as said there.
     """
+    check_arguments(model, params, execution)
+    if not isinstance(example_args, tuple | list):
+        raise TypeError(
+            f"example_args is a {type(example_args).__name__}; pass a tuple, such as (x,)."
+        )
+    variables = core.unfreeze(nn.unbox(params))
+    whole = isinstance(variables.get("params"), Mapping)
+    variables = variables if whole else {"params": variables}
+    flat = traverse_util.flatten_dict(variables["params"], keep_empty_nodes=True)
+    kernels = {path[:-1]: leaf for path, leaf in flat.items() if is_kernel(path, leaf)}
+    check_unquantized(recipe, kernels)
+    if example_args or example_kwargs:
+        call = ExampleCall(model, tuple(example_args), dict(example_kwargs or {}))
+        layouts, kinds = traced_layouts(call, variables, flat, kernels, recipe)
+    else:
+        layouts, kinds = guessed_layouts(flat, kernels, recipe), {}
+    report = report_of(recipe, flat, kernels, layouts, kinds)
+    if report.left and strict:
+        raise ValueError(f"strict=True, but {report}")
+    if report.left:
+        warnings.warn(f"quantize_linen: {report}", stacklevel=2)
+    for name in report.quantized:
+        path = tuple(name.split("/")) if name else ()
+        flat |= quantized_entries(path, flat, layouts[path], recipe.get(name), stats, quantize_fn)
+    variables = variables | {"params": traverse_util.unflatten_dict(flat)}
+    traced = bool(example_args or example_kwargs)
+    apply_fn = LinenApply(model, execution, traced, report)
+    return apply_fn, variables if whole else variables["params"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinenApply:
+    """`model.apply` for quantised parameters: a pure function.
+
+    Attributes:
+        traced: whether the layers are known from an example call.
+        report: which layers were quantised.
+    """
+
+    model: nn.Module
+    execution: str
+    traced: bool
+    report: LinenReport
+
+    def __call__(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """Returns what `model.apply` does; `rngs`, `mutable` and `method` are passed on."""
+        with nn.intercept_methods(interceptor(self.execution, self.traced)):
+            return self.model.apply(variables, *args, **kwargs)
+
+
+def check_arguments(model: Any, params: Any, execution: str) -> None:
+    """Raises `TypeError` or `ValueError` unless these are a linen network and its parameters."""
     if execution not in EXECUTIONS:
         raise ValueError(f"execution={execution!r} is not known; use one of {EXECUTIONS}.")
-    flat = traverse_util.flatten_dict(core.unfreeze(nn.unbox(params)))
-    kernels = {path[:-1]: leaf for path, leaf in flat.items() if path[-1] == "kernel"}
-    traced = (
-        traced_layouts(model, params, example_args, dict(example_kwargs or {}))
-        if example_args or example_kwargs
-        else None
-    )
-    names = {"/".join(path): path for path in (kernels if traced is None else traced)}
-    check_rules(recipe, list(names))
-    for name, path in names.items():
-        spec = recipe.get(name)
-        if spec is None:
-            continue
-        layout = traced[path] if traced is not None else guessed_layout(name, path, flat)
-        if isinstance(layout, str):
-            raise ValueError(f"{name or type(model).__name__} cannot be quantised: {layout}")
-        if isinstance(kernels[path], QTensor):
+    leaves = jax.tree.leaves(params, is_leaf=is_nnx) if not is_nnx(params) else [params]
+    nnx = next((value for value in (model, *leaves) if is_nnx(value)), None)
+    if nnx is not None:
+        kind = nnx.__name__ if isinstance(nnx, type) else type(nnx).__name__
+        raise TypeError(
+            f"quantize_linen takes a flax.linen module and a dict of arrays; this is an nnx.{kind}, "
+            "and NNX networks are not taken yet. If the network exists in linen too, pass that "
+            "module, with the arrays under the names that its init gives; otherwise quantise each "
+            "kernel with qdit_jax.quantize and multiply with qdit_jax.quantized_matmul."
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r} is no flax.linen module.")
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            f"params is a {type(params).__name__}; pass the dict that model.init returned, or its "
+            "'params'."
+        )
+
+
+def is_nnx(value: Any) -> bool:
+    kinds = value.__mro__ if isinstance(value, type) else type(value).__mro__
+    return any(kind.__module__.startswith("flax.nnx") for kind in kinds)
+
+
+def is_kernel(path: Path, leaf: Any) -> bool:
+    return path[-1] == "kernel" and hasattr(leaf, "shape")
+
+
+def check_unquantized(recipe: Recipe, kernels: Mapping[Path, Any]) -> None:
+    """Raises `ValueError` if the recipe matches a layer that is quantised already."""
+    for path, kernel in kernels.items():
+        name = "/".join(path)
+        if isinstance(kernel, QTensor) and recipe.get(name) is not None:
             raise ValueError(f"{name} is quantised already; start from full precision.")
-        if spec.act is not None:
-            flat[(*path, "act_quant")] = act_quantizer(name, spec.act, stats)
-        if spec.weight is not None:
-            flat[(*path, "kernel")] = quantized_kernel(
-                kernels[path], layout, spec.weight, quantize_fn
-            )
-
-    def apply_fn(variables: Any, *args: Any, **kwargs: Any) -> Any:
-        with nn.intercept_methods(interceptor(execution)):
-            return model.apply(variables, *args, **kwargs)
-
-    return apply_fn, traverse_util.unflatten_dict(flat)
-
-
-def check_rules(recipe: Recipe, names: list[str]) -> None:
-    """Raises `ValueError` if a rule of `recipe` matches none of the layers `names`."""
-    for rule in recipe.rules:
-        if not any(rule.matches(name) for name in names):
-            raise ValueError(
-                f"recipe {recipe.name!r}: the pattern {rule.layers!r} matches no layer; "
-                f"the layers are {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}."
-            )
 
 
 def traced_layouts(
-    model: nn.Module, params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[tuple[str, ...], KernelLayout | str]:
-    """Returns the layout of every layer that a call meets, or why it has none, by path."""
-    found: dict[tuple[str, ...], KernelLayout | str] = {}
+    call: ExampleCall,
+    variables: Any,
+    flat: Mapping[Path, Any],
+    kernels: Mapping[Path, Any],
+    recipe: Recipe,
+) -> tuple[dict[Path, KernelLayout | str], dict[Path, str]]:
+    """Returns the layout of every kernel, or why it cannot be quantised; the modules' classes."""
+    found = sightings(call, variables)
+    layouts = {path: layout_or_reason(found, path, kernel) for path, kernel in kernels.items()}
+    layouts |= {path: why for path, kernel in kernels.items() if (why := unfit(kernel))}
+    chosen = {
+        path: layout
+        for path, layout in layouts.items()
+        if isinstance(layout, KernelLayout) and recipe.get("/".join(path)) is not None
+    }
+    wrong = faults(call, variables, flat, chosen, found.shapes) if chosen else {}
+    return layouts | wrong, found.kinds
 
-    def record(next_fun: Any, call_args: Any, call_kwargs: Any, context: Any) -> Any:
-        module = context.module
-        if context.method_name == "__call__" and quantizable(module):
-            out = next_fun(*call_args, **call_kwargs)
-            kernel = module.get_variable("params", "kernel")
-            shape = jnp.shape(nn.unbox(kernel))
-            try:
-                ways = contraction_of(module, *call_args, **call_kwargs)
-                found[module.scope.path] = KernelLayout(shape, ways.k_batch, ways.k_in, ways.k_out)
-            except ValueError as error:
-                found[module.scope.path] = str(error)
-            return out
-        return next_fun(*call_args, **call_kwargs)
 
-    abstract = jax.eval_shape(lambda tree: tree, params)
+def unfit(kernel: Any) -> str | None:
+    """Returns why no kernel of this dtype or size can be quantised, or None if it can."""
+    if isinstance(kernel, QTensor):
+        return None
+    if not jnp.issubdtype(kernel.dtype, jnp.floating):
+        return f"its kernel is {kernel.dtype}, not floating point"
+    return f"its kernel {tuple(kernel.shape)} is empty" if 0 in kernel.shape else None
 
-    def call(tree: Any, arguments: Any) -> Any:
-        with nn.intercept_methods(record):
-            return model.apply({"params": tree}, *arguments, **kwargs)
 
-    jax.eval_shape(call, abstract, args)
+def guessed_layouts(
+    flat: Mapping[Path, Any], kernels: Mapping[Path, Any], recipe: Recipe
+) -> dict[Path, KernelLayout | str]:
+    """Returns the layouts that biases suggest of the kernels that the recipe matches.
+
+    They are checked in the first call.
+
+    Raises:
+        ValueError: if a layout cannot be told.
+    """
+    found: dict[Path, KernelLayout | str] = {}
+    for path, kernel in kernels.items():
+        name = "/".join(path)
+        if recipe.get(name) is None:
+            continue
+        query = kernels.get((*path[:-1], "query")) if path[-1:] == ("out",) else None
+        layout = unfit(kernel) or layout_from_bias(kernel, flat.get((*path, "bias")), query)
+        if layout is None:
+            raise ValueError(
+                f"{name}: its kernel {tuple(kernel.shape)} and bias do not tell inputs from outputs "
+                "(it may be a convolution's); pass example_args=(x, ...), arguments that the "
+                "network is called with, or leave it out with a rule that has no spec."
+            )
+        found[path] = layout
     return found
 
 
-def guessed_layout(name: str, path: tuple[str, ...], flat: dict[Any, Any]) -> KernelLayout:
-    """Returns the layout that a kernel and its bias suggest; it is checked in the first call."""
-    layout = layout_from_bias(flat[(*path, "kernel")], flat.get((*path, "bias")))
-    if layout is None:
-        shape = flat[(*path, "kernel")].shape
-        raise ValueError(
-            f"{name}: its kernel {shape} and bias do not tell inputs from outputs; pass "
-            "example_args=(x, ...), arguments that the network is called with."
-        )
-    return layout
+def report_of(
+    recipe: Recipe,
+    flat: Mapping[Path, Any],
+    kernels: Mapping[Path, Any],
+    layouts: Mapping[Path, KernelLayout | str],
+    kinds: Mapping[Path, str],
+) -> LinenReport:
+    """Returns which of the layers that the recipe matches are quantised.
+
+    Raises:
+        ValueError: if a rule matches none that can be.
+    """
+    names = {"/".join(path): layouts.get(path) for path in kernels}
+    reasons = {name: why for name, why in names.items() if isinstance(why, str)}
+    others = other_parameters(flat, recipe, kinds)
+    check_rules(recipe, list(names), reasons | others)
+    matched = [name for name in names if recipe.get(name) is not None]
+    left = {name: reasons[name] for name in matched if name in reasons} | others
+    return LinenReport(tuple(name for name in matched if name not in reasons), left)
+
+
+def quantized_entries(
+    path: Path,
+    flat: Mapping[Path, Any],
+    layout: Any,
+    spec: Any,
+    stats: Stats | None,
+    quantize_fn: Callable[[Any, WeightSpec], QTensor],
+) -> dict[Path, Any]:
+    """Returns the entries of one layer that change: its kernel and its input's quantiser."""
+    name, kernel = "/".join(path), flat[(*path, "kernel")]
+    entries: dict[Path, Any] = {}
+    if spec.act is not None:
+        stacked = len(kernel.shape) > len(layout.shape)
+        if stacked and spec.act.mode == "static":
+            raise ValueError(
+                f"{name} is a stack of layers, of which statistics cannot tell one from another; "
+                "use mode='dynamic' for its input."
+            )
+        entries[(*path, "act_quant")] = act_quantizer(name, spec.act, stats)
+    if spec.weight is not None:
+        kernel = jnp.asarray(kernel)
+        try:
+            quantized = quantized_kernel(kernel, layout, spec.weight, quantize_fn)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        entries[(*path, "kernel")] = quantized
+        entries[(*path, "kernel_origin")] = KernelOrigin(layout, str(kernel.dtype))
+    return entries
 
 
 def quantized_kernel(
@@ -157,64 +282,3 @@ def quantized_kernel(
         return quantize_fn(matrices, spec)
     parts = [quantize_fn(m, spec) for m in matrices.reshape(-1, *matrices.shape[-2:])]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves).reshape(*lead, *leaves[0].shape), *parts)
-
-
-def interceptor(execution: str) -> Callable[..., Any]:
-    """Returns the interceptor that computes layers with quantised parameters."""
-
-    def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        module = context.module
-        if context.method_name != "__call__" or module.scope is None:
-            return next_fun(*args, **kwargs)
-        kernel, act = optional(module, "kernel"), optional(module, "act_quant")
-        if act is None and not isinstance(kernel, QTensor):
-            return next_fun(*args, **kwargs)
-        name = "/".join(module.scope.path)
-        if not quantizable(module):
-            raise ValueError(
-                f"{name} is a {type(module).__name__}; only nn.Dense, nn.DenseGeneral and nn.Einsum "
-                "can be quantised: leave it out with a recipe's rule that has no spec."
-            )
-        try:
-            return product(module, kernel, act, execution, *args, **kwargs)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-
-    return intercept
-
-
-def optional(module: nn.Module, name: str) -> Any:
-    return module.get_variable("params", name) if module.has_variable("params", name) else None
-
-
-def product(
-    module: Any, kernel: Any, act: Any, execution: str, *args: Any, **kwargs: Any
-) -> jax.Array:
-    """Returns what `module` would, computed with its quantised parameters."""
-    ways = contraction_of(module, *args, **kwargs)
-    bias = nn.unbox(optional(module, "bias")) if module.use_bias else None
-    like_kernel = jnp.zeros((), module.param_dtype)
-    inputs = args[0] if args else kwargs["inputs"]
-    x, _, bias = module.promote_dtype(inputs, like_kernel, bias, dtype=module.dtype)
-    rows = ways.rows(x)  # [B, T, K]
-    if isinstance(kernel, QTensor):
-        ways.check_kernel(kernel, x.shape)
-
-        def multiply(one: Any, weight: Any) -> Any:
-            return quantized_matmul(one, weight, act, execution=execution)
-    else:
-        layout = KernelLayout(kernel.shape, ways.k_batch, ways.k_in, ways.k_out)
-        kernel = layout.matrices(nn.unbox(kernel)).astype(x.dtype)
-
-        def multiply(one: Any, weight: Any) -> Any:
-            return jnp.matmul(act(one), weight, precision=module.precision)
-
-    y = (
-        jax.vmap(multiply)(rows, kernel)
-        if ways.k_batch
-        else multiply(rows.reshape(rows.shape[1:]), kernel)[None]
-    )
-    y = ways.result(y, x.shape)
-    if bias is not None:
-        y = y + jnp.reshape(bias, ways.bias_shape(y.shape))
-    return y

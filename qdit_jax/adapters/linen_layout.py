@@ -19,12 +19,6 @@ from qdit_jax.quant import QTensor
 LAYERS = (nn.Dense, nn.DenseGeneral, nn.Einsum)
 
 
-def quantizable(module: nn.Module) -> bool:
-    """Whether `module` computes as `nn.Dense`, `nn.DenseGeneral` or `nn.Einsum` does."""
-    own = [cls for cls in LAYERS if isinstance(module, cls)]
-    return bool(own) and type(module).__call__ is own[0].__call__
-
-
 @dataclasses.dataclass(frozen=True)
 class KernelLayout:
     """The axes of a kernel of shape `shape`: batch, inputs, outputs; stacked axes come before."""
@@ -34,18 +28,23 @@ class KernelLayout:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
 
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether an array of shape `shape` is such a kernel, or a stack of them."""
+        first = len(shape) - len(self.shape)
+        return first >= 0 and tuple(shape[first:]) == tuple(self.shape)
+
     def matrices(self, kernel: Any) -> Any:
         """Returns `kernel` `[*stack, *shape]` as `[*stack, (B,) K, N]`; B only with batch axes.
 
         Raises:
             ValueError: if its last axes are not `shape`.
         """
-        stacked = kernel.ndim - len(self.shape)
-        if stacked < 0 or kernel.shape[stacked:] != tuple(self.shape):
+        if not self.fits(kernel.shape):
             raise ValueError(
                 f"a kernel of shape {kernel.shape} is used as {self.shape}; only stacks along "
                 "leading axes (nn.scan with variable_axes={'params': 0}) can be quantised."
             )
+        stacked = kernel.ndim - len(self.shape)
         order = [axis + stacked for axis in (*self.batch, *self.inputs, *self.outputs)]
         parts = [self.batch] if self.batch else []
         sizes = [self.size(axes) for axes in (*parts, self.inputs, self.outputs)]
@@ -56,19 +55,25 @@ class KernelLayout:
         return math.prod(self.shape[axis] for axis in axes)
 
 
-def layout_from_bias(kernel: Any, bias: Any) -> KernelLayout | None:
-    """Returns the layout of a kernel whose outputs are its bias' axes; None if it cannot be told.
+def layout_from_bias(kernel: Any, bias: Any, query: Any = None) -> KernelLayout | None:
+    """Returns the layout of a kernel that its bias suggests; None if it cannot be told.
 
-    A kernel of two axes is `[K, N]`.
+    A kernel of two axes is `[K, N]`. A bias of several axes is the outputs of `nn.DenseGeneral`; one
+    of a single axis may be a convolution's, except in attention, where the kernel `query` `[D, H, h]`
+    beside it shows that the kernel is `[H, h, N]`.
     """
     shape = tuple(kernel.shape)
-    num_outputs = 1 if len(shape) == 2 else 0
-    if bias is not None and bias.ndim < len(shape) and shape[-bias.ndim :] == bias.shape:
-        num_outputs = bias.ndim
-    if not num_outputs:
-        return None
     axes = tuple(range(len(shape)))
-    return KernelLayout(shape, (), axes[:-num_outputs], axes[-num_outputs:])
+    if len(shape) == 2:
+        return KernelLayout(shape, (), axes[:1], axes[1:])
+    num_outputs = 0 if bias is None else bias.ndim
+    if not 0 < num_outputs < len(shape) or shape[-num_outputs:] != tuple(bias.shape):
+        return None
+    if num_outputs == 1:
+        told = query is not None and tuple(query.shape[1:]) == shape[:-1]
+    else:
+        told = bias.shape[0] != shape[0]  # otherwise both may be stacked by nn.scan
+    return KernelLayout(shape, (), axes[:-num_outputs], axes[-num_outputs:]) if told else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,14 +116,25 @@ class Contraction:
         rows = range(first, first + len(self.x_rows))
         return [1 if axis in rows else size for axis, size in zip(self.order, y_shape, strict=True)]
 
-    def check_kernel(self, kernel: QTensor, x_shape: tuple[int, ...]) -> None:
-        """Raises `ValueError` if `kernel` was quantised with other axes as inputs."""
-        expected = math.prod(x_shape[axis] for axis in self.x_in), math.prod(self.features)
+    def check_kernel(self, kernel: QTensor, num_inputs: int, layout: KernelLayout) -> None:
+        """Raises `ValueError` unless `kernel` is whole, and was quantised with these axes as inputs."""
+        expected = num_inputs, math.prod(self.features)
+        ways = (self.k_batch, self.k_in, self.k_out)
         batch_axes = kernel.codes.ndim - 2
-        if tuple(kernel.shape) != expected or batch_axes != bool(self.k_batch):
+        if (
+            tuple(kernel.shape) != expected
+            or batch_axes != bool(self.k_batch)
+            or ways != (layout.batch, layout.inputs, layout.outputs)
+        ):
             raise ValueError(
-                f"its kernel was quantised as a matrix {tuple(kernel.shape)}, but the layer "
-                f"multiplies by {expected}; pass example_args=(x, ...) to quantize_linen."
+                f"its kernel {layout.shape} was quantised as a matrix {tuple(kernel.shape)} with "
+                f"input axes {layout.inputs}, but the layer multiplies by {expected} with input "
+                f"axes {self.k_in}; pass example_args=(x, ...) to quantize_linen."
+            )
+        if kernel.codes.dtype != jnp.uint8 or kernel.scale.shape[-2] != kernel.num_groups:
+            raise ValueError(
+                "its quantised kernel was changed on the way to it (cast, normalised, transposed); "
+                "leave the layer out with a recipe's rule that has no spec."
             )
 
 

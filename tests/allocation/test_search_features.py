@@ -12,7 +12,7 @@ import qdit_jax as qdit
 from qdit_jax import metrics
 from qdit_jax.allocation import frechet_objective
 from qdit_jax.allocation.rollouts import as_images
-from qdit_jax.models.vae import AutoencoderKL
+from qdit_jax.models import AutoencoderKL
 
 
 def features_fn(images):

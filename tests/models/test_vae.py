@@ -11,8 +11,7 @@ import pytest
 
 from qdit_convert import read_model
 from qdit_jax import checkpoint
-from qdit_jax.models import build_model
-from qdit_jax.models.vae import AutoencoderKL
+from qdit_jax.models import AutoencoderKL, build_model
 
 TOLERANCE = 2e-5
 

@@ -1,0 +1,170 @@
+"""What a linen layer computes once its kernel or its input is quantised."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import errors
+from flax import linen as nn
+
+from qdit_jax.adapters.linen_layout import LAYERS, Contraction, KernelLayout, contraction_of
+from qdit_jax.kernels import quantized_matmul
+from qdit_jax.quant import QTensor
+
+ONLY = "only nn.Dense, nn.DenseGeneral and nn.Einsum can be quantised"
+WEIGHT_CHANGERS = (nn.WeightNorm, nn.SpectralNorm)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class KernelOrigin:
+    """What a quantised kernel was: its axes, and the dtype that its product is promoted with.
+
+    It lies beside the kernel as `kernel_origin`, a leaf without arrays.
+    """
+
+    layout: KernelLayout
+    dtype: str
+
+
+def is_layer(context: Any) -> bool:
+    """Whether the intercepted method is the `__call__` of one of `LAYERS` itself.
+
+    A subclass with a `__call__` of its own is none; where it calls `super().__call__`, that is.
+    """
+    method = getattr(context.orig_method, "func", context.orig_method)
+    return any(inspect.unwrap(cls.__call__) is method for cls in LAYERS)
+
+
+def optional(module: nn.Module, name: str) -> Any:
+    """Returns a parameter of a module without its partitioning box, or None if it has none."""
+    if not module.has_variable("params", name):
+        return None
+    return nn.unbox(module.get_variable("params", name))
+
+
+def layer_name(module: Any) -> str:
+    return "/".join(module.scope.path) or type(module).__name__
+
+
+def interceptor(execution: str, traced: bool = True) -> Callable[..., Any]:
+    """Returns the interceptor that computes layers with quantised parameters.
+
+    Args:
+        execution: as in `quantized_matmul`.
+        traced: whether a trace has shown that the quantised kernels reach their layers; if not,
+            modules of other classes that own one are refused.
+    """
+
+    def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        if context.method_name != "__call__" or module.scope is None:
+            return next_fun(*args, **kwargs)
+        if not traced and isinstance(module, WEIGHT_CHANGERS):
+            return unchanged_weights(next_fun, module, args, kwargs)
+        kernel, act = optional(module, "kernel"), optional(module, "act_quant")
+        if act is None and not isinstance(kernel, QTensor):
+            return next_fun(*args, **kwargs)
+        if is_layer(context):
+            try:
+                multiply = multiplier(module, kernel, act, execution)
+                return product(module, multiply, kernel_dtype(module, kernel), args, kwargs)
+            except ValueError as error:
+                raise ValueError(f"{layer_name(module)}: {error}") from error
+        if not traced:
+            raise ValueError(
+                f"{layer_name(module)} is a {type(module).__name__}; {ONLY}: leave it out with a "
+                "recipe's rule that has no spec, or pass example_args=(x, ...) to quantize_linen."
+            )
+        return next_fun(*args, **kwargs)
+
+    return intercept
+
+
+def unchanged_weights(next_fun: Any, module: Any, args: Any, kwargs: Any) -> Any:
+    """Returns the output of a module that changes weights, which must not be quantised ones.
+
+    Raises:
+        ValueError: if they are.
+    """
+    try:
+        return next_fun(*args, **kwargs)
+    except (errors.FlaxError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{layer_name(module)} is a {type(module).__name__}, which cannot be computed. If a "
+            "kernel that it changes was quantised, leave it out with a recipe's rule that has no "
+            "spec, or pass example_args=(x, ...) to quantize_linen, which then leaves it. "
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]
+
+
+def kernel_dtype(module: Any, kernel: Any) -> Any:
+    """Returns the dtype of a layer's kernel before it was quantised.
+
+    Raises:
+        ValueError: if the kernel came without `kernel_origin`.
+    """
+    return origin_of(module).dtype if isinstance(kernel, QTensor) else kernel.dtype
+
+
+def origin_of(module: Any) -> KernelOrigin:
+    origin = optional(module, "kernel_origin")
+    if origin is None:
+        raise ValueError(
+            "its quantised kernel came without the entry 'kernel_origin' that lies beside it; "
+            "give the layer all of its parameters, as quantize_linen returned them."
+        )
+    return origin
+
+
+def multiplier(module: Any, kernel: Any, act: Any, execution: str) -> Callable[..., Any]:
+    """Returns `(rows [B, T, K], contraction) -> [B, T, N]` with quantised parameters."""
+
+    def quantized(rows: Any, weight: Any) -> Any:
+        return quantized_matmul(rows, weight, act, execution=execution)
+
+    def plain(rows: Any, weight: Any) -> Any:
+        return jnp.matmul(act(rows), weight, precision=module.precision)
+
+    def multiply_all(rows: Any, ways: Contraction) -> Any:
+        if isinstance(kernel, QTensor):
+            ways.check_kernel(kernel, rows.shape[-1], origin_of(module).layout)
+            multiply, weights = quantized, kernel
+        else:
+            layout = KernelLayout(kernel.shape, ways.k_batch, ways.k_in, ways.k_out)
+            multiply, weights = plain, layout.matrices(kernel).astype(rows.dtype)
+        if ways.k_batch:
+            return jax.vmap(multiply)(rows, weights)
+        return multiply(rows.reshape(rows.shape[1:]), weights)[None]
+
+    return multiply_all
+
+
+def product(
+    module: Any, multiply_fn: Callable[..., Any], dtype: Any, args: Any, kwargs: Any
+) -> jax.Array:
+    """Returns what `module` would, its rows and kernel multiplied by `multiply_fn`.
+
+    Args:
+        multiply_fn: `(rows [B, T, K], contraction) -> [B, T, N]`.
+        dtype: of the kernel in full precision.
+    """
+    ways = contraction_of(module, *args, **kwargs)
+    bias = optional(module, "bias") if module.use_bias else None
+    inputs = args[0] if args else kwargs["inputs"]
+    x, _, bias = module.promote_dtype(inputs, jnp.zeros((), dtype), bias, dtype=module.dtype)
+    result = getattr(module, "preferred_element_type", None) or x.dtype
+    rows = ways.rows(x.astype(jnp.promote_types(x.dtype, result)))  # [B, T, K]
+    y = ways.result(multiply_fn(rows, ways), x.shape).astype(result)
+    if bias is not None:
+        y = y + jnp.reshape(bias, ways.bias_shape(y.shape))
+    return y
