@@ -22,7 +22,7 @@ from qdit_jax.adapters.linen_layout import (
     quantizable,
 )
 from qdit_jax.calibration import Stats
-from qdit_jax.kernels import EXECUTIONS, quantized_matmul
+from qdit_jax.kernels import NUMERICS, quantized_matmul
 from qdit_jax.ptq import act_quantizer
 from qdit_jax.quant import QTensor, WeightSpec, quantize
 from qdit_jax.recipes import Recipe
@@ -35,7 +35,7 @@ def quantize_linen(
     *,
     example_args: tuple[Any, ...] = (),
     example_kwargs: Mapping[str, Any] | None = None,
-    execution: str = "simulated",
+    numerics: str = "simulated",
     stats: Stats | None = None,
     quantize_fn: Callable[[Any, WeightSpec], QTensor] = quantize,
 ) -> tuple[Callable[..., Any], Any]:
@@ -53,7 +53,7 @@ def quantize_linen(
             to learn its layers. Needed where a bias does not tell inputs from outputs: kernels
             of more than two axes without one, or stacked by `nn.scan`.
         example_kwargs: keyword arguments of that call, such as `{"deterministic": True}`.
-        execution: `"simulated"` or `"integer"`, as in `quantized_matmul`.
+        numerics: `"simulated"` or `"integer"`, as in `quantized_matmul`.
         stats: statistics by layer, for static activations only.
         quantize_fn: `(kernel [K, N], spec) -> QTensor`.
 
@@ -61,8 +61,8 @@ def quantize_linen(
         ValueError: if a rule matches no layer, a layer's kernel is no matrix that can be
             quantised, or the layout of a kernel cannot be told.
     """
-    if execution not in EXECUTIONS:
-        raise ValueError(f"execution={execution!r} is not known; use one of {EXECUTIONS}.")
+    if numerics not in NUMERICS:
+        raise ValueError(f"numerics={numerics!r} is not known; use one of {', '.join(NUMERICS)}.")
     flat = traverse_util.flatten_dict(core.unfreeze(nn.unbox(params)))
     kernels = {path[:-1]: leaf for path, leaf in flat.items() if path[-1] == "kernel"}
     traced = (
@@ -89,7 +89,7 @@ def quantize_linen(
             )
 
     def apply_fn(variables: Any, *args: Any, **kwargs: Any) -> Any:
-        with nn.intercept_methods(interceptor(execution)):
+        with nn.intercept_methods(interceptor(numerics)):
             return model.apply(variables, *args, **kwargs)
 
     return apply_fn, traverse_util.unflatten_dict(flat)
@@ -159,7 +159,7 @@ def quantized_kernel(
     return jax.tree.map(lambda *leaves: jnp.stack(leaves).reshape(*lead, *leaves[0].shape), *parts)
 
 
-def interceptor(execution: str) -> Callable[..., Any]:
+def interceptor(numerics: str) -> Callable[..., Any]:
     """Returns the interceptor that computes layers with quantised parameters."""
 
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -176,7 +176,7 @@ def interceptor(execution: str) -> Callable[..., Any]:
                 "can be quantised: leave it out with a recipe's rule that has no spec."
             )
         try:
-            return product(module, kernel, act, execution, *args, **kwargs)
+            return product(module, kernel, act, numerics, *args, **kwargs)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
@@ -188,7 +188,7 @@ def optional(module: nn.Module, name: str) -> Any:
 
 
 def product(
-    module: Any, kernel: Any, act: Any, execution: str, *args: Any, **kwargs: Any
+    module: Any, kernel: Any, act: Any, numerics: str, *args: Any, **kwargs: Any
 ) -> jax.Array:
     """Returns what `module` would, computed with its quantised parameters."""
     ways = contraction_of(module, *args, **kwargs)
@@ -201,7 +201,7 @@ def product(
         ways.check_kernel(kernel, x.shape)
 
         def multiply(one: Any, weight: Any) -> Any:
-            return quantized_matmul(one, weight, act, execution=execution)
+            return quantized_matmul(one, weight, act, numerics)
     else:
         layout = KernelLayout(kernel.shape, ways.k_batch, ways.k_in, ways.k_out)
         kernel = layout.matrices(nn.unbox(kernel)).astype(x.dtype)

@@ -102,6 +102,8 @@ def input_rows(
         elif context.method_name == "operand":
             name, x = args
             rows[f"{path}/{name}"] = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        elif context.method_name == "sees_weights":
+            return True
         return next_fn(*args, **kwargs)
 
     with nn.intercept_methods(record):

@@ -48,7 +48,7 @@ def run_sample(args: argparse.Namespace) -> None:
             guidance=args.guidance,
             guidance_channels=args.guidance_channels,
             batch_size=args.batch_size,
-            execution=args.execution,
+            numerics=args.numerics,
             progress_fn=bar.update,
         )
     seconds = time.perf_counter() - start
@@ -56,13 +56,13 @@ def run_sample(args: argparse.Namespace) -> None:
     write(args, checkpoint, images, label)
     print(
         f"{args.out}: {len(label)} samples, {type(sampler).__name__} {args.steps} steps, "
-        f"guidance {args.guidance:g}, {precision(checkpoint, args.execution)}, {seconds:.1f} s."
+        f"guidance {args.guidance:g}, {precision(checkpoint, args.numerics)}, {seconds:.1f} s."
     )
 
 
-def precision(checkpoint: checkpoints.Checkpoint, execution: str) -> str:
+def precision(checkpoint: checkpoints.Checkpoint, numerics: str) -> str:
     """Returns how the numbers were computed, in words."""
-    return "full precision" if checkpoint.recipe is None else f"quantised, {execution} execution"
+    return "full precision" if checkpoint.recipe is None else f"quantised, {numerics} numerics"
 
 
 def chosen_labels(text: str | None, num_samples: int | None, num_classes: int) -> np.ndarray:

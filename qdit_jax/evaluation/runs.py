@@ -53,7 +53,7 @@ class Protocol:
     seed: int = 0
     guidance: float = 1.5
     guidance_channels: int | None = 3
-    execution: str = "simulated"
+    numerics: str = "simulated"
     batch_size: int | None = None
 
 
@@ -127,7 +127,7 @@ def settings_of(contenders: Sequence[Contender], protocol: Protocol) -> dict[str
         "seed": protocol.seed,
         "guidance": protocol.guidance,
         "guidance_channels": "all" if channels is None else channels,
-        "execution": protocol.execution,
+        "numerics": protocol.numerics,
         "batch_size": protocol.batch_size,
     }
 
@@ -270,7 +270,7 @@ def network(denoise_fn: Any) -> Any:
 def walker(checkpoint: Checkpoint, protocol: Protocol, mesh: Any) -> Walker:
     """Returns the sampler of a checkpoint with its parameters on every device."""
     whole = NamedSharding(mesh, PartitionSpec())
-    model = checkpoint.model.clone(execution=protocol.execution)
+    model = checkpoint.model.clone(numerics=protocol.numerics)
     guidance, channels = protocol.guidance, protocol.guidance_channels
     denoise_fn = denoiser(model, checkpoint.params, guidance, channels)
     vae = checkpoint.vae

@@ -54,7 +54,7 @@ def summarize(
 
 
 def model_facts(run: Run, table: Table, number: int, contender: Contender) -> dict[str, Any]:
-    """Returns size, execution and time of one contender."""
+    """Returns size, numerics and time of one contender."""
     checkpoint = contender.checkpoint
     seconds, compile_seconds = (
         np.array(table[f"{number}/{name}"], np.float64) for name in ("seconds", "compile_seconds")
@@ -63,17 +63,17 @@ def model_facts(run: Run, table: Table, number: int, contender: Contender) -> di
     return {
         "title": contender.title,
         "recipe": None if checkpoint.recipe is None else checkpoint.recipe.name,
-        "execution": execution(contender, run.settings["execution"]),
+        "numerics": precision(contender, run.settings["numerics"]),
         "bytes": num_bytes(checkpoint.params),
         "seconds_per_sample": float(np.median(seconds)) / batch,
         "compile_seconds": float(compile_seconds.max()),
     }
 
 
-def execution(contender: Contender, chosen: str) -> str:
+def precision(contender: Contender, chosen: str) -> str:
     """Returns how the numbers of a contender were computed, in words."""
     quantized = contender.checkpoint.recipe is not None
-    return f"quantised, {chosen} execution" if quantized else "full precision"
+    return f"quantised, {chosen} numerics" if quantized else "full precision"
 
 
 def num_bytes(params: Any) -> int:

@@ -1,4 +1,4 @@
-"""Both executions in plain XLA: the fallback everywhere, and the oracle.
+"""Both numerics in plain XLA: the fallback everywhere, and the oracle.
 
 Dimensions: T tokens, K input channels, N output channels, L channels of a segment.
 """

@@ -11,7 +11,9 @@ from qdit_jax.models.features import (
 )
 from qdit_jax.models.inception import InceptionV3
 from qdit_jax.models.layers import (
+    Layers,
     Linear,
+    Network,
     TimestepEmbedder,
     optional,
     sincos_positions,
@@ -26,7 +28,9 @@ __all__ = [
     "DiT",
     "FeaturesFn",
     "InceptionV3",
+    "Layers",
     "Linear",
+    "Network",
     "TimestepEmbedder",
     "abstract_params",
     "asset",

@@ -17,7 +17,7 @@ FAMILIES = {
     "inception": ("qdit_jax.models.inception", "InceptionV3"),
 }
 # Fields of a linen module, or of how it runs, that are no part of a stored configuration.
-NOT_CONFIG = {"parent", "name", "execution"}
+NOT_CONFIG = {"parent", "name", "numerics", "implementation"}
 
 
 def build_model(family: str, config: dict[str, Any]) -> nn.Module:
