@@ -39,8 +39,9 @@ from qdit_jax.evaluation import (
     write_evaluation,
 )
 from qdit_jax.files import replaced_file
+from qdit_jax.models import family_of
 from qdit_jax.report import save_picture
-from qdit_jax.sampling import decode, latent_shape
+from qdit_jax.sampling import conditions_in_turn, decode
 
 DEFAULT_OUT = Path("qdit-evaluate")
 
@@ -62,7 +63,8 @@ def evaluate_models(args: argparse.Namespace) -> None:
         judge = judge_of(args, contenders)
     with tqdm(total=args.num_samples, unit="sample", file=sys.stderr) as bar:
         run = run_evaluation(contenders, protocol, out, bar.update)
-    label = np.arange(args.num_samples) % contenders[0].checkpoint.model.num_classes
+    model = contenders[0].checkpoint.model
+    label = conditions_in_turn(model, None, np.arange(args.num_samples))
     files = merged(run, contenders, label)
     scores = {}
     if judge is not None:
@@ -108,11 +110,11 @@ def loaded(args: argparse.Namespace) -> list[Contender]:
     paths = [p for p in (args.against, args.checkpoint, args.compare) if p is not None]
     found = [checkpoints.load(path) for path in paths]
     for path, checkpoint in zip(paths, found, strict=True):
-        if not hasattr(checkpoint.model, "velocity"):
+        if not family_of(checkpoint.model).is_diffusion:
             kind = type(checkpoint.model).__name__
             raise UserError(f"{path} holds a {kind}, which makes no pictures by itself.")
     given = None if args.vae is None else checkpoints.load(args.vae)
-    if given is not None and hasattr(given.model, "velocity"):
+    if given is not None and family_of(given.model).is_diffusion:
         raise UserError(f"--vae {args.vae} holds no autoencoder.")
     known = given or next((c.vae for c in found if c.vae is not None), None)
     return [
@@ -169,7 +171,7 @@ def judge_of(args: argparse.Namespace, contenders: list[Contender]) -> Judge:
 
 def image_shape(checkpoint: Checkpoint) -> tuple[int, ...] | None:
     """Returns rows, columns and channels of a checkpoint's images; None if it makes latents."""
-    shape = latent_shape(checkpoint.model)
+    shape = checkpoint.model.sample_shape()
     vae = checkpoint.vae
     if vae is None:
         return shape if shape[-1] in (1, 3) else None

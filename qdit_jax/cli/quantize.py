@@ -163,7 +163,6 @@ def recipe_of(args: argparse.Namespace, params: Any) -> Any:
         UserError: if options of a preset accompany a file.
     """
     import qdit_jax as qdit
-    from qdit_jax.recipes import BLOCK_LINEARS, PARTS
 
     if args.recipe.endswith(".json") or Path(args.recipe).exists():
         given = [name for name in PRESET_OPTIONS if getattr(args, name) is not None]
@@ -181,8 +180,8 @@ def recipe_of(args: argparse.Namespace, params: Any) -> Any:
         "per_timestep": args.act_mode == "static-per-timestep",
         "range_fn": range_named(args.range or "minmax"),
     }
-    recipe = qdit.Recipe.preset(args.recipe, layers=args.layers or BLOCK_LINEARS, **options)
-    for part in PARTS:
+    recipe = qdit.Recipe.preset(args.recipe, layers=args.layers, **options)
+    for part in ("adaln", "embedders", "final", "attention"):
         if (name := getattr(args, part)) is not None:
             recipe = recipe.with_part(part, name, **options)
     if args.rounding == "gptq-authors" and args.range is None:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from qdit_jax import checkpoint as checkpoints
 from qdit_jax import diffusion, sampling
 from qdit_jax.errors import UserError
+from qdit_jax.models import family_of
 from qdit_jax.report import media
 
 SMALLEST_CELL = 64  # pixels; smaller pictures are enlarged in a grid
@@ -29,15 +30,16 @@ def run_sample(args: argparse.Namespace) -> None:
     if args.num_samples is not None and args.num_samples < 1:
         raise UserError(f"--num-samples {args.num_samples}: use a positive number.")
     checkpoint = checkpoints.load(args.checkpoint)
-    if not hasattr(checkpoint.model, "velocity"):
+    if not family_of(checkpoint.model).is_diffusion:
         kind = type(checkpoint.model).__name__
         raise UserError(f"{args.checkpoint} holds a {kind}, which makes no pictures by itself.")
     if args.vae is not None:
         checkpoint = dataclasses.replace(checkpoint, vae=checkpoints.load(args.vae))
-    label = chosen_labels(args.labels, args.num_samples, checkpoint.model.num_classes)
+    classes = checkpoint.model.all_conditions()
+    label = chosen_labels(args.labels, args.num_samples, len(classes))
     sampler = chosen_sampler(args, checkpoint)
     check_pictures(args, checkpoint)
-    sampling.checked_labels(checkpoint.model, label)  # before the progress bar appears
+    checkpoint.model.check_condition(label)  # before the progress bar appears
     start = time.perf_counter()
     with tqdm(total=len(label), unit="sample", file=sys.stderr) as bar:
         images = sampling.generate(
@@ -95,9 +97,10 @@ def chosen_sampler(
         UserError: if the sampler does not fit what the network predicts, or the number of steps.
     """
     model = checkpoint.model
-    name = args.sampler or ("flow" if model.velocity else "ddim")
-    if model.velocity != (name == "flow"):
-        kind, fitting = ("a velocity", "flow") if model.velocity else ("noise", "ddim or ddpm")
+    name = args.sampler or model.default_sampler
+    is_flow = model.prediction == "velocity"
+    if is_flow != (name == "flow"):
+        kind, fitting = ("a velocity", "flow") if is_flow else ("noise", "ddim or ddpm")
         raise UserError(f"--sampler {name}: this model predicts {kind}; use {fitting}.")
     if args.eta and name != "ddim":
         raise UserError(f"--eta {args.eta} is an option of ddim, not of {name}.")
@@ -108,7 +111,7 @@ def chosen_sampler(
     options = {"schedule": sampling.trained_schedule(checkpoint.metadata), "clip": args.clip}
     if name == "ddim":
         return diffusion.ddim(args.steps, args.eta, **options)
-    variance_fn = diffusion.learned_range if model.learn_sigma else diffusion.fixed_large
+    variance_fn = diffusion.learned_range if model.learned_variance else diffusion.fixed_large
     return diffusion.ddpm(args.steps, variance_fn=variance_fn, **options)
 
 
@@ -116,13 +119,13 @@ def check_pictures(args: argparse.Namespace, checkpoint: checkpoints.Checkpoint)
     """Raises `UserError` if a picture is asked of latents that nothing decodes."""
     if is_latent(checkpoint) and args.out.suffix == ".png":
         raise UserError(
-            f"the model's {checkpoint.model.in_channels} channels are latents and {args.checkpoint} "
+            f"the model's {checkpoint.model.sample_shape()[-1]} channels are latents and {args.checkpoint} "
             "holds no autoencoder; give --vae CHECKPOINT, or --out latents.npz."
         )
 
 
 def is_latent(checkpoint: checkpoints.Checkpoint) -> bool:
-    return checkpoint.vae is None and checkpoint.model.in_channels not in (1, 3)
+    return checkpoint.vae is None and checkpoint.model.sample_shape()[-1] not in (1, 3)
 
 
 def check_finite(images: np.ndarray) -> None:

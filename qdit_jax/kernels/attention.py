@@ -59,7 +59,7 @@ def attention(
     The softmax is computed in float32 at least. Operands that are quantised come rounded.
 
     Args:
-        mask: True where a query may look: `[B, T]`, or `[B, 1 or H, 1 or Q, T]`. A query that may
+        mask: True where a query may look: `[B, T]`, or `[1 or B, 1 or H, 1 or Q, T]`. A query that may
             look nowhere gets 0.
         scale: `D ** -0.5` by default.
         weights_fn: of the softmax `[B, H, Q, T]`, for instance what rounds it.
@@ -137,10 +137,10 @@ def checked_mask(mask: Any, q: tuple[int, ...], k: tuple[int, ...]) -> Bool[Arra
     (batch, queries, heads, _), keys = q, k[1]
     if mask.shape == (batch, keys):
         return mask[:, None, None, :]
-    wanted = ((batch,), (1, heads), (1, queries), (keys,))
+    wanted = ((1, batch), (1, heads), (1, queries), (keys,))
     if mask.ndim != 4 or any(n not in sizes for n, sizes in zip(mask.shape, wanted, strict=True)):
         raise ValueError(
-            f"mask has shape {mask.shape}; use [{batch}, {keys}] or [{batch}, 1 or {heads}, "
+            f"mask has shape {mask.shape}; use [{batch}, {keys}] or [1 or {batch}, 1 or {heads}, "
             f"1 or {queries}, {keys}]."
         )
     return mask

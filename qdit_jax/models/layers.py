@@ -48,7 +48,7 @@ class Layers:
         )
 
 
-class Network(nn.Module, kw_only=True):
+class NetworkModule(nn.Module, kw_only=True):
     """A network with linear layers: how it runs is no part of the configuration it stores.
 
     Attributes:

@@ -54,7 +54,7 @@ def write_model_report(
     Raises:
         UserError: if the network has no transformer blocks.
     """
-    paths = [path for path in block_layers(params) if path in stats.low]
+    paths = {p: place for p, place in block_layers(params).items() if p in stats.low}
     if not paths:
         raise UserError(f"{title} has no transformer blocks to draw.")
     weights, inputs = weight_facts(params, paths), activation_facts(stats, paths)
@@ -64,11 +64,11 @@ def write_model_report(
         "inputs": input_ranges(stats, paths),
     }
     figures = {
-        "weights": weight_spread_figure(weights),
-        "activations": activation_channels_figure(inputs),
-        "timesteps": timestep_figure(inputs, stats.timesteps, order),
-        "outliers": outlier_figure(inputs),
-        "ranges": range_histograms(ranges),
+        "weights": weight_spread_figure(weights, paths),
+        "activations": activation_channels_figure(inputs, paths),
+        "timesteps": timestep_figure(inputs, paths, stats.timesteps, order),
+        "outliers": outlier_figure(inputs, paths),
+        "ranges": range_histograms(ranges, paths),
     }
     summary = {
         "model": title,
@@ -94,8 +94,8 @@ def write_model_report(
 def protocol_text(protocol: Mapping[str, Any], stats: Stats) -> str:
     told = ", ".join(f"{name} {value}" for name, value in protocol.items())
     return (
-        f"Inputs recorded while sampling: {told}; {len(stats.timesteps)} timesteps, labels in turn "
-        "and the null class."
+        f"Inputs recorded while sampling: {told}; {len(stats.timesteps)} timesteps, conditions in "
+        "turn and the null condition."
     )
 
 

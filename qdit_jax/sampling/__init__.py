@@ -2,22 +2,20 @@
 
 from qdit_jax.sampling.generation import (
     Denoiser,
-    checked_labels,
+    conditions_in_turn,
     decode,
     denoiser,
     generate,
     initial_noise,
-    latent_shape,
     trained_schedule,
 )
 
 __all__ = [
     "Denoiser",
-    "checked_labels",
+    "conditions_in_turn",
     "decode",
     "denoiser",
     "generate",
     "initial_noise",
-    "latent_shape",
     "trained_schedule",
 ]
