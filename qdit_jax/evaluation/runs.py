@@ -24,7 +24,8 @@ from qdit_jax import diffusion, metrics
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.errors import UserError
 from qdit_jax.evaluation.store import locked, missing_shards, open_run, shard_ranges, write_shard
-from qdit_jax.models import config_of
+from qdit_jax.kernels import implementations_used
+from qdit_jax.models import config_of, rows_per_sample
 from qdit_jax.report import to_uint8
 from qdit_jax.sampling import conditions_in_turn, decode, denoiser, initial_noise
 
@@ -181,10 +182,14 @@ def shards(
     walkers = [walker(c.checkpoint, protocol, mesh) for c in contenders]
     device = jax.local_devices()[0]
     place = f"{mesh.size} x {device.platform} ({device.device_kind})"
+    used = {
+        f"{i}/implementations": json.dumps(used_by(c.checkpoint, protocol.numerics, padded))
+        for i, c in enumerate(contenders)
+    }
     for start, stop in missing:
         index = np.minimum(np.arange(start, start + padded), protocol.num_samples - 1)
         condition = conditions_in_turn(contenders[0].checkpoint.model, protocol.conditions, index)
-        arrays: dict[str, Any] = {"stop": stop, "device": place}
+        arrays: dict[str, Any] = {"stop": stop, "device": place, **used}
         walks = []
         for i, (contender, walk) in enumerate(zip(contenders, walkers, strict=True)):
             found = walk(index.astype(np.int32), condition).head(stop - start)
@@ -197,6 +202,12 @@ def shards(
                 probed = probe(walkers[0], walkers[i], walks[0], first_of(condition, stop - start))
                 arrays[f"{i}/output_db"] = probed
         yield start, arrays
+
+
+def used_by(checkpoint: Checkpoint, numerics: str, batch_size: int) -> dict[str, int]:
+    """Returns how many quantised layers each implementation computes, by its name."""
+    rows = {path: n * batch_size for path, n in rows_per_sample(checkpoint.model).items()}
+    return implementations_used(checkpoint.params, numerics, rows=rows)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,6 +65,7 @@ def model_facts(run: Run, table: Table, number: int, contender: Contender) -> di
         "title": contender.title,
         "recipe": None if checkpoint.recipe is None else checkpoint.recipe.name,
         "numerics": precision(contender, run.settings["numerics"]),
+        "implementations": implementations(table, number),
         "bytes": num_bytes(checkpoint.params),
         "seconds_per_sample": float(np.median(seconds)) / batch,
         "compile_seconds": float(compile_seconds.max()),
@@ -74,6 +76,12 @@ def precision(contender: Contender, chosen: str) -> str:
     """Returns how the numbers of a contender were computed, in words."""
     quantized = contender.checkpoint.recipe is not None
     return f"quantised, {chosen} numerics" if quantized else "full precision"
+
+
+def implementations(table: Table, number: int) -> dict[str, int]:
+    """Returns how many layers of a contender each implementation computed, on all its devices."""
+    stored = {str(text) for text in table.get(f"{number}/implementations", ())}
+    return {name: count for text in sorted(stored) for name, count in json.loads(text).items()}
 
 
 def num_bytes(params: Any) -> int:

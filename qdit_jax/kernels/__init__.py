@@ -5,6 +5,7 @@ from qdit_jax.kernels.matmul import implementation_of, quantized_matmul, unsuppo
 from qdit_jax.kernels.product import NUMERICS, PLATFORMS, Implementation, Numerics, Product
 from qdit_jax.kernels.segments import segments
 from qdit_jax.kernels.table import IMPLEMENTATIONS
+from qdit_jax.kernels.usage import implementations_used
 
 __all__ = [
     "ATTENTION_IMPLEMENTATIONS",
@@ -16,6 +17,7 @@ __all__ = [
     "Product",
     "attention",
     "implementation_of",
+    "implementations_used",
     "quantized_matmul",
     "segments",
     "unsupported_reason",
