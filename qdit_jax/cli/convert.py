@@ -127,7 +127,7 @@ def _summary(checkpoint: Any) -> str:
     return (
         f"family {checkpoint.metadata['source_family']} ({checkpoint.metadata['layout']}"
         f"{'' if weights == 'flat' else f', {weights} weights'}), stored as "
-        f"{family_of(checkpoint.model)}: {num_values:,} values, "
+        f"{family_of(checkpoint.model).name}: {num_values:,} values, "
         f"{sum(leaf.nbytes for leaf in leaves):,} bytes\n  {config}"
     )
 

@@ -12,6 +12,7 @@ from qdit_jax.models.families import (
 )
 from qdit_jax.models.family import (
     OPERANDS,
+    OPERANDS_OF,
     Condition,
     Family,
     Fold,
@@ -32,6 +33,7 @@ from qdit_jax.models.features import (
 )
 from qdit_jax.models.inception import InceptionV3
 from qdit_jax.models.layers import (
+    AttentionModule,
     Layers,
     Linear,
     NetworkModule,
@@ -47,7 +49,9 @@ __all__ = [
     "DEMO_STATISTICS",
     "FAMILIES",
     "OPERANDS",
+    "OPERANDS_OF",
     "SIZES",
+    "AttentionModule",
     "AutoencoderKL",
     "Condition",
     "DiT",

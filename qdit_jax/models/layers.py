@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Bool, Float, Num
 
 from qdit_jax.kernels import attention, quantized_matmul
 from qdit_jax.quant import QTensor, dequantize, select_columns
@@ -184,25 +184,27 @@ class LabelEmbedder(nn.Module):
         return jnp.asarray(table)[label]
 
 
-class Attention(nn.Module):
-    """Returns multi-head self-attention with the published names `qkv` and `proj`.
+class AttentionModule(nn.Module):
+    """A module with the two products of attention, of any projections.
 
     `q_quant`, `k_quant`, `v_quant` and `softmax_quant` entries beside the params, where present,
     quantise the four operands of the two products (per head and token).
     """
 
-    num_heads: int
-    layers: Layers = Layers()
+    def attend(
+        self,
+        q: Float[Array, "B Q H D"],
+        k: Float[Array, "B T H D"],
+        v: Float[Array, "B T H D"],
+        mask: Bool[Array, "..."] | None = None,
+    ) -> Float[Array, "B Q H D"]:
+        """Returns the attention of its operands, rounded where they have quantisers.
 
-    @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        b, t, d = x.shape
-        qkv = self.layers.linear(3 * d, name="qkv")(x)
-        q, k, v = jnp.moveaxis(qkv.reshape(b, t, 3, self.num_heads, d // self.num_heads), 2, 0)
+        `mask` is True where a query may look, as in `kernels.attention`.
+        """
         q, k, v = (self.operand(name, a) for name, a in (("q", q), ("k", k), ("v", v)))
         weights_fn = partial(self.operand, "softmax") if self.sees_weights() else None
-        out = attention(q, k, v, weights_fn=weights_fn).reshape(b, t, d)
-        return self.layers.linear(d, name="proj")(out)
+        return attention(q, k, v, mask, weights_fn=weights_fn)
 
     def operand(self, name: str, x: Array) -> Array:
         """Returns an operand of a product, rounded where it has a quantiser."""
@@ -212,6 +214,20 @@ class Attention(nn.Module):
     def sees_weights(self) -> bool:
         """Returns whether the softmax is rounded, or recorded by who intercepts this method."""
         return optional(self, "softmax_quant") is not None
+
+
+class Attention(AttentionModule):
+    """Returns multi-head self-attention with the published names `qkv` and `proj`."""
+
+    num_heads: int
+    layers: Layers = Layers()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        b, t, d = x.shape
+        qkv = self.layers.linear(3 * d, name="qkv")(x)
+        q, k, v = jnp.moveaxis(qkv.reshape(b, t, 3, self.num_heads, d // self.num_heads), 2, 0)
+        return self.layers.linear(d, name="proj")(self.attend(q, k, v).reshape(b, t, d))
 
 
 class Mlp(nn.Module):

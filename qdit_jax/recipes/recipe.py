@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from flax.traverse_util import flatten_dict
 
-from qdit_jax.models import FAMILIES, family_of_params, layers_of
+from qdit_jax.models import FAMILIES, OPERANDS_OF, Family, family_of_params, layers_of
 from qdit_jax.quant import ActSpec, WeightSpec, ranges
 
 FORMAT_VERSION = 1
@@ -54,15 +55,19 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Rules for a whole network; `name` says what it is in reports."""
+    """Rules for a whole network; `name` says what it is in reports.
+
+    `family` is the name of the family that the rules were bound to, if any.
+    """
 
     rules: tuple[Rule, ...]
     name: str = "custom"
+    family: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
-    def get(self, path: str) -> LayerSpec | None:
-        """Returns the spec of the last rule that matches `path`, or None to leave the layer."""
+    def get(self, *names: str) -> LayerSpec | None:
+        """Returns the spec of the last rule that matches a layer's name, or None to leave it."""
         for rule in reversed(self.rules):
-            if rule.matches(path):
+            if any(rule.matches(name) for name in names):
                 return None if rule.spec == LayerSpec() else rule.spec
         return None
 
@@ -74,13 +79,21 @@ class Recipe:
         """
         if not any(rule.layers.startswith(PART) for rule in self.rules):
             return self
+        return self.bound_to(family_claiming(params))
+
+    def bound_to(self, family: Family) -> Recipe:
+        """Returns the recipe with `part:` rules as patterns of `family`.
+
+        Raises:
+            ValueError: if the family has no such part.
+        """
         rules = tuple(
-            dataclasses.replace(rule, layers=part_pattern(rule.layers.removeprefix(PART), params))
+            dataclasses.replace(rule, layers=family.part_pattern(rule.layers.removeprefix(PART)))
             if rule.layers.startswith(PART)
             else rule
             for rule in self.rules
         )
-        return dataclasses.replace(self, rules=rules)
+        return dataclasses.replace(self, rules=rules, family=family.name)
 
     def resolve(self, params: Any) -> dict[str, LayerSpec]:
         """Returns the spec of every layer of `params` that is quantised, by path.
@@ -94,13 +107,16 @@ class Recipe:
         self = self.bound(params)
         layers = layer_paths(params)
         operands, tables = operand_paths(params), table_paths(params)
+        names = operand_names(operands, layers)
+        every = [*layers, *tables, *(name for both in names.values() for name in both)]
         for rule in self.rules:
-            if not any(rule.matches(path) for path in layers + operands + tables):
+            if not any(rule.matches(path) for path in every):
                 raise ValueError(
                     f"recipe {self.name!r}: the pattern {rule.layers!r} matches no layer; "
                     f"layers are named like {', '.join(layers[:1] + layers[-1:] + operands[:1])}."
                 )
-        found = {path: spec for path in layers + operands if (spec := self.get(path)) is not None}
+        found = {path: spec for path in layers if (spec := self.get(path)) is not None}
+        found |= {path: spec for path in operands if (spec := self.get(*names[path])) is not None}
         for path in operands:
             if path in found and found[path].weight is not None:
                 raise ValueError(
@@ -189,7 +205,9 @@ class Recipe:
                     f"name={name!r}: attention operands have no weights; use 'w16a8' or the like."
                 )
         added = Recipe.preset(name, layers=PART + part, **options)
-        return Recipe((*self.rules, *added.rules), f"{self.name}-{part}-{name}")
+        name = f"{self.name}-{part}-{name}"
+        recipe = dataclasses.replace(self, rules=(*self.rules, *added.rules), name=name)
+        return recipe if self.family is None else recipe.bound_to(FAMILIES[self.family])
 
     def with_shifted_gelu(self, params: Any) -> Recipe:
         """Returns the recipe with unsigned symmetric codes for inputs that a GELU makes.
@@ -216,7 +234,7 @@ class Recipe:
             and spec.act is not None
             and spec.act.fmt is None
         ]
-        return Recipe((*self.rules, *added), f"{self.name}-gelu")
+        return dataclasses.replace(self, rules=(*self.rules, *added), name=f"{self.name}-gelu")
 
     def to_json(self) -> dict[str, Any]:
         """Returns the recipe as JSON-serialisable values."""
@@ -296,12 +314,19 @@ def layer_paths(params: Any) -> list[str]:
 
 
 def operand_paths(params: Any) -> list[str]:
-    """Returns the paths of the attention products' operands, such as `blocks_0/attn/q`.
+    """Returns the paths of the attention products' operands, such as `blocks_0/attn/operands/q`.
 
     Empty for parameters that no family claims.
     """
     family = family_of_params(params)
     return [] if family is None else family.operands(layer_paths(params))
+
+
+def operand_names(operands: Sequence[str], layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Returns the names that a rule may call each operand by: `attn/operands/q`, and `attn/q` where
+    that is no layer."""
+    short = {path: path.replace(OPERANDS_OF, "/") for path in operands}
+    return {path: (path,) if name in layers else (path, name) for path, name in short.items()}
 
 
 def part_names() -> list[str]:
@@ -315,6 +340,11 @@ def part_pattern(part: str, params: Any) -> str:
     Raises:
         ValueError: if no family claims them, or theirs has no such part.
     """
+    return family_claiming(params).part_pattern(part)
+
+
+def family_claiming(params: Any) -> Family:
+    """Returns the family of parameters; raises `ValueError` if no row claims them."""
     family = family_of_params(params)
     if family is None:
         raise ValueError(
@@ -322,7 +352,7 @@ def part_pattern(part: str, params: Any) -> str:
             f"{', '.join(layer_paths(params)[:2])}); say which layers to quantize with layers=, a "
             "regular expression of whole paths."
         )
-    return family.part_pattern(part)
+    return family
 
 
 def table_paths(params: Any) -> list[str]:

@@ -191,5 +191,7 @@ def test_a_part_adds_its_layers(params, part, layers):
 
 
 def test_an_unknown_part_is_named():
-    with pytest.raises(ValueError, match="part='head' is not known; use one of adaln, embedders"):
+    with pytest.raises(
+        ValueError, match="part='head' is not known; use one of blocks, adaln, embedders"
+    ):
         Recipe.preset("w4a8").with_part("head", "w8a8")
