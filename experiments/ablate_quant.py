@@ -5,7 +5,7 @@
 
 About 4 minutes on 2 cores with the packaged model. Every setting samples the same noise and labels;
 the figure is the signal-to-error ratio of the samples against full precision in dB, the mean over
-samples with a bootstrap 95% interval, simulated execution. Writes `ablation.json`, `ablation.md` and
+samples with a bootstrap 95% interval, simulated numerics. Writes `ablation.json`, `ablation.md` and
 `ablation.png`. Expected on the packaged model: groups of 32 well above larger ones; GPTQ and AdaRound
 5 dB above rounding to nearest; dynamic above static activations; the range rule matters little.
 """
@@ -134,7 +134,7 @@ def main() -> None:
         "date": date.today().isoformat(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {jax.devices()[0].platform}",
         "settings": {k: str(v) for k, v in vars(args).items()},
-        "execution": "simulated",
+        "numerics": "simulated",
         "rows": rows,
     }
     (args.out / "ablation.json").write_text(json.dumps(summary, indent=1))

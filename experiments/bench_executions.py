@@ -43,7 +43,7 @@ class Variant:
 
     name: str
     bits: tuple[int, int] | None = None
-    execution: str = "simulated"
+    numerics: str = "simulated"
     precision: str = "default"
 
 
@@ -128,7 +128,7 @@ def prepared(
         recipe = qdit.Recipe((qdit.Rule(LAYERS, qdit.LayerSpec(**spec)),))
         params = qdit.quantize_params(params, recipe=recipe)
     sampler = qdit.ddim(steps=args.steps)
-    rollout = Rollout.of(model.clone(execution=variant.execution), sampler, 1.5)
+    rollout = Rollout.of(model.clone(numerics=variant.numerics), sampler, 1.5)
     data = tuple(a[0] for a in seeds(model, jax.random.key(1), 1, args.batch_size))
     began = time.perf_counter()
     with jax.default_matmul_precision(variant.precision):

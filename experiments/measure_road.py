@@ -5,7 +5,7 @@
 About 4 minutes on 2 cores, 8 GB of disk and 4 GB of memory. Prints a table and writes
 `measure_road.json`. Expected: converting peaks at 1.2 times the file; quantising streams, and peaks
 at 0.41 GB whatever it writes, 0.28 GB of which are Python, JAX and Orbax; sampling with every layer
-in 4 bits needs 0.3 times the memory of full precision, in either execution.
+in 4 bits needs 0.3 times the memory of full precision, in either numerics.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main() -> None:
             args.out / "all.npz",
         ],
         "sample, the same, integer": [
-            *("sample", everything, *sampling, "--execution", "integer"),
+            *("sample", everything, *sampling, "--numerics", "integer"),
             *("--out", args.out / "integer.npz"),
         ],
     }

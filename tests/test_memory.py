@@ -16,7 +16,7 @@ from qdit_jax import Recipe, ddim, quantize_params
 from qdit_jax.models import build_model
 from qdit_jax.sampling import _generated, denoiser
 config = dict(input_size=8, hidden_size=512, depth=4, num_heads=8, num_classes=9)
-model = build_model("dit", config).clone(execution=sys.argv[1])
+model = build_model("dit", config).clone(numerics=sys.argv[1])
 params = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
 full = sum(leaf.size * 4 for leaf in jax.tree.leaves(params))
 recipe = Recipe.preset("w4a8", params).with_part("adaln", "w4a8")
@@ -32,10 +32,10 @@ print(json.dumps({"full": full, "held": held, "temporaries": memory.temp_size_in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("execution", ["simulated", "integer"])
-def test_weights_stay_packed_in_the_sampling_loop(execution):
+@pytest.mark.parametrize("numerics", ["simulated", "integer"])
+def test_weights_stay_packed_in_the_sampling_loop(numerics):
     run = subprocess.run(
-        [sys.executable, "-c", TEMPORARIES, execution],
+        [sys.executable, "-c", TEMPORARIES, numerics],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
         capture_output=True,
         text=True,

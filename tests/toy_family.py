@@ -14,48 +14,41 @@ import numpy as np
 from flax import linen as nn
 
 from qdit_jax.models import (
+    AttentionModule,
     Family,
     Fold,
-    Linear,
+    Layers,
+    NetworkModule,
     Producer,
     TimestepEmbedder,
     example_inputs,
-    optional,
 )
 from qdit_jax.models.layers import Attention, Mlp, layer_norm, modulate, stored
 
 NORMAL = nn.initializers.normal(0.2)
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(AttentionModule):
     """Returns attention from tokens to the rows of a text that `mask` keeps."""
 
     num_heads: int
-    execution: str = "simulated"
+    layers: Layers
 
     @nn.compact
     def __call__(self, x: Any, text: Any, mask: Any) -> Any:
         b, t, d = x.shape
-        q = Linear(d, self.execution, name="q")(x).reshape(b, t, self.num_heads, -1)
-        kv = Linear(2 * d, self.execution, name="kv")(text)
+        q = self.layers.linear(d, name="q")(x).reshape(b, t, self.num_heads, -1)
+        kv = self.layers.linear(2 * d, name="kv")(text)
         k, v = jnp.moveaxis(kv.reshape(b, -1, 2, self.num_heads, d // self.num_heads), 2, 0)
-        q, k, v = (self.operand(name, a) for name, a in (("q", q), ("k", k), ("v", v)))
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) * (d // self.num_heads) ** -0.5
-        logits = jnp.where(mask[:, None, None], logits, -1e9)
-        weights = self.operand("softmax", jax.nn.softmax(logits, axis=-1))
-        out = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(b, t, d)
-        return Linear(d, self.execution, name="proj")(out)
-
-    def operand(self, name: str, x: Any) -> Any:
-        quantizer = optional(self, f"{name}_quant")
-        return x if quantizer is None else quantizer(x)
+        out = self.attend(q, k, v, mask).reshape(b, t, d)
+        return self.layers.linear(d, name="proj")(out)
 
 
 class ToyBlock(nn.Module):
     """Returns one block's tokens; its modulation is the shared one plus a table of its own."""
 
     num_heads: int
-    execution: str
+    layers: Layers
 
     @nn.compact
     def __call__(self, x: Any, m: Any, text: Any, mask: Any) -> Any:
@@ -64,14 +57,14 @@ class ToyBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(
             m.reshape(-1, 6, d) + table, 1, 0
         )
-        attention = Attention(self.num_heads, self.execution, name="attn")
+        attention = Attention(self.num_heads, self.layers, name="attn")
         x = x + gate1[:, None] * attention(modulate(layer_norm(x), shift1, scale1))
-        x = x + CrossAttention(self.num_heads, self.execution, name="cross")(x, text, mask)
+        x = x + CrossAttention(self.num_heads, self.layers, name="cross")(x, text, mask)
         hidden = modulate(layer_norm(x), shift2, scale2)
-        return x + gate2[:, None] * Mlp(2 * d, self.execution, name="mlp")(hidden)
+        return x + gate2[:, None] * Mlp(2 * d, self.layers, name="mlp")(hidden)
 
 
-class ToyVideo(nn.Module):
+class ToyVideo(NetworkModule):
     """A small text-to-video transformer that predicts the noise."""
 
     frames: int = 2
@@ -82,7 +75,6 @@ class ToyVideo(nn.Module):
     num_heads: int = 2
     text_length: int = 6
     text_width: int = 12
-    execution: str = "simulated"
 
     prediction = "epsilon"
     learned_variance = False
@@ -96,14 +88,14 @@ class ToyVideo(nn.Module):
         d = self.hidden_size
         stored(self, "null_text", NORMAL, (self.text_length, self.text_width))
         patches = x.reshape(b, f, h // 2, 2, w // 2, 2, c).transpose(0, 1, 2, 4, 3, 5, 6)
-        tokens = Linear(d, self.execution, name="patch")(patches.reshape(b, -1, 4 * c))
-        time = TimestepEmbedder(d, execution=self.execution, name="time")(timestep)
-        m = Linear(6 * d, self.execution, NORMAL, name="modulation")(nn.silu(time))
-        text = Linear(d, self.execution, name="caption")(condition["text"])
+        tokens = self.layers.linear(d, name="patch")(patches.reshape(b, -1, 4 * c))
+        time = TimestepEmbedder(d, layers=self.layers, name="time")(timestep)
+        m = self.layers.linear(6 * d, NORMAL, name="modulation")(nn.silu(time))
+        text = self.layers.linear(d, name="caption")(condition["text"])
         for i in range(self.depth):
-            block = ToyBlock(self.num_heads, self.execution, name=f"layers_{i}")
+            block = ToyBlock(self.num_heads, self.layers, name=f"layers_{i}")
             tokens = block(tokens, m, text, condition["text_mask"])
-        out = Linear(4 * c, self.execution, NORMAL, name="head")(layer_norm(tokens))
+        out = self.layers.linear(4 * c, NORMAL, name="head")(layer_norm(tokens))
         out = out.reshape(b, f, h // 2, w // 2, 2, 2, c).transpose(0, 1, 2, 4, 3, 5, 6)
         return out.reshape(x.shape)
 

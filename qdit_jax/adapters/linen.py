@@ -23,7 +23,7 @@ from qdit_jax.adapters.linen_product import KernelOrigin, interceptor
 from qdit_jax.adapters.linen_report import LinenReport, check_rules, other_parameters
 from qdit_jax.adapters.linen_trace import ExampleCall, Path, faults, layout_or_reason, sightings
 from qdit_jax.calibration import Stats
-from qdit_jax.kernels import EXECUTIONS
+from qdit_jax.kernels import NUMERICS
 from qdit_jax.ptq import act_quantizer
 from qdit_jax.quant import QTensor, WeightSpec, quantize
 from qdit_jax.recipes import Recipe
@@ -36,7 +36,7 @@ def quantize_linen(
     *,
     example_args: Any = (),
     example_kwargs: Mapping[str, Any] | None = None,
-    execution: str = "simulated",
+    numerics: str = "simulated",
     stats: Stats | None = None,
     quantize_fn: Callable[[Any, WeightSpec], QTensor] = quantize,
     strict: bool = False,
@@ -65,7 +65,7 @@ def quantize_linen(
             can: without them, layers of other classes are met at the first call only.
         example_kwargs: keyword arguments of that call, such as `{"deterministic": True}`, `rngs`
             and `mutable` among them.
-        execution: `"simulated"` or `"integer"`, as in `quantized_matmul`.
+        numerics: `"simulated"` or `"integer"`, as in `quantized_matmul`.
         stats: statistics by layer, for static activations only.
         quantize_fn: `(kernel [K, N], spec) -> QTensor`.
         strict: refuse, instead of warn, if a layer that a rule matches would be left.
@@ -75,7 +75,7 @@ def quantize_linen(
         ValueError: if a rule matches no layer that can be quantised, the layout of a kernel cannot
             be told, the network cannot be called with the example, or with `strict`, as said there.
     """
-    check_arguments(model, params, execution)
+    check_arguments(model, params, numerics)
     if not isinstance(example_args, tuple | list):
         raise TypeError(
             f"example_args is a {type(example_args).__name__}; pass a tuple, such as (x,)."
@@ -101,7 +101,7 @@ def quantize_linen(
         flat |= quantized_entries(path, flat, layouts[path], recipe.get(name), stats, quantize_fn)
     variables = variables | {"params": traverse_util.unflatten_dict(flat)}
     traced = bool(example_args or example_kwargs)
-    apply_fn = LinenApply(model, execution, traced, report)
+    apply_fn = LinenApply(model, numerics, traced, report)
     return apply_fn, variables if whole else variables["params"]
 
 
@@ -115,20 +115,20 @@ class LinenApply:
     """
 
     model: nn.Module
-    execution: str
+    numerics: str
     traced: bool
     report: LinenReport
 
     def __call__(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
         """Returns what `model.apply` does; `rngs`, `mutable` and `method` are passed on."""
-        with nn.intercept_methods(interceptor(self.execution, self.traced)):
+        with nn.intercept_methods(interceptor(self.numerics, self.traced)):
             return self.model.apply(variables, *args, **kwargs)
 
 
-def check_arguments(model: Any, params: Any, execution: str) -> None:
+def check_arguments(model: Any, params: Any, numerics: str) -> None:
     """Raises `TypeError` or `ValueError` unless these are a linen network and its parameters."""
-    if execution not in EXECUTIONS:
-        raise ValueError(f"execution={execution!r} is not known; use one of {EXECUTIONS}.")
+    if numerics not in NUMERICS:
+        raise ValueError(f"numerics={numerics!r} is not known; use one of {NUMERICS}.")
     leaves = jax.tree.leaves(params, is_leaf=is_nnx) if not is_nnx(params) else [params]
     nnx = next((value for value in (model, *leaves) if is_nnx(value)), None)
     if nnx is not None:

@@ -52,11 +52,11 @@ def layer_name(module: Any) -> str:
     return "/".join(module.scope.path) or type(module).__name__
 
 
-def interceptor(execution: str, traced: bool = True) -> Callable[..., Any]:
+def interceptor(numerics: str, traced: bool = True) -> Callable[..., Any]:
     """Returns the interceptor that computes layers with quantised parameters.
 
     Args:
-        execution: as in `quantized_matmul`.
+        numerics: as in `quantized_matmul`.
         traced: whether a trace has shown that the quantised kernels reach their layers; if not,
             modules of other classes that own one are refused.
     """
@@ -72,7 +72,7 @@ def interceptor(execution: str, traced: bool = True) -> Callable[..., Any]:
             return next_fun(*args, **kwargs)
         if is_layer(context):
             try:
-                multiply = multiplier(module, kernel, act, execution)
+                multiply = multiplier(module, kernel, act, numerics)
                 return product(module, multiply, kernel_dtype(module, kernel), args, kwargs)
             except ValueError as error:
                 raise ValueError(f"{layer_name(module)}: {error}") from error
@@ -126,11 +126,11 @@ def origin_of(module: Any) -> KernelOrigin:
     return origin
 
 
-def multiplier(module: Any, kernel: Any, act: Any, execution: str) -> Callable[..., Any]:
+def multiplier(module: Any, kernel: Any, act: Any, numerics: str) -> Callable[..., Any]:
     """Returns `(rows [B, T, K], contraction) -> [B, T, N]` with quantised parameters."""
 
     def quantized(rows: Any, weight: Any) -> Any:
-        return quantized_matmul(rows, weight, act, execution=execution)
+        return quantized_matmul(rows, weight, act, numerics=numerics)
 
     def plain(rows: Any, weight: Any) -> Any:
         return jnp.matmul(act(rows), weight, precision=module.precision)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from qdit_jax import kernels
 from qdit_jax.allocation.space import SearchLayer, Space
 from qdit_jax.quant import effective_group_size, packed_nbytes
 from qdit_jax.recipes import LayerSpec
@@ -57,14 +58,15 @@ def side_bits(spec: LayerSpec) -> tuple[int, int]:
     )
 
 
+def segment_lengths(layer: SearchLayer, spec: LayerSpec) -> np.ndarray:
+    """Returns the lengths of the pieces of K inside which neither side's scale changes, `[G]`."""
+    sizes = (0 if side is None else side.group_size for side in (spec.act, spec.weight))
+    return kernels.segments(layer.shape[0], *sizes).members
+
+
 def num_segments(layer: SearchLayer, spec: LayerSpec) -> int:
-    """Returns G: the pieces of K inside which neither side's scale changes."""
-    num_channels = layer.shape[0]
-    edges: set[int] = set()
-    for side in (spec.weight, spec.act):
-        size = num_channels if side is None else effective_group_size(num_channels, side.group_size)
-        edges.update(range(0, num_channels, size))
-    return len(edges)
+    """Returns G, how many `segment_lengths` there are."""
+    return len(segment_lengths(layer, spec))
 
 
 def num_corrections(spec: LayerSpec) -> int:
@@ -184,16 +186,6 @@ class CpuCost:
         if spec.weight is None or spec.act is None:
             return float(macs)
         return macs * (0.95 + 25.0 * num_segments(layer, spec) / num_channels)
-
-
-def segment_lengths(layer: SearchLayer, spec: LayerSpec) -> np.ndarray:
-    """Returns the lengths of the segments of K, `[G]`."""
-    num_channels = layer.shape[0]
-    edges = {num_channels}
-    for side in (spec.weight, spec.act):
-        size = num_channels if side is None else effective_group_size(num_channels, side.group_size)
-        edges.update(range(0, num_channels, size))
-    return np.diff(sorted(edges))
 
 
 def gpu_cost() -> HardwareCost:

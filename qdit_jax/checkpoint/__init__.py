@@ -1,7 +1,7 @@
 """Checkpoints on disk: a folder or a single file, read whole or array by array."""
 
 from qdit_jax.checkpoint.by_suffix import load, save
-from qdit_jax.checkpoint.codec import abstract_arrays, split_fields
+from qdit_jax.checkpoint.codec import abstract_arrays, abstract_params, split_fields
 from qdit_jax.checkpoint.deferred import DeferredArray
 from qdit_jax.checkpoint.description import Checkpoint
 from qdit_jax.checkpoint.fingerprint import digest, fingerprint, first_difference
@@ -13,6 +13,7 @@ __all__ = [
     "Checkpoint",
     "DeferredArray",
     "abstract_arrays",
+    "abstract_params",
     "digest",
     "exported_parts",
     "fingerprint",

@@ -71,6 +71,11 @@ def abstract_arrays(manifest: dict[str, Any], sharding: Any = None) -> dict[str,
     return unflatten_dict(flat, sep="/")
 
 
+def abstract_params(manifest: dict[str, Any]) -> Any:
+    """Returns the parameter tree of a manifest with shapes in place of arrays, on no device."""
+    return decode_params(abstract_arrays(manifest, lambda path, shape: None), manifest)
+
+
 def logical_shapes(manifest: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every parameter as the network sees it, quantised or not."""
     leaves = {path: d for path, d in manifest.items() if d["type"] != "ActQuant"}

@@ -98,8 +98,8 @@ class InTurn:
         if held := [request for request in requests if not isinstance(request[0], DeferredArray)]:
             await self._write(*zip(*held, strict=True))
         deferred.sort(key=lambda request: self._turn[request[0]])
-        for make, together in groupby(deferred, key=lambda request: request[0].make):
-            await self._write(*zip(*made(make, together), strict=True))
+        for make, requested in groupby(deferred, key=lambda request: request[0].make):
+            await self._write(*zip(*computed(make, requested), strict=True))
         return []
 
     async def _write(self, values: Any, infos: Any, args: Any) -> None:
@@ -107,7 +107,7 @@ class InTurn:
             future.result()
 
 
-def made(make: Callable[[], Mapping[str, Any]], requests: Any) -> list[tuple[Any, Any, Any]]:
+def computed(make: Callable[[], Mapping[str, Any]], requests: Any) -> list[tuple[Any, Any, Any]]:
     """Returns requests `(array, info, args)` with what `make` makes for their deferred arrays."""
     arrays = make()
     return [(on_device(arrays[array.name]), info, args) for array, info, args in requests]

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from qdit_jax.cli.numerics_option import add_numerics
+
 HELP = """\
 Run the whole road on the small digit model inside the package: convert its PyTorch-layout weights,
 calibrate, quantise in several ways, sample the same noise and labels with each, compare.
@@ -32,7 +34,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps (%(default)s)")
     parser.add_argument("--guidance", type=float, default=1.5, help="%(default)s")
     parser.add_argument("--seed", type=int, default=0, help="%(default)s")
-    parser.add_argument("--execution", choices=("simulated", "integer"), default="simulated")
+    add_numerics(parser.add_argument, "simulated", "as in qdit sample (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="20 samples, 10 steps, 4 settings")
     parser.set_defaults(run=run)
 
@@ -47,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
         num_steps=10 if args.quick else args.steps,
         guidance=args.guidance,
         seed=args.seed,
-        execution=args.execution,
+        numerics=args.numerics,
         quick=args.quick,
     )
     run_demo(args.out, settings)

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from qdit_jax.cli.numerics_option import add_numerics
+
 HELP = """\
 Sample a checkpoint, hold it against another sample by sample, and score it against a reference;
 or score ready-made samples, any generator's.
@@ -40,7 +42,7 @@ OF_CHECKPOINTS: dict[str, Any] = {
     "clip": None,
     "guidance": 1.5,
     "guidance_channels": "3",
-    "execution": "simulated",
+    "numerics": "simulated",
     "vae": None,
     "range_samples": 4,
 }
@@ -85,11 +87,7 @@ def add_checkpoint_options(add: Any) -> None:
         metavar="N|all",
         help="guided channels: 3 as published, all as diffusers",
     )
-    add(
-        "--execution",
-        choices=("simulated", "integer"),
-        help="of quantised layers, as in qdit sample (simulated)",
-    )
+    add_numerics(add, None, "of quantised layers, as in qdit sample (simulated)")
     add("--vae", type=Path, help="the autoencoder, for checkpoints that hold none")
     add(
         "--range-samples",

@@ -149,7 +149,7 @@ def chosen_protocol(args: argparse.Namespace, contenders: list[Contender]) -> Pr
         seed=args.seed,
         guidance=args.guidance,
         guidance_channels=args.guidance_channels,
-        execution=args.execution,
+        numerics=args.numerics,
         batch_size=args.batch_size,
     )
 
@@ -238,7 +238,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     first = summary["models"][0]
     for model in summary["models"]:
         print(
-            f"{model['title']}: {model['execution']}, {model['bytes']:,} bytes "
+            f"{model['title']}: {model['numerics']}, {model['bytes']:,} bytes "
             f"({first['bytes'] / model['bytes']:.2f}x smaller), "
             f"{model['seconds_per_sample']:.3g} s a sample"
         )

@@ -184,11 +184,32 @@ def summarize(path: str, found: dict[str, Any]) -> dict[str, Any]:
         "parts": parts,
         "metadata": description.get("metadata", {}),
     }
+    if used := implementations(description["params"]):
+        summary["implementations"] = used
     if found.get("recipe"):
         summary["recipe"] = found["recipe"]
     if found.get("vae"):
         summary["vae"] = summarize(f"{path}/vae", found["vae"])
     return summary
+
+
+def implementations(manifest: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Returns, for all numerics that fit, how many quantised layers each implementation computes.
+
+    It is that of JAX's default platform here, for one row; empty in full precision.
+    """
+    from qdit_jax.checkpoint import abstract_params
+    from qdit_jax.kernels import NUMERICS, implementations_used
+
+    params, found = abstract_params(manifest), {}
+    for numerics in NUMERICS:
+        try:
+            used = implementations_used(params, numerics)
+        except ValueError:  # integer numerics of a layer whose input is not quantised
+            continue
+        if used:
+            found[numerics] = used
+    return found
 
 
 def product(shape: list[int]) -> int:

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from qdit_jax.cli.numerics_option import add_numerics
+
 EXAMPLE = """example:
   qdit sample ckpt_dir --labels 207,360 --steps 50 --guidance 1.5 --seed 0 --out grid.png
   qdit sample ckpt_dir --num-samples 10000 --sampler ddpm --steps 250 --out samples.npz
@@ -56,11 +58,10 @@ def add_parser(subparsers: Any) -> None:
         type=int,
         help="samples at once, over all devices (default: 16 a device, 4 on CPU)",
     )
-    add(
-        "--execution",
-        choices=("simulated", "integer"),
-        default="simulated",
-        help="of quantised layers: float arithmetic on the quantised grid, or dots of the stored "
+    add_numerics(
+        add,
+        "simulated",
+        "of quantised layers: float arithmetic on the quantised grid, or dots of the stored "
         "integers or elements, scaled afterwards; quantised inputs needed (%(default)s)",
     )
     add("--vae", type=Path, help="checkpoint of the autoencoder, where CHECKPOINT holds none")

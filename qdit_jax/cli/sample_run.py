@@ -13,7 +13,8 @@ from tqdm import tqdm
 from qdit_jax import checkpoint as checkpoints
 from qdit_jax import diffusion, sampling
 from qdit_jax.errors import UserError
-from qdit_jax.models import family_of
+from qdit_jax.kernels import implementations_used
+from qdit_jax.models import family_of, rows_per_sample
 from qdit_jax.report import media
 
 SMALLEST_CELL = 64  # pixels; smaller pictures are enlarged in a grid
@@ -50,7 +51,7 @@ def run_sample(args: argparse.Namespace) -> None:
             guidance=args.guidance,
             guidance_channels=args.guidance_channels,
             batch_size=args.batch_size,
-            execution=args.execution,
+            numerics=args.numerics,
             progress_fn=bar.update,
         )
     seconds = time.perf_counter() - start
@@ -58,13 +59,17 @@ def run_sample(args: argparse.Namespace) -> None:
     write(args, checkpoint, images, label)
     print(
         f"{args.out}: {len(label)} samples, {type(sampler).__name__} {args.steps} steps, "
-        f"guidance {args.guidance:g}, {precision(checkpoint, args.execution)}, {seconds:.1f} s."
+        f"guidance {args.guidance:g}, {precision(checkpoint, args.numerics)}, {seconds:.1f} s."
     )
 
 
-def precision(checkpoint: checkpoints.Checkpoint, execution: str) -> str:
-    """Returns how the numbers were computed, in words."""
-    return "full precision" if checkpoint.recipe is None else f"quantised, {execution} execution"
+def precision(checkpoint: checkpoints.Checkpoint, numerics: str) -> str:
+    """Returns how the numbers were computed and by what, in words."""
+    if checkpoint.recipe is None:
+        return "full precision"
+    used = implementations_used(checkpoint.params, numerics, rows=rows_per_sample(checkpoint.model))
+    names = ", ".join(f"{name} ({count} layers)" for name, count in used.items())
+    return f"quantised, {numerics} numerics" + (f" by {names}" if names else "")
 
 
 def chosen_labels(text: str | None, num_samples: int | None, num_classes: int) -> np.ndarray:

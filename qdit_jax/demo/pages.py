@@ -34,7 +34,7 @@ def write_summary(path: Path, outcomes: Sequence[Any], settings: Any) -> None:
     parts = [
         report.paragraph(
             f"{settings.num_samples} samples a model, {settings.num_steps} DDIM steps, guidance "
-            f"{settings.guidance:g}, {settings.execution} execution, the same noise and labels for "
+            f"{settings.guidance:g}, {settings.numerics} numerics, the same noise and labels for "
             f"all. Run on {device.platform} ({device.device_kind}, {platform.machine()})."
         ),
         report.heading("The same noise and labels"),

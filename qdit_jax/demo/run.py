@@ -38,7 +38,7 @@ class DemoSettings:
     num_steps: int = 50
     guidance: float = 1.5
     seed: int = 0
-    execution: str = "simulated"
+    numerics: str = "simulated"
     quick: bool = False
 
 
@@ -169,7 +169,7 @@ def timed(checkpoint: Checkpoint, settings: DemoSettings) -> tuple[np.ndarray, f
         seed=settings.seed,
         guidance=settings.guidance,
         batch_size=settings.num_samples,
-        execution=settings.execution,
+        numerics=settings.numerics,
     )
     return images, time.perf_counter() - began
 

@@ -70,7 +70,7 @@ def write_evaluation(
 
 def protocol_text(summary: Mapping[str, Any]) -> str:
     s = summary["settings"]
-    models = "; ".join(f"{m['title']}: {m['execution']}" for m in summary["models"])
+    models = "; ".join(f"{m['title']}: {m['numerics']}" for m in summary["models"])
     return (
         f"{s['num_samples']:,} samples a model, {s['sampler']} with {s['steps']} steps, guidance "
         f"{s['guidance']:g} on {s['guidance_channels']} channels, seed {s['seed']}, labels in "
@@ -190,7 +190,7 @@ def models_table(summary: Mapping[str, Any]) -> str:
     rows = [
         [
             m["title"],
-            m["execution"],
+            m["numerics"],
             m["recipe"] or "-",
             f"{m['bytes']:,}",
             f"{first['bytes'] / m['bytes']:.2f}x",
@@ -201,7 +201,7 @@ def models_table(summary: Mapping[str, Any]) -> str:
     ]
     head = [
         "model",
-        "execution",
+        "numerics",
         "recipe",
         "bytes",
         "smaller by",

@@ -22,6 +22,8 @@ from qdit_jax import diffusion, metrics
 from qdit_jax.checkpoint import Checkpoint, digest
 from qdit_jax.errors import UserError
 from qdit_jax.evaluation.store import locked, missing_shards, open_run, shard_ranges, write_shard
+from qdit_jax.kernels import implementations_used
+from qdit_jax.models import rows_per_sample
 from qdit_jax.report import to_uint8
 from qdit_jax.sampling import conditions_in_turn, decode, denoiser, initial_noise
 
@@ -50,7 +52,7 @@ class Protocol:
     seed: int = 0
     guidance: float = 1.5
     guidance_channels: int | None = 3
-    execution: str = "simulated"
+    numerics: str = "simulated"
     batch_size: int | None = None
     conditions: Any = None
 
@@ -142,7 +144,7 @@ def settings_of(contenders: Sequence[Contender], protocol: Protocol) -> dict[str
         "seed": protocol.seed,
         "guidance": protocol.guidance,
         "guidance_channels": "all" if channels is None else channels,
-        "execution": protocol.execution,
+        "numerics": protocol.numerics,
         "batch_size": protocol.batch_size,
     }
 
@@ -173,10 +175,14 @@ def shards(
     walkers = [walker(c.checkpoint, protocol, mesh) for c in contenders]
     device = jax.local_devices()[0]
     place = f"{mesh.size} x {device.platform} ({device.device_kind})"
+    used = {
+        f"{i}/implementations": json.dumps(used_by(c.checkpoint, protocol.numerics, padded))
+        for i, c in enumerate(contenders)
+    }
     for start, stop in missing:
         index = np.minimum(np.arange(start, start + padded), protocol.num_samples - 1)
         condition = conditions_in_turn(contenders[0].checkpoint.model, protocol.conditions, index)
-        arrays: dict[str, Any] = {"stop": stop, "device": place}
+        arrays: dict[str, Any] = {"stop": stop, "device": place, **used}
         walks = []
         for i, (contender, walk) in enumerate(zip(contenders, walkers, strict=True)):
             found = walk(index.astype(np.int32), condition).head(stop - start)
@@ -189,6 +195,12 @@ def shards(
                 probed = probe(walkers[0], walkers[i], walks[0], first_of(condition, stop - start))
                 arrays[f"{i}/output_db"] = probed
         yield start, arrays
+
+
+def used_by(checkpoint: Checkpoint, numerics: str, batch_size: int) -> dict[str, int]:
+    """Returns how many quantised layers each implementation computes, by its name."""
+    rows = {path: n * batch_size for path, n in rows_per_sample(checkpoint.model).items()}
+    return implementations_used(checkpoint.params, numerics, rows=rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +290,7 @@ def network(denoise_fn: Any) -> Any:
 def walker(checkpoint: Checkpoint, protocol: Protocol, mesh: Any) -> Walker:
     """Returns the sampler of a checkpoint with its parameters on every device."""
     whole = NamedSharding(mesh, PartitionSpec())
-    model = checkpoint.model.clone(execution=protocol.execution)
+    model = checkpoint.model.clone(numerics=protocol.numerics)
     guidance, channels = protocol.guidance, protocol.guidance_channels
     denoise_fn = denoiser(model, checkpoint.params, guidance, channels)
     vae = checkpoint.vae

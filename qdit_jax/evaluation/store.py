@@ -26,6 +26,7 @@ from qdit_jax.report import save_arrays
 RUN_FILE = "run.json"
 SHARDS = "shards"
 SAMPLES = ("/images", "/latents")  # ends of the names of a shard's large arrays
+EARLIER_NAMES = {"execution": "numerics"}  # of settings in RUN_FILE
 DAMAGE = (zipfile.BadZipFile, OSError, ValueError, KeyError, EOFError)
 
 
@@ -73,9 +74,9 @@ def open_run(
             temporary.write_text(json.dumps(complete, indent=1))
         return complete
     try:
-        stored = json.loads(file.read_text())
+        stored = with_present_names(json.loads(file.read_text()))
         names = [*settings, *(name for name in stored if name not in settings)]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, AttributeError):
         raise UserError(f"{file} is damaged; remove {folder} to start again.") from None
     differing = [
         f"{name} {show(stored.get(name))}, not {show(settings.get(name))}"
@@ -90,6 +91,11 @@ def open_run(
     for leftover in (folder / SHARDS).glob(".*"):  # of a process that was killed
         leftover.unlink()
     return stored
+
+
+def with_present_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns stored settings with those under an earlier name under the one they have now."""
+    return {EARLIER_NAMES.get(name, name): value for name, value in settings.items()}
 
 
 def check_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,7 +55,7 @@ def summarize(
 
 
 def model_facts(run: Run, table: Table, number: int, contender: Contender) -> dict[str, Any]:
-    """Returns size, execution and time of one contender."""
+    """Returns size, numerics and time of one contender."""
     checkpoint = contender.checkpoint
     seconds, compile_seconds = (
         np.array(table[f"{number}/{name}"], np.float64) for name in ("seconds", "compile_seconds")
@@ -63,17 +64,24 @@ def model_facts(run: Run, table: Table, number: int, contender: Contender) -> di
     return {
         "title": contender.title,
         "recipe": None if checkpoint.recipe is None else checkpoint.recipe.name,
-        "execution": execution(contender, run.settings["execution"]),
+        "numerics": precision(contender, run.settings["numerics"]),
+        "implementations": implementations(table, number),
         "bytes": num_bytes(checkpoint.params),
         "seconds_per_sample": float(np.median(seconds)) / batch,
         "compile_seconds": float(compile_seconds.max()),
     }
 
 
-def execution(contender: Contender, chosen: str) -> str:
+def precision(contender: Contender, chosen: str) -> str:
     """Returns how the numbers of a contender were computed, in words."""
     quantized = contender.checkpoint.recipe is not None
-    return f"quantised, {chosen} execution" if quantized else "full precision"
+    return f"quantised, {chosen} numerics" if quantized else "full precision"
+
+
+def implementations(table: Table, number: int) -> dict[str, int]:
+    """Returns how many layers of a contender each implementation computed, on all its devices."""
+    stored = {str(text) for text in table.get(f"{number}/implementations", ())}
+    return {name: count for text in sorted(stored) for name, count in json.loads(text).items()}
 
 
 def num_bytes(params: Any) -> int:

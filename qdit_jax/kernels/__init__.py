@@ -1,5 +1,24 @@
-"""One product: quantised activations times a packed kernel."""
+"""One product: quantised activations times a packed kernel; and attention."""
 
-from qdit_jax.kernels.matmul import EXECUTIONS, quantized_matmul, unsupported_reason
+from qdit_jax.kernels.attention import ATTENTION_IMPLEMENTATIONS, attention
+from qdit_jax.kernels.matmul import implementation_of, quantized_matmul, unsupported_reason
+from qdit_jax.kernels.product import NUMERICS, PLATFORMS, Implementation, Numerics, Product
+from qdit_jax.kernels.segments import segments
+from qdit_jax.kernels.table import IMPLEMENTATIONS
+from qdit_jax.kernels.usage import implementations_used
 
-__all__ = ["EXECUTIONS", "quantized_matmul", "unsupported_reason"]
+__all__ = [
+    "ATTENTION_IMPLEMENTATIONS",
+    "IMPLEMENTATIONS",
+    "NUMERICS",
+    "PLATFORMS",
+    "Implementation",
+    "Numerics",
+    "Product",
+    "attention",
+    "implementation_of",
+    "implementations_used",
+    "quantized_matmul",
+    "segments",
+    "unsupported_reason",
+]

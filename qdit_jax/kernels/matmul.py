@@ -1,109 +1,150 @@
-"""`quantized_matmul`: one product, one meaning, several executions."""
+"""`quantized_matmul`: what is computed (`numerics`) apart from who computes it (`implementation`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qdit_jax.kernels import xla
-from qdit_jax.quant import ActQuant, ActSpec, QTensor, WeightSpec, branches
+from qdit_jax.kernels.product import PLATFORMS, Implementation, Numerics, Product, invalid_reason
+from qdit_jax.kernels.table import IMPLEMENTATIONS
+from qdit_jax.quant import ActQuant, ActSpec, QTensor, WeightSpec
 
-Execution = Literal["simulated", "integer"]
-EXECUTIONS = ("simulated", "integer")
+
+def quantized_matmul(
+    x: Float[Any, "*lead K"],
+    q: QTensor,
+    act: ActQuant | ActSpec | None = None,
+    numerics: Numerics | str = "simulated",
+    implementation: str | None = None,
+) -> Float[Array, "*lead N"]:
+    """Returns `x @ q` `[*lead, N]` in the dtype of `x`, with `x` quantised as `act` says.
+
+    Args:
+        x: floating point; any leading axes.
+        q: the kernel `[K, N]`.
+        act: None leaves `x` as it is; an `ActSpec` quantises it dynamically; an `ActQuant` may
+            carry calibrated scales.
+        numerics: what is computed. "simulated" is float arithmetic on the quantised grid, what
+            papers measure; "integer" multiplies the stored elements and scales their sums, what
+            hardware runs: int8 dots with int32 accumulators for integers, FP4 and mixtures of
+            these; dots of bfloat16 with FP8 elements and of float32 with NF4's, which hold them
+            exactly, summed in float32. They agree to float rounding.
+        implementation: who computes it, a name in `IMPLEMENTATIONS`; None takes the first that
+            fits, for each platform that the program is compiled for.
+
+    Raises:
+        ValueError: with the sentence of `unsupported_reason`.
+    """
+    product = Product(
+        x.shape, q, act, numerics, platform=default_platform(), dtype=jnp.dtype(x.dtype).name
+    )
+    reason = unsupported(product, implementation)
+    if reason is not None:
+        raise ValueError(reason)
+    quantizer = ActQuant(act) if isinstance(act, ActSpec) else act
+    return _matmul(x, q, quantizer, numerics, implementation)
+
+
+def _matmul_traced(
+    x: Any, q: QTensor, act: ActQuant | None, numerics: str, implementation: str | None
+) -> Any:
+    if x.size == 0:
+        return jnp.zeros((*x.shape[:-1], q.shape[1]), x.dtype)
+    if implementation is not None:
+        return IMPLEMENTATIONS[implementation].run(x, q, act, numerics)
+    product = Product(x.shape, q, act, numerics, "another", jnp.dtype(x.dtype).name)
+    elsewhere = first_that_fits(product)
+    chosen = {
+        platform: entry
+        for platform in PLATFORMS
+        if (entry := first_that_fits(dataclasses.replace(product, platform=platform))) != elsewhere
+    }
+
+    def run(entry: Implementation) -> Any:
+        return lambda x, q, act: entry.run(x, q, act, numerics)
+
+    branches = {platform: run(entry) for platform, entry in chosen.items()}
+    return jax.lax.platform_dependent(x, q, act, default=run(elsewhere), **branches)
+
+
+_matmul = jax.jit(_matmul_traced, static_argnums=(3, 4))
 
 
 def unsupported_reason(
     x_shape: tuple[int, ...],
     weight: QTensor | WeightSpec,
     act: ActSpec | ActQuant | None = None,
+    numerics: str = "simulated",
+    implementation: str | None = None,
     *,
-    execution: str = "simulated",
+    platform: str | None = None,
+    dtype: str = "float32",
 ) -> str | None:
     """Returns why the product cannot run this way, one sentence, or None if it can.
 
-    Only shapes and settings are looked at, so abstract arrays will do.
+    Only shapes and settings are looked at, so abstract arrays will do, under a trace as well.
+    `platform` is one of `PLATFORMS`, by default that of JAX's default backend.
     """
-    if execution not in EXECUTIONS:
-        return f"execution={execution!r} is not known; use one of {', '.join(EXECUTIONS)}."
-    if isinstance(weight, QTensor) and x_shape[-1] != weight.shape[0]:
-        return f"x has {x_shape[-1]} channels, but the kernel has {weight.shape[0]}."
-    if isinstance(act, ActSpec) and act.mode == "static":
-        return "a static ActSpec needs calibrated scales; pass an ActQuant that has them."
-    if isinstance(act, ActQuant) and act.is_table:
-        return (
-            "the static scales are a table with a row a timestep; pick one with "
-            "`select_timestep(params, timestep)`, as the sampler's denoiser does, or `at(index)`."
-        )
-    if execution == "integer" and act is None:
-        return "integer execution needs quantised activations; pass act_quant."
-    return None
+    product = Product(x_shape, weight, act, numerics, checked_platform(platform), dtype)
+    return unsupported(product, implementation)
 
 
-def quantized_matmul(
-    x: Float[Any, "*lead K"],
-    q: QTensor,
-    act_quant: ActQuant | ActSpec | None = None,
-    *,
-    execution: Execution | str = "simulated",
-) -> Float[Array, "*lead N"]:
-    """Returns `x @ q` `[*lead, N]` in the dtype of `x`, with `x` quantised as `act_quant` says.
+def unsupported(product: Product, implementation: str | None) -> str | None:
+    """Returns why `implementation`, or with None every one, cannot compute `product`."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        names = ", ".join(IMPLEMENTATIONS)
+        return f"implementation={implementation!r} is not known; use one of {names}."
+    reason = invalid_reason(product)
+    if reason is not None:
+        return reason
+    if implementation is not None:
+        reason = IMPLEMENTATIONS[implementation].unsupported_reason(product)
+        return None if reason is None else f"implementation={implementation!r}: {reason}"
+    reasons = [entry.unsupported_reason(product) for entry in IMPLEMENTATIONS.values()]
+    return None if None in reasons else " ".join(map(str, reasons))
 
-    Args:
-        x: floating point; any leading axes.
-        q: the kernel `[K, N]`.
-        act_quant: None leaves `x` as it is; an `ActSpec` quantises it dynamically; an `ActQuant`
-            may carry calibrated scales.
-        execution: "simulated" is float arithmetic on the quantised grid, what papers measure;
-            "integer" multiplies the stored elements and scales their sums, what hardware runs:
-            int8 dots with int32 accumulators for integers, FP4 and mixtures of these; dots of
-            bfloat16 with FP8 elements and of float32 with NF4's, which hold them exactly, summed
-            in float32. They agree to float rounding.
+
+def first_that_fits(product: Product) -> Implementation:
+    """Returns the first row of the table that computes `product`."""
+    return next(
+        entry for entry in IMPLEMENTATIONS.values() if entry.unsupported_reason(product) is None
+    )
+
+
+def implementation_of(
+    x_shape: tuple[int, ...],
+    weight: QTensor | WeightSpec,
+    act: ActSpec | ActQuant | None = None,
+    numerics: str = "simulated",
+    platform: str | None = None,
+    dtype: str = "float32",
+) -> str:
+    """Returns the name of the implementation that `quantized_matmul` takes; for reports.
 
     Raises:
         ValueError: with the sentence of `unsupported_reason`.
     """
-    reason = unsupported_reason(x.shape, q, act_quant, execution=execution)
+    product = Product(x_shape, weight, act, numerics, checked_platform(platform), dtype)
+    reason = unsupported(product, None)
     if reason is not None:
         raise ValueError(reason)
-    act = ActQuant(act_quant) if isinstance(act_quant, ActSpec) else act_quant
-    return _matmul(x, q, act, execution)
+    return first_that_fits(product).name
 
 
-def _matmul_traced(x: Any, q: QTensor, act: ActQuant | None, execution: str) -> Any:
-    if x.size == 0:
-        return jnp.zeros((*x.shape[:-1], q.shape[1]), x.dtype)
-    product = xla.integer_matmul if execution == "integer" else xla.simulated_matmul
-    return jax.lax.platform_dependent(
-        x, q, act, cpu=partial(in_its_turn, product), default=partial(together, product)
-    )
+def checked_platform(platform: str | None) -> str:
+    """Returns `platform`, by default JAX's; raises `ValueError` for an unknown one."""
+    if platform is not None and platform not in PLATFORMS:
+        raise ValueError(f"platform={platform!r} is not known; use one of {', '.join(PLATFORMS)}.")
+    return platform or default_platform()
 
 
-_matmul = jax.jit(_matmul_traced, static_argnums=3)
-
-
-def together(product: Callable, x: Any, q: QTensor, act_quant: Any) -> Any:
-    """Returns `product(x, q, act_quant)`, the weights of which wait for `x`.
-
-    XLA for GPUs and TPUs keeps barriers until its work is in order; without this one it may
-    dequantise many layers ahead.
-    """
-    return product(*jax.lax.optimization_barrier((x, q)), act_quant)
-
-
-def in_its_turn(product: Callable, x: Any, q: QTensor, act_quant: Any) -> Any:
-    """Returns `product(x, q, act_quant)`, nothing of it computed before `x` is.
-
-    XLA:CPU would unpack the weights of many layers long before their products, and the whole model
-    would lie in memory; see `branches`.
-    """
-
-    def nothing(x: Any, q: QTensor, act_quant: Any) -> Any:
-        edge = 0 * (x[..., :1] + q.scale.astype(x.dtype).reshape(-1)[:1])
-        return jnp.broadcast_to(edge, (*x.shape[:-1], q.shape[1]))
-
-    return jax.lax.cond(branches.always(x), product, nothing, x, q, act_quant)
+def default_platform() -> str:
+    """Returns what JAX computes on by default, in the words of `PLATFORMS`."""
+    backend = jax.default_backend()
+    if backend != "gpu":
+        return backend
+    return "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"

@@ -1,4 +1,4 @@
-"""What the integer execution multiplies: two operands, cut into segments.
+"""What integer numerics multiply: two operands, cut into segments.
 
 Integers and number formats alike are `value = (element - zero) * scale`. Integer codes, moved by
 `2**(bits-1)`, and the doubled elements of E2M1 are int8; FP8 elements are bfloat16, NF4's float32.

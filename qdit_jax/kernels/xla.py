@@ -1,4 +1,4 @@
-"""Both executions in plain XLA: the fallback everywhere, and the oracle.
+"""Both numerics in plain XLA: the fallback everywhere, and the oracle.
 
 Dimensions: T tokens, K input channels, N output channels, L channels of a segment.
 """
@@ -36,7 +36,7 @@ def integer_matmul(
 
     Elements that int8 holds (integers, E2M1) are summed in int32, others in float32; the sum is
     then rescaled by both scales and added up in float32. One segment of the weights at a time is
-    unpacked.
+    unpacked. A token that holds NaN or infinity gives NaN.
     """
     dtype, (num_channels, width) = x.dtype, q.shape
     spec = act_quant.spec
@@ -60,7 +60,9 @@ def integer_matmul(
     total, weight_sums = jax.lax.scan(add_segment, total, operands)
     if shift:
         total = total - shift * jnp.sum(weight_sums, axis=0)
-    return total.reshape(*x.shape[:-1], width).astype(dtype)
+    # No whole number stands for NaN or infinity, nor does a calibrated scale tell of them.
+    is_finite = jnp.all(jnp.isfinite(x), axis=-1)[..., None]
+    return jnp.where(is_finite, total.reshape(*x.shape[:-1], width), jnp.nan).astype(dtype)
 
 
 def dot_of_differences(
@@ -69,8 +71,8 @@ def dot_of_differences(
     """Returns `(left - zx) @ (right - zw)` over the first `members` channels.
 
     `sum (cx - zx)(cw - zw) = sum cx cw - zx sum cw - zw sum (cx - zx)`. Zeros are integers, of
-    integer operands only, or None; `left` is 0 in the channels after `members`. The sums are had
-    once a call, not once a token; stored beside the codes they would add 3 % to a 4-bit file.
+    integer operands only, or None; `left` is 0 in the channels after `members`. The sums are computed
+    once per call, not once per token; stored beside the codes they would add 3 % to a 4-bit file.
     """
     product = dot(left, right)
     if zx is not None:

@@ -33,7 +33,10 @@ from qdit_jax.models.features import (
 )
 from qdit_jax.models.inception import InceptionV3
 from qdit_jax.models.layers import (
+    AttentionModule,
+    Layers,
     Linear,
+    NetworkModule,
     TimestepEmbedder,
     optional,
     sincos_positions,
@@ -48,6 +51,7 @@ __all__ = [
     "OPERANDS",
     "OPERANDS_OF",
     "SIZES",
+    "AttentionModule",
     "AutoencoderKL",
     "Condition",
     "DiT",
@@ -55,8 +59,10 @@ __all__ = [
     "FeaturesFn",
     "Fold",
     "InceptionV3",
+    "Layers",
     "Linear",
     "Network",
+    "NetworkModule",
     "Params",
     "Producer",
     "TimestepEmbedder",

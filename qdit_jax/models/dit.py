@@ -18,8 +18,9 @@ from qdit_jax.models.family import example_inputs
 from qdit_jax.models.layers import (
     Attention,
     LabelEmbedder,
-    Linear,
+    Layers,
     Mlp,
+    NetworkModule,
     PatchEmbed,
     TimestepEmbedder,
     layer_norm,
@@ -39,17 +40,17 @@ class Block(nn.Module):
     num_heads: int
     mlp_ratio: float
     mlp_norm_eps: float
-    execution: str
+    layers: Layers
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], c: Float[Array, "B D"]) -> Float[Array, "B T D"]:
         d = x.shape[-1]
         zeros = nn.initializers.zeros_init()
-        modulation = Linear(6 * d, self.execution, zeros, name="adaLN_modulation")(nn.silu(c))
+        modulation = self.layers.linear(6 * d, zeros, name="adaLN_modulation")(nn.silu(c))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
-        attention = Attention(self.num_heads, self.execution, name="attn")
+        attention = Attention(self.num_heads, self.layers, name="attn")
         x = x + gate1[:, None] * attention(modulate(layer_norm(x), shift1, scale1))
-        mlp = Mlp(int(d * self.mlp_ratio), self.execution, name="mlp")
+        mlp = Mlp(int(d * self.mlp_ratio), self.layers, name="mlp")
         hidden = modulate(layer_norm(x, self.mlp_norm_eps), shift2, scale2)
         return x + gate2[:, None] * mlp(hidden)
 
@@ -58,18 +59,18 @@ class FinalLayer(nn.Module):
     """Returns the patches' values, `[B, T, features]`."""
 
     features: int
-    execution: str
+    layers: Layers
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], c: Float[Array, "B D"]) -> Float[Array, "B T P"]:
         zeros = nn.initializers.zeros_init()
-        modulation = Linear(2 * x.shape[-1], self.execution, zeros, name="adaLN_modulation")
+        modulation = self.layers.linear(2 * x.shape[-1], zeros, name="adaLN_modulation")
         shift, scale = jnp.split(modulation(nn.silu(c)), 2, axis=-1)
         hidden = modulate(layer_norm(x), shift, scale)
-        return Linear(self.features, self.execution, zeros, name="linear")(hidden)
+        return self.layers.linear(self.features, zeros, name="linear")(hidden)
 
 
-class DiT(nn.Module):
+class DiT(NetworkModule):
     """A diffusion transformer; its fields are the configuration that a checkpoint stores.
 
     Attributes:
@@ -79,7 +80,6 @@ class DiT(nn.Module):
         frequency_shift: 0 as published; 1 as in the diffusers port (`timestep_features`).
         mlp_norm_eps: epsilon of the second norm of a block; the diffusers port has 1e-5.
         velocity: SiT: return only the first `in_channels` of the output, a velocity.
-        execution: how quantised layers compute, `"simulated"` or `"integer"`.
     """
 
     input_size: int | tuple[int, int] = 32
@@ -95,7 +95,6 @@ class DiT(nn.Module):
     frequency_shift: int = 0
     mlp_norm_eps: float = 1e-6
     velocity: bool = False
-    execution: str = "simulated"
 
     @nn.compact
     def __call__(
@@ -115,11 +114,11 @@ class DiT(nn.Module):
                 f"hidden_size={self.hidden_size} must be divisible by num_heads={self.num_heads} and by 4."
             )
         rows, columns = self.grid_size(x)
-        tokens = PatchEmbed(self.hidden_size, self.patch_size, self.execution, name="x_embedder")(x)
+        tokens = PatchEmbed(self.hidden_size, self.patch_size, self.layers, name="x_embedder")(x)
         table = stored(self, "pos_embed", self.init_positions, (1, *tokens.shape[1:]))
         tokens = tokens + jax.lax.stop_gradient(table).astype(tokens.dtype)
         c = TimestepEmbedder(
-            self.hidden_size, self.frequency_shift, self.execution, name="t_embedder"
+            self.hidden_size, self.frequency_shift, self.layers, name="t_embedder"
         )(timestep)
         num_rows = self.num_classes + int(self.null_class)
         c = c + LabelEmbedder(num_rows, self.hidden_size, name="y_embedder")(condition)
@@ -128,12 +127,12 @@ class DiT(nn.Module):
                 self.num_heads,
                 self.mlp_ratio,
                 self.mlp_norm_eps,
-                self.execution,
+                self.layers,
                 name=f"blocks_{i}",
             )(tokens, c)
         channels = self.in_channels * (2 if self.learn_sigma else 1)
         p = self.patch_size
-        out = FinalLayer(p * p * channels, self.execution, name="final_layer")(tokens, c)
+        out = FinalLayer(p * p * channels, self.layers, name="final_layer")(tokens, c)
         out = out.reshape(-1, rows, columns, p, p, channels).transpose(0, 1, 3, 2, 4, 5)
         out = out.reshape(-1, rows * p, columns * p, channels)
         return out[..., : self.in_channels] if self.velocity else out

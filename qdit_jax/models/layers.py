@@ -6,20 +6,63 @@ Dimensions: B batch, T tokens, D width, K input channels, N output channels.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Bool, Float, Num
 
-from qdit_jax.kernels import quantized_matmul
+from qdit_jax.kernels import attention, quantized_matmul
 from qdit_jax.quant import QTensor, dequantize, select_columns
 
 Initializer = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """What a network builds its layers with: how they compute is said here and nowhere else.
+
+    A network passes it on to its parts, which say `layers.linear(width, name="fc1")`.
+
+    Attributes:
+        numerics, implementation: of quantised products, see `kernels.quantized_matmul`.
+    """
+
+    numerics: str = "simulated"
+    implementation: str | None = None
+
+    def linear(self, features: int, *args: Any, **kwargs: Any) -> Linear:
+        """Returns a `Linear` that computes this way; the arguments are its fields."""
+        return Linear(
+            features,
+            *args,
+            numerics=self.numerics,
+            implementation=self.implementation,
+            **kwargs,
+        )
+
+
+class NetworkModule(nn.Module, kw_only=True):
+    """A network with linear layers: how it runs is no part of the configuration it stores.
+
+    Attributes:
+        numerics: what quantised layers compute, `"simulated"` or `"integer"`.
+        implementation: who computes them, a name in `kernels.IMPLEMENTATIONS`; None: what fits.
+    """
+
+    numerics: str = "simulated"
+    implementation: str | None = None
+
+    @property
+    def layers(self) -> Layers:
+        """What the parts of the network are built with."""
+        return Layers(self.numerics, self.implementation)
 
 
 class Linear(nn.Module):
@@ -27,13 +70,15 @@ class Linear(nn.Module):
 
     Params: `kernel` (array `[..., N]` whose leading axes flatten to K, or a `QTensor`), `bias [N]`,
     and optionally `act_quant` (an `ActQuant`), which quantises the input first.
-    `execution` is `"simulated"` (float arithmetic on the quantised grid) or `"integer"`.
+    `numerics` is `"simulated"` (float arithmetic on the quantised grid) or `"integer"`, and
+    `implementation` who computes it; see `kernels.quantized_matmul`.
     """
 
     features: int
-    execution: str = "simulated"
     kernel_init: Initializer = nn.initializers.xavier_uniform()
     kernel_shape: tuple[int, ...] | None = None
+    numerics: str = "simulated"
+    implementation: str | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch K"]) -> Float[Array, "*batch N"]:
@@ -42,7 +87,7 @@ class Linear(nn.Module):
         bias = stored(self, "bias", nn.initializers.zeros_init(), (self.features,))
         act_quant = optional(self, "act_quant")
         if isinstance(kernel, QTensor):
-            y = quantized_matmul(x, kernel, act_quant, execution=self.execution)
+            y = quantized_matmul(x, kernel, act_quant, self.numerics, self.implementation)
             return y + bias.astype(y.dtype)
         if act_quant is not None:
             x = act_quant(x)
@@ -71,7 +116,7 @@ class PatchEmbed(nn.Module):
 
     hidden_size: int
     patch_size: int
-    execution: str = "simulated"
+    layers: Layers = Layers()
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B T D"]:
@@ -79,9 +124,8 @@ class PatchEmbed(nn.Module):
         p = self.patch_size
         patches = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
         patches = patches.reshape(b, (h // p) * (w // p), p * p * c)  # [B, T, p*p*C]
-        return Linear(
+        return self.layers.linear(
             self.hidden_size,
-            execution=self.execution,
             kernel_init=flat_xavier,
             kernel_shape=(p, p, c, self.hidden_size),
             name="proj",
@@ -99,14 +143,14 @@ class TimestepEmbedder(nn.Module):
 
     hidden_size: int
     frequency_shift: int = 0
-    execution: str = "simulated"
+    layers: Layers = Layers()
 
     @nn.compact
     def __call__(self, timestep: Num[Array, " B"]) -> Float[Array, "B D"]:
         init = nn.initializers.normal(0.02)
         hidden = timestep_features(timestep, frequency_shift=self.frequency_shift)
-        hidden = Linear(self.hidden_size, self.execution, init, name="mlp_0")(hidden)
-        return Linear(self.hidden_size, self.execution, init, name="mlp_2")(nn.silu(hidden))
+        hidden = self.layers.linear(self.hidden_size, init, name="mlp_0")(hidden)
+        return self.layers.linear(self.hidden_size, init, name="mlp_2")(nn.silu(hidden))
 
 
 def timestep_features(
@@ -140,42 +184,62 @@ class LabelEmbedder(nn.Module):
         return jnp.asarray(table)[label]
 
 
-class Attention(nn.Module):
-    """Returns multi-head self-attention with the published names `qkv` and `proj`.
+class AttentionModule(nn.Module):
+    """A module with the two products of attention, of any projections.
 
     `q_quant`, `k_quant`, `v_quant` and `softmax_quant` entries beside the params, where present,
     quantise the four operands of the two products (per head and token).
     """
 
+    def attend(
+        self,
+        q: Float[Array, "B Q H D"],
+        k: Float[Array, "B T H D"],
+        v: Float[Array, "B T H D"],
+        mask: Bool[Array, "..."] | None = None,
+    ) -> Float[Array, "B Q H D"]:
+        """Returns the attention of its operands, rounded where they have quantisers.
+
+        `mask` is True where a query may look, as in `kernels.attention`.
+        """
+        q, k, v = (self.operand(name, a) for name, a in (("q", q), ("k", k), ("v", v)))
+        weights_fn = partial(self.operand, "softmax") if self.sees_weights() else None
+        return attention(q, k, v, mask, weights_fn=weights_fn)
+
+    def operand(self, name: str, x: Array) -> Array:
+        """Returns an operand of a product, rounded where it has a quantiser."""
+        quantizer = optional(self, f"{name}_quant")
+        return x if quantizer is None else quantizer(x)
+
+    def sees_weights(self) -> bool:
+        """Returns whether the softmax is rounded, or recorded by who intercepts this method."""
+        return optional(self, "softmax_quant") is not None
+
+
+class Attention(AttentionModule):
+    """Returns multi-head self-attention with the published names `qkv` and `proj`."""
+
     num_heads: int
-    execution: str = "simulated"
+    layers: Layers = Layers()
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         b, t, d = x.shape
-        qkv = Linear(3 * d, self.execution, name="qkv")(x)
+        qkv = self.layers.linear(3 * d, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(b, t, 3, self.num_heads, d // self.num_heads), 2, 0)
-        q, k, v = (self.operand(name, a) for name, a in (("q", q), ("k", k), ("v", v)))
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) * (d // self.num_heads) ** -0.5
-        weights = self.operand("softmax", jax.nn.softmax(logits, axis=-1))
-        out = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(b, t, d)
-        return Linear(d, self.execution, name="proj")(out)
-
-    def operand(self, name: str, x: Array) -> Array:
-        quantizer = optional(self, f"{name}_quant")
-        return x if quantizer is None else quantizer(x)
+        return self.layers.linear(d, name="proj")(self.attend(q, k, v).reshape(b, t, d))
 
 
 class Mlp(nn.Module):
     """Returns `fc2(gelu(fc1(x)))` with the tanh form of GELU."""
 
     hidden_size: int
-    execution: str = "simulated"
+    layers: Layers = Layers()
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        hidden = nn.gelu(Linear(self.hidden_size, self.execution, name="fc1")(x), approximate=True)
-        return Linear(x.shape[-1], self.execution, name="fc2")(hidden)
+        hidden = nn.gelu(self.layers.linear(self.hidden_size, name="fc1")(x), approximate=True)
+        return self.layers.linear(x.shape[-1], name="fc2")(hidden)
 
 
 def layer_norm(x: Float[Array, "B T D"], eps: float = 1e-6) -> Float[Array, "B T D"]:

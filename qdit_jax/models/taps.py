@@ -35,6 +35,8 @@ def tapped(layer_fn: LayerFn, operand_fn: OperandFn | None = None) -> Iterator[N
         if operand_fn is not None and context.method_name == "operand":
             name, x = args
             operand_fn(f"{'/'.join(module.path)}{OPERANDS_OF}{name}", x)
+        if operand_fn is not None and context.method_name == "sees_weights":
+            return True
         return next_fn(*args, **kwargs)
 
     with nn.intercept_methods(intercept):

@@ -13,6 +13,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from qdit_jax.kernels import attention
 from qdit_jax.models.layers import Linear
 
 AnyArray = Array | np.ndarray
@@ -59,9 +60,8 @@ class SpatialAttention(nn.Module):
         b, h, w, c = x.shape
         tokens = group_norm(self.num_groups, "group_norm")(x).reshape(b, h * w, c)
         q, k, v = (Linear(c, name=name)(tokens) for name in ("to_q", "to_k", "to_v"))
-        logits = jnp.einsum("bqc,bkc->bqk", q, k) * c**-0.5
-        weights = jax.nn.softmax(logits.astype(jnp.float32), axis=-1).astype(v.dtype)
-        out = Linear(c, name="to_out_0")(weights @ v)  # [B, T, C]
+        q, k, v = (a[:, :, None] for a in (q, k, v))  # one head
+        out = Linear(c, name="to_out_0")(attention(q, k, v)[:, :, 0])  # [B, T, C]
         return x + out.reshape(b, h, w, c)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 
-def always(x: Float[Any, "..."]) -> Bool[Array, ""]:
+def true_after(x: Float[Any, "..."]) -> Bool[Array, ""]:
     """Returns true, which the compiler does not know and cannot have before the values of `x`.
 
     `x` has one element or more.

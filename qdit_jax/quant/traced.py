@@ -46,7 +46,7 @@ def fake_quantize_traced(
 
 def _apart(rounded: Callable[[Any, Any], Any], x: Any, choice: Any) -> Any:
     """Returns `rounded(x, choice)`, whose three passes over `x` find it computed once."""
-    return jax.lax.cond(branches.always(x), rounded, lambda x, choice: x, x, choice)
+    return jax.lax.cond(branches.true_after(x), rounded, lambda x, choice: x, x, choice)
 
 
 def _rounded(

@@ -170,7 +170,7 @@ def generate(
     guidance: Any = 1.5,
     guidance_channels: int | str | None = PUBLISHED,
     batch_size: int | None = None,
-    execution: str = "simulated",
+    numerics: str = "simulated",
     decode_fn: Callable | None = decode,
     progress_fn: Callable[[int], Any] | None = None,
 ) -> Float[np.ndarray, "N *shape"]:
@@ -194,7 +194,7 @@ def generate(
         (jax.local_device_count(),), ("batch",), (AxisType.Auto,), devices=jax.local_devices()
     )
     split, whole = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
-    model = checkpoint.model.clone(execution=execution)
+    model = checkpoint.model.clone(numerics=numerics)
     denoise_fn = jax.device_put(
         denoiser(model, checkpoint.params, guidance, guidance_channels), whole
     )

@@ -82,12 +82,12 @@ def test_an_encoder_equals_its_dequantised_self():
     jax.tree.map(np.testing.assert_array_equal, traced, quantized)
 
 
-def test_both_executions_agree_on_every_kind_of_layer():
+def test_both_numerics_agree_on_every_kind_of_layer():
     model = Encoder()
     params = initialised(model, TOKENS)
     simulated, quantized = quantize_linen(model, params, BOTH)
-    integer, _ = quantize_linen(model, params, BOTH, execution="integer")
-    # A code may flip where both executions round differently: compare one layer's worth tightly.
+    integer, _ = quantize_linen(model, params, BOTH, numerics="integer")
+    # A code may flip where both numerics round differently: compare one layer's worth tightly.
     found, wanted = (f({"params": quantized}, TOKENS) for f in (integer, simulated))
     error = float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted))
     assert error < 2e-3
@@ -134,9 +134,9 @@ def test_a_layer_with_a_quantised_input_equals_its_definition(name):
     cases = [(both, "simulated"), (both, "integer")]
     if name in ("axes_turned", "batched", "einsum_qkv"):
         cases += [(recipe, "simulated"), (inputs_only, "simulated")]
-    for chosen, execution in cases:
+    for chosen, numerics in cases:
         apply_fn, quantized = quantize_linen(
-            model, params, chosen, example_args=(x,), execution=execution
+            model, params, chosen, example_args=(x,), numerics=numerics
         )
         found = jax.jit(apply_fn)({"params": quantized}, x)
         assert found.shape == plain.shape
@@ -260,8 +260,8 @@ def test_what_cannot_be_quantised_is_named():
         quantize_linen(model, params, wrong, example_args=(x,))
     with pytest.raises(ValueError, match="quantised already"):
         quantize_linen(model, traced, Recipe((Rule("dense", BOTH.rules[0].spec),)))
-    with pytest.raises(ValueError, match="execution='fast' is not known"):
-        quantize_linen(model, params, BOTH, execution="fast")
+    with pytest.raises(ValueError, match="numerics='fast' is not known"):
+        quantize_linen(model, params, BOTH, numerics="fast")
 
 
 def test_an_equation_that_is_no_product_of_matrices_names_the_layer():

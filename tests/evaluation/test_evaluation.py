@@ -137,8 +137,8 @@ def test_the_archive_is_what_other_evaluators_read(compared):
 
 def test_what_ran_is_named_with_bytes_and_time(compared):
     summary = summary_of(compared)
-    executions = [model["execution"] for model in summary["models"]]
-    assert executions == ["full precision", *["quantised, simulated execution"] * 2]
+    numerics = [model["numerics"] for model in summary["models"]]
+    assert numerics == ["full precision", *["quantised, simulated numerics"] * 2]
     sizes = [model["bytes"] for model in summary["models"]]
     assert sizes[0] > sizes[2] > sizes[1]
     assert all(model["seconds_per_sample"] > 0 for model in summary["models"])
@@ -151,7 +151,7 @@ def test_the_report_stands_alone(compared):
     page = (compared / "report.html").read_text()
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)
     assert page.count("data:image/png") == 3
-    for text in ("quantised, simulated execution", "Error over timesteps", "Ranges by layer"):
+    for text in ("quantised, simulated numerics", "Error over timesteps", "Ranges by layer"):
         assert text in page
     assert Image.open(compared / "pictures.png").width > 5 * 3 * 48
 
@@ -183,7 +183,7 @@ def test_a_run_goes_on_bit_for_bit_with_what_is_there(folders, compared, tmp_pat
         ("w4", ("--steps", 4), "steps 3, not 4"),
         ("w4", ("--num-samples", 8), "num_samples 6, not 8"),
         ("w4", ("--batch-size", 2), "batch_size 4, not 2"),
-        ("w4", ("--execution", "integer"), "execution simulated, not integer"),
+        ("w4", ("--numerics", "integer"), "numerics simulated, not integer"),
         ("w8", (), "models .* not"),
     ],
 )

@@ -110,12 +110,12 @@ def check_internals(params, data, depth):
         recorded = f"b{depth - 1}.{quantizers[linear]}"
         rounded = layer["act_quant"](jnp.asarray(data[f"{recorded}.in"]))
         np.testing.assert_allclose(rounded, data[f"{recorded}.out"], atol=2e-6, rtol=1e-6)
-        for execution in ("simulated", "integer"):
+        for numerics in ("simulated", "integer"):
             out = quantized_matmul(
                 jnp.asarray(data[f"{recorded}.in"]), layer["kernel"], layer["act_quant"],
-                execution=execution,
+                numerics=numerics,
             )  # fmt: skip
-            assert relative(out + layer["bias"], data[f"{prefix}.out"]) < 1e-5, (linear, execution)
+            assert relative(out + layer["bias"], data[f"{prefix}.out"]) < 1e-5, (linear, numerics)
 
 
 @pytest.mark.parametrize("case", CASES)

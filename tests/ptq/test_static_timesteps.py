@@ -75,10 +75,10 @@ def test_each_row_covers_what_was_seen_at_its_timestep(network):
     assert act.scale.shape == (STEPS, 1)
 
 
-@pytest.mark.parametrize("execution", ["simulated", "integer"])
-def test_samples_of_one_batch_may_stand_at_different_timesteps(network, execution):
+@pytest.mark.parametrize("numerics", ["simulated", "integer"])
+def test_samples_of_one_batch_may_stand_at_different_timesteps(network, numerics):
     model, _, stats = network
-    params, model = quantized(network, per_timestep=True), model.clone(execution=execution)
+    params, model = quantized(network, per_timestep=True), model.clone(numerics=numerics)
     x, label = inputs(model, STEPS)
     timestep = jnp.asarray(stats.timesteps, jnp.float32)
     mixed = call(Denoiser(params, model), x, timestep, label)

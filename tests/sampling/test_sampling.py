@@ -92,16 +92,14 @@ def test_guided_channels_are_at_most_the_latents():
     assert sampling.denoiser(model, {}, 1.5, None).channels is None
 
 
-@pytest.mark.parametrize(
-    "execution", ["simulated", pytest.param("integer", marks=pytest.mark.slow)]
-)
-def test_quantized_parameters_take_the_same_call(checkpoint, execution):
+@pytest.mark.parametrize("numerics", ["simulated", pytest.param("integer", marks=pytest.mark.slow)])
+def test_quantized_parameters_take_the_same_call(checkpoint, numerics):
     recipe = ptq.Recipe.preset("w8a8", checkpoint.params, group_size=32)
     params = ptq.quantize_params(checkpoint.params, recipe=recipe)
     quantized = Checkpoint(checkpoint.model, params, recipe)
     sampler = diffusion.ddim(4)
     reference = sampling.generate(checkpoint, sampler, LABELS)
-    ours = sampling.generate(quantized, sampler, LABELS, execution=execution)
+    ours = sampling.generate(quantized, sampler, LABELS, numerics=numerics)
     error = np.linalg.norm(ours - reference) / np.linalg.norm(reference)
     assert 0 < error < 0.05
 

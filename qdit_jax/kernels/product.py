@@ -1,0 +1,75 @@
+"""What is known of a product before it runs, and what computes one: the parts of the table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+from qdit_jax.quant import ActQuant, ActSpec, QTensor, WeightSpec
+
+Numerics = Literal["simulated", "integer"]
+NUMERICS = ("simulated", "integer")
+# The platforms that programs are compiled for, in JAX's words for `lowering_platforms`.
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A product before it runs: shapes and static settings, no values.
+
+    Attributes:
+        x_shape: of the input, `[..., K]`.
+        weight: the kernel, of which only static fields and shapes are looked at, or its spec.
+        act: what quantises the input, or None.
+        numerics: what is computed, one of `NUMERICS`.
+        platform: what the program is compiled for, one of `PLATFORMS`.
+        dtype: name of the input's dtype.
+    """
+
+    x_shape: tuple[int, ...]
+    weight: QTensor | WeightSpec
+    act: ActSpec | ActQuant | None
+    numerics: str
+    platform: str
+    dtype: str = "float32"
+
+    @property
+    def act_spec(self) -> ActSpec | None:
+        """The static settings of `act`."""
+        return self.act.spec if isinstance(self.act, ActQuant) else self.act
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One row of the table: who computes a product.
+
+    Attributes:
+        name: what reports call it, and what a caller asks for.
+        run: `(x, q, act, numerics) -> [*lead, N]` in the dtype of `x`; traced, `act` an `ActQuant`
+            or None.
+        unsupported_reason: `product -> ` why this cannot compute it, one sentence, or None.
+    """
+
+    name: str
+    run: Callable[[Any, QTensor, ActQuant | None, str], Any]
+    unsupported_reason: Callable[[Product], str | None]
+
+
+def invalid_reason(product: Product) -> str | None:
+    """Returns why nothing can compute `product`, one sentence, or None if something may."""
+    weight, act = product.weight, product.act
+    if product.numerics not in NUMERICS:
+        return f"numerics={product.numerics!r} is not known; use one of {', '.join(NUMERICS)}."
+    if isinstance(weight, QTensor) and product.x_shape[-1] != weight.shape[0]:
+        return f"x has {product.x_shape[-1]} channels, but the kernel has {weight.shape[0]}."
+    if isinstance(act, ActSpec) and act.mode == "static":
+        return "a static ActSpec needs calibrated scales; pass an ActQuant that has them."
+    if isinstance(act, ActQuant) and act.is_table:
+        return (
+            "the static scales are a table with a row a timestep; pick one with "
+            "`select_timestep(params, timestep)`, as the sampler's denoiser does, or `at(index)`."
+        )
+    if product.numerics == "integer" and act is None:
+        return "integer numerics need quantised activations; pass act, or use numerics='simulated'."
+    return None

@@ -1,0 +1,9 @@
+"""The table of implementations: the first that fits a product computes it."""
+
+from __future__ import annotations
+
+from qdit_jax.kernels.product import Implementation
+from qdit_jax.kernels.xla_order import XLA, XLA_CPU
+
+# In order of preference.
+IMPLEMENTATIONS: dict[str, Implementation] = {entry.name: entry for entry in (XLA_CPU, XLA)}

@@ -1,0 +1,54 @@
+"""Which implementation computes which layers of a network, for reports."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qdit_jax.kernels.matmul import implementation_of
+from qdit_jax.quant import ActQuant, QTensor
+
+
+def implementations_used(
+    params: Any,
+    numerics: str = "simulated",
+    *,
+    platform: str | None = None,
+    rows: Mapping[str, int] | None = None,
+    dtype: str = "float32",
+) -> dict[str, int]:
+    """Returns how many quantised kernels of a network each implementation computes, by name.
+
+    Empty for a network in full precision. Abstract arrays will do; a stack of kernels counts each.
+
+    Args:
+        platform: one of `PLATFORMS`, by default JAX's.
+        rows: how many rows a layer is given, by path (`models.rows_per_sample` times the batch);
+            1 where it is not named.
+
+    Raises:
+        ValueError: if a product cannot run with these numerics.
+    """
+    found: Counter[str] = Counter()
+    for path, kernel, act in quantized_layers(params):
+        shape = ((rows or {}).get(path, 1), kernel.shape[0])
+        # Which row of a table of scales is picked decides nothing.
+        settings = None if act is None else ActQuant(act.spec)
+        name = implementation_of(shape, kernel, settings, numerics, platform, dtype)
+        found[name] += math.prod(kernel.scale.shape[:-2])
+    return dict(found)
+
+
+def quantized_layers(
+    params: Any, path: tuple[str, ...] = ()
+) -> Iterator[tuple[str, QTensor, ActQuant | None]]:
+    """Yields path, kernel and activation quantiser of every layer with a quantised kernel."""
+    if not isinstance(params, Mapping):
+        return
+    kernel = params.get("kernel")
+    if isinstance(kernel, QTensor):
+        yield "/".join(path), kernel, params.get("act_quant")
+    for name, entry in params.items():
+        yield from quantized_layers(entry, (*path, str(name)))

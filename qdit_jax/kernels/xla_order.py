@@ -1,0 +1,63 @@
+"""The XLA implementations: one arithmetic, with weights dequantised no earlier than their input.
+
+A compiler that sees parameters alone may dequantise those of many layers before the first layer
+runs, and the whole model would lie in memory. What stops it is another thing on each platform.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qdit_jax.kernels import xla
+from qdit_jax.kernels.product import Implementation, Product
+from qdit_jax.quant import ActQuant, QTensor, branches
+
+
+def xla_product(x: Any, q: QTensor, act: ActQuant | None, numerics: str) -> Any:
+    """Returns the product in the order that the compiler chooses."""
+    if numerics == "integer":
+        assert act is not None  # `invalid_reason` has seen to it
+        return xla.integer_matmul(x, q, act)
+    return xla.simulated_matmul(x, q, act)
+
+
+def with_barrier(x: Any, q: QTensor, act: ActQuant | None, numerics: str) -> Any:
+    """Returns the product, its weights behind an optimization barrier that waits for `x`.
+
+    XLA for GPUs and TPUs keeps barriers until its work is in order.
+    """
+    return xla_product(*jax.lax.optimization_barrier((x, q)), act, numerics)
+
+
+def after_input(x: Any, q: QTensor, act: ActQuant | None, numerics: str) -> Any:
+    """Returns the product, nothing of it computed before `x` is.
+
+    XLA:CPU drops barriers before it orders its work; a branch it keeps, see `branches`.
+    """
+
+    def product(x: Any, q: QTensor, act: ActQuant | None) -> Any:
+        return xla_product(x, q, act, numerics)
+
+    def zeros(x: Any, q: QTensor, act: ActQuant | None) -> Any:  # never taken
+        edge = 0 * (x[..., :1] + q.scale.astype(x.dtype).reshape(-1)[:1])
+        return jnp.broadcast_to(edge, (*x.shape[:-1], q.shape[1]))
+
+    return jax.lax.cond(branches.true_after(x), product, zeros, x, q, act)
+
+
+def cpu_only(product: Product) -> str | None:
+    if product.platform == "cpu":
+        return None
+    return f"xla_cpu orders the work of XLA:CPU, not of {product.platform}; use 'xla'."
+
+
+def anything(product: Product) -> None:
+    """Returns None: plain XLA computes every product on every platform."""
+    return None
+
+
+XLA_CPU = Implementation("xla_cpu", after_input, cpu_only)
+XLA = Implementation("xla", with_barrier, anything)
