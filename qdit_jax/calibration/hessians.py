@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from qdit_jax.models import optional
+from qdit_jax.models import mapped_input, quantized_input
 from qdit_jax.quant import accumulate_hessian
 
 # `(path, input)` of a layer about to run; the input as the layer was given it.
@@ -26,15 +26,15 @@ SeenFn = Callable[[str, Any], None]
 def seen_inputs(seen_fn: SeenFn, layer_type: type[nn.Module], *, rounded: bool) -> Iterator[None]:
     """Calls `seen_fn` with every `layer_type`'s path and input while the context lasts.
 
-    `rounded` passes the input through the layer's own activation quantiser first, which is what
-    its kernel is multiplied with. Use it inside the function that is jitted.
+    `rounded` passes the input through the layer's own input leaves and activation quantiser first,
+    which is what its kernel is multiplied with. Use it inside the function that is jitted.
     """
 
     def record(next_fn: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext):
         if isinstance(context.module, layer_type) and context.method_name == "__call__":
-            x = args[0]
-            quantizer = optional(context.module, "act_quant") if rounded else None
-            seen_fn("/".join(context.module.path), x if quantizer is None else quantizer(x))
+            module, x = context.module, args[0]
+            seen = quantized_input(module, mapped_input(module, x)) if rounded else x
+            seen_fn("/".join(module.path), seen)
         return next_fn(*args, **kwargs)
 
     with nn.intercept_methods(record):

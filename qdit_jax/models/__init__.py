@@ -13,7 +13,9 @@ from qdit_jax.models.inception import InceptionV3
 from qdit_jax.models.layers import (
     Linear,
     TimestepEmbedder,
+    mapped_input,
     optional,
+    quantized_input,
     sincos_positions,
     timestep_features,
 )
@@ -35,8 +37,10 @@ __all__ = [
     "demo_features_fn",
     "family_of",
     "inception_features_fn",
+    "mapped_input",
     "optional",
     "published_config",
+    "quantized_input",
     "sincos_positions",
     "timestep_features",
 ]

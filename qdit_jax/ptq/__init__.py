@@ -18,6 +18,7 @@ from qdit_jax.ptq.transform import (
     plan,
     quantize_params,
 )
+from qdit_jax.ptq.walk import rewrite
 
 __all__ = [
     "LayerPlan",
@@ -33,6 +34,7 @@ __all__ = [
     "quantize_checkpoint",
     "quantize_in_order",
     "quantize_params",
+    "rewrite",
     "round_params",
     "sqnr_db",
 ]
