@@ -13,17 +13,19 @@ from qdit_jax.ptq.streaming import quantize_checkpoint
 from qdit_jax.ptq.transform import (
     LayerPlan,
     act_quantizer,
+    as_matrix,
     check_unquantized,
     matrix_shape,
     plan,
     quantize_params,
 )
-from qdit_jax.ptq.walk import rewrite
+from qdit_jax.ptq.walk import rewrite, weight_name
 
 __all__ = [
     "LayerPlan",
     "RoundedLayer",
     "act_quantizer",
+    "as_matrix",
     "by_block",
     "by_block_authors",
     "by_layer",
@@ -37,4 +39,5 @@ __all__ = [
     "rewrite",
     "round_params",
     "sqnr_db",
+    "weight_name",
 ]
