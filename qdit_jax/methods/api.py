@@ -86,7 +86,7 @@ def quantize(source: Any, *settings: Any, **options: Any) -> Any:
 def quantize_whole(
     source: Source,
     method: str | Method = "rtn",
-    recipe: str | Path | Recipe = "w4a8",
+    recipe: Any = "w4a8",
     *,
     data: CalibrationData | None = None,
     out: str | Path | None = None,
