@@ -16,6 +16,12 @@ examples:
   qdit methods --json
 """
 
+# What a method may need, in words.
+DATA = {
+    "items": "inputs of the network, sampled along trajectories (--items)",
+    "stats": "ranges of the layers' inputs over timesteps (--stats)",
+}
+
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
@@ -40,7 +46,7 @@ def entry(method: dict[str, Any]) -> str:
     lines = {
         "": method["idea"],
         "paper:": method["paper"] or "none",
-        "calibrates on:": ", ".join(method["needs"]) or "nothing",
+        "calibrates on:": ", ".join(DATA.get(n, n) for n in method["needs"]) or "nothing",
         "at run time:": method["runtime_cost"],
     }
     wrapped = (

@@ -104,7 +104,8 @@ def quantize_whole(
     report = Report(**listeners)
     facts = {} if isinstance(source, Checkpoint) else {"quantized_from": str(source)}
     if method.stream is not None and out is not None and Path(out).suffix != ".safetensors":
-        metadata = metadata_of(checkpoint, method, recipe, data, report) | facts
+        told = data.to_json(fitted=bool(method.needs), sampled=False)
+        metadata = metadata_of(checkpoint, method, recipe, told, report) | facts
         written = method.stream(
             checkpoint,
             out,
@@ -116,9 +117,11 @@ def quantize_whole(
         )
         return load(out) if isinstance(source, Checkpoint) else written
     whole = materialized(checkpoint)
+    sampled = any(getattr(data, name) is None for name in method.needs)
     data = completed(method, whole, data)
     params = method.apply(whole.params, model=whole.model, recipe=recipe, data=data, report=report)
-    metadata = metadata_of(checkpoint, method, recipe, data, report) | facts
+    told = data.to_json(fitted=bool(method.needs), sampled=sampled)
+    metadata = metadata_of(checkpoint, method, recipe, told, report) | facts
     result = dataclasses.replace(whole, params=params, recipe=recipe, metadata=metadata)
     if out is not None:
         save(out, result, overwrite=overwrite)
@@ -195,7 +198,7 @@ def metadata_of(
     checkpoint: Checkpoint,
     method: Method,
     recipe: Recipe,
-    data: CalibrationData,
+    data: dict[str, Any],
     report: Report,
 ) -> dict[str, Any]:
     """Returns the checkpoint's metadata and what is done to it now.
@@ -207,7 +210,7 @@ def metadata_of(
         "recipe": recipe.name,
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {"qdit_jax": import_module("qdit_jax").__version__, "jax": jax.__version__},
-        "data": data.to_json(method.needs),
+        "data": data,
         "notes": report.notes,
         "layers": report.layers,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -17,7 +17,9 @@ from qdit_jax.diffusion import Sampler
 # Called with the number of samples finished, batch by batch.
 ProgressFn = Callable[[int], Any] | None
 STAGE_NAMES = ("block", "layer")
-PLAIN = ("num_samples", "num_steps", "batch_size", "seed", "holdout", "stages")
+# Plain settings of how a method is fitted, and of how its data are sampled.
+FIT = ("batch_size", "holdout", "stages")
+SAMPLE = ("num_samples", "num_steps", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,17 +66,24 @@ class CalibrationData:
         if self.holdout is not None and not 0 <= self.holdout < 1:
             raise ValueError(f"holdout={self.holdout} is no share; use a number from 0 up to 1.")
 
-    def to_json(self, needs: Iterable[str]) -> dict[str, Any]:
-        """Returns what a method that needs the fields `needs` was given, as JSON-able values."""
-        settings: dict[str, Any] = {"stats": True} if self.stats is not None else {}
-        if self.items is not None:
-            settings |= {"num_items": len(self.items.x)}
-        if list(needs):
-            own = {f: getattr(self, f) for f in PLAIN if getattr(self, f) is not None}
-            settings |= own | {"guidance": str(self.guidance)}
+    def to_json(self, *, fitted: bool, sampled: bool) -> dict[str, Any]:
+        """Returns what a method learned from as JSON-able values.
+
+        Args:
+            fitted: whether it learned from anything.
+            sampled: whether that was sampled by these settings.
+        """
+        names = FIT * fitted + SAMPLE * sampled
+        settings = {name: getattr(self, name) for name in names}
+        if sampled:
+            settings |= {"guidance": str(self.guidance)}
             settings |= {} if self.key is None else {"key": key_words(self.key)}
-            settings |= {} if self.sampler is None else {"sampler": type(self.sampler).__name__}
-        return settings
+            if self.sampler is not None:
+                settings |= {"sampler": type(self.sampler).__name__, "num_steps": None}
+        if self.items is not None and fitted:
+            settings |= {"num_items": len(self.items.x)}
+        settings |= {"sampled": sampled, "stats": self.stats is not None}
+        return {name: value for name, value in settings.items() if value is not None}
 
 
 def key_words(key: Any) -> list[int]:

@@ -62,9 +62,12 @@ def quantized(name, bits):
 
 
 @jax.jit
-def outputs(params):
-    x, timestep, label = (jax.numpy.asarray(array) for array in items(1)[:3])
+def call(params, x, timestep, label):
     return checkpoint().model.apply({"params": params}, x, timestep, label)
+
+
+def outputs(params):
+    return np.asarray(call(params, *items(1)[:3]))
 
 
 @every_method
@@ -111,7 +114,8 @@ def test_each_layer_is_reported_and_every_batch_counted(name):
     assert set(done["layers"]) == {layer.path for layer in layers}
     assert set(done["versions"]) == {"qdit_jax", "jax"}
     assert json.loads(json.dumps(done)) == done
-    assert ("num_items" in done["data"]) == bool(method_named(name).needs)
+    fitted = {"batch_size": 32, "num_items": 128} if method_named(name).needs else {}
+    assert done["data"] == {**fitted, "sampled": False, "stats": False}
 
 
 @every_method
@@ -121,6 +125,9 @@ def test_the_same_seed_samples_and_rounds_the_same(name):
     first, again = (qdit.quantize(checkpoint(), name, recipe, data=data) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
     assert first.metadata == again.metadata
+    sampled = {"num_samples": 4, "num_steps": 3, "seed": 3, "guidance": "1.5", "sampled": True}
+    if method_named(name).needs:
+        assert sampled.items() <= first.metadata["quantization"]["data"].items()
 
 
 @every_method
