@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +51,8 @@ class CalibrationData:
     sampler: Sampler | None = None
     guidance: Any = 1.5
     batch_size: int = 8
-    holdout: float | None = None
-    stages: Literal["block", "layer"] | None = None
+    holdout: float | int | None = None
+    stages: str | None = None
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for a setting that cannot be."""

@@ -41,7 +41,7 @@ def fit_rounding(
     report: Report,
     round_fn: Callable[..., QTensor],
     stages_fn: StagesFn | None = None,
-    holdout: float = HOLDOUT,
+    holdout: float | int = HOLDOUT,
 ) -> Any:
     """Returns `params` with every kernel of `recipe` rounded by `round_fn` on the items of `data`.
 
@@ -88,7 +88,7 @@ def chosen_stages(name: str | None, own: StagesFn | None) -> StagesFn:
 
 
 def note_few_rows(
-    params: Any, recipe: Recipe, rows: dict[str, int], num_items: float, report: Report
+    params: Any, recipe: Recipe, rows: dict[str, int], num_items: float | int, report: Report
 ) -> None:
     """Notes if the widest layer that sees every token has too few inputs to be fitted to."""
     planned = [
@@ -117,7 +117,7 @@ def report_tables(params: Any, rounded: Any, paths: set[str], report: Report) ->
             report.weights(path, as_matrix(name, before[name]), after[name])
 
 
-def note_fallen(share: float, report: Report) -> None:
+def note_fallen(share: float | int, report: Report) -> None:
     """Notes what the errors were measured on, and how many layers kept rounding to nearest."""
     inputs = "held-out inputs" if share else "the inputs themselves (nothing was held out)"
     fallen = sum(layer["fell_back"] for layer in report.layers.values())
