@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from qdit_jax.diffusion import sample as sample
     from qdit_jax.errors import UserError as UserError
     from qdit_jax.kernels import quantized_matmul as quantized_matmul
+    from qdit_jax.methods import CalibrationData as CalibrationData
+    from qdit_jax.methods import quantize as quantize
     from qdit_jax.ptq import plan as plan
     from qdit_jax.ptq import quantize_checkpoint as quantize_checkpoint
     from qdit_jax.ptq import quantize_params as quantize_params
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from qdit_jax.quant import QTensor as QTensor
     from qdit_jax.quant import WeightSpec as WeightSpec
     from qdit_jax.quant import dequantize as dequantize
-    from qdit_jax.quant import quantize as quantize
+    from qdit_jax.quant import quantize_array as quantize_array
     from qdit_jax.quant import ranges as ranges
     from qdit_jax.recipes import LayerSpec as LayerSpec
     from qdit_jax.recipes import Recipe as Recipe
@@ -54,8 +56,9 @@ PUBLIC = {
     "diffusion": ("ddim", "ddpm", "flow", "sample"),
     "errors": ("UserError",),
     "kernels": ("quantized_matmul",),
+    "methods": ("CalibrationData", "quantize"),
     "ptq": ("plan", "quantize_checkpoint", "quantize_params", "round_params"),
-    "quant": ("ActSpec", "QTensor", "WeightSpec", "dequantize", "quantize", "ranges"),
+    "quant": ("ActSpec", "QTensor", "WeightSpec", "dequantize", "quantize_array", "ranges"),
     "recipes": ("LayerSpec", "Recipe", "Rule"),
     "sampling": ("denoiser", "generate"),
 }

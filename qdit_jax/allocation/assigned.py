@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qdit_jax.allocation.space import Space
+from qdit_jax.ptq import rewrite
 from qdit_jax.quant import (
     ActSpec,
     WeightSpec,
@@ -62,20 +62,21 @@ def assigned_params(params: Any, space: Space, assignment: Any) -> Any:
     `quantize_params(params, recipe=recipe_of(space, assignment))` to float rounding.
     """
     assignment = jnp.asarray(assignment)
-    flat = dict(flatten_dict(params, sep="/"))
-    for number, layer in enumerate(space.layers):
-        choice = assignment[number]
-        weights = tuple(spec.weight for spec in layer.choices)
-        acts = tuple(spec.act for spec in layer.choices)
-        if any(weights):
-            kernel = flat[f"{layer.path}/kernel"]
-            matrix = kernel.reshape(layer.shape)
-            flat[f"{layer.path}/kernel"] = chosen(kernel_branch, weights, choice, matrix).reshape(
-                kernel.shape
-            )
-        if any(acts):
-            flat[f"{layer.path}/act_quant"] = ChosenAct(choice, acts)
-    return unflatten_dict(flat, sep="/")
+    layers = {layer.path: layer for layer in space.layers}
+    choices = {layer.path: assignment[number] for number, layer in enumerate(space.layers)}
+
+    def weight_fn(path: str, name: str, kernel: Any) -> Any:
+        specs = tuple(spec.weight for spec in layers[path].choices)
+        if not any(specs):
+            return kernel
+        matrix = kernel.reshape(layers[path].shape)
+        return chosen(kernel_branch, specs, choices[path], matrix).reshape(kernel.shape)
+
+    def act_fn(path: str) -> ChosenAct | None:
+        specs = tuple(spec.act for spec in layers[path].choices)
+        return ChosenAct(choices[path], specs) if any(specs) else None
+
+    return rewrite(params, layers, weight_fn=weight_fn, act_fn=act_fn)
 
 
 def chosen(

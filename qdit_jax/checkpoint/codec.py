@@ -6,16 +6,13 @@ A quantised leaf is a dataclass: its array fields become arrays, its static fiel
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from qdit_jax.quant import ActQuant, ActSpec, QTensor, formats, groups, packing
-
-LEAF_TYPES = {"QTensor": QTensor, "ActQuant": ActQuant}
+from qdit_jax.quant import LEAVES, Leaf, formats, groups, packing
 
 
 def encode_params(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -23,7 +20,7 @@ def encode_params(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     arrays, manifest = {}, {}
     for path, leaf in flatten_dict(params, sep="/").items():
         name = type(leaf).__name__
-        if name not in LEAF_TYPES:
+        if name not in LEAVES:
             arrays[path] = leaf
             manifest[path] = {"type": "array", **shape_and_dtype(leaf)}
             continue
@@ -42,12 +39,25 @@ def decode_params(arrays: dict[str, Any], manifest: dict[str, Any]) -> Any:
         if described["type"] == "array":
             params[path] = flat[path]
             continue
-        if described["type"] not in LEAF_TYPES:
-            raise ValueError(f"{path} is a {described['type']}, which is not known here")
-        static = {k: v for k, v in described.items() if k not in ("type", "arrays")}
+        row = leaf_row(path, described)
+        static = {
+            field: row.statics[field](value) if field in row.statics else value
+            for field, value in described.items()
+            if field not in ("type", "arrays")
+        }
         held = {field: flat[f"{path}/{field}"] for field in described["arrays"]}
-        params[path] = LEAF_TYPES[described["type"]](**held, **from_json(static))
+        params[path] = row.cls(**held, **static)
     return unflatten_dict(params, sep="/")
+
+
+def leaf_row(path: str, described: dict[str, Any]) -> Leaf:
+    """Returns the row of a described leaf's type; raises `ValueError` for an unknown type."""
+    if described["type"] not in LEAVES:
+        raise ValueError(
+            f"{path} is a {described['type']}, which this release does not know; it knows "
+            f"{', '.join(LEAVES)}"
+        )
+    return LEAVES[described["type"]]
 
 
 def abstract_arrays(manifest: dict[str, Any], sharding: Any = None) -> dict[str, Any]:
@@ -78,7 +88,11 @@ def abstract_params(manifest: dict[str, Any]) -> Any:
 
 def logical_shapes(manifest: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every parameter as the network sees it, quantised or not."""
-    leaves = {path: d for path, d in manifest.items() if d["type"] != "ActQuant"}
+    leaves = {
+        path: described
+        for path, described in manifest.items()
+        if described["type"] == "array" or leaf_row(path, described).role == "parameter"
+    }
     for path, described in leaves.items():
         if described["type"] == "QTensor":
             check_packing(path, described)
@@ -115,20 +129,11 @@ def split_fields(leaf: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def to_json(value: Any) -> Any:
-    if isinstance(value, ActSpec):
+    if hasattr(value, "to_json"):
         return value.to_json()
     if isinstance(value, formats.Format):
         return value.name
     return list(value) if isinstance(value, tuple) else value
-
-
-def from_json(static: dict[str, Any]) -> dict[str, Any]:
-    decoders: dict[str, Callable] = {
-        "spec": ActSpec.from_json,
-        "fmt": formats.by_name,
-        "shape": tuple,
-    }
-    return {k: decoders[k](v) if k in decoders else v for k, v in static.items()}
 
 
 def shape_and_dtype(array: Any) -> dict[str, Any]:

@@ -51,11 +51,12 @@ def save_folder(path: str | Path, checkpoint: Checkpoint, *, overwrite: bool = F
 
 def write_folder(folder: Path, checkpoint: Checkpoint) -> None:
     arrays, manifest = encode_params(checkpoint.params)
+    quiet_orbax()
+    save_arrays(folder / "params", arrays)
+    # After the arrays, for the metadata may say how they were made.
     (folder / "model.json").write_text(json.dumps(describe(checkpoint, manifest), indent=1))
     if checkpoint.recipe is not None:
         (folder / "recipe.json").write_text(json.dumps(checkpoint.recipe.to_json(), indent=1))
-    quiet_orbax()
-    save_arrays(folder / "params", arrays)
     if checkpoint.vae is not None:
         (folder / "vae").mkdir()
         write_folder(folder / "vae", checkpoint.vae)

@@ -17,6 +17,7 @@ VERBS = (
     "calibrate",
     "search",
     "quantize",
+    "methods",
     "export",
     "sample",
     "evaluate",

@@ -88,11 +88,19 @@ def collect(args: argparse.Namespace, checkpoint: Any) -> None:
     from tqdm import tqdm
 
     import qdit_jax as qdit
-    from qdit_jax.cli.quantize_rounding import collected
+    from qdit_jax.methods import authors_items, spread_items
 
     if args.hessians or args.tokens:
         raise qdit.UserError("--hessians and --tokens belong to statistics; leave out --collect.")
+    settings = qdit.CalibrationData(
+        seed=args.seed,
+        num_samples=args.num_samples,
+        num_steps=args.steps,
+        guidance=args.guidance,
+        batch_size=args.batch_size,
+    )
+    collect_fn = authors_items if args.collect == "authors" else spread_items
     with tqdm(total=args.num_samples, unit="sample", disable=None) as bar:
-        items = collected(args, checkpoint, args.collect == "authors", bar.update)
+        items = collect_fn(checkpoint, settings, bar.update)
     items.save(args.out)
     print(f"wrote {args.out}: {len(items.sample)} inputs of {args.num_samples} trajectories")

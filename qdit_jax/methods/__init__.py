@@ -1,5 +1,53 @@
-"""Ways to quantize a network, and the exact input transforms that they use."""
+"""Ways to quantize a network: a table of methods, and the exact input transforms that they use.
 
-from qdit_jax.methods.folds import fold_inputs, producers
+A name is imported from its file when it is first used, so that the names of the methods alone are
+quick to have.
+"""
 
-__all__ = ["fold_inputs", "producers"]
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from qdit_jax.methods.table import METHODS, method_named
+
+if TYPE_CHECKING:
+    from qdit_jax.methods.api import quantize
+    from qdit_jax.methods.data import CalibrationData, authors_items, spread_items
+    from qdit_jax.methods.fitting import fit_rounding
+    from qdit_jax.methods.folds import fold_inputs, producers
+    from qdit_jax.methods.method import Method
+    from qdit_jax.methods.report import LayerReport, Report
+
+# File -> what it has for other rooms.
+LAZY = {
+    "api": ("quantize",),
+    "data": ("CalibrationData", "authors_items", "spread_items"),
+    "fitting": ("fit_rounding",),
+    "folds": ("fold_inputs", "producers"),
+    "method": ("Method",),
+    "report": ("LayerReport", "Report"),
+}
+FILE_OF = {name: file for file, names in LAZY.items() for name in names}
+
+__all__ = [
+    "METHODS",
+    "CalibrationData",
+    "LayerReport",
+    "Method",
+    "Report",
+    "authors_items",
+    "fit_rounding",
+    "fold_inputs",
+    "method_named",
+    "producers",
+    "quantize",
+    "spread_items",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Returns a public name, imported from its file now."""
+    if name not in FILE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{FILE_OF[name]}"), name)

@@ -19,7 +19,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Num
 
 from qdit_jax.kernels import attention, quantized_matmul
-from qdit_jax.quant import QTensor, dequantize, select_columns
+from qdit_jax.quant import QTensor, Role, dequantize, select_columns, slots
 
 Initializer = Callable[..., Any]
 
@@ -69,7 +69,7 @@ class Linear(nn.Module):
     """Returns `x @ kernel + bias` over the last axis, full precision or quantised.
 
     Params: `kernel` (array `[..., N]` whose leading axes flatten to K, or a `QTensor`), `bias [N]`,
-    and optionally `act_quant` (an `ActQuant`), which quantises the input first.
+    and the slots of `quant.LEAVES` that are present: `act_quant` (an `ActQuant`) quantises the input.
     `numerics` is `"simulated"` (float arithmetic on the quantised grid) or `"integer"`, and
     `implementation` who computes it; see `kernels.quantized_matmul`.
     """
@@ -85,15 +85,43 @@ class Linear(nn.Module):
         shape = self.kernel_shape or (x.shape[-1], self.features)
         kernel = stored(self, "kernel", self.kernel_init, shape)
         bias = stored(self, "bias", nn.initializers.zeros_init(), (self.features,))
-        act_quant = optional(self, "act_quant")
+        x = mapped_input(self, x)
         if isinstance(kernel, QTensor):
+            act_quant = optional(self, "act_quant")
             y = quantized_matmul(x, kernel, act_quant, self.numerics, self.implementation)
-            return y + bias.astype(y.dtype)
-        if act_quant is not None:
-            x = act_quant(x)
+            return with_outputs(self, x, y + bias.astype(y.dtype))
+        seen = quantized_input(self, x)
         # Two axes: on CPU the gradient of a product over [B, T, K] is twice as slow.
-        rows = x.reshape(-1, x.shape[-1]) @ kernel.reshape(-1, self.features).astype(x.dtype)
-        return (rows + bias.astype(x.dtype)).reshape(*x.shape[:-1], self.features)
+        rows = seen.reshape(-1, x.shape[-1]) @ kernel.reshape(-1, self.features).astype(x.dtype)
+        y = (rows + bias.astype(x.dtype)).reshape(*x.shape[:-1], self.features)
+        return with_outputs(self, x, y)
+
+
+def mapped_input(module: nn.Module, x: Array) -> Array:
+    """Returns a layer's input after its input leaves, if it has any."""
+    for leaf in leaves_of(module, "input"):
+        x = leaf(x)
+    return x
+
+
+def quantized_input(module: nn.Module, x: Array) -> Array:
+    """Returns a mapped input after the layer's activation quantiser, if it has one."""
+    for leaf in leaves_of(module, "quantizer"):
+        x = leaf(x)
+    return x
+
+
+def with_outputs(module: nn.Module, x: Array, y: Array) -> Array:
+    """Returns a layer's output `y` with what its output leaves make of the mapped input added."""
+    for leaf in leaves_of(module, "output"):
+        y = y + leaf(x).astype(y.dtype)
+    return y
+
+
+def leaves_of(module: nn.Module, role: Role) -> list[Any]:
+    """Returns the leaves of that role that stand beside a layer's kernel, in the table's order."""
+    found = (optional(module, slot) for slot in slots(role))
+    return [leaf for leaf in found if leaf is not None]
 
 
 def stored(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...]) -> Any:

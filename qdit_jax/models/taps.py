@@ -15,7 +15,7 @@ import jax
 from flax import linen as nn
 
 from qdit_jax.models.family import OPERANDS_OF, Network, example_inputs
-from qdit_jax.models.layers import Linear, optional
+from qdit_jax.models.layers import Linear, mapped_input, quantized_input
 
 # (path, layer, input, call) -> output, where `call()` is what the layer itself would return.
 LayerFn = Callable[[str, nn.Module, Any, Callable[[], Any]], Any]
@@ -52,13 +52,12 @@ def seen_inputs(
 ) -> Iterator[None]:
     """Calls `seen_fn` with every layer's path and input while the context lasts.
 
-    `quantized` passes the input through the layer's own activation quantizer first, which is what
-    its kernel is multiplied with.
+    `quantized` passes the input through the layer's own input leaves and activation quantizer
+    first, which is what its kernel is multiplied with.
     """
 
     def look(path: str, module: nn.Module, x: Any, call: Callable[[], Any]) -> Any:
-        quantizer = optional(module, "act_quant") if quantized else None
-        seen_fn(path, x if quantizer is None else quantizer(x))
+        seen_fn(path, quantized_input(module, mapped_input(module, x)) if quantized else x)
         return call()
 
     with tapped(look, operand_fn):

@@ -13,16 +13,19 @@ from qdit_jax.ptq.streaming import quantize_checkpoint
 from qdit_jax.ptq.transform import (
     LayerPlan,
     act_quantizer,
+    as_matrix,
     check_unquantized,
     matrix_shape,
     plan,
     quantize_params,
 )
+from qdit_jax.ptq.walk import rewrite, weight_name
 
 __all__ = [
     "LayerPlan",
     "RoundedLayer",
     "act_quantizer",
+    "as_matrix",
     "by_block",
     "by_block_authors",
     "by_layer",
@@ -33,6 +36,8 @@ __all__ = [
     "quantize_checkpoint",
     "quantize_in_order",
     "quantize_params",
+    "rewrite",
     "round_params",
     "sqnr_db",
+    "weight_name",
 ]

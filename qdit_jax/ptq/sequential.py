@@ -9,7 +9,6 @@ Dimensions: K input channels, N output channels.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import Any
@@ -20,9 +19,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qdit_jax.calibration import Stats
 from qdit_jax.models import Family
-from qdit_jax.ptq.transform import check_unquantized, matrix_shape, quantize_params
+from qdit_jax.ptq.transform import as_matrix, matrix_shape, rewrite_kernels
 from qdit_jax.quant import QTensor, WeightSpec, output_error, quantize
-from qdit_jax.recipes import LayerSpec, Recipe, Rule
+from qdit_jax.recipes import TABLE, Recipe
 
 # `(kernel [K, N], hessian [K, K], spec) -> QTensor`: `quant.gptq`, `quant.adaround`, ...
 RoundFn = Callable[[Any, Any, WeightSpec], QTensor]
@@ -76,13 +75,12 @@ def quantize_in_order(
         ValueError: as `quantize_params`; also if the stages lack a layer of the recipe.
     """
     specs = recipe.resolve(params)
-    flat = dict(flatten_dict(without_kernels(params, specs, stats), sep="/"))
+    started = rewrite_kernels(params, only_tables, recipe=recipe, stats=stats)
+    flat = dict(flatten_dict(started, sep="/"))
     wanted = {path for path, s in specs.items() if s.weight and f"{path}/kernel" in flat}
     chosen = [[path for path in stage if path in wanted] for stage in stages]
     if missing := sorted(wanted - {path for stage in chosen for path in stage}):
         raise ValueError(f"the network never runs {missing[0]}, which the recipe quantises.")
-    for path in wanted:
-        check_unquantized(path, flat[f"{path}/kernel"])
     for stage in filter(None, chosen):
         hessians, holdout = hessians_fn(unflatten_dict(flat, sep="/"), stage)
         kernels = {path: flat[f"{path}/kernel"] for path in stage}
@@ -97,14 +95,9 @@ def quantize_in_order(
     return unflatten_dict(flat, sep="/")
 
 
-def without_kernels(params: Any, specs: dict[str, LayerSpec], stats: Stats | None) -> Any:
-    """Returns `params` with the activation quantisers and label tables of `specs` only."""
-    flat = flatten_dict(params, sep="/")
-    rules = [
-        Rule(re.escape(path), LayerSpec(None, spec.act) if f"{path}/kernel" in flat else spec)
-        for path, spec in specs.items()
-    ]
-    return quantize_params(params, recipe=Recipe(tuple(rules)), stats=stats)
+def only_tables(path: str, name: str, leaf: Any, spec: WeightSpec) -> Any:
+    """Returns a label table rounded to nearest, which has no inputs to be fitted to; else the leaf."""
+    return quantize(as_matrix(name, jnp.asarray(leaf)), spec) if name.endswith(TABLE) else leaf
 
 
 def checked(

@@ -25,13 +25,14 @@ from qdit_jax.recipes import Recipe
 
 
 def quantize_checkpoint(
-    source: str | Path,
+    source: str | Path | Checkpoint,
     out: str | Path,
     *,
     recipe: Recipe,
     stats: Stats | None = None,
     on_layer: Callable[[str, Any, QTensor], None] | None = None,
     overwrite: bool = False,
+    metadata: dict[str, Any] | None = None,
 ) -> Checkpoint:
     """Writes the checkpoint in `source`, rounded to nearest by `recipe`, to the folder `out`.
 
@@ -41,10 +42,12 @@ def quantize_checkpoint(
     `load`, `quantize_params` and `save` write, and appears under its name once it is complete.
 
     Args:
-        source: a checkpoint folder; an exported file is read as a whole.
+        source: a checkpoint folder; an exported file is read as a whole. Or an open checkpoint.
         stats: calibration statistics, for static activation scales only.
         on_layer: called with the path, the kernel `[K, N]` and its `QTensor` as each is written.
         overwrite: replace `out` if it exists; it may be `source` itself.
+        metadata: of the new checkpoint, written when all layers are; by default that of `source`,
+            which it names.
 
     Returns:
         The new checkpoint as `open_checkpoint` reads it.
@@ -54,9 +57,11 @@ def quantize_checkpoint(
         ValueError: as `quantize_params`.
     """
     check_free(out, overwrite)
-    checkpoint = open_checkpoint(source)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     params = deferred_quantization(checkpoint.params, recipe=recipe, stats=stats, on_layer=on_layer)
-    metadata = {**checkpoint.metadata, "quantized_from": str(source), "rounding": "nearest"}
+    if metadata is None:
+        named = {} if source is checkpoint else {"quantized_from": str(source)}
+        metadata = {**checkpoint.metadata, **named, "rounding": "nearest"}
     quantised = Checkpoint(checkpoint.model, params, recipe, metadata, checkpoint.vae)
     save(out, quantised, overwrite=overwrite)
     return open_checkpoint(out)

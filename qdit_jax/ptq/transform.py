@@ -8,12 +8,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from qdit_jax.calibration import Stats
-from qdit_jax.models import OPERANDS_OF
 from qdit_jax.ptq.static_acts import act_quantizer
-from qdit_jax.quant import QTensor, WeightSpec, packed_nbytes, quantize
+from qdit_jax.ptq.walk import rewrite, weight_name
+from qdit_jax.quant import ActQuant, QTensor, WeightSpec, packed_nbytes, quantize
 from qdit_jax.recipes import TABLE, LayerSpec, Recipe
 
 
@@ -76,7 +76,7 @@ def quantize_params(
             statistics are needed and absent.
     """
 
-    def rewrite(path: str, name: str, leaf: Any, spec: WeightSpec) -> QTensor:
+    def quantized(path: str, name: str, leaf: Any, spec: WeightSpec) -> QTensor:
         matrix = as_matrix(name, jnp.asarray(leaf))
         q = (
             quantize(matrix, spec)
@@ -87,12 +87,12 @@ def quantize_params(
             on_layer(path, matrix, q)
         return q
 
-    return rewrite_kernels(params, rewrite, recipe=recipe, stats=stats)
+    return rewrite_kernels(params, quantized, recipe=recipe, stats=stats)
 
 
 def rewrite_kernels(
     params: Any,
-    rewrite_fn: Callable[[str, str, Any, WeightSpec], QTensor],
+    rewrite_fn: Callable[[str, str, Any, WeightSpec], Any],
     *,
     recipe: Recipe,
     stats: Stats | None,
@@ -101,29 +101,25 @@ def rewrite_kernels(
 
     `rewrite_fn` takes a layer's path, its leaf's name, the leaf and its spec. See `quantize_params`.
     """
-    flat = dict(flatten_dict(params, sep="/"))
-    for path, spec in recipe.resolve(params).items():
-        name = weight_name(flat, path)
-        if spec.act is not None:
-            entry = (
-                f"{path.replace(OPERANDS_OF, '/')}_quant" if name is None else f"{path}/act_quant"
-            )
-            flat[entry] = act_quantizer(path, spec.act, stats)
-        if name is None or spec.weight is None:
-            continue
-        check_unquantized(path, flat[name])
-        flat[name] = rewrite_fn(path, name, flat[name], spec.weight)
-    return unflatten_dict(flat, sep="/")
+    specs = recipe.resolve(params)
+
+    def weight_fn(path: str, name: str, leaf: Any) -> Any:
+        spec = specs[path].weight
+        if spec is None:
+            return leaf
+        check_unquantized(path, leaf)
+        return rewrite_fn(path, name, leaf, spec)
+
+    def act_fn(path: str) -> ActQuant | None:
+        spec = specs[path].act
+        return None if spec is None else act_quantizer(path, spec, stats)
+
+    return rewrite(params, specs, weight_fn=weight_fn, act_fn=act_fn)
 
 
 def as_matrix(name: str, leaf: Any) -> Any:
     """Returns a kernel as `[K, N]`; a table `[rows, D]` as `[D, rows]`."""
     return leaf.T if name.endswith(TABLE) else leaf.reshape(matrix_shape(leaf))
-
-
-def weight_name(flat: dict[str, Any], path: str) -> str | None:
-    """Returns the key of a layer's kernel or table; None for operands of attention products."""
-    return next((name for name in (f"{path}/kernel", path + TABLE) if name in flat), None)
 
 
 def check_unquantized(path: str, kernel: Any) -> None:

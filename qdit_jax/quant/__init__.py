@@ -14,6 +14,7 @@ from qdit_jax.quant.act import (
 from qdit_jax.quant.adaptive_rounding import AdaRoundSettings, adaround
 from qdit_jax.quant.gptq_rounding import accumulate_hessian, gptq, gptq_authors, output_error
 from qdit_jax.quant.groups import effective_group_size
+from qdit_jax.quant.leaves import LEAVES, Leaf, Role, entry_name, slots, with_leaf
 from qdit_jax.quant.qtensor import (
     QTensor,
     dequantize,
@@ -27,17 +28,24 @@ from qdit_jax.quant.qtensor import (
 from qdit_jax.quant.specs import ActSpec, WeightSpec
 from qdit_jax.quant.traced import fake_quantize_kernel_traced, fake_quantize_traced
 
+# The name of `quantize` outside of this room, where `quantize` takes whole checkpoints too.
+quantize_array = quantize
+
 __all__ = [
+    "LEAVES",
     "ActQuant",
     "ActSpec",
     "AdaRoundSettings",
+    "Leaf",
     "QTensor",
+    "Role",
     "WeightSpec",
     "accumulate_hessian",
     "adaround",
     "codes_of",
     "dequantize",
     "effective_group_size",
+    "entry_name",
     "expand_to_channels",
     "fake_quantize",
     "fake_quantize_kernel_traced",
@@ -53,9 +61,12 @@ __all__ = [
     "packed_nbytes",
     "packing",
     "quantize",
+    "quantize_array",
     "ranges",
     "select_columns",
     "select_rows",
     "select_timestep",
+    "slots",
     "static_act_quant",
+    "with_leaf",
 ]

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import json
 import os
 
 import numpy as np
 import pytest
+from tiny_models import tiny_checkpoint
 
 from qdit_jax.checkpoint import Checkpoint, load, save
 from qdit_jax.cli import main
+from qdit_jax.cli import quantize as verb
+from qdit_jax.cli.quantize_options import PresetOptions, recipe_of
 from qdit_jax.diffusion import ddim
+from qdit_jax.methods import METHODS
 from qdit_jax.quant import QTensor, ranges
 from qdit_jax.sampling import generate
 from qdit_jax.testing import realistic_dit
@@ -29,7 +36,7 @@ def quantize(folder, *options):
 
 
 def test_gptq_prints_held_out_errors_and_writes_the_checkpoint(folder, capsys):
-    options = ["--recipe", "w3a8", "--layers", "blocks_0/attn/qkv", "--rounding", "gptq", *FEW]
+    options = ["--recipe", "w3a8", "--layers", "blocks_0/attn/qkv", "--method", "gptq", *FEW]
     assert quantize(folder, *options, "--range", "percentile:0.99") == 0
     printed = capsys.readouterr().out
     assert "output error, dB" in printed
@@ -39,7 +46,7 @@ def test_gptq_prints_held_out_errors_and_writes_the_checkpoint(folder, capsys):
     assert "note:" not in printed  # 24 items of 16 tokens for 32 channels
     out = load(folder / "out")
     assert isinstance(out.params["blocks_0"]["attn"]["qkv"]["kernel"], QTensor)
-    assert out.metadata["rounding"] == "gptq"
+    assert out.metadata["quantization"]["method"] == "gptq"
     assert out.recipe.rules[0].spec.weight.range_fn == ranges.percentile(0.99)
 
 
@@ -114,10 +121,52 @@ def test_static_per_timestep_survives_the_checkpoint(folder, capsys):
         (["--range", "percentile:x"], "--range percentile:x:"),
         (["--attention", "w4a8"], "attention operands have no weights"),
         (["--adaln", "small"], "recipe='small' is no preset"),
-        (["--rounding", "gptq", "--num-samples", "1", "--steps", "2"], "leaves one side empty"),
+        (["--method", "gptq", "--num-samples", "1", "--steps", "2"], "leaves one side empty"),
+        (["--method", "qdit_release", "--stages", "layer"], "has the release's own stages"),
+        (["--method", "qdit", "--group-size", "0"], "one scale per channel"),
+        (["--method", "gptq", "--num-samples", "0"], "num_samples=0 must be 1 or more"),
+        (["--method", "gptq", "--act-mode", "static"], "static activations need --stats FILE"),
     ],
 )
 def test_bad_options_end_in_one_sentence(folder, options, message, capsys):
     assert quantize(folder, "--recipe", "w4a8", *options) == 2
     assert message in capsys.readouterr().err
     assert os.listdir(folder) == ["model"]
+
+
+def test_methods_are_listed_in_words_and_as_json(capsys):
+    assert main(["methods"]) == 0
+    printed = capsys.readouterr().out
+    assert "calibrates on: nothing" in printed
+    assert "arXiv:2406.17343" in printed
+    assert main(["methods", "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert [method["name"] for method in described] == list(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("options", "method", "ranges_used"),
+    [
+        (["--rounding", "nearest"], "rtn", ("minmax", "minmax")),
+        (["--rounding", "gptq-authors"], "qdit_release", ("authors_gptq", "authors")),
+        (["--method", "qdit_release", "--range", "mse"], "qdit_release", ("mse", "minmax")),
+        (["--method", "gptq_authors"], "gptq_authors", ("authors_gptq", "minmax")),
+        ([], "rtn", ("minmax", "minmax")),
+    ],
+)
+def test_the_method_brings_its_ranges_unless_one_is_given(options, method, ranges_used):
+    parser = argparse.ArgumentParser()
+    verb.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["quantize", "a", "b", "--recipe", "w4a8", *options])
+    assert args.method == method
+    chosen = PresetOptions.of(vars(args))
+    params = tiny_checkpoint().params
+    for rule in recipe_of("w4a8", dataclasses.replace(chosen, adaln="w6a8"), method, params).rules:
+        spec = rule.spec
+        assert (spec.weight.range_fn.name, spec.act.range_fn.name) == ranges_used
+
+
+def test_unknown_methods_are_refused_with_the_known_ones(folder, capsys):
+    with pytest.raises(SystemExit):
+        quantize(folder, "--recipe", "w4a8", "--method", "rounding")
+    assert "choose from" in capsys.readouterr().err

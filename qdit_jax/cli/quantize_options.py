@@ -1,0 +1,169 @@
+"""The options of `qdit quantize` that make a recipe of a preset, or choose what a method learns from."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qdit_jax.methods import METHODS
+
+STAGES = ("block", "layer")
+RANGES = ("minmax", "absmax", "percentile:P", "mse", "authors", "authors-mse", "authors-gptq")
+ACT_MODES = ("dynamic", "static", "static-per-timestep")
+# What `--rounding` called the methods.
+ROUNDINGS = {"nearest": "rtn", "gptq-authors": "qdit_release"}
+
+
+@dataclasses.dataclass(frozen=True)
+class PresetOptions:
+    """Options that accompany a preset's name and do not go with a recipe's file."""
+
+    group_size: int | None = None
+    act_group_size: int | None = None
+    symmetric: bool = False
+    range: str | None = None
+    act_mode: str = "dynamic"
+    layers: str | None = None
+    shifted_gelu: bool = False
+    adaln: str | None = None
+    embedders: str | None = None
+    final: str | None = None
+    attention: str | None = None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> PresetOptions:
+        """Returns the options among parsed arguments."""
+        return cls(**{field.name: given[field.name] for field in dataclasses.fields(cls)})
+
+
+def add_preset_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        help="input channels a scale; 0 is the whole channel (default 128)",
+    )
+    parser.add_argument(
+        "--act-group-size", type=int, help="of the activations; the weights' if absent"
+    )
+    parser.add_argument("--symmetric", action="store_true", help="no zero points")
+    parser.add_argument(
+        "--range",
+        metavar="RULE",
+        help=f"of the weights: {', '.join(RANGES)} (default: the method's own, minmax for rtn)",
+    )
+    parser.add_argument("--act-mode", choices=ACT_MODES, default="dynamic")
+    parser.add_argument("--layers", help="regular expression of the layers a preset quantises")
+    for part in ("adaln", "embedders", "final"):
+        parser.add_argument(f"--{part}", metavar="WxAy", help=f"quantise {part} too, as w8a8")
+    parser.add_argument(
+        "--attention", metavar="W16Ay", help="quantise q, k, v and softmax too, as w16a8"
+    )
+    parser.add_argument(
+        "--shifted-gelu", action="store_true", help="unsigned codes for the inputs of fc2"
+    )
+
+
+def add_method_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("method, and the inputs it learns from (not rtn)")
+    group.add_argument(
+        "--method",
+        choices=METHODS,
+        default="rtn",
+        help="how weights are quantised; `qdit methods` describes them (default rtn)",
+    )
+    group.add_argument(
+        "--rounding",
+        dest="method",
+        choices=METHODS,
+        type=lambda name: ROUNDINGS.get(name, name),
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+    )
+    group.add_argument(
+        "--items", type=Path, help="inputs from `qdit calibrate --collect`; sampled now if absent"
+    )
+    group.add_argument(
+        "--num-samples", type=int, default=32, help="trajectories sampled (default 32)"
+    )
+    group.add_argument("--steps", type=int, default=50, help="steps a trajectory (default 50)")
+    group.add_argument("--guidance", type=float, default=1.5)
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--batch-size", type=int, default=8)
+    group.add_argument(
+        "--holdout",
+        type=float,
+        help="share of trajectories that check each layer against nearest (default 0.25; "
+        "0 for qdit_release)",
+    )
+    group.add_argument(
+        "--stages",
+        choices=STAGES,
+        help="how much is rounded between two runs of the network (default block)",
+    )
+
+
+def recipe_of(text: str, options: PresetOptions, method: str, params: Any) -> Any:
+    """Returns the recipe that `--recipe` names, a preset or a file.
+
+    Raises:
+        UserError: if options of a preset accompany a file.
+    """
+    import qdit_jax as qdit
+    from qdit_jax.methods import method_named
+
+    if text.endswith(".json") or Path(text).exists():
+        if options != PresetOptions():
+            raise qdit.UserError(
+                f"--recipe {text} is a file: options such as --group-size belong "
+                "to presets like w4a8; write them into the file."
+            )
+        return qdit.Recipe.from_json(text)
+    # A range that is given replaces the method's own, that of the activations too.
+    ranges = method_named(method).preset_options()
+    if options.range is not None:
+        ranges = {"range_fn": range_named(options.range)}
+    return preset_of(text, options, params, ranges)
+
+
+def preset_of(name: str, options: PresetOptions, params: Any, ranges: Mapping[str, Any]) -> Any:
+    """Returns the recipe of a preset, its parts and its options."""
+    import qdit_jax as qdit
+
+    settings = {
+        "group_size": 128 if options.group_size is None else options.group_size,
+        "symmetric": options.symmetric,
+        "act_group_size": options.act_group_size,
+        "act_mode": options.act_mode.split("-")[0],
+        "per_timestep": options.act_mode == "static-per-timestep",
+        **ranges,
+    }
+    recipe = qdit.Recipe.preset(name, layers=options.layers, **settings)
+    for part in ("adaln", "embedders", "final", "attention"):
+        if (bits := getattr(options, part)) is not None:
+            recipe = recipe.with_part(part, bits, **settings)
+    if options.shifted_gelu:
+        recipe = recipe.with_shifted_gelu(params)
+    recipe.resolve(params)
+    return recipe
+
+
+def range_named(text: str) -> Any:
+    """Returns the range rule that `--range` names; raises `UserError` if it is unknown."""
+    import qdit_jax as qdit
+
+    name, _, number = text.partition(":")
+    named = {rule.partition(":")[0]: rule for rule in RANGES}
+    if name not in named or bool(number) != (":" in named[name]):
+        raise qdit.UserError(
+            f"--range {text} is not known; use {', '.join(RANGES)}, such as percentile:0.999."
+        )
+    if name == "percentile":
+        try:
+            return qdit.ranges.percentile(float(number))
+        except ValueError as error:
+            raise qdit.UserError(f"--range {text}: {error}") from error
+    rule = getattr(qdit.ranges, name.replace("-", "_"))
+    return rule() if name == "mse" else rule

@@ -1,0 +1,219 @@
+"""`quantize`: a whole checkpoint in, a quantized checkpoint out, by any method of the table."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+from typing import Any, overload
+
+import jax
+
+from qdit_jax.checkpoint import Checkpoint, load, materialized, open_checkpoint, save
+from qdit_jax.files import check_free
+from qdit_jax.methods.data import CalibrationData
+from qdit_jax.methods.method import Method
+from qdit_jax.methods.report import LayerReport, Report
+from qdit_jax.methods.table import method_named
+from qdit_jax.ptq import plan
+from qdit_jax.quant import QTensor, WeightSpec, quantize_array
+from qdit_jax.recipes import LayerSpec, Recipe
+
+Source = Checkpoint | str | Path
+# How to get what `CalibrationData` lacks.
+REMEDIES = {
+    "items": "items=qdit.collect_items(checkpoint, key)",
+    "stats": "stats=qdit.calibrate(checkpoint, key)",
+}
+
+
+@overload
+def quantize(
+    source: Source,
+    method: str | Method = "rtn",
+    recipe: str | Path | Recipe = "w4a8",
+    *,
+    data: CalibrationData | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    on_layer: Callable[[LayerReport], Any] | None = None,
+    on_note: Callable[[str], Any] | None = None,
+    on_total: Callable[[int], Any] | None = None,
+    progress_fn: Callable[[int], Any] | None = None,
+) -> Checkpoint: ...
+@overload
+def quantize(source: Any, spec: WeightSpec) -> QTensor: ...
+def quantize(source: Any, *settings: Any, **options: Any) -> Any:
+    """Returns a checkpoint quantized by a method, or an array as `quantize_array(w, spec)` does.
+
+    `quantize(checkpoint, method="rtn", recipe="w4a8", *, data=None, out=None, overwrite=False, ...)`:
+    the metadata of the result says under `"quantization"` what was done: method, versions, date,
+    recipe, calibration data, notes and the error of every layer.
+
+    Args:
+        source: a `Checkpoint`, or the path of one; an array `[K, N]` with `spec`.
+        method: a name of `METHODS`, or a `Method`.
+        recipe: a `Recipe`, the path of one, or a preset's name, which gets the method's own ranges.
+        data: what the method learns from; None has it sampled from the checkpoint's trajectories.
+        out: a folder, or a `.safetensors` file, to write. A method that can (rtn) takes one layer
+            after another from disk to the folder; the others hold the network. From a path, the
+            result of the former is as `open_checkpoint` reads it, its arrays still on disk.
+        overwrite: replace `out` if it exists.
+        on_layer: called with a `LayerReport` after each layer.
+        on_note: called with each sentence that the user should read.
+        on_total: called with the number of batches that `progress_fn` will count, where it is known.
+        progress_fn: called with the number of batches finished, each time.
+
+    Raises:
+        TypeError: if `source` is a bare parameter tree (`quantize_params` takes those).
+        ValueError: if the method or recipe is unknown or does not fit the network, a layer is
+            quantized already, or data that the method needs are absent and cannot be collected.
+        UserError: as `open_checkpoint` and `save`.
+    """
+    if isinstance(source, (Checkpoint, str, os.PathLike)):
+        return quantize_whole(source, *settings, **options)
+    if isinstance(source, Mapping):
+        raise TypeError(
+            "quantize takes a Checkpoint, its path, or one array; a parameter tree is for "
+            "quantize_params(params, recipe=recipe)."
+        )
+    return quantize_array(source, *settings, **options)
+
+
+def quantize_whole(
+    source: Source,
+    method: str | Method = "rtn",
+    recipe: Any = "w4a8",
+    *,
+    data: CalibrationData | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    **listeners: Any,
+) -> Checkpoint:
+    """Returns the quantized checkpoint; see `quantize`."""
+    method = method if isinstance(method, Method) else method_named(method)
+    if out is not None:
+        check_free(out, overwrite)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    recipe = recipe_of(recipe, method, checkpoint.params)
+    data = CalibrationData() if data is None else data
+    check(method, checkpoint, recipe, data)
+    report = Report(**listeners)
+    facts = {} if isinstance(source, Checkpoint) else {"quantized_from": str(source)}
+    if method.stream is not None and out is not None and Path(out).suffix != ".safetensors":
+        told = data.to_json(fitted=bool(method.needs), sampled=False)
+        metadata = metadata_of(checkpoint, method, recipe, told, report) | facts
+        written = method.stream(
+            checkpoint,
+            out,
+            recipe=recipe,
+            stats=data.stats,
+            on_layer=report.weights,
+            overwrite=overwrite,
+            metadata=metadata,
+        )
+        return load(out) if isinstance(source, Checkpoint) else written
+    whole = materialized(checkpoint)
+    sampled = any(getattr(data, name) is None for name in method.needs)
+    data = completed(method, whole, data)
+    params = method.apply(whole.params, model=whole.model, recipe=recipe, data=data, report=report)
+    told = data.to_json(fitted=bool(method.needs), sampled=sampled)
+    metadata = metadata_of(checkpoint, method, recipe, told, report) | facts
+    result = dataclasses.replace(whole, params=params, recipe=recipe, metadata=metadata)
+    if out is not None:
+        save(out, result, overwrite=overwrite)
+    return result
+
+
+def recipe_of(recipe: Any, method: Method, params: Any) -> Recipe:
+    """Returns the recipe that was given, read from a file, or made from a preset's name.
+
+    Raises:
+        ValueError: if a name is neither a preset's nor a file's.
+        TypeError: if it is something else.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if not isinstance(recipe, (str, os.PathLike)):
+        raise TypeError(
+            f"recipe={recipe!r} is a {type(recipe).__name__}; give a Recipe, a preset such as "
+            "'w4a8', or the path of a recipe.json."
+        )
+    path = Path(recipe)
+    if isinstance(recipe, str) and path.suffix != ".json" and not path.is_file():
+        return method.preset(recipe, params)
+    return Recipe.from_json(path)
+
+
+def check(method: Method, checkpoint: Checkpoint, recipe: Recipe, data: CalibrationData) -> None:
+    """Raises `ValueError` if the recipe or the data do not fit, before anything is computed."""
+    plan(checkpoint.params, recipe)
+    specs = recipe.resolve(checkpoint.params)
+    if method.check is not None:
+        method.check(specs, data)
+    check_stats(specs, data)
+    if data.items is not None and "items" in method.needs:
+        found = tuple(data.items.x.shape[1:])
+        wanted = checkpoint.model.example_inputs()[0].shape[1:]
+        if found != wanted:
+            raise ValueError(
+                f"data.items holds inputs {list(found)}, but the network takes {list(wanted)}; "
+                "collect them from this checkpoint."
+            )
+
+
+def check_stats(specs: Mapping[str, LayerSpec], data: CalibrationData) -> None:
+    """Raises `ValueError` if activations are static and there are no statistics."""
+    static = [path for path, spec in specs.items() if spec.act and spec.act.mode == "static"]
+    if static and data.stats is None:
+        raise ValueError(
+            f"the recipe quantizes the input of {static[0]} with mode='static', which needs "
+            f"statistics: pass data=qdit.CalibrationData({REMEDIES['stats']}), or use "
+            "mode='dynamic'."
+        )
+
+
+def completed(method: Method, checkpoint: Checkpoint, data: CalibrationData) -> CalibrationData:
+    """Returns `data` with all that the method needs, collected where it can be.
+
+    Raises:
+        ValueError: if something is absent and the method cannot collect it.
+    """
+    for name, collect_fn in method.needs.items():
+        if getattr(data, name) is not None:
+            continue
+        if collect_fn is None:
+            raise ValueError(
+                f"method {method.name!r} needs {name}, which the data lack: pass "
+                f"data=qdit.CalibrationData({REMEDIES.get(name, name + '=...')})."
+            )
+        data = dataclasses.replace(data, **{name: collect_fn(checkpoint, data)})
+    return data
+
+
+def metadata_of(
+    checkpoint: Checkpoint,
+    method: Method,
+    recipe: Recipe,
+    data: dict[str, Any],
+    report: Report,
+) -> dict[str, Any]:
+    """Returns the checkpoint's metadata and what is done to it now.
+
+    Notes and layers are the lists of `report` itself, which may still grow until they are written.
+    """
+    summary = {
+        "method": method.name,
+        "recipe": recipe.name,
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {"qdit_jax": import_module("qdit_jax").__version__, "jax": jax.__version__},
+        "data": data,
+        "notes": report.notes,
+        "layers": report.layers,
+    }
+    if (earlier := checkpoint.metadata.get("quantization")) is not None:
+        summary["earlier"] = earlier
+    return {**checkpoint.metadata, "quantization": summary}

@@ -1,0 +1,130 @@
+"""What a method learns from: calibration data, and how they are collected where they are absent."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qdit_jax.calibration import Items, Stats, authors_steps, collect_items, default_sampler
+from qdit_jax.checkpoint import Checkpoint
+from qdit_jax.diffusion import Sampler
+
+# Called with the number of samples finished, batch by batch.
+ProgressFn = Callable[[int], Any] | None
+STAGE_NAMES = ("block", "layer")
+# Plain settings of how a method is fitted, and of how its data are sampled.
+FIT = ("batch_size", "holdout", "stages")
+SAMPLE = ("num_samples", "num_steps", "seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationData:
+    """Inputs of a network, or how to sample them from its own trajectories.
+
+    Attributes:
+        items: single inputs, from `collect_items`; sampled if the method needs them and they are None.
+        stats: ranges of the layers' inputs, from `calibrate`; static activations need them.
+        key: of the trajectories; None makes it from `seed`.
+        seed: also of the steps that the Q-DiT release draws.
+        num_samples: trajectories to sample.
+        num_steps: of a trajectory, where `sampler` is None: DDIM, or the flow of a velocity model.
+        sampler: of the trajectories.
+        guidance: of the trajectories; ignored without a null class.
+        batch_size: samples and items in one call of the network.
+        holdout: the share of trajectories on which each layer is compared with rounding to nearest;
+            None is the method's own (0.25; 0 in the release).
+        stages: how much is rounded between two runs of the network, `"block"` or `"layer"`; None is
+            the method's own.
+    """
+
+    items: Items | None = None
+    stats: Stats | None = None
+    key: Any = None
+    seed: int = 0
+    num_samples: int = 32
+    num_steps: int = 50
+    sampler: Sampler | None = None
+    guidance: Any = 1.5
+    batch_size: int = 8
+    holdout: float | int | None = None
+    stages: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for a setting that cannot be."""
+        for name in ("num_samples", "num_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+        if self.stages not in (None, *STAGE_NAMES):
+            raise ValueError(
+                f"stages={self.stages!r} is not known; use one of {', '.join(STAGE_NAMES)}."
+            )
+        if self.holdout is not None and not 0 <= self.holdout < 1:
+            raise ValueError(f"holdout={self.holdout} is no share; use a number from 0 up to 1.")
+
+    def to_json(self, *, fitted: bool, sampled: bool) -> dict[str, Any]:
+        """Returns what a method learned from as JSON-able values.
+
+        Args:
+            fitted: whether it learned from anything.
+            sampled: whether that was sampled by these settings.
+        """
+        names = FIT * fitted + SAMPLE * sampled
+        settings = {name: getattr(self, name) for name in names}
+        if sampled:
+            settings |= {"guidance": str(self.guidance)}
+            settings |= {} if self.key is None else {"key": key_words(self.key)}
+            if self.sampler is not None:
+                settings |= {"sampler": type(self.sampler).__name__, "num_steps": None}
+        if self.items is not None and fitted:
+            settings |= {"num_items": len(self.items.x)}
+        settings |= {"sampled": sampled, "stats": self.stats is not None}
+        return {name: value for name, value in settings.items() if value is not None}
+
+
+def key_words(key: Any) -> list[int]:
+    """Returns the words of a random key."""
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(key) if typed else key).reshape(-1).tolist()
+
+
+def spread_items(
+    checkpoint: Checkpoint, data: CalibrationData, progress_fn: ProgressFn = None
+) -> Items:
+    """Returns items of evenly spread steps of each trajectory, conditional and null."""
+    return sampled_items(checkpoint, data, {}, progress_fn)
+
+
+def authors_items(
+    checkpoint: Checkpoint, data: CalibrationData, progress_fn: ProgressFn = None
+) -> Items:
+    """Returns the items of the Q-DiT release: one step a sample, never the null class."""
+    options = {"choose_fn": authors_steps(data.seed), "null": False}
+    return sampled_items(checkpoint, data, options, progress_fn)
+
+
+def sampled_items(
+    checkpoint: Checkpoint,
+    data: CalibrationData,
+    options: dict[str, Any],
+    progress_fn: ProgressFn,
+) -> Items:
+    """Returns items of the checkpoint's trajectories; `options` are of `collect_items`."""
+    sampler, batch_size = data.sampler, data.batch_size
+    if sampler is None:
+        sampler = default_sampler(checkpoint, data.num_steps)
+        batch_size = min(batch_size, data.num_steps)
+    return collect_items(
+        checkpoint,
+        jax.random.fold_in(jax.random.key(data.seed), 2) if data.key is None else data.key,
+        data.num_samples,
+        sampler=sampler,
+        guidance=data.guidance,
+        batch_size=batch_size,
+        progress_fn=progress_fn,
+        **options,
+    )

@@ -1,0 +1,70 @@
+"""What a method is: a row of the table, made of parts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qdit_jax.checkpoint import Checkpoint
+from qdit_jax.methods.data import CalibrationData
+from qdit_jax.quant import ranges
+from qdit_jax.recipes import LayerSpec, Recipe
+
+# `(params, *, model, recipe, data, report) -> params`; `data` holds what the method needs.
+ApplyFn = Callable[..., Any]
+# `(checkpoint, data)` -> one field of `data`, from the checkpoint's own trajectories.
+CollectFn = Callable[[Checkpoint, CalibrationData], Any]
+# `(specs by path, data)`: raises `ValueError` if they do not suit the method.
+CheckFn = Callable[[Mapping[str, LayerSpec], CalibrationData], None]
+# `(source, out, *, recipe, stats, on_layer, overwrite, metadata) -> Checkpoint`, from disk to disk.
+StreamFn = Callable[..., Checkpoint]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to quantize a network.
+
+    Attributes:
+        name: as `quantize(method=...)` and `--method` take it.
+        paper: title and arXiv number of its source; empty if there is none.
+        idea: one sentence.
+        runtime_cost: a sentence on what the quantized network does in addition.
+        apply: returns the quantized parameters.
+        needs: fields of `CalibrationData` that must be there, such as `"items"`, and what collects
+            each where the caller has not brought it; None if the caller must.
+        check: refuses a recipe or data before anything is computed.
+        stream: does the same layer by layer from disk to disk, where the method can.
+        weight_range, act_range: the range rules of a recipe that is asked for by a preset's name.
+    """
+
+    name: str
+    paper: str
+    idea: str
+    runtime_cost: str
+    apply: ApplyFn
+    needs: Mapping[str, CollectFn | None] = dataclasses.field(default_factory=dict)
+    check: CheckFn | None = None
+    stream: StreamFn | None = None
+    weight_range: ranges.RangeRule = ranges.minmax
+    act_range: ranges.RangeRule = ranges.minmax
+
+    def preset_options(self) -> dict[str, ranges.RangeRule]:
+        """Returns the options of `Recipe.preset` that are this method's own."""
+        return {"range_fn": self.weight_range, "act_range_fn": self.act_range}
+
+    def preset(self, name: str, params: Any = None, **options: Any) -> Recipe:
+        """Returns `Recipe.preset(name, params, ...)` with this method's ranges unless they are given."""
+        return Recipe.preset(name, params, **{**self.preset_options(), **options})
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the description as JSON-able values."""
+        return {
+            "name": self.name,
+            "paper": self.paper,
+            "idea": self.idea,
+            "needs": list(self.needs),
+            "runtime_cost": self.runtime_cost,
+            "weight_range": self.weight_range.to_json(),
+            "act_range": self.act_range.to_json(),
+        }

@@ -1,0 +1,43 @@
+"""What the Q-DiT release does when it quantizes, which is not all that its paper says.
+
+Its ranges need not contain 0, its GPTQ reads some group scales from uncompensated weights, a block
+and its adaLN are one stage, and its calibration has one step of each trajectory and never the null
+class. Nothing is held out. It quantizes the adaLN weights too: a recipe says so with
+`with_part("adaln", "w4a16")` (`--adaln w4a16`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from qdit_jax.methods.data import CalibrationData, authors_items
+from qdit_jax.methods.fitting import fit_rounding
+from qdit_jax.methods.method import Method
+from qdit_jax.ptq import by_block_authors
+from qdit_jax.quant import gptq_authors, ranges
+from qdit_jax.recipes import LayerSpec
+
+
+def check(specs: Mapping[str, LayerSpec], data: CalibrationData) -> None:
+    """Raises `ValueError` if other stages are asked for than the release's."""
+    if data.stages is not None:
+        raise ValueError(
+            f"stages={data.stages!r}: method 'qdit_release' has the release's own stages; leave "
+            "stages (--stages) out, or use another method such as gptq_authors."
+        )
+
+
+METHOD = Method(
+    name="qdit_release",
+    paper="Q-DiT: Accurate Post-Training Quantization for Diffusion Transformers, arXiv:2406.17343 "
+    "(the released code)",
+    idea="Does what the authors' released code does: its ranges, its GPTQ block by block, and its "
+    "calibration inputs, without a held-out check.",
+    runtime_cost="Minimum and maximum of every group of each token's channels, before each product.",
+    check=check,
+    needs={"items": authors_items},
+    apply=partial(fit_rounding, round_fn=gptq_authors, stages_fn=by_block_authors, holdout=0.0),
+    weight_range=ranges.authors_gptq,
+    act_range=ranges.authors,
+)

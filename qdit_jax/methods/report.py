@@ -1,0 +1,85 @@
+"""What a method did, layer by layer, told while it runs and kept for the checkpoint's metadata."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+from qdit_jax.ptq import RoundedLayer, sqnr_db
+from qdit_jax.quant import QTensor
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """How well one layer's kernel or label table was quantized.
+
+    Attributes:
+        path: of the layer.
+        measured_on: what the errors are of: the `"weights"`, or the layer's `"outputs"` on
+            calibration inputs (held-out ones where there are any).
+        error_db: signal-to-error ratio of what the method made, in dB; higher is better.
+        nearest_db: the same of rounding to nearest; None if the method does nothing else.
+        fell_back: rounding to nearest was kept, because it is better on held-out inputs.
+    """
+
+    path: str
+    measured_on: Literal["weights", "outputs"]
+    error_db: float
+    nearest_db: float | None = None
+    fell_back: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns everything but the path, rounded to 0.01 dB."""
+        data = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        del data["path"]
+        return {k: round(v, 2) if isinstance(v, float) else v for k, v in data.items()}
+
+
+@dataclasses.dataclass
+class Report:
+    """Collects what a method says, and passes it on to whoever listens.
+
+    Attributes:
+        on_layer: called after each layer.
+        on_note: called with a sentence that the user should read.
+        on_total: called with the number of batches to come, before the first.
+        progress_fn: called with the number of batches finished.
+        layers, notes: all of them so far.
+    """
+
+    on_layer: Callable[[LayerReport], Any] | None = None
+    on_note: Callable[[str], Any] | None = None
+    on_total: Callable[[int], Any] | None = None
+    progress_fn: Callable[[int], Any] | None = None
+    layers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def layer(self, layer: LayerReport) -> None:
+        self.layers[layer.path] = layer.to_json()
+        if self.on_layer is not None:
+            self.on_layer(layer)
+
+    def weights(self, path: str, kernel: Any, q: QTensor) -> None:
+        """Reports a layer rounded without inputs."""
+        self.layer(LayerReport(path, "weights", sqnr_db(kernel, q)))
+
+    def fitted(self, layer: RoundedLayer) -> None:
+        """Reports a layer rounded on its inputs."""
+        errors = decibel(layer.rounded), decibel(layer.nearest)
+        self.layer(LayerReport(layer.path, "outputs", *errors, layer.fell_back))
+
+    def note(self, sentence: str) -> None:
+        self.notes.append(sentence)
+        if self.on_note is not None:
+            self.on_note(sentence)
+
+    def total(self, num_batches: int) -> None:
+        if self.on_total is not None:
+            self.on_total(num_batches)
+
+
+def decibel(error: float) -> float:
+    """Returns a relative squared error as a signal-to-error ratio in dB."""
+    return -10 * math.log10(max(error, 1e-30))
