@@ -20,7 +20,7 @@ from qdit_jax.models.layers import Linear
 from qdit_jax.ptq import Stats, input_ranges
 from qdit_jax.ptq.collect import add_call, empty_state, observed, read_state, stats_of, write_state
 from qdit_jax.ptq.stats import HALVES, input_rows
-from qdit_jax.sampling import denoiser, initial_noise, latent_shape, trained_schedule
+from qdit_jax.sampling import checkpoint_sampler, denoiser, initial_noise, latent_shape
 
 
 def calibrate(
@@ -45,8 +45,7 @@ def calibrate(
 
     Args:
         key: used once; sample i starts from `fold_in(key, i)`.
-        sampler: DDIM with 50 steps of the checkpoint's schedule by default, 50 steps of the flow
-            for a velocity model.
+        sampler: 50 steps of the checkpoint's own walk by default, see `checkpoint_sampler`.
         guidance: of the trajectories; ignored without a null class.
         hessians: a pattern of layer paths whose mean `x xᵀ` to keep, float32 `[K, K]` each.
         num_tokens: inputs to keep of every layer from each call of the network.
@@ -112,10 +111,8 @@ def digest(arrays: Iterable[Any]) -> str:
 
 
 def default_sampler(checkpoint: Checkpoint, num_steps: int = 50) -> diffusion.Sampler:
-    """Returns DDIM on the checkpoint's schedule, or the flow for a velocity model."""
-    if checkpoint.model.velocity:
-        return diffusion.flow(steps=num_steps)
-    return diffusion.ddim(steps=num_steps, schedule=trained_schedule(checkpoint.metadata))
+    """Returns the sampler of a checkpoint, see `checkpoint_sampler`."""
+    return checkpoint_sampler(checkpoint, num_steps)
 
 
 def trajectory(

@@ -20,11 +20,6 @@ from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.quant import select_timestep
 
 PUBLISHED_CHANNELS = 3
-NAMED_BETAS: dict[str, Callable] = {
-    "linear": diffusion.linear_betas,
-    "scaled_linear": diffusion.scaled_linear_betas,
-    "squaredcos_cap_v2": diffusion.cosine_betas,
-}
 
 
 @jax.tree_util.register_dataclass
@@ -76,31 +71,102 @@ def latent_shape(model: nn.Module) -> tuple[int, int, int]:
     return height, width, model.in_channels
 
 
+def own_scheduler(metadata: Mapping[str, Any]) -> diffusion.Scheduler | None:
+    """Returns the scheduler that a checkpoint came with, or None.
+
+    Raises:
+        UserError: naming the setting and its value, if it cannot be understood.
+    """
+    config = metadata.get("scheduler")
+    return diffusion.read_scheduler(config) if config else None
+
+
 def trained_schedule(metadata: Mapping[str, Any]) -> diffusion.Schedule:
     """Returns the schedule that a checkpoint was trained on: its scheduler's, or DiT's.
 
+    What the network predicts and how its scheduler walks are not in it: see `checkpoint_sampler`.
+
     Raises:
-        ValueError: if the scheduler's betas, or what its model predicts, are not known here.
+        ValueError: if the scheduler cannot be understood, or is of a flow, which has no schedule.
     """
-    config = metadata.get("scheduler")
-    if not config:
+    scheduler = own_scheduler(metadata)
+    if scheduler is None:
         return diffusion.Schedule(diffusion.linear_betas())
-    if config.get("trained_betas") is not None:
-        return diffusion.Schedule(np.asarray(config["trained_betas"], np.float64))
-    name = config.get("beta_schedule", "linear")
-    if name not in NAMED_BETAS:
+    return diffusion.scheduler_process(scheduler)
+
+
+def checkpoint_sampler(
+    checkpoint: Checkpoint,
+    steps: int | str = 50,
+    *,
+    walk: str | None = None,
+    eta: float | int = 0.0,
+    clip: float | int | None = None,
+) -> diffusion.Sampler:
+    """Returns the sampler of a checkpoint: its own scheduler's walk, or the published one.
+
+    Without a scheduler that is the flow for a velocity model, else DDIM on DiT's schedule.
+
+    Args:
+        steps: a number, or a published spacing (`"ddim25"`) in place of the scheduler's own.
+        walk: `"ddim"`, `"ddpm"` or `"flow"`, as the network allows; None for its own.
+        eta: noise of DDIM.
+        clip: range of the predicted data, in place of the scheduler's own clipping.
+
+    Raises:
+        ValueError: if the options do not fit the network, its scheduler or each other.
+    """
+    model, scheduler = checkpoint.model, own_scheduler(checkpoint.metadata)
+    walk = walk or own_walk(checkpoint)
+    if model.velocity != (walk == "flow"):
+        kind, fitting = ("a velocity", "flow") if model.velocity else ("noise", "ddim or ddpm")
+        raise ValueError(f"walk={walk!r}: this model predicts {kind}; use {fitting}.")
+    if eta and walk != "ddim":
+        raise ValueError(f"eta={eta} is an option of ddim, not of {walk}.")
+    variance_fn = diffusion.learned_range if model.learn_sigma else diffusion.fixed_large
+    if scheduler is not None:
+        check_fit(model, scheduler)
+        options = {"walk": walk, "eta": eta, "clip": clip, "variance_fn": variance_fn}
+        return diffusion.scheduler_sampler(scheduler, steps, **options)
+    if walk == "flow":
+        if not str(steps).isdecimal():
+            raise ValueError(f"steps={steps!r}: flow takes a positive number.")
+        return diffusion.flow(int(steps))
+    if walk == "ddim":
+        return diffusion.ddim(steps, eta, clip=clip)
+    return diffusion.ddpm(steps, clip=clip, variance_fn=variance_fn)
+
+
+def own_walk(checkpoint: Checkpoint) -> str:
+    """Returns the walk that a checkpoint takes by itself: `"ddim"`, `"ddpm"` or `"flow"`."""
+    scheduler = own_scheduler(checkpoint.metadata)
+    if scheduler is not None:
+        return scheduler.walk
+    return "flow" if checkpoint.model.velocity else "ddim"
+
+
+def check_fit(model: nn.Module, scheduler: diffusion.Scheduler) -> None:
+    """Raises `ValueError` if a network does not return what its scheduler reads."""
+    name = scheduler.class_name
+    if model.velocity != (scheduler.walk == "flow"):
+        kinds = ("noise", "a velocity") if scheduler.walk == "flow" else ("a velocity", "noise")
+        raise ValueError(f"the network predicts {kinds[0]}, but a {name} reads {kinds[1]}.")
+    if scheduler.settings.get("variance_type") == "learned_range" and not model.learn_sigma:
         raise ValueError(
-            f"beta_schedule={name!r} is not supported; use one of {list(NAMED_BETAS)}."
+            f"the {name} has variance_type='learned_range', but the network returns no variance; "
+            "set it to 'fixed_small' or 'fixed_large' in scheduler_config.json."
         )
-    if config.get("prediction_type", "epsilon") != "epsilon":
-        raise ValueError(
-            f"prediction_type={config['prediction_type']!r} is not supported; use 'epsilon'."
-        )
-    num_timesteps = config.get("num_train_timesteps", 1000)
-    if name == "squaredcos_cap_v2":
-        return diffusion.Schedule(diffusion.cosine_betas(num_timesteps))
-    ends = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
-    return diffusion.Schedule(NAMED_BETAS[name](num_timesteps, *ends))
+
+
+def sampler_text(checkpoint: Checkpoint) -> str | None:
+    """Returns in words what the checkpoint's own scheduler says, or None where it has none."""
+    scheduler = own_scheduler(checkpoint.metadata)
+    if scheduler is None:
+        return None
+    return (
+        f"{scheduler.class_name}: {diffusion.process_text(scheduler)}; "
+        f"walk: {diffusion.walk_text(scheduler)}"
+    )
 
 
 @jax.jit(static_argnames=("shape",))
