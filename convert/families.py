@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qdit_convert.diffusers_dit import diffusers_plan
-from qdit_convert.dit import Choices, facebook_plan
+from qdit_convert.diffusers_dit import CLASS_NAMES, diffusers_plan
+from qdit_convert.dit import PROJECTORS, Choices, facebook_plan
 from qdit_convert.inception import inception_plan
 from qdit_convert.plan import Plan
 from qdit_convert.tensors import StateDict, listing
-from qdit_convert.vae import from_latent_diffusion, vae_plan
+from qdit_convert.training_args import read_arguments, says_sit
+from qdit_convert.vae import AUTOENCODER_NAME, from_latent_diffusion, vae_plan
 from qdit_jax.errors import UserError
 
 Planner = Callable[[StateDict, Choices, Mapping[str, Any] | None], Plan]
@@ -26,6 +27,7 @@ class Layout:
         title: what it is called in messages.
         families: the values of `--family` that it can serve, the likeliest first.
         names: patterns of the names; a file is of the layout that covers most of its names.
+        class_names: of diffusers' classes, whose config.json says more of such a network.
         plan: writes the conversion.
         wants_config: whether a folder of this layout must hold a config.json.
         rename: puts the file's names into those that `plan` knows.
@@ -36,6 +38,7 @@ class Layout:
     names: re.Pattern[str]
     plan: Planner
     wants_config: bool = False
+    class_names: tuple[str, ...] = ()
     rename: Callable[[StateDict], StateDict] = lambda state: state
 
 
@@ -54,7 +57,7 @@ LAYOUTS = (
         re.compile(
             r"pos_embed$|x_embedder\.proj\.|t_embedder\.mlp\.|y_embedder\.embedding_table\.|"
             r"blocks\.\d+\.(adaLN_modulation\.1|attn\.(qkv|proj)|mlp\.fc[12])\.|"
-            r"final_layer\.(adaLN_modulation\.1|linear)\."
+            r"final_layer\.(adaLN_modulation\.1|linear)\.|projectors\.\d+\."
         ),
         _plan_dit,
     ),
@@ -67,6 +70,7 @@ LAYOUTS = (
         ),
         diffusers_plan,
         wants_config=True,
+        class_names=CLASS_NAMES,
     ),
     Layout(
         "AutoencoderKL in the diffusers layout",
@@ -75,8 +79,9 @@ LAYOUTS = (
             r"(post_)?quant_conv\.|(en|de)coder\.(conv_(in|out|norm_out)\.|mid_block\.|"
             r"(down|up)_blocks\.\d+\.(resnets|(down|up)samplers)\.)"
         ),
-        lambda state, _, config: vae_plan(state, config),
+        vae_plan,
         wants_config=True,
+        class_names=(AUTOENCODER_NAME,),
     ),
     Layout(
         "AutoencoderKL in the latent-diffusion layout",
@@ -85,7 +90,8 @@ LAYOUTS = (
             r"(first_stage_model\.)?((post_)?quant_conv\.|loss\.|(en|de)coder\.(conv_(in|out)\.|norm_out\.|"
             r"mid\.|(down|up)\.\d+\.))"
         ),
-        lambda state, _, config: vae_plan(state, config),
+        vae_plan,
+        class_names=(AUTOENCODER_NAME,),
         rename=from_latent_diffusion,
     ),
     Layout(
@@ -142,7 +148,15 @@ def find_layout(state: StateDict, family: str | None = None) -> Layout:
         raise UserError(
             f"the names of its tensors are of a {layout.title}, not of family {family}."
         )
+    if family is None and layout is LAYOUTS[0] and is_sit(state):
+        return SIT
     return SIT if family == "sit" else layout
+
+
+def is_sit(state: StateDict) -> bool:
+    """Returns whether a file in the layout of DiT says that it is a SiT."""
+    projected = any(key.startswith(PROJECTORS) for key in state.tensors)
+    return projected or says_sit(read_arguments(state.hints))
 
 
 def _refuse_unsupported(keys: Iterable[str]) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from qdit_convert import sniff
-from qdit_convert.pickle_reader import Namespace
 from qdit_convert.safetensors_file import read_safetensors
 from qdit_convert.shards import read_shards
 from qdit_convert.tensors import StateDict, StoredTensor, about, listing
 from qdit_convert.torch_legacy import read_torch_legacy
 from qdit_convert.torch_zip import read_torch_zip
+from qdit_convert.training_args import saved_arguments
 from qdit_jax.errors import UserError
 
 # Names under which training scripts keep averaged and raw weights, in order of preference.
@@ -110,7 +110,7 @@ def unwrap(saved: Any, label: str, weights: str | None = None) -> StateDict:
     if not tables and any(isinstance(value, StoredTensor) for value in saved.values()):
         return _state_dict(saved, label, "flat", {})
     name = _wrapper(saved, tables, weights)
-    return _state_dict(saved[name], label, name, _hints(saved))
+    return _state_dict(saved[name], label, name, saved_arguments(saved))
 
 
 def _wrapper(saved: dict, tables: set[str], weights: str | None) -> str:
@@ -127,15 +127,6 @@ def _wrapper(saved: dict, tables: set[str], weights: str | None) -> str:
         )
     keys = listing([str(key)[:60] for key in saved])
     raise UserError(f"the file holds no state dict; its entries are {keys}.")
-
-
-def _hints(saved: dict) -> dict[str, object]:
-    arguments = saved.get("args")
-    values = arguments.values if isinstance(arguments, Namespace) else arguments
-    if not isinstance(values, dict):
-        return {}
-    plain = (str, int, float, bool)
-    return {k: v for k, v in values.items() if isinstance(k, str) and isinstance(v, plain)}
 
 
 def _state_dict(table: dict, label: str, weights: str, hints: dict[str, object]) -> StateDict:

@@ -125,7 +125,7 @@ def checkpoint_sampler(
         raise ValueError(f"eta={eta} is an option of ddim, not of {walk}.")
     variance_fn = diffusion.learned_range if model.learn_sigma else diffusion.fixed_large
     if scheduler is not None:
-        check_fit(model, scheduler)
+        diffusion.check_fit(model.velocity, model.learn_sigma, scheduler)
         options = {"walk": walk, "eta": eta, "clip": clip, "variance_fn": variance_fn}
         return diffusion.scheduler_sampler(scheduler, steps, **options)
     if walk == "flow":
@@ -143,19 +143,6 @@ def own_walk(checkpoint: Checkpoint) -> str:
     if scheduler is not None:
         return scheduler.walk
     return "flow" if checkpoint.model.velocity else "ddim"
-
-
-def check_fit(model: nn.Module, scheduler: diffusion.Scheduler) -> None:
-    """Raises `ValueError` if a network does not return what its scheduler reads."""
-    name = scheduler.class_name
-    if model.velocity != (scheduler.walk == "flow"):
-        kinds = ("noise", "a velocity") if scheduler.walk == "flow" else ("a velocity", "noise")
-        raise ValueError(f"the network predicts {kinds[0]}, but a {name} reads {kinds[1]}.")
-    if scheduler.settings.get("variance_type") == "learned_range" and not model.learn_sigma:
-        raise ValueError(
-            f"the {name} has variance_type='learned_range', but the network returns no variance; "
-            "set it to 'fixed_small' or 'fixed_large' in scheduler_config.json."
-        )
 
 
 def sampler_text(checkpoint: Checkpoint) -> str | None:

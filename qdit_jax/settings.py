@@ -10,14 +10,14 @@ from typing import Any
 from qdit_jax.errors import UserError
 
 KINDS = {
-    "bool": "true or false",
-    "whole": "a whole number",
-    "number": "a number",
-    "text": "a text",
-    "list": "a list",
-    "numbers": "a list of numbers",
-    "table": "a table",
-    "any": "any value",
+    "bool": "neither true nor false",
+    "whole": "no whole number",
+    "number": "no number",
+    "text": "no text",
+    "list": "no list",
+    "numbers": "no list of numbers",
+    "table": "no table",
+    "any": "no value",
 }
 
 
@@ -66,13 +66,16 @@ def is_kind(value: Any, kind: str) -> bool:
 
 
 def check_setting(source: str, name: str, value: Any, setting: Setting) -> None:
-    """Raises `UserError` that names `source`, the setting and its value, unless it is understood."""
-    says = f"{source} says {name}={shown(value)}"
+    """Raises `UserError` unless a setting's value is understood.
+
+    The message begins with `source` (`"config.json says"`), the setting's name and its value.
+    """
+    says = f"{source} {name}={shown(value)}"
     remedy = f"; {setting.remedy}" if setting.remedy else ""
     if value is None and setting.optional:
         return
     if not is_kind(value, setting.kind):
-        raise UserError(f"{says}, which is not {KINDS[setting.kind]}{remedy}.")
+        raise UserError(f"{says}, which is {KINDS[setting.kind]}{remedy}.")
     if setting.allowed and value not in setting.allowed:
         known = " or ".join(shown(v) for v in setting.allowed)
         raise UserError(f"{says}; only {known} is understood{remedy}.")
@@ -85,13 +88,12 @@ def understood(source: str, values: Mapping[str, Any], table: Table) -> dict[str
     """Returns the used settings of `table`, by name: those of `values`, else their defaults.
 
     Raises:
-        UserError: naming `source`, the setting and its value, if one is not in `table` or its
-            value is not understood.
+        UserError: as `check_setting`, if one is not in `table` or its value is not understood.
     """
     for name, value in values.items():
         if name not in table:
             raise UserError(
-                f"{source} says {name}={shown(value)}, which is no setting that is understood; take it "
+                f"{source} {name}={shown(value)}, which is no setting that is understood; take it "
                 "out of the file if the result does not depend on it."
             )
         check_setting(source, name, value, table[name])

@@ -28,7 +28,7 @@ from qdit_jax.diffusion.samplers import (
     heun,
     reverse_ddim,
 )
-from qdit_jax.diffusion.scheduler_settings import Scheduler, read_scheduler
+from qdit_jax.diffusion.scheduler_settings import Scheduler, check_fit, read_scheduler
 from qdit_jax.diffusion.scheduler_walk import (
     process_text,
     scheduler_process,
@@ -54,6 +54,7 @@ __all__ = [
     "Schedule",
     "Scheduler",
     "Step",
+    "check_fit",
     "consistent_clip",
     "cosine_betas",
     "data_clip",

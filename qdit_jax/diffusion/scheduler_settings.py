@@ -15,7 +15,7 @@ from typing import Any
 from qdit_jax.errors import UserError
 from qdit_jax.settings import HARMLESS, Setting, check_setting, shown, understood
 
-SOURCE = "scheduler_config.json"
+SAYS = "scheduler_config.json says"
 NO_FLAG = "set it to false in the file if the walk may do without it"
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -205,20 +205,20 @@ def read_scheduler(config: Mapping[str, Any]) -> Scheduler:
     name = config.get("_class_name", "DDIMScheduler")
     if name not in CLASSES:
         raise UserError(
-            f"{SOURCE} says _class_name={shown(name)}, which is not understood; use one of "
+            f"{SAYS} _class_name={shown(name)}, which is not understood; use one of "
             f"{', '.join(CLASSES)}."
         )
     row = CLASSES[name]
     ignored = tuple(k for k in config if k not in row.table and k in ANYWHERE)
     own = {key: value for key, value in config.items() if key not in ignored}
-    settings = understood(SOURCE, own, row.table)
+    settings = understood(SAYS, own, row.table)
     if row.walk == "ddim" and is_flow(settings):
         settings = {
             "num_train_timesteps": settings["num_train_timesteps"],
             "shift": settings["flow_shift"],
             "shift_terminal": config.get("shift_terminal"),
         }
-        check_setting(SOURCE, "shift_terminal", settings["shift_terminal"], FLOW["shift_terminal"])
+        check_setting(SAYS, "shift_terminal", settings["shift_terminal"], FLOW["shift_terminal"])
         return Scheduler(name, "flow", True, settings, ignored)
     if row.walk != "flow":
         check_betas(settings, "num_train_timesteps" in config)
@@ -230,7 +230,7 @@ def is_flow(settings: Mapping[str, Any]) -> bool:
     flow = settings["prediction_type"] == "flow_prediction"
     if flow != settings.get("use_flow_sigmas", False):
         raise UserError(
-            f"{SOURCE} says prediction_type={settings['prediction_type']!r} and use_flow_sigmas="
+            f"{SAYS} prediction_type={settings['prediction_type']!r} and use_flow_sigmas="
             f"{settings['use_flow_sigmas']}; a flow has 'flow_prediction' and True, nothing else either."
         )
     return flow
@@ -242,8 +242,19 @@ def check_betas(settings: Mapping[str, Any], counted: bool) -> None:
     if betas is None:
         return
     if not betas or not all(0 < beta <= 1 for beta in betas):
-        raise UserError(f"{SOURCE} says trained_betas={shown(betas)}; each must be in (0, 1].")
+        raise UserError(f"{SAYS} trained_betas={shown(betas)}; each must be in (0, 1].")
     if counted and len(betas) != count:
+        raise UserError(f"{SAYS} num_train_timesteps={count}, but trained_betas has {len(betas)}.")
+
+
+def check_fit(velocity: bool, learns_variance: bool, scheduler: Scheduler) -> None:
+    """Raises `UserError` if a network does not return what its scheduler reads."""
+    name = scheduler.class_name
+    if velocity != (scheduler.walk == "flow"):
+        kinds = ("noise", "a velocity") if scheduler.walk == "flow" else ("a velocity", "noise")
+        raise UserError(f"the network predicts {kinds[0]}, but a {name} reads {kinds[1]}.")
+    if scheduler.settings.get("variance_type") == "learned_range" and not learns_variance:
         raise UserError(
-            f"{SOURCE} says num_train_timesteps={count}, but trained_betas has {len(betas)}."
+            f"{SAYS} variance_type='learned_range', but the network returns no variance; "
+            "set it to 'fixed_small' or 'fixed_large'."
         )

@@ -75,6 +75,8 @@ class DiT(nn.Module):
         frequency_shift: 0 as published; 1 as in the diffusers port (`timestep_features`).
         mlp_norm_eps: epsilon of the second norm of a block; the diffusers port has 1e-5.
         velocity: SiT: return only the first `in_channels` of the output, a velocity.
+        noise_time: of a velocity: the time that the network itself knows at pure noise.
+        data_time: the time that it knows at the data; its velocity points to the later of the two.
         execution: how quantised layers compute, `"simulated"` or `"integer"`.
     """
 
@@ -91,6 +93,8 @@ class DiT(nn.Module):
     frequency_shift: int = 0
     mlp_norm_eps: float = 1e-6
     velocity: bool = False
+    noise_time: float = 0.0
+    data_time: float = 1.0
     execution: str = "simulated"
 
     @nn.compact
@@ -102,14 +106,17 @@ class DiT(nn.Module):
     ) -> Float[Array, "B H W out"]:
         """Returns the prediction for noisy latents.
 
-        `timestep` is 0 to 999 for DiT and real in [0, 1] for SiT; `label` is a class, or
-        `num_classes` for the null class. Output channels: the noise, then (with `learn_sigma`)
+        `timestep` is 0 to 999 for DiT. For a velocity it runs from 0 at noise to 1 at the data, and
+        the velocity points to the data, whatever times the network itself was trained with.
+        `label` is a class, or `num_classes` for the null class. Output channels: the noise, then (with `learn_sigma`)
         the variance fraction in [-1, 1].
         """
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be divisible by num_heads={self.num_heads} and by 4."
             )
+        if self.velocity:
+            timestep = self.noise_time + (self.data_time - self.noise_time) * timestep
         rows, columns = self.grid_size(x)
         tokens = PatchEmbed(self.hidden_size, self.patch_size, self.execution, name="x_embedder")(x)
         table = stored(self, "pos_embed", self.init_positions, (1, *tokens.shape[1:]))
@@ -132,7 +139,10 @@ class DiT(nn.Module):
         out = FinalLayer(p * p * channels, self.execution, name="final_layer")(tokens, c)
         out = out.reshape(-1, rows, columns, p, p, channels).transpose(0, 1, 3, 2, 4, 5)
         out = out.reshape(-1, rows * p, columns * p, channels)
-        return out[..., : self.in_channels] if self.velocity else out
+        if not self.velocity:
+            return out
+        velocity = out[..., : self.in_channels]
+        return velocity if self.data_time > self.noise_time else -velocity
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Returns abstract arguments of a call with one sample, to trace the network with."""
