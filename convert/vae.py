@@ -47,6 +47,8 @@ def vae_plan(state: StateDict, choices: Choices, config: Mapping[str, Any] | Non
             "the folder's config.json must say how many groups there are."
         )
     notes: list[str] = []
+    if config is None:
+        notes.append(f"norm_num_groups assumed to be {groups}: no config.json says it")
     factors = _factors(settings, choices, found["latent_channels"], config is not None, notes)
     result = {**found, "norm_num_groups": groups, **factors}
     return Plan("vae", result, tuple(_leaves(tensors, result)), tuple(notes))

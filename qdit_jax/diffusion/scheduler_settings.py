@@ -222,6 +222,7 @@ def read_scheduler(config: Mapping[str, Any]) -> Scheduler:
         return Scheduler(name, "flow", True, settings, ignored)
     if row.walk != "flow":
         check_betas(settings, "num_train_timesteps" in config)
+        check_signal(settings, row.replaced)
     return Scheduler(name, row.walk, row.replaced, settings, ignored)
 
 
@@ -245,6 +246,21 @@ def check_betas(settings: Mapping[str, Any], counted: bool) -> None:
         raise UserError(f"{SAYS} trained_betas={shown(betas)}; each must be in (0, 1].")
     if counted and len(betas) != count:
         raise UserError(f"{SAYS} num_train_timesteps={count}, but trained_betas has {len(betas)}.")
+
+
+def check_signal(settings: Mapping[str, Any], replaced: bool) -> None:
+    """Raises `UserError` if a model of the noise is asked at a timestep without any signal."""
+    if (
+        not replaced
+        and settings["rescale_betas_zero_snr"]
+        and settings["prediction_type"] == "epsilon"
+        and settings["timestep_spacing"] != "leading"
+    ):
+        raise UserError(
+            f"{SAYS} rescale_betas_zero_snr=True and timestep_spacing="
+            f"{settings['timestep_spacing']!r}: the walk starts without any signal, where "
+            "prediction_type='epsilon' says nothing of the data; set 'leading', or what it predicts."
+        )
 
 
 def check_fit(velocity: bool, learns_variance: bool, scheduler: Scheduler) -> None:

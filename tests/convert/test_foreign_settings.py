@@ -25,7 +25,7 @@ from convert_samples import (
 )
 from torch_file import Object
 
-from qdit_convert import convert, read_model
+from qdit_convert import convert, describe, description_text, read_model
 from qdit_convert.api import to_checkpoint
 from qdit_convert.settings import AUTOENCODER, TRANSFORMER
 from qdit_jax import diffusion, sampling
@@ -47,7 +47,9 @@ def pipeline(tmp_path):
     """Returns a function that writes a pipeline with the given scheduler."""
 
     def write(class_name="DDIMScheduler", **settings):
-        folder = write_pipeline(tmp_path / "p")
+        folder = tmp_path / "p"
+        if not folder.exists():
+            write_pipeline(folder)
         change(folder, "model_index.json", scheduler=["diffusers", class_name])
         change(folder / "scheduler", "scheduler_config.json", _class_name=class_name, **settings)
         return folder
@@ -109,6 +111,15 @@ def test_convert_says_what_it_understood_of_the_scheduler(pipeline, tmp_path, ca
     assert sampler.predict_fn is diffusion.v_prediction
     assert sampler.limit_fn is diffusion.data_clip
     assert sampler.table.timestep.tolist() == [999, 799, 599, 399, 199]
+
+
+def test_describe_says_the_same(pipeline):
+    told = describe(pipeline(prediction_type="sample"))
+    assert "network predicts sample; DDIM, leading spacing" in description_text(told)
+    assert "note: scaling_factor assumed to be 0.18215" in description_text(told)
+    told = describe(pipeline(prediction_type="score"))
+    assert "prediction_type='score'; only" in told["problem"]
+    assert [network["family"] for network in told["networks"]] == ["dit", "vae"]
 
 
 def test_a_pipeline_without_a_scheduler_says_what_is_taken(pipeline):
