@@ -91,10 +91,11 @@ def _factors(
             )
         else:
             found[name] = usual[name]
+            other = "; SDXL's is 0.13025" if name == "scaling_factor" else ""
+            where = "its config.json does not say it" if has_config else "no config.json says it"
             notes.append(
-                f"{name} assumed to be {usual[name]:g}, as of Stable Diffusion 1: "
-                f"{'its config.json' if has_config else 'no config.json'} says "
-                f"{'nothing' if has_config else 'it'} (SDXL's scale is 0.13025; {option})"
+                f"{name} assumed to be {usual[name]:g}, as of Stable Diffusion 1: {where} ({option}"
+                f"{other})"
             )
     if not math.isfinite(sum(found.values())) or found["scaling_factor"] <= 0:
         raise UserError(
