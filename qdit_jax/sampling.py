@@ -126,8 +126,9 @@ def checkpoint_sampler(
     variance_fn = diffusion.learned_range if model.learn_sigma else diffusion.fixed_large
     if scheduler is not None:
         diffusion.check_fit(model.velocity, model.learn_sigma, scheduler)
-        options = {"walk": walk, "eta": eta, "clip": clip, "variance_fn": variance_fn}
-        return diffusion.scheduler_sampler(scheduler, steps, **options)
+        return diffusion.scheduler_sampler(
+            scheduler, steps, walk=walk, eta=eta, clip=clip, variance_fn=variance_fn
+        )
     if walk == "flow":
         if not str(steps).isdecimal():
             raise ValueError(f"steps={steps!r}: flow takes a positive number.")

@@ -136,7 +136,7 @@ class SchedulerClass:
     """
 
     walk: str
-    table: Mapping[str, Setting]
+    table: dict[str, Setting]
     replaced: bool = False
 
 
@@ -250,16 +250,14 @@ def check_betas(settings: Mapping[str, Any], counted: bool) -> None:
 
 def check_signal(settings: Mapping[str, Any], replaced: bool) -> None:
     """Raises `UserError` if a model of the noise is asked at a timestep without any signal."""
-    if (
-        not replaced
-        and settings["rescale_betas_zero_snr"]
-        and settings["prediction_type"] == "epsilon"
-        and settings["timestep_spacing"] != "leading"
-    ):
+    if not settings["rescale_betas_zero_snr"] or settings["prediction_type"] != "epsilon":
+        return
+    if replaced or settings["timestep_spacing"] != "leading":
         raise UserError(
-            f"{SAYS} rescale_betas_zero_snr=True and timestep_spacing="
-            f"{settings['timestep_spacing']!r}: the walk starts without any signal, where "
-            "prediction_type='epsilon' says nothing of the data; set 'leading', or what it predicts."
+            f"{SAYS} rescale_betas_zero_snr=True and prediction_type='epsilon': the walk starts "
+            "without any signal, where the noise says nothing of the data; use a DDIMScheduler with "
+            "timestep_spacing='leading', which leaves the last timestep out, or correct what the "
+            "network predicts."
         )
 
 

@@ -47,13 +47,7 @@ def scheduler_process(scheduler: Scheduler) -> Schedule:
         raise ValueError(f"a {scheduler.class_name} is of a flow, which has no schedule of betas.")
     settings = scheduler.settings
     betas = _betas(settings)
-    if not settings["rescale_betas_zero_snr"]:
-        return Schedule(betas)
-    betas = zero_snr_betas(betas)
-    if scheduler.replaced:
-        # Diffusers gives the solvers that are replaced here a last share of signal of 2**-24, not 0.
-        betas[-1] = 1 - 2.0**-24 / np.prod(1 - betas[:-1])
-    return Schedule(betas)
+    return Schedule(zero_snr_betas(betas) if settings["rescale_betas_zero_snr"] else betas)
 
 
 def _betas(settings: Mapping[str, Any]) -> Float[np.ndarray, " S"]:
