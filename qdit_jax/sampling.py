@@ -117,7 +117,8 @@ def checkpoint_sampler(
         ValueError: if the options do not fit the network, its scheduler or each other.
     """
     model, scheduler = checkpoint.model, own_scheduler(checkpoint.metadata)
-    walk = walk or own_walk(checkpoint)
+    own = own_walk(checkpoint)
+    walk = walk or own
     if model.velocity != (walk == "flow"):
         kind, fitting = ("a velocity", "flow") if model.velocity else ("noise", "ddim or ddpm")
         raise ValueError(f"walk={walk!r}: this model predicts {kind}; use {fitting}.")
@@ -125,7 +126,6 @@ def checkpoint_sampler(
         raise ValueError(f"eta={eta} is an option of ddim, not of {walk}.")
     variance_fn = diffusion.learned_range if model.learn_sigma else diffusion.fixed_large
     if scheduler is not None:
-        diffusion.check_fit(model.velocity, model.learn_sigma, scheduler)
         return diffusion.scheduler_sampler(
             scheduler, steps, walk=walk, eta=eta, clip=clip, variance_fn=variance_fn
         )
@@ -139,11 +139,16 @@ def checkpoint_sampler(
 
 
 def own_walk(checkpoint: Checkpoint) -> str:
-    """Returns the walk that a checkpoint takes by itself: `"ddim"`, `"ddpm"` or `"flow"`."""
-    scheduler = own_scheduler(checkpoint.metadata)
-    if scheduler is not None:
-        return scheduler.walk
-    return "flow" if checkpoint.model.velocity else "ddim"
+    """Returns the walk that a checkpoint takes by itself: `"ddim"`, `"ddpm"` or `"flow"`.
+
+    Raises:
+        UserError: if the network does not return what its scheduler reads.
+    """
+    model, scheduler = checkpoint.model, own_scheduler(checkpoint.metadata)
+    if scheduler is None:
+        return "flow" if model.velocity else "ddim"
+    diffusion.check_fit(model.velocity, model.learn_sigma, scheduler)
+    return scheduler.walk
 
 
 def sampler_text(checkpoint: Checkpoint) -> str | None:

@@ -191,7 +191,7 @@ def test_a_checkpoint_without_a_scheduler_is_sampled_as_published(checkpoint):
         (
             {"_class_name": "DDPMScheduler", "steps_offset": 1, "clip_sample_range": 2.0},
             diffusion.DDPM,
-            "DDPM, leading spacing + 1, data clipped to 2, variance fixed_small",
+            r"DDPM, leading spacing \+ 1, data clipped to 2, variance fixed_small",
         ),
         (
             {"_class_name": "UniPCMultistepScheduler", "thresholding": True},

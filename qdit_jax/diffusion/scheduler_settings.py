@@ -266,7 +266,9 @@ def check_fit(velocity: bool, learns_variance: bool, scheduler: Scheduler) -> No
     name = scheduler.class_name
     if velocity != (scheduler.walk == "flow"):
         kinds = ("noise", "a velocity") if scheduler.walk == "flow" else ("a velocity", "noise")
-        raise UserError(f"the network predicts {kinds[0]}, but a {name} reads {kinds[1]}.")
+        raise UserError(
+            f"the network predicts {kinds[0]}, but a {name} reads {kinds[1]}; convert the pipeline again."
+        )
     if scheduler.settings.get("variance_type") == "learned_range" and not learns_variance:
         raise UserError(
             f"{SAYS} variance_type='learned_range', but the network returns no variance; "
