@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +20,7 @@ from qdit_convert.plan import Leaf, Params, Plan, build_params, check_plan, same
 from qdit_convert.readers import open_weights
 from qdit_convert.tensors import StateDict, about, bfloat16
 from qdit_convert.wrappers import RAW
+from qdit_jax.diffusion import check_fit, read_scheduler
 from qdit_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,6 +40,9 @@ def convert(
     num_heads: int | None = None,
     num_classes: int | None = None,
     input_size: int | tuple[int, int] | None = None,
+    noise_time: int | None = None,
+    scaling_factor: float | None = None,
+    shift_factor: float | None = None,
     weights: str | None = None,
     dtype: str | None = "float32",
     force: bool = False,
@@ -68,6 +73,9 @@ def convert(
         num_heads=num_heads,
         num_classes=num_classes,
         input_size=input_size,
+        noise_time=noise_time,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
         weights=weights,
         dtype=dtype,
         progress=progress,
@@ -110,6 +118,9 @@ def read_model(
     num_heads: int | None = None,
     num_classes: int | None = None,
     input_size: int | tuple[int, int] | None = None,
+    noise_time: int | None = None,
+    scaling_factor: float | None = None,
+    shift_factor: float | None = None,
     weights: str | None = None,
     dtype: str | None = "float32",
     progress: Progress | None = None,
@@ -124,6 +135,10 @@ def read_model(
         num_heads: for sizes that are not published; shapes cannot tell it.
         num_classes: settles whether the label table ends with the null class.
         input_size: rows and columns of the latent, where the file does not say.
+        noise_time: the time that a SiT was trained to see at pure noise, 0 (SiT) or 1 (REPA), where
+            the file does not say.
+        scaling_factor, shift_factor: of an autoencoder's latents, in place of what its config.json
+            says; needed where nothing says them and the latents have not 4 channels.
         weights: `"ema"` or `"model"`; None prefers `"ema"` where a file has both.
         dtype: of all leaves: one of `DTYPES`, or None to keep that of the file.
         progress: called after each leaf.
@@ -132,7 +147,9 @@ def read_model(
     Raises:
         UserError: with one sentence on what is wrong with the input.
     """
-    choices = Choices(model, num_heads, num_classes, input_size)
+    choices = Choices(
+        model, num_heads, num_classes, input_size, noise_time, scaling_factor, shift_factor
+    )
     target = parse_dtype(dtype)
     networks, kept = open_source(Path(src), family, choices, weights)
     found = [_read_network(network, target, progress, place) for network in networks]
@@ -149,23 +166,77 @@ def open_source(
     if (src / "model.json").is_file():
         raise UserError(f"{src} is a checkpoint of this library already.")
     if not is_pipeline(src):
-        return [open_network(src, family, choices, weights)], {}
+        network = open_network(src, family, choices, weights)
+        _check_heeded(choices, [network])
+        folder = src if src.is_dir() else src.parent
+        if network.plan.family == "dit" and is_pipeline(folder.absolute().parent):
+            note = "give the folder of the whole pipeline to heed its scheduler"
+            network = _noted(network, f"this is one part of a pipeline: {note}")
+        return [network], {}
     transformer, vae, kept = read_pipeline(src)
-    networks = [open_network(transformer, family, choices, weights)]
+    factors = Choices(scaling_factor=choices.scaling_factor, shift_factor=choices.shift_factor)
+    networks = [_on_process(open_network(transformer, family, choices, weights), kept)]
     if vae is not None:
-        networks.append(open_network(vae, "vae", Choices(), weights))
+        networks.append(open_network(vae, "vae", factors, weights))
+    _check_heeded(choices, networks)
     return networks, kept
+
+
+def _check_heeded(choices: Choices, networks: list[Network]) -> None:
+    """Raises `UserError` for a choice that is of another kind of network than was found."""
+    is_vae = any(network.plan.family == "vae" for network in networks)
+    for name in ("scaling_factor", "shift_factor"):
+        if getattr(choices, name) is not None and not is_vae:
+            raise UserError(
+                f"{name}={getattr(choices, name)} is of an autoencoder, and there is none here; "
+                f"leave out --{name.replace('_', '-')}."
+            )
+    main = networks[0]
+    if choices.noise_time is not None and "sit" not in main.layout.families[:1]:
+        raise UserError(
+            f"noise_time={choices.noise_time} is of a SiT, which this is not; leave out --noise-time, "
+            "or pass --family sit."
+        )
+
+
+def _on_process(network: Network, kept: dict[str, Any]) -> Network:
+    """Returns the network of a pipeline as its scheduler takes it: a flow's predicts a velocity.
+
+    Raises:
+        UserError: if the network does not return what the scheduler reads.
+    """
+    if "scheduler" not in kept:
+        note = "the pipeline has no scheduler: sampled as the published DiT, on linear betas"
+        return _noted(network, note)
+    scheduler = read_scheduler(kept["scheduler"])
+    config = network.plan.config
+    if scheduler.walk == "flow":
+        # Time runs from 0 at the data to the number of timesteps at the noise.
+        end = float(scheduler.settings["num_train_timesteps"])
+        config = {**config, "velocity": True, "noise_time": end, "data_time": 0.0}
+    with about(network.label):
+        check_fit(config["velocity"], config["learn_sigma"], scheduler)
+    network = network._replace(plan=replace(network.plan, config=config))
+    if not scheduler.ignored:
+        return network
+    names = ", ".join(f"{name}={kept['scheduler'][name]!r}" for name in scheduler.ignored)
+    return _noted(network, f"a {scheduler.class_name} has no {names}: not read, as by diffusers")
+
+
+def _noted(network: Network, note: str) -> Network:
+    return network._replace(plan=replace(network.plan, notes=(*network.plan.notes, note)))
 
 
 def open_network(path: Path, family: str | None, choices: Choices, weights: str | None) -> Network:
     """Returns the network at `path`, its names and shapes checked."""
     state = open_weights(path, weights)
-    config = read_config(path)
     with about(path), _suggesting_raw(state):
         state = select_network(state, family, weights)
     with about(path), _suggesting_raw(state):
         layout = find_layout(state, family)
         check_options(layout, choices)
+    config = read_config(path, layout.class_names)
+    with about(path), _suggesting_raw(state):
         if layout.wants_config and config is None and path.is_dir():
             _check_config_needed(layout, choices)
         state = layout.rename(state)
@@ -214,14 +285,16 @@ def _read_network(
             params = build_params(plan, network.state.tensors, dtype, on_leaf, place)
         except OSError as error:
             raise UserError(f"{error.strerror or error}.") from None
-    metadata = {
+    metadata: dict[str, Any] = {
         "source": Path(network.label).name,
         "layout": network.layout.title,
         "weights": network.state.weights,
-        "source_family": "sit" if plan.config.get("velocity") else plan.family,
+        "source_family": network.layout.families[0],
     }
     if network.state.notes:
         metadata["names"] = list(network.state.notes)
+    if plan.notes:
+        metadata["notes"] = list(plan.notes)
     return ReadModel(plan.family, plan.config, params, metadata)
 
 

@@ -11,18 +11,20 @@ from typing import Any
 from qdit_convert.api import Network, open_source
 from qdit_convert.dit import Choices
 from qdit_convert.families import find_layout
-from qdit_convert.folders import is_pipeline, read_pipeline
+from qdit_convert.folders import is_pipeline
 from qdit_convert.names import select_network
 from qdit_convert.readers import open_weights
 from qdit_convert.tensors import StateDict, StoredTensor
+from qdit_jax.diffusion import process_text, read_scheduler, walk_text
 from qdit_jax.errors import UserError
 
 
 def describe(src: str | os.PathLike, *, weights: str | None = None) -> dict[str, Any]:
     """Returns a JSON-able description of the PyTorch weights at `src`.
 
-    Keys: `path`, `networks` (each with `family`, `layout`, `config`, `weights`, `num_tensors`,
-    `num_values`, `names` (what was done to them), `bytes`, `dtypes` and `parts`, both by bytes), `metadata`, `command` (what would
+    Keys: `path`, `networks` (each with `family`, `layout`, `config`, `notes`, `weights`, `num_tensors`,
+    `num_values`, `names` (what was done to them), `bytes`, `dtypes` and `parts`, both by bytes),
+    `metadata`, `command` (what would
     convert it) and `problem` (why convert would refuse it, or None). Where convert would refuse,
     `networks` holds what can be said without knowing the network.
 
@@ -52,8 +54,7 @@ def describe(src: str | os.PathLike, *, weights: str | None = None) -> dict[str,
 def _folders(path: Path) -> list[Path]:
     if not is_pipeline(path):
         return [path]
-    transformer, vae, _ = read_pipeline(path)
-    return [transformer] if vae is None else [transformer, vae]
+    return [path / part for part in ("transformer", "vae") if (path / part).is_dir()]
 
 
 def _told(state: StateDict) -> dict[str, Any]:
@@ -70,6 +71,7 @@ def _network(network: Network) -> dict[str, Any]:
     plan = network.plan
     config = {k: list(v) if isinstance(v, tuple) else v for k, v in plan.config.items()}
     told = {"family": plan.family, "layout": network.layout.title, "config": config}
+    told["notes"] = list(plan.notes)
     if len(network.layout.families) > 1:
         told["also"] = list(network.layout.families[1:])
     return told | _state(network.state)
@@ -102,6 +104,11 @@ def description_text(described: dict[str, Any]) -> str:
         lines += _network_lines(network)
     if described["metadata"].get("pipeline"):
         lines.append(f"  pipeline: {described['metadata']['pipeline']}")
+    if described["metadata"].get("scheduler"):
+        scheduler = read_scheduler(described["metadata"]["scheduler"])
+        lines.append(
+            f"  scheduler: {scheduler.class_name}: {process_text(scheduler)}; {walk_text(scheduler)}"
+        )
     if described["problem"] is None:
         lines.append(f"  convert with: {described['command']}")
     else:
@@ -118,6 +125,7 @@ def _network_lines(network: dict[str, Any]) -> list[str]:
         lines.append(f"  family: {network['family']}, {network['layout']}{also}")
     if "config" in network:
         lines.append("  config: " + ", ".join(f"{k}={v}" for k, v in network["config"].items()))
+    lines += [f"  note: {note}" for note in network.get("notes", ())]
     lines.append(
         f"  {network['num_tensors']} tensors ({network['weights']}), {network['num_values']:,} values, "
         f"{network['bytes']:,} bytes"

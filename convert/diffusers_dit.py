@@ -7,6 +7,7 @@ embedders, the position table is not stored, and three constants are others.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,10 @@ from qdit_convert.dit import (
     out_channels,
 )
 from qdit_convert.plan import Leaf, Plan, affine, block_count, convolution, linear, shape_of
+from qdit_convert.settings import TRANSFORMER, network_settings
 from qdit_convert.tensors import StateDict, StoredTensor
+from qdit_convert.training_args import Arguments, unknown_note
+from qdit_jax.diffusion import shown
 from qdit_jax.errors import UserError
 from qdit_jax.models import sincos_positions
 
@@ -32,26 +36,16 @@ EMBEDDER = "norm1.emb.timestep_embedder"
 LABELS = "norm1.emb.class_embedder.embedding_table.weight"
 POSITIONS = "pos_embed.pos_embed"  # the table, in the few files that store it
 CLASS_NAMES = ("DiTTransformer2DModel", "Transformer2DModel")
-# What the network must be for its equations to be those of DiT.
-REQUIRED = {
-    "activation_fn": ("gelu-approximate",),
-    "attention_bias": (True,),
-    "norm_type": ("ada_norm_zero",),
-    "norm_elementwise_affine": (False,),
-    "cross_attention_dim": (None,),
-    "upcast_attention": (False, True),
-}
 
 
 def diffusers_plan(state: StateDict, choices: Choices, config: Mapping[str, Any] | None) -> Plan:
     """Returns the plan for a diffusers DiT; `config` is its config.json, if there is one."""
     sizes = diffusers_sizes(state)
     check_model(choices.model, sizes)
-    settings = dict(config or {})
-    _check_config(settings, sizes)
+    settings = _checked_config(config or {}, sizes)
     heads = settings.get("num_attention_heads")
     if choices.num_heads is None and heads is not None:
-        choices = Choices(choices.model, heads, choices.num_classes, choices.input_size)
+        choices = replace(choices, num_heads=heads)
     size = choices.input_size if choices.input_size is not None else settings.get("sample_size")
     if size is None:
         raise UserError(
@@ -60,7 +54,7 @@ def diffusers_plan(state: StateDict, choices: Choices, config: Mapping[str, Any]
     rows, columns = (size, size) if isinstance(size, int) else size
     tokens = (rows // sizes.patch_size) * (columns // sizes.patch_size)
     result = dit_config(sizes, num_heads(sizes, choices))
-    result |= {"frequency_shift": 1, "mlp_norm_eps": float(settings.get("norm_eps", 1e-5))}
+    result |= {"frequency_shift": 1, "mlp_norm_eps": float(settings["norm_eps"])}
     stated = (
         choices.num_classes
         if choices.num_classes is not None
@@ -68,7 +62,9 @@ def diffusers_plan(state: StateDict, choices: Choices, config: Mapping[str, Any]
     )
     result |= label_config(sizes.table_rows, stated)
     result |= {"input_size": input_size(tokens, sizes.patch_size, (rows, columns))}
-    return Plan("dit", result, tuple(_leaves(sizes, (rows, columns), state.tensors)))
+    said = Arguments({}, {}, tuple(f"{key}={shown(value)}" for key, value in state.hints.items()))
+    leaves = tuple(_leaves(sizes, (rows, columns), state.tensors))
+    return Plan("dit", result, leaves, tuple(unknown_note(said)))
 
 
 def diffusers_sizes(state: StateDict) -> Sizes:
@@ -90,21 +86,15 @@ def diffusers_sizes(state: StateDict) -> Sizes:
     )
 
 
-def _check_config(config: Mapping[str, Any], sizes: Sizes) -> None:
-    """Raises `UserError` if config.json is of another network, or contradicts the weights."""
+def _checked_config(config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
+    """Returns the settings of config.json; raises `UserError` if it contradicts the weights."""
     name = config.get("_class_name", CLASS_NAMES[0])
     if name not in CLASS_NAMES:
         raise UserError(f"config.json is of a {name}, but the weights are of a {CLASS_NAMES[0]}.")
-    for key, allowed in REQUIRED.items():
-        if key in config and config[key] not in allowed:
-            raise UserError(
-                f"config.json says {key}={config[key]!r}; convert knows {allowed[0]!r} only."
-            )
     for key in ("num_attention_heads", "attention_head_dim", "num_embeds_ada_norm", "sample_size"):
         if key in config and not (type(config[key]) is int and config[key] > 0):
             raise UserError(f"config.json says {key}={config[key]!r}, which is no positive number.")
-    if type(config.get("norm_eps", 1e-5)) is not float:
-        raise UserError(f"config.json says norm_eps={config['norm_eps']!r}, which is no number.")
+    settings = network_settings(config, TRANSFORMER)
     heads, head_dim = config.get("num_attention_heads"), config.get("attention_head_dim")
     stated = {
         "num_layers": (config.get("num_layers"), sizes.depth),
@@ -123,6 +113,7 @@ def _check_config(config: Mapping[str, Any], sizes: Sizes) -> None:
     for key, (says, found) in stated.items():
         if says is not None and says != found:
             raise UserError(f"config.json says {key} = {says}, but the weights have {found}.")
+    return settings
 
 
 def _leaves(sizes: Sizes, size: tuple[int, int], tensors: Mapping[str, StoredTensor]) -> list[Leaf]:

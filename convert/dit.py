@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qdit_convert.plan import (
@@ -20,9 +20,22 @@ from qdit_convert.plan import (
     shape_of,
 )
 from qdit_convert.tensors import StateDict, StoredTensor, shape_text
+from qdit_convert.training_args import (
+    SAYS,
+    Arguments,
+    check_input_size,
+    check_process,
+    check_sizes,
+    read_arguments,
+    said_classes,
+    said_heads,
+    says_repa,
+    unknown_note,
+)
 from qdit_jax.errors import UserError
 from qdit_jax.models import SIZES, published_config
 
+PROJECTORS = "projectors."  # REPA's, from its hidden features to those of another encoder
 # (depth, width) -> heads, as published.
 PUBLISHED = {(depth, width): heads for depth, width, heads in SIZES.values()}
 
@@ -35,6 +48,9 @@ class Choices:
     num_heads: int | None = None
     num_classes: int | None = None
     input_size: int | tuple[int, int] | None = None
+    noise_time: int | None = None
+    scaling_factor: float | None = None
+    shift_factor: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,16 +71,71 @@ def facebook_plan(state: StateDict, choices: Choices, velocity: bool) -> Plan:
     tensors = state.tensors
     sizes = facebook_sizes(tensors)
     check_model(choices.model, sizes)
+    said = read_arguments(state.hints)
+    check_process(said, velocity)
+    notes = check_sizes(said, sizes, choices.model)
     num_tokens = shape_of(tensors, "pos_embed", 3)[1]
-    stated = choices.num_classes
-    hint = state.hints.get("num_classes")
-    if stated is None and type(hint) is int:
-        stated = hint
+    if choices.input_size is None:
+        check_input_size(said, sizes, num_tokens)
+    heads = said_heads(said, choices.num_heads)
+    if choices.model is None and heads is not None:
+        choices = replace(choices, num_heads=heads)
+    classes = choices.num_classes
+    stated = said_classes(said, sizes.table_rows) if classes is None else classes
     config = dit_config(sizes, num_heads(sizes, choices))
     config |= label_config(sizes.table_rows, stated)
     config |= {"input_size": input_size(num_tokens, sizes.patch_size, choices.input_size)}
-    config |= {"velocity": velocity}
-    return Plan("dit", config, tuple(facebook_leaves(sizes, num_tokens)))
+    projectors = frozenset(key for key in tensors if key.startswith(PROJECTORS))
+    config |= flow_config(choices, velocity, said, bool(projectors), notes)
+    notes += overridden(said, choices, config)
+    if projectors:
+        notes.append(f"{len(projectors)} tensors ({PROJECTORS}*) are of training only: left out")
+    notes += unknown_note(said)
+    leaves = tuple(facebook_leaves(sizes, num_tokens))
+    return Plan("dit", config, leaves, tuple(notes), projectors)
+
+
+def flow_config(
+    choices: Choices, velocity: bool, said: Arguments, projectors: bool, notes: list[str]
+) -> dict[str, Any]:
+    """Returns the fields of a velocity's time, and adds to `notes` where they come from.
+
+    SiT's time is 0 at the noise; REPA's, whose files hold projectors, is 0 at the data, and its
+    velocity points to the noise.
+    """
+    if not velocity:
+        if choices.noise_time is not None:
+            raise UserError(
+                f"noise_time={choices.noise_time} is of a network that predicts a velocity; pass "
+                "--family sit if this is one."
+            )
+        return {"velocity": False}
+    if choices.noise_time not in (None, 0, 1):
+        raise UserError(f"noise_time={choices.noise_time} is not understood; use 0 or 1.")
+    noise_time = choices.noise_time
+    repa = projectors or says_repa(said)
+    if noise_time is None:
+        noise_time = 1 if repa else 0
+        reason = "as REPA trains" if repa else "as SiT trains"
+        if not repa and said.get("path_type") is None and said.get("prediction") is None:
+            reason += "; the file cannot tell: REPA's runs the other way, --noise-time 1"
+        notes.append(f"time taken to be {noise_time} at noise, {1 - noise_time} at data ({reason})")
+    return {
+        "velocity": True,
+        "noise_time": float(noise_time),
+        "data_time": float(1 - noise_time),
+    }
+
+
+def overridden(said: Arguments, choices: Choices, config: Mapping[str, Any]) -> list[str]:
+    """Returns notes on arguments of the file that the user's own words override."""
+    names = {"num_heads": choices.num_heads, "num_classes": choices.num_classes}
+    names |= {"num_heads": choices.num_heads or (choices.model and config["num_heads"])}
+    return [
+        f"{SAYS} {said.names[name]}={said.get(name)}; {config[name]} taken, as asked"
+        for name, chosen in names.items()
+        if chosen is not None and said.get(name) not in (None, config[name])
+    ]
 
 
 def facebook_sizes(tensors: Mapping[str, StoredTensor]) -> Sizes:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from qdit_convert.diffusers_dit import diffusers_plan
-from qdit_convert.dit import Choices, facebook_plan
+from qdit_convert.diffusers_dit import CLASS_NAMES, diffusers_plan
+from qdit_convert.dit import PROJECTORS, Choices, facebook_plan
 from qdit_convert.inception import inception_plan
 from qdit_convert.plan import Plan
 from qdit_convert.tensors import StateDict, listing
-from qdit_convert.vae import from_latent_diffusion, vae_plan
+from qdit_convert.training_args import read_arguments, says_sit
+from qdit_convert.vae import AUTOENCODER_NAME, from_latent_diffusion, vae_plan
 from qdit_jax.errors import UserError
 
 Planner = Callable[[StateDict, Choices, Mapping[str, Any] | None], Plan]
@@ -26,6 +27,7 @@ class Layout:
         title: what it is called in messages.
         families: the values of `--family` that it can serve, the likeliest first.
         names: patterns of the names; a file is of the layout that covers most of its names.
+        class_names: of diffusers' classes, whose config.json says more of such a network.
         plan: writes the conversion.
         wants_config: whether a folder of this layout must hold a config.json.
         parts: the first parts of its names, where a file may hold other networks beside it.
@@ -40,6 +42,7 @@ class Layout:
     wants_config: bool = False
     parts: frozenset[str] = frozenset()
     options: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
     rename: Callable[[StateDict], StateDict] = lambda state: state
 
 
@@ -51,7 +54,11 @@ def _plan_sit(state: StateDict, choices: Choices, _: Mapping[str, Any] | None) -
     return facebook_plan(state, choices, velocity=True)
 
 
-DIT_OPTIONS = tuple(field.name for field in fields(Choices))
+VAE_OPTIONS = ("scaling_factor", "shift_factor")
+DIFFUSERS_OPTIONS = tuple(
+    field.name for field in fields(Choices) if field.name not in (*VAE_OPTIONS, "noise_time")
+)
+DIT_OPTIONS = (*DIFFUSERS_OPTIONS, "noise_time")
 LAYOUTS = (
     Layout(
         "DiT in the facebook layout",
@@ -59,7 +66,7 @@ LAYOUTS = (
         re.compile(
             r"pos_embed$|x_embedder\.proj\.|t_embedder\.mlp\.|y_embedder\.embedding_table\.|"
             r"blocks\.\d+\.(adaLN_modulation\.1|attn\.(qkv|proj)|mlp\.fc[12])\.|"
-            r"final_layer\.(adaLN_modulation\.1|linear)\."
+            r"final_layer\.(adaLN_modulation\.1|linear)\.|projectors\.\d+\."
         ),
         _plan_dit,
         options=DIT_OPTIONS,
@@ -73,7 +80,8 @@ LAYOUTS = (
         ),
         diffusers_plan,
         wants_config=True,
-        options=DIT_OPTIONS,
+        options=DIFFUSERS_OPTIONS,
+        class_names=CLASS_NAMES,
     ),
     Layout(
         "AutoencoderKL in the diffusers layout",
@@ -82,8 +90,10 @@ LAYOUTS = (
             r"(post_)?quant_conv\.|(en|de)coder\.(conv_(in|out|norm_out)\.|mid_block\.|"
             r"(down|up)_blocks\.\d+\.(resnets|(down|up)samplers)\.)"
         ),
-        lambda state, _, config: vae_plan(state, config),
+        vae_plan,
         wants_config=True,
+        options=VAE_OPTIONS,
+        class_names=(AUTOENCODER_NAME,),
     ),
     Layout(
         "AutoencoderKL in the latent-diffusion layout",
@@ -91,8 +101,10 @@ LAYOUTS = (
         re.compile(
             r"(post_)?quant_conv\.|(en|de)coder\.(conv_(in|out)\.|norm_out\.|mid\.|(down|up)\.\d+\.)"
         ),
-        lambda state, _, config: vae_plan(state, config),
+        vae_plan,
         parts=frozenset({"encoder", "decoder", "quant_conv", "post_quant_conv"}),
+        options=VAE_OPTIONS,
+        class_names=(AUTOENCODER_NAME,),
         rename=from_latent_diffusion,
     ),
     Layout(
@@ -147,7 +159,15 @@ def find_layout(state: StateDict, family: str | None = None) -> Layout:
         raise UserError(
             f"the names of its tensors are of a {layout.title}, not of family {family}."
         )
+    if family is None and layout is LAYOUTS[0] and is_sit(state):
+        return SIT
     return SIT if family == "sit" else layout
+
+
+def is_sit(state: StateDict) -> bool:
+    """Returns whether a file in the layout of DiT says that it is a SiT."""
+    projected = any(key.startswith(PROJECTORS) for key in state.tensors)
+    return projected or says_sit(read_arguments(state.hints))
 
 
 def check_options(layout: Layout, choices: Choices) -> None:

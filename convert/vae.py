@@ -5,21 +5,21 @@ Dimensions: Z latent channels.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from qdit_convert.dit import Choices
 from qdit_convert.plan import Leaf, Plan, affine, block_count, convolution, linear, norm, shape_of
+from qdit_convert.settings import AUTOENCODER, network_settings
 from qdit_convert.tensors import StateDict, StoredTensor
 from qdit_jax.errors import UserError
 
 OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-REQUIRED = {
-    "act_fn": "silu",
-    "down_block_types": "DownEncoderBlock2D",
-    "up_block_types": "UpDecoderBlock2D",
-}
+BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+AUTOENCODER_NAME = "AutoencoderKL"
 FIELDS = (
     "in_channels",
     "out_channels",
@@ -30,13 +30,12 @@ FIELDS = (
 SCALING_FACTOR = 0.18215  # of the published models, whose configs lack it
 
 
-def vae_plan(state: StateDict, config: Mapping[str, Any] | None) -> Plan:
+def vae_plan(state: StateDict, choices: Choices, config: Mapping[str, Any] | None) -> Plan:
     """Returns the plan for an AutoencoderKL; `config` is its config.json, if there is one."""
-    settings = dict(config or {})
     tensors = state.tensors
     found = _shape_config(tensors)
-    _check_config(settings, found)
-    groups = settings.get("norm_num_groups", 32)
+    settings = _checked_config(config or {}, found)
+    groups = settings["norm_num_groups"]
     if (
         type(groups) is not int
         or groups < 1
@@ -46,22 +45,63 @@ def vae_plan(state: StateDict, config: Mapping[str, Any] | None) -> Plan:
             f"norm_num_groups={groups!r} does not divide the widths {list(found['block_out_channels'])}; "
             "a config.json beside the weights must say norm_num_groups."
         )
-    result = {
-        **found,
-        "norm_num_groups": groups,
-        "scaling_factor": _number(settings, "scaling_factor", SCALING_FACTOR),
-        "shift_factor": _number(settings, "shift_factor", 0.0),
-    }
-    return Plan("vae", result, tuple(_leaves(tensors, result)))
+    notes: list[str] = []
+    if config is None:
+        notes.append(f"norm_num_groups assumed to be {groups}: no config.json says it")
+    factors = _factors(settings, choices, found["latent_channels"], config is not None, notes)
+    result = {**found, "norm_num_groups": groups, **factors}
+    return Plan("vae", result, tuple(_leaves(tensors, result)), tuple(notes))
 
 
-def _number(settings: Mapping[str, Any], key: str, default: float) -> float:
-    value = settings.get(key)
-    if value is None:
-        return default
-    if type(value) not in (int, float):
-        raise UserError(f"config.json says {key}={value!r}, which is no number.")
-    return float(value)
+def _factors(
+    settings: Mapping[str, Any],
+    choices: Choices,
+    latent_channels: int,
+    has_config: bool,
+    notes: list[str],
+) -> dict[str, float]:
+    """Returns what a diffusion model's latents are scaled and shifted by; `notes` say what is assumed.
+
+    Raises:
+        UserError: if neither the user nor the file says it, and the latents are not of the published
+            kind with 4 channels.
+    """
+    said = {"scaling_factor": settings["scaling_factor"], "shift_factor": settings["shift_factor"]}
+    if has_config and said["scaling_factor"] is not None:
+        said["shift_factor"] = said["shift_factor"] or 0.0
+    usual = {"scaling_factor": SCALING_FACTOR, "shift_factor": 0.0}
+    found: dict[str, float] = {}
+    for name, chosen in (
+        ("scaling_factor", choices.scaling_factor),
+        ("shift_factor", choices.shift_factor),
+    ):
+        option = f"--{name.replace('_', '-')}"
+        if chosen is not None:
+            if said[name] not in (None, chosen):
+                notes.append(f"config.json says {name}={said[name]}; {chosen:g} taken, as asked")
+            found[name] = float(chosen)
+        elif said[name] is not None:
+            found[name] = float(said[name])
+        elif latent_channels != 4:
+            raise UserError(
+                f"nothing says the {name} of these {latent_channels}-channel latents, and such "
+                f"autoencoders differ; pass --scaling-factor and --shift-factor (0 if it has none), "
+                f"or put its config.json beside it: {option} is missing."
+            )
+        else:
+            found[name] = usual[name]
+            other = "; SDXL's is 0.13025" if name == "scaling_factor" else ""
+            where = "its config.json does not say it" if has_config else "no config.json says it"
+            notes.append(
+                f"{name} assumed to be {usual[name]:g}, as of Stable Diffusion 1: {where} ({option}"
+                f"{other})"
+            )
+    if not math.isfinite(sum(found.values())) or found["scaling_factor"] <= 0:
+        raise UserError(
+            f"scaling_factor={found['scaling_factor']:g}, shift_factor={found['shift_factor']:g}: "
+            "the first must be positive, both finite."
+        )
+    return found
 
 
 def _shape_config(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
@@ -87,11 +127,13 @@ def _shape_config(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
     }
 
 
-def _check_config(config: Mapping[str, Any], found: dict[str, Any]) -> None:
-    name = config.get("_class_name", "AutoencoderKL")
-    if name != "AutoencoderKL":
+def _checked_config(config: Mapping[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a config.json that fits the weights."""
+    name = config.get("_class_name", AUTOENCODER_NAME)
+    if name != AUTOENCODER_NAME:
         raise UserError(f"config.json is of a {name}, but the weights are of an AutoencoderKL.")
-    for key, known in REQUIRED.items():
+    settings = network_settings(config, AUTOENCODER)
+    for key, known in BLOCKS.items():
         stated = config.get(key, known)
         if any(kind != known for kind in (stated if isinstance(stated, list) else [stated])):
             raise UserError(f"config.json says {key}={stated!r}; convert knows {known!r} only.")
@@ -102,6 +144,7 @@ def _check_config(config: Mapping[str, Any], found: dict[str, Any]) -> None:
         if stated is not None and stated != found[key]:
             says, has = (list(v) if isinstance(v, tuple) else v for v in (stated, found[key]))
             raise UserError(f"config.json says {key} = {says}, but the weights have {has}.")
+    return settings
 
 
 def _leaves(tensors: Mapping[str, StoredTensor], config: dict[str, Any]) -> list[Leaf]:

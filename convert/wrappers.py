@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from qdit_convert.pickle_reader import Namespace
 from qdit_convert.tensors import StateDict, StoredTensor, listing
+from qdit_convert.training_args import saved_arguments
 from qdit_jax.errors import UserError
 
 # Names under which training scripts keep averaged and raw weights, in order of preference.
@@ -41,10 +41,10 @@ def unwrap(saved: Any, label: str, weights: str | None = None) -> StateDict:
         raise UserError("the file holds an empty state dict.")
     kinds = {key: kind for key, value in saved.items() if (kind := _kind(key, value))}
     if _is_flat(saved) or not kinds:
-        return _state_dict(saved, label, "flat", _hints(saved))
+        return _state_dict(saved, label, "flat", saved_arguments(saved))
     name = _wrapper(saved, kinds, weights)
     state = _state_dict(
-        saved[name], label, name, _hints(saved), bool(_of_kind("model", saved, kinds))
+        saved[name], label, name, saved_arguments(saved), bool(_of_kind("model", saved, kinds))
     )
     unused = [key for key, kind in kinds.items() if kind == kinds[name] and key != name]
     notes = (f"left out the {kinds[name]} weights in {listing(unused)}",) if unused else ()
@@ -96,15 +96,6 @@ def _of_kind(kind: str, saved: dict, kinds: dict[str, str]) -> list[str]:
     names = [name for name in WRAPPERS[kind] if kinds.get(name) == kind]
     names += [name for name in kinds if kinds[name] == kind and name not in names]
     return [name for name in names if any(_all_tensors(saved[name]))] or names
-
-
-def _hints(saved: dict) -> dict[str, object]:
-    arguments = saved.get("args")
-    values = arguments.values if isinstance(arguments, Namespace) else arguments
-    if not isinstance(values, dict):
-        return {}
-    plain = (str, int, float, bool)
-    return {k: v for k, v in values.items() if isinstance(k, str) and isinstance(v, plain)}
 
 
 def _state_dict(

@@ -23,7 +23,7 @@ from qdit_jax.calibration.collect import (
 )
 from qdit_jax.calibration.statistics import HALVES, Stats, input_rows
 from qdit_jax.checkpoint import Checkpoint, fingerprint
-from qdit_jax.sampling import conditions_in_turn, denoiser, initial_noise, trained_schedule
+from qdit_jax.sampling import checkpoint_sampler, conditions_in_turn, denoiser, initial_noise
 
 
 def calibrate(
@@ -50,8 +50,7 @@ def calibrate(
     Args:
         key: used once; sample i starts from `fold_in(key, i)`.
         conditions: labels or prompts that the samples take in turn; every class by default.
-        sampler: DDIM with 50 steps of the checkpoint's schedule by default, 50 steps of the flow
-            for a velocity model.
+        sampler: 50 steps of the checkpoint's own walk by default, see `checkpoint_sampler`.
         guidance: of the trajectories; ignored without a null condition.
         hessians: a pattern of layer paths whose mean `x xᵀ` to keep, float32 `[K, K]` each.
         num_tokens: inputs to keep of every layer from each call of the network.
@@ -104,10 +103,8 @@ def calibrate(
 
 
 def default_sampler(checkpoint: Checkpoint, num_steps: int = 50) -> diffusion.Sampler:
-    """Returns DDIM on the checkpoint's schedule, or the flow for a velocity model."""
-    if checkpoint.model.prediction == "velocity":
-        return diffusion.flow(steps=num_steps)
-    return diffusion.ddim(steps=num_steps, schedule=trained_schedule(checkpoint.metadata))
+    """Returns the sampler of a checkpoint, see `checkpoint_sampler`."""
+    return checkpoint_sampler(checkpoint, num_steps)
 
 
 def conditional_and_null(model: Any, params: Any, condition: Any) -> dict[str, Any]:

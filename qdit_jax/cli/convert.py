@@ -15,9 +15,15 @@ SRC may be
   a folder       of diffusers: config.json and weights, fp16 variants included
   a pipeline     a whole DiTPipeline folder; its VAE and scheduler settings come along
 
-The family is told from the names of the tensors and printed. Two things no shape can tell:
+The family is told from the names of the tensors and printed. What no shape can tell is taken from
+the arguments that a training script saved, if it did, and otherwise asked for or said:
   SiT has DiT's names     --family sit
   the number of heads     known for the published sizes; otherwise --num-heads
+  a SiT's time            from 0 at the noise; of REPA's networks from 1: --noise-time 1
+  the scale of latents    in config.json beside an autoencoder; otherwise --scaling-factor
+
+A pipeline's scheduler_config.json is heeded: what the network predicts, betas, spacing, clipping.
+What is not understood in a file is refused by name and value.
 
 examples
   qdit convert DiT-XL-2-256x256.pt dit_xl2
@@ -25,6 +31,7 @@ examples
   qdit convert my_training/0400000.pt mine --weights ema --num-heads 6
   qdit convert facebook_DiT-XL-2-256/ dit_pipeline --dtype bfloat16
   qdit convert sd-vae-ft-mse/ vae
+  qdit convert ae.safetensors flux_vae --scaling-factor 0.3611 --shift-factor 0.1159
 """
 
 
@@ -67,6 +74,20 @@ def add_parser(subparsers: Any) -> None:
         help="rows (and columns) of the latent, where the file does not say: 32 for 256 pixels",
     )
     parser.add_argument(
+        "--noise-time",
+        type=int,
+        choices=(0, 1),
+        help="time that a SiT was trained to see at pure noise: 0 as SiT, 1 as REPA; default: what "
+        "the file says, else 0",
+    )
+    for name, text in (("scaling", "scale"), ("shift", "shift")):
+        parser.add_argument(
+            f"--{name}-factor",
+            type=float,
+            metavar="X",
+            help=f"{text} of an autoencoder's latents, in place of what its config.json says",
+        )
+    parser.add_argument(
         "--weights",
         choices=("ema", "model"),
         help="averaged or raw weights of a training file that holds both; default: ema if there",
@@ -101,6 +122,9 @@ def run(args: argparse.Namespace) -> None:
             num_heads=args.num_heads,
             num_classes=args.num_classes,
             input_size=size,
+            noise_time=args.noise_time,
+            scaling_factor=args.scaling_factor,
+            shift_factor=args.shift_factor,
             weights=args.weights,
             dtype=args.dtype,
             force=args.force,
@@ -111,7 +135,13 @@ def run(args: argparse.Namespace) -> None:
             print(title + _summary(part))
             for note in part.metadata.get("names", ()):
                 print(f"{title}names: {note}")
-    if args.family is None and checkpoint.metadata["layout"].endswith("facebook layout"):
+            for note in part.metadata.get("notes", ()):
+                print(f"  {title}{note}")
+    if checkpoint.metadata.get("scheduler"):
+        from qdit_jax.sampling import sampler_text
+
+        print(f"  scheduler: {sampler_text(checkpoint)}")
+    if args.family is None and checkpoint.metadata["layout"].startswith("DiT in the facebook"):
         print("SiT has the same names as DiT: if this is a SiT, convert with --family sit")
     print(f"wrote {args.out}")
 

@@ -77,8 +77,13 @@ def add_checkpoint_options(add: Any) -> None:
     )
     add("--compare", metavar="OTHER", type=Path, help="a second one, tested against CKPT in pairs")
     add("--num-samples", type=int, help="how many, of all classes in turn (100)")
-    add("--steps", help="number, or a published spacing such as ddim25 (50)")
-    add("--sampler", choices=SAMPLERS, help="default: flow for velocity models, else ddim")
+    add("--steps", help="number, or a spacing such as ddim25, as in qdit sample (50)")
+    add(
+        "--sampler",
+        choices=SAMPLERS,
+        help="default: that of the checkpoint's scheduler, else flow for velocity models, ddim for "
+        "others",
+    )
     add("--eta", type=float, help="noise of ddim (0)")
     add("--clip", type=float, help="clip the predicted data to [-CLIP, CLIP] at every step")
     add("--guidance", type=float, help="1 turns it off (1.5)")

@@ -25,7 +25,7 @@ from qdit_jax.cli.evaluate_files import (
     score_files,
 )
 from qdit_jax.cli.sample import guidance_channels
-from qdit_jax.cli.sample_run import chosen_sampler
+from qdit_jax.cli.sample_run import chosen_sampler, own_walk_text
 from qdit_jax.errors import UserError
 from qdit_jax.evaluation import (
     MEASURES,
@@ -142,6 +142,10 @@ def chosen_protocol(args: argparse.Namespace, contenders: list[Contender]) -> Pr
         "eta": args.eta,
         "clip": args.clip,
     }
+    walk = own_walk_text(args, contenders[0].checkpoint)
+    if walk is not None:
+        record["walk"] = walk
+        print(walk)
     return Protocol(
         sampler,
         record,

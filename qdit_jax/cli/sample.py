@@ -31,11 +31,17 @@ def add_parser(subparsers: Any) -> None:
         "--labels", help="classes such as 207,360 or 0-9, repeated as needed (default: all in turn)"
     )
     add("--num-samples", type=int, help="how many (default: one for each of --labels, else 8)")
-    add("--sampler", choices=SAMPLERS, help="default: flow for velocity models (SiT), else ddim")
+    add(
+        "--sampler",
+        choices=SAMPLERS,
+        help="default: that of the checkpoint's scheduler, else flow for velocity models, ddim for "
+        "others",
+    )
     add(
         "--steps",
         default="50",
-        help="number, or a published spacing: ddim25, 10,15,20 (%(default)s)",
+        help="number, spaced as the checkpoint's scheduler says if it has one, or a published "
+        "spacing: ddim25, 10,15,20 (%(default)s)",
     )
     add("--eta", type=float, default=0.0, help="noise of ddim: 0 none, 1 as ddpm (%(default)s)")
     add("--guidance", type=float, default=1.5, help="1 turns it off (%(default)s)")

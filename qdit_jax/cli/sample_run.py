@@ -39,8 +39,11 @@ def run_sample(args: argparse.Namespace) -> None:
     classes = checkpoint.model.all_conditions()
     label = chosen_labels(args.labels, args.num_samples, len(classes))
     sampler = chosen_sampler(args, checkpoint)
+    walk = own_walk_text(args, checkpoint)
     check_pictures(args, checkpoint)
     checkpoint.model.check_condition(label)  # before the progress bar appears
+    if walk is not None:
+        print(walk)
     start = time.perf_counter()
     with tqdm(total=len(label), unit="sample", file=sys.stderr) as bar:
         images = sampling.generate(
@@ -101,23 +104,32 @@ def chosen_sampler(
     Raises:
         UserError: if the sampler does not fit what the network predicts, or the number of steps.
     """
-    model = checkpoint.model
-    name = args.sampler or model.default_sampler
+    name, model = args.sampler or sampling.own_walk(checkpoint), checkpoint.model
     is_flow = model.prediction == "velocity"
     if is_flow != (name == "flow"):
         kind, fitting = ("a velocity", "flow") if is_flow else ("noise", "ddim or ddpm")
         raise UserError(f"--sampler {name}: this model predicts {kind}; use {fitting}.")
     if args.eta and name != "ddim":
         raise UserError(f"--eta {args.eta} is an option of ddim, not of {name}.")
-    if name == "flow":
-        if not args.steps.isdecimal() or int(args.steps) < 1:
-            raise UserError(f"--steps {args.steps}: flow takes a positive number.")
-        return diffusion.flow(int(args.steps))
-    options = {"schedule": sampling.trained_schedule(checkpoint.metadata), "clip": args.clip}
-    if name == "ddim":
-        return diffusion.ddim(args.steps, args.eta, **options)
-    variance_fn = diffusion.learned_range if model.learned_variance else diffusion.fixed_large
-    return diffusion.ddpm(args.steps, variance_fn=variance_fn, **options)
+    if args.clip is not None and name == "flow":
+        raise UserError(f"--clip {args.clip} is an option of ddim and ddpm, not of flow.")
+    if name == "flow" and not (args.steps.isdecimal() and int(args.steps) > 0):
+        raise UserError(f"--steps {args.steps}: flow takes a positive number.")
+    return sampling.checkpoint_sampler(
+        checkpoint, args.steps, walk=name, eta=args.eta, clip=args.clip
+    )
+
+
+def own_walk_text(args: argparse.Namespace, checkpoint: checkpoints.Checkpoint) -> str | None:
+    """Returns in words what of the checkpoint's own scheduler is walked, None without one."""
+    text = sampling.sampler_text(checkpoint)
+    if text is None:
+        return None
+    changes = [f"--sampler {args.sampler}"] if args.sampler is not None else []
+    changes += [] if args.steps.isdecimal() else [f"--steps {args.steps}"]
+    changes += [] if args.clip is None else [f"--clip {args.clip:g}"]
+    ending = f"; changed by {', '.join(changes)}" if changes else ""
+    return f"sampling as the checkpoint's scheduler says: {text}{ending}"
 
 
 def check_pictures(args: argparse.Namespace, checkpoint: checkpoints.Checkpoint) -> None:

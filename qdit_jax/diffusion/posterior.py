@@ -15,14 +15,22 @@ from jaxtyping import Array, Float
 
 
 class Prediction(NamedTuple):
-    """Coefficients that relate `x_t`, `x_0` and `eps`: `x_0 = x_weight x_t - eps_weight eps`."""
+    """Coefficients that relate `x_t`, `x_0` and `eps`.
+
+    `x_t = signal x_0 + noise eps`, and solved for the data `x_0 = x_weight x_t - eps_weight eps`;
+    the weights are infinite where there is no signal.
+    """
 
     x_weight: Any
     eps_weight: Any
+    signal: Any
+    noise: Any
 
 
 Latents = Float[Array, "B *D C"]
 PredictFn = Callable[[Latents, Latents, Prediction], tuple[Latents, Latents]]
+# (x, x_0, eps, row, limit) -> (x_0, eps)
+LimitFn = Callable[[Latents, Latents, Latents, Prediction, Any], tuple[Latents, Latents]]
 
 
 def eps_prediction(x: Latents, output: Latents, row: Prediction) -> tuple[Latents, Latents]:
@@ -32,15 +40,63 @@ def eps_prediction(x: Latents, output: Latents, row: Prediction) -> tuple[Latent
 
 def x0_prediction(x: Latents, output: Latents, row: Prediction) -> tuple[Latents, Latents]:
     """Returns `(x_0, eps)` of a model that predicts the data."""
-    return output, (row.x_weight * x - output) / row.eps_weight
+    return output, noise_of(x, output, row)
+
+
+def v_prediction(x: Latents, output: Latents, row: Prediction) -> tuple[Latents, Latents]:
+    """Returns `(x_0, eps)` of a model that predicts `v = signal eps - noise x_0`.
+
+    (Salimans and Ho, arXiv:2202.00512.) It holds where there is no signal, too.
+    """
+    return row.signal * x - row.noise * output, row.signal * output + row.noise * x
+
+
+def noise_of(x: Latents, x0: Latents, row: Prediction) -> Latents:
+    """Returns the `eps` that leads from the data `x_0` to `x`."""
+    return (x - row.signal * x0) / row.noise
+
+
+def consistent_clip(
+    x: Latents, x0: Latents, eps: Latents, row: Prediction, limit: Any
+) -> tuple[Latents, Latents]:
+    """Returns `x_0` clipped to `[-limit, limit]` and the `eps` that leads from it to `x`."""
+    x0 = jnp.clip(x0, -limit, limit)
+    return x0, noise_of(x, x0, row)
+
+
+def data_clip(
+    x: Latents, x0: Latents, eps: Latents, row: Prediction, limit: Any
+) -> tuple[Latents, Latents]:
+    """Returns `x_0` clipped to `[-limit, limit]` and the `eps` of the model, as diffusers does."""
+    return jnp.clip(x0, -limit, limit), eps
+
+
+def dynamic_threshold(
+    x: Latents, x0: Latents, eps: Latents, row: Prediction, limit: Any
+) -> tuple[Latents, Latents]:
+    """Returns `x_0` clipped at a quantile of its own and scaled into [-1, 1], and `eps` as it is.
+
+    `limit` is the quantile's share and the largest range; the smallest is 1. One range a sample
+    (Saharia et al., arXiv:2205.11487).
+    """
+    share, largest = limit
+    axes = tuple(range(1, x0.ndim))
+    size = jnp.quantile(jnp.abs(x0), share, axis=axes, keepdims=True)
+    size = jnp.clip(size, 1.0, largest)
+    return jnp.clip(x0, -size, size) / size, eps
 
 
 def predicted(
-    predict_fn: PredictFn, x: Latents, output: Float[Array, "B *D O"], row: Prediction, clip: Any
+    predict_fn: PredictFn,
+    x: Latents,
+    output: Float[Array, "B *D O"],
+    row: Prediction,
+    limit: Any,
+    limit_fn: LimitFn = consistent_clip,
 ) -> tuple[Latents, Latents]:
-    """Returns `(x_0, eps)`, with `x_0` clipped to `[-clip, clip]` and `eps` made consistent.
+    """Returns `(x_0, eps)`, with `x_0` kept within `limit` by `limit_fn`.
 
-    Channels of `output` beyond those of `x` are the variance's and are not read; `clip=None`
+    Channels of `output` beyond those of `x` are the variance's and are not read; `limit=None`
     leaves `x_0` as it is.
     """
     num_channels = x.shape[-1]
@@ -53,10 +109,7 @@ def predicted(
             f"shape with {num_channels} channels, or {2 * num_channels} with a learned variance."
         )
     x0, eps = predict_fn(x, output[..., :num_channels].astype(x.dtype), row)
-    if clip is None:
-        return x0, eps
-    x0 = jnp.clip(x0, -clip, clip)
-    return x0, (row.x_weight * x - x0) / row.eps_weight
+    return (x0, eps) if limit is None else limit_fn(x, x0, eps, row, limit)
 
 
 class LogVariance(NamedTuple):

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from qdit_jax.diffusion import posterior
 from qdit_jax.diffusion.posterior import LogVariance, Prediction
@@ -75,11 +76,16 @@ class DDIM:
     clip: Any
     predict_fn: Callable = dataclasses.field(metadata={"static": True})
     stochastic: bool = dataclasses.field(metadata={"static": True})
+    limit_fn: Callable = dataclasses.field(
+        default=posterior.consistent_clip, metadata={"static": True}
+    )
 
     def step(self, denoise_fn: DenoiseFn, x: Any, condition: Any, row: Any, noise: Any) -> Step:
         """Returns one iteration from `x` with the coefficients `row`."""
         output = evaluated(denoise_fn, x, row.timestep, condition)
-        x0, eps = posterior.predicted(self.predict_fn, x, output, row.prediction, self.clip)
+        x0, eps = posterior.predicted(
+            self.predict_fn, x, output, row.prediction, self.clip, self.limit_fn
+        )
         x_next = row.x0_weight * x0 + row.eps_weight * eps
         if self.stochastic:
             x_next = x_next + row.noise_weight * noise
@@ -107,6 +113,9 @@ class DDPM:
     predict_fn: Callable = dataclasses.field(metadata={"static": True})
     variance_fn: Callable = dataclasses.field(metadata={"static": True})
     stochastic: bool = dataclasses.field(default=True, metadata={"static": True})
+    limit_fn: Callable = dataclasses.field(
+        default=posterior.consistent_clip, metadata={"static": True}
+    )
 
     def step(self, denoise_fn: DenoiseFn, x: Any, condition: Any, row: Any, noise: Any) -> Step:
         """Returns one iteration from `x` with the coefficients `row`."""
@@ -117,7 +126,9 @@ class DDPM:
 
     def moments(self, x: Any, output: Any, row: Any) -> tuple[Any, Any, Any]:
         """Returns the mean and log variance of the step before, and the predicted `x_0`."""
-        x0, _ = posterior.predicted(self.predict_fn, x, output, row.prediction, self.clip)
+        x0, _ = posterior.predicted(
+            self.predict_fn, x, output, row.prediction, self.clip, self.limit_fn
+        )
         mean = row.x0_weight * x0 + row.x_weight * x
         return mean, self.variance_fn(x, output, row.log_variance), x0
 
@@ -168,26 +179,50 @@ def ddim(
     eta: float | int = 0.0,
     *,
     schedule: Schedule | None = None,
-    clip: float | int | None = None,
+    clip: Any = None,
     predict_fn: Callable = posterior.eps_prediction,
+    limit_fn: Callable = posterior.consistent_clip,
 ) -> DDIM:
     """Returns the DDIM sampler; `eta=0` is deterministic, `eta=1` has DDPM's variance.
 
     `steps` is a number or a published spacing (`"ddim25"`, `"10,15,20"`).  `schedule` is the
-    process that the model was trained on, by default 1000 linear timesteps.
+    process that the model was trained on, by default 1000 linear timesteps.  `clip` is what
+    `limit_fn` takes: the range of the predicted data, by default with `eps` made consistent.
 
     Raises:
         ValueError: if `eta` is not in [0, 1], or `steps` does not fit the schedule.
+    """
+    process = respaced(schedule or Schedule(linear_betas()), steps)
+    now, target = process.alphas_cumprod, process.alphas_cumprod_prev
+    return ddim_walk(process.timestep_map, now, target, eta, clip, predict_fn, limit_fn)
+
+
+def ddim_walk(
+    timesteps: Int[np.ndarray, " S"],
+    now: Float[np.ndarray, " S"],
+    target: Float[np.ndarray, " S"],
+    eta: float | int = 0.0,
+    clip: Any = None,
+    predict_fn: Callable = posterior.eps_prediction,
+    limit_fn: Callable = posterior.consistent_clip,
+) -> DDIM:
+    """Returns the DDIM sampler from given shares of signal, rows from data to noise.
+
+    At `timesteps[i]` the signal's share of the variance (`alphas_cumprod`) is `now[i]`, and
+    the step from there arrives at `target[i]`.
+
+    Raises:
+        ValueError: if `eta` is not in [0, 1], or a model of the noise is asked where there is no
+            signal.
     """
     if not 0 <= eta <= 1:
         raise ValueError(
             f"eta={eta} is not supported; use 0 (deterministic) to 1 (as noisy as DDPM)."
         )
-    process = respaced(schedule or Schedule(linear_betas()), steps)
-    now, target = process.alphas_cumprod, process.alphas_cumprod_prev
     sigma = eta * np.sqrt((1 - target) / (1 - now)) * np.sqrt(1 - now / target)
-    table = _ddim_table(process, target, sigma)
-    return DDIM(_walked(table, backwards=True), _clip(clip), predict_fn, stochastic=eta > 0)
+    table = _ddim_table(timesteps, prediction_rows(now, predict_fn), target, sigma)
+    rows = _walked(table, backwards=True)
+    return DDIM(rows, _clip(clip), predict_fn, eta > 0, limit_fn)
 
 
 def reverse_ddim(
@@ -205,7 +240,12 @@ def reverse_ddim(
         ValueError: if `steps` does not fit the schedule.
     """
     process = respaced(schedule or Schedule(linear_betas()), steps)
-    table = _ddim_table(process, process.alphas_cumprod_next, np.zeros(process.num_timesteps))
+    table = _ddim_table(
+        process.timestep_map,
+        prediction_rows(process.alphas_cumprod, predict_fn),
+        process.alphas_cumprod_next,
+        np.zeros(process.num_timesteps),
+    )
     return DDIM(_walked(table, backwards=False), _clip(clip), predict_fn, stochastic=False)
 
 
@@ -213,9 +253,10 @@ def ddpm(
     steps: int | str = 250,
     *,
     schedule: Schedule | None = None,
-    clip: float | int | None = None,
+    clip: Any = None,
     predict_fn: Callable = posterior.eps_prediction,
     variance_fn: Callable = posterior.learned_range,
+    limit_fn: Callable = posterior.consistent_clip,
 ) -> DDPM:
     """Returns the ancestral sampler; `steps`, `schedule` as for `ddim`.
 
@@ -223,36 +264,91 @@ def ddpm(
         ValueError: if `steps` does not fit the schedule.
     """
     process = respaced(schedule or Schedule(linear_betas()), steps)
-    table = DDPMRow(
-        timestep=process.timestep_map,
-        prediction=_prediction(process),
-        x0_weight=process.posterior_mean_coef1,
-        x_weight=process.posterior_mean_coef2,
-        log_variance=_log_variance(process),
-        noise_weight=np.arange(process.num_timesteps) > 0,  # the last step adds no noise
-    )
-    return DDPM(_walked(table, backwards=True), _clip(clip), predict_fn, variance_fn)
+    # The last step adds no noise.
+    adds_noise = np.arange(process.num_timesteps) > 0
+    log_variance = _log_variance(process)
+    table = ddpm_table(process, prediction_rows(process.alphas_cumprod, predict_fn), log_variance)
+    rows = _walked(table._replace(noise_weight=adds_noise), backwards=True)
+    return DDPM(rows, _clip(clip), predict_fn, variance_fn, limit_fn=limit_fn)
 
 
-def flow(steps: int = 50, *, solve_fn: Callable = euler) -> Flow:
+def ddpm_walk(
+    process: Schedule,
+    adds_noise: Bool[np.ndarray, " S"],
+    clip: Any = None,
+    predict_fn: Callable = posterior.eps_prediction,
+    variance_fn: Callable = posterior.learned_range,
+    limit_fn: Callable = posterior.consistent_clip,
+) -> DDPM:
+    """Returns the ancestral sampler of a process with the variances as they are.
+
+    Differs from `ddpm`, which takes the second posterior variance for the first, which is 0: here
+    that one is 1e-20. `adds_noise` says which steps add noise, from data to noise.
+    """
+    variance = np.log(np.maximum(process.posterior_variance, 1e-20))
+    betas = np.log(process.betas)
+    log_variance = LogVariance(variance, betas, betas)
+    table = ddpm_table(process, prediction_rows(process.alphas_cumprod, predict_fn), log_variance)
+    rows = _walked(table._replace(noise_weight=adds_noise), backwards=True)
+    return DDPM(rows, _clip(clip), predict_fn, variance_fn, limit_fn=limit_fn)
+
+
+def flow(steps: int = 50, *, solve_fn: Callable = euler, edges: Any = None) -> Flow:
     """Returns the sampler of a velocity model, `steps` equal intervals of time from 0 to 1.
 
     Time is 0 at noise and 1 at data and reaches the model unscaled, as in SiT (arXiv:2401.08740).
+    `edges`, ascending from 0 to 1, are the ends of the intervals in place of equal ones.
 
     Differs from SiT's script, whose number of steps counts the ends of the intervals: its fixed
     grid of N points is `flow(N - 1)`.
 
     Raises:
-        ValueError: if `steps` is not a positive whole number.
+        ValueError: if `steps` is not a positive whole number, or does not fit `edges`.
     """
     if steps < 1:
         raise ValueError(f"steps={steps} is not supported; use a positive whole number.")
-    edges = np.linspace(0.0, 1.0, steps + 1)
-    return Flow(_walked(FlowRow(edges[:-1], edges[1:]), backwards=False), solve_fn)
+    times = np.linspace(0.0, 1.0, steps + 1) if edges is None else np.asarray(edges, np.float64)
+    if (
+        times.shape != (steps + 1,)
+        or times[0] != 0
+        or times[-1] != 1
+        or (np.diff(times) <= 0).any()
+    ):
+        raise ValueError(f"edges={edges} do not ascend from 0 to 1 in steps={steps} intervals.")
+    return Flow(_walked(FlowRow(times[:-1], times[1:]), backwards=False), solve_fn)
 
 
-def _prediction(process: Schedule) -> Prediction:
-    return Prediction(process.sqrt_recip_alphas_cumprod, process.sqrt_recipm1_alphas_cumprod)
+def prediction_rows(alphas_cumprod: Float[np.ndarray, " S"], predict_fn: Callable) -> Prediction:
+    """Returns what relates `x_t`, `x_0` and `eps` at given shares of signal.
+
+    Raises:
+        ValueError: if there is none somewhere, from where predicted noise cannot lead to the data.
+    """
+    if predict_fn is posterior.eps_prediction and not (alphas_cumprod > 0).all():
+        raise ValueError(
+            "the walk starts where there is no signal at all (zero terminal SNR), where a model "
+            "that predicts the noise says nothing of the data; use a spacing that leaves the last "
+            "timestep out, or a model that predicts v or the data."
+        )
+    with np.errstate(divide="ignore"):
+        return Prediction(
+            np.sqrt(1 / alphas_cumprod),
+            np.sqrt(1 / alphas_cumprod - 1),
+            np.sqrt(alphas_cumprod),
+            np.sqrt(1 - alphas_cumprod),
+        )
+
+
+def ddpm_table(process: Schedule, prediction: Prediction, log_variance: LogVariance) -> DDPMRow:
+    """Returns the rows of an ancestral sampler that adds noise at every step."""
+    return DDPMRow(
+        timestep=process.timestep_map,
+        prediction=prediction,
+        x0_weight=process.posterior_mean_coef1,
+        x_weight=process.posterior_mean_coef2,
+        log_variance=log_variance,
+        noise_weight=np.ones(process.num_timesteps, bool),
+    )
 
 
 def _log_variance(process: Schedule) -> LogVariance:
@@ -260,10 +356,12 @@ def _log_variance(process: Schedule) -> LogVariance:
     return LogVariance(posterior_log, beta_log, np.append(posterior_log[0], beta_log[1:]))
 
 
-def _ddim_table(process: Schedule, target: np.ndarray, sigma: np.ndarray) -> DDIMRow:
+def _ddim_table(
+    timesteps: np.ndarray, prediction: Prediction, target: np.ndarray, sigma: np.ndarray
+) -> DDIMRow:
     return DDIMRow(
-        timestep=process.timestep_map,
-        prediction=_prediction(process),
+        timestep=timesteps,
+        prediction=prediction,
         x0_weight=np.sqrt(target),
         # eta = 1 cancels to a rounding error below zero where the target is the data itself.
         eps_weight=np.sqrt(np.maximum(1 - target - sigma**2, 0)),
@@ -271,10 +369,10 @@ def _ddim_table(process: Schedule, target: np.ndarray, sigma: np.ndarray) -> DDI
     )
 
 
-def _clip(clip: float | int | None) -> np.float32 | None:
-    if clip is not None and not clip > 0:
+def _clip(clip: Any) -> Any:
+    if clip is not None and not np.all(np.asarray(clip) > 0):
         raise ValueError(f"clip={clip} is not supported; use a positive range, or None.")
-    return None if clip is None else np.float32(clip)
+    return jax.tree.map(np.float32, clip)
 
 
 def _walked(table: Any, *, backwards: bool) -> Any:

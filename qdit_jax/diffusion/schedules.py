@@ -47,6 +47,26 @@ def cosine_betas(num_timesteps: int = 1000, max_beta: float = 0.999) -> Float[np
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
 
 
+def sigmoid_betas(
+    num_timesteps: int = 1000, start: float | int = 0.0001, end: float | int = 0.02
+) -> Float[np.ndarray, " S"]:
+    """Returns betas that rise from `start` to `end` as a sigmoid from -6 to 6."""
+    return start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, num_timesteps)))
+
+
+def zero_snr_betas(betas: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
+    """Returns betas whose last timestep keeps no signal at all (Lin et al., arXiv:2305.08891).
+
+    The square roots of the signal's share are shifted to end at 0 and scaled to start where they
+    did.
+    """
+    root = np.sqrt(np.cumprod(1 - betas))
+    if root.size < 2 or root[0] == root[-1]:
+        raise ValueError(f"{root.size} betas cannot be rescaled to zero SNR; use 2 or more.")
+    kept = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return 1 - kept / np.append(1.0, kept[:-1])
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
     """A discrete diffusion process with its coefficients, each `[S]` float64.

@@ -80,6 +80,8 @@ class DiT(NetworkModule):
         frequency_shift: 0 as published; 1 as in the diffusers port (`timestep_features`).
         mlp_norm_eps: epsilon of the second norm of a block; the diffusers port has 1e-5.
         velocity: SiT: return only the first `in_channels` of the output, a velocity.
+        noise_time: of a velocity: the time that the network itself knows at pure noise.
+        data_time: the time that it knows at the data; its velocity points to the later of the two.
     """
 
     input_size: int | tuple[int, int] = 32
@@ -95,6 +97,8 @@ class DiT(NetworkModule):
     frequency_shift: int = 0
     mlp_norm_eps: float = 1e-6
     velocity: bool = False
+    noise_time: float = 0.0
+    data_time: float = 1.0
 
     @nn.compact
     def __call__(
@@ -105,14 +109,18 @@ class DiT(NetworkModule):
     ) -> Float[Array, "B H W out"]:
         """Returns the prediction for noisy latents.
 
-        `timestep` is 0 to 999 for DiT and real in [0, 1] for SiT; `condition` is a class label, or
-        `num_classes` for the null class. Output channels: the noise, then (with `learn_sigma`)
+        `timestep` is 0 to 999 for DiT. For a velocity it runs from 0 at noise to 1 at the data, and
+        the velocity points to the data, whatever times the network itself was trained with.
+        `condition` is a class label, or `num_classes` for the null class. Output channels: the
+        noise, then (with `learn_sigma`)
         the variance fraction in [-1, 1].
         """
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be divisible by num_heads={self.num_heads} and by 4."
             )
+        if self.velocity:
+            timestep = self.noise_time + (self.data_time - self.noise_time) * timestep
         rows, columns = self.grid_size(x)
         tokens = PatchEmbed(self.hidden_size, self.patch_size, self.layers, name="x_embedder")(x)
         table = stored(self, "pos_embed", self.init_positions, (1, *tokens.shape[1:]))
@@ -135,7 +143,10 @@ class DiT(NetworkModule):
         out = FinalLayer(p * p * channels, self.layers, name="final_layer")(tokens, c)
         out = out.reshape(-1, rows, columns, p, p, channels).transpose(0, 1, 3, 2, 4, 5)
         out = out.reshape(-1, rows * p, columns * p, channels)
-        return out[..., : self.in_channels] if self.velocity else out
+        if not self.velocity:
+            return out
+        velocity = out[..., : self.in_channels]
+        return velocity if self.data_time > self.noise_time else -velocity
 
     @property
     def prediction(self) -> str:

@@ -2,20 +2,28 @@
 
 from qdit_jax.sampling.generation import (
     Denoiser,
+    checkpoint_sampler,
     conditions_in_turn,
     decode,
     denoiser,
     generate,
     initial_noise,
+    own_scheduler,
+    own_walk,
+    sampler_text,
     trained_schedule,
 )
 
 __all__ = [
     "Denoiser",
+    "checkpoint_sampler",
     "conditions_in_turn",
     "decode",
     "denoiser",
     "generate",
     "initial_noise",
+    "own_scheduler",
+    "own_walk",
+    "sampler_text",
     "trained_schedule",
 ]

@@ -21,11 +21,6 @@ from qdit_jax.models import as_condition
 from qdit_jax.quant import select_timestep
 
 PUBLISHED = "published"
-NAMED_BETAS: dict[str, Callable] = {
-    "linear": diffusion.linear_betas,
-    "scaled_linear": diffusion.scaled_linear_betas,
-    "squaredcos_cap_v2": diffusion.cosine_betas,
-}
 
 
 @jax.tree_util.register_dataclass
@@ -103,31 +98,97 @@ def conditions_in_turn(model: Any, conditions: Any, index: Int[Any, " B"]) -> An
     return jax.tree.map(lambda leaf: leaf[index % leaf.shape[0]], conditions)
 
 
+def own_scheduler(metadata: Mapping[str, Any]) -> diffusion.Scheduler | None:
+    """Returns the scheduler that a checkpoint came with, or None.
+
+    Raises:
+        UserError: naming the setting and its value, if it cannot be understood.
+    """
+    config = metadata.get("scheduler")
+    return diffusion.read_scheduler(config) if config else None
+
+
 def trained_schedule(metadata: Mapping[str, Any]) -> diffusion.Schedule:
     """Returns the schedule that a checkpoint was trained on: its scheduler's, or DiT's.
 
+    What the network predicts and how its scheduler walks are not in it: see `checkpoint_sampler`.
+
     Raises:
-        ValueError: if the scheduler's betas, or what its model predicts, are not known here.
+        ValueError: if the scheduler cannot be understood, or is of a flow, which has no schedule.
     """
-    config = metadata.get("scheduler")
-    if not config:
+    scheduler = own_scheduler(metadata)
+    if scheduler is None:
         return diffusion.Schedule(diffusion.linear_betas())
-    if config.get("trained_betas") is not None:
-        return diffusion.Schedule(np.asarray(config["trained_betas"], np.float64))
-    name = config.get("beta_schedule", "linear")
-    if name not in NAMED_BETAS:
-        raise ValueError(
-            f"beta_schedule={name!r} is not supported; use one of {list(NAMED_BETAS)}."
+    return diffusion.scheduler_process(scheduler)
+
+
+def checkpoint_sampler(
+    checkpoint: Checkpoint,
+    steps: int | str = 50,
+    *,
+    walk: str | None = None,
+    eta: float | int = 0.0,
+    clip: float | int | None = None,
+) -> diffusion.Sampler:
+    """Returns the sampler of a checkpoint: its own scheduler's walk, or the published one.
+
+    Without a scheduler that is the flow for a velocity model, else DDIM on DiT's schedule.
+
+    Args:
+        steps: a number, or a published spacing (`"ddim25"`) in place of the scheduler's own.
+        walk: `"ddim"`, `"ddpm"` or `"flow"`, as the network allows; None for its own.
+        eta: noise of DDIM.
+        clip: range of the predicted data, in place of the scheduler's own clipping.
+
+    Raises:
+        ValueError: if the options do not fit the network, its scheduler or each other.
+    """
+    model, scheduler = checkpoint.model, own_scheduler(checkpoint.metadata)
+    own = own_walk(checkpoint)
+    walk = walk or own
+    is_flow = model.prediction == "velocity"
+    if is_flow != (walk == "flow"):
+        kind, fitting = ("a velocity", "flow") if is_flow else ("noise", "ddim or ddpm")
+        raise ValueError(f"walk={walk!r}: this model predicts {kind}; use {fitting}.")
+    if eta and walk != "ddim":
+        raise ValueError(f"eta={eta} is an option of ddim, not of {walk}.")
+    variance_fn = diffusion.learned_range if model.learned_variance else diffusion.fixed_large
+    if scheduler is not None:
+        return diffusion.scheduler_sampler(
+            scheduler, steps, walk=walk, eta=eta, clip=clip, variance_fn=variance_fn
         )
-    if config.get("prediction_type", "epsilon") != "epsilon":
-        raise ValueError(
-            f"prediction_type={config['prediction_type']!r} is not supported; use 'epsilon'."
-        )
-    num_timesteps = config.get("num_train_timesteps", 1000)
-    if name == "squaredcos_cap_v2":
-        return diffusion.Schedule(diffusion.cosine_betas(num_timesteps))
-    ends = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
-    return diffusion.Schedule(NAMED_BETAS[name](num_timesteps, *ends))
+    if walk == "flow":
+        if not str(steps).isdecimal():
+            raise ValueError(f"steps={steps!r}: flow takes a positive number.")
+        return diffusion.flow(int(steps))
+    if walk == "ddim":
+        return diffusion.ddim(steps, eta, clip=clip)
+    return diffusion.ddpm(steps, clip=clip, variance_fn=variance_fn)
+
+
+def own_walk(checkpoint: Checkpoint) -> str:
+    """Returns the walk that a checkpoint takes by itself: `"ddim"`, `"ddpm"` or `"flow"`.
+
+    Raises:
+        UserError: if the network does not return what its scheduler reads.
+    """
+    model, scheduler = checkpoint.model, own_scheduler(checkpoint.metadata)
+    if scheduler is None:
+        return model.default_sampler
+    is_flow = model.prediction == "velocity"
+    diffusion.check_fit(is_flow, model.learned_variance, scheduler)
+    return scheduler.walk
+
+
+def sampler_text(checkpoint: Checkpoint) -> str | None:
+    """Returns in words what the checkpoint's own scheduler says, or None where it has none."""
+    scheduler = own_scheduler(checkpoint.metadata)
+    if scheduler is None:
+        return None
+    return (
+        f"{scheduler.class_name}: {diffusion.process_text(scheduler)}; "
+        f"walk: {diffusion.walk_text(scheduler)}"
+    )
 
 
 @jax.jit(static_argnames=("shape",))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from tiny_models import CONFIG, tiny_checkpoint, tiny_vae
 
 from qdit_jax import diffusion, ptq, sampling
+from qdit_jax.calibration import calibrate, default_sampler
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.diffusion.loop import _walk
 from qdit_jax.models import DiT
@@ -115,6 +118,64 @@ def test_the_autoencoder_decodes_latents(checkpoint):
     np.testing.assert_allclose(images, decoded, atol=1e-3)
 
 
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+
+
+def with_scheduler(checkpoint, config):
+    return dataclasses.replace(checkpoint, metadata={"scheduler": config})
+
+
+def same_sampler(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_checkpoint_without_a_scheduler_is_sampled_as_published(checkpoint):
+    same_sampler(sampling.checkpoint_sampler(checkpoint, 10), diffusion.ddim(10))
+    same_sampler(
+        sampling.checkpoint_sampler(checkpoint, "ddim25", eta=0.5, clip=2.0),
+        diffusion.ddim("ddim25", 0.5, clip=2.0),
+    )
+    same_sampler(sampling.checkpoint_sampler(checkpoint, 10, walk="ddpm"), diffusion.ddpm(10))
+    model = checkpoint.model.clone(velocity=True)
+    velocities = dataclasses.replace(checkpoint, model=model)
+    same_sampler(sampling.checkpoint_sampler(velocities, 10), diffusion.flow(10))
+    assert sampling.sampler_text(checkpoint) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "words"),
+    [
+        (
+            {"prediction_type": "v_prediction", "clip_sample": False},
+            diffusion.DDIM,
+            "predicts v_prediction; walk: DDIM, leading spacing",
+        ),
+        (
+            {"_class_name": "DDPMScheduler", "steps_offset": 1, "clip_sample_range": 2.0},
+            diffusion.DDPM,
+            r"DDPM, leading spacing \+ 1, data clipped to 2, variance fixed_small",
+        ),
+        (
+            {"_class_name": "UniPCMultistepScheduler", "thresholding": True},
+            diffusion.DDIM,
+            "in place of UniPCMultistepScheduler's own., steps evenly spaced from first to last, data "
+            "thresholded at quantile 0.995, at most 1",
+        ),
+    ],
+)
+def test_everything_that_samples_takes_the_schedulers_walk(checkpoint, config, kind, words):
+    own = with_scheduler(checkpoint, config)
+    sampler = default_sampler(own, 5)
+    assert isinstance(sampler, kind)
+    same_sampler(sampler, diffusion.scheduler_sampler(diffusion.read_scheduler(config), 5))
+    assert re.search(words, sampling.sampler_text(own))
+    plain = sampling.generate(checkpoint, diffusion.ddim(5), [1, 2])
+    assert np.abs(sampling.generate(own, sampler, [1, 2]) - plain).max() > 1e-2
+    assert len(calibrate(own, jax.random.key(0), 1, sampler=sampler).timesteps) == 5
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
@@ -128,6 +189,10 @@ def test_the_autoencoder_decodes_latents(checkpoint):
             diffusion.cosine_betas(100),
         ),
         ({"trained_betas": [0.1, 0.2]}, [0.1, 0.2]),
+        (
+            {"rescale_betas_zero_snr": True},
+            diffusion.zero_snr_betas(diffusion.linear_betas()),
+        ),
     ],
 )
 def test_the_schedule_is_the_schedulers(config, expected):
@@ -150,12 +215,30 @@ def test_the_schedule_is_the_schedulers(config, expected):
             "needs a null class",
         ),
         (
-            lambda c: sampling.trained_schedule({"scheduler": {"beta_schedule": "sigmoid"}}),
-            "beta_schedule='sigmoid' is not supported",
+            lambda c: sampling.trained_schedule({"scheduler": {"beta_schedule": "laplace"}}),
+            "scheduler_config.json says beta_schedule='laplace'; only 'linear' or",
         ),
         (
-            lambda c: sampling.trained_schedule({"scheduler": {"prediction_type": "v_prediction"}}),
-            "prediction_type='v_prediction' is not supported",
+            lambda c: sampling.trained_schedule({"scheduler": FLOW}),
+            "is of a flow, which has no schedule of betas",
+        ),
+        (
+            lambda c: sampling.checkpoint_sampler(with_scheduler(c, FLOW)),
+            "the network predicts noise, but a FlowMatchEulerDiscreteScheduler reads a velocity",
+        ),
+        (
+            lambda c: sampling.checkpoint_sampler(
+                with_scheduler(
+                    dataclasses.replace(c, model=c.model.clone(learn_sigma=False)),
+                    {"_class_name": "DDPMScheduler", "variance_type": "learned_range"},
+                )
+            ),
+            "variance_type='learned_range', but the network returns no variance",
+        ),
+        (lambda c: sampling.checkpoint_sampler(c, walk="flow"), "predicts noise; use ddim or ddpm"),
+        (
+            lambda c: sampling.checkpoint_sampler(c, walk="ddpm", eta=1),
+            "eta=1 is an option of ddim",
         ),
     ],
 )

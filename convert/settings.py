@@ -1,0 +1,90 @@
+"""The settings of diffusers' files that are understood: of networks and of whole pipelines.
+
+A scheduler's are in `qdit_jax.diffusion.scheduler_settings`, a training script's arguments in
+`qdit_convert.training_args`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qdit_jax.diffusion import HARMLESS, Setting, Table, understood
+
+CONFIG = "config.json says"
+INDEX = "model_index.json says"
+POSITIVE = Setting("whole", low=1, high=10_000_000, optional=True)
+ABOUT = {
+    name: HARMLESS
+    for name in ("_class_name", "_diffusers_version", "_name_or_path", "_commit_hash")
+}
+
+
+def _only(kind: str, *values: Any, optional: bool = False) -> Setting:
+    """Returns a setting that must have one of `values` for the equations to be ours."""
+    return Setting(kind, values, optional=optional, used=False)
+
+
+NULL = Setting("any", (None,), used=False)
+TRANSFORMER: Table = ABOUT | {
+    "num_attention_heads": POSITIVE,
+    "attention_head_dim": POSITIVE,
+    "num_layers": POSITIVE,
+    "num_embeds_ada_norm": POSITIVE,
+    "in_channels": POSITIVE,
+    "out_channels": POSITIVE,
+    "patch_size": POSITIVE,
+    "sample_size": POSITIVE,
+    "norm_eps": Setting("number", low=0, high=1, default=1e-5),
+    "activation_fn": _only("text", "gelu-approximate"),
+    "attention_bias": _only("bool", True),
+    "attention_type": _only("text", "default"),
+    "caption_channels": NULL,
+    "cross_attention_dim": NULL,
+    "double_self_attention": _only("bool", False),
+    "interpolation_scale": NULL,
+    "norm_elementwise_affine": _only("bool", False),
+    "norm_type": _only("text", "ada_norm_zero"),
+    "num_vector_embeds": NULL,
+    "only_cross_attention": _only("bool", False),
+    "use_additional_conditions": _only("bool", False, optional=True),
+    "use_linear_projection": _only("bool", False),
+    "dropout": HARMLESS,  # of training
+    "norm_num_groups": HARMLESS,  # of a norm that a network of patches does not have
+    "upcast_attention": HARMLESS,
+}
+AUTOENCODER: Table = ABOUT | {
+    "block_out_channels": Setting("list"),
+    "in_channels": POSITIVE,
+    "latent_channels": POSITIVE,
+    "layers_per_block": POSITIVE,
+    "mid_block_add_attention": Setting("bool", optional=True),
+    "norm_num_groups": Setting("any", default=32),
+    "out_channels": POSITIVE,
+    "scaling_factor": Setting("number", low=1e-9, optional=True),
+    "shift_factor": Setting("number", optional=True),
+    "use_post_quant_conv": Setting("bool", optional=True),
+    "use_quant_conv": Setting("bool", optional=True),
+    "act_fn": _only("text", "silu"),
+    "down_block_types": Setting("any", used=False),  # checked one by one
+    "up_block_types": Setting("any", used=False),
+    "latents_mean": NULL,
+    "latents_std": NULL,
+    "force_upcast": HARMLESS,  # of half precision
+    "sample_size": HARMLESS,  # of tiles
+}
+PIPELINE: Table = ABOUT | {
+    "transformer": Setting("list", optional=True),
+    "vae": Setting("list", optional=True),
+    "scheduler": Setting("list", optional=True),
+    "id2label": Setting("table", optional=True),
+}
+
+
+def network_settings(config: Mapping[str, Any], table: Table) -> dict[str, Any]:
+    """Returns what a network's config.json says.
+
+    Raises:
+        UserError: naming a setting and its value, if it is not understood.
+    """
+    return understood(CONFIG, config, table)

@@ -1,0 +1,276 @@
+"""The settings of a diffusers scheduler (scheduler_config.json), as a table of what is understood.
+
+A scheduler's file says two things: the process that the network was trained on (betas, what the
+network predicts), and the walk back (which timesteps, what is clipped). The process must be
+understood. The walk is taken over for DDIM, DDPM and Euler's rule of a flow; for any other solver
+it is replaced by one of these on the same process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qdit_jax.diffusion.settings import HARMLESS, Setting, check_setting, shown, understood
+from qdit_jax.errors import UserError
+
+SAYS = "scheduler_config.json says"
+NO_FLAG = "set it to false in the file if the walk may do without it"
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+ABOUT = {
+    name: HARMLESS
+    for name in ("_class_name", "_diffusers_version", "_name_or_path", "_use_default_values")
+}
+PROCESS = {
+    "num_train_timesteps": Setting("whole", low=1, high=100_000, default=1000),
+    "beta_start": Setting("number", low=1e-12, high=1, default=0.0001),
+    "beta_end": Setting("number", low=1e-12, high=1, default=0.02),
+    "beta_schedule": Setting("text", BETA_SCHEDULES, default="linear"),
+    "trained_betas": Setting("numbers", optional=True),
+    "prediction_type": Setting("text", PREDICTIONS, default="epsilon"),
+    "rescale_betas_zero_snr": Setting("bool", default=False),
+}
+SPACING = {
+    "timestep_spacing": Setting("text", ("leading", "trailing", "linspace"), default="leading"),
+    "steps_offset": Setting("whole", low=0, high=100_000, default=0),
+}
+CLIPPING = {
+    "clip_sample": Setting("bool", default=True),
+    "clip_sample_range": Setting("number", low=1e-6, default=1.0),
+}
+THRESHOLDING = {
+    "thresholding": Setting("bool", default=False),
+    "dynamic_thresholding_ratio": Setting("number", low=0, high=1, default=0.995),
+    "sample_max_value": Setting("number", low=1, default=1.0),
+}
+FINAL_ALPHA = {"set_alpha_to_one": Setting("bool", default=True)}
+VARIANCE = {
+    "variance_type": Setting(
+        "text",
+        ("fixed_small", "fixed_small_log", "fixed_large", "learned_range"),
+        default="fixed_small",
+    )
+}
+# Of solvers that are not walked here: what they say of the walk alone has no bearing.
+SOLVER = {
+    name: HARMLESS
+    for name in (
+        "algorithm_type",
+        "disable_corrector",
+        "euler_at_final",
+        "final_sigmas_type",
+        "interpolation_type",
+        "lambda_min_clipped",
+        "lower_order_final",
+        "predict_x0",
+        "set_alpha_to_one",
+        "sigma_max",
+        "sigma_min",
+        "skip_prk_steps",
+        "solver_order",
+        "solver_p",
+        "solver_type",
+        "steps_offset",
+        "timestep_spacing",
+        "use_beta_sigmas",
+        "use_exponential_sigmas",
+        "use_karras_sigmas",
+        "use_lu_lambdas",
+        "variance_type",
+    )
+} | {
+    "timestep_type": Setting("text", ("discrete",), default="discrete", used=False),
+    "use_flow_sigmas": Setting("bool", default=False),
+    "flow_shift": Setting("number", low=1e-6, default=1.0),
+    "use_dynamic_shifting": Setting("bool", (False,), default=False, used=False, remedy=NO_FLAG),
+    "time_shift_type": HARMLESS,
+    "shift_terminal": Setting("number", optional=True, used=False),
+    "prediction_type": Setting("text", (*PREDICTIONS, "flow_prediction"), default="epsilon"),
+}
+FLOW = {
+    "num_train_timesteps": PROCESS["num_train_timesteps"],
+    "shift": Setting("number", low=1e-6, default=1.0),
+    "shift_terminal": Setting("number", low=1e-9, high=1 - 1e-9, optional=True),
+    "use_dynamic_shifting": Setting(
+        "bool",
+        (False,),
+        default=False,
+        used=False,
+        remedy="its shift is computed by the pipeline, not said by the file: set it to false and "
+        "give the shift",
+    ),
+} | {
+    name: Setting("bool", (False,), default=False, used=False, remedy=NO_FLAG)
+    for name in (
+        "invert_sigmas",
+        "stochastic_sampling",
+        "use_beta_sigmas",
+        "use_exponential_sigmas",
+        "use_karras_sigmas",
+    )
+}
+# With dynamic shifting off, nothing reads these.
+FLOW |= {
+    name: HARMLESS
+    for name in (
+        "base_image_seq_len",
+        "base_shift",
+        "max_image_seq_len",
+        "max_shift",
+        "time_shift_type",
+    )
+}
+
+
+@dataclass(frozen=True)
+class SchedulerClass:
+    """One class of schedulers: how it is walked, and its settings.
+
+    Attributes:
+        walk: `"ddim"`, `"ddpm"` or `"flow"`.
+        table: its settings.
+        replaced: whether `walk` stands in for a solver that is not walked here.
+    """
+
+    walk: str
+    table: dict[str, Setting]
+    replaced: bool = False
+
+
+DDIM_TABLE = ABOUT | PROCESS | SPACING | CLIPPING | THRESHOLDING | FINAL_ALPHA
+DDPM_TABLE = ABOUT | PROCESS | SPACING | CLIPPING | THRESHOLDING | VARIANCE
+MULTISTEP = SchedulerClass("ddim", ABOUT | PROCESS | SOLVER | THRESHOLDING, replaced=True)
+PLAIN = SchedulerClass("ddim", ABOUT | PROCESS | SOLVER, replaced=True)
+KDIFFUSION_BETAS = {
+    "beta_start": Setting("number", low=1e-12, high=1, default=0.00085),
+    "beta_end": Setting("number", low=1e-12, high=1, default=0.012),
+}
+KDIFFUSION = SchedulerClass("ddim", PLAIN.table | KDIFFUSION_BETAS, replaced=True)
+HEUN = SchedulerClass(
+    "ddim",
+    KDIFFUSION.table | CLIPPING | {"clip_sample": Setting("bool", default=False)},
+    replaced=True,
+)
+CLASSES: dict[str, SchedulerClass] = {
+    "DDIMScheduler": SchedulerClass("ddim", DDIM_TABLE),
+    "DDIMParallelScheduler": SchedulerClass("ddim", DDIM_TABLE),
+    "DDPMScheduler": SchedulerClass("ddpm", DDPM_TABLE),
+    "DDPMParallelScheduler": SchedulerClass("ddpm", DDPM_TABLE),
+    "FlowMatchEulerDiscreteScheduler": SchedulerClass("flow", ABOUT | FLOW),
+    "FlowMatchHeunDiscreteScheduler": SchedulerClass("flow", ABOUT | FLOW, replaced=True),
+    "DPMSolverMultistepScheduler": MULTISTEP,
+    "DPMSolverSinglestepScheduler": MULTISTEP,
+    "DEISMultistepScheduler": MULTISTEP,
+    "UniPCMultistepScheduler": MULTISTEP,
+    "EulerDiscreteScheduler": PLAIN,
+    "EulerAncestralDiscreteScheduler": PLAIN,
+    "LMSDiscreteScheduler": PLAIN,
+    "PNDMScheduler": PLAIN,
+    "HeunDiscreteScheduler": HEUN,
+    "KDPM2DiscreteScheduler": KDIFFUSION,
+    "KDPM2AncestralDiscreteScheduler": KDIFFUSION,
+}
+# A setting of one class may stand in the file of another, which reads nothing of it.
+ANYWHERE = frozenset(name for row in CLASSES.values() for name in row.table)
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """A scheduler that is understood.
+
+    Attributes:
+        class_name: its class in diffusers.
+        walk: `"ddim"`, `"ddpm"` or `"flow"`.
+        replaced: whether that walk stands in for a solver that is not walked here.
+        settings: every used setting of its class, defaults filled in.
+        ignored: settings in the file that are of other classes, which this one does not read.
+    """
+
+    class_name: str
+    walk: str
+    replaced: bool
+    settings: Mapping[str, Any]
+    ignored: tuple[str, ...] = ()
+
+
+def read_scheduler(config: Mapping[str, Any]) -> Scheduler:
+    """Returns what a scheduler_config.json says; settings that it leaves out are its class's own.
+
+    Raises:
+        UserError: naming the setting and its value, if the file cannot be understood.
+    """
+    name = config.get("_class_name", "DDIMScheduler")
+    if name not in CLASSES:
+        raise UserError(
+            f"{SAYS} _class_name={shown(name)}, which is not understood; use one of "
+            f"{', '.join(CLASSES)}."
+        )
+    row = CLASSES[name]
+    ignored = tuple(k for k in config if k not in row.table and k in ANYWHERE)
+    own = {key: value for key, value in config.items() if key not in ignored}
+    settings = understood(SAYS, own, row.table)
+    if row.walk == "ddim" and is_flow(settings):
+        settings = {
+            "num_train_timesteps": settings["num_train_timesteps"],
+            "shift": settings["flow_shift"],
+            "shift_terminal": config.get("shift_terminal"),
+        }
+        check_setting(SAYS, "shift_terminal", settings["shift_terminal"], FLOW["shift_terminal"])
+        return Scheduler(name, "flow", True, settings, ignored)
+    if row.walk != "flow":
+        check_betas(settings, "num_train_timesteps" in config)
+        check_signal(settings, row.replaced)
+    return Scheduler(name, row.walk, row.replaced, settings, ignored)
+
+
+def is_flow(settings: Mapping[str, Any]) -> bool:
+    """Returns whether a solver of either process is set to a flow."""
+    flow = settings["prediction_type"] == "flow_prediction"
+    if flow != settings.get("use_flow_sigmas", False):
+        raise UserError(
+            f"{SAYS} prediction_type={settings['prediction_type']!r} and use_flow_sigmas="
+            f"{settings['use_flow_sigmas']}; a flow has 'flow_prediction' and True, nothing else either."
+        )
+    return flow
+
+
+def check_betas(settings: Mapping[str, Any], counted: bool) -> None:
+    """Raises `UserError` if the betas that a file lists are none, or are not as many as it says."""
+    betas, count = settings["trained_betas"], settings["num_train_timesteps"]
+    if betas is None:
+        return
+    if not betas or not all(0 < beta <= 1 for beta in betas):
+        raise UserError(f"{SAYS} trained_betas={shown(betas)}; each must be in (0, 1].")
+    if counted and len(betas) != count:
+        raise UserError(f"{SAYS} num_train_timesteps={count}, but trained_betas has {len(betas)}.")
+
+
+def check_signal(settings: Mapping[str, Any], replaced: bool) -> None:
+    """Raises `UserError` if a model of the noise is asked at a timestep without any signal."""
+    if not settings["rescale_betas_zero_snr"] or settings["prediction_type"] != "epsilon":
+        return
+    if replaced or settings["timestep_spacing"] != "leading":
+        raise UserError(
+            f"{SAYS} rescale_betas_zero_snr=True and prediction_type='epsilon': the walk starts "
+            "without any signal, where the noise says nothing of the data; use a DDIMScheduler with "
+            "timestep_spacing='leading', which leaves the last timestep out, or correct what the "
+            "network predicts."
+        )
+
+
+def check_fit(velocity: bool, learns_variance: bool, scheduler: Scheduler) -> None:
+    """Raises `UserError` if a network does not return what its scheduler reads."""
+    name = scheduler.class_name
+    if velocity != (scheduler.walk == "flow"):
+        kinds = ("noise", "a velocity") if scheduler.walk == "flow" else ("a velocity", "noise")
+        raise UserError(
+            f"the network predicts {kinds[0]}, but a {name} reads {kinds[1]}; convert the pipeline again."
+        )
+    if scheduler.settings.get("variance_type") == "learned_range" and not learns_variance:
+        raise UserError(
+            f"{SAYS} variance_type='learned_range', but the network returns no variance; "
+            "set it to 'fixed_small' or 'fixed_large'."
+        )

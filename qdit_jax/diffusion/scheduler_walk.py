@@ -1,0 +1,216 @@
+"""The process and the walk that a diffusers scheduler describes.
+
+Dimension letters: S = number of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from qdit_jax.diffusion import posterior
+from qdit_jax.diffusion.flow_match import flow_match
+from qdit_jax.diffusion.samplers import Sampler, ddim, ddim_walk, ddpm, ddpm_walk
+from qdit_jax.diffusion.scheduler_settings import Scheduler
+from qdit_jax.diffusion.schedules import (
+    Schedule,
+    cosine_betas,
+    linear_betas,
+    scaled_linear_betas,
+    sigmoid_betas,
+    zero_snr_betas,
+)
+
+PREDICT_FNS = {
+    "epsilon": posterior.eps_prediction,
+    "v_prediction": posterior.v_prediction,
+    "sample": posterior.x0_prediction,
+}
+VARIANCE_FNS = {
+    "fixed_small": posterior.fixed_small,
+    "fixed_small_log": posterior.fixed_small,  # the same variance, by way of its logarithm
+    "fixed_large": posterior.fixed_large,
+    "learned_range": posterior.learned_range,
+}
+
+
+def scheduler_process(scheduler: Scheduler) -> Schedule:
+    """Returns the process that the network was trained on.
+
+    Raises:
+        ValueError: if it is a flow, which has no betas.
+    """
+    if scheduler.walk == "flow":
+        raise ValueError(f"a {scheduler.class_name} is of a flow, which has no schedule of betas.")
+    settings = scheduler.settings
+    betas = _betas(settings)
+    return Schedule(zero_snr_betas(betas) if settings["rescale_betas_zero_snr"] else betas)
+
+
+def _betas(settings: Mapping[str, Any]) -> Float[np.ndarray, " S"]:
+    if settings["trained_betas"] is not None:
+        return np.asarray(settings["trained_betas"], np.float64)
+    count, name = settings["num_train_timesteps"], settings["beta_schedule"]
+    if name == "squaredcos_cap_v2":
+        return cosine_betas(count)
+    functions = {
+        "linear": linear_betas,
+        "scaled_linear": scaled_linear_betas,
+        "sigmoid": sigmoid_betas,
+    }
+    return functions[name](count, float(settings["beta_start"]), float(settings["beta_end"]))
+
+
+def scheduler_timesteps(
+    num_timesteps: int, steps: int, spacing: str, offset: int = 0
+) -> Int[np.ndarray, " S"]:
+    """Returns the timesteps that diffusers visits, descending.
+
+    Raises:
+        ValueError: if there are not as many, or `offset` leads beyond the last one.
+    """
+    if not 1 <= steps <= num_timesteps:
+        raise ValueError(
+            f"steps={steps} is not supported; the process has {num_timesteps} timesteps, use 1 to "
+            f"{num_timesteps}."
+        )
+    if spacing == "linspace":
+        return np.linspace(0, num_timesteps - 1, steps).round().astype(np.int64)[::-1]
+    if spacing == "trailing":
+        found = np.arange(num_timesteps, 0, -num_timesteps / steps)[:steps]
+        return found.round().astype(np.int64) - 1
+    found = np.arange(steps)[::-1] * (num_timesteps // steps) + offset
+    if found[0] >= num_timesteps:
+        raise ValueError(
+            f"steps={steps} with steps_offset={offset} lead to timestep {found[0]}, but the last is "
+            f"{num_timesteps - 1}; use fewer steps."
+        )
+    return found
+
+
+def scheduler_sampler(
+    scheduler: Scheduler,
+    steps: int | str = 50,
+    *,
+    walk: str | None = None,
+    eta: float | int = 0.0,
+    clip: float | int | None = None,
+    variance_fn: Callable | None = None,
+) -> Sampler:
+    """Returns the sampler that a scheduler describes, so that its walk is that of diffusers.
+
+    Args:
+        steps: how many, at the scheduler's own spacing; a published spacing (`"ddim25"`,
+            `"10,15,20"`) takes the place of its own.
+        walk: `"ddim"` or `"ddpm"` in place of the scheduler's own, on the same process.
+        clip: range of the predicted data, `eps` made consistent, in place of its own clipping.
+        variance_fn: of `"ddpm"`, where the scheduler says none.
+
+    Raises:
+        ValueError: if the steps or `walk` do not fit the scheduler.
+    """
+    settings, walk = scheduler.settings, walk or scheduler.walk
+    if (walk == "flow") != (scheduler.walk == "flow"):
+        raise ValueError(f"walk={walk!r} does not fit a {scheduler.class_name}.")
+    text = str(steps).strip()
+    if walk == "flow":
+        if not text.isdecimal():
+            raise ValueError(f"steps={steps!r} is not supported; a flow takes a positive number.")
+        return flow_match(int(text), **settings)
+    limit, limit_fn = limits(settings) if clip is None else (clip, posterior.consistent_clip)
+    process = scheduler_process(scheduler)
+    options: dict[str, Any] = {
+        "clip": limit,
+        "limit_fn": limit_fn,
+        "predict_fn": PREDICT_FNS[settings["prediction_type"]],
+    }
+    if walk == "ddpm":
+        options["variance_fn"] = chosen_variance(settings, variance_fn)
+    if scheduler.replaced or not text.isdecimal():
+        if walk == "ddpm":
+            return ddpm(text, schedule=process, **options)
+        return ddim(text, eta, schedule=process, **options)
+    visited = scheduler_timesteps(
+        process.num_timesteps, int(text), settings["timestep_spacing"], settings["steps_offset"]
+    )[::-1]
+    if walk == "ddpm":
+        return _ancestral(process, visited, options)
+    # Where the spacing is not this stride, diffusers arrives elsewhere than the next step starts.
+    arrived = visited - process.num_timesteps // int(text)
+    last = 1.0 if settings.get("set_alpha_to_one", True) else process.alphas_cumprod[0]
+    target = np.where(arrived >= 0, process.alphas_cumprod[np.maximum(arrived, 0)], last)
+    return ddim_walk(visited, process.alphas_cumprod[visited], target, eta, **options)
+
+
+def _ancestral(
+    process: Schedule, visited: Int[np.ndarray, " S"], options: dict[str, Any]
+) -> Sampler:
+    kept = process.alphas_cumprod[visited]
+    between = Schedule(1 - kept / np.append(1.0, kept[:-1]), visited)
+    return ddpm_walk(between, visited > 0, **options)
+
+
+def limits(settings: Mapping[str, Any]) -> tuple[Any, Callable]:
+    """Returns the limit of the predicted data (or None) and its rule."""
+    if settings.get("thresholding"):
+        limit = settings["dynamic_thresholding_ratio"], settings["sample_max_value"]
+        return limit, posterior.dynamic_threshold
+    if settings.get("clip_sample"):
+        return settings["clip_sample_range"], posterior.data_clip
+    return None, posterior.data_clip
+
+
+def chosen_variance(settings: Mapping[str, Any], otherwise: Callable | None) -> Callable:
+    """Returns the variance of an ancestral walk: the scheduler's, where it says one."""
+    if "variance_type" in settings:
+        return VARIANCE_FNS[settings["variance_type"]]
+    return posterior.fixed_large if otherwise is None else otherwise
+
+
+def process_text(scheduler: Scheduler) -> str:
+    """Returns the process in words."""
+    settings = scheduler.settings
+    if scheduler.walk == "flow":
+        return f"a flow with times up to {settings['num_train_timesteps']}"
+    if settings["trained_betas"] is not None:
+        betas = f"{len(settings['trained_betas'])} betas of its own"
+    elif settings["beta_schedule"] == "squaredcos_cap_v2":
+        betas = f"{settings['num_train_timesteps']} squaredcos_cap_v2 betas"
+    else:
+        betas = (
+            f"{settings['num_train_timesteps']} {settings['beta_schedule']} betas from "
+            f"{settings['beta_start']:g} to {settings['beta_end']:g}"
+        )
+    zero = ", rescaled to zero terminal SNR" if settings["rescale_betas_zero_snr"] else ""
+    return f"{betas}{zero}; the network predicts {settings['prediction_type']}"
+
+
+def walk_text(scheduler: Scheduler) -> str:
+    """Returns the walk in words."""
+    settings = scheduler.settings
+    instead = f" (in place of {scheduler.class_name}'s own)" if scheduler.replaced else ""
+    if scheduler.walk == "flow":
+        end = settings["shift_terminal"]
+        ending = "" if end is None else f", the last noise level {end:g}"
+        return f"Euler's rule{instead}, shift {settings['shift']:g}{ending}"
+    parts = [f"{scheduler.walk.upper()}{instead}"]
+    if scheduler.replaced:
+        parts.append("steps evenly spaced from first to last")
+    else:
+        offset = settings["steps_offset"] if settings["timestep_spacing"] == "leading" else 0
+        parts.append(f"{settings['timestep_spacing']} spacing" + (f" + {offset}" if offset else ""))
+    if not settings.get("set_alpha_to_one", True):
+        parts.append("last step to the first timestep's alpha")
+    if settings.get("thresholding"):
+        parts.append(
+            f"data thresholded at quantile {settings['dynamic_thresholding_ratio']:g}, at most "
+            f"{settings['sample_max_value']:g}"
+        )
+    elif settings.get("clip_sample"):
+        parts.append(f"data clipped to {settings['clip_sample_range']:g}")
+    if scheduler.walk == "ddpm":
+        parts.append(f"variance {settings['variance_type']}")
+    return ", ".join(parts)
