@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Num
 from qdit_jax.kernels.segments import Segments
 from qdit_jax.quant import ActQuant, QTensor, formats, integer_codes, packing
 from qdit_jax.quant.act import codes_of, expand_to_channels
+from qdit_jax.quant.stored_scales import scale_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,7 @@ def weight_operand(q: QTensor, dtype: Any, segments: Segments) -> Operand:
 def row_scale(q: QTensor, scale: Num[Array, " B"]) -> Float[Array, " B"]:
     """Returns a row of `q.scale` as the float32 scales of elements."""
     if q.fmt is None:
-        return scale.astype(jnp.float32)
+        return scale_value(scale)
     values = q.fmt.scale_value(scale)
     return (values if q.tensor_scale is None else values * q.tensor_scale) * q.fmt.unit
 

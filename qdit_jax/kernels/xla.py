@@ -36,7 +36,7 @@ def integer_matmul(
 
     Elements that int8 holds (integers, E2M1) are summed in int32, others in float32; the sum is
     then rescaled by both scales and added up in float32. One segment of the weights at a time is
-    unpacked.
+    unpacked. A token that holds NaN or infinity gives NaN.
     """
     dtype, (num_channels, width) = x.dtype, q.shape
     spec = act_quant.spec
@@ -60,7 +60,9 @@ def integer_matmul(
     total, weight_sums = jax.lax.scan(add_segment, total, operands)
     if shift:
         total = total - shift * jnp.sum(weight_sums, axis=0)
-    return total.reshape(*x.shape[:-1], width).astype(dtype)
+    # No whole number stands for NaN or infinity, nor does a calibrated scale tell of them.
+    is_finite = jnp.all(jnp.isfinite(x), axis=-1)[..., None]
+    return jnp.where(is_finite, total.reshape(*x.shape[:-1], width), jnp.nan).astype(dtype)
 
 
 def dot_of_differences(
@@ -83,7 +85,7 @@ def dot_of_differences(
 
 def column_sums(right: Num[Array, "L N"], zw: Any, members: Any) -> Num[Array, " N"]:
     """Returns the sums of `right - zw` over the first `members` channels."""
-    present = jnp.arange(right.shape[0]) < members
+    present = jnp.arange(right.shape[0], dtype=jnp.int32) < members
     ones = jnp.broadcast_to(present.astype(right.dtype), (ONES, right.shape[0]))
     sums = dot(ones, right)[0]
     return sums if zw is None else sums - members * zw

@@ -10,6 +10,7 @@ from qdit_jax.quant.act import (
     static_act_quant,
 )
 from qdit_jax.quant.adaptive_rounding import AdaRoundSettings, adaround
+from qdit_jax.quant.finite import check_finite
 from qdit_jax.quant.gptq_rounding import accumulate_hessian, gptq, gptq_authors, output_error
 from qdit_jax.quant.qtensor import (
     QTensor,
@@ -19,6 +20,7 @@ from qdit_jax.quant.qtensor import (
     nbytes,
     packed_nbytes,
     quantize,
+    scale_values,
     select_columns,
 )
 from qdit_jax.quant.specs import ActSpec, WeightSpec
@@ -32,6 +34,7 @@ __all__ = [
     "WeightSpec",
     "accumulate_hessian",
     "adaround",
+    "check_finite",
     "dequantize",
     "fake_quantize",
     "fake_quantize_kernel_traced",
@@ -48,6 +51,7 @@ __all__ = [
     "packing",
     "quantize",
     "ranges",
+    "scale_values",
     "select_columns",
     "select_rows",
     "select_timestep",

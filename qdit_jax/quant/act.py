@@ -73,7 +73,7 @@ def expand_to_channels(
 def codes_of(
     x: Float[Array, "*lead K"], scale: Any, zero_point: Any, spec: ActSpec
 ) -> Float[Array, "*lead K"]:
-    """Returns the codes of `x` (shift already added) as whole floats.
+    """Returns the codes of `x` (shift already added) as whole floats, NaN where `x` is not finite.
 
     `scale` and `zero_point` are `[*lead or broadcastable, G]`.
     """
@@ -81,7 +81,7 @@ def codes_of(
     codes = jnp.round(quotient(x, expand_to_channels(scale, x.shape[-1], spec.group_size)))
     if zero_point is not None:
         codes = codes + expand_to_channels(zero_point, x.shape[-1], spec.group_size)
-    return jnp.clip(codes, lowest, highest)
+    return jnp.where(jnp.isfinite(x), jnp.clip(codes, lowest, highest), jnp.nan)
 
 
 def values_of(

@@ -22,6 +22,7 @@ from qdit_jax.quant import groups
 from qdit_jax.quant.division import quotient
 from qdit_jax.quant.qtensor import QTensor, check_kernel, from_codes, scale_and_zero_point
 from qdit_jax.quant.specs import WeightSpec
+from qdit_jax.quant.stored_scales import scale_value
 
 # The rectified sigmoid's stretch (paper, equation 23).
 _LOW, _HIGH = -0.1, 1.1
@@ -107,7 +108,7 @@ def adaround(
 def _adaround(w: Any, hessian: Any, spec: WeightSpec, settings: AdaRoundSettings) -> QTensor:
     w = w.astype(jnp.float32)
     stored, zero_point = scale_and_zero_point(w, spec)
-    scale = groups.expand_groups(stored.astype(jnp.float32), w.shape, spec.group_size)
+    scale = groups.expand_groups(scale_value(stored), w.shape, spec.group_size)
     offset = jnp.float32(2 ** (spec.bits - 1))
     if zero_point is not None:
         offset = groups.expand_groups(zero_point, w.shape, spec.group_size)

@@ -28,6 +28,7 @@ from qdit_jax.quant.qtensor import (
     scale_and_zero_point,
 )
 from qdit_jax.quant.specs import WeightSpec
+from qdit_jax.quant.stored_scales import scale_value, stored_scale
 
 BLOCK = 128
 _DAMPING_TRIES = 8
@@ -122,14 +123,14 @@ def _gptq_authors(w: Any, hessian: Any, damping: Any, spec: WeightSpec) -> QTens
     grid = _grid(*scale_and_zero_point(w, spec), spec)
     live = jnp.where(dead[:, None], 0, w)
     factor = inverse_factor(hessian, damping)
-    starts = jnp.arange(0, num_channels, size)
+    starts = jnp.arange(0, num_channels, size, dtype=jnp.int32)
 
     def refresh(running: Any, grid: Any, first: Any) -> Any:
         now = _grid(*scale_and_zero_point(running[:num_channels], spec), spec)
         inside = ((starts >= first) & (starts < first + BLOCK))[:, None]
         return jax.tree.map(lambda new, old: jnp.where(inside, new, old), now, grid)
 
-    group_of = jnp.arange(num_channels) // size
+    group_of = jnp.arange(num_channels, dtype=jnp.int32) // size
     keep = spec.group_size == 0
     codes, (scale, offset) = _round_channels(
         live, factor, grid, group_of, spec, None if keep else refresh
@@ -137,6 +138,7 @@ def _gptq_authors(w: Any, hessian: Any, damping: Any, spec: WeightSpec) -> QTens
     width = scale.shape[-1] // spec.channel_group
     scale = scale.reshape(-1, width, spec.channel_group)[..., 0]
     offset = offset.reshape(-1, width, spec.channel_group)[..., 0]
+    scale = stored_scale(scale, spec.scale_dtype)
     return from_codes(codes, scale, None if spec.symmetric else offset, spec)
 
 
@@ -146,7 +148,7 @@ def _grid(scale: Any, zero_point: Any, spec: WeightSpec) -> tuple[Any, Any]:
         zero_point = jnp.full(scale.shape, 2.0 ** (spec.bits - 1), jnp.float32)
     repeat = spec.channel_group
     return (
-        jnp.repeat(scale.astype(jnp.float32), repeat, axis=-1),
+        jnp.repeat(scale_value(scale), repeat, axis=-1),
         jnp.repeat(zero_point, repeat, axis=-1),
     )
 
@@ -163,7 +165,7 @@ def inverse_factor(hessian: Float[Array, "K K"], damping: Any) -> Float[Array, "
     hessian = hessian.astype(jnp.float32)
     diagonal = jnp.diagonal(hessian)
     hessian = hessian + jnp.diag((diagonal == 0).astype(jnp.float32))
-    mean = jnp.mean(jnp.diagonal(hessian))
+    mean = jnp.mean(jnp.abs(jnp.diagonal(hessian)))
     eye = jnp.eye(hessian.shape[0], dtype=jnp.float32)
 
     def attempt(amount: Any) -> Any:
@@ -201,10 +203,11 @@ def _round_channels(
     pad = -num_channels % block
     w = jnp.pad(w, ((0, pad), (0, 0)))
     factor = jnp.pad(factor, ((0, pad), (0, pad)))
-    factor = factor + jnp.diag((jnp.arange(num_channels + pad) >= num_channels) * 1.0)
+    added = jnp.arange(num_channels + pad, dtype=jnp.int32) >= num_channels
+    factor = factor + jnp.diag(added.astype(jnp.float32))
     group_of = jnp.pad(group_of, (0, pad), mode="edge")
     top = 2**spec.bits - 1
-    columns = jnp.arange(num_channels + pad)
+    columns = jnp.arange(num_channels + pad, dtype=jnp.int32)
 
     def round_block(i: Any, state: Any) -> Any:
         w, codes, grid = state
@@ -224,7 +227,7 @@ def _round_channels(
             rows = rows - inside[j][:, None] * error
             return rows, codes.at[j].set(code.astype(jnp.uint8)), errors.at[j].set(error)
 
-        empty = (rows, jnp.zeros((block, width), jnp.uint8), jnp.zeros((block, width)))
+        empty = (rows, jnp.zeros((block, width), jnp.uint8), jnp.zeros((block, width), jnp.float32))
         _, new_codes, errors = jax.lax.fori_loop(0, block, round_one, empty)
         later = jnp.where(columns >= first + block, upper, 0)
         w = w - jnp.matmul(later.T, errors, precision=jax.lax.Precision.HIGHEST)
