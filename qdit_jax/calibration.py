@@ -55,7 +55,7 @@ def calibrate(
         progress_fn: called with the number of samples finished, batch by batch.
 
     Raises:
-        ValueError: if `num_samples` is not positive.
+        ValueError: if `num_samples` is not positive, or a layer's input is not finite.
         UserError: if `unfinished` was written with other settings.
     """
     if num_samples < 1:
@@ -127,7 +127,7 @@ def trajectory(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns labels `[B]`, the network's inputs `[S, B, H, W, C]` and timesteps `[S]`."""
     label = jnp.asarray(index % model.num_classes, jnp.int32)
-    noise, keys = initial_noise(key, jnp.asarray(index), latent_shape(model))
+    noise, keys = initial_noise(key, jnp.asarray(index, jnp.int32), latent_shape(model))
     _, (x, timestep) = diffusion.sample_trajectory(
         denoise_fn, sampler, noise, label, keys, collect_fn=model_inputs
     )

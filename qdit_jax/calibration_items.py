@@ -18,6 +18,7 @@ from qdit_jax.calibration import default_sampler, model_inputs
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.errors import UserError
 from qdit_jax.ptq.stats import write_arrays
+from qdit_jax.quant import check_finite
 from qdit_jax.sampling import denoiser, initial_noise, latent_shape
 
 # `(sample numbers [B], S) -> steps [B, M]`: which iterations a trajectory's items come from.
@@ -41,12 +42,24 @@ class Items(NamedTuple):
         """Returns the items in a file; raises `UserError` if it holds none."""
         try:
             with np.load(path) as data:
-                return cls(*(data[name] for name in cls._fields))
+                items = cls(*(data[name] for name in cls._fields))
+                check_items(items)
+                return items
         except (OSError, KeyError, ValueError) as error:
             raise UserError(
                 f"{path} holds no calibration inputs ({error}); write them with "
                 "`qdit calibrate CKPT FILE --collect spread`."
             ) from error
+
+
+def check_items(items: Items) -> None:
+    """Raises `ValueError` unless `items` are finite, of one length, and at least one."""
+    counts = {name: np.shape(array)[:1] for name, array in items._asdict().items()}
+    if len(set(counts.values())) != 1 or counts["x"] in ((), (0,)):
+        lengths = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise ValueError(f"calibration inputs need one or more of equal number; these are {lengths}")
+    for name in ("x", "timestep"):
+        check_finite(f"calibration inputs: {name}", getattr(items, name))
 
 
 def spread_steps(num_items: int = 4) -> ChooseFn:
@@ -111,6 +124,9 @@ def collect_items(
         sampler: of the trajectories, see `calibrate`.
         choose_fn: 4 steps of each trajectory, evenly spread, by default.
         progress_fn: called with the number of samples finished, batch by batch.
+
+    Raises:
+        ValueError: if `num_samples` is not positive, or an input is not finite.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be 1 or more.")
@@ -122,11 +138,12 @@ def collect_items(
     for start in range(0, num_samples, batch_size):
         index = np.arange(start, min(start + batch_size, num_samples))
         label = (index % model.num_classes).astype(np.int32)
-        noise, keys = initial_noise(key, jnp.asarray(index), latent_shape(model))
+        noise, keys = initial_noise(key, jnp.asarray(index, jnp.int32), latent_shape(model))
         parts.append(trajectory_items(denoise_fn, sampler, noise, label, keys, index, choose_fn))
         if progress_fn is not None:
             progress_fn(len(index))
     items = Items(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    check_items(items)
     return with_null(items, model.num_classes) if null and model.null_class else items
 
 

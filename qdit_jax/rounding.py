@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from qdit_jax.calibration_items import Items
+from qdit_jax.calibration_items import Items, check_items
 from qdit_jax.models.layers import Linear
 from qdit_jax.ptq import Recipe, Stats
 from qdit_jax.ptq.hessians import empty_hessians, input_hessians, layers_in_order
@@ -55,8 +55,10 @@ def round_params(
         progress_fn: called with 1 after every batch; there are `num_batches(...)` of them.
 
     Raises:
-        ValueError: as `quantize_params`, or if `holdout` leaves nothing on one of the sides.
+        ValueError: as `quantize_in_order`, or if an item is not finite, or `holdout` leaves nothing
+            on one of the sides.
     """
+    check_items(items)
     held_out = held_out_items(items, holdout)
     apply = partial(model.apply, {"params": params})
     stages = stages_fn(layers_in_order(apply, Linear, *model.example_inputs()))

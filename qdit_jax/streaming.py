@@ -35,7 +35,8 @@ from qdit_jax.param_codec import abstract_arrays, split_fields
 from qdit_jax.ptq import Recipe, Stats
 from qdit_jax.ptq.by_columns import quantize_by_columns
 from qdit_jax.ptq.transform import as_matrix, rewrite_kernels
-from qdit_jax.quant import QTensor, WeightSpec, quantize
+from qdit_jax.quant import QTensor, WeightSpec, check_finite, quantize
+from qdit_jax.quant.finite import GREATEST_WEIGHT
 
 
 def quantize_checkpoint(
@@ -137,6 +138,7 @@ def deferred_quantization(
     def defer(path: str, name: str, leaf: Any, spec: WeightSpec) -> QTensor:
         def make() -> dict[str, Any]:
             matrix = as_matrix(name, np.asarray(leaf))
+            check_finite(path, matrix, GREATEST_WEIGHT)
             q = quantize_by_columns(matrix, spec)
             if on_layer is not None:
                 on_layer(path, matrix, q)

@@ -21,7 +21,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from qdit_jax.ptq.recipe import LayerSpec, Recipe, Rule
 from qdit_jax.ptq.stats import Stats
 from qdit_jax.ptq.transform import check_unquantized, matrix_shape, quantize_params
-from qdit_jax.quant import QTensor, WeightSpec, output_error, quantize
+from qdit_jax.quant import QTensor, WeightSpec, check_finite, output_error, quantize
+from qdit_jax.quant.finite import GREATEST_WEIGHT
 
 # `(kernel [K, N], hessian [K, K], spec) -> QTensor`: `quant.gptq`, `quant.adaround`, ...
 RoundFn = Callable[[Any, Any, WeightSpec], QTensor]
@@ -72,7 +73,8 @@ def quantize_in_order(
         on_layer: called after each layer.
 
     Raises:
-        ValueError: as `quantize_params`; also if the stages lack a layer of the recipe.
+        ValueError: as `quantize_params`; also if the stages lack a layer of the recipe, or a
+            Hessian is not finite.
     """
     specs = recipe.resolve(params)
     flat = dict(flatten_dict(without_kernels(params, specs, stats), sep="/"))
@@ -87,6 +89,10 @@ def quantize_in_order(
         kernels = {path: flat[f"{path}/kernel"] for path in stage}
         kernels = {path: jnp.asarray(k).reshape(matrix_shape(k)) for path, k in kernels.items()}
         weight_specs = {path: specs[path].weight for path in stage}
+        for path in stage:
+            check_finite(path, kernels[path], GREATEST_WEIGHT)
+            for found in (hessians, holdout or {}):
+                check_hessian(path, found.get(path))
         for path, q in rounded_together(kernels, hessians, weight_specs, round_fn):
             inputs = hessians[path] if holdout is None else holdout[path]
             layer = checked(path, kernels[path], q, inputs, weight_specs[path], holdout is not None)
@@ -94,6 +100,12 @@ def quantize_in_order(
             if on_layer is not None:
                 on_layer(layer)
     return unflatten_dict(flat, sep="/")
+
+
+def check_hessian(path: str, hessian: Any) -> None:
+    """Raises `ValueError` if a layer's Hessian, where it has one, is not finite."""
+    if hessian is not None:
+        check_finite(f"the Hessian of the inputs of {path}", hessian)
 
 
 def without_kernels(params: Any, specs: dict[str, LayerSpec], stats: Stats | None) -> Any:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from qdit_jax.quant import groups
 from qdit_jax.quant.division import quotient
+from qdit_jax.quant.finite import check_finite
 from qdit_jax.quant.qtensor import (
     QTensor,
     check_kernel,
@@ -56,7 +57,8 @@ def gptq(
 
     Groups are static (the grid comes from `w` before any compensation), channels are visited by
     falling diag(H), a channel without input is set to 0, and the damping (a fraction of the mean
-    diagonal) is raised tenfold until the factorisation succeeds. Any scale of `hessian` will do.
+    diagonal) is raised tenfold until the factorisation succeeds; if it was, an output channel keeps its
+    round-to-nearest codes where GPTQ does not lower the error. Any scale of `hessian` will do.
     Works under jit and vmap; the memory is that of a few `[K, N]` and `[K, K]` float32 arrays.
 
     Args:
@@ -64,36 +66,51 @@ def gptq(
             round-to-nearest codes where GPTQ does not lower the error on those.
 
     Raises:
-        TypeError, ValueError: as `quantize`; also if `hessian` is not `[K, K]` or `spec` has a
-            number format.
+        TypeError, ValueError: as `quantize`; also if `hessian` is not `[K, K]` or not finite
+            (traced, the result is NaN), or `spec` has a number format.
     """
     w, hessian = _check(w, hessian, spec)
     if holdout is not None:
-        _, holdout = _check(w, holdout, spec)
+        _, holdout = _check(w, holdout, spec, "holdout")
     return _gptq(w, hessian, damping, holdout, spec=spec)
 
 
 @partial(jax.jit, static_argnames="spec")
 def _gptq(w: Any, hessian: Any, damping: Any, holdout: Any, spec: WeightSpec) -> QTensor:
-    w = w.astype(jnp.float32)
+    w, hessian = w.astype(jnp.float32), hessian.astype(jnp.float32)
     num_channels = w.shape[0]
-    alive = jnp.diagonal(hessian) > 0
+    alive = jnp.any(hessian != 0, axis=1)
     order = jnp.argsort(-jnp.diagonal(hessian))
     scale, zero_point = scale_and_zero_point(w, spec)
+    scale = nan_unless_finite(scale, hessian)
     grid = _grid(scale, zero_point, spec)
     live = jnp.where(alive[:, None], w, 0)
-    factor = inverse_factor(hessian[order][:, order], damping)
+    positive, factor, tries = damped(hessian[order][:, order], damping)
     size = groups.effective_group_size(num_channels, spec.group_size)
     codes, _ = _round_channels(live[order], factor, grid, (order // size), spec, None)
     codes = jnp.zeros_like(codes).at[order].set(codes)
-    q = from_codes(codes, scale, zero_point, spec)
-    if holdout is None:
-        return q
     nearest = codes_on_grid(live, scale, zero_point, spec)
-    better = channel_errors(w, q, holdout) <= channel_errors(
-        w, from_codes(nearest, scale, zero_point, spec), holdout
-    )
-    return from_codes(jnp.where(better, codes, nearest), scale, zero_point, spec)
+
+    def better_on(inputs: Any) -> Any:
+        errors = [
+            channel_errors(w, from_codes(chosen, scale, zero_point, spec), inputs)
+            for chosen in (codes, nearest)
+        ]
+        return jnp.where(errors[0] <= errors[1], codes, nearest)
+
+    if holdout is not None:
+        codes = better_on(holdout)
+    else:  # What no inputs can have made is no ground for leaving the nearest codes.
+        where = jnp.argsort(order)
+        codes = jax.lax.cond(
+            tries > 0, lambda: better_on(positive[where][:, where]), lambda: codes
+        )
+    return from_codes(codes, scale, zero_point, spec)
+
+
+def nan_unless_finite(scale: Float[Array, "G B"], hessian: Any) -> Float[Array, "G B"]:
+    """Returns `scale`, or NaN if `hessian`, traced and so not refused, is not finite."""
+    return jnp.where(jnp.all(jnp.isfinite(hessian)), scale, jnp.asarray(jnp.nan, scale.dtype))
 
 
 def gptq_authors(w: Any, hessian: Any, spec: WeightSpec, *, damping: float = 0.01) -> QTensor:
@@ -116,7 +133,7 @@ def gptq_authors(w: Any, hessian: Any, spec: WeightSpec, *, damping: float = 0.0
 
 @partial(jax.jit, static_argnames="spec")
 def _gptq_authors(w: Any, hessian: Any, damping: Any, spec: WeightSpec) -> QTensor:
-    w = w.astype(jnp.float32)
+    w, hessian = w.astype(jnp.float32), hessian.astype(jnp.float32)
     num_channels = w.shape[0]
     size = groups.effective_group_size(num_channels, spec.group_size)
     dead = jnp.diagonal(hessian) == 0
@@ -138,7 +155,7 @@ def _gptq_authors(w: Any, hessian: Any, damping: Any, spec: WeightSpec) -> QTens
     width = scale.shape[-1] // spec.channel_group
     scale = scale.reshape(-1, width, spec.channel_group)[..., 0]
     offset = offset.reshape(-1, width, spec.channel_group)[..., 0]
-    scale = stored_scale(scale, spec.scale_dtype)
+    scale = nan_unless_finite(stored_scale(scale, spec.scale_dtype), hessian)
     return from_codes(codes, scale, None if spec.symmetric else offset, spec)
 
 
@@ -157,10 +174,17 @@ def inverse_factor(hessian: Float[Array, "K K"], damping: Any) -> Float[Array, "
     """Returns upper triangular U with `(H + damping * mean(diag H) * I)⁻¹ = Uᵀ U`.
 
     Channels without input get a 1 on the diagonal first. If the factorisation fails, the damping
-    is raised tenfold, up to eight times.
+    is raised tenfold, up to eight times; see `damped`.
+    """
+    return damped(hessian, damping)[1]
+
+
+def damped(hessian: Float[Array, "K K"], damping: Any) -> tuple[Any, Any, Any]:
+    """Returns (positive definite H, its `inverse_factor`, how often the damping was raised).
 
     `H = R Rᵀ` with R upper triangular comes from the Cholesky factor of H read backwards, and
-    `U = R⁻¹`: one factorisation instead of two, and H is never inverted.
+    `U = R⁻¹`: one factorisation instead of two, and H is never inverted. Where no damping helps,
+    both are the identity, with which GPTQ rounds to nearest.
     """
     hessian = hessian.astype(jnp.float32)
     diagonal = jnp.diagonal(hessian)
@@ -181,9 +205,12 @@ def inverse_factor(hessian: Float[Array, "K K"], damping: Any) -> Float[Array, "
         tries, amount, _ = state
         return tries + 1, amount * 10, attempt(amount * 10)
 
-    amount = jnp.maximum(jnp.float32(damping), 1e-8)
+    amount = jnp.maximum(jnp.float32(damping), jnp.float32(1e-8))
     state = (jnp.int32(0), amount, attempt(amount))
-    return jax.lax.while_loop(failed, retry, state)[2]
+    tries, amount, factor = jax.lax.while_loop(failed, retry, state)
+    succeeded = jnp.all(jnp.isfinite(factor))
+    whole = jnp.where(succeeded, hessian + amount * mean * eye, eye)
+    return whole, jnp.where(succeeded, factor, eye), tries
 
 
 def _round_channels(
@@ -255,11 +282,14 @@ def output_error(w: Float[Any, "K N"], q: QTensor, hessian: Float[Any, "K K"]) -
     return jnp.sum(channel_errors(w, q, hessian)) / signal
 
 
-def _check(w: Any, hessian: Any, spec: WeightSpec) -> tuple[Any, Any]:
+def _check(
+    w: Any, hessian: Any, spec: WeightSpec, name: str = "hessian"
+) -> tuple[Any, Any]:
     w, hessian = check_kernel(w, spec), jnp.asarray(hessian)
     if spec.fmt is not None:
         raise ValueError(f"GPTQ rounds to integer codes, not to the format {spec.fmt.name!r}.")
     if hessian.shape != (w.shape[0], w.shape[0]):
         expected = (w.shape[0], w.shape[0])
-        raise ValueError(f"hessian has shape {hessian.shape}; w {w.shape} needs {expected}.")
+        raise ValueError(f"{name} has shape {hessian.shape}; w {w.shape} needs {expected}.")
+    check_finite(name, hessian)
     return w, hessian
