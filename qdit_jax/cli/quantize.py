@@ -90,7 +90,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     import qdit_jax as qdit
     from qdit_jax.files import check_free
-    from qdit_jax.ptq import sqnr_db
+    from qdit_jax.ptq import precision_of, precision_warning
     from qdit_jax.streaming import open_checkpoint, quantize_checkpoint
 
     if not args.dry_run:
@@ -114,6 +114,11 @@ def run(args: argparse.Namespace) -> None:
             flush=True,
         )
 
+    def show_precision(path: str, w: Any, q: Any) -> None:
+        found = precision_of(w, q)
+        warning = precision_warning(found, q)
+        show(path, f"{found.measured:.1f}".rjust(9) + (f"  ! {warning}" if warning else ""))
+
     if args.dry_run:
         for path in plans:
             show(path, "-")
@@ -126,7 +131,7 @@ def run(args: argparse.Namespace) -> None:
             args.out,
             recipe=recipe,
             stats=stats,
-            on_layer=lambda path, w, q: show(path, f"{sqnr_db(w, q):.1f}"),
+            on_layer=show_precision,
             overwrite=args.force,
         )
     else:

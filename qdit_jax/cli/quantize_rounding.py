@@ -80,6 +80,7 @@ def round_on_inputs(
     from qdit_jax import rounding
     from qdit_jax.calibration_items import Items
     from qdit_jax.models.layers import Linear
+    from qdit_jax.ptq import precision_of, precision_warning
     from qdit_jax.ptq.hessians import layers_in_order
 
     authors = args.rounding == "gptq-authors"
@@ -100,6 +101,9 @@ def round_on_inputs(
         if layer.fell_back:
             fallen.append(layer.path)
             note += "  kept nearest"
+        # What is fitted to inputs may be further from the kernel by choice.
+        warning = precision_warning(precision_of(layer.kernel, layer.q), layer.q, 15.0)
+        note += f"  ! {warning}" if warning else ""
         show(layer.path, note)
 
     with tqdm(total=total, unit="batch", disable=None) as bar:

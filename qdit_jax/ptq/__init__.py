@@ -8,6 +8,7 @@ from qdit_jax.ptq.in_order import (
     by_layer,
     quantize_in_order,
 )
+from qdit_jax.ptq.promises import Precision, precision_of, precision_warning
 from qdit_jax.ptq.recipe import LayerSpec, Recipe, Rule, layer_paths
 from qdit_jax.ptq.stats import Stats, input_ranges
 from qdit_jax.ptq.transform import LayerPlan, plan, quantize_params
@@ -15,6 +16,7 @@ from qdit_jax.ptq.transform import LayerPlan, plan, quantize_params
 __all__ = [
     "LayerPlan",
     "LayerSpec",
+    "Precision",
     "Recipe",
     "RoundedLayer",
     "Rule",
@@ -25,6 +27,8 @@ __all__ = [
     "input_ranges",
     "layer_paths",
     "plan",
+    "precision_of",
+    "precision_warning",
     "quantize_in_order",
     "quantize_params",
     "sqnr_db",
