@@ -20,6 +20,7 @@ from qdit_jax.models.layers import Linear
 from qdit_jax.ptq import Stats, input_ranges
 from qdit_jax.ptq.collect import add_call, empty_state, observed, read_state, stats_of, write_state
 from qdit_jax.ptq.stats import HALVES, input_rows
+from qdit_jax.quant import check_finite
 from qdit_jax.sampling import denoiser, initial_noise, latent_shape, trained_schedule
 
 
@@ -125,12 +126,17 @@ def trajectory(
     key: Any,
     index: Int[np.ndarray, " B"],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns labels `[B]`, the network's inputs `[S, B, H, W, C]` and timesteps `[S]`."""
+    """Returns labels `[B]`, the network's inputs `[S, B, H, W, C]` and timesteps `[S]`.
+
+    Raises:
+        ValueError: if the samples are not finite.
+    """
     label = jnp.asarray(index % model.num_classes, jnp.int32)
     noise, keys = initial_noise(key, jnp.asarray(index, jnp.int32), latent_shape(model))
-    _, (x, timestep) = diffusion.sample_trajectory(
+    final, (x, timestep) = diffusion.sample_trajectory(
         denoise_fn, sampler, noise, label, keys, collect_fn=model_inputs
     )
+    check_finite("the samples of the network that is to be calibrated", final)
     return label, x, timestep
 
 

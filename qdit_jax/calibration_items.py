@@ -19,7 +19,7 @@ from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.errors import UserError
 from qdit_jax.ptq.stats import write_arrays
 from qdit_jax.quant import check_finite
-from qdit_jax.sampling import denoiser, initial_noise, latent_shape
+from qdit_jax.sampling import check_seed, denoiser, initial_noise, latent_shape
 
 # `(sample numbers [B], S) -> steps [B, M]`: which iterations a trajectory's items come from.
 ChooseFn = Callable[[Int[np.ndarray, " B"], int], Int[np.ndarray, "B M"]]
@@ -57,7 +57,9 @@ def check_items(items: Items) -> None:
     counts = {name: np.shape(array)[:1] for name, array in items._asdict().items()}
     if len(set(counts.values())) != 1 or counts["x"] in ((), (0,)):
         lengths = ", ".join(f"{name} {count}" for name, count in counts.items())
-        raise ValueError(f"calibration inputs need one or more of equal number; these are {lengths}")
+        raise ValueError(
+            f"calibration inputs need one or more of equal number; these are {lengths}"
+        )
     for name in ("x", "timestep"):
         check_finite(f"calibration inputs: {name}", getattr(items, name))
 
@@ -88,7 +90,7 @@ def authors_steps(seed: int) -> ChooseFn:
     Raises:
         ValueError: when called, if a batch has more samples than the sampler has steps.
     """
-    random = np.random.RandomState(seed)
+    random = np.random.RandomState(check_seed(seed))
 
     def choose(index: np.ndarray, num_steps: int) -> np.ndarray:
         if len(index) > num_steps:
@@ -157,9 +159,10 @@ def trajectory_items(
     choose_fn: ChooseFn,
 ) -> Items:
     """Returns the chosen steps of the trajectories from `noise`, sample by sample."""
-    _, (x, timestep) = diffusion.sample_trajectory(
+    final, (x, timestep) = diffusion.sample_trajectory(
         denoise_fn, sampler, noise, label, keys, collect_fn=model_inputs
     )
+    check_finite("the samples of the network that items are drawn from", final)
     x, timestep = np.asarray(x), np.asarray(timestep, np.float32)
     steps = choose_fn(index, len(timestep))
     column = np.repeat(np.arange(len(index)), steps.shape[1])

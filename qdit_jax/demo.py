@@ -23,7 +23,7 @@ from qdit_jax.files import replaced_file
 from qdit_jax.media import to_uint8
 from qdit_jax.models.features import DEMO_STATISTICS, asset, demo_features_fn
 from qdit_jax.ptq import Recipe, Stats, quantize_params
-from qdit_jax.sampling import generate
+from qdit_jax.sampling import check_seed, generate
 
 WEIGHTS = "demo_dit.safetensors"
 NUM_HEADS = 4
@@ -81,7 +81,9 @@ def run_demo(out: Path, settings: DemoSettings, say: Callable[[str], None] = pri
 
     Raises:
         UserError: if `out` is a file.
+        ValueError: if `settings.seed` is out of range.
     """
+    check_seed(settings.seed)
     out.mkdir(parents=True, exist_ok=True)
     say(f"1/5 convert: the packaged PyTorch-layout weights -> {out / 'model'}")
     checkpoint = convert_packaged(out / "model")

@@ -32,7 +32,7 @@ from qdit_jax.evaluation_store import (
 )
 from qdit_jax.media import to_uint8
 from qdit_jax.models import config_of
-from qdit_jax.sampling import decode, denoiser, initial_noise, latent_shape
+from qdit_jax.sampling import check_seed, decode, denoiser, initial_noise, latent_shape
 
 NUM_PROBED = 16  # samples whose single network calls are compared as well
 SAME_FIELDS = ("input_size", "in_channels", "num_classes", "null_class", "velocity")
@@ -90,6 +90,7 @@ def run_evaluation(
         raise UserError(f"{protocol.num_samples} samples are too few; use at least 2.")
     if protocol.batch_size is not None and protocol.batch_size < 1:
         raise UserError(f"batch_size={protocol.batch_size} must be at least 1.")
+    check_seed(protocol.seed)
     check_pairable(contenders)
     with locked(folder):
         default = {"batch_size": default_batch_size()}
@@ -344,7 +345,7 @@ def output_powers(reference_fn, other_fn, x, timestep, label):
 
     def step(scanned):
         x, timestep = scanned
-        at = jnp.full(len(x), timestep)
+        at = jnp.full(len(x), timestep, jnp.float32)
         a, b = (fn(x, at, label)[..., : x.shape[-1]] for fn in (reference_fn, other_fn))
         return jnp.square(a).sum((1, 2, 3)), jnp.square(a - b).sum((1, 2, 3))
 

@@ -94,7 +94,7 @@ def seeds(
     Sample number `first + i` follows from the key and its number alone.
     """
     index = first + np.arange(num_batches * batch_size)
-    noise, keys = initial_noise(key, jnp.asarray(index), latent_shape(model))
+    noise, keys = initial_noise(key, jnp.asarray(index, jnp.int32), latent_shape(model))
     label = jnp.asarray(index % model.num_classes, jnp.int32)
     shape = (num_batches, batch_size)
     return noise.reshape(*shape, *noise.shape[1:]), label.reshape(shape), keys.reshape(shape)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -36,9 +37,18 @@ class Denoiser:
     model: nn.Module = dataclasses.field(metadata={"static": True})
 
     def __call__(self, x: Any, timestep: Any, label: Any) -> Any:
-        """Returns the network's output, with the static scales of the nearest timestep if any."""
+        """Returns the network's output, with the static scales of the nearest timestep if any.
+
+        Raises:
+            ValueError: as `check_label`; in a traced label, what is out of range gives NaN.
+        """
+        self.check_label(label)
         params = select_timestep(self.params, timestep)
         return self.model.apply({"params": params}, x, timestep, label)
+
+    def check_label(self, label: Any) -> None:
+        """Raises `ValueError` if a label, unless it is traced, is no class of the network."""
+        check_labels(self.model, label)
 
 
 def denoiser(
@@ -113,7 +123,7 @@ def initial_noise(
     whatever the batch size and the number of devices.
     """
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(index)
-    noise = jax.vmap(lambda one: jax.random.normal(one, shape))(keys[:, 0])
+    noise = jax.vmap(lambda one: jax.random.normal(one, shape, jnp.float32))(keys[:, 0])
     return noise, keys[:, 1]
 
 
@@ -155,8 +165,10 @@ def generate(
     every batch with the number of samples in it.
 
     Raises:
-        ValueError: if a label is out of range, there is none, or the batch size is not positive.
+        ValueError: if a label or the seed is out of range, there is no label, or the batch size is
+            not positive.
     """
+    seed = check_seed(seed)
     labels = checked_labels(checkpoint.model, labels)
     mesh = jax.make_mesh(
         (jax.local_device_count(),), ("batch",), (AxisType.Auto,), devices=jax.local_devices()
@@ -187,13 +199,39 @@ def generate(
 def checked_labels(model: nn.Module, labels: Any) -> np.ndarray:
     """Returns labels as int32; raises `ValueError` if there is none or one is out of range."""
     labels = np.asarray(labels)
-    last = model.num_classes - 1 + model.null_class
     if labels.ndim != 1 or not labels.size or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"labels={labels!r} is no list of class numbers; give one a sample.")
-    if bad := sorted({int(i) for i in labels if not 0 <= i <= last}):
-        null = f" ({last} is the null class)" if model.null_class else ""
-        raise ValueError(f"label {bad[0]} is out of range; this model knows 0 to {last}{null}.")
+    check_labels(model, labels)
     return labels.astype(np.int32)
+
+
+def check_labels(model: nn.Module, labels: Any) -> None:
+    """Raises `ValueError` if a label is out of the network's range; traced ones are not looked at."""
+    known = getattr(model, "num_classes", None)
+    if known is None or isinstance(labels, jax.core.Tracer):
+        return
+    if isinstance(labels, jax.Array) and not labels.is_fully_addressable:
+        return
+    labels, null_class = np.asarray(labels), getattr(model, "null_class", False)
+    last = known - 1 + null_class
+    if bad := sorted({int(i) for i in labels[(labels < 0) | (labels > last)].reshape(-1)}):
+        null = f" ({last} is the null class)" if null_class else ""
+        raise ValueError(f"label {bad[0]} is out of range; this model knows 0 to {last}{null}.")
+
+
+def check_seed(seed: Any) -> int:
+    """Returns `seed` as an integer.
+
+    Raises:
+        TypeError: if it is no whole number.
+        ValueError: unless it lies in `[0, 2**32 - 1]`: JAX's keys take the last 32 bits, and greater
+            seeds would repeat the samples of others.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise TypeError(f"seed={seed!r} is no whole number; use one from 0 to {2**32 - 1}.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} is out of range; use a number from 0 to {2**32 - 1}.")
+    return int(seed)
 
 
 def _batches(num_samples: int, batch_size: int | None, num_devices: int) -> Iterator[np.ndarray]:

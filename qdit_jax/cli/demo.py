@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from qdit_jax.cli.options import seed_number
+
 HELP = """\
 Run the whole road on the small digit model inside the package: convert its PyTorch-layout weights,
 calibrate, quantise in several ways, sample the same noise and labels with each, compare.
@@ -31,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--num-samples", type=int, default=100, help="a setting (%(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps (%(default)s)")
     parser.add_argument("--guidance", type=float, default=1.5, help="%(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="%(default)s")
+    parser.add_argument("--seed", type=seed_number, default=0, help="%(default)s")
     parser.add_argument("--execution", choices=("simulated", "integer"), default="simulated")
     parser.add_argument("--quick", action="store_true", help="20 samples, 10 steps, 4 settings")
     parser.set_defaults(run=run)

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qdit_jax.cli.options import seed_number
+
 ROUNDINGS = ("nearest", "gptq", "gptq-authors", "adaround")
 STAGES = ("block", "layer")
 RANGES = ("minmax", "absmax", "percentile:P", "mse", "authors", "authors-mse", "authors-gptq")
@@ -32,7 +34,7 @@ def add_rounding_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--steps", type=int, default=50, help="steps a trajectory (default 50)")
     group.add_argument("--guidance", type=float, default=1.5)
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=seed_number, default=0)
     group.add_argument("--batch-size", type=int, default=8)
     group.add_argument(
         "--holdout",

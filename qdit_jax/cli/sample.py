@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from qdit_jax.cli.options import seed_number
+
 EXAMPLE = """example:
   qdit sample ckpt_dir --labels 207,360 --steps 50 --guidance 1.5 --seed 0 --out grid.png
   qdit sample ckpt_dir --num-samples 10000 --sampler ddpm --steps 250 --out samples.npz
@@ -47,7 +49,7 @@ def add_parser(subparsers: Any) -> None:
     add("--clip", type=float, help="clip the predicted data to [-CLIP, CLIP] at every step")
     add(
         "--seed",
-        type=int,
+        type=seed_number,
         default=0,
         help="sample i depends on seed, i and label only (%(default)s)",
     )

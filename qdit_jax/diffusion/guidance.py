@@ -22,6 +22,13 @@ def as_pytree(denoise_fn: Callable) -> Callable:
     return jax.tree_util.Partial(denoise_fn) if is_plain else denoise_fn
 
 
+def check_label(denoise_fn: Any, label: Any) -> None:
+    """Calls `denoise_fn.check_label(label)` where there is one: it raises if a label is unknown."""
+    check = getattr(denoise_fn, "check_label", None)
+    if check is not None:
+        check(label)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Guided:
@@ -44,6 +51,10 @@ class Guided:
         )
         return _combined(output[0::2], output[1::2], self.scale, self.channels, x.shape[-1])
 
+    def check_label(self, label: Any) -> None:
+        """Raises what the guided function raises for labels that it does not know."""
+        check_label(self.denoise_fn, label)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,6 +74,10 @@ class GuidedDoubled:
         num_guided = x.shape[-1] if self.channels is None else self.channels
         second = jnp.concatenate([first[..., :num_guided], null[..., num_guided:]], axis=-1)
         return jnp.concatenate([first, second])
+
+    def check_label(self, label: Any) -> None:
+        """Raises what the guided function raises for labels that it does not know."""
+        check_label(self.denoise_fn, label)
 
 
 def _combined(cond: Any, null: Any, scale: Any, channels: int | None, num_channels: int) -> Any:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qdit_jax.diffusion.guidance import as_pytree
+from qdit_jax.diffusion.guidance import as_pytree, check_label
 from qdit_jax.diffusion.samplers import Sampler, Step
 
 
@@ -35,7 +35,8 @@ def sample(
     sample's noise does not depend on its neighbors), or reads `step_noise [S, B, ...]`.
 
     Raises:
-        ValueError: if a stochastic sampler is given neither, or shapes do not fit.
+        ValueError: if a stochastic sampler is given neither, shapes do not fit, or `denoise_fn`
+            knows which labels there are (it has `check_label`) and one is not among them.
     """
     final, _ = sample_trajectory(
         denoise_fn, sampler, noise, label, key, step_noise=step_noise, collect_fn=nothing
@@ -74,6 +75,7 @@ def sample_trajectory(
     noise, label = jnp.asarray(noise), jnp.asarray(label)
     if not jnp.issubdtype(noise.dtype, jnp.floating):
         raise TypeError(f"noise has dtype {noise.dtype}; give floating-point latents.")
+    check_label(denoise_fn, label)
     num_steps = jax.tree.leaves(sampler.table)[0].shape[0]
     if label.shape[:1] != noise.shape[:1]:
         raise ValueError(
@@ -115,7 +117,9 @@ def _walk(denoise_fn, sampler, noise, label, key, step_noise, collect_fn):
         step = sampler.step(denoise_fn, x, label, row, drawn)
         return step.x_next.astype(x.dtype), collect_fn(step)
 
-    return jax.lax.scan(body, noise, (sampler.table, jnp.arange(num_steps), step_noise))
+    return jax.lax.scan(
+        body, noise, (sampler.table, jnp.arange(num_steps, dtype=jnp.int32), step_noise)
+    )
 
 
 def _drawn(key, index, x):

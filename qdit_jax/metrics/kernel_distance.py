@@ -15,9 +15,7 @@ AnyArray = Array | np.ndarray
 BLOCK_ROWS = 1024
 
 
-def kid(
-    reference: Float[AnyArray, "..."], samples: Float[AnyArray, "..."]
-) -> tuple[float, float]:
+def kid(reference: Float[AnyArray, "..."], samples: Float[AnyArray, "..."]) -> tuple[float, float]:
     """Returns the unbiased squared kernel distance of features `[N, D]` and `[M, D]`, and its
     jackknife standard error.
 

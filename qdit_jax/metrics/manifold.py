@@ -94,7 +94,9 @@ def inside(
         padded = np.full(valid.size, -np.inf)
         padded[: len(radii)] = radii
         limits = jnp.asarray(padded).reshape(valid.shape)
-        rows = [np.asarray(covered(rows, blocks, limits)) for rows in blocked(points, block_rows)[0]]
+        rows = [
+            np.asarray(covered(rows, blocks, limits)) for rows in blocked(points, block_rows)[0]
+        ]
     return np.concatenate(rows)[: len(points)]
 
 

@@ -153,5 +153,7 @@ def _minimize(objective: Any, v: Any, settings: AdaRoundSettings) -> Any:
         updates, opt_state = optimizer.update(gradient, opt_state)
         return (optax.apply_updates(v, updates), opt_state), None
 
-    (v, _), _ = jax.lax.scan(step, (v, optimizer.init(v)), jnp.arange(settings.num_steps, dtype=jnp.int32))
+    (v, _), _ = jax.lax.scan(
+        step, (v, optimizer.init(v)), jnp.arange(settings.num_steps, dtype=jnp.int32)
+    )
     return v

@@ -102,9 +102,7 @@ def _gptq(w: Any, hessian: Any, damping: Any, holdout: Any, spec: WeightSpec) ->
         codes = better_on(holdout)
     else:  # What no inputs can have made is no ground for leaving the nearest codes.
         where = jnp.argsort(order)
-        codes = jax.lax.cond(
-            tries > 0, lambda: better_on(positive[where][:, where]), lambda: codes
-        )
+        codes = jax.lax.cond(tries > 0, lambda: better_on(positive[where][:, where]), lambda: codes)
     return from_codes(codes, scale, zero_point, spec)
 
 
@@ -282,9 +280,7 @@ def output_error(w: Float[Any, "K N"], q: QTensor, hessian: Float[Any, "K K"]) -
     return jnp.sum(channel_errors(w, q, hessian)) / signal
 
 
-def _check(
-    w: Any, hessian: Any, spec: WeightSpec, name: str = "hessian"
-) -> tuple[Any, Any]:
+def _check(w: Any, hessian: Any, spec: WeightSpec, name: str = "hessian") -> tuple[Any, Any]:
     w, hessian = check_kernel(w, spec), jnp.asarray(hessian)
     if spec.fmt is not None:
         raise ValueError(f"GPTQ rounds to integer codes, not to the format {spec.fmt.name!r}.")
