@@ -145,7 +145,7 @@ class LabelEmbedder(nn.Module):
             found = dequantize(select_columns(table, row)).T
         else:
             found = jnp.asarray(table)[row]
-        return jnp.where(is_row[:, None], found, jnp.asarray(jnp.nan, found.dtype))
+        return jnp.where(is_row[:, None], found, jnp.nan)
 
 
 class Attention(nn.Module):

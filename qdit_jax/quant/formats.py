@@ -124,7 +124,7 @@ class Format:
             # exp2 is not exact; the byte is a float32's exponent, but for 2**-127.
             power = jax.lax.bitcast_convert_type(stored.astype(jnp.int32) << 23, jnp.float32)
             power = jnp.where(stored > 0, power, jnp.float32(2.0**-127))
-            return jnp.where(stored == _E8M0_NAN, jnp.float32(jnp.nan), power)
+            return jnp.where(stored == _E8M0_NAN, jnp.nan, power)
         if self.block_scale == "e4m3":
             return fp8_e4m3.value(stored)
         return stored_scales.scale_value(stored)

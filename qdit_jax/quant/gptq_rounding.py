@@ -108,7 +108,7 @@ def _gptq(w: Any, hessian: Any, damping: Any, holdout: Any, spec: WeightSpec) ->
 
 def nan_unless_finite(scale: Float[Array, "G B"], hessian: Any) -> Float[Array, "G B"]:
     """Returns `scale`, or NaN if `hessian`, traced and so not refused, is not finite."""
-    return jnp.where(jnp.all(jnp.isfinite(hessian)), scale, jnp.asarray(jnp.nan, scale.dtype))
+    return jnp.where(jnp.all(jnp.isfinite(hessian)), scale, jnp.nan)
 
 
 def gptq_authors(w: Any, hessian: Any, spec: WeightSpec, *, damping: float = 0.01) -> QTensor:
