@@ -23,9 +23,9 @@ def check_finite(name: str, array: Any, limit: float = math.inf) -> None:
     if isinstance(array, jax.core.Tracer) or not is_float(array) or np.size(array) == 0:
         return
     # The extremes tell of every value and need no memory of the array's size.
-    library: Any = np if in_host_memory(array) else jnp
+    array = np.asarray(array) if in_host_memory(array) else array
     with np.errstate(invalid="ignore"):
-        low, high = float(library.min(array)), float(library.max(array))
+        low, high = float(array.min()), float(array.max())
     if math.isfinite(low) and math.isfinite(high) and max(-low, high) <= limit:
         return
     values = np.asarray(array).astype(np.float64)
