@@ -57,6 +57,9 @@ def test_a_layer_that_lost_itself_is_described():
     q = quantize(w, WeightSpec(8, 32, range_fn=ranges.authors))  # whose range has a floor of 1e-5
     warning = precision_warning(precision_of(w, q), q)
     assert "dB where 8 bits promise 4" in warning
+    w = W * np.float32(1e-37)  # whose steps float32 does not hold
+    q = quantize(w, WeightSpec(8, 32))
+    assert "dB where 8 bits promise" in precision_warning(precision_of(w, q), q)
     coarse = dataclasses.replace(quantize(W, WeightSpec(8, 32)), scale=jnp.full((4, N), 0.3))
     assert "where 8 bits promise" in precision_warning(precision_of(W, coarse), coarse)
     nan = dataclasses.replace(coarse, scale=jnp.full((4, N), jnp.nan))

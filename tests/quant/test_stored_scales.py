@@ -26,7 +26,7 @@ from qdit_jax.quant import (
 from qdit_jax.quant.stored_scales import scale_value, stored_scale
 
 K, N = 64, 8
-STDS = (1e-36, 1e-30, 1e-10, 1e-6, 1e-5, 1e-4, 5e-4, 1e-3, 1e5, 1e30, 1e36)
+STDS = (1e-34, 1e-30, 1e-10, 1e-6, 1e-5, 1e-4, 5e-4, 1e-3, 1e5, 1e30, 1e36)
 
 
 def kernel(std: float = 1.0) -> np.ndarray:
