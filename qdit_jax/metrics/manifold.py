@@ -113,8 +113,10 @@ def blocked(
     return jnp.asarray(padded).reshape(-1, size, width), jnp.asarray(valid).reshape(-1, size)
 
 
-def squared_distances(a: Float[Array, "R D"], b: Float[Array, "S D"]) -> Float[Array, "R S"]:
-    """Returns all squared distances between two blocks, never below zero.
+def squared_distances(
+    a: Float[Array, "R D"], b: Float[Array, "S D"]
+) -> tuple[Float[Array, "R S"], Float[Array, "R S"]]:
+    """Returns all squared distances between two blocks, never below zero, and how sure they are.
 
     The three terms cancel: 1e-3 apart and 11 from the origin, float32 would leave nothing of a
     distance. What is within float64's rounding of 0 is 0.
@@ -122,8 +124,8 @@ def squared_distances(a: Float[Array, "R D"], b: Float[Array, "S D"]) -> Float[A
     dots = jnp.dot(a, b.T, precision=jax.lax.Precision.HIGHEST)
     norms = [jnp.square(x).sum(-1) for x in (a, b)]
     total = norms[0][:, None] + norms[1]
-    squared = total - 2 * dots
-    return jnp.where(squared > ROUNDING * total, squared, 0)
+    squared, rounding = total - 2 * dots, ROUNDING * total
+    return jnp.where(squared > rounding, squared, 0), rounding
 
 
 @partial(jax.jit, static_argnames=("k",))
@@ -133,7 +135,7 @@ def nearest(
     """Returns each row's k smallest squared distances to the valid rows of all blocks, ascending."""
 
     def closer(best, block):
-        distances = jnp.where(block[1], squared_distances(rows, block[0]), jnp.inf)
+        distances = jnp.where(block[1], squared_distances(rows, block[0])[0], jnp.inf)
         candidates = jnp.concatenate([best, distances], axis=1)
         return -jax.lax.top_k(-candidates, k)[0], None
 
@@ -149,7 +151,7 @@ def covered(
 
     def either(found, block):
         # A boundary met from the other side is rounded otherwise.
-        limits = block[1] * (1 + 1e-9)
-        return found | (squared_distances(rows, block[0]) <= limits).any(1), None
+        squared, rounding = squared_distances(rows, block[0])
+        return found | (squared - rounding <= block[1]).any(1), None
 
     return jax.lax.scan(either, jnp.zeros(rows.shape[0], bool), (blocks, radii))[0]

@@ -51,7 +51,7 @@ def test_the_stored_quantiser_says_the_rule_of_the_recipe_and_works(rule, kind, 
     one = again.at(0)
     x = TOKENS[0]
     error = np.abs(np.asarray(one(x)) - x)
-    assert np.mean(error) < 0.6 * np.asarray(one.scale).max()
+    assert np.median(error) < 0.5 * np.asarray(one.scale).max()  # rules may clip a few
 
 
 @pytest.mark.parametrize("rule", [ranges.mse(20), ranges.percentile(0.9)], ids=lambda r: r.name)
