@@ -92,7 +92,7 @@ def seeds(
     Sample number `first + i` follows from the key and its number alone.
     """
     index = first + np.arange(num_batches * batch_size)
-    noise, keys = initial_noise(key, jnp.asarray(index), model.sample_shape())
+    noise, keys = initial_noise(key, jnp.asarray(index, jnp.int32), model.sample_shape())
     condition = conditions_in_turn(model, conditions, index)
     return jax.tree.map(
         lambda leaf: jnp.asarray(leaf).reshape(num_batches, batch_size, *leaf.shape[1:]),

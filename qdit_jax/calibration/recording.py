@@ -23,6 +23,7 @@ from qdit_jax.calibration.collect import (
 )
 from qdit_jax.calibration.statistics import HALVES, Stats, input_rows
 from qdit_jax.checkpoint import Checkpoint, fingerprint
+from qdit_jax.quant import check_finite
 from qdit_jax.sampling import checkpoint_sampler, conditions_in_turn, denoiser, initial_noise
 
 
@@ -59,7 +60,7 @@ def calibrate(
         progress_fn: called with the number of samples finished, batch by batch.
 
     Raises:
-        ValueError: if `num_samples` is not positive.
+        ValueError: if `num_samples` is not positive, or a layer's input is not finite.
         UserError: if `unfinished` was written with other settings.
     """
     if num_samples < 1:
@@ -123,11 +124,16 @@ def trajectory(
     index: Int[np.ndarray, " B"],
     condition: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the network's inputs `[S, B, ...]` and timesteps `[S]` of samples `index`."""
-    noise, keys = initial_noise(key, jnp.asarray(index), model.sample_shape())
-    _, (x, timestep) = diffusion.sample_trajectory(
+    """Returns the network's inputs `[S, B, ...]` and timesteps `[S]` of samples `index`.
+
+    Raises:
+        ValueError: if the samples are not finite.
+    """
+    noise, keys = initial_noise(key, jnp.asarray(index, jnp.int32), model.sample_shape())
+    final, (x, timestep) = diffusion.sample_trajectory(
         denoise_fn, sampler, noise, condition, keys, collect_fn=model_inputs
     )
+    check_finite("the samples of the network that is to be calibrated", final)
     return x, timestep
 
 

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from qdit_jax.cli.options import seed_number
+
 HELP = """\
 Record the range of every linear layer's input and of the attention operands, by channel, at every
 timestep of sampling, for labels and for the null class apart. Static activation scales are made from
@@ -36,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=50, help="steps a trajectory (default 50)")
     parser.add_argument("--guidance", type=float, default=1.5)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument(
         "--hessians", metavar="REGEX", help="layers whose mean of x xT to keep, K x K each"
     )

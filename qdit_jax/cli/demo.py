@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qdit_jax.cli.numerics_option import add_numerics
+from qdit_jax.cli.options import seed_number
 
 HELP = """\
 Run the whole road on the small digit model inside the package: convert its PyTorch-layout weights,
@@ -33,7 +34,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--num-samples", type=int, default=100, help="a setting (%(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps (%(default)s)")
     parser.add_argument("--guidance", type=float, default=1.5, help="%(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="%(default)s")
+    parser.add_argument("--seed", type=seed_number, default=0, help="%(default)s")
     add_numerics(parser.add_argument, "simulated", "as in qdit sample (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="20 samples, 10 steps, 4 settings")
     parser.set_defaults(run=run)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qdit_jax.cli.numerics_option import add_numerics
+from qdit_jax.cli.options import seed_number
 
 HELP = """\
 Sample a checkpoint, hold it against another sample by sample, and score it against a reference;
@@ -125,7 +126,7 @@ def add_score_options(add: Any) -> None:
     )
     add("--split-size", type=int, default=5000, help="of the Inception Score (%(default)s)")
     add("--kernel-samples", type=int, default=10_000, help="of each set for KID (%(default)s)")
-    add("--seed", type=int, default=0, help="of noise and of subsets (%(default)s)")
+    add("--seed", type=seed_number, default=0, help="of noise and of subsets (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qdit_jax.cli.options import seed_number
+
 HELP = """\
 Show what a checkpoint folder holds, or what `qdit convert` would make of a PyTorch file.
 
@@ -41,7 +43,7 @@ def add_parser(subparsers: Any) -> None:
     add("--steps", type=int, help="of each (10)")
     add("--guidance", type=float, help="1 turns it off (1.5)")
     add("--batch-size", type=int, help="samples at once (4)")
-    add("--seed", type=int, help="of the noise (0)")
+    add("--seed", type=seed_number, help="of the noise (0)")
     parser.set_defaults(run=run)
 
 

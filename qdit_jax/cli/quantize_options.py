@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qdit_jax.cli.options import seed_number
 from qdit_jax.methods import METHODS
 
 STAGES = ("block", "layer")
@@ -90,7 +91,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--steps", type=int, default=50, help="steps a trajectory (default 50)")
     group.add_argument("--guidance", type=float, default=1.5)
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=seed_number, default=0)
     group.add_argument("--batch-size", type=int, default=8)
     group.add_argument(
         "--holdout",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qdit_jax.cli.numerics_option import add_numerics
+from qdit_jax.cli.options import seed_number
 
 EXAMPLE = """example:
   qdit sample ckpt_dir --labels 207,360 --steps 50 --guidance 1.5 --seed 0 --out grid.png
@@ -55,7 +56,7 @@ def add_parser(subparsers: Any) -> None:
     add("--clip", type=float, help="clip the predicted data to [-CLIP, CLIP] at every step")
     add(
         "--seed",
-        type=int,
+        type=seed_number,
         default=0,
         help="sample i depends on seed, i and label only (%(default)s)",
     )

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from qdit_jax.cli.options import seed_number
+
 HELP = """\
 Search which group size every layer should have, within a budget.
 
@@ -48,7 +50,7 @@ def add_parser(subparsers: Any) -> None:
     add("--layers", help="regular expression of the layers (default: the blocks' four linears)")
     add("--pin", action="append", default=[], metavar="PATTERN=SIZE", help="keep a size")
     add("--exclude", action="append", default=[], metavar="PATTERN", help="leave layers alone")
-    add("--seed", type=int, default=0, help="%(default)s")
+    add("--seed", type=seed_number, default=0, help="%(default)s")
     add("--steps", type=int, default=20, help="of the rollouts (%(default)s)")
     add("--guidance", type=float, default=1.5, help="%(default)s")
     add("--num-batches", type=int, default=16, help="of samples (%(default)s)")

@@ -24,7 +24,7 @@ from qdit_jax.models import DEMO_STATISTICS, asset, demo_features_fn
 from qdit_jax.ptq import quantize_params
 from qdit_jax.recipes import Recipe
 from qdit_jax.report import to_uint8
-from qdit_jax.sampling import generate
+from qdit_jax.sampling import check_seed, generate
 
 WEIGHTS = "demo_dit.safetensors"
 NUM_HEADS = 4
@@ -82,7 +82,9 @@ def run_demo(out: Path, settings: DemoSettings, say: Callable[[str], None] = pri
 
     Raises:
         UserError: if `out` is a file.
+        ValueError: if `settings.seed` is out of range.
     """
+    check_seed(settings.seed)
     out.mkdir(parents=True, exist_ok=True)
     say(f"1/5 convert: the packaged PyTorch-layout weights -> {out / 'model'}")
     checkpoint = convert_packaged(out / "model")

@@ -197,7 +197,8 @@ def timestep_features(
 class LabelEmbedder(nn.Module):
     """Returns the embedding of class labels; the last row is the null class when there is one.
 
-    `embedding_table` is an array `[rows, D]`, or a `QTensor` `[D, rows]`.
+    `embedding_table` is an array `[rows, D]`, or a `QTensor` `[D, rows]`. A label that is no row is
+    refused, or, where it is traced, embedded as NaN: it is never another class.
     """
 
     num_rows: int
@@ -207,9 +208,16 @@ class LabelEmbedder(nn.Module):
     def __call__(self, label: Num[Array, " B"]) -> Float[Array, "B D"]:
         init = nn.initializers.normal(0.02)
         table = stored(self, "embedding_table", init, (self.num_rows, self.hidden_size))
+        label = jnp.asarray(label)
+        is_row = (label >= 0) & (label < self.num_rows)
+        if not isinstance(is_row, jax.core.Tracer) and not bool(is_row.all()):
+            raise ValueError(f"label {label} is out of range; rows are 0 to {self.num_rows - 1}.")
+        row = jnp.clip(label, 0, self.num_rows - 1)
         if isinstance(table, QTensor):
-            return dequantize(select_columns(table, label)).T
-        return jnp.asarray(table)[label]
+            found = dequantize(select_columns(table, row)).T
+        else:
+            found = jnp.asarray(table)[row]
+        return jnp.where(is_row[:, None], found, jnp.nan)
 
 
 class AttentionModule(nn.Module):

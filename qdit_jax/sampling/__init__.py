@@ -2,6 +2,7 @@
 
 from qdit_jax.sampling.generation import (
     Denoiser,
+    check_seed,
     checkpoint_sampler,
     conditions_in_turn,
     decode,
@@ -16,6 +17,7 @@ from qdit_jax.sampling.generation import (
 
 __all__ = [
     "Denoiser",
+    "check_seed",
     "checkpoint_sampler",
     "conditions_in_turn",
     "decode",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from qdit_jax import diffusion
 from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.models import as_condition
+from qdit_jax.models import as_condition, is_concrete
 from qdit_jax.quant import select_timestep
 
 PUBLISHED = "published"
@@ -32,9 +33,20 @@ class Denoiser:
     model: nn.Module = dataclasses.field(metadata={"static": True})
 
     def __call__(self, x: Any, timestep: Any, condition: Any) -> Any:
-        """Returns the network's output, with the static scales of the nearest timestep if any."""
+        """Returns the network's output, with the static scales of the nearest timestep if any.
+
+        Raises:
+            ValueError: as `check_condition`; in a traced label, what is out of range gives NaN.
+        """
+        self.check_condition(condition)
         params = select_timestep(self.params, timestep)
         return self.model.apply({"params": params}, x, timestep, condition)
+
+    def check_condition(self, condition: Any) -> None:
+        """Raises `ValueError` if a condition is none of the network's; traced ones are not looked at."""
+        check = getattr(self.model, "check_condition", None)  # a function's stand-in has none
+        if check is not None and all(is_concrete(leaf) for leaf in jax.tree.leaves(condition)):
+            check(condition)
 
     def null_condition(self, condition: Any) -> Any:
         """Returns the condition of no condition, see `models.Network`."""
@@ -201,7 +213,7 @@ def initial_noise(
     whatever the batch size and the number of devices.
     """
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(index)
-    noise = jax.vmap(lambda one: jax.random.normal(one, shape))(keys[:, 0])
+    noise = jax.vmap(lambda one: jax.random.normal(one, shape, jnp.float32))(keys[:, 0])
     return noise, keys[:, 1]
 
 
@@ -246,8 +258,10 @@ def generate(
         condition: class labels `[N]`, or the family's dict of arrays with N first.
 
     Raises:
-        ValueError: if a label is out of range, there is none, or the batch size is not positive.
+        ValueError: if a label or the seed is out of range, there is no label, or the batch size is
+            not positive.
     """
+    seed = check_seed(seed)
     condition = as_condition(condition)
     checkpoint.model.check_condition(condition)
     num_samples = jax.tree.leaves(condition)[0].shape[0]
@@ -276,6 +290,21 @@ def generate(
         if progress_fn is not None:
             progress_fn(num_new)
     return np.concatenate(done)
+
+
+def check_seed(seed: Any) -> int:
+    """Returns `seed` as an integer.
+
+    Raises:
+        TypeError: if it is no whole number.
+        ValueError: unless it lies in `[0, 2**32 - 1]`: JAX's keys take the last 32 bits, and greater
+            seeds would repeat the samples of others.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise TypeError(f"seed={seed!r} is no whole number; use one from 0 to {2**32 - 1}.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} is out of range; use a number from 0 to {2**32 - 1}.")
+    return int(seed)
 
 
 def _batches(num_samples: int, batch_size: int | None, num_devices: int) -> Iterator[np.ndarray]:
