@@ -22,6 +22,7 @@ from qdit_jax.kernels import attention, quantized_matmul
 from qdit_jax.quant import QTensor, Role, dequantize, select_columns, slots
 
 Initializer = Callable[..., Any]
+xavier: Initializer = nn.initializers.xavier_uniform()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +38,17 @@ class Layers:
     numerics: str = "simulated"
     implementation: str | None = None
 
-    def linear(self, features: int, *args: Any, **kwargs: Any) -> Linear:
+    def linear(
+        self,
+        features: int,
+        kernel_init: Initializer = xavier,
+        kernel_shape: tuple[int, ...] | None = None,
+        *,
+        name: str,
+    ) -> Linear:
         """Returns a `Linear` that computes this way; the arguments are its fields."""
         return Linear(
-            features,
-            *args,
-            numerics=self.numerics,
-            implementation=self.implementation,
-            **kwargs,
+            features, kernel_init, kernel_shape, self.numerics, self.implementation, name=name
         )
 
 
@@ -75,7 +79,7 @@ class Linear(nn.Module):
     """
 
     features: int
-    kernel_init: Initializer = nn.initializers.xavier_uniform()
+    kernel_init: Initializer = xavier
     kernel_shape: tuple[int, ...] | None = None
     numerics: str = "simulated"
     implementation: str | None = None
@@ -163,7 +167,7 @@ class PatchEmbed(nn.Module):
 def flat_xavier(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
     """Returns Xavier-uniform values for a convolution kernel seen as a matrix `[p*p*C, D]`."""
     flat = (math.prod(shape[:-1]), shape[-1])
-    return nn.initializers.xavier_uniform()(key, flat, dtype).reshape(shape)
+    return xavier(key, flat, dtype).reshape(shape)
 
 
 class TimestepEmbedder(nn.Module):

@@ -83,6 +83,8 @@ def test_inspect_counts_bytes_by_part(folder, capsys):
     assert summary["bytes"] == held
     assert "4-bit" in summary["parts"]["blocks/attn/qkv"]["dtypes"]
     assert summary["recipe"]["name"] == "w4a8-g128"
+    used = dict.fromkeys(("simulated", "integer"), {"xla_cpu": num_kernels(folder / "small")})
+    assert summary["implementations"] == used
     assert main(["inspect", str(folder / "small")]) == 0
     assert "family: dit" in capsys.readouterr().out
 
@@ -101,6 +103,13 @@ def test_inspect_tells_an_exported_file_from_a_torch_file(folder, capsys, golden
     printed = capsys.readouterr().out
     assert "family: dit, DiT in the facebook layout" in printed
     assert "pass --num-heads" in printed
+
+
+def num_kernels(checkpoint):
+    import jax
+
+    leaves = jax.tree.leaves(load(checkpoint).params, is_leaf=lambda x: isinstance(x, QTensor))
+    return sum(isinstance(leaf, QTensor) for leaf in leaves)
 
 
 def jax_leaves(tree):

@@ -139,6 +139,8 @@ def test_what_ran_is_named_with_bytes_and_time(compared):
     summary = summary_of(compared)
     numerics = [model["numerics"] for model in summary["models"]]
     assert numerics == ["full precision", *["quantised, simulated numerics"] * 2]
+    used = [list(model["implementations"]) for model in summary["models"]]
+    assert used == [[], ["xla_cpu"], ["xla_cpu"]]
     sizes = [model["bytes"] for model in summary["models"]]
     assert sizes[0] > sizes[2] > sizes[1]
     assert all(model["seconds_per_sample"] > 0 for model in summary["models"])
