@@ -1,7 +1,7 @@
 """The transform from a parameter tree to a quantised one, and what it needs."""
 
 from qdit_jax.ptq.by_columns import sqnr_db
-from qdit_jax.ptq.rounding import num_batches, round_params
+from qdit_jax.ptq.rounding import StagesFn, num_batches, round_params
 from qdit_jax.ptq.sequential import (
     RoundedLayer,
     by_block,
@@ -24,6 +24,7 @@ from qdit_jax.ptq.walk import rewrite, weight_name
 __all__ = [
     "LayerPlan",
     "RoundedLayer",
+    "StagesFn",
     "act_quantizer",
     "as_matrix",
     "by_block",
