@@ -14,6 +14,8 @@ from qdit_jax.methods import METHODS
 STAGES = ("block", "layer")
 RANGES = ("minmax", "absmax", "percentile:P", "mse", "authors", "authors-mse", "authors-gptq")
 ACT_MODES = ("dynamic", "static", "static-per-timestep")
+# Parts of a network that have an option of their own.
+PARTS = ("adaln", "embedders", "final", "attention")
 # What `--rounding` called the methods.
 ROUNDINGS = {"nearest": "rtn", "gptq-authors": "qdit_release"}
 
@@ -142,7 +144,7 @@ def preset_of(name: str, options: PresetOptions, params: Any, ranges: Mapping[st
         **ranges,
     }
     recipe = qdit.Recipe.preset(name, layers=options.layers, **settings)
-    for part in ("adaln", "embedders", "final", "attention"):
+    for part in PARTS:
         if (bits := getattr(options, part)) is not None:
             recipe = recipe.with_part(part, bits, **settings)
     if options.shifted_gelu:

@@ -157,7 +157,7 @@ def check(method: Method, checkpoint: Checkpoint, recipe: Recipe, data: Calibrat
     check_stats(specs, data)
     if data.items is not None and "items" in method.needs:
         found = tuple(data.items.x.shape[1:])
-        wanted = checkpoint.model.example_inputs()[0].shape[1:]
+        wanted = tuple(checkpoint.model.sample_shape())
         if found != wanted:
             raise ValueError(
                 f"data.items holds inputs {list(found)}, but the network takes {list(wanted)}; "

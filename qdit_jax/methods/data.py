@@ -31,6 +31,7 @@ class CalibrationData:
         stats: ranges of the layers' inputs, from `calibrate`; static activations need them.
         key: of the trajectories; None makes it from `seed`.
         seed: also of the steps that the Q-DiT release draws.
+        conditions: labels or prompts that the samples take in turn; None is every class.
         num_samples: trajectories to sample.
         num_steps: of a trajectory, where `sampler` is None: DDIM, or the flow of a velocity model.
         sampler: of the trajectories.
@@ -46,6 +47,7 @@ class CalibrationData:
     stats: Stats | None = None
     key: Any = None
     seed: int = 0
+    conditions: Any = None
     num_samples: int = 32
     num_steps: int = 50
     sampler: Sampler | None = None
@@ -122,6 +124,7 @@ def sampled_items(
         checkpoint,
         jax.random.fold_in(jax.random.key(data.seed), 2) if data.key is None else data.key,
         data.num_samples,
+        conditions=data.conditions,
         sampler=sampler,
         guidance=data.guidance,
         batch_size=batch_size,

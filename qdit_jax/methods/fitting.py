@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from flax import linen as nn
@@ -10,8 +10,9 @@ from flax.traverse_util import flatten_dict
 
 from qdit_jax.methods.data import CalibrationData
 from qdit_jax.methods.report import Report
-from qdit_jax.models import Family, family_of, rows_per_sample
+from qdit_jax.models import family_of, rows_per_sample
 from qdit_jax.ptq import (
+    StagesFn,
     as_matrix,
     by_block,
     by_layer,
@@ -23,7 +24,6 @@ from qdit_jax.ptq import (
 from qdit_jax.quant import QTensor
 from qdit_jax.recipes import TABLE, Recipe
 
-StagesFn = Callable[[Sequence[str], Family], list[list[str]]]
 STAGES: dict[str, StagesFn] = {"block": by_block, "layer": by_layer}
 HOLDOUT = 0.25
 # A layer is fitted well to this many inputs per channel; with fewer, gains may be illusory.
@@ -86,13 +86,13 @@ def chosen_stages(name: str | None, own: StagesFn | None) -> StagesFn:
 def note_few_rows(
     params: Any, recipe: Recipe, rows: dict[str, int], num_items: float | int, report: Report
 ) -> None:
-    """Notes if the widest layer that sees every token has too few inputs to be fitted to."""
+    """Notes if a layer that sees tokens has too few inputs per channel to be fitted to."""
     planned = [
         layer
         for layer in plan(params, recipe)
         if layer.spec.weight is not None and rows.get(layer.path, 0) > 1
     ]
-    widest = max(planned, key=lambda layer: layer.shape[0], default=None)
+    widest = max(planned, key=lambda layer: layer.shape[0] / rows[layer.path], default=None)
     if widest is None:
         return
     seen = int(num_items * rows[widest.path])

@@ -2,7 +2,7 @@
 
 from qdit_jax.ptq.by_columns import sqnr_db
 from qdit_jax.ptq.promises import Precision, precision_of, precision_warning
-from qdit_jax.ptq.rounding import num_batches, round_params
+from qdit_jax.ptq.rounding import StagesFn, num_batches, round_params
 from qdit_jax.ptq.sequential import (
     RoundedLayer,
     by_block,
@@ -26,6 +26,7 @@ __all__ = [
     "LayerPlan",
     "Precision",
     "RoundedLayer",
+    "StagesFn",
     "act_quantizer",
     "as_matrix",
     "by_block",

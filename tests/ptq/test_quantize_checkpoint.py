@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from qdit_jax.calibration import Stats
-from qdit_jax.checkpoint import Checkpoint, load, save, save_safetensors
+from qdit_jax.checkpoint import Checkpoint, lazy, load, save, save_safetensors
 from qdit_jax.errors import UserError
 from qdit_jax.models import build_model
 from qdit_jax.ptq import by_columns, quantize_checkpoint, quantize_params, sqnr_db, streaming
@@ -148,7 +148,7 @@ def test_other_sources_are_quantised_too(tmp_path):
 def test_a_layer_is_on_disk_before_the_next_is_read(tmp_path, monkeypatch):
     model, params = network()
     save(tmp_path / "full", Checkpoint(model, params))
-    read, reads, shown = streaming.read_array, [], []
+    read, reads, shown = lazy.read_array, [], []
 
     def checked(folder, name):
         (partial,) = tmp_path.glob(".out.partial-*")
@@ -159,7 +159,7 @@ def test_a_layer_is_on_disk_before_the_next_is_read(tmp_path, monkeypatch):
         reads.append(name)
         return read(folder, name)
 
-    monkeypatch.setattr(streaming, "read_array", checked)
+    monkeypatch.setattr(lazy, "read_array", checked)
     recipe = Recipe.preset("w4a8", params, group_size=16)
     noted = lambda path, w, q: shown.append(f"{path}/kernel")  # noqa: E731
     quantize_checkpoint(tmp_path / "full", tmp_path / "out", recipe=recipe, on_layer=noted)
@@ -194,8 +194,7 @@ def test_an_existing_folder_is_refused_before_anything_is_read(tmp_path, monkeyp
 
 KILLED = """
 import sys, time
-from qdit_jax import Recipe
-from qdit_jax.streaming import quantize_checkpoint
+from qdit_jax import Recipe, quantize_checkpoint
 def wait(path, w, q):
     print(path, flush=True)
     time.sleep(60)

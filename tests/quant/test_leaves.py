@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from qdit_jax.calibration.hessians import seen_inputs
 from qdit_jax.checkpoint.codec import decode_params, encode_params, logical_shapes
-from qdit_jax.models import Linear
+from qdit_jax.models import Linear, seen_inputs
 from qdit_jax.quant import (
     LEAVES,
     ActQuant,
@@ -87,7 +86,7 @@ def test_linear_applies_every_leaf_in_its_place(rows, quantized):
 def test_rounding_sees_the_mapped_and_quantized_input(rows):
     params, x = layer(True)
     seen = []
-    with seen_inputs(lambda path, x: seen.append(x), Linear, rounded=True):
+    with seen_inputs(lambda path, x: seen.append(x), quantized=True):
         Linear(8).apply({"params": params}, x)
     mapped = x * jnp.linspace(1, 2, 16) ** 2
     np.testing.assert_array_equal(seen[0], fake_quantize(mapped, ActSpec(8, 8)))
