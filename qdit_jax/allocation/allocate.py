@@ -19,6 +19,7 @@ from qdit_jax.allocation.knapsack import lagrangian_front
 from qdit_jax.allocation.records import Measured
 from qdit_jax.allocation.sensitivity import Prediction, rank_correlation
 from qdit_jax.allocation.space import Space
+from qdit_jax.errors import check_counts
 
 # (assignments [N, L], batches) -> fitness [N]
 MeasureFn = Callable[[np.ndarray, Sequence[int]], np.ndarray]
@@ -47,6 +48,14 @@ class AllocationSettings:
     threshold: float = 0.9
     num_finalists: int = 9
     rungs: tuple[int, ...] = (1, 4, 16)
+
+    def __post_init__(self) -> None:
+        check_counts(num_gate=self.num_gate, num_finalists=self.num_finalists)
+        check_counts(
+            0, num_estimates=self.num_estimates, num_rounds=self.num_rounds, per_round=self.per_round
+        )
+        for rung in self.rungs or (0,):
+            check_counts(rungs=rung)
 
     def planned_items(self, num_given: int) -> int:
         """Returns about how many items (assignments times batches) a search measures at most."""

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from qdit_jax.allocation.allocate import AllocationSettings, allocate, predicted_only
-from qdit_jax.allocation.budget import Budget, parse_budget
+from qdit_jax.allocation.budget import Budget, check_limiting, parse_budget
 from qdit_jax.allocation.cost import named_costs
 from qdit_jax.allocation.descent import additive_solution, own_errors
 from qdit_jax.allocation.evaluate import Evaluator
@@ -39,7 +39,9 @@ from qdit_jax.allocation.space import (
 )
 from qdit_jax.calibration import default_sampler
 from qdit_jax.checkpoint import Checkpoint
+from qdit_jax.errors import check_counts
 from qdit_jax.recipes import Recipe
+from qdit_jax.sampling import check_diffusion_model
 
 METHODS = ("default", "nsga2", "qdit-paper", "qdit-release", "random")
 DEFAULT_BUDGET = "bitops=1.0x-g128"
@@ -125,9 +127,19 @@ def search(
         report_fn: called with `{"text"}`, `{"total"}`, `{"items"}` and `{"best"}` as things happen.
 
     Raises:
-        ValueError: if a setting does not fit, a budget is impossible, or a fitness is no number.
+        ValueError: if a setting does not fit, a budget is impossible or limits nothing, or a
+            fitness is no number.
     """
     began = time.perf_counter()
+    check_network(checkpoint)
+    check_counts(
+        num_steps=num_steps,
+        num_batches=num_batches,
+        batch_size=batch_size,
+        num_calibration=num_calibration,
+        num_probes=num_probes,
+        per_device=per_device,
+    )
     budget, guidance, space_settings = with_preset(method, budget, guidance, space_settings)
     model, params = checkpoint.model, checkpoint.params
     space = search_space(params, **space_settings) if space is None else space
@@ -136,6 +148,7 @@ def search(
     )
     tokens = (height // model.patch_size) * (width // model.patch_size)
     limit = parse_budget(budget, space, {**named_costs(tokens), **(costs or {})})
+    check_limiting(limit)
     if limit.leaves_no_choice:
         text = "nothing to search: only the cheapest assignment fits; allow more, or coarser sizes"
         report_fn({"text": f"{budget}: {text}"})
@@ -212,6 +225,16 @@ def search(
     }
     recipe = recipe_of(space, assignment, f"search-{method}-{budget}")
     return SearchResult(recipe, assignment, front, history, space, limit)
+
+
+def check_network(checkpoint: Checkpoint) -> None:
+    """Raises `ValueError` unless the checkpoint is a diffusion model in full precision."""
+    check_diffusion_model(checkpoint.model)
+    if checkpoint.recipe is not None:
+        raise ValueError(
+            f"the checkpoint is quantised already ({checkpoint.recipe.name}); search on the "
+            "full-precision checkpoint."
+        )
 
 
 def with_preset(

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from qdit_jax.errors import check_pattern
 from qdit_jax.ptq import check_unquantized, matrix_shape
 from qdit_jax.quant import ActSpec, WeightSpec, ranges
 from qdit_jax.recipes import BLOCK_LINEARS, LayerSpec, Recipe, Rule, layer_paths
@@ -168,11 +169,16 @@ def as_tuple(value: Any, name: str) -> tuple[int, ...]:
 
 
 def matching(pattern: str, paths: Sequence[str], name: str) -> list[str]:
-    """Returns the paths that `pattern` matches as a whole; none is a `ValueError`."""
+    """Returns the paths that `pattern` matches as a whole.
+
+    Raises:
+        ValueError: if it is no regular expression, or matches nothing; it names the argument.
+    """
+    check_pattern(name, pattern)
     found = [path for path in paths if re.fullmatch(pattern, path)]
     if not found:
         raise ValueError(
-            f"{name}: the pattern {pattern!r} matches no layer; "
+            f"{name}={pattern!r} matches no layer; "
             f"layers are named like {paths[0]}, {paths[-1]}."
         )
     return found

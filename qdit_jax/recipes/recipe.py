@@ -3,6 +3,11 @@
 A recipe is a list of rules; a rule's pattern is a regular expression that must match a whole layer
 path (`blocks_3/mlp/fc1`), and the last rule that matches a layer decides. A layer's own name is a
 pattern as well, so that uniform presets and per-layer assignments are the same thing.
+
+The operands of the attention products (`blocks_3/attn/q`, `k`, `v`, `softmax`) are named beside the
+layers. A rule that matches a layer or a label table speaks of those alone: `.*` or `blocks_3/.*`
+leaves the operands as they are. A rule whose pattern matches operands only quantises them; it has an
+act spec and no weights. A rule without any spec leaves all that it matches, operands included.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from typing import Any, Literal
 
 from flax.traverse_util import flatten_dict
 
+from qdit_jax.errors import check_pattern
 from qdit_jax.quant import ActSpec, WeightSpec, ranges
 
 FORMAT_VERSION = 1
@@ -30,7 +36,8 @@ PARTS = {
 }
 # The least value of the tanh form of GELU is -0.17004.
 GELU_SHIFT = 0.1701
-PRESET = re.compile(r"w(\d+)a(\d+)")
+PRESET = re.compile(r"w(\d+)a(\d+)(-all)?")
+EVERY_LAYER = ".*"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +55,9 @@ class Rule:
     layers: str
     spec: LayerSpec
 
+    def __post_init__(self) -> None:
+        check_pattern("layers", self.layers)
+
     def matches(self, path: str) -> bool:
         return re.fullmatch(self.layers, path) is not None
 
@@ -60,38 +70,78 @@ class Recipe:
     name: str = "custom"
 
     def get(self, path: str) -> LayerSpec | None:
-        """Returns the spec of the last rule that matches `path`, or None to leave the layer."""
+        """Returns the spec of the last rule that matches a layer's `path`, or None to leave it."""
         for rule in reversed(self.rules):
             if rule.matches(path):
                 return None if rule.spec == LayerSpec() else rule.spec
         return None
 
     def resolve(self, params: Any) -> dict[str, LayerSpec]:
-        """Returns the spec of every layer of `params` that is quantised, by path.
+        """Returns the spec of every layer and operand of `params` that is quantised, by path.
 
         A label table, such as `y_embedder`, has no input: of a rule that matches it only the
         weights' settings apply.
 
         Raises:
-            ValueError: if a rule matches no layer, or asks for weights where there are none.
+            ValueError: if a rule matches no layer, asks for weights where there are none, or the
+                rules quantise nothing.
         """
         layers = layer_paths(params)
         operands, tables = operand_paths(layers), table_paths(params)
         for rule in self.rules:
-            if not any(rule.matches(path) for path in layers + operands + tables):
-                raise ValueError(
-                    f"recipe {self.name!r}: the pattern {rule.layers!r} matches no layer; "
-                    f"layers are named like {', '.join(layers[:1] + layers[-1:] + operands[:1])}."
-                )
-        found = {path: spec for path in layers + operands if (spec := self.get(path)) is not None}
+            self.check_rule(rule, layers, tables, operands)
+        found = {path: spec for path in layers if (spec := self.get(path)) is not None}
+        broad = [any(map(rule.matches, layers + tables)) for rule in self.rules]
         for path in operands:
-            if path in found and found[path].weight is not None:
-                raise ValueError(
-                    f"recipe {self.name!r}: {path} is an operand of the attention products and has "
-                    "no weights; give it an act spec only."
-                )
+            spec = self.operand_spec(path, broad)
+            if spec is not None:
+                found[path] = spec
         weights = {path: spec.weight for path in tables if (spec := self.get(path)) is not None}
-        return found | {path: LayerSpec(weight) for path, weight in weights.items() if weight}
+        found |= {path: LayerSpec(weight) for path, weight in weights.items() if weight}
+        if not found:
+            raise ValueError(
+                f"recipe {self.name!r} quantises nothing: it has no rule, or every rule leaves what "
+                "it matches at 16 bits; give a layer a weight or an act spec."
+            )
+        return found
+
+    def check_rule(
+        self, rule: Rule, layers: list[str], tables: list[str], operands: list[str]
+    ) -> None:
+        """Raises `ValueError` if a rule matches nothing, or operands alone with weights."""
+        if any(map(rule.matches, layers + tables)):
+            return
+        matched = next(filter(rule.matches, operands), None)
+        if matched is None:
+            raise ValueError(
+                f"recipe {self.name!r}: the pattern {rule.layers!r} matches no layer; "
+                f"layers are named like {', '.join(layers[:1] + layers[-1:] + operands[:1])}."
+            )
+        if rule.spec.weight is not None:
+            raise ValueError(
+                f"recipe {self.name!r}: {matched} is an operand of the attention products and has "
+                "no weights; give it an act spec only."
+            )
+
+    def operand_spec(self, path: str, broad: list[bool]) -> LayerSpec | None:
+        """Returns the spec of an attention operand; `broad` says which rules match layers too."""
+        for rule, matches_layers in zip(reversed(self.rules), reversed(broad), strict=True):
+            leaves = rule.spec == LayerSpec()
+            if rule.matches(path) and (leaves or not matches_layers):
+                return None if leaves else rule.spec
+        return None
+
+    def operands_left(self, params: Any) -> list[str]:
+        """Returns the attention operands that a rule matches and that stay as they are.
+
+        They lie under a pattern that speaks of layers too, such as `.*`.
+        """
+        found = self.resolve(params)
+        return [
+            path
+            for path in operand_paths(layer_paths(params))
+            if path not in found and self.get(path) is not None
+        ]
 
     @classmethod
     def preset(
@@ -107,12 +157,13 @@ class Recipe:
         range_fn: Any = ranges.minmax,
         act_range_fn: Any = ranges.minmax,
         scale_dtype: str = "float16",
-        layers: str = BLOCK_LINEARS,
+        layers: str | None = None,
     ) -> Recipe:
         """Returns the uniform recipe `"w<bits>a<bits>"` for the four linears of every block.
 
         Args:
-            name: such as `"w4a8"`; 16 bits leave that side as it is.
+            name: such as `"w4a8"`; 16 bits leave that side as it is. `"w4a8-all"` quantises every
+                layer and label table, the attention operands excepted.
             params: checked against the recipe when given.
             group_size: input channels that share a scale; 0 is the whole channel.
             act_group_size: the activations' group size; the weights' when None.
@@ -120,18 +171,17 @@ class Recipe:
             per_timestep: of static activations: a range for every calibrated timestep.
             range_fn, act_range_fn: of the weights and of the activations.
             scale_dtype: of the weights' scales, 16 bits each as the paper counts them.
-            layers: the pattern of the layers to quantise.
+            layers: the pattern of the layers to quantise, in place of the blocks' linears.
 
         Raises:
-            ValueError: if the name is no preset, or the pattern matches no layer.
+            ValueError: if the name is no preset or leaves everything at 16 bits, or the pattern
+                cannot be read, matches no layer, or accompanies `-all`.
         """
-        match = PRESET.fullmatch(name)
-        if match is None:
-            raise ValueError(
-                f"recipe={name!r} is no preset; use w<bits>a<bits> such as w8a8, w6a8 or w4a8 "
-                "(bits 2 to 8, or 16 to leave a side as it is), or the path of a recipe.json."
-            )
-        weight_bits, act_bits = map(int, match.groups())
+        weight_bits, act_bits, takes_all = preset_bits(name)
+        if takes_all and layers is not None:
+            raise ValueError(f"layers={layers!r} does not go with recipe={name!r}: give one of both.")
+        if layers is None:
+            layers = EVERY_LAYER if takes_all else BLOCK_LINEARS
         weight = act = None
         if weight_bits != 16:
             weight = WeightSpec(weight_bits, group_size, symmetric, range_fn, scale_dtype)
@@ -162,10 +212,12 @@ class Recipe:
             raise ValueError(f"part={part!r} is not known; use one of {', '.join(PARTS)}.")
         if part == "attention":
             options = {**options, "act_group_size": 0}
-            if not name.startswith("w16"):
+            if preset_bits(name, part)[0] != 16:
                 raise ValueError(
-                    f"name={name!r}: attention operands have no weights; use 'w16a8' or the like."
+                    f"{part}={name!r}: attention operands have no weights; use 'w16a8' or the like."
                 )
+        if preset_bits(name, part)[2]:
+            raise ValueError(f"{part}={name!r}: -all belongs to a whole recipe; leave it out here.")
         added = Recipe.preset(name, layers=PARTS[part], **options)
         return Recipe((*self.rules, *added.rules), f"{self.name}-{part}-{name}")
 
@@ -227,6 +279,27 @@ class Recipe:
         )
 
 
+def preset_bits(name: str, argument: str = "recipe") -> tuple[int, int, bool]:
+    """Returns the bits of weights and inputs that a preset names, and whether of every layer.
+
+    Raises:
+        ValueError: if it is no preset, or leaves both sides at 16 bits; it names the argument.
+    """
+    match = PRESET.fullmatch(name)
+    if match is None:
+        more = ", or the path of a recipe.json" if argument == "recipe" else ""
+        raise ValueError(
+            f"{argument}={name!r} is no preset; use w<bits>a<bits> such as w8a8, w6a8 or w4a8 "
+            f"(bits 2 to 8, or 16 to leave a side as it is; w4a8-all for every layer){more}."
+        )
+    if match[1] == match[2] == "16":
+        raise ValueError(
+            f"{argument}={name!r} quantises nothing: 16 bits leave a side as it is; give one of "
+            "both fewer, such as w4a8 or w16a8."
+        )
+    return int(match[1]), int(match[2]), match[3] is not None
+
+
 def read(path: str | Path) -> dict[str, Any]:
     try:
         data = json.loads(Path(path).read_text())
@@ -246,12 +319,7 @@ def rule_from_json(data: dict[str, Any], where: str) -> Rule:
     if not isinstance(pattern, str):
         raise ValueError(f"{where}: layers={pattern!r} is no regular expression.")
     try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"{where}: layers={pattern!r} is no regular expression: {error}."
-        ) from error
-    try:
+        check_pattern("layers", pattern)
         weight = data.get("weight")
         act = data.get("act")
         spec = LayerSpec(

@@ -1,5 +1,11 @@
 """From a checkpoint to pictures: denoisers, schedules of training, batched generation."""
 
+from qdit_jax.sampling.checks import (
+    DEFAULT_GUIDANCE,
+    check_diffusion_model,
+    check_execution,
+    fitting_guidance,
+)
 from qdit_jax.sampling.generation import (
     Denoiser,
     checked_labels,
@@ -12,10 +18,14 @@ from qdit_jax.sampling.generation import (
 )
 
 __all__ = [
+    "DEFAULT_GUIDANCE",
     "Denoiser",
+    "check_diffusion_model",
+    "check_execution",
     "checked_labels",
     "decode",
     "denoiser",
+    "fitting_guidance",
     "generate",
     "initial_noise",
     "latent_shape",

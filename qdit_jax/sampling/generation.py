@@ -17,7 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from qdit_jax import diffusion
 from qdit_jax.checkpoint import Checkpoint
+from qdit_jax.errors import check_counts, check_finite
 from qdit_jax.quant import select_timestep
+from qdit_jax.sampling.checks import check_diffusion_model, check_execution
 
 PUBLISHED_CHANNELS = 3
 NAMED_BETAS: dict[str, Callable] = {
@@ -54,8 +56,11 @@ def denoiser(
     guided channels, at most all of the latents': 3 as published, None for all as diffusers does.
 
     Raises:
-        ValueError: if guidance is asked of a network without a null class.
+        ValueError: if guidance is asked of a network without a null class, or of more channels than
+            there are (3, as published, are at most all).
     """
+    check_finite(guidance=guidance)
+    check_channels(model, guidance_channels)
     plain = Denoiser(params, model)
     if guidance is None or (isinstance(guidance, int | float) and guidance == 1):
         return plain
@@ -67,6 +72,18 @@ def denoiser(
     channels = None if guidance_channels is None else min(guidance_channels, model.in_channels)
     null_label = np.int32(model.num_classes)
     return diffusion.guided(plain, guidance, null_label=null_label, channels=channels)
+
+
+def check_channels(model: nn.Module, guidance_channels: int | None) -> None:
+    """Raises `ValueError` if so many channels cannot be guided."""
+    if guidance_channels in (None, PUBLISHED_CHANNELS):
+        return
+    check_counts(guidance_channels=guidance_channels)
+    if guidance_channels > model.in_channels:
+        raise ValueError(
+            f"guidance_channels={guidance_channels} is more than the {model.in_channels} channels "
+            "of this model's latents; use guidance_channels=None for all."
+        )
 
 
 def latent_shape(model: nn.Module) -> tuple[int, int, int]:
@@ -155,8 +172,11 @@ def generate(
     every batch with the number of samples in it.
 
     Raises:
-        ValueError: if a label is out of range, there is none, or the batch size is not positive.
+        ValueError: if a label is out of range, there is none, the batch size is not positive, or
+            nothing in the checkpoint executes as asked.
     """
+    check_diffusion_model(checkpoint.model)
+    check_execution(checkpoint.params, execution)
     labels = checked_labels(checkpoint.model, labels)
     mesh = jax.make_mesh(
         (jax.local_device_count(),), ("batch",), (AxisType.Auto,), devices=jax.local_devices()
@@ -198,8 +218,8 @@ def checked_labels(model: nn.Module, labels: Any) -> np.ndarray:
 
 def _batches(num_samples: int, batch_size: int | None, num_devices: int) -> Iterator[np.ndarray]:
     """Yields sample numbers in batches of one size, the last one padded by its last sample."""
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} is not supported; use a positive whole number.")
+    if batch_size is not None:
+        check_counts(batch_size=batch_size)
     default = (4 if jax.default_backend() == "cpu" else 16) * num_devices
     wanted = min(batch_size or default, num_samples)
     size = -(-wanted // num_devices) * num_devices
