@@ -52,7 +52,10 @@ class AllocationSettings:
     def __post_init__(self) -> None:
         check_counts(num_gate=self.num_gate, num_finalists=self.num_finalists)
         check_counts(
-            0, num_estimates=self.num_estimates, num_rounds=self.num_rounds, per_round=self.per_round
+            0,
+            num_estimates=self.num_estimates,
+            num_rounds=self.num_rounds,
+            per_round=self.per_round,
         )
         for rung in self.rungs or (0,):
             check_counts(rungs=rung)

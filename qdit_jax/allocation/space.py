@@ -178,8 +178,7 @@ def matching(pattern: str, paths: Sequence[str], name: str) -> list[str]:
     found = [path for path in paths if re.fullmatch(pattern, path)]
     if not found:
         raise ValueError(
-            f"{name}={pattern!r} matches no layer; "
-            f"layers are named like {paths[0]}, {paths[-1]}."
+            f"{name}={pattern!r} matches no layer; layers are named like {paths[0]}, {paths[-1]}."
         )
     return found
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from qdit_jax.errors import UserError
 
 # More samples, steps or tries than these are a slip of the finger, not a plan.
-LARGEST_COUNT = 100_000_000
+LARGEST_COUNT = 10_000_000
 
 
 class Parser(argparse.ArgumentParser):
@@ -148,14 +148,13 @@ def guidance_channels(text: str) -> int | str:
     """Returns a count of channels, or `all`."""
     if text == "all":
         return text
-    if not text.isdecimal() or not 1 <= int(text[:9]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number, nor 'all'")
-    return int(text)
+    try:
+        return positive_int(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number, nor 'all'") from None
 
 
-def refuse_inert(
-    args: argparse.Namespace, defaults: Mapping[str, Any], reason: str
-) -> None:
+def refuse_inert(args: argparse.Namespace, defaults: Mapping[str, Any], reason: str) -> None:
     """Raises `UserError` for the first option of `defaults` that was given and would do nothing.
 
     An option counts as given if it differs from its default. `reason` ends the sentence

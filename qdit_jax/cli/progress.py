@@ -29,7 +29,12 @@ class Bar:
         resumes: bool = False,
     ) -> None:
         self.shown = is_shown(args)
-        self.settings = {"total": total, "unit": unit, "desc": text, "file": sys.stderr}
+        self.settings: dict[str, Any] = {
+            "total": total,
+            "unit": unit,
+            "desc": text,
+            "file": sys.stderr,
+        }
         self.resumes = resumes
         self.began = time.time()
         self.bar: Any = None
@@ -48,8 +53,33 @@ class Bar:
             self.bar = tqdm(initial=done, **self.settings)
             self.bar.start_t = self.began
             count -= done
+        self.bar.total = max(self.bar.total, self.bar.n + count)
         self.bar.update(count)
 
+    def expect(self, total: int) -> None:
+        """Changes how much there is to do."""
+        self.settings["total"] = total
+        if self.bar is not None:
+            self.bar.total = total
+
+    def note(self, **values: str) -> None:
+        """Shows values behind the bar."""
+        self.settings["postfix"] = values
+        if self.bar is not None:
+            self.bar.set_postfix(values, refresh=False)
+
+    def write(self, text: str) -> None:
+        """Prints a line of results above the bar."""
+        if self.bar is None:
+            print(text, flush=True)
+        else:
+            self.bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the bar, if it ever appeared."""
         if self.bar is not None:
             self.bar.close()

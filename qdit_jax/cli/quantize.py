@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qdit_jax.cli.options import count, pattern, verb_parser
 from qdit_jax.cli.quantize_rounding import (
     RANGES,
     add_rounding_options,
@@ -25,6 +26,7 @@ quantised while the network runs, per token and group. The new checkpoint needs 
 examples:
   qdit quantize xl2 xl2-w4a8 --recipe w4a8 --group-size 128
   qdit quantize xl2 xl2-w8a8 --recipe w8a8 --group-size 0       # one scale a channel
+  qdit quantize xl2 xl2-all --recipe w4a8-all                   # every layer and label table
   qdit quantize xl2 out --recipe recipe.json                    # per-layer settings
   qdit quantize xl2 out --recipe w4a8 --dry-run                 # the plan only, writes nothing
   qdit quantize xl2 out --recipe w4a8 --rounding gptq --range mse --num-samples 64
@@ -45,31 +47,34 @@ PRESET_OPTIONS = (
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "quantize",
-        help="quantise a checkpoint",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Adds the verb with its options."""
+    parser = verb_parser(subparsers, "quantize", HELP)
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a checkpoint folder")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
     parser.add_argument(
-        "--recipe", required=True, help="w4a8, w6a8, w8a8, ... (w<bits>a<bits>), or a recipe.json"
+        "--recipe",
+        required=True,
+        help="w4a8, w6a8, w8a8, ... (w<bits>a<bits>), w4a8-all for every layer, or a recipe.json",
     )
     parser.add_argument(
         "--group-size",
-        type=int,
+        type=count,
         help="input channels a scale; 0 is the whole channel (default 128)",
     )
     parser.add_argument(
-        "--act-group-size", type=int, help="of the activations; the weights' if absent"
+        "--act-group-size", type=count, help="of the activations; the weights' if absent"
     )
     parser.add_argument("--symmetric", action="store_true", help="no zero points")
     parser.add_argument(
         "--range", metavar="RULE", help=f"of the weights: {', '.join(RANGES)} (default minmax)"
     )
     parser.add_argument("--act-mode", choices=ACT_MODES, default="dynamic")
-    parser.add_argument("--layers", help="regular expression of the layers a preset quantises")
+    parser.add_argument(
+        "--layers",
+        type=pattern,
+        metavar="REGEX",
+        help="of the layers that a preset quantises (default: the four linears of every block)",
+    )
     for part in ("adaln", "embedders", "final"):
         parser.add_argument(f"--{part}", metavar="WxAy", help=f"quantise {part} too, as w8a8")
     parser.add_argument(
@@ -87,41 +92,40 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Prints the plan and carries it out; returns the bytes before and after."""
     import qdit_jax as qdit
     from qdit_jax.checkpoint import open_checkpoint
+    from qdit_jax.cli import quantize_table as table
+    from qdit_jax.cli.quantize_checks import check_options
     from qdit_jax.files import check_free
     from qdit_jax.ptq import quantize_checkpoint, sqnr_db
+    from qdit_jax.sampling import check_diffusion_model
 
     if not args.dry_run:
         check_free(args.out, args.force)
     checkpoint = open_checkpoint(args.checkpoint)  # which reads no array
+    check_diffusion_model(checkpoint.model, args.checkpoint)
     recipe = recipe_of(args, checkpoint.params)
+    check_options(args, recipe)
     plans = {p.path: p for p in qdit.plan(checkpoint.params, recipe)}
     needs_stats = any(rule.spec.act and rule.spec.act.mode == "static" for rule in recipe.rules)
     if needs_stats and not args.dry_run and args.stats is None:
         raise qdit.UserError("static activations need --stats FILE from `qdit calibrate`.")
-    width = max(map(len, plans), default=10)
-    title = "error, dB" if args.rounding == "nearest" or args.dry_run else "output error, dB"
-    print(f"{'layer':{width}}  {'K x N':>11}  weights   inputs    bytes before     after  {title}")
+    is_nearest = args.rounding == "nearest" or args.dry_run
+    rows = list(plans.values())
+    print(table.header(rows, table.WEIGHT_RATIO if is_nearest else table.OUTPUT_RATIO))
 
-    def show(path: str, error: str) -> None:
-        plan = plans[path]
-        shape = f"{plan.shape[0]} x {plan.shape[1]}"
-        print(
-            f"{path:{width}}  {shape:>11}  {describe(plan.spec.weight):8}  {describe(plan.spec.act):8}"
-            f"  {plan.bytes_before:12,}  {plan.bytes_after:8,}  {error:>9}",
-            flush=True,
-        )
+    def show(path: str, ratio: str) -> None:
+        print(table.row(plans[path], rows, ratio), flush=True)
 
     if args.dry_run:
         for path in plans:
             show(path, "-")
-        print_totals(plans.values(), checkpoint.params)
-        return
+        return told(table.totals(rows, checkpoint.params), recipe, checkpoint.params)
     stats = None if args.stats is None else qdit.Stats.load(args.stats)
     if args.rounding == "nearest":
-        written = quantize_checkpoint(
+        quantize_checkpoint(
             args.checkpoint,
             args.out,
             recipe=recipe,
@@ -132,8 +136,21 @@ def run(args: argparse.Namespace) -> None:
     else:
         written = rounded_checkpoint(args, checkpoint, recipe, stats, show)
         qdit.save(args.out, written, overwrite=args.force)
-    print_totals(plans.values(), written.params)
+    folders = {"before": args.checkpoint, "after": args.out}
+    found = told(table.totals(rows, checkpoint.params, folders), recipe, checkpoint.params)
     print(f"wrote {args.out}")
+    return {"out": args.out, **found}
+
+
+def told(found: dict[str, Any], recipe: Any, params: Any) -> dict[str, Any]:
+    """Prints the totals and what was left; returns both."""
+    from qdit_jax.cli import quantize_table as table
+
+    print(table.totals_text(found))
+    if (line := table.left_text(recipe, params)) is not None:
+        print(line)
+    left = recipe.operands_left(params)
+    return {"recipe": recipe.name, **found, "attention_operands_left": left}
 
 
 def rounded_checkpoint(
@@ -163,7 +180,7 @@ def recipe_of(args: argparse.Namespace, params: Any) -> Any:
         UserError: if options of a preset accompany a file.
     """
     import qdit_jax as qdit
-    from qdit_jax.recipes import BLOCK_LINEARS, PARTS
+    from qdit_jax.recipes import PARTS
 
     if args.recipe.endswith(".json") or Path(args.recipe).exists():
         given = [name for name in PRESET_OPTIONS if getattr(args, name) is not None]
@@ -181,7 +198,7 @@ def recipe_of(args: argparse.Namespace, params: Any) -> Any:
         "per_timestep": args.act_mode == "static-per-timestep",
         "range_fn": range_named(args.range or "minmax"),
     }
-    recipe = qdit.Recipe.preset(args.recipe, layers=args.layers or BLOCK_LINEARS, **options)
+    recipe = qdit.Recipe.preset(args.recipe, layers=args.layers, **options)
     for part in PARTS:
         if (name := getattr(args, part)) is not None:
             recipe = recipe.with_part(part, name, **options)
@@ -191,22 +208,3 @@ def recipe_of(args: argparse.Namespace, params: Any) -> Any:
         recipe = recipe.with_shifted_gelu(params)
     recipe.resolve(params)
     return recipe
-
-
-def describe(spec: Any) -> str:
-    """Returns a spec in few letters, such as `4b g128`."""
-    if spec is None:
-        return "-"
-    return f"{spec.bits}b g{spec.group_size}" + ("s" if spec.symmetric else "")
-
-
-def print_totals(plans: Any, params: Any) -> None:
-    import jax
-
-    before = sum(plan.bytes_before for plan in plans)
-    after = sum(plan.bytes_after for plan in plans)
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    print(
-        f"{len(plans)} layers: {before:,} -> {after:,} bytes by the formula "
-        f"({before / max(after, 1):.2f}x smaller); all parameters now {held:,} bytes"
-    )

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qdit_jax.cli.options import finite_float, positive_int, share
+
 ROUNDINGS = ("nearest", "gptq", "gptq-authors", "adaround")
 STAGES = ("block", "layer")
 RANGES = ("minmax", "absmax", "percentile:P", "mse", "authors", "authors-mse", "authors-gptq")
@@ -28,15 +30,21 @@ def add_rounding_options(parser: argparse.ArgumentParser) -> None:
         "--items", type=Path, help="inputs from `qdit calibrate --collect`; sampled now if absent"
     )
     group.add_argument(
-        "--num-samples", type=int, default=32, help="trajectories sampled (default 32)"
+        "--num-samples", type=positive_int, default=32, help="trajectories sampled (default 32)"
     )
-    group.add_argument("--steps", type=int, default=50, help="steps a trajectory (default 50)")
-    group.add_argument("--guidance", type=float, default=1.5)
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--batch-size", type=int, default=8)
+    group.add_argument(
+        "--steps", type=positive_int, default=50, help="steps of a trajectory (default 50)"
+    )
+    group.add_argument(
+        "--guidance", type=finite_float, default=1.5, help="1 turns it off (default 1.5)"
+    )
+    group.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    group.add_argument(
+        "--batch-size", type=positive_int, default=8, help="samples at once (default 8)"
+    )
     group.add_argument(
         "--holdout",
-        type=float,
+        type=share,
         help="share of trajectories that check each layer against nearest (default 0.25; "
         "0 for gptq-authors)",
     )
@@ -75,9 +83,8 @@ def round_on_inputs(
     show: Callable[[str, str], None],
 ) -> Any:
     """Returns the parameters rounded as `--rounding` says, showing every layer."""
-    from tqdm import tqdm
-
     from qdit_jax.calibration import Items, layers_in_order
+    from qdit_jax.cli.progress import Bar
     from qdit_jax.models import Linear
     from qdit_jax.ptq import rounding
 
@@ -101,7 +108,7 @@ def round_on_inputs(
             note += "  kept nearest"
         show(layer.path, note)
 
-    with tqdm(total=total, unit="batch", disable=None) as bar:
+    with Bar(args, total, "batch", "rounding") as bar:
         params = rounding.round_params(
             model,
             checkpoint.params,

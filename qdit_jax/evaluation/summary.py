@@ -12,6 +12,7 @@ import numpy as np
 from qdit_jax import metrics
 from qdit_jax.evaluation.runs import Contender, Run
 from qdit_jax.evaluation.store import collect
+from qdit_jax.report import provenance
 
 Table = Mapping[str, Sequence[np.ndarray]]  # a measure's arrays, one a shard
 
@@ -43,6 +44,7 @@ def summarize(
     device = sorted({str(name) for name in table["device"]})
     summary: dict[str, Any] = {
         "settings": {**run.settings, "device": device},
+        "made": provenance(),
         "models": [model_facts(run, table, i, c) for i, c in enumerate(contenders)],
         "paired": {c.title: paired(table, i) for i, c in pairs},
         "trajectory": {c.title: trajectory(table, i) for i, c in pairs},
@@ -66,6 +68,7 @@ def model_facts(run: Run, table: Table, number: int, contender: Contender) -> di
         "execution": execution(contender, run.settings["execution"]),
         "bytes": num_bytes(checkpoint.params),
         "seconds_per_sample": float(np.median(seconds)) / batch,
+        "num_timings": len(seconds),
         "compile_seconds": float(compile_seconds.max()),
     }
 

@@ -179,7 +179,9 @@ class Recipe:
         """
         weight_bits, act_bits, takes_all = preset_bits(name)
         if takes_all and layers is not None:
-            raise ValueError(f"layers={layers!r} does not go with recipe={name!r}: give one of both.")
+            raise ValueError(
+                f"layers={layers!r} does not go with recipe={name!r}: give one of both."
+            )
         if layers is None:
             layers = EVERY_LAYER if takes_all else BLOCK_LINEARS
         weight = act = None

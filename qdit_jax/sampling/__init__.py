@@ -7,6 +7,7 @@ from qdit_jax.sampling.checks import (
     fitting_guidance,
 )
 from qdit_jax.sampling.generation import (
+    PUBLISHED_CHANNELS,
     Denoiser,
     checked_labels,
     decode,
@@ -19,6 +20,7 @@ from qdit_jax.sampling.generation import (
 
 __all__ = [
     "DEFAULT_GUIDANCE",
+    "PUBLISHED_CHANNELS",
     "Denoiser",
     "check_diffusion_model",
     "check_execution",
