@@ -50,8 +50,8 @@ def with_autoencoder(checkpoint: Checkpoint, path: Path | None) -> Checkpoint:
     vae = load(path)
     if not hasattr(vae.model, "decode"):
         raise UserError(
-            f"--vae {path} holds a {type(vae.model).__name__}, no autoencoder; convert one with "
-            "`qdit convert sd-vae-ft-mse/ vae`."
+            f"--vae {path} holds no autoencoder but a {type(vae.model).__name__}; convert one "
+            "with `qdit convert sd-vae-ft-mse/ vae`."
         )
     made, taken = checkpoint.model.in_channels, vae.model.latent_channels
     if made != taken:

@@ -176,6 +176,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
         return evaluate_files(args)
     if args.reference is None:
+        if args.features != OF_SCORES["features"]:
+            raise UserError(
+                "--features needs --reference: scores compare features with a reference's."
+            )
         refuse_inert(args, OF_SCORES, "scores compare with a --reference, and none is given")
     from qdit_jax.cli.evaluate_models import evaluate_models
 

@@ -64,9 +64,10 @@ def verb_parser(subparsers: Any, name: str, description: str, **options: Any) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
         **options,
     )
-    add = parser.add_argument_group("of every verb").add_argument
+    group = parser.add_argument_group("of every verb")
+    add = group.add_argument
     add("--json", action="store_true", help="one JSON object on stdout, all else on stderr")
-    volume = parser.add_mutually_exclusive_group()
+    volume = group.add_mutually_exclusive_group()
     volume.add_argument("--quiet", action="store_true", help="no progress, no notes")
     volume.add_argument("--verbose", action="store_true", help="what other libraries say as well")
     add("--debug", action="store_true", help="show the traceback of a failure")
