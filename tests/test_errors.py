@@ -17,14 +17,14 @@ def test_counts_name_the_first_that_is_wrong():
         ):
             check_counts(a=1, b=value)
     for value in (1.5, "2", None):
-        with pytest.raises(TypeError, match="^steps=.* is not supported; use a whole number"):
+        with pytest.raises(TypeError, match=r"^steps=.* is not supported; use a whole number"):
             check_counts(steps=value)
 
 
 def test_numbers_are_finite_and_arrays_pass():
     check_finite(a=1, b=None, c=np.array(np.nan))
     for value in (float("nan"), float("inf"), np.float64("-inf")):
-        with pytest.raises(ValueError, match="guidance=.* is not supported; use a finite number"):
+        with pytest.raises(ValueError, match=r"guidance=.* is not supported; use a finite number"):
             check_finite(guidance=value)
 
 

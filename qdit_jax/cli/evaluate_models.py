@@ -39,7 +39,7 @@ from qdit_jax.evaluation import (
 )
 from qdit_jax.files import replaced_file
 from qdit_jax.report import save_picture
-from qdit_jax.sampling import check_execution, decode, latent_shape
+from qdit_jax.sampling import check_execution, decode, denoiser, latent_shape
 
 DEFAULT_OUT = Path("qdit-evaluate")
 
@@ -57,6 +57,8 @@ def evaluate_models(args: argparse.Namespace) -> dict[str, Any]:
     if out.suffix in (".json", ".html", ".npz", ".png"):
         raise UserError(f"--out {out}: of checkpoints, it is a folder for all results.")
     contenders = loaded(args)
+    for contender in contenders:  # what guidance does not fit, before the folder is made
+        denoiser(contender.checkpoint.model, {}, args.guidance, args.guidance_channels)
     protocol = chosen_protocol(args, contenders)
     judge = None
     if args.reference is not None:

@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return told(table.totals(rows, checkpoint.params), recipe, checkpoint.params)
     stats = None if args.stats is None else qdit.Stats.load(args.stats)
     if args.rounding == "nearest":
-        quantize_checkpoint(
+        written = quantize_checkpoint(
             args.checkpoint,
             args.out,
             recipe=recipe,
@@ -137,7 +137,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         written = rounded_checkpoint(args, checkpoint, recipe, stats, show)
         qdit.save(args.out, written, overwrite=args.force)
     folders = {"before": args.checkpoint, "after": args.out}
-    found = told(table.totals(rows, checkpoint.params, folders), recipe, checkpoint.params)
+    totals = table.totals(rows, checkpoint.params, written.params, folders)
+    found = told(totals, recipe, checkpoint.params)
     print(f"wrote {args.out}")
     return {"out": args.out, **found}
 

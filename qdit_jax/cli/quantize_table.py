@@ -48,23 +48,30 @@ def short(spec: Any, num_channels: int) -> str:
 
 
 def totals(
-    plans: Sequence[LayerPlan], params: Any, folders: Mapping[str, Path] | None = None
+    plans: Sequence[LayerPlan],
+    params: Any,
+    written: Any = None,
+    folders: Mapping[str, Path] | None = None,
 ) -> dict[str, Any]:
     """Returns bytes before and after: of the layers, of all parameters, and on disk.
 
     Args:
         params: the parameters before quantising; abstract ones will do.
+        written: those after it, if it was done; else the plan's bytes are counted.
         folders: the checkpoints `before` and `after`, once both are written.
     """
     layers = {
         "before": sum(plan.bytes_before for plan in plans),
         "after": sum(plan.bytes_after for plan in plans),
     }
-    whole = sum(nbytes(leaf) for leaf in jax.tree.leaves(params))
+    whole = sum(map(nbytes, jax.tree.leaves(params)))
+    after = whole - layers["before"] + layers["after"]
+    if written is not None:
+        after = sum(map(nbytes, jax.tree.leaves(written)))
     found = {
         "num_layers": len(plans),
         "layers": layers,
-        "parameters": {"before": whole, "after": whole - layers["before"] + layers["after"]},
+        "parameters": {"before": whole, "after": after},
     }
     if folders is not None:
         found["disk"] = {side: disk_bytes(path) for side, path in folders.items()}
@@ -74,12 +81,12 @@ def totals(
 def totals_text(found: Mapping[str, Any]) -> str:
     """Returns `totals` as lines: what the whole checkpoint did first, its layers after."""
     names = {
-        "parameters": "all parameters",
-        "disk": "on disk",
-        "layers": f"of them the {found['num_layers']} layers quantised, by the formula",
+        "parameters": "bytes of all parameters",
+        "disk": "bytes on disk",
+        "layers": f"{found['num_layers']} layers of these, bytes by the formula",
     }
     return "\n".join(
-        f"{text}: {found[name]['before']:,} -> {found[name]['after']:,} bytes "
+        f"{text}: {found[name]['before']:,} -> {found[name]['after']:,} "
         f"({found[name]['before'] / max(found[name]['after'], 1):.2f}x smaller)"
         for name, text in names.items()
         if name in found

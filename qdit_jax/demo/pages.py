@@ -72,17 +72,21 @@ def row(outcome: Any, full: Any) -> list[str]:
 def figure(outcomes: Sequence[Any]) -> Figure:
     """Returns a chart of bytes against closeness, one point a model."""
     with matplotlib.rc_context({"font.size": 9}):
-        chart = Figure(figsize=(7, 4), layout="constrained")
+        chart = Figure(figsize=(8.5, 4), layout="constrained")
         axes = chart.subplots()
         for outcome in outcomes:
             near = outcome.closeness
             spread = [[near.estimate - near.low], [near.high - near.estimate]]
-            axes.errorbar(outcome.num_bytes / 1e6, near.estimate, spread, fmt="o", capsize=3)
-            axes.annotate(
-                outcome.title, (outcome.num_bytes / 1e6, near.estimate),
-                textcoords="offset points", xytext=(6, 4),
-            )  # fmt: skip
+            axes.errorbar(
+                outcome.num_bytes / 1e6,
+                near.estimate,
+                spread,
+                fmt="o",
+                capsize=3,
+                label=outcome.title,
+            )
         axes.set(xlabel="megabytes of parameters", ylabel="closeness to full precision, dB")
-        axes.margins(x=0.35, y=0.2)
+        axes.margins(0.1)
         axes.grid(alpha=0.3)
+        chart.legend(loc="outside right center", frameon=False)  # names beside points overlap
     return chart

@@ -23,8 +23,10 @@ def check_diffusion_model(model: nn.Module, name: Any = "the checkpoint") -> Non
         family = f" (family {family_of(model)})"
     except TypeError:
         family = ""
+    kind = type(model).__name__
+    article = "an" if kind[0] in "AEIOU" else "a"
     raise ValueError(
-        f"{name} holds a {type(model).__name__}{family}, which is no diffusion model and makes no "
+        f"{name} holds {article} {kind}{family}, which is no diffusion model and makes no "
         "pictures by itself; give the checkpoint of a diffusion transformer, such as a DiT's."
     )
 
