@@ -119,6 +119,11 @@ def search_space(
         act_group_size,
         {"symmetric": symmetric, "range_fn": range_fn},
     )
+    if choices == (LayerSpec(),):
+        raise ValueError(
+            f"weight_bits={weight_bits} with act_bits={act_bits} quantises nothing: 16 bits leave a "
+            "side as it is; give one of both fewer."
+        )
     by_path = dict.fromkeys(paths, choices)
     for pattern, kept in (pinned or {}).items():
         spec = kept if isinstance(kept, LayerSpec) else resized(choices[0], kept)

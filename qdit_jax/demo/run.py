@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -99,27 +100,29 @@ def run_demo(
 ) -> dict[str, Any]:
     """Runs every stage and writes its results to the folder `out`; an existing folder is renewed.
 
-    Returns what metrics.json holds. `say` is given lines of text; `bar_fn` makes progress bars.
+    Returns what metrics.json holds. `say` is given the results as text, the log what is being done;
+    `bar_fn` makes progress bars.
 
     Raises:
         UserError: if `out` is a file.
     """
     out.mkdir(parents=True, exist_ok=True)
-    say(f"1/5 convert: the packaged PyTorch-layout weights -> {out / 'model'}")
+    note = logging.getLogger(__name__).info
+    note(f"1/5 convert: the packaged PyTorch-layout weights -> {out / 'model'}")
     checkpoint = convert_packaged(out / "model")
-    say("2/5 calibrate: ranges of every layer's input, over timesteps, labels and the null class")
+    note("2/5 calibrate: ranges of every layer's input, over timesteps, labels and the null class")
     stats = calibrate_packaged(checkpoint, settings, bar_fn)
     stats.save(out / "stats.npz")
-    say("3/5 quantise: one checkpoint a recipe")
+    note("3/5 quantise: one checkpoint a recipe")
     checkpoints = {"full precision": checkpoint}
     for title, recipe in recipes(checkpoint.params, settings.quick).items():
         folder = out / recipe_folder(recipe)
         params = quantize_params(checkpoint.params, recipe=recipe, stats=stats)
         save(folder, dataclasses.replace(checkpoint, params=params, recipe=recipe), overwrite=True)
         checkpoints[title] = load(folder)
-    say("4/5 sample: the same noise and labels with each")
+    note("4/5 sample: the same noise and labels with each")
     outcomes = compare(checkpoints, settings, bar_fn)
-    say("5/5 report")
+    note("5/5 report")
     content = write_metrics(out / "metrics.json", outcomes, settings)
     write_pictures(out / "pictures.png", outcomes)
     write_summary(out / "report.html", outcomes, settings, content["made"])
@@ -195,7 +198,7 @@ def timed(checkpoint: Checkpoint, settings: DemoSettings) -> tuple[np.ndarray, f
         seed=settings.seed,
         guidance=settings.guidance,
         batch_size=settings.num_samples,
-        execution=settings.execution,
+        execution="simulated" if checkpoint.recipe is None else settings.execution,
     )
     return images, time.perf_counter() - began
 

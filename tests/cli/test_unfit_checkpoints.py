@@ -109,7 +109,7 @@ def test_a_search_names_the_count_that_is_wrong(name):
 def test_an_evolution_names_the_count_that_is_wrong(name):
     with pytest.raises(ValueError, match=f"^{name}=0 is not supported"):
         EvolutionSettings(**{name: 0})
-    with pytest.raises(ValueError, match="^num_generations=-1 is not supported"):
+    with pytest.raises(ValueError, match=r"^num_generations=-1 is not supported"):
         EvolutionSettings(num_generations=-1)
 
 
