@@ -32,7 +32,6 @@ from flax.traverse_util import flatten_dict
 import qdit_jax as qdit
 from qdit_jax.memory import give_back_freed_memory
 from qdit_jax.quant import integer_codes, quantize
-from qdit_jax.recipes import BLOCK_LINEARS
 
 GROUP_SIZE = 128
 BITS = 4
@@ -55,7 +54,7 @@ def main() -> None:
     give_back_freed_memory()
     kernels = kernels_of(args.checkpoint, args.layers)
     weights = sum(w.size for w in kernels.values())
-    blocks = qdit.Recipe.preset("w4a16", layers=BLOCK_LINEARS)
+    blocks = qdit.Recipe.preset("w4a16", layers="part:blocks")
     print(f"{len(kernels)} layers, {weights / 1e6:.0f} million weights, {os.cpu_count()} cores")
     print(f"{'rule':18} {'layers':14} {'first run, s':>13} {'again, s':>9} {'CPU s again':>12}")
     found: dict[str, Any] = {"layers": len(kernels), "weights": weights, "cores": os.cpu_count()}

@@ -44,7 +44,7 @@ from qdit_jax.allocation import (
 )
 from qdit_jax.calibration import default_sampler
 from qdit_jax.metrics import paired_test
-from qdit_jax.models import DiT, published_config
+from qdit_jax.models import DiT, published_config, rows_per_sample
 from qdit_jax.testing import realistic_dit
 
 METHODS = ("qdit-paper", "qdit-release", "random", "default")
@@ -99,7 +99,8 @@ def candidate_cost(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Returns seconds of a candidate and of a plain quantised rollout, the least of several."""
     checkpoint = checkpoint_of(args, name)
     params = checkpoint.params
-    space = search_space(params, group_sizes=args.group_sizes)
+    rows = rows_per_sample(checkpoint.model)
+    space = search_space(params, rows=rows, group_sizes=args.group_sizes)
     rollout = Rollout.of(checkpoint.model, default_sampler(checkpoint, args.steps), 1.5)
     data = seeds(checkpoint.model, jax.random.key(0), 1, args.batch_size)
     evaluator = Evaluator(space, params, paired_error(rollout, params, *data))
@@ -145,14 +146,13 @@ def compare(args: argparse.Namespace) -> None:
     checkpoint = checkpoint_of(args)
     weight_bits, act_bits = (int(bits) for bits in args.bits.removeprefix("w").split("a"))
     bits = {"weight_bits": weight_bits, "act_bits": act_bits, "group_sizes": args.group_sizes}
-    space = search_space(checkpoint.params, **bits)
+    space = search_space(checkpoint.params, rows=rows_per_sample(checkpoint.model), **bits)
     rollout = Rollout.of(checkpoint.model, default_sampler(checkpoint, args.steps), 1.5)
     # Seeds that no search saw: another key.
     fresh = seeds(checkpoint.model, jax.random.key(10_000), args.fresh_batches, args.batch_size)
     objective = paired_error(rollout, checkpoint.params, *fresh)
     size = int(args.budget.rpartition("-g")[2])
-    tokens = (checkpoint.model.input_size // checkpoint.model.patch_size) ** 2
-    uniform_bitops = total_cost(cost_table(space, BitOps(tokens)), uniform_assignment(space, size))
+    uniform_bitops = total_cost(cost_table(space, BitOps()), uniform_assignment(space, size))
     path = args.out / f"methods-{args.bits}.json"
     results = started(path, args)
     known = {(row["method"], row["key"]) for row in results["runs"]}
@@ -186,7 +186,7 @@ def compare(args: argparse.Namespace) -> None:
             **bits,
             symmetric=False,  # also for the release's search: only what it varies is compared
         )
-        bitops = total_cost(cost_table(found.space, BitOps(tokens)), found.assignment)
+        bitops = total_cost(cost_table(found.space, BitOps()), found.assignment)
         errors = errors_of(found.space, found.assignment)
         test = paired_test(errors, uniform)
         report = found.history["report"]

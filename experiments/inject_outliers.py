@@ -51,7 +51,7 @@ from testbed_measures import read_checkpoint
 
 import qdit_jax as qdit
 from qdit_jax.methods import fold_inputs, producers
-from qdit_jax.models import TimestepEmbedder
+from qdit_jax.models import FAMILIES, TimestepEmbedder
 
 NUM_TIMESTEPS = 32
 
@@ -114,9 +114,10 @@ def modulation_over_time(model: Any, params: Any) -> list[np.ndarray]:
 
 def channel_size(modulation: np.ndarray, path: str) -> np.ndarray:
     """Returns the root mean square `[S, D]` of a layer's modulated input: the norm's is 1."""
-    width = modulation.shape[1] // 6
+    family = FAMILIES["dit"]
     parts = [
-        modulation[:, p.chunk * width : (p.chunk + 1) * width] + p.offset for p in producers(path)
+        modulation[:, family.chunk(p.layer, p.output, modulation.shape[1])] + p.offset
+        for p in producers(path, family)
     ]
     return np.sqrt(sum(np.square(part) for part in parts)) + 1e-3
 

@@ -17,9 +17,9 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 import qdit_jax as qdit
-from qdit_jax.calibration import trajectories
+from qdit_jax.calibration import conditional_and_null, trajectory
 from qdit_jax.models import Linear
-from qdit_jax.sampling import denoiser
+from qdit_jax.sampling import conditions_in_turn, denoiser
 
 KINDS = {"qkv": "attn/qkv", "proj": "attn/proj", "fc1": "mlp/fc1", "fc2": "mlp/fc2"}
 CONDITIONAL, NULL = 0, 1
@@ -79,10 +79,13 @@ def collect(
     model, params = checkpoint.model, checkpoint.params
     halves = 2 if model.null_class else 1
     guided = denoiser(model, params, guidance if model.null_class else None)
-    steps = trajectories(guided, sampler, model, key, num_samples, num_samples, None)
+    index = np.arange(num_samples)
+    condition = conditions_in_turn(model, None, index)
+    inputs, timesteps = trajectory(guided, sampler, model, key, index, condition)
     seen = [
         jax.device_get(layer_measures(params, x, jnp.full(len(x), at), label, model=model))
-        for at, x, label in steps
+        for at, x in zip(np.asarray(timesteps).tolist(), inputs, strict=True)
+        for label in conditional_and_null(model, params, condition).values()
     ]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *seen)
     return jax.tree.map(lambda a: np.moveaxis(a.reshape(-1, halves, *a.shape[1:]), 1, 0), stacked)

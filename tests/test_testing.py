@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from tiny_models import layer_ranges
 
 from qdit_jax import Recipe, quantize_params
 from qdit_jax.calibration import Stats
-from qdit_jax.calibration.recording import layer_ranges
 from qdit_jax.metrics import signal_to_noise_db
 from qdit_jax.models import DiT
 from qdit_jax.testing import realistic_dit

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qdit_jax.calibration.recording import observe_call
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.models import AutoencoderKL, DiT
 
@@ -42,3 +43,10 @@ def tiny_vae():
         lambda leaf: jnp.asarray(0.1 * rng.standard_normal(leaf.shape), jnp.float32), shapes
     )
     return Checkpoint(model, params)
+
+
+def layer_ranges(params, x, timestep, condition, *, model):
+    """Returns `{layer: (low [K], high [K])}` of one call of the network."""
+    found = observe_call(params, x, timestep, condition, model=model, hessians=None, num_tokens=0)
+    paths = [name.removeprefix("low/") for name in found if name.startswith("low/")]
+    return {path: (found[f"low/{path}"], found[f"high/{path}"]) for path in paths}

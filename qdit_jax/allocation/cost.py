@@ -10,7 +10,6 @@ G segments of K inside which weights and inputs have one scale.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,8 +21,6 @@ from qdit_jax.recipes import LayerSpec
 
 CostFn = Callable[[SearchLayer, LayerSpec], float]
 
-# These layers see one condition vector a sample, not tokens.
-CONDITION_LAYERS = r"t_embedder/.*|y_embedder/.*|.*adaLN_modulation"
 FLOAT32_MAC = 1024  # bit operations: 32 x 32
 # Clamping at both ends and rounding one value: three float32 operations of 32 bits, and the
 # multiplication by the reciprocal scale.
@@ -50,11 +47,6 @@ def total_cost(table: list[np.ndarray], assignment: Any) -> Any:
     """Returns the cost of assignments `[..., L]`, float64 `[...]`."""
     assignment = np.asarray(assignment)
     return sum(row[assignment[..., i]] for i, row in enumerate(table))
-
-
-def tokens_of(layer: SearchLayer, num_tokens: int) -> int:
-    """Returns how many rows a sample sends through the layer."""
-    return 1 if re.fullmatch(CONDITION_LAYERS, layer.path) else num_tokens
 
 
 def side_bits(spec: LayerSpec) -> tuple[int, int]:
@@ -94,17 +86,17 @@ class BitOps:
     q_v and q_g to quantise a value and a group of the input. Without the second term the budget
     would not depend on the group size. A side left as it is counts 16 bits and no overhead.
 
+    T is the layer's own `rows`.
+
     Attributes:
-        num_tokens: T of the layers that see tokens.
         accumulator: bit operations of one multiply-add: 1024 in float32, 256 in float16.
     """
 
-    num_tokens: int
     accumulator: int = FLOAT32_MAC
 
     def __call__(self, layer: SearchLayer, spec: LayerSpec) -> float:
         num_channels, width = layer.shape
-        tokens = tokens_of(layer, self.num_tokens)
+        tokens = layer.rows
         b_w, b_a = side_bits(spec)
         total = tokens * num_channels * width * b_w * b_a
         if spec.weight is not None and spec.act is not None:
@@ -157,7 +149,6 @@ class HardwareCost:
         rescale: price of one float32 multiply-add.
     """
 
-    num_tokens: int
     depth8: int
     depth4: int
     rate4: float
@@ -165,7 +156,7 @@ class HardwareCost:
 
     def __call__(self, layer: SearchLayer, spec: LayerSpec) -> float:
         num_channels, width = layer.shape
-        tokens = tokens_of(layer, self.num_tokens)
+        tokens = layer.rows
         bits = max(side_bits(spec))
         depth = self.depth4 if bits <= 4 else self.depth8
         rate = {4: self.rate4, 8: 1.0, 16: 0.5}[next(b for b in (4, 8, 16) if bits <= b)]
@@ -187,11 +178,9 @@ class CpuCost:
     and 1.04 of a float32 product at group sizes 32, 128 and 288. `length` is K / G.
     """
 
-    num_tokens: int
-
     def __call__(self, layer: SearchLayer, spec: LayerSpec) -> float:
         num_channels, width = layer.shape
-        macs = tokens_of(layer, self.num_tokens) * num_channels * width
+        macs = layer.rows * num_channels * width
         if spec.weight is None or spec.act is None:
             return float(macs)
         return macs * (0.95 + 25.0 * num_segments(layer, spec) / num_channels)
@@ -207,31 +196,31 @@ def segment_lengths(layer: SearchLayer, spec: LayerSpec) -> np.ndarray:
     return np.diff(sorted(edges))
 
 
-def gpu_cost(num_tokens: int) -> HardwareCost:
+def gpu_cost() -> HardwareCost:
     """Returns the profile of a tensor-core GPU.
 
     Depth 32 at 8 bits and 64 at 4; a float32 multiply-add outside the tensor cores takes the time
     of about 30 8-bit ones inside (H100 data sheet: 1979 TOPS against 67 TFLOPS).
     """
-    return HardwareCost(num_tokens, depth8=32, depth4=64, rate4=2.0, rescale=30.0)
+    return HardwareCost(depth8=32, depth4=64, rate4=2.0, rescale=30.0)
 
 
-def tpu_cost(num_tokens: int) -> HardwareCost:
+def tpu_cost() -> HardwareCost:
     """Returns the profile of a TPU: a contraction 128 deep, so a group g < 128 costs 128 / g.
 
     A float32 multiply-add of the vector unit is taken to cost 60 8-bit ones of the matrix unit.
     """
-    return HardwareCost(num_tokens, depth8=128, depth4=128, rate4=1.0, rescale=60.0)
+    return HardwareCost(depth8=128, depth4=128, rate4=1.0, rescale=60.0)
 
 
-def named_costs(num_tokens: int) -> Mapping[str, CostFn]:
+def named_costs() -> Mapping[str, CostFn]:
     """Returns the cost functions that a budget can name."""
     return {
-        "bitops": BitOps(num_tokens),
-        "bitops16": BitOps(num_tokens, accumulator=256),
+        "bitops": BitOps(),
+        "bitops16": BitOps(accumulator=256),
         "bytes": Bytes(),
-        "gpu": gpu_cost(num_tokens),
-        "tpu": tpu_cost(num_tokens),
-        "cpu": CpuCost(num_tokens),
+        "gpu": gpu_cost(),
+        "tpu": tpu_cost(),
+        "cpu": CpuCost(),
         "mean-group": MeanGroup(),
     }

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-# (params, noise [B, H, W, C], label [B], key [B]) -> latents [B, H, W, C]; a registered pytree
+# (params, noise [B, H, W, C], condition, key [B]) -> latents [B, H, W, C]; a registered pytree
 # (`jax.tree_util.Partial` for example) if it holds arrays.
 SampleFn = Callable[[Any, Any, Any, Any], Any]
 
@@ -39,23 +39,24 @@ class Objective(Protocol):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["sample_fn", "noise", "label", "keys", "reference"],
+    data_fields=["sample_fn", "noise", "condition", "keys", "reference"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class PairedError:
-    """Squared error of final latents against full precision: same noise, labels, steps, guidance.
+    """Squared error of final latents against full precision: same noise, conditions, steps, guidance.
 
     A sample's error is its mean squared difference over the mean square of the reference latents.
 
     Attributes:
         noise, reference: `[J, B, H, W, C]`.
-        label, keys: `[J, B]`.
+        condition: a pytree of arrays `[J, B, ...]`.
+        keys: `[J, B]`.
     """
 
     sample_fn: Any
     noise: Any
-    label: Any
+    condition: Any
     keys: Any
     reference: Any
 
@@ -66,7 +67,7 @@ class PairedError:
 
     def measure(self, params: Any, batch: Any) -> Float[Array, " B"]:
         """Returns every sample's error."""
-        final = self.sample_fn(params, self.noise[batch], self.label[batch], self.keys[batch])
+        final = self.sample_fn(params, *taken((self.noise, self.condition, self.keys), batch))
         gap = jnp.square(final - self.reference[batch]).mean(axis=tuple(range(1, final.ndim)))
         return gap / jnp.square(self.reference).mean()
 
@@ -75,24 +76,30 @@ class PairedError:
         return float(np.mean(measured, dtype=np.float64))
 
 
+def taken(data: Any, batch: Any) -> Any:
+    """Returns one batch of a tree of arrays `[J, ...]`."""
+    return jax.tree.map(lambda leaf: leaf[batch], data)
+
+
 def paired_error(
-    sample_fn: SampleFn, params: Any, noise: Any, label: Any, keys: Any
+    sample_fn: SampleFn, params: Any, noise: Any, condition: Any, keys: Any
 ) -> PairedError:
     """Returns the paired objective with its reference sampled from full-precision `params`.
 
     Args:
-        noise: `[J, B, H, W, C]`; label, keys: `[J, B]`.
+        noise: `[J, B, H, W, C]`; condition: a pytree `[J, B, ...]`; keys: `[J, B]`.
     """
-    noise, label = jnp.asarray(noise), jnp.asarray(label)
+    noise, condition = jax.tree.map(jnp.asarray, (noise, condition))
     run = jax.jit(lambda sample_fn, *data: sample_fn(*data))
     sample_fn = as_pytree(sample_fn)
-    final = [run(sample_fn, params, *data) for data in zip(noise, label, keys, strict=True)]
-    return PairedError(sample_fn, noise, label, keys, jnp.stack(final))
+    data = (noise, condition, keys)
+    final = [run(sample_fn, params, *taken(data, batch)) for batch in range(len(noise))]
+    return PairedError(sample_fn, noise, condition, keys, jnp.stack(final))
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["sample_fn", "features_fn", "noise", "label", "keys"],
+    data_fields=["sample_fn", "features_fn", "noise", "condition", "keys"],
     meta_fields=["distance_fn"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,13 +110,13 @@ class FeatureDistance:
         features_fn: `(latents [B, H, W, C]) -> [B, ...]`, features or the images from which
             `distance_fn` makes them; decoding included; traced.
         distance_fn: `(features [N, ...]) -> float`, on the host; it knows the reference.
-        noise, label, keys: as in `PairedError`.
+        noise, condition, keys: as in `PairedError`.
     """
 
     sample_fn: Any
     features_fn: Any
     noise: Any
-    label: Any
+    condition: Any
     keys: Any
     distance_fn: Any
 
@@ -120,7 +127,7 @@ class FeatureDistance:
 
     def measure(self, params: Any, batch: Any) -> Array:
         """Returns the features of one batch of samples."""
-        final = self.sample_fn(params, self.noise[batch], self.label[batch], self.keys[batch])
+        final = self.sample_fn(params, *taken((self.noise, self.condition, self.keys), batch))
         return self.features_fn(final)
 
     def score(self, measured: Any) -> float:
@@ -134,11 +141,11 @@ def feature_distance(
     features_fn: Callable[[Any], Any],
     distance_fn: Callable[[Any], float],
     noise: Any,
-    label: Any,
+    condition: Any,
     keys: Any,
 ) -> FeatureDistance:
     """Returns the objective of the paper's kind; see `FeatureDistance` for the arguments."""
-    arrays = jnp.asarray(noise), jnp.asarray(label), keys
+    arrays = *jax.tree.map(jnp.asarray, (noise, condition)), keys
     return FeatureDistance(as_pytree(sample_fn), as_pytree(features_fn), *arrays, distance_fn)
 
 

@@ -16,12 +16,11 @@ import numpy as np
 from flax import linen as nn
 
 from qdit_jax import diffusion, metrics
-from qdit_jax.allocation.objectives import FeatureDistance, SampleFn, feature_distance
+from qdit_jax.allocation.objectives import FeatureDistance, SampleFn, feature_distance, taken
 from qdit_jax.allocation.sensitivity import Prediction, effects, prediction
 from qdit_jax.allocation.space import Space
 from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.models import Linear
-from qdit_jax.sampling import denoiser, fitting_guidance, initial_noise, latent_shape
+from qdit_jax.sampling import conditions_in_turn, denoiser, fitting_guidance, initial_noise
 
 
 @partial(
@@ -29,7 +28,7 @@ from qdit_jax.sampling import denoiser, fitting_guidance, initial_noise, latent_
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rollout:
-    """`(params, noise, label, key) -> final latents`: a network's sampler, parameters left open."""
+    """`(params, noise, condition, key) -> final latents`: a network's sampler, parameters left open."""
 
     sampler: Any
     guidance: Any
@@ -47,12 +46,12 @@ class Rollout:
             return cls(sampler, None, model)
         return cls(sampler, float(guidance), model)
 
-    def __call__(self, params: Any, noise: Any, label: Any, key: Any) -> Any:
+    def __call__(self, params: Any, noise: Any, condition: Any, key: Any) -> Any:
         """Returns the latents at the end of the walk."""
         denoise_fn = denoiser(self.model, params, self.guidance)
-        return diffusion.sample(denoise_fn, self.sampler, noise, label, key)
+        return diffusion.sample(denoise_fn, self.sampler, noise, condition, key)
 
-    def step(self, params: Any, x: Any, label: Any, key: Any, step: Any) -> Any:
+    def step(self, params: Any, x: Any, condition: Any, key: Any, step: Any) -> Any:
         """Returns the latents after one step; the same walk as the whole call, step by step."""
         denoise_fn = denoiser(self.model, params, self.guidance)
         row = jax.tree.map(lambda a: jnp.asarray(a)[step], self.sampler.table)
@@ -60,7 +59,7 @@ class Rollout:
         if self.sampler.stochastic:
             keys = jax.vmap(jax.random.fold_in, (0, None))(key, step)
             noise = jax.vmap(lambda one: jax.random.normal(one, x.shape[1:], x.dtype))(keys)
-        return self.sampler.step(denoise_fn, x, label, row, noise).x_next
+        return self.sampler.step(denoise_fn, x, condition, row, noise).x_next
 
     @property
     def num_steps(self) -> int:
@@ -86,17 +85,24 @@ class OneStep:
 
 
 def seeds(
-    model: nn.Module, key: Any, num_batches: int, batch_size: int, first: int = 0
+    model: Any,
+    key: Any,
+    num_batches: int,
+    batch_size: int,
+    first: int = 0,
+    conditions: Any = None,
 ) -> tuple[Any, Any, Any]:
-    """Returns noise `[J, B, H, W, C]`, labels `[J, B]` in turn and keys `[J, B]`.
+    """Returns noise `[J, B, H, W, C]`, conditions `[J, B, ...]` in turn and keys `[J, B]`.
 
     Sample number `first + i` follows from the key and its number alone.
     """
     index = first + np.arange(num_batches * batch_size)
-    noise, keys = initial_noise(key, jnp.asarray(index), latent_shape(model))
-    label = jnp.asarray(index % model.num_classes, jnp.int32)
-    shape = (num_batches, batch_size)
-    return noise.reshape(*shape, *noise.shape[1:]), label.reshape(shape), keys.reshape(shape)
+    noise, keys = initial_noise(key, jnp.asarray(index), model.sample_shape())
+    condition = conditions_in_turn(model, conditions, index)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(leaf).reshape(num_batches, batch_size, *leaf.shape[1:]),
+        (noise, condition, keys),
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,7 +118,7 @@ class Sensitivities:
 
     def __call__(self, base: np.ndarray | None) -> Prediction:
         """Returns the quadratic prediction at the assignment `base`, or at full precision."""
-        noise, label, keys = self.data
+        noise, condition, keys = self.data
         found = []
         for i in range(len(noise)):
             one = effects(
@@ -120,13 +126,12 @@ class Sensitivities:
                 self.params,
                 base,
                 noise[i],
-                label[i],
+                taken(condition, i),
                 keys[i],
                 jax.random.fold_in(self.key, i),
                 space=self.space,
                 num_steps=self.rollout.num_steps,
                 num_probes=self.num_probes,
-                layer_type=Linear,
             )
             found.append(jax.tree.map(np.asarray, one))
         return prediction(found)
@@ -160,7 +165,7 @@ def frechet_objective(
     Args:
         checkpoint: only its autoencoder is used.
         rollout: `Rollout`, or any `search.SampleFn`.
-        data: noise, labels and keys, see `seeds`.
+        data: noise, conditions and keys, see `seeds`.
         features_fn: of uint8 images `[B, H, W, C]`, with an entry `pool`; see `models.features`.
         reference: `metrics.Statistics` of the same features.
     """

@@ -40,6 +40,7 @@ from qdit_jax.allocation.space import (
 from qdit_jax.calibration import default_sampler
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.errors import check_counts
+from qdit_jax.models import rows_per_sample
 from qdit_jax.recipes import Recipe
 from qdit_jax.sampling import check_diffusion_model
 
@@ -90,6 +91,7 @@ def search(
     objective: Any = "paired",
     method: str = "default",
     space: Space | None = None,
+    conditions: Any = None,
     sampler: Any = None,
     num_steps: int = 20,
     guidance: float | None = 1.5,
@@ -117,6 +119,7 @@ def search(
             "qdit-release": the published evolution, and what its release really does; "nsga2": a
             measured front, begun from the predicted one; "random".
         space: or settings of `search_space` as keywords (`weight_bits=3`, `sides="separate"`).
+        conditions: labels or prompts that the samples take in turn; every class by default.
         sampler: of the rollouts; `num_steps` of the default one if None.
         num_batches, batch_size: samples on which an assignment can be measured. The default search
             uses few for most and all of them for finalists; the others use all.
@@ -142,12 +145,9 @@ def search(
     )
     budget, guidance, space_settings = with_preset(method, budget, guidance, space_settings)
     model, params = checkpoint.model, checkpoint.params
-    space = search_space(params, **space_settings) if space is None else space
-    height, width = (
-        (model.input_size,) * 2 if isinstance(model.input_size, int) else model.input_size
-    )
-    tokens = (height // model.patch_size) * (width // model.patch_size)
-    limit = parse_budget(budget, space, {**named_costs(tokens), **(costs or {})})
+    if space is None:
+        space = search_space(params, rows=rows_per_sample(model), **space_settings)
+    limit = parse_budget(budget, space, {**named_costs(), **(costs or {})})
     check_limiting(limit)
     if limit.leaves_no_choice:
         text = "nothing to search: only the cheapest assignment fits; allow more, or coarser sizes"
@@ -155,7 +155,8 @@ def search(
     sampler = default_sampler(checkpoint, num_steps) if sampler is None else sampler
     rollout = Rollout.of(model, sampler, guidance)
     noise_key, probe_key = jax.random.split(key)
-    data = seeds(model, noise_key, num_batches, batch_size)
+    data = seeds(model, noise_key, num_batches, batch_size, conditions=conditions)
+    first = num_batches * batch_size  # the sensitivities have samples of their own
     given = [uniform_assignment(space, size) for size in uniform_sizes(space)]
     seed = int(np.asarray(jax.random.key_data(key)).ravel()[-1])
     name = objective if isinstance(objective, str) else type(objective).__name__
@@ -176,7 +177,7 @@ def search(
             rollout,
             space,
             params,
-            seeds(model, noise_key, num_calibration, batch_size, num_batches * batch_size),
+            seeds(model, noise_key, num_calibration, batch_size, first, conditions),
             probe_key,
             num_probes,
         )

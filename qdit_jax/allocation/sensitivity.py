@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from qdit_jax.allocation.assigned import act_branch, assigned_params, chosen, kernel_branch
 from qdit_jax.allocation.space import Space
+from qdit_jax.models import tapped
 from qdit_jax.ptq import matrix_shape
 
-# (params, x [B, H, W, C], label [B], key [B], step) -> x after that step; a pytree, see objectives.
+# (params, x [B, H, W, C], condition, key [B], step) -> x after that step; a pytree, see objectives.
 StepFn = Callable[[Any, Any, Any, Any, Any], Any]
 
 
@@ -48,31 +48,29 @@ class Effects(NamedTuple):
     step_weight: Any
 
 
-@partial(jax.jit, static_argnames=("space", "num_steps", "num_probes", "layer_type"))
+@partial(jax.jit, static_argnames=("space", "num_steps", "num_probes"))
 def effects(
     step_fn: StepFn,
     params: Any,
     base: Any,
     noise: Any,
-    label: Any,
+    condition: Any,
     key: Any,
     probe_key: Any,
     *,
     space: Space,
     num_steps: int,
     num_probes: int,
-    layer_type: type[nn.Module],
 ) -> Effects:
     """Returns the effects of every choice on trajectories from `noise`.
 
     Args:
         base: the assignment `[L]` to differentiate at and count changes from; None is full
             precision.
-        layer_type: the modules whose outputs are layers, by path.
     """
     used = params if base is None else assigned_params(params, space, base)
-    exact = walk(step_fn, params, noise, label, key, num_steps)[0]
-    final, seen = walk(step_fn, used, noise, label, key, num_steps)
+    exact = walk(step_fn, params, noise, condition, key, num_steps)[0]
+    final, seen = walk(step_fn, used, noise, condition, key, num_steps)
     error = final - exact
     probes = jax.random.normal(probe_key, (num_probes, *final.shape))
     if base is not None:
@@ -81,7 +79,7 @@ def effects(
     def backward(carry: Any, scanned: Any) -> Any:
         probes, total = carry
         x, step = scanned
-        run = partial(tapped_step, step_fn, used, label, key, step, layer_type)
+        run = partial(tapped_step, step_fn, used, condition, key, step)
         taps = jax.eval_shape(partial(run, taps=None), x)[1][1]
         taps = {path: jnp.zeros(y.shape, y.dtype) for path, y in taps.items()}
         _, pull, (inputs, outputs) = jax.vjp(
@@ -116,12 +114,12 @@ def effects(
 
 
 def walk(
-    step_fn: StepFn, params: Any, noise: Any, label: Any, key: Any, num_steps: int
+    step_fn: StepFn, params: Any, noise: Any, condition: Any, key: Any, num_steps: int
 ) -> tuple[Any, Any]:
     """Returns the final latents and what every step was given, `[S, B, ...]`."""
 
     def body(x: Any, step: Any) -> tuple[Any, Any]:
-        return step_fn(params, x, label, key, step).astype(x.dtype), x
+        return step_fn(params, x, condition, key, step).astype(x.dtype), x
 
     return jax.lax.scan(body, noise, jnp.arange(num_steps))
 
@@ -129,10 +127,9 @@ def walk(
 def tapped_step(
     step_fn: StepFn,
     params: Any,
-    label: Any,
+    condition: Any,
     key: Any,
     step: Any,
-    layer_type: type[nn.Module],
     x: Any,
     *,
     taps: dict[str, Any] | None,
@@ -141,16 +138,12 @@ def tapped_step(
     inputs: dict[str, Any] = {}
     outputs: dict[str, Any] = {}
 
-    def tap(next_fn: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext):
-        y = next_fn(*args, **kwargs)
-        if not isinstance(context.module, layer_type) or context.method_name != "__call__":
-            return y
-        path = "/".join(context.module.path)
-        inputs[path], outputs[path] = args[0], y
-        return y if taps is None else y + taps[path]
+    def tap(path: str, layer: Any, x: Any, call: Callable[[], Any]) -> Any:
+        inputs[path], outputs[path] = x, call()
+        return outputs[path] if taps is None else outputs[path] + taps[path]
 
-    with nn.intercept_methods(tap):
-        result = step_fn(params, x, label, key, step)
+    with tapped(tap):
+        result = step_fn(params, x, condition, key, step)
     return result, (inputs, outputs)
 
 

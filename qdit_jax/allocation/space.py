@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict
 from qdit_jax.errors import check_pattern
 from qdit_jax.ptq import check_unquantized, matrix_shape
 from qdit_jax.quant import ActSpec, WeightSpec, ranges
-from qdit_jax.recipes import BLOCK_LINEARS, LayerSpec, Recipe, Rule, layer_paths
+from qdit_jax.recipes import LayerSpec, Recipe, Rule, layer_paths, part_pattern
 
 GROUP_SIZES = (32, 64, 128, 192, 288)
 UNQUANTIZED = 16
@@ -27,11 +27,15 @@ Sides = Literal["both", "weights", "separate"]
 
 @dataclasses.dataclass(frozen=True)
 class SearchLayer:
-    """One layer of a space: its path, its kernel's shape `(K, N)`, and what it may become."""
+    """One layer of a space: its path, its kernel's shape `(K, N)`, and what it may become.
+
+    `rows` is how many rows a sample sends through it, which costs are counted for.
+    """
 
     path: str
     shape: tuple[int, int]
     choices: tuple[LayerSpec, ...]
+    rows: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Space:
 def search_space(
     params: Any,
     *,
+    rows: Mapping[str, int] | None = None,
     weight_bits: int | Sequence[int] = 4,
     act_bits: int | Sequence[int] = 8,
     group_sizes: Sequence[int] = GROUP_SIZES,
@@ -86,20 +91,23 @@ def search_space(
     act_group_size: int = 128,
     symmetric: bool = False,
     range_fn: Any = ranges.minmax,
-    layers: str = BLOCK_LINEARS,
+    layers: str | None = None,
     pinned: Mapping[str, int | LayerSpec] | None = None,
     excluded: Sequence[str] = (),
 ) -> Space:
     """Returns the space of a network's linear layers.
 
     Args:
+        rows: by layer path, how many rows a sample sends through it (`models.rows_per_sample`);
+            1 where it is not given, which only costs that do not count operations bear.
         weight_bits, act_bits: one number, or several as a second axis of the choices; 16 leaves
             that side as it is.
         group_sizes: any sizes; more than a layer's K, or 0, is the whole channel.
         sides: "both": weights and inputs of a layer share the size (the paper); "weights": the
             inputs stay at `act_group_size` (what the release does); "separate": every pair.
         range_fn: of both sides; see `qdit_jax.quant.ranges`.
-        layers: the pattern of the layers, a regular expression of the whole path.
+        layers: the pattern of the layers, a regular expression of the whole path; by default the
+            linear layers of the family's blocks.
         pinned: by pattern, the group size or `LayerSpec` that a layer keeps.
         excluded: patterns of layers left in full precision.
 
@@ -107,7 +115,8 @@ def search_space(
         ValueError: if a pattern matches no layer, or a list of choices is empty.
     """
     every = layer_paths(params)
-    paths = matching(layers, every, "layers")
+    pattern = part_pattern("blocks", params) if layers is None else layers
+    paths = matching(pattern, every, "layers")
     for pattern in excluded:
         gone = matching(pattern, every, "excluded")
         paths = [path for path in paths if path not in gone]
@@ -132,7 +141,8 @@ def search_space(
     found = []
     for path in sorted(by_path, key=natural_order):
         check_unquantized(path, flat[f"{path}/kernel"])
-        found.append(SearchLayer(path, matrix_shape(flat[f"{path}/kernel"]), by_path[path]))
+        shape = matrix_shape(flat[f"{path}/kernel"])
+        found.append(SearchLayer(path, shape, by_path[path], (rows or {}).get(path, 1)))
     return Space(tuple(found))
 
 

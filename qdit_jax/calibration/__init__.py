@@ -1,9 +1,14 @@
 """What a network's inputs look like along its sampling trajectories."""
 
-from qdit_jax.calibration.hessians import empty_hessians, input_hessians, layers_in_order
+from qdit_jax.calibration.hessians import empty_hessians, input_hessians
 from qdit_jax.calibration.items import Items, authors_steps, collect_items
-from qdit_jax.calibration.recording import calibrate, default_sampler, trajectories
-from qdit_jax.calibration.statistics import Stats, input_ranges
+from qdit_jax.calibration.recording import (
+    calibrate,
+    conditional_and_null,
+    default_sampler,
+    trajectory,
+)
+from qdit_jax.calibration.statistics import Stats
 
 __all__ = [
     "Items",
@@ -11,10 +16,9 @@ __all__ = [
     "authors_steps",
     "calibrate",
     "collect_items",
+    "conditional_and_null",
     "default_sampler",
     "empty_hessians",
     "input_hessians",
-    "input_ranges",
-    "layers_in_order",
-    "trajectories",
+    "trajectory",
 ]

@@ -1,4 +1,4 @@
-"""What rounding learns from a network's inputs: the order of its layers and their Hessians.
+"""What rounding learns from the inputs of a network's layers: their Hessians.
 
 Dimensions: B batch, K input channels.
 """
@@ -6,57 +6,19 @@ Dimensions: B batch, K input channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jaxtyping import Array, Float
 
-from qdit_jax.models import optional
+from qdit_jax.models import seen_inputs
 from qdit_jax.quant import accumulate_hessian
-
-# `(path, input)` of a layer about to run; the input as the layer was given it.
-SeenFn = Callable[[str, Any], None]
-
-
-@contextmanager
-def seen_inputs(seen_fn: SeenFn, layer_type: type[nn.Module], *, rounded: bool) -> Iterator[None]:
-    """Calls `seen_fn` with every `layer_type`'s path and input while the context lasts.
-
-    `rounded` passes the input through the layer's own activation quantiser first, which is what
-    its kernel is multiplied with. Use it inside the function that is jitted.
-    """
-
-    def record(next_fn: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext):
-        if isinstance(context.module, layer_type) and context.method_name == "__call__":
-            x = args[0]
-            quantizer = optional(context.module, "act_quant") if rounded else None
-            seen_fn("/".join(context.module.path), x if quantizer is None else quantizer(x))
-        return next_fn(*args, **kwargs)
-
-    with nn.intercept_methods(record):
-        yield
-
-
-def layers_in_order(
-    apply: Callable[..., Any], layer_type: type[nn.Module], *args: Any
-) -> list[str]:
-    """Returns the paths of the layers in the order in which `apply(*args)` runs them.
-
-    Nothing is computed; abstract arguments will do.
-    """
-    paths: list[str] = []
-    with seen_inputs(lambda path, x: paths.append(path), layer_type, rounded=False):
-        jax.eval_shape(apply, *args)
-    return list(dict.fromkeys(paths))
 
 
 def input_hessians(
     apply: Callable[[], Any],
-    layer_type: type[nn.Module],
     hessians: dict[str, Any],
     weight: Float[Array, " B"],
 ) -> dict[str, Float[Array, "K K"]]:
@@ -74,7 +36,7 @@ def input_hessians(
         rows = rows * jnp.sqrt(weight)[:, None, None]
         found[path] = accumulate_hessian(found[path], rows)
 
-    with seen_inputs(add, layer_type, rounded=True):
+    with seen_inputs(add, quantized=True):
         apply()
     return found
 

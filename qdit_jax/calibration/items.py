@@ -5,12 +5,14 @@ Dimensions: I items, B batch, S steps, M items of one trajectory, H, W, C one la
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, Int
 
 from qdit_jax import diffusion
@@ -20,39 +22,52 @@ from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.errors import UserError, check_counts
 from qdit_jax.sampling import (
     check_diffusion_model,
+    conditions_in_turn,
     denoiser,
     fitting_guidance,
     initial_noise,
-    latent_shape,
 )
 
 # `(sample numbers [B], S) -> steps [B, M]`: which iterations a trajectory's items come from.
 ChooseFn = Callable[[Int[np.ndarray, " B"], int], Int[np.ndarray, "B M"]]
 
 
-class Items(NamedTuple):
-    """Arguments of single calls of the network; `sample` is the trajectory each comes from."""
+# Names in files of earlier versions.
+EARLIER_NAMES = {"label": "condition"}
 
-    x: Float[np.ndarray, "I H W C"]
+
+class Items(NamedTuple):
+    """Arguments of single calls of the network; `sample` is the trajectory each comes from.
+
+    `condition` is a pytree of arrays with I first: labels, or a dict by name.
+    """
+
+    x: Float[np.ndarray, "I *shape"]
     timestep: Float[np.ndarray, " I"]
-    label: Int[np.ndarray, " I"]
+    condition: Any
     sample: Int[np.ndarray, " I"]
 
     def save(self, path: str | Path) -> None:
-        """Writes an `.npz` with one array a field."""
-        write_arrays(path, self._asdict())
+        """Writes an `.npz` with one array per field, a dict's as `condition/<name>`."""
+        write_arrays(path, flatten_dict(self._asdict(), sep="/"))
 
     @classmethod
     def load(cls, path: str | Path) -> Items:
         """Returns the items in a file; raises `UserError` if it holds none."""
         try:
             with np.load(path) as data:
-                return cls(*(data[name] for name in cls._fields))
-        except (OSError, KeyError, ValueError) as error:
+                flat = {EARLIER_NAMES.get(name, name): data[name] for name in data.files}
+            return cls(**unflatten_dict(flat, sep="/"))
+        except (OSError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path} holds no calibration inputs ({error}); write them with "
                 "`qdit calibrate CKPT FILE --collect spread`."
             ) from error
+
+    def taken(self, index: Any) -> tuple[Any, Any, Any]:
+        """Returns x, timestep and condition of the items `index`, a slice or numbers."""
+        condition = jax.tree.map(lambda leaf: leaf[index], self.condition)
+        return self.x[index], self.timestep[index], condition
 
 
 def spread_steps(num_items: int = 4) -> ChooseFn:
@@ -98,6 +113,7 @@ def collect_items(
     key: Any,
     num_samples: int = 32,
     *,
+    conditions: Any = None,
     sampler: diffusion.Sampler | None = None,
     guidance: Any = 1.5,
     batch_size: int = 16,
@@ -107,12 +123,13 @@ def collect_items(
 ) -> Items:
     """Returns items of the full-precision sampler's trajectories, `num_samples` of them.
 
-    Each chosen step makes an item with the sample's label and, with `null` and where the network has
-    a null class, one with that. The release's collection is `choose_fn=authors_steps(seed)` with
+    Each chosen step makes an item with the sample's condition and, with `null` and where the network
+    has a null condition, one with that. The release's collection is `choose_fn=authors_steps(seed)` with
     `null=False`: it never sees the null class.
 
     Args:
-        key: used once; sample i starts from `fold_in(key, i)` with label i modulo the classes.
+        key: used once; sample i starts from `fold_in(key, i)`.
+        conditions: labels or prompts that the samples take in turn; every class by default.
         sampler: of the trajectories, see `calibrate`.
         choose_fn: 4 steps of each trajectory, evenly spread, by default.
         progress_fn: called with the number of samples finished, batch by batch.
@@ -127,36 +144,41 @@ def collect_items(
     parts = []
     for start in range(0, num_samples, batch_size):
         index = np.arange(start, min(start + batch_size, num_samples))
-        label = (index % model.num_classes).astype(np.int32)
-        noise, keys = initial_noise(key, jnp.asarray(index), latent_shape(model))
-        parts.append(trajectory_items(denoise_fn, sampler, noise, label, keys, index, choose_fn))
+        condition = conditions_in_turn(model, conditions, index)
+        noise, keys = initial_noise(key, jnp.asarray(index), model.sample_shape())
+        parts.append(
+            trajectory_items(denoise_fn, sampler, noise, condition, keys, index, choose_fn)
+        )
         if progress_fn is not None:
             progress_fn(len(index))
-    items = Items(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-    return with_null(items, model.num_classes) if null and model.null_class else items
+    items = joined(parts)
+    if not (null and model.has_null):
+        return items
+    found = model.null_condition(items.condition, checkpoint.params)
+    return joined([items, items._replace(condition=jax.tree.map(np.asarray, found))])
+
+
+def joined(parts: Sequence[Items]) -> Items:
+    """Returns the items of all parts, one after another."""
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
 def trajectory_items(
     denoise_fn: Callable,
     sampler: diffusion.Sampler,
     noise: Any,
-    label: Any,
+    condition: Any,
     keys: Any,
     index: Int[np.ndarray, " B"],
     choose_fn: ChooseFn,
 ) -> Items:
     """Returns the chosen steps of the trajectories from `noise`, sample by sample."""
     _, (x, timestep) = diffusion.sample_trajectory(
-        denoise_fn, sampler, noise, label, keys, collect_fn=model_inputs
+        denoise_fn, sampler, noise, condition, keys, collect_fn=model_inputs
     )
     x, timestep = np.asarray(x), np.asarray(timestep, np.float32)
     steps = choose_fn(index, len(timestep))
     column = np.repeat(np.arange(len(index)), steps.shape[1])
     flat = steps.reshape(-1)
-    return Items(x[flat, column], timestep[flat], np.asarray(label)[column], index[column])
-
-
-def with_null(items: Items, null_label: int) -> Items:
-    """Returns every item twice: as it is, then with the null class."""
-    null = items._replace(label=np.full_like(items.label, null_label))
-    return Items(*(np.concatenate(pair) for pair in zip(items, null, strict=True)))
+    seen = jax.tree.map(lambda leaf: np.asarray(leaf)[column], condition)
+    return Items(x[flat, column], timestep[flat], seen, index[column])

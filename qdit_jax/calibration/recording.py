@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jaxtyping import Int
 
 from qdit_jax import diffusion
@@ -24,17 +23,17 @@ from qdit_jax.calibration.collect import (
     stats_of,
     write_state,
 )
-from qdit_jax.calibration.statistics import HALVES, Stats, input_ranges, input_rows
+from qdit_jax.calibration.statistics import HALVES, Stats, input_rows
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.errors import check_counts, check_pattern
-from qdit_jax.models import Linear
+from qdit_jax.models import as_condition
 from qdit_jax.recipes import layer_paths
 from qdit_jax.sampling import (
     check_diffusion_model,
+    conditions_in_turn,
     denoiser,
     fitting_guidance,
     initial_noise,
-    latent_shape,
     trained_schedule,
 )
 
@@ -44,6 +43,7 @@ def calibrate(
     key: Any,
     num_samples: int = 256,
     *,
+    conditions: Any = None,
     sampler: diffusion.Sampler | None = None,
     guidance: Any = 1.5,
     batch_size: int = 16,
@@ -54,16 +54,17 @@ def calibrate(
 ) -> Stats:
     """Returns the range of every linear layer's input, by channel, at every timestep sampled.
 
-    The full-precision sampler draws `num_samples` images with labels in turn; at each of its steps
-    the network sees them with their label and, where it has one, with the null class (the release
-    of Q-DiT, arXiv:2406.17343, records the conditional half only). Operands of attention products
+    The full-precision sampler draws `num_samples` samples with conditions in turn; at each of its
+    steps the network sees them with their condition and, where it has one, with the null condition
+    (the release of Q-DiT, arXiv:2406.17343, records the conditional half only). Operands of attention products
     are recorded as well. Memory holds the statistics and one batch's latents at all steps.
 
     Args:
         key: used once; sample i starts from `fold_in(key, i)`.
+        conditions: labels or prompts that the samples take in turn; every class by default.
         sampler: DDIM with 50 steps of the checkpoint's schedule by default, 50 steps of the flow
             for a velocity model.
-        guidance: of the trajectories; the default is none without a null class.
+        guidance: of the trajectories; the default is none without a null condition.
         hessians: a pattern of layer paths whose mean `x xᵀ` to keep, float32 `[K, K]` each.
         num_tokens: inputs to keep of every layer from each call of the network.
         unfinished: a file that is written after every batch; where it exists, the calibration
@@ -88,6 +89,7 @@ def calibrate(
         "num_samples": num_samples,
         "guidance": str(guidance),
         "batch_size": batch_size,
+        "conditions": digest(jax.tree.leaves(as_condition(conditions))),
         "hessians": hessians,
         "num_tokens": num_tokens,
     }
@@ -96,16 +98,16 @@ def calibrate(
         progress_fn(state["num_done"])
     denoise_fn = denoiser(model, params, guidance)
     observe = partial(observe_call, params, model=model, hessians=hessians, num_tokens=num_tokens)
-    labels = HALVES if model.null_class else HALVES[:1]
     for start in range(state["num_done"], num_samples, batch_size):
         index = np.arange(start, min(start + batch_size, num_samples))
-        label, x, timestep = trajectory(denoise_fn, sampler, model, key, index)
+        condition = conditions_in_turn(model, conditions, index)
+        x, timestep = trajectory(denoise_fn, sampler, model, key, index, condition)
+        halves = conditional_and_null(model, params, condition)
         state["timesteps"] = np.asarray(timestep)
         for step, at in enumerate(state["timesteps"]):
-            for i, half in enumerate(labels):
-                seen = label if half == "conditional" else jnp.full_like(label, model.num_classes)
+            for i, (half, seen) in enumerate(halves.items()):
                 found = observe(x[step], jnp.full(len(index), at, jnp.float32), seen)
-                call = start // batch_size * len(labels) + i
+                call = start // batch_size * len(halves) + i
                 add_call(state, found, half, step, len(state["timesteps"]), call)
         state["num_done"] = start + len(index)
         if unfinished is not None:
@@ -144,56 +146,37 @@ def digest(arrays: Iterable[Any]) -> str:
 
 def default_sampler(checkpoint: Checkpoint, num_steps: int = 50) -> diffusion.Sampler:
     """Returns DDIM on the checkpoint's schedule, or the flow for a velocity model."""
-    if checkpoint.model.velocity:
+    if checkpoint.model.prediction == "velocity":
         return diffusion.flow(steps=num_steps)
     return diffusion.ddim(steps=num_steps, schedule=trained_schedule(checkpoint.metadata))
+
+
+def conditional_and_null(model: Any, params: Any, condition: Any) -> dict[str, Any]:
+    """Returns the condition, and the null condition where the network has one, by half."""
+    halves = {HALVES[0]: condition}
+    if model.has_null:
+        halves[HALVES[1]] = model.null_condition(condition, params)
+    return halves
 
 
 def trajectory(
     denoise_fn: Callable,
     sampler: diffusion.Sampler,
-    model: nn.Module,
+    model: Any,
     key: Any,
     index: Int[np.ndarray, " B"],
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns labels `[B]`, the network's inputs `[S, B, H, W, C]` and timesteps `[S]`."""
-    label = jnp.asarray(index % model.num_classes, jnp.int32)
-    noise, keys = initial_noise(key, jnp.asarray(index), latent_shape(model))
+    condition: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the network's inputs `[S, B, ...]` and timesteps `[S]` of samples `index`."""
+    noise, keys = initial_noise(key, jnp.asarray(index), model.sample_shape())
     _, (x, timestep) = diffusion.sample_trajectory(
-        denoise_fn, sampler, noise, label, keys, collect_fn=model_inputs
+        denoise_fn, sampler, noise, condition, keys, collect_fn=model_inputs
     )
-    return label, x, timestep
-
-
-def trajectories(
-    denoise_fn: Callable,
-    sampler: diffusion.Sampler,
-    model: nn.Module,
-    key: Any,
-    num_samples: int,
-    batch_size: int,
-    progress_fn: Callable[[int], Any] | None,
-) -> Iterator[tuple[float, jax.Array, jax.Array]]:
-    """Yields `(timestep, x, label)` of every step, conditional and (where it exists) null."""
-    for start in range(0, num_samples, batch_size):
-        index = np.arange(start, min(start + batch_size, num_samples))
-        label, x, timestep = trajectory(denoise_fn, sampler, model, key, index)
-        for at, seen in zip(np.asarray(timestep).tolist(), x, strict=True):
-            yield at, seen, label
-            if model.null_class:
-                yield at, seen, jnp.full_like(label, model.num_classes)
-        if progress_fn is not None:
-            progress_fn(len(index))
+    return x, timestep
 
 
 def model_inputs(step: diffusion.Step) -> tuple[Any, Any]:
     return step.x, step.timestep
-
-
-@partial(jax.jit, static_argnames="model")
-def layer_ranges(params: Any, x: Any, timestep: Any, label: Any, *, model: nn.Module) -> Any:
-    """Returns `{layer: (low [K], high [K])}` of one call of the network."""
-    return input_ranges(lambda: model.apply({"params": params}, x, timestep, label), Linear)
 
 
 @partial(jax.jit, static_argnames=("model", "hessians", "num_tokens"))
@@ -201,12 +184,12 @@ def observe_call(
     params: Any,
     x: Any,
     timestep: Any,
-    label: Any,
+    condition: Any,
     *,
-    model: nn.Module,
+    model: Any,
     hessians: str | None,
     num_tokens: int,
 ) -> Any:
-    """Returns what `ptq.collect.observed` finds in one call of the network."""
-    rows = input_rows(lambda: model.apply({"params": params}, x, timestep, label), Linear)
+    """Returns what `observed` finds in one call of the network."""
+    rows = input_rows(lambda: model.apply({"params": params}, x, timestep, condition))
     return observed(rows, hessians, num_tokens)

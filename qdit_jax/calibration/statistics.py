@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jaxtyping import Float
 
 from qdit_jax.errors import UserError
 from qdit_jax.files import replaced_file
+from qdit_jax.models import seen_inputs
 
 HALVES = ("conditional", "null")
 
@@ -85,34 +85,17 @@ def write_arrays(path: str | Path, arrays: dict[str, Any]) -> None:
         np.savez_compressed(file, **arrays)
 
 
-def input_rows(
-    apply: Callable[[], Any], layer_type: type[nn.Module]
-) -> dict[str, Float[jax.Array, "R K"]]:
-    """Returns `{path: input rows}` of every `layer_type` and attention operand in one call.
+def input_rows(apply: Callable[[], Any]) -> dict[str, Float[jax.Array, "R K"]]:
+    """Returns `{path: input rows}` of every linear layer and attention operand in one call.
 
     `apply` runs the network once; call this inside the function that is jitted, and what is not
     used of it is never held.
     """
     rows: dict[str, jax.Array] = {}
 
-    def record(next_fn: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext):
-        path = "/".join(context.module.path)
-        if isinstance(context.module, layer_type) and context.method_name == "__call__":
-            rows[path] = args[0].reshape(-1, args[0].shape[-1]).astype(jnp.float32)
-        elif context.method_name == "operand":
-            name, x = args
-            rows[f"{path}/{name}"] = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        return next_fn(*args, **kwargs)
+    def record(path: str, x: Any) -> None:
+        rows[path] = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
 
-    with nn.intercept_methods(record):
+    with seen_inputs(record, operand_fn=record):
         apply()
     return rows
-
-
-def input_ranges(
-    apply: Callable[[], Any], layer_type: type[nn.Module]
-) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Returns `{path: (low [K], high [K])}` of what `input_rows` returns."""
-    return {
-        path: (rows.min(0), rows.max(0)) for path, rows in input_rows(apply, layer_type).items()
-    }

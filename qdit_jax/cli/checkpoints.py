@@ -53,7 +53,7 @@ def with_autoencoder(checkpoint: Checkpoint, path: Path | None) -> Checkpoint:
             f"--vae {path} holds no autoencoder but a {type(vae.model).__name__}; convert one "
             "with `qdit convert sd-vae-ft-mse/ vae`."
         )
-    made, taken = checkpoint.model.in_channels, vae.model.latent_channels
+    made, taken = checkpoint.model.sample_shape()[-1], vae.model.latent_channels
     if made != taken:
         raise UserError(
             f"--vae {path} decodes latents of {taken} channels and the model makes {made}; leave "
@@ -66,4 +66,4 @@ def guidance_of(checkpoint: Checkpoint, given: float | None) -> Any:
     """Returns the guidance to sample with: what was given, else the default that the model allows."""
     if given is not None:
         return given
-    return DEFAULT_GUIDANCE if checkpoint.model.null_class else 1.0
+    return DEFAULT_GUIDANCE if checkpoint.model.has_null else 1.0

@@ -122,7 +122,7 @@ def _facts(checkpoint: Any) -> dict[str, Any]:
 
     leaves = jax.tree.leaves(checkpoint.params)
     facts = {
-        "family": family_of(checkpoint.model),
+        "family": family_of(checkpoint.model).name,
         "config": config_of(checkpoint.model),
         "values": sum(leaf.size for leaf in leaves),
         "bytes": sum(leaf.nbytes for leaf in leaves),
@@ -144,7 +144,7 @@ def _summary(checkpoint: Any) -> str:
     return (
         f"family {checkpoint.metadata['source_family']} ({checkpoint.metadata['layout']}"
         f"{'' if weights == 'flat' else f', {weights} weights'}), stored as "
-        f"{family_of(checkpoint.model)}: {num_values:,} values, "
+        f"{family_of(checkpoint.model).name}: {num_values:,} values, "
         f"{sum(leaf.nbytes for leaf in leaves):,} bytes\n  {config}"
     )
 

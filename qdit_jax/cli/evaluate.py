@@ -50,7 +50,7 @@ OF_CHECKPOINTS: dict[str, Any] = {
     "eta": 0.0,
     "clip": None,
     "guidance": 1.5,
-    "guidance_channels": 3,
+    "guidance_channels": "published",
     "execution": "simulated",
     "vae": None,
     "range_samples": 4,
@@ -99,7 +99,7 @@ def add_checkpoint_options(add: Any) -> None:
         "--guidance-channels",
         type=guidance_channels,
         metavar="N|all",
-        help="guided channels: 3 as published, all as diffusers",
+        help="guided channels: published (3 of DiT's 4), all as diffusers does (published)",
     )
     add(
         "--execution",

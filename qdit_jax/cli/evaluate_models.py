@@ -39,7 +39,13 @@ from qdit_jax.evaluation import (
 )
 from qdit_jax.files import replaced_file
 from qdit_jax.report import save_picture
-from qdit_jax.sampling import check_execution, decode, denoiser, latent_shape
+from qdit_jax.sampling import (
+    check_execution,
+    conditions_in_turn,
+    decode,
+    denoiser,
+    num_guided_channels,
+)
 
 DEFAULT_OUT = Path("qdit-evaluate")
 
@@ -57,6 +63,8 @@ def evaluate_models(args: argparse.Namespace) -> dict[str, Any]:
     if out.suffix in (".json", ".html", ".npz", ".png"):
         raise UserError(f"--out {out}: of checkpoints, it is a folder for all results.")
     contenders = loaded(args)
+    model = contenders[0].checkpoint.model
+    args.guidance_channels = num_guided_channels(model, args.guidance_channels)
     for contender in contenders:  # what guidance does not fit, before the folder is made
         denoiser(contender.checkpoint.model, {}, args.guidance, args.guidance_channels)
     protocol = chosen_protocol(args, contenders)
@@ -67,7 +75,7 @@ def evaluate_models(args: argparse.Namespace) -> dict[str, Any]:
         logging.getLogger("qdit_jax").info("going on from %s", out)
     with Bar(args, args.num_samples, "sample", "sampling", resumes=True) as bar:
         run = run_evaluation(contenders, protocol, out, bar.update)
-    label = np.arange(args.num_samples) % contenders[0].checkpoint.model.num_classes
+    label = conditions_in_turn(model, None, np.arange(args.num_samples))
     files = merged(run, contenders, label)
     scores = {}
     if judge is not None:
@@ -167,7 +175,7 @@ def judge_of(args: argparse.Namespace, contenders: list[Contender]) -> Judge:
 
 def image_shape(checkpoint: Checkpoint) -> tuple[int, ...] | None:
     """Returns rows, columns and channels of a checkpoint's images; None if it makes latents."""
-    shape = latent_shape(checkpoint.model)
+    shape = checkpoint.model.sample_shape()
     vae = checkpoint.vae
     if vae is None:
         return shape if shape[-1] in (1, 3) else None

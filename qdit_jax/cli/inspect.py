@@ -143,12 +143,14 @@ def recorded(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 
 def summarize(path: str, found: dict[str, Any]) -> dict[str, Any]:
     """Returns the family, configuration, counts, bytes by part, and recipe of a checkpoint."""
+    from qdit_jax.models import family_named
     from qdit_jax.report import part_of
 
     description = found["model"]
+    family = family_named(description["family"])
     parts: dict[str, dict[str, Any]] = {}
     for name, leaf in description["params"].items():
-        part = parts.setdefault(part_of(name), {"values": 0, "bytes": 0, "dtypes": {}})
+        part = parts.setdefault(part_of(name, family), {"values": 0, "bytes": 0, "dtypes": {}})
         arrays = [leaf] if leaf["type"] == "array" else list(leaf["arrays"].values())
         if leaf["type"] != "ActQuant":
             part["values"] += product(leaf["shape"])

@@ -146,8 +146,8 @@ def pattern(text: str) -> str:
 
 
 def guidance_channels(text: str) -> int | str:
-    """Returns a count of channels, or `all`."""
-    if text == "all":
+    """Returns a count of channels, `all`, or `published`: as many as the family's own sampler."""
+    if text in ("all", "published"):
         return text
     try:
         return positive_int(text)

@@ -181,7 +181,6 @@ def recipe_of(args: argparse.Namespace, params: Any) -> Any:
         UserError: if options of a preset accompany a file.
     """
     import qdit_jax as qdit
-    from qdit_jax.recipes import PARTS
 
     if args.recipe.endswith(".json") or Path(args.recipe).exists():
         given = [name for name in PRESET_OPTIONS if getattr(args, name) is not None]
@@ -200,7 +199,7 @@ def recipe_of(args: argparse.Namespace, params: Any) -> Any:
         "range_fn": range_named(args.range or "minmax"),
     }
     recipe = qdit.Recipe.preset(args.recipe, layers=args.layers, **options)
-    for part in PARTS:
+    for part in ("adaln", "embedders", "final", "attention"):
         if (name := getattr(args, part)) is not None:
             recipe = recipe.with_part(part, name, **options)
     if args.rounding == "gptq-authors" and args.range is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -83,9 +82,9 @@ def round_on_inputs(
     show: Callable[[str, str], None],
 ) -> Any:
     """Returns the parameters rounded as `--rounding` says, showing every layer."""
-    from qdit_jax.calibration import Items, layers_in_order
+    from qdit_jax.calibration import Items
     from qdit_jax.cli.progress import Bar
-    from qdit_jax.models import Linear
+    from qdit_jax.models import family_of, layers_in_order
     from qdit_jax.ptq import rounding
 
     authors = args.rounding == "gptq-authors"
@@ -94,9 +93,9 @@ def round_on_inputs(
     stages_fn = stages_named(args.stages, authors)
     model = checkpoint.model
     apply = partial(model.apply, {"params": checkpoint.params})
-    paths = layers_in_order(apply, Linear, *model.example_inputs())
+    paths = layers_in_order(apply, *model.example_inputs())
     chosen = set(recipe.resolve(checkpoint.params))
-    num_stages = sum(bool(chosen & set(stage)) for stage in stages_fn(paths))
+    num_stages = sum(bool(chosen & set(stage)) for stage in stages_fn(paths, family_of(model)))
     total = rounding.num_batches(items, holdout, args.batch_size, num_stages)
     note_few_tokens(checkpoint, recipe, len(items.x) * (1 - holdout))
     fallen = []
@@ -133,16 +132,17 @@ def round_on_inputs(
 def note_few_tokens(checkpoint: Any, recipe: Any, num_items: float) -> None:
     """Prints a sentence if a block's layer has fewer than 4 inputs a channel to be fitted to."""
     import qdit_jax as qdit
-    from qdit_jax.sampling import latent_shape
+    from qdit_jax.models import family_of, rows_per_sample
 
-    height, width, _ = latent_shape(checkpoint.model)
-    num_tokens = int(num_items * height * width / checkpoint.model.patch_size**2)
+    family, rows = family_of(checkpoint.model), rows_per_sample(checkpoint.model)
     planned = [
         plan
         for plan in qdit.plan(checkpoint.params, recipe)
-        if plan.spec.weight is not None and re.search("/(attn|mlp)/", plan.path)
+        if plan.spec.weight is not None and family.part_of(plan.path) == "blocks"
     ]
-    widest = max(planned, key=lambda plan: plan.shape[0], default=None)
+    widest = max(planned, key=lambda plan: plan.shape[0] / rows[plan.path], default=None)
+    if widest is not None:
+        num_tokens = int(num_items * rows[widest.path])
     if widest is not None and num_tokens < 4 * widest.shape[0]:
         print(
             f"note: {num_tokens:,} inputs for the {widest.shape[0]:,} channels of {widest.path}; "

@@ -56,9 +56,9 @@ def add_parser(subparsers: Any) -> None:
     add(
         "--guidance-channels",
         type=guidance_channels,
-        default=3,
+        default="published",
         metavar="N|all",
-        help="guided latent channels: 3 as published, all as diffusers (%(default)s)",
+        help="guided channels: published (3 of DiT's 4), all as diffusers does (%(default)s)",
     )
     add(
         "--clip", type=positive_float, help="clip the predicted data to [-CLIP, CLIP] at every step"

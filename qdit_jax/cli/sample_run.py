@@ -32,11 +32,12 @@ def run_sample(args: argparse.Namespace) -> dict[str, Any]:
     if args.out.suffix == ".npz":
         refuse_inert(args, {"columns": None}, "an .npz has no grid")
     checkpoint = with_autoencoder(diffusion_checkpoint(args.checkpoint), args.vae)
-    label = chosen_labels(args.labels, args.num_samples, checkpoint.model.num_classes)
+    classes = checkpoint.model.all_conditions()
+    label = chosen_labels(args.labels, args.num_samples, len(classes))
     sampler = chosen_sampler(args, checkpoint)
     channels = chosen_channels(args)
     check_pictures(args, checkpoint)
-    sampling.checked_labels(checkpoint.model, label)  # before the progress bar appears
+    checkpoint.model.check_condition(label)  # before the progress bar appears
     start = time.perf_counter()
     with Bar(args, len(label), "sample", "sampling") as bar:
         images = sampling.generate(
@@ -71,12 +72,10 @@ def run_sample(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def chosen_channels(args: argparse.Namespace) -> int | None:
+def chosen_channels(args: argparse.Namespace) -> int | str | None:
     """Returns how many channels are guided, None for all; refuses a choice that guidance 1 ignores."""
     if args.guidance == 1:
-        refuse_inert(
-            args, {"guidance_channels": sampling.PUBLISHED_CHANNELS}, "--guidance 1 guides none"
-        )
+        refuse_inert(args, {"guidance_channels": sampling.PUBLISHED}, "--guidance 1 guides none")
     return None if args.guidance_channels == "all" else args.guidance_channels
 
 
@@ -122,9 +121,10 @@ def chosen_sampler(
         UserError: if the sampler does not fit what the network predicts, or the number of steps.
     """
     model = checkpoint.model
-    name = args.sampler or ("flow" if model.velocity else "ddim")
-    if model.velocity != (name == "flow"):
-        kind, fitting = ("a velocity", "flow") if model.velocity else ("noise", "ddim or ddpm")
+    name = args.sampler or model.default_sampler
+    is_flow = model.prediction == "velocity"
+    if is_flow != (name == "flow"):
+        kind, fitting = ("a velocity", "flow") if is_flow else ("noise", "ddim or ddpm")
         raise UserError(f"--sampler {name}: this model predicts {kind}; use {fitting}.")
     if args.eta and name != "ddim":
         raise UserError(f"--eta {args.eta} is an option of ddim, not of {name}.")
@@ -136,7 +136,7 @@ def chosen_sampler(
     options = {"schedule": sampling.trained_schedule(checkpoint.metadata), "clip": args.clip}
     if name == "ddim":
         return diffusion.ddim(args.steps, args.eta, **options)
-    variance_fn = diffusion.learned_range if model.learn_sigma else diffusion.fixed_large
+    variance_fn = diffusion.learned_range if model.learned_variance else diffusion.fixed_large
     return diffusion.ddpm(args.steps, variance_fn=variance_fn, **options)
 
 
@@ -144,13 +144,13 @@ def check_pictures(args: argparse.Namespace, checkpoint: checkpoints.Checkpoint)
     """Raises `UserError` if a picture is asked of latents that nothing decodes."""
     if is_latent(checkpoint) and args.out.suffix == ".png":
         raise UserError(
-            f"the model's {checkpoint.model.in_channels} channels are latents and {args.checkpoint} "
+            f"the model's {checkpoint.model.sample_shape()[-1]} channels are latents and {args.checkpoint} "
             "holds no autoencoder; give --vae CHECKPOINT, or --out latents.npz."
         )
 
 
 def is_latent(checkpoint: checkpoints.Checkpoint) -> bool:
-    return checkpoint.vae is None and checkpoint.model.in_channels not in (1, 3)
+    return checkpoint.vae is None and checkpoint.model.sample_shape()[-1] not in (1, 3)
 
 
 def check_finite(images: np.ndarray) -> None:

@@ -194,7 +194,7 @@ def timed(checkpoint: Checkpoint, settings: DemoSettings) -> tuple[np.ndarray, f
     images = generate(
         checkpoint,
         default_sampler(checkpoint, settings.num_steps),
-        np.arange(settings.num_samples) % checkpoint.model.num_classes,
+        np.arange(settings.num_samples) % len(checkpoint.model.all_conditions()),
         seed=settings.seed,
         guidance=settings.guidance,
         batch_size=settings.num_samples,

@@ -29,20 +29,33 @@ class Guided:
 
     denoise_fn: Any
     scale: Any
-    null_label: Any
+    null: Any
     channels: int | None = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, x: Any, timestep: Any, label: Any) -> Any:
+    def __call__(self, x: Any, timestep: Any, condition: Any) -> Any:
         """Returns the conditional output with its first `channels` channels guided."""
-        label = jnp.asarray(label)
-        null_label = jnp.broadcast_to(jnp.asarray(self.null_label, label.dtype), label.shape)
         # Pairs lie side by side, so that a batch split over devices splits without traffic.
         output = self.denoise_fn(
             jnp.repeat(x, 2, axis=0),
             jnp.repeat(timestep, 2, axis=0),
-            jnp.stack([label, null_label], axis=1).reshape(-1, *label.shape[1:]),
+            jax.tree.map(_side_by_side, condition, self.null_of(condition)),
         )
         return _combined(output[0::2], output[1::2], self.scale, self.channels, x.shape[-1])
+
+    def null_of(self, condition: Any) -> Any:
+        """Returns the null condition of every sample."""
+        if self.null is None:
+            return self.denoise_fn.null_condition(condition)
+        return jax.tree.map(
+            lambda null, given: jnp.broadcast_to(jnp.asarray(null, given.dtype), given.shape),
+            self.null,
+            jax.tree.map(jnp.asarray, condition),
+        )
+
+
+def _side_by_side(condition: Any, null: Any) -> Any:
+    pairs = jnp.stack([jnp.asarray(condition), jnp.asarray(null)], axis=1)
+    return pairs.reshape(-1, *pairs.shape[2:])
 
 
 @jax.tree_util.register_dataclass
@@ -54,10 +67,10 @@ class GuidedDoubled:
     scale: Any
     channels: int | None = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, x: Any, timestep: Any, label: Any) -> Any:
+    def __call__(self, x: Any, timestep: Any, condition: Any) -> Any:
         """Returns both halves of the output, guided alike in the first `channels` channels."""
         half = x.shape[0] // 2
-        output = self.denoise_fn(jnp.concatenate([x[:half], x[:half]]), timestep, label)
+        output = self.denoise_fn(jnp.concatenate([x[:half], x[:half]]), timestep, condition)
         cond, null = output[:half], output[half:]
         first = _combined(cond, null, self.scale, self.channels, x.shape[-1])
         num_guided = x.shape[-1] if self.channels is None else self.channels
@@ -80,7 +93,7 @@ def _combined(cond: Any, null: Any, scale: Any, channels: int | None, num_channe
 
 
 def guided(
-    denoise_fn: Callable, scale: Any, *, null_label: Any, channels: int | None = 3
+    denoise_fn: Callable, scale: Any, *, null: Any = None, channels: int | None = 3
 ) -> Callable:
     """Returns `denoise_fn` with guidance: `null + scale (conditional - null)`.
 
@@ -88,16 +101,20 @@ def guided(
     the latents as diffusers does.  Channels that are not guided, the variance's among them, are
     the conditional half's.  `scale` is a number or one number a sample; it may be traced.
     The model is called once, on twice the batch: sample i conditional, then sample i null.
+
+    Args:
+        null: the condition of no condition, a pytree that broadcasts to the batch's; by default
+            `denoise_fn.null_condition(condition)` returns it.
     """
     if channels is not None and channels < 1:
         raise ValueError(f"channels={channels} is not supported; use 1 or more, or None for all.")
-    return Guided(as_pytree(denoise_fn), scale, null_label, channels)
+    return Guided(as_pytree(denoise_fn), scale, null, channels)
 
 
 def guided_doubled(denoise_fn: Callable, scale: Any, *, channels: int | None = 3) -> Callable:
     """Returns the published `forward_with_cfg`: both halves travel through the sampler.
 
-    The batch is `[x, x]` with labels `[label, null]`; the second half's `x` is not read.  Channels
+    The batch is `[x, x]` with conditions `[condition, null]`; the second half's `x` is not read.  Channels
     that are not guided follow each half's own output.  The first half equals `guided`.
     """
     return GuidedDoubled(as_pytree(denoise_fn), scale, channels)

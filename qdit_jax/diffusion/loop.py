@@ -20,15 +20,16 @@ def sample(
     denoise_fn: Callable,
     sampler: Sampler,
     noise: Any,
-    label: Any,
+    condition: Any,
     key: Any = None,
     *,
     step_noise: Any = None,
 ) -> Float[Array, "B ..."]:
     """Returns the latents at the end of the walk from `noise [B, H, W, C]`.
 
-    `denoise_fn(x [B,H,W,C], timestep [B], label [B])` returns the model's output; a registered
-    pytree's arrays are arguments of the compiled loop (see `as_pytree`).  Label, noise, key and
+    `denoise_fn(x [B,H,W,C], timestep [B], condition)` returns the model's output; a registered
+    pytree's arrays are arguments of the compiled loop (see `as_pytree`).  `condition` is any pytree
+    of arrays with the batch first, or None.  It, the noise, the key and
     the sampler's coefficients are data: only shapes and the number of steps are static.
 
     A stochastic sampler draws its noise from `key`, one key for the batch or one a sample (then a
@@ -38,7 +39,7 @@ def sample(
         ValueError: if a stochastic sampler is given neither, or shapes do not fit.
     """
     final, _ = sample_trajectory(
-        denoise_fn, sampler, noise, label, key, step_noise=step_noise, collect_fn=nothing
+        denoise_fn, sampler, noise, condition, key, step_noise=step_noise, collect_fn=nothing
     )
     return final
 
@@ -56,7 +57,7 @@ def sample_trajectory(
     denoise_fn: Callable,
     sampler: Sampler,
     noise: Any,
-    label: Any,
+    condition: Any,
     key: Any = None,
     *,
     step_noise: Any = None,
@@ -71,14 +72,12 @@ def sample_trajectory(
     Raises:
         ValueError: as `sample`.
     """
-    noise, label = jnp.asarray(noise), jnp.asarray(label)
+    noise = jnp.asarray(noise)
+    condition = jax.tree.map(jnp.asarray, condition)
     if not jnp.issubdtype(noise.dtype, jnp.floating):
         raise TypeError(f"noise has dtype {noise.dtype}; give floating-point latents.")
     num_steps = jax.tree.leaves(sampler.table)[0].shape[0]
-    if label.shape[:1] != noise.shape[:1]:
-        raise ValueError(
-            f"label has shape {label.shape} for noise {noise.shape}; give one label a sample."
-        )
+    check_batch(condition, noise)
     if not sampler.stochastic:
         key = step_noise = None
     elif step_noise is not None:
@@ -92,7 +91,17 @@ def sample_trajectory(
         raise ValueError("this sampler draws noise at every step; give key, or step_noise.")
     else:
         key = _typed(key, noise.shape[0])
-    return _walk(as_pytree(denoise_fn), sampler, noise, label, key, step_noise, collect_fn)
+    return _walk(as_pytree(denoise_fn), sampler, noise, condition, key, step_noise, collect_fn)
+
+
+def check_batch(condition: Any, noise: Any) -> None:
+    """Raises `ValueError` unless every array of `condition` has one entry per sample."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(condition):
+        if leaf.shape[:1] != noise.shape[:1]:
+            raise ValueError(
+                f"condition{jax.tree_util.keystr(path)} has shape {leaf.shape} for noise "
+                f"{noise.shape}; give one entry per sample."
+            )
 
 
 def _typed(key: Any, num_samples: int) -> Any:
@@ -106,13 +115,13 @@ def _typed(key: Any, num_samples: int) -> Any:
 
 
 @jax.jit(static_argnames=("collect_fn",))
-def _walk(denoise_fn, sampler, noise, label, key, step_noise, collect_fn):
+def _walk(denoise_fn, sampler, noise, condition, key, step_noise, collect_fn):
     num_steps = jax.tree.leaves(sampler.table)[0].shape[0]
 
     def body(x, scanned):
         row, index, recorded = scanned
         drawn = recorded if key is None else _drawn(key, index, x)
-        step = sampler.step(denoise_fn, x, label, row, drawn)
+        step = sampler.step(denoise_fn, x, condition, row, drawn)
         return step.x_next.astype(x.dtype), collect_fn(step)
 
     return jax.lax.scan(body, noise, (sampler.table, jnp.arange(num_steps), step_noise))

@@ -4,7 +4,7 @@ Dimension letters: S = number of steps, B, H, W, C = a batch of latents.
 
 A sampler's arrays are data: another `eta`, schedule or clipping range of the same length does not
 recompile.  Rows are in the order in which they are walked.  Every `step` has one signature:
-`step(denoise_fn, x, label, row, noise) -> Step`, with `noise=None` if `stochastic` is False.
+`step(denoise_fn, x, condition, row, noise) -> Step`, with `noise=None` if `stochastic` is False.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qdit_jax.diffusion.posterior import LogVariance, Prediction
 from qdit_jax.diffusion.respacing import respaced
 from qdit_jax.diffusion.schedules import Schedule, linear_betas
 
-DenoiseFn = Callable[..., Any]  # (x [B,H,W,C], timestep [B], label [B]) -> [B,H,W,O]
+DenoiseFn = Callable[..., Any]  # (x [B,H,W,C], timestep [B], condition) -> [B,H,W,O]
 
 
 class Step(NamedTuple):
@@ -47,13 +47,13 @@ class Sampler(Protocol):
     def stochastic(self) -> bool:
         """Whether steps need noise."""
 
-    def step(self, denoise_fn: DenoiseFn, x: Any, label: Any, row: Any, noise: Any) -> Step:
+    def step(self, denoise_fn: DenoiseFn, x: Any, condition: Any, row: Any, noise: Any) -> Step:
         """Returns one iteration from `x` with the coefficients `row`."""
 
 
-def evaluated(denoise_fn: DenoiseFn, x: Any, timestep: Any, label: Any) -> Any:
+def evaluated(denoise_fn: DenoiseFn, x: Any, timestep: Any, condition: Any) -> Any:
     """Returns the model's output with one scalar `timestep` for the whole batch."""
-    return denoise_fn(x, jnp.full((x.shape[0],), timestep), label)
+    return denoise_fn(x, jnp.full((x.shape[0],), timestep), condition)
 
 
 class DDIMRow(NamedTuple):
@@ -76,9 +76,9 @@ class DDIM:
     predict_fn: Callable = dataclasses.field(metadata={"static": True})
     stochastic: bool = dataclasses.field(metadata={"static": True})
 
-    def step(self, denoise_fn: DenoiseFn, x: Any, label: Any, row: Any, noise: Any) -> Step:
+    def step(self, denoise_fn: DenoiseFn, x: Any, condition: Any, row: Any, noise: Any) -> Step:
         """Returns one iteration from `x` with the coefficients `row`."""
-        output = evaluated(denoise_fn, x, row.timestep, label)
+        output = evaluated(denoise_fn, x, row.timestep, condition)
         x0, eps = posterior.predicted(self.predict_fn, x, output, row.prediction, self.clip)
         x_next = row.x0_weight * x0 + row.eps_weight * eps
         if self.stochastic:
@@ -108,9 +108,9 @@ class DDPM:
     variance_fn: Callable = dataclasses.field(metadata={"static": True})
     stochastic: bool = dataclasses.field(default=True, metadata={"static": True})
 
-    def step(self, denoise_fn: DenoiseFn, x: Any, label: Any, row: Any, noise: Any) -> Step:
+    def step(self, denoise_fn: DenoiseFn, x: Any, condition: Any, row: Any, noise: Any) -> Step:
         """Returns one iteration from `x` with the coefficients `row`."""
-        output = evaluated(denoise_fn, x, row.timestep, label)
+        output = evaluated(denoise_fn, x, row.timestep, condition)
         mean, log_variance, x0 = self.moments(x, output, row)
         x_next = mean + row.noise_weight * jnp.exp(0.5 * log_variance) * noise
         return Step(x, row.timestep, output, x0, x_next)
@@ -138,28 +138,28 @@ class Flow:
     solve_fn: Callable = dataclasses.field(metadata={"static": True})
     stochastic: bool = dataclasses.field(default=False, metadata={"static": True})
 
-    def step(self, denoise_fn: DenoiseFn, x: Any, label: Any, row: Any, noise: Any) -> Step:
+    def step(self, denoise_fn: DenoiseFn, x: Any, condition: Any, row: Any, noise: Any) -> Step:
         """Returns one iteration from `x` over the interval `row`."""
-        velocity = evaluated(denoise_fn, x, row.timestep, label)
+        velocity = evaluated(denoise_fn, x, row.timestep, condition)
         if velocity.shape != x.shape:
             raise ValueError(
                 f"the model returned {velocity.shape} for latents {x.shape}; a flow needs a "
                 "velocity of the same shape."
             )
         velocity = velocity.astype(x.dtype)
-        x_next = self.solve_fn(denoise_fn, x, velocity, label, row)
+        x_next = self.solve_fn(denoise_fn, x, velocity, condition, row)
         return Step(x, row.timestep, velocity, x + (1 - row.timestep) * velocity, x_next)
 
 
-def euler(denoise_fn: DenoiseFn, x: Any, velocity: Any, label: Any, row: FlowRow) -> Any:
+def euler(denoise_fn: DenoiseFn, x: Any, velocity: Any, condition: Any, row: FlowRow) -> Any:
     """Returns `x` at the interval's end by Euler's rule: first order, one evaluation."""
     return x + (row.timestep_next - row.timestep) * velocity
 
 
-def heun(denoise_fn: DenoiseFn, x: Any, velocity: Any, label: Any, row: FlowRow) -> Any:
+def heun(denoise_fn: DenoiseFn, x: Any, velocity: Any, condition: Any, row: FlowRow) -> Any:
     """Returns `x` at the interval's end by Heun's rule: second order, two evaluations."""
-    guess = euler(denoise_fn, x, velocity, label, row)
-    end = evaluated(denoise_fn, guess, row.timestep_next, label).astype(x.dtype)
+    guess = euler(denoise_fn, x, velocity, condition, row)
+    end = evaluated(denoise_fn, guess, row.timestep_next, condition).astype(x.dtype)
     return x + (row.timestep_next - row.timestep) * (velocity + end) / 2
 
 

@@ -18,6 +18,7 @@ from qdit_jax.evaluation.runs import Contender, Run
 from qdit_jax.evaluation.store import first_samples
 from qdit_jax.evaluation.summary import MEASURES, TRAJECTORY, num_bytes
 from qdit_jax.metrics import signal_to_noise_db
+from qdit_jax.models import family_of
 from qdit_jax.report import (
     block_layers,
     input_ranges,
@@ -226,8 +227,10 @@ def bytes_table(contenders: Sequence[Contender]) -> str:
     found: list[dict[str, int]] = []
     for contender in contenders:
         parts: dict[str, int] = {}
+        family = family_of(contender.checkpoint.model)
         for path, leaf in flatten_dict(contender.checkpoint.params, sep="/").items():
-            parts[part_of(path)] = parts.get(part_of(path), 0) + num_bytes(leaf)
+            part = part_of(path, family)
+            parts[part] = parts.get(part, 0) + num_bytes(leaf)
         found.append(parts)
     rows = [[part, *(f"{f.get(part, 0):,}" for f in found)] for part in sorted(found[0])]
     return report.table(["layers", *(c.title for c in contenders)], rows, "Bytes by kind of layer")
@@ -250,7 +253,7 @@ def ranges_parts(contenders: Sequence[Contender], stats: Stats | None) -> list[s
     )
     return [
         report.heading("Ranges by layer"),
-        report.picture(range_histograms(titled), text),
+        report.picture(range_histograms(titled, paths), text),
         *rows,
     ]
 

@@ -26,10 +26,9 @@ from qdit_jax.errors import UserError
 from qdit_jax.evaluation.store import locked, missing_shards, open_run, shard_ranges, write_shard
 from qdit_jax.models import config_of
 from qdit_jax.report import to_uint8
-from qdit_jax.sampling import decode, denoiser, initial_noise, latent_shape
+from qdit_jax.sampling import conditions_in_turn, decode, denoiser, initial_noise
 
 NUM_PROBED = 16  # samples whose single network calls are compared as well
-SAME_FIELDS = ("input_size", "in_channels", "num_classes", "null_class", "velocity")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +43,8 @@ class Contender:
 class Protocol:
     """How every contender is sampled: all that a sample depends on besides the network.
 
-    `record` says in JSON which sampler it is; `batch_size` None takes the device's default.
+    `record` says in JSON which sampler it is; `batch_size` None takes the device's default;
+    `conditions` are labels or prompts that the samples take in turn, every class by default.
     """
 
     sampler: diffusion.Sampler
@@ -55,6 +55,7 @@ class Protocol:
     guidance_channels: int | None = 3
     execution: str = "simulated"
     batch_size: int | None = None
+    conditions: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +103,11 @@ def check_pairable(contenders: Sequence[Contender]) -> None:
     """Raises `UserError` if the contenders do not take the same noise, labels and schedule."""
     first = contenders[0]
     for other in contenders[1:]:
-        for name in SAME_FIELDS:
-            a, b = (getattr(c.checkpoint.model, name) for c in (first, other))
+        facts = (inputs_of(c.checkpoint.model) for c in (first, other))
+        for name, (a, b) in zip(INPUTS, zip(*facts, strict=True), strict=True):
             if a != b:
                 raise UserError(
-                    f"{first.title} has {name}={a} and {other.title} has {name}={b}; only models "
+                    f"{first.title} has {name} {a} and {other.title} has {name} {b}; only models "
                     "of the same inputs can be compared."
                 )
         a, b = (c.checkpoint.metadata.get("scheduler") for c in (first, other))
@@ -115,6 +116,21 @@ def check_pairable(contenders: Sequence[Contender]) -> None:
                 f"{first.title} and {other.title} were trained on different schedules; their "
                 "samples cannot be paired."
             )
+
+
+INPUTS = ("sample shape", "prediction", "condition", "conditions in all", "null condition")
+
+
+def inputs_of(model: Any) -> tuple[Any, ...]:
+    """Returns what two networks must agree in to be given the same inputs, see `INPUTS`."""
+    every = model.all_conditions()
+    return (
+        model.sample_shape(),
+        model.prediction,
+        str(model.example_condition(1)),
+        None if every is None else jax.tree.leaves(every)[0].shape[0],
+        model.has_null,
+    )
 
 
 def settings_of(contenders: Sequence[Contender], protocol: Protocol) -> dict[str, Any]:
@@ -167,18 +183,18 @@ def shards(
     place = f"{mesh.size} x {device.platform} ({device.device_kind})"
     for start, stop in missing:
         index = np.minimum(np.arange(start, start + padded), protocol.num_samples - 1)
-        label = index % contenders[0].checkpoint.model.num_classes
+        condition = conditions_in_turn(contenders[0].checkpoint.model, protocol.conditions, index)
         arrays: dict[str, Any] = {"stop": stop, "device": place}
         walks = []
         for i, (contender, walk) in enumerate(zip(contenders, walkers, strict=True)):
-            found = walk(index.astype(np.int32), label.astype(np.int32)).head(stop - start)
+            found = walk(index.astype(np.int32), condition).head(stop - start)
             check_finite(found, contender.title, start)
             arrays |= {f"{i}/{name}": value for name, value in found.stored().items()}
             walks.append(found)
         for i, other in enumerate(walks[1:], 1):
             arrays |= {f"{i}/{name}": v for name, v in pair_measures(walks[0], other).items()}
             if start < NUM_PROBED:
-                probed = probe(walkers[0], walkers[i], walks[0], label[: stop - start])
+                probed = probe(walkers[0], walkers[i], walks[0], first_of(condition, stop - start))
                 arrays[f"{i}/output_db"] = probed
         yield start, arrays
 
@@ -224,15 +240,15 @@ class Walker:
         self.split = split
         self.compiled: Any = None
 
-    def __call__(self, index: np.ndarray, label: np.ndarray) -> Walk:
+    def __call__(self, index: np.ndarray, condition: Any) -> Walk:
         """Returns the trajectories of the samples numbered `index`."""
         model = network(self.denoise_fn).model
-        numbers, label = jax.device_put((index, label), self.split)
+        numbers, condition = jax.device_put((index, condition), self.split)
         key = jax.random.key(self.protocol.seed)
-        given = (self.denoise_fn, self.protocol.sampler, key, numbers, label)
+        given = (self.denoise_fn, self.protocol.sampler, key, numbers, condition)
         compile_seconds, began = 0.0, time.perf_counter()
         if self.compiled is None:
-            self.compiled = walked.lower(*given, shape=latent_shape(model)).compile()
+            self.compiled = walked.lower(*given, shape=model.sample_shape()).compile()
             compile_seconds = time.perf_counter() - began
         began = time.perf_counter()
         found = jax.block_until_ready(self.compiled(*given))
@@ -241,7 +257,7 @@ class Walker:
         images = None
         if self.vae is not None:
             images = np.asarray(decode(self.vae, final))
-        elif model.in_channels in (1, 3):
+        elif model.sample_shape()[-1] in (1, 3):
             images = np.asarray(final)
         return Walk(
             np.asarray(timestep), np.asarray(x), np.asarray(final), images, seconds, compile_seconds
@@ -249,11 +265,11 @@ class Walker:
 
 
 @jax.jit(static_argnames=("shape",))
-def walked(denoise_fn, sampler, key, index, label, shape):
+def walked(denoise_fn, sampler, key, index, condition, shape):
     """Returns timesteps `[S]`, inputs `[S, B, H, W, C]` and final latents `[B, H, W, C]`."""
     noise, keys = initial_noise(key, index, shape)
     final, (timestep, x) = diffusion.sample_trajectory(
-        denoise_fn, sampler, noise, label, keys, collect_fn=timestep_and_input
+        denoise_fn, sampler, noise, condition, keys, collect_fn=timestep_and_input
     )
     return timestep, x, final
 
@@ -285,7 +301,7 @@ def check_finite(walk: Walk, title: str, start: int) -> None:
     for values in (walk.final, walk.images):
         if values is None:
             continue
-        bad = np.flatnonzero(~np.isfinite(values).all(axis=(1, 2, 3)))
+        bad = np.flatnonzero(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
         if bad.size:
             raise UserError(
                 f"{title}: sample {start + bad[0]} is not finite; this model cannot be scored "
@@ -318,7 +334,12 @@ def pair_measures(reference: Walk, other: Walk) -> dict[str, np.ndarray]:
     return {**found, "drift_db": np.stack(after, axis=1)}
 
 
-def probe(reference: Walker, other: Walker, walk: Walk, label: np.ndarray) -> np.ndarray:
+def first_of(tree: Any, count: int) -> Any:
+    """Returns the first `count` entries of every array."""
+    return jax.tree.map(lambda leaf: leaf[:count], tree)
+
+
+def probe(reference: Walker, other: Walker, walk: Walk, condition: Any) -> np.ndarray:
     """Returns `[B, S]`: how close two networks' outputs are for the very same input, in dB.
 
     The inputs are those of the reference's trajectory, so that no earlier error is in it; of a
@@ -327,19 +348,19 @@ def probe(reference: Walker, other: Walker, walk: Walk, label: np.ndarray) -> np
     # One device: these few samples need not divide among all.
     device = jax.local_devices()[0]
     fns = [jax.device_put(w.denoise_fn, device) for w in (reference, other)]
-    given = jax.device_put((walk.x, walk.timestep, label.astype(np.int32)), device)
+    given = jax.device_put((walk.x, walk.timestep, condition), device)
     signal, noise = (np.asarray(power) for power in output_powers(*fns, *given))
     return metrics.decibels(signal, noise).T
 
 
 @jax.jit
-def output_powers(reference_fn, other_fn, x, timestep, label):
+def output_powers(reference_fn, other_fn, x, timestep, condition):
     """Returns the powers `[S, B]` of the reference's outputs and of the difference to it."""
 
     def step(scanned):
         x, timestep = scanned
-        at = jnp.full(len(x), timestep)
-        a, b = (fn(x, at, label)[..., : x.shape[-1]] for fn in (reference_fn, other_fn))
-        return jnp.square(a).sum((1, 2, 3)), jnp.square(a - b).sum((1, 2, 3))
+        at, axes = jnp.full(len(x), timestep), tuple(range(1, x.ndim))
+        a, b = (fn(x, at, condition)[..., : x.shape[-1]] for fn in (reference_fn, other_fn))
+        return jnp.square(a).sum(axes), jnp.square(a - b).sum(axes)
 
     return jax.lax.map(step, (x, timestep))

@@ -5,45 +5,28 @@ the same function; only what a quantiser sees differs. With input `x [.., K]`, k
 
     x' = (x - shift) / scale,    W' = scale[:, None] * W,    b' = b + shift @ W
 
-The inputs of qkv, fc1 and the final linear are `norm * (1 + gamma) + beta`, with gamma and beta from
-adaLN; that of proj is a mean of v with weights that sum to 1. Both maps pass through those linears.
-The input of fc2 comes out of GELU, which lets nothing through: for it, shift inside the quantiser
-(`ActSpec.shift`).
+An input that is `norm * (1 + gamma) + beta`, gamma and beta from a modulation, takes the map through
+the modulation's linear; an attention's output is a mean of v with weights that sum to 1, so that the
+map passes through v. `Family.folds` lists a network's places. An input that comes out of GELU lets
+nothing through: for it, shift inside the quantiser (`ActSpec.shift`).
 
 Dimensions: K input channels, N output channels.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
+from qdit_jax.models import Family, Producer, family_of_params, layers_of
 from qdit_jax.quant import QTensor
 
-MODULATED = {"attn/qkv": 0, "mlp/fc1": 3, "linear": 0}
 Vectors = Mapping[str, Any]
-
-
-class Producer(NamedTuple):
-    """Columns of a linear layer that make another layer's input.
-
-    Attributes:
-        path: of the linear layer.
-        chunk: which chunk of `K` columns.
-        offset: added to those columns where they are used: 1 for gamma.
-        shifted: whether the shift is taken off here.
-    """
-
-    path: str
-    chunk: int
-    offset: float
-    shifted: bool
 
 
 def fold_inputs(params: Any, *, scale: Vectors | None = None, shift: Vectors | None = None) -> Any:
@@ -53,7 +36,8 @@ def fold_inputs(params: Any, *, scale: Vectors | None = None, shift: Vectors | N
 
     Args:
         scale, shift: `[K]` by layer path, such as `blocks_3/mlp/fc1`; a layer that one of the two
-            leaves out has scale 1 or shift 0.
+            leaves out has scale 1 or shift 0. Layers that read the same input share the map: name
+            one of them, or give all that are named the same.
 
     Raises:
         ValueError: if a path is not a layer that a fold reaches, a vector does not fit or holds a
@@ -61,57 +45,88 @@ def fold_inputs(params: Any, *, scale: Vectors | None = None, shift: Vectors | N
     """
     scale, shift = scale or {}, shift or {}
     flat = dict(flatten_dict(params, sep="/"))
+    family = family_of_params(params)
     for path in sorted({*scale, *shift}):
-        sources = producers(path)
-        for name in (path, *(source.path for source in sources)):
+        sources = producers(path, family)
+        readers = [layer for layer in layers_of(flat) if family.producers(layer) == sources]
+        for name in (*readers, *(source.layer for source in sources)):
             check_foldable(flat, path, name)
-        width = flat[f"{path}/kernel"].shape[0]
-        s = vector(path, "scale", scale.get(path, np.ones(width)), width)
-        z = vector(path, "shift", shift.get(path, np.zeros(width)), width)
+        s, z = shared_map(path, readers, scale, shift, flat[f"{path}/kernel"].shape[0])
+        if s is None:
+            continue
         for source in sources:
-            rewrite_producer(flat, source, s, z)
-        kernel, bias = flat[f"{path}/kernel"], flat[f"{path}/bias"]
-        flat[f"{path}/kernel"] = (s[:, None] * kernel).astype(kernel.dtype)
-        flat[f"{path}/bias"] = (bias + z @ kernel).astype(bias.dtype)
+            rewrite_producer(flat, family, source, s, z)
+        for reader in readers:
+            rewrite_reader(flat, reader, s, z)
     return unflatten_dict(flat, sep="/")
 
 
-def foldable(path: str) -> bool:
-    """Returns whether `fold_inputs` reaches the input of the layer `path`."""
-    return (
-        re.fullmatch(r"blocks_\d+/(attn/(qkv|proj)|mlp/fc1)|final_layer/linear", path) is not None
-    )
+def shared_map(
+    path: str, readers: list[str], scale: Vectors, shift: Vectors, width: int
+) -> tuple[Any, Any]:
+    """Returns scale and shift `[K]` of the input that `readers` share; None for both where an
+    earlier reader among those given has taken care of it.
 
-
-def producers(path: str) -> list[Producer]:
-    """Returns the columns that make the input of the layer `path`."""
-    if not foldable(path):
-        raise ValueError(
-            f"no fold reaches the input of {path!r}; use the path of a qkv, proj or fc1 such as "
-            "'blocks_0/attn/qkv', or 'final_layer/linear'."
+    Raises:
+        ValueError: if two readers are given different maps.
+    """
+    given = [reader for reader in readers if reader in scale or reader in shift]
+    maps = [
+        (
+            vector(name, "scale", scale.get(name, np.ones(width)), width),
+            vector(name, "shift", shift.get(name, np.zeros(width)), width),
         )
-    block, _, layer = path.partition("/")
-    if layer == "attn/proj":
-        return [Producer(f"{block}/attn/qkv", 2, 0.0, True)]
-    adaln, first = f"{block}/adaLN_modulation", MODULATED[layer]
-    return [Producer(adaln, first, 0.0, True), Producer(adaln, first + 1, 1.0, False)]
+        for name in given
+    ]
+    if any(
+        not np.array_equal(one, first) for m in maps for one, first in zip(m, maps[0], strict=True)
+    ):
+        raise ValueError(
+            f"{' and '.join(given)} read the same input; give them the same scale and shift."
+        )
+    return maps[0] if path == min(given) else (None, None)
+
+
+def rewrite_reader(
+    flat: dict[str, Any], path: str, scale: Float[Array, " K"], shift: Float[Array, " K"]
+) -> None:
+    """Replaces the reading layer's kernel and bias in `flat`."""
+    kernel = flat[f"{path}/kernel"]
+    flat[f"{path}/kernel"] = (scale[:, None] * kernel).astype(kernel.dtype)
+    bias = flat.get(f"{path}/bias")
+    if bias is not None:
+        flat[f"{path}/bias"] = (bias + shift @ kernel).astype(bias.dtype)
+    elif np.any(np.asarray(shift)):
+        raise ValueError(f"{path} has no bias, which a shift of its input needs; scale it only.")
+
+
+def producers(path: str, family: Family | None) -> list[Producer]:
+    """Returns the columns that make the input of the layer `path`."""
+    found = [] if family is None else family.producers(path)
+    if not found:
+        known = "" if family is None else f"; it has: {', '.join(f.layers for f in family.folds)}"
+        raise ValueError(
+            f"no fold reaches the input of {path!r}; use the path of a layer that the family's "
+            f"folds name{known}."
+        )
+    return found
 
 
 def rewrite_producer(
     flat: dict[str, Any],
+    family: Family,
     producer: Producer,
     scale: Float[Array, " K"],
     shift: Float[Array, " K"],
 ) -> None:
     """Replaces the producer's kernel and bias in `flat`; arrays are not written to."""
-    width = scale.shape[0]
-    columns = slice(producer.chunk * width, (producer.chunk + 1) * width)
-    kernel, bias = (jnp.asarray(flat[f"{producer.path}/{name}"]) for name in ("kernel", "bias"))
+    kernel, bias = (jnp.asarray(flat[f"{producer.layer}/{name}"]) for name in ("kernel", "bias"))
+    columns = family.chunk(producer.layer, producer.output, kernel.shape[1])
     taken = shift if producer.shifted else 0.0
     moved = (bias[columns] + producer.offset - taken) / scale - producer.offset
-    flat[f"{producer.path}/bias"] = bias.at[columns].set(moved.astype(bias.dtype))
+    flat[f"{producer.layer}/bias"] = bias.at[columns].set(moved.astype(bias.dtype))
     scaled = (kernel[:, columns] / scale).astype(kernel.dtype)
-    flat[f"{producer.path}/kernel"] = kernel.at[:, columns].set(scaled)
+    flat[f"{producer.layer}/kernel"] = kernel.at[:, columns].set(scaled)
 
 
 def check_foldable(flat: Mapping[str, Any], path: str, name: str) -> None:

@@ -6,11 +6,15 @@ Dimensions: B batch, H and W latent rows and columns, C latent channels, T token
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Num
 
+from qdit_jax.models.family import example_inputs
 from qdit_jax.models.layers import (
     Attention,
     LabelEmbedder,
@@ -98,11 +102,11 @@ class DiT(nn.Module):
         self,
         x: Float[Array, "B H W C"],
         timestep: Num[Array, " B"],
-        label: Int[Array, " B"],
+        condition: Int[Array, " B"],
     ) -> Float[Array, "B H W out"]:
         """Returns the prediction for noisy latents.
 
-        `timestep` is 0 to 999 for DiT and real in [0, 1] for SiT; `label` is a class, or
+        `timestep` is 0 to 999 for DiT and real in [0, 1] for SiT; `condition` is a class label, or
         `num_classes` for the null class. Output channels: the noise, then (with `learn_sigma`)
         the variance fraction in [-1, 1].
         """
@@ -118,7 +122,7 @@ class DiT(nn.Module):
             self.hidden_size, self.frequency_shift, self.execution, name="t_embedder"
         )(timestep)
         num_rows = self.num_classes + int(self.null_class)
-        c = c + LabelEmbedder(num_rows, self.hidden_size, name="y_embedder")(label)
+        c = c + LabelEmbedder(num_rows, self.hidden_size, name="y_embedder")(condition)
         for i in range(self.depth):
             tokens = Block(
                 self.num_heads,
@@ -134,34 +138,81 @@ class DiT(nn.Module):
         out = out.reshape(-1, rows * p, columns * p, channels)
         return out[..., : self.in_channels] if self.velocity else out
 
-    def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Returns abstract arguments of a call with one sample, to trace the network with."""
+    @property
+    def prediction(self) -> str:
+        """Returns what the output is: the noise, or for SiT a velocity."""
+        return "velocity" if self.velocity else "epsilon"
+
+    @property
+    def learned_variance(self) -> bool:
+        """Returns whether the output carries a variance in further channels."""
+        return self.learn_sigma and not self.velocity
+
+    @property
+    def has_null(self) -> bool:
+        """Returns whether the label table has a row for no label."""
+        return self.null_class
+
+    @property
+    def guided_channels(self) -> int:
+        """Returns 3, as published, or all channels where there are fewer."""
+        return min(3, self.in_channels)
+
+    @property
+    def default_sampler(self) -> str:
+        """Returns the sampler of the published scripts."""
+        return "flow" if self.velocity else "ddim"
+
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Returns rows, columns and channels of the latents."""
         size = self.input_size
         height, width = (size, size) if isinstance(size, int) else size
-        return (
-            jax.ShapeDtypeStruct((1, height, width, self.in_channels), jnp.float32),
-            jax.ShapeDtypeStruct((1,), jnp.float32),
-            jax.ShapeDtypeStruct((1,), jnp.int32),
-        )
+        return height, width, self.in_channels
+
+    def example_condition(self, batch: int) -> jax.ShapeDtypeStruct:
+        """Returns abstract labels."""
+        return jax.ShapeDtypeStruct((batch,), jnp.int32)
+
+    def all_conditions(self) -> np.ndarray:
+        """Returns the label of every class."""
+        return np.arange(self.num_classes, dtype=np.int32)
+
+    def null_condition(self, condition: Any, params: Any) -> Any:
+        """Returns the null class for every label; None if the network was trained without one."""
+        if not self.null_class:
+            return None
+        return jnp.full_like(jnp.asarray(condition), self.num_classes)
+
+    def check_condition(self, condition: Any) -> None:
+        """Raises `ValueError` if there is no label, or one is out of range."""
+        labels = np.asarray(condition)
+        last = self.num_classes - 1 + self.null_class
+        if labels.ndim != 1 or not labels.size or not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(f"labels={labels!r} is no list of class numbers; give one a sample.")
+        if bad := sorted({int(i) for i in labels if not 0 <= i <= last}):
+            null = f" ({last} is the null class)" if self.null_class else ""
+            raise ValueError(f"label {bad[0]} is out of range; this model knows 0 to {last}{null}.")
+
+    def example_inputs(self, batch: int = 1) -> tuple[Any, ...]:
+        """Returns abstract arguments of a call, to trace the network with."""
+        return example_inputs(self, batch)
 
     def grid_size(self, x: Float[Array, "B H W C"]) -> tuple[int, int]:
         """Returns the rows and columns of tokens; raises `ValueError` for another input size."""
-        size = self.input_size
-        expected = (size, size) if isinstance(size, int) else tuple(size)
-        if x.shape[1:] != (*expected, self.in_channels):
+        *expected, channels = self.sample_shape()
+        if x.shape[1:] != (*expected, channels):
             raise ValueError(
                 f"x has shape {x.shape}; this model takes [B, {expected[0]}, {expected[1]}, "
                 f"{self.in_channels}]."
             )
         if any(n % self.patch_size for n in expected):
             raise ValueError(
-                f"input_size={expected} is not divisible by patch_size={self.patch_size}."
+                f"input_size={tuple(expected)} is not divisible by patch_size={self.patch_size}."
             )
         return expected[0] // self.patch_size, expected[1] // self.patch_size
 
     def init_positions(self, key: Array, shape: tuple[int, ...]) -> Array:
-        size = self.input_size
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width, _ = self.sample_shape()
         grid = (height // self.patch_size, width // self.patch_size)
         return jnp.asarray(sincos_positions(shape[-1], grid))[None]
 

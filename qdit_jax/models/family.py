@@ -1,67 +1,247 @@
-"""The networks, and the table from a family's name to its class."""
+"""What every network answers, and what the table says of each family.
+
+A *network* is a linen module called as `model.apply({"params": params}, x, timestep, condition)`;
+`Network` lists what it answers about itself. A *family* is one row of `families.FAMILIES`: facts
+about a network's layers that the rest of the package asks for, so that no other room knows a layer's
+name.
+
+Dimensions: B batch, K input channels of a layer.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Iterable, Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
-from flax import linen as nn
+import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict
 
-# Family name -> (module, class); modules load when they are first asked for.
-FAMILIES = {
-    "dit": ("qdit_jax.models.dit", "DiT"),
-    "vae": ("qdit_jax.models.vae", "AutoencoderKL"),
-    "inception": ("qdit_jax.models.inception", "InceptionV3"),
-}
-# Fields of a linen module, or of how it runs, that are no part of a stored configuration.
-NOT_CONFIG = {"parent", "name", "execution"}
+# What an attention product multiplies: three projections and the weights between them.
+OPERANDS = ("q", "k", "v", "softmax")
+# A pytree of arrays with the batch as first axis: a label `[B]`, or a dict by the contract's names.
+Condition = Any
+Params = Any
 
 
-def build_model(family: str, config: dict[str, Any]) -> nn.Module:
-    """Returns the network of `family` with the fields in `config` (lists become tuples).
+@runtime_checkable
+class Network(Protocol):
+    """What a network that denoises answers about itself, beside being called.
 
-    Raises:
-        ValueError: if the family or a field is unknown.
+    Attributes:
+        prediction: what the output is: `"epsilon"`, `"velocity"`, `"v_prediction"` or `"sample"`.
+        learned_variance: whether the output carries a variance in further channels.
+        has_null: whether there is a condition of no condition, which guidance needs.
+        guided_channels: how many channels guidance changes by default; None is all.
+        default_sampler: a name in `sampling.SAMPLERS`.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"family={family!r} is unknown; use one of {', '.join(FAMILIES)}.")
-    cls = model_class(family)
-    known = {f.name for f in dataclasses.fields(cls)} - NOT_CONFIG
-    if unknown := sorted(set(config) - known):
-        raise ValueError(
-            f"config of family {family!r} has unknown fields {unknown}; known: {sorted(known)}."
+
+    prediction: str
+    learned_variance: bool
+    has_null: bool
+    guided_channels: int | None
+    default_sampler: str
+
+    def sample_shape(self) -> tuple[int, ...]:
+        """Returns the shape of one sample, channels last."""
+
+    def example_condition(self, batch: int) -> Condition:
+        """Returns the condition of `batch` samples as `jax.ShapeDtypeStruct`s."""
+
+    def all_conditions(self) -> Condition | None:
+        """Returns every condition there is, a class each; None where they cannot be listed."""
+
+    def null_condition(self, condition: Condition, params: Params) -> Condition | None:
+        """Returns the condition of no condition, shaped like `condition`; None if there is none."""
+
+    def check_condition(self, condition: Condition) -> None:
+        """Raises `ValueError` if concrete values of `condition` are out of range."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Producer:
+    """Columns of a linear layer that make another layer's input.
+
+    Attributes:
+        layer: path of the linear layer; `\\1` is the first group of the fold's pattern.
+        output: the name of those columns in `Family.outputs`; empty for all of them.
+        offset: added to those columns where they are used: 1 for a modulation's scale.
+        shifted: whether a shift of the input is taken off here.
+    """
+
+    layer: str
+    output: str = ""
+    offset: float = 0.0
+    shifted: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """A place where a channel-wise map of a layer's input is absorbed by what produces it.
+
+    Attributes:
+        layers: pattern of the layers that read the input; those of one match share the map.
+        producers: what makes the input.
+    """
+
+    layers: str
+    producers: tuple[Producer, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One row of the table of networks.
+
+    Patterns are regular expressions that must match a whole layer path.
+
+    Attributes:
+        name: as stored in checkpoints.
+        network: `module:Class`, imported when it is first asked for.
+        is_diffusion: whether it denoises and answers `Network`.
+        block: pattern of the path of one block.
+        parts: name -> pattern of its layers. Every layer belongs to exactly one part; `"blocks"`
+            holds the linear layers that presets quantize.
+        attention: name -> pattern of attention modules, whose operands can be quantized.
+        rounded_first: the part whose layers see the condition only, which sequential rounding
+            takes before the blocks.
+        outputs: pattern -> names of the equal chunks of a layer's columns.
+        folds: where input transforms cost nothing at run time.
+        gelu_inputs: pattern of layers whose input is a GELU's output.
+        marks: parameters that a tree of this family has beside its layers; they tell families
+            apart whose layers have the same names.
+    """
+
+    name: str
+    network: str
+    is_diffusion: bool = True
+    block: str = "(?!)"
+    parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    attention: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rounded_first: str = ""
+    outputs: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    folds: tuple[Fold, ...] = ()
+    gelu_inputs: str = "(?!)"
+    marks: tuple[str, ...] = ()
+
+    @property
+    def network_class(self) -> Any:
+        """Returns the linen class."""
+        module, _, name = self.network.partition(":")
+        return getattr(import_module(module), name)
+
+    def part_pattern(self, part: str) -> str:
+        """Returns the pattern of a part's layers, or of an attention's operands.
+
+        Raises:
+            ValueError: if the family has no such part.
+        """
+        if part in self.parts:
+            return self.parts[part]
+        chosen = self.attention if part == "attention" else {}
+        if part in self.attention:
+            chosen = {part: self.attention[part]}
+        if not chosen:
+            raise ValueError(
+                f"part={part!r} is not known of family {self.name!r}; use one of "
+                f"{', '.join(self.part_names)}."
+            )
+        modules = "|".join(chosen.values())
+        modules = f"({modules})" if "|" in modules else modules
+        return f"{modules}/({'|'.join(OPERANDS)})"
+
+    @property
+    def part_names(self) -> list[str]:
+        """Returns the names that `part_pattern` knows."""
+        more = ["attention", *self.attention] if self.attention else []
+        return [*self.parts, *dict.fromkeys(more)]
+
+    def part_of(self, layer: str) -> str | None:
+        """Returns the part that a layer belongs to, or None.
+
+        Raises:
+            ValueError: if it belongs to several: the row is wrong.
+        """
+        found = [name for name, pattern in self.parts.items() if re.fullmatch(pattern, layer)]
+        if len(found) > 1:
+            raise ValueError(f"family {self.name!r}: {layer} belongs to {' and '.join(found)}.")
+        return found[0] if found else None
+
+    def block_of(self, path: str) -> str | None:
+        """Returns the path of the block that a layer lies in, or None."""
+        names = path.split("/")
+        prefixes = ("/".join(names[:i]) for i in range(1, len(names) + 1))
+        return next((p for p in prefixes if re.fullmatch(self.block, p)), None)
+
+    def kind_of(self, layer: str) -> str:
+        """Returns a layer's path within its block, the same in all blocks."""
+        block = self.block_of(layer)
+        return layer if block is None else layer.removeprefix(f"{block}/")
+
+    def operands(self, layers: Iterable[str]) -> list[str]:
+        """Returns the paths of the attention products' operands, such as `<attention>/q`."""
+        modules = dict.fromkeys(path.rpartition("/")[0] for path in layers)
+        patterns = self.attention.values()
+        found = [m for m in modules if any(re.fullmatch(p, m) for p in patterns)]
+        return [f"{module}/{name}" for module in found for name in OPERANDS]
+
+    def chunk(self, layer: str, output: str, width: int) -> slice:
+        """Returns the columns of a layer that `outputs` calls `output`; all of them if empty."""
+        if not output:
+            return slice(0, width)
+        for pattern, names in self.outputs.items():
+            if re.fullmatch(pattern, layer) and output in names:
+                size = width // len(names)
+                first = names.index(output) * size
+                return slice(first, first + size)
+        raise ValueError(f"family {self.name!r}: {layer} has no output {output!r}.")
+
+    def producers(self, layer: str) -> list[Producer]:
+        """Returns what makes the input of a layer; empty where no fold reaches it."""
+        for fold in self.folds:
+            if match := re.fullmatch(fold.layers, layer):
+                return [dataclasses.replace(p, layer=match.expand(p.layer)) for p in fold.producers]
+        return []
+
+    def claims(self, params: Params) -> bool:
+        """Returns whether a tree's layers are this family's: each belongs to one of its parts."""
+        flat = flatten_dict(params, sep="/")
+        layers = layers_of(flat)
+        return (
+            bool(layers)
+            and all(self.part_of(layer) for layer in layers)
+            and all(mark in flat for mark in self.marks)
         )
-    return cls(**{name: tuple_of_list(value) for name, value in config.items()})
 
 
-def config_of(model: nn.Module) -> dict[str, Any]:
-    """Returns the JSON-able configuration of a model made by `build_model`."""
-    fields = (f for f in dataclasses.fields(model) if f.name not in NOT_CONFIG)
-    return {f.name: getattr(model, f.name) for f in fields}
+def layers_of(flat: Mapping[str, Any]) -> list[str]:
+    """Returns the paths of all layers with a kernel in a flat tree, in its order."""
+    return [path.removesuffix("/kernel") for path in flat if path.endswith("/kernel")]
 
 
-def family_of(model: nn.Module) -> str:
-    """Returns the family name of a model; raises `TypeError` for a class that has none."""
-    for family, (_, name) in FAMILIES.items():
-        if type(model).__name__ == name and isinstance(model, model_class(family)):
-            return family
-    raise TypeError(f"{type(model).__name__} belongs to no family that can be saved.")
+def example_inputs(model: Network, batch: int = 1) -> tuple[Any, ...]:
+    """Returns abstract arguments of a call of a network that denoises, to trace it with."""
+    shape = (batch, *model.sample_shape())
+    return (
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+        jax.ShapeDtypeStruct((batch,), jnp.float32),
+        model.example_condition(batch),
+    )
 
 
-def model_class(family: str) -> Any:
-    module, name = FAMILIES[family]
-    return getattr(import_module(module), name)
+def is_concrete(array: Any) -> bool:
+    """Returns whether an array's values can be looked at: it is not being traced."""
+    return not isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct)
 
 
-def tuple_of_list(value: Any) -> Any:
-    return tuple(tuple_of_list(v) for v in value) if isinstance(value, list) else value
-
-
-def abstract_params(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the path (joined by `/`), shape and dtype of every parameter, computing nothing."""
-    inputs = model.example_inputs()
-    variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-    return flatten_dict(variables["params"], sep="/")
+def as_condition(condition: Condition) -> Condition:
+    """Returns a condition's entries as arrays, whole numbers as int32; None stays None."""
+    if condition is None:
+        return None
+    if isinstance(condition, Mapping):
+        return {name: as_condition(entry) for name, entry in condition.items()}
+    array = condition if hasattr(condition, "shape") else np.asarray(condition)
+    return array.astype(np.int32) if np.issubdtype(array.dtype, np.integer) else array

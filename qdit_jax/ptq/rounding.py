@@ -15,12 +15,15 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from qdit_jax.calibration import Items, Stats, empty_hessians, input_hessians, layers_in_order
-from qdit_jax.models import Linear
+from qdit_jax.calibration import Items, Stats, empty_hessians, input_hessians
+from qdit_jax.models import Family, family_of, layers_in_order
 from qdit_jax.ptq.sequential import RoundedLayer, RoundFn, by_block, quantize_in_order
 from qdit_jax.quant import gptq
 from qdit_jax.recipes import Recipe
 from qdit_jax.sampling import Denoiser
+
+# (layer paths in the network's order, its family) -> stages.
+StagesFn = Callable[[Sequence[str], Family], list[list[str]]]
 
 
 def round_params(
@@ -30,7 +33,7 @@ def round_params(
     *,
     recipe: Recipe,
     round_fn: RoundFn = gptq,
-    stages_fn: Callable[[Sequence[str]], list[list[str]]] = by_block,
+    stages_fn: StagesFn = by_block,
     holdout: float | int = 0.25,
     stats: Stats | None = None,
     batch_size: int = 8,
@@ -58,7 +61,7 @@ def round_params(
     """
     held_out = held_out_items(items, holdout)
     apply = partial(model.apply, {"params": params})
-    stages = stages_fn(layers_in_order(apply, Linear, *model.example_inputs()))
+    stages = stages_fn(layers_in_order(apply, *model.example_inputs()), family_of(model))
 
     def hessians_fn(params: Any, paths: Sequence[str]) -> Any:
         denoise_fn = Denoiser(params, model)
@@ -109,8 +112,7 @@ def hessians_of(
     """Returns the Hessian `[K, K]` of every path's inputs over the chosen items, float32."""
     sums = empty_hessians(flatten_dict(denoise_fn.params, sep="/"), paths)
     for batch, weight in batches_of(np.flatnonzero(chosen), batch_size):
-        inputs = items.x[batch], items.timestep[batch], items.label[batch]
-        sums = added(sums, denoise_fn, *inputs, weight)
+        sums = added(sums, denoise_fn, *items.taken(batch), weight)
         if progress_fn is not None:
             jax.block_until_ready(sums)
             progress_fn(1)
@@ -135,8 +137,8 @@ def num_batches(items: Items, holdout: float | int, batch_size: int, num_stages:
 
 @partial(jax.jit, donate_argnums=0)
 def added(
-    sums: dict[str, Any], denoise_fn: Denoiser, x: Any, timestep: Any, label: Any, weight: Any
+    sums: dict[str, Any], denoise_fn: Denoiser, x: Any, timestep: Any, condition: Any, weight: Any
 ) -> dict[str, Any]:
     """Returns `sums` with one batch's Hessians added; its paths are those of `sums`."""
-    apply = partial(denoise_fn, jnp.asarray(x), timestep, label)
-    return input_hessians(apply, Linear, sums, weight)
+    apply = partial(denoise_fn, jnp.asarray(x), timestep, condition)
+    return input_hessians(apply, sums, weight)

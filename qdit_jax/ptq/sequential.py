@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qdit_jax.calibration import Stats
+from qdit_jax.models import Family
 from qdit_jax.ptq.transform import check_unquantized, matrix_shape, quantize_params
 from qdit_jax.quant import QTensor, WeightSpec, output_error, quantize
 from qdit_jax.recipes import LayerSpec, Recipe, Rule
@@ -139,25 +140,30 @@ def rounded_together(
             yield path, jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
 
 
-def by_block(paths: Sequence[str]) -> list[list[str]]:
-    """Returns the stages of a network's layers: what comes before the blocks, all adaLN, the blocks.
+def by_block(paths: Sequence[str], family: Family) -> list[list[str]]:
+    """Returns the stages of a network's layers: what comes before the blocks, the part that the
+    family rounds first (adaLN), the blocks.
 
-    adaLN sees the condition only, so that all of them make one stage ahead of the blocks, and the
+    adaLN sees the condition only, so that all of it makes one stage ahead of the blocks, and the
     blocks' inputs are those of quantised modulations. A block's own layers are one stage: within
     it, inputs are those of its unquantised kernels.
     """
-    modulations = [path for path in paths if path.endswith("/adaLN_modulation")]
-    others = [path for path in paths if path not in modulations]
-    groups = [list(group) for _, group in groupby(others, key=lambda p: p.split("/")[0])]
-    first = next((i for i, group in enumerate(groups) if group[0].startswith("blocks_")), 0)
-    return [stage for stage in (*groups[:first], modulations, *groups[first:]) if stage]
+    early = [path for path in paths if family.part_of(path) == family.rounded_first]
+    others = [path for path in paths if path not in early]
+    groups = by_block_authors(others, family)
+    first = next((i for i, group in enumerate(groups) if family.block_of(group[0])), 0)
+    return [stage for stage in (*groups[:first], early, *groups[first:]) if stage]
 
 
-def by_block_authors(paths: Sequence[str]) -> list[list[str]]:
+def by_block_authors(paths: Sequence[str], family: Family) -> list[list[str]]:
     """Returns the stages of the Q-DiT release: every block with its adaLN."""
-    return [list(group) for _, group in groupby(paths, key=lambda path: path.split("/")[0])]
+
+    def room(path: str) -> str:
+        return family.block_of(path) or path.split("/")[0]
+
+    return [list(group) for _, group in groupby(paths, key=room)]
 
 
-def by_layer(paths: Sequence[str]) -> list[list[str]]:
-    """Returns one stage a layer, adaLN first as in `by_block`: the most exact and the slowest."""
-    return [[path] for stage in by_block(paths) for path in stage]
+def by_layer(paths: Sequence[str], family: Family) -> list[list[str]]:
+    """Returns one stage per layer, adaLN first as in `by_block`: the most exact and the slowest."""
+    return [[path] for stage in by_block(paths, family) for path in stage]

@@ -1,13 +1,23 @@
 """Recipes: which layer of a network is quantized, and to what."""
 
 from qdit_jax.recipes.recipe import (
-    BLOCK_LINEARS,
-    PARTS,
     TABLE,
     LayerSpec,
     Recipe,
     Rule,
     layer_paths,
+    operand_paths,
+    part_names,
+    part_pattern,
 )
 
-__all__ = ["BLOCK_LINEARS", "PARTS", "TABLE", "LayerSpec", "Recipe", "Rule", "layer_paths"]
+__all__ = [
+    "TABLE",
+    "LayerSpec",
+    "Recipe",
+    "Rule",
+    "layer_paths",
+    "operand_paths",
+    "part_names",
+    "part_pattern",
+]

@@ -21,19 +21,14 @@ from typing import Any, Literal
 from flax.traverse_util import flatten_dict
 
 from qdit_jax.errors import check_pattern
+from qdit_jax.models import FAMILIES, family_of_params, layers_of
 from qdit_jax.quant import ActSpec, WeightSpec, ranges
 
 FORMAT_VERSION = 1
-BLOCK_LINEARS = r"blocks_\d+/(attn/(qkv|proj)|mlp/(fc1|fc2))"
-ATTENTION_OPERANDS = ("q", "k", "v", "softmax")
 TABLE = "/embedding_table"
-# Parts of a network beside the blocks' linears, and the layers or operands that make them up.
-PARTS = {
-    "adaln": r"(blocks_\d+|final_layer)/adaLN_modulation",
-    "embedders": r"x_embedder/proj|t_embedder/mlp_\d",
-    "final": r"final_layer/linear",
-    "attention": r"blocks_\d+/attn/(q|k|v|softmax)",
-}
+# Stands for a part of whatever family the parameters turn out to be, as in `part:blocks`.
+PART = "part:"
+NO_FAMILY = "are of no family that is known here"
 # The least value of the tanh form of GELU is -0.17004.
 GELU_SHIFT = 0.1701
 PRESET = re.compile(r"w(\d+)a(\d+)(-all)?")
@@ -59,6 +54,11 @@ class Rule:
         check_pattern("layers", self.layers)
 
     def matches(self, path: str) -> bool:
+        if self.layers.startswith(PART):
+            raise ValueError(
+                f"layers={self.layers!r} stands for layers of a family; bind the recipe to "
+                "parameters first: recipe.bound(params)."
+            )
         return re.fullmatch(self.layers, path) is not None
 
 
@@ -76,6 +76,22 @@ class Recipe:
                 return None if rule.spec == LayerSpec() else rule.spec
         return None
 
+    def bound(self, params: Any) -> Recipe:
+        """Returns the recipe with `part:` rules as patterns of the family that `params` are of.
+
+        Raises:
+            ValueError: if there are such rules and no family claims the parameters.
+        """
+        if not any(rule.layers.startswith(PART) for rule in self.rules):
+            return self
+        rules = tuple(
+            dataclasses.replace(rule, layers=part_pattern(rule.layers.removeprefix(PART), params))
+            if rule.layers.startswith(PART)
+            else rule
+            for rule in self.rules
+        )
+        return dataclasses.replace(self, rules=rules)
+
     def resolve(self, params: Any) -> dict[str, LayerSpec]:
         """Returns the spec of every layer and operand of `params` that is quantised, by path.
 
@@ -86,8 +102,9 @@ class Recipe:
             ValueError: if a rule matches no layer, asks for weights where there are none, or the
                 rules quantise nothing.
         """
+        self = self.bound(params)
         layers = layer_paths(params)
-        operands, tables = operand_paths(layers), table_paths(params)
+        operands, tables = operand_paths(params), table_paths(params)
         for rule in self.rules:
             self.check_rule(rule, layers, tables, operands)
         found = {path: spec for path in layers if (spec := self.get(path)) is not None}
@@ -136,10 +153,11 @@ class Recipe:
 
         They lie under a pattern that speaks of layers too, such as `.*`.
         """
+        self = self.bound(params)
         found = self.resolve(params)
         return [
             path
-            for path in operand_paths(layer_paths(params))
+            for path in operand_paths(params)
             if path not in found and self.get(path) is not None
         ]
 
@@ -159,19 +177,21 @@ class Recipe:
         scale_dtype: str = "float16",
         layers: str | None = None,
     ) -> Recipe:
-        """Returns the uniform recipe `"w<bits>a<bits>"` for the four linears of every block.
+        """Returns the uniform recipe `"w<bits>a<bits>"` for the linear layers of every block.
 
         Args:
             name: such as `"w4a8"`; 16 bits leave that side as it is. `"w4a8-all"` quantises every
                 layer and label table, the attention operands excepted.
-            params: checked against the recipe when given.
+            params: a `Checkpoint` or a parameter tree, which the recipe is bound to and checked
+                against. Without it the rule says `part:blocks`, of whatever family it is used on.
             group_size: input channels that share a scale; 0 is the whole channel.
             act_group_size: the activations' group size; the weights' when None.
             act_mode: `"dynamic"`, or `"static"` (needs calibration statistics).
             per_timestep: of static activations: a range for every calibrated timestep.
             range_fn, act_range_fn: of the weights and of the activations.
             scale_dtype: of the weights' scales, 16 bits each as the paper counts them.
-            layers: the pattern of the layers to quantise, in place of the blocks' linears.
+            layers: the pattern of the layers to quantise; by default the part `"blocks"` of the
+                family. Parameters that no family claims need it.
 
         Raises:
             ValueError: if the name is no preset or leaves everything at 16 bits, or the pattern
@@ -183,7 +203,7 @@ class Recipe:
                 f"layers={layers!r} does not go with recipe={name!r}: give one of both."
             )
         if layers is None:
-            layers = EVERY_LAYER if takes_all else BLOCK_LINEARS
+            layers = EVERY_LAYER if takes_all else f"{PART}blocks"
         weight = act = None
         if weight_bits != 16:
             weight = WeightSpec(weight_bits, group_size, symmetric, range_fn, scale_dtype)
@@ -192,8 +212,11 @@ class Recipe:
             act = ActSpec(
                 act_bits, size, symmetric, act_range_fn, act_mode, per_timestep=per_timestep
             )
-        recipe = cls((Rule(layers, LayerSpec(weight, act)),), f"{name}-g{group_size}")
+        rule = Rule(f"{PART}blocks" if layers is None else layers, LayerSpec(weight, act))
+        recipe = cls((rule,), f"{name}-g{group_size}")
         if params is not None:
+            params = getattr(params, "params", params)
+            recipe = recipe.bound(params)
             recipe.resolve(params)
         return recipe
 
@@ -201,18 +224,18 @@ class Recipe:
         """Returns the recipe with one more part quantised, with bits of its own.
 
         Args:
-            part: one of `PARTS`: "adaln", "embedders", "final", or "attention", the operands q, k,
-                v and softmax of the attention products (per head and token, over the head's
-                channels or the row's tokens).
+            part: "adaln", "embedders", "final" or another part of the family, or "attention"
+                (or "self_attention", "cross_attention"): the operands q, k, v and softmax of the
+                products (per head and token, over the head's channels or the row's tokens).
             name: as in `preset`; "attention" has no weights: `"w16a8"`.
             options: those of `preset`.
 
         Raises:
             ValueError: if there is no such part, or weights are asked of "attention".
         """
-        if part not in PARTS:
-            raise ValueError(f"part={part!r} is not known; use one of {', '.join(PARTS)}.")
-        if part == "attention":
+        if part not in (known := part_names()):
+            raise ValueError(f"part={part!r} is not known; use one of {', '.join(known)}.")
+        if part.endswith("attention"):
             options = {**options, "act_group_size": 0}
             if preset_bits(name, part)[0] != 16:
                 raise ValueError(
@@ -220,11 +243,11 @@ class Recipe:
                 )
         if preset_bits(name, part)[2]:
             raise ValueError(f"{part}={name!r}: -all belongs to a whole recipe; leave it out here.")
-        added = Recipe.preset(name, layers=PARTS[part], **options)
+        added = Recipe.preset(name, layers=PART + part, **options)
         return Recipe((*self.rules, *added.rules), f"{self.name}-{part}-{name}")
 
     def with_shifted_gelu(self, params: Any) -> Recipe:
-        """Returns the recipe with unsigned symmetric codes for the inputs of the blocks' fc2.
+        """Returns the recipe with unsigned symmetric codes for inputs that a GELU makes.
 
         `GELU_SHIFT` is added before quantising and taken off afterwards, so that nothing is
         negative and no zero point is needed.
@@ -232,6 +255,9 @@ class Recipe:
         Raises:
             ValueError: as `resolve`.
         """
+        family = family_of_params(params)
+        if family is None:
+            raise ValueError(f"these parameters {NO_FAMILY}, so no layer behind a GELU is known.")
         added = [
             Rule(
                 re.escape(path),
@@ -241,7 +267,9 @@ class Recipe:
                 ),
             )
             for path, spec in self.resolve(params).items()
-            if path.endswith("mlp/fc2") and spec.act is not None and spec.act.fmt is None
+            if re.fullmatch(family.gelu_inputs, path)
+            and spec.act is not None
+            and spec.act.fmt is None
         ]
         return Recipe((*self.rules, *added), f"{self.name}-gelu")
 
@@ -335,14 +363,37 @@ def rule_from_json(data: dict[str, Any], where: str) -> Rule:
 
 def layer_paths(params: Any) -> list[str]:
     """Returns the paths of all layers with a kernel, in the tree's order."""
-    flat = flatten_dict(params, sep="/")
-    return [path.removesuffix("/kernel") for path in flat if path.endswith("/kernel")]
+    return layers_of(flatten_dict(params, sep="/"))
 
 
-def operand_paths(layers: list[str]) -> list[str]:
-    """Returns the paths of the attention products' operands, such as `blocks_0/attn/q`."""
-    attentions = [path.removesuffix("/qkv") for path in layers if path.endswith("/qkv")]
-    return [f"{path}/{name}" for path in attentions for name in ATTENTION_OPERANDS]
+def operand_paths(params: Any) -> list[str]:
+    """Returns the paths of the attention products' operands, such as `blocks_0/attn/q`.
+
+    Empty for parameters that no family claims.
+    """
+    family = family_of_params(params)
+    return [] if family is None else family.operands(layer_paths(params))
+
+
+def part_names() -> list[str]:
+    """Returns the names of all parts of all families."""
+    return list(dict.fromkeys(name for row in FAMILIES.values() for name in row.part_names))
+
+
+def part_pattern(part: str, params: Any) -> str:
+    """Returns the pattern of a part of the family that `params` are of.
+
+    Raises:
+        ValueError: if no family claims them, or theirs has no such part.
+    """
+    family = family_of_params(params)
+    if family is None:
+        raise ValueError(
+            f"these parameters {NO_FAMILY} (layers are named like "
+            f"{', '.join(layer_paths(params)[:2])}); say which layers to quantize with layers=, a "
+            "regular expression of whole paths."
+        )
+    return family.part_pattern(part)
 
 
 def table_paths(params: Any) -> list[str]:

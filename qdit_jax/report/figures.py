@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib
@@ -10,9 +10,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-from qdit_jax.report.model_stats import BLOCK_LAYERS, OUTLIER_FACTOR, block_number, kind_of
+from qdit_jax.report.model_stats import OUTLIER_FACTOR, Place
 
 MAX_LABELS = 28
+Places = Mapping[str, Place]
 
 
 def styled(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
@@ -26,29 +27,38 @@ def styled(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, 
     return figure, axes
 
 
-def shown_blocks(paths: Sequence[str]) -> list[int]:
-    """Returns the first, the middle and the last block's number."""
-    numbers = sorted({block_number(path) for path in paths})
-    return sorted({numbers[0], numbers[len(numbers) // 2], numbers[-1]})
+def shown_blocks(places: Places) -> list[str]:
+    """Returns the first, the middle and the last block."""
+    blocks = blocks_of(places)
+    return list(dict.fromkeys((blocks[0], blocks[len(blocks) // 2], blocks[-1])))
 
 
-def panels(facts: Mapping[str, Any], size: tuple[float, float]) -> Any:
+def blocks_of(places: Places) -> list[str]:
+    """Returns the blocks, in order."""
+    return list(dict.fromkeys(place.block for place in places.values()))
+
+
+def kinds_of(places: Places) -> list[str]:
+    """Returns the kinds of layers in any block, in the order in which they first come."""
+    return list(dict.fromkeys(place.kind for place in places.values()))
+
+
+def panels(places: Places, size: tuple[float, float]) -> Any:
     """Returns a figure, and `(axis, path)` of each panel: a shown block's layer of one kind."""
-    blocks = shown_blocks(list(facts))
-    figure, axes = styled(len(blocks), len(BLOCK_LAYERS), size)
+    shown, kinds = shown_blocks(places), kinds_of(places)
+    figure, axes = styled(len(shown), len(kinds), size)
     drawn = []
-    for row, block in enumerate(blocks):
-        for column, kind in enumerate(BLOCK_LAYERS):
-            path = f"blocks_{block}/{kind}"
-            if path in facts:
-                axes[row, column].set_title(path, fontsize=8)
-                drawn.append((axes[row, column], path))
+    for path, place in places.items():
+        if place.block in shown:
+            axis = axes[shown.index(place.block), kinds.index(place.kind)]
+            axis.set_title(path, fontsize=8)
+            drawn.append((axis, path))
     return figure, drawn
 
 
-def weight_spread_figure(facts: Mapping[str, Mapping[str, Any]]) -> Figure:
+def weight_spread_figure(facts: Mapping[str, Mapping[str, Any]], places: Places) -> Figure:
     """Returns the largest weight of every input and output channel, sorted, of some layers."""
-    figure, drawn = panels(facts, (2.6, 2.0))
+    figure, drawn = panels(places, (2.6, 2.0))
     for axis, path in drawn:
         entry = facts[path]
         for name, color in (("input", "C0"), ("output", "C1")):
@@ -62,9 +72,9 @@ def weight_spread_figure(facts: Mapping[str, Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def activation_channels_figure(facts: Mapping[str, Mapping[str, Any]]) -> Figure:
+def activation_channels_figure(facts: Mapping[str, Mapping[str, Any]], places: Places) -> Figure:
     """Returns the largest input of every channel of some layers, outliers marked."""
-    figure, drawn = panels(facts, (2.6, 2.0))
+    figure, drawn = panels(places, (2.6, 2.0))
     for axis, path in drawn:
         values = facts[path]["by_channel"]
         axis.vlines(np.arange(len(values)), 0, values, color="C0", linewidth=0.6)
@@ -77,18 +87,23 @@ def activation_channels_figure(facts: Mapping[str, Mapping[str, Any]]) -> Figure
 
 
 def timestep_figure(
-    facts: Mapping[str, Mapping[str, Any]], timesteps: np.ndarray, order: np.ndarray
+    facts: Mapping[str, Mapping[str, Any]],
+    places: Places,
+    timesteps: np.ndarray,
+    order: np.ndarray,
 ) -> Figure:
     """Returns the range of some layers' inputs over the timesteps, largest and median channel."""
-    figure, axes = styled(1, len(BLOCK_LAYERS), (2.8, 2.6))
-    for axis, kind in zip(axes[0], BLOCK_LAYERS, strict=True):
-        for i, block in enumerate(shown_blocks(list(facts))):
-            entry = facts.get(f"blocks_{block}/{kind}")
-            if entry is None:
+    shown, kinds = shown_blocks(places), kinds_of(places)
+    figure, axes = styled(1, len(kinds), (2.8, 2.6))
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        for path, place in places.items():
+            if place.kind != kind or place.block not in shown:
                 continue
+            entry, color = facts[path], f"C{shown.index(place.block)}"
             at = timesteps[order]
-            axis.plot(at, entry["by_timestep"][order], color=f"C{i}", label=f"block {block}")
-            axis.plot(at, entry["median_by_timestep"][order], color=f"C{i}", linestyle=":")
+            label = f"block {place.number}"
+            axis.plot(at, entry["by_timestep"][order], color=color, label=label)
+            axis.plot(at, entry["median_by_timestep"][order], color=color, linestyle=":")
         axis.set_title(kind, fontsize=8)
         axis.set_yscale("log")
         axis.legend(fontsize=6)
@@ -97,16 +112,17 @@ def timestep_figure(
     return figure
 
 
-def outlier_figure(facts: Mapping[str, Mapping[str, Any]]) -> Figure:
+def outlier_figure(facts: Mapping[str, Mapping[str, Any]], places: Places) -> Figure:
     """Returns how many outlier channels each layer has, and how far out the largest is."""
     figure, axes = styled(2, 1, (9.0, 2.3))
-    blocks = sorted({block_number(path) for path in facts})
-    for i, kind in enumerate(BLOCK_LAYERS):
-        entries = [facts.get(f"blocks_{b}/{kind}") for b in blocks]
-        offset = (i - 1.5) * 0.2
+    kinds = kinds_of(places)
+    width = 0.8 / len(kinds)
+    for i, kind in enumerate(kinds):
+        own = {place.number: facts[path] for path, place in places.items() if place.kind == kind}
+        at = np.array(list(own)) + (i - (len(kinds) - 1) / 2) * width
         for axis, name in zip(axes[:, 0], ("num_outliers", "largest_over_median"), strict=True):
-            heights = [0 if entry is None else entry[name] for entry in entries]
-            axis.bar(np.array(blocks) + offset, heights, 0.2, label=kind)
+            axis.bar(at, [entry[name] for entry in own.values()], width, label=kind)
+    blocks = list(range(len(blocks_of(places))))
     axes[0, 0].set_ylabel(f"channels above {OUTLIER_FACTOR:g} x median", fontsize=8)
     axes[1, 0].set_ylabel("largest / median channel", fontsize=8)
     axes[0, 0].legend(fontsize=7, ncols=4)
@@ -116,15 +132,16 @@ def outlier_figure(facts: Mapping[str, Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def range_histograms(groups: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+def range_histograms(groups: Mapping[str, Mapping[str, np.ndarray]], places: Places) -> Figure:
     """Returns histograms of ranges by layer: one panel a title and kind, one row of bins a block.
 
     `groups` maps a panel's title to `{layer: ranges}`. Bins are equal in log10 of the range.
     """
-    figure, axes = styled(len(groups), len(BLOCK_LAYERS), (2.6, 2.2))
+    kinds = kinds_of(places)
+    figure, axes = styled(len(groups), len(kinds), (2.6, 2.2))
     for row, (title, ranges) in zip(axes, groups.items(), strict=True):
-        for axis, kind in zip(row, BLOCK_LAYERS, strict=True):
-            found = {block_number(p): r for p, r in ranges.items() if kind_of(p) == kind}
+        for axis, kind in zip(row, kinds, strict=True):
+            found = {places[p].number: r for p, r in ranges.items() if places[p].kind == kind}
             axis.set_title(f"{title}: {kind}", fontsize=8)
             axis.grid(False)
             if found:

@@ -56,7 +56,7 @@ def write_model_report(
     Raises:
         UserError: if the network has no transformer blocks.
     """
-    paths = [path for path in block_layers(params) if path in stats.low]
+    paths = {p: place for p, place in block_layers(params).items() if p in stats.low}
     if not paths:
         raise UserError(f"{title} has no transformer blocks to draw.")
     sizes = shown_group_sizes([params], paths)
@@ -67,11 +67,11 @@ def write_model_report(
         "inputs": input_ranges(stats, paths),
     }
     figures = {
-        "weights": weight_spread_figure(weights),
-        "activations": activation_channels_figure(inputs),
-        "timesteps": timestep_figure(inputs, stats.timesteps, order),
-        "outliers": outlier_figure(inputs),
-        "ranges": range_histograms(ranges),
+        "weights": weight_spread_figure(weights, paths),
+        "activations": activation_channels_figure(inputs, paths),
+        "timesteps": timestep_figure(inputs, paths, stats.timesteps, order),
+        "outliers": outlier_figure(inputs, paths),
+        "ranges": range_histograms(ranges, paths),
     }
     summary = {
         "model": title,
@@ -100,7 +100,9 @@ def write_model_report(
 
 
 def protocol_text(protocol: Mapping[str, Any], stats: Stats, made: Mapping[str, str]) -> str:
-    halves = "labels in turn and the null class" if "null" in stats.halves else "labels in turn"
+    halves = "conditions in turn"
+    if "null" in stats.halves:
+        halves += " and the null condition"
     told = ", ".join(f"{name} {value}" for name, value in protocol.items())
     return (
         f"Inputs recorded while sampling: {told}; {len(stats.timesteps)} timesteps, {halves}. "

@@ -5,36 +5,52 @@ Dimensions: S timesteps, K input channels, N output channels, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 from jaxtyping import Float
 
 from qdit_jax.calibration import Stats
+from qdit_jax.models import Family, family_of_params
 from qdit_jax.quant import QTensor, dequantize, effective_group_size
+from qdit_jax.recipes import layer_paths
 
-BLOCK_LAYERS = ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2")
 OUTLIER_FACTOR = 6.0  # times the median channel
 NUM_LISTED = 8
 GROUP_SIZE = 32  # of the ranges shown, where a layer is not quantised
 
 
-def block_layers(params: Any) -> list[str]:
-    """Returns the paths of the linear layers in the blocks, block by block."""
-    paths = {path.removesuffix("/kernel") for path in flatten_dict(params, sep="/")}
-    blocks = sorted({p.split("/")[0] for p in paths if p.startswith("blocks_")}, key=block_number)
-    return [f"{b}/{kind}" for b in blocks for kind in BLOCK_LAYERS if f"{b}/{kind}" in paths]
+class Place(NamedTuple):
+    """Where a layer stands: its block, that block's number in the network, its path within it."""
+
+    block: str
+    number: int
+    kind: str
 
 
-def block_number(path: str) -> int:
-    return int(path.split("/")[0].removeprefix("blocks_"))
+def block_layers(params: Any) -> dict[str, Place]:
+    """Returns the place of every linear layer that presets quantize, block by block.
+
+    Empty for parameters that no family claims.
+    """
+    family = family_of_params(params)
+    if family is None:
+        return {}
+    paths = [path for path in layer_paths(params) if family.part_of(path) == "blocks"]
+    paths = sorted(paths, key=natural_order)
+    names = [family.block_of(path) or path for path in paths]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return {
+        path: Place(name, numbers[name], family.kind_of(path))
+        for path, name in zip(paths, names, strict=True)
+    }
 
 
-def kind_of(path: str) -> str:
-    """Returns the kind of a layer, the same in all blocks."""
-    return path.partition("/")[2]
+def natural_order(path: str) -> list[Any]:
+    """Returns a sort key in which `blocks_2` comes before `blocks_10`."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
 
 
 def kernel_of(params: Any, path: str) -> Float[np.ndarray, "K N"]:
@@ -51,7 +67,7 @@ def spread(values: Float[np.ndarray, " C"]) -> float:
     return float(values.std() / max(float(values.mean()), 1e-12))
 
 
-def weight_facts(params: Any, paths: Sequence[str]) -> dict[str, dict[str, Any]]:
+def weight_facts(params: Any, paths: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Returns each layer's largest absolute weight by input and by output channel, and spreads."""
     facts = {}
     for path in paths:
@@ -71,7 +87,7 @@ def channel_sizes(stats: Stats, path: str) -> Float[np.ndarray, "S K"]:
     return np.maximum(np.abs(stats.low[path]), np.abs(stats.high[path]))
 
 
-def activation_facts(stats: Stats, paths: Sequence[str]) -> dict[str, dict[str, Any]]:
+def activation_facts(stats: Stats, paths: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Returns each layer's outlier channels and how its range moves over the timesteps.
 
     A channel is an outlier if its largest value is more than `OUTLIER_FACTOR` times the median
@@ -105,7 +121,7 @@ def group_ranges(w: Float[np.ndarray, "K N"], group_size: int) -> Float[np.ndarr
     return (high - low).ravel()
 
 
-def shown_group_sizes(trees: Sequence[Any], paths: Sequence[str]) -> dict[str, int]:
+def shown_group_sizes(trees: Sequence[Any], paths: Iterable[str]) -> dict[str, int]:
     """Returns the group size in which each layer's ranges are shown.
 
     It is that of the first of the parameter trees that quantises the layer, else `GROUP_SIZE`, and
@@ -129,13 +145,13 @@ def group_text(sizes: Mapping[str, int]) -> str:
 
 
 def weight_ranges(
-    params: Any, paths: Sequence[str], group_sizes: Mapping[str, int]
+    params: Any, paths: Iterable[str], group_sizes: Mapping[str, int]
 ) -> dict[str, np.ndarray]:
     """Returns the ranges of all groups of each layer's weights."""
     return {path: group_ranges(kernel_of(params, path), group_sizes[path]) for path in paths}
 
 
-def input_ranges(stats: Stats, paths: Sequence[str]) -> dict[str, np.ndarray]:
+def input_ranges(stats: Stats, paths: Iterable[str]) -> dict[str, np.ndarray]:
     """Returns the ranges of each layer's input channels, of all timesteps together."""
     return {path: (stats.high[path] - stats.low[path]).ravel() for path in paths}
 
@@ -152,7 +168,8 @@ def summary_of(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, An
     }
 
 
-def part_of(path: str) -> str:
+def part_of(path: str, family: Family | None) -> str:
     """Returns the kind of layer a parameter belongs to, the same for all blocks."""
-    names = path.split("/")
-    return "blocks/" + "/".join(names[1:-1]) if names[0].startswith("blocks_") else names[0]
+    layer = path.rpartition("/")[0]
+    block = None if family is None else family.block_of(layer)
+    return path.split("/")[0] if block is None else f"blocks/{layer.removeprefix(f'{block}/')}"

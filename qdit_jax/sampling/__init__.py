@@ -7,29 +7,29 @@ from qdit_jax.sampling.checks import (
     fitting_guidance,
 )
 from qdit_jax.sampling.generation import (
-    PUBLISHED_CHANNELS,
+    PUBLISHED,
     Denoiser,
-    checked_labels,
+    conditions_in_turn,
     decode,
     denoiser,
     generate,
     initial_noise,
-    latent_shape,
+    num_guided_channels,
     trained_schedule,
 )
 
 __all__ = [
     "DEFAULT_GUIDANCE",
-    "PUBLISHED_CHANNELS",
+    "PUBLISHED",
     "Denoiser",
     "check_diffusion_model",
     "check_execution",
-    "checked_labels",
+    "conditions_in_turn",
     "decode",
     "denoiser",
     "fitting_guidance",
     "generate",
     "initial_noise",
-    "latent_shape",
+    "num_guided_channels",
     "trained_schedule",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from qdit_jax.errors import check_finite
@@ -15,31 +14,31 @@ DEFAULT_GUIDANCE = 1.5
 EXECUTIONS = ("simulated", "integer")
 
 
-def check_diffusion_model(model: nn.Module, name: Any = "the checkpoint") -> None:
+def check_diffusion_model(model: Any, name: Any = "the checkpoint") -> None:
     """Raises `ValueError` if `model` is no diffusion model; `name` is where it comes from."""
-    if hasattr(model, "velocity"):
-        return
     try:
-        family = f" (family {family_of(model)})"
-    except TypeError:
-        family = ""
+        family = family_of(model)
+    except TypeError:  # a network of the caller's own
+        return
+    if family.is_diffusion:
+        return
     kind = type(model).__name__
     article = "an" if kind[0] in "AEIOU" else "a"
     raise ValueError(
-        f"{name} holds {article} {kind}{family}, which is no diffusion model and makes no "
+        f"{name} holds {article} {kind} (family {family.name}), which is no diffusion model and makes no "
         "pictures by itself; give the checkpoint of a diffusion transformer, such as a DiT's."
     )
 
 
-def fitting_guidance(model: nn.Module, guidance: Any) -> Any:
-    """Returns the guidance a network is sampled with: None without a null class.
+def fitting_guidance(model: Any, guidance: Any) -> Any:
+    """Returns the guidance a network is sampled with: None without a null condition.
 
     Raises:
         ValueError: if the guidance is not finite, or one other than the default is asked of a
             network without a null class.
     """
     check_finite(guidance=guidance)
-    if model.null_class or guidance is None:
+    if model.has_null or guidance is None:
         return guidance
     if not isinstance(guidance, int | float) or guidance not in (1, DEFAULT_GUIDANCE):
         raise ValueError(

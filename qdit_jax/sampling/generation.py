@@ -6,7 +6,7 @@ Dimension letters: N = number of samples, B = batch, H, W, C = one latent or ima
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,10 +18,11 @@ from jaxtyping import Array, Float, Int
 from qdit_jax import diffusion
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.errors import check_counts, check_finite
+from qdit_jax.models import as_condition
 from qdit_jax.quant import select_timestep
 from qdit_jax.sampling.checks import check_diffusion_model, check_execution
 
-PUBLISHED_CHANNELS = 3
+PUBLISHED = "published"
 NAMED_BETAS: dict[str, Callable] = {
     "linear": diffusion.linear_betas,
     "scaled_linear": diffusion.scaled_linear_betas,
@@ -37,60 +38,91 @@ class Denoiser:
     params: Any
     model: nn.Module = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, x: Any, timestep: Any, label: Any) -> Any:
+    def __call__(self, x: Any, timestep: Any, condition: Any) -> Any:
         """Returns the network's output, with the static scales of the nearest timestep if any."""
         params = select_timestep(self.params, timestep)
-        return self.model.apply({"params": params}, x, timestep, label)
+        return self.model.apply({"params": params}, x, timestep, condition)
+
+    def null_condition(self, condition: Any) -> Any:
+        """Returns the condition of no condition, see `models.Network`."""
+        return self.model.null_condition(condition, self.params)
 
 
 def denoiser(
-    model: nn.Module,
+    model: Any,
     params: Any,
     guidance: Any = 1.5,
-    guidance_channels: int | None = PUBLISHED_CHANNELS,
+    guidance_channels: int | str | None = PUBLISHED,
 ) -> Callable:
-    """Returns the `denoise_fn` of a network, guided by its null class.
+    """Returns the `denoise_fn` of a network, guided by its null condition.
 
     Parameters and `guidance` are arguments of whatever is compiled with it.  `guidance=None`, or
-    the number 1, calls the network once, without the null class.  `guidance_channels` counts the
-    guided channels, at most all of the latents': 3 as published, None for all as diffusers does.
+    the number 1, calls the network once, without the null condition.  `guidance_channels` counts
+    the guided channels, at most all of the sample's: `"published"` for as many as the family's
+    published sampler guides (3 of DiT's 4), None for all as diffusers does.
 
     Raises:
-        ValueError: if guidance is asked of a network without a null class, or of more channels than
-            there are (3, as published, are at most all).
+        ValueError: if guidance is asked of a network without a null condition, or of more channels
+            than a sample has.
     """
     check_finite(guidance=guidance)
-    check_channels(model, guidance_channels)
+    channels = num_guided_channels(model, guidance_channels)
     plain = Denoiser(params, model)
     if guidance is None or (isinstance(guidance, int | float) and guidance == 1):
         return plain
-    if not model.null_class:
+    if not model.has_null:
         raise ValueError(
             f"guidance={guidance} needs a null class, which this model was trained without; "
             "use guidance=None."
         )
-    channels = None if guidance_channels is None else min(guidance_channels, model.in_channels)
-    null_label = np.int32(model.num_classes)
-    return diffusion.guided(plain, guidance, null_label=null_label, channels=channels)
+    return diffusion.guided(plain, guidance, channels=channels)
 
 
-def check_channels(model: nn.Module, guidance_channels: int | None) -> None:
-    """Raises `ValueError` if so many channels cannot be guided."""
-    if guidance_channels in (None, PUBLISHED_CHANNELS):
-        return
+def num_guided_channels(model: Any, guidance_channels: int | str | None) -> int | None:
+    """Returns how many channels guidance changes, None for all; see `denoiser`.
+
+    Raises:
+        ValueError: if that is no positive number, or more than a sample has.
+    """
+    most = model.sample_shape()[-1]
+    if guidance_channels == PUBLISHED:
+        return None if model.guided_channels is None else min(model.guided_channels, most)
+    if guidance_channels is None:
+        return None
     check_counts(guidance_channels=guidance_channels)
-    if guidance_channels > model.in_channels:
+    if int(guidance_channels) > most:
         raise ValueError(
-            f"guidance_channels={guidance_channels} is more than the {model.in_channels} channels "
-            "of this model's latents; use guidance_channels=None for all."
+            f"guidance_channels={guidance_channels} is more than the {most} channels of this "
+            "model's samples; use guidance_channels=None for all."
         )
+    return int(guidance_channels)
 
 
-def latent_shape(model: nn.Module) -> tuple[int, int, int]:
-    """Returns rows, columns and channels of what the network denoises."""
-    size = model.input_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width, model.in_channels
+def conditions_in_turn(model: Any, conditions: Any, index: Int[Any, " B"]) -> Any:
+    """Returns the conditions of the samples numbered `index`: entry `i modulo their number`.
+
+    `conditions` is a pytree with one entry per class or prompt, as numbers or NumPy arrays; None is
+    every condition that the network knows.
+
+    Raises:
+        ValueError: if it is None and the network's conditions cannot be listed, or a value of it
+            is out of range.
+    """
+    if conditions is None:
+        conditions = model.all_conditions()
+        if conditions is None:
+            example = model.example_condition(1)
+            if not jax.tree.leaves(example):
+                return example
+            raise ValueError(
+                "conditions=None: this model takes prompts, which cannot be listed; give the "
+                "embeddings of some."
+            )
+    else:
+        conditions = as_condition(conditions)
+        model.check_condition(conditions)
+    index = np.asarray(index)
+    return jax.tree.map(lambda leaf: leaf[index % leaf.shape[0]], conditions)
 
 
 def trained_schedule(metadata: Mapping[str, Any]) -> diffusion.Schedule:
@@ -146,30 +178,33 @@ def _decoded(model, params, latents):
 
 
 @jax.jit(static_argnames=("shape",))
-def _generated(denoise_fn, sampler, key, index, label, shape):
+def _generated(denoise_fn, sampler, key, index, condition, shape):
     noise, keys = initial_noise(key, index, shape)
-    return diffusion.sample(denoise_fn, sampler, noise, label, keys)
+    return diffusion.sample(denoise_fn, sampler, noise, condition, keys)
 
 
 def generate(
     checkpoint: Checkpoint,
     sampler: diffusion.Sampler,
-    labels: Sequence[int] | Int[Any, " N"],
+    condition: Any,
     *,
     seed: int = 0,
     guidance: Any = 1.5,
-    guidance_channels: int | None = PUBLISHED_CHANNELS,
+    guidance_channels: int | str | None = PUBLISHED,
     batch_size: int | None = None,
     execution: str = "simulated",
     decode_fn: Callable | None = decode,
     progress_fn: Callable[[int], Any] | None = None,
 ) -> Float[np.ndarray, "N H W C"]:
-    """Returns one sample a label, full precision or quantised alike; images of about [-1, 1].
+    """Returns one sample per condition, full precision or quantised alike; about [-1, 1].
 
-    Sample i depends on `seed`, i and its label only.  Batches are split over all local devices;
+    Sample i depends on `seed`, i and its condition only.  Batches are split over all local devices;
     `batch_size` is in all, by default 16 a device, 4 on CPU.  Where the checkpoint has an autoencoder,
     `decode_fn` makes images of latents; None returns the latents.  `progress_fn` is called after
     every batch with the number of samples in it.
+
+    Args:
+        condition: class labels `[N]`, or the family's dict of arrays with N first.
 
     Raises:
         ValueError: if a label is out of range, there is none, the batch size is not positive, or
@@ -177,7 +212,9 @@ def generate(
     """
     check_diffusion_model(checkpoint.model)
     check_execution(checkpoint.params, execution)
-    labels = checked_labels(checkpoint.model, labels)
+    condition = as_condition(condition)
+    checkpoint.model.check_condition(condition)
+    num_samples = jax.tree.leaves(condition)[0].shape[0]
     mesh = jax.make_mesh(
         (jax.local_device_count(),), ("batch",), (AxisType.Auto,), devices=jax.local_devices()
     )
@@ -190,10 +227,11 @@ def generate(
     if vae is not None:
         vae = dataclasses.replace(vae, params=jax.device_put(vae.params, whole))
     done = []
-    for index in _batches(labels.size, batch_size, mesh.size):
-        numbers, label = jax.device_put((index.astype(np.int32), labels[index]), split)
+    for index in _batches(num_samples, batch_size, mesh.size):
+        chosen = jax.tree.map(lambda leaf, index=index: leaf[index], condition)
+        numbers, chosen = jax.device_put((index.astype(np.int32), chosen), split)
         out = _generated(
-            denoise_fn, sampler, jax.random.key(seed), numbers, label, latent_shape(model)
+            denoise_fn, sampler, jax.random.key(seed), numbers, chosen, model.sample_shape()
         )
         if vae is not None and decode_fn is not None:
             out = decode_fn(vae, out)
@@ -202,18 +240,6 @@ def generate(
         if progress_fn is not None:
             progress_fn(num_new)
     return np.concatenate(done)
-
-
-def checked_labels(model: nn.Module, labels: Any) -> np.ndarray:
-    """Returns labels as int32; raises `ValueError` if there is none or one is out of range."""
-    labels = np.asarray(labels)
-    last = model.num_classes - 1 + model.null_class
-    if labels.ndim != 1 or not labels.size or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"labels={labels!r} is no list of class numbers; give one a sample.")
-    if bad := sorted({int(i) for i in labels if not 0 <= i <= last}):
-        null = f" ({last} is the null class)" if model.null_class else ""
-        raise ValueError(f"label {bad[0]} is out of range; this model knows 0 to {last}{null}.")
-    return labels.astype(np.int32)
 
 
 def _batches(num_samples: int, batch_size: int | None, num_devices: int) -> Iterator[np.ndarray]:

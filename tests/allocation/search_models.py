@@ -10,7 +10,8 @@ import numpy as np
 
 from qdit_jax import ddim
 from qdit_jax.allocation import Rollout
-from qdit_jax.sampling import initial_noise, latent_shape
+from qdit_jax.recipes import layer_paths
+from qdit_jax.sampling import initial_noise
 from qdit_jax.testing import realistic_dit
 
 # As an attribute of the package, `search` is the function.
@@ -25,7 +26,8 @@ def small_model(depth: int = 1) -> tuple[Any, Any]:
 
 
 def small_space(params: Any, **settings: Any) -> Any:
-    return search.search_space(params, **{"group_sizes": SIZES, **settings})
+    rows = dict.fromkeys(layer_paths(params), 16)  # tokens of 8x8 latents in patches of 2
+    return search.search_space(params, **{"group_sizes": SIZES, "rows": rows, **settings})
 
 
 def small_rollout(model: Any, num_steps: int = 3, guidance: float | None = 1.5) -> Rollout:
@@ -34,7 +36,7 @@ def small_rollout(model: Any, num_steps: int = 3, guidance: float | None = 1.5) 
 
 def batches_of_noise(model: Any, num_batches: int = 2, size: int = 3) -> tuple[Any, Any, Any]:
     index = np.arange(num_batches * size)
-    noise, keys = initial_noise(jax.random.key(5), jax.numpy.asarray(index), latent_shape(model))
+    noise, keys = initial_noise(jax.random.key(5), jax.numpy.asarray(index), model.sample_shape())
     label = jax.numpy.asarray(index % model.num_classes, np.int32)
     return (
         noise.reshape(num_batches, size, *noise.shape[1:]),

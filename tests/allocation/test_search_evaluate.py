@@ -75,7 +75,7 @@ def test_fitness_is_the_error_of_static_rollouts(case):
     static = quantize_params(params, recipe=search.recipe_of(space, assignment[0]))
     final = [
         small_rollout(model)(static, *data)
-        for data in zip(objective.noise, objective.label, objective.keys, strict=True)
+        for data in zip(objective.noise, objective.condition, objective.keys, strict=True)
     ]
     gap = np.square(np.stack(final) - objective.reference).mean()
     expected = gap / np.square(objective.reference).mean()

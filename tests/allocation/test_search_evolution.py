@@ -24,7 +24,7 @@ def space():
 
 @pytest.fixture(scope="module")
 def budget(space):
-    return search.parse_budget("bitops=1.0x-g32", space, search.named_costs(16))
+    return search.parse_budget("bitops=1.0x-g32", space, search.named_costs())
 
 
 def known_fitness(assignments):
@@ -57,7 +57,7 @@ def test_every_assignment_is_legal_and_new(space, budget):
 
 
 def test_children_come_from_the_best_seen_so_far(space):
-    free = search.parse_budget("bytes=1G", space, search.named_costs(16))
+    free = search.parse_budget("bytes=1G", space, search.named_costs())
     rng = np.random.default_rng(0)
     drawn = rng.integers(0, 4, (20, 8)).astype(np.int32)
     measured = Measured.none(space).extended(drawn, known_fitness(drawn), free.cost(drawn))
@@ -127,7 +127,7 @@ def test_the_first_population_holds_the_assignments_given(space, budget):
 
 def test_a_space_that_is_exhausted_ends_the_search():
     tiny = small_space(small_model()[1], group_sizes=(32, 64), pinned={".*/(qkv|proj|fc1)": 32})
-    budget = search.parse_budget("bitops=1.0x-g32", tiny, search.named_costs(16))
+    budget = search.parse_budget("bitops=1.0x-g32", tiny, search.named_costs())
 
     def fitness(assignments):
         return assignments.sum(axis=1).astype(float)
@@ -137,7 +137,7 @@ def test_a_space_that_is_exhausted_ends_the_search():
 
 
 def test_random_assignments_fill_a_tight_budget_without_bias_to_failure(space):
-    budget = search.parse_budget("bitops=1.2x-g64", space, search.named_costs(16))
+    budget = search.parse_budget("bitops=1.2x-g64", space, search.named_costs())
     rng = np.random.default_rng(0)
     drawn = np.array([random_legal(rng, space, budget) for _ in range(50)])
     assert budget.allows(drawn).all()

@@ -25,7 +25,7 @@ def space():
 
 @pytest.fixture(scope="module")
 def budget(space):
-    return search.parse_budget("bitops=1.0x-g16", space, search.named_costs(16))
+    return search.parse_budget("bitops=1.0x-g16", space, search.named_costs())
 
 
 def fitness(assignments):

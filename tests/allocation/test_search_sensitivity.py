@@ -10,7 +10,6 @@ from search_models import batches_of_noise, search, small_model, small_rollout, 
 
 from qdit_jax.allocation import Effects
 from qdit_jax.allocation.rollouts import OneStep, Sensitivities
-from qdit_jax.models import Linear
 
 NUM_STEPS = 3
 
@@ -32,7 +31,6 @@ def case():
         space=space,
         num_steps=NUM_STEPS,
         num_probes=3,
-        layer_type=Linear,
     )
     return rollout, params, space, data, jax.tree.map(np.asarray, found)
 

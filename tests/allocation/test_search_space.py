@@ -10,7 +10,7 @@ import pytest
 from search_models import SIZES, search, small_model, small_space
 
 from qdit_jax.allocation.cost import num_corrections, num_segments
-from qdit_jax.models import DiT
+from qdit_jax.models import DiT, rows_per_sample
 from qdit_jax.ptq import quantize_params
 from qdit_jax.quant import ActSpec, QTensor, WeightSpec
 from qdit_jax.quant import nbytes as qtensor_nbytes
@@ -27,7 +27,7 @@ def xl2():
     """Returns the paper's space over DiT-XL/2, from shapes alone."""
     model = DiT()
     shapes = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
-    return search.search_space(shapes)
+    return search.search_space(shapes, rows=rows_per_sample(model))
 
 
 def test_the_papers_space_has_112_layers_of_five_choices(xl2):
@@ -114,7 +114,7 @@ def test_bit_operations_of_xl2_are_the_figures_computed_by_hand(xl2):
         accumulation = macs // size * 1024 * 3
         inputs = 28 * 256 * (8064 * (96 + 1024) + groups_of_all * 2048)
         uniform = search.uniform_assignment(xl2, size)
-        table = search.cost_table(xl2, search.BitOps(256))
+        table = search.cost_table(xl2, search.BitOps())
         assert search.total_cost(table, uniform) == products + accumulation + inputs
     assert (products, 28 * 256 * 63 * 2048) == (3_652_869_685_248, 924_844_032)
 
@@ -138,7 +138,7 @@ def test_bytes_are_those_of_the_quantised_tree(params):
 
 
 def test_mean_group_of_the_release_is_a_mean_over_the_layers(xl2):
-    budget = search.parse_budget("mean-group=128", xl2, search.named_costs(256))
+    budget = search.parse_budget("mean-group=128", xl2, search.named_costs())
     sizes = np.array(search.GROUP_SIZES)
     rng = np.random.default_rng(0)
     drawn = rng.integers(0, 5, (200, 112))
@@ -151,12 +151,12 @@ def test_hardware_profiles_charge_what_their_unit_wastes():
     def spec(size, bits=8):
         return LayerSpec(WeightSpec(bits, size), ActSpec(bits, size))
 
-    for cost_fn in (search.gpu_cost(1), search.tpu_cost(1), search.CpuCost(1), search.BitOps(1)):
+    for cost_fn in (search.gpu_cost(), search.tpu_cost(), search.CpuCost(), search.BitOps()):
         costs = [cost_fn(layer, spec(size)) for size in (32, 64, 128, 192, 288)]
         assert costs == sorted(costs, reverse=True)
-    bare = search.HardwareCost(1, depth8=128, depth4=128, rate4=1.0, rescale=0.0)
+    bare = search.HardwareCost(depth8=128, depth4=128, rate4=1.0, rescale=0.0)
     assert bare(layer, spec(32)) == 4 * bare(layer, spec(128)) == 4 * 1152 * 10
-    gpu = search.HardwareCost(1, depth8=32, depth4=64, rate4=2.0, rescale=0.0)
+    gpu = search.HardwareCost(depth8=32, depth4=64, rate4=2.0, rescale=0.0)
     assert gpu(layer, spec(32)) == gpu(layer, spec(128)) == 1152 * 10
     assert gpu(layer, spec(32, 4)) == 1152 * 10  # 64 deep: half of it zeros, at twice the rate
     assert gpu(layer, spec(128, 4)) == 1152 * 10 / 2
@@ -174,7 +174,7 @@ def test_segments_are_the_common_refinement_of_both_sides():
 
 def test_relative_budgets_admit_their_uniform_assignment_and_nothing_dearer(params):
     space = small_space(params)
-    costs = search.named_costs(16)
+    costs = search.named_costs()
     for name in ("bitops", "bytes", "gpu", "tpu", "cpu", "bitops16"):
         budget = search.parse_budget(f"{name}=1.0x-g32", space, costs)
         assert budget.allows(search.uniform_assignment(space, 32))
@@ -190,11 +190,11 @@ def test_relative_budgets_admit_their_uniform_assignment_and_nothing_dearer(para
 def test_a_budget_that_leaves_no_choice_says_so(params):
     space = small_space(params)
     for name in ("bitops", "bytes"):
-        least = search.parse_budget(f"{name}=1.0x-g64", space, search.named_costs(16))
+        least = search.parse_budget(f"{name}=1.0x-g64", space, search.named_costs())
         assert least.leaves_no_choice
         steps = [np.diff(np.sort(row)[:2])[0] for row in least.table]
         one_more = f"{name}={float(least.least + min(steps))!r}"
-        assert not search.parse_budget(one_more, space, search.named_costs(16)).leaves_no_choice
+        assert not search.parse_budget(one_more, space, search.named_costs()).leaves_no_choice
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_a_budget_that_leaves_no_choice_says_so(params):
 )
 def test_budgets_that_cannot_be_met_or_read_are_errors(params, text, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        search.parse_budget(text, small_space(params), search.named_costs(16))
+        search.parse_budget(text, small_space(params), search.named_costs())
 
 
 def test_a_users_own_cost_is_any_function_of_layer_and_spec(params):

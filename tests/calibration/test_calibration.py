@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import layer_ranges
 
 import qdit_convert
 import qdit_jax as qdit
-from qdit_jax.calibration import authors_steps, calibrate, collect_items
+from qdit_jax.calibration import authors_steps, calibrate, collect_items, trajectory
 from qdit_jax.calibration.items import spread_steps, trajectory_items
-from qdit_jax.calibration.recording import layer_ranges, trajectory
 from qdit_jax.models import build_model
 from qdit_jax.sampling import denoiser
 from qdit_jax.testing import realistic_dit
@@ -52,7 +52,10 @@ def test_both_halves_are_recorded_at_every_timestep(checkpoint, stats):
     model, params = checkpoint.model, checkpoint.params
     guided = denoiser(model, params, 1.5)
     sampler = qdit.ddim(steps=STEPS)
-    batches = [trajectory(guided, sampler, model, KEY, np.array(i)) for i in ([0, 1], [2, 3])]
+    batches = [
+        (jnp.array(i), *trajectory(guided, sampler, model, KEY, np.array(i), jnp.array(i)))
+        for i in ([0, 1], [2, 3])
+    ]
     for half in ("conditional", "null"):
         low, high = np.inf, -np.inf
         for label, x, timestep in batches:
@@ -170,17 +173,17 @@ def test_the_authors_collection_equals_the_recorded_one(golden):
     expected = np.moveaxis(recorded["calib_x"], 1, -1)
     np.testing.assert_allclose(items.x, expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(items.timestep, recorded["calib_t"])
-    np.testing.assert_array_equal(items.label, recorded["calib_y"])
+    np.testing.assert_array_equal(items.condition, recorded["calib_y"])
 
 
 def test_items_see_labels_and_the_null_class(checkpoint):
     sampler = qdit.ddim(steps=STEPS)
     items = collect_items(checkpoint, KEY, 3, sampler=sampler, choose_fn=spread_steps(2))
     assert items.x.shape == (12, 8, 8, 4)
-    np.testing.assert_array_equal(items.label, [0, 0, 1, 1, 2, 2] + [10] * 6)
+    np.testing.assert_array_equal(items.condition, [0, 0, 1, 1, 2, 2] + [10] * 6)
     np.testing.assert_array_equal(items.x[:6], items.x[6:])
     alone = collect_items(checkpoint, KEY, 3, sampler=sampler, null=False, batch_size=2)
-    assert set(alone.label) == {0, 1, 2}
+    assert set(alone.condition) == {0, 1, 2}
 
 
 def test_chosen_steps_cover_the_trajectory():

@@ -134,7 +134,7 @@ def test_latents_of_sit_follow_the_published_euler_walk(tmp_path, pt):
     checkpoint = load(tmp_path / "ours")
     model, params = checkpoint.model, checkpoint.params
     assert model.velocity
-    noise = np.random.default_rng(0).standard_normal((3, *sampling.latent_shape(model)))
+    noise = np.random.default_rng(0).standard_normal((3, *model.sample_shape()))
     label = np.array([0, CLASSES - 1, 1])
     run = jax.jit(lambda x, t, y: model.apply({"params": params}, x, t, y))
 

@@ -251,7 +251,7 @@ def called(denoise_fn, *arguments):
 @pytest.mark.parametrize(("channels", "num_guided"), [(3, 3), (None, 4)])
 def test_guidance_extrapolates_only_the_chosen_channels(channels, num_guided):
     model = jax.tree_util.Partial(labelled, jnp.float32(0.5))
-    fn = diffusion.guided(model, 1.5, null_label=9, channels=channels)
+    fn = diffusion.guided(model, 1.5, null=9, channels=channels)
     x, timestep, label = latents(3, 4), jnp.zeros((3,), jnp.int32), jnp.array([1, 2, 3])
     out, cond = called(fn, x, timestep, label), called(model, x, timestep, label)
     null = called(model, x, timestep, jnp.full((3,), 9))
@@ -273,16 +273,16 @@ def test_a_scale_of_one_is_no_guidance_and_scales_may_differ_by_sample():
     model = jax.tree_util.Partial(labelled, jnp.float32(0.5))
     x, timestep, label = latents(2, 4), jnp.zeros((2,), jnp.int32), jnp.array([1, 2])
     scale = jnp.array([1.0, 4.0])
-    out = called(diffusion.guided(model, scale, null_label=9), x, timestep, label)
+    out = called(diffusion.guided(model, scale, null=9), x, timestep, label)
     np.testing.assert_allclose(out[0], model(x, timestep, label)[0], atol=1e-5)
-    four = called(diffusion.guided(model, 4.0, null_label=9), x, timestep, label)
+    four = called(diffusion.guided(model, 4.0, null=9), x, timestep, label)
     np.testing.assert_allclose(out[1], four[1], atol=1e-5)
 
 
 def test_values_do_not_recompile():
     def run(weight, scale, eta, clip, label, seed):
         model = jax.tree_util.Partial(labelled, jnp.float32(weight))
-        fn = diffusion.guided(model, scale, null_label=9)
+        fn = diffusion.guided(model, scale, null=9)
         sampler = diffusion.ddim(6, eta, clip=clip)
         key = jax.random.key(seed)
         return diffusion.sample(fn, sampler, latents(2, 4, seed), jnp.array(label), key)
@@ -297,7 +297,7 @@ def test_values_do_not_recompile():
 
 def test_the_loop_is_one_loop_without_host_traffic():
     model = jax.tree_util.Partial(labelled, jnp.float32(0.1))
-    fn = diffusion.guided(model, 1.5, null_label=9)
+    fn = diffusion.guided(model, 1.5, null=9)
     arguments = (fn, diffusion.ddpm(50), latents(2, 4), zeros(), jax.random.key(0), None)
     text = _walk.lower(*arguments, collect_fn=lambda step: None).compile().as_text()
     assert "while(" in text
@@ -319,7 +319,7 @@ def test_the_loop_is_one_loop_without_host_traffic():
         (lambda: Schedule(np.array([0.1, -0.1])), "betas must be"),
         (
             lambda: diffusion.sample(gaussian_eps, diffusion.ddim(3), latents(), zeros(3)),
-            "one label a sample",
+            "one entry per sample",
         ),
         (
             lambda: diffusion.sample(gaussian_eps, diffusion.ddim(3, 1.0), latents(), zeros()),
@@ -343,9 +343,9 @@ def test_the_loop_is_one_loop_without_host_traffic():
             ),
             "it must return the same shape",
         ),
-        (lambda: diffusion.guided(gaussian_eps, 2.0, null_label=9, channels=0), "channels=0"),
+        (lambda: diffusion.guided(gaussian_eps, 2.0, null=9, channels=0), "channels=0"),
         (
-            lambda: diffusion.guided(gaussian_eps, 2.0, null_label=9, channels=4)(
+            lambda: diffusion.guided(gaussian_eps, 2.0, null=9, channels=4)(
                 latents(), zeros(), zeros()
             ),
             "channels=4 but the latents have 3",

@@ -14,11 +14,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import qdit_convert
 from qdit_jax import quant
-from qdit_jax.calibration import Items, collect_items, layers_in_order
-from qdit_jax.calibration.hessians import seen_inputs
+from qdit_jax.calibration import Items, collect_items
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.diffusion import ddim
-from qdit_jax.models import Linear, build_model
+from qdit_jax.models import FAMILIES, build_model, family_of, layers_in_order, seen_inputs
 from qdit_jax.ptq import (
     by_block,
     by_block_authors,
@@ -38,7 +37,7 @@ from qdit_jax.quant import (
     output_error,
     ranges,
 )
-from qdit_jax.recipes import BLOCK_LINEARS, PARTS, LayerSpec, Recipe, Rule, layer_paths
+from qdit_jax.recipes import LayerSpec, Recipe, Rule, layer_paths
 from qdit_jax.sampling import Denoiser
 from qdit_jax.testing import realistic_dit
 
@@ -67,7 +66,7 @@ def authors_network(golden):
     act = ActSpec(args["abits"], 32, args["a_sym"], ranges.authors)
     recipe = Recipe(
         (
-            Rule(BLOCK_LINEARS, LayerSpec(weight, act)),
+            Rule("part:blocks", LayerSpec(weight, act)),
             Rule(r"blocks_\d+/adaLN_modulation", LayerSpec(weight)),
         )
     )
@@ -114,7 +113,7 @@ def rounded_behind_recorded(golden, jitter):
         recipe=recipe,
         hessians_fn=hessians_fn,
         round_fn=quant.gptq_authors,
-        stages=by_block_authors(layer_paths(params)),
+        stages=by_block_authors(layer_paths(params), FAMILIES["dit"]),
         on_layer=lambda layer: layers.__setitem__(layer.path, layer),
     )
     return layers, hessians, data
@@ -188,8 +187,8 @@ def recipe_for(params, act_bits=8):
     act = ActSpec(act_bits, 16)
     return Recipe(
         (
-            Rule(BLOCK_LINEARS, LayerSpec(weight, act)),
-            Rule(PARTS["adaln"], LayerSpec(weight, act)),
+            Rule("part:blocks", LayerSpec(weight, act)),
+            Rule("part:adaln", LayerSpec(weight, act)),
         )
     )
 
@@ -259,7 +258,7 @@ def test_hessians_are_those_of_the_quantised_network(small):
     @jax.jit
     def recorded_by_hand(params):
         seen = {}
-        with seen_inputs(seen.__setitem__, Linear, rounded=False):
+        with seen_inputs(seen.__setitem__):
             model.apply({"params": params}, *(jnp.asarray(array) for array in items[:3]))
         return seen["blocks_0/attn/proj"]
 
@@ -289,13 +288,14 @@ def test_operands_and_label_tables_are_quantised_too(small):
 def test_stages_follow_the_network():
     model, params = realistic_dit(0, hidden_size=48, depth=2, num_heads=4)
     apply = partial(model.apply, {"params": params})
-    paths = layers_in_order(apply, Linear, *model.example_inputs())
+    paths = layers_in_order(apply, *model.example_inputs())
     assert paths[:3] == ["x_embedder/proj", "t_embedder/mlp_0", "t_embedder/mlp_2"]
-    stages = by_block(paths)
+    family = family_of(model)
+    stages = by_block(paths, family)
     assert [len(stage) for stage in stages] == [1, 2, 3, 4, 4, 1]
     assert stages[3] == [f"blocks_0/{n}" for n in ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2")]
-    assert {path for stage in by_layer(paths) for path in stage} == set(paths)
-    assert [len(stage) for stage in by_block_authors(paths)] == [1, 2, 5, 5, 2]
+    assert {path for stage in by_layer(paths, family) for path in stage} == set(paths)
+    assert [len(stage) for stage in by_block_authors(paths, family)] == [1, 2, 5, 5, 2]
 
 
 def test_kernels_of_one_shape_are_rounded_as_if_alone():

@@ -16,10 +16,10 @@ import qdit_convert
 from qdit_jax.calibration import Stats
 from qdit_jax.diffusion import guided_doubled
 from qdit_jax.kernels import quantized_matmul
-from qdit_jax.models import build_model
+from qdit_jax.models import FAMILIES, build_model
 from qdit_jax.ptq import quantize_params
 from qdit_jax.quant import ActQuant, ActSpec, WeightSpec, integer_codes, ranges
-from qdit_jax.recipes import BLOCK_LINEARS, LayerSpec, Recipe, Rule
+from qdit_jax.recipes import LayerSpec, Recipe, Rule
 from qdit_jax.sampling import denoiser
 
 LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -174,4 +174,4 @@ def test_block_linears_are_the_four_of_every_block(golden):
     _, params, _ = load(golden, "dit_A_q_w4a8_g32")
     recipe = Recipe.preset("w4a8", params, group_size=32)
     assert len(recipe.resolve(params)) == 12
-    assert recipe.rules[0].layers == BLOCK_LINEARS
+    assert recipe.rules[0].layers == FAMILIES["dit"].parts["blocks"]

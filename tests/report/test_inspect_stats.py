@@ -101,7 +101,8 @@ def test_quantized_kernels_are_unpacked(folder):
 
     full, small = (load(folder / name).params for name in ("model", "small"))
     paths = model_stats.block_layers(small)
-    assert paths == [f"blocks_0/{kind}" for kind in model_stats.BLOCK_LAYERS]
+    kinds = ("attn/proj", "attn/qkv", "mlp/fc1", "mlp/fc2")
+    assert paths == {f"blocks_0/{kind}": ("blocks_0", 0, kind) for kind in kinds}
     for path in paths:
         w, q = model_stats.kernel_of(full, path), model_stats.kernel_of(small, path)
         assert 0 < np.abs(w - q).max() < 0.2 * np.abs(w).max()
@@ -110,8 +111,8 @@ def test_quantized_kernels_are_unpacked(folder):
 def test_blocks_are_in_the_order_of_their_numbers():
     layer = {"attn": {"qkv": {"kernel": np.ones((2, 2))}}}
     params = {f"blocks_{i}": layer for i in (10, 2, 0)}
-    found = [path.split("/")[0] for path in model_stats.block_layers(params)]
-    assert found == ["blocks_0", "blocks_2", "blocks_10"]
+    found = [(place.block, place.number) for place in model_stats.block_layers(params).values()]
+    assert found == [("blocks_0", 0), ("blocks_2", 1), ("blocks_10", 2)]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,124 @@
+"""The table of networks: a new family is one file and one row here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+from qdit_jax.models.family import Family, Fold, Params, Producer
+
+SHIFT_SCALE_GATE = ("shift", "scale", "gate")
+
+FAMILIES: dict[str, Family] = {
+    row.name: row
+    for row in (
+        Family(
+            name="dit",
+            network="qdit_jax.models.dit:DiT",
+            block=r"blocks_\d+",
+            parts={
+                "blocks": r"blocks_\d+/(attn/(qkv|proj)|mlp/(fc1|fc2))",
+                "adaln": r"(blocks_\d+|final_layer)/adaLN_modulation",
+                "embedders": r"x_embedder/proj|t_embedder/mlp_\d",
+                "final": r"final_layer/linear",
+            },
+            attention={"self_attention": r"blocks_\d+/attn"},
+            rounded_first="adaln",
+            outputs={
+                r"blocks_\d+/adaLN_modulation": (
+                    *(f"{name}_attn" for name in SHIFT_SCALE_GATE),
+                    *(f"{name}_mlp" for name in SHIFT_SCALE_GATE),
+                ),
+                r"final_layer/adaLN_modulation": ("shift", "scale"),
+                r"blocks_\d+/attn/qkv": ("q", "k", "v"),
+            },
+            folds=(
+                Fold(
+                    r"(blocks_\d+)/attn/qkv",
+                    (
+                        Producer(r"\1/adaLN_modulation", "shift_attn"),
+                        Producer(r"\1/adaLN_modulation", "scale_attn", 1.0, shifted=False),
+                    ),
+                ),
+                Fold(
+                    r"(blocks_\d+)/mlp/fc1",
+                    (
+                        Producer(r"\1/adaLN_modulation", "shift_mlp"),
+                        Producer(r"\1/adaLN_modulation", "scale_mlp", 1.0, shifted=False),
+                    ),
+                ),
+                Fold(r"(blocks_\d+)/attn/proj", (Producer(r"\1/attn/qkv", "v"),)),
+                Fold(
+                    r"(final_layer)/linear",
+                    (
+                        Producer(r"\1/adaLN_modulation", "shift"),
+                        Producer(r"\1/adaLN_modulation", "scale", 1.0, shifted=False),
+                    ),
+                ),
+            ),
+            gelu_inputs=r"blocks_\d+/mlp/fc2",
+        ),
+        Family("vae", "qdit_jax.models.vae:AutoencoderKL", is_diffusion=False),
+        Family("inception", "qdit_jax.models.inception:InceptionV3", is_diffusion=False),
+    )
+}
+# Fields of a linen module, or of how it runs, that are no part of a stored configuration.
+NOT_CONFIG = {"parent", "name", "execution"}
+
+
+def family_named(name: str) -> Family:
+    """Returns a row of the table; raises `ValueError` if there is none of that name."""
+    if name not in FAMILIES:
+        raise ValueError(f"family={name!r} is unknown; use one of {', '.join(FAMILIES)}.")
+    return FAMILIES[name]
+
+
+def build_model(family: str, config: Mapping[str, Any]) -> nn.Module:
+    """Returns the network of `family` with the fields in `config` (lists become tuples).
+
+    Raises:
+        ValueError: if the family or a field is unknown.
+    """
+    cls = family_named(family).network_class
+    known = {f.name for f in dataclasses.fields(cls)} - NOT_CONFIG
+    if unknown := sorted(set(config) - known):
+        raise ValueError(
+            f"config of family {family!r} has unknown fields {unknown}; known: {sorted(known)}."
+        )
+    return cls(**{name: tuple_of_list(value) for name, value in config.items()})
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """Returns the JSON-able configuration of a model made by `build_model`."""
+    fields = (f for f in dataclasses.fields(model) if f.name not in NOT_CONFIG)
+    return {f.name: getattr(model, f.name) for f in fields}
+
+
+def family_of(model: nn.Module) -> Family:
+    """Returns the row of a network; raises `TypeError` for a class that has none."""
+    for row in FAMILIES.values():
+        if row.network.endswith(f":{type(model).__name__}") and type(model) is row.network_class:
+            return row
+    raise TypeError(f"{type(model).__name__} belongs to no family that can be saved.")
+
+
+def family_of_params(params: Params) -> Family | None:
+    """Returns the family whose parts cover every layer of a tree; None if no row claims it."""
+    found = [row for row in FAMILIES.values() if row.claims(params)]
+    return max(found, key=lambda row: len(row.marks), default=None)
+
+
+def tuple_of_list(value: Any) -> Any:
+    return tuple(tuple_of_list(v) for v in value) if isinstance(value, list) else value
+
+
+def abstract_params(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the path (joined by `/`), shape and dtype of every parameter, computing nothing."""
+    inputs = model.example_inputs()
+    variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    return flatten_dict(variables["params"], sep="/")
