@@ -65,7 +65,7 @@ def run_search(args: argparse.Namespace) -> dict[str, Any]:
         os._exit(2)
     finally:
         progress.close()
-    result.history["made"] = provenance()
+    result.history["made"] = {**provenance(), "seed": args.seed}
     if is_first:
         write_result(args.out, result)
         print(summary(result))

@@ -26,7 +26,7 @@ from qdit_jax.errors import UserError
 from qdit_jax.evaluation.store import locked, missing_shards, open_run, shard_ranges, write_shard
 from qdit_jax.models import config_of
 from qdit_jax.report import to_uint8
-from qdit_jax.sampling import conditions_in_turn, decode, denoiser, initial_noise
+from qdit_jax.sampling import PUBLISHED, conditions_in_turn, decode, denoiser, initial_noise
 
 NUM_PROBED = 16  # samples whose single network calls are compared as well
 
@@ -52,7 +52,7 @@ class Protocol:
     num_samples: int
     seed: int = 0
     guidance: float = 1.5
-    guidance_channels: int | None = 3
+    guidance_channels: int | str | None = PUBLISHED
     execution: str = "simulated"
     batch_size: int | None = None
     conditions: Any = None
