@@ -34,7 +34,7 @@ import qdit_jax as qdit
 from qdit_jax.allocation import Rollout, seeds
 from qdit_jax.models import DiT, published_config
 
-LAYERS = r"(?!.*/(q|k|v|softmax)$).*"  # all but the operands of attention
+LAYERS = r"(?!.*/operands/).*"  # all but the operands of attention
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,7 @@ def describe(checkpoint: Checkpoint, manifest: dict[str, Any]) -> dict[str, Any]
     """Returns the content of `model.json`."""
     return {
         "format_version": FORMAT_VERSION,
-        "family": family_of(checkpoint.model),
+        "family": family_of(checkpoint.model).name,
         "config": config_of(checkpoint.model),
         "params": manifest,
         "metadata": checkpoint.metadata,

@@ -12,6 +12,7 @@ from qdit_jax.models.families import (
 )
 from qdit_jax.models.family import (
     OPERANDS,
+    OPERANDS_OF,
     Condition,
     Family,
     Fold,
@@ -45,6 +46,7 @@ __all__ = [
     "DEMO_STATISTICS",
     "FAMILIES",
     "OPERANDS",
+    "OPERANDS_OF",
     "SIZES",
     "AutoencoderKL",
     "Condition",

@@ -21,8 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-# What an attention product multiplies: three projections and the weights between them.
+# What an attention product multiplies: three projections and the weights between them. They are
+# named `<attention>/operands/q`, so that a layer may be called `<attention>/q`.
 OPERANDS = ("q", "k", "v", "softmax")
+OPERANDS_OF = "/operands/"
 # A pytree of arrays with the batch as first axis: a label `[B]`, or a dict by the contract's names.
 Condition = Any
 Params = Any
@@ -151,7 +153,7 @@ class Family:
             )
         modules = "|".join(chosen.values())
         modules = f"({modules})" if "|" in modules else modules
-        return f"{modules}/({'|'.join(OPERANDS)})"
+        return f"{modules}{OPERANDS_OF}({'|'.join(OPERANDS)})"
 
     @property
     def part_names(self) -> list[str]:
@@ -182,11 +184,11 @@ class Family:
         return layer if block is None else layer.removeprefix(f"{block}/")
 
     def operands(self, layers: Iterable[str]) -> list[str]:
-        """Returns the paths of the attention products' operands, such as `<attention>/q`."""
+        """Returns the paths of the attention products' operands: `<attention>/operands/q`, ..."""
         modules = dict.fromkeys(path.rpartition("/")[0] for path in layers)
         patterns = self.attention.values()
         found = [m for m in modules if any(re.fullmatch(p, m) for p in patterns)]
-        return [f"{module}/{name}" for module in found for name in OPERANDS]
+        return [f"{module}{OPERANDS_OF}{name}" for module in found for name in OPERANDS]
 
     def chunk(self, layer: str, output: str, width: int) -> slice:
         """Returns the columns of a layer that `outputs` calls `output`; all of them if empty."""

@@ -8,17 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
 from flax import linen as nn
 
-from qdit_jax.models.family import Network, example_inputs
+from qdit_jax.models.family import OPERANDS_OF, Network, example_inputs
 from qdit_jax.models.layers import Linear, optional
 
 # (path, layer, input, call) -> output, where `call()` is what the layer itself would return.
 LayerFn = Callable[[str, nn.Module, Any, Callable[[], Any]], Any]
-# (path, value) of an operand of an attention product, such as `blocks_0/attn/q`.
+# (path, value) of an operand of an attention product, such as `blocks_0/attn/operands/q`.
 OperandFn = Callable[[str, Any], None]
 
 
@@ -28,12 +29,12 @@ def tapped(layer_fn: LayerFn, operand_fn: OperandFn | None = None) -> Iterator[N
 
     def intercept(next_fn: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         module = context.module
-        path = "/".join(module.path)
         if isinstance(module, Linear) and context.method_name == "__call__":
-            return layer_fn(path, module, args[0], lambda: next_fn(*args, **kwargs))
+            call = partial(next_fn, *args, **kwargs)
+            return layer_fn("/".join(module.path), module, args[0], call)
         if operand_fn is not None and context.method_name == "operand":
             name, x = args
-            operand_fn(f"{path}/{name}", x)
+            operand_fn(f"{'/'.join(module.path)}{OPERANDS_OF}{name}", x)
         return next_fn(*args, **kwargs)
 
     with nn.intercept_methods(intercept):

@@ -11,6 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qdit_jax.calibration import Stats
+from qdit_jax.models import OPERANDS_OF
 from qdit_jax.ptq.static_acts import act_quantizer
 from qdit_jax.quant import QTensor, WeightSpec, packed_nbytes, quantize
 from qdit_jax.recipes import TABLE, LayerSpec, Recipe
@@ -104,7 +105,9 @@ def rewrite_kernels(
     for path, spec in recipe.resolve(params).items():
         name = weight_name(flat, path)
         if spec.act is not None:
-            entry = f"{path}_quant" if name is None else f"{path}/act_quant"
+            entry = (
+                f"{path.replace(OPERANDS_OF, '/')}_quant" if name is None else f"{path}/act_quant"
+            )
             flat[entry] = act_quantizer(path, spec.act, stats)
         if name is None or spec.weight is None:
             continue

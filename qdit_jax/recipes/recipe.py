@@ -4,8 +4,8 @@ A recipe is a list of rules; a rule's pattern is a regular expression that must 
 path (`blocks_3/mlp/fc1`), and the last rule that matches a layer decides. A layer's own name is a
 pattern as well, so that uniform presets and per-layer assignments are the same thing.
 
-The operands of the attention products (`blocks_3/attn/q`, `k`, `v`, `softmax`) are named beside the
-layers. A rule that matches a layer or a label table speaks of those alone: `.*` or `blocks_3/.*`
+The operands of the attention products (`blocks_3/attn/operands/q`, `k`, `v`, `softmax`; in short
+`blocks_3/attn/q`) are named beside the layers. A rule that matches a layer or a label table speaks of those alone: `.*` or `blocks_3/.*`
 leaves the operands as they are. A rule whose pattern matches operands only quantises them; it has an
 act spec and no weights. A rule without any spec leaves all that it matches, operands included.
 """
@@ -15,13 +15,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from flax.traverse_util import flatten_dict
 
 from qdit_jax.errors import check_pattern
-from qdit_jax.models import FAMILIES, family_of_params, layers_of
+from qdit_jax.models import FAMILIES, OPERANDS_OF, Family, family_of_params, layers_of
 from qdit_jax.quant import ActSpec, WeightSpec, ranges
 
 FORMAT_VERSION = 1
@@ -64,15 +65,19 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Rules for a whole network; `name` says what it is in reports."""
+    """Rules for a whole network; `name` says what it is in reports.
+
+    `family` is the name of the family that the rules were bound to, if any.
+    """
 
     rules: tuple[Rule, ...]
     name: str = "custom"
+    family: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
-    def get(self, path: str) -> LayerSpec | None:
-        """Returns the spec of the last rule that matches a layer's `path`, or None to leave it."""
+    def get(self, *names: str) -> LayerSpec | None:
+        """Returns the spec of the last rule that matches a layer's name, or None to leave it."""
         for rule in reversed(self.rules):
-            if rule.matches(path):
+            if any(rule.matches(name) for name in names):
                 return None if rule.spec == LayerSpec() else rule.spec
         return None
 
@@ -84,13 +89,21 @@ class Recipe:
         """
         if not any(rule.layers.startswith(PART) for rule in self.rules):
             return self
+        return self.bound_to(family_claiming(params))
+
+    def bound_to(self, family: Family) -> Recipe:
+        """Returns the recipe with `part:` rules as patterns of `family`.
+
+        Raises:
+            ValueError: if the family has no such part.
+        """
         rules = tuple(
-            dataclasses.replace(rule, layers=part_pattern(rule.layers.removeprefix(PART), params))
+            dataclasses.replace(rule, layers=family.part_pattern(rule.layers.removeprefix(PART)))
             if rule.layers.startswith(PART)
             else rule
             for rule in self.rules
         )
-        return dataclasses.replace(self, rules=rules)
+        return dataclasses.replace(self, rules=rules, family=family.name)
 
     def resolve(self, params: Any) -> dict[str, LayerSpec]:
         """Returns the spec of every layer and operand of `params` that is quantised, by path.
@@ -103,15 +116,12 @@ class Recipe:
                 rules quantise nothing.
         """
         self = self.bound(params)
-        layers = layer_paths(params)
-        operands, tables = operand_paths(params), table_paths(params)
-        for rule in self.rules:
-            self.check_rule(rule, layers, tables, operands)
+        layers, tables = layer_paths(params), table_paths(params)
+        names = operand_names(operand_paths(params), layers)
+        broad = [self.speaks_of_layers(rule, [*layers, *tables], names) for rule in self.rules]
         found = {path: spec for path in layers if (spec := self.get(path)) is not None}
-        broad = [any(map(rule.matches, layers + tables)) for rule in self.rules]
-        for path in operands:
-            spec = self.operand_spec(path, broad)
-            if spec is not None:
+        for path, called in names.items():
+            if (spec := self.operand_spec(called, broad)) is not None:
                 found[path] = spec
         weights = {path: spec.weight for path in tables if (spec := self.get(path)) is not None}
         found |= {path: LayerSpec(weight) for path, weight in weights.items() if weight}
@@ -122,29 +132,38 @@ class Recipe:
             )
         return found
 
-    def check_rule(
-        self, rule: Rule, layers: list[str], tables: list[str], operands: list[str]
-    ) -> None:
-        """Raises `ValueError` if a rule matches nothing, or operands alone with weights."""
-        if any(map(rule.matches, layers + tables)):
-            return
-        matched = next(filter(rule.matches, operands), None)
+    def speaks_of_layers(
+        self, rule: Rule, layers: Sequence[str], operands: Mapping[str, Sequence[str]]
+    ) -> bool:
+        """Returns whether a rule matches a layer or table, so that operands are none of its business.
+
+        Args:
+            operands: the names of every attention operand, by its path.
+
+        Raises:
+            ValueError: if it matches nothing at all, or operands alone and has weights.
+        """
+        if any(map(rule.matches, layers)):
+            return True
+        matched = next((p for p, names in operands.items() if any(map(rule.matches, names))), None)
         if matched is None:
+            shown = [*layers[:1], *layers[-1:], *list(operands)[:1]]
             raise ValueError(
                 f"recipe {self.name!r}: the pattern {rule.layers!r} matches no layer; "
-                f"layers are named like {', '.join(layers[:1] + layers[-1:] + operands[:1])}."
+                f"layers are named like {', '.join(shown)}."
             )
         if rule.spec.weight is not None:
             raise ValueError(
                 f"recipe {self.name!r}: {matched} is an operand of the attention products and has "
                 "no weights; give it an act spec only."
             )
+        return False
 
-    def operand_spec(self, path: str, broad: list[bool]) -> LayerSpec | None:
-        """Returns the spec of an attention operand; `broad` says which rules match layers too."""
-        for rule, matches_layers in zip(reversed(self.rules), reversed(broad), strict=True):
+    def operand_spec(self, names: Sequence[str], broad: Sequence[bool]) -> LayerSpec | None:
+        """Returns the spec of an attention operand; `broad` says which rules speak of layers."""
+        for rule, speaks_of_layers in zip(reversed(self.rules), reversed(broad), strict=True):
             leaves = rule.spec == LayerSpec()
-            if rule.matches(path) and (leaves or not matches_layers):
+            if any(map(rule.matches, names)) and (leaves or not speaks_of_layers):
                 return None if leaves else rule.spec
         return None
 
@@ -155,10 +174,9 @@ class Recipe:
         """
         self = self.bound(params)
         found = self.resolve(params)
+        names = operand_names(operand_paths(params), layer_paths(params))
         return [
-            path
-            for path in operand_paths(params)
-            if path not in found and self.get(path) is not None
+            p for p, called in names.items() if p not in found and self.get(*called) is not None
         ]
 
     @classmethod
@@ -244,7 +262,9 @@ class Recipe:
         if preset_bits(name, part)[2]:
             raise ValueError(f"{part}={name!r}: -all belongs to a whole recipe; leave it out here.")
         added = Recipe.preset(name, layers=PART + part, **options)
-        return Recipe((*self.rules, *added.rules), f"{self.name}-{part}-{name}")
+        name = f"{self.name}-{part}-{name}"
+        recipe = dataclasses.replace(self, rules=(*self.rules, *added.rules), name=name)
+        return recipe if self.family is None else recipe.bound_to(FAMILIES[self.family])
 
     def with_shifted_gelu(self, params: Any) -> Recipe:
         """Returns the recipe with unsigned symmetric codes for inputs that a GELU makes.
@@ -271,7 +291,7 @@ class Recipe:
             and spec.act is not None
             and spec.act.fmt is None
         ]
-        return Recipe((*self.rules, *added), f"{self.name}-gelu")
+        return dataclasses.replace(self, rules=(*self.rules, *added), name=f"{self.name}-gelu")
 
     def to_json(self) -> dict[str, Any]:
         """Returns the recipe as JSON-serialisable values."""
@@ -367,12 +387,19 @@ def layer_paths(params: Any) -> list[str]:
 
 
 def operand_paths(params: Any) -> list[str]:
-    """Returns the paths of the attention products' operands, such as `blocks_0/attn/q`.
+    """Returns the paths of the attention products' operands, such as `blocks_0/attn/operands/q`.
 
     Empty for parameters that no family claims.
     """
     family = family_of_params(params)
     return [] if family is None else family.operands(layer_paths(params))
+
+
+def operand_names(operands: Sequence[str], layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Returns the names that a rule may call each operand by: `attn/operands/q`, and `attn/q` where
+    that is no layer."""
+    short = {path: path.replace(OPERANDS_OF, "/") for path in operands}
+    return {path: (path,) if name in layers else (path, name) for path, name in short.items()}
 
 
 def part_names() -> list[str]:
@@ -386,6 +413,11 @@ def part_pattern(part: str, params: Any) -> str:
     Raises:
         ValueError: if no family claims them, or theirs has no such part.
     """
+    return family_claiming(params).part_pattern(part)
+
+
+def family_claiming(params: Any) -> Family:
+    """Returns the family of parameters; raises `ValueError` if no row claims them."""
     family = family_of_params(params)
     if family is None:
         raise ValueError(
@@ -393,7 +425,7 @@ def part_pattern(part: str, params: Any) -> str:
             f"{', '.join(layer_paths(params)[:2])}); say which layers to quantize with layers=, a "
             "regular expression of whole paths."
         )
-    return family.part_pattern(part)
+    return family
 
 
 def table_paths(params: Any) -> list[str]:

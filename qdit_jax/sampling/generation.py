@@ -155,7 +155,7 @@ def trained_schedule(metadata: Mapping[str, Any]) -> diffusion.Schedule:
 @jax.jit(static_argnames=("shape",))
 def initial_noise(
     key: Any, index: Int[Array, " B"], shape: tuple[int, ...]
-) -> tuple[Float[Array, "B H W C"], Any]:
+) -> tuple[Float[Array, "B *shape"], Any]:
     """Returns the noise `[B, *shape]` of the samples numbered `index`, and one key each for later.
 
     Both follow from `jax.random.fold_in(key, index)` alone: a sample starts from the same noise
@@ -195,7 +195,7 @@ def generate(
     execution: str = "simulated",
     decode_fn: Callable | None = decode,
     progress_fn: Callable[[int], Any] | None = None,
-) -> Float[np.ndarray, "N H W C"]:
+) -> Float[np.ndarray, "N *shape"]:
     """Returns one sample per condition, full precision or quantised alike; about [-1, 1].
 
     Sample i depends on `seed`, i and its condition only.  Batches are split over all local devices;

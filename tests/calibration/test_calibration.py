@@ -74,9 +74,9 @@ def test_both_halves_are_recorded_at_every_timestep(checkpoint, stats):
 
 
 def test_operands_hessians_and_tokens_are_recorded(stats):
-    assert stats.low["blocks_0/attn/q"].shape == (STEPS, 12)
-    assert (stats.low["blocks_0/attn/softmax"] >= 0).all()
-    assert (stats.high["blocks_0/attn/softmax"] <= 1).all()
+    assert stats.low["blocks_0/attn/operands/q"].shape == (STEPS, 12)
+    assert (stats.low["blocks_0/attn/operands/softmax"] >= 0).all()
+    assert (stats.high["blocks_0/attn/operands/softmax"] <= 1).all()
     assert list(stats.hessians) == ["blocks_0/attn/qkv"]
     tokens = stats.tokens["blocks_0/attn/qkv"]
     assert tokens.shape == (STEPS, 2 * 2 * 3, 48)  # batches, halves, tokens of a call
@@ -116,7 +116,7 @@ def test_static_operands_come_from_their_statistics(checkpoint, stats):
     params = qdit.quantize_params(checkpoint.params, recipe=recipe, stats=stats)
     act = params["blocks_0"]["attn"]["softmax_quant"]
     np.testing.assert_allclose(
-        act.scale, stats.high["blocks_0/attn/softmax"].max() / 255, rtol=1e-5
+        act.scale, stats.high["blocks_0/attn/operands/softmax"].max() / 255, rtol=1e-5
     )
     x = jax.random.normal(KEY, (1, 8, 8, 4))
     at = jnp.zeros(1), jnp.zeros(1, int)

@@ -83,7 +83,7 @@ class Outcome:
 
 
 def test_labels_stay_inside_the_picture_and_off_the_points():
-    outcomes = [Outcome("W8A8, groups of 32", 4.06, 39.4), Outcome("W4A8, groups of 32", 3.46, 20),
+    outcomes = [Outcome("W8A8, groups of 32", 4.06, 39.4), Outcome("W4A8, groups of 32", 3.46, 20.0),
                 Outcome("W4A8, per channel", 3.3847, 7.8),
                 Outcome("W4A8, per channel, static", 3.3849, 6.0)]  # fmt: skip
     chart = figure(outcomes)
