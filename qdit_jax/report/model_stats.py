@@ -6,10 +6,11 @@ Dimensions: S timesteps, K input channels, N output channels, G groups.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jaxtyping import Float
 
 from qdit_jax.calibration import Stats
