@@ -34,9 +34,10 @@ from qdit_jax.report import provenance
 def run_search(args: argparse.Namespace) -> dict[str, Any]:
     """Searches, prints progress, and writes the results; only the first process writes."""
     join_others(args)
-    prepare_folder(args.out, args.force)
     checkpoint = full_precision_checkpoint(args.checkpoint, "a search compares with full precision")
     args.guidance = guidance_of(checkpoint, args.guidance)
+    Rollout.of(checkpoint.model, None, args.guidance)  # refuses before the folder is made
+    prepare_folder(args.out, args.force)
     is_first = jax.process_index() == 0
     progress = Progress(args, is_first)
     settings = None

@@ -53,8 +53,8 @@ def test_the_whole_checkpoint_is_told_before_and_after(folder, capsys):
     assert f"bytes of all parameters: {line}" in printed.err
     assert f"bytes on disk: {on_disk['before']:,} -> {on_disk['after']:,}" in printed.err
     assert "weights' signal to error, dB" in printed.err
-    assert "4b g36" in printed.err
-    assert "g128" not in printed.err
+    assert "36 x 108  4b g36 " in printed.err
+    assert "144 x 36  4b g128 " in printed.err
     assert "attention operands" not in printed.err
 
 

@@ -53,8 +53,7 @@ def refused(folder, monkeypatch, capsys, verb, name, *options):
     assert main([*(word.format(name) for word in VERBS[verb]), *options]) == 2
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
-    left = set(os.listdir(folder)) - set(before)
-    assert not {p for p in left if p != "out" or os.listdir(folder / "out")}
+    assert sorted(os.listdir(folder)) == before
     return printed
 
 

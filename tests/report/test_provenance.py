@@ -8,6 +8,7 @@ import platform
 
 import jax
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import qdit_jax
 from qdit_jax import report
@@ -87,7 +88,7 @@ def test_labels_stay_inside_the_picture_and_off_the_points():
                 Outcome("W4A8, per channel", 3.3847, 7.8),
                 Outcome("W4A8, per channel, static", 3.3849, 6.0)]  # fmt: skip
     chart = figure(outcomes)
-    chart.canvas.draw()
+    FigureCanvasAgg(chart).draw()
     (legend,) = chart.legends
     assert [text.get_text() for text in legend.texts] == [o.title for o in outcomes]
     box, frame = legend.get_window_extent(), chart.axes[0].get_window_extent()
