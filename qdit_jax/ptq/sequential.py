@@ -104,6 +104,8 @@ def without_kernels(params: Any, specs: dict[str, LayerSpec], stats: Stats | Non
         Rule(re.escape(path), LayerSpec(None, spec.act) if f"{path}/kernel" in flat else spec)
         for path, spec in specs.items()
     ]
+    if all(rule.spec == LayerSpec() for rule in rules):
+        return params
     return quantize_params(params, recipe=Recipe(tuple(rules)), stats=stats)
 
 

@@ -32,7 +32,7 @@ def test_gptq_prints_held_out_errors_and_writes_the_checkpoint(folder, capsys):
     options = ["--recipe", "w3a8", "--layers", "blocks_0/attn/qkv", "--rounding", "gptq", *FEW]
     assert quantize(folder, *options, "--range", "percentile:0.99") == 0
     printed = capsys.readouterr().out
-    assert "output error, dB" in printed
+    assert "outputs' signal to error, dB" in printed
     (line,) = [line for line in printed.splitlines() if line.startswith("blocks_0/attn/qkv")]
     assert " -> " in line
     assert "measured on held-out inputs" in printed
