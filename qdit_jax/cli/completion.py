@@ -61,8 +61,8 @@ def bash_script() -> str:
         import_module(f"qdit_jax.cli.{verb}").add_parser(subparsers)
         parser = subparsers.choices[verb]
         for action in parser._actions:
+            offered = shlex.quote(" ".join(map(str, action.choices or ())))
             for name in action.option_strings if action.choices else ():
-                offered = shlex.quote(" ".join(map(str, action.choices)))
                 choices.append(f"      {shlex.quote(f'{verb} {name}')}) words={offered} ;;")
         names = sorted(n for a in parser._actions for n in a.option_strings if n.startswith("--"))
         options.append(f"        {verb}) words={shlex.quote(' '.join(names))} ;;")

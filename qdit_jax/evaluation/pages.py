@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +264,7 @@ def same_layers(contenders: Sequence[Contender]) -> bool:
     return len(contenders) > 1 and len(models) == 1
 
 
-def weight_errors(contenders: Sequence[Contender], paths: Sequence[str]) -> str:
+def weight_errors(contenders: Sequence[Contender], paths: Iterable[str]) -> str:
     """Returns a table of how near each layer's weights are to the first model's, in dB."""
     rows = []
     for path in paths:
