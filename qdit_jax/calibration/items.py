@@ -19,9 +19,16 @@ from qdit_jax import diffusion
 from qdit_jax.calibration.recording import default_sampler, model_inputs
 from qdit_jax.calibration.statistics import write_arrays
 from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.errors import UserError
+from qdit_jax.errors import UserError, check_counts
 from qdit_jax.quant import check_finite
-from qdit_jax.sampling import check_seed, conditions_in_turn, denoiser, initial_noise
+from qdit_jax.sampling import (
+    check_diffusion_model,
+    check_seed,
+    conditions_in_turn,
+    denoiser,
+    fitting_guidance,
+    initial_noise,
+)
 
 # `(sample numbers [B], S) -> steps [B, M]`: which iterations a trajectory's items come from.
 ChooseFn = Callable[[Int[np.ndarray, " B"], int], Int[np.ndarray, "B M"]]
@@ -85,8 +92,7 @@ def spread_steps(num_items: int = 4) -> ChooseFn:
 
     Whatever the number of samples, all parts of the trajectory are seen equally often.
     """
-    if num_items < 1:
-        raise ValueError(f"num_items={num_items} must be 1 or more.")
+    check_counts(num_items=num_items)
 
     def choose(index: np.ndarray, num_steps: int) -> np.ndarray:
         count = min(num_items, num_steps)
@@ -148,12 +154,13 @@ def collect_items(
     Raises:
         ValueError: if `num_samples` is not positive, or an input is not finite.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples} must be 1 or more.")
+    check_diffusion_model(checkpoint.model)
+    check_counts(num_samples=num_samples, batch_size=batch_size)
     model = checkpoint.model
+    guidance = fitting_guidance(model, guidance)
     sampler = default_sampler(checkpoint) if sampler is None else sampler
     choose_fn = spread_steps() if choose_fn is None else choose_fn
-    denoise_fn = denoiser(model, checkpoint.params, guidance if model.has_null else None)
+    denoise_fn = denoiser(model, checkpoint.params, guidance)
     parts = []
     for start in range(0, num_samples, batch_size):
         index = np.arange(start, min(start + batch_size, num_samples))

@@ -25,7 +25,14 @@ from qdit_jax.evaluation.store import locked, missing_shards, open_run, shard_ra
 from qdit_jax.kernels import implementations_used
 from qdit_jax.models import rows_per_sample
 from qdit_jax.report import to_uint8
-from qdit_jax.sampling import check_seed, conditions_in_turn, decode, denoiser, initial_noise
+from qdit_jax.sampling import (
+    PUBLISHED,
+    check_seed,
+    conditions_in_turn,
+    decode,
+    denoiser,
+    initial_noise,
+)
 
 NUM_PROBED = 16  # samples whose single network calls are compared as well
 
@@ -51,7 +58,7 @@ class Protocol:
     num_samples: int
     seed: int = 0
     guidance: float = 1.5
-    guidance_channels: int | None = 3
+    guidance_channels: int | str | None = PUBLISHED
     numerics: str = "simulated"
     batch_size: int | None = None
     conditions: Any = None

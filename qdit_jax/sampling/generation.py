@@ -18,8 +18,10 @@ from jaxtyping import Array, Float, Int
 
 from qdit_jax import diffusion
 from qdit_jax.checkpoint import Checkpoint
+from qdit_jax.errors import check_counts, check_finite
 from qdit_jax.models import as_condition, is_concrete
 from qdit_jax.quant import select_timestep
+from qdit_jax.sampling.checks import check_diffusion_model, check_numerics
 
 PUBLISHED = "published"
 
@@ -67,8 +69,11 @@ def denoiser(
     published sampler guides (3 of DiT's 4), None for all as diffusers does.
 
     Raises:
-        ValueError: if guidance is asked of a network without a null condition.
+        ValueError: if guidance is asked of a network without a null condition, or of more channels
+            than a sample has.
     """
+    check_finite(guidance=guidance)
+    channels = num_guided_channels(model, guidance_channels)
     plain = Denoiser(params, model)
     if guidance is None or (isinstance(guidance, int | float) and guidance == 1):
         return plain
@@ -77,10 +82,27 @@ def denoiser(
             f"guidance={guidance} needs a null class, which this model was trained without; "
             "use guidance=None."
         )
-    channels = model.guided_channels if guidance_channels == PUBLISHED else guidance_channels
-    if channels is not None:
-        channels = min(int(channels), model.sample_shape()[-1])
     return diffusion.guided(plain, guidance, channels=channels)
+
+
+def num_guided_channels(model: Any, guidance_channels: int | str | None) -> int | None:
+    """Returns how many channels guidance changes, None for all; see `denoiser`.
+
+    Raises:
+        ValueError: if that is no positive number, or more than a sample has.
+    """
+    most = model.sample_shape()[-1]
+    if guidance_channels == PUBLISHED:
+        return None if model.guided_channels is None else min(model.guided_channels, most)
+    if guidance_channels is None:
+        return None
+    check_counts(guidance_channels=guidance_channels)
+    if int(guidance_channels) > most:
+        raise ValueError(
+            f"guidance_channels={guidance_channels} is more than the {most} channels of this "
+            "model's samples; use guidance_channels=None for all."
+        )
+    return int(guidance_channels)
 
 
 def conditions_in_turn(model: Any, conditions: Any, index: Int[Any, " B"]) -> Any:
@@ -258,9 +280,11 @@ def generate(
         condition: class labels `[N]`, or the family's dict of arrays with N first.
 
     Raises:
-        ValueError: if a label or the seed is out of range, there is no label, or the batch size is
-            not positive.
+        ValueError: if a label or the seed is out of range, there is no label, the batch size is not
+            positive, or nothing in the checkpoint computes as asked.
     """
+    check_diffusion_model(checkpoint.model)
+    check_numerics(checkpoint.params, numerics)
     seed = check_seed(seed)
     condition = as_condition(condition)
     checkpoint.model.check_condition(condition)
@@ -309,8 +333,8 @@ def check_seed(seed: Any) -> int:
 
 def _batches(num_samples: int, batch_size: int | None, num_devices: int) -> Iterator[np.ndarray]:
     """Yields sample numbers in batches of one size, the last one padded by its last sample."""
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} is not supported; use a positive whole number.")
+    if batch_size is not None:
+        check_counts(batch_size=batch_size)
     default = (4 if jax.default_backend() == "cpu" else 16) * num_devices
     wanted = min(batch_size or default, num_samples)
     size = -(-wanted // num_devices) * num_devices
