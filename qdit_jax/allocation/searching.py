@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,6 +38,7 @@ from qdit_jax.allocation.space import (
 )
 from qdit_jax.calibration import default_sampler
 from qdit_jax.checkpoint import Checkpoint
+from qdit_jax.files import PathLike
 from qdit_jax.recipes import Recipe
 
 METHODS = ("default", "nsga2", "qdit-paper", "qdit-release", "random")
@@ -97,7 +97,7 @@ def search(
     num_probes: int = 8,
     settings: AllocationSettings | EvolutionSettings | None = None,
     costs: Mapping[str, Any] | None = None,
-    state: str | Path | None = None,
+    state: PathLike | None = None,
     per_device: int = 1,
     report_fn: Callable[[dict[str, Any]], Any] = lambda event: None,
     **space_settings: Any,

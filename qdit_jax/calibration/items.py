@@ -6,7 +6,6 @@ Dimensions: I items, B batch, S steps, M items of one trajectory, H, W, C one la
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from qdit_jax.calibration.recording import default_sampler, model_inputs
 from qdit_jax.calibration.statistics import write_arrays
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.errors import UserError
+from qdit_jax.files import PathLike, as_path
 from qdit_jax.sampling import denoiser, initial_noise, latent_shape
 
 # `(sample numbers [B], S) -> steps [B, M]`: which iterations a trajectory's items come from.
@@ -32,15 +32,15 @@ class Items(NamedTuple):
     label: Int[np.ndarray, " I"]
     sample: Int[np.ndarray, " I"]
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: PathLike) -> None:
         """Writes an `.npz` with one array a field."""
-        write_arrays(path, self._asdict())
+        write_arrays(path, self._asdict(), "inputs")
 
     @classmethod
-    def load(cls, path: str | Path) -> Items:
+    def load(cls, path: PathLike) -> Items:
         """Returns the items in a file; raises `UserError` if it holds none."""
         try:
-            with np.load(path) as data:
+            with as_path(path).open("rb") as file, np.load(file) as data:
                 return cls(*(data[name] for name in cls._fields))
         except (OSError, KeyError, ValueError) as error:
             raise UserError(

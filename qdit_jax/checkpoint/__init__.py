@@ -1,9 +1,9 @@
 """Checkpoints on disk: a folder or a single file, read whole or array by array."""
 
 from qdit_jax.checkpoint.by_suffix import load, save
-from qdit_jax.checkpoint.codec import abstract_arrays, split_fields
+from qdit_jax.checkpoint.codec import abstract_arrays, encode_params, split_fields
 from qdit_jax.checkpoint.deferred import DeferredArray
-from qdit_jax.checkpoint.description import Checkpoint
+from qdit_jax.checkpoint.description import Checkpoint, num_bytes
 from qdit_jax.checkpoint.folder import read_description, split_over
 from qdit_jax.checkpoint.lazy import materialized, open_checkpoint
 from qdit_jax.checkpoint.single_file import exported_parts, load_safetensors, save_safetensors
@@ -12,10 +12,12 @@ __all__ = [
     "Checkpoint",
     "DeferredArray",
     "abstract_arrays",
+    "encode_params",
     "exported_parts",
     "load",
     "load_safetensors",
     "materialized",
+    "num_bytes",
     "open_checkpoint",
     "read_description",
     "save",

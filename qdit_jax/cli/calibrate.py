@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
+
+from qdit_jax.cli.paths import path_option
 
 HELP = """\
 Record the range of every linear layer's input and of the attention operands, by channel, at every
@@ -30,8 +31,10 @@ def add_parser(subparsers: Any) -> None:
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a full-precision checkpoint")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the .npz file to write")
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", type=path_option, help="a full-precision checkpoint"
+    )
+    parser.add_argument("out", metavar="OUT", type=path_option, help="the .npz file to write")
     parser.add_argument("--num-samples", type=int, default=256, help="trajectories (default 256)")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=50, help="steps a trajectory (default 50)")
@@ -46,6 +49,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--collect", choices=("spread", "authors"), help="write single inputs, not statistics"
     )
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.set_defaults(run=run)
 
 
@@ -55,9 +59,12 @@ def run(args: argparse.Namespace) -> None:
 
     import qdit_jax as qdit
     from qdit_jax.calibration import default_sampler
+    from qdit_jax.files import check_free
 
     if args.out.suffix != ".npz":
         raise qdit.UserError(f"OUT={args.out} must end in .npz.")
+    kind = "inputs" if args.collect else "statistics"
+    check_free(args.out, args.force, kind, [args.checkpoint])
     checkpoint = qdit.load(args.checkpoint)
     if args.collect:
         collect(args, checkpoint)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-from pathlib import Path
 from typing import Any
+
+from qdit_jax.cli.paths import path_option
 
 EPILOG = """
 SRC may be
@@ -37,8 +38,12 @@ def add_parser(subparsers: Any) -> None:
         epilog=textwrap.dedent(EPILOG),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("src", type=Path, metavar="SRC", help="file or folder of PyTorch weights")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write the checkpoint to")
+    parser.add_argument(
+        "src", type=path_option, metavar="SRC", help="file or folder of PyTorch weights"
+    )
+    parser.add_argument(
+        "out", type=path_option, metavar="OUT", help="folder to write the checkpoint to"
+    )
     parser.add_argument(
         "--family",
         choices=("dit", "sit", "vae", "inception"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
+
+from qdit_jax.cli.paths import path_option
 
 HELP = """\
 Run the whole road on the small digit model inside the package: convert its PyTorch-layout weights,
@@ -27,7 +28,7 @@ def add_parser(subparsers: Any) -> None:
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=Path("qdit-demo"), help="folder (%(default)s)")
+    parser.add_argument("--out", type=path_option, default="qdit-demo", help="folder (%(default)s)")
     parser.add_argument("--num-samples", type=int, default=100, help="a setting (%(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps (%(default)s)")
     parser.add_argument("--guidance", type=float, default=1.5, help="%(default)s")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
+
+from qdit_jax.cli.paths import path_option
 
 HELP = """\
 Sample a checkpoint, hold it against another sample by sample, and score it against a reference;
@@ -55,11 +56,15 @@ def add_parser(subparsers: Any) -> None:
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", metavar="CKPT", type=Path, nargs="?", help="what to sample")
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", type=path_option, nargs="?", help="what to sample"
+    )
     add_checkpoint_options(parser.add_argument_group("of checkpoints").add_argument)
     files = parser.add_argument_group("of ready-made files").add_argument
-    files("--samples", type=Path, help="images to score, .npz with arr_0, in place of CKPT")
-    files("--pictures", type=Path, help="write samples and reference images side by side, .png")
+    files("--samples", type=path_option, help="images to score, .npz with arr_0, in place of CKPT")
+    files(
+        "--pictures", type=path_option, help="write samples and reference images side by side, .png"
+    )
     add_score_options(parser.add_argument_group("of both").add_argument)
     parser.set_defaults(run=run)
 
@@ -70,10 +75,15 @@ def add_checkpoint_options(add: Any) -> None:
     add(
         "--against",
         metavar="REF",
-        type=Path,
+        type=path_option,
         help="the checkpoint to compare with, sample by sample",
     )
-    add("--compare", metavar="OTHER", type=Path, help="a second one, tested against CKPT in pairs")
+    add(
+        "--compare",
+        metavar="OTHER",
+        type=path_option,
+        help="a second one, tested against CKPT in pairs",
+    )
     add("--num-samples", type=int, help="how many, of all classes in turn (100)")
     add("--steps", help="number, or a published spacing such as ddim25 (50)")
     add("--sampler", choices=SAMPLERS, help="default: flow for velocity models, else ddim")
@@ -90,7 +100,7 @@ def add_checkpoint_options(add: Any) -> None:
         choices=("simulated", "integer"),
         help="of quantised layers, as in qdit sample (simulated)",
     )
-    add("--vae", type=Path, help="the autoencoder, for checkpoints that hold none")
+    add("--vae", type=path_option, help="the autoencoder, for checkpoints that hold none")
     add(
         "--range-samples",
         type=int,
@@ -113,7 +123,7 @@ def add_score_options(add: Any) -> None:
         default="published",
         help="of Inception's input: as the published evaluator, or as its PyTorch port",
     )
-    add("--out", type=Path, help="of checkpoints: the folder of results (qdit-evaluate); of files: metrics.json")  # fmt: skip
+    add("--out", type=path_option, help="of checkpoints: the folder of results (qdit-evaluate); of files: metrics.json")  # fmt: skip
     add("--batch-size", type=int, help="images at once (files 64; sampling 16 a device, 4 on CPU)")
     add(
         "--min-samples",
@@ -123,6 +133,7 @@ def add_score_options(add: Any) -> None:
     add("--split-size", type=int, default=5000, help="of the Inception Score (%(default)s)")
     add("--kernel-samples", type=int, default=10_000, help="of each set for KID (%(default)s)")
     add("--seed", type=int, default=0, help="of noise and of subsets (%(default)s)")
+    add("--force", action="store_true", help="replace the results of another evaluation")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from qdit_jax.cli.evaluate_files import (
     check_options,
     chosen_judge,
     labelled,
+    other_inputs,
     score_files,
 )
 from qdit_jax.cli.sample import guidance_channels
@@ -38,11 +38,20 @@ from qdit_jax.evaluation import (
     summarize,
     write_evaluation,
 )
-from qdit_jax.files import replaced_file
+from qdit_jax.files import (
+    AnyPath,
+    PathLike,
+    as_path,
+    check_apart,
+    check_free,
+    renewed_folder,
+    replaced_file,
+)
 from qdit_jax.report import save_picture
 from qdit_jax.sampling import decode, latent_shape
 
-DEFAULT_OUT = Path("qdit-evaluate")
+DEFAULT_OUT = "qdit-evaluate"
+PAGES = {"metrics.json": "figures", "pictures.png": "picture", "report.html": "report"}
 
 
 def evaluate_models(args: argparse.Namespace) -> None:
@@ -52,14 +61,35 @@ def evaluate_models(args: argparse.Namespace) -> None:
         ValueError: one sentence for anything that would make a number meaningless.
     """
     check_arguments(args)
-    out = args.out or DEFAULT_OUT
+    out = as_path(args.out or DEFAULT_OUT)
     if out.suffix in (".json", ".html", ".npz", ".png"):
         raise UserError(f"--out {out}: of checkpoints, it is a folder for all results.")
+    inputs = [args.checkpoint, args.against, args.compare, args.vae, *other_inputs(args)]
+    check_apart(out, inputs)
+    for name, kind in PAGES.items():
+        check_free(out / name, True, kind)
     contenders = loaded(args)
     protocol = chosen_protocol(args, contenders)
     judge = None
     if args.reference is not None:
         judge = judge_of(args, contenders)
+    with renewed_folder(out, args.force, "evaluation", inputs) as folder:
+        summary, files = evaluated(args, contenders, protocol, judge, folder)
+    print_summary(summary)
+    print(
+        f"wrote {out / 'report.html'}, {out / 'metrics.json'} and "
+        f"{out / files[-1 if len(files) < 3 else 1].name}"
+    )
+
+
+def evaluated(
+    args: argparse.Namespace,
+    contenders: list[Contender],
+    protocol: Protocol,
+    judge: Judge | None,
+    out: AnyPath,
+) -> tuple[dict[str, Any], list[AnyPath]]:
+    """Returns the summary and the files of samples, all written to the folder `out`."""
     with tqdm(total=args.num_samples, unit="sample", file=sys.stderr) as bar:
         run = run_evaluation(contenders, protocol, out, bar.update)
     label = np.arange(args.num_samples) % contenders[0].checkpoint.model.num_classes
@@ -76,10 +106,7 @@ def evaluate_models(args: argparse.Namespace) -> None:
         summary["settings"]["reference"] = str(args.reference)
         summary["settings"]["features"] = judge.features
     write_results(out, run, contenders, summary, stats)
-    print_summary(summary)
-    print(
-        f"wrote {out / 'report.html'}, {out / 'metrics.json'} and {files[-1 if len(files) < 3 else 1]}"
-    )
+    return summary, files
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -121,7 +148,7 @@ def loaded(args: argparse.Namespace) -> list[Contender]:
     ]
 
 
-def titles(paths: list[Path]) -> list[str]:
+def titles(paths: list[AnyPath]) -> list[str]:
     """Returns the folders' names, or as much of each path as tells them apart."""
     names = [path.resolve().name for path in paths]
     if len(set(names)) == len(names):
@@ -177,7 +204,7 @@ def image_shape(checkpoint: Checkpoint) -> tuple[int, ...] | None:
     return jax.eval_shape(lambda z: decode(vae, z), latents).shape[1:]
 
 
-def merged(run: Run, contenders: list[Contender], label: np.ndarray) -> list[Path]:
+def merged(run: Run, contenders: list[Contender], label: np.ndarray) -> list[AnyPath]:
     """Writes the samples of each contender and returns the files, in their order.
 
     `samples.npz` is the checkpoint under evaluation.
@@ -196,7 +223,7 @@ def merged(run: Run, contenders: list[Contender], label: np.ndarray) -> list[Pat
 
 
 def range_stats(
-    args: argparse.Namespace, checkpoint: Checkpoint, protocol: Protocol, file: Path
+    args: argparse.Namespace, checkpoint: Checkpoint, protocol: Protocol, file: AnyPath
 ) -> Stats | None:
     """Returns the ranges of the first model's inputs, kept in `file` for the next time."""
     if args.range_samples == 0:
@@ -217,14 +244,14 @@ def range_stats(
 
 
 def write_results(
-    out: Path,
+    out: PathLike,
     run: Run,
     contenders: list[Contender],
     summary: dict[str, Any],
     stats: Stats | None,
 ) -> None:
     """Writes metrics.json, pictures.png and report.html."""
-    with replaced_file(out / "metrics.json") as temporary:
+    with replaced_file(out / "metrics.json", "figures") as temporary:
         temporary.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     pictures = compared_pictures(run, contenders)
     if pictures is not None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from qdit_jax.cli.paths import path_option
 from qdit_jax.cli.quantize_rounding import (
     RANGES,
     add_rounding_options,
@@ -51,8 +51,8 @@ def add_parser(subparsers: Any) -> None:
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a checkpoint folder")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
+    parser.add_argument("checkpoint", metavar="CKPT", type=path_option, help="a checkpoint folder")
+    parser.add_argument("out", metavar="OUT", type=path_option, help="the folder to write")
     parser.add_argument(
         "--recipe", required=True, help="w4a8, w6a8, w8a8, ... (w<bits>a<bits>), or a recipe.json"
     )
@@ -79,7 +79,7 @@ def add_parser(subparsers: Any) -> None:
         "--shifted-gelu", action="store_true", help="unsigned codes for the inputs of fc2"
     )
     parser.add_argument(
-        "--stats", type=Path, help="from `qdit calibrate`; static activations need it"
+        "--stats", type=path_option, help="from `qdit calibrate`; static activations need it"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
@@ -89,12 +89,15 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     import qdit_jax as qdit
-    from qdit_jax.checkpoint import open_checkpoint
-    from qdit_jax.files import check_free
-    from qdit_jax.ptq import quantize_checkpoint, sqnr_db
+    from qdit_jax.checkpoint import num_bytes, open_checkpoint
+    from qdit_jax.files import as_path, check_free, check_space
+    from qdit_jax.ptq import deferred_quantization, quantize_checkpoint, sqnr_db
 
     if not args.dry_run:
-        check_free(args.out, args.force)
+        inputs = [args.checkpoint, args.stats, args.items]
+        if as_path(args.recipe).exists():
+            inputs.append(as_path(args.recipe))
+        check_free(args.out, args.force, "checkpoint", inputs)
     checkpoint = open_checkpoint(args.checkpoint)  # which reads no array
     recipe = recipe_of(args, checkpoint.params)
     plans = {p.path: p for p in qdit.plan(checkpoint.params, recipe)}
@@ -130,6 +133,8 @@ def run(args: argparse.Namespace) -> None:
             overwrite=args.force,
         )
     else:
+        planned = deferred_quantization(checkpoint.params, recipe=recipe, stats=stats)
+        check_space(args.out, num_bytes(dataclasses.replace(checkpoint, params=planned)))
         written = rounded_checkpoint(args, checkpoint, recipe, stats, show)
         qdit.save(args.out, written, overwrite=args.force)
     print_totals(plans.values(), written.params)
@@ -163,9 +168,10 @@ def recipe_of(args: argparse.Namespace, params: Any) -> Any:
         UserError: if options of a preset accompany a file.
     """
     import qdit_jax as qdit
+    from qdit_jax.files import as_path
     from qdit_jax.recipes import BLOCK_LINEARS, PARTS
 
-    if args.recipe.endswith(".json") or Path(args.recipe).exists():
+    if args.recipe.endswith(".json") or as_path(args.recipe).exists():
         given = [name for name in PRESET_OPTIONS if getattr(args, name) is not None]
         if given or args.symmetric or args.shifted_gelu or args.act_mode != "dynamic":
             raise qdit.UserError(

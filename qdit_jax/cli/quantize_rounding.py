@@ -8,8 +8,9 @@ import math
 import re
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
+
+from qdit_jax.cli.paths import path_option
 
 ROUNDINGS = ("nearest", "gptq", "gptq-authors", "adaround")
 STAGES = ("block", "layer")
@@ -25,7 +26,9 @@ def add_rounding_options(parser: argparse.ArgumentParser) -> None:
         help="gptq: robust form; gptq-authors: as the Q-DiT release; adaround: learned",
     )
     group.add_argument(
-        "--items", type=Path, help="inputs from `qdit calibrate --collect`; sampled now if absent"
+        "--items",
+        type=path_option,
+        help="inputs from `qdit calibrate --collect`; sampled now if absent",
     )
     group.add_argument(
         "--num-samples", type=int, default=32, help="trajectories sampled (default 32)"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
+
+from qdit_jax.cli.paths import path_option
 
 EXAMPLE = """example:
   qdit sample ckpt_dir --labels 207,360 --steps 50 --guidance 1.5 --seed 0 --out grid.png
@@ -18,13 +19,14 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "sample",
         help="make pictures",
-        description="Makes pictures with a checkpoint, full precision or quantised alike.",
+        description="Makes pictures with a checkpoint, full precision or quantised alike. A run that "
+        "was stopped goes on: finished batches wait in a folder .NAME.unfinished beside OUT.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("checkpoint", type=Path, help="folder written by convert or quantize")
-    add("--out", type=Path, default=Path("grid.png"), help="grid.png or samples.npz (%(default)s)")
+    add("checkpoint", type=path_option, help="folder written by convert or quantize")
+    add("--out", type=path_option, default="grid.png", help="grid.png or samples.npz (%(default)s)")
     add(
         "--labels", help="classes such as 207,360 or 0-9, repeated as needed (default: all in turn)"
     )
@@ -63,8 +65,11 @@ def add_parser(subparsers: Any) -> None:
         help="of quantised layers: float arithmetic on the quantised grid, or dots of the stored "
         "integers or elements, scaled afterwards; quantised inputs needed (%(default)s)",
     )
-    add("--vae", type=Path, help="checkpoint of the autoencoder, where CHECKPOINT holds none")
+    add(
+        "--vae", type=path_option, help="checkpoint of the autoencoder, where CHECKPOINT holds none"
+    )
     add("--columns", type=int, help="pictures in a row of the grid")
+    add("--force", action="store_true", help="replace OUT if it exists")
     parser.set_defaults(run=run)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
+
+from qdit_jax.cli.paths import path_option
 
 HELP = """\
 Search which group size every layer should have, within a budget.
@@ -36,8 +37,8 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("checkpoint", metavar="CKPT", type=Path, help="a full-precision checkpoint folder")
-    add("out", metavar="OUT", type=Path, help="the folder to write")
+    add("checkpoint", metavar="CKPT", type=path_option, help="a full-precision checkpoint folder")
+    add("out", metavar="OUT", type=path_option, help="the folder to write")
     add("--budget", help="such as bitops=1.0x-g128 (the default) or bytes=351.3M")
     add("--objective", choices=("paired", "predicted", "frechet"), default="paired")
     add("--method", default="default", help="default, nsga2, qdit-paper, qdit-release or random")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,21 +23,47 @@ from qdit_jax.allocation import (
 )
 from qdit_jax.calibration import default_sampler
 from qdit_jax.cli.search_pictures import draw_front, draw_map
-from qdit_jax.files import replaced_file
+from qdit_jax.files import (
+    AnyPath,
+    as_path,
+    check_free,
+    renewed_folder,
+    renewed_path,
+    replaced_file,
+)
 
 
 def run_search(args: argparse.Namespace) -> None:
     """Searches, prints progress, and writes the results; only the first process writes."""
     join_others(args)
-    prepare_folder(args.out, args.force)
+    inputs = [args.checkpoint, *other_inputs(args)]
+    check_folder(args.out, args.force, inputs)
     checkpoint = qdit.load(args.checkpoint)
     is_first = jax.process_index() == 0
-    progress = Progress(is_first)
+    if not is_first:
+        found(args, checkpoint, renewed_path(args.out, args.force, "search"), Progress(False))
+        return
+    with renewed_folder(args.out, args.force, "search", inputs) as folder:
+        if any((folder / "state").glob("[0-9]*")):
+            print(f"going on from {folder / 'state'}", flush=True)
+        result = found(args, checkpoint, folder, Progress(True))
+        write_result(folder, result)
+    print(summary(result))
+    print(
+        f"wrote {args.out}: next, qdit quantize {args.checkpoint} DIR --recipe "
+        f"{args.out / 'recipe.json'}"
+    )
+
+
+def found(
+    args: argparse.Namespace, checkpoint: qdit.Checkpoint, folder: AnyPath, progress: Progress
+) -> SearchResult:
+    """Returns what the search finds; its state is in `folder`, once there is any."""
     settings = None
     if args.method != "default":
         settings = EvolutionSettings(args.population, args.generations)
     try:
-        result = search(
+        return search(
             checkpoint,
             jax.random.key(args.seed),
             budget=args.budget,
@@ -50,7 +74,7 @@ def run_search(args: argparse.Namespace) -> None:
             num_batches=args.num_batches,
             batch_size=args.batch_size,
             settings=settings,
-            state=args.out / "state",
+            state=folder / "state",
             per_device=args.per_device,
             report_fn=progress,
             **space_settings(args),
@@ -61,13 +85,12 @@ def run_search(args: argparse.Namespace) -> None:
         os._exit(2)
     finally:
         progress.close()
-    if is_first:
-        write_result(args.out, result)
-        print(summary(result))
-        print(
-            f"wrote {args.out}: next, qdit quantize {args.checkpoint} DIR --recipe "
-            f"{args.out / 'recipe.json'}"
-        )
+
+
+def other_inputs(args: argparse.Namespace) -> list[AnyPath]:
+    """Returns the paths of a reference and of a feature network, those that are given."""
+    given = [] if args.reference in (None, "demo") else [args.reference]
+    return [as_path(path) for path in [*given, *args.features[1:]]]
 
 
 def join_others(args: argparse.Namespace) -> None:
@@ -81,17 +104,11 @@ def join_others(args: argparse.Namespace) -> None:
         jax.distributed.initialize(*given)
 
 
-def prepare_folder(out: Path, force: bool) -> None:
-    """Makes the folder; a finished search is replaced only if `force`."""
+def check_folder(out: AnyPath, force: bool, inputs: list[AnyPath]) -> None:
+    """Raises `UserError` if `out` holds other things, or a finished search and no `force`."""
     if (out / "recipe.json").exists() and not force:
         raise qdit.UserError(f"{out} holds a finished search; pass --force to replace it.")
-    if jax.process_index() != 0:
-        return
-    if force and out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "state").exists():
-        print(f"going on from {out / 'state'}", flush=True)
+    check_free(out, True, "search", inputs)
 
 
 def space_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -167,7 +184,7 @@ class Progress:
         self.bar.close()
 
 
-def write_result(out: Path, result: SearchResult) -> None:
+def write_result(out: AnyPath, result: SearchResult) -> None:
     """Writes history, pictures and, last of all, recipe.json: its presence means all is there."""
     with replaced_file(out / "history.json") as path:
         path.write_text(json.dumps(result.history, indent=1))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,13 +12,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from qdit_jax import metrics, report
+from qdit_jax.files import AnyPath
 from qdit_jax.report import image_grid, save_picture, side_by_side
 
 COLUMNS = 10
 SHOWN = 20
 
 
-def write_pictures(path: Path, outcomes: Sequence[Any]) -> None:
+def write_pictures(path: AnyPath, outcomes: Sequence[Any]) -> None:
     """Writes the first samples of every model, side by side under their titles."""
     save_picture(path, side_by_side(rows_of(outcomes), columns=COLUMNS // 2, scale=2))
 
@@ -28,7 +28,7 @@ def rows_of(outcomes: Sequence[Any]) -> dict[str, np.ndarray]:
     return {outcome.title: outcome.images[:SHOWN] for outcome in outcomes}
 
 
-def write_summary(path: Path, outcomes: Sequence[Any], settings: Any) -> None:
+def write_summary(path: AnyPath, outcomes: Sequence[Any], settings: Any) -> None:
     """Writes the self-contained page: what ran, pictures, figures."""
     device = jax.devices()[0]
     parts = [

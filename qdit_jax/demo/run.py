@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from qdit_jax import metrics
 from qdit_jax.calibration import Stats, calibrate, default_sampler
 from qdit_jax.checkpoint import Checkpoint, load, save
 from qdit_jax.demo.pages import write_pictures, write_summary
-from qdit_jax.files import replaced_file
+from qdit_jax.files import AnyPath, PathLike, as_path, check_free, replaced_file
 from qdit_jax.models import DEMO_STATISTICS, asset, demo_features_fn
 from qdit_jax.ptq import quantize_params
 from qdit_jax.recipes import Recipe
@@ -28,6 +27,7 @@ from qdit_jax.sampling import generate
 
 WEIGHTS = "demo_dit.safetensors"
 NUM_HEADS = 4
+MARKER = "demo.json"  # says that the folder is a demonstration, and of which settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +77,16 @@ def recipes(params: Any, quick: bool) -> dict[str, Recipe]:
     return {title: chosen[title] for title in kept} if quick else chosen
 
 
-def run_demo(out: Path, settings: DemoSettings, say: Callable[[str], None] = print) -> None:
-    """Runs every stage and writes its results to the folder `out`; an existing folder is renewed.
+def run_demo(out: PathLike, settings: DemoSettings, say: Callable[[str], None] = print) -> None:
+    """Runs every stage and writes its results to the folder `out`; an earlier demonstration is renewed.
 
     Raises:
-        UserError: if `out` is a file.
+        UserError: if `out` is there and holds anything but a demonstration.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    out = as_path(out)
+    check_free(out, True, "demonstration")
+    with replaced_file(out / MARKER) as temporary:
+        temporary.write_text(json.dumps({"demonstration": dataclasses.asdict(settings)}))
     say(f"1/5 convert: the packaged PyTorch-layout weights -> {out / 'model'}")
     checkpoint = convert_packaged(out / "model")
     say("2/5 calibrate: ranges of every layer's input, over timesteps, labels and the null class")
@@ -106,7 +109,7 @@ def run_demo(out: Path, settings: DemoSettings, say: Callable[[str], None] = pri
     say(f"wrote {out / 'report.html'}, {out / 'pictures.png'} and {out / 'metrics.json'}")
 
 
-def convert_packaged(folder: Path) -> Checkpoint:
+def convert_packaged(folder: AnyPath) -> Checkpoint:
     """Writes the packaged weights as a checkpoint and returns it as loaded from there."""
     import qdit_convert
 
@@ -185,7 +188,7 @@ def frechet_distance(
     )
 
 
-def write_metrics(path: Path, outcomes: list[Outcome], settings: DemoSettings) -> None:
+def write_metrics(path: AnyPath, outcomes: list[Outcome], settings: DemoSettings) -> None:
     figures = [
         {
             "title": outcome.title,
@@ -198,7 +201,7 @@ def write_metrics(path: Path, outcomes: list[Outcome], settings: DemoSettings) -
         for outcome in outcomes
     ]
     content = {"settings": dataclasses.asdict(settings), "models": figures}
-    with replaced_file(path) as temporary:
+    with replaced_file(path, "figures") as temporary:
         temporary.write_text(json.dumps(content, indent=1))
 
 

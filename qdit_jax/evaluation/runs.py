@@ -11,8 +11,8 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -21,9 +21,17 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qdit_jax import diffusion, metrics
-from qdit_jax.checkpoint import Checkpoint
+from qdit_jax.checkpoint import Checkpoint, encode_params
 from qdit_jax.errors import UserError
-from qdit_jax.evaluation.store import locked, missing_shards, open_run, shard_ranges, write_shard
+from qdit_jax.evaluation.store import (
+    forget_unbegun,
+    locked,
+    missing_shards,
+    open_run,
+    shard_ranges,
+    write_shard,
+)
+from qdit_jax.files import AnyPath, PathLike, as_path
 from qdit_jax.models import config_of
 from qdit_jax.report import to_uint8
 from qdit_jax.sampling import decode, denoiser, initial_noise, latent_shape
@@ -61,7 +69,7 @@ class Protocol:
 class Run:
     """A finished run: its folder, the samples of each shard in it, and its settings."""
 
-    folder: Path
+    folder: AnyPath
     ranges: list[tuple[int, int]]
     settings: dict[str, Any]
 
@@ -69,7 +77,7 @@ class Run:
 def run_evaluation(
     contenders: Sequence[Contender],
     protocol: Protocol,
-    folder: Path,
+    folder: PathLike,
     progress_fn: Callable[[int], Any] | None = None,
 ) -> Run:
     """Samples what `folder` lacks and returns the finished run.
@@ -85,7 +93,8 @@ def run_evaluation(
     if protocol.batch_size is not None and protocol.batch_size < 1:
         raise UserError(f"batch_size={protocol.batch_size} must be at least 1.")
     check_pairable(contenders)
-    with locked(folder):
+    folder = as_path(folder)
+    with locked(folder), unless_unbegun(folder):
         default = {"batch_size": default_batch_size()}
         settings = open_run(folder, settings_of(contenders, protocol), default)
         ranges = shard_ranges(protocol.num_samples, settings["batch_size"])
@@ -96,6 +105,16 @@ def run_evaluation(
             write_shard(folder, start, arrays)
             report(int(arrays["stop"]) - start)
     return Run(folder, ranges, settings)
+
+
+@contextmanager
+def unless_unbegun(folder: AnyPath) -> Iterator[None]:
+    """Leaves no folder behind where what is done inside fails before anything is computed."""
+    try:
+        yield
+    except BaseException:
+        forget_unbegun(folder)
+        raise
 
 
 def check_pairable(contenders: Sequence[Contender]) -> None:
@@ -140,6 +159,8 @@ def digest(checkpoint: Checkpoint) -> str:
     """Returns a fingerprint of all parameters, the autoencoder's included."""
     config = json.dumps(config_of(checkpoint.model), sort_keys=True)
     found = hashlib.sha256(config.encode())
+    manifest = encode_params(checkpoint.params)[1]  # bits and rules as well
+    found.update(json.dumps(manifest, sort_keys=True).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(checkpoint.params):
         array = np.asarray(leaf)
         found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())

@@ -14,7 +14,7 @@ from qdit_jax.files.paths import (
     is_remote,
     local_copy,
 )
-from qdit_jax.files.replacing import exchange, replaced_file, replaced_folder
+from qdit_jax.files.replacing import renewed_folder, renewed_path, replaced_file, replaced_folder
 
 __all__ = [
     "GENERATOR",
@@ -26,9 +26,10 @@ __all__ = [
     "check_free",
     "check_space",
     "disk_errors_told",
-    "exchange",
     "is_remote",
     "local_copy",
+    "renewed_folder",
+    "renewed_path",
     "replaced_file",
     "replaced_folder",
 ]

@@ -137,13 +137,23 @@ def is_export(path: AnyPath) -> bool:
 
 
 def has_states(path: AnyPath) -> bool:
-    """Returns whether a folder holds numbered states of a search and nothing else."""
+    """Returns whether a folder holds numbered states of a search, maybe half-written ones."""
     state = path / "state"
     if not state.is_dir():
         return False
     names = [entry.name for entry in state.iterdir()]
-    settings = any((state / name / "settings").is_dir() for name in names)
-    return settings and all(re.fullmatch(r"\d+(\..*)?", name) for name in names)
+    whole = [name for name in names if re.fullmatch(r"\d+", name)]
+    half = [name for name in names if re.fullmatch(r"\d+\.orbax-checkpoint-tmp.*", name)]
+    is_ours = all((state / name / "settings").is_dir() for name in whole)
+    return is_ours and len(whole) + len(half) == len(names)
+
+
+def is_unbegun_evaluation(path: AnyPath) -> bool:
+    """Returns whether a folder holds what an evaluation makes before its first shard."""
+    return path.is_dir() and all(
+        entry.name == "lock" or (entry.name == "shards" and is_empty(entry))
+        for entry in path.iterdir()
+    )
 
 
 KINDS = {
@@ -160,7 +170,7 @@ KINDS = {
     ),
     "evaluation": Kind(
         "an evaluation",
-        inside("run.json", json_with("models", "num_samples", "seed")),
+        any_of(is_unbegun_evaluation, inside("run.json", json_with("num_samples", "seed"))),
         r"run\.json|shards|lock|metrics\.json|pictures\.png|report\.html|ranges\.npz|"
         r"((reference_|compared_)?samples)\.npz",
         "run.json",

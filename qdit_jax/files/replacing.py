@@ -11,9 +11,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qdit_jax.errors import UserError
 from qdit_jax.files.disk import disk_errors_told
-from qdit_jax.files.kinds import KINDS, check_free
-from qdit_jax.files.paths import AnyPath, PathLike, as_path, copy_file, files_below, is_remote
+from qdit_jax.files.kinds import KINDS, check_free, is_empty
+from qdit_jax.files.paths import (
+    AnyPath,
+    PathLike,
+    as_path,
+    check_apart,
+    copy_file,
+    files_below,
+    is_remote,
+)
 
 try:
     import fcntl
@@ -105,6 +114,42 @@ def replaced_folder(
                     os.rename(temporary, target)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def renewed_folder(
+    path: PathLike, overwrite: bool, kind: str, inputs: Iterable[PathLike | None] = ()
+) -> Iterator[AnyPath]:
+    """Yields the folder in which a long computation keeps its state and puts its results.
+
+    That is `path` itself; but with `overwrite`, where a thing of `kind` is, a folder beside it, which
+    takes its place on success. A failed or killed computation finds its state in it again, and what
+    was at `path` is still there.
+
+    Raises:
+        UserError: if something else is at `path`, or it cannot be replaced.
+    """
+    path, inputs = as_path(path), list(inputs)
+    check_apart(path, inputs)
+    work = renewed_path(path, overwrite, kind)
+    yield work
+    if work == path:
+        return
+    check_free(path, True, kind, inputs)
+    with disk_errors_told(path):
+        exchange(work, Path(os.path.realpath(path)))
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def renewed_path(path: AnyPath, overwrite: bool, kind: str) -> AnyPath:
+    """Returns the folder that `renewed_folder` yields."""
+    if not overwrite or not path.exists() or is_empty(path):
+        return path
+    check_free(path, True, kind)
+    if is_remote(path):
+        raise UserError(f"{path}: no folder of a URL is replaced; remove it, or choose another.")
+    target = Path(os.path.realpath(path))
+    return target.with_name(f".{target.name}.renewed")
 
 
 def upload(folder: Path, path: AnyPath, marker: str) -> None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from pathlib import Path
 from typing import Any, Literal
 
 from flax.traverse_util import flatten_dict
 
+from qdit_jax.files import PathLike, as_path
 from qdit_jax.quant import ActSpec, WeightSpec, ranges
 
 FORMAT_VERSION = 1
@@ -204,7 +204,7 @@ class Recipe:
         return {"format_version": FORMAT_VERSION, "name": self.name, "rules": rules}
 
     @classmethod
-    def from_json(cls, source: str | Path | dict[str, Any]) -> Recipe:
+    def from_json(cls, source: PathLike | dict[str, Any]) -> Recipe:
         """Returns the recipe in a JSON file, or in values that `to_json` returned.
 
         Raises:
@@ -227,9 +227,9 @@ class Recipe:
         )
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read(path: PathLike) -> dict[str, Any]:
     try:
-        data = json.loads(Path(path).read_text())
+        data = json.loads(as_path(path).read_text())
     except FileNotFoundError as error:
         raise ValueError(f"recipe file {path} does not exist.") from error
     except (OSError, ValueError) as error:

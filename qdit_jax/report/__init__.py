@@ -11,7 +11,7 @@ from qdit_jax.report.media import (
     side_by_side,
     to_uint8,
 )
-from qdit_jax.report.model_page import write_model_report
+from qdit_jax.report.model_page import check_report_folder, write_model_report
 from qdit_jax.report.model_stats import (
     block_layers,
     input_ranges,
@@ -22,6 +22,7 @@ from qdit_jax.report.model_stats import (
 
 __all__ = [
     "block_layers",
+    "check_report_folder",
     "heading",
     "image_grid",
     "input_ranges",

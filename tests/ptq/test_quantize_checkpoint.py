@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from qdit_jax.calibration import Stats
-from qdit_jax.checkpoint import Checkpoint, load, save, save_safetensors
+from qdit_jax.checkpoint import Checkpoint, lazy, load, save, save_safetensors
 from qdit_jax.errors import UserError
 from qdit_jax.models import build_model
 from qdit_jax.ptq import by_columns, quantize_checkpoint, quantize_params, sqnr_db, streaming
@@ -129,26 +129,26 @@ def test_other_sources_are_quantised_too(tmp_path):
     first = Recipe.preset("w4a8", params, group_size=16)
     save(tmp_path / "full", Checkpoint(model, params))
     quantize_checkpoint(tmp_path / "full", tmp_path / "some", recipe=first)
-    # A checkpoint that is partly quantised, in its own place, and an exported file.
+    # A checkpoint that is partly quantised, and an exported file.
     more = Recipe.preset("w6a8", layers="blocks_0/adaLN_modulation", group_size=16)
-    quantize_checkpoint(tmp_path / "some", tmp_path / "some", recipe=more, overwrite=True)
+    quantize_checkpoint(tmp_path / "some", tmp_path / "more", recipe=more)
     twice = Recipe((*first.rules, *more.rules))
     save_safetensors(tmp_path / "full.safetensors", Checkpoint(model, params))
     quantize_checkpoint(tmp_path / "full.safetensors", tmp_path / "all", recipe=twice)
     wanted = quantize_params(params, recipe=twice)
-    for name in ("some", "all"):
+    for name in ("more", "all"):
         found = load(tmp_path / name).params
         assert jax.tree.structure(found) == jax.tree.structure(wanted)
         jax.tree.map(np.testing.assert_array_equal, found, wanted)
     with pytest.raises(ValueError, match="is quantised already"):
-        quantize_checkpoint(tmp_path / "some", tmp_path / "third", recipe=first)
+        quantize_checkpoint(tmp_path / "more", tmp_path / "third", recipe=first)
     assert not (tmp_path / "third").exists()
 
 
 def test_a_layer_is_on_disk_before_the_next_is_read(tmp_path, monkeypatch):
     model, params = network()
     save(tmp_path / "full", Checkpoint(model, params))
-    read, reads, shown = streaming.read_array, [], []
+    read, reads, shown = lazy.read_array, [], []
 
     def checked(folder, name):
         (partial,) = tmp_path.glob(".out.partial-*")
@@ -159,7 +159,7 @@ def test_a_layer_is_on_disk_before_the_next_is_read(tmp_path, monkeypatch):
         reads.append(name)
         return read(folder, name)
 
-    monkeypatch.setattr(streaming, "read_array", checked)
+    monkeypatch.setattr(lazy, "read_array", checked)
     recipe = Recipe.preset("w4a8", params, group_size=16)
     noted = lambda path, w, q: shown.append(f"{path}/kernel")  # noqa: E731
     quantize_checkpoint(tmp_path / "full", tmp_path / "out", recipe=recipe, on_layer=noted)
@@ -188,14 +188,19 @@ def test_a_failure_midway_leaves_nothing_and_keeps_what_was_there(tmp_path):
 
 def test_an_existing_folder_is_refused_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "open_checkpoint", None)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").write_text("mine")
     with pytest.raises(UserError, match="exists already"):
-        quantize_checkpoint(tmp_path, tmp_path, recipe=Recipe(()))
+        quantize_checkpoint(tmp_path / "in", tmp_path / "out", recipe=Recipe(()))
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="is the input"):
+            quantize_checkpoint(tmp_path, tmp_path, recipe=Recipe(()), overwrite=overwrite)
 
 
 KILLED = """
 import sys, time
 from qdit_jax import Recipe
-from qdit_jax.streaming import quantize_checkpoint
+from qdit_jax.ptq import quantize_checkpoint
 def wait(path, w, q):
     print(path, flush=True)
     time.sleep(60)
