@@ -6,13 +6,26 @@ import argparse
 import dataclasses
 import sys
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import jax
 import numpy as np
+from flax.errors import ScopeParamShapeError
 from tqdm import tqdm
 
 from qdit_jax import checkpoint as checkpoints
 from qdit_jax import diffusion, sampling
+from qdit_jax.cli.sample_shards import (
+    check_room,
+    fingerprint,
+    make_shards,
+    unfinished_folder,
+)
 from qdit_jax.errors import UserError
+from qdit_jax.evaluation import first_samples, merge
+from qdit_jax.files import AnyPath, check_free
+from qdit_jax.models import AutoencoderKL
 from qdit_jax.report import media
 
 SMALLEST_CELL = 64  # pixels; smaller pictures are enlarged in a grid
@@ -24,10 +37,7 @@ def run_sample(args: argparse.Namespace) -> None:
     Raises:
         UserError: on options that do not fit the checkpoint or each other.
     """
-    if args.out.suffix not in (".png", ".npz"):
-        raise UserError(f"--out {args.out}: the name must end with .png or .npz.")
-    if args.num_samples is not None and args.num_samples < 1:
-        raise UserError(f"--num-samples {args.num_samples}: use a positive number.")
+    check_output(args)
     checkpoint = checkpoints.load(args.checkpoint)
     if not hasattr(checkpoint.model, "velocity"):
         kind = type(checkpoint.model).__name__
@@ -37,27 +47,112 @@ def run_sample(args: argparse.Namespace) -> None:
     label = chosen_labels(args.labels, args.num_samples, checkpoint.model.num_classes)
     sampler = chosen_sampler(args, checkpoint)
     check_pictures(args, checkpoint)
-    sampling.checked_labels(checkpoint.model, label)  # before the progress bar appears
+    sampling.checked_labels(checkpoint.model, label)
+    # What these refuse shows before anything is computed.
+    sampling.denoiser(checkpoint.model, checkpoint.params, args.guidance, args.guidance_channels)
+    shape = image_shape(args, checkpoint)
+    check_room(args.out, shape, len(label), 4 if is_latent(checkpoint) else 1)
     start = time.perf_counter()
-    with tqdm(total=len(label), unit="sample", file=sys.stderr) as bar:
-        images = sampling.generate(
-            checkpoint,
-            sampler,
-            label,
-            seed=args.seed,
-            guidance=args.guidance,
-            guidance_channels=args.guidance_channels,
-            batch_size=args.batch_size,
-            execution=args.execution,
-            progress_fn=bar.update,
+    with (
+        unfinished_folder(args.out) as folder,
+        tqdm(total=len(label), unit="sample", file=sys.stderr) as bar,
+    ):
+        ranges = make_shards(
+            folder,
+            batches_of(args, checkpoint, sampler, label),
+            settings_of(args, checkpoint, sampler, label),
+            bar.update,
+            latents=is_latent(checkpoint),
+            force=args.force,
         )
+        write(args, checkpoint, folder, ranges, label)
     seconds = time.perf_counter() - start
-    check_finite(images)
-    write(args, checkpoint, images, label)
     print(
         f"{args.out}: {len(label)} samples, {type(sampler).__name__} {args.steps} steps, "
         f"guidance {args.guidance:g}, {precision(checkpoint, args.execution)}, {seconds:.1f} s."
     )
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """Raises `UserError` if what is to be written, or how many, cannot be."""
+    if args.out.suffix not in (".png", ".npz"):
+        raise UserError(f"--out {args.out}: the name must end with .png or .npz.")
+    kind = "picture" if args.out.suffix == ".png" else "samples"
+    check_free(args.out, args.force, kind, [args.checkpoint, args.vae])
+    if args.num_samples is not None and args.num_samples < 1:
+        raise UserError(f"--num-samples {args.num_samples}: use a positive number.")
+    if args.columns is not None and args.columns < 1:
+        raise UserError(f"--columns {args.columns}: use a positive number.")
+    if args.columns is not None and args.out.suffix == ".npz":
+        raise UserError(f"--columns {args.columns} is of a grid, and --out {args.out} is none.")
+    try:
+        jax.random.key(args.seed)
+    except (OverflowError, ValueError, TypeError) as error:
+        raise UserError(f"--seed {args.seed}: {error}.") from None
+
+
+def image_shape(args: argparse.Namespace, checkpoint: checkpoints.Checkpoint) -> tuple[int, ...]:
+    """Returns the shape of one sample, an image or a latent.
+
+    Raises:
+        UserError: if the autoencoder is none, or not of the model's latents.
+    """
+    shape = sampling.latent_shape(checkpoint.model)
+    vae = checkpoint.vae
+    if vae is None:
+        return shape
+    where = args.checkpoint if args.vae is None else f"--vae {args.vae}"
+    if not isinstance(vae.model, AutoencoderKL):
+        raise UserError(f"{where} holds a {type(vae.model).__name__}, which is no autoencoder.")
+    try:
+        latents = jax.ShapeDtypeStruct((1, *shape), np.float32)
+        return jax.eval_shape(lambda z: sampling.decode(vae, z), latents).shape[1:]
+    except (TypeError, ValueError, ScopeParamShapeError) as error:
+        raise UserError(
+            f"{where} decodes other latents than the {shape[-1]} channels of {args.checkpoint}: give "
+            f"the autoencoder that the model was trained with ({str(error).splitlines()[0][:120]})."
+        ) from None
+
+
+def batches_of(
+    args: argparse.Namespace,
+    checkpoint: checkpoints.Checkpoint,
+    sampler: diffusion.Sampler,
+    label: np.ndarray,
+) -> Callable[[list[int], int], Iterator[tuple[int, np.ndarray]]]:
+    """Returns the function that makes batches, see `sampling.generated_batches`."""
+    return lambda starts, size: sampling.generated_batches(
+        checkpoint,
+        sampler,
+        label,
+        starts,
+        batch_size=size,
+        seed=args.seed,
+        guidance=args.guidance,
+        guidance_channels=args.guidance_channels,
+        execution=args.execution,
+    )
+
+
+def settings_of(
+    args: argparse.Namespace,
+    checkpoint: checkpoints.Checkpoint,
+    sampler: diffusion.Sampler,
+    label: np.ndarray,
+) -> dict[str, Any]:
+    """Returns what decides every sample, in JSON's types; a batch size of None is open."""
+    size = args.batch_size
+    return {
+        **fingerprint(checkpoint, sampler, label),
+        "steps": args.steps,
+        "eta": args.eta,
+        "clip": args.clip,
+        "guidance": args.guidance,
+        "guidance_channels": args.guidance_channels or "all",
+        "seed": args.seed,
+        "execution": args.execution,
+        "batch_size": None if size is None else sampling.checked_batch_size(len(label), size),
+    }
 
 
 def precision(checkpoint: checkpoints.Checkpoint, execution: str) -> str:
@@ -125,26 +220,21 @@ def is_latent(checkpoint: checkpoints.Checkpoint) -> bool:
     return checkpoint.vae is None and checkpoint.model.in_channels not in (1, 3)
 
 
-def check_finite(images: np.ndarray) -> None:
-    """Raises `UserError` if a sample is not a finite number everywhere."""
-    bad = int((~np.isfinite(images).all(axis=(1, 2, 3))).sum())
-    if bad:
-        raise UserError(f"{bad} of {len(images)} samples are not finite; nothing was written.")
-
-
 def write(
     args: argparse.Namespace,
     checkpoint: checkpoints.Checkpoint,
-    images: np.ndarray,
+    folder: AnyPath,
+    ranges: list[tuple[int, int]],
     label: np.ndarray,
 ) -> None:
-    """Writes the grid with its captions, or the archive with its labels."""
-    if is_latent(checkpoint):
-        media.save_arrays(args.out, latents=images, label=label)
-    elif args.out.suffix == ".npz":
-        media.save_npz(args.out, images, label=label)
-    else:
-        names = checkpoint.metadata.get("id2label", {})
-        captions = [str(names.get(str(i), i)).partition(",")[0] for i in label]
-        scale = -(-SMALLEST_CELL // images.shape[1])
-        media.save_grid(args.out, images, columns=args.columns, labels=captions, scale=scale)
+    """Writes the grid with its captions, or batch by batch the archive with its labels."""
+    if args.out.suffix == ".npz":
+        name, member = ("latents", "latents") if is_latent(checkpoint) else ("images", "arr_0")
+        merge(folder, ranges, name, args.out, member, label=label)
+        return
+    images = first_samples(folder, ranges, "images", len(label))
+    assert images is not None, "the batches of a grid hold images"
+    names = checkpoint.metadata.get("id2label", {})
+    captions = [str(names.get(str(i), i)).partition(",")[0] for i in label]
+    scale = -(-SMALLEST_CELL // images.shape[1])
+    media.save_grid(args.out, images, columns=args.columns, labels=captions, scale=scale)

@@ -27,6 +27,12 @@ from qdit_jax.sampling import generate
 
 WEIGHTS = "demo_dit.safetensors"
 NUM_HEADS = 4
+RESULTS = {
+    "stats.npz": "statistics",
+    "metrics.json": "figures",
+    "pictures.png": "picture",
+    "report.html": "report",
+}
 MARKER = "demo.json"  # says that the folder is a demonstration, and of which settings
 
 
@@ -85,6 +91,8 @@ def run_demo(out: PathLike, settings: DemoSettings, say: Callable[[str], None] =
     """
     out = as_path(out)
     check_free(out, True, "demonstration")
+    for name, kind in RESULTS.items():
+        check_free(out / name, True, kind)
     with replaced_file(out / MARKER) as temporary:
         temporary.write_text(json.dumps({"demonstration": dataclasses.asdict(settings)}))
     say(f"1/5 convert: the packaged PyTorch-layout weights -> {out / 'model'}")

@@ -14,7 +14,13 @@ from qdit_jax.files.paths import (
     is_remote,
     local_copy,
 )
-from qdit_jax.files.replacing import renewed_folder, renewed_path, replaced_file, replaced_folder
+from qdit_jax.files.replacing import (
+    remove_folder,
+    renewed_folder,
+    renewed_path,
+    replaced_file,
+    replaced_folder,
+)
 
 __all__ = [
     "GENERATOR",
@@ -28,6 +34,7 @@ __all__ = [
     "disk_errors_told",
     "is_remote",
     "local_copy",
+    "remove_folder",
     "renewed_folder",
     "renewed_path",
     "replaced_file",

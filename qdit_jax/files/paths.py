@@ -60,6 +60,8 @@ def local_copy(path: PathLike, keep: Callable[[str], bool] = lambda name: True) 
     if not is_remote(path):
         yield path
         return
+    if not path.exists():
+        raise UserError(f"{path} does not exist.")
     with tempfile.TemporaryDirectory(prefix="qdit-") as parent:
         local = Path(parent) / path.name
         if not path.is_dir():

@@ -152,6 +152,19 @@ def renewed_path(path: AnyPath, overwrite: bool, kind: str) -> AnyPath:
     return target.with_name(f".{target.name}.renewed")
 
 
+def remove_folder(folder: AnyPath, keep: str = "") -> None:
+    """Removes a folder of ours, local or remote; with `keep`, all in it but that name."""
+    for entry in list(folder.iterdir()) if folder.is_dir() else ():
+        if entry.name == keep:
+            continue
+        if entry.is_dir():
+            remove_folder(entry)
+        else:
+            entry.unlink()
+    if not keep and folder.is_dir():
+        folder.rmdir()
+
+
 def upload(folder: Path, path: AnyPath, marker: str) -> None:
     """Makes the remote folder `path` hold what the local `folder` holds, `marker` last."""
     names = files_below(folder)

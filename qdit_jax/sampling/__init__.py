@@ -2,10 +2,12 @@
 
 from qdit_jax.sampling.generation import (
     Denoiser,
+    checked_batch_size,
     checked_labels,
     decode,
     denoiser,
     generate,
+    generated_batches,
     initial_noise,
     latent_shape,
     trained_schedule,
@@ -13,10 +15,12 @@ from qdit_jax.sampling.generation import (
 
 __all__ = [
     "Denoiser",
+    "checked_batch_size",
     "checked_labels",
     "decode",
     "denoiser",
     "generate",
+    "generated_batches",
     "initial_noise",
     "latent_shape",
     "trained_schedule",

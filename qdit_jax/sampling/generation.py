@@ -158,6 +158,45 @@ def generate(
         ValueError: if a label is out of range, there is none, or the batch size is not positive.
     """
     labels = checked_labels(checkpoint.model, labels)
+    size = checked_batch_size(labels.size, batch_size)
+    done = []
+    for _, images in generated_batches(
+        checkpoint,
+        sampler,
+        labels,
+        range(0, labels.size, size),
+        batch_size=size,
+        seed=seed,
+        guidance=guidance,
+        guidance_channels=guidance_channels,
+        execution=execution,
+        decode_fn=decode_fn,
+    ):
+        done.append(images)
+        if progress_fn is not None:
+            progress_fn(len(images))
+    return np.concatenate(done)
+
+
+def generated_batches(
+    checkpoint: Checkpoint,
+    sampler: diffusion.Sampler,
+    labels: Sequence[int] | Int[Any, " N"],
+    starts: Iterable[int],
+    *,
+    batch_size: int,
+    seed: int = 0,
+    guidance: Any = 1.5,
+    guidance_channels: int | None = PUBLISHED_CHANNELS,
+    execution: str = "simulated",
+    decode_fn: Callable | None = decode,
+) -> Iterator[tuple[int, Float[np.ndarray, "B H W C"]]]:
+    """Yields what `generate` returns batch by batch: the first sample's number, and the samples.
+
+    `starts` are the numbers of the first samples of the batches to make; a batch has `batch_size`
+    samples, the last one what is left. The device takes the next batch when it is asked for.
+    """
+    labels = checked_labels(checkpoint.model, labels)
     mesh = jax.make_mesh(
         (jax.local_device_count(),), ("batch",), (AxisType.Auto,), devices=jax.local_devices()
     )
@@ -169,19 +208,17 @@ def generate(
     vae = checkpoint.vae if decode_fn else None
     if vae is not None:
         vae = dataclasses.replace(vae, params=jax.device_put(vae.params, whole))
-    done = []
-    for index in _batches(labels.size, batch_size, mesh.size):
+    padded = -(-batch_size // mesh.size) * mesh.size
+    for start in starts:
+        stop = min(start + batch_size, labels.size)
+        index = np.minimum(np.arange(start, start + padded), labels.size - 1)
         numbers, label = jax.device_put((index.astype(np.int32), labels[index]), split)
         out = _generated(
             denoise_fn, sampler, jax.random.key(seed), numbers, label, latent_shape(model)
         )
         if vae is not None and decode_fn is not None:
             out = decode_fn(vae, out)
-        num_new = len(np.unique(index))
-        done.append(np.asarray(out)[:num_new])
-        if progress_fn is not None:
-            progress_fn(num_new)
-    return np.concatenate(done)
+        yield start, np.asarray(out)[: stop - start]
 
 
 def checked_labels(model: nn.Module, labels: Any) -> np.ndarray:
@@ -196,12 +233,15 @@ def checked_labels(model: nn.Module, labels: Any) -> np.ndarray:
     return labels.astype(np.int32)
 
 
-def _batches(num_samples: int, batch_size: int | None, num_devices: int) -> Iterator[np.ndarray]:
-    """Yields sample numbers in batches of one size, the last one padded by its last sample."""
+def checked_batch_size(num_samples: int, batch_size: int | None) -> int:
+    """Returns how many samples are made at once: as many as asked for, or the devices' default.
+
+    Raises:
+        ValueError: if `batch_size` is not positive.
+    """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} is not supported; use a positive whole number.")
+    num_devices = jax.local_device_count()
     default = (4 if jax.default_backend() == "cpu" else 16) * num_devices
     wanted = min(batch_size or default, num_samples)
-    size = -(-wanted // num_devices) * num_devices
-    for start in range(0, num_samples, size):
-        yield np.minimum(np.arange(start, start + size), num_samples - 1)
+    return -(-wanted // num_devices) * num_devices
