@@ -11,6 +11,7 @@ from qdit_jax.files.paths import (
     PathLike,
     as_path,
     check_apart,
+    files_below,
     is_remote,
     local_copy,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "check_free",
     "check_space",
     "disk_errors_told",
+    "files_below",
     "is_remote",
     "local_copy",
     "remove_folder",

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import fsspec
 from etils.epath import backend
-from fsspec import registry
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 
 
 class FakeBucket(MemoryFileSystem):
@@ -31,7 +31,7 @@ def fake_bucket() -> Iterator[type[FakeBucket]]:
     """Yields the class whose `store` holds all objects by name; it is empty at first."""
     FakeBucket.store.clear()
     FakeBucket.pseudo_dirs[:] = [""]
-    before = dict(registry._registry)
+    before = dict(_registry)
     fsspec.register_implementation("gcs", FakeBucket, clobber=True)
     fsspec.register_implementation("gs", FakeBucket, clobber=True)
     backend.fsspec_backend._get_filesystem.cache_clear()
@@ -41,5 +41,5 @@ def fake_bucket() -> Iterator[type[FakeBucket]]:
     finally:
         backend.fsspec_backend._get_filesystem.cache_clear()
         for name in ("gcs", "gs"):
-            registry._registry.pop(name, None)
-        registry._registry.update(before)
+            _registry.pop(name, None)
+        _registry.update(before)
