@@ -99,9 +99,9 @@ def check_report_folder(
     Without `overwrite`, none at all. No input may be there, inside or around.
     """
     out = as_path(out)
-    check_apart(out, inputs)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; choose a folder.")
+    check_apart(out, inputs)
     results = {f"{name}.png": "picture" for name in CAPTIONS}
     for name, kind in {**results, "stats.json": "figures", "report.html": "report"}.items():
         check_free(out / name, overwrite, kind)
