@@ -153,7 +153,6 @@ def test_a_forced_search_replaces_the_old_one_when_it_is_done(ckpt, tmp_path, ca
         (("--vae", "CKPT"), "holds a DiT, which is no autoencoder"),
         (("--batch-size", "0"), "batch_size=0"),
         (("--seed", str(1 << 70)), "--seed"),
-        (("--guidance-channels", "9"), "guidance_channels=9"),
     ],
 )
 def test_samples_are_refused_before_the_first(ckpt, tmp_path, monkeypatch, options, told, capsys):
