@@ -23,6 +23,7 @@ DISK_ERRORS = {
     errno.EPERM,
     errno.EIO,
     errno.ENOTDIR,
+    errno.EEXIST,  # a file where a folder is needed
     errno.EISDIR,
     errno.ENAMETOOLONG,
     getattr(errno, "EDQUOT", errno.ENOSPC),  # not on Windows
