@@ -93,7 +93,8 @@ def failing_quietly() -> Iterator[None]:
     hooks = threading.excepthook, sys.unraisablehook
     logger = logging.getLogger("asyncio")
     was_disabled = logger.disabled
-    threading.excepthook = sys.unraisablehook = lambda failed: None
+    threading.excepthook = lambda failed: None
+    sys.unraisablehook = lambda failed: None
     logger.disabled = True
     try:
         yield

@@ -9,11 +9,14 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qdit_jax.errors import UserError
 
-PathLike = str | os.PathLike
+if TYPE_CHECKING:
+    PathLike = Any  # after `path = as_path(path)` the checker would keep the wider type
+else:
+    PathLike = str | os.PathLike
 AnyPath = Any  # a local `Path`, or etils' of a URL, which has its methods
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
 
