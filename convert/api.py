@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -54,7 +53,7 @@ def convert(
     `out` never holds half a checkpoint.
 
     Args:
-        force: replace what is at `out`.
+        force: replace the checkpoint at `out`; anything else there is kept.
 
     Raises:
         UserError: if the input is not as it should be, or `out` exists; nothing is written then.
@@ -62,32 +61,30 @@ def convert(
     import jax.numpy as jnp
 
     from qdit_jax.checkpoint import save
-    from qdit_jax.files import check_free
+    from qdit_jax.files import as_path, check_free, local_copy
 
     if out is not None:
-        check_free(Path(out), force)
-    read = read_model(
-        src,
-        family=family,
-        model=model,
-        num_heads=num_heads,
-        num_classes=num_classes,
-        input_size=input_size,
-        noise_time=noise_time,
-        scaling_factor=scaling_factor,
-        shift_factor=shift_factor,
-        weights=weights,
-        dtype=dtype,
-        progress=progress,
-        place=jnp.asarray,  # saving copies NumPy arrays, and device arrays not
-    )
+        kind = "export" if as_path(out).suffix == ".safetensors" else "checkpoint"
+        check_free(out, force, kind, [src])
+    with local_copy(src) as local:
+        read = read_model(
+            local,
+            family=family,
+            model=model,
+            num_heads=num_heads,
+            num_classes=num_classes,
+            input_size=input_size,
+            noise_time=noise_time,
+            scaling_factor=scaling_factor,
+            shift_factor=shift_factor,
+            weights=weights,
+            dtype=dtype,
+            progress=progress,
+            place=jnp.asarray,  # saving copies NumPy arrays, and device arrays not
+        )
     checkpoint = to_checkpoint(read)
     if out is not None:
-        _check_space(Path(out), read)
-        try:
-            save(Path(out), checkpoint, overwrite=force)
-        except OSError as error:
-            raise UserError(f"{out} cannot be written: {error.strerror or error}.") from None
+        save(out, checkpoint, overwrite=force)
     return checkpoint
 
 
@@ -297,25 +294,6 @@ def _read_network(
     if plan.notes:
         metadata["notes"] = list(plan.notes)
     return ReadModel(plan.family, plan.config, params, metadata)
-
-
-def _check_space(out: Path, read: ReadModel) -> None:
-    """Raises `UserError` if the disk that holds `out` has less room than the parameters take."""
-    folder = next(parent for parent in out.absolute().parents if parent.is_dir())
-    free = shutil.disk_usage(folder).free
-    if num_bytes(read) > free:
-        raise UserError(
-            f"{out} would take {num_bytes(read):,} bytes, but its disk has {free:,} left."
-        )
-
-
-def num_bytes(read: ReadModel) -> int:
-    """Returns the bytes of all parameters, those of the VAE included."""
-
-    def total(tree: Params) -> int:
-        return sum(total(leaf) if isinstance(leaf, dict) else leaf.nbytes for leaf in tree.values())
-
-    return total(read.params) + (0 if read.vae is None else num_bytes(read.vae))
 
 
 def to_checkpoint(read: ReadModel) -> Checkpoint:

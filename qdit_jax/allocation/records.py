@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import orbax.checkpoint as ocp
 
 from qdit_jax.allocation.space import Space
 from qdit_jax.errors import UserError
+from qdit_jax.files import PathLike, as_path
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,21 +84,29 @@ class Store:
     """Named states of one search in a folder; the last two are kept (Orbax).
 
     All processes of a distributed search call `save` and `load`; Orbax writes from the first one.
-    A folder written under other settings is refused.
+    A folder written under other settings is refused; there is none before the first state.
     """
 
-    def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: PathLike, settings: dict[str, Any]) -> None:
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.settings = json.loads(json.dumps(settings))
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-        self.manager = ocp.CheckpointManager(Path(folder).resolve(), options=options)
-        self.folder = folder
+        self.folder = as_path(folder)
+        self.opened: ocp.CheckpointManager | None = None
 
     def __enter__(self) -> Store:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.manager.close()
+        if self.opened is not None:
+            self.opened.close()
+
+    @property
+    def manager(self) -> ocp.CheckpointManager:
+        """Returns Orbax's manager, which makes the folder."""
+        if self.opened is None:
+            options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+            self.opened = ocp.CheckpointManager(self.folder.resolve(), options=options)
+        return self.opened
 
     def save(self, arrays: dict[str, np.ndarray]) -> None:
         """Writes `arrays` as the newest state; a reader never sees half of one."""
@@ -116,7 +124,7 @@ class Store:
         Raises:
             UserError: if the folder holds another search, or cannot be read.
         """
-        step = self.manager.latest_step()
+        step = self.manager.latest_step() if self.folder.is_dir() else None
         if step is None:
             return None
         try:

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,6 +33,7 @@ from qdit_jax.allocation.strategies import strategy_named
 from qdit_jax.calibration import default_sampler
 from qdit_jax.checkpoint import Checkpoint, fingerprint
 from qdit_jax.errors import check_counts
+from qdit_jax.files import PathLike
 from qdit_jax.models import rows_per_sample
 from qdit_jax.recipes import Recipe
 from qdit_jax.sampling import check_diffusion_model
@@ -109,7 +109,7 @@ def search(
     space: Space | Mapping[str, Any] | None = None,
     rollouts: Rollouts | None = None,
     costs: Mapping[str, Any] | None = None,
-    state: str | Path | None = None,
+    state: PathLike | None = None,
     report_fn: ReportFn = lambda event: None,
 ) -> SearchResult:
     """Returns the allocation with the least error within a budget.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from jaxtyping import Float
 from qdit_jax.calibration.statistics import HALVES, Stats, write_arrays
 from qdit_jax.checkpoint import first_difference
 from qdit_jax.errors import UserError
+from qdit_jax.files import PathLike, as_path
 
 State = dict[str, Any]
 
@@ -116,23 +116,23 @@ def stats_of(state: State) -> Stats:
     return Stats(timesteps, low, high, halves, hessians, sides.get("tokens", {}))
 
 
-def write_state(path: str | Path, state: State) -> None:
+def write_state(path: PathLike, state: State) -> None:
     """Writes an unfinished collection; a reader never sees half of it."""
     plain = {key: value for key, value in state.items() if key not in ("num_rows",)}
     write_arrays(path, {**plain, "num_rows": json.dumps(state["num_rows"])})
 
 
-def read_state(path: str | Path, settings: dict[str, Any]) -> State:
+def read_state(path: PathLike, settings: dict[str, Any]) -> State:
     """Returns the unfinished collection at `path`, or an empty one if there is no such file.
 
     Raises:
         UserError: if the file is unreadable, or was made with other settings.
     """
     state = empty_state(settings)
-    if not Path(path).exists():
+    if not as_path(path).exists():
         return state
     try:
-        with np.load(path) as data:
+        with as_path(path).open("rb") as file, np.load(file) as data:
             found = {key: data[key] for key in data.files}
             found["settings"] = str(found["settings"])
             found["num_done"] = int(found["num_done"])

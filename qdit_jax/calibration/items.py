@@ -6,7 +6,6 @@ Dimensions: I items, B batch, S steps, M items of one trajectory, H, W, C one la
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ from qdit_jax.calibration.recording import default_sampler, model_inputs
 from qdit_jax.calibration.statistics import write_arrays
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.errors import UserError, check_counts
+from qdit_jax.files import PathLike, as_path
 from qdit_jax.quant import check_finite
 from qdit_jax.sampling import (
     check_diffusion_model,
@@ -49,15 +49,15 @@ class Items(NamedTuple):
     condition: Any
     sample: Int[np.ndarray, " I"]
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: PathLike) -> None:
         """Writes an `.npz` with one array per field, a dict's as `condition/<name>`."""
-        write_arrays(path, flatten_dict(self._asdict(), sep="/"))
+        write_arrays(path, flatten_dict(self._asdict(), sep="/"), "inputs")
 
     @classmethod
-    def load(cls, path: str | Path) -> Items:
+    def load(cls, path: PathLike) -> Items:
         """Returns the items in a file; raises `UserError` if it holds none."""
         try:
-            with np.load(path) as data:
+            with as_path(path).open("rb") as file, np.load(file) as data:
                 flat = {EARLIER_NAMES.get(name, name): data[name] for name in data.files}
             items = cls(**unflatten_dict(flat, sep="/"))
             check_items(items)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,6 +24,7 @@ from qdit_jax.calibration.collect import (
 from qdit_jax.calibration.statistics import HALVES, Stats, input_rows
 from qdit_jax.checkpoint import Checkpoint, fingerprint
 from qdit_jax.errors import check_counts, check_pattern
+from qdit_jax.files import PathLike
 from qdit_jax.quant import check_finite
 from qdit_jax.recipes import layer_paths
 from qdit_jax.sampling import (
@@ -48,7 +48,7 @@ def calibrate(
     batch_size: int = 16,
     hessians: str | None = None,
     num_tokens: int = 0,
-    unfinished: str | Path | None = None,
+    unfinished: PathLike | None = None,
     progress_fn: Callable[[int], Any] | None = None,
 ) -> Stats:
     """Returns the range of every linear layer's input, by channel, at every timestep sampled.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from jaxtyping import Float
 
 from qdit_jax.calibration.statistics_checks import check_all
 from qdit_jax.errors import UserError
-from qdit_jax.files import replaced_file
+from qdit_jax.files import PathLike, as_path, replaced_file
 from qdit_jax.models import seen_inputs
 
 HALVES = ("conditional", "null")
@@ -50,17 +49,21 @@ class Stats:
         """Returns the largest absolute value of each channel of a layer's input."""
         return np.maximum(np.abs(self.low[path]), np.abs(self.high[path]))
 
-    def save(self, path: str | Path) -> None:
-        """Writes an `.npz` with `timesteps` and `<kind>/<layer>`; halves as `null.low/<layer>`."""
+    def save(self, path: PathLike) -> None:
+        """Writes an `.npz` with `timesteps` and `<kind>/<layer>`; halves as `null.low/<layer>`.
+
+        Raises:
+            UserError: if `path` holds anything but such statistics.
+        """
         arrays = {"timesteps": self.timesteps}
         for prefix, one in (("", self), *((f"{h}.", s) for h, s in self.halves.items())):
             for kind in ("low", "high", "hessians", "tokens"):
                 held = getattr(one, kind)
                 arrays |= {f"{prefix}{kind}/{name}": array for name, array in held.items()}
-        write_arrays(path, arrays)
+        write_arrays(path, arrays, "statistics")
 
     @classmethod
-    def load(cls, path: str | Path) -> Stats:
+    def load(cls, path: PathLike) -> Stats:
         """Returns the statistics in a file.
 
         Raises:
@@ -68,7 +71,7 @@ class Stats:
                 do not fit one another.
         """
         try:
-            with np.load(path) as data:
+            with as_path(path).open("rb") as file, np.load(file) as data:
                 kinds: dict[str, dict[str, np.ndarray]] = {}
                 for key in data.files:
                     kind, _, name = key.partition("/")
@@ -87,9 +90,9 @@ class Stats:
             raise UserError(f"{path} holds no calibration statistics ({error}).") from error
 
 
-def write_arrays(path: str | Path, arrays: dict[str, Any]) -> None:
-    """Writes an `.npz` beside `path` and renames it."""
-    with replaced_file(path) as temporary, open(temporary, "wb") as file:
+def write_arrays(path: PathLike, arrays: dict[str, Any], kind: str | None = None) -> None:
+    """Writes an `.npz` beside `path` and renames it; see `replaced_file`."""
+    with replaced_file(path, kind) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **arrays)
 
 

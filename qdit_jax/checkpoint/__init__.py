@@ -1,9 +1,14 @@
 """Checkpoints on disk: a folder or a single file, read whole or array by array."""
 
 from qdit_jax.checkpoint.by_suffix import load, save
-from qdit_jax.checkpoint.codec import abstract_arrays, abstract_params, split_fields
+from qdit_jax.checkpoint.codec import (
+    abstract_arrays,
+    abstract_params,
+    encode_params,
+    split_fields,
+)
 from qdit_jax.checkpoint.deferred import DeferredArray
-from qdit_jax.checkpoint.description import Checkpoint
+from qdit_jax.checkpoint.description import Checkpoint, num_bytes
 from qdit_jax.checkpoint.fingerprint import digest, fingerprint, first_difference
 from qdit_jax.checkpoint.folder import read_description, split_over
 from qdit_jax.checkpoint.lazy import materialized, open_checkpoint
@@ -15,12 +20,14 @@ __all__ = [
     "abstract_arrays",
     "abstract_params",
     "digest",
+    "encode_params",
     "exported_parts",
     "fingerprint",
     "first_difference",
     "load",
     "load_safetensors",
     "materialized",
+    "num_bytes",
     "open_checkpoint",
     "read_description",
     "save",

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from qdit_jax.checkpoint.description import Checkpoint
 from qdit_jax.checkpoint.folder import Placement, load_folder, save_folder
 from qdit_jax.checkpoint.single_file import load_safetensors, save_safetensors
+from qdit_jax.files import PathLike, as_path
 
 SUFFIX = ".safetensors"
 
 
-def load(path: str | Path, *, sharding: Placement = None) -> Checkpoint:
-    """Returns the checkpoint at `path`, a folder or an exported file, placed by `sharding`.
+def load(path: PathLike, *, sharding: Placement = None) -> Checkpoint:
+    """Returns the checkpoint at `path`, a folder or an exported file, local or a URL.
 
     Only what is stored is read: a quantized checkpoint stays packed.
 
@@ -25,15 +24,21 @@ def load(path: str | Path, *, sharding: Placement = None) -> Checkpoint:
         UserError: if there is nothing, no checkpoint, one from a newer version or a damaged one, or
             if its parameters do not fit the network that it names.
     """
-    is_file = Path(path).suffix == SUFFIX and Path(path).is_file()
+    path = as_path(path)
+    is_file = path.suffix == SUFFIX and path.is_file()
     return (load_safetensors if is_file else load_folder)(path, sharding=sharding)
 
 
-def save(path: str | Path, checkpoint: Checkpoint, *, overwrite: bool = False) -> None:
+def save(path: PathLike, checkpoint: Checkpoint, *, overwrite: bool = False) -> None:
     """Writes `checkpoint` to `path`, a folder or a `.safetensors` file: beside it, then renamed.
 
+    Args:
+        path: local or a URL, as `gs://bucket/name`.
+        overwrite: replace a checkpoint of the same form at `path`; anything else there is kept.
+
     Raises:
-        UserError: if `path` exists and `overwrite` is off.
+        UserError: if `path` exists and may not be replaced, if `checkpoint` has arrays that are still
+            to be read from there, or if its disk is too full.
     """
-    writer = save_safetensors if Path(path).suffix == SUFFIX else save_folder
+    writer = save_safetensors if as_path(path).suffix == SUFFIX else save_folder
     writer(path, checkpoint, overwrite=overwrite)

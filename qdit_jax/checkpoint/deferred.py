@@ -7,7 +7,12 @@ are still on disk, or the arrays of a kernel that is quantised while it is being
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import gc
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
+
+from qdit_jax.files import AnyPath
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,12 +34,14 @@ class DeferredArray:
     Attributes:
         make: returns arrays by name; arrays that are made together share this object.
         name: which of them this one is.
+        source: the checkpoint folder that it is read from, if it is.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     make: Callable[[], Mapping[str, Any]]
     name: str
+    source: AnyPath = None
 
     @property
     def ndim(self) -> int:
@@ -74,8 +83,27 @@ def save_arrays(folder: Path, arrays: Any) -> None:
     )
     # The layout of one file for all would gather the arrays in memory.
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
-    with ocp.Checkpointer(handler) as checkpointer:
+    with failing_quietly(), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(folder.resolve(), args=ocp.args.PyTreeSave(arrays))
+
+
+@contextmanager
+def failing_quietly() -> Iterator[None]:
+    """Keeps what fails in the threads of Orbax from being printed; what is raised stays."""
+    hooks = threading.excepthook, sys.unraisablehook
+    logger = logging.getLogger("asyncio")
+    was_disabled = logger.disabled
+    threading.excepthook = lambda failed: None
+    sys.unraisablehook = lambda failed: None
+    logger.disabled = True
+    try:
+        yield
+    except BaseException:
+        gc.collect()  # a lost task speaks when it is collected
+        raise
+    finally:
+        threading.excepthook, sys.unraisablehook = hooks
+        logger.disabled = was_disabled
 
 
 class InTurn:

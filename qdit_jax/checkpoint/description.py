@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import linen as nn
 
 from qdit_jax.checkpoint.codec import decode_params, logical_shapes
 from qdit_jax.errors import UserError
+from qdit_jax.files import AnyPath
 from qdit_jax.models import abstract_params, build_model, config_of, family_of
 from qdit_jax.recipes import Recipe
 
@@ -36,6 +37,12 @@ class Checkpoint:
     vae: Checkpoint | None = None
 
 
+def num_bytes(checkpoint: Checkpoint) -> int:
+    """Returns the bytes of all arrays, those of the autoencoder included; deferred ones are not made."""
+    own = sum(leaf.nbytes for leaf in jax.tree.leaves(checkpoint.params))
+    return own + (0 if checkpoint.vae is None else num_bytes(checkpoint.vae))
+
+
 def describe(checkpoint: Checkpoint, manifest: dict[str, Any]) -> dict[str, Any]:
     """Returns the content of `model.json`."""
     return {
@@ -48,7 +55,7 @@ def describe(checkpoint: Checkpoint, manifest: dict[str, Any]) -> dict[str, Any]
 
 
 def from_parts(
-    path: Path, description: dict[str, Any], arrays: Any, recipe: Any, vae: Checkpoint | None
+    path: AnyPath, description: dict[str, Any], arrays: Any, recipe: Any, vae: Checkpoint | None
 ) -> Checkpoint:
     """Returns the checkpoint of a description and its arrays; `recipe` as JSON or None.
 

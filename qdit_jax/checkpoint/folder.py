@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +24,49 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
 from qdit_jax.checkpoint.codec import abstract_arrays, encode_params
-from qdit_jax.checkpoint.deferred import save_arrays
+from qdit_jax.checkpoint.deferred import DeferredArray, save_arrays
 from qdit_jax.checkpoint.description import (
     Checkpoint,
     check_description,
     check_network,
     describe,
     from_parts,
+    num_bytes,
 )
 from qdit_jax.errors import UserError
-from qdit_jax.files import replaced_folder
+from qdit_jax.files import (
+    AnyPath,
+    PathLike,
+    as_path,
+    check_free,
+    check_space,
+    local_copy,
+    replaced_folder,
+)
 
 Placement = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None
 
 
-def save_folder(path: str | Path, checkpoint: Checkpoint, *, overwrite: bool = False) -> None:
+def save_folder(path: PathLike, checkpoint: Checkpoint, *, overwrite: bool = False) -> None:
     """Writes `checkpoint` to the folder `path`: beside it first, then renamed.
 
     A `DeferredArray` is made when its turn comes and dropped once it is written.
 
     Raises:
-        UserError: if `path` exists and `overwrite` is off.
+        UserError: as `save`.
     """
-    with replaced_folder(path, overwrite) as folder:
+    sources = sources_of(checkpoint)
+    check_free(path, overwrite, "checkpoint", sources)
+    check_space(path, num_bytes(checkpoint))
+    with replaced_folder(path, overwrite, "checkpoint", sources) as folder:
         write_folder(folder, checkpoint)
+
+
+def sources_of(checkpoint: Checkpoint) -> set[AnyPath]:
+    """Returns the folders from which deferred arrays of a checkpoint are still to be read."""
+    leaves = jax.tree.leaves(checkpoint.params)
+    found = {leaf.source for leaf in leaves if isinstance(leaf, DeferredArray)} - {None}
+    return found if checkpoint.vae is None else found | sources_of(checkpoint.vae)
 
 
 def write_folder(folder: Path, checkpoint: Checkpoint) -> None:
@@ -62,7 +82,7 @@ def write_folder(folder: Path, checkpoint: Checkpoint) -> None:
         write_folder(folder / "vae", checkpoint.vae)
 
 
-def load_folder(path: str | Path, *, sharding: Placement = None) -> Checkpoint:
+def load_folder(path: PathLike, *, sharding: Placement = None) -> Checkpoint:
     """Returns the checkpoint in the folder `path`, its arrays placed by `sharding`.
 
     Args:
@@ -72,38 +92,41 @@ def load_folder(path: str | Path, *, sharding: Placement = None) -> Checkpoint:
         UserError: if the folder is absent, no checkpoint, from a newer version, damaged, or if
             its parameters do not fit the network that it names.
     """
-    folder = Path(path)
+    folder = as_path(path)
     description = read_description(folder)
     check_network(f"{folder}/model.json", description)
     target = abstract_arrays(description["params"], sharding)
-    arrays = read_arrays(folder, target)
+    with local_params(folder) as params:
+        arrays = read_arrays(folder, params, target)
     vae = load_folder(folder / "vae", sharding=sharding) if (folder / "vae").is_dir() else None
     return from_parts(folder, description, arrays, read_recipe(folder), vae)
 
 
-def read_arrays(folder: Path, target: Any) -> Any:
-    """Returns the stored arrays that the nested dicts `target` describe, placed as they say.
+def read_arrays(folder: AnyPath, params: Path, target: Any) -> Any:
+    """Returns the arrays in `params` that the nested dicts `target` describe, placed as they say.
+
+    `folder` is the checkpoint that is named where something is wrong.
 
     Raises:
         UserError: if an array is absent, damaged, or of another shape or dtype.
     """
-    check_stored(folder, target)
+    check_stored(folder, params, target)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore((folder / "params").resolve(), target)
+            return checkpointer.restore(params.resolve(), target)
     except Exception as error:  # Orbax and its storage layer raise many kinds.
         raise damaged(folder, error) from error
 
 
-def check_stored(folder: Path, target: Any) -> None:
-    """Raises `UserError` if `folder` stores other arrays than the nested dicts `target` describe.
+def check_stored(folder: AnyPath, params: Path, target: Any) -> None:
+    """Raises `UserError` if `params` of the checkpoint `folder` stores other arrays than the nested dicts `target` describe.
 
     Orbax itself would convert another dtype without a word.
     """
     quiet_orbax()
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.metadata((folder / "params").resolve()).item_metadata.tree
+            tree = checkpointer.metadata(params.resolve()).item_metadata.tree
         stored = {
             path: (tuple(leaf.shape), np.dtype(leaf.dtype))
             for path, leaf in flatten_dict(tree, sep="/").items()
@@ -120,7 +143,22 @@ def check_stored(folder: Path, target: Any) -> None:
             )
 
 
-def damaged(folder: Path, error: Exception) -> UserError:
+@contextmanager
+def local_params(
+    folder: AnyPath, keep: Callable[[str], bool] = lambda name: True
+) -> Iterator[Path]:
+    """Yields the folder of a checkpoint's arrays on a local disk, see `local_copy`.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if not (folder / "params").is_dir():
+        raise damaged(folder, FileNotFoundError("there is no folder params"))
+    with local_copy(folder / "params", keep) as params:
+        yield params
+
+
+def damaged(folder: AnyPath, error: Exception) -> UserError:
     """Returns the error that arrays of a checkpoint cannot be read."""
     reason = str(error).strip().splitlines() or [type(error).__name__]
     return UserError(
@@ -128,7 +166,7 @@ def damaged(folder: Path, error: Exception) -> UserError:
     )
 
 
-def read_recipe(folder: Path) -> dict[str, Any] | None:
+def read_recipe(folder: AnyPath) -> dict[str, Any] | None:
     """Returns the content of `recipe.json`, None if there is none."""
     file = folder / "recipe.json"
     if not file.exists():
@@ -153,7 +191,7 @@ def split_over(mesh: jax.sharding.Mesh) -> Callable[[str, tuple[int, ...]], Any]
     return place
 
 
-def read_description(folder: Path) -> dict[str, Any]:
+def read_description(folder: AnyPath) -> dict[str, Any]:
     """Returns the content of `model.json`; raises `UserError` where `folder` is no checkpoint."""
     if not folder.exists():
         raise UserError(

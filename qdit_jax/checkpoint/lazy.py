@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,11 +18,18 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from qdit_jax.checkpoint.codec import abstract_arrays
 from qdit_jax.checkpoint.deferred import DeferredArray
 from qdit_jax.checkpoint.description import Checkpoint, check_network, from_parts
-from qdit_jax.checkpoint.folder import check_stored, damaged, read_description, read_recipe
+from qdit_jax.checkpoint.folder import (
+    check_stored,
+    damaged,
+    local_params,
+    read_description,
+    read_recipe,
+)
 from qdit_jax.checkpoint.single_file import load_safetensors
+from qdit_jax.files import AnyPath, PathLike, as_path, local_copy
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: PathLike) -> Checkpoint:
     """Returns the checkpoint in the folder `path` with `DeferredArray` leaves, reading no array.
 
     An autoencoder's arrays stay on disk as well. An exported file is read as a whole.
@@ -30,15 +37,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         UserError: as `qdit_jax.load`, but for damaged arrays, which are found when they are read.
     """
-    folder = Path(path)
+    folder = as_path(path)
     if folder.suffix == ".safetensors" and folder.is_file():
         return load_safetensors(folder)
     description = read_description(folder)
     check_network(f"{folder}/model.json", description)
     target = abstract_arrays(description["params"])
-    check_stored(folder, target)
+    with local_params(folder, is_no_chunk) as params:
+        check_stored(folder, params, target)
     stored = {
-        name: DeferredArray(leaf.shape, leaf.dtype, partial(read_array, folder, name), name)
+        name: DeferredArray(leaf.shape, leaf.dtype, partial(read_array, folder, name), name, folder)
         for name, leaf in flatten_dict(target, sep="/").items()
     }
     vae = open_checkpoint(folder / "vae") if (folder / "vae").is_dir() else None
@@ -46,21 +54,26 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return from_parts(folder, description, arrays, read_recipe(folder), vae)
 
 
-def read_array(folder: Path, name: str) -> dict[str, np.ndarray]:
+def is_no_chunk(name: str) -> bool:
+    """Returns whether a file below `params` describes arrays, and holds none of their values."""
+    return not re.fullmatch(r"[\d.]+", name.rpartition("/")[2])
+
+
+def read_array(folder: AnyPath, name: str) -> dict[str, np.ndarray]:
     """Returns one array of a checkpoint folder, under its name.
 
     Raises:
         UserError: if it is absent or damaged.
     """
-    file = (folder / "params" / name.replace("/", ".")).resolve()
-    spec = {
-        "driver": "zarr",
-        "kvstore": {"driver": "file", "path": str(file)},
-        "fill_missing_data_reads": False,
-    }
     try:
-        # As Orbax would, which reads the description of all arrays again for each.
-        return {name: tensorstore.open(spec, open=True, read=True).result().read().result()}
+        with local_copy(folder / "params" / name.replace("/", ".")) as file:
+            spec = {
+                "driver": "zarr",
+                "kvstore": {"driver": "file", "path": str(file.resolve())},
+                "fill_missing_data_reads": False,
+            }
+            # As Orbax would, which reads the description of all arrays again for each.
+            return {name: tensorstore.open(spec, open=True, read=True).result().read().result()}
     except Exception as error:  # It raises many kinds.
         raise damaged(folder, error) from error
 

@@ -8,7 +8,6 @@ under `vae/`. The file's metadata holds `qdit_jax`, a JSON object: the format ve
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,26 +23,36 @@ from qdit_jax.checkpoint.description import (
     check_network,
     describe,
     from_parts,
+    num_bytes,
 )
-from qdit_jax.checkpoint.folder import Placement
+from qdit_jax.checkpoint.folder import Placement, sources_of
 from qdit_jax.errors import UserError
-from qdit_jax.files import check_free, replaced_file
+from qdit_jax.files import (
+    AnyPath,
+    PathLike,
+    as_path,
+    check_free,
+    check_space,
+    local_copy,
+    replaced_file,
+)
 
 FORMAT_VERSION = 1
 KEY = "qdit_jax"
 VAE = "vae/"
 
 
-def save_safetensors(path: str | Path, checkpoint: Checkpoint, *, overwrite: bool = False) -> None:
+def save_safetensors(path: PathLike, checkpoint: Checkpoint, *, overwrite: bool = False) -> None:
     """Writes `checkpoint` to the file `path`: beside it first, then renamed.
 
     Raises:
-        UserError: if `path` exists and `overwrite` is off.
+        UserError: as `save`.
     """
-    check_free(path, overwrite)
+    check_free(path, overwrite, "export", sources_of(checkpoint))
+    check_space(path, num_bytes(checkpoint))
     arrays, description = parts_of(checkpoint)
     metadata = {KEY: json.dumps({"format_version": FORMAT_VERSION, **description})}
-    with replaced_file(path) as file:
+    with replaced_file(path, "export") as file:
         save_file(arrays, file, metadata=metadata)
 
 
@@ -61,41 +70,42 @@ def parts_of(checkpoint: Checkpoint) -> tuple[dict[str, np.ndarray], dict[str, A
     return arrays, description
 
 
-def load_safetensors(path: str | Path, *, sharding: Placement = None) -> Checkpoint:
+def load_safetensors(path: PathLike, *, sharding: Placement = None) -> Checkpoint:
     """Returns the checkpoint in the file `path`, its arrays placed as by `qdit_jax.load`.
 
     Raises:
         UserError: if the file is absent, truncated, from a newer version, no exported checkpoint,
             or if its arrays are not those that it names.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.is_file():
         raise UserError(f"{path} is not a file; give one that `qdit export CKPT FILE` wrote.")
-    try:
-        file = safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} is no whole safetensors file ({error}); export the checkpoint again."
-        ) from error
-    with file:
-        return build(path, file, read_metadata(path, file.metadata()), "", sharding)
+    with local_copy(path) as local:
+        try:
+            file = safe_open(local, framework="numpy")
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{path} is no whole safetensors file ({error}); export the checkpoint again."
+            ) from error
+        with file:
+            return build(path, file, read_metadata(path, file.metadata()), "", sharding)
 
 
-def exported_parts(path: str | Path) -> dict[str, Any] | None:
+def exported_parts(path: PathLike) -> dict[str, Any] | None:
     """Returns what an exported file says of itself, or None if `path` is no exported checkpoint.
 
     Raises:
         UserError: if the file is an export, but damaged or from a newer version.
     """
     try:
-        with safe_open(path, framework="numpy") as file:
+        with local_copy(path) as local, safe_open(local, framework="numpy") as file:
             metadata = file.metadata()
     except (SafetensorError, OSError):
         return None
-    return read_metadata(Path(path), metadata) if KEY in (metadata or {}) else None
+    return read_metadata(as_path(path), metadata) if KEY in (metadata or {}) else None
 
 
-def read_metadata(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
+def read_metadata(path: AnyPath, metadata: dict[str, str] | None) -> dict[str, Any]:
     """Returns what the file says of itself; raises `UserError` if that cannot be used."""
     if KEY not in (metadata or {}):
         raise UserError(
@@ -116,7 +126,7 @@ def read_metadata(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]
 
 
 def build(
-    path: Path, file: Any, description: dict[str, Any], prefix: str, sharding: Placement
+    path: AnyPath, file: Any, description: dict[str, Any], prefix: str, sharding: Placement
 ) -> Checkpoint:
     """Returns the checkpoint whose arrays stand under `prefix`, read one at a time."""
     model = check_description(description.get("model"), f"{path}, metadata")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-from pathlib import Path
 from typing import Any
 
 from qdit_jax.cli.options import (
@@ -14,6 +13,7 @@ from qdit_jax.cli.options import (
     positive_int,
     verb_parser,
 )
+from qdit_jax.cli.paths import path_option
 
 HELP = """\
 Record the range of every linear layer's input and of the attention operands, by channel, at every
@@ -35,8 +35,10 @@ release draws them (authors).
 def add_parser(subparsers: Any) -> None:
     """Adds the verb with its options."""
     parser = verb_parser(subparsers, "calibrate", HELP)
-    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a full-precision checkpoint")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the .npz file to write")
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", type=path_option, help="a full-precision checkpoint"
+    )
+    parser.add_argument("out", metavar="OUT", type=path_option, help="the .npz file to write")
     add = parser.add_argument
     add("--num-samples", type=positive_int, default=256, help="trajectories (%(default)s)")
     add("--batch-size", type=positive_int, default=16, help="trajectories at once (%(default)s)")
@@ -57,6 +59,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--collect", choices=("spread", "authors"), help="write single inputs, not statistics"
     )
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.set_defaults(run=run, resumes=lambda args: args.collect is None)
 
 
@@ -68,9 +71,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from qdit_jax.calibration import default_sampler
     from qdit_jax.cli.checkpoints import full_precision_checkpoint, guidance_of
     from qdit_jax.cli.progress import Bar
+    from qdit_jax.files import check_free
 
     if args.out.suffix != ".npz":
         raise qdit.UserError(f"OUT {args.out} must end in .npz.")
+    kind = "inputs" if args.collect else "statistics"
+    check_free(args.out, args.force, kind, [args.checkpoint])
     checkpoint = full_precision_checkpoint(
         args.checkpoint, "statistics are of full-precision inputs"
     )

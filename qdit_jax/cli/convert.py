@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from pathlib import Path
 from typing import Any
 
 from qdit_jax.cli.options import positive_int, verb_parser
+from qdit_jax.cli.paths import path_option
 
 EPILOG = """
 SRC may be
@@ -44,8 +44,12 @@ def add_parser(subparsers: Any) -> None:
         "Converts PyTorch weights (DiT, SiT, AutoencoderKL, a DiTPipeline) to a checkpoint.",
         epilog=textwrap.dedent(EPILOG),
     )
-    parser.add_argument("src", type=Path, metavar="SRC", help="file or folder of PyTorch weights")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write the checkpoint to")
+    parser.add_argument(
+        "src", type=path_option, metavar="SRC", help="file or folder of PyTorch weights"
+    )
+    parser.add_argument(
+        "out", type=path_option, metavar="OUT", help="folder to write the checkpoint to"
+    )
     parser.add_argument(
         "--family",
         choices=("dit", "sit", "vae", "inception"),

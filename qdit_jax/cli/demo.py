@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from qdit_jax.cli.numerics_option import add_numerics
@@ -16,6 +15,7 @@ from qdit_jax.cli.options import (
     verb_parser,
     whole_number,
 )
+from qdit_jax.cli.paths import path_option
 
 HELP = """\
 Run the whole road on the small digit model inside the package: convert its PyTorch-layout weights,
@@ -34,7 +34,7 @@ examples:
 def add_parser(subparsers: Any) -> None:
     """Adds the verb with its options."""
     parser = verb_parser(subparsers, "demo", HELP)
-    parser.add_argument("--out", type=Path, default=Path("qdit-demo"), help="folder (%(default)s)")
+    parser.add_argument("--out", type=path_option, default="qdit-demo", help="folder (%(default)s)")
     add = parser.add_argument
     add(
         "--num-samples",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from qdit_jax.cli.numerics_option import add_numerics
@@ -18,6 +17,7 @@ from qdit_jax.cli.options import (
     verb_parser,
     whole_number,
 )
+from qdit_jax.cli.paths import path_option
 
 HELP = """\
 Sample a checkpoint, hold it against another sample by sample, and score it against a reference;
@@ -70,11 +70,15 @@ OF_SCORES = {
 def add_parser(subparsers: Any) -> None:
     """Adds the verb with its options."""
     parser = verb_parser(subparsers, "evaluate", HELP)
-    parser.add_argument("checkpoint", metavar="CKPT", type=Path, nargs="?", help="what to sample")
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", type=path_option, nargs="?", help="what to sample"
+    )
     add_checkpoint_options(parser.add_argument_group("of checkpoints").add_argument)
     files = parser.add_argument_group("of ready-made files").add_argument
-    files("--samples", type=Path, help="images to score, .npz with arr_0, in place of CKPT")
-    files("--pictures", type=Path, help="write samples and reference images side by side, .png")
+    files("--samples", type=path_option, help="images to score, .npz with arr_0, in place of CKPT")
+    files(
+        "--pictures", type=path_option, help="write samples and reference images side by side, .png"
+    )
     add_score_options(parser.add_argument_group("of both").add_argument)
     parser.set_defaults(run=run, resumes=lambda args: args.checkpoint is not None)
 
@@ -85,10 +89,15 @@ def add_checkpoint_options(add: Any) -> None:
     add(
         "--against",
         metavar="REF",
-        type=Path,
+        type=path_option,
         help="the checkpoint to compare with, sample by sample",
     )
-    add("--compare", metavar="OTHER", type=Path, help="a second one, tested against CKPT in pairs")
+    add(
+        "--compare",
+        metavar="OTHER",
+        type=path_option,
+        help="a second one, tested against CKPT in pairs",
+    )
     add("--num-samples", type=whole_number(2), help="how many, of all classes in turn (100)")
     add("--steps", help="number, or a spacing such as ddim25, as in qdit sample (50)")
     add(
@@ -109,7 +118,7 @@ def add_checkpoint_options(add: Any) -> None:
         help="guided channels: published (3 of DiT's 4), all as diffusers does (published)",
     )
     add_numerics(add, None, "of quantised layers, as in qdit sample (simulated)")
-    add("--vae", type=Path, help="the autoencoder, for checkpoints that hold none")
+    add("--vae", type=path_option, help="the autoencoder, for checkpoints that hold none")
     add(
         "--range-samples",
         type=count,
@@ -132,7 +141,7 @@ def add_score_options(add: Any) -> None:
         default="published",
         help="of Inception's input: as the published evaluator, or as its PyTorch port",
     )
-    add("--out", type=Path, help="of checkpoints: the folder of results (qdit-evaluate); of files: metrics.json")  # fmt: skip
+    add("--out", type=path_option, help="of checkpoints: the folder of results (qdit-evaluate); of files: metrics.json")  # fmt: skip
     add(
         "--batch-size",
         type=positive_int,
@@ -153,6 +162,7 @@ def add_score_options(add: Any) -> None:
         help="of each set for KID (%(default)s)",
     )
     add("--seed", type=seed_number, default=0, help="of noise and of subsets (%(default)s)")
+    add("--force", action="store_true", help="replace the results of another evaluation")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

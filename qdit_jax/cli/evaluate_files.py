@@ -15,7 +15,7 @@ import numpy as np
 from qdit_jax import metrics
 from qdit_jax.cli.progress import Bar
 from qdit_jax.errors import UserError
-from qdit_jax.files import replaced_file
+from qdit_jax.files import AnyPath, PathLike, as_path, check_apart, check_free, replaced_file
 from qdit_jax.metrics import DEMO_FEATURES, INCEPTION_FEATURES
 from qdit_jax.models import (
     DEMO_STATISTICS,
@@ -41,7 +41,7 @@ class Judge:
 
     features_fn: FeaturesFn
     features: str
-    reference_path: Path
+    reference_path: AnyPath
     reference: metrics.Reference
     settings: metrics.ScoreSettings
 
@@ -58,12 +58,18 @@ def evaluate_files(args: argparse.Namespace) -> dict[str, Any]:
     check_options(args)
     if args.reference is None:
         raise UserError("--samples needs --reference: a .npz file, or `demo`.")
+    inputs = [args.samples, *other_inputs(args)]
+    for path, kind in ((args.out, "figures"), (args.pictures, "picture")):
+        if path is not None:
+            check_free(path, args.force, kind, inputs)
+    if args.out is not None:
+        check_apart(args.out, [args.pictures])
     judge = chosen_judge(args, metrics.image_shape(args.samples), str(args.samples))
     (found,) = score_files(args, judge, [args.samples], args.batch_size)
     summary = describe(args, judge.features, found)
     print_table(summary)
     if args.out:
-        with replaced_file(args.out) as temporary:
+        with replaced_file(args.out, "figures") as temporary:
             temporary.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     if args.pictures:
         sources = {"samples": args.samples}
@@ -73,13 +79,19 @@ def evaluate_files(args: argparse.Namespace) -> dict[str, Any]:
     return summary
 
 
+def other_inputs(args: argparse.Namespace) -> list[AnyPath]:
+    """Returns the paths of a reference and of a feature network, those that are given."""
+    given = [] if args.reference in (None, "demo") else [args.reference]
+    return [as_path(path) for path in [*given, *args.features[1:]]]
+
+
 def chosen_judge(args: argparse.Namespace, shape: tuple[int, ...], name: str) -> Judge:
     """Returns what `name`, images of `shape [N, H, W, C]`, is to be scored with, all of it checked.
 
     Raises:
         ValueError: if network, reference and samples do not fit, or the samples are too few.
     """
-    reference_path = demo_statistics() if args.reference == "demo" else Path(args.reference)
+    reference_path = demo_statistics() if args.reference == "demo" else as_path(args.reference)
     reference = metrics.read_reference(reference_path)
     if reference.has_images:
         check_sizes(shape, metrics.image_shape(reference_path), args, name)
@@ -99,7 +111,7 @@ def chosen_judge(args: argparse.Namespace, shape: tuple[int, ...], name: str) ->
 
 
 def score_files(
-    args: argparse.Namespace, judge: Judge, paths: Sequence[Path], batch_size: int
+    args: argparse.Namespace, judge: Judge, paths: Sequence[AnyPath], batch_size: int
 ) -> list[dict[str, Any]]:
     """Returns the scores of the images in each file, by the names of `metrics.names`."""
     real = None
@@ -158,7 +170,7 @@ def chosen_features(args: argparse.Namespace) -> tuple[FeaturesFn, str]:
 
 
 def features_of(
-    args: argparse.Namespace, features_fn: FeaturesFn, path: Path, batch_size: int, name: str
+    args: argparse.Namespace, features_fn: FeaturesFn, path: PathLike, batch_size: int, name: str
 ) -> metrics.Features:
     """Returns the features of all images in a file, with a progress bar."""
     count = metrics.image_shape(path)[0]
@@ -214,7 +226,7 @@ def print_table(summary: dict[str, Any]) -> None:
         )
 
 
-def write_pictures(path: Path, sources: dict[str, Path]) -> None:
+def write_pictures(path: PathLike, sources: dict[str, AnyPath]) -> None:
     """Writes the first images of every source side by side, enlarged if they are small."""
     firsts = {
         title: next(metrics.image_batches(file, NUM_PICTURES)) for title, file in sources.items()

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from qdit_jax.cli.evaluate_files import (
     check_options,
     chosen_judge,
     labelled,
+    other_inputs,
     score_files,
 )
 from qdit_jax.cli.progress import Bar
@@ -37,7 +37,15 @@ from qdit_jax.evaluation import (
     summarize,
     write_evaluation,
 )
-from qdit_jax.files import replaced_file
+from qdit_jax.files import (
+    AnyPath,
+    PathLike,
+    as_path,
+    check_apart,
+    check_free,
+    renewed_folder,
+    replaced_file,
+)
 from qdit_jax.report import save_picture
 from qdit_jax.sampling import (
     check_numerics,
@@ -47,7 +55,8 @@ from qdit_jax.sampling import (
     num_guided_channels,
 )
 
-DEFAULT_OUT = Path("qdit-evaluate")
+DEFAULT_OUT = "qdit-evaluate"
+PAGES = {"metrics.json": "figures", "pictures.png": "picture", "report.html": "report"}
 
 
 def evaluate_models(args: argparse.Namespace) -> dict[str, Any]:
@@ -59,9 +68,13 @@ def evaluate_models(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: one sentence for anything that would make a number meaningless.
     """
     check_arguments(args)
-    out = args.out or DEFAULT_OUT
+    out = as_path(args.out or DEFAULT_OUT)
     if out.suffix in (".json", ".html", ".npz", ".png"):
         raise UserError(f"--out {out}: of checkpoints, it is a folder for all results.")
+    inputs = [args.checkpoint, args.against, args.compare, args.vae, *other_inputs(args)]
+    check_apart(out, inputs)
+    for name, kind in PAGES.items():
+        check_free(out / name, True, kind)
     contenders = loaded(args)
     model = contenders[0].checkpoint.model
     args.guidance_channels = num_guided_channels(model, args.guidance_channels)
@@ -71,6 +84,25 @@ def evaluate_models(args: argparse.Namespace) -> dict[str, Any]:
     judge = None
     if args.reference is not None:
         judge = judge_of(args, contenders)
+    with renewed_folder(out, args.force, "evaluation", inputs) as folder:
+        summary, files = evaluated(args, contenders, protocol, judge, folder)
+    print_summary(summary)
+    print(
+        f"wrote {out / 'report.html'}, {out / 'metrics.json'} and "
+        f"{out / files[-1 if len(files) < 3 else 1].name}"
+    )
+    return summary
+
+
+def evaluated(
+    args: argparse.Namespace,
+    contenders: list[Contender],
+    protocol: Protocol,
+    judge: Judge | None,
+    out: AnyPath,
+) -> tuple[dict[str, Any], list[AnyPath]]:
+    """Returns the summary and the files of samples, all written to the folder `out`."""
+    model = contenders[0].checkpoint.model
     if (out / "shards").exists():
         logging.getLogger("qdit_jax").info("going on from %s", out)
     with Bar(args, args.num_samples, "sample", "sampling", resumes=True) as bar:
@@ -89,11 +121,7 @@ def evaluate_models(args: argparse.Namespace) -> dict[str, Any]:
         summary["settings"]["reference"] = str(args.reference)
         summary["settings"]["features"] = judge.features
     write_results(out, run, contenders, summary, stats)
-    print_summary(summary)
-    print(
-        f"wrote {out / 'report.html'}, {out / 'metrics.json'} and {files[-1 if len(files) < 3 else 1]}"
-    )
-    return summary
+    return summary, files
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -127,7 +155,7 @@ def check_all_numerics(args: argparse.Namespace, found: list[Checkpoint]) -> Non
                 raise
 
 
-def titles(paths: list[Path]) -> list[str]:
+def titles(paths: list[AnyPath]) -> list[str]:
     """Returns the folders' names, or as much of each path as tells them apart."""
     names = [path.resolve().name for path in paths]
     if len(set(names)) == len(names):
@@ -187,7 +215,7 @@ def image_shape(checkpoint: Checkpoint) -> tuple[int, ...] | None:
     return jax.eval_shape(lambda z: decode(vae, z), latents).shape[1:]
 
 
-def merged(run: Run, contenders: list[Contender], label: np.ndarray) -> list[Path]:
+def merged(run: Run, contenders: list[Contender], label: np.ndarray) -> list[AnyPath]:
     """Writes the samples of each contender and returns the files, in their order.
 
     `samples.npz` is the checkpoint under evaluation.
@@ -206,7 +234,7 @@ def merged(run: Run, contenders: list[Contender], label: np.ndarray) -> list[Pat
 
 
 def range_stats(
-    args: argparse.Namespace, checkpoint: Checkpoint, protocol: Protocol, file: Path
+    args: argparse.Namespace, checkpoint: Checkpoint, protocol: Protocol, file: AnyPath
 ) -> Stats | None:
     """Returns the ranges of the first model's inputs, kept in `file` for the next time."""
     if args.range_samples == 0:
@@ -227,14 +255,14 @@ def range_stats(
 
 
 def write_results(
-    out: Path,
+    out: PathLike,
     run: Run,
     contenders: list[Contender],
     summary: dict[str, Any],
     stats: Stats | None,
 ) -> None:
     """Writes metrics.json, pictures.png and report.html."""
-    with replaced_file(out / "metrics.json") as temporary:
+    with replaced_file(out / "metrics.json", "figures") as temporary:
         temporary.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     pictures = compared_pictures(run, contenders)
     if pictures is not None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from qdit_jax.cli.options import verb_parser
+from qdit_jax.cli.paths import path_option
 
 HELP = """\
 Write a checkpoint, quantised or not, to one safetensors file, or make a folder of such a file.
@@ -25,8 +25,10 @@ SUFFIX = ".safetensors"
 def add_parser(subparsers: Any) -> None:
     """Adds the verb with its options."""
     parser = verb_parser(subparsers, "export", HELP)
-    parser.add_argument("source", metavar="SRC", type=Path, help="checkpoint folder, or the file")
-    parser.add_argument("out", metavar="OUT", type=Path, help="file to write, or the folder")
+    parser.add_argument(
+        "source", metavar="SRC", type=path_option, help="checkpoint folder, or the file"
+    )
+    parser.add_argument("out", metavar="OUT", type=path_option, help="file to write, or the folder")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.set_defaults(run=run)
 
@@ -43,7 +45,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"{args.source} and {args.out}: one of both must be a {SUFFIX} file, the other a "
             "checkpoint folder."
         )
-    check_free(args.out, args.force)
+    kind = "export" if args.out.suffix == SUFFIX else "checkpoint"
+    check_free(args.out, args.force, kind, [args.source])
     if args.out.suffix == SUFFIX:
         export.save_safetensors(args.out, checkpoint.load(args.source), overwrite=args.force)
         print(f"wrote {args.out}, {args.out.stat().st_size:,} bytes")

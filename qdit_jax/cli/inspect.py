@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from qdit_jax.cli.options import finite_float, positive_int, seed_number, verb_parser
+from qdit_jax.cli.paths import path_option
+from qdit_jax.files import AnyPath, as_path
 
 HELP = """\
 Show what a checkpoint folder holds, or what `qdit convert` would make of a PyTorch file.
@@ -30,15 +31,18 @@ STATS = {"num_samples": 4, "steps": 10, "guidance": None, "seed": 0, "batch_size
 def add_parser(subparsers: Any) -> None:
     """Adds the verb with its options."""
     parser = verb_parser(subparsers, "inspect", HELP)
-    parser.add_argument("path", metavar="PATH", type=Path, help="a checkpoint folder or a file")
+    parser.add_argument(
+        "path", metavar="PATH", type=path_option, help="a checkpoint folder or a file"
+    )
     parser.add_argument("--stats", action="store_true", help="draw weights and activations")
     add = parser.add_argument_group("of --stats").add_argument
-    add("--out", type=Path, help="folder of the results (PATH-stats, here)")
+    add("--out", type=path_option, help="folder of the results (PATH-stats, here)")
     add("--num-samples", type=positive_int, help="trajectories (4)")
     add("--steps", type=positive_int, help="of each (10)")
     add("--guidance", type=finite_float, help="1 turns it off (1.5; 1 without null class)")
     add("--batch-size", type=positive_int, help="samples at once (4)")
     add("--seed", type=seed_number, help="of the noise (0)")
+    add("--force", action="store_true", help="replace the results of an earlier --stats")
     parser.set_defaults(run=run)
 
 
@@ -50,6 +54,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     is_checkpoint = (args.path / "model.json").is_file()
     if args.stats:
         return draw_stats(args, is_checkpoint)
+    if args.force:
+        raise UserError("--force is an option of --stats.")
     if given := [name for name in STATS if getattr(args, name) is not None]:
         raise UserError(f"--{given[0].replace('_', '-')} is an option of --stats.")
     parts = folder_parts(args.path) if is_checkpoint else exported_parts(args.path)
@@ -64,7 +70,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return summary
 
 
-def folder_parts(folder: Path) -> dict[str, Any]:
+def folder_parts(folder: AnyPath) -> dict[str, Any]:
     """Returns `model`, `recipe` and `vae` of a checkpoint folder, as an exported file has them."""
     from qdit_jax.checkpoint import read_description
 
@@ -83,6 +89,7 @@ def draw_stats(args: argparse.Namespace, is_checkpoint: bool) -> dict[str, Any]:
         UserError: if there is no checkpoint of a diffusion transformer, or an option is off.
     """
     from qdit_jax.errors import UserError
+    from qdit_jax.report import check_report_folder
 
     for name, default in STATS.items():
         if getattr(args, name) is None:
@@ -92,9 +99,8 @@ def draw_stats(args: argparse.Namespace, is_checkpoint: bool) -> dict[str, Any]:
             f"{args.path} is no checkpoint folder; --stats runs the model, so make one with "
             f"`qdit convert {args.path} OUT` first."
         )
-    out = args.out or Path(f"{args.path.resolve().name}-stats")
-    if out.is_file():
-        raise UserError(f"--out {out} is a file; choose a folder.")
+    out = args.out or as_path(f"{args.path.resolve().name}-stats")
+    check_report_folder(out, overwrite=args.force, inputs=[args.path])
     summary = recorded(args, out)
     for path, entry in summary["inputs"].items():
         weights = summary["weights"][path]
@@ -108,7 +114,7 @@ def draw_stats(args: argparse.Namespace, is_checkpoint: bool) -> dict[str, Any]:
     return summary
 
 
-def recorded(args: argparse.Namespace, out: Path) -> dict[str, Any]:
+def recorded(args: argparse.Namespace, out: AnyPath) -> dict[str, Any]:
     """Runs the model, writes the report to `out` and returns its figures."""
     import jax
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qdit_jax.cli.options import verb_parser
+from qdit_jax.cli.paths import path_option
 from qdit_jax.cli.quantize_options import (
     PresetOptions,
     add_method_options,
@@ -42,8 +43,8 @@ checked on held-out trajectories and keeps rounding to nearest where that is bet
 def add_parser(subparsers: Any) -> None:
     """Adds the verb with its options."""
     parser = verb_parser(subparsers, "quantize", HELP)
-    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a checkpoint folder")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
+    parser.add_argument("checkpoint", metavar="CKPT", type=path_option, help="a checkpoint folder")
+    parser.add_argument("out", metavar="OUT", type=path_option, help="the folder to write")
     parser.add_argument(
         "--recipe",
         required=True,
@@ -51,7 +52,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add_preset_options(parser)
     parser.add_argument(
-        "--stats", type=Path, help="from `qdit calibrate`; static activations need it"
+        "--stats", type=path_option, help="from `qdit calibrate`; static activations need it"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
@@ -66,12 +67,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from qdit_jax.cli import quantize_table as table
     from qdit_jax.cli.progress import Bar
     from qdit_jax.cli.quantize_checks import check_options
-    from qdit_jax.files import check_free
+    from qdit_jax.files import as_path, check_free
     from qdit_jax.methods import method_named
     from qdit_jax.sampling import check_diffusion_model
 
     if not args.dry_run:
-        check_free(args.out, args.force)
+        inputs = [args.checkpoint, args.stats, args.items]
+        if as_path(args.recipe).exists():
+            inputs.append(as_path(args.recipe))
+        check_free(args.out, args.force, "checkpoint", inputs)
     checkpoint = open_checkpoint(args.checkpoint)  # which reads no array
     check_diffusion_model(checkpoint.model, args.checkpoint)
     recipe = recipe_of(args.recipe, PresetOptions.of(vars(args)), args.method, checkpoint.params)

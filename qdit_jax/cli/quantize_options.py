@@ -16,6 +16,7 @@ from qdit_jax.cli.options import (
     seed_number,
     share,
 )
+from qdit_jax.cli.paths import path_option
 from qdit_jax.methods import METHODS
 
 STAGES = ("block", "layer")
@@ -98,7 +99,9 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         help=argparse.SUPPRESS,
     )
     group.add_argument(
-        "--items", type=Path, help="inputs from `qdit calibrate --collect`; sampled now if absent"
+        "--items",
+        type=path_option,
+        help="inputs from `qdit calibrate --collect`; sampled now if absent",
     )
     group.add_argument(
         "--num-samples", type=positive_int, default=32, help="trajectories sampled (default 32)"

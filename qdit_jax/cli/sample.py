@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from qdit_jax.cli.numerics_option import add_numerics
@@ -15,6 +14,7 @@ from qdit_jax.cli.options import (
     seed_number,
     verb_parser,
 )
+from qdit_jax.cli.paths import path_option
 
 EXAMPLE = """example:
   qdit sample ckpt_dir --labels 207,360 --steps 50 --guidance 1.5 --seed 0 --out grid.png
@@ -28,12 +28,13 @@ def add_parser(subparsers: Any) -> None:
     parser = verb_parser(
         subparsers,
         "sample",
-        "Makes pictures with a checkpoint, full precision or quantised alike.",
+        "Makes pictures with a checkpoint, full precision or quantised alike. A run that was stopped "
+        "goes on: finished batches wait in a folder .NAME.unfinished beside OUT.",
         epilog=EXAMPLE,
     )
     add = parser.add_argument
-    add("checkpoint", type=Path, help="folder written by convert or quantize")
-    add("--out", type=Path, default=Path("grid.png"), help="grid.png or samples.npz (%(default)s)")
+    add("checkpoint", type=path_option, help="folder written by convert or quantize")
+    add("--out", type=path_option, default="grid.png", help="grid.png or samples.npz (%(default)s)")
     add(
         "--labels", help="classes such as 207,360 or 0-9, repeated as needed (default: all in turn)"
     )
@@ -88,9 +89,12 @@ def add_parser(subparsers: Any) -> None:
         "of quantised layers: float arithmetic on the quantised grid, or dots of the stored "
         "integers or elements, scaled afterwards; quantised inputs needed (%(default)s)",
     )
-    add("--vae", type=Path, help="checkpoint of the autoencoder, where CHECKPOINT holds none")
+    add(
+        "--vae", type=path_option, help="checkpoint of the autoencoder, where CHECKPOINT holds none"
+    )
     add("--columns", type=positive_int, help="pictures in a row of the grid")
-    parser.set_defaults(run=run)
+    add("--force", action="store_true", help="replace OUT if it exists")
+    parser.set_defaults(run=run, resumes=lambda args: True)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

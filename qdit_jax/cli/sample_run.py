@@ -5,16 +5,26 @@ from __future__ import annotations
 import argparse
 import re
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
+from flax.errors import ScopeParamShapeError
 
 from qdit_jax import checkpoint as checkpoints
 from qdit_jax import diffusion, sampling
 from qdit_jax.cli.checkpoints import diffusion_checkpoint, with_autoencoder
 from qdit_jax.cli.options import LARGEST_COUNT, refuse_inert
 from qdit_jax.cli.progress import Bar
+from qdit_jax.cli.sample_shards import (
+    check_room,
+    make_shards,
+    unfinished_folder,
+)
 from qdit_jax.errors import UserError
+from qdit_jax.evaluation import first_samples, merge
+from qdit_jax.files import AnyPath, check_free
 from qdit_jax.kernels import implementations_used
 from qdit_jax.models import rows_per_sample
 from qdit_jax.report import media
@@ -29,10 +39,7 @@ def run_sample(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: on options that do not fit the checkpoint or each other.
     """
-    if args.out.suffix not in (".png", ".npz"):
-        raise UserError(f"--out {args.out}: the name must end with .png or .npz.")
-    if args.out.suffix == ".npz":
-        refuse_inert(args, {"columns": None}, "an .npz has no grid")
+    check_output(args)
     checkpoint = with_autoencoder(diffusion_checkpoint(args.checkpoint), args.vae)
     classes = checkpoint.model.all_conditions()
     label = chosen_labels(args.labels, args.num_samples, len(classes))
@@ -40,25 +47,29 @@ def run_sample(args: argparse.Namespace) -> dict[str, Any]:
     walk = own_walk_text(args, checkpoint)
     channels = chosen_channels(args)
     check_pictures(args, checkpoint)
-    checkpoint.model.check_condition(label)  # before the progress bar appears
+    checkpoint.model.check_condition(label)
+    # What these refuse shows before anything is computed.
+    sampling.denoiser(checkpoint.model, checkpoint.params, args.guidance, channels)
+    sampling.check_numerics(checkpoint.params, args.numerics)
+    shape = image_shape(args, checkpoint)
+    check_room(args.out, shape, len(label), 4 if is_latent(checkpoint) else 1)
     if walk is not None:
         print(walk)
     start = time.perf_counter()
-    with Bar(args, len(label), "sample", "sampling") as bar:
-        images = sampling.generate(
-            checkpoint,
-            sampler,
-            label,
-            seed=args.seed,
-            guidance=args.guidance,
-            guidance_channels=channels,
-            batch_size=args.batch_size,
-            numerics=args.numerics,
-            progress_fn=bar.update,
+    with (
+        unfinished_folder(args.out) as folder,
+        Bar(args, len(label), "sample", "sampling", resumes=True) as bar,
+    ):
+        ranges = make_shards(
+            folder,
+            batches_of(args, checkpoint, sampler, label, channels),
+            settings_of(args, checkpoint, sampler, label),
+            bar.update,
+            latents=is_latent(checkpoint),
+            force=args.force,
         )
+        write(args, checkpoint, folder, ranges, label)
     seconds = time.perf_counter() - start
-    check_finite(images)
-    write(args, checkpoint, images, label)
     print(
         f"{args.out}: {len(label)} samples, {type(sampler).__name__} {args.steps} steps, "
         f"guidance {args.guidance:g}, {precision(checkpoint, args.numerics)}, {seconds:.1f} s "
@@ -82,6 +93,85 @@ def chosen_channels(args: argparse.Namespace) -> int | str | None:
     if args.guidance == 1:
         refuse_inert(args, {"guidance_channels": sampling.PUBLISHED}, "--guidance 1 guides none")
     return None if args.guidance_channels == "all" else args.guidance_channels
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """Raises `UserError` if what is to be written cannot be."""
+    if args.out.suffix not in (".png", ".npz"):
+        raise UserError(f"--out {args.out}: the name must end with .png or .npz.")
+    if args.out.suffix == ".npz":
+        refuse_inert(args, {"columns": None}, "an .npz has no grid")
+    kind = "picture" if args.out.suffix == ".png" else "samples"
+    check_free(args.out, args.force, kind, [args.checkpoint, args.vae])
+
+
+def image_shape(args: argparse.Namespace, checkpoint: checkpoints.Checkpoint) -> tuple[int, ...]:
+    """Returns the shape of one sample, an image or a latent.
+
+    Raises:
+        UserError: if the autoencoder is not of the model's latents.
+    """
+    shape = checkpoint.model.sample_shape()
+    vae = checkpoint.vae
+    if vae is None:
+        return shape
+    where = args.checkpoint if args.vae is None else f"--vae {args.vae}"
+    try:
+        latents = jax.ShapeDtypeStruct((1, *shape), np.float32)
+        return jax.eval_shape(lambda z: sampling.decode(vae, z), latents).shape[1:]
+    except (TypeError, ValueError, ScopeParamShapeError) as error:
+        raise UserError(
+            f"{where} decodes other latents than the {shape[-1]} channels of {args.checkpoint}: give "
+            f"the autoencoder that the model was trained with ({str(error).splitlines()[0][:120]})."
+        ) from None
+
+
+def batches_of(
+    args: argparse.Namespace,
+    checkpoint: checkpoints.Checkpoint,
+    sampler: diffusion.Sampler,
+    label: np.ndarray,
+    channels: int | str | None,
+) -> Callable[[list[int], int], Iterator[tuple[int, np.ndarray]]]:
+    """Returns the function that makes batches, see `sampling.generated_batches`."""
+    return lambda starts, size: sampling.generated_batches(
+        checkpoint,
+        sampler,
+        label,
+        starts,
+        batch_size=size,
+        seed=args.seed,
+        guidance=args.guidance,
+        guidance_channels=channels,
+        numerics=args.numerics,
+    )
+
+
+def settings_of(
+    args: argparse.Namespace,
+    checkpoint: checkpoints.Checkpoint,
+    sampler: diffusion.Sampler,
+    label: np.ndarray,
+) -> dict[str, Any]:
+    """Returns what decides every sample, in JSON's types; a batch size of None is open."""
+    size, vae = args.batch_size, checkpoint.vae
+    return {
+        **checkpoints.fingerprint(
+            model=(checkpoint.model, checkpoint.params),
+            vae=vae and (vae.model, vae.params),
+            sampler=sampler,
+            labels=label,
+        ),
+        "num_samples": len(label),
+        "steps": args.steps,
+        "eta": args.eta,
+        "clip": args.clip,
+        "guidance": args.guidance,
+        "guidance_channels": args.guidance_channels or "all",
+        "seed": args.seed,
+        "numerics": args.numerics,
+        "batch_size": None if size is None else sampling.checked_batch_size(len(label), size),
+    }
 
 
 def precision(checkpoint: checkpoints.Checkpoint, numerics: str) -> str:
@@ -170,26 +260,21 @@ def is_latent(checkpoint: checkpoints.Checkpoint) -> bool:
     return checkpoint.vae is None and checkpoint.model.sample_shape()[-1] not in (1, 3)
 
 
-def check_finite(images: np.ndarray) -> None:
-    """Raises `UserError` if a sample is not a finite number everywhere."""
-    bad = int((~np.isfinite(images).all(axis=(1, 2, 3))).sum())
-    if bad:
-        raise UserError(f"{bad} of {len(images)} samples are not finite; nothing was written.")
-
-
 def write(
     args: argparse.Namespace,
     checkpoint: checkpoints.Checkpoint,
-    images: np.ndarray,
+    folder: AnyPath,
+    ranges: list[tuple[int, int]],
     label: np.ndarray,
 ) -> None:
-    """Writes the grid with its captions, or the archive with its labels."""
-    if is_latent(checkpoint):
-        media.save_arrays(args.out, latents=images, label=label)
-    elif args.out.suffix == ".npz":
-        media.save_npz(args.out, images, label=label)
-    else:
-        names = checkpoint.metadata.get("id2label", {})
-        captions = [str(names.get(str(i), i)).partition(",")[0] for i in label]
-        scale = -(-SMALLEST_CELL // images.shape[1])
-        media.save_grid(args.out, images, columns=args.columns, labels=captions, scale=scale)
+    """Writes the grid with its captions, or batch by batch the archive with its labels."""
+    if args.out.suffix == ".npz":
+        name, member = ("latents", "latents") if is_latent(checkpoint) else ("images", "arr_0")
+        merge(folder, ranges, name, args.out, member, label=label)
+        return
+    images = first_samples(folder, ranges, "images", len(label))
+    assert images is not None, "the batches of a grid hold images"
+    names = checkpoint.metadata.get("id2label", {})
+    captions = [str(names.get(str(i), i)).partition(",")[0] for i in label]
+    scale = -(-SMALLEST_CELL // images.shape[1])
+    media.save_grid(args.out, images, columns=args.columns, labels=captions, scale=scale)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from qdit_jax.cli.options import (
@@ -15,6 +14,7 @@ from qdit_jax.cli.options import (
     verb_parser,
     whole_number,
 )
+from qdit_jax.cli.paths import path_option
 
 DEMO = ["demo"]
 BITS = whole_number(2, 16)
@@ -44,8 +44,8 @@ def add_parser(subparsers: Any) -> None:
     """Adds the verb with its options."""
     parser = verb_parser(subparsers, "search", HELP)
     add = parser.add_argument
-    add("checkpoint", metavar="CKPT", type=Path, help="a full-precision checkpoint folder")
-    add("out", metavar="OUT", type=Path, help="the folder to write")
+    add("checkpoint", metavar="CKPT", type=path_option, help="a full-precision checkpoint folder")
+    add("out", metavar="OUT", type=path_option, help="the folder to write")
     add("--budget", help="such as bitops=1.0x-g128 (the default) or bytes=351.3M")
     add("--objective", choices=("paired", "predicted", "frechet"), default="paired")
     add("--method", default="default", help="default, nsga2, qdit-paper, qdit-release or random")

@@ -6,9 +6,7 @@ import argparse
 import json
 import logging
 import os
-import shutil
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,19 +27,60 @@ from qdit_jax.calibration import default_sampler
 from qdit_jax.cli.checkpoints import full_precision_checkpoint, guidance_of
 from qdit_jax.cli.progress import Bar
 from qdit_jax.cli.search_pictures import draw_front, draw_map
-from qdit_jax.files import replaced_file
+from qdit_jax.files import (
+    AnyPath,
+    as_path,
+    check_free,
+    renewed_folder,
+    renewed_path,
+    replaced_file,
+)
 from qdit_jax.report import provenance
 
 
 def run_search(args: argparse.Namespace) -> dict[str, Any]:
     """Searches, prints progress, and writes the results; only the first process writes."""
     join_others(args)
+    inputs = [args.checkpoint, *other_inputs(args)]
+    check_folder(args.out, args.force, inputs)
     checkpoint = full_precision_checkpoint(args.checkpoint, "a search compares with full precision")
     args.guidance = guidance_of(checkpoint, args.guidance)
-    Rollout.of(checkpoint.model, None, args.guidance)  # refuses before the folder is made
-    prepare_folder(args.out, args.force)
-    is_first = jax.process_index() == 0
-    progress = Progress(args, is_first)
+    Rollout.of(checkpoint.model, None, args.guidance)  # refuses before anything is computed
+    if jax.process_index() != 0:
+        folder = renewed_path(args.out, args.force, "search")
+        return told(args, found(args, checkpoint, folder, Progress(args, False)))
+    with renewed_folder(args.out, args.force, "search", inputs) as folder:
+        if any((folder / "state").glob("[0-9]*")):
+            logging.getLogger("qdit_jax").info("going on from %s", folder / "state")
+        result = found(args, checkpoint, folder, Progress(args, True))
+        write_result(folder, result)
+    print(summary(result))
+    print(
+        f"wrote {args.out}: next, qdit quantize {args.checkpoint} DIR --recipe "
+        f"{args.out / 'recipe.json'}"
+    )
+    return told(args, result)
+
+
+def told(args: argparse.Namespace, result: SearchResult) -> dict[str, Any]:
+    """Returns the outcome as JSON's values."""
+    return {
+        "out": args.out,
+        "recipe": args.out / "recipe.json",
+        "cost": result.budget.shown(result.history["cost"]),
+        "limit": result.budget.shown(result.history["limit"]),
+        "budget": result.history["budget"],
+        "measured": len(result.history["measured"]),
+        "report": result.history["report"],
+        "seconds": result.history["seconds"],
+        "made": result.history["made"],
+    }
+
+
+def found(
+    args: argparse.Namespace, checkpoint: qdit.Checkpoint, folder: AnyPath, progress: Progress
+) -> SearchResult:
+    """Returns what the search finds; its state is in `folder`, once there is any."""
     rollouts = Rollouts(
         num_steps=args.steps,
         guidance=args.guidance,
@@ -61,7 +100,7 @@ def run_search(args: argparse.Namespace) -> dict[str, Any]:
             strategy=strategy_named(args.method, settings),
             space=space_settings(args),
             rollouts=rollouts,
-            state=args.out / "state",
+            state=folder / "state",
             report_fn=progress,
         )
     except LostWorkerError as error:
@@ -71,24 +110,13 @@ def run_search(args: argparse.Namespace) -> dict[str, Any]:
     finally:
         progress.close()
     result.history["made"] = {**provenance(), "seed": args.seed}
-    if is_first:
-        write_result(args.out, result)
-        print(summary(result))
-        print(
-            f"wrote {args.out}: next, qdit quantize {args.checkpoint} DIR --recipe "
-            f"{args.out / 'recipe.json'}"
-        )
-    return {
-        "out": args.out,
-        "recipe": args.out / "recipe.json",
-        "cost": result.budget.shown(result.history["cost"]),
-        "limit": result.budget.shown(result.history["limit"]),
-        "budget": result.history["budget"],
-        "measured": len(result.history["measured"]),
-        "report": result.history["report"],
-        "seconds": result.history["seconds"],
-        "made": result.history["made"],
-    }
+    return result
+
+
+def other_inputs(args: argparse.Namespace) -> list[AnyPath]:
+    """Returns the paths of a reference and of a feature network, those that are given."""
+    given = [] if args.reference in (None, "demo") else [args.reference]
+    return [as_path(path) for path in [*given, *args.features[1:]]]
 
 
 def join_others(args: argparse.Namespace) -> None:
@@ -102,17 +130,11 @@ def join_others(args: argparse.Namespace) -> None:
         jax.distributed.initialize(*given)
 
 
-def prepare_folder(out: Path, force: bool) -> None:
-    """Makes the folder; a finished search is replaced only if `force`."""
+def check_folder(out: AnyPath, force: bool, inputs: list[AnyPath]) -> None:
+    """Raises `UserError` if `out` holds other things, or a finished search and no `force`."""
     if (out / "recipe.json").exists() and not force:
         raise qdit.UserError(f"{out} holds a finished search; pass --force to replace it.")
-    if jax.process_index() != 0:
-        return
-    if force and out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "state").exists():
-        logging.getLogger("qdit_jax").info("going on from %s", out / "state")
+    check_free(out, True, "search", inputs)
 
 
 def space_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -180,7 +202,7 @@ class Progress:
         self.bar.close()
 
 
-def write_result(out: Path, result: SearchResult) -> None:
+def write_result(out: AnyPath, result: SearchResult) -> None:
     """Writes history, pictures and, last of all, recipe.json: its presence means all is there."""
     with replaced_file(out / "history.json") as path:
         path.write_text(json.dumps(result.history, indent=1))

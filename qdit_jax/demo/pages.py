@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -11,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from qdit_jax import metrics, report
+from qdit_jax.files import AnyPath
 from qdit_jax.report import image_grid, save_picture, side_by_side
 
 COLUMNS = 10
@@ -18,7 +18,7 @@ SHOWN = 20
 TIMING = "Seconds are one timing each, on a machine that may have been busy: noisy."
 
 
-def write_pictures(path: Path, outcomes: Sequence[Any]) -> None:
+def write_pictures(path: AnyPath, outcomes: Sequence[Any]) -> None:
     """Writes the first samples of every model, side by side under their titles."""
     save_picture(path, side_by_side(rows_of(outcomes), columns=COLUMNS // 2, scale=2))
 
@@ -28,7 +28,7 @@ def rows_of(outcomes: Sequence[Any]) -> dict[str, np.ndarray]:
 
 
 def write_summary(
-    path: Path, outcomes: Sequence[Any], settings: Any, made: Mapping[str, str]
+    path: AnyPath, outcomes: Sequence[Any], settings: Any, made: Mapping[str, str]
 ) -> None:
     """Writes the self-contained page: what ran, pictures, figures; `made` is its provenance."""
     parts = [

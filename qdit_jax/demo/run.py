@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from qdit_jax import metrics
 from qdit_jax.calibration import Stats, calibrate, default_sampler
 from qdit_jax.checkpoint import Checkpoint, load, save
 from qdit_jax.demo.pages import TIMING, write_pictures, write_summary
-from qdit_jax.files import replaced_file
+from qdit_jax.files import AnyPath, PathLike, as_path, check_free, replaced_file
 from qdit_jax.models import DEMO_STATISTICS, asset, demo_features_fn
 from qdit_jax.ptq import quantize_params
 from qdit_jax.recipes import Recipe
@@ -31,6 +30,13 @@ BarFn = Callable[[int, str, str], AbstractContextManager[Any]]
 
 WEIGHTS = "demo_dit.safetensors"
 NUM_HEADS = 4
+RESULTS = {
+    "stats.npz": "statistics",
+    "metrics.json": "figures",
+    "pictures.png": "picture",
+    "report.html": "report",
+}
+MARKER = "demo.json"  # says that the folder is a demonstration, and of which settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,22 +99,27 @@ def no_bar(total: int, unit: str, text: str) -> AbstractContextManager[Any]:
 
 
 def run_demo(
-    out: Path,
+    out: PathLike,
     settings: DemoSettings,
     say: Callable[[str], None] = print,
     bar_fn: BarFn = no_bar,
 ) -> dict[str, Any]:
-    """Runs every stage and writes its results to the folder `out`; an existing folder is renewed.
+    """Runs every stage and writes its results to the folder `out`; an earlier demonstration is renewed.
 
     Returns what metrics.json holds. `say` is given the results as text, the log what is being done;
     `bar_fn` makes progress bars.
 
     Raises:
-        UserError: if `out` is a file.
+        UserError: if `out` is there and holds anything but a demonstration.
         ValueError: if `settings.seed` is out of range.
     """
     check_seed(settings.seed)
-    out.mkdir(parents=True, exist_ok=True)
+    out = as_path(out)
+    check_free(out, True, "demonstration")
+    for name, kind in RESULTS.items():
+        check_free(out / name, True, kind)
+    with replaced_file(out / MARKER) as temporary:
+        temporary.write_text(json.dumps({"demonstration": dataclasses.asdict(settings)}))
     note = logging.getLogger(__name__).info
     note(f"1/5 convert: the packaged PyTorch-layout weights -> {out / 'model'}")
     checkpoint = convert_packaged(out / "model")
@@ -133,7 +144,7 @@ def run_demo(
     return content
 
 
-def convert_packaged(folder: Path) -> Checkpoint:
+def convert_packaged(folder: AnyPath) -> Checkpoint:
     """Writes the packaged weights as a checkpoint and returns it as loaded from there."""
     import qdit_convert
 
@@ -216,7 +227,7 @@ def frechet_distance(
     )
 
 
-def write_metrics(path: Path, outcomes: list[Outcome], settings: DemoSettings) -> dict[str, Any]:
+def write_metrics(path: AnyPath, outcomes: list[Outcome], settings: DemoSettings) -> dict[str, Any]:
     """Writes the figures as JSON and returns what was written."""
     figures = [
         {
@@ -235,7 +246,7 @@ def write_metrics(path: Path, outcomes: list[Outcome], settings: DemoSettings) -
         "models": figures,
         "timing": TIMING,
     }
-    with replaced_file(path) as temporary:
+    with replaced_file(path, "figures") as temporary:
         temporary.write_text(json.dumps(content, indent=1))
     return content
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -17,6 +16,7 @@ from qdit_jax.calibration import Stats
 from qdit_jax.evaluation.runs import Contender, Run
 from qdit_jax.evaluation.store import first_samples
 from qdit_jax.evaluation.summary import MEASURES, TRAJECTORY, num_bytes
+from qdit_jax.files import PathLike
 from qdit_jax.metrics import signal_to_noise_db
 from qdit_jax.models import family_of
 from qdit_jax.report import (
@@ -34,7 +34,7 @@ MAX_GAIN = 16
 
 
 def write_evaluation(
-    path: Path,
+    path: PathLike,
     summary: Mapping[str, Any],
     contenders: Sequence[Contender],
     pictures: Image.Image | None,

@@ -8,9 +8,10 @@ Dimensions: N samples, B samples of a batch, S steps, H, W, C an image or latent
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -21,7 +22,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from qdit_jax import diffusion, metrics
 from qdit_jax.checkpoint import Checkpoint, digest
 from qdit_jax.errors import UserError
-from qdit_jax.evaluation.store import locked, missing_shards, open_run, shard_ranges, write_shard
+from qdit_jax.evaluation.store import (
+    forget_unbegun,
+    locked,
+    missing_shards,
+    open_run,
+    shard_ranges,
+    write_shard,
+)
+from qdit_jax.files import AnyPath, PathLike, as_path
 from qdit_jax.kernels import implementations_used
 from qdit_jax.models import rows_per_sample
 from qdit_jax.report import to_uint8
@@ -68,7 +77,7 @@ class Protocol:
 class Run:
     """A finished run: its folder, the samples of each shard in it, and its settings."""
 
-    folder: Path
+    folder: AnyPath
     ranges: list[tuple[int, int]]
     settings: dict[str, Any]
 
@@ -76,7 +85,7 @@ class Run:
 def run_evaluation(
     contenders: Sequence[Contender],
     protocol: Protocol,
-    folder: Path,
+    folder: PathLike,
     progress_fn: Callable[[int], Any] | None = None,
 ) -> Run:
     """Samples what `folder` lacks and returns the finished run.
@@ -93,7 +102,8 @@ def run_evaluation(
         raise UserError(f"batch_size={protocol.batch_size} must be at least 1.")
     check_seed(protocol.seed)
     check_pairable(contenders)
-    with locked(folder):
+    folder = as_path(folder)
+    with locked(folder), unless_unbegun(folder):
         default = {"batch_size": default_batch_size()}
         settings = open_run(folder, settings_of(contenders, protocol), default)
         ranges = shard_ranges(protocol.num_samples, settings["batch_size"])
@@ -104,6 +114,16 @@ def run_evaluation(
             write_shard(folder, start, arrays)
             report(int(arrays["stop"]) - start)
     return Run(folder, ranges, settings)
+
+
+@contextmanager
+def unless_unbegun(folder: AnyPath) -> Iterator[None]:
+    """Leaves no folder behind where what is done inside fails before anything is computed."""
+    try:
+        yield
+    except BaseException:
+        forget_unbegun(folder)
+        raise
 
 
 def check_pairable(contenders: Sequence[Contender]) -> None:

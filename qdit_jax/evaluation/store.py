@@ -14,13 +14,12 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qdit_jax.errors import UserError
-from qdit_jax.files import replaced_file
+from qdit_jax.files import GENERATOR, AnyPath, PathLike, is_remote, replaced_file
 from qdit_jax.report import save_arrays
 
 RUN_FILE = "run.json"
@@ -31,7 +30,7 @@ DAMAGE = (zipfile.BadZipFile, OSError, ValueError, KeyError, EOFError)
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: AnyPath) -> Iterator[None]:
     """Holds `folder` for this process; a process that is killed lets go of it.
 
     Raises:
@@ -46,6 +45,9 @@ def locked(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows has no flock
         yield
         return
+    if is_remote(folder):  # no store of objects has it
+        yield
+        return
     with open(folder / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,20 +57,24 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def open_run(
-    folder: Path, settings: Mapping[str, Any], default: Mapping[str, Any]
+    folder: AnyPath,
+    settings: Mapping[str, Any],
+    default: Mapping[str, Any],
+    remedy: str = "use the same to continue it, or another --out",
 ) -> dict[str, Any]:
     """Returns the settings of the run in `folder`: those stored there, else `settings`, now stored.
 
     A setting that has a default and is None takes the stored value, or for a new run its default:
-    a run that moves to another machine keeps its batches.
+    a run that moves to another machine keeps its batches. Settings without a finished shard are
+    forgotten.
 
     Raises:
-        UserError: if the folder holds a run with other settings.
+        UserError: if the folder holds a run with other settings; `remedy` ends the sentence.
     """
     file = folder / RUN_FILE
     (folder / SHARDS).mkdir(exist_ok=True)
     open_ = {name for name in default if settings[name] is None}
-    if not file.exists():
+    if not file.exists() or not any((folder / SHARDS).glob("[0-9]*.npz")):
         complete = {**settings, **{name: default[name] for name in open_}}
         with replaced_file(file) as temporary:
             temporary.write_text(json.dumps(complete, indent=1))
@@ -85,8 +91,7 @@ def open_run(
     ]
     if differing:
         raise UserError(
-            f"{folder} holds a run with other settings ({'; '.join(differing[:4])}); use the same "
-            "to continue it, or another --out."
+            f"{folder} holds a run with other settings ({'; '.join(differing[:4])}); {remedy}."
         )
     for leftover in (folder / SHARDS).glob(".*"):  # of a process that was killed
         leftover.unlink()
@@ -98,7 +103,18 @@ def with_present_names(settings: dict[str, Any]) -> dict[str, Any]:
     return {EARLIER_NAMES.get(name, name): value for name, value in settings.items()}
 
 
-def check_folder(folder: Path) -> None:
+def forget_unbegun(folder: AnyPath) -> None:
+    """Removes a run that has no finished shard, and its folder where nothing else is in it."""
+    if any((folder / SHARDS).glob("[0-9]*.npz")):
+        return
+    for name in (RUN_FILE, "lock"):
+        (folder / name).unlink(missing_ok=True)
+    for place in (folder / SHARDS, folder):
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
+
+
+def check_folder(folder: AnyPath) -> None:
     """Raises `UserError` if `folder` holds things, but no run."""
     if (folder / RUN_FILE).exists() or not folder.exists():
         return
@@ -120,33 +136,40 @@ def shard_ranges(num_samples: int, batch_size: int) -> list[tuple[int, int]]:
     return [(start, min(start + batch_size, num_samples)) for start in starts]
 
 
-def shard_path(folder: Path, start: int) -> Path:
+def shard_path(folder: AnyPath, start: int) -> AnyPath:
     return folder / SHARDS / f"{start:08d}.npz"
 
 
-def missing_shards(folder: Path, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def missing_shards(folder: AnyPath, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Returns the ranges that have no whole shard yet."""
     return [(start, stop) for start, stop in ranges if not is_whole(shard_path(folder, start))]
 
 
-def is_whole(path: Path) -> bool:
+def is_whole(path: AnyPath) -> bool:
     """Returns whether the archive is there and its checksums hold."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             return archive.testzip() is None
     except DAMAGE:
         return False
 
 
-def write_shard(folder: Path, start: int, arrays: Mapping[str, Any]) -> None:
+@contextmanager
+def opened(path: AnyPath) -> Iterator[Any]:
+    """Yields the arrays of an `.npz`, read when they are asked for."""
+    with path.open("rb") as file, np.load(file) as data:
+        yield data
+
+
+def write_shard(folder: AnyPath, start: int, arrays: Mapping[str, Any]) -> None:
     save_arrays(shard_path(folder, start), **arrays)
 
 
-def collect(folder: Path, ranges: Sequence[tuple[int, int]]) -> dict[str, list[np.ndarray]]:
+def collect(folder: AnyPath, ranges: Sequence[tuple[int, int]]) -> dict[str, list[np.ndarray]]:
     """Returns the measures in all shards by name, in order; the samples stay on disk."""
     found: dict[str, list[np.ndarray]] = {}
     for start, _ in ranges:
-        with np.load(shard_path(folder, start)) as data:
+        with opened(shard_path(folder, start)) as data:
             for name in data.files:
                 if not name.endswith(SAMPLES):
                     found.setdefault(name, []).append(data[name])
@@ -154,14 +177,14 @@ def collect(folder: Path, ranges: Sequence[tuple[int, int]]) -> dict[str, list[n
 
 
 def first_samples(
-    folder: Path, ranges: Sequence[tuple[int, int]], name: str, count: int
+    folder: AnyPath, ranges: Sequence[tuple[int, int]], name: str, count: int
 ) -> np.ndarray | None:
     """Returns the first `count` samples of the array `name`, or None where it was not stored."""
     found: list[np.ndarray] = []
     for start, _ in ranges:
         if start >= count:
             break
-        with np.load(shard_path(folder, start)) as data:
+        with opened(shard_path(folder, start)) as data:
             if name not in data.files:
                 return None
             found.append(data[name])
@@ -169,15 +192,15 @@ def first_samples(
 
 
 def merge(
-    folder: Path,
+    folder: AnyPath,
     ranges: Sequence[tuple[int, int]],
     name: str,
-    path: Path,
+    path: PathLike,
     member: str,
     **others: np.ndarray,
 ) -> None:
     """Writes the arrays `name` of all shards as one array `member` of an `.npz`, shard by shard."""
-    with np.load(shard_path(folder, 0)) as data:
+    with opened(shard_path(folder, 0)) as data:
         first = data[name]
     shape = (ranges[-1][1], *first.shape[1:])
     header = {
@@ -185,11 +208,12 @@ def merge(
         "fortran_order": False,
         "shape": shape,
     }
-    with replaced_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+    with replaced_file(path, "samples") as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        archive.comment = GENERATOR.encode()
         with archive.open(zip_entry(member), "w", force_zip64=True) as stream:
             np.lib.format.write_array_header_1_0(stream, header)
             for start, _ in ranges:
-                with np.load(shard_path(folder, start)) as data:
+                with opened(shard_path(folder, start)) as data:
                     stream.write(np.ascontiguousarray(data[name]).tobytes())
         for other, array in others.items():
             with archive.open(zip_entry(other), "w", force_zip64=True) as stream:

@@ -8,11 +8,11 @@ Dimensions: D features.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qdit_jax.files import PathLike, as_path, replaced_file
 from qdit_jax.metrics.frechet import check_covariance
 from qdit_jax.metrics.samples import DAMAGE, MEMBER, open_archive
 from qdit_jax.metrics.streaming import Moments
@@ -44,7 +44,7 @@ def statistics(moments: Moments) -> Statistics:
     return Statistics(moments.mean, moments.covariance)
 
 
-def read_reference(path: str | Path) -> Reference:
+def read_reference(path: PathLike) -> Reference:
     """Returns the statistics of an `.npz`, checked; its images stay on disk.
 
     Raises:
@@ -63,17 +63,17 @@ def read_reference(path: str | Path) -> Reference:
     return Reference(**parts, features=features, num_images=num_images, has_images=has_images)
 
 
-def small_arrays(path: str | Path) -> dict[str, np.ndarray]:
+def small_arrays(path: PathLike) -> dict[str, np.ndarray]:
     """Returns what the file holds beside images; `ValueError` if any of it is damaged."""
     wanted = [key for pair in KEYS.values() for key in pair] + ["features", "num_images"]
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with as_path(path).open("rb") as file, np.load(file, allow_pickle=False) as data:
             return {key: data[key] for key in wanted if key in data}
     except DAMAGE as error:
         raise ValueError(f"{path} is damaged, or holds pickled objects: {error}.") from None
 
 
-def read_statistics(data: dict[str, np.ndarray], part: str, path: str | Path) -> Statistics | None:
+def read_statistics(data: dict[str, np.ndarray], part: str, path: PathLike) -> Statistics | None:
     """Returns one kind of statistics, or None where the file has none."""
     mean_key, covariance_key = KEYS[part]
     if mean_key not in data and covariance_key not in data:
@@ -97,7 +97,7 @@ def read_statistics(data: dict[str, np.ndarray], part: str, path: str | Path) ->
 
 
 def write_reference(
-    path: str | Path,
+    path: PathLike,
     *,
     pool: Statistics,
     spatial: Statistics | None = None,
@@ -117,10 +117,11 @@ def write_reference(
             arrays[covariance_key] = value.covariance.astype(np.float32)
     if images is not None:
         arrays["arr_0"] = np.asarray(images)
-    np.savez_compressed(path, **arrays)
+    with replaced_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
 
 
-def check_network(reference: Reference, features: str, num_features: int, path: str | Path) -> None:
+def check_network(reference: Reference, features: str, num_features: int, path: PathLike) -> None:
     """Raises `ValueError` if the statistics cannot come from the network in use."""
     if reference.features is not None and reference.features != features:
         raise ValueError(

@@ -9,11 +9,12 @@ import math
 import zipfile
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
+
+from qdit_jax.files import PathLike, as_path, is_remote
 
 MEMBER = "arr_0.npy"
 Stream = Any  # what zipfile opens has no public type
@@ -31,7 +32,7 @@ DAMAGE = (
 )
 
 
-def image_shape(path: str | Path) -> tuple[int, int, int, int]:
+def image_shape(path: PathLike) -> tuple[int, int, int, int]:
     """Returns `(N, H, W, C)` of the images in an `.npz`, without reading them.
 
     Raises:
@@ -41,7 +42,7 @@ def image_shape(path: str | Path) -> tuple[int, int, int, int]:
         return read_header(stream, path)
 
 
-def image_batches(path: str | Path, batch_size: int) -> Iterator[UInt8[np.ndarray, "B H W C"]]:
+def image_batches(path: PathLike, batch_size: int) -> Iterator[UInt8[np.ndarray, "B H W C"]]:
     """Yields the images of an `.npz` in order, one batch in memory at a time.
 
     Raises:
@@ -59,22 +60,23 @@ def image_batches(path: str | Path, batch_size: int) -> Iterator[UInt8[np.ndarra
             raise ValueError(f"{path}: no value of arr_0 exceeds 1; images must span 0 to 255.")
 
 
-def read_images(path: str | Path) -> UInt8[np.ndarray, "N H W C"]:
+def read_images(path: PathLike) -> UInt8[np.ndarray, "N H W C"]:
     """Returns all images of an `.npz`; for many large ones use `image_batches`."""
     return np.concatenate(list(image_batches(path, 1024)))
 
 
-def open_archive(path: str | Path) -> zipfile.ZipFile:
+def open_archive(path: PathLike) -> zipfile.ZipFile:
     """Returns the opened `.npz`; raises `ValueError` if it is none."""
-    if not Path(path).is_file():
+    path = as_path(path)
+    if not path.is_file():
         raise ValueError(f"{path}: there is no such file.")
     try:
-        return zipfile.ZipFile(path)
+        return zipfile.ZipFile(path.open("rb") if is_remote(path) else path)
     except DAMAGE:
         raise ValueError(f"{path} is not an .npz file, or it is damaged.") from None
 
 
-def open_images(archive: zipfile.ZipFile, path: str | Path) -> Stream:
+def open_images(archive: zipfile.ZipFile, path: PathLike) -> Stream:
     """Returns the stream of `arr_0`; raises `ValueError` naming what is there instead."""
     names = archive.namelist()
     if MEMBER not in names:
@@ -86,7 +88,7 @@ def open_images(archive: zipfile.ZipFile, path: str | Path) -> Stream:
         raise ValueError(f"{path}: arr_0 is damaged.") from None
 
 
-def read_header(stream: Stream, path: str | Path) -> tuple[int, int, int, int]:
+def read_header(stream: Stream, path: PathLike) -> tuple[int, int, int, int]:
     """Returns the checked shape of the array whose data follow in `stream`."""
     try:
         version = np.lib.format.read_magic(stream)
@@ -101,7 +103,7 @@ def read_header(stream: Stream, path: str | Path) -> tuple[int, int, int, int]:
     return count, height, width, channels
 
 
-def check_kind(shape: tuple[int, ...], dtype: np.dtype, path: str | Path) -> None:
+def check_kind(shape: tuple[int, ...], dtype: np.dtype, path: PathLike) -> None:
     """Raises `ValueError` unless shape and dtype are those of uint8 NHWC images."""
     if dtype != np.uint8:
         raise ValueError(
@@ -116,7 +118,7 @@ def check_kind(shape: tuple[int, ...], dtype: np.dtype, path: str | Path) -> Non
         raise ValueError(f"{path}: arr_0 has shape {shape}: there is no image in it.")
 
 
-def read_batch(stream: Stream, shape: tuple[int, ...], path: str | Path) -> np.ndarray:
+def read_batch(stream: Stream, shape: tuple[int, ...], path: PathLike) -> np.ndarray:
     """Returns the next `shape` uint8 values of the stream."""
     size = math.prod(shape)
     try:

@@ -10,7 +10,7 @@ from qdit_jax.ptq.sequential import (
     by_layer,
     quantize_in_order,
 )
-from qdit_jax.ptq.streaming import quantize_checkpoint
+from qdit_jax.ptq.streaming import deferred_quantization, quantize_checkpoint
 from qdit_jax.ptq.transform import (
     LayerPlan,
     act_quantizer,
@@ -33,6 +33,7 @@ __all__ = [
     "by_block_authors",
     "by_layer",
     "check_unquantized",
+    "deferred_quantization",
     "matrix_shape",
     "num_batches",
     "plan",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ import numpy as np
 
 from qdit_jax.calibration import Stats
 from qdit_jax.checkpoint import Checkpoint, DeferredArray, open_checkpoint, save, split_fields
-from qdit_jax.files import check_free
+from qdit_jax.files import PathLike, check_free
 from qdit_jax.ptq.by_columns import quantize_by_columns
 from qdit_jax.ptq.transform import as_matrix, rewrite_kernels
 from qdit_jax.quant import GREATEST_WEIGHT, QTensor, WeightSpec, check_finite, quantize
@@ -25,8 +24,8 @@ from qdit_jax.recipes import Recipe
 
 
 def quantize_checkpoint(
-    source: str | Path | Checkpoint,
-    out: str | Path,
+    source: PathLike | Checkpoint,
+    out: PathLike,
     *,
     recipe: Recipe,
     stats: Stats | None = None,
@@ -45,7 +44,7 @@ def quantize_checkpoint(
         source: a checkpoint folder; an exported file is read as a whole. Or an open checkpoint.
         stats: calibration statistics, for static activation scales only.
         on_layer: called with the path, the kernel `[K, N]` and its `QTensor` as each is written.
-        overwrite: replace `out` if it exists; it may be `source` itself.
+        overwrite: replace the checkpoint at `out`; never `source`, nor what lies around or inside it.
         metadata: of the new checkpoint, written when all layers are; by default that of `source`,
             which it names.
 
@@ -56,7 +55,8 @@ def quantize_checkpoint(
         UserError: as `open_checkpoint` and `save`.
         ValueError: as `quantize_params`.
     """
-    check_free(out, overwrite)
+    inputs = [] if isinstance(source, Checkpoint) else [source]
+    check_free(out, overwrite, "checkpoint", inputs)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     params = deferred_quantization(checkpoint.params, recipe=recipe, stats=stats, on_layer=on_layer)
     if metadata is None:
@@ -93,8 +93,9 @@ def deferred_quantization(
 
         whole = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         q = jax.eval_shape(lambda w: quantize(as_matrix(name, w), spec), whole)
+        source = getattr(leaf, "source", None)
         arrays = {
-            field: DeferredArray(array.shape, array.dtype, make, field)
+            field: DeferredArray(array.shape, array.dtype, make, field, source)
             for field, array in split_fields(q)[0].items()
         }
         return dataclasses.replace(q, **arrays)

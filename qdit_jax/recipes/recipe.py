@@ -16,12 +16,12 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from flax.traverse_util import flatten_dict
 
 from qdit_jax.errors import check_pattern
+from qdit_jax.files import PathLike, as_path
 from qdit_jax.models import FAMILIES, OPERANDS_OF, Family, family_of_params, layers_of
 from qdit_jax.quant import ActSpec, WeightSpec, ranges
 
@@ -307,7 +307,7 @@ class Recipe:
         return {"format_version": FORMAT_VERSION, "name": self.name, "rules": rules}
 
     @classmethod
-    def from_json(cls, source: str | Path | dict[str, Any]) -> Recipe:
+    def from_json(cls, source: PathLike | dict[str, Any]) -> Recipe:
         """Returns the recipe in a JSON file, or in values that `to_json` returned.
 
         Raises:
@@ -351,9 +351,9 @@ def preset_bits(name: str, argument: str = "recipe") -> tuple[int, int, bool]:
     return int(match[1]), int(match[2]), match[3] is not None
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read(path: PathLike) -> dict[str, Any]:
     try:
-        data = json.loads(Path(path).read_text())
+        data = json.loads(as_path(path).read_text())
     except FileNotFoundError as error:
         raise ValueError(f"recipe file {path} does not exist.") from error
     except (OSError, ValueError) as error:

@@ -11,7 +11,7 @@ from qdit_jax.report.media import (
     side_by_side,
     to_uint8,
 )
-from qdit_jax.report.model_page import write_model_report
+from qdit_jax.report.model_page import check_report_folder, write_model_report
 from qdit_jax.report.model_stats import (
     GROUP_SIZE,
     block_layers,
@@ -27,6 +27,7 @@ from qdit_jax.report.provenance import provenance, provenance_text
 __all__ = [
     "GROUP_SIZE",
     "block_layers",
+    "check_report_folder",
     "group_text",
     "heading",
     "image_grid",

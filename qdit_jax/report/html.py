@@ -6,10 +6,9 @@ import base64
 import html
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from qdit_jax.files import replaced_file
+from qdit_jax.files import GENERATOR, PathLike, replaced_file
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
@@ -60,13 +59,17 @@ def picture(image: Any, caption: str) -> str:
     )
 
 
-def write_report(path: str | Path, title: str, parts: Sequence[str]) -> None:
-    """Writes one HTML page with the parts in order."""
+def write_report(path: PathLike, title: str, parts: Sequence[str]) -> None:
+    """Writes one HTML page with the parts in order.
+
+    Raises:
+        UserError: if `path` holds anything but such a page.
+    """
     page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="generator" content="{GENERATOR}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
         f"<h1>{html.escape(title)}</h1>{''.join(parts)}</html>\n"
     )
-    with replaced_file(path) as temporary:
+    with replaced_file(path, "report") as temporary:
         temporary.write_text(page, encoding="utf-8")

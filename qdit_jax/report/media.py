@@ -6,14 +6,13 @@ Images are `[B, H, W, C]` in `[-1, 1]`, C = 1 (grey) or 3 (RGB), or already uint
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from qdit_jax.files import replaced_file
+from qdit_jax.files import GENERATOR, PathLike, replaced_file
 
 BACKGROUND, INK = (255, 255, 255), (30, 30, 30)
 GAP = 2  # pixels between cells
@@ -68,7 +67,7 @@ def image_grid(
 
 
 def save_grid(
-    path: str | Path,
+    path: PathLike,
     images: Any,
     *,
     columns: int | None = None,
@@ -104,13 +103,19 @@ def side_by_side(
     return picture
 
 
-def save_picture(path: str | Path, picture: Image.Image) -> None:
-    """Writes a picture beside `path` and renames it."""
-    with replaced_file(path) as temporary:
-        picture.save(temporary)
+def save_picture(path: PathLike, picture: Image.Image) -> None:
+    """Writes a picture beside `path` and renames it, so marked that it may be replaced.
+
+    Raises:
+        UserError: if `path` holds anything but such a picture.
+    """
+    mark = PngImagePlugin.PngInfo()
+    mark.add_text("Software", GENERATOR)
+    with replaced_file(path, "picture") as temporary:
+        picture.save(temporary, pnginfo=mark, comment=GENERATOR)  # a format takes what it knows
 
 
-def save_npz(path: str | Path, images: Any, **arrays: Any) -> None:
+def save_npz(path: PathLike, images: Any, **arrays: Any) -> None:
     """Writes the archive that evaluation suites read: `arr_0`, uint8 `[N, H, W, C]`.
 
     Further arrays, such as labels, are stored under their names.
@@ -118,7 +123,7 @@ def save_npz(path: str | Path, images: Any, **arrays: Any) -> None:
     save_arrays(path, arr_0=_checked(images), **arrays)
 
 
-def save_arrays(path: str | Path, **arrays: Any) -> None:
+def save_arrays(path: PathLike, **arrays: Any) -> None:
     """Writes arrays under their names to an `.npz` archive."""
     with replaced_file(path) as temporary, open(temporary, "wb") as stream:
         np.savez(stream, **arrays)

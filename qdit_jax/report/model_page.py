@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from qdit_jax.calibration import Stats
 from qdit_jax.errors import UserError
-from qdit_jax.files import replaced_file
+from qdit_jax.files import GENERATOR, PathLike, as_path, check_apart, check_free, replaced_file
 from qdit_jax.report import html as report
 from qdit_jax.report.figures import (
     activation_channels_figure,
@@ -47,14 +46,14 @@ CAPTIONS = {
 
 
 def write_model_report(
-    out: Path, title: str, params: Any, stats: Stats, protocol: Mapping[str, Any]
+    out: PathLike, title: str, params: Any, stats: Stats, protocol: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Writes charts (PNG), `stats.json` and `report.html` to `out`; returns what the JSON holds.
 
     `protocol` says how `stats` came about.
 
     Raises:
-        UserError: if the network has no transformer blocks.
+        UserError: if the network has no transformer blocks, or `out` holds other files of these names.
     """
     paths = {p: place for p, place in block_layers(params).items() if p in stats.low}
     if not paths:
@@ -83,11 +82,12 @@ def write_model_report(
         "weights": summary_of(weights),
         "inputs": summary_of(inputs),
     }
-    out.mkdir(parents=True, exist_ok=True)
+    out = as_path(out)
+    check_report_folder(out, overwrite=True)
     for name, figure in figures.items():
-        with replaced_file(out / f"{name}.png") as temporary:
-            figure.savefig(temporary, dpi=110)
-    with replaced_file(out / "stats.json") as temporary:
+        with replaced_file(out / f"{name}.png", "picture") as temporary:
+            figure.savefig(temporary, dpi=110, metadata={"Software": GENERATOR})
+    with replaced_file(out / "stats.json", "figures") as temporary:
         temporary.write_text(json.dumps(summary, indent=1))
     parts = [report.paragraph(protocol_text(protocol, stats, summary["made"]))]
     parts += [
@@ -97,6 +97,22 @@ def write_model_report(
     parts.append(layers_table(summary))
     report.write_report(out / "report.html", f"Weights and activations of {title}", parts)
     return summary
+
+
+def check_report_folder(
+    out: PathLike, *, overwrite: bool, inputs: Iterable[PathLike | None] = ()
+) -> None:
+    """Raises `UserError` if `write_model_report` would replace other files than its own.
+
+    Without `overwrite`, none at all. No input may be there, inside or around.
+    """
+    out = as_path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; choose a folder.")
+    check_apart(out, inputs)
+    results = {f"{name}.png": "picture" for name in CAPTIONS}
+    for name, kind in {**results, "stats.json": "figures", "report.html": "report"}.items():
+        check_free(out / name, overwrite, kind)
 
 
 def protocol_text(protocol: Mapping[str, Any], stats: Stats, made: Mapping[str, str]) -> str:

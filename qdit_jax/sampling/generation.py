@@ -6,7 +6,7 @@ Dimension letters: N = number of samples, B = batch, H, W, C = one latent or ima
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -283,6 +283,47 @@ def generate(
         ValueError: if a label or the seed is out of range, there is no label, the batch size is not
             positive, or nothing in the checkpoint computes as asked.
     """
+    condition = as_condition(condition)
+    checkpoint.model.check_condition(condition)
+    num_samples = jax.tree.leaves(condition)[0].shape[0]
+    size = checked_batch_size(num_samples, batch_size)
+    done = []
+    for _, images in generated_batches(
+        checkpoint,
+        sampler,
+        condition,
+        range(0, num_samples, size),
+        batch_size=size,
+        seed=seed,
+        guidance=guidance,
+        guidance_channels=guidance_channels,
+        numerics=numerics,
+        decode_fn=decode_fn,
+    ):
+        done.append(images)
+        if progress_fn is not None:
+            progress_fn(len(images))
+    return np.concatenate(done)
+
+
+def generated_batches(
+    checkpoint: Checkpoint,
+    sampler: diffusion.Sampler,
+    condition: Any,
+    starts: Iterable[int],
+    *,
+    batch_size: int,
+    seed: int = 0,
+    guidance: Any = 1.5,
+    guidance_channels: int | str | None = PUBLISHED,
+    numerics: str = "simulated",
+    decode_fn: Callable | None = decode,
+) -> Iterator[tuple[int, Float[np.ndarray, "B *shape"]]]:
+    """Yields what `generate` returns batch by batch: the first sample's number, and the samples.
+
+    `starts` are the numbers of the first samples of the batches to make; a batch has `batch_size`
+    samples, the last one what is left. The device takes the next batch when it is asked for.
+    """
     check_diffusion_model(checkpoint.model)
     check_numerics(checkpoint.params, numerics)
     seed = check_seed(seed)
@@ -300,8 +341,10 @@ def generate(
     vae = checkpoint.vae if decode_fn else None
     if vae is not None:
         vae = dataclasses.replace(vae, params=jax.device_put(vae.params, whole))
-    done = []
-    for index in _batches(num_samples, batch_size, mesh.size):
+    padded = -(-batch_size // mesh.size) * mesh.size
+    for start in starts:
+        stop = min(start + batch_size, num_samples)
+        index = np.minimum(np.arange(start, start + padded), num_samples - 1)
         chosen = jax.tree.map(lambda leaf, index=index: leaf[index], condition)
         numbers, chosen = jax.device_put((index.astype(np.int32), chosen), split)
         out = _generated(
@@ -309,11 +352,7 @@ def generate(
         )
         if vae is not None and decode_fn is not None:
             out = decode_fn(vae, out)
-        num_new = len(np.unique(index))
-        done.append(np.asarray(out)[:num_new])
-        if progress_fn is not None:
-            progress_fn(num_new)
-    return np.concatenate(done)
+        yield start, np.asarray(out)[: stop - start]
 
 
 def check_seed(seed: Any) -> int:
@@ -331,12 +370,15 @@ def check_seed(seed: Any) -> int:
     return int(seed)
 
 
-def _batches(num_samples: int, batch_size: int | None, num_devices: int) -> Iterator[np.ndarray]:
-    """Yields sample numbers in batches of one size, the last one padded by its last sample."""
+def checked_batch_size(num_samples: int, batch_size: int | None) -> int:
+    """Returns how many samples are made at once: as many as asked for, or the devices' default.
+
+    Raises:
+        ValueError: if `batch_size` is not positive.
+    """
     if batch_size is not None:
         check_counts(batch_size=batch_size)
+    num_devices = jax.local_device_count()
     default = (4 if jax.default_backend() == "cpu" else 16) * num_devices
     wanted = min(batch_size or default, num_samples)
-    size = -(-wanted // num_devices) * num_devices
-    for start in range(0, num_samples, size):
-        yield np.minimum(np.arange(start, start + size), num_samples - 1)
+    return -(-wanted // num_devices) * num_devices

@@ -125,6 +125,6 @@ def test_samples_that_are_not_finite_are_not_written(folders, tmp_path):
     params["final_layer"]["linear"]["bias"] = params["final_layer"]["linear"]["bias"] * np.nan
     checkpoints.save(tmp_path / "broken", checkpoints.Checkpoint(model, params))
     out = tmp_path / "grid.png"
-    with pytest.raises(UserError, match="8 of 8 samples are not finite"):
-        run(tmp_path / "broken", "--steps", 2, "--out", out)
+    with pytest.raises(UserError, match="4 of 4 samples 0 to 3 are not finite"):
+        run(tmp_path / "broken", "--steps", 2, "--batch-size", 4, "--out", out)
     assert not out.exists()

@@ -16,8 +16,7 @@ from qdit_jax.diffusion import ddim
 from qdit_jax.models import DiT
 from qdit_jax.ptq import quantize_params
 from qdit_jax.recipes import Recipe
-from qdit_jax.sampling import denoiser, generate
-from qdit_jax.sampling.generation import check_numerics
+from qdit_jax.sampling import check_numerics, denoiser, generate
 
 KEY = jax.random.key(0)
 

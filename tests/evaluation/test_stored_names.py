@@ -5,7 +5,8 @@ import json
 import pytest
 
 from qdit_jax.errors import UserError
-from qdit_jax.evaluation.store import RUN_FILE, open_run
+from qdit_jax.evaluation import open_run
+from qdit_jax.evaluation.store import RUN_FILE
 
 STORED = {"seed": 0, "execution": "integer", "batch_size": 4}
 

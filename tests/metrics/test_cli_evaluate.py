@@ -67,7 +67,9 @@ def test_samples_against_images_with_pictures(files):
     assert all(math.isfinite(entry["value"]) for entry in scores.values())
     assert scores["kernel_distance"]["error"] > 0
     assert Image.open(picture).width > 700
-    run("--samples", files / "b.npz", *common, "--out", out)
+    with pytest.raises(ValueError, match="exists already"):
+        run("--samples", files / "b.npz", *common, "--out", out)
+    run("--samples", files / "b.npz", *common, "--out", out, "--force")
     same = json.loads(out.read_text())["scores"]
     assert same["frechet_distance"]["value"] == pytest.approx(0, abs=1e-6)
     assert same["precision"]["value"] == same["recall"]["value"] == 1

@@ -129,19 +129,19 @@ def test_other_sources_are_quantised_too(tmp_path):
     first = Recipe.preset("w4a8", params, group_size=16)
     save(tmp_path / "full", Checkpoint(model, params))
     quantize_checkpoint(tmp_path / "full", tmp_path / "some", recipe=first)
-    # A checkpoint that is partly quantised, in its own place, and an exported file.
+    # A checkpoint that is partly quantised, and an exported file.
     more = Recipe.preset("w6a8", layers="blocks_0/adaLN_modulation", group_size=16)
-    quantize_checkpoint(tmp_path / "some", tmp_path / "some", recipe=more, overwrite=True)
+    quantize_checkpoint(tmp_path / "some", tmp_path / "more", recipe=more)
     twice = Recipe((*first.rules, *more.rules))
     save_safetensors(tmp_path / "full.safetensors", Checkpoint(model, params))
     quantize_checkpoint(tmp_path / "full.safetensors", tmp_path / "all", recipe=twice)
     wanted = quantize_params(params, recipe=twice)
-    for name in ("some", "all"):
+    for name in ("more", "all"):
         found = load(tmp_path / name).params
         assert jax.tree.structure(found) == jax.tree.structure(wanted)
         jax.tree.map(np.testing.assert_array_equal, found, wanted)
     with pytest.raises(ValueError, match="is quantised already"):
-        quantize_checkpoint(tmp_path / "some", tmp_path / "third", recipe=first)
+        quantize_checkpoint(tmp_path / "more", tmp_path / "third", recipe=first)
     assert not (tmp_path / "third").exists()
 
 
@@ -188,8 +188,13 @@ def test_a_failure_midway_leaves_nothing_and_keeps_what_was_there(tmp_path):
 
 def test_an_existing_folder_is_refused_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "open_checkpoint", None)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").write_text("mine")
     with pytest.raises(UserError, match="exists already"):
-        quantize_checkpoint(tmp_path, tmp_path, recipe=Recipe(()))
+        quantize_checkpoint(tmp_path / "in", tmp_path / "out", recipe=Recipe(()))
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="is the input"):
+            quantize_checkpoint(tmp_path, tmp_path, recipe=Recipe(()), overwrite=overwrite)
 
 
 KILLED = """

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from qdit_jax.calibration import Stats
-from qdit_jax.checkpoint.codec import decode_params, encode_params
+from qdit_jax.checkpoint import encode_params
+from qdit_jax.checkpoint.codec import decode_params
 from qdit_jax.errors import UserError
 from qdit_jax.ptq import act_quantizer, quantize_params
 from qdit_jax.ptq.static_acts import group_limits

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from qdit_jax.checkpoint.codec import decode_params, encode_params, logical_shapes
+from qdit_jax.checkpoint import encode_params
+from qdit_jax.checkpoint.codec import decode_params, logical_shapes
 from qdit_jax.models import Linear, seen_inputs
 from qdit_jax.quant import (
     LEAVES,

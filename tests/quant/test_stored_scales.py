@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qdit_jax.checkpoint.codec import decode_params, encode_params
+from qdit_jax.checkpoint import encode_params
+from qdit_jax.checkpoint.codec import decode_params
 from qdit_jax.kernels import quantized_matmul
 from qdit_jax.ptq.by_columns import quantize_by_columns
 from qdit_jax.quant import (
