@@ -175,7 +175,8 @@ def open_source(
         return [network], {}
     transformer, vae, kept = read_pipeline(src)
     factors = Choices(scaling_factor=choices.scaling_factor, shift_factor=choices.shift_factor)
-    networks = [_on_process(open_network(transformer, family, choices, weights), kept)]
+    own = replace(choices, scaling_factor=None, shift_factor=None)
+    networks = [_on_process(open_network(transformer, family, own, weights), kept)]
     if vae is not None:
         networks.append(open_network(vae, "vae", factors, weights))
     _check_heeded(choices, networks)

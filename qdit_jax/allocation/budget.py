@@ -14,8 +14,9 @@ from qdit_jax.allocation.space import SearchLayer, Space
 from qdit_jax.recipes import LayerSpec
 
 SUFFIXES = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
-RELATIVE = re.compile(r"([0-9.]+)x-(?:w(\d+)a(\d+)-)?g(\d+)")
-ABSOLUTE = re.compile(r"([0-9.]+(?:e[+-]?\d+)?)([KMGTP]?)")
+NUMBER = r"(\d+\.?\d*|\.\d+)"
+RELATIVE = re.compile(NUMBER + r"x-(?:w(\d+)a(\d+)-)?g(\d+)")
+ABSOLUTE = re.compile(NUMBER + r"(e[+-]?\d+)?([KMGTP]?)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +27,17 @@ class Budget:
         text: as the user wrote it.
         table: the cost of every choice, one array a layer.
         limit: the greatest total allowed.
+        is_mean_group: whether costs are negative group sizes, of which people see the mean.
     """
 
     text: str
     table: tuple[np.ndarray, ...]
     limit: float
+    is_mean_group: bool = False
+
+    def shown(self, cost: float) -> float:
+        """Returns a total cost, or the limit, as people read it: never negative."""
+        return -cost / len(self.table) if self.is_mean_group else cost
 
     def cost(self, assignment: Any) -> Any:
         """Returns the cost of assignments `[..., L]`, `[...]`."""
@@ -82,17 +89,38 @@ def parse_budget(text: str, space: Space, costs: Mapping[str, CostFn]) -> Budget
     limit = parse_limit(text, value, space, costs[name])
     if isinstance(costs[name], MeanGroup) and RELATIVE.fullmatch(value) is None:
         limit = -limit * len(space.layers)
-    return checked(Budget(text, tuple(cost_table(space, costs[name])), limit))
+    is_mean_group = isinstance(costs[name], MeanGroup)
+    return checked(Budget(text, tuple(cost_table(space, costs[name])), limit, is_mean_group))
 
 
 def checked(budget: Budget) -> Budget:
     """Returns the budget; raises `ValueError` if no assignment meets it."""
-    if budget.least > budget.limit + budget.slack:
+    if budget.least <= budget.limit + budget.slack:
+        return budget
+    limit, least = budget.shown(budget.limit), budget.shown(budget.least)
+    if budget.is_mean_group:
         raise ValueError(
-            f"budget={budget.text!r} is impossible: the limit is {budget.limit:.6g} and the "
-            f"cheapest assignment costs {budget.least:.6g}; allow more, or offer cheaper choices."
+            f"budget={budget.text!r} is impossible: the mean of the group sizes that the choices "
+            f"offer is {least:.6g} at most; ask for less, or offer larger groups."
         )
-    return budget
+    raise ValueError(
+        f"budget={budget.text!r} is impossible: the limit is {limit:.6g} and the "
+        f"cheapest assignment costs {least:.6g}; allow more, or offer cheaper choices."
+    )
+
+
+def check_limiting(budget: Budget) -> None:
+    """Raises `ValueError` if even the dearest assignment stays below the limit: nothing to trade."""
+    if budget.limit <= budget.most + budget.slack or budget.least == budget.most:
+        return
+    limit, least, most = (budget.shown(c) for c in (budget.limit, budget.least, budget.most))
+    dearest = "the dearest assignment costs"
+    if budget.is_mean_group:
+        dearest = "the mean of the group sizes is never below"
+    raise ValueError(
+        f"budget={budget.text!r} limits nothing: {dearest} {most:.6g}; use a number "
+        f"from {min(least, most):.6g} to {max(least, most):.6g}, not {limit:.6g}."
+    )
 
 
 def parse_limit(text: str, value: str, space: Space, cost_fn: CostFn) -> float:
@@ -103,7 +131,7 @@ def parse_limit(text: str, value: str, space: Space, cost_fn: CostFn) -> float:
         costs = map(cost_fn, space.layers, specs)
         return float(factor) * sum(costs)
     if match := ABSOLUTE.fullmatch(value):
-        return float(match[1]) * SUFFIXES[match[2]]
+        return float(match[1] + (match[2] or "")) * SUFFIXES[match[3]]
     raise ValueError(
         f"budget={text!r} cannot be read; write NAME=1.0x-g128 or NAME=NUMBER such as bytes=351.3M."
     )

@@ -20,7 +20,7 @@ from qdit_jax.allocation.objectives import FeatureDistance, SampleFn, feature_di
 from qdit_jax.allocation.sensitivity import Prediction, effects, prediction
 from qdit_jax.allocation.space import Space
 from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.sampling import conditions_in_turn, denoiser, initial_noise
+from qdit_jax.sampling import conditions_in_turn, denoiser, fitting_guidance, initial_noise
 
 
 @partial(
@@ -36,8 +36,13 @@ class Rollout:
 
     @classmethod
     def of(cls, model: nn.Module, sampler: Any, guidance: float | None) -> Rollout:
-        """Returns the rollout; guidance 1 or None calls the network once a step."""
-        if guidance is None or guidance == 1 or not model.has_null:
+        """Returns the rollout; guidance 1 or None calls the network once a step.
+
+        Raises:
+            ValueError: if guidance other than the default is asked of a network without null class.
+        """
+        guidance = fitting_guidance(model, guidance)
+        if guidance is None or guidance == 1:
             return cls(sampler, None, model)
         return cls(sampler, float(guidance), model)
 
@@ -92,7 +97,7 @@ def seeds(
     Sample number `first + i` follows from the key and its number alone.
     """
     index = first + np.arange(num_batches * batch_size)
-    noise, keys = initial_noise(key, jnp.asarray(index), model.sample_shape())
+    noise, keys = initial_noise(key, jnp.asarray(index, jnp.int32), model.sample_shape())
     condition = conditions_in_turn(model, conditions, index)
     return jax.tree.map(
         lambda leaf: jnp.asarray(leaf).reshape(num_batches, batch_size, *leaf.shape[1:]),

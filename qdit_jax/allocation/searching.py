@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qdit_jax.allocation.budget import Budget, parse_budget
+from qdit_jax.allocation.budget import Budget, check_limiting, parse_budget
 from qdit_jax.allocation.cost import named_costs
 from qdit_jax.allocation.evaluate import Evaluator
 from qdit_jax.allocation.objectives import function_objective, paired_error
@@ -33,8 +33,10 @@ from qdit_jax.allocation.space import (
 from qdit_jax.allocation.strategies import strategy_named
 from qdit_jax.calibration import default_sampler
 from qdit_jax.checkpoint import Checkpoint, fingerprint
+from qdit_jax.errors import check_counts
 from qdit_jax.models import rows_per_sample
 from qdit_jax.recipes import Recipe
+from qdit_jax.sampling import check_diffusion_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +63,14 @@ class Rollouts:
     per_device: int = 1
 
     def __post_init__(self) -> None:
-        counts = ("num_steps", "num_batches", "batch_size", "num_calibration", "num_probes")
-        for name in (*counts, "per_device"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+        check_counts(
+            num_steps=self.num_steps,
+            num_batches=self.num_batches,
+            batch_size=self.batch_size,
+            num_calibration=self.num_calibration,
+            num_probes=self.num_probes,
+            per_device=self.per_device,
+        )
 
     def rollout(self, checkpoint: Checkpoint, guided: bool) -> Rollout:
         """Returns the checkpoint's sampler with the parameters left open."""
@@ -126,16 +132,19 @@ def search(
         report_fn: called with `{"text"}`, `{"total"}`, `{"items"}` and `{"best"}` as things happen.
 
     Raises:
-        ValueError: if a setting does not fit, a budget is impossible, or a fitness is no number.
+        ValueError: if a setting does not fit, a budget is impossible or limits nothing, or a
+            fitness is no number.
         UserError: if `state` holds another search; the first setting that differs is named.
     """
     began = time.perf_counter()
+    check_network(checkpoint)
     strategy = strategy_named(strategy)
     names = {"method": strategy.name, "objective": name_of(objective)}
     rollouts = Rollouts() if rollouts is None else rollouts
     space = space_of(checkpoint, strategy, space)
     budget = strategy.budget if budget is None else budget
     limit = parse_budget(budget, space, {**named_costs(), **(costs or {})})
+    check_limiting(limit)
     if limit.leaves_no_choice:
         text = "nothing to search: only the cheapest assignment fits; allow more, or coarser sizes"
         report_fn({"text": f"{budget}: {text}"})
@@ -167,6 +176,16 @@ def search(
     }
     recipe = recipe_of(space, found.assignment, f"search-{strategy.name}-{budget}")
     return SearchResult(recipe, found.assignment, found.front, history, space, limit)
+
+
+def check_network(checkpoint: Checkpoint) -> None:
+    """Raises `ValueError` unless the checkpoint is a diffusion model in full precision."""
+    check_diffusion_model(checkpoint.model)
+    if checkpoint.recipe is not None:
+        raise ValueError(
+            f"the checkpoint is quantised already ({checkpoint.recipe.name}); search on the "
+            "full-precision checkpoint."
+        )
 
 
 def space_of(

@@ -72,7 +72,7 @@ def effects(
     exact = walk(step_fn, params, noise, condition, key, num_steps)[0]
     final, seen = walk(step_fn, used, noise, condition, key, num_steps)
     error = final - exact
-    probes = jax.random.normal(probe_key, (num_probes, *final.shape))
+    probes = jax.random.normal(probe_key, (num_probes, *final.shape), jnp.float32)
     if base is not None:
         probes = jnp.concatenate([probes, error[None]])
 
@@ -96,8 +96,8 @@ def effects(
         return (before, total + padded(change, len(x), space)), weight
 
     count = (len(probes), noise.shape[0], len(space.layers), int(space.num_choices.max()))
-    start = (probes, jnp.zeros(count))
-    steps = (seen, jnp.arange(num_steps))
+    start = (probes, jnp.zeros(count, jnp.float32))
+    steps = (seen, jnp.arange(num_steps, dtype=jnp.int32))
     (_, total), ratio = jax.lax.scan(backward, start, steps, reverse=True)
     total = jnp.moveaxis(total, 0, 1)  # [B, P (+ 1), L, C]
     along = jnp.zeros_like(total[:, 0]) if base is None else total[:, -1]
@@ -121,7 +121,7 @@ def walk(
     def body(x: Any, step: Any) -> tuple[Any, Any]:
         return step_fn(params, x, condition, key, step).astype(x.dtype), x
 
-    return jax.lax.scan(body, noise, jnp.arange(num_steps))
+    return jax.lax.scan(body, noise, jnp.arange(num_steps, dtype=jnp.int32))
 
 
 def tapped_step(
@@ -167,7 +167,9 @@ def layer_change(layer: Any, params: Any, x: Any, y: Any, adjoint: Any) -> Any:
         # [P, B, -1]: the sum over rows of a sample, tokens and output channels.
         return jnp.einsum("p...n,...n->p...", adjoint, gap)
 
-    by_row = jax.lax.map(one, jnp.arange(len(layer.choices)))  # [choices, P, R, ...]
+    by_row = jax.lax.map(
+        one, jnp.arange(len(layer.choices), dtype=jnp.int32)
+    )  # [choices, P, R, ...]
     return jnp.moveaxis(by_row.sum(axis=tuple(range(3, by_row.ndim))), 0, -1)  # [P, R, choices]
 
 

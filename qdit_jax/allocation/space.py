@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from qdit_jax.errors import check_pattern
 from qdit_jax.ptq import check_unquantized, matrix_shape
 from qdit_jax.quant import ActSpec, WeightSpec, ranges
 from qdit_jax.recipes import LayerSpec, Recipe, Rule, layer_paths, part_pattern
@@ -127,6 +128,11 @@ def search_space(
         act_group_size,
         {"symmetric": symmetric, "range_fn": range_fn},
     )
+    if choices == (LayerSpec(),):
+        raise ValueError(
+            f"weight_bits={weight_bits} with act_bits={act_bits} quantises nothing: 16 bits leave a "
+            "side as it is; give one of both fewer."
+        )
     by_path = dict.fromkeys(paths, choices)
     for pattern, kept in (pinned or {}).items():
         spec = kept if isinstance(kept, LayerSpec) else resized(choices[0], kept)
@@ -178,12 +184,16 @@ def as_tuple(value: Any, name: str) -> tuple[int, ...]:
 
 
 def matching(pattern: str, paths: Sequence[str], name: str) -> list[str]:
-    """Returns the paths that `pattern` matches as a whole; none is a `ValueError`."""
+    """Returns the paths that `pattern` matches as a whole.
+
+    Raises:
+        ValueError: if it is no regular expression, or matches nothing; it names the argument.
+    """
+    check_pattern(name, pattern)
     found = [path for path in paths if re.fullmatch(pattern, path)]
     if not found:
         raise ValueError(
-            f"{name}: the pattern {pattern!r} matches no layer; "
-            f"layers are named like {paths[0]}, {paths[-1]}."
+            f"{name}={pattern!r} matches no layer; layers are named like {paths[0]}, {paths[-1]}."
         )
     return found
 

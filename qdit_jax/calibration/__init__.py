@@ -1,7 +1,7 @@
 """What a network's inputs look like along its sampling trajectories."""
 
 from qdit_jax.calibration.hessians import empty_hessians, input_hessians
-from qdit_jax.calibration.items import Items, authors_steps, collect_items
+from qdit_jax.calibration.items import Items, authors_steps, check_items, collect_items
 from qdit_jax.calibration.recording import (
     calibrate,
     conditional_and_null,
@@ -9,12 +9,15 @@ from qdit_jax.calibration.recording import (
     trajectory,
 )
 from qdit_jax.calibration.statistics import Stats
+from qdit_jax.calibration.statistics_checks import check_layer
 
 __all__ = [
     "Items",
     "Stats",
     "authors_steps",
     "calibrate",
+    "check_items",
+    "check_layer",
     "collect_items",
     "conditional_and_null",
     "default_sampler",

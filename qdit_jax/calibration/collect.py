@@ -53,10 +53,15 @@ def add_call(
     """Adds to `state` what `observed` found in one half at one step.
 
     `call` counts the calls of that step so far; tokens of each have their own place.
+
+    Raises:
+        ValueError: if an input is not finite.
     """
     for name, array in found.items():
         kind, _, path = name.partition("/")
         array = np.asarray(array)
+        if kind != "num_rows":
+            check_input(path, array, step, num_steps)
         if kind == "hessians":
             state[name] = state.get(name, 0) + array
         elif kind == "num_rows":
@@ -73,6 +78,15 @@ def add_call(
             if key not in state:
                 state[key] = np.full((num_steps, len(array)), start, np.float32)
             state[key][step] = pick(state[key][step], array)
+
+
+def check_input(path: str, array: np.ndarray, step: int, num_steps: int) -> None:
+    """Raises `ValueError`, naming the layer, if what was seen of its input is not finite."""
+    if not np.isfinite(array).all():
+        raise ValueError(
+            f"the input of {path} is NaN or infinite at step {step + 1} of {num_steps}: the network "
+            "cannot be calibrated. Check its parameters (`qdit inspect`) and the guidance."
+        )
 
 
 def stats_of(state: State) -> Stats:

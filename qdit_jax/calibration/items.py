@@ -19,8 +19,16 @@ from qdit_jax import diffusion
 from qdit_jax.calibration.recording import default_sampler, model_inputs
 from qdit_jax.calibration.statistics import write_arrays
 from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.errors import UserError
-from qdit_jax.sampling import conditions_in_turn, denoiser, initial_noise
+from qdit_jax.errors import UserError, check_counts
+from qdit_jax.quant import check_finite
+from qdit_jax.sampling import (
+    check_diffusion_model,
+    check_seed,
+    conditions_in_turn,
+    denoiser,
+    fitting_guidance,
+    initial_noise,
+)
 
 # `(sample numbers [B], S) -> steps [B, M]`: which iterations a trajectory's items come from.
 ChooseFn = Callable[[Int[np.ndarray, " B"], int], Int[np.ndarray, "B M"]]
@@ -51,7 +59,9 @@ class Items(NamedTuple):
         try:
             with np.load(path) as data:
                 flat = {EARLIER_NAMES.get(name, name): data[name] for name in data.files}
-            return cls(**unflatten_dict(flat, sep="/"))
+            items = cls(**unflatten_dict(flat, sep="/"))
+            check_items(items)
+            return items
         except (OSError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path} holds no calibration inputs ({error}); write them with "
@@ -64,13 +74,25 @@ class Items(NamedTuple):
         return self.x[index], self.timestep[index], condition
 
 
+def check_items(items: Items) -> None:
+    """Raises `ValueError` unless `items` are finite, of one length, and at least one."""
+    named = flatten_dict({**items._asdict()}, sep="/") if items.condition is not None else {}
+    counts = {name: np.shape(array)[:1] for name, array in named.items()}
+    if len(set(counts.values())) != 1 or counts["x"] in ((), (0,)):
+        lengths = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise ValueError(
+            f"calibration inputs need one or more of equal number; these are {lengths}"
+        )
+    for name in ("x", "timestep"):
+        check_finite(f"calibration inputs: {name}", getattr(items, name))
+
+
 def spread_steps(num_items: int = 4) -> ChooseFn:
     """Returns the choice of `num_items` steps evenly spread over a trajectory, shifted by sample.
 
     Whatever the number of samples, all parts of the trajectory are seen equally often.
     """
-    if num_items < 1:
-        raise ValueError(f"num_items={num_items} must be 1 or more.")
+    check_counts(num_items=num_items)
 
     def choose(index: np.ndarray, num_steps: int) -> np.ndarray:
         count = min(num_items, num_steps)
@@ -90,7 +112,7 @@ def authors_steps(seed: int) -> ChooseFn:
     Raises:
         ValueError: when called, if a batch has more samples than the sampler has steps.
     """
-    random = np.random.RandomState(seed)
+    random = np.random.RandomState(check_seed(seed))
 
     def choose(index: np.ndarray, num_steps: int) -> np.ndarray:
         if len(index) > num_steps:
@@ -128,24 +150,29 @@ def collect_items(
         sampler: of the trajectories, see `calibrate`.
         choose_fn: 4 steps of each trajectory, evenly spread, by default.
         progress_fn: called with the number of samples finished, batch by batch.
+
+    Raises:
+        ValueError: if `num_samples` is not positive, or an input is not finite.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples} must be 1 or more.")
+    check_diffusion_model(checkpoint.model)
+    check_counts(num_samples=num_samples, batch_size=batch_size)
     model = checkpoint.model
+    guidance = fitting_guidance(model, guidance)
     sampler = default_sampler(checkpoint) if sampler is None else sampler
     choose_fn = spread_steps() if choose_fn is None else choose_fn
-    denoise_fn = denoiser(model, checkpoint.params, guidance if model.has_null else None)
+    denoise_fn = denoiser(model, checkpoint.params, guidance)
     parts = []
     for start in range(0, num_samples, batch_size):
         index = np.arange(start, min(start + batch_size, num_samples))
         condition = conditions_in_turn(model, conditions, index)
-        noise, keys = initial_noise(key, jnp.asarray(index), model.sample_shape())
+        noise, keys = initial_noise(key, jnp.asarray(index, jnp.int32), model.sample_shape())
         parts.append(
             trajectory_items(denoise_fn, sampler, noise, condition, keys, index, choose_fn)
         )
         if progress_fn is not None:
             progress_fn(len(index))
     items = joined(parts)
+    check_items(items)
     if not (null and model.has_null):
         return items
     found = model.null_condition(items.condition, checkpoint.params)
@@ -167,9 +194,10 @@ def trajectory_items(
     choose_fn: ChooseFn,
 ) -> Items:
     """Returns the chosen steps of the trajectories from `noise`, sample by sample."""
-    _, (x, timestep) = diffusion.sample_trajectory(
+    final, (x, timestep) = diffusion.sample_trajectory(
         denoise_fn, sampler, noise, condition, keys, collect_fn=model_inputs
     )
+    check_finite("the samples of the network that items are drawn from", final)
     x, timestep = np.asarray(x), np.asarray(timestep, np.float32)
     steps = choose_fn(index, len(timestep))
     column = np.repeat(np.arange(len(index)), steps.shape[1])

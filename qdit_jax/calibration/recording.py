@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,17 @@ from qdit_jax.calibration.collect import (
 )
 from qdit_jax.calibration.statistics import HALVES, Stats, input_rows
 from qdit_jax.checkpoint import Checkpoint, fingerprint
-from qdit_jax.sampling import checkpoint_sampler, conditions_in_turn, denoiser, initial_noise
+from qdit_jax.errors import check_counts, check_pattern
+from qdit_jax.quant import check_finite
+from qdit_jax.recipes import layer_paths
+from qdit_jax.sampling import (
+    check_diffusion_model,
+    checkpoint_sampler,
+    conditions_in_turn,
+    denoiser,
+    fitting_guidance,
+    initial_noise,
+)
 
 
 def calibrate(
@@ -51,7 +62,7 @@ def calibrate(
         key: used once; sample i starts from `fold_in(key, i)`.
         conditions: labels or prompts that the samples take in turn; every class by default.
         sampler: 50 steps of the checkpoint's own walk by default, see `checkpoint_sampler`.
-        guidance: of the trajectories; ignored without a null condition.
+        guidance: of the trajectories; the default is none without a null condition.
         hessians: a pattern of layer paths whose mean `x xᵀ` to keep, float32 `[K, K]` each.
         num_tokens: inputs to keep of every layer from each call of the network.
         unfinished: a file that is written after every batch; where it exists, the calibration
@@ -59,12 +70,17 @@ def calibrate(
         progress_fn: called with the number of samples finished, batch by batch.
 
     Raises:
-        ValueError: if `num_samples` is not positive.
+        ValueError: if a count is not positive, guidance does not fit the network, `hessians` is no
+            pattern or matches no layer, or a layer's input is not finite.
         UserError: if `unfinished` was written with other settings.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples} must be 1 or more.")
+    check_diffusion_model(checkpoint.model)
+    check_counts(num_samples=num_samples, batch_size=batch_size)
+    check_counts(0, num_tokens=num_tokens)
     model, params = checkpoint.model, checkpoint.params
+    guidance = fitting_guidance(model, guidance)
+    if hessians is not None:
+        check_hessians(hessians, params)
     sampler = default_sampler(checkpoint) if sampler is None else sampler
     settings = fingerprint(
         params=params,
@@ -81,7 +97,7 @@ def calibrate(
     state = empty_state(settings) if unfinished is None else read_state(unfinished, settings)
     if state["num_done"] and progress_fn is not None:
         progress_fn(state["num_done"])
-    denoise_fn = denoiser(model, params, guidance if model.has_null else None)
+    denoise_fn = denoiser(model, params, guidance)
     observe = partial(observe_call, params, model=model, hessians=hessians, num_tokens=num_tokens)
     for start in range(state["num_done"], num_samples, batch_size):
         index = np.arange(start, min(start + batch_size, num_samples))
@@ -100,6 +116,16 @@ def calibrate(
         if progress_fn is not None:
             progress_fn(len(index))
     return stats_of(state)
+
+
+def check_hessians(hessians: str, params: Any) -> None:
+    """Raises `ValueError` if the pattern cannot be read or matches no layer."""
+    check_pattern("hessians", hessians)
+    paths = layer_paths(params)
+    if not any(re.fullmatch(hessians, path) for path in paths):
+        raise ValueError(
+            f"hessians={hessians!r} matches no layer; layers are named like {paths[0]}, {paths[-1]}."
+        )
 
 
 def default_sampler(checkpoint: Checkpoint, num_steps: int = 50) -> diffusion.Sampler:
@@ -123,11 +149,16 @@ def trajectory(
     index: Int[np.ndarray, " B"],
     condition: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the network's inputs `[S, B, ...]` and timesteps `[S]` of samples `index`."""
-    noise, keys = initial_noise(key, jnp.asarray(index), model.sample_shape())
-    _, (x, timestep) = diffusion.sample_trajectory(
+    """Returns the network's inputs `[S, B, ...]` and timesteps `[S]` of samples `index`.
+
+    Raises:
+        ValueError: if the samples are not finite.
+    """
+    noise, keys = initial_noise(key, jnp.asarray(index, jnp.int32), model.sample_shape())
+    final, (x, timestep) = diffusion.sample_trajectory(
         denoise_fn, sampler, noise, condition, keys, collect_fn=model_inputs
     )
+    check_finite("the samples of the network that is to be calibrated", final)
     return x, timestep
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from qdit_jax.calibration.statistics_checks import check_all
 from qdit_jax.errors import UserError
 from qdit_jax.files import replaced_file
 from qdit_jax.models import seen_inputs
@@ -60,7 +61,12 @@ class Stats:
 
     @classmethod
     def load(cls, path: str | Path) -> Stats:
-        """Returns the statistics in a file; raises `UserError` if it holds none."""
+        """Returns the statistics in a file.
+
+        Raises:
+            UserError: if it holds none, or a layer's are not finite, have a low above a high, or
+                do not fit one another.
+        """
         try:
             with np.load(path) as data:
                 kinds: dict[str, dict[str, np.ndarray]] = {}
@@ -74,7 +80,9 @@ class Stats:
                     if f"{half}.low" in kinds
                 }
                 more = kinds.get("hessians", {}), kinds.get("tokens", {})
-                return cls(timesteps, kinds["low"], kinds["high"], halves, *more)
+                stats = cls(timesteps, kinds["low"], kinds["high"], halves, *more)
+                check_all(stats)
+                return stats
         except (OSError, KeyError, ValueError) as error:
             raise UserError(f"{path} holds no calibration statistics ({error}).") from error
 

@@ -1,4 +1,12 @@
-"""The command line: one verb a stage, each in a file of its own."""
+"""The command line: one verb a stage, each in a file of its own.
+
+A verb's module offers `add_parser(subparsers)`; it is imported only when the verb is named, and
+imports JAX only when the verb runs, so that help is immediate. `run(args)` returns what `--json`
+prints, in JSON's types (or None).
+
+Exit status: 0; 1 after a failure that looks like a bug; 2 after a refusal in one sentence on stderr;
+130 when interrupted. `qdit` alone prints the help and exits with 0.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +17,24 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from qdit_jax.memory import give_back_freed_memory
+from qdit_jax.cli.failures import exit_status
+from qdit_jax.cli.options import Parser, VersionAction
+from qdit_jax.cli.output import json_on_stdout, set_up_logging
 
-VERBS = (
-    "convert",
-    "inspect",
-    "calibrate",
-    "search",
-    "quantize",
-    "methods",
-    "export",
-    "sample",
-    "evaluate",
-    "demo",
-)
+# Verb -> what `qdit --help` says of it.
+VERBS = {
+    "convert": "PyTorch weights to a checkpoint",
+    "inspect": "show what a checkpoint or a PyTorch file holds",
+    "calibrate": "record activation statistics",
+    "search": "find the group size of every layer",
+    "quantize": "quantise a checkpoint",
+    "methods": "list the ways to quantise",
+    "export": "write a checkpoint to one safetensors file, or read one back",
+    "sample": "make pictures",
+    "evaluate": "compare a quantised model with full precision; score samples",
+    "demo": "the whole road on the packaged model",
+    "completion": "print the shell's completion script",
+}
 DESCRIPTION = """\
 Diffusion transformers in 4 to 8 bits in JAX.
 
@@ -31,30 +43,64 @@ The road: a PyTorch checkpoint goes in, a quantised model and pictures come out.
   qdit convert DiT-XL-2-256x256.pt xl2        # PyTorch weights to a checkpoint folder
   qdit inspect xl2                            # what is in it
   qdit quantize xl2 xl2-w4a8 --recipe w4a8    # a smaller checkpoint
+  qdit evaluate xl2-w4a8 --against xl2        # how much quality that cost
   qdit sample xl2-w4a8 --labels 207,360 --out grid.png
   qdit demo                                   # all of it, on the model that the package carries
+"""
+EPILOG = """\
+Every verb has examples in `qdit VERB --help` and takes --json (one JSON object on stdout, all else
+on stderr), --quiet, --verbose and --debug (the traceback of a failure). Work that was interrupted
+goes on when the same command is run again: calibrate, search, evaluate.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit status: 0, or 2 after one sentence on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="qdit", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb in VERBS:
-        import_module(f"qdit_jax.cli.{verb}").add_parser(subparsers)
-    args = parser.parse_args(argv)
-    use_compilation_cache()
-    give_back_freed_memory()
+    """Runs one verb; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = argparse.Namespace(debug="--debug" in arguments, json="--json" in arguments)
     try:
-        args.run(args)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"qdit: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("qdit: interrupted", file=sys.stderr)
-        return 130
+        parser = parser_of(arguments)
+        if not arguments:
+            parser.print_help()
+            return 0
+        args = parser.parse_args(arguments)
+        set_up_logging(args)
+        return run_verb(args)
+    except BrokenPipeError:  # the reader, such as `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (Exception, KeyboardInterrupt) as error:
+        return exit_status(error, args)
+
+
+def parser_of(arguments: Sequence[str]) -> Parser:
+    """Returns the parser of the command line, with the options of the verb named in `arguments`."""
+    parser = Parser(
+        prog="qdit",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=VersionAction)
+    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    named = next((word for word in arguments if not word.startswith("-")), None)
+    for verb, text in VERBS.items():
+        if verb == named:
+            import_module(f"qdit_jax.cli.{verb}").add_parser(subparsers)
+        else:
+            subparsers.add_parser(verb, help=text)
+    return parser
+
+
+def run_verb(args: argparse.Namespace) -> int:
+    """Runs the verb of `args`; prints what it returns if JSON was asked for."""
+    if getattr(args, "uses_jax", True):
+        from qdit_jax.memory import give_back_freed_memory
+
+        use_compilation_cache()
+        give_back_freed_memory()
+    with json_on_stdout(args.json) as show:
+        show(args.run(args))
     return 0
 
 

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import Any
+
+from qdit_jax.cli.options import (
+    count,
+    finite_float,
+    pattern,
+    positive_int,
+    verb_parser,
+)
 
 HELP = """\
 Record the range of every linear layer's input and of the attention operands, by channel, at every
@@ -24,52 +33,60 @@ release draws them (authors).
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "calibrate",
-        help="record activation statistics",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Adds the verb with its options."""
+    parser = verb_parser(subparsers, "calibrate", HELP)
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a full-precision checkpoint")
     parser.add_argument("out", metavar="OUT", type=Path, help="the .npz file to write")
-    parser.add_argument("--num-samples", type=int, default=256, help="trajectories (default 256)")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=50, help="steps a trajectory (default 50)")
-    parser.add_argument("--guidance", type=float, default=1.5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--hessians", metavar="REGEX", help="layers whose mean of x xT to keep, K x K each"
+    add = parser.add_argument
+    add("--num-samples", type=positive_int, default=256, help="trajectories (%(default)s)")
+    add("--batch-size", type=positive_int, default=16, help="trajectories at once (%(default)s)")
+    add("--steps", type=positive_int, default=50, help="steps of a trajectory (%(default)s)")
+    add(
+        "--guidance",
+        type=finite_float,
+        help="1 turns it off (1.5; 1 for models without null class)",
     )
-    parser.add_argument(
-        "--tokens", type=int, default=0, help="inputs of each layer to keep a call (default 0)"
+    add("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    add(
+        "--hessians",
+        type=pattern,
+        metavar="REGEX",
+        help="layers whose mean of x xT to keep, K x K each",
     )
+    add("--tokens", type=count, default=0, help="inputs of each layer to keep a call (%(default)s)")
     parser.add_argument(
         "--collect", choices=("spread", "authors"), help="write single inputs, not statistics"
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, resumes=lambda args: args.collect is None)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Writes statistics, or single inputs; returns what was written."""
     import jax
-    from tqdm import tqdm
 
     import qdit_jax as qdit
     from qdit_jax.calibration import default_sampler
+    from qdit_jax.cli.checkpoints import full_precision_checkpoint, guidance_of
+    from qdit_jax.cli.progress import Bar
 
     if args.out.suffix != ".npz":
-        raise qdit.UserError(f"OUT={args.out} must end in .npz.")
-    checkpoint = qdit.load(args.checkpoint)
+        raise qdit.UserError(f"OUT {args.out} must end in .npz.")
+    checkpoint = full_precision_checkpoint(
+        args.checkpoint, "statistics are of full-precision inputs"
+    )
     if args.collect:
-        collect(args, checkpoint)
-        return
+        return collect(args, checkpoint)
     unfinished = args.out.with_suffix(".unfinished.npz")
-    with tqdm(total=args.num_samples, unit="sample", disable=None) as bar:
+    resumes = unfinished.exists()
+    if resumes:
+        logging.getLogger("qdit_jax").info("going on from %s", unfinished)
+    with Bar(args, args.num_samples, "sample", "calibrating", resumes) as bar:
         stats = qdit.calibrate(
             checkpoint,
             jax.random.key(args.seed),
             args.num_samples,
             sampler=default_sampler(checkpoint, args.steps),
-            guidance=args.guidance,
+            guidance=guidance_of(checkpoint, args.guidance),
             batch_size=args.batch_size,
             hessians=args.hessians,
             num_tokens=args.tokens,
@@ -81,13 +98,19 @@ def run(args: argparse.Namespace) -> None:
     for left in (unfinished, *args.out.parent.glob(f".{unfinished.name}.*")):
         left.unlink(missing_ok=True)
     print(f"wrote {args.out}: {len(stats.low)} layers at {len(stats.timesteps)} timesteps")
+    return {
+        "out": args.out,
+        "layers": len(stats.low),
+        "timesteps": len(stats.timesteps),
+        "num_samples": args.num_samples,
+    }
 
 
-def collect(args: argparse.Namespace, checkpoint: Any) -> None:
+def collect(args: argparse.Namespace, checkpoint: Any) -> dict[str, Any]:
     """Writes single inputs of the network."""
-    from tqdm import tqdm
-
     import qdit_jax as qdit
+    from qdit_jax.cli.checkpoints import guidance_of
+    from qdit_jax.cli.progress import Bar
     from qdit_jax.methods import authors_items, spread_items
 
     if args.hessians or args.tokens:
@@ -96,11 +119,12 @@ def collect(args: argparse.Namespace, checkpoint: Any) -> None:
         seed=args.seed,
         num_samples=args.num_samples,
         num_steps=args.steps,
-        guidance=args.guidance,
+        guidance=guidance_of(checkpoint, args.guidance),
         batch_size=args.batch_size,
     )
     collect_fn = authors_items if args.collect == "authors" else spread_items
-    with tqdm(total=args.num_samples, unit="sample", disable=None) as bar:
+    with Bar(args, args.num_samples, "sample", "collecting") as bar:
         items = collect_fn(checkpoint, settings, bar.update)
     items.save(args.out)
     print(f"wrote {args.out}: {len(items.sample)} inputs of {args.num_samples} trajectories")
+    return {"out": args.out, "inputs": len(items.sample), "num_samples": args.num_samples}

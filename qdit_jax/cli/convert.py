@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
+
+from qdit_jax.cli.options import positive_int, verb_parser
 
 EPILOG = """
 SRC may be
@@ -37,12 +38,11 @@ examples
 
 def add_parser(subparsers: Any) -> None:
     """Adds the verb `convert`."""
-    parser = subparsers.add_parser(
+    parser = verb_parser(
+        subparsers,
         "convert",
-        help="PyTorch weights to a checkpoint",
-        description="Converts PyTorch weights (DiT, SiT, AutoencoderKL, a DiTPipeline) to a checkpoint.",
+        "Converts PyTorch weights (DiT, SiT, AutoencoderKL, a DiTPipeline) to a checkpoint.",
         epilog=textwrap.dedent(EPILOG),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("src", type=Path, metavar="SRC", help="file or folder of PyTorch weights")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write the checkpoint to")
@@ -56,19 +56,19 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--num-heads",
-        type=int,
+        type=positive_int,
         metavar="N",
         help="attention heads, for sizes that are not published",
     )
     parser.add_argument(
         "--num-classes",
-        type=int,
+        type=positive_int,
         metavar="N",
         help="classes without the null class; by default the label table is taken to end with one",
     )
     parser.add_argument(
         "--input-size",
-        type=int,
+        type=positive_int,
         nargs="+",
         metavar="N",
         help="rows (and columns) of the latent, where the file does not say: 32 for 256 pixels",
@@ -99,11 +99,10 @@ def add_parser(subparsers: Any) -> None:
         help="of the parameters written; default: float32, which keeps every stored value exactly",
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Converts, and says what was found and written."""
     from qdit_convert import convert
     from qdit_jax.errors import UserError
@@ -113,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--input-size takes rows, or rows and columns; got {len(size)} numbers.")
     if size is not None:
         size = size[0] if len(size) == 1 else tuple(size)
-    with _ProgressBar(args.quiet) as bar:
+    with _ProgressBar(args) as bar:
         checkpoint = convert(
             args.src,
             args.out,
@@ -144,6 +143,24 @@ def run(args: argparse.Namespace) -> None:
     if args.family is None and checkpoint.metadata["layout"].startswith("DiT in the facebook"):
         print("SiT has the same names as DiT: if this is a SiT, convert with --family sit")
     print(f"wrote {args.out}")
+    return {"out": args.out, **_facts(checkpoint)}
+
+
+def _facts(checkpoint: Any) -> dict[str, Any]:
+    """Returns what `--json` says of a converted network, its autoencoder included."""
+    import jax
+
+    from qdit_jax.models import config_of, family_of
+
+    leaves = jax.tree.leaves(checkpoint.params)
+    facts = {
+        "family": family_of(checkpoint.model).name,
+        "config": config_of(checkpoint.model),
+        "values": sum(leaf.size for leaf in leaves),
+        "bytes": sum(leaf.nbytes for leaf in leaves),
+        "metadata": checkpoint.metadata,
+    }
+    return facts if checkpoint.vae is None else {**facts, "vae": _facts(checkpoint.vae)}
 
 
 def _summary(checkpoint: Any) -> str:
@@ -167,8 +184,8 @@ def _summary(checkpoint: Any) -> str:
 class _ProgressBar:
     """A bar that counts the parameters read; it starts anew for a pipeline's next network."""
 
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
         self.bar: Any = None
         self.family = ""
 
@@ -176,14 +193,13 @@ class _ProgressBar:
         return self
 
     def advance(self, family: str, leaf: Any, total: int) -> None:
-        from tqdm import tqdm
+        from qdit_jax.cli.progress import Bar
 
         if self.bar is None or family != self.family:
             self.close()
             self.family = family
-            off = self.quiet or not sys.stderr.isatty()
-            self.bar = tqdm(total=total, desc=f"reading {family}", unit=" tensors", disable=off)
-        self.bar.update()
+            self.bar = Bar(self.args, total, "tensor", f"reading {family}")
+        self.bar.update(1)
 
     def close(self) -> None:
         if self.bar is not None:

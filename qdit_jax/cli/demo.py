@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qdit_jax.cli.numerics_option import add_numerics
+from qdit_jax.cli.options import (
+    finite_float,
+    positive_int,
+    refuse_inert,
+    seed_number,
+    verb_parser,
+    whole_number,
+)
 
 HELP = """\
 Run the whole road on the small digit model inside the package: convert its PyTorch-layout weights,
 calibrate, quantise in several ways, sample the same noise and labels with each, compare.
 
 Writes checkpoints, pictures.png, metrics.json and report.html (one file, nothing else needed) to
-DIR. Takes a few minutes on 2 cores; the second run is faster, compiled programs are kept.
+the folder --out. Takes a few minutes on 2 cores; the second run is faster, compiled programs are kept.
 
 examples:
   qdit demo
@@ -23,27 +32,32 @@ examples:
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "demo",
-        help="the whole road on the packaged model",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Adds the verb with its options."""
+    parser = verb_parser(subparsers, "demo", HELP)
     parser.add_argument("--out", type=Path, default=Path("qdit-demo"), help="folder (%(default)s)")
-    parser.add_argument("--num-samples", type=int, default=100, help="a setting (%(default)s)")
-    parser.add_argument("--steps", type=int, default=50, help="DDIM steps (%(default)s)")
-    parser.add_argument("--guidance", type=float, default=1.5, help="%(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="%(default)s")
-    add_numerics(parser.add_argument, "simulated", "as in qdit sample (%(default)s)")
+    add = parser.add_argument
+    add(
+        "--num-samples",
+        type=whole_number(10),
+        default=100,
+        help="with every setting, 10 or more: one of each digit (%(default)s)",
+    )
+    add("--steps", type=positive_int, default=50, help="DDIM steps (%(default)s)")
+    add("--guidance", type=finite_float, default=1.5, help="1 turns it off (%(default)s)")
+    add("--seed", type=seed_number, default=0, help="of the noise (%(default)s)")
+    add_numerics(add, "simulated", "of quantised layers, as in qdit sample (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="20 samples, 10 steps, 4 settings")
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs every stage; returns the figures of the comparison."""
+    from qdit_jax.cli.progress import Bar
     from qdit_jax.demo import DemoSettings, run_demo
 
-    if args.num_samples < 10:
-        raise ValueError(f"--num-samples {args.num_samples}: use 10 or more, one of each digit.")
+    if args.quick:
+        defaults = {"num_samples": 100, "steps": 50}
+        refuse_inert(args, defaults, "--quick takes 20 samples and 10 steps")
     settings = DemoSettings(
         num_samples=20 if args.quick else args.num_samples,
         num_steps=10 if args.quick else args.steps,
@@ -52,4 +66,4 @@ def run(args: argparse.Namespace) -> None:
         numerics=args.numerics,
         quick=args.quick,
     )
-    run_demo(args.out, settings)
+    return run_demo(args.out, settings, bar_fn=partial(Bar, args))

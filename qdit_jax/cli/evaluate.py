@@ -7,6 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from qdit_jax.cli.numerics_option import add_numerics
+from qdit_jax.cli.options import (
+    count,
+    finite_float,
+    guidance_channels,
+    positive_float,
+    positive_int,
+    refuse_inert,
+    seed_number,
+    verb_parser,
+    whole_number,
+)
 
 HELP = """\
 Sample a checkpoint, hold it against another sample by sample, and score it against a reference;
@@ -41,29 +52,31 @@ OF_CHECKPOINTS: dict[str, Any] = {
     "eta": 0.0,
     "clip": None,
     "guidance": 1.5,
-    "guidance_channels": "3",
+    "guidance_channels": "published",
     "numerics": "simulated",
     "vae": None,
     "range_samples": 4,
 }
 OF_FILES: dict[str, Any] = {"samples": None, "pictures": None}
+OF_SCORES = {
+    "features": ["demo"],
+    "preprocessing": "published",
+    "min_samples": None,
+    "split_size": 5000,
+    "kernel_samples": 10_000,
+}
 
 
 def add_parser(subparsers: Any) -> None:
     """Adds the verb with its options."""
-    parser = subparsers.add_parser(
-        "evaluate",
-        help="compare a quantised model with full precision; score samples",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = verb_parser(subparsers, "evaluate", HELP)
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, nargs="?", help="what to sample")
     add_checkpoint_options(parser.add_argument_group("of checkpoints").add_argument)
     files = parser.add_argument_group("of ready-made files").add_argument
     files("--samples", type=Path, help="images to score, .npz with arr_0, in place of CKPT")
     files("--pictures", type=Path, help="write samples and reference images side by side, .png")
     add_score_options(parser.add_argument_group("of both").add_argument)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, resumes=lambda args: args.checkpoint is not None)
 
 
 def add_checkpoint_options(add: Any) -> None:
@@ -76,7 +89,7 @@ def add_checkpoint_options(add: Any) -> None:
         help="the checkpoint to compare with, sample by sample",
     )
     add("--compare", metavar="OTHER", type=Path, help="a second one, tested against CKPT in pairs")
-    add("--num-samples", type=int, help="how many, of all classes in turn (100)")
+    add("--num-samples", type=whole_number(2), help="how many, of all classes in turn (100)")
     add("--steps", help="number, or a spacing such as ddim25, as in qdit sample (50)")
     add(
         "--sampler",
@@ -84,19 +97,22 @@ def add_checkpoint_options(add: Any) -> None:
         help="default: that of the checkpoint's scheduler, else flow for velocity models, ddim for "
         "others",
     )
-    add("--eta", type=float, help="noise of ddim (0)")
-    add("--clip", type=float, help="clip the predicted data to [-CLIP, CLIP] at every step")
-    add("--guidance", type=float, help="1 turns it off (1.5)")
+    add("--eta", type=finite_float, help="noise of ddim (0)")
+    add(
+        "--clip", type=positive_float, help="clip the predicted data to [-CLIP, CLIP] at every step"
+    )
+    add("--guidance", type=finite_float, help="1 turns it off (1.5)")
     add(
         "--guidance-channels",
+        type=guidance_channels,
         metavar="N|all",
-        help="guided channels: 3 as published, all as diffusers",
+        help="guided channels: published (3 of DiT's 4), all as diffusers does (published)",
     )
     add_numerics(add, None, "of quantised layers, as in qdit sample (simulated)")
     add("--vae", type=Path, help="the autoencoder, for checkpoints that hold none")
     add(
         "--range-samples",
-        type=int,
+        type=count,
         help="trajectories for the histograms of ranges, 0 for none (4)",
     )
 
@@ -106,7 +122,7 @@ def add_score_options(add: Any) -> None:
     add(
         "--features",
         nargs="+",
-        default=["demo"],
+        default=OF_SCORES["features"],
         metavar=("demo|inception", "CKPT"),
         help="`demo` (digits, the default), or `inception` and a converted checkpoint",
     )
@@ -117,18 +133,29 @@ def add_score_options(add: Any) -> None:
         help="of Inception's input: as the published evaluator, or as its PyTorch port",
     )
     add("--out", type=Path, help="of checkpoints: the folder of results (qdit-evaluate); of files: metrics.json")  # fmt: skip
-    add("--batch-size", type=int, help="images at once (files 64; sampling 16 a device, 4 on CPU)")
+    add(
+        "--batch-size",
+        type=positive_int,
+        help="images at once (files 64; sampling 16 a device, 4 on CPU)",
+    )
     add(
         "--min-samples",
-        type=int,
+        type=whole_number(2),
         help="score this few samples too (default: one more than the network has features)",
     )
-    add("--split-size", type=int, default=5000, help="of the Inception Score (%(default)s)")
-    add("--kernel-samples", type=int, default=10_000, help="of each set for KID (%(default)s)")
-    add("--seed", type=int, default=0, help="of noise and of subsets (%(default)s)")
+    add(
+        "--split-size", type=positive_int, default=5000, help="of the Inception Score (%(default)s)"
+    )
+    add(
+        "--kernel-samples",
+        type=positive_int,
+        default=10_000,
+        help="of each set for KID (%(default)s)",
+    )
+    add("--seed", type=seed_number, default=0, help="of noise and of subsets (%(default)s)")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Scores files or compares checkpoints, prints tables, and writes what was asked for."""
     from qdit_jax.errors import UserError
 
@@ -143,11 +170,20 @@ def run(args: argparse.Namespace) -> None:
     for name, default in used.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
+    if args.features[0] == "demo":
+        refuse_inert(
+            args, {"preprocessing": "published"}, "it is of Inception's input: --features inception"
+        )
     if args.checkpoint is None:
         from qdit_jax.cli.evaluate_files import evaluate_files  # jax loads only when a verb runs
 
-        evaluate_files(args)
-    else:
-        from qdit_jax.cli.evaluate_models import evaluate_models
+        return evaluate_files(args)
+    if args.reference is None:
+        if args.features != OF_SCORES["features"]:
+            raise UserError(
+                "--features needs --reference: scores compare features with a reference's."
+            )
+        refuse_inert(args, OF_SCORES, "scores compare with a --reference, and none is given")
+    from qdit_jax.cli.evaluate_models import evaluate_models
 
-        evaluate_models(args)
+    return evaluate_models(args)

@@ -6,15 +6,14 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from qdit_jax import metrics
+from qdit_jax.cli.progress import Bar
 from qdit_jax.errors import UserError
 from qdit_jax.files import replaced_file
 from qdit_jax.metrics import DEMO_FEATURES, INCEPTION_FEATURES
@@ -25,7 +24,7 @@ from qdit_jax.models import (
     demo_features_fn,
     inception_features_fn,
 )
-from qdit_jax.report import save_picture, side_by_side
+from qdit_jax.report import provenance, save_picture, side_by_side
 
 NUM_PICTURES = 64
 FILE_BATCH = 64
@@ -47,8 +46,10 @@ class Judge:
     settings: metrics.ScoreSettings
 
 
-def evaluate_files(args: argparse.Namespace) -> None:
+def evaluate_files(args: argparse.Namespace) -> dict[str, Any]:
     """Scores `args.samples` against `args.reference`, prints a table, writes files asked for.
+
+    Returns what metrics.json holds.
 
     Raises:
         ValueError: one sentence for anything in the input that would make a number meaningless.
@@ -58,7 +59,7 @@ def evaluate_files(args: argparse.Namespace) -> None:
     if args.reference is None:
         raise UserError("--samples needs --reference: a .npz file, or `demo`.")
     judge = chosen_judge(args, metrics.image_shape(args.samples), str(args.samples))
-    (found,) = score_files(judge, [args.samples], args.batch_size)
+    (found,) = score_files(args, judge, [args.samples], args.batch_size)
     summary = describe(args, judge.features, found)
     print_table(summary)
     if args.out:
@@ -69,6 +70,7 @@ def evaluate_files(args: argparse.Namespace) -> None:
         if judge.reference.has_images:
             sources["reference"] = judge.reference_path
         write_pictures(args.pictures, sources)
+    return summary
 
 
 def chosen_judge(args: argparse.Namespace, shape: tuple[int, ...], name: str) -> Judge:
@@ -96,14 +98,16 @@ def chosen_judge(args: argparse.Namespace, shape: tuple[int, ...], name: str) ->
     return Judge(features_fn, features, reference_path, reference, settings)
 
 
-def score_files(judge: Judge, paths: Sequence[Path], batch_size: int) -> list[dict[str, Any]]:
+def score_files(
+    args: argparse.Namespace, judge: Judge, paths: Sequence[Path], batch_size: int
+) -> list[dict[str, Any]]:
     """Returns the scores of the images in each file, by the names of `metrics.names`."""
     real = None
     if judge.reference.has_images:
-        real = features_of(judge.features_fn, judge.reference_path, batch_size, "reference")
+        real = features_of(args, judge.features_fn, judge.reference_path, batch_size, "reference")
     return [
         metrics.scores(
-            features_of(judge.features_fn, path, batch_size, path.stem),
+            features_of(args, judge.features_fn, path, batch_size, path.stem),
             judge.reference,
             real,
             judge.settings,
@@ -119,9 +123,6 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError(f"--features {kind} is unknown; use `demo`, or `inception CKPT`.")
     if len(rest) != (kind == INCEPTION_FEATURES):
         raise UserError("--features takes `demo` alone, or `inception` and one checkpoint folder.")
-    for name in ("batch_size", "split_size", "kernel_samples"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
 
 
 def demo_statistics() -> Path:
@@ -152,21 +153,23 @@ def chosen_features(args: argparse.Namespace) -> tuple[FeaturesFn, str]:
             f"{folder} holds a {type(checkpoint.model).__name__}, not the Inception network; make "
             "one with `qdit convert pt_inception-2015-12-05-6726825d.pth OUT`."
         )
-    half_pixel = args.preprocessing == "port"
+    half_pixel = getattr(args, "preprocessing", "published") == "port"
     return inception_features_fn(checkpoint.params, half_pixel=half_pixel), INCEPTION_FEATURES
 
 
 def features_of(
-    features_fn: FeaturesFn, path: Path, batch_size: int, name: str
+    args: argparse.Namespace, features_fn: FeaturesFn, path: Path, batch_size: int, name: str
 ) -> metrics.Features:
     """Returns the features of all images in a file, with a progress bar."""
     count = metrics.image_shape(path)[0]
     batches = metrics.image_batches(path, batch_size)
-    return metrics.extract(features_fn, progress(batches, count, name))
+    return metrics.extract(features_fn, progress(args, batches, count, name))
 
 
-def progress(batches: Iterator[np.ndarray], count: int, name: str) -> Iterator[np.ndarray]:
-    with tqdm(total=count, desc=name, unit="image", disable=not sys.stderr.isatty()) as bar:
+def progress(
+    args: argparse.Namespace, batches: Iterator[np.ndarray], count: int, name: str
+) -> Iterator[np.ndarray]:
+    with Bar(args, count, "image", f"scoring {name}") as bar:
         for batch in batches:
             yield batch
             bar.update(len(batch))
@@ -179,6 +182,8 @@ def describe(args: argparse.Namespace, features: str, found: dict[str, Any]) -> 
         "reference": str(args.reference),
         "features": features,
         "num_samples": found["num_samples"],
+        "seed": args.seed,
+        "made": provenance(),
         "scores": labelled(features, found),
     }
     if features == INCEPTION_FEATURES:

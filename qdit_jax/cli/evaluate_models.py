@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
+import logging
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from qdit_jax import checkpoint as checkpoints
 from qdit_jax.calibration import Stats, calibrate
 from qdit_jax.checkpoint import Checkpoint
+from qdit_jax.cli.checkpoints import diffusion_checkpoint, with_autoencoder
 from qdit_jax.cli.evaluate_files import (
     FILE_BATCH,
     Judge,
@@ -24,8 +23,8 @@ from qdit_jax.cli.evaluate_files import (
     labelled,
     score_files,
 )
-from qdit_jax.cli.sample import guidance_channels
-from qdit_jax.cli.sample_run import chosen_sampler, own_walk_text
+from qdit_jax.cli.progress import Bar
+from qdit_jax.cli.sample_run import chosen_channels, chosen_sampler, own_walk_text
 from qdit_jax.errors import UserError
 from qdit_jax.evaluation import (
     MEASURES,
@@ -39,15 +38,22 @@ from qdit_jax.evaluation import (
     write_evaluation,
 )
 from qdit_jax.files import replaced_file
-from qdit_jax.models import family_of
 from qdit_jax.report import save_picture
-from qdit_jax.sampling import conditions_in_turn, decode
+from qdit_jax.sampling import (
+    check_numerics,
+    conditions_in_turn,
+    decode,
+    denoiser,
+    num_guided_channels,
+)
 
 DEFAULT_OUT = Path("qdit-evaluate")
 
 
-def evaluate_models(args: argparse.Namespace) -> None:
+def evaluate_models(args: argparse.Namespace) -> dict[str, Any]:
     """Samples, measures, scores, prints tables and writes the folder `args.out`.
+
+    Returns what metrics.json holds.
 
     Raises:
         ValueError: one sentence for anything that would make a number meaningless.
@@ -57,18 +63,23 @@ def evaluate_models(args: argparse.Namespace) -> None:
     if out.suffix in (".json", ".html", ".npz", ".png"):
         raise UserError(f"--out {out}: of checkpoints, it is a folder for all results.")
     contenders = loaded(args)
+    model = contenders[0].checkpoint.model
+    args.guidance_channels = num_guided_channels(model, args.guidance_channels)
+    for contender in contenders:  # what guidance does not fit, before the folder is made
+        denoiser(contender.checkpoint.model, {}, args.guidance, args.guidance_channels)
     protocol = chosen_protocol(args, contenders)
     judge = None
     if args.reference is not None:
         judge = judge_of(args, contenders)
-    with tqdm(total=args.num_samples, unit="sample", file=sys.stderr) as bar:
+    if (out / "shards").exists():
+        logging.getLogger("qdit_jax").info("going on from %s", out)
+    with Bar(args, args.num_samples, "sample", "sampling", resumes=True) as bar:
         run = run_evaluation(contenders, protocol, out, bar.update)
-    model = contenders[0].checkpoint.model
     label = conditions_in_turn(model, None, np.arange(args.num_samples))
     files = merged(run, contenders, label)
     scores = {}
     if judge is not None:
-        found = score_files(judge, files, args.batch_size or FILE_BATCH)
+        found = score_files(args, judge, files, args.batch_size or FILE_BATCH)
         scores = {
             c.title: labelled(judge.features, f) for c, f in zip(contenders, found, strict=True)
         }
@@ -82,45 +93,38 @@ def evaluate_models(args: argparse.Namespace) -> None:
     print(
         f"wrote {out / 'report.html'}, {out / 'metrics.json'} and {files[-1 if len(files) < 3 else 1]}"
     )
+    return summary
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises `UserError` if options do not fit together."""
     if args.compare is not None and args.against is None:
         raise UserError("--compare OTHER needs --against REF: both are held against it.")
-    if args.num_samples < 2:
-        raise UserError(f"--num-samples {args.num_samples} is too few; use at least 2.")
-    if args.range_samples < 0:
-        raise UserError(f"--range-samples {args.range_samples}: use 0 or more.")
-    if args.reference is None and args.features != ["demo"]:
-        raise UserError("--features needs --reference: scores compare features with a reference's.")
-    batch_size, args.batch_size = args.batch_size, args.batch_size or FILE_BATCH
-    if batch_size is not None and batch_size < 1:
-        raise UserError("--batch-size must be at least 1.")
     check_options(args)
-    args.batch_size = batch_size
-    try:
-        args.guidance_channels = guidance_channels(args.guidance_channels)
-    except argparse.ArgumentTypeError as error:
-        raise UserError(f"--guidance-channels: {error}.") from None
+    args.guidance_channels = chosen_channels(args)
 
 
 def loaded(args: argparse.Namespace) -> list[Contender]:
     """Returns the contenders, the reference first, each with an autoencoder where one is known."""
     paths = [p for p in (args.against, args.checkpoint, args.compare) if p is not None]
-    found = [checkpoints.load(path) for path in paths]
-    for path, checkpoint in zip(paths, found, strict=True):
-        if not family_of(checkpoint.model).is_diffusion:
-            kind = type(checkpoint.model).__name__
-            raise UserError(f"{path} holds a {kind}, which makes no pictures by itself.")
-    given = None if args.vae is None else checkpoints.load(args.vae)
-    if given is not None and family_of(given.model).is_diffusion:
-        raise UserError(f"--vae {args.vae} holds no autoencoder.")
-    known = given or next((c.vae for c in found if c.vae is not None), None)
+    found = [with_autoencoder(diffusion_checkpoint(path), args.vae) for path in paths]
+    check_all_numerics(args, found)
+    known = next((c.vae for c in found if c.vae is not None), None)
     return [
-        Contender(title, dataclasses.replace(c, vae=given or c.vae or known))
+        Contender(title, dataclasses.replace(c, vae=c.vae or known))
         for title, c in zip(titles(paths), found, strict=True)
     ]
+
+
+def check_all_numerics(args: argparse.Namespace, found: list[Checkpoint]) -> None:
+    """Raises `ValueError` if integer numerics has no effect on any of the checkpoints."""
+    for i, checkpoint in enumerate(found):
+        try:
+            check_numerics(checkpoint.params, args.numerics)
+            return
+        except ValueError:
+            if i == len(found) - 1:
+                raise
 
 
 def titles(paths: list[Path]) -> list[str]:
@@ -241,10 +245,11 @@ def write_results(
 def print_summary(summary: dict[str, Any]) -> None:
     first = summary["models"][0]
     for model in summary["models"]:
+        timed = "" if model["num_timings"] > 1 else ", one timing: noisy"
         print(
             f"{model['title']}: {model['numerics']}, {model['bytes']:,} bytes "
             f"({first['bytes'] / model['bytes']:.2f}x smaller), "
-            f"{model['seconds_per_sample']:.3g} s a sample"
+            f"{model['seconds_per_sample']:.3g} s a sample{timed}"
         )
     for title, measures in summary["paired"].items():
         print(

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from qdit_jax.cli.options import verb_parser
+
 HELP = """\
 Write a checkpoint, quantised or not, to one safetensors file, or make a folder of such a file.
 
@@ -22,19 +24,14 @@ SUFFIX = ".safetensors"
 
 def add_parser(subparsers: Any) -> None:
     """Adds the verb with its options."""
-    parser = subparsers.add_parser(
-        "export",
-        help="write a checkpoint to one safetensors file, or read one back",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = verb_parser(subparsers, "export", HELP)
     parser.add_argument("source", metavar="SRC", type=Path, help="checkpoint folder, or the file")
     parser.add_argument("out", metavar="OUT", type=Path, help="file to write, or the folder")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Writes OUT; raises `UserError` if not exactly one of both names is a .safetensors file."""
     from qdit_jax import checkpoint
     from qdit_jax.checkpoint import single_file as export
@@ -50,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
     if args.out.suffix == SUFFIX:
         export.save_safetensors(args.out, checkpoint.load(args.source), overwrite=args.force)
         print(f"wrote {args.out}, {args.out.stat().st_size:,} bytes")
-        return
+        return {"out": args.out, "bytes": args.out.stat().st_size}
     checkpoint.save(args.out, export.load_safetensors(args.source), overwrite=args.force)
     print(f"wrote {args.out}")
+    return {"out": args.out}

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qdit_jax.cli.options import finite_float, positive_int, seed_number, verb_parser
+
 HELP = """\
 Show what a checkpoint folder holds, or what `qdit convert` would make of a PyTorch file.
 
@@ -22,37 +24,32 @@ examples:
   qdit inspect xl2 --stats --out xl2-stats --num-samples 4 --steps 10
 """
 # Options of --stats with their defaults.
-STATS = {"num_samples": 4, "steps": 10, "guidance": 1.5, "seed": 0, "batch_size": 4, "out": None}
+STATS = {"num_samples": 4, "steps": 10, "guidance": None, "seed": 0, "batch_size": 4, "out": None}
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "inspect",
-        help="show what a checkpoint or a PyTorch file holds",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Adds the verb with its options."""
+    parser = verb_parser(subparsers, "inspect", HELP)
     parser.add_argument("path", metavar="PATH", type=Path, help="a checkpoint folder or a file")
-    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--stats", action="store_true", help="draw weights and activations")
     add = parser.add_argument_group("of --stats").add_argument
     add("--out", type=Path, help="folder of the results (PATH-stats, here)")
-    add("--num-samples", type=int, help="trajectories (4)")
-    add("--steps", type=int, help="of each (10)")
-    add("--guidance", type=float, help="1 turns it off (1.5)")
-    add("--batch-size", type=int, help="samples at once (4)")
-    add("--seed", type=int, help="of the noise (0)")
+    add("--num-samples", type=positive_int, help="trajectories (4)")
+    add("--steps", type=positive_int, help="of each (10)")
+    add("--guidance", type=finite_float, help="1 turns it off (1.5; 1 without null class)")
+    add("--batch-size", type=positive_int, help="samples at once (4)")
+    add("--seed", type=seed_number, help="of the noise (0)")
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Prints what there is, or draws it; returns the same as values."""
     from qdit_jax.checkpoint import exported_parts
     from qdit_jax.errors import UserError
 
     is_checkpoint = (args.path / "model.json").is_file()
     if args.stats:
-        draw_stats(args, is_checkpoint)
-        return
+        return draw_stats(args, is_checkpoint)
     if given := [name for name in STATS if getattr(args, name) is not None]:
         raise UserError(f"--{given[0].replace('_', '-')} is an option of --stats.")
     parts = folder_parts(args.path) if is_checkpoint else exported_parts(args.path)
@@ -60,13 +57,11 @@ def run(args: argparse.Namespace) -> None:
         from qdit_convert import describe, description_text
 
         described = describe(args.path)
-        print(json.dumps(described, indent=1) if args.json else description_text(described))
-        return
+        print(description_text(described))
+        return described
     summary = summarize(str(args.path), parts)
-    if args.json:
-        print(json.dumps(summary, indent=1))
-    else:
-        print_tree(summary)
+    print_tree(summary)
+    return summary
 
 
 def folder_parts(folder: Path) -> dict[str, Any]:
@@ -81,8 +76,8 @@ def folder_parts(folder: Path) -> dict[str, Any]:
     }
 
 
-def draw_stats(args: argparse.Namespace, is_checkpoint: bool) -> None:
-    """Samples a little, draws, and prints the layers that stand out.
+def draw_stats(args: argparse.Namespace, is_checkpoint: bool) -> dict[str, Any]:
+    """Samples a little, draws, prints the layers that stand out, and returns the figures.
 
     Raises:
         UserError: if there is no checkpoint of a diffusion transformer, or an option is off.
@@ -92,9 +87,6 @@ def draw_stats(args: argparse.Namespace, is_checkpoint: bool) -> None:
     for name, default in STATS.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
-    for name in ("num_samples", "steps", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: use 1 or more.")
     if not is_checkpoint and args.path.exists():
         raise UserError(
             f"{args.path} is no checkpoint folder; --stats runs the model, so make one with "
@@ -104,9 +96,6 @@ def draw_stats(args: argparse.Namespace, is_checkpoint: bool) -> None:
     if out.is_file():
         raise UserError(f"--out {out} is a file; choose a folder.")
     summary = recorded(args, out)
-    if args.json:
-        print(json.dumps(summary, indent=1))
-        return
     for path, entry in summary["inputs"].items():
         weights = summary["weights"][path]
         print(
@@ -116,33 +105,28 @@ def draw_stats(args: argparse.Namespace, is_checkpoint: bool) -> None:
             f"{entry['drift']:.2f}"
         )
     print(f"wrote {out / 'report.html'}, {out / 'stats.json'} and 5 charts")
+    return summary
 
 
 def recorded(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Runs the model, writes the report to `out` and returns its figures."""
-    import sys
-
     import jax
-    from tqdm import tqdm
 
     from qdit_jax.calibration import calibrate, default_sampler
-    from qdit_jax.checkpoint import load
-    from qdit_jax.errors import UserError
-    from qdit_jax.models import family_of
+    from qdit_jax.cli.checkpoints import diffusion_checkpoint, guidance_of
+    from qdit_jax.cli.progress import Bar
     from qdit_jax.report import write_model_report
 
-    checkpoint = load(args.path)
-    if not family_of(checkpoint.model).is_diffusion:
-        kind = type(checkpoint.model).__name__
-        raise UserError(f"{args.path} holds a {kind}; --stats draws diffusion transformers.")
+    checkpoint = diffusion_checkpoint(args.path)
+    guidance = guidance_of(checkpoint, args.guidance)
     sampler = default_sampler(checkpoint, args.steps)
-    with tqdm(total=args.num_samples, unit="sample", file=sys.stderr) as bar:
+    with Bar(args, args.num_samples, "sample", "sampling") as bar:
         stats = calibrate(
             checkpoint,
             jax.random.key(args.seed),
             args.num_samples,
             sampler=sampler,
-            guidance=args.guidance,
+            guidance=guidance,
             batch_size=min(args.batch_size, args.num_samples),
             progress_fn=bar.update,
         )
@@ -150,7 +134,7 @@ def recorded(args: argparse.Namespace, out: Path) -> dict[str, Any]:
         "sampler": type(sampler).__name__,
         "steps": args.steps,
         "samples": args.num_samples,
-        "guidance": args.guidance,
+        "guidance": guidance,
         "seed": args.seed,
     }
     title = args.path.resolve().name

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import textwrap
 from typing import Any
+
+from qdit_jax.cli.options import verb_parser
 
 HELP = """\
 List the methods of `qdit quantize --method NAME`: the idea in a sentence, the paper, what is
@@ -24,21 +25,18 @@ DATA = {
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "methods",
-        help="list the ways to quantise",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    """Adds the verb."""
+    parser = verb_parser(subparsers, "methods", HELP)
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Prints every method of the table, and returns them by name."""
     from qdit_jax.methods import METHODS, method_named
 
     described = [method_named(name).to_json() for name in METHODS]
-    print(json.dumps(described, indent=1) if args.json else "\n\n".join(map(entry, described)))
+    print("\n\n".join(map(entry, described)))
+    return {"methods": described}
 
 
 def entry(method: dict[str, Any]) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qdit_jax.cli.options import verb_parser
 from qdit_jax.cli.quantize_options import (
     PresetOptions,
     add_method_options,
@@ -23,6 +24,7 @@ quantised while the network runs, per token and group. The new checkpoint needs 
 examples:
   qdit quantize xl2 xl2-w4a8 --recipe w4a8 --group-size 128
   qdit quantize xl2 xl2-w8a8 --recipe w8a8 --group-size 0       # one scale a channel
+  qdit quantize xl2 xl2-all --recipe w4a8-all                   # every layer and label table
   qdit quantize xl2 out --recipe recipe.json                    # per-layer settings
   qdit quantize xl2 out --recipe w4a8 --dry-run                 # the plan only, writes nothing
   qdit quantize xl2 out --recipe w4a8 --method gptq --range mse --num-samples 64
@@ -38,16 +40,14 @@ checked on held-out trajectories and keeps rounding to nearest where that is bet
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "quantize",
-        help="quantise a checkpoint",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Adds the verb with its options."""
+    parser = verb_parser(subparsers, "quantize", HELP)
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a checkpoint folder")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
     parser.add_argument(
-        "--recipe", required=True, help="w4a8, w6a8, w8a8, ... (w<bits>a<bits>), or a recipe.json"
+        "--recipe",
+        required=True,
+        help="w4a8, w6a8, w8a8, ... (w<bits>a<bits>), w4a8-all for every layer, or a recipe.json",
     )
     add_preset_options(parser)
     parser.add_argument(
@@ -59,29 +59,39 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Prints the plan and carries it out; returns the bytes before and after."""
     import qdit_jax as qdit
     from qdit_jax.checkpoint import open_checkpoint
+    from qdit_jax.cli import quantize_table as table
+    from qdit_jax.cli.progress import Bar
+    from qdit_jax.cli.quantize_checks import check_options
     from qdit_jax.files import check_free
     from qdit_jax.methods import method_named
+    from qdit_jax.sampling import check_diffusion_model
 
     if not args.dry_run:
         check_free(args.out, args.force)
     checkpoint = open_checkpoint(args.checkpoint)  # which reads no array
-    options = PresetOptions.of(vars(args))
-    recipe = recipe_of(args.recipe, options, args.method, checkpoint.params)
-    plans = {plan.path: plan for plan in qdit.plan(checkpoint.params, recipe)}
+    check_diffusion_model(checkpoint.model, args.checkpoint)
+    recipe = recipe_of(args.recipe, PresetOptions.of(vars(args)), args.method, checkpoint.params)
+    check_options(args, recipe)
     if args.stats is None and not args.dry_run:
         check_dynamic(recipe)
+    plans = {plan.path: plan for plan in qdit.plan(checkpoint.params, recipe)}
+    rows = list(plans.values())
     learns = bool(method_named(args.method).needs) and not args.dry_run
-    show = table_printer(plans, "output error, dB" if learns else "error, dB")
+    print(table.header(rows, table.OUTPUT_RATIO if learns else table.WEIGHT_RATIO))
+
+    def show(path: str, ratio: str) -> None:
+        print(table.row(plans[path], rows, ratio), flush=True)
+
     if args.dry_run:
         for path in plans:
             show(path, "-")
-        print_totals(plans.values(), checkpoint.params)
-        return
+        return told(table.totals(rows, checkpoint.params), recipe, checkpoint.params)
     data = data_of(args.items if learns else None, args.stats, vars(args))
-    with progress_bar(learns) as bar:
+    with Bar(args, 0, "batch", "rounding") as bar:
         written = qdit.quantize(
             args.checkpoint,
             args.method,
@@ -91,26 +101,34 @@ def run(args: argparse.Namespace) -> None:
             overwrite=args.force,
             on_layer=lambda layer: show(layer.path, errors(layer)),
             on_note=print,
-            on_total=bar.reset,
+            on_total=bar.expect,
             progress_fn=bar.update,
         )
-    print_totals(plans.values(), written.params)
+    folders = {"before": args.checkpoint, "after": args.out}
+    totals = table.totals(rows, checkpoint.params, written.params, folders)
+    found = told(totals, recipe, checkpoint.params)
     print(f"wrote {args.out}")
+    return {"out": args.out, "method": args.method, **found}
 
 
-def progress_bar(shown: bool) -> Any:
-    """Returns a bar of the network's batches, on a terminal and where there are any."""
-    from tqdm import tqdm
+def told(found: dict[str, Any], recipe: Any, params: Any) -> dict[str, Any]:
+    """Prints the totals and what was left; returns both."""
+    from qdit_jax.cli import quantize_table as table
 
-    return tqdm(unit="batch", disable=None if shown else True)
+    print(table.totals_text(found))
+    if (line := table.left_text(recipe, params)) is not None:
+        print(line)
+    left = recipe.operands_left(params)
+    return {"recipe": recipe.name, **found, "attention_operands_left": left}
 
 
 def errors(layer: Any) -> str:
     """Returns a layer's errors in dB as its line of the table shows them."""
+    warning = "" if layer.warning is None else f"  ! {layer.warning}"
     if layer.nearest_db is None:
-        return f"{layer.error_db:.1f}"
+        return f"{layer.error_db:.1f}".rjust(9) + warning
     kept = "  kept nearest" if layer.fell_back else ""
-    return f"{layer.nearest_db:.1f} -> {layer.error_db:.1f}{kept}"
+    return f"{layer.nearest_db:.1f} -> {layer.error_db:.1f}{kept}{warning}"
 
 
 def data_of(items: Path | None, stats: Path | None, settings: Mapping[str, Any]) -> Any:
@@ -133,40 +151,3 @@ def check_dynamic(recipe: Any) -> None:
 
     if any(rule.spec.act and rule.spec.act.mode == "static" for rule in recipe.rules):
         raise qdit.UserError("static activations need --stats FILE from `qdit calibrate`.")
-
-
-def table_printer(plans: dict[str, Any], title: str) -> Callable[[str, str], None]:
-    """Prints the table's head; returns `(path, error)`, which prints one layer's line."""
-    width = max(map(len, plans), default=10)
-    print(f"{'layer':{width}}  {'K x N':>11}  weights   inputs    bytes before     after  {title}")
-
-    def show(path: str, error: str) -> None:
-        plan = plans[path]
-        shape = f"{plan.shape[0]} x {plan.shape[1]}"
-        print(
-            f"{path:{width}}  {shape:>11}  {describe(plan.spec.weight):8}  {describe(plan.spec.act):8}"
-            f"  {plan.bytes_before:12,}  {plan.bytes_after:8,}  {error:>9}",
-            flush=True,
-        )
-
-    return show
-
-
-def describe(spec: Any) -> str:
-    """Returns a spec in few letters, such as `4b g128`."""
-    if spec is None:
-        return "-"
-    return f"{spec.bits}b g{spec.group_size}" + ("s" if spec.symmetric else "")
-
-
-def print_totals(plans: Iterable[Any], params: Any) -> None:
-    import jax
-
-    plans = list(plans)
-    before = sum(plan.bytes_before for plan in plans)
-    after = sum(plan.bytes_after for plan in plans)
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    print(
-        f"{len(plans)} layers: {before:,} -> {after:,} bytes by the formula "
-        f"({before / max(after, 1):.2f}x smaller); all parameters now {held:,} bytes"
-    )

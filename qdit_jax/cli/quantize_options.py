@@ -8,6 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qdit_jax.cli.options import (
+    count,
+    finite_float,
+    pattern,
+    positive_int,
+    seed_number,
+    share,
+)
 from qdit_jax.methods import METHODS
 
 STAGES = ("block", "layer")
@@ -44,11 +52,11 @@ class PresetOptions:
 def add_preset_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--group-size",
-        type=int,
+        type=count,
         help="input channels a scale; 0 is the whole channel (default 128)",
     )
     parser.add_argument(
-        "--act-group-size", type=int, help="of the activations; the weights' if absent"
+        "--act-group-size", type=count, help="of the activations; the weights' if absent"
     )
     parser.add_argument("--symmetric", action="store_true", help="no zero points")
     parser.add_argument(
@@ -57,7 +65,12 @@ def add_preset_options(parser: argparse.ArgumentParser) -> None:
         help=f"of the weights: {', '.join(RANGES)} (default: the method's own, minmax for rtn)",
     )
     parser.add_argument("--act-mode", choices=ACT_MODES, default="dynamic")
-    parser.add_argument("--layers", help="regular expression of the layers a preset quantises")
+    parser.add_argument(
+        "--layers",
+        type=pattern,
+        metavar="REGEX",
+        help="of the layers that a preset quantises (default: the linears of every block)",
+    )
     for part in ("adaln", "embedders", "final"):
         parser.add_argument(f"--{part}", metavar="WxAy", help=f"quantise {part} too, as w8a8")
     parser.add_argument(
@@ -88,15 +101,17 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         "--items", type=Path, help="inputs from `qdit calibrate --collect`; sampled now if absent"
     )
     group.add_argument(
-        "--num-samples", type=int, default=32, help="trajectories sampled (default 32)"
+        "--num-samples", type=positive_int, default=32, help="trajectories sampled (default 32)"
     )
-    group.add_argument("--steps", type=int, default=50, help="steps a trajectory (default 50)")
-    group.add_argument("--guidance", type=float, default=1.5)
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--batch-size", type=int, default=8)
+    group.add_argument(
+        "--steps", type=positive_int, default=50, help="steps a trajectory (default 50)"
+    )
+    group.add_argument("--guidance", type=finite_float, default=1.5)
+    group.add_argument("--seed", type=seed_number, default=0)
+    group.add_argument("--batch-size", type=positive_int, default=8)
     group.add_argument(
         "--holdout",
-        type=float,
+        type=share,
         help="share of trajectories that check each layer against nearest (default 0.25; "
         "0 for qdit_release)",
     )

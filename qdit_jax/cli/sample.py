@@ -7,6 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from qdit_jax.cli.numerics_option import add_numerics
+from qdit_jax.cli.options import (
+    finite_float,
+    guidance_channels,
+    positive_float,
+    positive_int,
+    seed_number,
+    verb_parser,
+)
 
 EXAMPLE = """example:
   qdit sample ckpt_dir --labels 207,360 --steps 50 --guidance 1.5 --seed 0 --out grid.png
@@ -17,12 +25,11 @@ SAMPLERS = ("ddim", "ddpm", "flow")
 
 def add_parser(subparsers: Any) -> None:
     """Adds the verb with its options."""
-    parser = subparsers.add_parser(
+    parser = verb_parser(
+        subparsers,
         "sample",
-        help="make pictures",
-        description="Makes pictures with a checkpoint, full precision or quantised alike.",
+        "Makes pictures with a checkpoint, full precision or quantised alike.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("checkpoint", type=Path, help="folder written by convert or quantize")
@@ -30,7 +37,11 @@ def add_parser(subparsers: Any) -> None:
     add(
         "--labels", help="classes such as 207,360 or 0-9, repeated as needed (default: all in turn)"
     )
-    add("--num-samples", type=int, help="how many (default: one for each of --labels, else 8)")
+    add(
+        "--num-samples",
+        type=positive_int,
+        help="how many (default: one for each of --labels, else 8)",
+    )
     add(
         "--sampler",
         choices=SAMPLERS,
@@ -43,25 +54,32 @@ def add_parser(subparsers: Any) -> None:
         help="number, spaced as the checkpoint's scheduler says if it has one, or a published "
         "spacing: ddim25, 10,15,20 (%(default)s)",
     )
-    add("--eta", type=float, default=0.0, help="noise of ddim: 0 none, 1 as ddpm (%(default)s)")
-    add("--guidance", type=float, default=1.5, help="1 turns it off (%(default)s)")
+    add(
+        "--eta",
+        type=finite_float,
+        default=0.0,
+        help="noise of ddim: 0 none, 1 as ddpm (%(default)s)",
+    )
+    add("--guidance", type=finite_float, default=1.5, help="1 turns it off (%(default)s)")
     add(
         "--guidance-channels",
         type=guidance_channels,
-        default=3,
+        default="published",
         metavar="N|all",
-        help="guided latent channels: 3 as published, all as diffusers (%(default)s)",
+        help="guided channels: published (3 of DiT's 4), all as diffusers does (%(default)s)",
     )
-    add("--clip", type=float, help="clip the predicted data to [-CLIP, CLIP] at every step")
+    add(
+        "--clip", type=positive_float, help="clip the predicted data to [-CLIP, CLIP] at every step"
+    )
     add(
         "--seed",
-        type=int,
+        type=seed_number,
         default=0,
         help="sample i depends on seed, i and label only (%(default)s)",
     )
     add(
         "--batch-size",
-        type=int,
+        type=positive_int,
         help="samples at once, over all devices (default: 16 a device, 4 on CPU)",
     )
     add_numerics(
@@ -71,21 +89,12 @@ def add_parser(subparsers: Any) -> None:
         "integers or elements, scaled afterwards; quantised inputs needed (%(default)s)",
     )
     add("--vae", type=Path, help="checkpoint of the autoencoder, where CHECKPOINT holds none")
-    add("--columns", type=int, help="pictures in a row of the grid")
+    add("--columns", type=positive_int, help="pictures in a row of the grid")
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Samples, decodes and writes; raises `UserError` on options that do not fit."""
     from qdit_jax.cli.sample_run import run_sample  # jax loads only when a verb runs
 
-    run_sample(args)
-
-
-def guidance_channels(text: str) -> int | None:
-    """Returns a count of channels, None for `all`."""
-    if text == "all":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number, nor 'all'")
-    return int(text)
+    return run_sample(args)

@@ -3,56 +3,55 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import sys
+import re
 import time
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from qdit_jax import checkpoint as checkpoints
 from qdit_jax import diffusion, sampling
+from qdit_jax.cli.checkpoints import diffusion_checkpoint, with_autoencoder
+from qdit_jax.cli.options import LARGEST_COUNT, refuse_inert
+from qdit_jax.cli.progress import Bar
 from qdit_jax.errors import UserError
 from qdit_jax.kernels import implementations_used
-from qdit_jax.models import family_of, rows_per_sample
+from qdit_jax.models import rows_per_sample
 from qdit_jax.report import media
 
+WHOLE = re.compile("[0-9]+")
 SMALLEST_CELL = 64  # pixels; smaller pictures are enlarged in a grid
 
 
-def run_sample(args: argparse.Namespace) -> None:
-    """Samples, decodes and writes; prints what was made and how long it took.
+def run_sample(args: argparse.Namespace) -> dict[str, Any]:
+    """Samples, decodes and writes; prints what was made and how long it took, and returns it.
 
     Raises:
         UserError: on options that do not fit the checkpoint or each other.
     """
     if args.out.suffix not in (".png", ".npz"):
         raise UserError(f"--out {args.out}: the name must end with .png or .npz.")
-    if args.num_samples is not None and args.num_samples < 1:
-        raise UserError(f"--num-samples {args.num_samples}: use a positive number.")
-    checkpoint = checkpoints.load(args.checkpoint)
-    if not family_of(checkpoint.model).is_diffusion:
-        kind = type(checkpoint.model).__name__
-        raise UserError(f"{args.checkpoint} holds a {kind}, which makes no pictures by itself.")
-    if args.vae is not None:
-        checkpoint = dataclasses.replace(checkpoint, vae=checkpoints.load(args.vae))
+    if args.out.suffix == ".npz":
+        refuse_inert(args, {"columns": None}, "an .npz has no grid")
+    checkpoint = with_autoencoder(diffusion_checkpoint(args.checkpoint), args.vae)
     classes = checkpoint.model.all_conditions()
     label = chosen_labels(args.labels, args.num_samples, len(classes))
     sampler = chosen_sampler(args, checkpoint)
     walk = own_walk_text(args, checkpoint)
+    channels = chosen_channels(args)
     check_pictures(args, checkpoint)
     checkpoint.model.check_condition(label)  # before the progress bar appears
     if walk is not None:
         print(walk)
     start = time.perf_counter()
-    with tqdm(total=len(label), unit="sample", file=sys.stderr) as bar:
+    with Bar(args, len(label), "sample", "sampling") as bar:
         images = sampling.generate(
             checkpoint,
             sampler,
             label,
             seed=args.seed,
             guidance=args.guidance,
-            guidance_channels=args.guidance_channels,
+            guidance_channels=channels,
             batch_size=args.batch_size,
             numerics=args.numerics,
             progress_fn=bar.update,
@@ -62,8 +61,27 @@ def run_sample(args: argparse.Namespace) -> None:
     write(args, checkpoint, images, label)
     print(
         f"{args.out}: {len(label)} samples, {type(sampler).__name__} {args.steps} steps, "
-        f"guidance {args.guidance:g}, {precision(checkpoint, args.numerics)}, {seconds:.1f} s."
+        f"guidance {args.guidance:g}, {precision(checkpoint, args.numerics)}, {seconds:.1f} s "
+        "with compilation."
     )
+    return {
+        "out": args.out,
+        "num_samples": len(label),
+        "labels": label,
+        "sampler": type(sampler).__name__,
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "seed": args.seed,
+        "precision": precision(checkpoint, args.numerics),
+        "seconds_with_compilation": seconds,
+    }
+
+
+def chosen_channels(args: argparse.Namespace) -> int | str | None:
+    """Returns how many channels are guided, None for all; refuses a choice that guidance 1 ignores."""
+    if args.guidance == 1:
+        refuse_inert(args, {"guidance_channels": sampling.PUBLISHED}, "--guidance 1 guides none")
+    return None if args.guidance_channels == "all" else args.guidance_channels
 
 
 def precision(checkpoint: checkpoints.Checkpoint, numerics: str) -> str:
@@ -79,18 +97,25 @@ def chosen_labels(text: str | None, num_samples: int | None, num_classes: int) -
     """Returns one label a sample: those of `text`, or all classes, in turn.
 
     Raises:
-        UserError: if `text` is no list of numbers and ranges.
+        UserError: if `text` is no list of numbers and ranges, or one is beyond the null class.
     """
     if text is None:
         return np.arange(num_samples or 8) % num_classes
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = (piece.strip() for piece in part.partition("-"))
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        if not WHOLE.fullmatch(first) or (dash and not WHOLE.fullmatch(last)):
             raise UserError(
                 f"--labels {text}: {part!r} is no class; use numbers such as 207,360 or 0-9."
             )
+        if len(last or first) > 9 or int(last or first) > num_classes:
+            raise UserError(
+                f"--labels {text}: label {last or first} is out of range; this model knows 0 to "
+                f"{num_classes - 1}."
+            )
         found += range(int(first), int(last or first) + 1)
+        if len(found) > LARGEST_COUNT:
+            raise UserError(f"--labels names more than {LARGEST_COUNT:,} samples; use fewer.")
     if not found:
         raise UserError(f"--labels {text} names no class; a range runs from low to high.")
     return np.resize(np.array(found), num_samples or len(found))

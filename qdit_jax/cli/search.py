@@ -6,6 +6,18 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from qdit_jax.cli.options import (
+    finite_float,
+    pattern,
+    positive_int,
+    refuse_inert,
+    seed_number,
+    verb_parser,
+    whole_number,
+)
+
+DEMO = ["demo"]
+BITS = whole_number(2, 16)
 HELP = """\
 Search which group size every layer should have, within a budget.
 
@@ -29,45 +41,92 @@ several processes (each with its own number; all hosts of a TPU slice: --distrib
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "search",
-        help="find the group size of every layer",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Adds the verb with its options."""
+    parser = verb_parser(subparsers, "search", HELP)
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", type=Path, help="a full-precision checkpoint folder")
     add("out", metavar="OUT", type=Path, help="the folder to write")
     add("--budget", help="such as bitops=1.0x-g128 (the default) or bytes=351.3M")
     add("--objective", choices=("paired", "predicted", "frechet"), default="paired")
     add("--method", default="default", help="default, nsga2, qdit-paper, qdit-release or random")
-    add("--weight-bits", type=int, nargs="+", help="default 4; several are a second axis")
-    add("--act-bits", type=int, nargs="+", help="default 8; 16 leaves the inputs as they are")
-    add("--group-sizes", type=int, nargs="+", help="default 32 64 128 192 288; 0 is the channel")
+    add("--weight-bits", type=BITS, nargs="+", help="default 4; several are a second axis")
+    add("--act-bits", type=BITS, nargs="+", help="default 8; 16 leaves the inputs as they are")
+    add(
+        "--group-sizes",
+        type=whole_number(0),
+        nargs="+",
+        help="default 32 64 128 192 288; 0 is the channel",
+    )
     add("--sides", choices=("both", "weights", "separate"), help="what varies (default both)")
-    add("--layers", help="regular expression of the layers (default: the blocks' four linears)")
-    add("--pin", action="append", default=[], metavar="PATTERN=SIZE", help="keep a size")
-    add("--exclude", action="append", default=[], metavar="PATTERN", help="leave layers alone")
-    add("--seed", type=int, default=0, help="%(default)s")
-    add("--steps", type=int, default=20, help="of the rollouts (%(default)s)")
-    add("--guidance", type=float, default=1.5, help="%(default)s")
-    add("--num-batches", type=int, default=16, help="of samples (%(default)s)")
-    add("--batch-size", type=int, default=16, help="samples of a batch (%(default)s)")
-    add("--population", type=int, default=50, help="of an evolution (%(default)s)")
-    add("--generations", type=int, default=10, help="of an evolution (%(default)s)")
+    add(
+        "--layers",
+        type=pattern,
+        metavar="REGEX",
+        help="regular expression of the layers (default: the blocks' four linears)",
+    )
+    add("--pin", type=pin, action="append", default=[], metavar="REGEX=SIZE", help="keep a size")
+    add(
+        "--exclude",
+        type=pattern,
+        action="append",
+        default=[],
+        metavar="REGEX",
+        help="leave layers alone",
+    )
+    add("--seed", type=seed_number, default=0, help="%(default)s")
+    add("--steps", type=positive_int, default=20, help="of the rollouts (%(default)s)")
+    add("--guidance", type=finite_float, help="1 turns it off (1.5; 1 without null class)")
+    add("--num-batches", type=positive_int, default=16, help="of samples (%(default)s)")
+    add("--batch-size", type=positive_int, default=16, help="samples of a batch (%(default)s)")
+    add("--population", type=positive_int, default=50, help="of an evolution (%(default)s)")
+    add("--generations", type=whole_number(0), default=10, help="of an evolution (%(default)s)")
     add("--reference", help="of --objective frechet: statistics .npz, or `demo`")
-    add("--features", nargs="+", default=["demo"], help="`demo`, or `inception CKPT`")
-    add("--per-device", type=int, default=1, help="candidates a device and call (%(default)s)")
+    add("--features", nargs="+", default=DEMO, help="`demo`, or `inception CKPT`")
+    add(
+        "--per-device",
+        type=positive_int,
+        default=1,
+        help="candidates a device and call (%(default)s)",
+    )
     add("--coordinator", metavar="HOST:PORT", help="of a search by several processes")
-    add("--num-processes", type=int, help="all of them")
-    add("--process-id", type=int, help="the number of this one, from 0")
+    add("--num-processes", type=positive_int, help="all of them")
+    add("--process-id", type=whole_number(0), help="the number of this one, from 0")
     add("--distributed", action="store_true", help="let the cluster tell what the others are")
     add("--force", action="store_true", help="replace OUT and begin again")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, resumes=lambda args: True)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Searches, prints progress, and writes the results."""
     from qdit_jax.cli.search_run import run_search  # jax loads only when a verb runs
 
-    run_search(args)
+    check_options(args)
+    return run_search(args)
+
+
+def pin(text: str) -> tuple[str, int]:
+    """Returns the pattern and the size of `PATTERN=SIZE`."""
+    regex, _, size = text.rpartition("=")
+    if not regex or not size.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be read; write PATTERN=SIZE")
+    return pattern(regex), whole_number(0)(size)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raises `UserError` for an option that the others leave without effect."""
+    if args.method == "default":
+        refuse_inert(
+            args,
+            {"population": 50, "generations": 10},
+            "--method default is no evolution",
+        )
+    if args.objective != "frechet":
+        refuse_inert(
+            args,
+            {"reference": None, "features": DEMO},
+            f"--objective {args.objective} compares no features",
+        )
+    if args.objective == "predicted":
+        refuse_inert(args, {"per_device": 1}, "--objective predicted measures no candidates")
+    if args.method == "qdit-release":
+        refuse_inert(args, {"guidance": None}, "the release searches without guidance")

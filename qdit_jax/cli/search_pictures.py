@@ -21,9 +21,17 @@ def draw_front(path: Path, result: SearchResult) -> None:
     rows = result.history["measured"]
     is_predicted = result.history["method"] == "default" or not rows
     label = "front (predicted, additive)" if is_predicted else "front (measured)"
-    axes.plot(result.front.cost, result.front.error, "-", color=ACCENT, lw=1.5, label=label)
+    shown = result.budget.shown
+    axes.plot(
+        [shown(cost) for cost in result.front.cost],
+        result.front.error,
+        "-",
+        color=ACCENT,
+        lw=1.5,
+        label=label,
+    )
     if rows:
-        cost, error = ([row[name] for row in rows] for name in ("cost", "fitness"))
+        cost, error = [shown(row["cost"]) for row in rows], [row["fitness"] for row in rows]
         axes.plot(cost, error, ".", color=SOFT, ms=4, label="measured", zorder=1)
     by_assignment = {tuple(row["assignment"]): row for row in rows}
     points = {
@@ -33,19 +41,19 @@ def draw_front(path: Path, result: SearchResult) -> None:
     }
     for number, (size, row) in enumerate(points.items()):
         name = "uniform sizes" if number == 0 else None
-        axes.plot(row["cost"], row["fitness"], "s", color=MARK, ms=6, label=name)
+        axes.plot(shown(row["cost"]), row["fitness"], "s", color=MARK, ms=6, label=name)
         text = "channel" if size == 0 else str(size)
         axes.annotate(
             text,
-            (row["cost"], row["fitness"]),
+            (shown(row["cost"]), row["fitness"]),
             xytext=(5, 4),
             textcoords="offset points",
             color=MARK,
         )
     chosen = by_assignment.get(tuple(result.history["assignment"]))
     if chosen is not None:
-        axes.plot(chosen["cost"], chosen["fitness"], "*", color=INK, ms=13, label="chosen")
-    axes.axvline(result.budget.limit, color=SOFT, lw=1, ls="--")
+        axes.plot(shown(chosen["cost"]), chosen["fitness"], "*", color=INK, ms=13, label="chosen")
+    axes.axvline(shown(result.budget.limit), color=SOFT, lw=1, ls="--")
     axes.set_xlabel(f"cost ({result.budget.text.partition('=')[0]}); dashed: the budget")
     axes.set_ylabel(f"error ({result.history['objective']})")
     if all(value > 0 for value in [*result.front.error, *(row["fitness"] for row in rows)]):

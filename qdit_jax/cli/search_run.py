@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import sys
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 import qdit_jax as qdit
 from qdit_jax.allocation import (
@@ -26,17 +26,22 @@ from qdit_jax.allocation import (
     strategy_named,
 )
 from qdit_jax.calibration import default_sampler
+from qdit_jax.cli.checkpoints import full_precision_checkpoint, guidance_of
+from qdit_jax.cli.progress import Bar
 from qdit_jax.cli.search_pictures import draw_front, draw_map
 from qdit_jax.files import replaced_file
+from qdit_jax.report import provenance
 
 
-def run_search(args: argparse.Namespace) -> None:
+def run_search(args: argparse.Namespace) -> dict[str, Any]:
     """Searches, prints progress, and writes the results; only the first process writes."""
     join_others(args)
+    checkpoint = full_precision_checkpoint(args.checkpoint, "a search compares with full precision")
+    args.guidance = guidance_of(checkpoint, args.guidance)
+    Rollout.of(checkpoint.model, None, args.guidance)  # refuses before the folder is made
     prepare_folder(args.out, args.force)
-    checkpoint = qdit.load(args.checkpoint)
     is_first = jax.process_index() == 0
-    progress = Progress(is_first)
+    progress = Progress(args, is_first)
     rollouts = Rollouts(
         num_steps=args.steps,
         guidance=args.guidance,
@@ -65,6 +70,7 @@ def run_search(args: argparse.Namespace) -> None:
         os._exit(2)
     finally:
         progress.close()
+    result.history["made"] = {**provenance(), "seed": args.seed}
     if is_first:
         write_result(args.out, result)
         print(summary(result))
@@ -72,6 +78,17 @@ def run_search(args: argparse.Namespace) -> None:
             f"wrote {args.out}: next, qdit quantize {args.checkpoint} DIR --recipe "
             f"{args.out / 'recipe.json'}"
         )
+    return {
+        "out": args.out,
+        "recipe": args.out / "recipe.json",
+        "cost": result.budget.shown(result.history["cost"]),
+        "limit": result.budget.shown(result.history["limit"]),
+        "budget": result.history["budget"],
+        "measured": len(result.history["measured"]),
+        "report": result.history["report"],
+        "seconds": result.history["seconds"],
+        "made": result.history["made"],
+    }
 
 
 def join_others(args: argparse.Namespace) -> None:
@@ -95,24 +112,18 @@ def prepare_folder(out: Path, force: bool) -> None:
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     if (out / "state").exists():
-        print(f"going on from {out / 'state'}", flush=True)
+        logging.getLogger("qdit_jax").info("going on from %s", out / "state")
 
 
 def space_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the options that describe the space, those that were given."""
-    pinned = {}
-    for text in args.pin:
-        pattern, _, size = text.rpartition("=")
-        if not pattern or not size.isdigit():
-            raise qdit.UserError(f"--pin {text!r} cannot be read; write PATTERN=SIZE.")
-        pinned[pattern] = int(size)
     options = {
         "weight_bits": args.weight_bits,
         "act_bits": args.act_bits,
         "group_sizes": args.group_sizes,
         "sides": args.sides,
         "layers": args.layers,
-        "pinned": pinned,
+        "pinned": dict(args.pin),
         "excluded": args.exclude,
     }
     return {name: value for name, value in options.items() if value}
@@ -123,16 +134,13 @@ def objective_of(args: argparse.Namespace, checkpoint: qdit.Checkpoint) -> Any:
     if args.objective != "frechet":
         return args.objective
     from qdit_jax import models as networks
+    from qdit_jax.cli.evaluate_files import check_options, chosen_features
     from qdit_jax.metrics import check_network, read_reference
 
     if args.reference is None:
         raise qdit.UserError("--objective frechet needs --reference, an .npz or `demo`.")
-    if args.features[0] == "demo":
-        features_fn = networks.demo_features_fn()
-    elif args.features[0] == "inception" and len(args.features) == 2:
-        features_fn = networks.inception_features_fn(qdit.load(args.features[1]).params)
-    else:
-        raise qdit.UserError(f"--features {' '.join(args.features)}: use demo, or inception CKPT.")
+    check_options(args)
+    features_fn, _ = chosen_features(args)
     path = networks.asset(networks.DEMO_STATISTICS) if args.reference == "demo" else args.reference
     reference = read_reference(path)
     if reference.pool is None:
@@ -146,25 +154,26 @@ def objective_of(args: argparse.Namespace, checkpoint: qdit.Checkpoint) -> Any:
 
 
 class Progress:
-    """A bar with the best so far and the time left, and lines of text above it."""
+    """A bar with the best so far and the time left, and lines of text above it.
 
-    def __init__(self, is_shown: bool) -> None:
-        self.bar = tqdm(total=0, unit="rollout", disable=not is_shown, file=sys.stderr)
-        self.is_shown = is_shown
+    It appears at the first rollout; the search says meanwhile how many there will be.
+    """
+
+    def __init__(self, args: argparse.Namespace, is_first: bool) -> None:
+        self.bar = Bar(args, 0, "rollout", "searching")
+        self.bar.shown = self.bar.shown and is_first
+        self.is_told = is_first and not args.quiet
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Shows what happened."""
         if event.get("total") is not None:
-            self.bar.total = event["total"]
-            self.bar.refresh()
+            self.bar.expect(event["total"])
         if event.get("best") is not None:
-            self.bar.set_postfix(best=f"{event['best']:.5g}", refresh=False)
+            self.bar.note(best=f"{event['best']:.5g}")
         if event.get("items"):
-            self.bar.total = max(self.bar.total or 0, self.bar.n + event["items"])
             self.bar.update(event["items"])
-        if event.get("text") and self.is_shown:
-            self.bar.write(event["text"], file=sys.stdout)
-            sys.stdout.flush()
+        if event.get("text") and self.is_told:
+            self.bar.write(event["text"])
 
     def close(self) -> None:
         """Ends the bar."""
@@ -187,8 +196,12 @@ def summary(result: SearchResult) -> str:
     """Returns the outcome in a few lines."""
     history = result.history
     report = history["report"]
+    cost, limit = (result.budget.shown(history[name]) for name in ("cost", "limit"))
+    spent = f"cost {cost:.6g} of {limit:.6g} allowed by {history['budget']}"
+    if result.budget.is_mean_group:
+        spent = f"mean group size {cost:.6g}, at least {limit:.6g} asked by {history['budget']}"
     lines = [
-        f"cost {history['cost']:.6g} of {history['limit']:.6g} allowed by {history['budget']}",
+        spent,
         f"{len(history['measured'])} assignments measured, "
         f"{report['network_evaluations']:,} network evaluations, {history['seconds']:.0f} s",
     ]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
@@ -17,6 +15,7 @@ from qdit_jax.report import image_grid, save_picture, side_by_side
 
 COLUMNS = 10
 SHOWN = 20
+TIMING = "Seconds are one timing each, on a machine that may have been busy: noisy."
 
 
 def write_pictures(path: Path, outcomes: Sequence[Any]) -> None:
@@ -28,14 +27,15 @@ def rows_of(outcomes: Sequence[Any]) -> dict[str, np.ndarray]:
     return {outcome.title: outcome.images[:SHOWN] for outcome in outcomes}
 
 
-def write_summary(path: Path, outcomes: Sequence[Any], settings: Any) -> None:
-    """Writes the self-contained page: what ran, pictures, figures."""
-    device = jax.devices()[0]
+def write_summary(
+    path: Path, outcomes: Sequence[Any], settings: Any, made: Mapping[str, str]
+) -> None:
+    """Writes the self-contained page: what ran, pictures, figures; `made` is its provenance."""
     parts = [
         report.paragraph(
             f"{settings.num_samples} samples a model, {settings.num_steps} DDIM steps, guidance "
             f"{settings.guidance:g}, {settings.numerics} numerics, the same noise and labels for "
-            f"all. Run on {device.platform} ({device.device_kind}, {platform.machine()})."
+            f"all, seed {settings.seed}. Run on {made['device']}; {report.provenance_text(made)}."
         ),
         report.heading("The same noise and labels"),
         *(
@@ -48,7 +48,7 @@ def write_summary(path: Path, outcomes: Sequence[Any], settings: Any) -> None:
              metrics.DEMO_FRECHET_DISTANCE, "seconds", "with compilation"],
             [row(outcome, outcomes[0]) for outcome in outcomes],
             "Closeness is the signal-to-error ratio of each sample against full precision, the mean "
-            "over samples; more is closer. Bytes are those of all parameters in memory.",
+            "over samples; more is closer. Bytes are those of all parameters in memory. " + TIMING,
         ),
         report.picture(figure(outcomes[1:]), "Bytes against closeness, with 95% intervals"),
     ]  # fmt: skip
@@ -72,17 +72,21 @@ def row(outcome: Any, full: Any) -> list[str]:
 def figure(outcomes: Sequence[Any]) -> Figure:
     """Returns a chart of bytes against closeness, one point a model."""
     with matplotlib.rc_context({"font.size": 9}):
-        chart = Figure(figsize=(7, 4), layout="constrained")
+        chart = Figure(figsize=(8.5, 4), layout="constrained")
         axes = chart.subplots()
         for outcome in outcomes:
             near = outcome.closeness
             spread = [[near.estimate - near.low], [near.high - near.estimate]]
-            axes.errorbar(outcome.num_bytes / 1e6, near.estimate, spread, fmt="o", capsize=3)
-            axes.annotate(
-                outcome.title, (outcome.num_bytes / 1e6, near.estimate),
-                textcoords="offset points", xytext=(6, 4),
-            )  # fmt: skip
+            axes.errorbar(
+                outcome.num_bytes / 1e6,
+                near.estimate,
+                spread,
+                fmt="o",
+                capsize=3,
+                label=outcome.title,
+            )
         axes.set(xlabel="megabytes of parameters", ylabel="closeness to full precision, dB")
-        axes.margins(x=0.35, y=0.2)
+        axes.margins(0.1)
         axes.grid(alpha=0.3)
+        chart.legend(loc="outside right center", frameon=False)  # names beside points overlap
     return chart

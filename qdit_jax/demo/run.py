@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
+import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from qdit_jax import metrics
 from qdit_jax.calibration import Stats, calibrate, default_sampler
 from qdit_jax.checkpoint import Checkpoint, load, save
-from qdit_jax.demo.pages import write_pictures, write_summary
+from qdit_jax.demo.pages import TIMING, write_pictures, write_summary
 from qdit_jax.files import replaced_file
 from qdit_jax.models import DEMO_STATISTICS, asset, demo_features_fn
 from qdit_jax.ptq import quantize_params
 from qdit_jax.recipes import Recipe
-from qdit_jax.report import to_uint8
-from qdit_jax.sampling import generate
+from qdit_jax.report import provenance, to_uint8
+from qdit_jax.sampling import check_seed, generate
+
+# `(total, unit, text)` -> a context whose value has `update(count)`.
+BarFn = Callable[[int, str, str], AbstractContextManager[Any]]
 
 WEIGHTS = "demo_dit.safetensors"
 NUM_HEADS = 4
@@ -77,33 +80,57 @@ def recipes(params: Any, quick: bool) -> dict[str, Recipe]:
     return {title: chosen[title] for title in kept} if quick else chosen
 
 
-def run_demo(out: Path, settings: DemoSettings, say: Callable[[str], None] = print) -> None:
+@dataclasses.dataclass(frozen=True)
+class NoBar:
+    """A bar that shows nothing."""
+
+    def update(self, count: int) -> None:
+        """Shows nothing."""
+
+
+def no_bar(total: int, unit: str, text: str) -> AbstractContextManager[Any]:
+    return nullcontext(NoBar())
+
+
+def run_demo(
+    out: Path,
+    settings: DemoSettings,
+    say: Callable[[str], None] = print,
+    bar_fn: BarFn = no_bar,
+) -> dict[str, Any]:
     """Runs every stage and writes its results to the folder `out`; an existing folder is renewed.
+
+    Returns what metrics.json holds. `say` is given the results as text, the log what is being done;
+    `bar_fn` makes progress bars.
 
     Raises:
         UserError: if `out` is a file.
+        ValueError: if `settings.seed` is out of range.
     """
+    check_seed(settings.seed)
     out.mkdir(parents=True, exist_ok=True)
-    say(f"1/5 convert: the packaged PyTorch-layout weights -> {out / 'model'}")
+    note = logging.getLogger(__name__).info
+    note(f"1/5 convert: the packaged PyTorch-layout weights -> {out / 'model'}")
     checkpoint = convert_packaged(out / "model")
-    say("2/5 calibrate: ranges of every layer's input, over timesteps, labels and the null class")
-    stats = calibrate_packaged(checkpoint, settings)
+    note("2/5 calibrate: ranges of every layer's input, over timesteps, labels and the null class")
+    stats = calibrate_packaged(checkpoint, settings, bar_fn)
     stats.save(out / "stats.npz")
-    say("3/5 quantise: one checkpoint a recipe")
+    note("3/5 quantise: one checkpoint a recipe")
     checkpoints = {"full precision": checkpoint}
     for title, recipe in recipes(checkpoint.params, settings.quick).items():
         folder = out / recipe_folder(recipe)
         params = quantize_params(checkpoint.params, recipe=recipe, stats=stats)
         save(folder, dataclasses.replace(checkpoint, params=params, recipe=recipe), overwrite=True)
         checkpoints[title] = load(folder)
-    say("4/5 sample: the same noise and labels with each")
-    outcomes = compare(checkpoints, settings)
-    say("5/5 report")
-    write_metrics(out / "metrics.json", outcomes, settings)
+    note("4/5 sample: the same noise and labels with each")
+    outcomes = compare(checkpoints, settings, bar_fn)
+    note("5/5 report")
+    content = write_metrics(out / "metrics.json", outcomes, settings)
     write_pictures(out / "pictures.png", outcomes)
-    write_summary(out / "report.html", outcomes, settings)
+    write_summary(out / "report.html", outcomes, settings, content["made"])
     say(table_of(outcomes))
     say(f"wrote {out / 'report.html'}, {out / 'pictures.png'} and {out / 'metrics.json'}")
+    return content
 
 
 def convert_packaged(folder: Path) -> Checkpoint:
@@ -115,11 +142,11 @@ def convert_packaged(folder: Path) -> Checkpoint:
     return load(folder)
 
 
-def calibrate_packaged(checkpoint: Checkpoint, settings: DemoSettings) -> Stats:
+def calibrate_packaged(checkpoint: Checkpoint, settings: DemoSettings, bar_fn: BarFn) -> Stats:
     """Returns statistics of 20 trajectories, two of each digit (10 when quick)."""
     num_samples = 10 if settings.quick else 20
     key = jax.random.fold_in(jax.random.key(settings.seed), 1)
-    with tqdm(total=num_samples, unit="sample", file=sys.stderr) as bar:
+    with bar_fn(num_samples, "sample", "calibrating") as bar:
         return calibrate(
             checkpoint,
             key,
@@ -131,31 +158,35 @@ def calibrate_packaged(checkpoint: Checkpoint, settings: DemoSettings) -> Stats:
         )
 
 
-def compare(checkpoints: dict[str, Checkpoint], settings: DemoSettings) -> list[Outcome]:
+def compare(
+    checkpoints: dict[str, Checkpoint], settings: DemoSettings, bar_fn: BarFn
+) -> list[Outcome]:
     """Returns an outcome for each checkpoint; the first one is what the others are held against."""
     outcomes: list[Outcome] = []
     features_fn = demo_features_fn()
     with resources.as_file(asset(DEMO_STATISTICS)) as file:
         reference = metrics.read_reference(file).pool
     assert reference is not None, "the packaged statistics lack a mean and covariance"
-    for title, checkpoint in tqdm(checkpoints.items(), unit="model", file=sys.stderr):
-        images, first_seconds = timed(checkpoint, settings)
-        _, seconds = timed(checkpoint, settings)
-        closeness = None
-        if outcomes:
-            ratios = metrics.signal_to_noise_db(outcomes[0].images, images)
-            closeness = metrics.bootstrap_interval(ratios)
-        outcomes.append(
-            Outcome(
-                title,
-                images,
-                sum(leaf.nbytes for leaf in jax.tree.leaves(checkpoint.params)),
-                seconds,
-                first_seconds,
-                closeness,
-                frechet_distance(images, features_fn, reference),
+    with bar_fn(len(checkpoints), "model", "sampling") as bar:
+        for title, checkpoint in checkpoints.items():
+            images, first_seconds = timed(checkpoint, settings)
+            _, seconds = timed(checkpoint, settings)
+            closeness = None
+            if outcomes:
+                ratios = metrics.signal_to_noise_db(outcomes[0].images, images)
+                closeness = metrics.bootstrap_interval(ratios)
+            outcomes.append(
+                Outcome(
+                    title,
+                    images,
+                    sum(leaf.nbytes for leaf in jax.tree.leaves(checkpoint.params)),
+                    seconds,
+                    first_seconds,
+                    closeness,
+                    frechet_distance(images, features_fn, reference),
+                )
             )
-        )
+            bar.update(1)
     return outcomes
 
 
@@ -169,7 +200,7 @@ def timed(checkpoint: Checkpoint, settings: DemoSettings) -> tuple[np.ndarray, f
         seed=settings.seed,
         guidance=settings.guidance,
         batch_size=settings.num_samples,
-        numerics=settings.numerics,
+        numerics="simulated" if checkpoint.recipe is None else settings.numerics,
     )
     return images, time.perf_counter() - began
 
@@ -185,7 +216,8 @@ def frechet_distance(
     )
 
 
-def write_metrics(path: Path, outcomes: list[Outcome], settings: DemoSettings) -> None:
+def write_metrics(path: Path, outcomes: list[Outcome], settings: DemoSettings) -> dict[str, Any]:
+    """Writes the figures as JSON and returns what was written."""
     figures = [
         {
             "title": outcome.title,
@@ -197,9 +229,15 @@ def write_metrics(path: Path, outcomes: list[Outcome], settings: DemoSettings) -
         }
         for outcome in outcomes
     ]
-    content = {"settings": dataclasses.asdict(settings), "models": figures}
+    content = {
+        "settings": dataclasses.asdict(settings),
+        "made": provenance(),
+        "models": figures,
+        "timing": TIMING,
+    }
     with replaced_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1))
+    return content
 
 
 def table_of(outcomes: list[Outcome]) -> str:
@@ -212,7 +250,7 @@ def table_of(outcomes: list[Outcome]) -> str:
         lines.append(
             f"{o.title:28} {o.num_bytes:>10,} {near:>24} {o.frechet:>9.2f} {o.seconds:>8.2f}"
         )
-    return "\n".join([*lines, f"* {metrics.DEMO_FRECHET_DISTANCE}"])
+    return "\n".join([*lines, f"* {metrics.DEMO_FRECHET_DISTANCE}", TIMING])
 
 
 def interval_text(interval: metrics.Interval) -> str:

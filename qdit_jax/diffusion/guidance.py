@@ -22,6 +22,13 @@ def as_pytree(denoise_fn: Callable) -> Callable:
     return jax.tree_util.Partial(denoise_fn) if is_plain else denoise_fn
 
 
+def check_condition(denoise_fn: Any, condition: Any) -> None:
+    """Calls `denoise_fn.check_condition(condition)` where there is one: it raises if a condition is unknown."""
+    check = getattr(denoise_fn, "check_condition", None)
+    if check is not None:
+        check(condition)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Guided:
@@ -52,6 +59,10 @@ class Guided:
             jax.tree.map(jnp.asarray, condition),
         )
 
+    def check_condition(self, condition: Any) -> None:
+        """Raises what the guided function raises for conditions that it does not know."""
+        check_condition(self.denoise_fn, condition)
+
 
 def _side_by_side(condition: Any, null: Any) -> Any:
     pairs = jnp.stack([jnp.asarray(condition), jnp.asarray(null)], axis=1)
@@ -76,6 +87,10 @@ class GuidedDoubled:
         num_guided = x.shape[-1] if self.channels is None else self.channels
         second = jnp.concatenate([first[..., :num_guided], null[..., num_guided:]], axis=-1)
         return jnp.concatenate([first, second])
+
+    def check_condition(self, condition: Any) -> None:
+        """Raises what the guided function raises for conditions that it does not know."""
+        check_condition(self.denoise_fn, condition)
 
 
 def _combined(cond: Any, null: Any, scale: Any, channels: int | None, num_channels: int) -> Any:

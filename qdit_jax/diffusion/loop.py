@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qdit_jax.diffusion.guidance import as_pytree
+from qdit_jax.diffusion.guidance import as_pytree, check_condition
 from qdit_jax.diffusion.samplers import Sampler, Step
 
 
@@ -36,7 +36,8 @@ def sample(
     sample's noise does not depend on its neighbors), or reads `step_noise [S, B, ...]`.
 
     Raises:
-        ValueError: if a stochastic sampler is given neither, or shapes do not fit.
+        ValueError: if a stochastic sampler is given neither, shapes do not fit, or `denoise_fn`
+            knows which conditions there are (it has `check_condition`) and one is not among them.
     """
     final, _ = sample_trajectory(
         denoise_fn, sampler, noise, condition, key, step_noise=step_noise, collect_fn=nothing
@@ -76,6 +77,7 @@ def sample_trajectory(
     condition = jax.tree.map(jnp.asarray, condition)
     if not jnp.issubdtype(noise.dtype, jnp.floating):
         raise TypeError(f"noise has dtype {noise.dtype}; give floating-point latents.")
+    check_condition(denoise_fn, condition)
     num_steps = jax.tree.leaves(sampler.table)[0].shape[0]
     check_batch(condition, noise)
     if not sampler.stochastic:
@@ -124,7 +126,9 @@ def _walk(denoise_fn, sampler, noise, condition, key, step_noise, collect_fn):
         step = sampler.step(denoise_fn, x, condition, row, drawn)
         return step.x_next.astype(x.dtype), collect_fn(step)
 
-    return jax.lax.scan(body, noise, (sampler.table, jnp.arange(num_steps), step_noise))
+    return jax.lax.scan(
+        body, noise, (sampler.table, jnp.arange(num_steps, dtype=jnp.int32), step_noise)
+    )
 
 
 def _drawn(key, index, x):

@@ -75,7 +75,7 @@ def protocol_text(summary: Mapping[str, Any]) -> str:
         f"{s['num_samples']:,} samples a model, {s['sampler']} with {s['steps']} steps, guidance "
         f"{s['guidance']:g} on {s['guidance_channels']} channels, seed {s['seed']}, labels in "
         f"turn; the same noise, labels and steps for all. {models}. Run on "
-        f"{', '.join(s['device'])}."
+        f"{', '.join(s['device'])}; {report.provenance_text(summary['made'])}."
     )
 
 
@@ -209,10 +209,17 @@ def models_table(summary: Mapping[str, Any]) -> str:
         "compilation, s",
     ]
     note = (
-        "Bytes are those of all parameters in memory, without the autoencoder. Seconds: the median "
-        "batch of sampling, without compilation and decoding."
+        "Bytes are those of all parameters in memory, without the autoencoder. Seconds, without "
+        "compilation and decoding: " + timing_text(summary["models"][0]["num_timings"])
     )
     return report.table(head, rows, note)
+
+
+def timing_text(num_timings: int) -> str:
+    """Returns how much a time is to be trusted, in words."""
+    if num_timings == 1:
+        return "one timing of one batch on a machine that may have been busy: noisy."
+    return f"the median of {num_timings} batches, one run."
 
 
 def bytes_table(contenders: Sequence[Contender]) -> str:
@@ -234,15 +241,14 @@ def ranges_parts(contenders: Sequence[Contender], stats: Stats | None) -> list[s
     paths = block_layers(contenders[0].checkpoint.params)
     if not paths:
         return []
-    group_size = 32
+    sizes = report.shown_group_sizes([c.checkpoint.params for c in contenders], paths)
     titled = {
-        f"weights, {c.title}": weight_ranges(c.checkpoint.params, paths, group_size)
-        for c in contenders
+        f"weights, {c.title}": weight_ranges(c.checkpoint.params, paths, sizes) for c in contenders
     }
     rows = [weight_errors(contenders, paths)] if same_layers(contenders) else []
     if stats is not None:
         titled["inputs"] = input_ranges(stats, paths)
-    text = f"Histograms of ranges by layer: of weights in groups of {group_size} input channels" + (
+    text = f"Histograms of ranges by layer: of weights in {report.group_text(sizes)}" + (
         ", and of every input channel at every timestep" if stats is not None else ""
     )
     return [

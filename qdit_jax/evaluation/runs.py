@@ -25,7 +25,14 @@ from qdit_jax.evaluation.store import locked, missing_shards, open_run, shard_ra
 from qdit_jax.kernels import implementations_used
 from qdit_jax.models import rows_per_sample
 from qdit_jax.report import to_uint8
-from qdit_jax.sampling import conditions_in_turn, decode, denoiser, initial_noise
+from qdit_jax.sampling import (
+    PUBLISHED,
+    check_seed,
+    conditions_in_turn,
+    decode,
+    denoiser,
+    initial_noise,
+)
 
 NUM_PROBED = 16  # samples whose single network calls are compared as well
 
@@ -51,7 +58,7 @@ class Protocol:
     num_samples: int
     seed: int = 0
     guidance: float = 1.5
-    guidance_channels: int | None = 3
+    guidance_channels: int | str | None = PUBLISHED
     numerics: str = "simulated"
     batch_size: int | None = None
     conditions: Any = None
@@ -84,6 +91,7 @@ def run_evaluation(
         raise UserError(f"{protocol.num_samples} samples are too few; use at least 2.")
     if protocol.batch_size is not None and protocol.batch_size < 1:
         raise UserError(f"batch_size={protocol.batch_size} must be at least 1.")
+    check_seed(protocol.seed)
     check_pairable(contenders)
     with locked(folder):
         default = {"batch_size": default_batch_size()}
@@ -363,7 +371,7 @@ def output_powers(reference_fn, other_fn, x, timestep, condition):
 
     def step(scanned):
         x, timestep = scanned
-        at, axes = jnp.full(len(x), timestep), tuple(range(1, x.ndim))
+        at, axes = jnp.full(len(x), timestep, jnp.float32), tuple(range(1, x.ndim))
         a, b = (fn(x, at, condition)[..., : x.shape[-1]] for fn in (reference_fn, other_fn))
         return jnp.square(a).sum(axes), jnp.square(a - b).sum(axes)
 

@@ -13,6 +13,7 @@ import numpy as np
 from qdit_jax import metrics
 from qdit_jax.evaluation.runs import Contender, Run
 from qdit_jax.evaluation.store import collect
+from qdit_jax.report import provenance
 
 Table = Mapping[str, Sequence[np.ndarray]]  # a measure's arrays, one a shard
 
@@ -44,6 +45,7 @@ def summarize(
     device = sorted({str(name) for name in table["device"]})
     summary: dict[str, Any] = {
         "settings": {**run.settings, "device": device},
+        "made": provenance(),
         "models": [model_facts(run, table, i, c) for i, c in enumerate(contenders)],
         "paired": {c.title: paired(table, i) for i, c in pairs},
         "trajectory": {c.title: trajectory(table, i) for i, c in pairs},
@@ -68,6 +70,7 @@ def model_facts(run: Run, table: Table, number: int, contender: Contender) -> di
         "implementations": implementations(table, number),
         "bytes": num_bytes(checkpoint.params),
         "seconds_per_sample": float(np.median(seconds)) / batch,
+        "num_timings": len(seconds),
         "compile_seconds": float(compile_seconds.max()),
     }
 

@@ -30,6 +30,7 @@ from qdit_jax.quant import (
     formats,
     integer_codes,
     packing,
+    scale_value,
 )
 
 
@@ -126,7 +127,7 @@ def weight_operand(q: QTensor, dtype: Any, segments: Segments) -> Operand:
 def row_scale(q: QTensor, scale: Num[Array, " B"]) -> Float[Array, " B"]:
     """Returns a row of `q.scale` as the float32 scales of elements."""
     if q.fmt is None:
-        return scale.astype(jnp.float32)
+        return scale_value(scale)
     values = q.fmt.scale_value(scale)
     return (values if q.tensor_scale is None else values * q.tensor_scale) * q.fmt.unit
 

@@ -85,7 +85,7 @@ def dot_of_differences(
 
 def column_sums(right: Num[Array, "L N"], zw: Any, members: Any) -> Num[Array, " N"]:
     """Returns the sums of `right - zw` over the first `members` channels."""
-    present = jnp.arange(right.shape[0]) < members
+    present = jnp.arange(right.shape[0], dtype=jnp.int32) < members
     ones = jnp.broadcast_to(present.astype(right.dtype), (ONES, right.shape[0]))
     sums = dot(ones, right)[0]
     return sums if zw is None else sums - members * zw

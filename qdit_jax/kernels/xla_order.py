@@ -29,7 +29,8 @@ def with_barrier(x: Any, q: QTensor, act: ActQuant | None, numerics: str) -> Any
 
     XLA for GPUs and TPUs keeps barriers until its work is in order.
     """
-    return xla_product(*jax.lax.optimization_barrier((x, q)), act, numerics)
+    x, q = jax.lax.optimization_barrier((x, q))
+    return xla_product(x, q, act, numerics)
 
 
 def after_input(x: Any, q: QTensor, act: ActQuant | None, numerics: str) -> Any:

@@ -7,8 +7,11 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
-from qdit_jax.ptq import RoundedLayer, sqnr_db
+from qdit_jax.ptq import RoundedLayer, precision_of, precision_warning
 from qdit_jax.quant import QTensor
+
+# What is fitted to inputs may be further from the kernel by choice.
+FITTED_ALLOWANCE_DB = 15.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +25,7 @@ class LayerReport:
         error_db: signal-to-error ratio of what the method made, in dB; higher is better.
         nearest_db: the same of rounding to nearest; None if the method does nothing else.
         fell_back: rounding to nearest was kept, because it is better on held-out inputs.
+        warning: a few words if the weights are much further off than their bits explain.
     """
 
     path: str
@@ -29,6 +33,7 @@ class LayerReport:
     error_db: float
     nearest_db: float | None = None
     fell_back: bool = False
+    warning: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns everything but the path, rounded to 0.01 dB."""
@@ -63,12 +68,16 @@ class Report:
 
     def weights(self, path: str, kernel: Any, q: QTensor) -> None:
         """Reports a layer rounded without inputs."""
-        self.layer(LayerReport(path, "weights", sqnr_db(kernel, q)))
+        found = precision_of(kernel, q)
+        warning = precision_warning(found, q)
+        self.layer(LayerReport(path, "weights", found.measured, warning=warning))
 
     def fitted(self, layer: RoundedLayer) -> None:
         """Reports a layer rounded on its inputs."""
         errors = decibel(layer.rounded), decibel(layer.nearest)
-        self.layer(LayerReport(layer.path, "outputs", *errors, layer.fell_back))
+        found = precision_of(layer.kernel, layer.q)
+        warning = precision_warning(found, layer.q, FITTED_ALLOWANCE_DB)
+        self.layer(LayerReport(layer.path, "outputs", *errors, layer.fell_back, warning))
 
     def note(self, sentence: str) -> None:
         self.notes.append(sentence)

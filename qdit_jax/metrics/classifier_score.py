@@ -9,13 +9,17 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy.special import xlogy
 
+from qdit_jax.metrics.arrays import feature_rows
+
 AnyArray = Array | np.ndarray
 
 
 def inception_score(
-    probabilities: Float[AnyArray, "N C"], *, split_size: int = 5000
+    probabilities: Float[AnyArray, "..."], *, split_size: int = 5000
 ) -> tuple[float, float]:
-    """Returns the mean and the standard deviation of the score over splits of `split_size` samples.
+    """Returns the mean and the standard deviation of the score of `[N, C]` over splits.
+
+    A split has `split_size` samples.
 
     A split's score is `exp(mean KL(p(y|x) || p(y)))`, with p(y) the mean within the split. The last
     split may be shorter, and counts as much as the others, as in the published evaluator.
@@ -23,9 +27,9 @@ def inception_score(
     Raises:
         ValueError: if a row is not a distribution, or `split_size` is below 1.
     """
-    p = np.asarray(probabilities, np.float64)
-    if split_size < 1 or len(p) == 0:
-        raise ValueError(f"split_size={split_size} and {len(p)} samples; both must be at least 1.")
+    p = feature_rows("probabilities", probabilities)
+    if split_size < 1:
+        raise ValueError(f"split_size={split_size} must be at least 1.")
     if (p < 0).any() or np.abs(p.sum(1) - 1).max() > 1e-3:
         raise ValueError("probabilities must be rows that sum to 1; pass them after the softmax.")
     starts = range(0, len(p), split_size)

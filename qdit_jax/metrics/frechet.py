@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from typing import Any
 
 import numpy as np
 import scipy.linalg
 from jaxtyping import Array, Float
 
+from qdit_jax.metrics.arrays import feature_rows, finite_array
 from qdit_jax.metrics.streaming import moments
 
 AnyArray = Array | np.ndarray
 
 
 def frechet_distance(
-    mean_a: Float[AnyArray, " D"],
-    covariance_a: Float[AnyArray, "D D"],
-    mean_b: Float[AnyArray, " E"],
-    covariance_b: Float[AnyArray, "E E"],
+    mean_a: Float[AnyArray, "..."],
+    covariance_a: Float[AnyArray, "..."],
+    mean_b: Float[AnyArray, "..."],
+    covariance_b: Float[AnyArray, "..."],
 ) -> float:
     """Returns `|mean_a - mean_b|^2 + tr(A + B - 2 sqrt(A B))`, in float64.
+
+    Means are `[D]`, covariances `[D, D]`.
 
     With factors `A = L L^T` and `B = M M^T`, `tr sqrt(A B)` is the sum of the singular values of
     `L^T M`: real and stable whatever the ranks. Differs from the usual `sqrtm(A B)`, which needs
@@ -33,16 +37,30 @@ def frechet_distance(
     Raises:
         ValueError: if sizes differ, values are not finite, or a matrix is not a covariance.
     """
-    mean_a, mean_b = np.asarray(mean_a, np.float64), np.asarray(mean_b, np.float64)
+    mean_a, a = checked_statistics("a", mean_a, covariance_a)
+    mean_b, b = checked_statistics("b", mean_b, covariance_b)
     if mean_a.shape != mean_b.shape:
         raise ValueError(
             f"statistics have {mean_a.size} and {mean_b.size} features; "
             "they come from different feature networks."
         )
-    a, b = np.asarray(covariance_a, np.float64), np.asarray(covariance_b, np.float64)
     overlap = scipy.linalg.svdvals(factor(a).T @ factor(b)).sum()
     distance = np.square(mean_a - mean_b).sum() + np.trace(a) + np.trace(b) - 2 * overlap
     return float(distance)
+
+
+def checked_statistics(which: str, mean: AnyArray, covariance: AnyArray) -> tuple[Any, Any]:
+    """Returns mean and covariance in float64; raises `ValueError` if their shapes do not fit."""
+    mean = finite_array(f"mean_{which}", mean)
+    covariance = finite_array(f"covariance_{which}", covariance)
+    if mean.ndim != 1 or not mean.size:
+        raise ValueError(f"mean_{which} has shape {mean.shape}; a mean is [D], a value a feature.")
+    if covariance.shape != (mean.size, mean.size):
+        raise ValueError(
+            f"covariance_{which} has shape {covariance.shape}; with mean_{which} of {mean.size} "
+            f"features it is [{mean.size}, {mean.size}]."
+        )
+    return mean, covariance
 
 
 def factor(covariance: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D R"]:
@@ -91,23 +109,27 @@ class Extrapolation:
 
 
 def frechet_infinity(
-    mean: Float[AnyArray, " D"],
-    covariance: Float[AnyArray, "D D"],
-    features: Float[AnyArray, "N D"],
+    mean: Float[AnyArray, "..."],
+    covariance: Float[AnyArray, "..."],
+    features: Float[AnyArray, "..."],
     *,
     seed: int = 0,
     num_points: int = 15,
     smallest: int | None = None,
 ) -> Extrapolation:
-    """Returns the Fréchet distance extrapolated to infinitely many samples (arXiv:1911.07023).
+    """Returns the Fréchet distance of features `[N, D]` extrapolated to infinitely many samples.
+
+    The method is that of arXiv:1911.07023.
 
     Distances of random subsets, `smallest` (a tenth by default) to all samples, are fitted by
     a line in `1 / N`; its intercept is the value. The standard error is the fit's own and leaves
     out that subsets share samples.
 
     Raises:
-        ValueError: if `features` are too few for `num_points` different sizes.
+        ValueError: if `features` are too few for `num_points` different sizes, or as
+            `frechet_distance`.
     """
+    features = feature_rows("features", features)
     count = len(features)
     smallest = max(2, count // 10) if smallest is None else smallest
     sizes = np.linspace(smallest, count, num_points).astype(int)
@@ -117,7 +139,6 @@ def frechet_infinity(
             f"of {smallest} samples and more; at least 3 points are needed."
         )
     rng = np.random.default_rng(seed)
-    features = np.asarray(features)
     distances = []
     for size in sizes:
         subset = moments(features[rng.choice(count, size, replace=False)])

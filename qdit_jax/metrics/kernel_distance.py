@@ -9,26 +9,26 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Array, Float
 
+from qdit_jax.metrics.arrays import check_same_width, feature_rows
+
 AnyArray = Array | np.ndarray
 BLOCK_ROWS = 1024
 
 
-def kid(reference: Float[AnyArray, "N D"], samples: Float[AnyArray, "M E"]) -> tuple[float, float]:
-    """Returns the unbiased squared kernel distance and its jackknife standard error.
+def kid(reference: Float[AnyArray, "..."], samples: Float[AnyArray, "..."]) -> tuple[float, float]:
+    """Returns the unbiased squared kernel distance of features `[N, D]` and `[M, D]`, and its
+    jackknife standard error.
 
     All pairs are used; time grows with `(N + M)^2 D`, memory with a block of rows.
 
     Raises:
-        ValueError: if a set has fewer than 3 samples, or the numbers of features differ.
+        ValueError: if a set has fewer than 3 samples, holds NaN or infinity, or is not `[N, D]`, or
+            the numbers of features differ.
     """
+    reference = feature_rows("reference", reference, min_samples=3)
+    samples = feature_rows("samples", samples, min_samples=3)
+    check_same_width(reference, samples)
     n, m = len(reference), len(samples)
-    if n < 3 or m < 3:
-        raise ValueError(f"{n} and {m} samples are too few for a standard error; use at least 3.")
-    if reference.shape[1] != samples.shape[1]:
-        raise ValueError(
-            f"features have {reference.shape[1]} and {samples.shape[1]} values; "
-            "they come from different feature networks."
-        )
     own_x, own_y = own_sums(reference), own_sums(samples)
     cross_x, cross_y = cross_sums(reference, samples)
     x, y, xy = own_x.sum(), own_y.sum(), cross_x.sum()
@@ -41,8 +41,8 @@ def kid(reference: Float[AnyArray, "N D"], samples: Float[AnyArray, "M E"]) -> t
 
 
 def kid_of_subsets(
-    reference: Float[AnyArray, "N D"],
-    samples: Float[AnyArray, "M E"],
+    reference: Float[AnyArray, "..."],
+    samples: Float[AnyArray, "..."],
     *,
     num_subsets: int = 100,
     subset_size: int = 1000,
@@ -51,15 +51,18 @@ def kid_of_subsets(
     """Returns the mean and the standard deviation over random subsets, as KID is often published.
 
     Raises:
-        ValueError: if a set is smaller than `subset_size`.
+        ValueError: if a set is smaller than `subset_size`, or as `kid`.
     """
+    reference, samples = feature_rows("reference", reference), feature_rows("samples", samples)
+    check_same_width(reference, samples)
+    if num_subsets < 1:
+        raise ValueError(f"num_subsets={num_subsets} leaves nothing to average; use 1 or more.")
     if subset_size > min(len(reference), len(samples)) or subset_size < 3:
         raise ValueError(
             f"subset_size={subset_size} must be at least 3 and at most the number of samples "
             f"({len(reference)} and {len(samples)})."
         )
     rng = np.random.default_rng(seed)
-    reference, samples = np.asarray(reference), np.asarray(samples)
     values = []
     for _ in range(num_subsets):
         x, y = (s[rng.choice(len(s), subset_size, replace=False)] for s in (reference, samples))

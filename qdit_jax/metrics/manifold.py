@@ -13,25 +13,30 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from qdit_jax.metrics.arrays import check_same_width, feature_rows
+
 AnyArray = Array | np.ndarray
 BLOCK_ROWS = 2048
+ROUNDING = 16 * float(np.finfo(np.float64).eps)
 
 
 def precision_and_recall(
-    reference: Float[AnyArray, "N D"],
-    samples: Float[AnyArray, "M E"],
+    reference: Float[AnyArray, "..."],
+    samples: Float[AnyArray, "..."],
     *,
     k: int = 3,
     block_rows: int = BLOCK_ROWS,
 ) -> tuple[float, float]:
-    """Returns the share of `samples` inside the reference's manifold, and the converse.
+    """Returns the share of `samples` `[M, D]` inside the manifold of `reference` `[N, D]`, and the
+    converse.
 
     A set's manifold is the union of balls around its members that reach their k-th neighbour;
     a point on the boundary is inside. Memory beyond the inputs is a few blocks of
-    `block_rows` squared.
+    `block_rows` squared. Distances are float64's.
 
     Raises:
-        ValueError: if a set has k samples or fewer, or the numbers of features differ.
+        ValueError: if a set has k samples or fewer, holds NaN or infinity, or is not `[N, D]`, or
+            the numbers of features differ.
     """
     reference, samples = common_origin(reference, samples)
     reference_radii = manifold_radii(reference, k=k, block_rows=block_rows)
@@ -42,36 +47,36 @@ def precision_and_recall(
 
 
 def common_origin(
-    reference: Float[AnyArray, "N D"], samples: Float[AnyArray, "M E"]
+    reference: Float[AnyArray, "..."], samples: Float[AnyArray, "..."]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns both sets in float32, shifted by the reference's mean.
+    """Returns both sets in float64, shifted by the reference's mean.
 
     Distances stay; their rounding, which grows with the distance from the origin, shrinks.
     """
-    if reference.shape[1] != samples.shape[1]:
-        raise ValueError(
-            f"features have {reference.shape[1]} and {samples.shape[1]} values; "
-            "they come from different feature networks."
-        )
-    centre = np.asarray(reference).mean(0, dtype=np.float64)
-    return tuple((np.asarray(x) - centre).astype(np.float32) for x in (reference, samples))
+    reference = feature_rows("reference", reference)
+    samples = feature_rows("samples", samples)
+    check_same_width(reference, samples)
+    centre = reference.mean(0)
+    return reference - centre, samples - centre
 
 
 def manifold_radii(
-    features: Float[AnyArray, "N D"], *, k: int = 3, block_rows: int = BLOCK_ROWS
+    features: Float[AnyArray, "..."], *, k: int = 3, block_rows: int = BLOCK_ROWS
 ) -> Float[np.ndarray, " N"]:
-    """Returns the *squared* distance from every sample to its k-th nearest neighbour.
+    """Returns the *squared* distance from every sample of `[N, D]` to its k-th nearest neighbour.
 
     Raises:
-        ValueError: if there are not more than k samples.
+        ValueError: if there are not more than k samples, or they are not finite or not `[N, D]`.
     """
+    features = feature_rows("features", features)
     if k < 1 or len(features) <= k:
         raise ValueError(
             f"{len(features)} samples have no neighbour number k={k}; use more samples."
         )
-    blocks, valid = blocked(features, block_rows)
-    # The nearest "neighbour" of a sample is itself, hence k + 1.
-    rows = [nearest(rows, blocks, valid, k=k + 1)[:, -1] for rows in blocks]
+    with jax.enable_x64(True):
+        blocks, valid = blocked(features, block_rows)
+        # The nearest "neighbour" of a sample is itself, hence k + 1.
+        rows = [np.asarray(nearest(rows, blocks, valid, k=k + 1)[:, -1]) for rows in blocks]
     return np.concatenate(rows)[: len(features)]
 
 
@@ -83,12 +88,15 @@ def inside(
     block_rows: int = BLOCK_ROWS,
 ) -> Bool[np.ndarray, " M"]:
     """Returns whether each point lies in any ball; `radii` are squared."""
-    blocks, valid = blocked(centres, block_rows)
-    # A padded centre gets a radius that nothing is inside of.
-    padded = np.full(valid.size, -np.inf, np.float32)
-    padded[: len(radii)] = radii
-    limits = jnp.asarray(padded).reshape(valid.shape)
-    rows = [covered(rows, blocks, limits) for rows in blocked(points, block_rows)[0]]
+    with jax.enable_x64(True):
+        blocks, valid = blocked(centres, block_rows)
+        # A padded centre gets a radius that nothing is inside of.
+        padded = np.full(valid.size, -np.inf)
+        padded[: len(radii)] = radii
+        limits = jnp.asarray(padded).reshape(valid.shape)
+        rows = [
+            np.asarray(covered(rows, blocks, limits)) for rows in blocked(points, block_rows)[0]
+        ]
     return np.concatenate(rows)[: len(points)]
 
 
@@ -99,17 +107,25 @@ def blocked(
     count, width = x.shape
     size = min(block_rows, count)
     num_blocks = -(-count // size)
-    padded = np.zeros((num_blocks * size, width), np.float32)
+    padded = np.zeros((num_blocks * size, width))
     padded[:count] = x
     valid = np.arange(num_blocks * size) < count
     return jnp.asarray(padded).reshape(-1, size, width), jnp.asarray(valid).reshape(-1, size)
 
 
-def squared_distances(a: Float[Array, "R D"], b: Float[Array, "S D"]) -> Float[Array, "R S"]:
-    """Returns all squared distances between two blocks, never below zero."""
+def squared_distances(
+    a: Float[Array, "R D"], b: Float[Array, "S D"]
+) -> tuple[Float[Array, "R S"], Float[Array, "R S"]]:
+    """Returns all squared distances between two blocks, never below zero, and how sure they are.
+
+    The three terms cancel: 1e-3 apart and 11 from the origin, float32 would leave nothing of a
+    distance. What is within float64's rounding of 0 is 0.
+    """
     dots = jnp.dot(a, b.T, precision=jax.lax.Precision.HIGHEST)
     norms = [jnp.square(x).sum(-1) for x in (a, b)]
-    return jnp.maximum(norms[0][:, None] - 2 * dots + norms[1], 0)
+    total = norms[0][:, None] + norms[1]
+    squared, rounding = total - 2 * dots, ROUNDING * total
+    return jnp.where(squared > rounding, squared, 0), rounding
 
 
 @partial(jax.jit, static_argnames=("k",))
@@ -119,7 +135,7 @@ def nearest(
     """Returns each row's k smallest squared distances to the valid rows of all blocks, ascending."""
 
     def closer(best, block):
-        distances = jnp.where(block[1], squared_distances(rows, block[0]), jnp.inf)
+        distances = jnp.where(block[1], squared_distances(rows, block[0])[0], jnp.inf)
         candidates = jnp.concatenate([best, distances], axis=1)
         return -jax.lax.top_k(-candidates, k)[0], None
 
@@ -134,6 +150,8 @@ def covered(
     """Returns whether each row lies in any ball around the rows of all blocks."""
 
     def either(found, block):
-        return found | (squared_distances(rows, block[0]) <= block[1]).any(1), None
+        # A boundary met from the other side is rounded otherwise.
+        squared, rounding = squared_distances(rows, block[0])
+        return found | (squared - rounding <= block[1]).any(1), None
 
     return jax.lax.scan(either, jnp.zeros(rows.shape[0], bool), (blocks, radii))[0]

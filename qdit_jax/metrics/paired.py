@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy.ndimage import correlate1d
 
+from qdit_jax.metrics.arrays import finite_array
+
 AnyArray = Array | np.ndarray
 MAX_DB = 200.0
 
@@ -73,7 +75,7 @@ def ssim(
     check_shapes(reference, other)
     if min(reference.shape[1:3]) < window:
         raise ValueError(f"images of {reference.shape[1:3]} are smaller than window={window}.")
-    x, y = np.asarray(reference, np.float64), np.asarray(other, np.float64)
+    x, y = finite_array("reference", reference), finite_array("other", other)
     mean_x, mean_y, square_x, square_y, product = (
         windowed(values, sigma, window) for values in (x, y, x * x, y * y, x * y)
     )
@@ -101,12 +103,15 @@ def as_pairs(reference: AnyArray, other: AnyArray, keep: int) -> tuple[np.ndarra
     """Returns both arrays in float64 with all but the first `keep` axes flattened into one."""
     check_shapes(reference, other)
     shape = (*reference.shape[:keep], -1)
-    x, y = (np.asarray(values, np.float64).reshape(shape) for values in (reference, other))
+    named = (("reference", reference), ("other", other))
+    x, y = (finite_array(name, values).reshape(shape) for name, values in named)
     return x, y
 
 
 def check_shapes(reference: AnyArray, other: AnyArray) -> None:
     """Raises `ValueError` if two arrays cannot be compared pair by pair."""
+    if reference.ndim == 0 or reference.size == 0:
+        raise ValueError(f"reference has shape {reference.shape}; there is no sample in it.")
     if reference.shape != other.shape:
         raise ValueError(
             f"shapes {reference.shape} and {other.shape} cannot be paired; "

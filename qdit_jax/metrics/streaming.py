@@ -31,12 +31,16 @@ class Moments:
         return self.scatter / (self.count - 1)
 
 
-def moments(features: Float[AnyArray, "N D"]) -> Moments:
-    """Returns the moments of one array, in float64 and in blocks of rows.
+def moments(features: Float[AnyArray, "..."]) -> Moments:
+    """Returns the moments of features `[N, D]`, in float64 and in blocks of rows.
 
     Raises:
-        ValueError: if there is no sample, or a feature is NaN or infinite.
+        ValueError: if there is no sample, the array is not `[N, D]`, or holds NaN or infinity.
     """
+    if np.ndim(features) != 2 or features.shape[1] == 0:
+        raise ValueError(
+            f"features have shape {np.shape(features)}; moments need [N, D]: a row a sample."
+        )
     if len(features) == 0:
         raise ValueError("features are empty; moments need at least 1 sample.")
     starts = range(0, len(features), BLOCK_ROWS)

@@ -235,8 +235,10 @@ def example_inputs(model: Network, batch: int = 1) -> tuple[Any, ...]:
 
 
 def is_concrete(array: Any) -> bool:
-    """Returns whether an array's values can be looked at: it is not being traced."""
-    return not isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct)
+    """Returns whether an array's values can be looked at: not traced, nor on other hosts."""
+    if isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct):
+        return False
+    return not isinstance(array, jax.Array) or array.is_fully_addressable
 
 
 def as_condition(condition: Condition) -> Condition:

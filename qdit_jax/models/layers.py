@@ -22,6 +22,7 @@ from qdit_jax.kernels import attention, quantized_matmul
 from qdit_jax.quant import QTensor, Role, dequantize, select_columns, slots
 
 Initializer = Callable[..., Any]
+xavier: Initializer = nn.initializers.xavier_uniform()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +38,17 @@ class Layers:
     numerics: str = "simulated"
     implementation: str | None = None
 
-    def linear(self, features: int, *args: Any, **kwargs: Any) -> Linear:
+    def linear(
+        self,
+        features: int,
+        kernel_init: Initializer = xavier,
+        kernel_shape: tuple[int, ...] | None = None,
+        *,
+        name: str,
+    ) -> Linear:
         """Returns a `Linear` that computes this way; the arguments are its fields."""
         return Linear(
-            features,
-            *args,
-            numerics=self.numerics,
-            implementation=self.implementation,
-            **kwargs,
+            features, kernel_init, kernel_shape, self.numerics, self.implementation, name=name
         )
 
 
@@ -75,7 +79,7 @@ class Linear(nn.Module):
     """
 
     features: int
-    kernel_init: Initializer = nn.initializers.xavier_uniform()
+    kernel_init: Initializer = xavier
     kernel_shape: tuple[int, ...] | None = None
     numerics: str = "simulated"
     implementation: str | None = None
@@ -163,7 +167,7 @@ class PatchEmbed(nn.Module):
 def flat_xavier(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
     """Returns Xavier-uniform values for a convolution kernel seen as a matrix `[p*p*C, D]`."""
     flat = (math.prod(shape[:-1]), shape[-1])
-    return nn.initializers.xavier_uniform()(key, flat, dtype).reshape(shape)
+    return xavier(key, flat, dtype).reshape(shape)
 
 
 class TimestepEmbedder(nn.Module):
@@ -197,7 +201,8 @@ def timestep_features(
 class LabelEmbedder(nn.Module):
     """Returns the embedding of class labels; the last row is the null class when there is one.
 
-    `embedding_table` is an array `[rows, D]`, or a `QTensor` `[D, rows]`.
+    `embedding_table` is an array `[rows, D]`, or a `QTensor` `[D, rows]`. A label that is no row is
+    refused, or, where it is traced, embedded as NaN: it is never another class.
     """
 
     num_rows: int
@@ -207,9 +212,16 @@ class LabelEmbedder(nn.Module):
     def __call__(self, label: Num[Array, " B"]) -> Float[Array, "B D"]:
         init = nn.initializers.normal(0.02)
         table = stored(self, "embedding_table", init, (self.num_rows, self.hidden_size))
+        label = jnp.asarray(label)
+        is_row = (label >= 0) & (label < self.num_rows)
+        if not isinstance(is_row, jax.core.Tracer) and not bool(is_row.all()):
+            raise ValueError(f"label {label} is out of range; rows are 0 to {self.num_rows - 1}.")
+        row = jnp.clip(label, 0, self.num_rows - 1)
         if isinstance(table, QTensor):
-            return dequantize(select_columns(table, label)).T
-        return jnp.asarray(table)[label]
+            found = dequantize(select_columns(table, row)).T
+        else:
+            found = jnp.asarray(table)[row]
+        return jnp.where(is_row[:, None], found, jnp.nan)
 
 
 class AttentionModule(nn.Module):

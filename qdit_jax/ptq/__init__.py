@@ -1,6 +1,7 @@
 """The transform from a parameter tree to a quantised one, and what it needs."""
 
 from qdit_jax.ptq.by_columns import sqnr_db
+from qdit_jax.ptq.promises import Precision, precision_of, precision_warning
 from qdit_jax.ptq.rounding import StagesFn, num_batches, round_params
 from qdit_jax.ptq.sequential import (
     RoundedLayer,
@@ -23,6 +24,7 @@ from qdit_jax.ptq.walk import rewrite, weight_name
 
 __all__ = [
     "LayerPlan",
+    "Precision",
     "RoundedLayer",
     "StagesFn",
     "act_quantizer",
@@ -34,6 +36,8 @@ __all__ = [
     "matrix_shape",
     "num_batches",
     "plan",
+    "precision_of",
+    "precision_warning",
     "quantize_checkpoint",
     "quantize_in_order",
     "quantize_params",

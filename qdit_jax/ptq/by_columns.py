@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -50,19 +51,41 @@ def quantize_by_columns(w: Float[np.ndarray, "K N"], spec: WeightSpec) -> QTenso
 
 def sqnr_db(w: Any, q: QTensor) -> float:
     """Returns the signal-to-quantisation-noise ratio of a kernel `[K, N]` in dB."""
+    parts = [(signal.sum(), noise.sum()) for _, signal, noise in squares_by_columns(w, q)]
+    return decibels(*np.sum(parts, axis=0))
+
+
+def squares_by_columns(w: Any, q: QTensor) -> Iterator[tuple[Any, Any, Any]]:
+    """Yields blocks of columns of a kernel, and the squared norms of them and of their errors.
+
+    All is in units of `unit_of(w)`: blocks float32 `[K, n]`, squares float64 `[n]`.
+    """
     w, q = np.asarray(w), jax.tree.map(np.asarray, q)
-    signal = noise = 0.0
+    unit = np.float32(unit_of(w))
     for columns in column_blocks(w.shape, q.channel_group):
-        part = np.asarray(w[:, columns], np.float32)
+        part = np.asarray(w[:, columns]).astype(np.float32) / unit
         # A sum inside of jit would unpack the codes again for every few values.
-        error = np.asarray(dequantize(columns_of(q, columns))) - part
-        signal, noise = signal + sum_of_squares(part), noise + sum_of_squares(error)
-    return 10 * math.log10(max(signal / max(noise, 1e-30), 1e-30))
+        error = np.asarray(dequantize(columns_of(q, columns))) / unit - part
+        yield part, sum_of_squares(part), sum_of_squares(error)
 
 
-def sum_of_squares(x: Float[np.ndarray, "K N"]) -> float:
-    """Returns the sum of all squares; `x` may be a part of an array and is not copied."""
-    return float(np.einsum("kn,kn->k", x, x).sum(dtype=np.float64))
+def sum_of_squares(x: Float[np.ndarray, "K N"]) -> Float[np.ndarray, " N"]:
+    """Returns the sum of each column's squares, in float64 without a copy of `x`."""
+    return np.einsum("kn,kn->n", x, x, dtype=np.float64)
+
+
+def unit_of(w: np.ndarray) -> float:
+    """Returns a power of two near the greatest magnitude: division by it is exact."""
+    top = max(-float(w.min()), float(w.max()))
+    return 2.0 ** max(math.floor(math.log2(top)), -126) if 0 < top < math.inf else 1.0
+
+
+def decibels(signal: float, noise: float) -> float:
+    """Returns a ratio in dB, within [-300, 300]; -inf if one of the two is not finite."""
+    if not math.isfinite(signal) or not math.isfinite(noise):
+        return -math.inf
+    ratio = signal / noise if noise else (1e30 if signal else 1.0)
+    return 10 * math.log10(min(max(ratio, 1e-30), 1e30))
 
 
 def columns_of(q: QTensor, columns: slice) -> QTensor:

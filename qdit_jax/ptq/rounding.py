@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from qdit_jax.calibration import Items, Stats, empty_hessians, input_hessians
+from qdit_jax.calibration import Items, Stats, check_items, empty_hessians, input_hessians
 from qdit_jax.models import Family, family_of, layers_in_order
 from qdit_jax.ptq.sequential import RoundedLayer, RoundFn, by_block, quantize_in_order
 from qdit_jax.quant import gptq
@@ -57,8 +57,10 @@ def round_params(
         progress_fn: called with 1 after every batch; there are `num_batches(...)` of them.
 
     Raises:
-        ValueError: as `quantize_params`, or if `holdout` leaves nothing on one of the sides.
+        ValueError: as `quantize_in_order`, or if an item is not finite, or `holdout` leaves nothing
+            on one of the sides.
     """
+    check_items(items)
     held_out = held_out_items(items, holdout)
     apply = partial(model.apply, {"params": params})
     stages = stages_fn(layers_in_order(apply, *model.example_inputs()), family_of(model))

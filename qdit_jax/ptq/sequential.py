@@ -20,7 +20,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from qdit_jax.calibration import Stats
 from qdit_jax.models import Family
 from qdit_jax.ptq.transform import as_matrix, matrix_shape, rewrite_kernels
-from qdit_jax.quant import QTensor, WeightSpec, output_error, quantize
+from qdit_jax.quant import (
+    GREATEST_WEIGHT,
+    QTensor,
+    WeightSpec,
+    check_finite,
+    output_error,
+    quantize,
+)
 from qdit_jax.recipes import TABLE, Recipe
 
 # `(kernel [K, N], hessian [K, K], spec) -> QTensor`: `quant.gptq`, `quant.adaround`, ...
@@ -72,7 +79,8 @@ def quantize_in_order(
         on_layer: called after each layer.
 
     Raises:
-        ValueError: as `quantize_params`; also if the stages lack a layer of the recipe.
+        ValueError: as `quantize_params`; also if the stages lack a layer of the recipe, or a
+            Hessian is not finite.
     """
     specs = recipe.resolve(params)
     started = rewrite_kernels(params, only_tables, recipe=recipe, stats=stats)
@@ -86,6 +94,10 @@ def quantize_in_order(
         kernels = {path: flat[f"{path}/kernel"] for path in stage}
         kernels = {path: jnp.asarray(k).reshape(matrix_shape(k)) for path, k in kernels.items()}
         weight_specs = {path: specs[path].weight for path in stage}
+        for path in stage:
+            check_finite(path, kernels[path], GREATEST_WEIGHT)
+            for found in (hessians, holdout or {}):
+                check_hessian(path, found.get(path))
         for path, q in rounded_together(kernels, hessians, weight_specs, round_fn):
             inputs = hessians[path] if holdout is None else holdout[path]
             layer = checked(path, kernels[path], q, inputs, weight_specs[path], holdout is not None)
@@ -97,7 +109,16 @@ def quantize_in_order(
 
 def only_tables(path: str, name: str, leaf: Any, spec: WeightSpec) -> Any:
     """Returns a label table rounded to nearest, which has no inputs to be fitted to; else the leaf."""
-    return quantize(as_matrix(name, jnp.asarray(leaf)), spec) if name.endswith(TABLE) else leaf
+    if not name.endswith(TABLE):
+        return leaf
+    check_finite(path, leaf, GREATEST_WEIGHT)
+    return quantize(as_matrix(name, jnp.asarray(leaf)), spec)
+
+
+def check_hessian(path: str, hessian: Any) -> None:
+    """Raises `ValueError` if a layer's Hessian, where it has one, is not finite."""
+    if hessian is not None:
+        check_finite(f"the Hessian of the inputs of {path}", hessian)
 
 
 def checked(

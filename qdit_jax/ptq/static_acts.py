@@ -12,8 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from qdit_jax.calibration import Stats
-from qdit_jax.quant import ActQuant, ActSpec, group_extremes, groups, ranges, static_act_quant
+from qdit_jax.calibration import Stats, check_layer
+from qdit_jax.quant import (
+    ActQuant,
+    ActSpec,
+    group_extremes,
+    groups,
+    static_act_quant,
+    static_act_quant_of_limits,
+)
 
 
 def act_quantizer(path: str, spec: ActSpec, stats: Stats | None) -> ActQuant:
@@ -23,7 +30,8 @@ def act_quantizer(path: str, spec: ActSpec, stats: Stats | None) -> ActQuant:
     tokens that the statistics keep.
 
     Raises:
-        ValueError: if the layer's statistics, or tokens that the range rule needs, are absent.
+        ValueError: if the layer's statistics, or tokens that the range rule needs, are absent, or
+            cannot be used: not finite, low above high, of another shape.
     """
     if spec.mode == "dynamic":
         return ActQuant(spec)
@@ -32,6 +40,7 @@ def act_quantizer(path: str, spec: ActSpec, stats: Stats | None) -> ActQuant:
             f"the recipe quantises the input of {path} with mode='static', which needs calibration "
             "statistics of that layer; pass stats=calibrate(...), or use mode='dynamic'."
         )
+    check_layer(path, stats)
     if spec.range_fn.from_extremes:
         parts = np.stack([stats.low[path], stats.high[path]], axis=1)  # [S, 2, K]
     elif path in stats.tokens:
@@ -44,11 +53,10 @@ def act_quantizer(path: str, spec: ActSpec, stats: Stats | None) -> ActQuant:
     rows = parts if spec.per_timestep else parts.reshape(1, -1, parts.shape[-1])
     limits = [group_limits(part, spec) for part in rows]
     low, high = (np.stack(side) for side in zip(*limits, strict=True))
-    if not spec.range_fn.from_extremes:
-        spec = dataclasses.replace(spec, range_fn=ranges.minmax)
+    make = static_act_quant if spec.range_fn.from_extremes else static_act_quant_of_limits
     if not spec.per_timestep:
-        return static_act_quant(low[0], high[0], spec)
-    quantizer = static_act_quant(low, high, spec)
+        return make(low[0], high[0], spec)
+    quantizer = make(low, high, spec)
     timesteps = jnp.asarray(stats.timesteps, jnp.float32)
     return dataclasses.replace(quantizer, timesteps=timesteps)
 

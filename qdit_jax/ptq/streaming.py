@@ -20,7 +20,7 @@ from qdit_jax.checkpoint import Checkpoint, DeferredArray, open_checkpoint, save
 from qdit_jax.files import check_free
 from qdit_jax.ptq.by_columns import quantize_by_columns
 from qdit_jax.ptq.transform import as_matrix, rewrite_kernels
-from qdit_jax.quant import QTensor, WeightSpec, quantize
+from qdit_jax.quant import GREATEST_WEIGHT, QTensor, WeightSpec, check_finite, quantize
 from qdit_jax.recipes import Recipe
 
 
@@ -85,6 +85,7 @@ def deferred_quantization(
     def defer(path: str, name: str, leaf: Any, spec: WeightSpec) -> QTensor:
         def make() -> dict[str, Any]:
             matrix = as_matrix(name, np.asarray(leaf))
+            check_finite(path, matrix, GREATEST_WEIGHT)
             q = quantize_by_columns(matrix, spec)
             if on_layer is not None:
                 on_layer(path, matrix, q)

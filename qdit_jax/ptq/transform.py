@@ -13,7 +13,15 @@ from flax.traverse_util import flatten_dict
 from qdit_jax.calibration import Stats
 from qdit_jax.ptq.static_acts import act_quantizer
 from qdit_jax.ptq.walk import rewrite, weight_name
-from qdit_jax.quant import ActQuant, QTensor, WeightSpec, packed_nbytes, quantize
+from qdit_jax.quant import (
+    GREATEST_WEIGHT,
+    ActQuant,
+    QTensor,
+    WeightSpec,
+    check_finite,
+    packed_nbytes,
+    quantize,
+)
 from qdit_jax.recipes import TABLE, LayerSpec, Recipe
 
 
@@ -72,11 +80,12 @@ def quantize_params(
         on_layer: called with the path, the kernel and its `QTensor` after each layer.
 
     Raises:
-        ValueError: if a rule of the recipe matches no layer, a layer is quantised already, or
-            statistics are needed and absent.
+        ValueError: if a rule of the recipe matches no layer, a layer is quantised already or holds
+            NaN or infinity, or statistics are needed and absent.
     """
 
     def quantized(path: str, name: str, leaf: Any, spec: WeightSpec) -> QTensor:
+        check_finite(path, leaf, GREATEST_WEIGHT)
         matrix = as_matrix(name, jnp.asarray(leaf))
         q = (
             quantize(matrix, spec)

@@ -10,8 +10,10 @@ from qdit_jax.quant.act import (
     select_rows,
     select_timestep,
     static_act_quant,
+    static_act_quant_of_limits,
 )
 from qdit_jax.quant.adaptive_rounding import AdaRoundSettings, adaround
+from qdit_jax.quant.finite import GREATEST_WEIGHT, check_finite
 from qdit_jax.quant.gptq_rounding import accumulate_hessian, gptq, gptq_authors, output_error
 from qdit_jax.quant.groups import effective_group_size
 from qdit_jax.quant.leaves import LEAVES, Leaf, Role, entry_name, slots, with_leaf
@@ -23,15 +25,19 @@ from qdit_jax.quant.qtensor import (
     nbytes,
     packed_nbytes,
     quantize,
+    scale_values,
     select_columns,
 )
 from qdit_jax.quant.specs import ActSpec, WeightSpec
+from qdit_jax.quant.stored_scales import scale_value
 from qdit_jax.quant.traced import fake_quantize_kernel_traced, fake_quantize_traced
 
 # The name of `quantize` outside of this room, where `quantize` takes whole checkpoints too.
 quantize_array = quantize
 
+
 __all__ = [
+    "GREATEST_WEIGHT",
     "LEAVES",
     "ActQuant",
     "ActSpec",
@@ -42,6 +48,7 @@ __all__ = [
     "WeightSpec",
     "accumulate_hessian",
     "adaround",
+    "check_finite",
     "codes_of",
     "dequantize",
     "effective_group_size",
@@ -63,10 +70,13 @@ __all__ = [
     "quantize",
     "quantize_array",
     "ranges",
+    "scale_value",
+    "scale_values",
     "select_columns",
     "select_rows",
     "select_timestep",
     "slots",
     "static_act_quant",
+    "static_act_quant_of_limits",
     "with_leaf",
 ]

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from qdit_jax.quant import groups
 from qdit_jax.quant.division import quotient
+from qdit_jax.quant.finite import check_finite
 from qdit_jax.quant.qtensor import zero_point_of
 from qdit_jax.quant.specs import ActSpec
 
@@ -73,7 +74,7 @@ def expand_to_channels(
 def codes_of(
     x: Float[Array, "*lead K"], scale: Any, zero_point: Any, spec: ActSpec
 ) -> Float[Array, "*lead K"]:
-    """Returns the codes of `x` (shift already added) as whole floats.
+    """Returns the codes of `x` (shift already added) as whole floats, NaN where `x` is not finite.
 
     `scale` and `zero_point` are `[*lead or broadcastable, G]`.
     """
@@ -81,7 +82,7 @@ def codes_of(
     codes = jnp.round(quotient(x, expand_to_channels(scale, x.shape[-1], spec.group_size)))
     if zero_point is not None:
         codes = codes + expand_to_channels(zero_point, x.shape[-1], spec.group_size)
-    return jnp.clip(codes, lowest, highest)
+    return jnp.where(jnp.isfinite(x), jnp.clip(codes, lowest, highest), jnp.nan)
 
 
 def values_of(
@@ -212,23 +213,43 @@ def static_act_quant(low: Any, high: Any, spec: ActSpec) -> ActQuant:
     `low` and `high` are the least and greatest values seen, `spec.shift` not yet added.
 
     Raises:
-        ValueError: if `spec` is dynamic or its range rule needs more than the extremes; such a
-            rule's limits can be computed from samples and passed with `range_fn=ranges.minmax`.
+        ValueError: if `spec` is dynamic, its range rule needs more than the extremes, or these are
+            not finite or reversed; a rule's limits of samples go to `static_act_quant_of_limits`.
     """
-    if spec.mode != "static":
-        raise ValueError("a dynamic ActSpec takes no calibrated range; use mode='static'.")
     if not spec.range_fn.from_extremes:
         raise ValueError(
             f"range rule {spec.range_fn.name!r} needs samples, not extremes; compute its limits "
-            "from samples and use range_fn=ranges.minmax here."
+            "from samples, for static_act_quant_of_limits, or use range_fn=ranges.minmax here."
         )
-    low = jnp.asarray(low, jnp.float32) + spec.shift
-    high = jnp.asarray(high, jnp.float32) + spec.shift
-    if low.shape != high.shape or low.ndim not in (1, 2):
-        raise ValueError(f"low {low.shape} and high {high.shape} must both be [G] or [S, G].")
+    low, high = checked_range(low, high, spec)
     symmetric = spec.symmetric and not spec.unsigned
     low, high = spec.range_fn.limits_from_extremes(low, high, spec.bits, symmetric)
     return ActQuant(spec, *grid_of_limits(low, high, spec))
+
+
+def static_act_quant_of_limits(low: Any, high: Any, spec: ActSpec) -> ActQuant:
+    """Returns the static quantiser of limits `[G]` or `[S, G]` that `spec.range_fn` has chosen.
+
+    `spec.shift` is not yet added to `low` and `high`.
+
+    Raises:
+        ValueError: if `spec` is dynamic, or the limits are not finite or reversed.
+    """
+    return ActQuant(spec, *grid_of_limits(*checked_range(low, high, spec), spec))
+
+
+def checked_range(low: Any, high: Any, spec: ActSpec) -> tuple[Any, Any]:
+    """Returns both ends in float32, `spec.shift` added; raises `ValueError` if they are no range."""
+    if spec.mode != "static":
+        raise ValueError("a dynamic ActSpec takes no calibrated range; use mode='static'.")
+    low, high = jnp.asarray(low, jnp.float32), jnp.asarray(high, jnp.float32)
+    if low.shape != high.shape or low.ndim not in (1, 2):
+        raise ValueError(f"low {low.shape} and high {high.shape} must both be [G] or [S, G].")
+    for name, side in (("low", low), ("high", high)):
+        check_finite(name, side)
+    if not isinstance(low > high, jax.core.Tracer) and bool(jnp.any(low > high)):
+        raise ValueError("low exceeds high in a group; they are its least and greatest value.")
+    return low + spec.shift, high + spec.shift
 
 
 def select_rows(tree: Any, index: Any) -> Any:

@@ -20,8 +20,11 @@ from jaxtyping import Array, Float
 
 from qdit_jax.quant import groups
 from qdit_jax.quant.division import quotient
+from qdit_jax.quant.finite import check_finite
+from qdit_jax.quant.gptq_rounding import damped, nan_unless_finite
 from qdit_jax.quant.qtensor import QTensor, check_kernel, from_codes, scale_and_zero_point
 from qdit_jax.quant.specs import WeightSpec
+from qdit_jax.quant.stored_scales import scale_value
 
 # The rectified sigmoid's stretch (paper, equation 23).
 _LOW, _HIGH = -0.1, 1.1
@@ -91,8 +94,8 @@ def adaround(
     channel whose error did not fall keeps its round-to-nearest codes. Works under vmap.
 
     Raises:
-        TypeError, ValueError: as `quantize`; also if `hessian` is not `[K, K]` or `spec` has a
-            number format.
+        TypeError, ValueError: as `quantize`; also if `hessian` is not `[K, K]` or not finite
+            (traced, the result is NaN), or `spec` has a number format.
     """
     w, hessian = check_kernel(w, spec), jnp.asarray(hessian)
     if spec.fmt is not None:
@@ -100,14 +103,18 @@ def adaround(
     if hessian.shape != (w.shape[0], w.shape[0]):
         expected = (w.shape[0], w.shape[0])
         raise ValueError(f"hessian has shape {hessian.shape}; w {w.shape} needs {expected}.")
+    check_finite("hessian", hessian)
     return _adaround(w, hessian, spec=spec, settings=settings or AdaRoundSettings())
 
 
 @partial(jax.jit, static_argnames=("spec", "settings"))
 def _adaround(w: Any, hessian: Any, spec: WeightSpec, settings: AdaRoundSettings) -> QTensor:
-    w = w.astype(jnp.float32)
+    w, hessian = w.astype(jnp.float32), hessian.astype(jnp.float32)
     stored, zero_point = scale_and_zero_point(w, spec)
-    scale = groups.expand_groups(stored.astype(jnp.float32), w.shape, spec.group_size)
+    stored = nan_unless_finite(stored, hessian)
+    positive, _, tries = damped(hessian, 0.01)
+    hessian = jnp.where(tries > 0, positive, hessian)  # else a negative error would be sought
+    scale = groups.expand_groups(scale_value(stored), w.shape, spec.group_size)
     offset = jnp.float32(2 ** (spec.bits - 1))
     if zero_point is not None:
         offset = groups.expand_groups(zero_point, w.shape, spec.group_size)
@@ -146,5 +153,7 @@ def _minimize(objective: Any, v: Any, settings: AdaRoundSettings) -> Any:
         updates, opt_state = optimizer.update(gradient, opt_state)
         return (optax.apply_updates(v, updates), opt_state), None
 
-    (v, _), _ = jax.lax.scan(step, (v, optimizer.init(v)), jnp.arange(settings.num_steps))
+    (v, _), _ = jax.lax.scan(
+        step, (v, optimizer.init(v)), jnp.arange(settings.num_steps, dtype=jnp.int32)
+    )
     return v

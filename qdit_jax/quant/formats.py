@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float, Num, UInt8
 
-from qdit_jax.quant import ranges
+from qdit_jax.quant import ranges, stored_scales
 from qdit_jax.quant.division import quotient, quotient_by_number
 
 # 16 quantiles of a standard normal, scaled to [-1, 1] (QLoRA, arXiv:2305.14314, appendix E).
@@ -35,6 +35,9 @@ _OPERANDS = {
     "e2m1": ("int8", 0.5), "e4m3": ("bfloat16", 1.0), "e5m2": ("bfloat16", 1.0),
     "nf4": ("float32", 1.0),
 }  # fmt: skip
+
+
+_E8M0_NAN = 255
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,10 +123,11 @@ class Format:
         if self.block_scale == "e8m0":
             # exp2 is not exact; the byte is a float32's exponent, but for 2**-127.
             power = jax.lax.bitcast_convert_type(stored.astype(jnp.int32) << 23, jnp.float32)
-            return jnp.where(stored > 0, power, jnp.float32(2.0**-127))
+            power = jnp.where(stored > 0, power, jnp.float32(2.0**-127))
+            return jnp.where(stored == _E8M0_NAN, jnp.nan, power)
         if self.block_scale == "e4m3":
             return fp8_e4m3.value(stored)
-        return stored.astype(jnp.float32)
+        return stored_scales.scale_value(stored)
 
     def stored_scale(self, absmax: Any, tensor_scale: Any) -> Any:
         """Returns the block scales, as stored, of blocks whose greatest magnitude is `absmax`.
@@ -136,7 +140,8 @@ class Format:
             power = int(np.floor(np.log2(self.max_value())))
             _, exponent = jnp.frexp(absmax)
             byte = jnp.clip(exponent - 1 - power + 127, 0, 254)
-            return jnp.where(absmax > 0, byte, 127).astype(jnp.uint8)
+            byte = jnp.where(absmax > 0, byte, 127)
+            return jnp.where(jnp.isfinite(absmax), byte, _E8M0_NAN).astype(jnp.uint8)
         top = self.max_value()
         if self.block_scale == "e4m3":
             return _byte_of(quotient(quotient_by_number(absmax, top), tensor_scale), "e4m3")
@@ -145,7 +150,7 @@ class Format:
     def tensor_scale(self, absmax: Any) -> Any:
         """Returns the factor for tensors of greatest magnitude `absmax`: blocks fill E4M3."""
         scale = quotient_by_number(absmax, self.max_value() * 448.0)
-        return jnp.where(scale > 0, scale, jnp.ones_like(scale))
+        return ranges.positive_or_one(scale)
 
     def quantize_blocks(
         self, x: Float[Array, "*lead K"], group_size: int
@@ -174,9 +179,10 @@ class Format:
 
 
 def divide(x: Float[Array, "*s"], scale: Any) -> Float[Array, "*s"]:
-    """Returns `x / scale` rounded once, 0 where `scale` is 0."""
+    """Returns `x / scale` rounded once, 0 where `scale` is 0; NaN stays NaN."""
     wide = jax.lax.optimization_barrier(jnp.broadcast_to(scale, x.shape))
-    return jnp.where(wide > 0, quotient(x, jnp.where(wide > 0, wide, 1.0)), 0.0)
+    empty = wide == 0
+    return jnp.where(empty, 0.0, quotient(x, jnp.where(empty, 1.0, wide)))
 
 
 def _byte_of(x: Float[Array, "*s"], element: str) -> UInt8[Array, "*s"]:

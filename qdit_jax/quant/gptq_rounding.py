@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from qdit_jax.quant import groups
 from qdit_jax.quant.division import quotient
+from qdit_jax.quant.finite import check_finite
 from qdit_jax.quant.qtensor import (
     QTensor,
     check_kernel,
@@ -28,6 +29,7 @@ from qdit_jax.quant.qtensor import (
     scale_and_zero_point,
 )
 from qdit_jax.quant.specs import WeightSpec
+from qdit_jax.quant.stored_scales import scale_value, stored_scale
 
 BLOCK = 128
 _DAMPING_TRIES = 8
@@ -55,7 +57,8 @@ def gptq(
 
     Groups are static (the grid comes from `w` before any compensation), channels are visited by
     falling diag(H), a channel without input is set to 0, and the damping (a fraction of the mean
-    diagonal) is raised tenfold until the factorisation succeeds. Any scale of `hessian` will do.
+    diagonal) is raised tenfold until the factorisation succeeds; if it was, an output channel keeps its
+    round-to-nearest codes where GPTQ does not lower the error. Any scale of `hessian` will do.
     Works under jit and vmap; the memory is that of a few `[K, N]` and `[K, K]` float32 arrays.
 
     Args:
@@ -63,36 +66,49 @@ def gptq(
             round-to-nearest codes where GPTQ does not lower the error on those.
 
     Raises:
-        TypeError, ValueError: as `quantize`; also if `hessian` is not `[K, K]` or `spec` has a
-            number format.
+        TypeError, ValueError: as `quantize`; also if `hessian` is not `[K, K]` or not finite
+            (traced, the result is NaN), or `spec` has a number format.
     """
     w, hessian = _check(w, hessian, spec)
     if holdout is not None:
-        _, holdout = _check(w, holdout, spec)
+        _, holdout = _check(w, holdout, spec, "holdout")
     return _gptq(w, hessian, damping, holdout, spec=spec)
 
 
 @partial(jax.jit, static_argnames="spec")
 def _gptq(w: Any, hessian: Any, damping: Any, holdout: Any, spec: WeightSpec) -> QTensor:
-    w = w.astype(jnp.float32)
+    w, hessian = w.astype(jnp.float32), hessian.astype(jnp.float32)
     num_channels = w.shape[0]
-    alive = jnp.diagonal(hessian) > 0
+    alive = jnp.any(hessian != 0, axis=1)
     order = jnp.argsort(-jnp.diagonal(hessian))
     scale, zero_point = scale_and_zero_point(w, spec)
+    scale = nan_unless_finite(scale, hessian)
     grid = _grid(scale, zero_point, spec)
     live = jnp.where(alive[:, None], w, 0)
-    factor = inverse_factor(hessian[order][:, order], damping)
+    positive, factor, tries = damped(hessian[order][:, order], damping)
     size = groups.effective_group_size(num_channels, spec.group_size)
     codes, _ = _round_channels(live[order], factor, grid, (order // size), spec, None)
     codes = jnp.zeros_like(codes).at[order].set(codes)
-    q = from_codes(codes, scale, zero_point, spec)
-    if holdout is None:
-        return q
     nearest = codes_on_grid(live, scale, zero_point, spec)
-    better = channel_errors(w, q, holdout) <= channel_errors(
-        w, from_codes(nearest, scale, zero_point, spec), holdout
-    )
-    return from_codes(jnp.where(better, codes, nearest), scale, zero_point, spec)
+
+    def better_on(inputs: Any) -> Any:
+        errors = [
+            channel_errors(w, from_codes(chosen, scale, zero_point, spec), inputs)
+            for chosen in (codes, nearest)
+        ]
+        return jnp.where(errors[0] <= errors[1], codes, nearest)
+
+    if holdout is not None:
+        codes = better_on(holdout)
+    else:  # What no inputs can have made is no ground for leaving the nearest codes.
+        where = jnp.argsort(order)
+        codes = jax.lax.cond(tries > 0, lambda: better_on(positive[where][:, where]), lambda: codes)
+    return from_codes(codes, scale, zero_point, spec)
+
+
+def nan_unless_finite(scale: Float[Array, "G B"], hessian: Any) -> Float[Array, "G B"]:
+    """Returns `scale`, or NaN if `hessian`, traced and so not refused, is not finite."""
+    return jnp.where(jnp.all(jnp.isfinite(hessian)), scale, jnp.nan)
 
 
 def gptq_authors(w: Any, hessian: Any, spec: WeightSpec, *, damping: float = 0.01) -> QTensor:
@@ -115,21 +131,21 @@ def gptq_authors(w: Any, hessian: Any, spec: WeightSpec, *, damping: float = 0.0
 
 @partial(jax.jit, static_argnames="spec")
 def _gptq_authors(w: Any, hessian: Any, damping: Any, spec: WeightSpec) -> QTensor:
-    w = w.astype(jnp.float32)
+    w, hessian = w.astype(jnp.float32), hessian.astype(jnp.float32)
     num_channels = w.shape[0]
     size = groups.effective_group_size(num_channels, spec.group_size)
     dead = jnp.diagonal(hessian) == 0
     grid = _grid(*scale_and_zero_point(w, spec), spec)
     live = jnp.where(dead[:, None], 0, w)
     factor = inverse_factor(hessian, damping)
-    starts = jnp.arange(0, num_channels, size)
+    starts = jnp.arange(0, num_channels, size, dtype=jnp.int32)
 
     def refresh(running: Any, grid: Any, first: Any) -> Any:
         now = _grid(*scale_and_zero_point(running[:num_channels], spec), spec)
         inside = ((starts >= first) & (starts < first + BLOCK))[:, None]
         return jax.tree.map(lambda new, old: jnp.where(inside, new, old), now, grid)
 
-    group_of = jnp.arange(num_channels) // size
+    group_of = jnp.arange(num_channels, dtype=jnp.int32) // size
     keep = spec.group_size == 0
     codes, (scale, offset) = _round_channels(
         live, factor, grid, group_of, spec, None if keep else refresh
@@ -137,6 +153,7 @@ def _gptq_authors(w: Any, hessian: Any, damping: Any, spec: WeightSpec) -> QTens
     width = scale.shape[-1] // spec.channel_group
     scale = scale.reshape(-1, width, spec.channel_group)[..., 0]
     offset = offset.reshape(-1, width, spec.channel_group)[..., 0]
+    scale = nan_unless_finite(stored_scale(scale, spec.scale_dtype), hessian)
     return from_codes(codes, scale, None if spec.symmetric else offset, spec)
 
 
@@ -146,7 +163,7 @@ def _grid(scale: Any, zero_point: Any, spec: WeightSpec) -> tuple[Any, Any]:
         zero_point = jnp.full(scale.shape, 2.0 ** (spec.bits - 1), jnp.float32)
     repeat = spec.channel_group
     return (
-        jnp.repeat(scale.astype(jnp.float32), repeat, axis=-1),
+        jnp.repeat(scale_value(scale), repeat, axis=-1),
         jnp.repeat(zero_point, repeat, axis=-1),
     )
 
@@ -155,15 +172,22 @@ def inverse_factor(hessian: Float[Array, "K K"], damping: Any) -> Float[Array, "
     """Returns upper triangular U with `(H + damping * mean(diag H) * I)⁻¹ = Uᵀ U`.
 
     Channels without input get a 1 on the diagonal first. If the factorisation fails, the damping
-    is raised tenfold, up to eight times.
+    is raised tenfold, up to eight times; see `damped`.
+    """
+    return damped(hessian, damping)[1]
+
+
+def damped(hessian: Float[Array, "K K"], damping: Any) -> tuple[Any, Any, Any]:
+    """Returns (positive definite H, its `inverse_factor`, how often the damping was raised).
 
     `H = R Rᵀ` with R upper triangular comes from the Cholesky factor of H read backwards, and
-    `U = R⁻¹`: one factorisation instead of two, and H is never inverted.
+    `U = R⁻¹`: one factorisation instead of two, and H is never inverted. Where no damping helps,
+    both are the identity, with which GPTQ rounds to nearest.
     """
     hessian = hessian.astype(jnp.float32)
     diagonal = jnp.diagonal(hessian)
     hessian = hessian + jnp.diag((diagonal == 0).astype(jnp.float32))
-    mean = jnp.mean(jnp.diagonal(hessian))
+    mean = jnp.mean(jnp.abs(jnp.diagonal(hessian)))
     eye = jnp.eye(hessian.shape[0], dtype=jnp.float32)
 
     def attempt(amount: Any) -> Any:
@@ -179,9 +203,12 @@ def inverse_factor(hessian: Float[Array, "K K"], damping: Any) -> Float[Array, "
         tries, amount, _ = state
         return tries + 1, amount * 10, attempt(amount * 10)
 
-    amount = jnp.maximum(jnp.float32(damping), 1e-8)
+    amount = jnp.maximum(jnp.float32(damping), jnp.float32(1e-8))
     state = (jnp.int32(0), amount, attempt(amount))
-    return jax.lax.while_loop(failed, retry, state)[2]
+    tries, amount, factor = jax.lax.while_loop(failed, retry, state)
+    succeeded = jnp.all(jnp.isfinite(factor))
+    whole = jnp.where(succeeded, hessian + amount * mean * eye, eye)
+    return whole, jnp.where(succeeded, factor, eye), tries
 
 
 def _round_channels(
@@ -201,10 +228,11 @@ def _round_channels(
     pad = -num_channels % block
     w = jnp.pad(w, ((0, pad), (0, 0)))
     factor = jnp.pad(factor, ((0, pad), (0, pad)))
-    factor = factor + jnp.diag((jnp.arange(num_channels + pad) >= num_channels) * 1.0)
+    added = jnp.arange(num_channels + pad, dtype=jnp.int32) >= num_channels
+    factor = factor + jnp.diag(added.astype(jnp.float32))
     group_of = jnp.pad(group_of, (0, pad), mode="edge")
     top = 2**spec.bits - 1
-    columns = jnp.arange(num_channels + pad)
+    columns = jnp.arange(num_channels + pad, dtype=jnp.int32)
 
     def round_block(i: Any, state: Any) -> Any:
         w, codes, grid = state
@@ -224,7 +252,7 @@ def _round_channels(
             rows = rows - inside[j][:, None] * error
             return rows, codes.at[j].set(code.astype(jnp.uint8)), errors.at[j].set(error)
 
-        empty = (rows, jnp.zeros((block, width), jnp.uint8), jnp.zeros((block, width)))
+        empty = (rows, jnp.zeros((block, width), jnp.uint8), jnp.zeros((block, width), jnp.float32))
         _, new_codes, errors = jax.lax.fori_loop(0, block, round_one, empty)
         later = jnp.where(columns >= first + block, upper, 0)
         w = w - jnp.matmul(later.T, errors, precision=jax.lax.Precision.HIGHEST)
@@ -252,11 +280,12 @@ def output_error(w: Float[Any, "K N"], q: QTensor, hessian: Float[Any, "K K"]) -
     return jnp.sum(channel_errors(w, q, hessian)) / signal
 
 
-def _check(w: Any, hessian: Any, spec: WeightSpec) -> tuple[Any, Any]:
+def _check(w: Any, hessian: Any, spec: WeightSpec, name: str = "hessian") -> tuple[Any, Any]:
     w, hessian = check_kernel(w, spec), jnp.asarray(hessian)
     if spec.fmt is not None:
         raise ValueError(f"GPTQ rounds to integer codes, not to the format {spec.fmt.name!r}.")
     if hessian.shape != (w.shape[0], w.shape[0]):
         expected = (w.shape[0], w.shape[0])
-        raise ValueError(f"hessian has shape {hessian.shape}; w {w.shape} needs {expected}.")
+        raise ValueError(f"{name} has shape {hessian.shape}; w {w.shape} needs {expected}.")
+    check_finite(name, hessian)
     return w, hessian

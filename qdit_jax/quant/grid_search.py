@@ -100,7 +100,17 @@ def _score(
         score = jax.lax.cond(
             near, lambda: sums(partial(powers.by_root, fit)), lambda: sums(general)
         )
-    return score * scale**rule.norm
+    return score * (scale * unit_of(scale[0])) ** rule.norm
+
+
+def unit_of(scale: Float[Array, " B"]) -> Float[Array, " B"]:
+    """Returns a power of two for each group that brings a scale near 1 whose power would leave float32.
+
+    1 for all others, whose scores it would round differently.
+    """
+    exponent = jax.lax.bitcast_convert_type(scale, jnp.int32) >> 23
+    unit = jax.lax.bitcast_convert_type(jnp.clip(254 - exponent, 1, 254) << 23, jnp.float32)
+    return jnp.where(jnp.abs(exponent - 127) > 30, unit, 1.0)
 
 
 def _sum_of_powers(

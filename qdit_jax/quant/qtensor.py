@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
-from qdit_jax.quant import formats, groups, packing
+from qdit_jax.quant import finite, formats, groups, packing
 from qdit_jax.quant.division import quotient
 from qdit_jax.quant.specs import WeightSpec
+from qdit_jax.quant.stored_scales import scale_value, stored_scale
 
 
 @partial(
@@ -29,14 +30,14 @@ from qdit_jax.quant.specs import WeightSpec
 class QTensor:
     """A kernel `[K, N]` as packed codes, for g = group_size (K if 0) and c = N / scale.shape[-1]:
 
-    `w[k, n] = (code[k, n] - zero_point[k // g, n // c]) * scale[k // g, n // c]`
+    `w[k, n] = (code[k, n] - zero_point[k // g, n // c]) * scale_values(q)[k // g, n // c]`
 
     Without a zero point, codes are signed, `[-2**(bits-1), 2**(bits-1) - 1]`, and stored with
-    `2**(bits-1)` added. With a number format `fmt`, `w = fmt.value(code) * scale * tensor_scale`.
+    `2**(bits-1)` added. With a number format `fmt`, `w = fmt.value(code) * scale_values(q)`.
 
     Attributes:
         codes: uint8 `[..., packed_rows(K, bits), N]`, see `packing`.
-        scale: `[..., G, B]`, floating point.
+        scale: `[..., G, B]`, as stored: `scale_values(q)` reads it, see `stored_scales`.
         packed_zero_point: uint8 `[..., packed_rows(G, bits), B]`, packed like the codes; None
             when symmetric.
         tensor_scale: float32 `[...]`, one factor a kernel, of formats that have one; else None.
@@ -109,7 +110,8 @@ def quantize(w: Any, spec: WeightSpec) -> QTensor:
 
     Raises:
         TypeError: if `w` is not floating point.
-        ValueError: if `w` has not two axes, or `spec.channel_group` does not divide N.
+        ValueError: if `w` has not two axes, holds NaN or infinity (traced, its group becomes NaN),
+            or `spec.channel_group` does not divide N.
     """
     w = check_kernel(w, spec)
     return _quantize(w, spec=spec)
@@ -132,6 +134,7 @@ def check_kernel(w: Any, spec: WeightSpec) -> Any:
         raise ValueError(
             f"channel_group={spec.channel_group} does not divide the {w.shape[1]} output channels."
         )
+    finite.check_finite("w", w, finite.GREATEST_WEIGHT)
     return w
 
 
@@ -149,17 +152,20 @@ def scale_and_zero_point(
 ) -> tuple[Float[Array, "G B"], Float[Array, "G B"] | None]:
     """Returns every group's step in weight units, as stored, and the code of 0.0.
 
-    The scale has `spec.scale_dtype`; the zero point (None when symmetric) is a whole float32
-    computed with the scale as stored, clamped to the codes that exist.
+    The scale has `spec.scale_dtype`, see `stored_scales`; the zero point (None when symmetric) is a whole float32
+    computed with the scale as stored, clamped to the codes that exist. A group with a value that
+    is not finite has the scale NaN.
     """
 
     def of_groups(members: Float[Array, "G S B"]) -> tuple[Any, Any]:
         low, high = spec.range_fn.limits(members, spec.bits, spec.symmetric, 1)
         scale = spec.range_fn.scale(low, high, spec.bits, spec.symmetric)
-        scale = stored_scale(scale, spec.scale_dtype)
+        # A rule may look away from what is not finite; the group does not.
+        is_finite = jnp.all(jnp.isfinite(members), axis=1)
+        scale = stored_scale(jnp.where(is_finite, scale, jnp.nan), spec.scale_dtype)
         if spec.symmetric:
             return scale, None
-        return scale, zero_point_of(low, scale.astype(jnp.float32), spec.bits)
+        return scale, zero_point_of(low, scale_value(scale), spec.bits)
 
     scale, zero_point = groups.map_groups(of_groups, w, spec.group_size, spec.channel_group)
     return scale, zero_point
@@ -172,25 +178,12 @@ def zero_point_of(
     return jnp.clip(jnp.round(quotient(-low, scale)), 0, 2**bits - 1)
 
 
-def stored_scale(scale: Float[Array, "*s"], dtype: str) -> Float[Array, "*s"]:
-    """Returns `scale` in `dtype`, rounded up, so that the codes still reach the whole range."""
-    if dtype == "float32":
-        return scale
-    info = jnp.finfo(dtype)
-    scale = jnp.clip(scale, float(info.tiny), float(info.max))
-    # In float32 up to the cast, which is exact: XLA drops a cast to 16 bits that a cast back follows.
-    rounded = jax.lax.reduce_precision(scale, info.nexp, info.nmant)
-    bits: Any = jax.lax.bitcast_convert_type(rounded, jnp.int32) + (1 << (23 - info.nmant))
-    above = jax.lax.bitcast_convert_type(bits, jnp.float32)
-    return jnp.where(rounded < scale, above, rounded).astype(dtype)
-
-
 def codes_on_grid(
     w: Float[Array, "K N"], scale: Any, zero_point: Any, spec: WeightSpec
 ) -> Integer[Array, "K N"]:
     """Returns the nearest codes, `[0, 2**bits - 1]`, signed codes offset by `2**(bits - 1)`."""
     shape = (w.shape[0], w.shape[1])
-    wide = groups.expand_groups(scale.astype(jnp.float32), shape, spec.group_size)
+    wide = groups.expand_groups(scale_value(scale), shape, spec.group_size)
     # XLA would turn a division by a broadcast array into a product with its reciprocal, which
     # moves a quotient by one ulp now and then, and a tie with it.
     steps = jnp.round(quotient(w, jax.lax.optimization_barrier(wide)))
@@ -206,7 +199,8 @@ def from_codes(
 ) -> QTensor:
     """Returns the `QTensor` of codes in `[0, 2**bits - 1]` that some rounding has chosen.
 
-    `scale` and `zero_point` are `[..., G, B]`; `zero_point` is None when symmetric.
+    `scale`, as `stored_scale` gives it, and `zero_point` are `[..., G, B]`; `zero_point` is None
+    when symmetric.
     """
     packed = None if zero_point is None else packing.pack(zero_point.astype(jnp.int32), spec.bits)
     return QTensor(
@@ -256,7 +250,7 @@ def select_columns(q: QTensor, index: Integer[Array, " M"]) -> QTensor:
 def scale_values(q: QTensor) -> Float[Array, "*lead G B"]:
     """Returns the scales in float32, a format's stored bytes decoded and its factor applied."""
     if q.fmt is None:
-        return q.scale.astype(jnp.float32)
+        return scale_value(q.scale)
     scale = q.fmt.scale_value(q.scale)
     return scale if q.tensor_scale is None else scale * q.tensor_scale[..., None, None]
 

@@ -29,8 +29,8 @@ def max_code(bits: int, symmetric: bool) -> int:
 
 
 def positive_or_one(scale: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """Returns `scale` with 1 in place of 0, the scale of a group that holds zeros only."""
-    return jnp.where(scale > 0, scale, jnp.ones_like(scale))
+    """Returns `scale` with 1 in place of 0, the scale of a group that holds zeros only; NaN stays."""
+    return jnp.where(scale <= 0, jnp.ones_like(scale), scale)
 
 
 def rounded_product(x: Values, factor: Any) -> Values:

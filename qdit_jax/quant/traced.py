@@ -20,8 +20,9 @@ from jaxtyping import Array, Float
 
 from qdit_jax.quant import act, branches, groups
 from qdit_jax.quant.division import quotient
-from qdit_jax.quant.qtensor import stored_scale, zero_point_of
+from qdit_jax.quant.qtensor import zero_point_of
 from qdit_jax.quant.specs import ActSpec, WeightSpec
+from qdit_jax.quant.stored_scales import scale_value, stored_scale
 
 
 def fake_quantize_traced(
@@ -68,7 +69,8 @@ def fake_quantize_kernel_traced(
 ) -> Float[Array, "K N"]:
     """Returns `dequantize(quantize(w, spec))` with group size `group_sizes[choice]`, traced.
 
-    `spec.group_size` is not used; `spec.channel_group` must be 1.
+    `spec.group_size` is not used; `spec.channel_group` must be 1. A group with NaN or infinity is
+    NaN.
 
     Raises:
         ValueError: if the range rule needs more than each block's extremes.
@@ -79,9 +81,11 @@ def fake_quantize_kernel_traced(
     block, table = group_table(w.shape[0], group_sizes)
     columns = jnp.asarray(w, jnp.float32).T  # [N, K]
     low, high = _gather(*_block_extremes(columns, block), table[jnp.asarray(choice)])
+    is_finite = jnp.isfinite(low) & jnp.isfinite(high)
     low, high = spec.range_fn.limits_from_extremes(low, high, spec.bits, spec.symmetric)
     scale = spec.range_fn.scale(low, high, spec.bits, spec.symmetric)
-    scale = stored_scale(scale, spec.scale_dtype).astype(jnp.float32)
+    scale = jnp.where(is_finite, scale, jnp.nan)
+    scale = scale_value(stored_scale(scale, spec.scale_dtype))
     if spec.symmetric:
         offset = jnp.full_like(scale, 2 ** (spec.bits - 1))
     else:

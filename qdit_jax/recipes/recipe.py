@@ -3,6 +3,11 @@
 A recipe is a list of rules; a rule's pattern is a regular expression that must match a whole layer
 path (`blocks_3/mlp/fc1`), and the last rule that matches a layer decides. A layer's own name is a
 pattern as well, so that uniform presets and per-layer assignments are the same thing.
+
+The operands of the attention products (`blocks_3/attn/operands/q`, `k`, `v`, `softmax`; in short
+`blocks_3/attn/q`) are named beside the layers. A rule that matches a layer or a label table speaks of those alone: `.*` or `blocks_3/.*`
+leaves the operands as they are. A rule whose pattern matches operands only quantises them; it has an
+act spec and no weights. A rule without any spec leaves all that it matches, operands included.
 """
 
 from __future__ import annotations
@@ -10,12 +15,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from flax.traverse_util import flatten_dict
 
+from qdit_jax.errors import check_pattern
 from qdit_jax.models import FAMILIES, OPERANDS_OF, Family, family_of_params, layers_of
 from qdit_jax.quant import ActSpec, WeightSpec, ranges
 
@@ -26,7 +32,8 @@ PART = "part:"
 NO_FAMILY = "are of no family that is known here"
 # The least value of the tanh form of GELU is -0.17004.
 GELU_SHIFT = 0.1701
-PRESET = re.compile(r"w(\d+)a(\d+)")
+PRESET = re.compile(r"w(\d+)a(\d+)(-all)?")
+EVERY_LAYER = ".*"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +50,9 @@ class Rule:
 
     layers: str
     spec: LayerSpec
+
+    def __post_init__(self) -> None:
+        check_pattern("layers", self.layers)
 
     def matches(self, path: str) -> bool:
         if self.layers.startswith(PART):
@@ -96,35 +106,78 @@ class Recipe:
         return dataclasses.replace(self, rules=rules, family=family.name)
 
     def resolve(self, params: Any) -> dict[str, LayerSpec]:
-        """Returns the spec of every layer of `params` that is quantised, by path.
+        """Returns the spec of every layer and operand of `params` that is quantised, by path.
 
         A label table, such as `y_embedder`, has no input: of a rule that matches it only the
         weights' settings apply.
 
         Raises:
-            ValueError: if a rule matches no layer, or asks for weights where there are none.
+            ValueError: if a rule matches no layer, asks for weights where there are none, or the
+                rules quantise nothing.
         """
         self = self.bound(params)
-        layers = layer_paths(params)
-        operands, tables = operand_paths(params), table_paths(params)
-        names = operand_names(operands, layers)
-        every = [*layers, *tables, *(name for both in names.values() for name in both)]
-        for rule in self.rules:
-            if not any(rule.matches(path) for path in every):
-                raise ValueError(
-                    f"recipe {self.name!r}: the pattern {rule.layers!r} matches no layer; "
-                    f"layers are named like {', '.join(layers[:1] + layers[-1:] + operands[:1])}."
-                )
+        layers, tables = layer_paths(params), table_paths(params)
+        names = operand_names(operand_paths(params), layers)
+        broad = [self.speaks_of_layers(rule, [*layers, *tables], names) for rule in self.rules]
         found = {path: spec for path in layers if (spec := self.get(path)) is not None}
-        found |= {path: spec for path in operands if (spec := self.get(*names[path])) is not None}
-        for path in operands:
-            if path in found and found[path].weight is not None:
-                raise ValueError(
-                    f"recipe {self.name!r}: {path} is an operand of the attention products and has "
-                    "no weights; give it an act spec only."
-                )
+        for path, called in names.items():
+            if (spec := self.operand_spec(called, broad)) is not None:
+                found[path] = spec
         weights = {path: spec.weight for path in tables if (spec := self.get(path)) is not None}
-        return found | {path: LayerSpec(weight) for path, weight in weights.items() if weight}
+        found |= {path: LayerSpec(weight) for path, weight in weights.items() if weight}
+        if not found:
+            raise ValueError(
+                f"recipe {self.name!r} quantises nothing: it has no rule, or every rule leaves what "
+                "it matches at 16 bits; give a layer a weight or an act spec."
+            )
+        return found
+
+    def speaks_of_layers(
+        self, rule: Rule, layers: Sequence[str], operands: Mapping[str, Sequence[str]]
+    ) -> bool:
+        """Returns whether a rule matches a layer or table, so that operands are none of its business.
+
+        Args:
+            operands: the names of every attention operand, by its path.
+
+        Raises:
+            ValueError: if it matches nothing at all, or operands alone and has weights.
+        """
+        if any(map(rule.matches, layers)):
+            return True
+        matched = next((p for p, names in operands.items() if any(map(rule.matches, names))), None)
+        if matched is None:
+            shown = [*layers[:1], *layers[-1:], *list(operands)[:1]]
+            raise ValueError(
+                f"recipe {self.name!r}: the pattern {rule.layers!r} matches no layer; "
+                f"layers are named like {', '.join(shown)}."
+            )
+        if rule.spec.weight is not None:
+            raise ValueError(
+                f"recipe {self.name!r}: {matched} is an operand of the attention products and has "
+                "no weights; give it an act spec only."
+            )
+        return False
+
+    def operand_spec(self, names: Sequence[str], broad: Sequence[bool]) -> LayerSpec | None:
+        """Returns the spec of an attention operand; `broad` says which rules speak of layers."""
+        for rule, speaks_of_layers in zip(reversed(self.rules), reversed(broad), strict=True):
+            leaves = rule.spec == LayerSpec()
+            if any(map(rule.matches, names)) and (leaves or not speaks_of_layers):
+                return None if leaves else rule.spec
+        return None
+
+    def operands_left(self, params: Any) -> list[str]:
+        """Returns the attention operands that a rule matches and that stay as they are.
+
+        They lie under a pattern that speaks of layers too, such as `.*`.
+        """
+        self = self.bound(params)
+        found = self.resolve(params)
+        names = operand_names(operand_paths(params), layer_paths(params))
+        return [
+            p for p, called in names.items() if p not in found and self.get(*called) is not None
+        ]
 
     @classmethod
     def preset(
@@ -145,7 +198,8 @@ class Recipe:
         """Returns the uniform recipe `"w<bits>a<bits>"` for the linear layers of every block.
 
         Args:
-            name: such as `"w4a8"`; 16 bits leave that side as it is.
+            name: such as `"w4a8"`; 16 bits leave that side as it is. `"w4a8-all"` quantises every
+                layer and label table, the attention operands excepted.
             params: a `Checkpoint` or a parameter tree, which the recipe is bound to and checked
                 against. Without it the rule says `part:blocks`, of whatever family it is used on.
             group_size: input channels that share a scale; 0 is the whole channel.
@@ -158,15 +212,16 @@ class Recipe:
                 family. Parameters that no family claims need it.
 
         Raises:
-            ValueError: if the name is no preset, or the pattern matches no layer.
+            ValueError: if the name is no preset or leaves everything at 16 bits, or the pattern
+                cannot be read, matches no layer, or accompanies `-all`.
         """
-        match = PRESET.fullmatch(name)
-        if match is None:
+        weight_bits, act_bits, takes_all = preset_bits(name)
+        if takes_all and layers is not None:
             raise ValueError(
-                f"recipe={name!r} is no preset; use w<bits>a<bits> such as w8a8, w6a8 or w4a8 "
-                "(bits 2 to 8, or 16 to leave a side as it is), or the path of a recipe.json."
+                f"layers={layers!r} does not go with recipe={name!r}: give one of both."
             )
-        weight_bits, act_bits = map(int, match.groups())
+        if layers is None:
+            layers = EVERY_LAYER if takes_all else f"{PART}blocks"
         weight = act = None
         if weight_bits != 16:
             weight = WeightSpec(weight_bits, group_size, symmetric, range_fn, scale_dtype)
@@ -201,10 +256,12 @@ class Recipe:
             raise ValueError(f"part={part!r} is not known; use one of {', '.join(known)}.")
         if part.endswith("attention"):
             options = {**options, "act_group_size": 0}
-            if not name.startswith("w16"):
+            if preset_bits(name, part)[0] != 16:
                 raise ValueError(
-                    f"name={name!r}: attention operands have no weights; use 'w16a8' or the like."
+                    f"{part}={name!r}: attention operands have no weights; use 'w16a8' or the like."
                 )
+        if preset_bits(name, part)[2]:
+            raise ValueError(f"{part}={name!r}: -all belongs to a whole recipe; leave it out here.")
         added = Recipe.preset(name, layers=PART + part, **options)
         name = f"{self.name}-{part}-{name}"
         recipe = dataclasses.replace(self, rules=(*self.rules, *added.rules), name=name)
@@ -273,6 +330,27 @@ class Recipe:
         )
 
 
+def preset_bits(name: str, argument: str = "recipe") -> tuple[int, int, bool]:
+    """Returns the bits of weights and inputs that a preset names, and whether of every layer.
+
+    Raises:
+        ValueError: if it is no preset, or leaves both sides at 16 bits; it names the argument.
+    """
+    match = PRESET.fullmatch(name)
+    if match is None:
+        more = ", or the path of a recipe.json" if argument == "recipe" else ""
+        raise ValueError(
+            f"{argument}={name!r} is no preset; use w<bits>a<bits> such as w8a8, w6a8 or w4a8 "
+            f"(bits 2 to 8, or 16 to leave a side as it is; w4a8-all for every layer){more}."
+        )
+    if match[1] == match[2] == "16":
+        raise ValueError(
+            f"{argument}={name!r} quantises nothing: 16 bits leave a side as it is; give one of "
+            "both fewer, such as w4a8 or w16a8."
+        )
+    return int(match[1]), int(match[2]), match[3] is not None
+
+
 def read(path: str | Path) -> dict[str, Any]:
     try:
         data = json.loads(Path(path).read_text())
@@ -292,12 +370,7 @@ def rule_from_json(data: dict[str, Any], where: str) -> Rule:
     if not isinstance(pattern, str):
         raise ValueError(f"{where}: layers={pattern!r} is no regular expression.")
     try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"{where}: layers={pattern!r} is no regular expression: {error}."
-        ) from error
-    try:
+        check_pattern("layers", pattern)
         weight = data.get("weight")
         act = data.get("act")
         spec = LayerSpec(

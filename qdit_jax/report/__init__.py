@@ -13,15 +13,21 @@ from qdit_jax.report.media import (
 )
 from qdit_jax.report.model_page import write_model_report
 from qdit_jax.report.model_stats import (
+    GROUP_SIZE,
     block_layers,
+    group_text,
     input_ranges,
     kernel_of,
     part_of,
+    shown_group_sizes,
     weight_ranges,
 )
+from qdit_jax.report.provenance import provenance, provenance_text
 
 __all__ = [
+    "GROUP_SIZE",
     "block_layers",
+    "group_text",
     "heading",
     "image_grid",
     "input_ranges",
@@ -29,11 +35,14 @@ __all__ = [
     "paragraph",
     "part_of",
     "picture",
+    "provenance",
+    "provenance_text",
     "range_histograms",
     "save_arrays",
     "save_grid",
     "save_npz",
     "save_picture",
+    "shown_group_sizes",
     "side_by_side",
     "table",
     "to_uint8",

@@ -24,13 +24,15 @@ from qdit_jax.report.model_stats import (
     OUTLIER_FACTOR,
     activation_facts,
     block_layers,
+    group_text,
     input_ranges,
+    shown_group_sizes,
     summary_of,
     weight_facts,
     weight_ranges,
 )
+from qdit_jax.report.provenance import provenance, provenance_text
 
-GROUP_SIZE = 32
 CAPTIONS = {
     "weights": "Weights: the largest of every input and of every output channel, sorted. Groups "
     "along input channels pay where input channels spread more.",
@@ -39,8 +41,8 @@ CAPTIONS = {
     "timesteps": "Inputs of layers: the largest value at each timestep. A static range must hold "
     "them all.",
     "outliers": "Outlier channels by layer, and the largest channel over the median one.",
-    "ranges": f"Histograms of ranges by layer: of weights in groups of {GROUP_SIZE} input "
-    "channels, and of every input channel at every timestep.",
+    "ranges": "Histograms of ranges by layer: of weights in {groups}, and of every input channel at "
+    "every timestep.",
 }
 
 
@@ -57,10 +59,11 @@ def write_model_report(
     paths = {p: place for p, place in block_layers(params).items() if p in stats.low}
     if not paths:
         raise UserError(f"{title} has no transformer blocks to draw.")
+    sizes = shown_group_sizes([params], paths)
     weights, inputs = weight_facts(params, paths), activation_facts(stats, paths)
     order = np.argsort(stats.timesteps)
     ranges = {
-        "weights": weight_ranges(params, paths, GROUP_SIZE),
+        "weights": weight_ranges(params, paths, sizes),
         "inputs": input_ranges(stats, paths),
     }
     figures = {
@@ -73,6 +76,8 @@ def write_model_report(
     summary = {
         "model": title,
         "protocol": dict(protocol),
+        "made": provenance(),
+        "group_sizes": sizes,
         "timesteps": stats.timesteps.tolist(),
         "outlier_factor": OUTLIER_FACTOR,
         "weights": summary_of(weights),
@@ -84,18 +89,24 @@ def write_model_report(
             figure.savefig(temporary, dpi=110)
     with replaced_file(out / "stats.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=1))
-    parts = [report.paragraph(protocol_text(protocol, stats))]
-    parts += [report.picture(figure, CAPTIONS[name]) for name, figure in figures.items()]
+    parts = [report.paragraph(protocol_text(protocol, stats, summary["made"]))]
+    parts += [
+        report.picture(figure, CAPTIONS[name].format(groups=group_text(sizes)))
+        for name, figure in figures.items()
+    ]
     parts.append(layers_table(summary))
     report.write_report(out / "report.html", f"Weights and activations of {title}", parts)
     return summary
 
 
-def protocol_text(protocol: Mapping[str, Any], stats: Stats) -> str:
+def protocol_text(protocol: Mapping[str, Any], stats: Stats, made: Mapping[str, str]) -> str:
+    halves = "conditions in turn"
+    if "null" in stats.halves:
+        halves += " and the null condition"
     told = ", ".join(f"{name} {value}" for name, value in protocol.items())
     return (
-        f"Inputs recorded while sampling: {told}; {len(stats.timesteps)} timesteps, conditions in "
-        "turn and the null condition."
+        f"Inputs recorded while sampling: {told}; {len(stats.timesteps)} timesteps, {halves}. "
+        f"Run on {made['device']}; {provenance_text(made)}."
     )
 
 

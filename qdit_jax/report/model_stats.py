@@ -6,19 +6,21 @@ Dimensions: S timesteps, K input channels, N output channels, G groups.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jaxtyping import Float
 
 from qdit_jax.calibration import Stats
 from qdit_jax.models import Family, family_of_params
-from qdit_jax.quant import QTensor, dequantize
+from qdit_jax.quant import QTensor, dequantize, effective_group_size
 from qdit_jax.recipes import layer_paths
 
 OUTLIER_FACTOR = 6.0  # times the median channel
 NUM_LISTED = 8
+GROUP_SIZE = 32  # of the ranges shown, where a layer is not quantised
 
 
 class Place(NamedTuple):
@@ -120,9 +122,34 @@ def group_ranges(w: Float[np.ndarray, "K N"], group_size: int) -> Float[np.ndarr
     return (high - low).ravel()
 
 
-def weight_ranges(params: Any, paths: Iterable[str], group_size: int) -> dict[str, np.ndarray]:
+def shown_group_sizes(trees: Sequence[Any], paths: Iterable[str]) -> dict[str, int]:
+    """Returns the group size in which each layer's ranges are shown.
+
+    It is that of the first of the parameter trees that quantises the layer, else `GROUP_SIZE`, and
+    no more than the layer's channels.
+    """
+    flats = [flatten_dict(params, sep="/") for params in trees]
+    sizes = {}
+    for path in paths:
+        leaves = [flat[f"{path}/kernel"] for flat in flats]
+        found = [leaf.group_size for leaf in leaves if isinstance(leaf, QTensor)]
+        channels = int(np.prod(leaves[0].shape[:-1]))
+        sizes[path] = effective_group_size(channels, found[0] if found else GROUP_SIZE)
+    return sizes
+
+
+def group_text(sizes: Mapping[str, int]) -> str:
+    """Returns the group sizes of the layers shown, in words."""
+    found = sorted(set(sizes.values()))
+    told = ", ".join(map(str, found[:-1])) + " or " if len(found) > 1 else ""
+    return f"groups of {told}{found[-1]} input channels"
+
+
+def weight_ranges(
+    params: Any, paths: Iterable[str], group_sizes: Mapping[str, int]
+) -> dict[str, np.ndarray]:
     """Returns the ranges of all groups of each layer's weights."""
-    return {path: group_ranges(kernel_of(params, path), group_size) for path in paths}
+    return {path: group_ranges(kernel_of(params, path), group_sizes[path]) for path in paths}
 
 
 def input_ranges(stats: Stats, paths: Iterable[str]) -> dict[str, np.ndarray]:

@@ -1,13 +1,22 @@
 """From a checkpoint to pictures: denoisers, schedules of training, batched generation."""
 
+from qdit_jax.sampling.checks import (
+    DEFAULT_GUIDANCE,
+    check_diffusion_model,
+    check_numerics,
+    fitting_guidance,
+)
 from qdit_jax.sampling.generation import (
+    PUBLISHED,
     Denoiser,
+    check_seed,
     checkpoint_sampler,
     conditions_in_turn,
     decode,
     denoiser,
     generate,
     initial_noise,
+    num_guided_channels,
     own_scheduler,
     own_walk,
     sampler_text,
@@ -15,13 +24,20 @@ from qdit_jax.sampling.generation import (
 )
 
 __all__ = [
+    "DEFAULT_GUIDANCE",
+    "PUBLISHED",
     "Denoiser",
+    "check_diffusion_model",
+    "check_numerics",
+    "check_seed",
     "checkpoint_sampler",
     "conditions_in_turn",
     "decode",
     "denoiser",
+    "fitting_guidance",
     "generate",
     "initial_noise",
+    "num_guided_channels",
     "own_scheduler",
     "own_walk",
     "sampler_text",

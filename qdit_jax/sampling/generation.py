@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -17,8 +18,10 @@ from jaxtyping import Array, Float, Int
 
 from qdit_jax import diffusion
 from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.models import as_condition
+from qdit_jax.errors import check_counts, check_finite
+from qdit_jax.models import as_condition, is_concrete
 from qdit_jax.quant import select_timestep
+from qdit_jax.sampling.checks import check_diffusion_model, check_numerics
 
 PUBLISHED = "published"
 
@@ -32,9 +35,20 @@ class Denoiser:
     model: nn.Module = dataclasses.field(metadata={"static": True})
 
     def __call__(self, x: Any, timestep: Any, condition: Any) -> Any:
-        """Returns the network's output, with the static scales of the nearest timestep if any."""
+        """Returns the network's output, with the static scales of the nearest timestep if any.
+
+        Raises:
+            ValueError: as `check_condition`; in a traced label, what is out of range gives NaN.
+        """
+        self.check_condition(condition)
         params = select_timestep(self.params, timestep)
         return self.model.apply({"params": params}, x, timestep, condition)
+
+    def check_condition(self, condition: Any) -> None:
+        """Raises `ValueError` if a condition is none of the network's; traced ones are not looked at."""
+        check = getattr(self.model, "check_condition", None)  # a function's stand-in has none
+        if check is not None and all(is_concrete(leaf) for leaf in jax.tree.leaves(condition)):
+            check(condition)
 
     def null_condition(self, condition: Any) -> Any:
         """Returns the condition of no condition, see `models.Network`."""
@@ -55,8 +69,11 @@ def denoiser(
     published sampler guides (3 of DiT's 4), None for all as diffusers does.
 
     Raises:
-        ValueError: if guidance is asked of a network without a null condition.
+        ValueError: if guidance is asked of a network without a null condition, or of more channels
+            than a sample has.
     """
+    check_finite(guidance=guidance)
+    channels = num_guided_channels(model, guidance_channels)
     plain = Denoiser(params, model)
     if guidance is None or (isinstance(guidance, int | float) and guidance == 1):
         return plain
@@ -65,10 +82,27 @@ def denoiser(
             f"guidance={guidance} needs a null class, which this model was trained without; "
             "use guidance=None."
         )
-    channels = model.guided_channels if guidance_channels == PUBLISHED else guidance_channels
-    if channels is not None:
-        channels = min(int(channels), model.sample_shape()[-1])
     return diffusion.guided(plain, guidance, channels=channels)
+
+
+def num_guided_channels(model: Any, guidance_channels: int | str | None) -> int | None:
+    """Returns how many channels guidance changes, None for all; see `denoiser`.
+
+    Raises:
+        ValueError: if that is no positive number, or more than a sample has.
+    """
+    most = model.sample_shape()[-1]
+    if guidance_channels == PUBLISHED:
+        return None if model.guided_channels is None else min(model.guided_channels, most)
+    if guidance_channels is None:
+        return None
+    check_counts(guidance_channels=guidance_channels)
+    if int(guidance_channels) > most:
+        raise ValueError(
+            f"guidance_channels={guidance_channels} is more than the {most} channels of this "
+            "model's samples; use guidance_channels=None for all."
+        )
+    return int(guidance_channels)
 
 
 def conditions_in_turn(model: Any, conditions: Any, index: Int[Any, " B"]) -> Any:
@@ -201,7 +235,7 @@ def initial_noise(
     whatever the batch size and the number of devices.
     """
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(index)
-    noise = jax.vmap(lambda one: jax.random.normal(one, shape))(keys[:, 0])
+    noise = jax.vmap(lambda one: jax.random.normal(one, shape, jnp.float32))(keys[:, 0])
     return noise, keys[:, 1]
 
 
@@ -246,8 +280,12 @@ def generate(
         condition: class labels `[N]`, or the family's dict of arrays with N first.
 
     Raises:
-        ValueError: if a label is out of range, there is none, or the batch size is not positive.
+        ValueError: if a label or the seed is out of range, there is no label, the batch size is not
+            positive, or nothing in the checkpoint computes as asked.
     """
+    check_diffusion_model(checkpoint.model)
+    check_numerics(checkpoint.params, numerics)
+    seed = check_seed(seed)
     condition = as_condition(condition)
     checkpoint.model.check_condition(condition)
     num_samples = jax.tree.leaves(condition)[0].shape[0]
@@ -278,10 +316,25 @@ def generate(
     return np.concatenate(done)
 
 
+def check_seed(seed: Any) -> int:
+    """Returns `seed` as an integer.
+
+    Raises:
+        TypeError: if it is no whole number.
+        ValueError: unless it lies in `[0, 2**32 - 1]`: JAX's keys take the last 32 bits, and greater
+            seeds would repeat the samples of others.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise TypeError(f"seed={seed!r} is no whole number; use one from 0 to {2**32 - 1}.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} is out of range; use a number from 0 to {2**32 - 1}.")
+    return int(seed)
+
+
 def _batches(num_samples: int, batch_size: int | None, num_devices: int) -> Iterator[np.ndarray]:
     """Yields sample numbers in batches of one size, the last one padded by its last sample."""
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} is not supported; use a positive whole number.")
+    if batch_size is not None:
+        check_counts(batch_size=batch_size)
     default = (4 if jax.default_backend() == "cpu" else 16) * num_devices
     wanted = min(batch_size or default, num_samples)
     size = -(-wanted // num_devices) * num_devices

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 
 import jax
@@ -21,6 +20,7 @@ from qdit_jax.allocation import (
     search,
 )
 from qdit_jax.cli import search as verb
+from qdit_jax.cli.options import Parser
 
 CALLS: list[int] = []  # not in a closure, whose content belongs to an objective
 FAST = ["--steps", "2", "--num-batches", "2", "--batch-size", "2", "--group-sizes", "8", "32"]
@@ -39,7 +39,7 @@ def folder(checkpoint, tmp_path_factory):
 
 
 def run(*arguments):
-    parser = argparse.ArgumentParser()
+    parser = Parser(prog="qdit")
     verb.add_parser(parser.add_subparsers())
     args = parser.parse_args(["search", *map(str, arguments)])
     args.run(args)
@@ -68,6 +68,19 @@ def test_a_search_writes_a_recipe_that_quantises_and_pictures(folder, checkpoint
     ("options", "message"),
     [
         (["--budget", "bytes=5"], "budget='bytes=5' is impossible"),
+        (["--budget", "bytes=1.2.3M"], "cannot be read"),
+        (["--budget", "bytes=999M"], "limits nothing: the dearest assignment costs [0-9]+"),
+        (["--budget", "mean-group=1"], "limits nothing: the mean of the group sizes is never bel"),
+        (
+            ["--budget", "mean-group=999"],
+            "impossible: the mean of the group sizes that .* is [1-9]",
+        ),
+        (["--exclude", "nothing"], "excluded='nothing' matches no layer"),
+        (["--pin", "nothing=8"], "pinned='nothing' matches no layer"),
+        (["--population", "9"], "--population 9 has no effect: --method default is no evolution"),
+        (["--reference", "demo"], "--reference demo has no effect: --objective paired"),
+        (["--objective", "predicted", "--per-device", "2"], "--per-device 2 has no effect"),
+        (["--method", "qdit-release", "--guidance", "2"], "--guidance 2.0 has no effect"),
         (["--layers", "nothing"], "matches no layer"),
         (["--pin", "x"], "write PATTERN=SIZE"),
         (["--method", "luck"], "strategy='luck' is not known"),

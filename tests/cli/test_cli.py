@@ -58,7 +58,7 @@ def test_a_dry_run_writes_nothing(folder, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--recipe", "w4"], "recipe='w4' is no preset"),
+        (["--recipe", "w4"], "--recipe w4 is no preset"),
         (["--recipe", "w4a8", "--layers", "nothing"], "matches no layer"),
         (["--recipe", "w4a8", "--act-mode", "static"], "need --stats"),
         (["--recipe", "absent.json"], "recipe file absent.json does not exist"),
@@ -83,6 +83,9 @@ def test_inspect_counts_bytes_by_part(folder, capsys):
     assert summary["bytes"] == held
     assert "4-bit" in summary["parts"]["blocks/attn/qkv"]["dtypes"]
     assert summary["recipe"]["name"] == "w4a8-g128"
+    count = {"xla_cpu": num_kernels(folder / "small")}
+    used = {"simulated": count, "integer": count}
+    assert summary["implementations"] == used
     assert main(["inspect", str(folder / "small")]) == 0
     assert "family: dit" in capsys.readouterr().out
 
@@ -101,6 +104,13 @@ def test_inspect_tells_an_exported_file_from_a_torch_file(folder, capsys, golden
     printed = capsys.readouterr().out
     assert "family: dit, DiT in the facebook layout" in printed
     assert "pass --num-heads" in printed
+
+
+def num_kernels(checkpoint):
+    import jax
+
+    leaves = jax.tree.leaves(load(checkpoint).params, is_leaf=lambda x: isinstance(x, QTensor))
+    return sum(isinstance(leaf, QTensor) for leaf in leaves)
 
 
 def jax_leaves(tree):

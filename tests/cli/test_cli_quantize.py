@@ -39,7 +39,7 @@ def test_gptq_prints_held_out_errors_and_writes_the_checkpoint(folder, capsys):
     options = ["--recipe", "w3a8", "--layers", "blocks_0/attn/qkv", "--method", "gptq", *FEW]
     assert quantize(folder, *options, "--range", "percentile:0.99") == 0
     printed = capsys.readouterr().out
-    assert "output error, dB" in printed
+    assert "outputs' signal to error, dB" in printed
     (line,) = [line for line in printed.splitlines() if line.startswith("blocks_0/attn/qkv")]
     assert " -> " in line
     assert "measured on held-out inputs" in printed
@@ -117,14 +117,26 @@ def test_static_per_timestep_survives_the_checkpoint(folder, capsys):
     ("options", "message"),
     [
         (["--range", "widest"], "--range widest is not known; use minmax, absmax, percentile:P"),
+        (["--layers", "nothing"], "matches no layer"),
+        (["--recipe", "w16a16"], "quantises nothing"),
+        (["--stats", "s.npz"], "--stats s.npz has no effect: no activation is static"),
+        (["--holdout", "0.5"], "--holdout 0.5 has no effect: --rounding nearest looks at no"),
+        (["--num-samples", "8"], "--num-samples 8 has no effect: --rounding nearest"),
+        (["--recipe", "w4a16", "--act-group-size", "8"], "--act-group-size 8 has no effect"),
+        (["--recipe", "w4a16", "--act-mode", "static"], "--act-mode static has no effect"),
+        (["--recipe", "w16a8", "--range", "mse"], "--range mse has no effect"),
+        (["--recipe", "w16a8", "--rounding", "gptq"], "--rounding gptq has no effect"),
+        (["--recipe", "w4a16", "--shifted-gelu"], "--shifted-gelu has no effect"),
+        (["--recipe", "w4a8-all", "--layers", ".*"], "does not go with --recipe w4a8-all"),
+        (["--adaln", "w4a8-all"], "--adaln w4a8-all: -all belongs to a whole recipe"),
         (["--range", "percentile"], "--range percentile is not known"),
         (["--range", "percentile:x"], "--range percentile:x:"),
         (["--attention", "w4a8"], "attention operands have no weights"),
-        (["--adaln", "small"], "recipe='small' is no preset"),
+        (["--adaln", "small"], "--adaln small is no preset"),
         (["--method", "gptq", "--num-samples", "1", "--steps", "2"], "leaves one side empty"),
         (["--method", "qdit_release", "--stages", "layer"], "has the release's own stages"),
         (["--method", "qdit", "--group-size", "0"], "one scale per channel"),
-        (["--method", "gptq", "--num-samples", "0"], "num_samples=0 must be 1 or more"),
+        (["--method", "gptq", "--num-samples", "0"], "--num-samples"),
         (["--method", "gptq", "--act-mode", "static"], "static activations need --stats FILE"),
     ],
 )

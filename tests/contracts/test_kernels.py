@@ -224,8 +224,8 @@ def test_a_row_with_nan_is_nan_and_touches_no_other(act):
     for key, y in products(case, x, q, quantizer).items():
         found = np.array(y, np.float64)
         assert np.isnan(found[1, 1]).all(), key
-        found[1, 1], others = 0, np.where(np.isnan(rounded), 0, rounded)
-        others[1, 1] = 0
+        others = np.array(rounded)
+        found[1, 1], others[1, 1] = 0, 0
         assert relative_error(found, others, w) < 2e-6, key
 
 

@@ -185,7 +185,7 @@ def raw_velocity(checkpoint):
 
 
 def start(checkpoint):
-    noise = np.random.default_rng(3).standard_normal((2, *sampling.latent_shape(checkpoint.model)))
+    noise = np.random.default_rng(3).standard_normal((2, *checkpoint.model.sample_shape()))
     return jnp.asarray(noise, jnp.float32), jnp.array([1, CLASSES - 1])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -22,6 +21,7 @@ from tiny_models import tiny_vae
 from qdit_jax import checkpoint as checkpoints
 from qdit_jax import diffusion, metrics, sampling
 from qdit_jax.cli import evaluate
+from qdit_jax.cli.options import Parser
 from qdit_jax.evaluation import Contender, Protocol, run_evaluation
 from qdit_jax.evaluation.pages import difference_images
 from qdit_jax.evaluation.runs import digest
@@ -46,7 +46,7 @@ def quantized(checkpoint, name="w4a8", **options):
 
 
 def run(*arguments):
-    parser = argparse.ArgumentParser()
+    parser = Parser(prog="qdit")
     evaluate.add_parser(parser.add_subparsers())
     args = parser.parse_args(["evaluate", *map(str, arguments)])
     args.run(args)
@@ -139,6 +139,8 @@ def test_what_ran_is_named_with_bytes_and_time(compared):
     summary = summary_of(compared)
     numerics = [model["numerics"] for model in summary["models"]]
     assert numerics == ["full precision", *["quantised, simulated numerics"] * 2]
+    used = [list(model["implementations"]) for model in summary["models"]]
+    assert used == [[], ["xla_cpu"], ["xla_cpu"]]
     sizes = [model["bytes"] for model in summary["models"]]
     assert sizes[0] > sizes[2] > sizes[1]
     assert all(model["seconds_per_sample"] > 0 for model in summary["models"])
@@ -203,12 +205,18 @@ def test_a_run_with_other_settings_is_not_continued(folders, compared, model, op
         (("w4", "--against", "absent"), "does not exist"),
         (("vae",), "makes no pictures by itself"),
         (("w4", "--compare", "w8"), "needs --against"),
-        (("w4", "--num-samples", "1"), "use at least 2"),
-        (("w4", "--batch-size", "0"), "at least 1"),
-        (("w4", "--range-samples", "-1"), "use 0 or more"),
+        (("w4", "--num-samples", "1"), "use a whole number from 2"),
+        (("w4", "--batch-size", "0"), "use a whole number from 1"),
+        (("w4", "--range-samples", "-1"), "use a whole number from 0"),
         (("w4", "--guidance-channels", "none"), "no positive number, nor 'all'"),
         (("w4", "--features", "inception", "x"), "--features needs --reference"),
         (("w4", "--vae", "full"), "holds no autoencoder"),
+        (("full", "--execution", "integer"), "nothing is quantised"),
+        (("w4", "--split-size", "9"), "--split-size 9 has no effect: scores compare with a --ref"),
+        (("w4", "--kernel-samples", "9"), "--kernel-samples 9 has no effect"),
+        (("w4", "--min-samples", "9"), "--min-samples 9 has no effect"),
+        (("w4", "--preprocessing", "port"), "--preprocessing port has no effect"),
+        (("w4", "--guidance-channels", "2"), "guidance_channels=2 is more than the 1 channels"),
         (("w4", "--reference", "demo", "--num-samples", "64"), "64 samples are too few"),
         (("large", "--reference", "demo"), "take digits of 16x16"),
         (("latents", "--reference", "demo"), "no autoencoder is known"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 
@@ -13,12 +12,13 @@ from PIL import Image
 
 from qdit_jax import checkpoint
 from qdit_jax.cli import evaluate
+from qdit_jax.cli.options import Parser
 from qdit_jax.metrics import DEMO_FRECHET_DISTANCE
 from qdit_jax.models import DEMO_STATISTICS, InceptionV3, abstract_params, asset
 
 
 def run(*arguments) -> None:
-    parser = argparse.ArgumentParser()
+    parser = Parser(prog="qdit")
     evaluate.add_parser(parser.add_subparsers())
     args = parser.parse_args(["evaluate", *map(str, arguments)])
     args.run(args)

@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from qdit_jax import Recipe, quantize_params
 from qdit_jax.models import DiT, Layers, config_of, example_inputs, tapped
 
 MODEL = DiT(input_size=8, hidden_size=24, depth=1, num_heads=2, num_classes=3)
@@ -51,12 +52,12 @@ def test_equal_networks_are_compiled_once():
 
 @pytest.mark.parametrize("given", [{"numerics": "fast"}, {"implementation": "fast"}])
 def test_an_unknown_way_to_compute_is_named(given):
-    from qdit_jax import Recipe, quantize_params
-
     inputs = example_inputs(MODEL)
     params = jax.eval_shape(MODEL.init, jax.random.key(0), *inputs)["params"]
     recipe = Recipe.preset("w4a8", params)
     packed = jax.eval_shape(lambda p: quantize_params(p, recipe=recipe), params)
     (name,) = given
     with pytest.raises(ValueError, match=f"{name}='fast' is not known; use one of"):
-        jax.eval_shape(lambda p: MODEL.clone(**given).apply({"params": p}, *inputs), packed)
+        jax.eval_shape(
+            lambda p, *inputs: MODEL.clone(**given).apply({"params": p}, *inputs), packed, *inputs
+        )

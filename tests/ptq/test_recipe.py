@@ -195,3 +195,90 @@ def test_an_unknown_part_is_named():
         ValueError, match="part='head' is not known; use one of blocks, adaln, embedders"
     ):
         Recipe.preset("w4a8").with_part("head", "w8a8")
+
+
+EVERYTHING = {
+    "x_embedder/proj", "t_embedder/mlp_0", "t_embedder/mlp_2", "y_embedder",
+    "final_layer/adaLN_modulation", "final_layer/linear",
+    *(f"blocks_{i}/{name}" for i in range(2)
+      for name in ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2", "adaLN_modulation")),
+}  # fmt: skip
+OPERANDS = [
+    f"blocks_{i}/attn/operands/{name}" for i in range(2) for name in ("q", "k", "v", "softmax")
+]
+
+
+@pytest.mark.parametrize("layers", [".*", None])
+def test_a_pattern_of_everything_quantises_layers_and_tables_and_leaves_operands(params, layers):
+    name = "w4a8" if layers else "w4a8-all"
+    recipe = Recipe.preset(name, params, group_size=16, layers=layers)
+    found = recipe.resolve(params)
+    assert set(found) == EVERYTHING
+    assert found["y_embedder"] == LayerSpec(found["blocks_0/attn/qkv"].weight)
+    assert recipe.operands_left(params) == OPERANDS
+    quantized = quantize_params(params, recipe=recipe)
+    assert isinstance(quantized["y_embedder"]["embedding_table"], QTensor)
+    assert set(quantized["blocks_0"]["attn"]) == {"qkv", "proj"}
+    assert recipe.name == f"{name}-g16"
+
+
+def test_a_pattern_of_a_block_leaves_its_operands_and_their_own_rule_takes_them(params):
+    block = Rule(r"blocks_\d+/.*", LayerSpec(WeightSpec(4, 16), ActSpec(8, 16)))
+    operands = Rule(r"blocks_0/attn/(q|k|v|softmax)", LayerSpec(None, ActSpec(8, 0)))
+    for rules in ((block, operands), (operands, block)):
+        recipe = Recipe(rules)
+        found = recipe.resolve(params)
+        assert found["blocks_0/attn/operands/q"] == operands.spec
+        assert found["blocks_0/attn/qkv"] == block.spec
+        assert recipe.operands_left(params) == OPERANDS[4:]
+
+
+def test_inputs_alone_by_a_broad_pattern_leave_operands_too(params):
+    found = Recipe.preset("w16a8", params, layers=".*", group_size=16).resolve(params)
+    assert set(found) == EVERYTHING - {"y_embedder"}
+
+
+def test_a_rule_without_a_spec_leaves_operands_as_well(params):
+    base = Recipe.preset("w4a8", params).with_part("attention", "w16a8")
+    recipe = Recipe((*base.rules, Rule("blocks_0/.*", LayerSpec())))
+    assert all(path.startswith("blocks_1/") for path in recipe.resolve(params))
+    assert len(recipe.resolve(params)) == 4 + 4
+    assert recipe.operands_left(params) == []
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(()),
+        Recipe((Rule(".*", LayerSpec()),)),
+        Recipe((Rule(".*", LayerSpec(WeightSpec())), Rule(".*", LayerSpec()))),
+        Recipe((Rule("y_embedder", LayerSpec(None, ActSpec(8, 0))),)),
+    ],
+)
+def test_a_recipe_that_quantises_nothing_is_refused(params, recipe):
+    for fn in (
+        recipe.resolve,
+        lambda p: plan(p, recipe),
+        lambda p: quantize_params(p, recipe=recipe),
+    ):
+        with pytest.raises(ValueError, match="quantises nothing"):
+            fn(params)
+
+
+def test_presets_that_do_not_fit_are_named(params):
+    with pytest.raises(ValueError, match="recipe='w16a16' quantises nothing"):
+        Recipe.preset("w16a16")
+    with pytest.raises(ValueError, match=r"layers='.\*' does not go with recipe='w4a8-all'"):
+        Recipe.preset("w4a8-all", layers=".*")
+    with pytest.raises(ValueError, match="adaln='w4' is no preset"):
+        Recipe.preset("w4a8").with_part("adaln", "w4")
+    with pytest.raises(ValueError, match="attention='w4a8': attention operands have no weights"):
+        Recipe.preset("w4a8").with_part("attention", "w4a8")
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Rule("(", LayerSpec()), lambda: Recipe.preset("w4a8", layers="(")]
+)
+def test_a_bad_pattern_is_a_sentence(make):
+    with pytest.raises(ValueError, match=r"layers='\(' is no regular expression: missing \)"):
+        make()

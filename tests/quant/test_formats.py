@@ -14,8 +14,8 @@ from qdit_jax.quant import (
     formats,
     integer_codes,
     quantize,
+    scale_values,
 )
-from qdit_jax.quant.qtensor import scale_values
 
 DTYPES = {
     "fp8_e4m3": ml_dtypes.float8_e4m3fn,

@@ -118,11 +118,11 @@ def test_blocks_are_in_the_order_of_their_numbers():
 @pytest.mark.parametrize(
     ("path", "options", "message"),
     [
-        ("vae", ("--stats",), "--stats draws diffusion transformers"),
+        ("vae", ("--stats",), "is no diffusion model"),
         ("absent", ("--stats",), "does not exist"),
         ("model/model.json", ("--stats",), "is no checkpoint folder"),
-        ("model", ("--stats", "--steps", "0"), "--steps 0: use 1 or more"),
-        ("model", ("--stats", "--num-samples", "0"), "--num-samples 0: use 1 or more"),
+        ("model", ("--stats", "--steps", "0"), "--steps: '0' is not supported"),
+        ("model", ("--stats", "--num-samples", "0"), "--num-samples: '0' is not supported"),
         ("model", ("--stats", "--out", "model/model.json"), "is a file"),
         ("model", ("--steps", "5"), "--steps is an option of --stats"),
     ],

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tiny_models import CONFIG, tiny_checkpoint, tiny_vae
 
-from qdit_jax import diffusion, ptq, sampling
+from qdit_jax import Recipe, diffusion, ptq, sampling
 from qdit_jax.calibration import calibrate, default_sampler
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.diffusion.loop import _walk
@@ -97,7 +97,7 @@ def test_guided_channels_are_at_most_the_latents():
 
 @pytest.mark.parametrize("numerics", ["simulated", pytest.param("integer", marks=pytest.mark.slow)])
 def test_quantized_parameters_take_the_same_call(checkpoint, numerics):
-    recipe = ptq.Recipe.preset("w8a8", checkpoint.params, group_size=32)
+    recipe = Recipe.preset("w8a8", checkpoint.params, group_size=32)
     params = ptq.quantize_params(checkpoint.params, recipe=recipe)
     quantized = Checkpoint(checkpoint.model, params, recipe)
     sampler = diffusion.ddim(4)

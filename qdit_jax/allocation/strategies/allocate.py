@@ -20,6 +20,7 @@ from qdit_jax.allocation.records import Measured
 from qdit_jax.allocation.sensitivity import Prediction, rank_correlation
 from qdit_jax.allocation.space import Space
 from qdit_jax.allocation.strategies.evolution import random_legal
+from qdit_jax.errors import check_counts
 
 # (assignments [N, L], batches) -> fitness [N]
 MeasureFn = Callable[[np.ndarray, Sequence[int]], np.ndarray]
@@ -48,6 +49,17 @@ class AllocationSettings:
     threshold: float = 0.9
     num_finalists: int = 9
     rungs: tuple[int, ...] = (1, 4, 16)
+
+    def __post_init__(self) -> None:
+        check_counts(num_gate=self.num_gate, num_finalists=self.num_finalists)
+        check_counts(
+            0,
+            num_estimates=self.num_estimates,
+            num_rounds=self.num_rounds,
+            per_round=self.per_round,
+        )
+        for rung in self.rungs or (0,):
+            check_counts(rungs=rung)
 
     def fitted(self, num_batches: int) -> AllocationSettings:
         """Returns the settings with rungs that an objective of so many batches can be asked for."""

@@ -24,6 +24,7 @@ from qdit_jax.allocation.problem import Found, Front, Problem
 from qdit_jax.allocation.records import Measured
 from qdit_jax.allocation.sensitivity import Prediction
 from qdit_jax.allocation.space import Space
+from qdit_jax.errors import check_counts
 
 ATTEMPTS = 10  # draws a child that is wanted, before the rest is drawn at random
 
@@ -48,11 +49,13 @@ class EvolutionSettings:
     mutation_probability: float = 0.1
 
     def __post_init__(self) -> None:
-        for field in ("population", "num_kept"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)} must be 1 or more.")
-        if min(self.num_generations, self.num_crossover, self.num_mutation) < 0:
-            raise ValueError(f"numbers of {self} must not be negative.")
+        check_counts(population=self.population, num_kept=self.num_kept)
+        check_counts(
+            0,
+            num_generations=self.num_generations,
+            num_crossover=self.num_crossover,
+            num_mutation=self.num_mutation,
+        )
         if not 0 <= self.mutation_probability <= 1:
             raise ValueError(f"mutation_probability={self.mutation_probability} must be in [0, 1].")
 

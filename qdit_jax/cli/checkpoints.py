@@ -1,0 +1,69 @@
+"""Checkpoints as verbs take them: the right kind of network, or a sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from qdit_jax.checkpoint import Checkpoint, load
+from qdit_jax.errors import UserError
+from qdit_jax.sampling import DEFAULT_GUIDANCE, check_diffusion_model
+
+
+def diffusion_checkpoint(path: Path) -> Checkpoint:
+    """Returns the checkpoint at `path`; raises `ValueError` if it is no diffusion model."""
+    checkpoint = load(path)
+    check_diffusion_model(checkpoint.model, path)
+    return checkpoint
+
+
+def full_precision_checkpoint(path: Path, why: str) -> Checkpoint:
+    """Returns the diffusion model at `path`, which must not be quantised; `why` ends the sentence.
+
+    Raises:
+        UserError: if it is quantised.
+    """
+    checkpoint = diffusion_checkpoint(path)
+    if checkpoint.recipe is not None:
+        raise UserError(
+            f"{path} is quantised already ({checkpoint.recipe.name}); {why}: give the "
+            f"full-precision checkpoint{source_of(checkpoint)}."
+        )
+    return checkpoint
+
+
+def source_of(checkpoint: Checkpoint) -> str:
+    """Returns what a checkpoint was quantised from, in words, if it says so."""
+    source = checkpoint.metadata.get("quantized_from")
+    return f" (it was made from {source})" if source else ""
+
+
+def with_autoencoder(checkpoint: Checkpoint, path: Path | None) -> Checkpoint:
+    """Returns the checkpoint with the autoencoder at `path`, if one is given.
+
+    Raises:
+        UserError: if there is no autoencoder, or one of other latents.
+    """
+    if path is None:
+        return checkpoint
+    vae = load(path)
+    if not hasattr(vae.model, "decode"):
+        raise UserError(
+            f"--vae {path} holds no autoencoder but a {type(vae.model).__name__}; convert one "
+            "with `qdit convert sd-vae-ft-mse/ vae`."
+        )
+    made, taken = checkpoint.model.sample_shape()[-1], vae.model.latent_channels
+    if made != taken:
+        raise UserError(
+            f"--vae {path} decodes latents of {taken} channels and the model makes {made}; leave "
+            "--vae out, or give the autoencoder that the model was trained with."
+        )
+    return dataclasses.replace(checkpoint, vae=vae)
+
+
+def guidance_of(checkpoint: Checkpoint, given: float | None) -> Any:
+    """Returns the guidance to sample with: what was given, else the default that the model allows."""
+    if given is not None:
+        return given
+    return DEFAULT_GUIDANCE if checkpoint.model.has_null else 1.0

@@ -1,0 +1,86 @@
+"""Whether a quantised layer is as near its kernel as its bits promise.
+
+A layer can lose itself without any error: in a grid that does not fit, a range rule with a floor, a
+format's shared factor. Every table of layers says so.
+
+Dimensions: K input channels, N output channels, G groups, S members of a group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from qdit_jax.ptq.by_columns import decibels, squares_by_columns
+from qdit_jax.quant import QTensor, groups
+
+# A bit's worth of noise. Rounding to nearest on a min-max grid errs by half a step at most, which is
+# three times the noise of uniform rounding, 4.8 dB.
+ALLOWANCE_DB = 6.0
+# Of formats, whose steps follow the value: what elements of each kind keep in dB of any block whose
+# values are within a few powers of two, a margin included.
+ELEMENT_DB = {"e4m3": 25.0, "e5m2": 19.0, "e2m1": 11.0, "nf4": 12.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """A kernel's signal-to-noise ratio in dB, measured and promised; `-inf` if nothing is left.
+
+    `num_lost` counts the output channels whose error is as large as they are, and not by promise.
+    """
+
+    measured: float
+    promised: float
+    num_lost: int
+
+
+def precision_of(w: Any, q: QTensor) -> Precision:
+    """Returns how near `q` is to the kernel `w` `[K, N]`, and how near its bits promise to be.
+
+    Integers promise a twelfth of a squared step of each group's min-max grid as noise.
+    """
+    sums = [
+        (signal, noise, promised_noise(part, signal, q))
+        for part, signal, noise in squares_by_columns(w, q)
+    ]
+    signal, noise, promised = (np.concatenate(parts) for parts in zip(*sums, strict=True))
+    lost = (signal > 0) & ~(noise < signal) & (promised * 10 < signal)
+    measured, expected = (decibels(signal.sum(), n.sum()) for n in (noise, promised))
+    return Precision(measured, expected, int(lost.sum()))
+
+
+def precision_warning(
+    precision: Precision, q: QTensor, allowance_db: float = ALLOWANCE_DB
+) -> str | None:
+    """Returns a few words if a kernel has lost more in `q` than its bits explain, else None."""
+    kind = f"{q.bits} bits" if q.fmt is None else q.fmt.name
+    if not precision.measured >= precision.promised - allowance_db:
+        return f"{precision.measured:.1f} dB where {kind} promise {precision.promised:.1f}"
+    if precision.num_lost:
+        return f"{precision.num_lost} of {q.shape[1]} output channels are lost in {kind}"
+    return None
+
+
+def promised_noise(
+    w: Float[np.ndarray, "K N"], signal: Float[np.ndarray, " N"], q: QTensor
+) -> Float[np.ndarray, " N"]:
+    """Returns the squared error of each output channel that the bits of `q` promise."""
+    if q.fmt is not None:
+        return signal * 10 ** (-ELEMENT_DB[q.fmt.element] / 10)
+    size = groups.effective_group_size(w.shape[0], q.group_size)
+    starts = np.arange(0, w.shape[0], size)
+    low = np.minimum(np.minimum.reduceat(w, starts), 0)
+    high = np.maximum(np.maximum.reduceat(w, starts), 0)
+    if q.symmetric:
+        high = np.maximum(-low, high)
+        span, top = high, 2 ** (q.bits - 1) - 1
+    else:
+        span, top = high - low, 2**q.bits - 1
+    if q.channel_group > 1:
+        blocks = span.reshape(len(starts), -1, q.channel_group).max(-1)
+        span = np.repeat(blocks, q.channel_group, axis=-1)
+    members = np.minimum(starts + size, w.shape[0]) - starts
+    return (np.square(span / top) / 12 * members[:, None]).sum(0)

@@ -1,0 +1,48 @@
+"""Refusing what is not finite, by name, before anything is computed with it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Differences of greater weights overflow float32.
+GREATEST_WEIGHT = 2.0**126
+
+
+def check_finite(name: str, array: Any, limit: float = math.inf) -> None:
+    """Raises `ValueError` if `array` holds NaN or infinity; a traced one is not looked at.
+
+    Args:
+        name: what the sentence calls it: an argument, or a layer's path.
+        limit: the greatest magnitude that will do.
+    """
+    if isinstance(array, jax.core.Tracer) or not is_float(array) or np.size(array) == 0:
+        return
+    # The extremes tell of every value and need no memory of the array's size.
+    array = np.asarray(array) if in_host_memory(array) else array
+    with np.errstate(invalid="ignore"):
+        low, high = float(array.min()), float(array.max())
+    if math.isfinite(low) and math.isfinite(high) and max(-low, high) <= limit:
+        return
+    values = np.asarray(array).astype(np.float64)
+    bad = ~(np.abs(values) <= limit) | ~np.isfinite(values)
+    place = tuple(int(i) for i in np.unravel_index(np.argmax(bad), bad.shape))
+    beyond = "" if math.isinf(limit) else f" or exceed {limit:.2g}"
+    raise ValueError(
+        f"{name} holds {int(bad.sum()):,} of {bad.size:,} values that are not finite{beyond}; the "
+        f"first is {values[place]:g} at {place}. Mend what it comes from."
+    )
+
+
+def is_float(array: Any) -> bool:
+    """Returns whether `array` holds floating-point numbers of any width."""
+    dtype = array.dtype if hasattr(array, "dtype") else np.asarray(array).dtype
+    return bool(jnp.issubdtype(dtype, jnp.inexact))
+
+
+def in_host_memory(array: Any) -> bool:
+    return not isinstance(array, jax.Array) or {d.platform for d in array.devices()} == {"cpu"}

@@ -1,0 +1,67 @@
+"""What a checkpoint must be, and which settings fit its network, before anything is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax.traverse_util import flatten_dict
+
+from qdit_jax.errors import check_finite
+from qdit_jax.kernels import NUMERICS
+from qdit_jax.models import family_of
+from qdit_jax.quant import QTensor
+
+DEFAULT_GUIDANCE = 1.5
+
+
+def check_diffusion_model(model: Any, name: Any = "the checkpoint") -> None:
+    """Raises `ValueError` if `model` is no diffusion model; `name` is where it comes from."""
+    try:
+        family = family_of(model)
+    except TypeError:  # a network of the caller's own
+        return
+    if family.is_diffusion:
+        return
+    kind = type(model).__name__
+    article = "an" if kind[0] in "AEIOU" else "a"
+    raise ValueError(
+        f"{name} holds {article} {kind} (family {family.name}), which is no diffusion model and makes no "
+        "pictures by itself; give the checkpoint of a diffusion transformer, such as a DiT's."
+    )
+
+
+def fitting_guidance(model: Any, guidance: Any) -> Any:
+    """Returns the guidance a network is sampled with: None without a null condition.
+
+    Raises:
+        ValueError: if the guidance is not finite, or one other than the default is asked of a
+            network without a null class.
+    """
+    check_finite(guidance=guidance)
+    if model.has_null or guidance is None:
+        return guidance
+    if not isinstance(guidance, int | float) or guidance not in (1, DEFAULT_GUIDANCE):
+        raise ValueError(
+            f"guidance={guidance} needs a null class, which this model was trained without; "
+            "use guidance=None."
+        )
+    return None
+
+
+def check_numerics(params: Any, numerics: str) -> None:
+    """Raises `ValueError` if integer numerics is asked of a network that holds nothing for it.
+
+    It needs a layer with quantised weights and quantised inputs.
+    """
+    if numerics not in NUMERICS:
+        raise ValueError(f"numerics={numerics!r} is not known; use 'simulated' or 'integer'.")
+    if numerics != "integer":
+        return
+    flat = flatten_dict(params, sep="/")
+    layers = [p.removesuffix("/kernel") for p, leaf in flat.items() if isinstance(leaf, QTensor)]
+    if not any(f"{layer}/act_quant" in flat for layer in layers):
+        why = "no layer quantises its inputs as well" if layers else "nothing is quantised"
+        raise ValueError(
+            f"numerics='integer' has no effect on this checkpoint: {why}; quantise weights and "
+            "inputs (such as w4a8), or use numerics='simulated'."
+        )
