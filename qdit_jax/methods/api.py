@@ -74,6 +74,7 @@ def quantize(source: Any, *settings: Any, **options: Any) -> Any:
         UserError: as `open_checkpoint` and `save`.
     """
     if isinstance(source, (Checkpoint, str, os.PathLike)):
+        source = source if isinstance(source, (Checkpoint, str, Path)) else Path(source)
         return quantize_whole(source, *settings, **options)
     if isinstance(source, Mapping):
         raise TypeError(
