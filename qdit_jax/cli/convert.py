@@ -6,7 +6,7 @@ import argparse
 import textwrap
 from typing import Any
 
-from qdit_jax.cli.options import positive_int, verb_parser
+from qdit_jax.cli.options import finite_float, positive_int, verb_parser, whole_number
 from qdit_jax.cli.paths import path_option
 
 EPILOG = """
@@ -79,15 +79,14 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--noise-time",
-        type=int,
-        choices=(0, 1),
+        type=whole_number(0, 1),
         help="time that a SiT was trained to see at pure noise: 0 as SiT, 1 as REPA; default: what "
         "the file says, else 0",
     )
     for name, text in (("scaling", "scale"), ("shift", "shift")):
         parser.add_argument(
             f"--{name}-factor",
-            type=float,
+            type=finite_float,
             metavar="X",
             help=f"{text} of an autoencoder's latents, in place of what its config.json says",
         )

@@ -25,6 +25,8 @@ ALIASES = {
     "pinned": "pin",
     "excluded": "exclude",
     "mode": "act_mode",
+    "strategy": "method",
+    "conditions": "labels",
 }
 # What a keyword's value is called on the command line.
 VALUES = {

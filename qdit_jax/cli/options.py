@@ -81,7 +81,7 @@ def option_names(parser: argparse.ArgumentParser) -> dict[str, str]:
     return {
         action.dest: max(action.option_strings, key=len)
         for action in parser._actions
-        if action.option_strings
+        if action.option_strings and action.help != argparse.SUPPRESS  # not an earlier name
     }
 
 

@@ -226,8 +226,8 @@ def chosen_sampler(
         raise UserError(f"--sampler {name}: this model predicts {kind}; use {fitting}.")
     if args.eta and name != "ddim":
         raise UserError(f"--eta {args.eta} is an option of ddim, not of {name}.")
-    if args.clip is not None and name == "flow":
-        raise UserError(f"--clip {args.clip} is an option of ddim and ddpm, not of flow.")
+    if name == "flow":
+        refuse_inert(args, {"clip": None}, "flow predicts no data to clip")
     if name == "flow" and not (args.steps.isdecimal() and int(args.steps) > 0):
         raise UserError(f"--steps {args.steps}: flow takes a positive number.")
     return sampling.checkpoint_sampler(

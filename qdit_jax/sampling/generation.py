@@ -283,6 +283,7 @@ def generate(
         ValueError: if a label or the seed is out of range, there is no label, the batch size is not
             positive, or nothing in the checkpoint computes as asked.
     """
+    check_diffusion_model(checkpoint.model)
     condition = as_condition(condition)
     checkpoint.model.check_condition(condition)
     num_samples = jax.tree.leaves(condition)[0].shape[0]

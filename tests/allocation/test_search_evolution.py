@@ -9,7 +9,7 @@ import pytest
 from search_models import search, small_model, small_space
 
 from qdit_jax.allocation import Measured, Store
-from qdit_jax.allocation.evolution import children, random_legal
+from qdit_jax.allocation.strategies.evolution import children, random_legal
 from qdit_jax.errors import UserError
 
 SETTINGS = search.EvolutionSettings(

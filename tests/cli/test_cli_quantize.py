@@ -120,12 +120,12 @@ def test_static_per_timestep_survives_the_checkpoint(folder, capsys):
         (["--layers", "nothing"], "matches no layer"),
         (["--recipe", "w16a16"], "quantises nothing"),
         (["--stats", "s.npz"], "--stats s.npz has no effect: no activation is static"),
-        (["--holdout", "0.5"], "--holdout 0.5 has no effect: --rounding nearest looks at no"),
-        (["--num-samples", "8"], "--num-samples 8 has no effect: --rounding nearest"),
+        (["--holdout", "0.5"], "--holdout 0.5 has no effect: --method rtn looks at no"),
+        (["--num-samples", "8"], "--num-samples 8 has no effect: --method rtn"),
         (["--recipe", "w4a16", "--act-group-size", "8"], "--act-group-size 8 has no effect"),
         (["--recipe", "w4a16", "--act-mode", "static"], "--act-mode static has no effect"),
         (["--recipe", "w16a8", "--range", "mse"], "--range mse has no effect"),
-        (["--recipe", "w16a8", "--rounding", "gptq"], "--rounding gptq has no effect"),
+        (["--recipe", "w16a8", "--rounding", "gptq"], "--method gptq has no effect"),
         (["--recipe", "w4a16", "--shifted-gelu"], "--shifted-gelu has no effect"),
         (["--recipe", "w4a8-all", "--layers", ".*"], "does not go with --recipe w4a8-all"),
         (["--adaln", "w4a8-all"], "--adaln w4a8-all: -all belongs to a whole recipe"),
@@ -152,7 +152,7 @@ def test_methods_are_listed_in_words_and_as_json(capsys):
     assert "calibrates on: nothing" in printed
     assert "arXiv:2406.17343" in printed
     assert main(["methods", "--json"]) == 0
-    described = json.loads(capsys.readouterr().out)
+    described = json.loads(capsys.readouterr().out)["methods"]
     assert [method["name"] for method in described] == list(METHODS)
 
 
@@ -179,6 +179,5 @@ def test_the_method_brings_its_ranges_unless_one_is_given(options, method, range
 
 
 def test_unknown_methods_are_refused_with_the_known_ones(folder, capsys):
-    with pytest.raises(SystemExit):
-        quantize(folder, "--recipe", "w4a8", "--method", "rounding")
+    assert quantize(folder, "--recipe", "w4a8", "--method", "rounding") == 2
     assert "choose from" in capsys.readouterr().err

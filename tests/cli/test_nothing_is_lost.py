@@ -147,11 +147,11 @@ def test_a_forced_search_replaces_the_old_one_when_it_is_done(ckpt, tmp_path, ca
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--columns", "0", "--out", "g.png"), "--columns 0: use a positive number"),
-        (("--columns", "2", "--out", "s.npz"), "--columns 2 is of a grid"),
-        (("--vae", "VAE"), "decodes other latents than the 1 channels"),
-        (("--vae", "CKPT"), "holds a DiT, which is no autoencoder"),
-        (("--batch-size", "0"), "batch_size=0"),
+        (("--columns", "0", "--out", "g.png"), "--columns: '0' is not supported"),
+        (("--columns", "2", "--out", "s.npz"), "--columns 2 has no effect: an .npz has no grid"),
+        (("--vae", "VAE"), "decodes latents of 4 channels and the model makes 1"),
+        (("--vae", "CKPT"), "holds no autoencoder but a DiT"),
+        (("--batch-size", "0"), "--batch-size: '0' is not supported"),
         (("--seed", str(1 << 70)), "--seed"),
     ],
 )
@@ -165,7 +165,7 @@ def test_samples_are_refused_before_the_first(ckpt, tmp_path, monkeypatch, optio
     assert os.listdir(tmp_path) == ["VAE"]
 
 
-class StoppedError(Exception):
+class StoppedError(BaseException):
     """Stands for a kill."""
 
 

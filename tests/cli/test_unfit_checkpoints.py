@@ -8,7 +8,7 @@ import jax
 import pytest
 from tiny_models import CONFIG, random_params, tiny_checkpoint, tiny_vae
 
-from qdit_jax.allocation import EvolutionSettings, search
+from qdit_jax.allocation import EvolutionSettings, Rollouts, search
 from qdit_jax.calibration import calibrate, collect_items
 from qdit_jax.checkpoint import Checkpoint, save
 from qdit_jax.cli import main
@@ -101,7 +101,7 @@ def test_a_pattern_that_matches_nothing_is_named(folder, monkeypatch, capsys, ve
                                   "num_probes", "per_device"])  # fmt: skip
 def test_a_search_names_the_count_that_is_wrong(name):
     with pytest.raises(ValueError, match=f"^{name}=0 is not supported"):
-        search(tiny_checkpoint(), KEY, **{name: 0})
+        Rollouts(**{name: 0})
 
 
 @pytest.mark.parametrize("name", ["population", "num_kept"])
@@ -160,7 +160,7 @@ def test_integer_execution_needs_weights_and_inputs(folder):
             generate(Checkpoint(full.model, params, recipe), ddim(2), [0], numerics="integer")
     recipe = Recipe.preset("w4a8", full.params, group_size=16)
     check_numerics(quantize_params(full.params, recipe=recipe), "integer")
-    with pytest.raises(ValueError, match="execution='fast' is not known"):
+    with pytest.raises(ValueError, match="numerics='fast' is not known"):
         check_numerics(full.params, "fast")
 
 

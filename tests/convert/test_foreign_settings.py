@@ -382,7 +382,7 @@ def test_factors_of_a_pipeline_are_its_autoencoders(pipeline, pt, dit):
     folder = pipeline()
     read = read_model(folder, scaling_factor=0.5, shift_factor=0.1)
     assert (read.vae.config["scaling_factor"], read.vae.config["shift_factor"]) == (0.5, 0.1)
-    with pytest.raises(UserError, match="noise_time=1 is of a SiT, which this is not"):
+    with pytest.raises(UserError, match="--noise-time says nothing about a network of family dit"):
         read_model(folder, noise_time=1)
     with pytest.raises(UserError, match=r"scaling_factor=0\.5 is of an autoencoder.*none here"):
         read_model(pt(dit), num_heads=2, scaling_factor=0.5)
