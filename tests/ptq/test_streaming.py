@@ -13,11 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qdit_jax.checkpoint import Checkpoint, DeferredArray, load, materialized, open_checkpoint, save
+from qdit_jax.checkpoint import (
+    Checkpoint,
+    DeferredArray,
+    lazy,
+    load,
+    materialized,
+    open_checkpoint,
+    save,
+)
 from qdit_jax.cli import main
 from qdit_jax.errors import UserError
 from qdit_jax.models import build_model
-from qdit_jax.ptq import plan, quantize_params, streaming
+from qdit_jax.ptq import plan, quantize_params
 from qdit_jax.quant import ActSpec, QTensor, WeightSpec, dequantize, packed_nbytes
 from qdit_jax.recipes import LayerSpec, Recipe, Rule
 
@@ -66,9 +74,9 @@ def test_arrays_are_read_one_at_a_time(tmp_path, monkeypatch):
     model, params = network()
     save(tmp_path / "ckpt", Checkpoint(model, params))
     events = []
-    read = streaming.read_array
+    read = lazy.read_array
     noted = lambda folder, name: events.append(name) or read(folder, name)  # noqa: E731
-    monkeypatch.setattr(streaming, "read_array", noted)
+    monkeypatch.setattr(lazy, "read_array", noted)
     opened = open_checkpoint(tmp_path / "ckpt")
     recipe = Recipe.preset("w4a8", opened.params, group_size=32)
     assert plan(opened.params, recipe) == plan(params, recipe)
