@@ -145,8 +145,10 @@ def feature_distance(
     keys: Any,
 ) -> FeatureDistance:
     """Returns the objective of the paper's kind; see `FeatureDistance` for the arguments."""
-    arrays = *jax.tree.map(jnp.asarray, (noise, condition)), keys
-    return FeatureDistance(as_pytree(sample_fn), as_pytree(features_fn), *arrays, distance_fn)
+    noise, condition = jax.tree.map(jnp.asarray, (noise, condition))
+    return FeatureDistance(
+        as_pytree(sample_fn), as_pytree(features_fn), noise, condition, keys, distance_fn
+    )
 
 
 @partial(

@@ -18,6 +18,8 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+# Takes bytes, as the `update` of a hash does.
+Update = Callable[[Any], None]
 LENGTH = 16  # hexadecimal digits that are kept: 64 bits
 PLAIN = (bool, int, float, str, type(None))
 
@@ -51,7 +53,7 @@ def first_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | 
     return next((name for name in names if saved.get(name) != now.get(name)), None)
 
 
-def feed(update: Callable[[bytes], None], value: Any) -> None:
+def feed(update: Update, value: Any) -> None:
     """Passes a value's content to `update`, each part behind its kind so that none runs together."""
     if isinstance(value, PLAIN):
         update(f"{type(value).__name__}:{value!r};".encode())
@@ -73,7 +75,7 @@ def feed(update: Callable[[bytes], None], value: Any) -> None:
         feed_object(update, value)
 
 
-def feed_array(update: Callable[[bytes], None], array: Any) -> None:
+def feed_array(update: Update, array: Any) -> None:
     """Passes an array's dtype, shape and bytes; a PRNG key's data and kind."""
     if isinstance(array, jax.Array) and jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
         update(f"key {array.dtype}:".encode())
@@ -83,7 +85,7 @@ def feed_array(update: Callable[[bytes], None], array: Any) -> None:
     update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-def feed_object(update: Callable[[bytes], None], value: Any) -> None:
+def feed_object(update: Update, value: Any) -> None:
     """Passes an object's class and fields, or a function's code and what it refers to."""
     kind = type(value)
     update(f"{kind.__module__}.{kind.__qualname__}:".encode())
@@ -116,7 +118,7 @@ def feed_object(update: Callable[[bytes], None], value: Any) -> None:
         )
 
 
-def feed_function(update: Callable[[bytes], None], function: types.FunctionType) -> None:
+def feed_function(update: Update, function: types.FunctionType) -> None:
     """Passes a function's name, code, defaults and the values that it closes over."""
     update(f"{function.__module__}.{function.__qualname__};".encode())
     feed_code(update, function.__code__)
@@ -125,7 +127,7 @@ def feed_function(update: Callable[[bytes], None], function: types.FunctionType)
     feed(update, (function.__defaults__, function.__kwdefaults__, cells))
 
 
-def feed_code(update: Callable[[bytes], None], code: types.CodeType) -> None:
+def feed_code(update: Update, code: types.CodeType) -> None:
     update(code.co_code)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

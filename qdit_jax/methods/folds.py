@@ -48,6 +48,7 @@ def fold_inputs(params: Any, *, scale: Vectors | None = None, shift: Vectors | N
     family = family_of_params(params)
     for path in sorted({*scale, *shift}):
         sources = producers(path, family)
+        assert family is not None  # else there would be no producers
         readers = [layer for layer in layers_of(flat) if family.producers(layer) == sources]
         for name in (*readers, *(source.layer for source in sources)):
             check_foldable(flat, path, name)

@@ -42,11 +42,20 @@ class Network(Protocol):
         default_sampler: a name in `sampling.SAMPLERS`.
     """
 
-    prediction: str
-    learned_variance: bool
-    has_null: bool
-    guided_channels: int | None
-    default_sampler: str
+    @property
+    def prediction(self) -> str: ...
+
+    @property
+    def learned_variance(self) -> bool: ...
+
+    @property
+    def has_null(self) -> bool: ...
+
+    @property
+    def guided_channels(self) -> int | None: ...
+
+    @property
+    def default_sampler(self) -> str: ...
 
     def sample_shape(self) -> tuple[int, ...]:
         """Returns the shape of one sample, channels last."""

@@ -85,8 +85,9 @@ def quantize_params(
     """
 
     def quantized(path: str, name: str, leaf: Any, spec: WeightSpec) -> QTensor:
+        leaf = jnp.asarray(leaf)  # one that is on disk is read once
         check_finite(path, leaf, GREATEST_WEIGHT)
-        matrix = as_matrix(name, jnp.asarray(leaf))
+        matrix = as_matrix(name, leaf)
         q = (
             quantize(matrix, spec)
             if quantize_fn is None or name.endswith(TABLE)
