@@ -46,7 +46,7 @@ def roundings() -> dict[str, object]:
 
 
 def products() -> dict[str, object]:
-    """Returns a product in both executions, and what a search computes."""
+    """Returns a product in both numerics, and what a search computes."""
     x, w, _ = arrays()
     found: dict[str, object] = {
         "traced weights": quant.fake_quantize_kernel_traced(w, SPEC, 1, (16, 48)),
@@ -59,9 +59,9 @@ def products() -> dict[str, object]:
         "nvfp4": ActSpec(fmt=formats.nvfp4),
     }
     for name, act in acts.items():
-        for execution in ("simulated", "integer"):
-            y = quantized_matmul(x, quant.quantize(w, SPEC), act, execution=execution)
-            found[f"{name} {execution}"] = y
+        for numerics in ("simulated", "integer"):
+            y = quantized_matmul(x, quant.quantize(w, SPEC), act, numerics=numerics)
+            found[f"{name} {numerics}"] = y
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 # What a fused kernel never has as an array: rounds or records the softmax `[B, H, Q, T]`.
 WeightsFn = Callable[[Any], Any]
@@ -46,9 +46,9 @@ class AttentionImplementation:
 
 def attention(
     q: Float[Any, "B Q H D"],
-    k: Float[Any, "B T H D"],
-    v: Float[Any, "B T H D"],
-    mask: Bool[Any, "..."] | None = None,
+    k: Float[Any, "..."],  # [B, T, H, D], as is v; told apart by `check_shapes`
+    v: Float[Any, "..."],
+    mask: Shaped[Any, "..."] | None = None,
     *,
     scale: float | None = None,
     weights_fn: WeightsFn | None = None,

@@ -148,7 +148,7 @@ def test_the_library_refuses_an_autoencoder_too():
             fn()
 
 
-def test_integer_execution_needs_weights_and_inputs(folder):
+def test_integer_numerics_need_weights_and_inputs(folder):
     full = tiny_checkpoint()
     for name, message in (("w4a16", "no layer quantises its inputs"), ("w16a8", "nothing is quan")):
         recipe = Recipe.preset(name, full.params, group_size=16)

@@ -209,7 +209,7 @@ def test_a_run_with_other_settings_is_not_continued(folders, compared, model, op
         (("w4", "--guidance-channels", "none"), "no positive number, nor 'all'"),
         (("w4", "--features", "inception", "x"), "--features needs --reference"),
         (("w4", "--vae", "full"), "holds no autoencoder"),
-        (("full", "--execution", "integer"), "nothing is quantised"),
+        (("full", "--numerics", "integer"), "nothing is quantised"),
         (("w4", "--split-size", "9"), "--split-size 9 has no effect: scores compare with a --ref"),
         (("w4", "--kernel-samples", "9"), "--kernel-samples 9 has no effect"),
         (("w4", "--min-samples", "9"), "--min-samples 9 has no effect"),

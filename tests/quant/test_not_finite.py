@@ -72,9 +72,9 @@ def test_an_activation_that_is_not_finite_never_becomes_a_number(name):
     def outputs(x):
         fake = act(x) if isinstance(act, ActQuant) else fake_quantize(x, act)
         products = {
-            f"{kind} {execution}": quantized_matmul(x, q, act, execution=execution)
+            f"{kind} {numerics}": quantized_matmul(x, q, act, numerics=numerics)
             for kind, q in kernels.items()
-            for execution in ("simulated", "integer")
+            for numerics in ("simulated", "integer")
         }
         return fake, products
 
@@ -120,7 +120,7 @@ def test_weights_whose_differences_overflow_are_refused():
 
 
 @pytest.mark.parametrize("name", ["w4", "w4 channel groups", *formats.FORMATS])
-def test_a_stored_scale_of_nan_stays_nan_in_both_executions(name):
+def test_a_stored_scale_of_nan_stays_nan_in_both_numerics(name):
     q = quantize(W, WEIGHTS[name])
     scale = np.array(q.scale)
     nan = {"e8m0": 255, "e4m3": 127}.get(q.fmt.block_scale if q.fmt else "", np.nan)
@@ -129,8 +129,8 @@ def test_a_stored_scale_of_nan_stays_nan_in_both_executions(name):
     columns = np.zeros(N, bool)
     columns[q.channel_group : 2 * q.channel_group] = True
     for act in (ACTS["asymmetric"], ACTS["static"], ACTS["nvfp4"]):
-        for execution in ("simulated", "integer"):
-            y = np.asarray(quantized_matmul(X, q, act, execution=execution))
+        for numerics in ("simulated", "integer"):
+            y = np.asarray(quantized_matmul(X, q, act, numerics=numerics))
             assert np.isnan(y[..., columns]).all()
             assert np.isfinite(y[..., ~columns]).all()
 

@@ -132,7 +132,7 @@ def test_every_path_reads_the_same_scales(std, monkeypatch):
     x = np.random.default_rng(1).normal(size=(3, K)).astype(np.float32)
     act = ActSpec(8, 32)
     simulated = quantized_matmul(x, q, act)
-    integer = quantized_matmul(x, q, act, execution="integer")
+    integer = quantized_matmul(x, q, act, numerics="integer")
     np.testing.assert_allclose(integer, simulated, rtol=1e-4, atol=1e-5 * np.abs(simulated).max())
 
 
