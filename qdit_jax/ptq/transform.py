@@ -77,8 +77,8 @@ def quantize_params(
     """
 
     def rewrite(path: str, name: str, leaf: Any, spec: WeightSpec) -> QTensor:
-        check_finite(path, leaf, GREATEST_WEIGHT)
         matrix = as_matrix(name, jnp.asarray(leaf))
+        check_finite(path, matrix, GREATEST_WEIGHT)
         q = (
             quantize(matrix, spec)
             if quantize_fn is None or name.endswith(TABLE)

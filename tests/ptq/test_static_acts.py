@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -59,11 +60,11 @@ def test_limits_are_of_the_shifted_values_and_given_without_the_shift(rule):
     spec = ActSpec(4, 0, True, rule, "static", unsigned=True, shift=0.25)
     low, high = group_limits(TOKENS[0], spec)
     shifted = TOKENS[0] + np.float32(0.25)
-    wanted = rule.limits(shifted.reshape(1, -1), 4, False, 1)
+    wanted = rule.limits(jnp.asarray(shifted.reshape(1, -1)), 4, False, 1)
     np.testing.assert_allclose(low, np.asarray(wanted[0]) - 0.25, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(high, np.asarray(wanted[1]) - 0.25, rtol=1e-6, atol=1e-6)
     act = act_quantizer(PATH, dataclasses.replace(spec), statistics())
-    limits = rule.limits((TOKENS + np.float32(0.25)).reshape(1, -1), 4, False, 1)
+    limits = rule.limits(jnp.asarray(TOKENS + np.float32(0.25)).reshape(1, -1), 4, False, 1)
     np.testing.assert_allclose(act.scale, np.asarray(limits[1]) / 15, rtol=1e-5)
 
 
@@ -90,10 +91,10 @@ def test_a_table_has_the_limits_of_each_timestep_and_one_scale_those_of_all():
     table = act_quantizer(PATH, spec, statistics())
     np.testing.assert_array_equal(table.timesteps, [900, 500, 100])
     for row in range(S):
-        low, high = ranges.mse(10).limits(TOKENS[row].reshape(1, -1), 8, False, 1)
+        low, high = ranges.mse(10).limits(jnp.asarray(TOKENS[row]).reshape(1, -1), 8, False, 1)
         np.testing.assert_allclose(table.scale[row], np.asarray(high - low) / 255, rtol=1e-5)
     whole = act_quantizer(PATH, dataclasses.replace(spec, per_timestep=False), statistics())
-    low, high = ranges.mse(10).limits(TOKENS.reshape(1, -1), 8, False, 1)
+    low, high = ranges.mse(10).limits(jnp.asarray(TOKENS).reshape(1, -1), 8, False, 1)
     np.testing.assert_allclose(whole.scale, np.asarray(high - low) / 255, rtol=1e-5)
 
 
