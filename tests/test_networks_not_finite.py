@@ -51,7 +51,7 @@ def test_a_spoiled_kernel_is_refused_by_its_layer(network, value, tmp_path, caps
 
 
 def test_a_spoiled_label_table_is_refused_too(network):
-    model, params = network
+    _, params = network
     recipe = Recipe.preset("w8a16", params, group_size=16, layers="y_embedder")
     with pytest.raises(ValueError, match="y_embedder holds 1 of"):
         quantize_params(spoiled(params, "y_embedder/embedding_table"), recipe=recipe)
@@ -133,8 +133,8 @@ def test_items_that_cannot_be_used_are_refused(network, name, tmp_path):
     model, params = network
     changes, message = NOT_ITEMS[name]
     if name != "none":
+        recipe = Recipe.preset("w4a8", params, group_size=16)
         with pytest.raises(ValueError, match=message):
-            recipe = Recipe.preset("w4a8", params, group_size=16)
             round_params(model, params, items(**changes), recipe=recipe)
     file = tmp_path / "items.npz"
     np.savez(file, **{**items()._asdict(), **changes})
