@@ -12,7 +12,8 @@ from qdit_jax.errors import UserError
 from qdit_jax.param_codec import decode_params, encode_params
 from qdit_jax.ptq import LayerSpec, Recipe, Rule, Stats, quantize_params
 from qdit_jax.ptq.static_acts import act_quantizer, group_limits
-from qdit_jax.quant import ActSpec, ranges
+from qdit_jax.quant import ActSpec, ranges, static_act_quant
+from qdit_jax.quant.act import dynamic_grid
 
 S, M, K = 3, 40, 10
 PATH = "blocks_0/mlp/fc2"
@@ -68,7 +69,7 @@ def test_limits_are_of_the_shifted_values_and_given_without_the_shift(rule):
     np.testing.assert_allclose(act.scale, np.asarray(limits[1]) / 15, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", [*KINDS, {"shift": 0.1}], ids=str)
 def test_scales_follow_from_the_range_in_closed_form(kind):
     spec = ActSpec(4, 4, mode="static", **kind)
     act = act_quantizer(PATH, spec, statistics())
@@ -84,6 +85,24 @@ def test_scales_follow_from_the_range_in_closed_form(kind):
         wanted = np.maximum(-low, high) / 7
     np.testing.assert_allclose(act.scale, wanted, rtol=1e-5)
     assert (act.zero_point is None) == spec.symmetric
+
+
+def test_unsigned_codes_cover_what_is_positive_however_low_the_rest_goes():
+    """What lies below the shift is cut off; it does not widen the grid."""
+    x = np.linspace(-3, 1, 40, dtype=np.float32)[None]
+    kind = {"symmetric": True, "unsigned": True, "shift": 0.25}
+    static = static_act_quant(
+        np.float32([-3]), np.float32([1]), ActSpec(4, 0, mode="static", **kind)
+    )
+    np.testing.assert_allclose(static.scale, 1.25 / 15, rtol=1e-6)
+    stats = statistics(
+        low={PATH: np.full((S, K), -3, np.float32)}, high={PATH: np.full((S, K), 1, np.float32)}
+    )
+    act = act_quantizer(PATH, ActSpec(4, 0, mode="static", **kind), stats)
+    np.testing.assert_allclose(act.scale, 1.25 / 15, rtol=1e-6)
+    scale, zero_point = dynamic_grid(jnp.asarray(x) + 0.25, ActSpec(4, 0, **kind))
+    np.testing.assert_allclose(scale[0], 1.25 / 15, rtol=1e-6)
+    assert zero_point is None
 
 
 def test_a_table_has_the_limits_of_each_timestep_and_one_scale_those_of_all():
