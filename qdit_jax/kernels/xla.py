@@ -53,7 +53,8 @@ def integer_matmul(
         right, zw, sw = weights.segment(weight)
         product = dot_of_differences(left, zx, right, zw, members)
         total = total + product.astype(jnp.float32) * sx * sw
-        return total, column_sums(right, zw, members) * sw if shift else None
+        sums = column_sums(right, zw, members).astype(jnp.float32) * sw if shift else None
+        return total, sums
 
     total = jnp.zeros((x.size // num_channels, width), jnp.float32)
     operands = (acts.stacked, weights.stacked, cuts.members)

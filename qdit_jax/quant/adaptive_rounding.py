@@ -150,7 +150,8 @@ def _minimize(objective: Any, v: Any, settings: AdaRoundSettings) -> Any:
     def step(state: Any, i: Any) -> Any:
         v, opt_state = state
         gradient = jax.grad(objective)(v, i / settings.num_steps)
-        updates, opt_state = optimizer.update(gradient, opt_state)
+        with jax.numpy_dtype_promotion("standard"):  # optax counts steps in int32
+            updates, opt_state = optimizer.update(gradient, opt_state)
         return (optax.apply_updates(v, updates), opt_state), None
 
     (v, _), _ = jax.lax.scan(

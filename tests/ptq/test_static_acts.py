@@ -14,7 +14,8 @@ from qdit_jax.checkpoint.codec import decode_params
 from qdit_jax.errors import UserError
 from qdit_jax.ptq import act_quantizer, quantize_params
 from qdit_jax.ptq.static_acts import group_limits
-from qdit_jax.quant import ActSpec, ranges
+from qdit_jax.quant import ActSpec, ranges, static_act_quant
+from qdit_jax.quant.act import dynamic_grid
 from qdit_jax.recipes import LayerSpec, Recipe, Rule
 
 S, M, K = 3, 40, 10
@@ -67,11 +68,11 @@ def test_limits_are_of_the_shifted_values_and_given_without_the_shift(rule):
     np.testing.assert_allclose(low, np.asarray(wanted[0]) - 0.25, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(high, np.asarray(wanted[1]) - 0.25, rtol=1e-6, atol=1e-6)
     act = act_quantizer(PATH, dataclasses.replace(spec), statistics())
-    limits = rule.limits(jnp.asarray((TOKENS + np.float32(0.25)).reshape(1, -1)), 4, False, 1)
+    limits = rule.limits(jnp.asarray(TOKENS + np.float32(0.25)).reshape(1, -1), 4, False, 1)
     np.testing.assert_allclose(act.scale, np.asarray(limits[1]) / 15, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", [*KINDS, {"shift": 0.1}], ids=str)
 def test_scales_follow_from_the_range_in_closed_form(kind):
     spec = ActSpec(4, 4, mode="static", **kind)
     act = act_quantizer(PATH, spec, statistics())
@@ -89,15 +90,33 @@ def test_scales_follow_from_the_range_in_closed_form(kind):
     assert (act.zero_point is None) == spec.symmetric
 
 
+def test_unsigned_codes_cover_what_is_positive_however_low_the_rest_goes():
+    """What lies below the shift is cut off; it does not widen the grid."""
+    x = np.linspace(-3, 1, 40, dtype=np.float32)[None]
+    kind = {"symmetric": True, "unsigned": True, "shift": 0.25}
+    static = static_act_quant(
+        np.float32([-3]), np.float32([1]), ActSpec(4, 0, mode="static", **kind)
+    )
+    np.testing.assert_allclose(static.scale, 1.25 / 15, rtol=1e-6)
+    stats = statistics(
+        low={PATH: np.full((S, K), -3, np.float32)}, high={PATH: np.full((S, K), 1, np.float32)}
+    )
+    act = act_quantizer(PATH, ActSpec(4, 0, mode="static", **kind), stats)
+    np.testing.assert_allclose(act.scale, 1.25 / 15, rtol=1e-6)
+    scale, zero_point = dynamic_grid(jnp.asarray(x) + 0.25, ActSpec(4, 0, **kind))
+    np.testing.assert_allclose(scale[0], 1.25 / 15, rtol=1e-6)
+    assert zero_point is None
+
+
 def test_a_table_has_the_limits_of_each_timestep_and_one_scale_those_of_all():
     spec = ActSpec(8, 0, range_fn=ranges.mse(10), mode="static", per_timestep=True)
     table = act_quantizer(PATH, spec, statistics())
     np.testing.assert_array_equal(table.timesteps, [900, 500, 100])
     for row in range(S):
-        low, high = ranges.mse(10).limits(jnp.asarray(TOKENS[row].reshape(1, -1)), 8, False, 1)
+        low, high = ranges.mse(10).limits(jnp.asarray(TOKENS[row]).reshape(1, -1), 8, False, 1)
         np.testing.assert_allclose(table.scale[row], np.asarray(high - low) / 255, rtol=1e-5)
     whole = act_quantizer(PATH, dataclasses.replace(spec, per_timestep=False), statistics())
-    low, high = ranges.mse(10).limits(jnp.asarray(TOKENS.reshape(1, -1)), 8, False, 1)
+    low, high = ranges.mse(10).limits(jnp.asarray(TOKENS).reshape(1, -1), 8, False, 1)
     np.testing.assert_allclose(whole.scale, np.asarray(high - low) / 255, rtol=1e-5)
 
 
