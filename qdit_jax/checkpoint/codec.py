@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from qdit_jax.quant import LEAVES, Leaf, formats, groups, packing
+from qdit_jax.quant import LEAVES, Leaf, formats, num_groups, packing
 
 
 def encode_params(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -103,7 +103,7 @@ def check_packing(path: str, described: dict[str, Any]) -> None:
     """Raises `ValueError` if the arrays of a `QTensor` are not those of its bits and shape."""
     arrays = described["arrays"]
     (rows, width), bits = described["shape"], described["bits"]
-    count = groups.num_groups(rows, described["group_size"])
+    count = num_groups(rows, described["group_size"])
     codes, scale = arrays["codes"], arrays["scale"]
     blocks = scale["shape"][-1]
     wanted = {"codes": [packing.packed_rows(rows, bits), width], "scale": [count, blocks]}
