@@ -41,8 +41,7 @@ class Denoiser:
             ValueError: as `check_condition`; in a traced label, what is out of range gives NaN.
         """
         self.check_condition(condition)
-        params = select_timestep(self.params, timestep)
-        return self.model.apply({"params": params}, x, timestep, condition)
+        return diffusion.in_auto_axes(_applied, x, timestep, condition, self)
 
     def check_condition(self, condition: Any) -> None:
         """Raises `ValueError` if a condition is none of the network's; traced ones are not looked at."""
@@ -53,6 +52,11 @@ class Denoiser:
     def null_condition(self, condition: Any) -> Any:
         """Returns the condition of no condition, see `models.Network`."""
         return self.model.null_condition(condition, self.params)
+
+
+def _applied(x: Any, timestep: Any, condition: Any, denoise_fn: Denoiser) -> Any:
+    params = select_timestep(denoise_fn.params, timestep)
+    return denoise_fn.model.apply({"params": params}, x, timestep, condition)
 
 
 def denoiser(
