@@ -15,7 +15,7 @@ def in_auto_axes(fn: Callable, x: Any, *args: Any) -> Any:
     Under Explicit axes every operation must say where its result lies where that is ambiguous; a
     network need not know, so the compiler chooses inside of `fn`. Elsewhere this is a plain call.
     """
-    sharding = getattr(jax.typeof(x), "sharding", None)
+    sharding: Any = getattr(jax.typeof(x), "sharding", None)
     mesh = getattr(sharding, "mesh", None)
     if mesh is None or AxisType.Explicit not in mesh.axis_types:
         return fn(x, *args)

@@ -4,7 +4,6 @@ from qdit_jax.report.figures import range_histograms
 from qdit_jax.report.html import heading, paragraph, picture, table, write_report
 from qdit_jax.report.media import (
     image_grid,
-    save_arrays,
     save_grid,
     save_npz,
     save_picture,
@@ -39,7 +38,6 @@ __all__ = [
     "provenance",
     "provenance_text",
     "range_histograms",
-    "save_arrays",
     "save_grid",
     "save_npz",
     "save_picture",

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from qdit_jax.files import GENERATOR, PathLike, replaced_file
+from qdit_jax.files import GENERATOR, PathLike, replaced_file, write_arrays
 
 BACKGROUND, INK = (255, 255, 255), (30, 30, 30)
 GAP = 2  # pixels between cells
@@ -120,13 +120,7 @@ def save_npz(path: PathLike, images: Any, **arrays: Any) -> None:
 
     Further arrays, such as labels, are stored under their names.
     """
-    save_arrays(path, arr_0=_checked(images), **arrays)
-
-
-def save_arrays(path: PathLike, **arrays: Any) -> None:
-    """Writes arrays under their names to an `.npz` archive."""
-    with replaced_file(path) as temporary, open(temporary, "wb") as stream:
-        np.savez(stream, **arrays)
+    write_arrays(path, {"arr_0": _checked(images), **arrays}, compressed=False)
 
 
 def _checked(images: Any) -> np.ndarray:
