@@ -5,7 +5,6 @@ from qdit_jax.report.html import heading, paragraph, picture, table, write_repor
 from qdit_jax.report.media import (
     image_grid,
     save_grid,
-    save_npz,
     save_picture,
     side_by_side,
     to_uint8,
@@ -39,7 +38,6 @@ __all__ = [
     "provenance_text",
     "range_histograms",
     "save_grid",
-    "save_npz",
     "save_picture",
     "shown_group_sizes",
     "side_by_side",

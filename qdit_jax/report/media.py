@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from qdit_jax.files import GENERATOR, PathLike, replaced_file, write_arrays
+from qdit_jax.files import GENERATOR, PathLike, replaced_file
 
 BACKGROUND, INK = (255, 255, 255), (30, 30, 30)
 GAP = 2  # pixels between cells
@@ -113,14 +113,6 @@ def save_picture(path: PathLike, picture: Image.Image) -> None:
     mark.add_text("Software", GENERATOR)
     with replaced_file(path, "picture") as temporary:
         picture.save(temporary, pnginfo=mark, comment=GENERATOR)  # a format takes what it knows
-
-
-def save_npz(path: PathLike, images: Any, **arrays: Any) -> None:
-    """Writes the archive that evaluation suites read: `arr_0`, uint8 `[N, H, W, C]`.
-
-    Further arrays, such as labels, are stored under their names.
-    """
-    write_arrays(path, {"arr_0": _checked(images), **arrays}, compressed=False)
 
 
 def _checked(images: Any) -> np.ndarray:
