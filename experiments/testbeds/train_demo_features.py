@@ -1,6 +1,6 @@
 """Trains the small digit classifier behind "Fréchet distance (demo features)".
 
-    python experiments/train_demo_features.py --data mnist_t10k.npz
+    python experiments/testbeds/train_demo_features.py --data mnist_t10k.npz
 
 Takes about 2 minutes on one CPU core. Expected: 98.6% of the 1,000 held-out digits right.
 Writes `features.safetensors` (float16 weights) and `features_stats.npz` (mean and covariance of the
