@@ -15,7 +15,7 @@ from qdit_jax.allocation.cost import (
     tpu_cost,
 )
 from qdit_jax.allocation.descent import additive_solution, corrected, descend
-from qdit_jax.allocation.evaluate import BadFitnessError, Evaluator, LostWorkerError, candidate_mesh
+from qdit_jax.allocation.evaluate import BadFitnessError, Evaluator, LostWorkerError
 from qdit_jax.allocation.journal import Journal
 from qdit_jax.allocation.knapsack import Solution, lagrangian_front, pareto, solve
 from qdit_jax.allocation.objectives import (
@@ -42,7 +42,6 @@ from qdit_jax.allocation.space import (
     GROUP_SIZES,
     SearchLayer,
     Space,
-    assignment_of,
     recipe_of,
     search_space,
     specs_of,
@@ -94,8 +93,6 @@ __all__ = [
     "additive_solution",
     "allocate",
     "assigned_params",
-    "assignment_of",
-    "candidate_mesh",
     "corrected",
     "cost_table",
     "descend",

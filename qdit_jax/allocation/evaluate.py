@@ -17,12 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qdit_jax.allocation.assigned import assigned_params
 from qdit_jax.allocation.space import Space
-
-AXIS = "candidates"
+from qdit_jax.sampling import device_mesh, filled_batch
 
 
 class LostWorkerError(ConnectionError):
@@ -33,12 +32,6 @@ class BadFitnessError(ValueError):
     """An assignment whose fitness is not a number."""
 
 
-def candidate_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns the mesh of all devices of all processes, one axis."""
-    devices = jax.devices() if devices is None else list(devices)
-    return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
-
-
 class Evaluator:
     """Measures assignments of `space` under an objective.
 
@@ -46,7 +39,7 @@ class Evaluator:
         space: static.
         params: the full-precision parameters; arguments of the compiled function.
         objective: see `objectives.Objective`; its arrays are arguments too.
-        mesh: of one axis, see `candidate_mesh`; all devices by default.
+        mesh: of one axis; all devices of all processes by default.
         per_device: items a device measures in one call, one after another (`lax.map`).
         batch_size: how many of them at once (vmap); 1 is fastest on CPU.
         progress_fn: called with the number of items after every call.
@@ -69,7 +62,7 @@ class Evaluator:
             )
         self.space = space
         self.objective = objective
-        self.mesh = candidate_mesh() if mesh is None else mesh
+        self.mesh = device_mesh(jax.devices()) if mesh is None else mesh
         self.num_items = per_device * self.mesh.size
         self.data = replicated((params, objective), self.mesh)
         self.measure: Any = measurer(space, self.mesh, per_device, batch_size)
@@ -115,7 +108,7 @@ class Evaluator:
         results = []
         for start in range(0, len(rows), self.num_items):
             # The last call is filled up with its last item: the shapes never change.
-            index = np.minimum(np.arange(start, start + self.num_items), len(rows) - 1)
+            index = filled_batch(start, self.num_items, len(rows))
             out = self.run(rows[index], columns[index])
             count = min(self.num_items, len(rows) - start)
             results.append(jax.tree.map(operator.itemgetter(slice(count)), out))
@@ -147,7 +140,7 @@ class Evaluator:
 def measurer(space: Space, mesh: Mesh, per_device: int, batch_size: int) -> Callable:
     """Returns the compiled `(params, objective, assignments [C, L], batches [C]) -> measurements`."""
     whole = PartitionSpec()
-    split = PartitionSpec(AXIS)
+    split = PartitionSpec(mesh.axis_names[0])
 
     def one(params: Any, objective: Any, item: tuple[Any, Any]) -> Any:
         assignment, batch = item
@@ -171,7 +164,7 @@ def replicated(tree: Any, mesh: Mesh) -> Any:
 
 def sharded(tree: Any, mesh: Mesh) -> Any:
     """Returns `tree` with the first axis of its arrays split over the mesh."""
-    return placed(tree, NamedSharding(mesh, PartitionSpec(AXIS)))
+    return placed(tree, NamedSharding(mesh, PartitionSpec(mesh.axis_names[0])))
 
 
 def placed(tree: Any, sharding: NamedSharding) -> Any:

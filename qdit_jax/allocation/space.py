@@ -217,21 +217,6 @@ def specs_of(space: Space, assignment: Any) -> dict[str, LayerSpec]:
     return {layer.path: layer.choices[i] for layer, i in zip(space.layers, numbers, strict=True)}
 
 
-def assignment_of(space: Space, recipe: Recipe) -> np.ndarray:
-    """Returns the assignment that gives every layer the spec that `recipe` does.
-
-    Raises:
-        ValueError: if a layer has no such choice.
-    """
-    numbers = []
-    for layer in space.layers:
-        spec = recipe.get(layer.path) or LayerSpec()
-        if spec not in layer.choices:
-            raise ValueError(f"recipe {recipe.name!r}: {layer.path} cannot be {spec} here.")
-        numbers.append(layer.choices.index(spec))
-    return np.array(numbers, np.int32)
-
-
 def uniform_assignment(space: Space, group_size: int) -> np.ndarray:
     """Returns the assignment with one group size throughout, at the first bits of every layer.
 

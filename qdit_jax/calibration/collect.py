@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from qdit_jax.calibration.statistics import HALVES, Stats, write_arrays
+from qdit_jax.calibration.statistics import HALVES, Stats
 from qdit_jax.checkpoint import first_difference
 from qdit_jax.errors import UserError
-from qdit_jax.files import PathLike, as_path
+from qdit_jax.files import PathLike, as_path, write_arrays
 
 State = dict[str, Any]
 

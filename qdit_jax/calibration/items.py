@@ -16,10 +16,9 @@ from jaxtyping import Float, Int
 
 from qdit_jax import diffusion
 from qdit_jax.calibration.recording import default_sampler, model_inputs
-from qdit_jax.calibration.statistics import write_arrays
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.errors import UserError, check_counts
-from qdit_jax.files import PathLike, as_path
+from qdit_jax.files import PathLike, as_path, write_arrays
 from qdit_jax.quant import check_finite
 from qdit_jax.sampling import (
     check_diffusion_model,

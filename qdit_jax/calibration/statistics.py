@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from qdit_jax.calibration.statistics_checks import check_all
 from qdit_jax.errors import UserError
-from qdit_jax.files import PathLike, as_path, replaced_file
+from qdit_jax.files import PathLike, as_path, write_arrays
 from qdit_jax.models import seen_inputs
 
 HALVES = ("conditional", "null")
@@ -88,12 +88,6 @@ class Stats:
                 return stats
         except (OSError, KeyError, ValueError) as error:
             raise UserError(f"{path} holds no calibration statistics ({error}).") from error
-
-
-def write_arrays(path: PathLike, arrays: dict[str, Any], kind: str | None = None) -> None:
-    """Writes an `.npz` beside `path` and renames it; see `replaced_file`."""
-    with replaced_file(path, kind) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays)
 
 
 def input_rows(apply: Callable[[], Any]) -> dict[str, Float[jax.Array, "R K"]]:

@@ -18,7 +18,7 @@ def load(path: PathLike, *, sharding: Placement = None) -> Checkpoint:
     Args:
         sharding: of every array; or a function from an array's path (such as
             `blocks_0/mlp/fc1/kernel/codes`) and shape to its sharding, see `split_over`; None is
-            the first local device.
+            the default device, uncommitted: they follow the arrays that they are used with.
 
     Raises:
         UserError: if there is nothing, no checkpoint, one from a newer version or a damaged one, or

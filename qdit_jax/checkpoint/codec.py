@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from qdit_jax.quant import LEAVES, Leaf, formats, groups, packing
+from qdit_jax.quant import LEAVES, Leaf, formats, num_groups, packing
 
 
 def encode_params(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -63,10 +63,8 @@ def leaf_row(path: str, described: dict[str, Any]) -> Leaf:
 def abstract_arrays(manifest: dict[str, Any], sharding: Any = None) -> dict[str, Any]:
     """Returns the nested dicts of `encode_params` with shapes in place of arrays.
 
-    `sharding` is one for all, a function `(path, shape) -> sharding`, or None: the first device.
+    `sharding` is one for all, a function `(path, shape) -> sharding`, or None: on no device yet.
     """
-    if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     flat = {}
     for path, described in manifest.items():
         fields = (
@@ -83,7 +81,7 @@ def abstract_arrays(manifest: dict[str, Any], sharding: Any = None) -> dict[str,
 
 def abstract_params(manifest: dict[str, Any]) -> Any:
     """Returns the parameter tree of a manifest with shapes in place of arrays, on no device."""
-    return decode_params(abstract_arrays(manifest, lambda path, shape: None), manifest)
+    return decode_params(abstract_arrays(manifest), manifest)
 
 
 def logical_shapes(manifest: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -103,7 +101,7 @@ def check_packing(path: str, described: dict[str, Any]) -> None:
     """Raises `ValueError` if the arrays of a `QTensor` are not those of its bits and shape."""
     arrays = described["arrays"]
     (rows, width), bits = described["shape"], described["bits"]
-    count = groups.num_groups(rows, described["group_size"])
+    count = num_groups(rows, described["group_size"])
     codes, scale = arrays["codes"], arrays["scale"]
     blocks = scale["shape"][-1]
     wanted = {"codes": [packing.packed_rows(rows, bits), width], "scale": [count, blocks]}

@@ -52,7 +52,7 @@ class DeferredArray:
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     def read(self) -> jax.Array:
-        """Returns the array on the first local device."""
+        """Returns the array on the default device, not committed to it."""
         return on_device(self.make()[self.name])
 
     def __jax_array__(self) -> jax.Array:
@@ -63,8 +63,8 @@ class DeferredArray:
 
 
 def on_device(array: Any) -> jax.Array:
-    """Returns `array` as JAX's; one of NumPy goes onto the first local device."""
-    return array if isinstance(array, jax.Array) else jax.device_put(array, jax.local_devices()[0])
+    """Returns `array` as JAX's; one of NumPy goes onto the default device, not committed to it."""
+    return array if isinstance(array, jax.Array) else jax.device_put(array)
 
 
 def save_arrays(folder: Path, arrays: Any) -> None:

@@ -12,7 +12,7 @@ from flax import linen as nn
 from qdit_jax.checkpoint.codec import decode_params, logical_shapes
 from qdit_jax.errors import UserError
 from qdit_jax.files import AnyPath
-from qdit_jax.models import abstract_params, build_model, config_of, family_of
+from qdit_jax.models import TABLE, abstract_params, build_model, config_of, family_of
 from qdit_jax.recipes import Recipe
 
 FORMAT_VERSION = 1
@@ -119,4 +119,4 @@ def check_network(where: str, description: dict[str, Any]) -> None:
 
 def table_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     """Returns the shape of a label table once quantised: groups run along a row, so it is turned."""
-    return shape[::-1] if path.endswith("/embedding_table") else None
+    return shape[::-1] if path.endswith(TABLE) else None

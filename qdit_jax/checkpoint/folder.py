@@ -21,10 +21,10 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qdit_jax.checkpoint.codec import abstract_arrays, encode_params
-from qdit_jax.checkpoint.deferred import DeferredArray, save_arrays
+from qdit_jax.checkpoint.deferred import DeferredArray, on_device, save_arrays
 from qdit_jax.checkpoint.description import (
     Checkpoint,
     check_description,
@@ -113,9 +113,25 @@ def read_arrays(folder: AnyPath, params: Path, target: Any) -> Any:
     check_stored(folder, params, target)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(params.resolve(), target)
+            arrays = checkpointer.restore(params.resolve(), jax.tree.map(on_host_or_placed, target))
     except Exception as error:  # Orbax and its storage layer raise many kinds.
         raise damaged(folder, error) from error
+    flat = flatten_dict(arrays)
+    del arrays
+    for path in flat:  # one after another, so that no array need be held twice for long
+        flat[path] = on_device(flat[path])
+    return unflatten_dict(flat)
+
+
+def on_host_or_placed(leaf: jax.ShapeDtypeStruct) -> Any:
+    """Returns what tells Orbax to read an array to where it is placed, or else to the host.
+
+    Orbax commits what it places; an array with no place is put onto a device afterwards, so that it
+    can follow others.
+    """
+    if leaf.sharding is not None:
+        return leaf
+    return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)  # holds one number
 
 
 def check_stored(folder: AnyPath, params: Path, target: Any) -> None:

@@ -21,6 +21,8 @@ from qdit_jax.cli.failures import exit_status
 from qdit_jax.cli.options import Parser, VersionAction
 from qdit_jax.cli.output import json_on_stdout, set_up_logging
 
+__all__ = ["VERBS", "main"]
+
 # Verb -> what `qdit --help` says of it.
 VERBS = {
     "convert": "PyTorch weights to a checkpoint",

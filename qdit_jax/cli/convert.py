@@ -50,6 +50,24 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "out", type=path_option, metavar="OUT", help="folder to write the checkpoint to"
     )
+    add_network(parser)
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "model"),
+        help="averaged or raw weights of a training file that holds both; default: ema if there",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the parameters written; default: float32, which keeps every stored value exactly",
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.set_defaults(run=run)
+
+
+def add_network(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say of the network what its weights do not."""
     parser.add_argument(
         "--family",
         choices=("dit", "sit", "vae", "inception"),
@@ -90,19 +108,6 @@ def add_parser(subparsers: Any) -> None:
             metavar="X",
             help=f"{text} of an autoencoder's latents, in place of what its config.json says",
         )
-    parser.add_argument(
-        "--weights",
-        choices=("ema", "model"),
-        help="averaged or raw weights of a training file that holds both; default: ema if there",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the parameters written; default: float32, which keeps every stored value exactly",
-    )
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

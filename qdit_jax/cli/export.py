@@ -36,7 +36,6 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Writes OUT; raises `UserError` if not exactly one of both names is a .safetensors file."""
     from qdit_jax import checkpoint
-    from qdit_jax.checkpoint import single_file as export
     from qdit_jax.errors import UserError
     from qdit_jax.files import check_free
 
@@ -48,9 +47,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     kind = "export" if args.out.suffix == SUFFIX else "checkpoint"
     check_free(args.out, args.force, kind, [args.source])
     if args.out.suffix == SUFFIX:
-        export.save_safetensors(args.out, checkpoint.load(args.source), overwrite=args.force)
+        checkpoint.save_safetensors(args.out, checkpoint.load(args.source), overwrite=args.force)
         print(f"wrote {args.out}, {args.out.stat().st_size:,} bytes")
         return {"out": args.out, "bytes": args.out.stat().st_size}
-    checkpoint.save(args.out, export.load_safetensors(args.source), overwrite=args.force)
+    checkpoint.save(args.out, checkpoint.load_safetensors(args.source), overwrite=args.force)
     print(f"wrote {args.out}")
     return {"out": args.out}

@@ -13,6 +13,7 @@ from qdit_jax.errors import UserError
 
 # More samples, steps or tries than these are a slip of the finger, not a plan.
 LARGEST_COUNT = 10_000_000
+PATTERN_EXAMPLE = r"'blocks_\d+/mlp/.*'"
 
 
 class Parser(argparse.ArgumentParser):
@@ -151,7 +152,7 @@ def pattern(text: str) -> str:
     except re.error as error:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no regular expression: {error}; quote it for the shell, as in "
-            r"'blocks_\d+/mlp/.*'"
+            + PATTERN_EXAMPLE
         ) from None
     return text
 

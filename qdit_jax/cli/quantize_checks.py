@@ -42,4 +42,6 @@ def check_options(args: argparse.Namespace, recipe: Any) -> None:
         of_weights = {"method": "rtn", "range": None}
         refuse_inert(args, of_weights, "the recipe leaves every weight as it is")
     if args.shifted_gelu and not any(spec.act and spec.act.unsigned for spec in specs):
-        refuse_inert(args, {"shifted_gelu": False}, "the recipe quantises the inputs of no mlp/fc2")
+        refuse_inert(
+            args, {"shifted_gelu": False}, "the recipe quantises no input that follows a GELU"
+        )

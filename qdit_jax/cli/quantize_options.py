@@ -19,6 +19,7 @@ from qdit_jax.cli.options import (
 from qdit_jax.cli.paths import path_option
 from qdit_jax.methods import METHODS
 
+SHIFTED_GELU_HELP = "unsigned codes for the inputs of fc2, after GELU"
 STAGES = ("block", "layer")
 RANGES = ("minmax", "absmax", "percentile:P", "mse", "authors", "authors-mse", "authors-gptq")
 ACT_MODES = ("dynamic", "static", "static-per-timestep")
@@ -77,9 +78,7 @@ def add_preset_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attention", metavar="W16Ay", help="quantise q, k, v and softmax too, as w16a8"
     )
-    parser.add_argument(
-        "--shifted-gelu", action="store_true", help="unsigned codes for the inputs of fc2"
-    )
+    parser.add_argument("--shifted-gelu", action="store_true", help=SHIFTED_GELU_HELP)
 
 
 def add_method_options(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 from qdit_jax.cli.numerics_option import add_numerics
@@ -43,6 +44,34 @@ def add_parser(subparsers: Any) -> None:
         type=positive_int,
         help="how many (default: one for each of --labels, else 8)",
     )
+    add_process(add)
+    add(
+        "--seed",
+        type=seed_number,
+        default=0,
+        help="sample i depends on seed, i and label only (%(default)s)",
+    )
+    add(
+        "--batch-size",
+        type=positive_int,
+        help="samples at once, over all devices (default: 16 a device, 4 on CPU)",
+    )
+    add_numerics(
+        add,
+        "simulated",
+        "of quantised layers: float arithmetic on the quantised grid, or dots of the stored "
+        "integers or elements, scaled afterwards; quantised inputs needed (%(default)s)",
+    )
+    add(
+        "--vae", type=path_option, help="checkpoint of the autoencoder, where CHECKPOINT holds none"
+    )
+    add("--columns", type=positive_int, help="pictures in a row of the grid")
+    add("--force", action="store_true", help="replace OUT if it exists")
+    parser.set_defaults(run=run, resumes=lambda args: True)
+
+
+def add_process(add: Callable) -> None:
+    """Adds the options of the sampling process: walk, steps and guidance."""
     add(
         "--sampler",
         choices=SAMPLERS,
@@ -72,29 +101,6 @@ def add_parser(subparsers: Any) -> None:
     add(
         "--clip", type=positive_float, help="clip the predicted data to [-CLIP, CLIP] at every step"
     )
-    add(
-        "--seed",
-        type=seed_number,
-        default=0,
-        help="sample i depends on seed, i and label only (%(default)s)",
-    )
-    add(
-        "--batch-size",
-        type=positive_int,
-        help="samples at once, over all devices (default: 16 a device, 4 on CPU)",
-    )
-    add_numerics(
-        add,
-        "simulated",
-        "of quantised layers: float arithmetic on the quantised grid, or dots of the stored "
-        "integers or elements, scaled afterwards; quantised inputs needed (%(default)s)",
-    )
-    add(
-        "--vae", type=path_option, help="checkpoint of the autoencoder, where CHECKPOINT holds none"
-    )
-    add("--columns", type=positive_int, help="pictures in a row of the grid")
-    add("--force", action="store_true", help="replace OUT if it exists")
-    parser.set_defaults(run=run, resumes=lambda args: True)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from flax.errors import ScopeParamShapeError
 
 from qdit_jax import checkpoint as checkpoints
-from qdit_jax import diffusion, sampling
+from qdit_jax import diffusion, report, sampling
 from qdit_jax.cli.checkpoints import diffusion_checkpoint, with_autoencoder
 from qdit_jax.cli.options import LARGEST_COUNT, refuse_inert
 from qdit_jax.cli.progress import Bar
@@ -27,7 +27,6 @@ from qdit_jax.evaluation import first_samples, merge
 from qdit_jax.files import AnyPath, check_free
 from qdit_jax.kernels import implementations_used
 from qdit_jax.models import rows_per_sample
-from qdit_jax.report import media
 
 WHOLE = re.compile("[0-9]+")
 SMALLEST_CELL = 64  # pixels; smaller pictures are enlarged in a grid
@@ -277,4 +276,4 @@ def write(
     names = checkpoint.metadata.get("id2label", {})
     captions = [str(names.get(str(i), i)).partition(",")[0] for i in label]
     scale = -(-SMALLEST_CELL // images.shape[1])
-    media.save_grid(args.out, images, columns=args.columns, labels=captions, scale=scale)
+    report.save_grid(args.out, images, columns=args.columns, labels=captions, scale=scale)

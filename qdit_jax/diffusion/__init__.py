@@ -46,6 +46,7 @@ from qdit_jax.diffusion.schedules import (
     zero_snr_betas,
 )
 from qdit_jax.diffusion.settings import HARMLESS, Setting, Table, check_setting, shown, understood
+from qdit_jax.diffusion.sharded import in_auto_axes
 
 __all__ = [
     "DDIM",
@@ -76,6 +77,7 @@ __all__ = [
     "guided",
     "guided_doubled",
     "heun",
+    "in_auto_axes",
     "learned_range",
     "linear_betas",
     "noised",

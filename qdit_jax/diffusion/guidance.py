@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qdit_jax.diffusion.sharded import in_auto_axes
+
 
 def as_pytree(denoise_fn: Callable) -> Callable:
     """Returns `denoise_fn` as something that `jax.jit` accepts as an argument.
@@ -41,6 +43,10 @@ class Guided:
 
     def __call__(self, x: Any, timestep: Any, condition: Any) -> Any:
         """Returns the conditional output with its first `channels` channels guided."""
+        return in_auto_axes(_guided, x, timestep, condition, self)
+
+    def of_pairs(self, x: Any, timestep: Any, condition: Any) -> Any:
+        """Returns the same, of arrays whose placement the compiler chooses."""
         # Pairs lie side by side, so that a batch split over devices splits without traffic.
         output = self.denoise_fn(
             jnp.repeat(x, 2, axis=0),
@@ -64,6 +70,10 @@ class Guided:
         check_condition(self.denoise_fn, condition)
 
 
+def _guided(x: Any, timestep: Any, condition: Any, guided_fn: Any) -> Any:
+    return guided_fn.of_pairs(x, timestep, condition)
+
+
 def _side_by_side(condition: Any, null: Any) -> Any:
     pairs = jnp.stack([jnp.asarray(condition), jnp.asarray(null)], axis=1)
     return pairs.reshape(-1, *pairs.shape[2:])
@@ -80,6 +90,10 @@ class GuidedDoubled:
 
     def __call__(self, x: Any, timestep: Any, condition: Any) -> Any:
         """Returns both halves of the output, guided alike in the first `channels` channels."""
+        return in_auto_axes(_guided, x, timestep, condition, self)
+
+    def of_pairs(self, x: Any, timestep: Any, condition: Any) -> Any:
+        """Returns the same, of arrays whose placement the compiler chooses."""
         half = x.shape[0] // 2
         output = self.denoise_fn(jnp.concatenate([x[:half], x[:half]]), timestep, condition)
         cond, null = output[:half], output[half:]

@@ -1,7 +1,7 @@
 """Sampling several models from the same noise, labels and steps, and measuring them in pairs.
 
 The first contender is what the others are held against. Every batch is a shard on disk
-(`evaluation_store`), so that a killed run goes on without repeating or losing a sample.
+(see `store`), so that a killed run goes on without repeating or losing a sample.
 Dimensions: N samples, B samples of a batch, S steps, H, W, C an image or latent.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qdit_jax import diffusion, metrics
 from qdit_jax.checkpoint import Checkpoint, digest
@@ -39,7 +39,10 @@ from qdit_jax.sampling import (
     check_seed,
     conditions_in_turn,
     decode,
+    default_batch_size,
     denoiser,
+    device_mesh,
+    filled_batch,
     initial_noise,
 )
 
@@ -183,10 +186,6 @@ def content_of(checkpoint: Checkpoint) -> str:
     return digest((checkpoint.model, checkpoint.params, vae and (vae.model, vae.params)))
 
 
-def default_batch_size() -> int:
-    return (4 if jax.default_backend() == "cpu" else 16) * jax.local_device_count()
-
-
 def shards(
     contenders: Sequence[Contender],
     protocol: Protocol,
@@ -196,9 +195,7 @@ def shards(
     """Yields the first sample and the arrays of every shard that is missing."""
     if not missing:
         return
-    mesh = jax.make_mesh(
-        (jax.local_device_count(),), ("batch",), (AxisType.Auto,), devices=jax.local_devices()
-    )
+    mesh = device_mesh()
     padded = -(-batch_size // mesh.size) * mesh.size
     walkers = [walker(c.checkpoint, protocol, mesh) for c in contenders]
     device = jax.local_devices()[0]
@@ -208,7 +205,7 @@ def shards(
         for i, c in enumerate(contenders)
     }
     for start, stop in missing:
-        index = np.minimum(np.arange(start, start + padded), protocol.num_samples - 1)
+        index = filled_batch(start, padded, protocol.num_samples)
         condition = conditions_in_turn(contenders[0].checkpoint.model, protocol.conditions, index)
         arrays: dict[str, Any] = {"stop": stop, "device": place, **used}
         walks = []

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from qdit_jax import files
 from qdit_jax.errors import UserError
-from qdit_jax.files import GENERATOR, AnyPath, PathLike, is_remote, replaced_file
-from qdit_jax.report import save_arrays
+from qdit_jax.files import GENERATOR, AnyPath, PathLike, is_remote, replaced_file, write_arrays
 
 RUN_FILE = "run.json"
 SHARDS = "shards"
@@ -40,19 +40,11 @@ def locked(folder: AnyPath) -> Iterator[None]:
         raise UserError(f"{folder} is a file; choose a folder for the results.")
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows has no flock
-        yield
-        return
-    if is_remote(folder):  # no store of objects has it
-        yield
-        return
-    with open(folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process writes to {folder} now; wait for it.") from None
+    if not is_remote(folder):
+        (folder / "lock").touch()
+    with files.locked(folder / "lock") as is_ours:
+        if is_ours is False:
+            raise UserError(f"another process writes to {folder} now; wait for it.")
         yield
 
 
@@ -162,7 +154,7 @@ def opened(path: AnyPath) -> Iterator[Any]:
 
 
 def write_shard(folder: AnyPath, start: int, arrays: Mapping[str, Any]) -> None:
-    save_arrays(shard_path(folder, start), **arrays)
+    write_arrays(shard_path(folder, start), arrays, compressed=False)
 
 
 def collect(folder: AnyPath, ranges: Sequence[tuple[int, int]]) -> dict[str, list[np.ndarray]]:

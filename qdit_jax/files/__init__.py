@@ -4,8 +4,10 @@ What stands at a path is replaced only by a thing of its own kind (`KINDS`), nev
 lies, and after everything new has been written.
 """
 
+from qdit_jax.files.archives import write_arrays
 from qdit_jax.files.disk import check_space, disk_errors_told
 from qdit_jax.files.kinds import GENERATOR, KINDS, check_free
+from qdit_jax.files.locks import locked
 from qdit_jax.files.paths import (
     AnyPath,
     PathLike,
@@ -36,9 +38,11 @@ __all__ = [
     "files_below",
     "is_remote",
     "local_copy",
+    "locked",
     "remove_folder",
     "renewed_folder",
     "renewed_path",
     "replaced_file",
     "replaced_folder",
+    "write_arrays",
 ]

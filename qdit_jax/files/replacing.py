@@ -14,6 +14,7 @@ from pathlib import Path
 from qdit_jax.errors import UserError
 from qdit_jax.files.disk import disk_errors_told
 from qdit_jax.files.kinds import KINDS, check_free, is_empty
+from qdit_jax.files.locks import locked
 from qdit_jax.files.paths import (
     AnyPath,
     PathLike,
@@ -23,11 +24,6 @@ from qdit_jax.files.paths import (
     files_below,
     is_remote,
 )
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
 
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
@@ -181,26 +177,6 @@ def remove_abandoned(parent: Path, mark: str) -> None:
             with locked(folder) as is_ours:
                 if is_ours:
                     shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Yields whether this process has now locked `folder`; the lock ends with it, killed or not.
-
-    Where the system or its disk has no such locks, it never has.
-    """
-    descriptor = None
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_ours = True
-    except (OSError, AttributeError):
-        is_ours = False
-    try:
-        yield is_ours
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def exchange(new: Path, old: Path) -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Num
 
-from qdit_jax.quant import groups
+from qdit_jax.quant import effective_group_size
 
 # An int32 accumulator holds this many products of two 8-bit codes, corrections included.
 MAX_SEGMENT = 8192
@@ -49,7 +49,7 @@ class Segments:
 
     def group(self, group_size: int) -> np.ndarray:
         """Returns the group of `group_size` that every segment lies in `[U]`."""
-        return self.starts // groups.effective_group_size(self.num_channels, group_size)
+        return self.starts // effective_group_size(self.num_channels, group_size)
 
     def cut(self, values: Num[Any, "..."], axis: int) -> Num[Any, "..."]:
         """Returns `values` with the channels of all segments along `axis`; 0 where filled."""
@@ -67,7 +67,7 @@ def segments(num_channels: int, x_group_size: int, w_group_size: int) -> Segment
     """Returns the segments of operands with these group sizes."""
     edges = {0, *range(0, num_channels, MAX_SEGMENT)}
     for size in (x_group_size, w_group_size):
-        size = groups.effective_group_size(num_channels, size)
+        size = effective_group_size(num_channels, size)
         edges.update(range(0, num_channels, size))
     starts = np.array(sorted(edges))
     lengths = np.diff(np.append(starts, num_channels))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from qdit_jax.kernels import xla
 from qdit_jax.kernels.product import Implementation, Product
-from qdit_jax.quant import ActQuant, QTensor, branches
+from qdit_jax.quant import ActQuant, QTensor, true_after
 
 
 def xla_product(x: Any, q: QTensor, act: ActQuant | None, numerics: str) -> Any:
@@ -46,7 +46,7 @@ def after_input(x: Any, q: QTensor, act: ActQuant | None, numerics: str) -> Any:
         edge = 0 * (x[..., :1] + q.scale.astype(x.dtype).reshape(-1)[:1])
         return jnp.broadcast_to(edge, (*x.shape[:-1], q.shape[1]))
 
-    return jax.lax.cond(branches.true_after(x), product, zeros, x, q, act)
+    return jax.lax.cond(true_after(x), product, zeros, x, q, act)
 
 
 def cpu_only(product: Product) -> str | None:

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from qdit_jax.methods.data import CalibrationData
 from qdit_jax.methods.report import Report
-from qdit_jax.models import family_of, rows_per_sample
+from qdit_jax.models import TABLE, family_of, rows_per_sample
 from qdit_jax.ptq import (
     StagesFn,
     as_matrix,
@@ -22,7 +22,7 @@ from qdit_jax.ptq import (
     weight_name,
 )
 from qdit_jax.quant import QTensor
-from qdit_jax.recipes import TABLE, Recipe
+from qdit_jax.recipes import Recipe
 
 STAGES: dict[str, StagesFn] = {"block": by_block, "layer": by_layer}
 HOLDOUT = 0.25

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qdit_jax.files import PathLike, as_path, replaced_file
+from qdit_jax.files import PathLike, as_path, write_arrays
 from qdit_jax.metrics.frechet import check_covariance
 from qdit_jax.metrics.samples import DAMAGE, MEMBER, open_archive
 from qdit_jax.metrics.streaming import Moments
@@ -117,8 +117,7 @@ def write_reference(
             arrays[covariance_key] = value.covariance.astype(np.float32)
     if images is not None:
         arrays["arr_0"] = np.asarray(images)
-    with replaced_file(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays)
+    write_arrays(path, arrays)
 
 
 def check_network(reference: Reference, features: str, num_features: int, path: PathLike) -> None:

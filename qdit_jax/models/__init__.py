@@ -13,6 +13,7 @@ from qdit_jax.models.families import (
 from qdit_jax.models.family import (
     OPERANDS,
     OPERANDS_OF,
+    TABLE,
     Condition,
     Family,
     Fold,
@@ -25,7 +26,10 @@ from qdit_jax.models.family import (
     layers_of,
 )
 from qdit_jax.models.features import (
+    DEMO_SIZE,
     DEMO_STATISTICS,
+    DEMO_WEIGHTS,
+    DigitFeatures,
     FeaturesFn,
     asset,
     demo_features_fn,
@@ -48,15 +52,19 @@ from qdit_jax.models.taps import layers_in_order, rows_per_sample, seen_inputs, 
 from qdit_jax.models.vae import AutoencoderKL
 
 __all__ = [
+    "DEMO_SIZE",
     "DEMO_STATISTICS",
+    "DEMO_WEIGHTS",
     "FAMILIES",
     "OPERANDS",
     "OPERANDS_OF",
     "SIZES",
+    "TABLE",
     "AttentionModule",
     "AutoencoderKL",
     "Condition",
     "DiT",
+    "DigitFeatures",
     "Family",
     "FeaturesFn",
     "Fold",

@@ -25,6 +25,7 @@ from flax.traverse_util import flatten_dict
 # named `<attention>/operands/q`, so that a layer may be called `<attention>/q`.
 OPERANDS = ("q", "k", "v", "softmax")
 OPERANDS_OF = "/operands/"
+TABLE = "/embedding_table"  # ends the path of a label table; its rows are vectors
 # A pytree of arrays with the batch as first axis: a label `[B]`, or a dict by the contract's names.
 Condition = Any
 Params = Any

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float
-from safetensors.numpy import load, save
+from safetensors.numpy import load
 
 from qdit_jax.models.inception import InceptionV3, preprocess
 
@@ -102,9 +102,3 @@ def load_params(data: bytes) -> dict[str, Any]:
     """Returns a parameter tree in float32 from safetensors whose names are paths."""
     flat = {tuple(k.split("/")): v.astype(np.float32) for k, v in load(data).items()}
     return unflatten_dict(flat)
-
-
-def save_params(params: Any) -> bytes:
-    """Returns safetensors of a parameter tree in float16."""
-    flat = flatten_dict(params, sep="/")
-    return save({name: np.asarray(leaf, np.float16) for name, leaf in flat.items()})

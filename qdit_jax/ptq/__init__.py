@@ -1,6 +1,5 @@
 """The transform from a parameter tree to a quantised one, and what it needs."""
 
-from qdit_jax.ptq.by_columns import sqnr_db
 from qdit_jax.ptq.promises import Precision, precision_of, precision_warning
 from qdit_jax.ptq.rounding import StagesFn, num_batches, round_params
 from qdit_jax.ptq.sequential import (
@@ -44,6 +43,5 @@ __all__ = [
     "quantize_params",
     "rewrite",
     "round_params",
-    "sqnr_db",
     "weight_name",
 ]

@@ -49,12 +49,6 @@ def quantize_by_columns(w: Float[np.ndarray, "K N"], spec: WeightSpec) -> QTenso
     return jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=-1), *alike)
 
 
-def sqnr_db(w: Any, q: QTensor) -> float:
-    """Returns the signal-to-quantisation-noise ratio of a kernel `[K, N]` in dB."""
-    parts = [(signal.sum(), noise.sum()) for _, signal, noise in squares_by_columns(w, q)]
-    return decibels(*np.sum(parts, axis=0))
-
-
 def squares_by_columns(w: Any, q: QTensor) -> Iterator[tuple[Any, Any, Any]]:
     """Yields blocks of columns of a kernel, and the squared norms of them and of their errors.
 

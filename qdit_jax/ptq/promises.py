@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from qdit_jax.ptq.by_columns import decibels, squares_by_columns
-from qdit_jax.quant import QTensor, groups
+from qdit_jax.quant import QTensor, effective_group_size
 
 # A bit's worth of noise. Rounding to nearest on a min-max grid errs by half a step at most, which is
 # three times the noise of uniform rounding, 4.8 dB.
@@ -70,7 +70,7 @@ def promised_noise(
     """Returns the squared error of each output channel that the bits of `q` promise."""
     if q.fmt is not None:
         return signal * 10 ** (-ELEMENT_DB[q.fmt.element] / 10)
-    size = groups.effective_group_size(w.shape[0], q.group_size)
+    size = effective_group_size(w.shape[0], q.group_size)
     starts = np.arange(0, w.shape[0], size)
     low = np.minimum(np.minimum.reduceat(w, starts), 0)
     high = np.maximum(np.maximum.reduceat(w, starts), 0)

@@ -20,7 +20,7 @@ from qdit_jax.models import Family, family_of, layers_in_order
 from qdit_jax.ptq.sequential import RoundedLayer, RoundFn, by_block, quantize_in_order
 from qdit_jax.quant import gptq
 from qdit_jax.recipes import Recipe
-from qdit_jax.sampling import Denoiser
+from qdit_jax.sampling import Denoiser, filled_batch
 
 # (layer paths in the network's order, its family) -> stages.
 StagesFn = Callable[[Sequence[str], Family], list[list[str]]]
@@ -125,9 +125,8 @@ def batches_of(numbers: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarra
     """Yields item numbers in batches of one size, and weights: 0 for those that fill the last up."""
     size = min(batch_size, len(numbers))
     for start in range(0, len(numbers), size):
-        place = np.arange(start, start + size)
-        weight = (place < len(numbers)).astype(np.float32)
-        yield numbers[np.minimum(place, len(numbers) - 1)], weight
+        weight = (np.arange(start, start + size) < len(numbers)).astype(np.float32)
+        yield numbers[filled_batch(start, size, len(numbers))], weight
 
 
 def num_batches(items: Items, holdout: float | int, batch_size: int, num_stages: int) -> int:

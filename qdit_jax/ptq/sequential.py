@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qdit_jax.calibration import Stats
-from qdit_jax.models import Family
+from qdit_jax.models import TABLE, Family
 from qdit_jax.ptq.transform import as_matrix, matrix_shape, rewrite_kernels
 from qdit_jax.quant import (
     GREATEST_WEIGHT,
@@ -28,7 +28,7 @@ from qdit_jax.quant import (
     output_error,
     quantize,
 )
-from qdit_jax.recipes import TABLE, Recipe
+from qdit_jax.recipes import Recipe
 
 # `(kernel [K, N], hessian [K, K], spec) -> QTensor`: `quant.gptq`, `quant.adaround`, ...
 RoundFn = Callable[[Any, Any, WeightSpec], QTensor]

@@ -17,7 +17,7 @@ from qdit_jax.quant import (
     ActQuant,
     ActSpec,
     group_extremes,
-    groups,
+    map_groups,
     static_act_quant,
     static_act_quant_of_limits,
 )
@@ -73,5 +73,5 @@ def group_limits(x: Float[np.ndarray, "R K"], spec: ActSpec) -> tuple[np.ndarray
         return low[:, None], high[:, None]
 
     shifted = jnp.asarray(x, jnp.float32).T + spec.shift  # [K, R]
-    low, high = groups.map_groups(limits, shifted, spec.group_size)
+    low, high = map_groups(limits, shifted, spec.group_size)
     return np.asarray(low)[:, 0] - spec.shift, np.asarray(high)[:, 0] - spec.shift

@@ -11,6 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from qdit_jax.calibration import Stats
+from qdit_jax.models import TABLE
 from qdit_jax.ptq.static_acts import act_quantizer
 from qdit_jax.ptq.walk import rewrite, weight_name
 from qdit_jax.quant import (
@@ -22,7 +23,7 @@ from qdit_jax.quant import (
     packed_nbytes,
     quantize,
 )
-from qdit_jax.recipes import TABLE, LayerSpec, Recipe
+from qdit_jax.recipes import LayerSpec, Recipe
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,8 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from qdit_jax.models import OPERANDS_OF
+from qdit_jax.models import OPERANDS_OF, TABLE
 from qdit_jax.quant import with_leaf
-from qdit_jax.recipes import TABLE
 
 # `(path of the layer, name of its kernel or table, leaf) -> leaf`
 WeightFn = Callable[[str, str, Any], Any]

@@ -13,9 +13,10 @@ from qdit_jax.quant.act import (
     static_act_quant_of_limits,
 )
 from qdit_jax.quant.adaptive_rounding import AdaRoundSettings, adaround
+from qdit_jax.quant.branches import true_after
 from qdit_jax.quant.finite import GREATEST_WEIGHT, check_finite
 from qdit_jax.quant.gptq_rounding import accumulate_hessian, gptq, gptq_authors, output_error
-from qdit_jax.quant.groups import effective_group_size
+from qdit_jax.quant.groups import effective_group_size, map_groups, num_groups
 from qdit_jax.quant.leaves import LEAVES, Leaf, Role, entry_name, slots, with_leaf
 from qdit_jax.quant.qtensor import (
     QTensor,
@@ -63,7 +64,9 @@ __all__ = [
     "gptq_authors",
     "group_extremes",
     "integer_codes",
+    "map_groups",
     "nbytes",
+    "num_groups",
     "output_error",
     "packed_nbytes",
     "packing",
@@ -78,5 +81,6 @@ __all__ = [
     "slots",
     "static_act_quant",
     "static_act_quant_of_limits",
+    "true_after",
     "with_leaf",
 ]

@@ -1,7 +1,6 @@
 """Recipes: which layer of a network is quantized, and to what."""
 
 from qdit_jax.recipes.recipe import (
-    TABLE,
     LayerSpec,
     Recipe,
     Rule,
@@ -12,7 +11,6 @@ from qdit_jax.recipes.recipe import (
 )
 
 __all__ = [
-    "TABLE",
     "LayerSpec",
     "Recipe",
     "Rule",

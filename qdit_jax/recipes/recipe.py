@@ -22,11 +22,10 @@ from flax.traverse_util import flatten_dict
 
 from qdit_jax.errors import check_pattern
 from qdit_jax.files import PathLike, as_path
-from qdit_jax.models import FAMILIES, OPERANDS_OF, Family, family_of_params, layers_of
+from qdit_jax.models import FAMILIES, OPERANDS_OF, TABLE, Family, family_of_params, layers_of
 from qdit_jax.quant import ActSpec, WeightSpec, ranges
 
 FORMAT_VERSION = 1
-TABLE = "/embedding_table"
 # Stands for a part of whatever family the parameters turn out to be, as in `part:blocks`.
 PART = "part:"
 NO_FAMILY = "are of no family that is known here"

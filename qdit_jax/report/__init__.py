@@ -4,9 +4,7 @@ from qdit_jax.report.figures import range_histograms
 from qdit_jax.report.html import heading, paragraph, picture, table, write_report
 from qdit_jax.report.media import (
     image_grid,
-    save_arrays,
     save_grid,
-    save_npz,
     save_picture,
     side_by_side,
     to_uint8,
@@ -39,9 +37,7 @@ __all__ = [
     "provenance",
     "provenance_text",
     "range_histograms",
-    "save_arrays",
     "save_grid",
-    "save_npz",
     "save_picture",
     "shown_group_sizes",
     "side_by_side",

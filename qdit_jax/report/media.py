@@ -115,20 +115,6 @@ def save_picture(path: PathLike, picture: Image.Image) -> None:
         picture.save(temporary, pnginfo=mark, comment=GENERATOR)  # a format takes what it knows
 
 
-def save_npz(path: PathLike, images: Any, **arrays: Any) -> None:
-    """Writes the archive that evaluation suites read: `arr_0`, uint8 `[N, H, W, C]`.
-
-    Further arrays, such as labels, are stored under their names.
-    """
-    save_arrays(path, arr_0=_checked(images), **arrays)
-
-
-def save_arrays(path: PathLike, **arrays: Any) -> None:
-    """Writes arrays under their names to an `.npz` archive."""
-    with replaced_file(path) as temporary, open(temporary, "wb") as stream:
-        np.savez(stream, **arrays)
-
-
 def _checked(images: Any) -> np.ndarray:
     images = to_uint8(images)
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.shape[0]:

@@ -1,5 +1,11 @@
 """From a checkpoint to pictures: denoisers, schedules of training, batched generation."""
 
+from qdit_jax.sampling.batches import (
+    checked_batch_size,
+    default_batch_size,
+    device_mesh,
+    filled_batch,
+)
 from qdit_jax.sampling.checks import (
     DEFAULT_GUIDANCE,
     check_diffusion_model,
@@ -10,7 +16,6 @@ from qdit_jax.sampling.generation import (
     PUBLISHED,
     Denoiser,
     check_seed,
-    checked_batch_size,
     checkpoint_sampler,
     conditions_in_turn,
     decode,
@@ -36,7 +41,10 @@ __all__ = [
     "checkpoint_sampler",
     "conditions_in_turn",
     "decode",
+    "default_batch_size",
     "denoiser",
+    "device_mesh",
+    "filled_batch",
     "fitting_guidance",
     "generate",
     "generated_batches",

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from qdit_jax import diffusion
@@ -21,6 +21,7 @@ from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.errors import check_counts, check_finite
 from qdit_jax.models import as_condition, is_concrete
 from qdit_jax.quant import select_timestep
+from qdit_jax.sampling.batches import checked_batch_size, device_mesh, filled_batch
 from qdit_jax.sampling.checks import check_diffusion_model, check_numerics
 
 PUBLISHED = "published"
@@ -41,8 +42,7 @@ class Denoiser:
             ValueError: as `check_condition`; in a traced label, what is out of range gives NaN.
         """
         self.check_condition(condition)
-        params = select_timestep(self.params, timestep)
-        return self.model.apply({"params": params}, x, timestep, condition)
+        return diffusion.in_auto_axes(_applied, x, timestep, condition, self)
 
     def check_condition(self, condition: Any) -> None:
         """Raises `ValueError` if a condition is none of the network's; traced ones are not looked at."""
@@ -53,6 +53,11 @@ class Denoiser:
     def null_condition(self, condition: Any) -> Any:
         """Returns the condition of no condition, see `models.Network`."""
         return self.model.null_condition(condition, self.params)
+
+
+def _applied(x: Any, timestep: Any, condition: Any, denoise_fn: Denoiser) -> Any:
+    params = select_timestep(denoise_fn.params, timestep)
+    return denoise_fn.model.apply({"params": params}, x, timestep, condition)
 
 
 def denoiser(
@@ -331,9 +336,7 @@ def generated_batches(
     condition = as_condition(condition)
     checkpoint.model.check_condition(condition)
     num_samples = jax.tree.leaves(condition)[0].shape[0]
-    mesh = jax.make_mesh(
-        (jax.local_device_count(),), ("batch",), (AxisType.Auto,), devices=jax.local_devices()
-    )
+    mesh = device_mesh()
     split, whole = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
     model = checkpoint.model.clone(numerics=numerics)
     denoise_fn = jax.device_put(
@@ -345,7 +348,7 @@ def generated_batches(
     padded = -(-batch_size // mesh.size) * mesh.size
     for start in starts:
         stop = min(start + batch_size, num_samples)
-        index = np.minimum(np.arange(start, start + padded), num_samples - 1)
+        index = filled_batch(start, padded, num_samples)
         chosen = jax.tree.map(lambda leaf, index=index: leaf[index], condition)
         numbers, chosen = jax.device_put((index.astype(np.int32), chosen), split)
         out = _generated(
@@ -369,17 +372,3 @@ def check_seed(seed: Any) -> int:
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed} is out of range; use a number from 0 to {2**32 - 1}.")
     return int(seed)
-
-
-def checked_batch_size(num_samples: int, batch_size: int | None) -> int:
-    """Returns how many samples are made at once: as many as asked for, or the devices' default.
-
-    Raises:
-        ValueError: if `batch_size` is not positive.
-    """
-    if batch_size is not None:
-        check_counts(batch_size=batch_size)
-    num_devices = jax.local_device_count()
-    default = (4 if jax.default_backend() == "cpu" else 16) * num_devices
-    wanted = min(batch_size or default, num_samples)
-    return -(-wanted // num_devices) * num_devices

@@ -91,7 +91,6 @@ def test_recipes_of_assignments_say_what_was_chosen_and_survive_json(params):
     assignment = np.array([0, 3, 0, 2], np.int32)
     recipe = Recipe.from_json(search.recipe_of(space, assignment).to_json())
     assert recipe.resolve(params) == search.specs_of(space, assignment)
-    assert search.assignment_of(space, recipe).tolist() == assignment.tolist()
     assert recipe.get("blocks_0/attn/proj").weight.group_size == 8
     assert recipe.get("blocks_0/mlp/fc2").act.group_size == 32
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1] / "experiments")]
+sys.path[:0] = [str(HERE), str(HERE.parents[1] / "experiments" / "benchmarks")]
 
 from convert_samples import dit_shapes, random_arrays  # noqa: E402
 from torch_file import write_old_torch_file, write_torch_file  # noqa: E402

@@ -14,7 +14,7 @@ import pytest
 import qdit_jax as qdit
 from qdit_jax.testing import realistic_dit
 
-EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments" / "testbeds"
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from qdit_jax import checkpoint as checkpoints
 from qdit_jax.calibration import Stats
 from qdit_jax.cli import main
 from qdit_jax.errors import UserError
-from qdit_jax.files import as_path, files_below, replaced_folder
+from qdit_jax.files import as_path, files_below, replaced_folder, write_arrays
 from qdit_jax.metrics import read_images
 from qdit_jax.ptq import quantize_checkpoint, quantize_params
 from qdit_jax.recipes import Recipe
-from qdit_jax.report import save_npz, write_report
+from qdit_jax.report import write_report
 
 
 def same(found, wanted):
@@ -107,7 +107,7 @@ def test_recipes_statistics_samples_and_reports(bucket):
     stats.save("gs://b/stats.npz")
     np.testing.assert_array_equal(Stats.load("gs://b/stats.npz").high["a"], np.ones((2, 3)))
     images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
-    save_npz("gs://b/images.npz", images)
+    write_arrays("gs://b/images.npz", {"arr_0": images})
     np.testing.assert_array_equal(read_images("gs://b/images.npz"), images)
     write_report("gs://b/report.html", "title", [])
     assert "title" in as_path("gs://b/report.html").read_text()

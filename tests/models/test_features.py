@@ -16,7 +16,6 @@ from qdit_jax.models.features import (
     DEMO_WEIGHTS,
     DigitFeatures,
     load_params,
-    save_params,
 )
 
 
@@ -64,8 +63,6 @@ def test_packaged_weights_are_those_of_the_network():
     fresh = jax.eval_shape(DigitFeatures().init, jax.random.key(0), x)["params"]
     shapes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (stored, fresh)]
     assert shapes[0] == shapes[1]
-    again = load_params(save_params(stored))
-    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), stored, again))
 
 
 def test_weights_of_other_digits_are_recognised(features_fn, digits):

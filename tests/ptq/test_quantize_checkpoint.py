@@ -18,7 +18,7 @@ from qdit_jax.calibration import Stats
 from qdit_jax.checkpoint import Checkpoint, lazy, load, save, save_safetensors
 from qdit_jax.errors import UserError
 from qdit_jax.models import build_model
-from qdit_jax.ptq import by_columns, quantize_checkpoint, quantize_params, sqnr_db, streaming
+from qdit_jax.ptq import by_columns, precision_of, quantize_checkpoint, quantize_params, streaming
 from qdit_jax.quant import ActSpec, WeightSpec, dequantize, formats, quantize, ranges
 from qdit_jax.recipes import LayerSpec, Recipe, Rule
 
@@ -87,7 +87,7 @@ def test_blocks_of_columns_are_the_whole_kernel_bit_for_bit(name, small_blocks):
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
     error = np.asarray(dequantize(wanted), np.float64) - w
     expected = 10 * np.log10(np.square(w, dtype=np.float64).sum() / np.square(error).sum())
-    np.testing.assert_allclose(sqnr_db(w, wanted), expected, rtol=1e-5)
+    np.testing.assert_allclose(precision_of(w, wanted).measured, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("channel_group", [1, 3])

@@ -47,15 +47,6 @@ def test_side_by_side_joins_grids_of_equal_shape():
     assert joined.height > one.height
 
 
-def test_archive_is_what_evaluators_read(tmp_path):
-    images = np.random.default_rng(0).uniform(-1, 1, (3, 4, 4, 3))
-    media.save_npz(tmp_path / "samples.npz", images, label=np.array([1, 2, 3]))
-    stored = np.load(tmp_path / "samples.npz")
-    assert stored["arr_0"].dtype == np.uint8
-    np.testing.assert_array_equal(stored["arr_0"], media.to_uint8(images))
-    np.testing.assert_array_equal(stored["label"], [1, 2, 3])
-
-
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "grid.png"
     path.write_bytes(b"old")

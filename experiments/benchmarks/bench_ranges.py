@@ -1,7 +1,7 @@
 """Times the search for clipping ranges on a whole network, and the authors' algorithm beside it.
 
-    python experiments/make_random_checkpoint.py dit_xl2.pt && qdit convert dit_xl2.pt xl2
-    python experiments/bench_ranges.py xl2
+    python experiments/benchmarks/make_random_checkpoint.py dit_xl2.pt && qdit convert dit_xl2.pt xl2
+    python experiments/benchmarks/bench_ranges.py xl2
 
 Every linear layer of an XL/2 in 4 bits, groups of 128, asymmetric, by three range rules; then the
 Q-DiT release's search written as it describes it, a loop in torch over groups and 100 ratios, on the

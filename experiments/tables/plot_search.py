@@ -1,6 +1,6 @@
 """Makes the table and the figure of the comparison of search methods.
 
-    python experiments/plot_search.py runs/search/methods-w4a8.json runs/search/methods-w3a8.json \\
+    python experiments/tables/plot_search.py runs/search/methods-w4a8.json runs/search/methods-w3a8.json \\
         --out search_methods
 
 Reads what `bench_search.py --part methods` wrote (files of one name hold rows of one setting);

@@ -1,6 +1,6 @@
 """Takes a random DiT-XL/2 the whole road and measures each stage's time and peak memory.
 
-    python experiments/measure_road.py --out runs/road --steps 3
+    python experiments/benchmarks/measure_road.py --out runs/road --steps 3
 
 About 4 minutes on 2 cores, 8 GB of disk and 4 GB of memory. Prints a table and writes
 `measure_road.json`. Expected: converting peaks at 1.2 times the file; quantising streams, and peaks

@@ -1,6 +1,6 @@
 """Trains the small digit classifier behind "Fréchet distance (demo features)".
 
-    python experiments/train_demo_features.py --data mnist_t10k.npz
+    python experiments/testbeds/train_demo_features.py --data mnist_t10k.npz
 
 Takes about 2 minutes on one CPU core. Expected: 98.6% of the 1,000 held-out digits right.
 Writes `features.safetensors` (float16 weights) and `features_stats.npz` (mean and covariance of the
@@ -13,19 +13,28 @@ import argparse
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from demo_data import load_digits
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save
 
+from qdit_jax import models
 from qdit_jax.metrics import extract, moments, statistics, write_reference
-from qdit_jax.models import features as demo
 
-ASSETS = Path(demo.__file__).parent.parent / "assets"
+ASSETS = Path(models.__file__).parent.parent / "assets"
 NUM_HELD_OUT = 1000
 MAX_SHIFT = 1
+
+
+def float16_bytes(params: Any) -> bytes:
+    """Returns safetensors of a parameter tree in float16, the names its paths."""
+    flat = flatten_dict(params, sep="/")
+    return save({name: np.asarray(leaf, np.float16) for name, leaf in flat.items()})
 
 
 def shifted(images: jax.Array, key: jax.Array) -> jax.Array:
@@ -48,7 +57,7 @@ def train_step(state, images, labels, key, *, num_steps):
     params, momenta = state
 
     def loss(params):
-        logits = demo.DigitFeatures().apply({"params": params}, shifted(images, key))["logits"]
+        logits = models.DigitFeatures().apply({"params": params}, shifted(images, key))["logits"]
         targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), 0.05)
         return optax.softmax_cross_entropy(logits, targets).mean()
 
@@ -60,7 +69,7 @@ def train_step(state, images, labels, key, *, num_steps):
 def train(images, labels, *, num_steps: int, batch_size: int, seed: int):
     """Returns the trained params; prints the loss of every epoch."""
     key = jax.random.key(seed)
-    params = demo.DigitFeatures().init(key, images[:1])["params"]
+    params = models.DigitFeatures().init(key, images[:1])["params"]
     steps_per_epoch = len(images) // batch_size
     num_epochs = math.ceil(num_steps / steps_per_epoch)
     num_steps = num_epochs * steps_per_epoch
@@ -103,7 +112,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ASSETS)
     args = parser.parse_args()
 
-    images, labels = load_digits(args.data, demo.DEMO_SIZE)
+    images, labels = load_digits(args.data, models.DEMO_SIZE)
     fitted, held_out = held_out_split(len(images))
     params = train(
         images[fitted],
@@ -113,20 +122,20 @@ def main() -> None:
         seed=args.seed,
     )
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / demo.DEMO_WEIGHTS).write_bytes(demo.save_params(jax.device_get(params)))
+    (args.out / models.DEMO_WEIGHTS).write_bytes(float16_bytes(jax.device_get(params)))
 
     pixels = np.round((images + 1) * 127.5).astype(np.uint8)
-    features_fn = demo.demo_features_fn(args.out / demo.DEMO_WEIGHTS)
+    features_fn = models.demo_features_fn(args.out / models.DEMO_WEIGHTS)
     right = accuracy(features_fn, pixels[held_out], labels[held_out])
     print(f"held out: {right:.1%} of {len(held_out)} digits right (weights in float16)")
     found = extract(features_fn, np.array_split(pixels, len(pixels) // 200))
     write_reference(
-        args.out / demo.DEMO_STATISTICS,
+        args.out / models.DEMO_STATISTICS,
         pool=statistics(moments(found.pool)),
         features="demo",
         num_images=len(pixels),
     )
-    print(f"wrote {args.out / demo.DEMO_WEIGHTS} and {args.out / demo.DEMO_STATISTICS}")
+    print(f"wrote {args.out / models.DEMO_WEIGHTS} and {args.out / models.DEMO_STATISTICS}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Builds a digit model in its three states and says what each shows: one command, start to end.
 
-    python experiments/build_testbed.py --model wide --data mnist_t10k.npz --out runs/wide
-    python experiments/build_testbed.py --model demo --data mnist_t10k.npz --out runs/demo
+    python experiments/testbeds/build_testbed.py --model wide --data mnist_t10k.npz --out runs/wide
+    python experiments/testbeds/build_testbed.py --model demo --data mnist_t10k.npz --out runs/demo
 
 Stages: train, inject outliers, fine-tune, check each state. A stage whose file is there is skipped,
 and a killed training continues, so that the command may be given again. In `--out`:

@@ -1,7 +1,7 @@
 """Trains a small class-conditional DiT on real digits: the packaged one, or one as wide as DiT-XL.
 
-    python experiments/train_digits.py --data mnist_t10k.npz --out runs/demo
-    python experiments/train_digits.py --model wide --data mnist_t10k.npz --out runs/wide
+    python experiments/testbeds/train_digits.py --data mnist_t10k.npz --out runs/demo
+    python experiments/testbeds/train_digits.py --model wide --data mnist_t10k.npz --out runs/wide
 
 About 30 minutes each on 2 free cores, measured: `demo` (width 128, depth 6, 16 tokens, 1.9M values)
 8,000 steps of 0.17 to 0.27 s, 7,700 to 11,900 tokens per second; `wide` (width 1152, 16 heads, depth

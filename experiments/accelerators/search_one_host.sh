@@ -1,7 +1,7 @@
 #!/bin/sh
 # Search on one machine; every GPU, TPU core or simulated device it has takes part.
 #
-#     sh experiments/search_one_host.sh CKPT OUT
+#     sh experiments/accelerators/search_one_host.sh CKPT OUT
 #
 # Expected: progress with the best error so far and the time left; OUT/recipe.json, front.png,
 # map.png, history.json. Stopped? The same command goes on. On a CPU it uses one device; simulate

@@ -1,6 +1,6 @@
 """Gives a small DiT the outlier channels of a large one, without changing what it computes.
 
-    python experiments/inject_outliers.py demo_dit.safetensors injected.safetensors --num-heads 4
+    python experiments/testbeds/inject_outliers.py demo_dit.safetensors injected.safetensors --num-heads 4
 
 Takes seconds. Expected: the printed change of the output is below 1e-5 in float32 (the file's
 half precision adds its own rounding), and `check_testbed.py injected.safetensors` passes its gate.

@@ -1,7 +1,7 @@
 """Measures what each choice of quantisation costs on one checkpoint, in paired error.
 
     qdit demo --out runs/demo                 # makes runs/demo/model
-    python experiments/ablate_quant.py runs/demo/model --out runs/ablation
+    python experiments/tables/ablate_quant.py runs/demo/model --out runs/ablation
 
 About 4 minutes on 2 cores with the packaged model. Every setting samples the same noise and labels;
 the figure is the signal-to-error ratio of the samples against full precision in dB, the mean over

@@ -1,7 +1,7 @@
 """Measures the search: the cost of a candidate, and what each method finds for how much.
 
-    python experiments/bench_search.py --part cost --model demo,small
-    python experiments/bench_search.py --part methods --checkpoint demo_ckpt --bits w4a8 --out runs/search
+    python experiments/tables/bench_search.py --part cost --model demo,small
+    python experiments/tables/bench_search.py --part methods --checkpoint demo_ckpt --bits w4a8 --out runs/search
 
 `cost` times one candidate (traced sizes, rollout) against the rollout of a statically quantised
 model of the same batch, interleaved; expected: 1.09 times on the demo model, 1.02 on a DiT-S/2, one
@@ -9,7 +9,7 @@ compilation.
 
 `methods` searches with every method at equal bit operations for several keys, then measures the
 winners and the uniform recipe on seeds that no search saw. It writes methods-BITS.json after every
-search, which `experiments/plot_search.py` makes a table and a figure of; a run with the same OUT
+search, which `experiments/tables/plot_search.py` makes a table and a figure of; a run with the same OUT
 goes on from it. Expected on the demo model: the default search finds an error as low as the
 evolution's with 1/544 of the evaluations that the published one needs.
 About 2 minutes for `cost`, about an hour for `methods` with the settings below, on 2 cores.

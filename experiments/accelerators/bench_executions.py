@@ -1,7 +1,7 @@
 """Times one network in full precision and quantised, and reads how much device memory each takes.
 
-    python experiments/bench_executions.py --model DiT-XL/2 --batch-size 8 --out runs/executions.json
-    python experiments/bench_executions.py --model DiT-S/2 --batch-size 2 --steps 2     # on a CPU
+    python experiments/accelerators/bench_executions.py --model DiT-XL/2 --batch-size 8 --out runs/executions.json
+    python experiments/accelerators/bench_executions.py --model DiT-S/2 --batch-size 2 --steps 2     # on a CPU
 
 Random weights of the published size are made on the device. Every variant samples the same noise
 with guidance through the compiled loop; the rounds of all variants are interleaved, and the ratio

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Search by several processes; here two on this machine, as an example.
 #
-#     sh experiments/search_several_hosts.sh CKPT OUT
+#     sh experiments/accelerators/search_several_hosts.sh CKPT OUT
 #
 # On real hosts run one line a host, with the first host's address, and OUT on a disk that all of
 # them share (the state is written by the first process and read by all):

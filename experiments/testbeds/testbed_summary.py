@@ -1,6 +1,6 @@
 """Puts several reports of `check_testbed.py` side by side, each figure against its threshold.
 
-    python experiments/testbed_summary.py testbed/wide --states as_trained injected finetuned
+    python experiments/testbeds/testbed_summary.py testbed/wide --states as_trained injected finetuned
 
 Reads `<folder>/<state>.json` of every state, prints the table and writes `<folder>/summary.md`.
 Takes no time.

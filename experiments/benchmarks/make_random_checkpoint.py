@@ -1,6 +1,6 @@
 """Writes a random DiT of any published size in the facebook layout, as `.pt` or `.safetensors`.
 
-    python experiments/make_random_checkpoint.py dit_xl2.pt --model DiT-XL/2 --seed 0
+    python experiments/benchmarks/make_random_checkpoint.py dit_xl2.pt --model DiT-XL/2 --seed 0
 
 Expected: 2.70 GB in about half a minute on one core, with less than 0.3 GB of memory; torch is not
 needed. adaLN and the final layer are random too (a fresh DiT has zeros there), so that every

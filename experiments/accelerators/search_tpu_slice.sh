@@ -1,7 +1,7 @@
 #!/bin/sh
 # Search on a TPU slice with several hosts, every chip of it measuring candidates.
 #
-#     sh experiments/search_tpu_slice.sh NAME ZONE gs://BUCKET/ckpt gs-mounted/out
+#     sh experiments/accelerators/search_tpu_slice.sh NAME ZONE gs://BUCKET/ckpt gs-mounted/out
 #
 # Creates nothing: NAME is a running slice (`gcloud compute tpus tpu-vm create NAME --zone ZONE
 # --accelerator-type v5litepod-16 --version v2-alpha-tpuv5-lite`). CKPT and OUT must be paths that

@@ -1,6 +1,6 @@
 """Trains a small DiT on from given weights, so that injected outlier channels carry function.
 
-    python experiments/finetune_digits.py injected.safetensors finetuned.safetensors \
+    python experiments/testbeds/finetune_digits.py injected.safetensors finetuned.safetensors \
         --num-heads 4 --data mnist_t10k.npz --steps 300
 
 Takes about 2 minutes on 2 free cores for the demo model, 5 for the wide one (`--learning-rate 1e-4`).

@@ -1,7 +1,7 @@
 """Measures which settings of a training make a DiT grow outliers, on many small trainings.
 
-    python experiments/grow_outliers.py --data mnist_t10k.npz --out runs/growth
-    python experiments/grow_outliers.py --out runs/growth --snapshots runs/wide/snapshots \
+    python experiments/testbeds/grow_outliers.py --data mnist_t10k.npz --out runs/growth
+    python experiments/testbeds/grow_outliers.py --out runs/growth --snapshots runs/wide/snapshots \
         --name wide --num-heads 16
 
 The base: width 96, depth 4, 16 tokens, 1,500 steps of 64 digits at a constant learning rate of

@@ -1,6 +1,6 @@
 """Says whether a checkpoint is hard enough for rankings of quantisation methods to mean anything.
 
-    python experiments/check_testbed.py demo_dit.safetensors --num-heads 4 --out runs/testbed
+    python experiments/testbeds/check_testbed.py demo_dit.safetensors --num-heads 4 --out runs/testbed
 
 Takes about 2 minutes on 2 cores for the demo model, 4 for the wide one. Expected for the shipped
 one: every line of the gate passes (`testbed/` holds what was found on every state of both). Reads a checkpoint folder or PyTorch weights; prints each property with its figure and
