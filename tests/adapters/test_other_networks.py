@@ -437,7 +437,7 @@ def test_strict_refuses_what_would_be_left():
     assert not apply_fn.report.left
     assert str(apply_fn.report).startswith("4 of the 4 layers")
     for pattern, reason in (
-        ("patches", "patches cannot be quantised: it is a Conv"),
+        ("patches", "patches cannot be quantized: it is a Conv"),
         ("x", "no l"),
     ):
         named = Recipe((Rule(pattern, WEIGHTS.rules[0].spec),), "named")
@@ -460,8 +460,8 @@ def test_a_layer_that_the_call_does_not_reach_is_told():
     [
         ("normed", "WeightNorm_0 is a WeightNorm, which cannot be computed"),
         ("normed_unscaled", r"wn|weight: its quantized kernel was changed on the way"),
-        ("mapped_cast", "mapped: its quantised kernel was changed on the way"),
-        ("mapped_transposed", "mapped: its quantised kernel was changed on the way"),
+        ("mapped_cast", "mapped: its quantized kernel was changed on the way"),
+        ("mapped_transposed", "mapped: its quantized kernel was changed on the way"),
         ("recurrent", "is a DenseParams; only nn.Dense.*pass example_args"),
     ],
 )
