@@ -1,9 +1,9 @@
-"""Quantising a Flax linen network that was written by somebody else.
+"""Quantizing a Flax linen network that was written by somebody else.
 
 `nn.Dense`, `nn.DenseGeneral` and `nn.Einsum` layers, those inside attention modules included, are
 intercepted while the network is traced; its code stays as it is. Their parameters change as those
 of our own networks do: a `kernel` becomes a `QTensor`, an `act_quant` entry appears beside it. A
-`kernel_origin` beside a quantised kernel tells what it was.
+`kernel_origin` beside a quantized kernel tells what it was.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ def quantize_linen(
     quantize_fn: Callable[[Any, WeightSpec], QTensor] = quantize,
     strict: bool = False,
 ) -> tuple[LinenApply, Any]:
-    """Returns `(apply_fn, params)`: `model.apply` for quantised parameters, and these.
+    """Returns `(apply_fn, params)`: `model.apply` for quantized parameters, and these.
 
     `apply_fn({"params": params}, x)` is a pure function: jit it, scan over it, shard it. Jit
-    `apply_fn` itself, not `model.apply`: the latter knows nothing of quantised leaves. Groups run
+    `apply_fn` itself, not `model.apply`: the latter knows nothing of quantized leaves. Groups run
     along the input axes of a kernel taken together, in the kernel's order. Layers are named by
     their path, such as `encoder/attention/query`; a layer that is the whole network is `""`.
 
-    Layers that a rule matches and that cannot be quantised (convolutions, embedding tables, layers
-    with arithmetic of their own, kernels that are also normalised or read elsewhere) stay as they
-    are; a warning names them. `apply_fn.report` tells which layers were quantised, and why others
+    Layers that a rule matches and that cannot be quantized (convolutions, embedding tables, layers
+    with arithmetic of their own, kernels that are also normalized or read elsewhere) stay as they
+    are; a warning names them. `apply_fn.report` tells which layers were quantized, and why others
     were not.
 
     Args:
         model: an `nn.Module` of `flax.linen`.
         params: the `"params"` collection, or all variables, `{"params": ..., "batch_stats": ...}`,
-            which then come back with quantised params; partitioning boxes are taken off. Cast
+            which then come back with quantized params; partitioning boxes are taken off. Cast
             them before: results are promoted with the dtype that a kernel had here.
         recipe: which layers, and to what.
         example_args: a tuple of a call's arguments, arrays or abstract; the network is traced with them
@@ -72,7 +72,7 @@ def quantize_linen(
 
     Raises:
         TypeError: if `model` is no linen module, or `params` is no dict.
-        ValueError: if a rule matches no layer that can be quantised, the layout of a kernel cannot
+        ValueError: if a rule matches no layer that can be quantized, the layout of a kernel cannot
             be told, the network cannot be called with the example, or with `strict`, as said there.
     """
     check_arguments(model, params, numerics)
@@ -107,11 +107,11 @@ def quantize_linen(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LinenApply:
-    """`model.apply` for quantised parameters: a pure function.
+    """`model.apply` for quantized parameters: a pure function.
 
     Attributes:
         traced: whether the layers are known from an example call.
-        report: which layers were quantised.
+        report: which layers were quantized.
     """
 
     model: nn.Module
@@ -136,7 +136,7 @@ def check_arguments(model: Any, params: Any, numerics: str) -> None:
         raise TypeError(
             f"quantize_linen takes a flax.linen module and a dict of arrays; this is an nnx.{kind}, "
             "and NNX networks are not taken yet. If the network exists in linen too, pass that "
-            "module, with the arrays under the names that its init gives; otherwise quantise each "
+            "module, with the arrays under the names that its init gives; otherwise quantize each "
             "kernel with qdit_jax.quantize and multiply with qdit_jax.quantized_matmul."
         )
     if not isinstance(model, nn.Module):
@@ -158,11 +158,11 @@ def is_kernel(path: Path, leaf: Any) -> bool:
 
 
 def check_unquantized(recipe: Recipe, kernels: Mapping[Path, Any]) -> None:
-    """Raises `ValueError` if the recipe matches a layer that is quantised already."""
+    """Raises `ValueError` if the recipe matches a layer that is quantized already."""
     for path, kernel in kernels.items():
         name = "/".join(path)
         if isinstance(kernel, QTensor) and recipe.get(name) is not None:
-            raise ValueError(f"{name} is quantised already; start from full precision.")
+            raise ValueError(f"{name} is quantized already; start from full precision.")
 
 
 def traced_layouts(
@@ -172,7 +172,7 @@ def traced_layouts(
     kernels: Mapping[Path, Any],
     recipe: Recipe,
 ) -> tuple[dict[Path, KernelLayout | str], dict[Path, str]]:
-    """Returns the layout of every kernel, or why it cannot be quantised; the modules' classes."""
+    """Returns the layout of every kernel, or why it cannot be quantized; the modules' classes."""
     found = sightings(call, variables)
     layouts = {path: layout_or_reason(found, path, kernel) for path, kernel in kernels.items()}
     layouts |= {path: why for path, kernel in kernels.items() if (why := unfit(kernel))}
@@ -186,7 +186,7 @@ def traced_layouts(
 
 
 def unfit(kernel: Any) -> str | None:
-    """Returns why no kernel of this dtype or size can be quantised, or None if it can."""
+    """Returns why no kernel of this dtype or size can be quantized, or None if it can."""
     if isinstance(kernel, QTensor):
         return None
     if not jnp.issubdtype(kernel.dtype, jnp.floating):
@@ -228,7 +228,7 @@ def report_of(
     layouts: Mapping[Path, KernelLayout | str],
     kinds: Mapping[Path, str],
 ) -> LinenReport:
-    """Returns which of the layers that the recipe matches are quantised.
+    """Returns which of the layers that the recipe matches are quantized.
 
     Raises:
         ValueError: if a rule matches none that can be.
@@ -250,7 +250,7 @@ def quantized_entries(
     stats: Stats | None,
     quantize_fn: Callable[[Any, WeightSpec], QTensor],
 ) -> dict[Path, Any]:
-    """Returns the entries of one layer that change: its kernel and its input's quantiser."""
+    """Returns the entries of one layer that change: its kernel and its input's quantizer."""
     name, kernel = "/".join(path), flat[(*path, "kernel")]
     entries: dict[Path, Any] = {}
     if spec.act is not None:

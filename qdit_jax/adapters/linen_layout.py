@@ -42,7 +42,7 @@ class KernelLayout:
         if not self.fits(kernel.shape):
             raise ValueError(
                 f"a kernel of shape {kernel.shape} is used as {self.shape}; only stacks along "
-                "leading axes (nn.scan with variable_axes={'params': 0}) can be quantised."
+                "leading axes (nn.scan with variable_axes={'params': 0}) can be quantized."
             )
         stacked = kernel.ndim - len(self.shape)
         order = [axis + stacked for axis in (*self.batch, *self.inputs, *self.outputs)]
@@ -117,7 +117,7 @@ class Contraction:
         return [1 if axis in rows else size for axis, size in zip(self.order, y_shape, strict=True)]
 
     def check_kernel(self, kernel: QTensor, num_inputs: int, layout: KernelLayout) -> None:
-        """Raises `ValueError` unless `kernel` is whole, and was quantised with these axes as inputs."""
+        """Raises `ValueError` unless `kernel` is whole, and was quantized with these axes as inputs."""
         expected = num_inputs, math.prod(self.features)
         ways = (self.k_batch, self.k_in, self.k_out)
         batch_axes = kernel.codes.ndim - 2
@@ -127,13 +127,13 @@ class Contraction:
             or ways != (layout.batch, layout.inputs, layout.outputs)
         ):
             raise ValueError(
-                f"its kernel {layout.shape} was quantised as a matrix {tuple(kernel.shape)} with "
+                f"its kernel {layout.shape} was quantized as a matrix {tuple(kernel.shape)} with "
                 f"input axes {layout.inputs}, but the layer multiplies by {expected} with input "
                 f"axes {self.k_in}; pass example_args=(x, ...) to quantize_linen."
             )
         if kernel.codes.dtype != jnp.uint8 or kernel.scale.shape[-2] != kernel.num_groups:
             raise ValueError(
-                "its quantised kernel was changed on the way to it (cast, normalised, transposed); "
+                "its quantized kernel was changed on the way to it (cast, normalized, transposed); "
                 "leave the layer out with a recipe's rule that has no spec."
             )
 

@@ -1,4 +1,4 @@
-"""What a linen layer computes once its kernel or its input is quantised."""
+"""What a linen layer computes once its kernel or its input is quantized."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from qdit_jax.adapters.linen_layout import LAYERS, Contraction, KernelLayout, co
 from qdit_jax.kernels import quantized_matmul
 from qdit_jax.quant import QTensor
 
-ONLY = "only nn.Dense, nn.DenseGeneral and nn.Einsum can be quantised"
+ONLY = "only nn.Dense, nn.DenseGeneral and nn.Einsum can be quantized"
 WEIGHT_CHANGERS = (nn.WeightNorm, nn.SpectralNorm)
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class KernelOrigin:
-    """What a quantised kernel was: its axes, and the dtype that its product is promoted with.
+    """What a quantized kernel was: its axes, and the dtype that its product is promoted with.
 
     It lies beside the kernel as `kernel_origin`, a leaf without arrays.
     """
@@ -53,11 +53,11 @@ def layer_name(module: Any) -> str:
 
 
 def interceptor(numerics: str, traced: bool = True) -> Callable[..., Any]:
-    """Returns the interceptor that computes layers with quantised parameters.
+    """Returns the interceptor that computes layers with quantized parameters.
 
     Args:
         numerics: as in `quantized_matmul`.
-        traced: whether a trace has shown that the quantised kernels reach their layers; if not,
+        traced: whether a trace has shown that the quantized kernels reach their layers; if not,
             modules of other classes that own one are refused.
     """
 
@@ -87,7 +87,7 @@ def interceptor(numerics: str, traced: bool = True) -> Callable[..., Any]:
 
 
 def unchanged_weights(next_fun: Any, module: Any, args: Any, kwargs: Any) -> Any:
-    """Returns the output of a module that changes weights, which must not be quantised ones.
+    """Returns the output of a module that changes weights, which must not be quantized ones.
 
     Raises:
         ValueError: if they are.
@@ -97,7 +97,7 @@ def unchanged_weights(next_fun: Any, module: Any, args: Any, kwargs: Any) -> Any
     except (errors.FlaxError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{layer_name(module)} is a {type(module).__name__}, which cannot be computed. If a "
-            "kernel that it changes was quantised, leave it out with a recipe's rule that has no "
+            "kernel that it changes was quantized, leave it out with a recipe's rule that has no "
             "spec, or pass example_args=(x, ...) to quantize_linen, which then leaves it. "
             f"({type(error).__name__}: {first_line(error)})"
         ) from error
@@ -108,7 +108,7 @@ def first_line(error: Exception) -> str:
 
 
 def kernel_dtype(module: Any, kernel: Any) -> Any:
-    """Returns the dtype of a layer's kernel before it was quantised.
+    """Returns the dtype of a layer's kernel before it was quantized.
 
     Raises:
         ValueError: if the kernel came without `kernel_origin`.
@@ -120,14 +120,14 @@ def origin_of(module: Any) -> KernelOrigin:
     origin = optional(module, "kernel_origin")
     if origin is None:
         raise ValueError(
-            "its quantised kernel came without the entry 'kernel_origin' that lies beside it; "
+            "its quantized kernel came without the entry 'kernel_origin' that lies beside it; "
             "give the layer all of its parameters, as quantize_linen returned them."
         )
     return origin
 
 
 def multiplier(module: Any, kernel: Any, act: Any, numerics: str) -> Callable[..., Any]:
-    """Returns `(rows [B, T, K], contraction) -> [B, T, N]` with quantised parameters."""
+    """Returns `(rows [B, T, K], contraction) -> [B, T, N]` with quantized parameters."""
 
     def quantized(rows: Any, weight: Any) -> Any:
         return quantized_matmul(rows, weight, act, numerics=numerics)

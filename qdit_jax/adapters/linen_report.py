@@ -1,4 +1,4 @@
-"""What `quantize_linen` quantised, what it left although a rule matched it, and why."""
+"""What `quantize_linen` quantized, what it left although a rule matched it, and why."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LinenReport:
     def __str__(self) -> str:
         matched = len(self.quantized) + len(self.left)
         head = (
-            f"{len(self.quantized)} of the {matched} layers that the recipe matches are quantised"
+            f"{len(self.quantized)} of the {matched} layers that the recipe matches are quantized"
         )
         return f"{head}; left: {listed(self.left)}" if self.left else f"{head}."
 
@@ -82,7 +82,7 @@ def asked(recipe: Recipe, *names: str) -> bool:
 
 
 def check_rules(recipe: Recipe, names: list[str], left: Mapping[str, str]) -> None:
-    """Raises `ValueError` if a rule of `recipe` matches no layer, or none that can be quantised.
+    """Raises `ValueError` if a rule of `recipe` matches no layer, or none that can be quantized.
 
     Args:
         names: the layers.
@@ -96,7 +96,7 @@ def check_rules(recipe: Recipe, names: list[str], left: Mapping[str, str]) -> No
         if refused and rule.spec != LayerSpec():
             raise ValueError(
                 f"recipe {recipe.name!r}: the pattern {rule.layers!r} matches no layer that can be "
-                f"quantised: {listed(refused, ' cannot be quantised')}."
+                f"quantized: {listed(refused, ' cannot be quantized')}."
             )
         if not refused:
             raise ValueError(

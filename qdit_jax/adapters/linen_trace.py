@@ -135,7 +135,7 @@ def layout_or_reason(found: Sightings, path: Path, kernel: Any) -> KernelLayout 
         used = min(way.shape for way in ways if isinstance(way, KernelLayout))
         return (
             f"a kernel {shape} is used as {used}; only stacks along leading axes (nn.scan or nn.vmap "
-            "with variable_axes={'params': 0}) can be quantised"
+            "with variable_axes={'params': 0}) can be quantized"
         )
     if path in found.kinds:
         return f"it is a {found.kinds[path]}; {ONLY}"
@@ -145,7 +145,7 @@ def layout_or_reason(found: Sightings, path: Path, kernel: Any) -> KernelLayout 
 @partial(jax.tree_util.register_dataclass, data_fields=["mark"], meta_fields=["dtype"])
 @dataclasses.dataclass(frozen=True)
 class Marked:
-    """A stand-in for a quantised kernel: random keys, which allow no arithmetic."""
+    """A stand-in for a quantized kernel: random keys, which allow no arithmetic."""
 
     mark: Any
     dtype: str  # of the kernel in full precision
@@ -163,7 +163,7 @@ def faults(
 ) -> dict[Path, str]:
     """Returns the kernels of `layouts` that do more than to be multiplied by in their layer.
 
-    A kernel that is normalised, tied to another layer or read by other code cannot be a `QTensor`.
+    A kernel that is normalized, tied to another layer or read by other code cannot be a `QTensor`.
     The call is traced with stand-ins; if that fails, with half of them each, down to the guilty.
 
     Raises:
@@ -184,7 +184,7 @@ def faults(
     rest = {path: layouts[path] for path in paths if path not in found}
     if rest and (error := trial(call, variables, flat, rest, shapes)):
         raise ValueError(
-            f"{', '.join('/'.join(path) for path in rest)} cannot be quantised in one network: {error}."
+            f"{', '.join('/'.join(path) for path in rest)} cannot be quantized in one network: {error}."
         )
     return found
 

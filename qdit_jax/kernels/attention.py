@@ -56,7 +56,7 @@ def attention(
 ) -> Float[Array, "B Q H D"]:
     """Returns `softmax(scale q k^T) v`, every head by itself, in the dtype of `v`.
 
-    The softmax is computed in float32 at least. Operands that are quantised come rounded.
+    The softmax is computed in float32 at least. Operands that are quantized come rounded.
 
     Args:
         mask: True where a query may look: `[B, T]`, or `[1 or B, 1 or H, 1 or Q, T]`. A query that may

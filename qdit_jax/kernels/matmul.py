@@ -21,14 +21,14 @@ def quantized_matmul(
     numerics: Numerics | str = "simulated",
     implementation: str | None = None,
 ) -> Float[Array, "*lead N"]:
-    """Returns `x @ q` `[*lead, N]` in the dtype of `x`, with `x` quantised as `act` says.
+    """Returns `x @ q` `[*lead, N]` in the dtype of `x`, with `x` quantized as `act` says.
 
     Args:
         x: floating point; any leading axes.
         q: the kernel `[K, N]`.
-        act: None leaves `x` as it is; an `ActSpec` quantises it dynamically; an `ActQuant` may
+        act: None leaves `x` as it is; an `ActSpec` quantizes it dynamically; an `ActQuant` may
             carry calibrated scales.
-        numerics: what is computed. "simulated" is float arithmetic on the quantised grid, what
+        numerics: what is computed. "simulated" is float arithmetic on the quantized grid, what
             papers measure; "integer" multiplies the stored elements and scales their sums, what
             hardware runs: int8 dots with int32 accumulators for integers, FP4 and mixtures of
             these; dots of bfloat16 with FP8 elements and of float32 with NF4's, which hold them

@@ -77,7 +77,7 @@ def act_operand(
 def act_elements(
     x: Float[Array, "*lead K"], act_quant: ActQuant, dtype: Any
 ) -> tuple[Num[Array, "*lead K"], Any, Any]:
-    """Returns (elements, zero, scale) of the activations; zero and scale a value a group."""
+    """Returns (elements, zero, scale) of the activations; zero and scale have a value per group."""
     spec = act_quant.spec
     if spec.fmt is not None:
         codes, scale = spec.fmt.quantize_blocks(x, spec.group_size)

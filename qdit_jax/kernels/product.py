@@ -21,7 +21,7 @@ class Product:
     Attributes:
         x_shape: of the input, `[..., K]`.
         weight: the kernel, of which only static fields and shapes are looked at, or its spec.
-        act: what quantises the input, or None.
+        act: what quantizes the input, or None.
         numerics: what is computed, one of `NUMERICS`.
         platform: what the program is compiled for, one of `PLATFORMS`.
         dtype: name of the input's dtype.
@@ -67,9 +67,9 @@ def invalid_reason(product: Product) -> str | None:
         return "a static ActSpec needs calibrated scales; pass an ActQuant that has them."
     if isinstance(act, ActQuant) and act.is_table:
         return (
-            "the static scales are a table with a row a timestep; pick one with "
+            "the static scales are a table with a row per timestep; pick one with "
             "`select_timestep(params, timestep)`, as the sampler's denoiser does, or `at(index)`."
         )
     if product.numerics == "integer" and act is None:
-        return "integer numerics need quantised activations; pass act, or use numerics='simulated'."
+        return "integer numerics need quantized activations; pass act, or use numerics='simulated'."
     return None

@@ -19,7 +19,7 @@ def implementations_used(
     rows: Mapping[str, int] | None = None,
     dtype: str = "float32",
 ) -> dict[str, int]:
-    """Returns how many quantised kernels of a network each implementation computes, by name.
+    """Returns how many quantized kernels of a network each implementation computes, by name.
 
     Empty for a network in full precision. Abstract arrays will do; a stack of kernels counts each.
 
@@ -44,7 +44,7 @@ def implementations_used(
 def quantized_layers(
     params: Any, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, QTensor, ActQuant | None]]:
-    """Yields path, kernel and activation quantiser of every layer with a quantised kernel."""
+    """Yields path, kernel and activation quantizer of every layer with a quantized kernel."""
     if not isinstance(params, Mapping):
         return
     kernel = params.get("kernel")

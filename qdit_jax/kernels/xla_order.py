@@ -1,6 +1,6 @@
-"""The XLA implementations: one arithmetic, with weights dequantised no earlier than their input.
+"""The XLA implementations: one arithmetic, with weights dequantized no earlier than their input.
 
-A compiler that sees parameters alone may dequantise those of many layers before the first layer
+A compiler that sees parameters alone may dequantize those of many layers before the first layer
 runs, and the whole model would lie in memory. What stops it is another thing on each platform.
 """
 

@@ -104,7 +104,7 @@ def spread_items(
 def authors_items(
     checkpoint: Checkpoint, data: CalibrationData, progress_fn: ProgressFn = None
 ) -> Items:
-    """Returns the items of the Q-DiT release: one step a sample, never the null class."""
+    """Returns the items of the Q-DiT release: one step per sample, never the null class."""
     options = {"choose_fn": authors_steps(data.seed), "null": False}
     return sampled_items(checkpoint, data, options, progress_fn)
 

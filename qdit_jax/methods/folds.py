@@ -1,14 +1,14 @@
 """Exact folds: a layer's input shifted and scaled by channel, at no cost when the model runs.
 
 What makes the input is changed, and the layer takes the change back, so that the network computes
-the same function; only what a quantiser sees differs. With input `x [.., K]`, kernel `W [K, N]`:
+the same function; only what a quantizer sees differs. With input `x [.., K]`, kernel `W [K, N]`:
 
     x' = (x - shift) / scale,    W' = scale[:, None] * W,    b' = b + shift @ W
 
 An input that is `norm * (1 + gamma) + beta`, gamma and beta from a modulation, takes the map through
 the modulation's linear; an attention's output is a mean of v with weights that sum to 1, so that the
 map passes through v. `Family.folds` lists a network's places. An input that comes out of GELU lets
-nothing through: for it, shift inside the quantiser (`ActSpec.shift`).
+nothing through: for it, shift inside the quantizer (`ActSpec.shift`).
 
 Dimensions: K input channels, N output channels.
 """
@@ -32,7 +32,7 @@ Vectors = Mapping[str, Any]
 def fold_inputs(params: Any, *, scale: Vectors | None = None, shift: Vectors | None = None) -> Any:
     """Returns `params` of the same function, where the named layers see `(x - shift) / scale`.
 
-    Fold before quantising, adaLN included.
+    Fold before quantizing, adaLN included.
 
     Args:
         scale, shift: `[K]` by layer path, such as `blocks_3/mlp/fc1`; a layer that one of the two
@@ -41,7 +41,7 @@ def fold_inputs(params: Any, *, scale: Vectors | None = None, shift: Vectors | N
 
     Raises:
         ValueError: if a path is not a layer that a fold reaches, a vector does not fit or holds a
-            zero scale or a value that is not finite, or a layer concerned is quantised already.
+            zero scale or a value that is not finite, or a layer concerned is quantized already.
     """
     scale, shift = scale or {}, shift or {}
     flat = dict(flatten_dict(params, sep="/"))
@@ -137,7 +137,7 @@ def check_foldable(flat: Mapping[str, Any], path: str, name: str) -> None:
         raise ValueError(f"the fold at {path!r} changes {name!r}, which the params lack.")
     if isinstance(kernel, QTensor) or f"{name}/act_quant" in flat:
         raise ValueError(
-            f"the fold at {path!r} changes {name!r}, which is quantised; fold first, then quantise."
+            f"the fold at {path!r} changes {name!r}, which is quantized; fold first, then quantize."
         )
 
 
@@ -146,7 +146,7 @@ def vector(path: str, name: str, values: Any, width: int) -> Float[Array, " K"]:
     values = np.asarray(values)
     if values.shape != (width,):
         raise ValueError(
-            f"{name} of {path} has shape {values.shape}; give one value a channel, ({width},)."
+            f"{name} of {path} has shape {values.shape}; give one value per channel, ({width},)."
         )
     if not np.isfinite(values).all() or (name == "scale" and (values == 0).any()):
         rule = "finite and not 0" if name == "scale" else "finite"

@@ -19,7 +19,7 @@ def feature_rows(name: str, features: Any, min_samples: int = 1) -> Float[np.nda
     """
     x = finite_array(name, features)
     if x.ndim != 2 or x.shape[1] == 0:
-        raise ValueError(f"{name} has shape {x.shape}; features are [N, D]: a row a sample.")
+        raise ValueError(f"{name} has shape {x.shape}; features are [N, D]: a row per sample.")
     if len(x) < min_samples:
         raise ValueError(
             f"{name} has {len(x)} samples, which is too few; use at least {min_samples}."

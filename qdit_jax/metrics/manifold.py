@@ -1,4 +1,4 @@
-"""Precision and recall by k-nearest-neighbour manifolds (arXiv:1904.06991), in blocks.
+"""Precision and recall by k-nearest-neighbor manifolds (arXiv:1904.06991), in blocks.
 
 Dimensions: N reference samples, M other samples, D features (E must equal D),
 R rows of a block, J blocks of S rows.
@@ -30,7 +30,7 @@ def precision_and_recall(
     """Returns the share of `samples` `[M, D]` inside the manifold of `reference` `[N, D]`, and the
     converse.
 
-    A set's manifold is the union of balls around its members that reach their k-th neighbour;
+    A set's manifold is the union of balls around its members that reach their k-th neighbor;
     a point on the boundary is inside. Memory beyond the inputs is a few blocks of
     `block_rows` squared. Distances are float64's.
 
@@ -56,14 +56,14 @@ def common_origin(
     reference = feature_rows("reference", reference)
     samples = feature_rows("samples", samples)
     check_same_width(reference, samples)
-    centre = reference.mean(0)
-    return reference - centre, samples - centre
+    center = reference.mean(0)
+    return reference - center, samples - center
 
 
 def manifold_radii(
     features: Float[AnyArray, "..."], *, k: int = 3, block_rows: int = BLOCK_ROWS
 ) -> Float[np.ndarray, " N"]:
-    """Returns the *squared* distance from every sample of `[N, D]` to its k-th nearest neighbour.
+    """Returns the *squared* distance from every sample of `[N, D]` to its k-th nearest neighbor.
 
     Raises:
         ValueError: if there are not more than k samples, or they are not finite or not `[N, D]`.
@@ -71,11 +71,11 @@ def manifold_radii(
     features = feature_rows("features", features)
     if k < 1 or len(features) <= k:
         raise ValueError(
-            f"{len(features)} samples have no neighbour number k={k}; use more samples."
+            f"{len(features)} samples have no neighbor number k={k}; use more samples."
         )
     with jax.enable_x64(True):
         blocks, valid = blocked(features, block_rows)
-        # The nearest "neighbour" of a sample is itself, hence k + 1.
+        # The nearest "neighbor" of a sample is itself, hence k + 1.
         rows = [np.asarray(nearest(rows, blocks, valid, k=k + 1)[:, -1]) for rows in blocks]
     return np.concatenate(rows)[: len(features)]
 
@@ -90,7 +90,7 @@ def inside(
     """Returns whether each point lies in any ball; `radii` are squared."""
     with jax.enable_x64(True):
         blocks, valid = blocked(centres, block_rows)
-        # A padded centre gets a radius that nothing is inside of.
+        # A padded center gets a radius that nothing is inside of.
         padded = np.full(valid.size, -np.inf)
         padded[: len(radii)] = radii
         limits = jnp.asarray(padded).reshape(valid.shape)

@@ -1,6 +1,6 @@
-"""How far a quantised model's outputs are from full precision for the same noise, label and steps.
+"""How far a quantized model's outputs are from full precision for the same noise, label and steps.
 
-Each measure returns one number a sample, to be averaged with an interval (`intervals`).
+Each measure returns one number per sample, to be averaged with an interval (`intervals`).
 Decibels are capped at 200, which equal arrays reach, so that means stay finite.
 Dimensions: N samples, S steps, H and W rows and columns, C channels; M and R must equal N and S.
 """

@@ -39,7 +39,7 @@ def moments(features: Float[AnyArray, "..."]) -> Moments:
     """
     if np.ndim(features) != 2 or features.shape[1] == 0:
         raise ValueError(
-            f"features have shape {np.shape(features)}; moments need [N, D]: a row a sample."
+            f"features have shape {np.shape(features)}; moments need [N, D]: a row per sample."
         )
     if len(features) == 0:
         raise ValueError("features are empty; moments need at least 1 sample.")

@@ -29,7 +29,7 @@ DEMO_STATISTICS = "features_stats.npz"
 
 
 class DigitFeatures(nn.Module):
-    """A small classifier of grey digits whose penultimate layer serves as features.
+    """A small classifier of gray digits whose penultimate layer serves as features.
 
     Takes images in [-1, 1] of any size from 8; gives a dict of `pool [B, num_features]`,
     `logits` and `probabilities [B, num_classes]`.
@@ -90,7 +90,7 @@ def check_digits(images: np.ndarray) -> None:
             f"{DEMO_SIZE}x{DEMO_SIZE}; use Inception's features for other pictures."
         )
     if images.shape[-1] == 3 and (images != images[..., :1]).any():
-        raise ValueError("images are in colour; the demo features take grey digits.")
+        raise ValueError("images are in color; the demo features take gray digits.")
 
 
 def asset(name: str) -> Any:

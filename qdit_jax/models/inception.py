@@ -245,7 +245,7 @@ def stem(x: Float[Array, "B 299 299 3"]) -> Float[Array, "B 35 35 192"]:
 def preprocess(
     images: UInt8[AnyArray, "B H W C"], *, half_pixel: bool = False
 ) -> Float[Array, "B 299 299 3"]:
-    """Returns the network's input for uint8 images; grey ones are repeated to three channels.
+    """Returns the network's input for uint8 images; gray ones are repeated to three channels.
 
     By default as the published evaluator: TensorFlow's first bilinear resizing, whose sample `i`
     lies at `i * H / 299`, and `(x - 128) / 128`. With `half_pixel`, as the common PyTorch port:

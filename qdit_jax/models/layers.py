@@ -32,7 +32,7 @@ class Layers:
     A network passes it on to its parts, which say `layers.linear(width, name="fc1")`.
 
     Attributes:
-        numerics, implementation: of quantised products, see `kernels.quantized_matmul`.
+        numerics, implementation: of quantized products, see `kernels.quantized_matmul`.
     """
 
     numerics: str = "simulated"
@@ -56,7 +56,7 @@ class NetworkModule(nn.Module, kw_only=True):
     """A network with linear layers: how it runs is no part of the configuration it stores.
 
     Attributes:
-        numerics: what quantised layers compute, `"simulated"` or `"integer"`.
+        numerics: what quantized layers compute, `"simulated"` or `"integer"`.
         implementation: who computes them, a name in `kernels.IMPLEMENTATIONS`; None: what fits.
     """
 
@@ -70,11 +70,11 @@ class NetworkModule(nn.Module, kw_only=True):
 
 
 class Linear(nn.Module):
-    """Returns `x @ kernel + bias` over the last axis, full precision or quantised.
+    """Returns `x @ kernel + bias` over the last axis, full precision or quantized.
 
     Params: `kernel` (array `[..., N]` whose leading axes flatten to K, or a `QTensor`), `bias [N]`,
-    and the slots of `quant.LEAVES` that are present: `act_quant` (an `ActQuant`) quantises the input.
-    `numerics` is `"simulated"` (float arithmetic on the quantised grid) or `"integer"`, and
+    and the slots of `quant.LEAVES` that are present: `act_quant` (an `ActQuant`) quantizes the input.
+    `numerics` is `"simulated"` (float arithmetic on the quantized grid) or `"integer"`, and
     `implementation` who computes it; see `kernels.quantized_matmul`.
     """
 
@@ -109,7 +109,7 @@ def mapped_input(module: nn.Module, x: Array) -> Array:
 
 
 def quantized_input(module: nn.Module, x: Array) -> Array:
-    """Returns a mapped input after the layer's activation quantiser, if it has one."""
+    """Returns a mapped input after the layer's activation quantizer, if it has one."""
     for leaf in leaves_of(module, "quantizer"):
         x = leaf(x)
     return x
@@ -131,7 +131,7 @@ def leaves_of(module: nn.Module, role: Role) -> list[Any]:
 def stored(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...]) -> Any:
     """Returns the param `name` as it is stored, whatever its type; creates it during `init`.
 
-    Differs from `module.param` in that a quantised leaf's shape is not compared with `shape`.
+    Differs from `module.param` in that a quantized leaf's shape is not compared with `shape`.
     """
     if module.has_variable("params", name):
         return module.get_variable("params", name)
@@ -228,7 +228,7 @@ class AttentionModule(nn.Module):
     """A module with the two products of attention, of any projections.
 
     `q_quant`, `k_quant`, `v_quant` and `softmax_quant` entries beside the params, where present,
-    quantise the four operands of the two products (per head and token).
+    quantize the four operands of the two products (per head and token).
     """
 
     def attend(
@@ -238,7 +238,7 @@ class AttentionModule(nn.Module):
         v: Float[Array, "B T H D"],
         mask: Bool[Array, "..."] | None = None,
     ) -> Float[Array, "B Q H D"]:
-        """Returns the attention of its operands, rounded where they have quantisers.
+        """Returns the attention of its operands, rounded where they have quantizers.
 
         `mask` is True where a query may look, as in `kernels.attention`.
         """
@@ -247,7 +247,7 @@ class AttentionModule(nn.Module):
         return attention(q, k, v, mask, weights_fn=weights_fn)
 
     def operand(self, name: str, x: Array) -> Array:
-        """Returns an operand of a product, rounded where it has a quantiser."""
+        """Returns an operand of a product, rounded where it has a quantizer."""
         quantizer = optional(self, f"{name}_quant")
         return x if quantizer is None else quantizer(x)
 
@@ -283,7 +283,7 @@ class Mlp(nn.Module):
 
 
 def layer_norm(x: Float[Array, "B T D"], eps: float = 1e-6) -> Float[Array, "B T D"]:
-    """Returns `x` normalised over its last axis, without affine parameters."""
+    """Returns `x` normalized over its last axis, without affine parameters."""
     mean = x.mean(-1, keepdims=True)
     variance = jnp.square(x - mean).mean(-1, keepdims=True)
     return (x - mean) * jax.lax.rsqrt(variance + eps)

@@ -23,7 +23,7 @@ LOGVAR_RANGE = (-30.0, 20.0)
 
 
 def group_norm(num_groups: int, name: str) -> nn.GroupNorm:
-    """Returns the normalisation layer used throughout, with a two-pass variance."""
+    """Returns the normalization layer used throughout, with a two-pass variance."""
     # The one-pass variance loses digits where a channel's mean exceeds its spread.
     return nn.GroupNorm(num_groups, epsilon=EPS, use_fast_variance=False, name=name)
 

@@ -1,4 +1,4 @@
-"""One array: specs, ranges, packed codes, `QTensor`, and the quantisers of weights and inputs."""
+"""One array: specs, ranges, packed codes, `QTensor`, and the quantizers of weights and inputs."""
 
 from qdit_jax.quant import formats, packing, ranges
 from qdit_jax.quant.act import (

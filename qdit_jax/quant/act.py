@@ -1,4 +1,4 @@
-"""Quantising the inputs of linear layers: dynamic, static, or one row of scales a timestep.
+"""Quantizing the inputs of linear layers: dynamic, static, or one row of scales per timestep.
 
 Dimensions: K channels, G groups along K, S rows of a table of scales, B samples.
 The equation is that of weights, per token: `x' = (code - zero_point) * scale - shift`, with
@@ -124,7 +124,7 @@ def _round_trip(x: Any, scale: Any, zero_point: Any, spec: ActSpec) -> Any:
 )
 @dataclasses.dataclass(frozen=True)
 class ActQuant:
-    """An activation quantiser with what it has learned in calibration.
+    """An activation quantizer with what it has learned in calibration.
 
     Attributes:
         spec: static settings.
@@ -145,7 +145,7 @@ class ActQuant:
         return self.scale is not None and self.scale.ndim == 2
 
     def at(self, index: Any) -> ActQuant:
-        """Returns the quantiser of row `index` of the table (an integer, traced or not).
+        """Returns the quantizer of row `index` of the table (an integer, traced or not).
 
         An index `[B]` gives every sample its own row. Without a table, returns itself.
         """
@@ -161,7 +161,7 @@ class ActQuant:
         return ActQuant(self.spec, pick(self.scale), zero_point)
 
     def at_timestep(self, timestep: Any) -> ActQuant:
-        """Returns the quantiser calibrated nearest to `timestep`, a number or one a sample `[B]`.
+        """Returns the quantizer calibrated nearest to `timestep`, a number or one per sample `[B]`.
 
         Without recorded timesteps, returns itself. Works under jit and inside `lax.scan`.
         """
@@ -185,7 +185,7 @@ class ActQuant:
         return jax.tree.map(lambda a: a.reshape(*lead, -1), (self.scale, self.zero_point))
 
     def __call__(self, x: Float[Any, "*lead K"]) -> Float[Array, "*lead K"]:
-        """Returns `x` fake-quantised, in the dtype of `x`."""
+        """Returns `x` fake-quantized, in the dtype of `x`."""
         if self.spec.mode == "dynamic":
             return fake_quantize(x, self.spec)
         shifted = jnp.asarray(x, jnp.float32) + self.spec.shift
@@ -208,7 +208,7 @@ class ActQuant:
 
 
 def static_act_quant(low: Any, high: Any, spec: ActSpec) -> ActQuant:
-    """Returns the static quantiser of calibrated extremes `[G]` or, a row a step, `[S, G]`.
+    """Returns the static quantizer of calibrated extremes `[G]` or, a row per step, `[S, G]`.
 
     `low` and `high` are the least and greatest values seen, `spec.shift` not yet added.
 
@@ -228,7 +228,7 @@ def static_act_quant(low: Any, high: Any, spec: ActSpec) -> ActQuant:
 
 
 def static_act_quant_of_limits(low: Any, high: Any, spec: ActSpec) -> ActQuant:
-    """Returns the static quantiser of limits `[G]` or `[S, G]` that `spec.range_fn` has chosen.
+    """Returns the static quantizer of limits `[G]` or `[S, G]` that `spec.range_fn` has chosen.
 
     `spec.shift` is not yet added to `low` and `high`.
 

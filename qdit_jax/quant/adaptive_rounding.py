@@ -35,7 +35,7 @@ class AdaRoundSettings:
     """How long and how hard to learn.
 
     Attributes:
-        num_steps: optimiser steps.
+        num_steps: optimizer steps.
         learning_rate: Adam's at the start; it falls to a tenth along a cosine.
         strength: greatest weight of `polarization`, reached along a ramp; from 1/4 on, no
             rounding can stay undecided for its own sake.

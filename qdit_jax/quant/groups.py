@@ -28,7 +28,7 @@ def map_groups(
 ) -> Shaped[Array, "G B"] | tuple:
     """Returns `fn` of every group, stacked along G.
 
-    `fn` takes `[G, S, N // C]` (S counts the members of a group, the C neighbouring output
+    `fn` takes `[G, S, N // C]` (S counts the members of a group, the C neighboring output
     channels included) and returns `[G, N // C]` arrays. The full groups and a shorter last
     group are two calls, so that no padding ever enters a statistic.
     """

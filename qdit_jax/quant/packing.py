@@ -1,7 +1,7 @@
 """Codes of 2 to 8 bits, packed into bytes along K.
 
 A code is cut into planes of 8, 4, 2 or 1 bits (3 = 2+1, 5 = 4+1, 6 = 4+2, 7 = 4+2+1; the low
-bits come first). A plane of p bits holds 8/p neighbouring sub-blocks of 32 rows of K in 32 rows
+bits come first). A plane of p bits holds 8/p neighboring sub-blocks of 32 rows of K in 32 rows
 of bytes, sub-block i in bits `p*i` to `p*i + p - 1`: a byte's fields lie 32 rows apart, so no
 byte mixes two fields of one int8 tile. Rows after the last full block are cut into 8/p equal
 sub-blocks, so a plane takes `ceil(K*p/8)` rows of bytes and nothing is wasted on padding.

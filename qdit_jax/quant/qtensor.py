@@ -1,7 +1,7 @@
-"""`QTensor`: one quantised kernel, packed, and the way to it and back.
+"""`QTensor`: one quantized kernel, packed, and the way to it and back.
 
 Dimensions: K input channels, N output channels, G groups along K, B = N // channel_group
-scales a row, R rows of packed bytes.
+scales per row, R rows of packed bytes.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class QTensor:
 
     @property
     def channel_group(self) -> int:
-        """Neighbouring output channels that share a scale."""
+        """Neighboring output channels that share a scale."""
         return self.shape[1] // self.scale.shape[-1]
 
     @property
@@ -90,7 +90,7 @@ def nbytes(q: QTensor) -> int:
 
 
 def packed_nbytes(num_rows: int, width: int, spec: WeightSpec) -> int:
-    """Returns the bytes that a `[num_rows, width]` kernel takes once quantised to `spec`.
+    """Returns the bytes that a `[num_rows, width]` kernel takes once quantized to `spec`.
 
     Codes: `packed_rows(K, bits) * N`; scales: `G * N / channel_group` of the scale's dtype;
     zero points (asymmetric): `packed_rows(G, bits) * N / channel_group`. `packed_rows` of n rows
@@ -118,7 +118,7 @@ def quantize(w: Any, spec: WeightSpec) -> QTensor:
 
 
 def check_kernel(w: Any, spec: WeightSpec) -> Any:
-    """Returns `w` as an array that `spec` can quantise.
+    """Returns `w` as an array that `spec` can quantize.
 
     Raises:
         TypeError, ValueError: see `quantize`.

@@ -53,7 +53,7 @@ class RangeRule:
     """What the rules share; `limits_from_extremes` is all that most of them define.
 
     `from_extremes` says whether a group's least and greatest value determine its limits, as
-    the quantisers with a traced group size and calibrated activations need.
+    the quantizers with a traced group size and calibrated activations need.
     """
 
     name: ClassVar[str] = ""
@@ -150,7 +150,7 @@ class Percentile(RangeRule):
 
 @dataclasses.dataclass(frozen=True)
 class Mse(RangeRule):
-    """The shrunken min-max interval whose quantised group has the least mean |error|**norm.
+    """The shrunken min-max interval whose quantized group has the least mean |error|**norm.
 
     `num_points` ratios are tried, from 1 down in steps of `max_shrink / num_points`; of equal
     scores the widest interval wins. 0 is always inside.
@@ -188,7 +188,7 @@ class Authors(RangeRule):
 
     The interval is not widened to contain 0, the scale has a floor, and the zero point is
     clamped: a group that lies in [5, 6] comes back as about 1.0. Kept for comparison.
-    Source: Q-DiT (arXiv:2406.17343), the released quantiser's "max" method.
+    Source: Q-DiT (arXiv:2406.17343), the released quantizer's "max" method.
     """
 
     name: ClassVar[str] = "authors"

@@ -1,4 +1,4 @@
-"""What one tensor is quantised to: frozen, hashable, JSON-serialisable settings."""
+"""What one tensor is quantized to: frozen, hashable, JSON-serializable settings."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _adopt_format(spec: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class WeightSpec:
-    """How a kernel `[K, N]` is quantised.
+    """How a kernel `[K, N]` is quantized.
 
     Attributes:
         bits: bits a code, 2 to 8.
@@ -64,7 +64,7 @@ class WeightSpec:
         symmetric: signed codes without a zero point.
         range_fn: a rule of `qdit_jax.quant.ranges`.
         scale_dtype: dtype of the stored scales. Codes are computed with the stored scale.
-        channel_group: neighbouring output channels that share a scale.
+        channel_group: neighboring output channels that share a scale.
         fmt: a number format of `qdit_jax.quant.formats` in place of integers; it then fixes
             `bits`, `symmetric` and, if it has blocks, `group_size`.
     """
@@ -92,11 +92,11 @@ class WeightSpec:
             raise ValueError(f"channel_group={self.channel_group} must be 1 or more.")
         if self.fmt is not None and self.channel_group != 1:
             raise ValueError(
-                f"format {self.fmt.name!r} has a scale a channel; use channel_group=1."
+                f"format {self.fmt.name!r} has a scale per channel; use channel_group=1."
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the settings as JSON-serialisable values."""
+        """Returns the settings as JSON-serializable values."""
         return _to_json(self)
 
     @classmethod
@@ -111,7 +111,7 @@ class WeightSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ActSpec:
-    """How the input `[..., K]` of a linear layer is quantised.
+    """How the input `[..., K]` of a linear layer is quantized.
 
     Attributes:
         bits: bits a code, 2 to 8.
@@ -122,7 +122,7 @@ class ActSpec:
         mode: "dynamic" computes scales from the current values, "static" uses calibrated ones.
         per_timestep: a static range for every calibrated timestep in place of one for all.
         unsigned: with `symmetric`, codes `[0, 2**bits - 1]` for values that are never negative.
-        shift: constant added before quantising and taken off afterwards; 0.1701 makes the
+        shift: constant added before quantizing and taken off afterwards; 0.1701 makes the
             output of a tanh GELU non-negative.
         fmt: a number format of `qdit_jax.quant.formats` in place of integers; it then fixes
             `bits`, `symmetric` and, if it has blocks, `group_size`.
@@ -157,7 +157,7 @@ class ActSpec:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the settings as JSON-serialisable values."""
+        """Returns the settings as JSON-serializable values."""
         return _to_json(self)
 
     @classmethod

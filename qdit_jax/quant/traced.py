@@ -1,4 +1,4 @@
-"""Fake quantisation whose group size is an array: one compilation for every assignment.
+"""Fake quantization whose group size is an array: one compilation for every assignment.
 
 Statistics are taken over blocks (the greatest common divisor of the sizes on offer) and gathered
 into groups by a table that the traced choice indexes, so a search never recompiles.

@@ -1,4 +1,4 @@
-"""Recipes: which layer of a network is quantised, and to what.
+"""Recipes: which layer of a network is quantized, and to what.
 
 A recipe is a list of rules; a rule's pattern is a regular expression that must match a whole layer
 path (`blocks_3/mlp/fc1`), and the last rule that matches a layer decides. A layer's own name is a
@@ -6,7 +6,7 @@ pattern as well, so that uniform presets and per-layer assignments are the same 
 
 The operands of the attention products (`blocks_3/attn/operands/q`, `k`, `v`, `softmax`; in short
 `blocks_3/attn/q`) are named beside the layers. A rule that matches a layer or a label table speaks of those alone: `.*` or `blocks_3/.*`
-leaves the operands as they are. A rule whose pattern matches operands only quantises them; it has an
+leaves the operands as they are. A rule whose pattern matches operands only quantizes them; it has an
 act spec and no weights. A rule without any spec leaves all that it matches, operands included.
 """
 
@@ -37,7 +37,7 @@ EVERY_LAYER = ".*"
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
-    """What one layer's kernel and input are quantised to; None leaves that side as it is."""
+    """What one layer's kernel and input are quantized to; None leaves that side as it is."""
 
     weight: WeightSpec | None = None
     act: ActSpec | None = None
@@ -105,14 +105,14 @@ class Recipe:
         return dataclasses.replace(self, rules=rules, family=family.name)
 
     def resolve(self, params: Any) -> dict[str, LayerSpec]:
-        """Returns the spec of every layer and operand of `params` that is quantised, by path.
+        """Returns the spec of every layer and operand of `params` that is quantized, by path.
 
         A label table, such as `y_embedder`, has no input: of a rule that matches it only the
         weights' settings apply.
 
         Raises:
             ValueError: if a rule matches no layer, asks for weights where there are none, or the
-                rules quantise nothing.
+                rules quantize nothing.
         """
         self = self.bound(params)
         layers, tables = layer_paths(params), table_paths(params)
@@ -126,7 +126,7 @@ class Recipe:
         found |= {path: LayerSpec(weight) for path, weight in weights.items() if weight}
         if not found:
             raise ValueError(
-                f"recipe {self.name!r} quantises nothing: it has no rule, or every rule leaves what "
+                f"recipe {self.name!r} quantizes nothing: it has no rule, or every rule leaves what "
                 "it matches at 16 bits; give a layer a weight or an act spec."
             )
         return found
@@ -197,7 +197,7 @@ class Recipe:
         """Returns the uniform recipe `"w<bits>a<bits>"` for the linear layers of every block.
 
         Args:
-            name: such as `"w4a8"`; 16 bits leave that side as it is. `"w4a8-all"` quantises every
+            name: such as `"w4a8"`; 16 bits leave that side as it is. `"w4a8-all"` quantizes every
                 layer and label table, the attention operands excepted.
             params: a `Checkpoint` or a parameter tree, which the recipe is bound to and checked
                 against. Without it the rule says `part:blocks`, of whatever family it is used on.
@@ -207,7 +207,7 @@ class Recipe:
             per_timestep: of static activations: a range for every calibrated timestep.
             range_fn, act_range_fn: of the weights and of the activations.
             scale_dtype: of the weights' scales, 16 bits each as the paper counts them.
-            layers: the pattern of the layers to quantise; by default the part `"blocks"` of the
+            layers: the pattern of the layers to quantize; by default the part `"blocks"` of the
                 family. Parameters that no family claims need it.
 
         Raises:
@@ -239,7 +239,7 @@ class Recipe:
         return recipe
 
     def with_part(self, part: str, name: str, **options: Any) -> Recipe:
-        """Returns the recipe with one more part quantised, with bits of its own.
+        """Returns the recipe with one more part quantized, with bits of its own.
 
         Args:
             part: "adaln", "embedders", "final" or another part of the family, or "attention"
@@ -269,7 +269,7 @@ class Recipe:
     def with_shifted_gelu(self, params: Any) -> Recipe:
         """Returns the recipe with unsigned symmetric codes for inputs that a GELU makes.
 
-        `GELU_SHIFT` is added before quantising and taken off afterwards, so that nothing is
+        `GELU_SHIFT` is added before quantizing and taken off afterwards, so that nothing is
         negative and no zero point is needed.
 
         Raises:
@@ -294,7 +294,7 @@ class Recipe:
         return dataclasses.replace(self, rules=(*self.rules, *added), name=f"{self.name}-gelu")
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the recipe as JSON-serialisable values."""
+        """Returns the recipe as JSON-serializable values."""
         rules = [
             {
                 "layers": rule.layers,
@@ -344,7 +344,7 @@ def preset_bits(name: str, argument: str = "recipe") -> tuple[int, int, bool]:
         )
     if match[1] == match[2] == "16":
         raise ValueError(
-            f"{argument}={name!r} quantises nothing: 16 bits leave a side as it is; give one of "
+            f"{argument}={name!r} quantizes nothing: 16 bits leave a side as it is; give one of "
             "both fewer, such as w4a8 or w16a8."
         )
     return int(match[1]), int(match[2]), match[3] is not None

@@ -300,7 +300,7 @@ def quantized_by(model, variables, recipe, args, left=True, **options):
     """`quantize_linen`, which warns if and only if a layer is left."""
     if not left:
         return quantize_linen(model, variables, recipe, example_args=args, **options)
-    with pytest.warns(UserWarning, match="layers that the recipe matches are quantised; left: "):
+    with pytest.warns(UserWarning, match="layers that the recipe matches are quantized; left: "):
         return quantize_linen(model, variables, recipe, example_args=args, **options)
 
 
@@ -392,7 +392,7 @@ def test_saved_params_keep_the_dtype():
     loaded = pickle.loads(pickle.dumps(quantized))
     assert apply_fn(loaded, x).dtype == "bfloat16"
     del loaded["params"]["kernel_origin"]
-    with pytest.raises(ValueError, match=r"Dense: its quantised kernel came without .*kernel_or"):
+    with pytest.raises(ValueError, match=r"Dense: its quantized kernel came without .*kernel_or"):
         apply_fn(loaded, x)
 
 
@@ -437,7 +437,7 @@ def test_strict_refuses_what_would_be_left():
     assert not apply_fn.report.left
     assert str(apply_fn.report).startswith("4 of the 4 layers")
     for pattern, reason in (
-        ("patches", "patches cannot be quantised: it is a Conv"),
+        ("patches", "patches cannot be quantized: it is a Conv"),
         ("x", "no l"),
     ):
         named = Recipe((Rule(pattern, WEIGHTS.rules[0].spec),), "named")
@@ -459,9 +459,9 @@ def test_a_layer_that_the_call_does_not_reach_is_told():
     ("name", "message"),
     [
         ("normed", "WeightNorm_0 is a WeightNorm, which cannot be computed"),
-        ("normed_unscaled", r"wn|weight: its quantised kernel was changed on the way"),
-        ("mapped_cast", "mapped: its quantised kernel was changed on the way"),
-        ("mapped_transposed", "mapped: its quantised kernel was changed on the way"),
+        ("normed_unscaled", r"wn|weight: its quantized kernel was changed on the way"),
+        ("mapped_cast", "mapped: its quantized kernel was changed on the way"),
+        ("mapped_transposed", "mapped: its quantized kernel was changed on the way"),
         ("recurrent", "is a DenseParams; only nn.Dense.*pass example_args"),
     ],
 )

@@ -233,7 +233,7 @@ def test_an_apply_compiled_before_does_not_answer_for_the_quantised_one():
     apply_fn, quantized = quantize_linen(model, params, BOTH)
     assert not (jax.jit(apply_fn)({"params": quantized}, x) == before).all()
     np.testing.assert_array_equal(plain({"params": params}, x), before)
-    with pytest.raises(Exception, match="shape"):  # flax's own: never silently unquantised
+    with pytest.raises(Exception, match="shape"):  # flax's own: never silently unquantized
         plain({"params": quantized}, x)
 
 
@@ -258,7 +258,7 @@ def test_what_cannot_be_quantised_is_named():
     wrong = Recipe((Rule("block.*", LayerSpec(WeightSpec(), None)),), "wrong")
     with pytest.raises(ValueError, match=r"'block\.\*' matches no layer; the layers are dense"):
         quantize_linen(model, params, wrong, example_args=(x,))
-    with pytest.raises(ValueError, match="quantised already"):
+    with pytest.raises(ValueError, match="quantized already"):
         quantize_linen(model, traced, Recipe((Rule("dense", BOTH.rules[0].spec),)))
     with pytest.raises(ValueError, match="numerics='fast' is not known"):
         quantize_linen(model, params, BOTH, numerics="fast")
@@ -267,7 +267,7 @@ def test_what_cannot_be_quantised_is_named():
 def test_an_equation_that_is_no_product_of_matrices_names_the_layer():
     model, x = Case(nn.Einsum((4, 32), "bhd,hd->bhd")), normal(2, 4, 32)
     params = initialised(model, x)
-    with pytest.raises(ValueError, match="layer cannot be quantised: the equation 'bhd,hd->bhd'"):
+    with pytest.raises(ValueError, match="layer cannot be quantized: the equation 'bhd,hd->bhd'"):
         quantize_linen(model, params, BOTH, example_args=(x,))
 
 

@@ -270,7 +270,7 @@ def test_the_first_that_fits_runs_and_reports_say_which():
     used = implementations_used(params, "integer", platform="cpu", rows={"proj": 16})
     assert used == {"xla_cpu": 4}
     assert implementations_used({"final": params["final"]}) == {}
-    with pytest.raises(ValueError, match="integer numerics need quantised activations"):
+    with pytest.raises(ValueError, match="integer numerics need quantized activations"):
         implementations_used({"proj": {"kernel": q}}, "integer")
 
 

@@ -90,7 +90,7 @@ def test_published_reference_statistics_do_not_fit_the_demo_network(files):
         (["--samples", "few.npz", "--reference", "demo"], "5 samples are too few: at least 65"),
         (["--samples", "float.npz", "--reference", "demo"], "must be uint8"),
         (["--samples", "dark.npz", "--reference", "demo"], "must span 0 to 255"),
-        (["--samples", "colour.npz", "--reference", "demo"], "demo features take grey digits"),
+        (["--samples", "colour.npz", "--reference", "demo"], "demo features take gray digits"),
         (["--samples", "a.npz", "--reference", "other.npz"], "'vgg', but the samples are scored"),
         (["--samples", "absent.npz", "--reference", "demo"], "no such file"),
         (["--samples", "a.npz", "--reference", "absent.npz"], "no such file"),

@@ -99,5 +99,5 @@ def test_other_pictures_are_refused(features_fn):
     ):
         features_fn(np.zeros((1, 28, 28, 1), np.uint8))
     colour = np.random.default_rng(1).integers(0, 256, (1, DEMO_SIZE, DEMO_SIZE, 3), np.uint8)
-    with pytest.raises(ValueError, match="in colour"):
+    with pytest.raises(ValueError, match="in color"):
         features_fn(colour)

@@ -103,10 +103,10 @@ def test_what_cannot_be_folded_is_an_error():
         fold_inputs(params, scale={"blocks_0/mlp/fc2": one})
     with pytest.raises(ValueError, match="which the params lack"):
         fold_inputs(params, scale={"blocks_7/mlp/fc1": one})
-    with pytest.raises(ValueError, match=r"shape \(3,\); give one value a channel, \(128,\)"):
+    with pytest.raises(ValueError, match=r"shape \(3,\); give one value per channel, \(128,\)"):
         fold_inputs(params, shift={"blocks_0/mlp/fc1": one[:3]})
     with pytest.raises(ValueError, match="finite and not 0"):
         fold_inputs(params, scale={"blocks_0/mlp/fc1": 0 * one})
     quantized = quantize_params(params, recipe=Recipe.preset("w4a8"))
-    with pytest.raises(ValueError, match="fold first, then quantise"):
+    with pytest.raises(ValueError, match="fold first, then quantize"):
         fold_inputs(quantized, scale={"blocks_0/mlp/fc1": one})

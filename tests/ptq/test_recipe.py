@@ -261,12 +261,12 @@ def test_a_recipe_that_quantises_nothing_is_refused(params, recipe):
         lambda p: plan(p, recipe),
         lambda p: quantize_params(p, recipe=recipe),
     ):
-        with pytest.raises(ValueError, match="quantises nothing"):
+        with pytest.raises(ValueError, match="quantizes nothing"):
             fn(params)
 
 
 def test_presets_that_do_not_fit_are_named(params):
-    with pytest.raises(ValueError, match="recipe='w16a16' quantises nothing"):
+    with pytest.raises(ValueError, match="recipe='w16a16' quantizes nothing"):
         Recipe.preset("w16a16")
     with pytest.raises(ValueError, match=r"layers='.\*' does not go with recipe='w4a8-all'"):
         Recipe.preset("w4a8-all", layers=".*")

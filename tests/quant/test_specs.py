@@ -50,7 +50,7 @@ def test_group_sizes_of_numpy_are_whole_numbers_too():
         (lambda: WeightSpec(group_size=-1), "group_size=-1"),
         (lambda: WeightSpec(scale_dtype="int8"), "scale_dtype='int8'"),
         (lambda: WeightSpec(channel_group=0), "channel_group=0"),
-        (lambda: WeightSpec(fmt=formats.nf4, channel_group=2), "'nf4' has a scale a channel"),
+        (lambda: WeightSpec(fmt=formats.nf4, channel_group=2), "'nf4' has a scale per channel"),
         (lambda: ActSpec(unsigned=True), "needs symmetric=True"),
         (
             lambda: ActSpec(fmt=formats.mxfp4, mode="static"),
