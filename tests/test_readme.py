@@ -59,7 +59,18 @@ def test_the_python_example_runs(folder):
     assert load(folder / "xl2-w4a8").recipe == names["recipe"]
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+# These compute for more than a few seconds.
+LONG = ("python.md", "recipes.md")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(p, id=p.name, marks=pytest.mark.slow if p.name in LONG else ())
+        for p in PAGES
+        if blocks(p, "python")
+    ],
+)
 def test_a_page_runs_as_one_program(page, folder):
     run(page)
 
