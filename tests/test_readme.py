@@ -1,4 +1,4 @@
-"""What the README shows runs as written."""
+"""What the README and the pages of `docs` show runs as written, and what they link to exists."""
 
 from __future__ import annotations
 
@@ -14,11 +14,25 @@ from qdit_jax.recipes import Recipe
 from qdit_jax.testing import realistic_dit
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+LINKED = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
+# A fenced block; one right below this comment is a fragment.
+NOT_RUN = "<!-- not run -->"
+BLOCK = re.compile(rf"^({re.escape(NOT_RUN)}\n+)?```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(page, language):
+    """Returns the blocks of `page` in `language` that are to run, in order."""
+    found = BLOCK.finditer(page.read_text())
+    return [match[3] for match in found if match[2] == language and match[1] is None]
+
+
+def links(page):
+    """Returns the relative targets of links and pictures, without their anchors."""
+    text = BLOCK.sub("", page.read_text())
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    return [t.partition("#")[0] for t in targets if not re.match(r"[a-z]+:|#", t)]
 
 
 @pytest.fixture
@@ -30,22 +44,55 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def run(page):
+    """Returns the names that the blocks of a page define, run one after another as one program."""
+    names = {"__name__": page.stem}
+    for number, code in enumerate(blocks(page, "python"), start=1):
+        exec(compile(code, f"{page.name}, block {number}", "exec"), names)
+    return names
+
+
 def test_the_python_example_runs(folder):
-    (code,) = blocks("python")
-    names = {}
-    exec(compile(code, "README.md", "exec"), names)
+    assert len(blocks(README, "python")) == 1
+    names = run(README)
     assert names["latents"].shape == (2, 32, 32, 4)
     assert load(folder / "xl2-w4a8").recipe == names["recipe"]
 
 
+# These compute for more than a few seconds.
+LONG = ("python.md", "recipes.md")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(p, id=p.name, marks=pytest.mark.slow if p.name in LONG else ())
+        for p in PAGES
+        if blocks(p, "python")
+    ],
+)
+def test_a_page_runs_as_one_program(page, folder):
+    run(page)
+
+
+def test_fragments_and_other_languages_are_told_apart(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```python\none\n```\n\n```text\ntwo\n```\n\n" + NOT_RUN + "\n```python\nthree\n```\n"
+        "[a](b.md#c) ![d](e.png) [f](https://g.h) [i](#j)\n```bash\n[k](l)\n```\n"
+    )
+    assert blocks(page, "python") == ["one\n"]
+    assert links(page) == ["b.md", "e.png"]
+
+
 def test_the_recipe_example_is_a_recipe(folder):
-    (text,) = blocks("json")
+    (text,) = blocks(README, "json")
     recipe = Recipe.from_json(json.loads(text))
     assert len(recipe.resolve(load(folder / "xl2").params)) == 8 + 6
 
 
 def test_every_command_is_a_verb_and_ci_runs_the_test_command():
-    commands = [line for block in blocks("bash") for line in block.splitlines()]
+    commands = [line for block in blocks(README, "bash") for line in block.splitlines()]
     verbs = {line.split()[1] for line in commands if line.startswith("qdit ")}
     assert verbs <= set(VERBS)
     assert len(verbs) >= 8
@@ -53,6 +100,14 @@ def test_every_command_is_a_verb_and_ci_runs_the_test_command():
     assert tests in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
-def test_every_picture_exists():
-    for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
-        assert (ROOT / path).is_file(), path
+@pytest.mark.parametrize("page", LINKED, ids=lambda p: p.name)
+def test_every_link_and_picture_exists(page):
+    missing = [target for target in links(page) if not (page.parent / target).exists()]
+    assert not missing, f"{page.name} links to {missing}"
+
+
+def test_what_ci_tests_on_the_second_python_exists():
+    text = (ROOT / ".ci" / "run").read_text()
+    folders = re.findall(r"tests/\w+", text)
+    assert "tests/contracts" in folders
+    assert all((ROOT / name).is_dir() for name in folders)
