@@ -21,6 +21,7 @@ from qdit_convert.tensors import StateDict, about, bfloat16
 from qdit_convert.wrappers import RAW
 from qdit_jax.diffusion import check_fit, read_scheduler
 from qdit_jax.errors import UserError
+from qdit_jax.files import local_copy
 
 if TYPE_CHECKING:
     from qdit_jax.checkpoint import Checkpoint
@@ -61,7 +62,7 @@ def convert(
     import jax.numpy as jnp
 
     from qdit_jax.checkpoint import save
-    from qdit_jax.files import as_path, check_free, local_copy
+    from qdit_jax.files import as_path, check_free
 
     if out is not None:
         kind = "export" if as_path(out).suffix == ".safetensors" else "checkpoint"
@@ -148,8 +149,9 @@ def read_model(
         model, num_heads, num_classes, input_size, noise_time, scaling_factor, shift_factor
     )
     target = parse_dtype(dtype)
-    networks, kept = open_source(Path(src), family, choices, weights)
-    found = [_read_network(network, target, progress, place) for network in networks]
+    with local_copy(src) as local:
+        networks, kept = open_source(local, family, choices, weights)
+        found = [_read_network(network, target, progress, place) for network in networks]
     main = found[0]._replace(metadata={**found[0].metadata, **kept})
     return main._replace(vae=found[1]) if len(found) > 1 else main
 

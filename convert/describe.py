@@ -17,6 +17,7 @@ from qdit_convert.readers import open_weights
 from qdit_convert.tensors import StateDict, StoredTensor
 from qdit_jax.diffusion import process_text, read_scheduler, walk_text
 from qdit_jax.errors import UserError
+from qdit_jax.files import local_copy
 
 
 def describe(src: str | os.PathLike, *, weights: str | None = None) -> dict[str, Any]:
@@ -31,9 +32,13 @@ def describe(src: str | os.PathLike, *, weights: str | None = None) -> dict[str,
     Raises:
         UserError: if the file cannot be read at all.
     """
-    path = Path(src)
-    if not path.exists():
-        raise UserError(f"{path} does not exist.")
+    with local_copy(src) as path:
+        if not path.exists():
+            raise UserError(f"{src} does not exist.")
+        return {"path": str(src), "command": f"qdit convert {src} OUT"} | _described(path, weights)
+
+
+def _described(path: Path, weights: str | None) -> dict[str, Any]:
     problem: str | None = None
     metadata: dict[str, Any] = {}
     try:
@@ -42,13 +47,7 @@ def describe(src: str | os.PathLike, *, weights: str | None = None) -> dict[str,
     except UserError as error:
         problem = str(error)
         described = [_told(open_weights(folder, weights)) for folder in _folders(path)]
-    return {
-        "path": str(path),
-        "networks": described,
-        "metadata": metadata,
-        "problem": problem,
-        "command": f"qdit convert {path} OUT",
-    }
+    return {"networks": described, "metadata": metadata, "problem": problem}
 
 
 def _folders(path: Path) -> list[Path]:

@@ -173,11 +173,12 @@ def is_sit(state: StateDict) -> bool:
 def check_options(layout: Layout, choices: Choices) -> None:
     """Raises `UserError` for a choice that the network has nothing to do with."""
     for field in fields(choices):
-        if getattr(choices, field.name) is not None and field.name not in layout.options:
+        value = getattr(choices, field.name)
+        if value is not None and field.name not in layout.options:
             option = field.name.replace("_", "-")
             raise UserError(
-                f"--{option} says nothing about a network of family {layout.families[0]} "
-                f"({layout.title}); leave it out."
+                f"{field.name}={value!r} (--{option}) says nothing about a network of family "
+                f"{layout.families[0]} ({layout.title}); leave it out."
             )
 
 

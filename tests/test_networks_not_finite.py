@@ -9,13 +9,19 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import qdit_jax as qdit
-from qdit_jax.calibration_items import Items, collect_items
+from qdit_jax.calibration import Items, collect_items
 from qdit_jax.cli import main
 from qdit_jax.errors import UserError
-from qdit_jax.ptq import Recipe, by_block, quantize_in_order, quantize_params
+from qdit_jax.models import family_of
+from qdit_jax.ptq import (
+    by_block,
+    quantize_checkpoint,
+    quantize_in_order,
+    quantize_params,
+    round_params,
+)
 from qdit_jax.quant import ranges
-from qdit_jax.rounding import round_params
-from qdit_jax.streaming import quantize_checkpoint
+from qdit_jax.recipes import Recipe
 from qdit_jax.testing import realistic_dit
 
 LAYER = "blocks_0/mlp/fc1"
@@ -58,9 +64,9 @@ def test_a_spoiled_label_table_is_refused_too(network):
 
 
 def test_rounding_in_order_names_the_layer_of_a_kernel_and_of_a_hessian(network):
-    _, params = network
+    model, params = network
     recipe = Recipe.preset("w4a16", params, group_size=16, layers=f"{LAYER}|blocks_0/mlp/fc2")
-    stages = by_block([LAYER, "blocks_0/mlp/fc2"])
+    stages = by_block([LAYER, "blocks_0/mlp/fc2"], family_of(model))
 
     def hessians_fn(spoil_first, spoil_second):
         def hessians(params, paths):
@@ -103,7 +109,7 @@ def test_a_network_that_yields_nan_is_not_calibrated(network, path):
 
 
 def test_an_input_of_a_layer_is_named_by_layer_and_step():
-    from qdit_jax.ptq.collect import add_call, empty_state
+    from qdit_jax.calibration.collect import add_call, empty_state
 
     found = {f"low/{LAYER}": np.array([0.0, np.nan]), f"high/{LAYER}": np.array([1.0, 1.0])}
     with pytest.raises(ValueError, match=f"input of {LAYER} is NaN or infinite at step 2 of 5"):
@@ -114,7 +120,7 @@ def items(**changes) -> Items:
     arrays = {
         "x": np.zeros((8, 8, 8, 4), np.float32),
         "timestep": np.arange(8, dtype=np.float32),
-        "label": np.zeros(8, np.int32),
+        "condition": np.zeros(8, np.int32),
         "sample": np.arange(8),
     }
     return Items(**{**arrays, **changes})
@@ -123,8 +129,8 @@ def items(**changes) -> Items:
 NOT_ITEMS = {
     "nan": ({"x": np.full((8, 8, 8, 4), np.nan, np.float32)}, "inputs: x holds 2,048 of 2,048"),
     "timestep": ({"timestep": np.full(8, np.inf, np.float32)}, "timestep holds 8 of 8"),
-    "lengths": ({"label": np.zeros(7, np.int32)}, r"equal number; .*label \(7,\)"),
-    "none": ({k: np.zeros(0) for k in ("timestep", "label", "sample", "x")}, "one or more"),
+    "lengths": ({"condition": np.zeros(7, np.int32)}, r"equal number; .*condition \(7,\)"),
+    "none": ({k: np.zeros(0) for k in ("timestep", "condition", "sample", "x")}, "one or more"),
 }
 
 

@@ -88,7 +88,7 @@ class Store:
     """
 
     def __init__(self, folder: PathLike, settings: dict[str, Any]) -> None:
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # what its threads log is raised too
         self.settings = json.loads(json.dumps(settings))
         self.folder = as_path(folder)
         self.opened: ocp.CheckpointManager | None = None

@@ -227,5 +227,8 @@ def read_description(folder: AnyPath) -> dict[str, Any]:
 
 
 def quiet_orbax() -> None:
-    """Keeps Orbax's notes about saving and sharding out of a command's output."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    """Keeps Orbax's notes about saving and sharding out of a command's output.
+
+    Its threads also log what they then raise, which the caller is told in a sentence.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)

@@ -11,6 +11,7 @@ from qdit_jax.cli.options import (
     finite_float,
     pattern,
     positive_int,
+    seed_number,
     verb_parser,
 )
 from qdit_jax.cli.paths import path_option
@@ -48,7 +49,7 @@ def add_parser(subparsers: Any) -> None:
         type=finite_float,
         help="1 turns it off (1.5; 1 for models without null class)",
     )
-    add("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    add("--seed", type=seed_number, default=0, help="of the noise (%(default)s)")
     add(
         "--hessians",
         type=pattern,

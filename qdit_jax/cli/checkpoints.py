@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from qdit_jax.checkpoint import Checkpoint, load
 from qdit_jax.errors import UserError
+from qdit_jax.files import PathLike
 from qdit_jax.sampling import DEFAULT_GUIDANCE, check_diffusion_model
 
 
-def diffusion_checkpoint(path: Path) -> Checkpoint:
+def diffusion_checkpoint(path: PathLike) -> Checkpoint:
     """Returns the checkpoint at `path`; raises `ValueError` if it is no diffusion model."""
     checkpoint = load(path)
     check_diffusion_model(checkpoint.model, path)
     return checkpoint
 
 
-def full_precision_checkpoint(path: Path, why: str) -> Checkpoint:
+def full_precision_checkpoint(path: PathLike, why: str) -> Checkpoint:
     """Returns the diffusion model at `path`, which must not be quantised; `why` ends the sentence.
 
     Raises:
@@ -39,7 +39,7 @@ def source_of(checkpoint: Checkpoint) -> str:
     return f" (it was made from {source})" if source else ""
 
 
-def with_autoencoder(checkpoint: Checkpoint, path: Path | None) -> Checkpoint:
+def with_autoencoder(checkpoint: Checkpoint, path: PathLike | None) -> Checkpoint:
     """Returns the checkpoint with the autoencoder at `path`, if one is given.
 
     Raises:

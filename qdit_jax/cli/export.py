@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Writes OUT; raises `UserError` if not exactly one of both names is a .safetensors file."""
     from qdit_jax import checkpoint
     from qdit_jax.errors import UserError
-    from qdit_jax.files import check_free
+    from qdit_jax.files import check_free, num_bytes
 
     if (args.source.suffix == SUFFIX) == (args.out.suffix == SUFFIX):
         raise UserError(
@@ -48,8 +48,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_free(args.out, args.force, kind, [args.source])
     if args.out.suffix == SUFFIX:
         checkpoint.save_safetensors(args.out, checkpoint.load(args.source), overwrite=args.force)
-        print(f"wrote {args.out}, {args.out.stat().st_size:,} bytes")
-        return {"out": args.out, "bytes": args.out.stat().st_size}
+        size = num_bytes(args.out)
+        print(f"wrote {args.out}, {size:,} bytes")
+        return {"out": args.out, "bytes": size}
     checkpoint.save(args.out, checkpoint.load_safetensors(args.source), overwrite=args.force)
     print(f"wrote {args.out}")
     return {"out": args.out}

@@ -7,9 +7,9 @@ import contextlib
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 
@@ -44,7 +44,7 @@ def plain(value: Any) -> Any:
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [plain(entry) for entry in value]
-    if isinstance(value, Path):
+    if isinstance(value, os.PathLike):
         return str(value)
     if hasattr(value, "tolist"):  # of NumPy
         return plain(value.tolist())

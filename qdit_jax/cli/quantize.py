@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from qdit_jax.cli.options import verb_parser
@@ -15,6 +14,7 @@ from qdit_jax.cli.quantize_options import (
     add_preset_options,
     recipe_of,
 )
+from qdit_jax.files import PathLike
 
 HELP = """\
 Quantise a checkpoint's linear layers in groups of input channels.
@@ -135,7 +135,7 @@ def errors(layer: Any) -> str:
     return f"{layer.nearest_db:.1f} -> {layer.error_db:.1f}{kept}{warning}"
 
 
-def data_of(items: Path | None, stats: Path | None, settings: Mapping[str, Any]) -> Any:
+def data_of(items: PathLike | None, stats: PathLike | None, settings: Mapping[str, Any]) -> Any:
     """Returns what a method learns from: files, or how to sample it."""
     import qdit_jax as qdit
     from qdit_jax.calibration import Items

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from qdit_jax.cli.options import (
@@ -17,6 +16,7 @@ from qdit_jax.cli.options import (
     share,
 )
 from qdit_jax.cli.paths import path_option
+from qdit_jax.files import as_path
 from qdit_jax.methods import METHODS
 
 SHIFTED_GELU_HELP = "unsigned codes for the inputs of fc2, after GELU"
@@ -133,7 +133,7 @@ def recipe_of(text: str, options: PresetOptions, method: str, params: Any) -> An
     import qdit_jax as qdit
     from qdit_jax.methods import method_named
 
-    if text.endswith(".json") or Path(text).exists():
+    if text.endswith(".json") or as_path(text).exists():
         if options != PresetOptions():
             raise qdit.UserError(
                 f"--recipe {text} is a file: options such as --group-size belong "

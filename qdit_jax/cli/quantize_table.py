@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from qdit_jax.files import PathLike, num_bytes
 from qdit_jax.ptq import LayerPlan
 from qdit_jax.quant import effective_group_size
 from qdit_jax.recipes import Recipe
@@ -51,7 +51,7 @@ def totals(
     plans: Sequence[LayerPlan],
     params: Any,
     written: Any = None,
-    folders: Mapping[str, Path] | None = None,
+    folders: Mapping[str, PathLike] | None = None,
 ) -> dict[str, Any]:
     """Returns bytes before and after: of the layers, of all parameters, and on disk.
 
@@ -74,7 +74,7 @@ def totals(
         "parameters": {"before": whole, "after": after},
     }
     if folders is not None:
-        found["disk"] = {side: disk_bytes(path) for side, path in folders.items()}
+        found["disk"] = {side: num_bytes(path) for side, path in folders.items()}
     return found
 
 
@@ -108,11 +108,3 @@ def left_text(recipe: Recipe, params: Any) -> str | None:
 def nbytes(leaf: Any) -> int:
     """Returns the bytes of an array, abstract or not."""
     return int(np.prod(leaf.shape, dtype=np.int64)) * np.dtype(leaf.dtype).itemsize
-
-
-def disk_bytes(path: Path) -> int:
-    """Returns the bytes of a file, or of all files below a folder."""
-    path = Path(path)
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

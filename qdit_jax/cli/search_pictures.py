@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +9,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from qdit_jax.allocation import SearchResult, uniform_assignment, uniform_sizes
+from qdit_jax.files import PathLike
 
 INK, SOFT, ACCENT, MARK = "#222222", "#9aa5b1", "#0b6e99", "#c2410c"
 
 
-def draw_front(path: Path, result: SearchResult) -> None:
+def draw_front(path: PathLike, result: SearchResult) -> None:
     """Draws cost against error: the front, what was measured, uniform sizes, the choice."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
@@ -62,7 +62,7 @@ def draw_front(path: Path, result: SearchResult) -> None:
     save(figure, path)
 
 
-def draw_map(path: Path, result: SearchResult) -> None:
+def draw_map(path: PathLike, result: SearchResult) -> None:
     """Draws layers by choices: the choice in black, the ten best assignments' choices in blue."""
     history = result.history
     labels = list(dict.fromkeys(name for choices in history["choices"] for name in choices))
@@ -89,5 +89,5 @@ def draw_map(path: Path, result: SearchResult) -> None:
     save(figure, path)
 
 
-def save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: PathLike) -> None:
     FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})

@@ -16,6 +16,7 @@ from qdit_jax.files.paths import (
     files_below,
     is_remote,
     local_copy,
+    num_bytes,
 )
 from qdit_jax.files.replacing import (
     remove_folder,
@@ -39,6 +40,7 @@ __all__ = [
     "is_remote",
     "local_copy",
     "locked",
+    "num_bytes",
     "remove_folder",
     "renewed_folder",
     "renewed_path",

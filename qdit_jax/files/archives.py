@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from qdit_jax.files.paths import PathLike
 from qdit_jax.files.replacing import replaced_file
 
@@ -20,6 +18,8 @@ def write_arrays(
         kind: see `replaced_file`.
         compressed: smaller, but slower to write and to read; pictures' noise hardly shrinks.
     """
+    import numpy as np  # here, as the command line's help takes this room but not NumPy
+
     write = np.savez_compressed if compressed else np.savez
     with replaced_file(path, kind) as temporary, open(temporary, "wb") as file:
         write(file, **arrays)

@@ -86,6 +86,15 @@ def files_below(folder: AnyPath) -> list[str]:
     return sorted(found)
 
 
+def num_bytes(path: PathLike) -> int:
+    """Returns the bytes of a file, or of all files below a folder."""
+    path = as_path(path)
+    if path.is_dir():
+        return sum(num_bytes(path / name) for name in files_below(path))
+    facts = path.stat()
+    return int(facts.st_size if isinstance(path, Path) else facts.length)
+
+
 def copy_file(source: AnyPath, target: AnyPath) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with source.open("rb") as reader, target.open("wb") as writer:

@@ -7,13 +7,12 @@ import os
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib import import_module
-from pathlib import Path
 from typing import Any, overload
 
 import jax
 
 from qdit_jax.checkpoint import Checkpoint, load, materialized, open_checkpoint, save
-from qdit_jax.files import check_free
+from qdit_jax.files import PathLike, as_path, check_free
 from qdit_jax.methods.data import CalibrationData
 from qdit_jax.methods.method import Method
 from qdit_jax.methods.report import LayerReport, Report
@@ -22,7 +21,7 @@ from qdit_jax.ptq import plan
 from qdit_jax.quant import QTensor, WeightSpec, quantize_array
 from qdit_jax.recipes import LayerSpec, Recipe
 
-Source = Checkpoint | str | Path
+Source = Checkpoint | PathLike
 # How to get what `CalibrationData` lacks.
 REMEDIES = {
     "items": "items=qdit.collect_items(checkpoint, key)",
@@ -34,10 +33,10 @@ REMEDIES = {
 def quantize(
     source: Source,
     method: str | Method = "rtn",
-    recipe: str | Path | Recipe = "w4a8",
+    recipe: PathLike | Recipe = "w4a8",
     *,
     data: CalibrationData | None = None,
-    out: str | Path | None = None,
+    out: PathLike | None = None,
     overwrite: bool = False,
     on_layer: Callable[[LayerReport], Any] | None = None,
     on_note: Callable[[str], Any] | None = None,
@@ -60,7 +59,8 @@ def quantize(source: Any, *settings: Any, **options: Any) -> Any:
         data: what the method learns from; None has it sampled from the checkpoint's trajectories.
         out: a folder, or a `.safetensors` file, to write. A method that can (rtn) takes one layer
             after another from disk to the folder; the others hold the network. From a path, the
-            result of the former is as `open_checkpoint` reads it, its arrays still on disk.
+            result of the former is as `open_checkpoint` reads it, its arrays still on disk:
+            `generate` and `denoiser` read them, `load(out)` puts them into memory.
         overwrite: replace `out` if it exists.
         on_layer: called with a `LayerReport` after each layer.
         on_note: called with each sentence that the user should read.
@@ -74,7 +74,6 @@ def quantize(source: Any, *settings: Any, **options: Any) -> Any:
         UserError: as `open_checkpoint` and `save`.
     """
     if isinstance(source, (Checkpoint, str, os.PathLike)):
-        source = source if isinstance(source, (Checkpoint, str, Path)) else Path(source)
         return quantize_whole(source, *settings, **options)
     if isinstance(source, Mapping):
         raise TypeError(
@@ -90,7 +89,7 @@ def quantize_whole(
     recipe: Any = "w4a8",
     *,
     data: CalibrationData | None = None,
-    out: str | Path | None = None,
+    out: PathLike | None = None,
     overwrite: bool = False,
     **listeners: Any,
 ) -> Checkpoint:
@@ -104,7 +103,7 @@ def quantize_whole(
     check(method, checkpoint, recipe, data)
     report = Report(**listeners)
     facts = {} if isinstance(source, Checkpoint) else {"quantized_from": str(source)}
-    if method.stream is not None and out is not None and Path(out).suffix != ".safetensors":
+    if method.stream is not None and out is not None and as_path(out).suffix != ".safetensors":
         told = data.to_json(fitted=bool(method.needs), sampled=False)
         metadata = metadata_of(checkpoint, method, recipe, told, report) | facts
         written = method.stream(
@@ -143,7 +142,7 @@ def recipe_of(recipe: Any, method: Method, params: Any) -> Recipe:
             f"recipe={recipe!r} is a {type(recipe).__name__}; give a Recipe, a preset such as "
             "'w4a8', or the path of a recipe.json."
         )
-    path = Path(recipe)
+    path = as_path(recipe)
     if isinstance(recipe, str) and path.suffix != ".json" and not path.is_file():
         return method.preset(recipe, params)
     return Recipe.from_json(path)

@@ -11,8 +11,7 @@ import pytest
 from search_models import search, small_model, small_space
 
 from qdit_jax.allocation import EvolutionSettings, Measured, offspring, pareto
-from qdit_jax.allocation.searching import predicted_front
-from qdit_jax.allocation.strategies.evolution import repaired
+from qdit_jax.allocation.strategies.evolution import predicted_front, repaired
 from qdit_jax.allocation.strategies.nsga import crowding, survivors
 
 SETTINGS = EvolutionSettings(population=24, num_generations=8, num_crossover=12, num_mutation=12)

@@ -31,14 +31,14 @@ def cost(layer, spec):
 
 
 def dearer(layer, spec):
-    return 2.0 * spec.weight.group_size
+    return spec.weight.group_size + 1.0
 
 
 def base():
     return {
         "checkpoint": qdit.Checkpoint(*small_model()),
         "key": jax.random.key(4),
-        "budget": "mine=10K",
+        "budget": "mine=50",
         "objective": spread,
         "strategy": Evolve(SETTINGS),
         "space": {"group_sizes": (8, 16)},
@@ -67,7 +67,7 @@ CHANGES = {
         )
     },
     "the key": lambda g: {"key": jax.random.key(5)},
-    "the budget": lambda g: {"budget": "mine=11K"},
+    "the budget": lambda g: {"budget": "mine=51"},
     "what a cost counts": lambda g: {"costs": {"mine": dearer}},
     "the objective": lambda g: {"objective": other_spread},
     "the objective's kind": lambda g: {"objective": "paired"},

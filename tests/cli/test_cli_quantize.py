@@ -118,7 +118,7 @@ def test_static_per_timestep_survives_the_checkpoint(folder, capsys):
     [
         (["--range", "widest"], "--range widest is not known; use minmax, absmax, percentile:P"),
         (["--layers", "nothing"], "matches no layer"),
-        (["--recipe", "w16a16"], "quantises nothing"),
+        (["--recipe", "w16a16"], "quantizes nothing"),
         (["--stats", "s.npz"], "--stats s.npz has no effect: no activation is static"),
         (["--holdout", "0.5"], "--holdout 0.5 has no effect: --method rtn looks at no"),
         (["--num-samples", "8"], "--num-samples 8 has no effect: --method rtn"),

@@ -216,7 +216,7 @@ def test_ema_is_refused_for_folders(tmp_path):
 def test_options_that_a_network_has_no_use_for_are_refused(tmp_path, option, value):
     folder = write_folder(tmp_path / "v", vae_arrays(), VAE_CONFIG)
     name = option.replace("_", "-")
-    with pytest.raises(UserError, match=f"--{name} says nothing about a network of family vae"):
+    with pytest.raises(UserError, match=f".--{name}. says nothing about a network of family vae"):
         read_model(folder, **{option: value})
 
 

@@ -382,9 +382,9 @@ def test_factors_of_a_pipeline_are_its_autoencoders(pipeline, pt, dit):
     folder = pipeline()
     read = read_model(folder, scaling_factor=0.5, shift_factor=0.1)
     assert (read.vae.config["scaling_factor"], read.vae.config["shift_factor"]) == (0.5, 0.1)
-    with pytest.raises(UserError, match="--noise-time says nothing about a network of family dit"):
+    with pytest.raises(UserError, match=r"noise_time=1 \(--noise-time\) says nothing about a net"):
         read_model(folder, noise_time=1)
-    with pytest.raises(UserError, match=r"scaling_factor=0\.5 is of an autoencoder.*none here"):
+    with pytest.raises(UserError, match=r"scaling_factor=0\.5 \(--sc.* says nothing about"):
         read_model(pt(dit), num_heads=2, scaling_factor=0.5)
 
 

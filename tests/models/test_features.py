@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 
 from qdit_jax.metrics import frechet_distance, moments, read_reference
-from qdit_jax.models import DEMO_STATISTICS, asset, demo_features_fn
-from qdit_jax.models.features import (
+from qdit_jax.models import (
     DEMO_SIZE,
+    DEMO_STATISTICS,
     DEMO_WEIGHTS,
     DigitFeatures,
-    load_params,
+    asset,
+    demo_features_fn,
 )
+from qdit_jax.models.features import load_params
 
 
 @pytest.fixture(scope="module")
