@@ -299,3 +299,17 @@ def test_importing_the_package_loads_no_torch_and_starts_no_backend():
         "assert not {'torch', 'diffusers', 'tensorflow'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Files of the command line that every verb shares; they may look at all that was parsed.
+OF_EVERY_VERB = {"__init__", "failures", "output"}
+
+
+def test_only_a_verb_itself_takes_what_was_parsed():
+    for name, file in modules_of("cli").items():
+        if file.stem in OF_EVERY_VERB:
+            continue
+        for node in ast.walk(tree_of(file)):
+            if isinstance(node, ast.FunctionDef) and node.name != "run":
+                names = {arg.arg for arg in (*node.args.args, *node.args.kwonlyargs)}
+                assert "args" not in names, f"{name}.{node.name} takes the whole of `args`"
