@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,15 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from source_figures import (
+    KNOWS_LAYER_NAMES,
+    TOPS,
+    body_lines,
+    layer_names,
+    modules_under,
+    room_of,
+    top_level,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOSE = {"__init__", "__main__", "errors", "memory", "testing"}
@@ -51,7 +59,7 @@ ALLOWED = {
     },
     "demo": {
         *("files", "convert", "metrics", "models", "recipes", "checkpoint", "sampling"),
-        *("calibration", "ptq", "report"),
+        *("calibration", "ptq", "report", "evaluation"),
     },
     "cli": {
         *("files", "quant", "diffusion", "metrics", "kernels", "models", "recipes", "checkpoint"),
@@ -59,50 +67,18 @@ ALLOWED = {
         *("evaluation", "demo", "memory"),
     },
 }
-TOPS = {"qdit_jax": "qdit_jax", "qdit_convert": "convert"}  # import name -> folder
-# Layer names of families, as no other room may write them.
-LAYER_NAMES = re.compile(
-    r"blocks?_\d|\bblocks_|adaLN|qkv|\bfc[12]\b|\b[xty]_embedder\b|final_layer|embedding_table"
-    r"|\bto_[qkv]\b|transformer_blocks"
-)
-KNOWS_LAYER_NAMES = {"models", "convert", "testing"}
-SHOWN_TEXTS = re.compile(r"HELP|EPILOG|EXAMPLE")  # constants that only a person reads
 MAX_FUNCTION, MAX_KERNEL, MAX_FILE = 60, 120, 400
 
 
 @functools.cache
 def modules() -> dict[str, Path]:
     """Returns all modules of the packages by their names."""
-    found = {}
-    for package, folder in TOPS.items():
-        for file in (ROOT / folder).rglob("*.py"):
-            parts = file.relative_to(ROOT / folder).with_suffix("").parts
-            found[".".join([package, *parts]).removesuffix(".__init__")] = file
-    return found
+    return modules_under(ROOT)
 
 
 @functools.cache
 def tree_of(file: Path) -> ast.Module:
     return ast.parse(file.read_text())
-
-
-def room_of(module: str) -> str | None:
-    """Returns the room of a module, `""` for the package's face and None for other packages."""
-    package, _, rest = module.partition(".")
-    if package == "qdit_convert":
-        return "convert"
-    return rest.split(".")[0] if package == "qdit_jax" else None
-
-
-def top_level(tree: ast.AST) -> Iterator[ast.AST]:
-    """Yields the nodes that run when a module is imported (type checkers' imports do not)."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            continue
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
-        yield node
-        yield from top_level(node)
 
 
 def imports(nodes: Iterator[ast.AST], file: Path) -> Iterator[tuple[str, str | None]]:
@@ -245,36 +221,14 @@ def test_torch_is_imported_nowhere():
         assert not names & {"torch", "diffusers"}, file
 
 
-def read_strings(tree: ast.AST) -> Iterator[ast.Constant]:
-    """Yields the strings that code uses: all but docstrings and the texts for people."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            continue
-        if isinstance(node, ast.Assign) and any(
-            isinstance(target, ast.Name) and SHOWN_TEXTS.search(target.id)
-            for target in node.targets
-        ):
-            continue
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node
-        yield from read_strings(node)
-
-
 @pytest.mark.parametrize("room", [room for room in ALLOWED if room not in KNOWS_LAYER_NAMES])
 def test_no_family_s_layer_name_stands_in(room):
     found = [
-        f"{file.relative_to(ROOT)}:{node.lineno}: {node.value!r}"
+        f"{file.relative_to(ROOT)}:{line}: {text!r}"
         for file in modules_of(room).values()
-        for node in read_strings(tree_of(file))
-        if LAYER_NAMES.search(node.value)
+        for line, text in layer_names(file.read_text())
     ]
     assert not found, "\n".join(found)
-
-
-def body_lines(function: ast.FunctionDef) -> int:
-    """Returns the number of lines of a function's body without its docstring."""
-    body = function.body[1:] if ast.get_docstring(function) else function.body
-    return body[-1].end_lineno - body[0].lineno + 1 if body else 0
 
 
 @pytest.mark.parametrize("room", ALLOWED)

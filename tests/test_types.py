@@ -1,30 +1,12 @@
 """How many annotations say nothing: the share that is a bare `Any`."""
 
-import ast
-from collections.abc import Iterator
 from pathlib import Path
+
+from source_figures import annotations, num_bare
 
 PACKAGE = Path(__file__).parents[1] / "qdit_jax"
 # The share when this was written was 0.184. Lower it with every room that names its types.
 MOST = 0.19
-
-
-def annotations(source: str) -> Iterator[ast.expr]:
-    """Yields the annotation of every argument, result and field of a module."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            found = node.returns
-        elif isinstance(node, ast.arg | ast.AnnAssign):
-            found = node.annotation
-        else:
-            continue
-        if found is not None:
-            yield found
-
-
-def num_bare(found: list[ast.expr]) -> int:
-    """Returns how many of the annotations are `Any` and nothing else."""
-    return sum(isinstance(a, ast.Name) and a.id == "Any" for a in found)
 
 
 def test_a_bare_any_is_told_from_a_part_of_a_type():

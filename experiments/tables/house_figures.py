@@ -30,6 +30,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from itertools import chain, pairwise
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -61,7 +62,7 @@ def figures(root: Path) -> dict[str, Any]:
         ),
         "functions": sum(map(len, lengths.values())),
         f"functions over {MAX_LINES} lines outside kernels": sum(n > MAX_LINES for n in long),
-        "median lines of a function": statistics.median(sum(lengths.values(), [])),
+        "median lines of a function": statistics.median(chain.from_iterable(lengths.values())),
         "share of annotations that are a bare Any": round(source.num_bare(types) / len(types), 4),
     }
 
@@ -109,7 +110,7 @@ class Trace:
 
 def walk_figures(steps: list[tuple[str, str, str]]) -> dict[str, int]:
     """Returns functions, stays and climbs of a walk: `(file, function, the caller's file)`."""
-    moves = [(a[0], b) for a, b in zip(steps, steps[1:], strict=False) if a[0] != b[0]]
+    moves = [(a[0], b) for a, b in pairwise(steps) if a[0] != b[0]]
     return {
         "functions": len(steps),
         "files": len({file for file, _, _ in steps}),
@@ -120,18 +121,18 @@ def walk_figures(steps: list[tuple[str, str, str]]) -> dict[str, int]:
 
 def traced(root: Path, method: str | None) -> dict[str, Any]:
     """Returns the walk of `qdit quantize` in this process, whose packages are those of `root`."""
-    from qdit_jax.cli import main, quantize
+    from qdit_jax.cli import main
 
+    verb = root / "qdit_jax" / "cli" / "quantize.py"
     with tempfile.TemporaryDirectory() as folder:
         model, out = f"{folder}/model", f"{folder}/out"
         weights = str(root / "qdit_jax" / "assets" / "demo_dit.safetensors")
         if main(["convert", weights, model, "--num-heads", NUM_HEADS]):
             raise SystemExit("the packaged model was not converted")
-        trace = Trace(root, Path(quantize.__file__))
+        trace = Trace(root, verb)
         options = ["--recipe", "w4a8", "--group-size", "32"]
         if method is not None:
-            help_ = Path(quantize.__file__).parent.glob("quantize*.py")
-            text = "".join(file.read_text() for file in help_)
+            text = "".join(file.read_text() for file in verb.parent.glob("quantize*.py"))
             named = next(name for name in METHOD_OPTIONS if f'"{name}"' in text)
             options += [named, method, "--num-samples", "4", "--steps", "2"]
         sys.setprofile(trace)
@@ -179,7 +180,9 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(found, indent=1))
     for name, value in found.items():
-        shown = {k: v for k, v in value.items() if k != "walk"} if isinstance(value, dict) else value
+        shown = (
+            {k: v for k, v in value.items() if k != "walk"} if isinstance(value, dict) else value
+        )
         print(f"{name}: {shown}")
 
 

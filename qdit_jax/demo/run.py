@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import time
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import resources
 from typing import Any
@@ -17,19 +17,29 @@ import numpy as np
 from qdit_jax import metrics
 from qdit_jax.calibration import Stats, calibrate, default_sampler
 from qdit_jax.checkpoint import Checkpoint, load, save
-from qdit_jax.demo.pages import TIMING, write_pictures, write_summary
+from qdit_jax.demo.pages import SHOWN, TIMING, write_pictures, write_summary
+from qdit_jax.evaluation import (
+    Contender,
+    Protocol,
+    Scoring,
+    merge,
+    run_evaluation,
+    sample_shape,
+    summarize,
+)
 from qdit_jax.files import AnyPath, PathLike, as_path, check_free, replaced_file
-from qdit_jax.models import DEMO_STATISTICS, asset, demo_features_fn
+from qdit_jax.models import asset
 from qdit_jax.ptq import quantize_params
 from qdit_jax.recipes import Recipe
-from qdit_jax.report import provenance, to_uint8
-from qdit_jax.sampling import check_seed, generate
+from qdit_jax.report import provenance
+from qdit_jax.sampling import check_seed
 
 # `(total, unit, text)` -> a context whose value has `update(count)`.
 BarFn = Callable[[int, str, str], AbstractContextManager[Any]]
 
 WEIGHTS = "demo_dit.safetensors"
 NUM_HEADS = 4
+BATCH_SIZE = 10  # one of each digit
 RESULTS = {
     "stats.npz": "statistics",
     "metrics.json": "figures",
@@ -49,23 +59,6 @@ class DemoSettings:
     seed: int = 0
     numerics: str = "simulated"
     quick: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """One way to run the model: its pictures and the figures of the comparison.
-
-    `closeness` is the signal-to-error ratio of the samples against full precision in dB, the
-    mean over samples with a 95% interval; None for full precision itself.
-    """
-
-    title: str
-    images: np.ndarray
-    num_bytes: int
-    seconds: float
-    first_seconds: float
-    closeness: metrics.Interval | None
-    frechet: float
 
 
 def recipes(params: Any, quick: bool) -> dict[str, Recipe]:
@@ -134,12 +127,19 @@ def run_demo(
         save(folder, dataclasses.replace(checkpoint, params=params, recipe=recipe), overwrite=True)
         checkpoints[title] = load(folder)
     note("4/5 sample: the same noise and labels with each")
-    outcomes = compare(checkpoints, settings, bar_fn)
+    models, pictures = compare(checkpoints, settings, bar_fn)
     note("5/5 report")
-    content = write_metrics(out / "metrics.json", outcomes, settings)
-    write_pictures(out / "pictures.png", outcomes)
-    write_summary(out / "report.html", outcomes, settings, content["made"])
-    say(table_of(outcomes))
+    content = {
+        "settings": dataclasses.asdict(settings),
+        "made": provenance(),
+        "models": models,
+        "timing": TIMING,
+    }
+    with replaced_file(out / "metrics.json", "figures") as temporary:
+        temporary.write_text(json.dumps(content, indent=1))
+    write_pictures(out / "pictures.png", pictures)
+    write_summary(out / "report.html", content, pictures)
+    say(table_of(models))
     say(f"wrote {out / 'report.html'}, {out / 'pictures.png'} and {out / 'metrics.json'}")
     return content
 
@@ -171,101 +171,63 @@ def calibrate_packaged(checkpoint: Checkpoint, settings: DemoSettings, bar_fn: B
 
 def compare(
     checkpoints: dict[str, Checkpoint], settings: DemoSettings, bar_fn: BarFn
-) -> list[Outcome]:
-    """Returns an outcome for each checkpoint; the first one is what the others are held against."""
-    outcomes: list[Outcome] = []
-    features_fn = demo_features_fn()
-    with resources.as_file(asset(DEMO_STATISTICS)) as file:
-        reference = metrics.read_reference(file).pool
-    assert reference is not None, "the packaged statistics lack a mean and covariance"
-    with bar_fn(len(checkpoints), "model", "sampling") as bar:
-        for title, checkpoint in checkpoints.items():
-            images, first_seconds = timed(checkpoint, settings)
-            _, seconds = timed(checkpoint, settings)
-            closeness = None
-            if outcomes:
-                ratios = metrics.signal_to_noise_db(outcomes[0].images, images)
-                closeness = metrics.bootstrap_interval(ratios)
-            outcomes.append(
-                Outcome(
-                    title,
-                    images,
-                    sum(leaf.nbytes for leaf in jax.tree.leaves(checkpoint.params)),
-                    seconds,
-                    first_seconds,
-                    closeness,
-                    frechet_distance(images, features_fn, reference),
-                )
-            )
-            bar.update(1)
-    return outcomes
-
-
-def timed(checkpoint: Checkpoint, settings: DemoSettings) -> tuple[np.ndarray, float]:
-    """Returns the samples, digits 0 to 9 in turn, and the seconds they took."""
-    began = time.perf_counter()
-    images = generate(
-        checkpoint,
-        default_sampler(checkpoint, settings.num_steps),
-        np.arange(settings.num_samples) % len(checkpoint.model.all_conditions()),
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """Returns the figures of each checkpoint, held against the first one, and its first pictures."""
+    contenders = [Contender(title, checkpoint) for title, checkpoint in checkpoints.items()]
+    first = contenders[0].checkpoint
+    protocol = Protocol(
+        default_sampler(first, settings.num_steps),
+        {"steps": settings.num_steps},
+        num_samples=settings.num_samples,
         seed=settings.seed,
         guidance=settings.guidance,
-        batch_size=settings.num_samples,
-        numerics="simulated" if checkpoint.recipe is None else settings.numerics,
+        numerics=settings.numerics,
+        batch_size=BATCH_SIZE,
     )
-    return images, time.perf_counter() - began
-
-
-def frechet_distance(
-    images: np.ndarray, features_fn: Callable[[np.ndarray], Any], reference: metrics.Statistics
-) -> float:
-    """Returns the Fréchet distance of samples to the real digits, by the packaged features."""
-    pool = np.asarray(features_fn(to_uint8(images))["pool"])
-    found = metrics.statistics(metrics.moments(pool))
-    return metrics.frechet_distance(
-        found.mean, found.covariance, reference.mean, reference.covariance
-    )
-
-
-def write_metrics(path: AnyPath, outcomes: list[Outcome], settings: DemoSettings) -> dict[str, Any]:
-    """Writes the figures as JSON and returns what was written."""
-    figures = [
-        {
-            "title": outcome.title,
-            "bytes": outcome.num_bytes,
-            "seconds": outcome.seconds,
-            "seconds_with_compilation": outcome.first_seconds,
-            "closeness_db": outcome.closeness and dataclasses.asdict(outcome.closeness),
-            metrics.DEMO_FRECHET_DISTANCE: outcome.frechet,
+    few = metrics.ScoreSettings(min_samples=2)
+    scoring = Scoring("demo", settings=few, batch_size=settings.num_samples)
+    judge = scoring.judge((settings.num_samples, *sample_shape(first)), "demo")
+    with tempfile.TemporaryDirectory() as folder:
+        with bar_fn(settings.num_samples, "sample", "sampling") as bar:
+            run = run_evaluation(contenders, protocol, folder, bar.update)
+        files = [run.folder / f"{i}.npz" for i in range(len(contenders))]
+        for i, file in enumerate(files):
+            merge(run.folder, run.ranges, f"{i}/images", file, "arr_0")
+        summary, scores = summarize(run, contenders), judge.scores(files)
+        pictures = {
+            contender.title: next(metrics.image_batches(file, SHOWN))
+            for contender, file in zip(contenders, files, strict=True)
         }
-        for outcome in outcomes
+    models = [  # the samples of this network are images already: its latents are the pictures
+        {
+            "title": model["title"],
+            "bytes": model["bytes"],
+            "seconds": (seconds := settings.num_samples * model["seconds_per_sample"]),
+            "seconds_with_compilation": seconds + model["compile_seconds"],
+            "closeness_db": summary["paired"].get(model["title"], {}).get("latent_snr_db"),
+            metrics.DEMO_FRECHET_DISTANCE: found["frechet_distance"],
+        }
+        for model, found in zip(summary["models"], scores, strict=True)
     ]
-    content = {
-        "settings": dataclasses.asdict(settings),
-        "made": provenance(),
-        "models": figures,
-        "timing": TIMING,
-    }
-    with replaced_file(path, "figures") as temporary:
-        temporary.write_text(json.dumps(content, indent=1))
-    return content
+    return models, pictures
 
 
-def table_of(outcomes: list[Outcome]) -> str:
+def table_of(models: Sequence[Mapping[str, Any]]) -> str:
     """Returns the comparison as lines of text."""
     lines = [
         f"{'model':28} {'bytes':>10} {'closeness, dB (95%)':>24} {'Fréchet*':>9} {'seconds':>8}"
     ]
-    for o in outcomes:
-        near = "-" if o.closeness is None else interval_text(o.closeness)
+    for m in models:
+        near = "-" if m["closeness_db"] is None else interval_text(m["closeness_db"])
+        distance = m[metrics.DEMO_FRECHET_DISTANCE]
         lines.append(
-            f"{o.title:28} {o.num_bytes:>10,} {near:>24} {o.frechet:>9.2f} {o.seconds:>8.2f}"
+            f"{m['title']:28} {m['bytes']:>10,} {near:>24} {distance:>9.2f} {m['seconds']:>8.2f}"
         )
     return "\n".join([*lines, f"* {metrics.DEMO_FRECHET_DISTANCE}", TIMING])
 
 
-def interval_text(interval: metrics.Interval) -> str:
-    return f"{interval.estimate:.1f} ({interval.low:.1f} to {interval.high:.1f})"
+def interval_text(interval: Mapping[str, float]) -> str:
+    return "{estimate:.1f} ({low:.1f} to {high:.1f})".format(**interval)
 
 
 def recipe_folder(recipe: Recipe) -> str:

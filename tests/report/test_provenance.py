@@ -16,7 +16,6 @@ from qdit_jax.checkpoint import Checkpoint, save
 from qdit_jax.cli import main
 from qdit_jax.demo.pages import TIMING, figure
 from qdit_jax.evaluation.pages import timing_text
-from qdit_jax.metrics import Interval
 from qdit_jax.ptq import quantize_params
 from qdit_jax.recipes import LayerSpec, Recipe, Rule
 from qdit_jax.testing import realistic_dit
@@ -77,20 +76,19 @@ def test_a_single_timing_is_called_noisy():
     assert timing_text(5) == "the median of 5 batches, one run."
 
 
-class Outcome:
-    def __init__(self, title, megabytes, closeness):
-        self.title, self.num_bytes = title, megabytes * 1e6
-        self.closeness = Interval(closeness, closeness - 1, closeness + 1)
+def outcome(title, megabytes, closeness):
+    near = {"estimate": closeness, "low": closeness - 1, "high": closeness + 1}
+    return {"title": title, "bytes": megabytes * 1e6, "closeness_db": near}
 
 
 def test_labels_stay_inside_the_picture_and_off_the_points():
-    outcomes = [Outcome("W8A8, groups of 32", 4.06, 39.4), Outcome("W4A8, groups of 32", 3.46, 20.0),
-                Outcome("W4A8, per channel", 3.3847, 7.8),
-                Outcome("W4A8, per channel, static", 3.3849, 6.0)]  # fmt: skip
+    outcomes = [outcome("W8A8, groups of 32", 4.06, 39.4), outcome("W4A8, groups of 32", 3.46, 20.0),
+                outcome("W4A8, per channel", 3.3847, 7.8),
+                outcome("W4A8, per channel, static", 3.3849, 6.0)]  # fmt: skip
     chart = figure(outcomes)
     FigureCanvasAgg(chart).draw()
     (legend,) = chart.legends
-    assert [text.get_text() for text in legend.texts] == [o.title for o in outcomes]
+    assert [text.get_text() for text in legend.texts] == [o["title"] for o in outcomes]
     box, frame = legend.get_window_extent(), chart.axes[0].get_window_extent()
     assert frame.x1 <= box.x0
     assert box.x1 <= chart.bbox.x1
