@@ -82,7 +82,7 @@ def loss_fn(params, image, label, key, model, min_snr_gamma, label_dropout=LABEL
         jax.random.uniform(key_drop, (batch,)) < label_dropout, model.num_classes, label
     )
     a = alphas_cumprod[timestep][:, None, None, None]
-    noisy = jnp.sqrt(a) * image + jnp.sqrt(1 - a) * noise
+    noisy = qdit.diffusion.noised(schedule, image, timestep, noise)
     out = model.apply({"params": params}, noisy, timestep, label)
     predicted, fraction = jnp.split(out, 2, axis=-1)
     snr = a / (1 - a)

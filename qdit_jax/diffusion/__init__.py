@@ -26,7 +26,6 @@ from qdit_jax.diffusion.samplers import (
     euler,
     flow,
     heun,
-    reverse_ddim,
 )
 from qdit_jax.diffusion.scheduler_settings import Scheduler, check_fit, read_scheduler
 from qdit_jax.diffusion.scheduler_walk import (
@@ -84,7 +83,6 @@ __all__ = [
     "process_text",
     "read_scheduler",
     "respaced",
-    "reverse_ddim",
     "sample",
     "sample_trajectory",
     "scaled_linear_betas",

@@ -225,37 +225,13 @@ def ddim_walk(
     return DDIM(rows, _clip(clip), predict_fn, eta > 0, limit_fn)
 
 
-def reverse_ddim(
-    steps: int | str = 50,
-    *,
-    schedule: Schedule | None = None,
-    clip: float | int | None = None,
-    predict_fn: Callable = posterior.eps_prediction,
-) -> DDIM:
-    """Returns the sampler that walks deterministic DDIM from data to noise.
-
-    The last step of the published rule goes to a signal of exactly 0, that is to `eps` itself.
-
-    Raises:
-        ValueError: if `steps` does not fit the schedule.
-    """
-    process = respaced(schedule or Schedule(linear_betas()), steps)
-    table = _ddim_table(
-        process.timestep_map,
-        prediction_rows(process.alphas_cumprod, predict_fn),
-        process.alphas_cumprod_next,
-        np.zeros(process.num_timesteps),
-    )
-    return DDIM(_walked(table, backwards=False), _clip(clip), predict_fn, stochastic=False)
-
-
 def ddpm(
     steps: int | str = 250,
     *,
     schedule: Schedule | None = None,
     clip: Any = None,
     predict_fn: Callable = posterior.eps_prediction,
-    variance_fn: Callable = posterior.learned_range,
+    variance_fn: posterior.VarianceFn = posterior.learned_range,
     limit_fn: Callable = posterior.consistent_clip,
 ) -> DDPM:
     """Returns the ancestral sampler; `steps`, `schedule` as for `ddim`.
@@ -277,7 +253,7 @@ def ddpm_walk(
     adds_noise: Bool[np.ndarray, " S"],
     clip: Any = None,
     predict_fn: Callable = posterior.eps_prediction,
-    variance_fn: Callable = posterior.learned_range,
+    variance_fn: posterior.VarianceFn = posterior.learned_range,
     limit_fn: Callable = posterior.consistent_clip,
 ) -> DDPM:
     """Returns the ancestral sampler of a process with the variances as they are.

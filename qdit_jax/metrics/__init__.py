@@ -12,10 +12,10 @@ from qdit_jax.metrics.intervals import (
     bootstrap_interval,
     paired_test,
 )
-from qdit_jax.metrics.kernel_distance import kid, kid_of_subsets
+from qdit_jax.metrics.kernel_distance import kid
 from qdit_jax.metrics.manifold import manifold_radii, precision_and_recall
 from qdit_jax.metrics.names import DEMO_FEATURES, DEMO_FRECHET_DISTANCE, INCEPTION_FEATURES, label
-from qdit_jax.metrics.paired import cosine, decibels, psnr, signal_to_noise_db, ssim, trajectory_db
+from qdit_jax.metrics.paired import cosine, decibels, psnr, signal_to_noise_db, ssim
 from qdit_jax.metrics.reference import (
     Reference,
     Statistics,
@@ -24,7 +24,7 @@ from qdit_jax.metrics.reference import (
     statistics,
     write_reference,
 )
-from qdit_jax.metrics.samples import image_batches, image_shape, read_images
+from qdit_jax.metrics.samples import image_batches, image_shape
 from qdit_jax.metrics.streaming import Moments, merge, moments
 from qdit_jax.metrics.suite import Features, ScoreSettings, check_num_samples, extract, scores
 
@@ -53,7 +53,6 @@ __all__ = [
     "image_shape",
     "inception_score",
     "kid",
-    "kid_of_subsets",
     "label",
     "manifold_radii",
     "merge",
@@ -61,12 +60,10 @@ __all__ = [
     "paired_test",
     "precision_and_recall",
     "psnr",
-    "read_images",
     "read_reference",
     "scores",
     "signal_to_noise_db",
     "ssim",
     "statistics",
-    "trajectory_db",
     "write_reference",
 ]

@@ -2,7 +2,7 @@
 
 Each measure returns one number per sample, to be averaged with an interval (`intervals`).
 Decibels are capped at 200, which equal arrays reach, so that means stay finite.
-Dimensions: N samples, S steps, H and W rows and columns, C channels; M and R must equal N and S.
+Dimensions: N samples, H and W rows and columns, C channels; M must equal N.
 """
 
 from __future__ import annotations
@@ -29,14 +29,6 @@ def signal_to_noise_db(
 ) -> Float[np.ndarray, " N"]:
     """Returns the power of each reference over the power of its error, in dB (higher is closer)."""
     x, y = as_pairs(reference, other, 1)
-    return decibels(np.square(x).sum(-1), np.square(x - y).sum(-1))
-
-
-def trajectory_db(
-    reference: Float[AnyArray, "S N ..."], other: Float[AnyArray, "R M ..."]
-) -> Float[np.ndarray, "S N"]:
-    """Returns the signal-to-error ratio in dB at every step of every sample: how errors add up."""
-    x, y = as_pairs(reference, other, 2)
     return decibels(np.square(x).sum(-1), np.square(x - y).sum(-1))
 
 

@@ -60,11 +60,6 @@ def image_batches(path: PathLike, batch_size: int) -> Iterator[UInt8[np.ndarray,
             raise ValueError(f"{path}: no value of arr_0 exceeds 1; images must span 0 to 255.")
 
 
-def read_images(path: PathLike) -> UInt8[np.ndarray, "N H W C"]:
-    """Returns all images of an `.npz`; for many large ones use `image_batches`."""
-    return np.concatenate(list(image_batches(path, 1024)))
-
-
 def open_archive(path: PathLike) -> zipfile.ZipFile:
     """Returns the opened `.npz`; raises `ValueError` if it is none."""
     path = as_path(path)

@@ -8,7 +8,6 @@ The equation is that of weights, per token: `x' = (code - zero_point) * scale - 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -252,19 +251,10 @@ def checked_range(low: Any, high: Any, spec: ActSpec) -> tuple[Any, Any]:
     return low + spec.shift, high + spec.shift
 
 
-def select_rows(tree: Any, index: Any) -> Any:
-    """Returns `tree` with every `ActQuant` table replaced by its row `index`, as in `at`."""
-    return _map_act_quants(lambda quantizer: quantizer.at(index), tree)
-
-
 def select_timestep(tree: Any, timestep: Any) -> Any:
     """Returns `tree` with the row of every `ActQuant` table calibrated nearest to `timestep`."""
-    return _map_act_quants(lambda quantizer: quantizer.at_timestep(timestep), tree)
-
-
-def _map_act_quants(fn: Callable[[ActQuant], ActQuant], tree: Any) -> Any:
     return jax.tree.map(
-        lambda node: fn(node) if isinstance(node, ActQuant) else node,
+        lambda node: node.at_timestep(timestep) if isinstance(node, ActQuant) else node,
         tree,
         is_leaf=lambda node: isinstance(node, ActQuant),
     )

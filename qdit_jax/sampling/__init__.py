@@ -27,7 +27,6 @@ from qdit_jax.sampling.generation import (
     own_scheduler,
     own_walk,
     sampler_text,
-    trained_schedule,
 )
 
 __all__ = [
@@ -53,5 +52,4 @@ __all__ = [
     "own_scheduler",
     "own_walk",
     "sampler_text",
-    "trained_schedule",
 ]

@@ -147,20 +147,6 @@ def own_scheduler(metadata: Mapping[str, Any]) -> diffusion.Scheduler | None:
     return diffusion.read_scheduler(config) if config else None
 
 
-def trained_schedule(metadata: Mapping[str, Any]) -> diffusion.Schedule:
-    """Returns the schedule that a checkpoint was trained on: its scheduler's, or DiT's.
-
-    What the network predicts and how its scheduler walks are not in it: see `checkpoint_sampler`.
-
-    Raises:
-        ValueError: if the scheduler cannot be understood, or is of a flow, which has no schedule.
-    """
-    scheduler = own_scheduler(metadata)
-    if scheduler is None:
-        return diffusion.Schedule(diffusion.linear_betas())
-    return diffusion.scheduler_process(scheduler)
-
-
 def checkpoint_sampler(
     checkpoint: Checkpoint,
     steps: int | str = 50,

@@ -94,9 +94,8 @@ def test_images_of_a_diffusers_pipeline(tmp_path, torch, sample_size, guidance, 
     denoise_fn = sampling.denoiser(
         checkpoint.model, checkpoint.params, guidance, guidance_channels=None
     )
-    sampler = diffusion.ddim(
-        f"ddim{steps}", schedule=sampling.trained_schedule(checkpoint.metadata)
-    )
+    scheduler = diffusion.read_scheduler(checkpoint.metadata["scheduler"])
+    sampler = diffusion.ddim(f"ddim{steps}", schedule=diffusion.scheduler_process(scheduler))
     latents = diffusion.sample(denoise_fn, sampler, nhwc(noise), jnp.asarray(labels))
     images = np.asarray(sampling.decode(checkpoint.vae, latents))
     found = np.clip(images / 2 + 0.5, 0, 1)

@@ -16,7 +16,7 @@ from qdit_jax.calibration import Stats
 from qdit_jax.cli import main
 from qdit_jax.errors import UserError
 from qdit_jax.files import as_path, files_below, replaced_folder, write_arrays
-from qdit_jax.metrics import read_images
+from qdit_jax.metrics import image_batches
 from qdit_jax.ptq import quantize_checkpoint, quantize_params
 from qdit_jax.recipes import Recipe
 from qdit_jax.report import write_report
@@ -108,7 +108,7 @@ def test_recipes_statistics_samples_and_reports(bucket):
     np.testing.assert_array_equal(Stats.load("gs://b/stats.npz").high["a"], np.ones((2, 3)))
     images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
     write_arrays("gs://b/images.npz", {"arr_0": images})
-    np.testing.assert_array_equal(read_images("gs://b/images.npz"), images)
+    np.testing.assert_array_equal(next(image_batches("gs://b/images.npz", 8)), images)
     write_report("gs://b/report.html", "title", [])
     assert "title" in as_path("gs://b/report.html").read_text()
 
@@ -122,7 +122,7 @@ def test_the_command_line_takes_urls(bucket, tmp_path, monkeypatch, capsys):
     assert main(["inspect", "gs://b/small"]) == 0
     options = ("--num-samples", "3", "--batch-size", "2", "--steps", "2")
     assert main(["sample", "gs://b/small", *options, "--out", "gs://b/samples.npz"]) == 0
-    assert read_images("gs://b/samples.npz").shape == (3, 4, 4, 1)
+    assert next(image_batches("gs://b/samples.npz", 8)).shape == (3, 4, 4, 1)
     assert os.listdir(tmp_path) == []
     names = {name.partition("/")[0] for name in files_below(as_path("gs://b"))}
     assert names == {"whole", "small", "samples.npz"}

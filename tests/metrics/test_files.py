@@ -13,11 +13,14 @@ from qdit_jax.metrics import (
     image_batches,
     image_shape,
     moments,
-    read_images,
     read_reference,
     statistics,
     write_reference,
 )
+
+
+def read_images(path):
+    return np.concatenate(list(image_batches(path, 1024)))
 
 
 def some_images(count=10, shape=(8, 6, 3)) -> np.ndarray:

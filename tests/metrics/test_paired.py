@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,7 +15,6 @@ from qdit_jax.metrics import (
     psnr,
     signal_to_noise_db,
     ssim,
-    trajectory_db,
 )
 
 
@@ -54,12 +52,6 @@ def test_equal_arrays_reach_the_cap_and_not_infinity():
     np.testing.assert_allclose(cosine(x, x), 1)
     np.testing.assert_allclose(ssim(x, x), 1)
     assert (cosine(0 * x, x) == 0).all()
-
-
-def test_trajectory_is_the_measure_of_every_step():
-    x, y = pair((4, 5, 8, 8, 2))
-    expected = [signal_to_noise_db(a, b) for a, b in zip(x, y, strict=True)]
-    np.testing.assert_allclose(trajectory_db(jnp.asarray(x), jnp.asarray(y)), expected, rtol=1e-5)
 
 
 def slow_ssim(x, y, peak=2.0):

@@ -18,7 +18,6 @@ from qdit_jax.quant import (
     group_extremes,
     quantize,
     ranges,
-    select_rows,
     static_act_quant,
 )
 from qdit_jax.quant.act import dynamic_grid
@@ -132,8 +131,6 @@ def test_a_table_gives_each_step_or_sample_its_row():
     per_sample = table.at(jnp.array([2, 0]))(x)
     np.testing.assert_array_equal(per_sample, jnp.stack([rows[2][0], rows[0][1]]))
     np.testing.assert_array_equal(table.at(jnp.array([2, 0]))(x[:, 0]), per_sample[:, 0])
-    tree = {"layer": {"act_quant": table, "kernel": x}}
-    np.testing.assert_array_equal(select_rows(tree, 1)["layer"]["act_quant"](x), rows[1])
 
 
 def test_a_shift_makes_gelu_unsigned_and_finer():

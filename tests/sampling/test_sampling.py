@@ -196,7 +196,7 @@ def test_everything_that_samples_takes_the_schedulers_walk(checkpoint, config, k
     ],
 )
 def test_the_schedule_is_the_schedulers(config, expected):
-    schedule = sampling.trained_schedule({"scheduler": config})
+    schedule = diffusion.scheduler_process(diffusion.read_scheduler(config))
     np.testing.assert_array_equal(schedule.betas, expected)
 
 
@@ -215,11 +215,13 @@ def test_the_schedule_is_the_schedulers(config, expected):
             "needs a null class",
         ),
         (
-            lambda c: sampling.trained_schedule({"scheduler": {"beta_schedule": "laplace"}}),
+            lambda c: diffusion.scheduler_process(
+                diffusion.read_scheduler({"beta_schedule": "laplace"})
+            ),
             "scheduler_config.json says beta_schedule='laplace'; only 'linear' or",
         ),
         (
-            lambda c: sampling.trained_schedule({"scheduler": FLOW}),
+            lambda c: diffusion.scheduler_process(diffusion.read_scheduler(FLOW)),
             "is of a flow, which has no schedule of betas",
         ),
         (
