@@ -84,7 +84,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def add_checkpoint_options(add: Any) -> None:
-    from qdit_jax.cli.sample import SAMPLERS
+    from qdit_jax.diffusion import SAMPLERS
 
     add(
         "--against",
@@ -102,7 +102,7 @@ def add_checkpoint_options(add: Any) -> None:
     add("--steps", help="number, or a spacing such as ddim25, as in qdit sample (50)")
     add(
         "--sampler",
-        choices=SAMPLERS,
+        choices=tuple(SAMPLERS),
         help="default: that of the checkpoint's scheduler, else flow for velocity models, ddim for "
         "others",
     )

@@ -16,12 +16,12 @@ from qdit_jax.cli.options import (
     verb_parser,
 )
 from qdit_jax.cli.paths import path_option
+from qdit_jax.diffusion import SAMPLERS
 
 EXAMPLE = """example:
   qdit sample ckpt_dir --labels 207,360 --steps 50 --guidance 1.5 --seed 0 --out grid.png
   qdit sample ckpt_dir --num-samples 10000 --sampler ddpm --steps 250 --out samples.npz
 """
-SAMPLERS = ("ddim", "ddpm", "flow")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -74,7 +74,7 @@ def add_process(add: Callable) -> None:
     """Adds the options of the sampling process: walk, steps and guidance."""
     add(
         "--sampler",
-        choices=SAMPLERS,
+        choices=tuple(SAMPLERS),
         help="default: that of the checkpoint's scheduler, else flow for velocity models, ddim for "
         "others",
     )

@@ -219,16 +219,17 @@ def chosen_sampler(
         UserError: if the sampler does not fit what the network predicts, or the number of steps.
     """
     name, model = args.sampler or sampling.own_walk(checkpoint), checkpoint.model
-    is_flow = model.prediction == "velocity"
-    if is_flow != (name == "flow"):
-        kind, fitting = ("a velocity", "flow") if is_flow else ("noise", "ddim or ddpm")
-        raise UserError(f"--sampler {name}: this model predicts {kind}; use {fitting}.")
-    if args.eta and name != "ddim":
-        raise UserError(f"--eta {args.eta} is an option of ddim, not of {name}.")
-    if name == "flow":
-        refuse_inert(args, {"clip": None}, "flow predicts no data to clip")
-    if name == "flow" and not (args.steps.isdecimal() and int(args.steps) > 0):
-        raise UserError(f"--steps {args.steps}: flow takes a positive number.")
+    row = diffusion.sampler_named(name)
+    if model.prediction not in row.predictions:
+        raise UserError(f"--sampler {name}: {sampling.fitting_samplers(model)}")
+    try:
+        row.chosen(eta=args.eta or None)
+    except ValueError as error:
+        raise UserError(f"--eta {args.eta}: {error}") from None
+    if "clip" not in row.options:
+        refuse_inert(args, {"clip": None}, f"{name} predicts no data to clip")
+    if not row.spacings and not (args.steps.isdecimal() and int(args.steps) > 0):
+        raise UserError(f"--steps {args.steps}: {name} takes a positive number.")
     return sampling.checkpoint_sampler(
         checkpoint, args.steps, walk=name, eta=args.eta, clip=args.clip
     )

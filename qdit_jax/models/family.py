@@ -40,7 +40,7 @@ class Network(Protocol):
         learned_variance: whether the output carries a variance in further channels.
         has_null: whether there is a condition of no condition, which guidance needs.
         guided_channels: how many channels guidance changes by default; None is all.
-        default_sampler: a name in `sampling.SAMPLERS`.
+        default_sampler: a name in `diffusion.SAMPLERS`.
     """
 
     @property

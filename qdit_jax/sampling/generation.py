@@ -175,7 +175,7 @@ def checkpoint_sampler(
 
     Args:
         steps: a number, or a published spacing (`"ddim25"`) in place of the scheduler's own.
-        walk: `"ddim"`, `"ddpm"` or `"flow"`, as the network allows; None for its own.
+        walk: a row of `diffusion.SAMPLERS`, as the network allows; None for its own.
         eta: noise of DDIM.
         clip: range of the predicted data, in place of the scheduler's own clipping.
 
@@ -185,28 +185,33 @@ def checkpoint_sampler(
     model, scheduler = checkpoint.model, own_scheduler(checkpoint.metadata)
     own = own_walk(checkpoint)
     walk = walk or own
-    is_flow = model.prediction == "velocity"
-    if is_flow != (walk == "flow"):
-        kind, fitting = ("a velocity", "flow") if is_flow else ("noise", "ddim or ddpm")
-        raise ValueError(f"walk={walk!r}: this model predicts {kind}; use {fitting}.")
-    if eta and walk != "ddim":
-        raise ValueError(f"eta={eta} is an option of ddim, not of {walk}.")
+    row = diffusion.sampler_named(walk)
+    if model.prediction not in row.predictions:
+        raise ValueError(f"walk={walk!r}: {fitting_samplers(model)}")
+    given = row.chosen(eta=eta or None, clip=clip)
     variance_fn = diffusion.learned_range if model.learned_variance else diffusion.fixed_large
     if scheduler is not None:
         return diffusion.scheduler_sampler(
             scheduler, steps, walk=walk, eta=eta, clip=clip, variance_fn=variance_fn
         )
-    if walk == "flow":
+    if not row.spacings:
         if not str(steps).isdecimal():
-            raise ValueError(f"steps={steps!r}: flow takes a positive number.")
-        return diffusion.flow(int(steps))
-    if walk == "ddim":
-        return diffusion.ddim(steps, eta, clip=clip)
-    return diffusion.ddpm(steps, clip=clip, variance_fn=variance_fn)
+            raise ValueError(f"steps={steps!r}: {walk} takes a positive number.")
+        return row.make_fn(int(steps), **given)
+    if "variance_fn" in row.options:
+        given["variance_fn"] = variance_fn
+    return row.make_fn(steps, predict_fn=diffusion.PREDICT_FNS[model.prediction], **given)
+
+
+def fitting_samplers(model: Any) -> str:
+    """Returns a sentence on which samplers a network can be walked with."""
+    what = model.prediction
+    kind = {"velocity": "a velocity", "epsilon": "noise"}.get(what, what)
+    return f"this model predicts {kind}; use {' or '.join(diffusion.samplers_of(what))}."
 
 
 def own_walk(checkpoint: Checkpoint) -> str:
-    """Returns the walk that a checkpoint takes by itself: `"ddim"`, `"ddpm"` or `"flow"`.
+    """Returns the walk that a checkpoint takes by itself, a row of `diffusion.SAMPLERS`.
 
     Raises:
         UserError: if the network does not return what its scheduler reads.
