@@ -21,7 +21,7 @@ def check_counts(least: int = 1, **named: Any) -> None:
     """
     for name, value in named.items():
         try:
-            number = operator.index(value)
+            number = operator.index("" if isinstance(value, bool) else value)
         except TypeError:
             raise TypeError(f"{name}={value!r} is not supported; use a whole number.") from None
         if number < least:
