@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qdit_jax.cli.options import (
     count,
@@ -15,6 +15,11 @@ from qdit_jax.cli.options import (
     verb_parser,
 )
 from qdit_jax.cli.paths import path_option
+from qdit_jax.files import AnyPath
+
+if TYPE_CHECKING:  # help is printed without them
+    from qdit_jax.checkpoint import Checkpoint
+    from qdit_jax.methods import CalibrationData
 
 HELP = """\
 Record the range of every linear layer's input and of the attention operands, by channel, at every
@@ -66,62 +71,19 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Writes statistics, or single inputs; returns what was written."""
-    import jax
-
     import qdit_jax as qdit
-    from qdit_jax.calibration import default_sampler
     from qdit_jax.cli.checkpoints import full_precision_checkpoint, guidance_of
-    from qdit_jax.cli.progress import Bar
     from qdit_jax.files import check_free
 
     if args.out.suffix != ".npz":
         raise qdit.UserError(f"OUT {args.out} must end in .npz.")
+    if args.collect and (args.hessians or args.tokens):
+        raise qdit.UserError("--hessians and --tokens belong to statistics; leave out --collect.")
     kind = "inputs" if args.collect else "statistics"
     check_free(args.out, args.force, kind, [args.checkpoint])
     checkpoint = full_precision_checkpoint(
         args.checkpoint, "statistics are of full-precision inputs"
     )
-    if args.collect:
-        return collect(args, checkpoint)
-    unfinished = args.out.with_suffix(".unfinished.npz")
-    resumes = unfinished.exists()
-    if resumes:
-        logging.getLogger("qdit_jax").info("going on from %s", unfinished)
-    with Bar(args, args.num_samples, "sample", "calibrating", resumes) as bar:
-        stats = qdit.calibrate(
-            checkpoint,
-            jax.random.key(args.seed),
-            args.num_samples,
-            sampler=default_sampler(checkpoint, args.steps),
-            guidance=guidance_of(checkpoint, args.guidance),
-            batch_size=args.batch_size,
-            hessians=args.hessians,
-            num_tokens=args.tokens,
-            unfinished=unfinished,
-            progress_fn=bar.update,
-        )
-    stats.save(args.out)
-    # A killed run also leaves what it was writing at that moment.
-    for left in (unfinished, *args.out.parent.glob(f".{unfinished.name}.*")):
-        left.unlink(missing_ok=True)
-    print(f"wrote {args.out}: {len(stats.low)} layers at {len(stats.timesteps)} timesteps")
-    return {
-        "out": args.out,
-        "layers": len(stats.low),
-        "timesteps": len(stats.timesteps),
-        "num_samples": args.num_samples,
-    }
-
-
-def collect(args: argparse.Namespace, checkpoint: Any) -> dict[str, Any]:
-    """Writes single inputs of the network."""
-    import qdit_jax as qdit
-    from qdit_jax.cli.checkpoints import guidance_of
-    from qdit_jax.cli.progress import Bar
-    from qdit_jax.methods import authors_items, spread_items
-
-    if args.hessians or args.tokens:
-        raise qdit.UserError("--hessians and --tokens belong to statistics; leave out --collect.")
     settings = qdit.CalibrationData(
         seed=args.seed,
         num_samples=args.num_samples,
@@ -129,9 +91,66 @@ def collect(args: argparse.Namespace, checkpoint: Any) -> dict[str, Any]:
         guidance=guidance_of(checkpoint, args.guidance),
         batch_size=args.batch_size,
     )
-    collect_fn = authors_items if args.collect == "authors" else spread_items
-    with Bar(args, args.num_samples, "sample", "collecting") as bar:
+    if args.collect:
+        return write_items(args.out, checkpoint, settings, args.collect)
+    return write_stats(args.out, checkpoint, settings, args.hessians, args.tokens)
+
+
+def write_stats(
+    out: AnyPath,
+    checkpoint: Checkpoint,
+    settings: CalibrationData,
+    hessians: str | None,
+    num_tokens: int,
+) -> dict[str, Any]:
+    """Writes statistics of the layers' inputs to `out`, which goes on where a run was stopped."""
+    import jax
+
+    import qdit_jax as qdit
+    from qdit_jax.calibration import default_sampler
+    from qdit_jax.cli.progress import Bar
+
+    unfinished = out.with_suffix(".unfinished.npz")
+    resumes = unfinished.exists()
+    if resumes:
+        logging.getLogger("qdit_jax").info("going on from %s", unfinished)
+    with Bar(settings.num_samples, "sample", "calibrating", resumes) as bar:
+        stats = qdit.calibrate(
+            checkpoint,
+            jax.random.key(settings.seed),
+            settings.num_samples,
+            sampler=default_sampler(checkpoint, settings.num_steps),
+            guidance=settings.guidance,
+            batch_size=settings.batch_size,
+            hessians=hessians,
+            num_tokens=num_tokens,
+            unfinished=unfinished,
+            progress_fn=bar.update,
+        )
+    stats.save(out)
+    # A killed run also leaves what it was writing at that moment.
+    for left in (unfinished, *out.parent.glob(f".{unfinished.name}.*")):
+        left.unlink(missing_ok=True)
+    print(f"wrote {out}: {len(stats.low)} layers at {len(stats.timesteps)} timesteps")
+    return {
+        "out": out,
+        "layers": len(stats.low),
+        "timesteps": len(stats.timesteps),
+        "num_samples": settings.num_samples,
+    }
+
+
+def write_items(
+    out: AnyPath, checkpoint: Checkpoint, settings: CalibrationData, choice: str
+) -> dict[str, Any]:
+    """Writes single inputs of the network to `out`, chosen as `--collect` says."""
+    from qdit_jax.cli.progress import Bar
+    from qdit_jax.methods import authors_items, spread_items
+
+    count = settings.num_samples
+    collect_fn = authors_items if choice == "authors" else spread_items
+    with Bar(count, "sample", "collecting") as bar:
         items = collect_fn(checkpoint, settings, bar.update)
-    items.save(args.out)
-    print(f"wrote {args.out}: {len(items.sample)} inputs of {args.num_samples} trajectories")
-    return {"out": args.out, "inputs": len(items.sample), "num_samples": args.num_samples}
+    items.save(out)
+    print(f"wrote {out}: {len(items.sample)} inputs of {count} trajectories")
+    return {"out": out, "inputs": len(items.sample), "num_samples": count}

@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--input-size takes rows, or rows and columns; got {len(size)} numbers.")
     if size is not None:
         size = size[0] if len(size) == 1 else tuple(size)
-    with _ProgressBar(args) as bar:
+    with _ProgressBar() as bar:
         checkpoint = convert(
             args.src,
             args.out,
@@ -192,8 +192,7 @@ def _summary(checkpoint: Any) -> str:
 class _ProgressBar:
     """A bar that counts the parameters read; it starts anew for a pipeline's next network."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+    def __init__(self) -> None:
         self.bar: Any = None
         self.family = ""
 
@@ -206,7 +205,7 @@ class _ProgressBar:
         if self.bar is None or family != self.family:
             self.close()
             self.family = family
-            self.bar = Bar(self.args, total, "tensor", f"reading {family}")
+            self.bar = Bar(total, "tensor", f"reading {family}")
         self.bar.update(1)
 
     def close(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from typing import Any
 
 from qdit_jax.cli.numerics_option import add_numerics
@@ -57,7 +56,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.quick:
         defaults = {"num_samples": 100, "steps": 50}
-        refuse_inert(args, defaults, "--quick takes 20 samples and 10 steps")
+        refuse_inert(vars(args), defaults, "--quick takes 20 samples and 10 steps")
     settings = DemoSettings(
         num_samples=20 if args.quick else args.num_samples,
         num_steps=10 if args.quick else args.steps,
@@ -66,4 +65,4 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         numerics=args.numerics,
         quick=args.quick,
     )
-    return run_demo(args.out, settings, bar_fn=partial(Bar, args))
+    return run_demo(args.out, settings, bar_fn=Bar)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 from qdit_jax.cli.numerics_option import add_numerics
 from qdit_jax.cli.options import (
     count,
-    finite_float,
-    guidance_channels,
-    positive_float,
     positive_int,
     refuse_inert,
     seed_number,
@@ -18,6 +16,8 @@ from qdit_jax.cli.options import (
     whole_number,
 )
 from qdit_jax.cli.paths import path_option
+from qdit_jax.cli.process import Process, add_process
+from qdit_jax.errors import UserError
 
 HELP = """\
 Sample a checkpoint, hold it against another sample by sample, and score it against a reference;
@@ -42,22 +42,12 @@ examples:
 Make inception_ckpt with `qdit convert pt_inception-2015-12-05-6726825d.pth inception_ckpt`.
 Only Inception's features give scores called FID, sFID, Inception Score and KID.
 """
-# Options of one way to call the verb, with their defaults; the other way refuses them.
-OF_CHECKPOINTS: dict[str, Any] = {
-    "against": None,
-    "compare": None,
-    "num_samples": 100,
-    "steps": "50",
-    "sampler": None,
-    "eta": 0.0,
-    "clip": None,
-    "guidance": 1.5,
-    "guidance_channels": "published",
-    "numerics": "simulated",
-    "vae": None,
-    "range_samples": 4,
-}
-OF_FILES: dict[str, Any] = {"samples": None, "pictures": None}
+# Options of one way to call the verb, None where they are not given; the other way refuses them.
+OF_CHECKPOINTS = (
+    *("against", "compare", "num_samples", "steps", "sampler", "eta", "clip", "guidance"),
+    *("guidance_channels", "numerics", "vae", "range_samples"),
+)
+OF_FILES = ("samples", "pictures")
 OF_SCORES = {
     "features": ["demo"],
     "preprocessing": "published",
@@ -65,6 +55,7 @@ OF_SCORES = {
     "split_size": 5000,
     "kernel_samples": 10_000,
 }
+FILE_BATCH = 64
 
 
 def add_parser(subparsers: Any) -> None:
@@ -84,8 +75,6 @@ def add_parser(subparsers: Any) -> None:
 
 
 def add_checkpoint_options(add: Any) -> None:
-    from qdit_jax.diffusion import SAMPLERS
-
     add(
         "--against",
         metavar="REF",
@@ -99,24 +88,7 @@ def add_checkpoint_options(add: Any) -> None:
         help="a second one, tested against CKPT in pairs",
     )
     add("--num-samples", type=whole_number(2), help="how many, of all classes in turn (100)")
-    add("--steps", help="number, or a spacing such as ddim25, as in qdit sample (50)")
-    add(
-        "--sampler",
-        choices=tuple(SAMPLERS),
-        help="default: that of the checkpoint's scheduler, else flow for velocity models, ddim for "
-        "others",
-    )
-    add("--eta", type=finite_float, help="noise of ddim (0)")
-    add(
-        "--clip", type=positive_float, help="clip the predicted data to [-CLIP, CLIP] at every step"
-    )
-    add("--guidance", type=finite_float, help="1 turns it off (1.5)")
-    add(
-        "--guidance-channels",
-        type=guidance_channels,
-        metavar="N|all",
-        help="guided channels: published (3 of DiT's 4), all as diffusers does (published)",
-    )
+    add_process(add)
     add_numerics(add, None, "of quantised layers, as in qdit sample (simulated)")
     add("--vae", type=path_option, help="the autoencoder, for checkpoints that hold none")
     add(
@@ -167,33 +139,67 @@ def add_score_options(add: Any) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Scores files or compares checkpoints, prints tables, and writes what was asked for."""
-    from qdit_jax.errors import UserError
+    check_options(vars(args))
+    from qdit_jax.evaluation import Scoring, check_features  # jax loads only when a verb runs
+    from qdit_jax.metrics import ScoreSettings
 
-    if (args.checkpoint is None) == (args.samples is None):
-        raise UserError("give a checkpoint to sample, or --samples FILE with ready-made images.")
-    used, other, kind = OF_CHECKPOINTS, OF_FILES, "ready-made files"
-    if args.checkpoint is None:
-        used, other, kind = OF_FILES, OF_CHECKPOINTS, "checkpoints"
-    for name in other:
-        if getattr(args, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} is an option of evaluating {kind}.")
-    for name, default in used.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-    if args.features[0] == "demo":
-        refuse_inert(
-            args, {"preprocessing": "published"}, "it is of Inception's input: --features inception"
+    check_features(args.features)
+    scoring = None
+    if args.reference is not None:
+        names = ("split_size", "kernel_samples", "min_samples", "seed")
+        scoring = Scoring(
+            args.reference,
+            tuple(args.features),
+            args.preprocessing,
+            ScoreSettings(**{name: getattr(args, name) for name in names}),
+            args.batch_size or FILE_BATCH,
         )
     if args.checkpoint is None:
-        from qdit_jax.cli.evaluate_files import evaluate_files  # jax loads only when a verb runs
+        from qdit_jax.cli.evaluate_files import evaluate_files
 
-        return evaluate_files(args)
-    if args.reference is None:
-        if args.features != OF_SCORES["features"]:
-            raise UserError(
-                "--features needs --reference: scores compare features with a reference's."
-            )
-        refuse_inert(args, OF_SCORES, "scores compare with a --reference, and none is given")
-    from qdit_jax.cli.evaluate_models import evaluate_models
+        assert scoring is not None, "check_options asks for a reference"
+        outputs = {"out": args.out, "pictures": args.pictures}
+        return evaluate_files(args.samples, scoring, **outputs, force=args.force)
+    from qdit_jax.cli.evaluate_models import Comparison, evaluate_models
 
-    return evaluate_models(args)
+    comparison = Comparison(
+        args.checkpoint,
+        args.against,
+        args.compare,
+        args.vae,
+        Process.of(vars(args)),
+        num_samples=given(args.num_samples, 100),
+        seed=args.seed,
+        batch_size=args.batch_size,
+        numerics=given(args.numerics, "simulated"),
+        range_samples=given(args.range_samples, 4),
+    )
+    return evaluate_models(comparison, scoring, out=args.out, force=args.force)
+
+
+def given(value: Any, default: Any) -> Any:
+    """Returns an option's value, its default where it was not given."""
+    return default if value is None else value
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises `UserError` if options do not fit together, before anything heavy is imported."""
+    of_files = options["checkpoint"] is None
+    if of_files == (options["samples"] is None):
+        raise UserError("give a checkpoint to sample, or --samples FILE with ready-made images.")
+    kind, others = ("checkpoints", OF_CHECKPOINTS) if of_files else ("ready-made files", OF_FILES)
+    for name in others:
+        if options[name] is not None:
+            raise UserError(f"--{name.replace('_', '-')} is an option of evaluating {kind}.")
+    if options["features"][0] == "demo":
+        reason = "it is of Inception's input: --features inception"
+        refuse_inert(options, {"preprocessing": "published"}, reason)
+    if options["compare"] is not None and options["against"] is None:
+        raise UserError("--compare OTHER needs --against REF: both are held against it.")
+    if options["reference"] is not None:
+        return
+    if of_files:
+        raise UserError("--samples needs --reference: a .npz file, or `demo`.")
+    if options["features"] != OF_SCORES["features"]:
+        raise UserError("--features needs --reference: scores compare features with a reference's.")
+    refuse_inert(options, OF_SCORES, "scores compare with a --reference, and none is given")

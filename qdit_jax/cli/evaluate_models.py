@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import logging
@@ -14,32 +13,27 @@ import numpy as np
 from qdit_jax.calibration import Stats, calibrate
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.cli.checkpoints import diffusion_checkpoint, with_autoencoder
-from qdit_jax.cli.evaluate_files import (
-    FILE_BATCH,
-    Judge,
-    check_options,
-    chosen_judge,
-    labelled,
-    other_inputs,
-    score_files,
-)
+from qdit_jax.cli.evaluate_files import watched
+from qdit_jax.cli.process import Process
 from qdit_jax.cli.progress import Bar
-from qdit_jax.cli.sample_run import chosen_channels, chosen_sampler, own_walk_text
 from qdit_jax.errors import UserError
 from qdit_jax.evaluation import (
     MEASURES,
     Contender,
+    Judge,
     Protocol,
     Run,
+    Scoring,
     compared_pictures,
+    labelled,
     merge,
     run_evaluation,
+    sample_shape,
     summarize,
     write_evaluation,
 )
 from qdit_jax.files import (
     AnyPath,
-    PathLike,
     as_path,
     check_apart,
     check_free,
@@ -50,7 +44,6 @@ from qdit_jax.report import save_picture
 from qdit_jax.sampling import (
     check_numerics,
     conditions_in_turn,
-    decode,
     denoiser,
     num_guided_channels,
 )
@@ -59,33 +52,98 @@ DEFAULT_OUT = "qdit-evaluate"
 PAGES = {"metrics.json": "figures", "pictures.png": "picture", "report.html": "report"}
 
 
-def evaluate_models(args: argparse.Namespace) -> dict[str, Any]:
-    """Samples, measures, scores, prints tables and writes the folder `args.out`.
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Which checkpoints are sampled and how: the options of `qdit evaluate CKPT`."""
+
+    checkpoint: AnyPath
+    against: AnyPath | None
+    compare: AnyPath | None
+    vae: AnyPath | None
+    process: Process
+    num_samples: int
+    seed: int
+    batch_size: int | None
+    numerics: str
+    range_samples: int
+
+    def contenders(self) -> list[Contender]:
+        """Returns the checkpoints, the reference first, each with an autoencoder if one is known."""
+        paths = [p for p in (self.against, self.checkpoint, self.compare) if p is not None]
+        found = [with_autoencoder(diffusion_checkpoint(path), self.vae) for path in paths]
+        check_all_numerics(found, self.numerics)
+        known = next((c.vae for c in found if c.vae is not None), None)
+        return [
+            Contender(title, dataclasses.replace(c, vae=c.vae or known))
+            for title, c in zip(titles(paths), found, strict=True)
+        ]
+
+    def protocol(self, contenders: list[Contender]) -> Protocol:
+        """Returns how all of them are sampled, with the first one's scheduler.
+
+        Raises:
+            UserError: if sampler or guidance do not fit one of them.
+        """
+        process, first = self.process, contenders[0].checkpoint
+        channels = num_guided_channels(first.model, process.channels)
+        for contender in contenders:  # what guidance does not fit, before the folder is made
+            denoiser(contender.checkpoint.model, {}, process.guidance, channels)
+        sampler = process.sampler_of(first)
+        record = {
+            "sampler": type(sampler).__name__,
+            "steps": process.steps,
+            "eta": process.eta,
+            "clip": process.clip,
+        }
+        if (text := process.scheduler_text(first)) is not None:
+            record["walk"] = text
+            print(text)
+        return Protocol(
+            sampler,
+            record,
+            self.num_samples,
+            seed=self.seed,
+            guidance=process.guidance,
+            guidance_channels=channels,
+            numerics=self.numerics,
+            batch_size=self.batch_size,
+        )
+
+
+def evaluate_models(
+    comparison: Comparison, scoring: Scoring | None, *, out: AnyPath | None, force: bool
+) -> dict[str, Any]:
+    """Samples, measures, scores, prints tables and writes the folder `out`.
 
     Returns what metrics.json holds.
 
     Raises:
         ValueError: one sentence for anything that would make a number meaningless.
     """
-    check_arguments(args)
-    out = as_path(args.out or DEFAULT_OUT)
+    out = as_path(out or DEFAULT_OUT)
     if out.suffix in (".json", ".html", ".npz", ".png"):
         raise UserError(f"--out {out}: of checkpoints, it is a folder for all results.")
-    inputs = [args.checkpoint, args.against, args.compare, args.vae, *other_inputs(args)]
+    given = [comparison.checkpoint, comparison.against, comparison.compare, comparison.vae]
+    inputs = [*given, *(scoring.inputs if scoring else ())]
     check_apart(out, inputs)
     for name, kind in PAGES.items():
         check_free(out / name, True, kind)
-    contenders = loaded(args)
-    model = contenders[0].checkpoint.model
-    args.guidance_channels = num_guided_channels(model, args.guidance_channels)
-    for contender in contenders:  # what guidance does not fit, before the folder is made
-        denoiser(contender.checkpoint.model, {}, args.guidance, args.guidance_channels)
-    protocol = chosen_protocol(args, contenders)
+    contenders = comparison.contenders()
+    protocol = comparison.protocol(contenders)
     judge = None
-    if args.reference is not None:
-        judge = judge_of(args, contenders)
-    with renewed_folder(out, args.force, "evaluation", inputs) as folder:
-        summary, files = evaluated(args, contenders, protocol, judge, folder)
+    if scoring is not None:
+        name = str(comparison.checkpoint)
+        judge = scoring.judge(
+            (comparison.num_samples, *image_shape(contenders[0].checkpoint)), name
+        )
+    with renewed_folder(out, force, "evaluation", inputs) as folder:
+        run, files, scores = measured(contenders, protocol, judge, folder)
+        summary = summarize(run, contenders, scores)
+        if scoring is not None and judge is not None:
+            summary["settings"]["reference"] = str(scoring.reference)
+            summary["settings"]["features"] = judge.features
+        stats = range_stats(contenders[0].checkpoint, protocol, comparison.range_samples, folder)
+        write_results(folder, run, contenders, summary, stats)
     print_summary(summary)
     print(
         f"wrote {out / 'report.html'}, {out / 'metrics.json'} and "
@@ -94,61 +152,30 @@ def evaluate_models(args: argparse.Namespace) -> dict[str, Any]:
     return summary
 
 
-def evaluated(
-    args: argparse.Namespace,
-    contenders: list[Contender],
-    protocol: Protocol,
-    judge: Judge | None,
-    out: AnyPath,
-) -> tuple[dict[str, Any], list[AnyPath]]:
-    """Returns the summary and the files of samples, all written to the folder `out`."""
-    model = contenders[0].checkpoint.model
+def measured(
+    contenders: list[Contender], protocol: Protocol, judge: Judge | None, out: AnyPath
+) -> tuple[Run, list[AnyPath], dict[str, Any]]:
+    """Returns the samples' measures, the files of samples in the folder `out`, and their scores."""
     if (out / "shards").exists():
         logging.getLogger("qdit_jax").info("going on from %s", out)
-    with Bar(args, args.num_samples, "sample", "sampling", resumes=True) as bar:
+    with Bar(protocol.num_samples, "sample", "sampling", resumes=True) as bar:
         run = run_evaluation(contenders, protocol, out, bar.update)
-    label = conditions_in_turn(model, None, np.arange(args.num_samples))
-    files = merged(run, contenders, label)
-    scores = {}
-    if judge is not None:
-        found = score_files(args, judge, files, args.batch_size or FILE_BATCH)
-        scores = {
-            c.title: labelled(judge.features, f) for c, f in zip(contenders, found, strict=True)
-        }
-    stats = range_stats(args, contenders[0].checkpoint, protocol, out / "ranges.npz")
-    summary = summarize(run, contenders, scores)
-    if judge is not None:
-        summary["settings"]["reference"] = str(args.reference)
-        summary["settings"]["features"] = judge.features
-    write_results(out, run, contenders, summary, stats)
-    return summary, files
+    model = contenders[0].checkpoint.model
+    files = merged(
+        run, contenders, conditions_in_turn(model, None, np.arange(protocol.num_samples))
+    )
+    if judge is None:
+        return run, files, {}
+    found = judge.scores(files, watched)
+    scores = {c.title: labelled(judge.features, f) for c, f in zip(contenders, found, strict=True)}
+    return run, files, scores
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raises `UserError` if options do not fit together."""
-    if args.compare is not None and args.against is None:
-        raise UserError("--compare OTHER needs --against REF: both are held against it.")
-    check_options(args)
-    args.guidance_channels = chosen_channels(args)
-
-
-def loaded(args: argparse.Namespace) -> list[Contender]:
-    """Returns the contenders, the reference first, each with an autoencoder where one is known."""
-    paths = [p for p in (args.against, args.checkpoint, args.compare) if p is not None]
-    found = [with_autoencoder(diffusion_checkpoint(path), args.vae) for path in paths]
-    check_all_numerics(args, found)
-    known = next((c.vae for c in found if c.vae is not None), None)
-    return [
-        Contender(title, dataclasses.replace(c, vae=c.vae or known))
-        for title, c in zip(titles(paths), found, strict=True)
-    ]
-
-
-def check_all_numerics(args: argparse.Namespace, found: list[Checkpoint]) -> None:
+def check_all_numerics(found: list[Checkpoint], numerics: str) -> None:
     """Raises `ValueError` if integer numerics has no effect on any of the checkpoints."""
     for i, checkpoint in enumerate(found):
         try:
-            check_numerics(checkpoint.params, args.numerics)
+            check_numerics(checkpoint.params, numerics)
             return
         except ValueError:
             if i == len(found) - 1:
@@ -166,56 +193,26 @@ def titles(paths: list[AnyPath]) -> list[str]:
     return [f"{name} ({i})" for i, name in enumerate(names, 1)]
 
 
-def chosen_protocol(args: argparse.Namespace, contenders: list[Contender]) -> Protocol:
-    sampler = chosen_sampler(args, contenders[0].checkpoint)
-    record = {
-        "sampler": type(sampler).__name__,
-        "steps": args.steps,
-        "eta": args.eta,
-        "clip": args.clip,
-    }
-    walk = own_walk_text(args, contenders[0].checkpoint)
-    if walk is not None:
-        record["walk"] = walk
-        print(walk)
-    return Protocol(
-        sampler,
-        record,
-        args.num_samples,
-        seed=args.seed,
-        guidance=args.guidance,
-        guidance_channels=args.guidance_channels,
-        numerics=args.numerics,
-        batch_size=args.batch_size,
-    )
+def image_shape(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Returns rows, columns and channels of a checkpoint's images.
 
-
-def judge_of(args: argparse.Namespace, contenders: list[Contender]) -> Judge:
-    """Returns what the images to come are scored with; checks sizes and counts beforehand."""
-    shape = image_shape(contenders[0].checkpoint)
-    if shape is None:
+    Raises:
+        UserError: if it makes latents that nothing decodes.
+    """
+    if not decodes(checkpoint):
         raise UserError(
             "the models make latents and no autoencoder is known; give --vae CHECKPOINT to score "
             "images against --reference."
         )
-    batch_size, args.batch_size = args.batch_size, args.batch_size or FILE_BATCH
-    try:
-        return chosen_judge(args, (args.num_samples, *shape), str(args.checkpoint))
-    finally:
-        args.batch_size = batch_size
+    return sample_shape(checkpoint)
 
 
-def image_shape(checkpoint: Checkpoint) -> tuple[int, ...] | None:
-    """Returns rows, columns and channels of a checkpoint's images; None if it makes latents."""
-    shape = checkpoint.model.sample_shape()
-    vae = checkpoint.vae
-    if vae is None:
-        return shape if shape[-1] in (1, 3) else None
-    latents = jax.ShapeDtypeStruct((1, *shape), np.float32)
-    return jax.eval_shape(lambda z: decode(vae, z), latents).shape[1:]
+def decodes(checkpoint: Checkpoint) -> bool:
+    """Returns whether samples of the checkpoint are images."""
+    return checkpoint.vae is not None or checkpoint.model.sample_shape()[-1] in (1, 3)
 
 
-def merged(run: Run, contenders: list[Contender], label: np.ndarray) -> list[AnyPath]:
+def merged(run: Run, contenders: list[Contender], label: Any) -> list[AnyPath]:
     """Writes the samples of each contender and returns the files, in their order.
 
     `samples.npz` is the checkpoint under evaluation.
@@ -225,8 +222,8 @@ def merged(run: Run, contenders: list[Contender], label: np.ndarray) -> list[Any
         names = ["reference_samples.npz", "samples.npz", "compared_samples.npz"]
     files = []
     for i, (contender, name) in enumerate(zip(contenders, names, strict=False)):
-        decoded = image_shape(contender.checkpoint) is not None
-        array, member = ("images", "arr_0") if decoded else ("latents", "latents")
+        is_image = decodes(contender.checkpoint)
+        array, member = ("images", "arr_0") if is_image else ("latents", "latents")
         file = run.folder / name
         merge(run.folder, run.ranges, f"{i}/{array}", file, member, label=label)
         files.append(file)
@@ -234,20 +231,20 @@ def merged(run: Run, contenders: list[Contender], label: np.ndarray) -> list[Any
 
 
 def range_stats(
-    args: argparse.Namespace, checkpoint: Checkpoint, protocol: Protocol, file: AnyPath
+    checkpoint: Checkpoint, protocol: Protocol, num_samples: int, folder: AnyPath
 ) -> Stats | None:
-    """Returns the ranges of the first model's inputs, kept in `file` for the next time."""
-    if args.range_samples == 0:
+    """Returns the ranges of a model's inputs, kept in `folder` for the next time; None of 0 samples."""
+    if num_samples == 0:
         return None
-    count = min(args.range_samples, args.num_samples)
+    file, count = folder / "ranges.npz", min(num_samples, protocol.num_samples)
     if file.is_file():
         return Stats.load(file)
     stats = calibrate(
         checkpoint,
-        jax.random.key(args.seed),
+        jax.random.key(protocol.seed),
         count,
         sampler=protocol.sampler,
-        guidance=args.guidance,
+        guidance=protocol.guidance,
         batch_size=count,
     )
     stats.save(file)
@@ -255,7 +252,7 @@ def range_stats(
 
 
 def write_results(
-    out: PathLike,
+    out: AnyPath,
     run: Run,
     contenders: list[Contender],
     summary: dict[str, Any],

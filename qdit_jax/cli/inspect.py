@@ -53,7 +53,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     is_checkpoint = (args.path / "model.json").is_file()
     if args.stats:
-        return draw_stats(args, is_checkpoint)
+        if not is_checkpoint and args.path.exists():
+            raise UserError(
+                f"{args.path} is no checkpoint folder; --stats runs the model, so make one with "
+                f"`qdit convert {args.path} OUT` first."
+            )
+        chosen = {name: getattr(args, name) for name in STATS if getattr(args, name) is not None}
+        default_out = as_path(f"{args.path.resolve().name}-stats")
+        settings = {**STATS, "out": default_out, **chosen}
+        return draw_stats(args.path, **settings, force=args.force)
     if args.force:
         raise UserError("--force is an option of --stats.")
     if given := [name for name in STATS if getattr(args, name) is not None]:
@@ -82,26 +90,58 @@ def folder_parts(folder: AnyPath) -> dict[str, Any]:
     }
 
 
-def draw_stats(args: argparse.Namespace, is_checkpoint: bool) -> dict[str, Any]:
+def draw_stats(
+    path: AnyPath,
+    out: AnyPath,
+    *,
+    num_samples: int,
+    steps: int,
+    guidance: float | None,
+    seed: int,
+    batch_size: int,
+    force: bool,
+) -> dict[str, Any]:
     """Samples a little, draws, prints the layers that stand out, and returns the figures.
 
     Raises:
-        UserError: if there is no checkpoint of a diffusion transformer, or an option is off.
+        UserError: if there is no checkpoint of a diffusion transformer, or `out` is taken.
     """
-    from qdit_jax.errors import UserError
-    from qdit_jax.report import check_report_folder
+    import jax
 
-    for name, default in STATS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-    if not is_checkpoint and args.path.exists():
-        raise UserError(
-            f"{args.path} is no checkpoint folder; --stats runs the model, so make one with "
-            f"`qdit convert {args.path} OUT` first."
+    from qdit_jax.calibration import calibrate, default_sampler
+    from qdit_jax.cli.checkpoints import diffusion_checkpoint, guidance_of
+    from qdit_jax.cli.progress import Bar
+    from qdit_jax.report import check_report_folder, write_model_report
+
+    check_report_folder(out, overwrite=force, inputs=[path])
+    checkpoint = diffusion_checkpoint(path)
+    guidance = guidance_of(checkpoint, guidance)
+    sampler = default_sampler(checkpoint, steps)
+    with Bar(num_samples, "sample", "sampling") as bar:
+        stats = calibrate(
+            checkpoint,
+            jax.random.key(seed),
+            num_samples,
+            sampler=sampler,
+            guidance=guidance,
+            batch_size=min(batch_size, num_samples),
+            progress_fn=bar.update,
         )
-    out = args.out or as_path(f"{args.path.resolve().name}-stats")
-    check_report_folder(out, overwrite=args.force, inputs=[args.path])
-    summary = recorded(args, out)
+    protocol = {
+        "sampler": type(sampler).__name__,
+        "steps": steps,
+        "samples": num_samples,
+        "guidance": guidance,
+        "seed": seed,
+    }
+    summary = write_model_report(out, path.resolve().name, checkpoint.params, stats, protocol)
+    print_outliers(summary)
+    print(f"wrote {out / 'report.html'}, {out / 'stats.json'} and 5 charts")
+    return summary
+
+
+def print_outliers(summary: dict[str, Any]) -> None:
+    """Prints the spread of each layer's weights and inputs."""
     for path, entry in summary["inputs"].items():
         weights = summary["weights"][path]
         print(
@@ -110,41 +150,6 @@ def draw_stats(args: argparse.Namespace, is_checkpoint: bool) -> dict[str, Any]:
             f"channels, the largest {entry['largest_over_median']:.1f} x median, drift "
             f"{entry['drift']:.2f}"
         )
-    print(f"wrote {out / 'report.html'}, {out / 'stats.json'} and 5 charts")
-    return summary
-
-
-def recorded(args: argparse.Namespace, out: AnyPath) -> dict[str, Any]:
-    """Runs the model, writes the report to `out` and returns its figures."""
-    import jax
-
-    from qdit_jax.calibration import calibrate, default_sampler
-    from qdit_jax.cli.checkpoints import diffusion_checkpoint, guidance_of
-    from qdit_jax.cli.progress import Bar
-    from qdit_jax.report import write_model_report
-
-    checkpoint = diffusion_checkpoint(args.path)
-    guidance = guidance_of(checkpoint, args.guidance)
-    sampler = default_sampler(checkpoint, args.steps)
-    with Bar(args, args.num_samples, "sample", "sampling") as bar:
-        stats = calibrate(
-            checkpoint,
-            jax.random.key(args.seed),
-            args.num_samples,
-            sampler=sampler,
-            guidance=guidance,
-            batch_size=min(args.batch_size, args.num_samples),
-            progress_fn=bar.update,
-        )
-    protocol = {
-        "sampler": type(sampler).__name__,
-        "steps": args.steps,
-        "samples": args.num_samples,
-        "guidance": guidance,
-        "seed": args.seed,
-    }
-    title = args.path.resolve().name
-    return write_model_report(out, title, checkpoint.params, stats, protocol)
 
 
 def summarize(path: str, found: dict[str, Any]) -> dict[str, Any]:

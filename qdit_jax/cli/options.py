@@ -167,14 +167,14 @@ def guidance_channels(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive number, nor 'all'") from None
 
 
-def refuse_inert(args: argparse.Namespace, defaults: Mapping[str, Any], reason: str) -> None:
+def refuse_inert(given: Mapping[str, Any], defaults: Mapping[str, Any], reason: str) -> None:
     """Raises `UserError` for the first option of `defaults` that was given and would do nothing.
 
-    An option counts as given if it differs from its default. `reason` ends the sentence
-    "--eta 1 has no effect: ...".
+    An option counts as given if its value in `given` differs from its default. `reason` ends the
+    sentence "--eta 1 has no effect: ...".
     """
     for name, default in defaults.items():
-        value = getattr(args, name)
+        value = given[name]
         if value != default:
             shown = "" if value is True else f" {text_of(value)}"
             raise UserError(f"--{name.replace('_', '-')}{shown} has no effect: {reason}.")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
+import logging
 import sys
 import time
 from typing import Any
 
 
-def is_shown(args: argparse.Namespace) -> bool:
+def notes_are_shown() -> bool:
+    """Returns whether notes are printed: not with --quiet."""
+    return logging.getLogger("qdit_jax").isEnabledFor(logging.INFO)
+
+
+def is_shown() -> bool:
     """Returns whether bars are drawn: on a terminal, and not with --quiet."""
-    return sys.stderr.isatty() and not args.quiet
+    return sys.stderr.isatty() and notes_are_shown()
 
 
 class Bar:
@@ -21,14 +26,9 @@ class Bar:
     """
 
     def __init__(
-        self,
-        args: argparse.Namespace,
-        total: int,
-        unit: str,
-        text: str | None = None,
-        resumes: bool = False,
+        self, total: int, unit: str, text: str | None = None, resumes: bool = False
     ) -> None:
-        self.shown = is_shown(args)
+        self.shown = is_shown()
         self.settings: dict[str, Any] = {
             "total": total,
             "unit": unit,

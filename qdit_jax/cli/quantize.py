@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     checkpoint = open_checkpoint(args.checkpoint)  # which reads no array
     check_diffusion_model(checkpoint.model, args.checkpoint)
     recipe = recipe_of(args.recipe, PresetOptions.of(vars(args)), args.method, checkpoint.params)
-    check_options(args, recipe)
+    check_options(vars(args), recipe)
     if args.stats is None and not args.dry_run:
         check_dynamic(recipe)
     plans = {plan.path: plan for plan in qdit.plan(checkpoint.params, recipe)}
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             show(path, "-")
         return told(table.totals(rows, checkpoint.params), recipe, checkpoint.params)
     data = data_of(args.items if learns else None, args.stats, vars(args))
-    with Bar(args, 0, "batch", "rounding") as bar:
+    with Bar(0, "batch", "rounding") as bar:
         written = qdit.quantize(
             args.checkpoint,
             args.method,

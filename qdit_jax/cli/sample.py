@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import Any
+import re
+import time
+from typing import TYPE_CHECKING, Any
 
 from qdit_jax.cli.numerics_option import add_numerics
 from qdit_jax.cli.options import (
-    finite_float,
-    guidance_channels,
-    positive_float,
+    LARGEST_COUNT,
     positive_int,
+    refuse_inert,
     seed_number,
     verb_parser,
 )
 from qdit_jax.cli.paths import path_option
-from qdit_jax.diffusion import SAMPLERS
+from qdit_jax.cli.process import Process, add_process
+from qdit_jax.errors import UserError
+from qdit_jax.files import AnyPath
+
+if TYPE_CHECKING:  # help is printed without them
+    import numpy as np
+
+    from qdit_jax.checkpoint import Checkpoint
 
 EXAMPLE = """example:
   qdit sample ckpt_dir --labels 207,360 --steps 50 --guidance 1.5 --seed 0 --out grid.png
   qdit sample ckpt_dir --num-samples 10000 --sampler ddpm --steps 250 --out samples.npz
 """
+WHOLE = re.compile("[0-9]+")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -70,41 +78,108 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run, resumes=lambda args: True)
 
 
-def add_process(add: Callable) -> None:
-    """Adds the options of the sampling process: walk, steps and guidance."""
-    add(
-        "--sampler",
-        choices=tuple(SAMPLERS),
-        help="default: that of the checkpoint's scheduler, else flow for velocity models, ddim for "
-        "others",
-    )
-    add(
-        "--steps",
-        default="50",
-        help="number, spaced as the checkpoint's scheduler says if it has one, or a published "
-        "spacing: ddim25, 10,15,20 (%(default)s)",
-    )
-    add(
-        "--eta",
-        type=finite_float,
-        default=0.0,
-        help="noise of ddim: 0 none, 1 as ddpm (%(default)s)",
-    )
-    add("--guidance", type=finite_float, default=1.5, help="1 turns it off (%(default)s)")
-    add(
-        "--guidance-channels",
-        type=guidance_channels,
-        default="published",
-        metavar="N|all",
-        help="guided channels: published (3 of DiT's 4), all as diffusers does (%(default)s)",
-    )
-    add(
-        "--clip", type=positive_float, help="clip the predicted data to [-CLIP, CLIP] at every step"
-    )
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Samples, decodes and writes; raises `UserError` on options that do not fit."""
-    from qdit_jax.cli.sample_run import run_sample  # jax loads only when a verb runs
+    """Samples, decodes and writes; prints what was made and how long it took, and returns it."""
+    from qdit_jax import sampling
+    from qdit_jax.cli.checkpoints import diffusion_checkpoint, with_autoencoder
+    from qdit_jax.cli.progress import Bar
+    from qdit_jax.evaluation import SampleFile
 
-    return run_sample(args)
+    check_output(args.out, args.columns, args.force, [args.checkpoint, args.vae])
+    process = Process.of(vars(args))
+    checkpoint = with_autoencoder(diffusion_checkpoint(args.checkpoint), args.vae)
+    label = chosen_labels(args.labels, args.num_samples, len(checkpoint.model.all_conditions()))
+    job = SampleFile(
+        checkpoint,
+        process.sampler_of(checkpoint),
+        label,
+        seed=args.seed,
+        guidance=process.guidance,
+        guidance_channels=process.channels,
+        numerics=args.numerics,
+        batch_size=args.batch_size,
+        settings={"steps": process.steps, "eta": process.eta, "clip": process.clip},
+    )
+    if job.is_latent and args.out.suffix == ".png":
+        raise UserError(
+            f"the model's {checkpoint.model.sample_shape()[-1]} channels are latents and "
+            f"{args.checkpoint} holds no autoencoder; give --vae CHECKPOINT, or --out latents.npz."
+        )
+    checkpoint.model.check_condition(label)
+    # What these refuse shows before anything is computed.
+    sampling.denoiser(checkpoint.model, checkpoint.params, process.guidance, process.channels)
+    sampling.check_numerics(checkpoint.params, args.numerics)
+    if (text := process.scheduler_text(checkpoint)) is not None:
+        print(text)
+    start = time.perf_counter()
+    with Bar(len(label), "sample", "sampling", resumes=True) as bar:
+        job.write(args.out, columns=args.columns, force=args.force, progress_fn=bar.update)
+    seconds = time.perf_counter() - start
+    made = {
+        "sampler": type(job.sampler).__name__,
+        "steps": process.steps,
+        "guidance": process.guidance,
+        "seed": args.seed,
+        "precision": precision(checkpoint, args.numerics),
+    }
+    print(
+        f"{args.out}: {len(label)} samples, {made['sampler']} {process.steps} steps, "
+        f"guidance {process.guidance:g}, {made['precision']}, {seconds:.1f} s with compilation."
+    )
+    found = {"out": args.out, "num_samples": len(label), "labels": label}
+    return {**found, **made, "seconds_with_compilation": seconds}
+
+
+def check_output(
+    out: AnyPath, columns: int | None, force: bool, inputs: list[AnyPath | None]
+) -> None:
+    """Raises `UserError` if what is to be written cannot be."""
+    from qdit_jax.files import check_free
+
+    if out.suffix not in (".png", ".npz"):
+        raise UserError(f"--out {out}: the name must end with .png or .npz.")
+    if out.suffix == ".npz":
+        refuse_inert({"columns": columns}, {"columns": None}, "an .npz has no grid")
+    check_free(out, force, "picture" if out.suffix == ".png" else "samples", inputs)
+
+
+def precision(checkpoint: Checkpoint, numerics: str) -> str:
+    """Returns how the numbers were computed and by what, in words."""
+    from qdit_jax.kernels import implementations_used
+    from qdit_jax.models import rows_per_sample
+
+    if checkpoint.recipe is None:
+        return "full precision"
+    used = implementations_used(checkpoint.params, numerics, rows=rows_per_sample(checkpoint.model))
+    names = ", ".join(f"{name} ({count} layers)" for name, count in used.items())
+    return f"quantized, {numerics} numerics" + (f" by {names}" if names else "")
+
+
+def chosen_labels(text: str | None, num_samples: int | None, num_classes: int) -> np.ndarray:
+    """Returns one label per sample: those of `text`, or all classes, in turn.
+
+    Raises:
+        UserError: if `text` is no list of numbers and ranges, or one is beyond the null class.
+    """
+    import numpy as np
+
+    if text is None:
+        return np.arange(num_samples or 8) % num_classes
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        if not WHOLE.fullmatch(first) or (dash and not WHOLE.fullmatch(last)):
+            raise UserError(
+                f"--labels {text}: {part!r} is no class; use numbers such as 207,360 or 0-9."
+            )
+        if len(last or first) > 9 or int(last or first) > num_classes:
+            raise UserError(
+                f"--labels {text}: label {last or first} is out of range; this model knows 0 to "
+                f"{num_classes - 1}."
+            )
+        found += range(int(first), int(last or first) + 1)
+        if len(found) > LARGEST_COUNT:
+            raise UserError(f"--labels names more than {LARGEST_COUNT:,} samples; use fewer.")
+    if not found:
+        raise UserError(f"--labels {text} names no class; a range runs from low to high.")
+    return np.resize(np.array(found), num_samples or len(found))

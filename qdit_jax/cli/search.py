@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 from qdit_jax.cli.options import (
@@ -97,11 +98,32 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Searches, prints progress, and writes the results."""
-    from qdit_jax.cli.search_run import run_search  # jax loads only when a verb runs
+    """Searches, prints progress, and writes the results; only the first process writes."""
+    options = vars(args)
+    check_options(options)
+    import jax  # which loads only when a verb runs
 
-    check_options(args)
-    return run_search(args)
+    from qdit_jax.cli import search_run
+    from qdit_jax.evaluation import scoring_inputs
+
+    search_run.join_others(args.coordinator, args.num_processes, args.process_id, args.distributed)
+    inputs = [args.checkpoint, *scoring_inputs(args.reference, args.features)]
+    search_run.check_folder(args.out, args.force, inputs)
+    job = search_run.Job.of(options)
+    if jax.process_index() != 0:
+        from qdit_jax.files import renewed_path
+
+        folder = renewed_path(args.out, args.force, "search")
+        return search_run.told(args.out, job.result(folder, is_first=False))
+    from qdit_jax.files import renewed_folder
+
+    with renewed_folder(args.out, args.force, "search", inputs) as folder:
+        result = job.result(folder, is_first=True)
+        search_run.write_result(folder, result)
+    print(search_run.summary(result))
+    recipe = args.out / "recipe.json"
+    print(f"wrote {args.out}: next, qdit quantize {args.checkpoint} DIR --recipe {recipe}")
+    return search_run.told(args.out, result)
 
 
 def pin(text: str) -> tuple[str, int]:
@@ -112,21 +134,21 @@ def pin(text: str) -> tuple[str, int]:
     return pattern(regex), whole_number(0)(size)
 
 
-def check_options(args: argparse.Namespace) -> None:
+def check_options(options: Mapping[str, Any]) -> None:
     """Raises `UserError` for an option that the others leave without effect."""
-    if args.method == "default":
+    if options["method"] == "default":
         refuse_inert(
-            args,
+            options,
             {"population": 50, "generations": 10},
             "--method default is no evolution",
         )
-    if args.objective != "frechet":
+    if options["objective"] != "frechet":
         refuse_inert(
-            args,
+            options,
             {"reference": None, "features": DEMO},
-            f"--objective {args.objective} compares no features",
+            f"--objective {options['objective']} compares no features",
         )
-    if args.objective == "predicted":
-        refuse_inert(args, {"per_device": 1}, "--objective predicted measures no candidates")
-    if args.method == "qdit-release":
-        refuse_inert(args, {"guidance": None}, "the release searches without guidance")
+    if options["objective"] == "predicted":
+        refuse_inert(options, {"per_device": 1}, "--objective predicted measures no candidates")
+    if options["method"] == "qdit-release":
+        refuse_inert(options, {"guidance": None}, "the release searches without guidance")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-import qdit_jax as qdit
 from qdit_jax.allocation import (
     EvolutionSettings,
     LostWorkerError,
@@ -24,155 +24,152 @@ from qdit_jax.allocation import (
     strategy_named,
 )
 from qdit_jax.calibration import default_sampler
+from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.cli.checkpoints import full_precision_checkpoint, guidance_of
-from qdit_jax.cli.progress import Bar
+from qdit_jax.cli.progress import Bar, notes_are_shown
 from qdit_jax.cli.search_pictures import draw_front, draw_map
-from qdit_jax.files import (
-    AnyPath,
-    as_path,
-    check_free,
-    renewed_folder,
-    renewed_path,
-    replaced_file,
-)
+from qdit_jax.errors import UserError
+from qdit_jax.evaluation import named_features, reference_path
+from qdit_jax.files import AnyPath, check_free, replaced_file
+from qdit_jax.metrics import check_network, read_reference
 from qdit_jax.report import provenance
 
 
-def run_search(args: argparse.Namespace) -> dict[str, Any]:
-    """Searches, prints progress, and writes the results; only the first process writes."""
-    join_others(args)
-    inputs = [args.checkpoint, *other_inputs(args)]
-    check_folder(args.out, args.force, inputs)
-    checkpoint = full_precision_checkpoint(args.checkpoint, "a search compares with full precision")
-    args.guidance = guidance_of(checkpoint, args.guidance)
-    Rollout.of(checkpoint.model, None, args.guidance)  # refuses before anything is computed
-    if jax.process_index() != 0:
-        folder = renewed_path(args.out, args.force, "search")
-        return told(args, found(args, checkpoint, folder, Progress(args, False)))
-    with renewed_folder(args.out, args.force, "search", inputs) as folder:
-        if any((folder / "state").glob("[0-9]*")):
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A search as the options describe it, checked against its checkpoint."""
+
+    checkpoint: Checkpoint
+    budget: str | None
+    objective: str
+    method: str
+    settings: EvolutionSettings | None
+    space: dict[str, Any]
+    rollouts: Rollouts
+    seed: int
+    reference: str | None
+    features: tuple[str, ...]
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Job:
+        """Returns the search of parsed options.
+
+        Raises:
+            UserError: if the checkpoint is quantized, or an option does not fit it.
+        """
+        checkpoint = full_precision_checkpoint(
+            options["checkpoint"], "a search compares with full precision"
+        )
+        guidance = guidance_of(checkpoint, options["guidance"])
+        Rollout.of(checkpoint.model, None, guidance)  # refuses before anything is computed
+        method, settings = options["method"], None
+        if method != "default":
+            settings = EvolutionSettings(options["population"], options["generations"])
+        names = ("num_batches", "batch_size", "per_device")
+        return cls(
+            checkpoint,
+            settings=settings,
+            space=space_settings(options),
+            rollouts=Rollouts(
+                num_steps=options["steps"],
+                guidance=guidance,
+                **{name: options[name] for name in names},
+            ),
+            features=tuple(options["features"]),
+            **{
+                name: options[name]
+                for name in ("budget", "objective", "method", "seed", "reference")
+            },
+        )
+
+    def result(self, folder: AnyPath, *, is_first: bool) -> SearchResult:
+        """Returns what the search finds; its state is in `folder`, once there is any.
+
+        `is_first` is the one process, or the first of several, that shows progress.
+        """
+        if is_first and any((folder / "state").glob("[0-9]*")):
             logging.getLogger("qdit_jax").info("going on from %s", folder / "state")
-        result = found(args, checkpoint, folder, Progress(args, True))
-        write_result(folder, result)
-    print(summary(result))
-    print(
-        f"wrote {args.out}: next, qdit quantize {args.checkpoint} DIR --recipe "
-        f"{args.out / 'recipe.json'}"
-    )
-    return told(args, result)
+        progress = Progress(is_first)
+        try:
+            result = search(
+                self.checkpoint,
+                jax.random.key(self.seed),
+                budget=self.budget,
+                objective=self.objective_fn(),
+                strategy=strategy_named(self.method, self.settings),
+                space=self.space,
+                rollouts=self.rollouts,
+                state=folder / "state",
+                report_fn=progress,
+            )
+        except LostWorkerError as error:
+            # A normal exit would wait for the lost process at JAX's barrier, and abort with a dump.
+            print(f"\nqdit: error: {error}", file=sys.stderr, flush=True)
+            os._exit(2)
+        finally:
+            progress.close()
+        result.history["made"] = {**provenance(), "seed": self.seed}
+        return result
+
+    def objective_fn(self) -> Any:
+        """Returns the objective's name, or the Fréchet distance from the reference given."""
+        if self.objective != "frechet":
+            return self.objective
+        if self.reference is None:
+            raise UserError("--objective frechet needs --reference, an .npz or `demo`.")
+        features_fn, _ = named_features(self.features)
+        path = reference_path(self.reference)
+        reference = read_reference(path)
+        if reference.pool is None:
+            raise UserError(f"{path} holds no statistics (mu, sigma).")
+        check_network(reference, self.features[0], reference.pool.mean.size, path)
+        rollouts, model = self.rollouts, self.checkpoint.model
+        guidance = None if self.method == "qdit-release" else rollouts.guidance
+        rollout = Rollout.of(model, default_sampler(self.checkpoint, rollouts.num_steps), guidance)
+        key = jax.random.split(jax.random.key(self.seed))[0]
+        data = seeds(model, key, rollouts.num_batches, rollouts.batch_size)
+        return frechet_objective(self.checkpoint, rollout, data, features_fn, reference.pool)
 
 
-def told(args: argparse.Namespace, result: SearchResult) -> dict[str, Any]:
+def told(out: AnyPath, result: SearchResult) -> dict[str, Any]:
     """Returns the outcome as JSON's values."""
+    history = result.history
     return {
-        "out": args.out,
-        "recipe": args.out / "recipe.json",
-        "cost": result.budget.shown(result.history["cost"]),
-        "limit": result.budget.shown(result.history["limit"]),
-        "budget": result.history["budget"],
-        "measured": len(result.history["measured"]),
-        "report": result.history["report"],
-        "seconds": result.history["seconds"],
-        "made": result.history["made"],
+        "out": out,
+        "recipe": out / "recipe.json",
+        "cost": result.budget.shown(history["cost"]),
+        "limit": result.budget.shown(history["limit"]),
+        "measured": len(history["measured"]),
+        **{name: history[name] for name in ("budget", "report", "seconds", "made")},
     }
 
 
-def found(
-    args: argparse.Namespace, checkpoint: qdit.Checkpoint, folder: AnyPath, progress: Progress
-) -> SearchResult:
-    """Returns what the search finds; its state is in `folder`, once there is any."""
-    rollouts = Rollouts(
-        num_steps=args.steps,
-        guidance=args.guidance,
-        num_batches=args.num_batches,
-        batch_size=args.batch_size,
-        per_device=args.per_device,
-    )
-    settings = None
-    if args.method != "default":
-        settings = EvolutionSettings(args.population, args.generations)
-    try:
-        result = search(
-            checkpoint,
-            jax.random.key(args.seed),
-            budget=args.budget,
-            objective=objective_of(args, checkpoint),
-            strategy=strategy_named(args.method, settings),
-            space=space_settings(args),
-            rollouts=rollouts,
-            state=folder / "state",
-            report_fn=progress,
-        )
-    except LostWorkerError as error:
-        # A normal exit would wait for the lost process at JAX's barrier, and abort with a dump.
-        print(f"\nqdit: error: {error}", file=sys.stderr, flush=True)
-        os._exit(2)
-    finally:
-        progress.close()
-    result.history["made"] = {**provenance(), "seed": args.seed}
-    return result
-
-
-def other_inputs(args: argparse.Namespace) -> list[AnyPath]:
-    """Returns the paths of a reference and of a feature network, those that are given."""
-    given = [] if args.reference in (None, "demo") else [args.reference]
-    return [as_path(path) for path in [*given, *args.features[1:]]]
-
-
-def join_others(args: argparse.Namespace) -> None:
+def join_others(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, distributed: bool
+) -> None:
     """Joins the other processes of a distributed search, if there are any."""
-    given = (args.coordinator, args.num_processes, args.process_id)
-    if args.distributed:
+    given = (coordinator, num_processes, process_id)
+    if distributed:
         jax.distributed.initialize()
     elif any(value is not None for value in given):
         if any(value is None for value in given):
-            raise qdit.UserError("--coordinator, --num-processes and --process-id go together.")
+            raise UserError("--coordinator, --num-processes and --process-id go together.")
         jax.distributed.initialize(*given)
 
 
 def check_folder(out: AnyPath, force: bool, inputs: list[AnyPath]) -> None:
     """Raises `UserError` if `out` holds other things, or a finished search and no `force`."""
     if (out / "recipe.json").exists() and not force:
-        raise qdit.UserError(f"{out} holds a finished search; pass --force to replace it.")
+        raise UserError(f"{out} holds a finished search; pass --force to replace it.")
     check_free(out, True, "search", inputs)
 
 
-def space_settings(args: argparse.Namespace) -> dict[str, Any]:
+def space_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the options that describe the space, those that were given."""
-    options = {
-        "weight_bits": args.weight_bits,
-        "act_bits": args.act_bits,
-        "group_sizes": args.group_sizes,
-        "sides": args.sides,
-        "layers": args.layers,
-        "pinned": dict(args.pin),
-        "excluded": args.exclude,
-    }
-    return {name: value for name, value in options.items() if value}
-
-
-def objective_of(args: argparse.Namespace, checkpoint: qdit.Checkpoint) -> Any:
-    """Returns the objective's name, or the Fréchet distance from the reference given."""
-    if args.objective != "frechet":
-        return args.objective
-    from qdit_jax import models as networks
-    from qdit_jax.cli.evaluate_files import check_options, chosen_features
-    from qdit_jax.metrics import check_network, read_reference
-
-    if args.reference is None:
-        raise qdit.UserError("--objective frechet needs --reference, an .npz or `demo`.")
-    check_options(args)
-    features_fn, _ = chosen_features(args)
-    path = networks.asset(networks.DEMO_STATISTICS) if args.reference == "demo" else args.reference
-    reference = read_reference(path)
-    if reference.pool is None:
-        raise qdit.UserError(f"{path} holds no statistics (mu, sigma).")
-    check_network(reference, args.features[0], reference.pool.mean.size, path)
-    guidance = None if args.method == "qdit-release" else args.guidance
-    rollout = Rollout.of(checkpoint.model, default_sampler(checkpoint, args.steps), guidance)
-    key = jax.random.split(jax.random.key(args.seed))[0]
-    data = seeds(checkpoint.model, key, args.num_batches, args.batch_size)
-    return frechet_objective(checkpoint, rollout, data, features_fn, reference.pool)
+    names = ("weight_bits", "act_bits", "group_sizes", "sides", "layers")
+    found = {name: options[name] for name in names}
+    found |= {"pinned": dict(options["pin"]), "excluded": options["exclude"]}
+    return {name: value for name, value in found.items() if value}
 
 
 class Progress:
@@ -181,10 +178,10 @@ class Progress:
     It appears at the first rollout; the search says meanwhile how many there will be.
     """
 
-    def __init__(self, args: argparse.Namespace, is_first: bool) -> None:
-        self.bar = Bar(args, 0, "rollout", "searching")
+    def __init__(self, is_first: bool) -> None:
+        self.bar = Bar(0, "rollout", "searching")
         self.bar.shown = self.bar.shown and is_first
-        self.is_told = is_first and not args.quiet
+        self.is_told = is_first and notes_are_shown()
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Shows what happened."""

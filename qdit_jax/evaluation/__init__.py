@@ -1,41 +1,39 @@
-"""Sampling checkpoints in pairs and measuring how far they are apart."""
+"""Sampling checkpoints in pairs and measuring how far they are apart; scores of their samples."""
 
 from qdit_jax.evaluation.pages import compared_pictures, write_evaluation
-from qdit_jax.evaluation.runs import (
-    Contender,
-    Protocol,
-    Run,
-    digest,
-    run_evaluation,
-    unless_unbegun,
+from qdit_jax.evaluation.runs import Contender, Protocol, Run, run_evaluation
+from qdit_jax.evaluation.sample_file import SampleFile, sample_shape
+from qdit_jax.evaluation.scoring import (
+    Judge,
+    Scoring,
+    check_features,
+    labelled,
+    named_features,
+    reference_path,
+    scoring_inputs,
 )
-from qdit_jax.evaluation.store import (
-    first_samples,
-    locked,
-    merge,
-    missing_shards,
-    open_run,
-    shard_ranges,
-    write_shard,
-)
+from qdit_jax.evaluation.store import locked, merge, open_run
 from qdit_jax.evaluation.summary import MEASURES, summarize
 
 __all__ = [
     "MEASURES",
     "Contender",
+    "Judge",
     "Protocol",
     "Run",
+    "SampleFile",
+    "Scoring",
+    "check_features",
     "compared_pictures",
-    "digest",
-    "first_samples",
+    "labelled",
     "locked",
     "merge",
-    "missing_shards",
+    "named_features",
     "open_run",
+    "reference_path",
     "run_evaluation",
-    "shard_ranges",
+    "sample_shape",
+    "scoring_inputs",
     "summarize",
-    "unless_unbegun",
     "write_evaluation",
-    "write_shard",
 ]

@@ -1,14 +1,8 @@
 """Recipes: which layer of a network is quantized, and to what."""
 
-from qdit_jax.recipes.recipe import (
-    LayerSpec,
-    Recipe,
-    Rule,
-    layer_paths,
-    operand_paths,
-    part_names,
-    part_pattern,
-)
+from qdit_jax.recipes.names import layer_paths, operand_paths, part_names, part_pattern
+from qdit_jax.recipes.recipe import Recipe
+from qdit_jax.recipes.rules import LayerSpec, Rule
 
 __all__ = [
     "LayerSpec",

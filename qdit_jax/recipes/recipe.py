@@ -13,53 +13,28 @@ act spec and no weights. A rule without any spec leaves all that it matches, ope
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-from flax.traverse_util import flatten_dict
+from qdit_jax.files import PathLike
+from qdit_jax.models import FAMILIES, Family, family_of_params
+from qdit_jax.recipes import stored
+from qdit_jax.recipes.names import (
+    NO_FAMILY,
+    family_claiming,
+    layer_paths,
+    operand_names,
+    operand_paths,
+    part_names,
+    table_paths,
+)
+from qdit_jax.recipes.presets import preset_bits, preset_spec
+from qdit_jax.recipes.rules import PART, LayerSpec, Rule
 
-from qdit_jax.errors import check_pattern
-from qdit_jax.files import PathLike, as_path
-from qdit_jax.models import FAMILIES, OPERANDS_OF, TABLE, Family, family_of_params, layers_of
-from qdit_jax.quant import ActSpec, WeightSpec, ranges
-
-FORMAT_VERSION = 1
-# Stands for a part of whatever family the parameters turn out to be, as in `part:blocks`.
-PART = "part:"
-NO_FAMILY = "are of no family that is known here"
 # The least value of the tanh form of GELU is -0.17004.
 GELU_SHIFT = 0.1701
-PRESET = re.compile(r"w(\d+)a(\d+)(-all)?")
 EVERY_LAYER = ".*"
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerSpec:
-    """What one layer's kernel and input are quantized to; None leaves that side as it is."""
-
-    weight: WeightSpec | None = None
-    act: ActSpec | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """The spec of every layer whose whole path matches the regular expression `layers`."""
-
-    layers: str
-    spec: LayerSpec
-
-    def __post_init__(self) -> None:
-        check_pattern("layers", self.layers)
-
-    def matches(self, path: str) -> bool:
-        if self.layers.startswith(PART):
-            raise ValueError(
-                f"layers={self.layers!r} stands for layers of a family; bind the recipe to "
-                "parameters first: recipe.bound(params)."
-            )
-        return re.fullmatch(self.layers, path) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,19 +155,7 @@ class Recipe:
 
     @classmethod
     def preset(
-        cls,
-        name: str,
-        params: Any = None,
-        *,
-        group_size: int = 128,
-        symmetric: bool = False,
-        act_group_size: int | None = None,
-        act_mode: Literal["dynamic", "static"] = "dynamic",
-        per_timestep: bool = False,
-        range_fn: Any = ranges.minmax,
-        act_range_fn: Any = ranges.minmax,
-        scale_dtype: str = "float16",
-        layers: str | None = None,
+        cls, name: str, params: Any = None, *, layers: str | None = None, **settings: Any
     ) -> Recipe:
         """Returns the uniform recipe `"w<bits>a<bits>"` for the linear layers of every block.
 
@@ -201,14 +164,15 @@ class Recipe:
                 layer and label table, the attention operands excepted.
             params: a `Checkpoint` or a parameter tree, which the recipe is bound to and checked
                 against. Without it the rule says `part:blocks`, of whatever family it is used on.
-            group_size: input channels that share a scale; 0 is the whole channel.
+            layers: the pattern of the layers to quantize; by default the part `"blocks"` of the
+                family. Parameters that no family claims need it.
+            group_size: input channels that share a scale (128); 0 is the whole channel.
+            symmetric: no zero points (False).
             act_group_size: the activations' group size; the weights' when None.
             act_mode: `"dynamic"`, or `"static"` (needs calibration statistics).
             per_timestep: of static activations: a range for every calibrated timestep.
-            range_fn, act_range_fn: of the weights and of the activations.
+            range_fn, act_range_fn: of the weights and of the activations (`ranges.minmax`).
             scale_dtype: of the weights' scales, 16 bits each as the paper counts them.
-            layers: the pattern of the layers to quantize; by default the part `"blocks"` of the
-                family. Parameters that no family claims need it.
 
         Raises:
             ValueError: if the name is no preset or leaves everything at 16 bits, or the pattern
@@ -221,16 +185,8 @@ class Recipe:
             )
         if layers is None:
             layers = EVERY_LAYER if takes_all else f"{PART}blocks"
-        weight = act = None
-        if weight_bits != 16:
-            weight = WeightSpec(weight_bits, group_size, symmetric, range_fn, scale_dtype)
-        if act_bits != 16:
-            size = group_size if act_group_size is None else act_group_size
-            act = ActSpec(
-                act_bits, size, symmetric, act_range_fn, act_mode, per_timestep=per_timestep
-            )
-        rule = Rule(f"{PART}blocks" if layers is None else layers, LayerSpec(weight, act))
-        recipe = cls((rule,), f"{name}-g{group_size}")
+        spec = preset_spec(weight_bits, act_bits, **settings)
+        recipe = cls((Rule(layers, spec),), f"{name}-g{settings.get('group_size', 128)}")
         if params is not None:
             params = getattr(params, "params", params)
             family = family_of_params(params)
@@ -295,15 +251,7 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the recipe as JSON-serializable values."""
-        rules = [
-            {
-                "layers": rule.layers,
-                "weight": rule.spec.weight and rule.spec.weight.to_json(),
-                "act": rule.spec.act and rule.spec.act.to_json(),
-            }
-            for rule in self.rules
-        ]
-        return {"format_version": FORMAT_VERSION, "name": self.name, "rules": rules}
+        return stored.to_json(self.rules, self.name)
 
     @classmethod
     def from_json(cls, source: PathLike | dict[str, Any]) -> Recipe:
@@ -312,123 +260,4 @@ class Recipe:
         Raises:
             ValueError: if the file is absent or no recipe, or a setting is unknown.
         """
-        data, where = (
-            (source, "recipe") if isinstance(source, dict) else (read(source), str(source))
-        )
-        version = data.get("format_version", FORMAT_VERSION)
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"{where}: format_version={version}; this release reads version {FORMAT_VERSION}."
-            )
-        rules = data.get("rules")
-        if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
-            raise ValueError(f"{where} is no recipe: it needs a list of objects named 'rules'.")
-        return cls(
-            tuple(rule_from_json(rule, f"{where}, rule {i}") for i, rule in enumerate(rules)),
-            data.get("name", "custom"),
-        )
-
-
-def preset_bits(name: str, argument: str = "recipe") -> tuple[int, int, bool]:
-    """Returns the bits of weights and inputs that a preset names, and whether of every layer.
-
-    Raises:
-        ValueError: if it is no preset, or leaves both sides at 16 bits; it names the argument.
-    """
-    match = PRESET.fullmatch(name)
-    if match is None:
-        more = ", or the path of a recipe.json" if argument == "recipe" else ""
-        raise ValueError(
-            f"{argument}={name!r} is no preset; use w<bits>a<bits> such as w8a8, w6a8 or w4a8 "
-            f"(bits 2 to 8, or 16 to leave a side as it is; w4a8-all for every layer){more}."
-        )
-    if match[1] == match[2] == "16":
-        raise ValueError(
-            f"{argument}={name!r} quantizes nothing: 16 bits leave a side as it is; give one of "
-            "both fewer, such as w4a8 or w16a8."
-        )
-    return int(match[1]), int(match[2]), match[3] is not None
-
-
-def read(path: PathLike) -> dict[str, Any]:
-    try:
-        data = json.loads(as_path(path).read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"recipe file {path} does not exist.") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"recipe file {path} is not readable JSON: {error}.") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"recipe file {path} holds no JSON object.")
-    return data
-
-
-def rule_from_json(data: dict[str, Any], where: str) -> Rule:
-    if unknown := sorted(set(data) - {"layers", "weight", "act"}):
-        raise ValueError(f"{where}: unknown entry {unknown[0]!r}; known: layers, weight, act.")
-    pattern = data.get("layers")
-    if not isinstance(pattern, str):
-        raise ValueError(f"{where}: layers={pattern!r} is no regular expression.")
-    try:
-        check_pattern("layers", pattern)
-        weight = data.get("weight")
-        act = data.get("act")
-        spec = LayerSpec(
-            None if weight is None else WeightSpec.from_json(weight),
-            None if act is None else ActSpec.from_json(act),
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
-    return Rule(pattern, spec)
-
-
-def layer_paths(params: Any) -> list[str]:
-    """Returns the paths of all layers with a kernel, in the tree's order."""
-    return layers_of(flatten_dict(params, sep="/"))
-
-
-def operand_paths(params: Any) -> list[str]:
-    """Returns the paths of the attention products' operands, such as `blocks_0/attn/operands/q`.
-
-    Empty for parameters that no family claims.
-    """
-    family = family_of_params(params)
-    return [] if family is None else family.operands(layer_paths(params))
-
-
-def operand_names(operands: Sequence[str], layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Returns the names that a rule may call each operand by: `attn/operands/q`, and `attn/q` where
-    that is no layer."""
-    short = {path: path.replace(OPERANDS_OF, "/") for path in operands}
-    return {path: (path,) if name in layers else (path, name) for path, name in short.items()}
-
-
-def part_names() -> list[str]:
-    """Returns the names of all parts of all families."""
-    return list(dict.fromkeys(name for row in FAMILIES.values() for name in row.part_names))
-
-
-def part_pattern(part: str, params: Any) -> str:
-    """Returns the pattern of a part of the family that `params` are of.
-
-    Raises:
-        ValueError: if no family claims them, or theirs has no such part.
-    """
-    return family_claiming(params).part_pattern(part)
-
-
-def family_claiming(params: Any) -> Family:
-    """Returns the family of parameters; raises `ValueError` if no row claims them."""
-    family = family_of_params(params)
-    if family is None:
-        raise ValueError(
-            f"these parameters {NO_FAMILY} (layers are named like "
-            f"{', '.join(layer_paths(params)[:2])}); say which layers to quantize with layers=, a "
-            "regular expression of whole paths."
-        )
-    return family
-
-
-def table_paths(params: Any) -> list[str]:
-    """Returns the paths of the label tables, such as `y_embedder`."""
-    flat = flatten_dict(params, sep="/")
-    return [path.removesuffix(TABLE) for path in flat if path.endswith(TABLE)]
+        return cls(*stored.from_json(source))

@@ -328,5 +328,5 @@ def test_inert_options_are_named_with_their_value():
         ("a_b", 2, "--a-b 3"), ("flag", False, "--flag"), ("words", [], "--words x y"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=f"^{text} has no effect: so it is.$"):
-            options.refuse_inert(args, {name: default}, "so it is")
-    options.refuse_inert(args, {"a_b": 3}, "so it is")
+            options.refuse_inert(vars(args), {name: default}, "so it is")
+    options.refuse_inert(vars(args), {"a_b": 3}, "so it is")

@@ -10,7 +10,7 @@ from tiny_models import CONFIG, random_params, tiny_vae
 from qdit_jax import checkpoint as checkpoints
 from qdit_jax.cli import sample
 from qdit_jax.cli.options import Parser
-from qdit_jax.cli.sample_run import chosen_labels
+from qdit_jax.cli.sample import chosen_labels
 from qdit_jax.errors import UserError
 from qdit_jax.models import DiT
 from qdit_jax.ptq import quantize_params

@@ -11,9 +11,9 @@ import pytest
 from tiny_models import CONFIG, random_params, tiny_checkpoint, tiny_vae
 
 from qdit_jax import checkpoint as checkpoints
-from qdit_jax import sampling
 from qdit_jax.calibration import Stats
 from qdit_jax.cli import main
+from qdit_jax.evaluation import sample_file
 from qdit_jax.models import DiT
 
 FAST = ("--steps", "2", "--num-samples", "2", "--batch-size", "2")
@@ -157,7 +157,7 @@ def test_a_forced_search_replaces_the_old_one_when_it_is_done(ckpt, tmp_path, ca
 )
 def test_samples_are_refused_before_the_first(ckpt, tmp_path, monkeypatch, options, told, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sampling, "generated_batches", None)
+    monkeypatch.setattr(sample_file, "generated_batches", None)
     checkpoints.save(tmp_path / "VAE", tiny_vae())
     given = [str(ckpt) if option == "CKPT" else option for option in options]
     assert main(["sample", str(ckpt), "--steps", "2", *given]) == 2
@@ -174,7 +174,7 @@ def test_stopped_samples_go_on_to_the_same_file(ckpt, tmp_path, monkeypatch, cap
     options = ["--num-samples", "5", "--batch-size", "2", "--steps", "2"]
     sample = ["sample", str(ckpt), *options, "--out"]
     assert main([*sample, str(whole)]) == 0
-    make, made = sampling.generated_batches, []
+    make, made = sample_file.generated_batches, []
 
     def stopping(*given, **more):
         for start, images in make(*given, **more):
@@ -183,7 +183,7 @@ def test_stopped_samples_go_on_to_the_same_file(ckpt, tmp_path, monkeypatch, cap
             made.append(start)
             yield start, images
 
-    monkeypatch.setattr(sampling, "generated_batches", stopping)
+    monkeypatch.setattr(sample_file, "generated_batches", stopping)
     with pytest.raises(StoppedError):
         main([*sample, str(out)])
     assert not out.exists()
@@ -191,7 +191,7 @@ def test_stopped_samples_go_on_to_the_same_file(ckpt, tmp_path, monkeypatch, cap
     told = capsys.readouterr().err
     assert "seed 0, not 1" in told
     assert "--force to begin again" in told
-    monkeypatch.setattr(sampling, "generated_batches", lambda *a, **k: seen(make(*a, **k), made))
+    monkeypatch.setattr(sample_file, "generated_batches", lambda *a, **k: seen(make(*a, **k), made))
     assert main([*sample, str(out)]) == 0
     assert "going on from 2 of 5 samples" in capsys.readouterr().out
     assert made == [0, 2, 4]
@@ -210,16 +210,16 @@ def seen(batches, made):
 def test_samples_begun_with_other_settings_give_way_to_force(ckpt, tmp_path, monkeypatch):
     out = tmp_path / "out.npz"
     sample = ["sample", str(ckpt), *FAST, "--out", str(out)]
-    make = sampling.generated_batches
+    make = sample_file.generated_batches
 
     def stopping(*given, **more):
         yield from make(*given, **more)
         raise StoppedError
 
-    monkeypatch.setattr(sampling, "generated_batches", stopping)
+    monkeypatch.setattr(sample_file, "generated_batches", stopping)
     with pytest.raises(StoppedError):
         main(sample)
-    monkeypatch.setattr(sampling, "generated_batches", make)
+    monkeypatch.setattr(sample_file, "generated_batches", make)
     assert main([*sample, "--seed", "3"]) == 2
     assert main([*sample, "--seed", "3", "--force"]) == 0
     assert os.listdir(tmp_path) == ["out.npz"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import io
+import logging
 import sys
 
 import pytest
@@ -34,11 +34,13 @@ def terminal(monkeypatch):
     return stream
 
 
-LOUD, QUIET = argparse.Namespace(quiet=False), argparse.Namespace(quiet=True)
+@pytest.fixture(autouse=True)
+def loud(caplog):
+    caplog.set_level(logging.INFO, "qdit_jax")
 
 
 def test_a_bar_appears_at_its_first_update(terminal):
-    with Bar(LOUD, 4, "sample", "sampling") as bar:
+    with Bar(4, "sample", "sampling") as bar:
         assert terminal.getvalue() == ""
         bar.update(2)
         assert "sampling" in terminal.getvalue()
@@ -47,34 +49,36 @@ def test_a_bar_appears_at_its_first_update(terminal):
 
 
 def test_no_bar_before_an_error(terminal):
-    with pytest.raises(RuntimeError), Bar(LOUD, 4, "sample"):
+    with pytest.raises(RuntimeError), Bar(4, "sample"):
         raise RuntimeError
     assert terminal.getvalue() == ""
 
 
-def test_quiet_or_no_terminal_means_no_bar(terminal, monkeypatch):
-    with Bar(QUIET, 4, "sample") as bar:
+def test_quiet_or_no_terminal_means_no_bar(terminal, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING, "qdit_jax")
+    with Bar(4, "sample") as bar:
         bar.update(4)
         bar.expect(8)
         bar.note(best="1")
     assert terminal.getvalue() == ""
     monkeypatch.setattr("qdit_jax.cli.progress.sys", Streams(io.StringIO()))
-    assert not is_shown(LOUD)
+    caplog.set_level(logging.INFO, "qdit_jax")
+    assert not is_shown()
 
 
 def test_what_an_earlier_run_did_counts_but_not_for_the_speed(terminal):
-    with Bar(LOUD, 10, "sample", resumes=True) as bar:
+    with Bar(10, "sample", resumes=True) as bar:
         bar.update(6)
         assert (bar.bar.n, bar.bar.initial) == (6, 6)
         bar.update(4)
         assert bar.bar.n == 10
-    with Bar(LOUD, 10, "sample", resumes=True) as bar:
+    with Bar(10, "sample", resumes=True) as bar:
         bar.update(0)
         assert bar.bar.initial == 0
 
 
 def test_the_time_left_counts_from_the_start_not_from_the_first_update(terminal):
-    bar = Bar(LOUD, 10, "sample")
+    bar = Bar(10, "sample")
     bar.began -= 100
     bar.update(1)
     assert bar.bar.format_dict["elapsed"] >= 100
@@ -82,7 +86,7 @@ def test_the_time_left_counts_from_the_start_not_from_the_first_update(terminal)
 
 
 def test_a_total_can_grow(terminal, capsys):
-    bar = Bar(LOUD, 0, "rollout")
+    bar = Bar(0, "rollout")
     bar.expect(3)
     bar.note(best="0.5")
     bar.update(2)

@@ -20,9 +20,10 @@ from tiny_models import tiny_vae
 
 from qdit_jax import checkpoint as checkpoints
 from qdit_jax import diffusion, metrics, sampling
+from qdit_jax.checkpoint.fingerprint import digest
 from qdit_jax.cli import evaluate
 from qdit_jax.cli.options import Parser
-from qdit_jax.evaluation import Contender, Protocol, digest, locked, run_evaluation
+from qdit_jax.evaluation import Contender, Protocol, locked, run_evaluation
 from qdit_jax.evaluation.pages import difference_images
 from qdit_jax.ptq import quantize_params
 from qdit_jax.recipes import Recipe

@@ -1,0 +1,109 @@
+"""The sampling process on the command line: sampler, steps and guidance, of `sample` and `evaluate`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from qdit_jax.cli.options import finite_float, guidance_channels, positive_float, refuse_inert
+from qdit_jax.diffusion import SAMPLERS, sampler_named
+from qdit_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from qdit_jax.checkpoint import Checkpoint
+    from qdit_jax.diffusion import Sampler
+
+
+def add_process(add: Callable[..., Any]) -> None:
+    """Adds the options of the process by `add`, a parser's or a group's `add_argument`."""
+    add(
+        "--sampler",
+        choices=tuple(SAMPLERS),
+        help="default: that of the checkpoint's scheduler, else flow for velocity models, ddim for "
+        "others",
+    )
+    add(
+        "--steps",
+        help="number, spaced as the checkpoint's scheduler says if it has one, or a published "
+        "spacing: ddim25, 10,15,20 (50)",
+    )
+    add("--eta", type=finite_float, help="noise of ddim: 0 none, 1 as ddpm (0)")
+    add(
+        "--clip", type=positive_float, help="clip the predicted data to [-CLIP, CLIP] at every step"
+    )
+    add("--guidance", type=finite_float, help="1 turns it off (1.5)")
+    add(
+        "--guidance-channels",
+        type=guidance_channels,
+        metavar="N|all",
+        help="guided channels: published (3 of DiT's 4), all as diffusers does (published)",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """The options of the process with their defaults."""
+
+    sampler: str | None = None
+    steps: str = "50"
+    eta: float = 0.0
+    clip: float | None = None
+    guidance: float = 1.5
+    guidance_channels: int | str = "published"
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Process:
+        """Returns the process of parsed options; those that are None have their default.
+
+        Raises:
+            UserError: if channels are chosen and guidance is off.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        process = cls(**{name: given[name] for name in names if given[name] is not None})
+        if process.guidance == 1:
+            reason = "--guidance 1 guides none"
+            refuse_inert(vars(process), {"guidance_channels": "published"}, reason)
+        return process
+
+    @property
+    def channels(self) -> int | str | None:
+        """How many channels are guided, as the library takes it: None for all."""
+        return None if self.guidance_channels == "all" else self.guidance_channels
+
+    def sampler_of(self, checkpoint: Checkpoint) -> Sampler:
+        """Returns the sampler, on the schedule that the checkpoint was trained on.
+
+        Raises:
+            UserError: if it does not fit what the network predicts, or the number of steps.
+        """
+        from qdit_jax import sampling
+
+        name = self.sampler or sampling.own_walk(checkpoint)
+        row, model = sampler_named(name), checkpoint.model
+        if model.prediction not in row.predictions:
+            raise UserError(f"--sampler {name}: {sampling.fitting_samplers(model)}")
+        try:
+            row.chosen(eta=self.eta or None)
+        except ValueError as error:
+            raise UserError(f"--eta {self.eta}: {error}") from None
+        if "clip" not in row.options:
+            refuse_inert(vars(self), {"clip": None}, f"{name} predicts no data to clip")
+        if not row.spacings and not (self.steps.isdecimal() and int(self.steps) > 0):
+            raise UserError(f"--steps {self.steps}: {name} takes a positive number.")
+        return sampling.checkpoint_sampler(
+            checkpoint, self.steps, walk=name, eta=self.eta, clip=self.clip
+        )
+
+    def scheduler_text(self, checkpoint: Checkpoint) -> str | None:
+        """Returns in words what of the checkpoint's own scheduler is followed, None without one."""
+        from qdit_jax import sampling
+
+        text = sampling.sampler_text(checkpoint)
+        if text is None:
+            return None
+        changes = [f"--sampler {self.sampler}"] if self.sampler is not None else []
+        changes += [] if self.steps.isdecimal() else [f"--steps {self.steps}"]
+        changes += [] if self.clip is None else [f"--clip {self.clip:g}"]
+        ending = f"; changed by {', '.join(changes)}" if changes else ""
+        return f"sampling as the checkpoint's scheduler says: {text}{ending}"

@@ -1,0 +1,218 @@
+"""Samples to one file, batch by batch: finished ones wait in a folder beside it, so a run goes on.
+
+The folder is that of an evaluation (`store`): settings, and one archive per batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.errors import ScopeParamShapeError
+
+from qdit_jax.checkpoint import Checkpoint, fingerprint
+from qdit_jax.diffusion import Sampler
+from qdit_jax.errors import UserError
+from qdit_jax.evaluation.runs import unless_unbegun
+from qdit_jax.evaluation.store import (
+    first_samples,
+    locked,
+    merge,
+    missing_shards,
+    open_run,
+    shard_ranges,
+    write_shard,
+)
+from qdit_jax.files import AnyPath, check_space, is_remote, remove_folder
+from qdit_jax.report import save_grid, to_uint8
+from qdit_jax.sampling import checked_batch_size, decode, generated_batches
+
+REMEDY = "use the same to go on, another --out, or --force to begin again"
+SMALLEST_CELL = 64  # pixels; smaller pictures are enlarged in a grid
+
+
+class NotFiniteError(UserError):
+    """A network gave values that are no finite numbers; the same run would give them again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleFile:
+    """What is to be sampled: everything that decides the samples, in a fixed order.
+
+    `settings` are recorded in the unfinished folder beside those here; a run with other ones is not
+    continued. `batch_size` None takes that of an unfinished run, or the device's default.
+    """
+
+    checkpoint: Checkpoint
+    sampler: Sampler
+    label: np.ndarray
+    seed: int = 0
+    guidance: float = 1.5
+    guidance_channels: int | str | None = "published"
+    numerics: str = "simulated"
+    batch_size: int | None = None
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether samples are latents that nothing here decodes."""
+        checkpoint = self.checkpoint
+        return checkpoint.vae is None and checkpoint.model.sample_shape()[-1] not in (1, 3)
+
+    def write(
+        self,
+        out: AnyPath,
+        *,
+        columns: int | None = None,
+        force: bool = False,
+        progress_fn: Callable[[int], Any] = lambda count: None,
+    ) -> None:
+        """Makes the samples and writes `out`: a `.png` grid with captions, or an `.npz` archive.
+
+        A run that was stopped goes on from the folder `.NAME.unfinished`, gone on success.
+
+        Args:
+            columns: pictures in a row of the grid.
+            force: begin again where the folder holds a run with other settings.
+            progress_fn: called with the number of samples made (first: those found).
+
+        Raises:
+            UserError: if the folder holds another run and `force` is off, a sample is not finite,
+                or the disk is too small.
+        """
+        itemsize = 4 if self.is_latent else 1
+        check_room(out, sample_shape(self.checkpoint), len(self.label), itemsize)
+        with unfinished_folder(out) as folder:
+            ranges = self.make_shards(folder, progress_fn, force=force)
+            if out.suffix == ".npz":
+                name, member = ("latents",) * 2 if self.is_latent else ("images", "arr_0")
+                merge(folder, ranges, name, out, member, label=self.label)
+                return
+            images = first_samples(folder, ranges, "images", len(self.label))
+            assert images is not None, "the batches of a grid hold images"
+            scale = -(-SMALLEST_CELL // images.shape[1])
+            save_grid(out, images, columns=columns, labels=self.captions(), scale=scale)
+
+    def captions(self) -> list[str]:
+        """Returns the class name of each sample, or its number."""
+        names = self.checkpoint.metadata.get("id2label", {})
+        return [str(names.get(str(i), i)).partition(",")[0] for i in self.label]
+
+    def make_shards(
+        self, folder: AnyPath, progress_fn: Callable[[int], Any], *, force: bool
+    ) -> list[tuple[int, int]]:
+        """Makes the batches that `folder` lacks and returns the range of samples of each."""
+        count = len(self.label)
+        size = self.begun(folder, force)["batch_size"]
+        ranges = shard_ranges(count, size)
+        missing = missing_shards(folder, ranges)
+        done = count - sum(stop - start for start, stop in missing)
+        if done:
+            print(f"going on from {done:,} of {count:,} samples", flush=True)
+            progress_fn(done)
+        batches = generated_batches(
+            self.checkpoint,
+            self.sampler,
+            self.label,
+            [start for start, _ in missing],
+            batch_size=size,
+            seed=self.seed,
+            guidance=self.guidance,
+            guidance_channels=self.guidance_channels,
+            numerics=self.numerics,
+        )
+        for start, images in batches:
+            check_finite(images, start, count)
+            kept = {"latents": images} if self.is_latent else {"images": to_uint8(images)}
+            write_shard(folder, start, kept)
+            progress_fn(len(images))
+        return ranges
+
+    def begun(self, folder: AnyPath, force: bool) -> dict[str, Any]:
+        """Returns the settings of the run in `folder`: an earlier one's, or now these."""
+        settings = self.all_settings()
+        default = {"batch_size": checked_batch_size(len(self.label), None)}
+        try:
+            return open_run(folder, settings, default, REMEDY)
+        except UserError:
+            if not force:
+                raise
+        remove_folder(folder, keep="lock")
+        return open_run(folder, settings, default, REMEDY)
+
+    def all_settings(self) -> dict[str, Any]:
+        """Returns what decides every sample, in JSON's types; a batch size of None is open."""
+        size, vae = self.batch_size, self.checkpoint.vae
+        return {
+            **fingerprint(
+                model=(self.checkpoint.model, self.checkpoint.params),
+                vae=vae and (vae.model, vae.params),
+                sampler=self.sampler,
+                labels=self.label,
+            ),
+            **self.settings,
+            "num_samples": len(self.label),
+            "guidance": self.guidance,
+            "guidance_channels": self.guidance_channels or "all",
+            "seed": self.seed,
+            "numerics": self.numerics,
+            "batch_size": None if size is None else checked_batch_size(len(self.label), size),
+        }
+
+
+@contextmanager
+def unfinished_folder(out: AnyPath) -> Iterator[AnyPath]:
+    """Yields the folder of batches beside `out`, held for this process; it is gone on success.
+
+    It is gone as well where nothing was finished, or a sample is not what it should be.
+    """
+    target = out if is_remote(out) else Path(os.path.realpath(out))
+    folder = target.with_name(f".{target.name}.unfinished")
+    with locked(folder), unless_unbegun(folder):
+        try:
+            yield folder
+        except NotFiniteError:
+            remove_folder(folder)
+            raise
+    remove_folder(folder)
+
+
+def sample_shape(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Returns the shape of one sample: rows, columns and channels of an image or a latent.
+
+    Raises:
+        ValueError: if the autoencoder is not of the model's latents.
+    """
+    shape, vae = checkpoint.model.sample_shape(), checkpoint.vae
+    if vae is None:
+        return shape
+    try:
+        latents = jax.ShapeDtypeStruct((1, *shape), np.float32)
+        return jax.eval_shape(lambda z: decode(vae, z), latents).shape[1:]
+    except (TypeError, ValueError, ScopeParamShapeError) as error:
+        raise ValueError(
+            f"the autoencoder decodes other latents than the {shape[-1]} channels of the model: "
+            "give the one that the model was trained with "
+            f"({str(error).splitlines()[0][:120]})."
+        ) from None
+
+
+def check_finite(images: np.ndarray, start: int, count: int) -> None:
+    """Raises `NotFiniteError` if a sample is not a finite number everywhere."""
+    bad = int((~np.isfinite(images).all(axis=tuple(range(1, images.ndim)))).sum())
+    if bad:
+        which = (
+            f"samples {start} to {start + len(images) - 1}" if len(images) < count else "samples"
+        )
+        raise NotFiniteError(f"{bad} of {len(images)} {which} are not finite; nothing was written.")
+
+
+def check_room(out: AnyPath, shape: tuple[int, ...], count: int, itemsize: int) -> None:
+    """Raises `UserError` if the disk cannot hold the samples twice: in batches, and in the end."""
+    check_space(out, 2 * count * int(np.prod(shape)) * itemsize)

@@ -1,0 +1,169 @@
+"""Scores of images in files against a reference, by a feature network that is named or loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qdit_jax import metrics
+from qdit_jax.checkpoint import load
+from qdit_jax.errors import UserError
+from qdit_jax.files import AnyPath, PathLike, as_path
+from qdit_jax.metrics import DEMO_FEATURES, INCEPTION_FEATURES
+from qdit_jax.models import (
+    DEMO_STATISTICS,
+    FeaturesFn,
+    InceptionV3,
+    asset,
+    demo_features_fn,
+    inception_features_fn,
+)
+
+# Wraps the batches of a file to show progress: batches, number of images, name of the file.
+Watch = Callable[[Iterator[np.ndarray], int, str], Iterator[np.ndarray]]
+ERRORS = {
+    "frechet_distance_infinity": "frechet_distance_infinity_error",
+    "inception_score": "inception_score_std",
+    "kernel_distance": "kernel_distance_error",
+}
+
+
+def unwatched(batches: Iterator[np.ndarray], count: int, name: str) -> Iterator[np.ndarray]:
+    """Returns the batches as they are."""
+    return batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """How images are scored.
+
+    Attributes:
+        reference: an `.npz` of images or statistics, or `"demo"`, the packaged one of digits.
+        features: `("demo",)`, or `("inception", CKPT)` with the folder of a converted checkpoint.
+        preprocessing: of Inception's input: `"published"`, or `"port"` as its PyTorch port.
+        settings: of the scores.
+        batch_size: images per call of the feature network.
+    """
+
+    reference: PathLike
+    features: tuple[str, ...] = (DEMO_FEATURES,)
+    preprocessing: str = "published"
+    settings: metrics.ScoreSettings = dataclasses.field(default_factory=metrics.ScoreSettings)
+    batch_size: int = 64
+
+    @property
+    def inputs(self) -> list[AnyPath]:
+        """The files and folders that are read."""
+        return scoring_inputs(self.reference, self.features)
+
+    def judge(self, shape: tuple[int, ...], name: str) -> Judge:
+        """Returns what scores images of `shape` `[N, H, W, C]`, called `name`, all of it checked.
+
+        Raises:
+            ValueError: if network, reference and images do not fit, or the images are too few.
+        """
+        path = reference_path(self.reference)
+        reference = metrics.read_reference(path)
+        if reference.has_images:
+            check_sizes(shape, metrics.image_shape(path), name, self.reference)
+        features_fn, features = named_features(self.features, self.preprocessing)
+        # A blank batch: what does not fit shows before anything long begins.
+        size = min(self.batch_size, shape[0])
+        blank = features_fn(np.zeros((size, *shape[1:]), np.uint8))["pool"]
+        metrics.check_network(reference, features, blank.shape[1], path)
+        metrics.check_num_samples(shape[0], blank.shape[1], self.settings)
+        return Judge(features_fn, features, path, reference, self.settings, self.batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """A feature network, a reference, and the scores' settings, checked to fit."""
+
+    features_fn: FeaturesFn
+    features: str
+    reference_path: AnyPath
+    reference: metrics.Reference
+    settings: metrics.ScoreSettings
+    batch_size: int
+
+    def scores(self, paths: Sequence[AnyPath], watch: Watch = unwatched) -> list[dict[str, Any]]:
+        """Returns the scores of the images in each file, by the names of `metrics.names`."""
+        real = None
+        if self.reference.has_images:
+            real = self.features_of(self.reference_path, "reference", watch)
+        return [
+            metrics.scores(
+                self.features_of(path, path.stem, watch), self.reference, real, self.settings
+            )
+            for path in paths
+        ]
+
+    def features_of(self, path: AnyPath, name: str, watch: Watch) -> metrics.Features:
+        """Returns the features of all images in a file."""
+        batches = metrics.image_batches(path, self.batch_size)
+        return metrics.extract(self.features_fn, watch(batches, metrics.image_shape(path)[0], name))
+
+
+def scoring_inputs(reference: PathLike | None, features: Sequence[str]) -> list[AnyPath]:
+    """Returns the paths of a reference and of a feature network, those that are given."""
+    given = [] if reference in (None, "demo") else [reference]
+    return [as_path(path) for path in [*given, *features[1:]]]
+
+
+def reference_path(reference: PathLike) -> AnyPath:
+    """Returns the path of a reference; that of the packaged statistics for `"demo"`."""
+    return Path(str(asset(DEMO_STATISTICS))) if reference == "demo" else as_path(reference)
+
+
+def check_features(features: Sequence[str]) -> None:
+    """Raises `UserError` if `features` names no feature network."""
+    kind, *rest = features
+    if kind not in (DEMO_FEATURES, INCEPTION_FEATURES):
+        raise UserError(f"--features {kind} is unknown; use `demo`, or `inception CKPT`.")
+    if len(rest) != (kind == INCEPTION_FEATURES):
+        raise UserError("--features takes `demo` alone, or `inception` and one checkpoint folder.")
+
+
+def named_features(
+    features: Sequence[str], preprocessing: str = "published"
+) -> tuple[FeaturesFn, str]:
+    """Returns the feature function that is named, and the name that its scores are called by."""
+    check_features(features)
+    if features[0] == DEMO_FEATURES:
+        return demo_features_fn(), DEMO_FEATURES
+    folder = features[1]
+    checkpoint = load(folder)
+    if not isinstance(checkpoint.model, InceptionV3):
+        raise UserError(
+            f"{folder} holds a {type(checkpoint.model).__name__}, not the Inception network; make "
+            "one with `qdit convert pt_inception-2015-12-05-6726825d.pth OUT`."
+        )
+    half_pixel = preprocessing == "port"
+    return inception_features_fn(checkpoint.params, half_pixel=half_pixel), INCEPTION_FEATURES
+
+
+def check_sizes(
+    samples: tuple[int, ...], reference: tuple[int, ...], name: str, reference_name: PathLike
+) -> None:
+    """Raises `UserError` if samples and reference images differ in size."""
+    if samples[1:3] != reference[1:3]:
+        raise UserError(
+            f"{name} holds images of {samples[1]}x{samples[2]} and {reference_name} of "
+            f"{reference[1]}x{reference[2]}; scores compare images of one size."
+        )
+
+
+def labelled(features: str, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns every score with the name that its features allow, and its error if it has one."""
+    entries = {}
+    for name, value in found.items():
+        if name == "num_samples" or name in ERRORS.values():
+            continue
+        entries[name] = {"label": metrics.label(name, features), "value": value}
+        if ERRORS.get(name) in found:
+            entries[name]["error"] = found[ERRORS[name]]
+    return entries

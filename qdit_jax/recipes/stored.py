@@ -1,0 +1,77 @@
+"""Rules as JSON: what a `recipe.json` and a checkpoint hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from qdit_jax.errors import check_pattern
+from qdit_jax.files import PathLike, as_path
+from qdit_jax.quant import ActSpec, WeightSpec
+from qdit_jax.recipes.rules import LayerSpec, Rule
+
+FORMAT_VERSION = 1
+
+
+def to_json(rules: Sequence[Rule], name: str) -> dict[str, Any]:
+    """Returns a recipe's rules and name as JSON-serializable values."""
+    entries = [
+        {
+            "layers": rule.layers,
+            "weight": rule.spec.weight and rule.spec.weight.to_json(),
+            "act": rule.spec.act and rule.spec.act.to_json(),
+        }
+        for rule in rules
+    ]
+    return {"format_version": FORMAT_VERSION, "name": name, "rules": entries}
+
+
+def from_json(source: PathLike | dict[str, Any]) -> tuple[tuple[Rule, ...], str]:
+    """Returns the rules and the name in a JSON file, or in values that `to_json` returned.
+
+    Raises:
+        ValueError: if the file is absent or no recipe, or a setting is unknown.
+    """
+    data, where = (source, "recipe") if isinstance(source, dict) else (read(source), str(source))
+    version = data.get("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{where}: format_version={version}; this release reads version {FORMAT_VERSION}."
+        )
+    rules = data.get("rules")
+    if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
+        raise ValueError(f"{where} is no recipe: it needs a list of objects named 'rules'.")
+    found = (rule_from_json(rule, f"{where}, rule {i}") for i, rule in enumerate(rules))
+    return tuple(found), data.get("name", "custom")
+
+
+def read(path: PathLike) -> dict[str, Any]:
+    try:
+        data = json.loads(as_path(path).read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"recipe file {path} does not exist.") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"recipe file {path} is not readable JSON: {error}.") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"recipe file {path} holds no JSON object.")
+    return data
+
+
+def rule_from_json(data: dict[str, Any], where: str) -> Rule:
+    if unknown := sorted(set(data) - {"layers", "weight", "act"}):
+        raise ValueError(f"{where}: unknown entry {unknown[0]!r}; known: layers, weight, act.")
+    pattern = data.get("layers")
+    if not isinstance(pattern, str):
+        raise ValueError(f"{where}: layers={pattern!r} is no regular expression.")
+    try:
+        check_pattern("layers", pattern)
+        weight = data.get("weight")
+        act = data.get("act")
+        spec = LayerSpec(
+            None if weight is None else WeightSpec.from_json(weight),
+            None if act is None else ActSpec.from_json(act),
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    return Rule(pattern, spec)
