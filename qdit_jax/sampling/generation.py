@@ -22,7 +22,7 @@ from qdit_jax.errors import check_counts, check_finite
 from qdit_jax.models import as_condition, is_concrete
 from qdit_jax.quant import select_timestep
 from qdit_jax.sampling.batches import checked_batch_size, device_mesh, filled_batch
-from qdit_jax.sampling.checks import check_diffusion_model, check_numerics
+from qdit_jax.sampling.checks import check_diffusion_model, check_numerics, sample_count
 
 PUBLISHED = "published"
 
@@ -271,6 +271,7 @@ def generate(
     sampler: diffusion.Sampler,
     condition: Any,
     *,
+    num_samples: int | None = None,
     seed: int = 0,
     guidance: Any = 1.5,
     guidance_channels: int | str | None = PUBLISHED,
@@ -287,7 +288,9 @@ def generate(
     every batch with the number of samples in it.
 
     Args:
-        condition: class labels `[N]`, or the family's dict of arrays with N first.
+        condition: class labels `[N]`, the family's dict of arrays with N first, or None for a
+            network that takes none.
+        num_samples: how many, where there is no condition that says it.
 
     Raises:
         ValueError: if a label or the seed is out of range, there is no label, the batch size is not
@@ -296,7 +299,7 @@ def generate(
     check_diffusion_model(checkpoint.model)
     condition = as_condition(condition)
     checkpoint.model.check_condition(condition)
-    num_samples = jax.tree.leaves(condition)[0].shape[0]
+    num_samples = sample_count(condition, num_samples)
     size = checked_batch_size(num_samples, batch_size)
     done = []
     for _, images in generated_batches(
@@ -305,6 +308,7 @@ def generate(
         condition,
         range(0, num_samples, size),
         batch_size=size,
+        num_samples=num_samples,
         seed=seed,
         guidance=guidance,
         guidance_channels=guidance_channels,
@@ -324,6 +328,7 @@ def generated_batches(
     starts: Iterable[int],
     *,
     batch_size: int,
+    num_samples: int | None = None,
     seed: int = 0,
     guidance: Any = 1.5,
     guidance_channels: int | str | None = PUBLISHED,
@@ -340,7 +345,7 @@ def generated_batches(
     seed = check_seed(seed)
     condition = as_condition(condition)
     checkpoint.model.check_condition(condition)
-    num_samples = jax.tree.leaves(condition)[0].shape[0]
+    num_samples = sample_count(condition, num_samples)
     mesh = device_mesh()
     split, whole = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
     model = checkpoint.model.clone(numerics=numerics)
