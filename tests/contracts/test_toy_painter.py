@@ -87,12 +87,16 @@ def test_calibration_and_sequential_rounding(checkpoint, tmp_path):
     assert kernels(params) == BLOCKS
 
 
-def test_evaluation_and_search(checkpoint, tmp_path):
+def test_evaluation_pairs_samples(checkpoint, tmp_path):
     contenders = [Contender("full", checkpoint), Contender("w8a8", quantized(checkpoint))]
     protocol = Protocol(checkpoint_sampler(checkpoint, 2), {}, 4, guidance=1.0, batch_size=2)
     run = run_evaluation(contenders, protocol, tmp_path / "run")
     summary = summarize(run, contenders, {})
     assert summary["paired"]["w8a8"]["latent_snr_db"]["estimate"] > 15
+
+
+@pytest.mark.slow  # it compiles the network's rollouts
+def test_search_finds_a_recipe(checkpoint):
     found = qdit.search(
         checkpoint,
         jax.random.key(2),
