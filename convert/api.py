@@ -240,8 +240,9 @@ def open_network(path: Path, family: str | None, choices: Choices, weights: str 
         if layout.wants_config and config is None and path.is_dir():
             _check_config_needed(layout, choices)
         state = layout.rename(state)
-        plan = layout.plan(state, choices, config)
-        check_plan(plan, state)
+        with _in_own_names(layout, state):
+            plan = layout.plan(state, choices, config)
+            check_plan(plan, state)
     return Network(str(path), state, layout, plan)
 
 
@@ -254,6 +255,15 @@ def _suggesting_raw(state: StateDict) -> Iterator[None]:
         if not state.raw or RAW in str(error):
             raise
         raise UserError(f"{str(error).removesuffix('.')} (in the averaged weights{RAW}).") from None
+
+
+@contextmanager
+def _in_own_names(layout: Layout, state: StateDict) -> Iterator[None]:
+    """Has complaints call the tensors as the file does, not as they were renamed."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(layout.own_names(str(error), state)) from None
 
 
 def _check_config_needed(layout: Layout, choices: Choices) -> None:
@@ -280,7 +290,8 @@ def _read_network(
         if progress is not None:
             progress(plan.family, leaf, total)
 
-    with about(network.label), _suggesting_raw(network.state):
+    renamed = _in_own_names(network.layout, network.state)
+    with about(network.label), _suggesting_raw(network.state), renamed:
         try:
             params = build_params(plan, network.state.tensors, dtype, on_leaf, place)
         except OSError as error:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from qdit_convert.dit import (
+    SMALL,
     Choices,
     Sizes,
     check_model,
@@ -23,7 +24,16 @@ from qdit_convert.dit import (
     num_heads,
     out_channels,
 )
-from qdit_convert.plan import Leaf, Plan, affine, block_count, convolution, linear, shape_of
+from qdit_convert.plan import (
+    Example,
+    Leaf,
+    Plan,
+    affine,
+    block_count,
+    convolution,
+    linear,
+    shape_of,
+)
 from qdit_convert.settings import TRANSFORMER, network_settings
 from qdit_convert.tensors import StateDict, StoredTensor
 from qdit_convert.training_args import Arguments, unknown_note
@@ -143,6 +153,20 @@ def _leaves(sizes: Sizes, size: tuple[int, int], tensors: Mapping[str, StoredTen
     leaves += affine("final_layer/adaLN_modulation", "proj_out_1", (2 * D, D))
     leaves += affine("final_layer/linear", "proj_out_2", (p * p * sizes.out_channels, D))
     return leaves
+
+
+def diffusers_example() -> Example:
+    """Returns a small DiT with its config.json."""
+    config = {
+        "_class_name": CLASS_NAMES[0],
+        "num_attention_heads": 2,
+        "attention_head_dim": SMALL.width // 2,
+        "num_embeds_ada_norm": SMALL.table_rows - 1,
+        "sample_size": 4,
+        "out_channels": SMALL.out_channels,
+        "norm_type": "ada_norm_zero",
+    }
+    return Example(tuple(_leaves(SMALL, (4, 4), {})), config=config)
 
 
 def _copied(path: str, key: str, shape: tuple[int, ...], depth: int, transform: Any = None) -> Leaf:

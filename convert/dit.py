@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qdit_convert.plan import (
+    Example,
     Leaf,
     Plan,
     affine,
@@ -188,6 +189,22 @@ def facebook_leaves(sizes: Sizes, num_tokens: int) -> list[Leaf]:
     leaves += affine("final_layer/adaLN_modulation", "final_layer.adaLN_modulation.1", (2 * D, D))
     leaves += affine("final_layer/linear", "final_layer.linear", (out, D))
     return leaves
+
+
+SMALL = Sizes(
+    depth=2, width=16, patch_size=2, in_channels=4, out_channels=8, mlp_width=64, table_rows=11
+)
+
+
+def facebook_example() -> Example:
+    """Returns a small DiT, which may be a SiT as well."""
+    return Example(tuple(facebook_leaves(SMALL, num_tokens=4)), {"num_heads": 2})
+
+
+def sit_example() -> Example:
+    """Returns a small SiT whose training arguments lie beside it."""
+    said = {"path_type": "Linear", "prediction": "velocity"}
+    return replace(facebook_example(), hints=said)
 
 
 def dit_config(sizes: Sizes, heads: int) -> dict[str, Any]:

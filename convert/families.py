@@ -7,13 +7,20 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from qdit_convert.diffusers_dit import CLASS_NAMES, diffusers_plan
-from qdit_convert.dit import PROJECTORS, Choices, facebook_plan
-from qdit_convert.inception import inception_plan
-from qdit_convert.plan import Plan
+from qdit_convert.diffusers_dit import CLASS_NAMES, diffusers_example, diffusers_plan
+from qdit_convert.dit import PROJECTORS, Choices, facebook_example, facebook_plan, sit_example
+from qdit_convert.inception import inception_example, inception_plan
+from qdit_convert.plan import Example, Plan
 from qdit_convert.tensors import StateDict, listing
 from qdit_convert.training_args import read_arguments, says_sit
-from qdit_convert.vae import AUTOENCODER_NAME, from_latent_diffusion, vae_plan
+from qdit_convert.vae import (
+    AUTOENCODER_NAME,
+    from_latent_diffusion,
+    in_latent_diffusion_names,
+    latent_diffusion_example,
+    vae_example,
+    vae_plan,
+)
 from qdit_jax.errors import UserError
 
 Planner = Callable[[StateDict, Choices, Mapping[str, Any] | None], Plan]
@@ -24,6 +31,7 @@ class Layout:
     """One way in which a family's tensors are named.
 
     Attributes:
+        name: a short name of its own.
         title: what it is called in messages.
         families: the values of `--family` that it can serve, the likeliest first.
         names: patterns of the names; a file is of the layout that covers most of its names.
@@ -33,8 +41,12 @@ class Layout:
         parts: the first parts of its names, where a file may hold other networks beside it.
         options: the fields of `Choices` that the plan heeds.
         rename: puts the file's names into those that `plan` knows.
+        own_names: puts a message about the renamed tensors into the file's names.
+        told: of layouts with the same names: whether a file says that it is of this one.
+        example: a small network in it, for the contract tests.
     """
 
+    name: str
     title: str
     families: tuple[str, ...]
     names: re.Pattern[str]
@@ -44,6 +56,9 @@ class Layout:
     options: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
     rename: Callable[[StateDict], StateDict] = lambda state: state
+    own_names: Callable[[str, StateDict], str] = lambda text, state: text
+    told: Callable[[StateDict], bool] = lambda state: False
+    example: Callable[[], Example] = lambda: Example(())
 
 
 def _plan_dit(state: StateDict, choices: Choices, _: Mapping[str, Any] | None) -> Plan:
@@ -54,24 +69,44 @@ def _plan_sit(state: StateDict, choices: Choices, _: Mapping[str, Any] | None) -
     return facebook_plan(state, choices, velocity=True)
 
 
+def is_sit(state: StateDict) -> bool:
+    """Returns whether a file in the layout of DiT says that it is a SiT."""
+    projected = any(key.startswith(PROJECTORS) for key in state.tensors)
+    return projected or says_sit(read_arguments(state.hints))
+
+
 VAE_OPTIONS = ("scaling_factor", "shift_factor")
 DIFFUSERS_OPTIONS = tuple(
     field.name for field in fields(Choices) if field.name not in (*VAE_OPTIONS, "noise_time")
 )
 DIT_OPTIONS = (*DIFFUSERS_OPTIONS, "noise_time")
+FACEBOOK = Layout(
+    "dit-facebook",
+    "DiT in the facebook layout",
+    ("dit", "sit"),
+    re.compile(
+        r"pos_embed$|x_embedder\.proj\.|t_embedder\.mlp\.|y_embedder\.embedding_table\.|"
+        r"blocks\.\d+\.(adaLN_modulation\.1|attn\.(qkv|proj)|mlp\.fc[12])\.|"
+        r"final_layer\.(adaLN_modulation\.1|linear)\.|projectors\.\d+\."
+    ),
+    _plan_dit,
+    options=DIT_OPTIONS,
+    example=facebook_example,
+)
+# Of rows with the same names the first is taken, unless a file tells or the user says another.
 LAYOUTS = (
-    Layout(
-        "DiT in the facebook layout",
-        ("dit", "sit"),
-        re.compile(
-            r"pos_embed$|x_embedder\.proj\.|t_embedder\.mlp\.|y_embedder\.embedding_table\.|"
-            r"blocks\.\d+\.(adaLN_modulation\.1|attn\.(qkv|proj)|mlp\.fc[12])\.|"
-            r"final_layer\.(adaLN_modulation\.1|linear)\.|projectors\.\d+\."
-        ),
-        _plan_dit,
-        options=DIT_OPTIONS,
+    FACEBOOK,
+    replace(
+        FACEBOOK,
+        name="sit-facebook",
+        title="SiT in the facebook layout",
+        families=("sit",),
+        plan=_plan_sit,
+        told=is_sit,
+        example=sit_example,
     ),
     Layout(
+        "dit-diffusers",
         "DiT in the diffusers layout",
         ("dit",),
         re.compile(
@@ -82,8 +117,10 @@ LAYOUTS = (
         wants_config=True,
         options=DIFFUSERS_OPTIONS,
         class_names=CLASS_NAMES,
+        example=diffusers_example,
     ),
     Layout(
+        "vae-diffusers",
         "AutoencoderKL in the diffusers layout",
         ("vae",),
         re.compile(
@@ -94,8 +131,10 @@ LAYOUTS = (
         wants_config=True,
         options=VAE_OPTIONS,
         class_names=(AUTOENCODER_NAME,),
+        example=vae_example,
     ),
     Layout(
+        "vae-latent-diffusion",
         "AutoencoderKL in the latent-diffusion layout",
         ("vae",),
         re.compile(
@@ -106,15 +145,20 @@ LAYOUTS = (
         options=VAE_OPTIONS,
         class_names=(AUTOENCODER_NAME,),
         rename=from_latent_diffusion,
+        own_names=in_latent_diffusion_names,
+        example=latent_diffusion_example,
     ),
     Layout(
+        "inception",
         "InceptionV3 for FID",
         ("inception",),
         re.compile(r"fc\.|(Conv2d_\d\w_\dx\d|Mixed_\d\w\.branch\w+)\.(conv|bn)\."),
         lambda state, *_: inception_plan(state),
+        example=inception_example,
     ),
 )
-SIT = replace(LAYOUTS[0], title="SiT in the facebook layout", families=("sit",), plan=_plan_sit)
+# One row for each set of names.
+NAMINGS = tuple({layout.names: layout for layout in reversed(LAYOUTS)}.values())[::-1]
 FAMILIES = tuple(dict.fromkeys(name for layout in LAYOUTS for name in layout.families))
 
 # Networks that convert knows by a name that only they have, but does not convert.
@@ -146,9 +190,9 @@ def find_layout(state: StateDict, family: str | None = None) -> Layout:
         raise UserError(f"family={family!r} is not known; use one of {', '.join(FAMILIES)}.")
     keys = list(state.tensors)
     _refuse_unsupported(unsupported_title(keys, depth=0))
-    shares = [sum(bool(layout.names.match(key)) for key in keys) / len(keys) for layout in LAYOUTS]
-    best = max(range(len(LAYOUTS)), key=lambda i: shares[i])
-    layout = LAYOUTS[best]
+    shares = [sum(bool(layout.names.match(key)) for key in keys) / len(keys) for layout in NAMINGS]
+    best = max(range(len(NAMINGS)), key=lambda i: shares[i])
+    layout = NAMINGS[best]
     if shares[best] < 0.5:
         _refuse_unsupported(unsupported_title(keys))
         raise UserError(
@@ -159,15 +203,11 @@ def find_layout(state: StateDict, family: str | None = None) -> Layout:
         raise UserError(
             f"the names of its tensors are of a {layout.title}, not of family {family}."
         )
-    if family is None and layout is LAYOUTS[0] and is_sit(state):
-        return SIT
-    return SIT if family == "sit" else layout
-
-
-def is_sit(state: StateDict) -> bool:
-    """Returns whether a file in the layout of DiT says that it is a SiT."""
-    projected = any(key.startswith(PROJECTORS) for key in state.tensors)
-    return projected or says_sit(read_arguments(state.hints))
+    same = [other for other in LAYOUTS if other.names is layout.names]
+    if family is not None:
+        serving = [other for other in same if family in other.families]
+        return min(serving, key=lambda other: other.families.index(family))
+    return next((other for other in same if other.told(state)), layout)
 
 
 def check_options(layout: Layout, choices: Choices) -> None:

@@ -5,7 +5,7 @@ The file is `pt_inception-2015-12-05`: torchvision's layer names, 1008 classes, 
 
 from __future__ import annotations
 
-from qdit_convert.plan import Leaf, Plan, affine, convolution, norm
+from qdit_convert.plan import Example, Leaf, Plan, affine, convolution, norm
 from qdit_convert.tensors import StateDict
 
 NUM_CLASSES = 1008
@@ -34,6 +34,11 @@ def inception_plan(state: StateDict) -> Plan:
     leaves += affine("fc", "fc", (NUM_CLASSES, 2048))
     counters = frozenset(k for k in state.tensors if k.endswith(".bn.num_batches_tracked"))
     return Plan("inception", {"num_classes": NUM_CLASSES}, tuple(leaves), ignored=counters)
+
+
+def inception_example() -> Example:
+    """Returns the network, which has one size."""
+    return Example(inception_plan(StateDict("example", {})).leaves)
 
 
 def convolutions() -> dict[str, Conv]:

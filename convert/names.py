@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import NamedTuple
 
-from qdit_convert.families import LAYOUTS, Layout, unsupported_title
+from qdit_convert.families import NAMINGS, Layout, unsupported_title
 from qdit_convert.tensors import StateDict, StoredTensor, listing
 from qdit_convert.wrappers import is_averaged
 from qdit_jax.errors import UserError
@@ -54,14 +54,14 @@ def _roots(keys: list[str]) -> list[Root]:
     """Returns the networks in a table, those with a comparable number of names."""
     counts: Counter[tuple[str, int]] = Counter()
     for key in keys:
-        for i, layout in enumerate(LAYOUTS):
+        for i, layout in enumerate(NAMINGS):
             prefix = _prefix(key, layout)
             if prefix is not None:
                 counts[prefix, i] += 1
     best: dict[str, tuple[int, int]] = {}
     for (prefix, i), count in counts.most_common(MANY):
         best.setdefault(prefix, (i, count))
-    roots = [Root(prefix, LAYOUTS[i], count) for prefix, (i, count) in best.items()]
+    roots = [Root(prefix, NAMINGS[i], count) for prefix, (i, count) in best.items()]
     return [root for root in roots if _is_network(root, keys)]
 
 

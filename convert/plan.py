@@ -66,6 +66,23 @@ class Plan:
     ignored: frozenset[str] = field(default_factory=frozenset)
 
 
+@dataclass(frozen=True)
+class Example:
+    """A small network in a layout, of which the contract tests make a file.
+
+    Attributes:
+        leaves: its leaves, under the file's own names.
+        choices: what a user must say of it, by the fields of `Choices`.
+        config: its config.json, where the layout has one.
+        hints: the settings that lie beside the weights.
+    """
+
+    leaves: tuple[Leaf, ...]
+    choices: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
+    hints: Mapping[str, object] = field(default_factory=dict)
+
+
 def affine(path: str, key: str, kernel: Shape, transform: Callable = linear) -> list[Leaf]:
     """Returns the leaves of a layer with weight (torch shape `kernel`) and bias."""
     return [

@@ -12,7 +12,17 @@ from dataclasses import replace
 from typing import Any
 
 from qdit_convert.dit import Choices
-from qdit_convert.plan import Leaf, Plan, affine, block_count, convolution, linear, norm, shape_of
+from qdit_convert.plan import (
+    Example,
+    Leaf,
+    Plan,
+    affine,
+    block_count,
+    convolution,
+    linear,
+    norm,
+    shape_of,
+)
 from qdit_convert.settings import AUTOENCODER, network_settings
 from qdit_convert.tensors import StateDict, StoredTensor
 from qdit_jax.errors import UserError
@@ -184,6 +194,39 @@ def _leaves(tensors: Mapping[str, StoredTensor], config: dict[str, Any]) -> list
     return leaves
 
 
+SMALL = {
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+}
+
+
+def vae_example() -> Example:
+    """Returns a small autoencoder with its config.json."""
+    config = {
+        "_class_name": AUTOENCODER_NAME,
+        "norm_num_groups": 4,
+        "scaling_factor": 0.18215,
+        **{name: list(v) if isinstance(v, tuple) else v for name, v in SMALL.items()},
+    }
+    return Example(tuple(_leaves({}, SMALL)), config=config)
+
+
+def latent_diffusion_example() -> Example:
+    """Returns a small autoencoder under latent-diffusion's names."""
+    example, num_up = vae_example(), len(SMALL["block_out_channels"])
+    leaves = [
+        replace(leaf, sources=tuple(latent_diffusion_names(key, num_up) for key in leaf.sources))
+        for leaf in example.leaves
+    ]
+    return replace(example, leaves=tuple(leaves))
+
+
 def _half(half: str, channels: int, width: int) -> list[Leaf]:
     return _conv(f"{half}.conv_in", channels, width)
 
@@ -239,6 +282,35 @@ def _diffusers_name(key: str, num_up: int) -> str:
     return key
 
 
+def in_latent_diffusion_names(text: str, state: StateDict) -> str:
+    """Returns `text` with diffusers' names of a file's tensors put into the file's own."""
+    return latent_diffusion_names(text, block_count(state.tensors, "decoder.up_blocks."))
+
+
+def latent_diffusion_names(text: str, num_up: int) -> str:
+    text = re.sub(
+        r"\bdecoder\.up_blocks\.(\d+)\b",
+        lambda m: f"decoder.up.{num_up - 1 - int(m.group(1))}",
+        text,
+    )
+    for pattern, name in TO_LATENT_DIFFUSION:
+        text = re.sub(pattern, name, text)
+    return text
+
+
+TO_LATENT_DIFFUSION = (
+    (r"\bencoder\.down_blocks\b", "encoder.down"),
+    (r"\.mid_block\.resnets\.0\b", ".mid.block_1"),
+    (r"\.mid_block\.resnets\.1\b", ".mid.block_2"),
+    (r"\.mid_block\.attentions\.0\.group_norm\b", ".mid.attn_1.norm"),
+    (r"\.mid_block\.attentions\.0\.to_([qkv])\b", r".mid.attn_1.\1"),
+    (r"\.mid_block\.attentions\.0\.to_out\.0\b", ".mid.attn_1.proj_out"),
+    (r"\.resnets\.", ".block."),
+    (r"\.downsamplers\.0\.conv\b", ".downsample.conv"),
+    (r"\.upsamplers\.0\.conv\b", ".upsample.conv"),
+    (r"\.conv_shortcut\b", ".nin_shortcut"),
+    (r"coder\.conv_norm_out\b", "coder.norm_out"),
+)
 LATENT_DIFFUSION = (
     (r"^encoder\.down\.", "encoder.down_blocks."),
     (r"(blocks\.\d+)\.block\.", r"\1.resnets."),

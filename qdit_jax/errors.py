@@ -21,9 +21,11 @@ def check_counts(least: int = 1, **named: Any) -> None:
     """
     for name, value in named.items():
         try:
-            number = operator.index(value)
+            number = None if isinstance(value, bool) else operator.index(value)
         except TypeError:
-            raise TypeError(f"{name}={value!r} is not supported; use a whole number.") from None
+            number = None
+        if number is None:
+            raise TypeError(f"{name}={value!r} is not supported; use a whole number.")
         if number < least:
             raise ValueError(
                 f"{name}={value} is not supported; use a whole number of {least} or more."

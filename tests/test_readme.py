@@ -48,7 +48,9 @@ def run(page):
     """Returns the names that the blocks of a page define, run one after another as one program."""
     names = {"__name__": page.stem}
     for number, code in enumerate(blocks(page, "python"), start=1):
-        exec(compile(code, f"{page.name}, block {number}", "exec"), names)
+        # As it stands: without what this file imports from `__future__`.
+        program = compile(code, f"{page.name}, block {number}", "exec", dont_inherit=True)
+        exec(program, names)
     return names
 
 

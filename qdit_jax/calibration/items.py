@@ -35,12 +35,14 @@ ChooseFn = Callable[[Int[np.ndarray, " B"], int], Int[np.ndarray, "B M"]]
 
 # Names in files of earlier versions.
 EARLIER_NAMES = {"label": "condition"}
+UNCONDITIONAL = "unconditional"  # stands in a file in the place of the conditions
 
 
 class Items(NamedTuple):
     """Arguments of single calls of the network; `sample` is the trajectory each comes from.
 
-    `condition` is a pytree of arrays with I first: labels, or a dict by name.
+    `condition` is a pytree of arrays with I first: labels, or a dict by name; None where the network
+    takes none.
     """
 
     x: Float[np.ndarray, "I *shape"]
@@ -50,7 +52,11 @@ class Items(NamedTuple):
 
     def save(self, path: PathLike) -> None:
         """Writes an `.npz` with one array per field, a dict's as `condition/<name>`."""
-        write_arrays(path, flatten_dict(self._asdict(), sep="/"), "inputs")
+        named = self._asdict()
+        if self.condition is None:
+            del named["condition"]
+            named[UNCONDITIONAL] = np.array(True)
+        write_arrays(path, flatten_dict(named, sep="/"), "inputs")
 
     @classmethod
     def load(cls, path: PathLike) -> Items:
@@ -58,6 +64,8 @@ class Items(NamedTuple):
         try:
             with as_path(path).open("rb") as file, np.load(file) as data:
                 flat = {EARLIER_NAMES.get(name, name): data[name] for name in data.files}
+            if flat.pop(UNCONDITIONAL, False):
+                flat["condition"] = None
             items = cls(**unflatten_dict(flat, sep="/"))
             check_items(items)
             return items
@@ -75,7 +83,7 @@ class Items(NamedTuple):
 
 def check_items(items: Items) -> None:
     """Raises `ValueError` unless `items` are finite, of one length, and at least one."""
-    named = flatten_dict({**items._asdict()}, sep="/") if items.condition is not None else {}
+    named = flatten_dict({k: v for k, v in items._asdict().items() if v is not None}, sep="/")
     counts = {name: np.shape(array)[:1] for name, array in named.items()}
     if len(set(counts.values())) != 1 or counts["x"] in ((), (0,)):
         lengths = ", ".join(f"{name} {count}" for name, count in counts.items())

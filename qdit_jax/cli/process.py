@@ -7,20 +7,19 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qdit_jax.cli.options import finite_float, guidance_channels, positive_float, refuse_inert
+from qdit_jax.diffusion import SAMPLERS, sampler_named
 from qdit_jax.errors import UserError
 
 if TYPE_CHECKING:
     from qdit_jax.checkpoint import Checkpoint
     from qdit_jax.diffusion import Sampler
 
-SAMPLERS = ("ddim", "ddpm", "flow")
-
 
 def add_process(add: Callable[..., Any]) -> None:
     """Adds the options of the process by `add`, a parser's or a group's `add_argument`."""
     add(
         "--sampler",
-        choices=SAMPLERS,
+        choices=tuple(SAMPLERS),
         help="default: that of the checkpoint's scheduler, else flow for velocity models, ddim for "
         "others",
     )
@@ -81,16 +80,17 @@ class Process:
         from qdit_jax import sampling
 
         name = self.sampler or sampling.own_walk(checkpoint)
-        is_flow = checkpoint.model.prediction == "velocity"
-        if is_flow != (name == "flow"):
-            kind, fitting = ("a velocity", "flow") if is_flow else ("noise", "ddim or ddpm")
-            raise UserError(f"--sampler {name}: this model predicts {kind}; use {fitting}.")
-        if self.eta and name != "ddim":
-            raise UserError(f"--eta {self.eta} is an option of ddim, not of {name}.")
-        if name == "flow":
-            refuse_inert(vars(self), {"clip": None}, "flow predicts no data to clip")
-            if not (self.steps.isdecimal() and int(self.steps) > 0):
-                raise UserError(f"--steps {self.steps}: flow takes a positive number.")
+        row, model = sampler_named(name), checkpoint.model
+        if model.prediction not in row.predictions:
+            raise UserError(f"--sampler {name}: {sampling.fitting_samplers(model)}")
+        try:
+            row.chosen(eta=self.eta or None)
+        except ValueError as error:
+            raise UserError(f"--eta {self.eta}: {error}") from None
+        if "clip" not in row.options:
+            refuse_inert(vars(self), {"clip": None}, f"{name} predicts no data to clip")
+        if not row.spacings and not (self.steps.isdecimal() and int(self.steps) > 0):
+            raise UserError(f"--steps {self.steps}: {name} takes a positive number.")
         return sampling.checkpoint_sampler(
             checkpoint, self.steps, walk=name, eta=self.eta, clip=self.clip
         )

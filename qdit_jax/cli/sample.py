@@ -88,7 +88,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_output(args.out, args.columns, args.force, [args.checkpoint, args.vae])
     process = Process.of(vars(args))
     checkpoint = with_autoencoder(diffusion_checkpoint(args.checkpoint), args.vae)
-    label = chosen_labels(args.labels, args.num_samples, len(checkpoint.model.all_conditions()))
+    classes = checkpoint.model.all_conditions()
+    if classes is None:
+        raise UserError(
+            f"{args.checkpoint} is no network of classes, which --labels and --num-samples number; "
+            "give its conditions to qdit_jax.generate in Python."
+        )
+    label = chosen_labels(args.labels, args.num_samples, len(classes))
     job = SampleFile(
         checkpoint,
         process.sampler_of(checkpoint),

@@ -1,58 +1,133 @@
-"""The diffusion process: schedules, samplers, guidance and the loop that joins them."""
+"""The diffusion process: schedules, samplers, guidance and the loop that joins them.
 
-from qdit_jax.diffusion.flow_match import flow_match, flow_match_sigmas
-from qdit_jax.diffusion.guidance import guided, guided_doubled
-from qdit_jax.diffusion.loop import sample, sample_trajectory
-from qdit_jax.diffusion.posterior import (
-    consistent_clip,
-    data_clip,
-    dynamic_threshold,
-    eps_prediction,
-    fixed_large,
-    fixed_small,
-    learned_range,
-    v_prediction,
-    x0_prediction,
-)
-from qdit_jax.diffusion.respacing import respaced, spaced_timesteps
-from qdit_jax.diffusion.samplers import (
-    DDIM,
-    DDPM,
-    Flow,
-    Sampler,
-    Step,
-    ddim,
-    ddpm,
-    euler,
-    flow,
-    heun,
-)
-from qdit_jax.diffusion.scheduler_settings import Scheduler, check_fit, read_scheduler
-from qdit_jax.diffusion.scheduler_walk import (
-    process_text,
-    scheduler_process,
-    scheduler_sampler,
-    scheduler_timesteps,
-    walk_text,
-)
-from qdit_jax.diffusion.schedules import (
-    Schedule,
-    cosine_betas,
-    linear_betas,
-    noised,
-    scaled_linear_betas,
-    sigmoid_betas,
-    zero_snr_betas,
-)
-from qdit_jax.diffusion.settings import HARMLESS, Setting, Table, check_setting, shown, understood
-from qdit_jax.diffusion.sharded import in_auto_axes
+A name is imported from its file when it is first used, so that the names of the samplers alone are
+quick to have.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from qdit_jax.diffusion.table import SAMPLERS, SamplerRow, sampler_named, samplers_of
+
+if TYPE_CHECKING:
+    from qdit_jax.diffusion.flow_matching import flow_match, flow_match_sigmas
+    from qdit_jax.diffusion.guidance import guided, guided_doubled
+    from qdit_jax.diffusion.loop import sample, sample_trajectory
+    from qdit_jax.diffusion.posterior import (
+        consistent_clip,
+        data_clip,
+        dynamic_threshold,
+        eps_prediction,
+        fixed_large,
+        fixed_small,
+        learned_range,
+        v_prediction,
+        x0_prediction,
+    )
+    from qdit_jax.diffusion.respacing import respaced, spaced_timesteps
+    from qdit_jax.diffusion.samplers import (
+        DDIM,
+        DDPM,
+        Flow,
+        Sampler,
+        Step,
+        ddim,
+        ddpm,
+        euler,
+        flow,
+        heun,
+    )
+    from qdit_jax.diffusion.scheduler_settings import Scheduler, check_fit, read_scheduler
+    from qdit_jax.diffusion.scheduler_walk import (
+        PREDICT_FNS,
+        process_text,
+        scheduler_process,
+        scheduler_sampler,
+        scheduler_timesteps,
+        walk_text,
+    )
+    from qdit_jax.diffusion.schedules import (
+        Schedule,
+        cosine_betas,
+        linear_betas,
+        noised,
+        scaled_linear_betas,
+        sigmoid_betas,
+        zero_snr_betas,
+    )
+    from qdit_jax.diffusion.settings import (
+        HARMLESS,
+        Setting,
+        Table,
+        check_setting,
+        shown,
+        understood,
+    )
+    from qdit_jax.diffusion.sharded import in_auto_axes
+
+# File -> what it has for other rooms.
+LAZY = {
+    "flow_matching": ("flow_match", "flow_match_sigmas"),
+    "guidance": ("guided", "guided_doubled"),
+    "loop": ("sample", "sample_trajectory"),
+    "posterior": (
+        "consistent_clip",
+        "data_clip",
+        "dynamic_threshold",
+        "eps_prediction",
+        "fixed_large",
+        "fixed_small",
+        "learned_range",
+        "v_prediction",
+        "x0_prediction",
+    ),
+    "respacing": ("respaced", "spaced_timesteps"),
+    "samplers": (
+        "DDIM",
+        "DDPM",
+        "Flow",
+        "Sampler",
+        "Step",
+        "ddim",
+        "ddpm",
+        "euler",
+        "flow",
+        "heun",
+    ),
+    "scheduler_settings": ("Scheduler", "check_fit", "read_scheduler"),
+    "scheduler_walk": (
+        "PREDICT_FNS",
+        "process_text",
+        "scheduler_process",
+        "scheduler_sampler",
+        "scheduler_timesteps",
+        "walk_text",
+    ),
+    "schedules": (
+        "Schedule",
+        "cosine_betas",
+        "linear_betas",
+        "noised",
+        "scaled_linear_betas",
+        "sigmoid_betas",
+        "zero_snr_betas",
+    ),
+    "settings": ("HARMLESS", "Setting", "Table", "check_setting", "shown", "understood"),
+    "sharded": ("in_auto_axes",),
+}
+FILE_OF = {name: file for file, names in LAZY.items() for name in names}
 
 __all__ = [
     "DDIM",
     "DDPM",
     "HARMLESS",
+    "PREDICT_FNS",
+    "SAMPLERS",
     "Flow",
     "Sampler",
+    "SamplerRow",
     "Schedule",
     "Scheduler",
     "Setting",
@@ -85,6 +160,8 @@ __all__ = [
     "respaced",
     "sample",
     "sample_trajectory",
+    "sampler_named",
+    "samplers_of",
     "scaled_linear_betas",
     "scheduler_process",
     "scheduler_sampler",
@@ -98,3 +175,12 @@ __all__ = [
     "x0_prediction",
     "zero_snr_betas",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Returns a public name, imported from its file now."""
+    if name not in FILE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{FILE_OF[name]}"), name)
+    globals()[name] = value
+    return value

@@ -22,6 +22,7 @@ from qdit_jax.diffusion import posterior
 from qdit_jax.diffusion.posterior import LogVariance, Prediction
 from qdit_jax.diffusion.respacing import respaced
 from qdit_jax.diffusion.schedules import Schedule, linear_betas
+from qdit_jax.errors import check_counts
 
 DenoiseFn = Callable[..., Any]  # (x [B,H,W,C], timestep [B], condition) -> [B,H,W,O]
 
@@ -279,10 +280,10 @@ def flow(steps: int = 50, *, solve_fn: Callable = euler, edges: Any = None) -> F
     grid of N points is `flow(N - 1)`.
 
     Raises:
-        ValueError: if `steps` is not a positive whole number, or does not fit `edges`.
+        TypeError: if `steps` is no whole number.
+        ValueError: if `steps` is not positive, or does not fit `edges`.
     """
-    if steps < 1:
-        raise ValueError(f"steps={steps} is not supported; use a positive whole number.")
+    check_counts(steps=steps)
     times = np.linspace(0.0, 1.0, steps + 1) if edges is None else np.asarray(edges, np.float64)
     if (
         times.shape != (steps + 1,)

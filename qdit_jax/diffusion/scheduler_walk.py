@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from qdit_jax.diffusion import posterior
-from qdit_jax.diffusion.flow_match import flow_match
-from qdit_jax.diffusion.samplers import Sampler, ddim, ddim_walk, ddpm, ddpm_walk
+from qdit_jax.diffusion.flow_matching import flow_match
+from qdit_jax.diffusion.samplers import Sampler, ddim_walk, ddpm_walk
 from qdit_jax.diffusion.scheduler_settings import Scheduler
 from qdit_jax.diffusion.schedules import (
     Schedule,
@@ -23,6 +23,7 @@ from qdit_jax.diffusion.schedules import (
     sigmoid_betas,
     zero_snr_betas,
 )
+from qdit_jax.diffusion.table import sampler_named
 
 PREDICT_FNS = {
     "epsilon": posterior.eps_prediction,
@@ -105,52 +106,53 @@ def scheduler_sampler(
     Args:
         steps: how many, at the scheduler's own spacing; a published spacing (`"ddim25"`,
             `"10,15,20"`) takes the place of its own.
-        walk: `"ddim"` or `"ddpm"` in place of the scheduler's own, on the same process.
+        walk: a row of `SAMPLERS` in place of the scheduler's own, on the same process.
         clip: range of the predicted data, `eps` made consistent, in place of its own clipping.
-        variance_fn: of `"ddpm"`, where the scheduler says none.
+        variance_fn: of an ancestral walk, where the scheduler says none.
 
     Raises:
-        ValueError: if the steps or `walk` do not fit the scheduler.
+        ValueError: if the steps or `walk` do not fit the scheduler, or an option the walk.
     """
-    settings, walk = scheduler.settings, walk or scheduler.walk
-    if (walk == "flow") != (scheduler.walk == "flow"):
-        raise ValueError(f"walk={walk!r} does not fit a {scheduler.class_name}.")
+    settings, row = scheduler.settings, sampler_named(walk or scheduler.walk)
+    if row.is_flow != (scheduler.walk == "flow"):
+        raise ValueError(f"walk={row.name!r} does not fit a {scheduler.class_name}.")
     text = str(steps).strip()
-    if walk == "flow":
-        if not text.isdecimal():
-            raise ValueError(f"steps={steps!r} is not supported; a flow takes a positive number.")
-        return flow_match(int(text), **settings)
+    if not row.spacings and not text.isdecimal():
+        raise ValueError(f"steps={steps!r} is not supported; {row.name} takes a positive number.")
+    given = row.chosen(eta=eta or None, clip=clip)
+    if row.is_flow:
+        return flow_match(int(text), make_fn=row.make_fn, **settings)
     limit, limit_fn = limits(settings) if clip is None else (clip, posterior.consistent_clip)
     process = scheduler_process(scheduler)
     options: dict[str, Any] = {
+        **given,
         "clip": limit,
         "limit_fn": limit_fn,
         "predict_fn": PREDICT_FNS[settings["prediction_type"]],
     }
-    if walk == "ddpm":
+    if "variance_fn" in row.options:
         options["variance_fn"] = chosen_variance(settings, variance_fn)
     if scheduler.replaced or not text.isdecimal():
-        if walk == "ddpm":
-            return ddpm(text, schedule=process, **options)
-        return ddim(text, eta, schedule=process, **options)
+        return row.make_fn(text, schedule=process, **options)
     visited = scheduler_timesteps(
         process.num_timesteps, int(text), settings["timestep_spacing"], settings["steps_offset"]
     )[::-1]
-    if walk == "ddpm":
-        return _ancestral(process, visited, options)
+    if row.name != "ddim":
+        between = _between(process, visited)
+        if row.name == "ddpm":
+            return ddpm_walk(between, visited > 0, **options)
+        return row.make_fn(between.num_timesteps, schedule=between, **options)
     # Where the spacing is not this stride, diffusers arrives elsewhere than the next step starts.
     arrived = visited - process.num_timesteps // int(text)
     last = 1.0 if settings.get("set_alpha_to_one", True) else process.alphas_cumprod[0]
     target = np.where(arrived >= 0, process.alphas_cumprod[np.maximum(arrived, 0)], last)
-    return ddim_walk(visited, process.alphas_cumprod[visited], target, eta, **options)
+    return ddim_walk(visited, process.alphas_cumprod[visited], target, **options)
 
 
-def _ancestral(
-    process: Schedule, visited: Int[np.ndarray, " S"], options: dict[str, Any]
-) -> Sampler:
+def _between(process: Schedule, visited: Int[np.ndarray, " S"]) -> Schedule:
+    """Returns the process that visits only some timesteps, ascending."""
     kept = process.alphas_cumprod[visited]
-    between = Schedule(1 - kept / np.append(1.0, kept[:-1]), visited)
-    return ddpm_walk(between, visited > 0, **options)
+    return Schedule(1 - kept / np.append(1.0, kept[:-1]), visited)
 
 
 def limits(settings: Mapping[str, Any]) -> tuple[Any, Callable]:

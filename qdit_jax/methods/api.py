@@ -163,6 +163,15 @@ def check(method: Method, checkpoint: Checkpoint, recipe: Recipe, data: Calibrat
                 f"data.items holds inputs {list(found)}, but the network takes {list(wanted)}; "
                 "collect them from this checkpoint."
             )
+        kinds = [
+            str(jax.tree.structure(condition))
+            for condition in (data.items.condition, checkpoint.model.example_condition(1))
+        ]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"data.items holds conditions {kinds[0]}, but the network takes {kinds[1]}; collect "
+                "them from this checkpoint."
+            )
 
 
 def check_stats(specs: Mapping[str, LayerSpec], data: CalibrationData) -> None:

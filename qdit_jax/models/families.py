@@ -13,6 +13,15 @@ from flax.traverse_util import flatten_dict
 from qdit_jax.models.family import Family, Fold, Params, Producer
 
 SHIFT_SCALE_GATE = ("shift", "scale", "gate")
+SMALL_DIT = {
+    "input_size": 4,
+    "patch_size": 2,
+    "in_channels": 4,
+    "hidden_size": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "num_classes": 5,
+}
 
 FAMILIES: dict[str, Family] = {
     row.name: row
@@ -62,8 +71,18 @@ FAMILIES: dict[str, Family] = {
                 ),
             ),
             gelu_inputs=r"blocks_\d+/mlp/fc2",
+            examples=(
+                SMALL_DIT,
+                {**SMALL_DIT, "input_size": [4, 8], "learn_sigma": False, "null_class": False},
+                {**SMALL_DIT, "velocity": True, "noise_time": 1.0, "data_time": 0.0},
+            ),
         ),
-        Family("vae", "qdit_jax.models.vae:AutoencoderKL", is_diffusion=False),
+        Family(
+            "vae",
+            "qdit_jax.models.vae:AutoencoderKL",
+            is_diffusion=False,
+            examples=({"block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4},),
+        ),
         Family("inception", "qdit_jax.models.inception:InceptionV3", is_diffusion=False),
     )
 }

@@ -40,7 +40,7 @@ class Network(Protocol):
         learned_variance: whether the output carries a variance in further channels.
         has_null: whether there is a condition of no condition, which guidance needs.
         guided_channels: how many channels guidance changes by default; None is all.
-        default_sampler: a name in `sampling.SAMPLERS`.
+        default_sampler: a name in `diffusion.SAMPLERS`.
     """
 
     @property
@@ -125,6 +125,8 @@ class Family:
         gelu_inputs: pattern of layers whose input is a GELU's output.
         marks: parameters that a tree of this family has beside its layers; they tell families
             apart whose layers have the same names.
+        examples: configurations of small networks of the family, one for each of its kinds: the
+            contract tests build them.
     """
 
     name: str
@@ -138,6 +140,7 @@ class Family:
     folds: tuple[Fold, ...] = ()
     gelu_inputs: str = "(?!)"
     marks: tuple[str, ...] = ()
+    examples: tuple[Mapping[str, Any], ...] = ({},)
 
     @property
     def network_class(self) -> Any:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 from flax.traverse_util import flatten_dict
 
-from qdit_jax.errors import check_finite
+from qdit_jax.errors import check_counts, check_finite
 from qdit_jax.kernels import NUMERICS
 from qdit_jax.models import family_of
 from qdit_jax.quant import QTensor
@@ -65,3 +66,22 @@ def check_numerics(params: Any, numerics: str) -> None:
             f"numerics='integer' has no effect on this checkpoint: {why}; quantise weights and "
             "inputs (such as w4a8), or use numerics='simulated'."
         )
+
+
+def sample_count(condition: Any, num_samples: int | None) -> int:
+    """Returns how many samples are asked for: one per condition, or a number where there is none.
+
+    Raises:
+        ValueError: if neither says it, or they differ.
+    """
+    leaves = jax.tree.leaves(condition)
+    if not leaves and num_samples is None:
+        raise ValueError("condition=None does not say how many samples to make; give num_samples.")
+    if num_samples is None:
+        return leaves[0].shape[0]
+    check_counts(num_samples=num_samples)
+    if leaves and leaves[0].shape[0] != num_samples:
+        raise ValueError(
+            f"num_samples={num_samples}, but there are {leaves[0].shape[0]} conditions; leave it out."
+        )
+    return int(num_samples)

@@ -22,7 +22,7 @@ from qdit_jax.errors import check_counts, check_finite
 from qdit_jax.models import as_condition, is_concrete
 from qdit_jax.quant import select_timestep
 from qdit_jax.sampling.batches import checked_batch_size, device_mesh, filled_batch
-from qdit_jax.sampling.checks import check_diffusion_model, check_numerics
+from qdit_jax.sampling.checks import check_diffusion_model, check_numerics, sample_count
 
 PUBLISHED = "published"
 
@@ -161,7 +161,7 @@ def checkpoint_sampler(
 
     Args:
         steps: a number, or a published spacing (`"ddim25"`) in place of the scheduler's own.
-        walk: `"ddim"`, `"ddpm"` or `"flow"`, as the network allows; None for its own.
+        walk: a row of `diffusion.SAMPLERS`, as the network allows; None for its own.
         eta: noise of DDIM.
         clip: range of the predicted data, in place of the scheduler's own clipping.
 
@@ -171,28 +171,33 @@ def checkpoint_sampler(
     model, scheduler = checkpoint.model, own_scheduler(checkpoint.metadata)
     own = own_walk(checkpoint)
     walk = walk or own
-    is_flow = model.prediction == "velocity"
-    if is_flow != (walk == "flow"):
-        kind, fitting = ("a velocity", "flow") if is_flow else ("noise", "ddim or ddpm")
-        raise ValueError(f"walk={walk!r}: this model predicts {kind}; use {fitting}.")
-    if eta and walk != "ddim":
-        raise ValueError(f"eta={eta} is an option of ddim, not of {walk}.")
+    row = diffusion.sampler_named(walk)
+    if model.prediction not in row.predictions:
+        raise ValueError(f"walk={walk!r}: {fitting_samplers(model)}")
+    given = row.chosen(eta=eta or None, clip=clip)
     variance_fn = diffusion.learned_range if model.learned_variance else diffusion.fixed_large
     if scheduler is not None:
         return diffusion.scheduler_sampler(
             scheduler, steps, walk=walk, eta=eta, clip=clip, variance_fn=variance_fn
         )
-    if walk == "flow":
+    if not row.spacings:
         if not str(steps).isdecimal():
-            raise ValueError(f"steps={steps!r}: flow takes a positive number.")
-        return diffusion.flow(int(steps))
-    if walk == "ddim":
-        return diffusion.ddim(steps, eta, clip=clip)
-    return diffusion.ddpm(steps, clip=clip, variance_fn=variance_fn)
+            raise ValueError(f"steps={steps!r}: {walk} takes a positive number.")
+        return row.make_fn(int(steps), **given)
+    if "variance_fn" in row.options:
+        given["variance_fn"] = variance_fn
+    return row.make_fn(steps, predict_fn=diffusion.PREDICT_FNS[model.prediction], **given)
+
+
+def fitting_samplers(model: Any) -> str:
+    """Returns a sentence on which samplers a network can be walked with."""
+    what = model.prediction
+    kind = {"velocity": "a velocity", "epsilon": "noise"}.get(what, what)
+    return f"this model predicts {kind}; use {' or '.join(diffusion.samplers_of(what))}."
 
 
 def own_walk(checkpoint: Checkpoint) -> str:
-    """Returns the walk that a checkpoint takes by itself: `"ddim"`, `"ddpm"` or `"flow"`.
+    """Returns the walk that a checkpoint takes by itself, a row of `diffusion.SAMPLERS`.
 
     Raises:
         UserError: if the network does not return what its scheduler reads.
@@ -252,6 +257,7 @@ def generate(
     sampler: diffusion.Sampler,
     condition: Any,
     *,
+    num_samples: int | None = None,
     seed: int = 0,
     guidance: Any = 1.5,
     guidance_channels: int | str | None = PUBLISHED,
@@ -268,7 +274,9 @@ def generate(
     every batch with the number of samples in it.
 
     Args:
-        condition: class labels `[N]`, or the family's dict of arrays with N first.
+        condition: class labels `[N]`, the family's dict of arrays with N first, or None for a
+            network that takes none.
+        num_samples: how many, where there is no condition that says it.
 
     Raises:
         ValueError: if a label or the seed is out of range, there is no label, the batch size is not
@@ -277,7 +285,7 @@ def generate(
     check_diffusion_model(checkpoint.model)
     condition = as_condition(condition)
     checkpoint.model.check_condition(condition)
-    num_samples = jax.tree.leaves(condition)[0].shape[0]
+    num_samples = sample_count(condition, num_samples)
     size = checked_batch_size(num_samples, batch_size)
     done = []
     for _, images in generated_batches(
@@ -286,6 +294,7 @@ def generate(
         condition,
         range(0, num_samples, size),
         batch_size=size,
+        num_samples=num_samples,
         seed=seed,
         guidance=guidance,
         guidance_channels=guidance_channels,
@@ -305,6 +314,7 @@ def generated_batches(
     starts: Iterable[int],
     *,
     batch_size: int,
+    num_samples: int | None = None,
     seed: int = 0,
     guidance: Any = 1.5,
     guidance_channels: int | str | None = PUBLISHED,
@@ -321,7 +331,7 @@ def generated_batches(
     seed = check_seed(seed)
     condition = as_condition(condition)
     checkpoint.model.check_condition(condition)
-    num_samples = jax.tree.leaves(condition)[0].shape[0]
+    num_samples = sample_count(condition, num_samples)
     mesh = device_mesh()
     split, whole = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
     model = checkpoint.model.clone(numerics=numerics)

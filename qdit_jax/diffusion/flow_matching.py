@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from jaxtyping import Float
 
-from qdit_jax.diffusion.samplers import Flow, flow
+from qdit_jax.diffusion.samplers import Sampler, flow
 
 
 def shifted(sigmas: Float[np.ndarray, " S"], shift: float | int) -> Float[np.ndarray, " S"]:
@@ -48,8 +50,11 @@ def flow_match(
     shift: float | int = 1.0,
     num_train_timesteps: int = 1000,
     shift_terminal: float | int | None = None,
-) -> Flow:
-    """Returns Euler's rule over `flow_match_sigmas`.
+    make_fn: Callable[..., Sampler] = flow,
+) -> Sampler:
+    """Returns a velocity's sampler over `flow_match_sigmas`, by default Euler's rule.
+
+    `make_fn(steps, edges=...)` makes it: a row of `SAMPLERS`.
 
     Raises:
         ValueError: as `flow_match_sigmas`.
@@ -60,4 +65,4 @@ def flow_match(
         num_train_timesteps=num_train_timesteps,
         shift_terminal=shift_terminal,
     )
-    return flow(steps, edges=1 - sigmas)
+    return make_fn(steps, edges=1 - sigmas)

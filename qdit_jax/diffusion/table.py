@@ -1,0 +1,114 @@
+"""The table of samplers: a row says where a sampler is made, and what it takes.
+
+Nothing here imports jax, so that the names alone are quick to have; the function that a row names is
+imported when it is first asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+VELOCITY = "velocity"
+# What networks return of which a sampler on a schedule of betas makes the noise.
+NOISE = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True)
+class SamplerRow:
+    """One row of the table of samplers.
+
+    Attributes:
+        name: as `--sampler` takes it.
+        make: `module:function` of `make(steps, **options) -> Sampler`. A sampler of `NOISE` takes
+            the option `schedule`, one of a velocity the option `edges`.
+        predictions: what a network returns that can be sampled so (`models.Network.prediction`).
+        options: what `make` takes beside the number of steps.
+        spacings: whether steps may be a published spacing such as `"ddim25"`.
+        idea: one sentence on the rule of a step.
+        paper: where the rule is from.
+    """
+
+    name: str
+    make: str
+    predictions: tuple[str, ...]
+    options: tuple[str, ...]
+    spacings: bool
+    idea: str
+    paper: str
+
+    @property
+    def make_fn(self) -> Callable[..., Any]:
+        """Returns the function that makes the sampler."""
+        module, _, name = self.make.partition(":")
+        return getattr(import_module(module), name)
+
+    @property
+    def is_flow(self) -> bool:
+        """Returns whether it follows a velocity, from time 0 at noise to time 1 at the data."""
+        return VELOCITY in self.predictions
+
+    def chosen(self, **given: Any) -> dict[str, Any]:
+        """Returns the given options of `make` that are not None.
+
+        Raises:
+            ValueError: if one is not an option of this sampler.
+        """
+        chosen = {name: value for name, value in given.items() if value is not None}
+        for name, value in chosen.items():
+            if name not in self.options:
+                having = [row.name for row in SAMPLERS.values() if name in row.options]
+                raise ValueError(
+                    f"{name}={value} is an option of {' and '.join(having) or 'no sampler'}, not "
+                    f"of {self.name}; leave it out."
+                )
+        return chosen
+
+
+OF_NOISE = ("schedule", "clip", "predict_fn", "limit_fn")
+SAMPLERS: dict[str, SamplerRow] = {
+    row.name: row
+    for row in (
+        SamplerRow(
+            "ddim",
+            "qdit_jax.diffusion.samplers:ddim",
+            NOISE,
+            ("eta", *OF_NOISE),
+            spacings=True,
+            idea="Steps to the noise level of the next timestep, with as much new noise as eta says.",
+            paper="Denoising Diffusion Implicit Models, arXiv:2010.02502",
+        ),
+        SamplerRow(
+            "ddpm",
+            "qdit_jax.diffusion.samplers:ddpm",
+            NOISE,
+            ("variance_fn", *OF_NOISE),
+            spacings=True,
+            idea="Draws each step from the posterior, with a learned or fixed variance.",
+            paper="Denoising Diffusion Probabilistic Models, arXiv:2006.11239",
+        ),
+        SamplerRow(
+            "flow",
+            "qdit_jax.diffusion.samplers:flow",
+            (VELOCITY,),
+            ("solve_fn", "edges"),
+            spacings=False,
+            idea="Follows the velocity over intervals of time by Euler's or Heun's rule.",
+            paper="SiT, arXiv:2401.08740",
+        ),
+    )
+}
+
+
+def sampler_named(name: str) -> SamplerRow:
+    """Returns a row of the table; raises `ValueError` for a name that it lacks."""
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler={name!r} is not known; use one of {', '.join(SAMPLERS)}.")
+    return SAMPLERS[name]
+
+
+def samplers_of(prediction: str) -> list[str]:
+    """Returns the names of the samplers that walk with what a network returns."""
+    return [row.name for row in SAMPLERS.values() if prediction in row.predictions]
