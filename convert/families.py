@@ -28,6 +28,7 @@ class Layout:
         families: the values of `--family` that it can serve, the likeliest first.
         names: patterns of the names; a file is of the layout that covers most of its names.
         class_names: of diffusers' classes, whose config.json says more of such a network.
+        tells: settings that only its config.json has, where that says no class.
         plan: writes the conversion.
         wants_config: whether a folder of this layout must hold a config.json.
         parts: the first parts of its names, where a file may hold other networks beside it.
@@ -43,6 +44,7 @@ class Layout:
     parts: frozenset[str] = frozenset()
     options: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
+    tells: frozenset[str] = frozenset()
     rename: Callable[[StateDict], StateDict] = lambda state: state
 
 
@@ -55,6 +57,7 @@ def _plan_sit(state: StateDict, choices: Choices, _: Mapping[str, Any] | None) -
 
 
 VAE_OPTIONS = ("scaling_factor", "shift_factor")
+VAE_TELLS = frozenset({"scaling_factor", "shift_factor", "latent_channels", "norm_num_groups"})
 DIFFUSERS_OPTIONS = tuple(
     field.name for field in fields(Choices) if field.name not in (*VAE_OPTIONS, "noise_time")
 )
@@ -82,6 +85,7 @@ LAYOUTS = (
         wants_config=True,
         options=DIFFUSERS_OPTIONS,
         class_names=CLASS_NAMES,
+        tells=frozenset({"attention_head_dim", "num_embeds_ada_norm"}),
     ),
     Layout(
         "AutoencoderKL in the diffusers layout",
@@ -94,6 +98,7 @@ LAYOUTS = (
         wants_config=True,
         options=VAE_OPTIONS,
         class_names=(AUTOENCODER_NAME,),
+        tells=VAE_TELLS,
     ),
     Layout(
         "AutoencoderKL in the latent-diffusion layout",
@@ -105,6 +110,7 @@ LAYOUTS = (
         parts=frozenset({"encoder", "decoder", "quant_conv", "post_quant_conv"}),
         options=VAE_OPTIONS,
         class_names=(AUTOENCODER_NAME,),
+        tells=VAE_TELLS,
         rename=from_latent_diffusion,
     ),
     Layout(
