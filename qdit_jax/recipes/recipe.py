@@ -13,7 +13,6 @@ act spec and no weights. A rule without any spec leaves all that it matches, ope
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from typing import Any, Literal
 from flax.traverse_util import flatten_dict
 
 from qdit_jax.errors import check_pattern
-from qdit_jax.files import PathLike, as_path
+from qdit_jax.files import PathLike, as_path, read_once
 from qdit_jax.models import FAMILIES, OPERANDS_OF, TABLE, Family, family_of_params, layers_of
 from qdit_jax.quant import ActSpec, WeightSpec, ranges
 
@@ -352,7 +351,7 @@ def preset_bits(name: str, argument: str = "recipe") -> tuple[int, int, bool]:
 
 def read(path: PathLike) -> dict[str, Any]:
     try:
-        data = json.loads(as_path(path).read_text())
+        data = read_once(as_path(path).read_text())
     except FileNotFoundError as error:
         raise ValueError(f"recipe file {path} does not exist.") from error
     except (OSError, ValueError) as error:
