@@ -235,7 +235,7 @@ def open_network(path: Path, family: str | None, choices: Choices, weights: str 
     with about(path), _suggesting_raw(state):
         layout = find_layout(state, family)
         check_options(layout, choices)
-    config = read_config(path, layout.class_names)
+    config = read_config(path, layout.class_names, layout.tells)
     with about(path), _suggesting_raw(state):
         if layout.wants_config and config is None and path.is_dir():
             _check_config_needed(layout, choices)

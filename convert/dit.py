@@ -78,7 +78,7 @@ def facebook_plan(state: StateDict, choices: Choices, velocity: bool) -> Plan:
     num_tokens = shape_of(tensors, "pos_embed", 3)[1]
     if choices.input_size is None:
         check_input_size(said, sizes, num_tokens)
-    heads = said_heads(said, choices.num_heads)
+    heads = said_heads(said, choices.num_heads, sizes.width)
     if choices.model is None and heads is not None:
         choices = replace(choices, num_heads=heads)
     classes = choices.num_classes

@@ -36,6 +36,7 @@ class Layout:
         families: the values of `--family` that it can serve, the likeliest first.
         names: patterns of the names; a file is of the layout that covers most of its names.
         class_names: of diffusers' classes, whose config.json says more of such a network.
+        tells: settings that only its config.json has, where that says no class.
         plan: writes the conversion.
         wants_config: whether a folder of this layout must hold a config.json.
         parts: the first parts of its names, where a file may hold other networks beside it.
@@ -55,6 +56,7 @@ class Layout:
     parts: frozenset[str] = frozenset()
     options: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
+    tells: frozenset[str] = frozenset()
     rename: Callable[[StateDict], StateDict] = lambda state: state
     own_names: Callable[[str, StateDict], str] = lambda text, state: text
     told: Callable[[StateDict], bool] = lambda state: False
@@ -76,6 +78,7 @@ def is_sit(state: StateDict) -> bool:
 
 
 VAE_OPTIONS = ("scaling_factor", "shift_factor")
+VAE_TELLS = frozenset({"scaling_factor", "shift_factor", "latent_channels", "norm_num_groups"})
 DIFFUSERS_OPTIONS = tuple(
     field.name for field in fields(Choices) if field.name not in (*VAE_OPTIONS, "noise_time")
 )
@@ -118,6 +121,7 @@ LAYOUTS = (
         options=DIFFUSERS_OPTIONS,
         class_names=CLASS_NAMES,
         example=diffusers_example,
+        tells=frozenset({"attention_head_dim", "num_embeds_ada_norm"}),
     ),
     Layout(
         "vae-diffusers",
@@ -132,6 +136,7 @@ LAYOUTS = (
         options=VAE_OPTIONS,
         class_names=(AUTOENCODER_NAME,),
         example=vae_example,
+        tells=VAE_TELLS,
     ),
     Layout(
         "vae-latent-diffusion",
@@ -144,6 +149,7 @@ LAYOUTS = (
         parts=frozenset({"encoder", "decoder", "quant_conv", "post_quant_conv"}),
         options=VAE_OPTIONS,
         class_names=(AUTOENCODER_NAME,),
+        tells=VAE_TELLS,
         rename=from_latent_diffusion,
         own_names=in_latent_diffusion_names,
         example=latent_diffusion_example,

@@ -27,11 +27,14 @@ def is_pipeline(path: Path) -> bool:
     return path.is_dir() and (path / PIPELINE_INDEX).is_file()
 
 
-def read_config(path: Path, class_names: tuple[str, ...]) -> dict[str, Any] | None:
+def read_config(
+    path: Path, class_names: tuple[str, ...], tells: frozenset[str] = frozenset()
+) -> dict[str, Any] | None:
     """Returns config.json of the weights at `path` (a folder, an index or a file), or None.
 
     That of a folder is its network's own. Beside a single file whose name is not one of diffusers'
-    it may be of anything: it counts if it is of one of `class_names`.
+    it may be of anything: it counts if it is of one of `class_names`, or says no class and has
+    one of the settings `tells`.
     """
     folder = path if path.is_dir() else path.parent
     file = folder / "config.json"
@@ -40,7 +43,9 @@ def read_config(path: Path, class_names: tuple[str, ...]) -> dict[str, Any] | No
     own = path.is_dir() or ".index" in path.name or path.stem.startswith("diffusion_pytorch_model")
     with about(file):
         config = read_json(file)
-    return config if own or config.get("_class_name") in class_names else None
+    name = config.get("_class_name")
+    own = own or name in class_names or (name is None and not tells.isdisjoint(config))
+    return config if own else None
 
 
 def read_pipeline(path: Path) -> tuple[Path, Path | None, dict[str, Any]]:

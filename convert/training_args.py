@@ -17,10 +17,14 @@ from qdit_jax.errors import UserError
 from qdit_jax.models import published_config
 
 SAYS = "the file's saved arguments say"
-# Entries of a training file that hold arguments, and groups inside them that are of the network.
-ENTRIES = ("args", "config", "cfg", "hparams", "hyper_parameters", "model_args", "model_config")
-GROUPS = ("args", "config", "model", "network", "net", "params", "transformer", "dit", "sit")
-GROUPS += ("transport", "diffusion", "denoiser", "kwargs", "model_args", "model_config")
+# Words that name, alone or joined, a table of a training file that is of the network or its process:
+# args, hyper_parameters, model_kwargs, training_config. `vae_config` is of something else.
+WORDS = """
+args arguments arch architecture backbone cfg config configs denoiser diffusion dit flags hparams
+hyper hyperparameters init kwargs model net network opt options opts parameters params settings sit
+train training transformer transport
+"""
+GROUPS = frozenset(WORDS.split())
 
 COUNT = Setting("whole", low=1, high=1_000_000, optional=True)
 SIZE = Setting("any", optional=True)
@@ -30,6 +34,7 @@ ONLY_WITHOUT = Setting(
 ARGUMENTS: dict[str, Setting] = {
     "model": Setting("text", optional=True),
     "num_heads": COUNT,
+    "head_dim": COUNT,
     "depth": COUNT,
     "hidden_size": COUNT,
     "patch_size": COUNT,
@@ -68,6 +73,26 @@ ALIASES = {
     "resolution": "image_size",
     "img_size": "image_size",
     "latent_size": "input_size",
+    "heads": "num_heads",
+    "n_head": "num_heads",
+    "num_head": "num_heads",
+    "nhead": "num_heads",
+    "attention_head_dim": "head_dim",
+    "dim_head": "head_dim",
+    "prediction_type": "prediction",
+    "pred_type": "prediction",
+    "predict": "prediction",
+    "objective": "prediction",
+    "parameterization": "prediction",
+    "parametrization": "prediction",
+    "model_output": "prediction",
+    "model_mean_type": "prediction",
+    "path": "path_type",
+    "interpolant": "path_type",
+    "beta_schedule": "noise_schedule",
+    "num_train_timesteps": "diffusion_steps",
+    "num_timesteps": "diffusion_steps",
+    "timesteps": "diffusion_steps",
 }
 # Of data, optimisation, logging and evaluation: the network and its process do not depend on them.
 WITHOUT_BEARING = """
@@ -82,7 +107,7 @@ world_size
 """
 ARGUMENTS |= dict.fromkeys(WITHOUT_BEARING.split(), HARMLESS)
 
-VELOCITIES, NOISES = ("velocity", "v"), ("noise", "epsilon", "eps")
+VELOCITIES, NOISES = ("velocity", "v"), ("noise", "epsilon", "eps", "pred_noise")
 REMEDY = "save the weights alone, without their arguments, if these are of another training"
 
 
@@ -108,17 +133,41 @@ class Arguments:
 def saved_arguments(saved: Mapping[str, Any]) -> dict[str, object]:
     """Returns the plain settings that a training file holds beside its weights, by dotted names.
 
-    Groups that are of the network give theirs without the group's name.
+    Groups that are of the network give theirs without the group's name. A setting that stands bare
+    among the weights counts if it is one that is understood.
     """
     found: dict[str, object] = {}
-    for entry in ENTRIES:
-        for name, value in _plain(saved.get(entry)):
-            if name in found and found[name] != value:
-                raise UserError(
-                    f"{SAYS} {name}={shown(found[name])} and {name}={shown(value)}; {REMEDY}."
-                )
+    tables = {key: table for key, table in saved.items() if isinstance(key, str)}
+    bare = [(key, value) for key, value in tables.items() if is_used(key) and _is_plain(value)]
+    inside = (pair for key, table in tables.items() if is_group(key) for pair in _plain(table))
+    for name, value in (*inside, *bare):
+        if value is not None and found.get(name) not in (None, value) and is_used(name):
+            raise UserError(
+                f"{SAYS} {name}={shown(found[name])} and {name}={shown(value)}; {REMEDY}."
+            )
+        if found.get(name) is None:
             found[name] = value
     return found
+
+
+def is_group(key: str) -> bool:
+    """Returns whether a table of that name holds settings of the network or its process."""
+    return all(word in GROUPS for word in spelled(key).split("_"))
+
+
+def is_used(name: str) -> bool:
+    """Returns whether an argument of that name changes what a conversion makes of the weights."""
+    setting = ARGUMENTS.get(ALIASES.get(spelled(name), spelled(name)))
+    return setting is not None and setting.used
+
+
+def spelled(name: str) -> str:
+    """Returns a name as Python spells it: `--Num-Heads` is `num_heads`."""
+    return name.lower().lstrip("-").replace("-", "_")
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float | bool | list | tuple)
 
 
 def _plain(table: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
@@ -130,8 +179,8 @@ def _plain(table: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
             continue
         if isinstance(value, dict | Namespace):
             for name, inner in _plain(value, depth + 1):
-                yield (name if key in GROUPS else f"{key}.{name}"), inner
-        elif value is None or isinstance(value, str | int | float | bool | list | tuple):
+                yield (name if is_group(key) else f"{key}.{name}"), inner
+        elif _is_plain(value):
             yield key, value
 
 
@@ -145,7 +194,7 @@ def read_arguments(hints: Mapping[str, object]) -> Arguments:
     names: dict[str, str] = {}
     unknown = []
     for given, value in hints.items():
-        name = ALIASES.get(given, given)
+        name = ALIASES.get(spelled(given), spelled(given))
         if name not in ARGUMENTS:
             unknown.append(f"{given}={shown(value)}")
             continue
@@ -196,8 +245,8 @@ def check_process(arguments: Arguments, velocity: bool) -> None:
         if value is not None and value not in known:
             kinds = " or ".join(shown(v) for v in known) or "none"
             raise UserError(
-                f"{SAYS} {name}={shown(value)}; of a {'SiT' if velocity else 'DiT'}, {kinds} is "
-                f"understood: {remedy}."
+                f"{SAYS} {arguments.names[name]}={shown(value)}; of a {'SiT' if velocity else 'DiT'}, "
+                f"{kinds} is understood: {remedy}; or {REMEDY}."
             )
 
 
@@ -258,16 +307,24 @@ def _published(name: str) -> dict[str, int] | None:
         return None
 
 
-def said_heads(arguments: Arguments, chosen: int | None) -> int | None:
+def said_heads(arguments: Arguments, chosen: int | None, width: int) -> int | None:
     """Returns the number of heads that the file says, None if it says none or `chosen` is given.
 
     Raises:
-        UserError: if the file's model and its number of heads contradict each other.
+        UserError: if the file's model, its number of heads or their width contradict each other.
     """
-    heads, name = arguments.get("num_heads"), arguments.get("model")
+    name = arguments.get("model")
     said = None if name is None else _published(name)
     if chosen is not None:
         return None
+    heads, each = arguments.get("num_heads"), arguments.get("head_dim")
+    if each is not None and (width % each or heads not in (None, width // each)):
+        also = "" if heads is None else f" and {arguments.names['num_heads']}={heads}"
+        raise UserError(
+            f"{SAYS} {arguments.names['head_dim']}={each}{also}, which the width {width} of the "
+            "weights does not fit; pass --num-heads."
+        )
+    heads = width // each if each is not None else heads
     if heads is not None and said is not None and said["num_heads"] != heads:
         raise UserError(
             f"{SAYS} num_heads={heads} and model={name!r}, which has {said['num_heads']}; "

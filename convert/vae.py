@@ -98,6 +98,11 @@ def _factors(
                 f"autoencoders differ; pass --scaling-factor and --shift-factor (0 if it has none), "
                 f"or put its config.json beside it: {option} is missing."
             )
+        elif name == "scaling_factor" and (said["shift_factor"] or choices.shift_factor):
+            raise UserError(
+                f"the latents are shifted by {choices.shift_factor or said['shift_factor']:g}, but "
+                "nothing says their scaling_factor, which goes with the shift; pass --scaling-factor."
+            )
         else:
             found[name] = usual[name]
             other = "; SDXL's is 0.13025" if name == "scaling_factor" else ""

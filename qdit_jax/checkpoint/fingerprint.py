@@ -21,7 +21,7 @@ from flax import linen as nn
 # Takes bytes, as the `update` of a hash does.
 Update = Callable[[Any], None]
 LENGTH = 16  # hexadecimal digits that are kept: 64 bits
-PLAIN = (bool, int, float, str, type(None))
+PLAIN: tuple[type, ...] = (bool, int, float, str, type(None))
 
 
 def fingerprint(**settings: Any) -> dict[str, Any]:
@@ -95,10 +95,10 @@ def feed_object(update: Update, value: Any) -> None:
         feed(update, (value.func, value.args, value.keywords))
     elif isinstance(value, types.MethodType):
         feed(update, (value.__func__, value.__self__))
-    elif hasattr(value, "__wrapped__"):  # jitted, or decorated with `functools.wraps`
-        feed(update, value.__wrapped__)
     elif isinstance(value, types.FunctionType):
         feed_function(update, value)
+    elif hasattr(value, "__wrapped__"):  # jitted
+        feed(update, value.__wrapped__)
     elif isinstance(value, types.ModuleType):
         update(f"{value.__name__};".encode())
     elif isinstance(value, nn.Module):
@@ -119,12 +119,48 @@ def feed_object(update: Update, value: Any) -> None:
 
 
 def feed_function(update: Update, function: types.FunctionType) -> None:
-    """Passes a function's name, code, defaults and the values that it closes over."""
+    """Passes a function's name, code, defaults, and the values and functions that it reads.
+
+    Of a decorator that keeps the function it decorates (`functools.wraps`), what it closes over
+    counts as far as it has content: JAX's own keep much that has none.
+    """
     update(f"{function.__module__}.{function.__qualname__};".encode())
     feed_code(update, function.__code__)
+    feed_globals(update, function, {function})
     cells = [cell.cell_contents for cell in function.__closure__ or () if cell_is_set(cell)]
     cells = [content for content in cells if content is not function]  # it calls itself
+    wrapped = getattr(function, "__wrapped__", None)
+    if wrapped is not None:
+        cells = [wrapped, *(c for c in cells if c is not wrapped and is_value(c))]
     feed(update, (function.__defaults__, function.__kwdefaults__, cells))
+
+
+def feed_globals(
+    update: Update, function: types.FunctionType, seen: set[types.FunctionType]
+) -> None:
+    """Passes the module's values that a function reads, and the code of its module's functions."""
+    for name in sorted(names_in(function.__code__)):
+        value = function.__globals__.get(name)
+        if name in function.__globals__ and is_value(value):
+            feed(update, (name, value))
+            continue
+        is_own = isinstance(value, types.FunctionType) and value.__module__ == function.__module__
+        if is_own and value not in seen:
+            seen.add(value)
+            feed_code(update, value.__code__)
+            feed_globals(update, value, seen)
+
+
+def names_in(code: types.CodeType) -> set[str]:
+    """Returns the names that code mentions, those of functions inside it included."""
+    inner = [names_in(c) for c in code.co_consts if isinstance(c, types.CodeType)]
+    return set(code.co_names).union(*inner)
+
+
+def is_value(value: Any) -> bool:
+    """Returns whether `value` is plain, an array, or tables and lists of such."""
+    leaves = jax.tree.leaves(value, is_leaf=lambda leaf: leaf is None)
+    return all(isinstance(x, (*PLAIN, bytes, np.ndarray, np.generic, jax.Array)) for x in leaves)
 
 
 def feed_code(update: Update, code: types.CodeType) -> None:

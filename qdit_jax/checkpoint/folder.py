@@ -41,6 +41,7 @@ from qdit_jax.files import (
     check_free,
     check_space,
     local_copy,
+    read_once,
     replaced_folder,
 )
 
@@ -188,7 +189,7 @@ def read_recipe(folder: AnyPath) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        return json.loads(file.read_text())
+        return read_once(file.read_text())
     except ValueError as error:
         raise UserError(f"{file} is damaged: {error}; write the checkpoint again.") from error
 
@@ -220,9 +221,9 @@ def read_description(folder: AnyPath) -> dict[str, Any]:
             "`qdit convert SRC OUT` first."
         )
     try:
-        description = json.loads(file.read_text())
+        description = read_once(file.read_text())
     except ValueError as error:
-        raise UserError(f"{file} is damaged: {error!r}; write the checkpoint again.") from error
+        raise UserError(f"{file} is damaged: {error}; write the checkpoint again.") from error
     return check_description(description, str(file))
 
 

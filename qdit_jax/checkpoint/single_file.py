@@ -34,6 +34,7 @@ from qdit_jax.files import (
     check_free,
     check_space,
     local_copy,
+    read_once,
     replaced_file,
 )
 
@@ -113,7 +114,7 @@ def read_metadata(path: AnyPath, metadata: dict[str, str] | None) -> dict[str, A
             "reads weights in a PyTorch layout."
         )
     try:
-        description = json.loads((metadata or {})[KEY])
+        description = read_once((metadata or {})[KEY])
         version = description["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: its metadata is damaged ({error!r}); export it again.") from error

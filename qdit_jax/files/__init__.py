@@ -6,6 +6,7 @@ lies, and after everything new has been written.
 
 from qdit_jax.files.archives import write_arrays
 from qdit_jax.files.disk import check_space, disk_errors_told
+from qdit_jax.files.json_text import read_once
 from qdit_jax.files.kinds import GENERATOR, KINDS, check_free
 from qdit_jax.files.locks import locked
 from qdit_jax.files.paths import (
@@ -41,6 +42,7 @@ __all__ = [
     "local_copy",
     "locked",
     "num_bytes",
+    "read_once",
     "remove_folder",
     "renewed_folder",
     "renewed_path",

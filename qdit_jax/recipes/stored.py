@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from qdit_jax.errors import check_pattern
-from qdit_jax.files import PathLike, as_path
+from qdit_jax.files import PathLike, as_path, read_once
 from qdit_jax.quant import ActSpec, WeightSpec
 from qdit_jax.recipes.rules import LayerSpec, Rule
 
@@ -48,7 +47,7 @@ def from_json(source: PathLike | dict[str, Any]) -> tuple[tuple[Rule, ...], str]
 
 def read(path: PathLike) -> dict[str, Any]:
     try:
-        data = json.loads(as_path(path).read_text())
+        data = read_once(as_path(path).read_text())
     except FileNotFoundError as error:
         raise ValueError(f"recipe file {path} does not exist.") from error
     except (OSError, ValueError) as error:

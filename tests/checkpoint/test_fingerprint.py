@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
+from functools import partial, wraps
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,25 @@ from qdit_jax.checkpoint import digest, fingerprint, first_difference
 
 def scaled(factor):
     return lambda x: factor * x
+
+
+def decorated(function, factor):
+    @wraps(function)
+    def run(x):
+        return factor * function(x)
+
+    return run
+
+
+FACTOR = 2.0
+
+
+def by_the_module(x):
+    return helped(x)
+
+
+def helped(x):
+    return (lambda y: y * FACTOR)(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +70,9 @@ def test_every_byte_of_an_array_counts():
         (qdit.ddim(4), qdit.ddim(4, eta=0.5)),
         (jax.random.key(0), jax.random.key(1)),
         (jax.random.key(0), jax.random.key(0, impl="rbg")),
+        (decorated(scaled(1.0), 2.0), decorated(scaled(1.0), 3.0)),
+        (decorated(scaled(1.0), 2.0), decorated(scaled(2.0), 2.0)),
+        (jax.vmap(scaled(2.0)), jax.vmap(scaled(3.0))),
         ({"a": 1, "b": 2}, {"a": 1, "b": 3}),
         ([1, [2]], [[1], 2]),
         (1, 1.0),
@@ -71,6 +93,15 @@ def test_the_same_has_the_same_digest():
     quantized = qdit.quantize_params(one.params, recipe=recipe)
     assert digest(quantized) == digest(qdit.quantize_params(other.params, recipe=recipe))
     assert digest(quantized) != digest(one.params)
+
+
+def test_values_of_the_module_that_a_function_reads_count(monkeypatch):
+    before = digest(by_the_module)
+    assert before == digest(by_the_module)
+    monkeypatch.setitem(globals(), "FACTOR", 3.0)
+    changed = digest(by_the_module)
+    monkeypatch.setitem(globals(), "FACTOR", jnp.ones(2))
+    assert len({before, changed, digest(by_the_module)}) == 3
 
 
 def test_what_has_no_content_is_refused():

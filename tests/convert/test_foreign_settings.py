@@ -336,6 +336,25 @@ def test_the_config_beside_a_single_file_is_read(tmp_path, name):
     assert "notes" not in read.metadata
 
 
+def test_a_config_without_a_class_counts_beside_any_name_if_it_is_of_such_a_network(tmp_path):
+    path = write_safetensors(tmp_path / "sdxl_vae.safetensors", vae_arrays())
+    (tmp_path / "config.json").write_text(
+        json.dumps({"scaling_factor": 0.13025, "norm_num_groups": 4})
+    )
+    assert read_model(path).config["scaling_factor"] == 0.13025
+
+
+@pytest.mark.parametrize(
+    ("config", "given"), [({"shift_factor": 0.1}, {}), ({}, {"shift_factor": 0.1})]
+)
+def test_a_shift_without_a_scale_is_asked_for_its_scale(tmp_path, config, given):
+    folder = write_folder(tmp_path / "v", vae_arrays(), VAE_CONFIG | config)
+    with pytest.raises(UserError, match=r"shifted by 0\.1, but nothing says their scaling_factor"):
+        read_model(folder, **given)
+    read = read_model(folder, scaling_factor=0.5, **given)
+    assert (read.config["scaling_factor"], read.config["shift_factor"]) == (0.5, 0.1)
+
+
 def test_a_config_of_something_else_beside_a_file_is_not_read(tmp_path, dit):
     path = write_safetensors(tmp_path / "mine.safetensors", diffusers_arrays(dit))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
@@ -475,6 +494,51 @@ def test_arguments_without_bearing_are_not_mentioned(pt, dit):
 def test_arguments_that_contradict_the_weights_or_are_not_understood(pt, dit, arguments, message):
     with pytest.raises(UserError, match=f"saved arguments say .*{message}"):
         read_model(saved(pt, dit, **arguments))
+
+
+@pytest.mark.parametrize(
+    "entry", ["opt", "options", "train_args", "model_kwargs", "network_config", "Hyper-Parameters"]
+)
+def test_tables_of_arguments_by_other_names_are_read(pt, dit, entry):
+    assert read_model(saved(pt, dit, entry, num_heads=4)).config["num_heads"] == 4
+    with pytest.raises(UserError, match="prediction='noise'; of a SiT"):
+        read_model(saved(pt, dit, entry, prediction="noise", num_heads=4), family="sit")
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"num-heads": 4}, {"NUM_HEADS": 4}, {"heads": 4}, {"n_head": 4}, {"head_dim": 4}]
+)
+def test_arguments_in_other_spellings_are_read(pt, dit, arguments):
+    assert read_model(saved(pt, dit, **arguments)).config["num_heads"] == 4
+
+
+def test_settings_beside_the_weights_are_read(pt, dit):
+    assert read_model(pt({"ema": dit, "num_heads": 4})).config["num_heads"] == 4
+    with pytest.raises(UserError, match="num_heads=4 and num_heads=2"):
+        read_model(pt({"ema": dit, "num_heads": 2, "args": {"num_heads": 4}}))
+    read = read_model(
+        pt({"ema": dit, "epoch": 3, "optimizer_config": {"num_heads": 4}}), num_heads=2
+    )
+    assert "notes" not in read.metadata
+
+
+@pytest.mark.parametrize(
+    ("arguments", "family", "message"),
+    [
+        ({"prediction_type": "v_prediction"}, None, "prediction_type='v_prediction'; of a DiT"),
+        ({"parameterization": "x0"}, None, "parameterization='x0'; of a DiT"),
+        ({"objective": "pred_x0"}, None, "objective='pred_x0'; of a DiT"),
+        ({"beta_schedule": "cosine"}, None, "beta_schedule='cosine'; of a DiT"),
+        ({"num_timesteps": 4000}, None, "num_timesteps=4000; of a DiT"),
+        ({"path-type": "GVP"}, "sit", "path-type='GVP'; of a SiT"),
+        ({"interpolant": "GVP"}, "sit", "interpolant='GVP'; of a SiT"),
+        ({"head_dim": 5}, None, "head_dim=5, which the width 16"),
+        ({"head_dim": 8, "num_heads": 4}, None, "head_dim=8 and num_heads=4, which the width 16"),
+    ],
+)
+def test_a_process_in_other_spellings_is_understood_or_refused(pt, dit, arguments, family, message):
+    with pytest.raises(UserError, match=f"saved arguments say .*{message}"):
+        read_model(saved(pt, dit, **arguments), family=family)
 
 
 def test_heads_that_contradict_the_model_are_refused(pt):
