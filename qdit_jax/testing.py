@@ -1,4 +1,4 @@
-"""A random DiT whose weights and activations are as hard to quantise as a trained one's.
+"""A random DiT whose weights and activations are as hard to quantize as a trained one's.
 
 For tests and benchmarks: plain Gaussian weights have no outliers, so that every method looks good
 on them. What is built in, and the least size that `tests/test_testing.py` holds it to:

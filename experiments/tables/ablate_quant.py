@@ -1,4 +1,4 @@
-"""Measures what each choice of quantisation costs on one checkpoint, in paired error.
+"""Measures what each choice of quantization costs on one checkpoint, in paired error.
 
     qdit demo --out runs/demo                 # makes runs/demo/model
     python experiments/tables/ablate_quant.py runs/demo/model --out runs/ablation
@@ -70,7 +70,7 @@ def settings() -> Iterator[Setting]:
 
 
 def quantized(checkpoint: Any, setting: Setting, stats: Any, items: Any) -> Any:
-    """Returns the checkpoint's parameters quantised as `setting` says."""
+    """Returns the checkpoint's parameters quantized as `setting` says."""
     recipe = qdit.Recipe.preset(
         setting.bits,
         checkpoint.params,

@@ -1,4 +1,4 @@
-"""What makes a checkpoint hard to quantise, measured on its weights and on its layers' inputs.
+"""What makes a checkpoint hard to quantize, measured on its weights and on its layers' inputs.
 
 Dimensions: S timesteps, K input channels, N output channels.
 """

@@ -1,4 +1,4 @@
-"""What a quantised layer costs: bit operations, bytes, time on a kind of hardware, or a rule.
+"""What a quantized layer costs: bit operations, bytes, time on a kind of hardware, or a rule.
 
 A cost function takes `(layer, spec)` and returns a number; the total is the sum over layers, so
 that budgets can be met exactly. Any function of that kind will do, a user's own included.
@@ -85,7 +85,7 @@ class BitOps:
     `T K N b_w b_a + T N G accumulator k + T K q_v + T ceil(K / g_a) q_g`
 
     with G segments of `k` corrections (`num_corrections`) in the accumulator's arithmetic, and
-    q_v and q_g to quantise a value and a group of the input. Without the second term the budget
+    q_v and q_g to quantize a value and a group of the input. Without the second term the budget
     would not depend on the group size. A side left as it is counts 16 bits and no overhead.
 
     T is the layer's own `rows`.
@@ -126,7 +126,7 @@ class Bytes:
 class MeanGroup:
     """The release's rule: the mean of the group sizes must be at least so much.
 
-    The cost is minus a layer's group size (of the weights where they are quantised), so that a
+    The cost is minus a layer's group size (of the weights where they are quantized), so that a
     budget of `-L * 128` means a mean of 128 or more. A whole channel counts its K.
     """
 

@@ -1,4 +1,4 @@
-"""What a search minimises. An objective measures inside jit and scores on the host.
+"""What a search minimizes. An objective measures inside jit and scores on the host.
 
 The network, its sampler and its features arrive as functions; arrays that an objective holds are
 arguments of whatever is compiled with it.

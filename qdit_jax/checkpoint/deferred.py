@@ -1,7 +1,7 @@
 """Arrays that are made when they are used, and a writer that makes one after another.
 
 A parameter tree may hold a `DeferredArray` wherever it may hold an array: a checkpoint's arrays that
-are still on disk, or the arrays of a kernel that is quantised while it is being written.
+are still on disk, or the arrays of a kernel that is quantized while it is being written.
 """
 
 from __future__ import annotations

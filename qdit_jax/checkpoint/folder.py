@@ -2,10 +2,10 @@
 
     model.json    format version, family, configuration, what every parameter is, metadata
     params/       the arrays (Orbax)
-    recipe.json   how the model was quantised, if it was
+    recipe.json   how the model was quantized, if it was
     vae/          the autoencoder's own checkpoint, if there is one
 
-Orbax keeps arrays; the static fields of a quantised leaf stand in `model.json`. `qdit_jax.export`
+Orbax keeps arrays; the static fields of a quantized leaf stand in `model.json`. `qdit_jax.export`
 puts the same content into one safetensors file.
 """
 

@@ -29,18 +29,18 @@ VERBS = {
     "inspect": "show what a checkpoint or a PyTorch file holds",
     "calibrate": "record activation statistics",
     "search": "find the group size of every layer",
-    "quantize": "quantise a checkpoint",
-    "methods": "list the ways to quantise",
+    "quantize": "quantize a checkpoint",
+    "methods": "list the ways to quantize",
     "export": "write a checkpoint to one safetensors file, or read one back",
     "sample": "make pictures",
-    "evaluate": "compare a quantised model with full precision; score samples",
+    "evaluate": "compare a quantized model with full precision; score samples",
     "demo": "the whole road on the packaged model",
     "completion": "print the shell's completion script",
 }
 DESCRIPTION = """\
 Diffusion transformers in 4 to 8 bits in JAX.
 
-The road: a PyTorch checkpoint goes in, a quantised model and pictures come out.
+The road: a PyTorch checkpoint goes in, a quantized model and pictures come out.
 
   qdit convert DiT-XL-2-256x256.pt xl2        # PyTorch weights to a checkpoint folder
   qdit inspect xl2                            # what is in it

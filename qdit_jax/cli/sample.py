@@ -1,4 +1,4 @@
-"""`qdit sample`: pictures from a checkpoint, full precision or quantised."""
+"""`qdit sample`: pictures from a checkpoint, full precision or quantized."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
     parser = verb_parser(
         subparsers,
         "sample",
-        "Makes pictures with a checkpoint, full precision or quantised alike. A run that was stopped "
+        "Makes pictures with a checkpoint, full precision or quantized alike. A run that was stopped "
         "goes on: finished batches wait in a folder .NAME.unfinished beside OUT.",
         epilog=EXAMPLE,
     )
@@ -67,8 +67,8 @@ def add_parser(subparsers: Any) -> None:
     add_numerics(
         add,
         "simulated",
-        "of quantised layers: float arithmetic on the quantised grid, or dots of the stored "
-        "integers or elements, scaled afterwards; quantised inputs needed (%(default)s)",
+        "of quantized layers: float arithmetic on the quantized grid, or dots of the stored "
+        "integers or elements, scaled afterwards; quantized inputs needed (%(default)s)",
     )
     add(
         "--vae", type=path_option, help="checkpoint of the autoencoder, where CHECKPOINT holds none"

@@ -223,7 +223,7 @@ def shards(
 
 
 def used_by(checkpoint: Checkpoint, numerics: str, batch_size: int) -> dict[str, int]:
-    """Returns how many quantised layers each implementation computes, by its name."""
+    """Returns how many quantized layers each implementation computes, by its name."""
     rows = {path: n * batch_size for path, n in rows_per_sample(checkpoint.model).items()}
     return implementations_used(checkpoint.params, numerics, rows=rows)
 

@@ -78,7 +78,7 @@ def model_facts(run: Run, table: Table, number: int, contender: Contender) -> di
 def precision(contender: Contender, chosen: str) -> str:
     """Returns how the numbers of a contender were computed, in words."""
     quantized = contender.checkpoint.recipe is not None
-    return f"quantised, {chosen} numerics" if quantized else "full precision"
+    return f"quantized, {chosen} numerics" if quantized else "full precision"
 
 
 def implementations(table: Table, number: int) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Quantising a kernel some output channels at a time, so that little beside it is in memory.
+"""Quantizing a kernel some output channels at a time, so that little beside it is in memory.
 
 Output channels are independent under rounding to nearest. Dimensions: K input and N output channels.
 """
@@ -34,7 +34,7 @@ def column_blocks(shape: tuple[int, ...], channel_group: int) -> list[slice]:
 def quantize_by_columns(w: Float[np.ndarray, "K N"], spec: WeightSpec) -> QTensor:
     """Returns `quantize(w, spec)` bit for bit, its arrays in NumPy.
 
-    A format with a factor for the whole tensor is quantised as a whole.
+    A format with a factor for the whole tensor is quantized as a whole.
 
     Raises:
         TypeError, ValueError: see `quantize`.

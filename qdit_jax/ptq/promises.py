@@ -1,4 +1,4 @@
-"""Whether a quantised layer is as near its kernel as its bits promise.
+"""Whether a quantized layer is as near its kernel as its bits promise.
 
 A layer can lose itself without any error: in a grid that does not fit, a range rule with a floor, a
 format's shared factor. Every table of layers says so.

@@ -40,10 +40,10 @@ def round_params(
     on_layer: Callable[[RoundedLayer], None] | None = None,
     progress_fn: Callable[[int], Any] | None = None,
 ) -> Any:
-    """Returns `params` quantised by `recipe`, each layer fitted to inputs from the quantised network.
+    """Returns `params` quantized by `recipe`, each layer fitted to inputs from the quantized network.
 
     The network runs once on all items for every stage, up to the stage's layers, with the stages
-    before it quantised and the activation quantisers working; no activation outlives a batch. Full
+    before it quantized and the activation quantizers working; no activation outlives a batch. Full
     precision parameters, one stage's Hessians (`quantize_in_order` says how large) and the
     activations of one batch are what memory holds.
 

@@ -1,7 +1,7 @@
-"""Rounding a whole network in order: each layer on inputs as the quantised network makes them.
+"""Rounding a whole network in order: each layer on inputs as the quantized network makes them.
 
 Stage by stage, Hessians of the stage's inputs come from the network whose earlier layers are
-quantised and whose activation quantisers all work; then the stage's kernels are rounded.
+quantized and whose activation quantizers all work; then the stage's kernels are rounded.
 
 Dimensions: K input channels, N output channels.
 """
@@ -88,7 +88,7 @@ def quantize_in_order(
     wanted = {path for path, s in specs.items() if s.weight and f"{path}/kernel" in flat}
     chosen = [[path for path in stage if path in wanted] for stage in stages]
     if missing := sorted(wanted - {path for stage in chosen for path in stage}):
-        raise ValueError(f"the network never runs {missing[0]}, which the recipe quantises.")
+        raise ValueError(f"the network never runs {missing[0]}, which the recipe quantizes.")
     for stage in filter(None, chosen):
         hessians, holdout = hessians_fn(unflatten_dict(flat, sep="/"), stage)
         kernels = {path: flat[f"{path}/kernel"] for path in stage}
@@ -159,8 +159,8 @@ def by_block(paths: Sequence[str], family: Family) -> list[list[str]]:
     family rounds first (adaLN), the blocks.
 
     adaLN sees the condition only, so that all of it makes one stage ahead of the blocks, and the
-    blocks' inputs are those of quantised modulations. A block's own layers are one stage: within
-    it, inputs are those of its unquantised kernels.
+    blocks' inputs are those of quantized modulations. A block's own layers are one stage: within
+    it, inputs are those of its unquantized kernels.
     """
     early = [path for path in paths if family.part_of(path) == family.rounded_first]
     others = [path for path in paths if path not in early]

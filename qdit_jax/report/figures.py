@@ -1,4 +1,4 @@
-"""Charts of a network's weights and activations, after the figures of the quantisation papers."""
+"""Charts of a network's weights and activations, after the figures of the quantization papers."""
 
 from __future__ import annotations
 

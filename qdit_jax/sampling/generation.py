@@ -274,7 +274,7 @@ def generate(
     decode_fn: Callable | None = decode,
     progress_fn: Callable[[int], Any] | None = None,
 ) -> Float[np.ndarray, "N *shape"]:
-    """Returns one sample per condition, full precision or quantised alike; about [-1, 1].
+    """Returns one sample per condition, full precision or quantized alike; about [-1, 1].
 
     Sample i depends on `seed`, i and its condition only.  Batches are split over all local devices;
     `batch_size` is in all, by default 16 a device, 4 on CPU.  Where the checkpoint has an autoencoder,

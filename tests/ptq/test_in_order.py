@@ -246,8 +246,8 @@ def test_a_layer_that_loses_on_held_out_inputs_keeps_nearest(small):
     np.testing.assert_array_equal(kept.codes, expected.codes)
 
 
-def test_hessians_are_those_of_the_quantised_network(small):
-    """Equal to `x xᵀ` of inputs recorded by hand: earlier layer quantised, quantiser at work."""
+def test_hessians_are_those_of_the_quantized_network(small):
+    """Equal to `x xᵀ` of inputs recorded by hand: earlier layer quantized, quantizer at work."""
     model, params, items = small
     recipe = recipe_for(params)
     quantized = quantize_params(params, recipe=recipe)
@@ -268,7 +268,7 @@ def test_hessians_are_those_of_the_quantised_network(small):
     assert relative(sums["blocks_0/attn/proj"], expected) < 1e-3
 
 
-def test_operands_and_label_tables_are_quantised_too(small):
+def test_operands_and_label_tables_are_quantized_too(small):
     model, params, items = small
     recipe = Recipe(
         (
