@@ -171,7 +171,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def picture(rows: list[dict[str, Any]]) -> Figure:
-    """Returns one panel a part: closeness over group sizes, a line a choice."""
+    """Returns one panel per part: closeness over group sizes, one line per choice."""
     parts = list(dict.fromkeys(row["part"] for row in rows))
     chart = Figure(figsize=(3.6 * len(parts), 3.6), layout="constrained")
     panels = chart.subplots(1, len(parts), sharey=True)

@@ -3,7 +3,7 @@
 The network, its sampler and its features arrive as functions; arrays that an objective holds are
 arguments of whatever is compiled with it.
 
-Dimensions: J batches, B samples a batch, H, W, C one latent, D features.
+Dimensions: J batches, B samples per batch, H, W, C one latent, D features.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The space of a search: which layers may be quantized how, and assignments of one choice a layer.
+"""The space of a search: which layers may be quantized how, and assignments of one choice per layer.
 
 An assignment is an int32 array `[L]` of choice numbers: data, so a search never recompiles.
 Dimensions: L layers, K input channels and N output channels of a layer.
@@ -206,7 +206,7 @@ def resized(spec: LayerSpec, group_size: int) -> LayerSpec:
 
 
 def recipe_of(space: Space, assignment: Any, name: str = "search") -> Recipe:
-    """Returns the recipe of an assignment, one rule a layer."""
+    """Returns the recipe of an assignment, one rule per layer."""
     chosen = specs_of(space, assignment)
     return Recipe(tuple(Rule(re.escape(path), spec) for path, spec in chosen.items()), name)
 

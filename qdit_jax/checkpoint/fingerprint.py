@@ -1,4 +1,4 @@
-"""Fingerprints of everything that determines a result, so that no run takes up another's work.
+"""Fingerprints of everything that determines a result, so that no run resumes from another's results.
 
 A resumable job describes its settings by `fingerprint`, keeps that beside what it has computed, and
 goes on only where every entry is the same. A value enters with all of its bytes: arrays whole, keys,

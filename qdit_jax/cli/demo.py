@@ -1,4 +1,4 @@
-"""`qdit demo`: the whole road on the model that the package carries."""
+"""`qdit demo`: every stage, from conversion to evaluation, on the packaged model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qdit_jax.cli.options import (
 from qdit_jax.cli.paths import path_option
 
 HELP = """\
-Run the whole road on the small digit model inside the package: convert its PyTorch-layout weights,
+Run every stage on the small digit model inside the package: convert its PyTorch-layout weights,
 calibrate, quantize in several ways, sample the same noise and labels with each, compare.
 
 Writes checkpoints, pictures.png, metrics.json and report.html (one file, nothing else needed) to

@@ -117,7 +117,7 @@ def add_score_options(add: Any) -> None:
     add(
         "--batch-size",
         type=positive_int,
-        help="images at once (files 64; sampling 16 a device, 4 on CPU)",
+        help="images at once (files 64; sampling 16 per device, 4 on CPU)",
     )
     add(
         "--min-samples",

@@ -19,7 +19,7 @@ from qdit_jax.files import PathLike
 HELP = """\
 Quantize a checkpoint's linear layers in groups of input channels.
 
-The weights are stored as packed codes with one scale (and zero point) a group; the activations are
+The weights are stored as packed codes with one scale (and zero point) per group; the activations are
 quantized while the network runs, per token and group. The new checkpoint needs no other file.
 
 examples:

@@ -1,4 +1,4 @@
-"""The table of `qdit quantize`: what becomes of every layer, and of the whole checkpoint."""
+"""The table of `qdit quantize`: bits, bytes and error of every layer, and the totals."""
 
 from __future__ import annotations
 

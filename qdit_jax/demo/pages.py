@@ -33,7 +33,7 @@ def write_summary(
     """Writes the self-contained page: what ran, pictures, figures; `made` is its provenance."""
     parts = [
         report.paragraph(
-            f"{settings.num_samples} samples a model, {settings.num_steps} DDIM steps, guidance "
+            f"{settings.num_samples} samples per model, {settings.num_steps} DDIM steps, guidance "
             f"{settings.guidance:g}, {settings.numerics} numerics, the same noise and labels for "
             f"all, seed {settings.seed}. Run on {made['device']}; {report.provenance_text(made)}."
         ),
@@ -70,7 +70,7 @@ def row(outcome: Any, full: Any) -> list[str]:
 
 
 def figure(outcomes: Sequence[Any]) -> Figure:
-    """Returns a chart of bytes against closeness, one point a model."""
+    """Returns a chart of bytes against closeness, one point per model."""
     with matplotlib.rc_context({"font.size": 9}):
         chart = Figure(figsize=(8.5, 4), layout="constrained")
         axes = chart.subplots()

@@ -126,7 +126,7 @@ def run_demo(
     note("2/5 calibrate: ranges of every layer's input, over timesteps, labels and the null class")
     stats = calibrate_packaged(checkpoint, settings, bar_fn)
     stats.save(out / "stats.npz")
-    note("3/5 quantize: one checkpoint a recipe")
+    note("3/5 quantize: one checkpoint per recipe")
     checkpoints = {"full precision": checkpoint}
     for title, recipe in recipes(checkpoint.params, settings.quick).items():
         folder = out / recipe_folder(recipe)
@@ -172,7 +172,7 @@ def calibrate_packaged(checkpoint: Checkpoint, settings: DemoSettings, bar_fn: B
 def compare(
     checkpoints: dict[str, Checkpoint], settings: DemoSettings, bar_fn: BarFn
 ) -> list[Outcome]:
-    """Returns an outcome for each checkpoint; the first one is what the others are held against."""
+    """Returns an outcome for each checkpoint; the first one is the reference of the comparison."""
     outcomes: list[Outcome] = []
     features_fn = demo_features_fn()
     with resources.as_file(asset(DEMO_STATISTICS)) as file:
@@ -202,7 +202,7 @@ def compare(
 
 
 def timed(checkpoint: Checkpoint, settings: DemoSettings) -> tuple[np.ndarray, float]:
-    """Returns the samples, digits 0 to 9 in turn, and the seconds they took."""
+    """Returns the samples, digits 0 to 9 cyclically, and the wall time in seconds."""
     began = time.perf_counter()
     images = generate(
         checkpoint,

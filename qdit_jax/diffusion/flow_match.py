@@ -1,4 +1,4 @@
-"""Flow matching as diffusers walks it: noise levels from 1 to 0, shifted toward the noise.
+"""Flow matching as diffusers samples it: noise levels from 1 to 0, shifted toward the noise.
 
 `x = (1 - sigma) data + sigma noise`; time as `samplers.flow` counts it is `1 - sigma`.
 """

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from qdit_jax.diffusion import posterior
 from qdit_jax.diffusion.flow_match import flow_match
-from qdit_jax.diffusion.samplers import Sampler, ddim, ddim_walk, ddpm, ddpm_walk
+from qdit_jax.diffusion.samplers import Sampler, ddim, ddim_sampler, ddpm, ddpm_sampler
 from qdit_jax.diffusion.scheduler_settings import Scheduler
 from qdit_jax.diffusion.schedules import (
     Schedule,
@@ -142,7 +142,7 @@ def scheduler_sampler(
     arrived = visited - process.num_timesteps // int(text)
     last = 1.0 if settings.get("set_alpha_to_one", True) else process.alphas_cumprod[0]
     target = np.where(arrived >= 0, process.alphas_cumprod[np.maximum(arrived, 0)], last)
-    return ddim_walk(visited, process.alphas_cumprod[visited], target, eta, **options)
+    return ddim_sampler(visited, process.alphas_cumprod[visited], target, eta, **options)
 
 
 def _ancestral(
@@ -150,7 +150,7 @@ def _ancestral(
 ) -> Sampler:
     kept = process.alphas_cumprod[visited]
     between = Schedule(1 - kept / np.append(1.0, kept[:-1]), visited)
-    return ddpm_walk(between, visited > 0, **options)
+    return ddpm_sampler(between, visited > 0, **options)
 
 
 def limits(settings: Mapping[str, Any]) -> tuple[Any, Callable]:

@@ -1,4 +1,4 @@
-"""Rounding that learns from a network's inputs: GPTQ and AdaRound of whole networks.
+"""Calibrated rounding (GPTQ, AdaRound) of whole networks.
 
 Dimensions: I items, B batch, K input channels.
 """
@@ -92,7 +92,7 @@ def held_out_items(items: Items, share: float | int) -> np.ndarray:
     if share == 0:
         return np.zeros(len(items.sample), bool)
     if not 0 < share < 1:
-        raise ValueError(f"holdout={share} is no share; use a number from 0 up to 1.")
+        raise ValueError(f"holdout={share} is not a share; use a number from 0 up to 1.")
     order = np.unique(items.sample, return_inverse=True)[1]
     held_out = np.floor((order + 1) * share) > np.floor(order * share)
     if held_out.all() or not held_out.any():

@@ -1,4 +1,4 @@
-"""Rounding a whole network in order: each layer on inputs as the quantized network makes them.
+"""Sequential rounding: each layer is calibrated on inputs from the already quantized layers.
 
 Stage by stage, Hessians of the stage's inputs come from the network whose earlier layers are
 quantized and whose activation quantizers all work; then the stage's kernels are rounded.
@@ -68,7 +68,7 @@ def quantize_in_order(
 ) -> Any:
     """Returns `params` with each kernel that `recipe` names as a `QTensor`, rounded in stages.
 
-    Beside the parameters, memory holds two float32 `[K, K]` a layer of one stage (one if nothing is
+    Beside the parameters, memory holds two float32 `[K, K]` per layer of one stage (one if nothing is
     held out) and a few float32 copies of the kernels being rounded: for a DiT-XL/2 block 0.2 GB
     and as much again for its fc2.
 
@@ -98,7 +98,7 @@ def quantize_in_order(
             check_finite(path, kernels[path], GREATEST_WEIGHT)
             for found in (hessians, holdout or {}):
                 check_hessian(path, found.get(path))
-        for path, q in rounded_together(kernels, hessians, weight_specs, round_fn):
+        for path, q in rounded_by_shape(kernels, hessians, weight_specs, round_fn):
             inputs = hessians[path] if holdout is None else holdout[path]
             layer = checked(path, kernels[path], q, inputs, weight_specs[path], holdout is not None)
             flat[f"{path}/kernel"] = layer.q
@@ -132,7 +132,7 @@ def checked(
     return RoundedLayer(path, kernel, nearest_q if fell_back else q, nearest, rounded, fell_back)
 
 
-def rounded_together(
+def rounded_by_shape(
     kernels: dict[str, Any], hessians: dict[str, Any], specs: dict[str, Any], round_fn: RoundFn
 ) -> Iterable[tuple[str, QTensor]]:
     """Yields `(path, QTensor)`; kernels of one shape and spec go through one vmapped call."""

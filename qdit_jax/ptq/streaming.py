@@ -2,7 +2,7 @@
 
 `quantize_checkpoint` does it in one call. Its parts: `open_checkpoint` gives the tree of `load` with
 every array still on disk, `deferred_quantization` the tree of `quantize_params` with every kernel's
-arrays still to be computed, and `save` makes and writes one after another.
+arrays still to be computed, and `save` computes and writes them one at a time.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def quantize_checkpoint(
 ) -> Checkpoint:
     """Writes the checkpoint in `source`, rounded to nearest by `recipe`, to the folder `out`.
 
-    Each layer is read, quantized, written and let go before the next: beside the runtime and its
+    Each layer is read, quantized, written and freed before the next: beside the runtime and its
     programs, memory holds two copies of the largest array; call `memory.give_back_freed_memory`
-    first, or holes that earlier layers have left stay as well. The result is bit for bit what
+    first, or memory freed by earlier layers stays with the process as well. The result is bit for bit what
     `load`, `quantize_params` and `save` write, and appears under its name once it is complete.
 
     Args:

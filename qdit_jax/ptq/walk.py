@@ -1,4 +1,4 @@
-"""The one walk over a parameter tree that puts quantized leaves in their places."""
+"""The tree map that replaces parameters by quantized leaves."""
 
 from __future__ import annotations
 

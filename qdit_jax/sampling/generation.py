@@ -150,7 +150,7 @@ def own_scheduler(metadata: Mapping[str, Any]) -> diffusion.Scheduler | None:
 def trained_schedule(metadata: Mapping[str, Any]) -> diffusion.Schedule:
     """Returns the schedule that a checkpoint was trained on: its scheduler's, or DiT's.
 
-    What the network predicts and how its scheduler walks are not in it: see `checkpoint_sampler`.
+    What the network predicts and its scheduler's settings are not in it: see `checkpoint_sampler`.
 
     Raises:
         ValueError: if the scheduler cannot be understood, or is of a flow, which has no schedule.
@@ -169,7 +169,7 @@ def checkpoint_sampler(
     eta: float | int = 0.0,
     clip: float | int | None = None,
 ) -> diffusion.Sampler:
-    """Returns the sampler of a checkpoint: its own scheduler's walk, or the published one.
+    """Returns the sampler of a checkpoint: its own scheduler's, or the published one.
 
     Without a scheduler that is the flow for a velocity model, else DDIM on DiT's schedule.
 
@@ -206,7 +206,7 @@ def checkpoint_sampler(
 
 
 def own_walk(checkpoint: Checkpoint) -> str:
-    """Returns the walk that a checkpoint takes by itself: `"ddim"`, `"ddpm"` or `"flow"`.
+    """Returns the default sampler of a checkpoint: `"ddim"`, `"ddpm"` or `"flow"`.
 
     Raises:
         UserError: if the network does not return what its scheduler reads.
@@ -277,7 +277,7 @@ def generate(
     """Returns one sample per condition, full precision or quantized alike; about [-1, 1].
 
     Sample i depends on `seed`, i and its condition only.  Batches are split over all local devices;
-    `batch_size` is in all, by default 16 a device, 4 on CPU.  Where the checkpoint has an autoencoder,
+    `batch_size` is the total over devices, by default 16 per device, 4 on CPU.  Where the checkpoint has an autoencoder,
     `decode_fn` makes images of latents; None returns the latents.  `progress_fn` is called after
     every batch with the number of samples in it.
 

@@ -9,7 +9,7 @@ import pytest
 
 from qdit_jax import diffusion
 from qdit_jax.diffusion import Schedule, linear_betas, respaced
-from qdit_jax.diffusion.loop import _typed, _walk
+from qdit_jax.diffusion.loop import _sample_loop, _typed
 
 SCHEDULE = Schedule(linear_betas())
 MEAN, VARIANCE = 0.4, 0.25  # of the data
@@ -288,10 +288,10 @@ def test_values_do_not_recompile():
         return diffusion.sample(fn, sampler, latents(2, 4, seed), jnp.array(label), key)
 
     run(0.1, 1.5, 0.5, 1.0, [1, 2], 0)
-    before = _walk._cache_size()
+    before = _sample_loop._cache_size()
     first = run(0.2, 4.0, 0.9, 0.7, [3, 4], 1)
     second = run(0.2, 4.0, 0.9, 0.7, [3, 5], 1)
-    assert _walk._cache_size() == before
+    assert _sample_loop._cache_size() == before
     assert jnp.abs(first - second).max() > 1e-3
 
 
@@ -299,7 +299,7 @@ def test_the_loop_is_one_loop_without_host_traffic():
     model = jax.tree_util.Partial(labeled, jnp.float32(0.1))
     fn = diffusion.guided(model, 1.5, null=9)
     arguments = (fn, diffusion.ddpm(50), latents(2, 4), zeros(), jax.random.key(0), None)
-    text = _walk.lower(*arguments, collect_fn=lambda step: None).compile().as_text()
+    text = _sample_loop.lower(*arguments, collect_fn=lambda step: None).compile().as_text()
     assert "while(" in text
     for word in ["callback", "infeed", "outfeed", " send(", " recv("]:
         assert word not in text

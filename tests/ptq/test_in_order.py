@@ -27,7 +27,7 @@ from qdit_jax.ptq import (
     round_params,
 )
 from qdit_jax.ptq.rounding import held_out_items, hessians_of
-from qdit_jax.ptq.sequential import rounded_together
+from qdit_jax.ptq.sequential import rounded_by_shape
 from qdit_jax.quant import (
     ActSpec,
     AdaRoundSettings,
@@ -304,7 +304,7 @@ def test_kernels_of_one_shape_are_rounded_as_if_alone():
     kernels = {str(i): jnp.asarray(rng.standard_normal((32, 8)), jnp.float32) for i in range(3)}
     hessians = {str(i): jnp.asarray(x[i].T @ x[i]) for i in range(3)}
     spec = WeightSpec(4, 8)
-    together = dict(rounded_together(kernels, hessians, dict.fromkeys(kernels, spec), quant.gptq))
+    together = dict(rounded_by_shape(kernels, hessians, dict.fromkeys(kernels, spec), quant.gptq))
     for name, q in together.items():
         alone = quant.gptq(kernels[name], hessians[name], spec)
         assert (np.asarray(q.codes) != np.asarray(alone.codes)).mean() < 0.01
@@ -313,7 +313,7 @@ def test_kernels_of_one_shape_are_rounded_as_if_alone():
 
 def test_errors_name_what_is_wrong(small):
     _, params, items = small
-    with pytest.raises(ValueError, match="holdout=1 is no share"):
+    with pytest.raises(ValueError, match="holdout=1 is not a share"):
         held_out_items(items, 1)
     with pytest.raises(ValueError, match="leaves one side empty"):
         held_out_items(items._replace(sample=np.zeros(len(items.x), int)), 0.5)
