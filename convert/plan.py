@@ -92,7 +92,7 @@ def affine(path: str, key: str, kernel: Shape, transform: Callable = linear) -> 
 
 
 def norm(path: str, key: str, width: int) -> list[Leaf]:
-    """Returns the leaves of a normalisation with scale and bias."""
+    """Returns the leaves of a normalization with scale and bias."""
     return [
         Leaf(f"{path}/scale", (f"{key}.weight",), ((width,),)),
         Leaf(f"{path}/bias", (f"{key}.bias",), ((width,),)),
@@ -156,7 +156,7 @@ def _check_dtypes(expected: Iterable[str], tensors: Mapping[str, StoredTensor]) 
                 f"tensors are {what}".replace("an 8-bit float", "8-bit floats"),
             )
             + f"{listing(wrong)}; convert reads weights "
-            "in float64, float32, float16 or bfloat16, not ones that are quantised already."
+            "in float64, float32, float16 or bfloat16, not ones that are quantized already."
         )
 
 

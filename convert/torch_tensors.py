@@ -179,7 +179,7 @@ def rebuild_quantized(
     requires_grad: Any,
     hooks: Any,
 ) -> StoredTensor:
-    """Returns a stand-in for a quantised tensor of torch."""
+    """Returns a stand-in for a quantized tensor of torch."""
     tensor = rebuild_tensor(storage, offset, shape, strides)
     return replace(tensor, problem=tensor.problem or "a quantized tensor")
 

@@ -94,7 +94,7 @@ ALIASES = {
     "num_timesteps": "diffusion_steps",
     "timesteps": "diffusion_steps",
 }
-# Of data, optimisation, logging and evaluation: the network and its process do not depend on them.
+# Of data, optimization, logging and evaluation: the network and its process do not depend on them.
 WITHOUT_BEARING = """
 adam_beta1 adam_beta2 adam_epsilon adam_weight_decay allow_tf32 batch_size betas cfg_scale
 checkpointing_steps ckpt ckpt_every clip_grad data_dir data_path device ema_decay epochs

@@ -1,4 +1,4 @@
-"""Keeping a process small: what the C library does with memory that arrays have left."""
+"""Memory of a process: how the C library (glibc) treats freed arrays."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def give_back_freed_memory() -> None:
     """Has this process return a large array's memory as soon as the array is freed (glibc).
 
     By default freed arrays stay as holes between those in use, and every compiling thread keeps
-    holes of its own. For DiT-XL/2: 0.41 GB in place of 0.7 to quantise, 3.1 in place of 3.9 to
+    holes of its own. For DiT-XL/2: 0.41 GB in place of 0.7 to quantize, 3.1 in place of 3.9 to
     sample in full precision, 0.1 less for every large network that is compiled. Sampling is as fast
-    as before; quantising takes 1.5 times as long, because every array needs pages of its own.
-    Every command of `qdit` calls it; a program of yours calls it first, before JAX has threads.
-    Elsewhere than on Linux it does nothing.
+    as before; quantizing takes 1.5 times as long, because every array needs pages of its own.
+    Every command of `qdit` calls it; your own program should call it first, before JAX starts threads.
+    It does nothing on systems other than Linux.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

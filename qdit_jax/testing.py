@@ -1,4 +1,4 @@
-"""A random DiT whose weights and activations are as hard to quantise as a trained one's.
+"""A random DiT whose weights and activations are as hard to quantize as a trained one's.
 
 For tests and benchmarks: plain Gaussian weights have no outliers, so that every method looks good
 on them. What is built in, and the least size that `tests/test_testing.py` holds it to:
@@ -55,7 +55,7 @@ class Condition(NamedTuple):
 def realistic_dit(seed: int = 0, **config: Any) -> tuple[DiT, dict[str, Any]]:
     """Returns a DiT and its params (NumPy, float32): the same for the same seed and config.
 
-    Takes about 20 ms for the default size, and 0.1 microseconds a value beyond it. `config` are fields of `DiT`; what it
+    Takes about 20 ms for the default size, and 0.1 microseconds per value beyond it. `config` are fields of `DiT`; what it
     leaves out is a small model: 16 tokens, width 128, depth 2, 4 heads, 10 classes.
     """
     model = DiT(**{**SMALL, **config})
@@ -183,7 +183,7 @@ def shift_rows(
 def gate_rows(
     rng: np.random.Generator, width: int, condition: Condition
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns adaLN's kernel and bias of the gate: about 0.3 a channel, either sign."""
+    """Returns adaLN's kernel and bias of the gate: about 0.3 per channel, of either sign."""
     kernel, offset = steered(
         rng, normal(rng, (width,), 0.15), normal(rng, (width,), 0.05), condition
     )

@@ -73,10 +73,10 @@ def network() -> dict[str, object]:
     model, params = realistic_dit(0, hidden_size=32, depth=1, num_heads=2)
     checkpoint = qdit.Checkpoint(model, params)
     recipe = qdit.Recipe.preset("w4a8", params, group_size=32)
-    quantised = qdit.Checkpoint(model, qdit.quantize_params(params, recipe=recipe))
+    quantized = qdit.Checkpoint(model, qdit.quantize_params(params, recipe=recipe))
     found: dict[str, object] = {}
     for name, sampler in (("ddim", qdit.ddim(steps=2)), ("ddpm", qdit.ddpm(steps=2))):
-        found[f"sample {name}"] = qdit.generate(quantised, sampler, [1, 2], seed=3, batch_size=2)
+        found[f"sample {name}"] = qdit.generate(quantized, sampler, [1, 2], seed=3, batch_size=2)
     sampler = qdit.ddim(steps=2)
     stats = qdit.calibrate(checkpoint, jax.random.key(0), 2, sampler=sampler, num_tokens=4)
     found["stats"] = [stats.low, stats.high, stats.tokens]

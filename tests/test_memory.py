@@ -69,7 +69,7 @@ KERNELS = r".*(qkv|proj|fc1|fc2|adaLN_modulation)"
 
 
 def peaks_of_quantizing(folder, depth):
-    """Returns the peak memory of quantising every kernel, and of quantising few of a random DiT."""
+    """Returns the peak memory of quantizing every kernel, and of quantizing few of a random DiT."""
 
     def run(what):
         done = subprocess.run(
@@ -85,7 +85,7 @@ def peaks_of_quantizing(folder, depth):
 
 
 @pytest.mark.slow
-def test_quantising_needs_the_memory_of_its_largest_layer_however_deep_the_network(tmp_path):
+def test_quantizing_needs_the_memory_of_its_largest_layer_however_deep_the_network(tmp_path):
     shallow = peaks_of_quantizing(tmp_path / "shallow", 2)
     deep = peaks_of_quantizing(tmp_path / "deep", 10)
     # Eight blocks more: 85 MB of codes and scales, or 570 MB where most layers are left as they are.

@@ -83,7 +83,7 @@ def test_activations_after_gelu_are_skewed():
     assert high.max() > 30 * -low.min()
 
 
-def test_quantising_without_groups_fails_and_groups_recover():
+def test_quantizing_without_groups_fails_and_groups_recover():
     model, params, x = bed()
     low, high = (
         {

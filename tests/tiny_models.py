@@ -22,7 +22,7 @@ CONFIG = {
 
 
 def random_params(model, seed=0, scale=0.2):
-    """Returns parameters without the zeros of initialisation, so that every input matters."""
+    """Returns parameters without the zeros of initialization, so that every input matters."""
     shapes = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
     leaves, tree = jax.tree.flatten(shapes)
     rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Times one network in full precision and quantised, and reads how much device memory each takes.
+"""Times one network in full precision and quantized, and reads how much device memory each takes.
 
     python experiments/accelerators/bench_executions.py --model DiT-XL/2 --batch-size 8 --out runs/executions.json
     python experiments/accelerators/bench_executions.py --model DiT-S/2 --batch-size 2 --steps 2     # on a CPU
@@ -7,7 +7,7 @@ Random weights of the published size are made on the device. Every variant sampl
 with guidance through the compiled loop; the rounds of all variants are interleaved, and the ratio
 to full precision is the median over rounds. "arguments" are the bytes of weights and inputs,
 "temporary" what the compiled loop needs beside them, both as XLA counts them: a network whose
-weights were dequantised all at once would show in the latter.
+weights were dequantized all at once would show in the latter.
 
 Expected on an H100 (2026-11-23, jax 0.11.2): full precision 22.6 ms a step with products in TF32, 92.5
 in float32; W4A8 simulated 96, integer 116; 0.35 GB of arguments in place of 2.70. On 2 CPU cores,

@@ -3,7 +3,7 @@
     python experiments/benchmarks/measure_road.py --out runs/road --steps 3
 
 About 4 minutes on 2 cores, 8 GB of disk and 4 GB of memory. Prints a table and writes
-`measure_road.json`. Expected: converting peaks at 1.2 times the file; quantising streams, and peaks
+`measure_road.json`. Expected: converting peaks at 1.2 times the file; quantizing streams, and peaks
 at 0.41 GB whatever it writes, 0.28 GB of which are Python, JAX and Orbax; sampling with every layer
 in 4 bits needs 0.3 times the memory of full precision, in either numerics.
 """

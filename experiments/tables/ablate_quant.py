@@ -1,4 +1,4 @@
-"""Measures what each choice of quantisation costs on one checkpoint, in paired error.
+"""Measures what each choice of quantization costs on one checkpoint, in paired error.
 
     qdit demo --out runs/demo                 # makes runs/demo/model
     python experiments/tables/ablate_quant.py runs/demo/model --out runs/ablation
@@ -70,7 +70,7 @@ def settings() -> Iterator[Setting]:
 
 
 def quantized(checkpoint: Any, setting: Setting, stats: Any, items: Any) -> Any:
-    """Returns the checkpoint's parameters quantised as `setting` says."""
+    """Returns the checkpoint's parameters quantized as `setting` says."""
     recipe = qdit.Recipe.preset(
         setting.bits,
         checkpoint.params,
@@ -171,7 +171,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def picture(rows: list[dict[str, Any]]) -> Figure:
-    """Returns one panel a part: closeness over group sizes, a line a choice."""
+    """Returns one panel per part: closeness over group sizes, one line per choice."""
     parts = list(dict.fromkeys(row["part"] for row in rows))
     chart = Figure(figsize=(3.6 * len(parts), 3.6), layout="constrained")
     panels = chart.subplots(1, len(parts), sharey=True)

@@ -3,7 +3,7 @@
     python experiments/tables/bench_search.py --part cost --model demo,small
     python experiments/tables/bench_search.py --part methods --checkpoint demo_ckpt --bits w4a8 --out runs/search
 
-`cost` times one candidate (traced sizes, rollout) against the rollout of a statically quantised
+`cost` times one candidate (traced sizes, rollout) against the rollout of a statically quantized
 model of the same batch, interleaved; expected: 1.09 times on the demo model, 1.02 on a DiT-S/2, one
 compilation.
 
@@ -98,7 +98,7 @@ def checkpoint_of(args: argparse.Namespace, name: str = "demo") -> qdit.Checkpoi
 
 
 def candidate_cost(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Returns seconds of a candidate and of a plain quantised rollout, the least of several."""
+    """Returns seconds of a candidate and of a plain quantized rollout, the least of several."""
     checkpoint = checkpoint_of(args, name)
     params = checkpoint.params
     rows = rows_per_sample(checkpoint.model)
@@ -135,7 +135,7 @@ def candidate_cost(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "compile_seconds": compiled,
     }
     print(
-        f"{name}: candidate {least['candidate']:.3f} s, quantised rollout {least['quantized']:.3f} s, "
+        f"{name}: candidate {least['candidate']:.3f} s, quantized rollout {least['quantized']:.3f} s, "
         f"full precision {least['full']:.3f} s: ratio {result['ratio']:.3f} "
         f"({evaluator.num_compilations} compilation)",
         flush=True,

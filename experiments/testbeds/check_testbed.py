@@ -1,4 +1,4 @@
-"""Says whether a checkpoint is hard enough for rankings of quantisation methods to mean anything.
+"""Says whether a checkpoint is hard enough for rankings of quantization methods to mean anything.
 
     python experiments/testbeds/check_testbed.py demo_dit.safetensors --num-heads 4 --out runs/testbed
 
@@ -61,7 +61,7 @@ def recipes(group_size: int, others: Sequence[int] = ()) -> dict[str, qdit.Recip
 def simulated(params: Any) -> Any:
     """Returns `params` with the weights that the codes stand for: what a simulation multiplies by.
 
-    All recipes of one kind of activation quantiser then share a compilation.
+    All recipes of one kind of activation quantizer then share a compilation.
     """
     is_quantized = lambda leaf: isinstance(leaf, qdit.QTensor)  # noqa: E731
     return jax.tree.map(

@@ -1,4 +1,4 @@
-"""What makes a checkpoint hard to quantise, measured on its weights and on its layers' inputs.
+"""What makes a checkpoint hard to quantize, measured on its weights and on its layers' inputs.
 
 Dimensions: S timesteps, K input channels, N output channels.
 """
@@ -113,7 +113,7 @@ def measure(checkpoint: qdit.Checkpoint, seen: dict[str, dict[str, np.ndarray]])
 def activation_properties(
     kind: str, layers: list[dict[str, np.ndarray]], modulated: bool
 ) -> list[Property]:
-    """Returns the properties of one kind of layer's inputs; `layers` holds one entry a block."""
+    """Returns the properties of one kind of layer's inputs; `layers` holds one entry per block."""
     sizes = [layer["channel_max"] for layer in layers]  # [2, S, K]
     ratios = np.array([outlier_ratio(size) for size in sizes])
     listed = ", ".join(f"{r:.0f}" for r in ratios)

@@ -1,6 +1,6 @@
 """The parameter tree of an assignment, computed inside jit: one compilation for every assignment.
 
-Choices that differ in nothing but the group size share one quantiser with a traced size; other
+Choices that differ in nothing but the group size share one quantizer with a traced size; other
 differences (bits, rules) are branches of a `lax.switch`, of which one runs.
 """
 
@@ -31,7 +31,7 @@ from qdit_jax.quant import (
 @partial(jax.tree_util.register_dataclass, data_fields=["choice"], meta_fields=["specs"])
 @dataclasses.dataclass(frozen=True)
 class ChosenAct:
-    """An activation quantiser whose spec is `specs[choice]`, the choice traced.
+    """An activation quantizer whose spec is `specs[choice]`, the choice traced.
 
     It stands in the `act_quant` entry of a layer; None among the specs leaves the input as it is.
     """
@@ -40,7 +40,7 @@ class ChosenAct:
     specs: tuple[ActSpec | None, ...]
 
     def __call__(self, x: Any) -> Any:
-        """Returns `x` fake-quantised, in the dtype of `x`; its derivative is that of `x`."""
+        """Returns `x` fake-quantized, in the dtype of `x`; its derivative is that of `x`."""
         return straight_through(x, chosen(act_branch, self.specs, self.choice, x))
 
 
@@ -56,7 +56,7 @@ def _straight_through_jvp(primals: Any, tangents: Any) -> Any:
 
 
 def assigned_params(params: Any, space: Space, assignment: Any) -> Any:
-    """Returns `params` quantised as `assignment` `[L]` says, for use inside jit.
+    """Returns `params` quantized as `assignment` `[L]` says, for use inside jit.
 
     Kernels are the values that packed codes stand for, inputs have a `ChosenAct`. Equal to
     `quantize_params(params, recipe=recipe_of(space, assignment))` to float rounding.
@@ -85,7 +85,7 @@ def chosen(
     choice: Any,
     x: Any,
 ) -> Any:
-    """Returns `x` quantised to `specs[choice]`, with one branch for each family of specs."""
+    """Returns `x` quantized to `specs[choice]`, with one branch for each family of specs."""
     families, family_of, member_of = families_of(specs)
     member = jnp.asarray(member_of)[choice]
     branches = [branch_fn(family) for family in families]

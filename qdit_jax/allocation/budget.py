@@ -25,7 +25,7 @@ class Budget:
 
     Attributes:
         text: as the user wrote it.
-        table: the cost of every choice, one array a layer.
+        table: the cost of every choice, one array per layer.
         limit: the greatest total allowed.
         is_mean_group: whether costs are negative group sizes, of which people see the mean.
     """

@@ -1,9 +1,9 @@
-"""What a quantised layer costs: bit operations, bytes, time on a kind of hardware, or a rule.
+"""What a quantized layer costs: bit operations, bytes, time on a kind of hardware, or a rule.
 
 A cost function takes `(layer, spec)` and returns a number; the total is the sum over layers, so
-that budgets can be met exactly. Any function of that kind will do, a user's own included.
+that budgets can be met exactly. A user's own function of this form works too.
 
-Dimensions: T tokens a sample, K input channels, N output channels, b_w and b_a bits,
+Dimensions: T tokens per sample, K input channels, N output channels, b_w and b_a bits,
 G segments of K inside which weights and inputs have one scale.
 """
 
@@ -70,25 +70,25 @@ def num_segments(layer: SearchLayer, spec: LayerSpec) -> int:
 
 
 def num_corrections(spec: LayerSpec) -> int:
-    """Returns the multiply-adds a segment's sum takes on its way into the accumulator.
+    """Returns the multiply-adds that add one segment's sum to the accumulator.
 
     1 symmetric by symmetric (the scale); 2 with one zero point; 3 with two: with the sums of codes
-    known, `s (c - z_x (sum w - G z_w)) - s z_w sum x` has one term a zero point.
+    known, `s (c - z_x (sum w - G z_w)) - s z_w sum x` has one term per zero point.
     """
     return 1 + sum(side is not None and not side.symmetric for side in (spec.weight, spec.act))
 
 
 @dataclasses.dataclass(frozen=True)
 class BitOps:
-    """Bit operations a sample, the overhead of groups included:
+    """Bit operations per sample, including the overhead of groups:
 
     `T K N b_w b_a + T N G accumulator k + T K q_v + T ceil(K / g_a) q_g`
 
     with G segments of `k` corrections (`num_corrections`) in the accumulator's arithmetic, and
-    q_v and q_g to quantise a value and a group of the input. Without the second term the budget
+    q_v and q_g to quantize a value and a group of the input. Without the second term the budget
     would not depend on the group size. A side left as it is counts 16 bits and no overhead.
 
-    T is the layer's own `rows`.
+    T is `layer.rows`, the rows of the layer's input per sample.
 
     Attributes:
         accumulator: bit operations of one multiply-add: 1024 in float32, 256 in float16.
@@ -124,9 +124,9 @@ class Bytes:
 
 @dataclasses.dataclass(frozen=True)
 class MeanGroup:
-    """The release's rule: the mean of the group sizes must be at least so much.
+    """The release's rule: the mean of the group sizes must reach a given minimum.
 
-    The cost is minus a layer's group size (of the weights where they are quantised), so that a
+    The cost is minus a layer's group size (of the weights where they are quantized), so that a
     budget of `-L * 128` means a mean of 128 or more. A whole channel counts its K.
     """
 

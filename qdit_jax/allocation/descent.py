@@ -24,7 +24,7 @@ def additive_solution(prediction: Prediction, space: Space, budget: Budget) -> S
 
 
 def own_errors(prediction: Prediction, space: Space) -> list[np.ndarray]:
-    """Returns each layer's own errors, one array a layer (the padding cut off)."""
+    """Returns each layer's own errors, one array per layer (without padding)."""
     return [row[:n] for row, n in zip(prediction.table, space.num_choices, strict=True)]
 
 

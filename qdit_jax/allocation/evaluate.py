@@ -4,7 +4,7 @@ Work is cut into items, a pair of an assignment and a batch of samples. Every de
 program on the same number of items at a time, so an item's result does not depend on how many
 devices or processes there are.
 
-Dimensions: C assignments, L layers, J batches, P items a device and call.
+Dimensions: C assignments, L layers, J batches, P items per device and call.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Evaluator:
         return fitness
 
     def measurements(self, assignments: Any, batches: Sequence[int] | None = None) -> list[Any]:
-        """Returns what the objective measured, a tree a candidate with a first axis of J batches."""
+        """Returns what the objective measured, one tree per candidate with a leading axis of J batches."""
         numbers = self.space.check(np.atleast_2d(assignments))
         batches = range(self.objective.num_batches) if batches is None else batches
         if not len(batches) or not all(0 <= b < self.objective.num_batches for b in batches):

@@ -70,7 +70,7 @@ def as_tables(errors: Table, costs: Table) -> tuple[list[np.ndarray], list[np.nd
     cost_rows = [np.asarray(row, np.float64) for row in costs]
     for error, cost in zip(error_rows, cost_rows, strict=True):
         if error.shape != cost.shape or not (np.isfinite(error).all() and np.isfinite(cost).all()):
-            raise ValueError(f"errors {error} and costs {cost} must be finite, one a choice.")
+            raise ValueError(f"errors {error} and costs {cost} must be finite, one per choice.")
     return error_rows, cost_rows
 
 

@@ -1,9 +1,9 @@
-"""What a search minimises. An objective measures inside jit and scores on the host.
+"""What a search minimizes. An objective measures inside jit and scores on the host.
 
 The network, its sampler and its features arrive as functions; arrays that an objective holds are
 arguments of whatever is compiled with it.
 
-Dimensions: J batches, B samples a batch, H, W, C one latent, D features.
+Dimensions: J batches, B samples per batch, H, W, C one latent, D features.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a search asks of a checkpoint: its sampler with the parameters left open, and objectives.
 
-Dimensions: J batches, B samples a batch, H, W, C one latent.
+Dimensions: J batches, B samples per batch, H, W, C one latent.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Rollout:
 
     @classmethod
     def of(cls, model: nn.Module, sampler: Any, guidance: float | None) -> Rollout:
-        """Returns the rollout; guidance 1 or None calls the network once a step.
+        """Returns the rollout; guidance 1 or None calls the network once per step.
 
         Raises:
             ValueError: if guidance other than the default is asked of a network without null class.
@@ -47,12 +47,12 @@ class Rollout:
         return cls(sampler, float(guidance), model)
 
     def __call__(self, params: Any, noise: Any, condition: Any, key: Any) -> Any:
-        """Returns the latents at the end of the walk."""
+        """Returns the latents after the last sampling step."""
         denoise_fn = denoiser(self.model, params, self.guidance)
         return diffusion.sample(denoise_fn, self.sampler, noise, condition, key)
 
     def step(self, params: Any, x: Any, condition: Any, key: Any, step: Any) -> Any:
-        """Returns the latents after one step; the same walk as the whole call, step by step."""
+        """Returns the latents after one step; all steps in order equal one whole call."""
         denoise_fn = denoiser(self.model, params, self.guidance)
         row = jax.tree.map(lambda a: jnp.asarray(a)[step], self.sampler.table)
         noise = None
@@ -63,7 +63,7 @@ class Rollout:
 
     @property
     def num_steps(self) -> int:
-        """Returns the number of steps of the walk."""
+        """Returns the number of sampling steps."""
         return jax.tree.leaves(self.sampler.table)[0].shape[0]
 
     @property
@@ -140,7 +140,7 @@ class Sensitivities:
     def evaluations(self) -> int:
         """Returns what one prediction costs, in network evaluations.
 
-        A sample and step is walked twice (full precision, base), run forward once more and back
+        Each step of a sample is run twice (full precision, base), run forward once more and back
         once a probe (a reverse pass of the inputs counts as one forward), and every choice
         multiplies each layer once.
         """

@@ -183,7 +183,7 @@ def check_network(checkpoint: Checkpoint) -> None:
     check_diffusion_model(checkpoint.model)
     if checkpoint.recipe is not None:
         raise ValueError(
-            f"the checkpoint is quantised already ({checkpoint.recipe.name}); search on the "
+            f"the checkpoint is quantized already ({checkpoint.recipe.name}); search on the "
             "full-precision checkpoint."
         )
 

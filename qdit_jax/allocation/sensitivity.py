@@ -69,8 +69,8 @@ def effects(
             precision.
     """
     used = params if base is None else assigned_params(params, space, base)
-    exact = walk(step_fn, params, noise, condition, key, num_steps)[0]
-    final, seen = walk(step_fn, used, noise, condition, key, num_steps)
+    exact = step_inputs(step_fn, params, noise, condition, key, num_steps)[0]
+    final, seen = step_inputs(step_fn, used, noise, condition, key, num_steps)
     error = final - exact
     probes = jax.random.normal(probe_key, (num_probes, *final.shape), jnp.float32)
     if base is not None:
@@ -113,10 +113,10 @@ def effects(
     )
 
 
-def walk(
+def step_inputs(
     step_fn: StepFn, params: Any, noise: Any, condition: Any, key: Any, num_steps: int
 ) -> tuple[Any, Any]:
-    """Returns the final latents and what every step was given, `[S, B, ...]`."""
+    """Returns the final latents and the latents before every step, `[S, B, ...]`."""
 
     def body(x: Any, step: Any) -> tuple[Any, Any]:
         return step_fn(params, x, condition, key, step).astype(x.dtype), x
@@ -150,7 +150,7 @@ def tapped_step(
 def layer_change(layer: Any, params: Any, x: Any, y: Any, adjoint: Any) -> Any:
     """Returns `u . dy` of every choice of one layer, `[P, B, choices]`.
 
-    Rows of the layer's input may be several a sample (guidance): all of them count.
+    A sample may have several rows in the layer's input (guidance): all of them count.
     """
     flat = flatten_dict(params, sep="/")
     kernel = flat[f"{layer.path}/kernel"]
@@ -174,7 +174,7 @@ def layer_change(layer: Any, params: Any, x: Any, y: Any, adjoint: Any) -> Any:
 
 
 def padded(change: Sequence[Any], batch: int, space: Space) -> Any:
-    """Returns changes `[P, R, choices]` a layer, summed over a sample's rows: `[P, B, L, C]`.
+    """Returns changes `[P, R, choices]` per layer, summed over a sample's rows: `[P, B, L, C]`.
 
     A sample's rows (R / B of them, with guidance two) lie side by side.
     """

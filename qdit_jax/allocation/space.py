@@ -1,4 +1,4 @@
-"""The space of a search: which layers may be quantised how, and assignments of one choice a layer.
+"""The space of a search: which layers may be quantized how, and assignments of one choice per layer.
 
 An assignment is an int32 array `[L]` of choice numbers: data, so a search never recompiles.
 Dimensions: L layers, K input channels and N output channels of a layer.
@@ -46,7 +46,7 @@ class Space:
 
     def __post_init__(self) -> None:
         if not self.layers:
-            raise ValueError("the space has no layer; give layers that may be quantised.")
+            raise ValueError("the space has no layer; give layers that may be quantized.")
 
     @property
     def num_choices(self) -> np.ndarray:
@@ -130,7 +130,7 @@ def search_space(
     )
     if choices == (LayerSpec(),):
         raise ValueError(
-            f"weight_bits={weight_bits} with act_bits={act_bits} quantises nothing: 16 bits leave a "
+            f"weight_bits={weight_bits} with act_bits={act_bits} quantizes nothing: 16 bits leave a "
             "side as it is; give one of both fewer."
         )
     by_path = dict.fromkeys(paths, choices)
@@ -206,7 +206,7 @@ def resized(spec: LayerSpec, group_size: int) -> LayerSpec:
 
 
 def recipe_of(space: Space, assignment: Any, name: str = "search") -> Recipe:
-    """Returns the recipe of an assignment, one rule a layer."""
+    """Returns the recipe of an assignment, one rule per layer."""
     chosen = specs_of(space, assignment)
     return Recipe(tuple(Rule(re.escape(path), spec) for path, spec in chosen.items()), name)
 

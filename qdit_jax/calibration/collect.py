@@ -1,6 +1,6 @@
 """Collecting calibration statistics batch by batch, in a state that can be written and read back.
 
-Dimensions: S timesteps, K input channels, M tokens kept a timestep, R rows of one call.
+Dimensions: S timesteps, K input channels, M tokens kept per timestep, R rows of one call.
 """
 
 from __future__ import annotations

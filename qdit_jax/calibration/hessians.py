@@ -1,4 +1,4 @@
-"""What rounding learns from the inputs of a network's layers: their Hessians.
+"""Hessians of the inputs of a network's layers, which GPTQ and AdaRound round by.
 
 Dimensions: B batch, K input channels.
 """
@@ -24,8 +24,8 @@ def input_hessians(
 ) -> dict[str, Float[Array, "K K"]]:
     """Returns `hessians` with the float32 sums `weight x xᵀ` of one call's inputs added.
 
-    Only the layers that `hessians` names are looked at; what they need not is never computed under
-    jit. `weight` is one number a sample: 0 leaves a sample of the batch out.
+    Only the layers that `hessians` names are recorded; under jit, computations that they do not need
+    are removed. `weight` is one number per sample: 0 leaves a sample of the batch out.
     """
     found = dict(hessians)
 

@@ -1,4 +1,4 @@
-"""Single inputs of a network, drawn from sampling trajectories: what rounding is fitted to.
+"""Single inputs of a network, drawn from sampling trajectories, as calibration data of rounding.
 
 Dimensions: I items, B batch, S steps, M items of one trajectory, H, W, C one latent.
 """
@@ -112,7 +112,7 @@ def spread_steps(num_items: int = 4) -> ChooseFn:
 
 
 def authors_steps(seed: int) -> ChooseFn:
-    """Returns the choice of the Q-DiT release: one step a sample, no step twice in a batch.
+    """Returns the choice of the Q-DiT release: one step per sample, no step twice in a batch.
 
     NumPy's legacy `RandomState(seed)` goes on from batch to batch.
 
@@ -153,7 +153,7 @@ def collect_items(
 
     Args:
         key: used once; sample i starts from `fold_in(key, i)`.
-        conditions: labels or prompts that the samples take in turn; every class by default.
+        conditions: labels or prompts, assigned to the samples cyclically; every class by default.
         sampler: of the trajectories, see `calibrate`.
         choose_fn: 4 steps of each trajectory, evenly spread, by default.
         progress_fn: called with the number of samples finished, batch by batch.

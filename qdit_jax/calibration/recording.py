@@ -51,22 +51,22 @@ def calibrate(
     unfinished: PathLike | None = None,
     progress_fn: Callable[[int], Any] | None = None,
 ) -> Stats:
-    """Returns the range of every linear layer's input, by channel, at every timestep sampled.
+    """Returns the range of every linear layer's input, per channel, at every timestep sampled.
 
-    The full-precision sampler draws `num_samples` samples with conditions in turn; at each of its
+    The full-precision sampler draws `num_samples` samples, conditions assigned cyclically; at each of its
     steps the network sees them with their condition and, where it has one, with the null condition
     (the release of Q-DiT, arXiv:2406.17343, records the conditional half only). Operands of attention products
     are recorded as well. Memory holds the statistics and one batch's latents at all steps.
 
     Args:
         key: used once; sample i starts from `fold_in(key, i)`.
-        conditions: labels or prompts that the samples take in turn; every class by default.
-        sampler: 50 steps of the checkpoint's own walk by default, see `checkpoint_sampler`.
+        conditions: labels or prompts, assigned to the samples cyclically; every class by default.
+        sampler: 50 steps of the checkpoint's own sampler by default, see `checkpoint_sampler`.
         guidance: of the trajectories; the default is none without a null condition.
         hessians: a pattern of layer paths whose mean `x xᵀ` to keep, float32 `[K, K]` each.
         num_tokens: inputs to keep of every layer from each call of the network.
         unfinished: a file that is written after every batch; where it exists, the calibration
-            goes on from it, to the same result. The caller deletes it.
+            resumes from it and gives the same result. The caller deletes it.
         progress_fn: called with the number of samples finished, batch by batch.
 
     Raises:
@@ -134,7 +134,7 @@ def default_sampler(checkpoint: Checkpoint, num_steps: int = 50) -> diffusion.Sa
 
 
 def conditional_and_null(model: Any, params: Any, condition: Any) -> dict[str, Any]:
-    """Returns the condition, and the null condition where the network has one, by half."""
+    """Returns the condition, and the null condition where the network has one, keyed by half (`"conditional"`, `"null"`)."""
     halves = {HALVES[0]: condition}
     if model.has_null:
         halves[HALVES[1]] = model.null_condition(condition, params)

@@ -1,4 +1,4 @@
-"""Calibration statistics: what every layer's input looks like, by channel, over timesteps.
+"""Calibration statistics: the range of every layer's input, per channel and timestep.
 
 Dimensions: S timesteps, K input channels, M tokens.
 """
@@ -27,7 +27,7 @@ class Stats:
     """Smallest and largest value of each layer's input channels at each timestep.
 
     Layers are named by path; an attention product's operand is `<attention>/q`, `k`, `v` (channels
-    of a head) or `softmax` (one a key).
+    of a head) or `softmax` (one per key).
 
     Attributes:
         timesteps: `[S]`, in the order of sampling.

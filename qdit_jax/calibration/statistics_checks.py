@@ -54,7 +54,7 @@ def check_all(stats: Any) -> None:
     """Raises `ValueError` if any layer's statistics, or those of a half, cannot be used."""
     timesteps = np.asarray(stats.timesteps)
     if timesteps.ndim != 1 or not timesteps.size:
-        raise ValueError(f"timesteps have shape {timesteps.shape}; one number a step is needed.")
+        raise ValueError(f"timesteps have shape {timesteps.shape}; one number per step is needed.")
     check_finite("timesteps", timesteps)
     for one in (stats, *stats.halves.values()):
         for path in sorted({*one.low, *one.high}):

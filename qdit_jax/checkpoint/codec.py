@@ -1,6 +1,6 @@
 """Parameter trees as plain arrays plus a JSON description, and back.
 
-A quantised leaf is a dataclass: its array fields become arrays, its static fields JSON.
+A quantized leaf is a dataclass: its array fields become arrays, its static fields JSON.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def abstract_params(manifest: dict[str, Any]) -> Any:
 
 
 def logical_shapes(manifest: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every parameter as the network sees it, quantised or not."""
+    """Returns the shape of every parameter as the network sees it, quantized or not."""
     leaves = {
         path: described
         for path, described in manifest.items()
@@ -115,7 +115,7 @@ def check_packing(path: str, described: dict[str, Any]) -> None:
 
 
 def split_fields(leaf: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the array fields and the JSON-able static fields of a quantised leaf."""
+    """Returns the array fields and the JSON-able static fields of a quantized leaf."""
     held, static = {}, {}
     for field in dataclasses.fields(leaf):
         value = getattr(leaf, field.name)

@@ -1,7 +1,7 @@
-"""Arrays that are made when they are used, and a writer that makes one after another.
+"""Lazy arrays, computed on use, and a writer that computes and writes one at a time.
 
 A parameter tree may hold a `DeferredArray` wherever it may hold an array: a checkpoint's arrays that
-are still on disk, or the arrays of a kernel that is quantised while it is being written.
+are still on disk, or the arrays of a kernel that is quantized while it is being written.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from qdit_jax.files import AnyPath
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DeferredArray:
-    """An array of known shape and dtype that is made anew whenever it is asked for.
+    """A lazy array of known shape and dtype, recomputed on every use and never cached.
 
-    NumPy and JAX take it for an array.
+    NumPy and JAX functions accept it as an array.
 
     Attributes:
         make: returns arrays by name; arrays that are made together share this object.
@@ -68,16 +68,16 @@ def on_device(array: Any) -> jax.Array:
 
 
 def save_arrays(folder: Path, arrays: Any) -> None:
-    """Writes nested dicts of arrays to the new folder `folder` (Orbax, one file an array).
+    """Writes nested dicts of arrays to the new folder `folder` (Orbax, one file per array).
 
     Deferred arrays are made in the order of the dicts, those that share their `make` at once, and
     let go as soon as they are written.
     """
     flat = list(flatten_dict(arrays).values())
     order = [array for array in flat if isinstance(array, DeferredArray)]
-    writer = InTurn(ocp.type_handlers.get_type_handler(jax.Array), order)
+    writer = SynchronousHandler(ocp.type_handlers.get_type_handler(jax.Array), order)
     registry = ocp.type_handlers.create_type_handler_registry(
-        (np.ndarray, InTurn(ocp.type_handlers.get_type_handler(np.ndarray))),
+        (np.ndarray, SynchronousHandler(ocp.type_handlers.get_type_handler(np.ndarray))),
         (jax.Array, writer),
         (DeferredArray, writer),
     )
@@ -99,17 +99,17 @@ def failing_quietly() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        gc.collect()  # a lost task speaks when it is collected
+        gc.collect()  # an abandoned task logs its error when it is collected
         raise
     finally:
         threading.excepthook, sys.unraisablehook = hooks
         logger.disabled = was_disabled
 
 
-class InTurn:
-    """A handler of Orbax that has written when it returns, deferred arrays in the order given.
+class SynchronousHandler:
+    """A synchronous Orbax handler; it writes deferred arrays in the order given.
 
-    Nothing goes on in other threads then, so that a failure leaves nothing to wait for.
+    No other thread keeps writing, so that nothing is pending after a failure.
     """
 
     def __init__(self, handler: Any, order: Sequence[DeferredArray] = ()) -> None:

@@ -24,8 +24,8 @@ class Checkpoint:
 
     Attributes:
         model: a linen module made by `build_model`.
-        params: nested dict of arrays and quantised leaves; arrays may be deferred.
-        recipe: how the parameters were quantised, or None.
+        params: nested dict of arrays and quantized leaves; arrays may be deferred.
+        recipe: how the parameters were quantized, or None.
         metadata: JSON-able facts: source file, scheduler, ...
         vae: the autoencoder between latents and images, or None.
     """
@@ -118,5 +118,5 @@ def check_network(where: str, description: dict[str, Any]) -> None:
 
 
 def table_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Returns the shape of a label table once quantised: groups run along a row, so it is turned."""
+    """Returns the shape of a label table once quantized: groups run along a row, so it is turned."""
     return shape[::-1] if path.endswith(TABLE) else None

@@ -1,4 +1,4 @@
-"""Fingerprints of everything that determines a result, so that no run takes up another's work.
+"""Fingerprints of everything that determines a result, so that no run resumes from another's results.
 
 A resumable job describes its settings by `fingerprint`, keeps that beside what it has computed, and
 goes on only where every entry is the same. A value enters with all of its bytes: arrays whole, keys,
@@ -144,8 +144,9 @@ def feed_globals(
         if name in function.__globals__ and is_value(value):
             feed(update, (name, value))
             continue
-        is_own = isinstance(value, types.FunctionType) and value.__module__ == function.__module__
-        if is_own and value not in seen:
+        if not isinstance(value, types.FunctionType) or value in seen:
+            continue
+        if value.__module__ == function.__module__:
             seen.add(value)
             feed_code(update, value.__code__)
             feed_globals(update, value, seen)

@@ -2,10 +2,10 @@
 
     model.json    format version, family, configuration, what every parameter is, metadata
     params/       the arrays (Orbax)
-    recipe.json   how the model was quantised, if it was
+    recipe.json   how the model was quantized, if it was
     vae/          the autoencoder's own checkpoint, if there is one
 
-Orbax keeps arrays; the static fields of a quantised leaf stand in `model.json`. `qdit_jax.export`
+Orbax keeps arrays; the static fields of a quantized leaf are in `model.json`. `qdit_jax.export`
 puts the same content into one safetensors file.
 """
 
@@ -51,7 +51,7 @@ Placement = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.shardin
 def save_folder(path: PathLike, checkpoint: Checkpoint, *, overwrite: bool = False) -> None:
     """Writes `checkpoint` to the folder `path`: beside it first, then renamed.
 
-    A `DeferredArray` is made when its turn comes and dropped once it is written.
+    Each `DeferredArray` is computed just before it is written, and freed afterwards.
 
     Raises:
         UserError: as `save`.
@@ -119,7 +119,7 @@ def read_arrays(folder: AnyPath, params: Path, target: Any) -> Any:
         raise damaged(folder, error) from error
     flat = flatten_dict(arrays)
     del arrays
-    for path in flat:  # one after another, so that no array need be held twice for long
+    for path in flat:  # one at a time, so that at most one array is held twice
         flat[path] = on_device(flat[path])
     return unflatten_dict(flat)
 

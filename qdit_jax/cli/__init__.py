@@ -1,4 +1,4 @@
-"""The command line: one verb a stage, each in a file of its own.
+"""The command line: one verb per stage, each in its own file.
 
 A verb's module offers `add_parser(subparsers)`; it is imported only when the verb is named, and
 imports JAX only when the verb runs, so that help is immediate. `run(args)` returns what `--json`
@@ -29,30 +29,30 @@ VERBS = {
     "inspect": "show what a checkpoint or a PyTorch file holds",
     "calibrate": "record activation statistics",
     "search": "find the group size of every layer",
-    "quantize": "quantise a checkpoint",
-    "methods": "list the ways to quantise",
+    "quantize": "quantize a checkpoint",
+    "methods": "list the ways to quantize",
     "export": "write a checkpoint to one safetensors file, or read one back",
     "sample": "make pictures",
-    "evaluate": "compare a quantised model with full precision; score samples",
-    "demo": "the whole road on the packaged model",
+    "evaluate": "compare a quantized model with full precision; score samples",
+    "demo": "run every stage on the packaged model",
     "completion": "print the shell's completion script",
 }
 DESCRIPTION = """\
 Diffusion transformers in 4 to 8 bits in JAX.
 
-The road: a PyTorch checkpoint goes in, a quantised model and pictures come out.
+From a PyTorch checkpoint to a quantized model and pictures:
 
   qdit convert DiT-XL-2-256x256.pt xl2        # PyTorch weights to a checkpoint folder
   qdit inspect xl2                            # what is in it
   qdit quantize xl2 xl2-w4a8 --recipe w4a8    # a smaller checkpoint
   qdit evaluate xl2-w4a8 --against xl2        # how much quality that cost
   qdit sample xl2-w4a8 --labels 207,360 --out grid.png
-  qdit demo                                   # all of it, on the model that the package carries
+  qdit demo                                   # every stage, on the packaged model
 """
 EPILOG = """\
 Every verb has examples in `qdit VERB --help` and takes --json (one JSON object on stdout, all else
 on stderr), --quiet, --verbose and --debug (the traceback of a failure). Work that was interrupted
-goes on when the same command is run again: calibrate, search, evaluate.
+resumes when the same command is run again: calibrate, search, sample, evaluate.
 """
 
 

@@ -22,10 +22,10 @@ if TYPE_CHECKING:  # help is printed without them
     from qdit_jax.methods import CalibrationData
 
 HELP = """\
-Record the range of every linear layer's input and of the attention operands, by channel, at every
-timestep of sampling, for labels and for the null class apart. Static activation scales are made from
-it. A run that was stopped goes on from OUT with the ending .unfinished.npz, which is removed at the
-end.
+Record the range of every linear layer's input and of the attention operands, per channel, at every
+timestep of sampling, separately for labels and for the null class. Needs a full-precision checkpoint;
+writes OUT, an .npz of statistics from which static activation scales are computed. A stopped run
+resumes from OUT with the ending .unfinished.npz, which is removed at the end.
 
 examples:
   qdit calibrate xl2 stats.npz --num-samples 64 --steps 50
@@ -61,7 +61,12 @@ def add_parser(subparsers: Any) -> None:
         metavar="REGEX",
         help="layers whose mean of x xT to keep, K x K each",
     )
-    add("--tokens", type=count, default=0, help="inputs of each layer to keep a call (%(default)s)")
+    add(
+        "--tokens",
+        type=count,
+        default=0,
+        help="inputs of each layer to keep per call (%(default)s)",
+    )
     parser.add_argument(
         "--collect", choices=("spread", "authors"), help="write single inputs, not statistics"
     )

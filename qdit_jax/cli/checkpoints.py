@@ -19,22 +19,22 @@ def diffusion_checkpoint(path: PathLike) -> Checkpoint:
 
 
 def full_precision_checkpoint(path: PathLike, why: str) -> Checkpoint:
-    """Returns the diffusion model at `path`, which must not be quantised; `why` ends the sentence.
+    """Returns the diffusion model at `path`, which must not be quantized; `why` ends the sentence.
 
     Raises:
-        UserError: if it is quantised.
+        UserError: if it is quantized.
     """
     checkpoint = diffusion_checkpoint(path)
     if checkpoint.recipe is not None:
         raise UserError(
-            f"{path} is quantised already ({checkpoint.recipe.name}); {why}: give the "
+            f"{path} is quantized already ({checkpoint.recipe.name}); {why}: give the "
             f"full-precision checkpoint{source_of(checkpoint)}."
         )
     return checkpoint
 
 
 def source_of(checkpoint: Checkpoint) -> str:
-    """Returns what a checkpoint was quantised from, in words, if it says so."""
+    """Returns what a checkpoint was quantized from, in words, if it says so."""
     source = checkpoint.metadata.get("quantized_from")
     return f" (it was made from {source})" if source else ""
 

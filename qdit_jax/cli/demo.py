@@ -1,4 +1,4 @@
-"""`qdit demo`: the whole road on the model that the package carries."""
+"""`qdit demo`: every stage, from conversion to evaluation, on the packaged model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from qdit_jax.cli.options import (
 from qdit_jax.cli.paths import path_option
 
 HELP = """\
-Run the whole road on the small digit model inside the package: convert its PyTorch-layout weights,
-calibrate, quantise in several ways, sample the same noise and labels with each, compare.
+Run every stage on the small digit model inside the package: convert its PyTorch-layout weights,
+calibrate, quantize in several ways, sample the same noise and labels with each, compare.
 
 Writes checkpoints, pictures.png, metrics.json and report.html (one file, nothing else needed) to
 the folder --out. Takes a few minutes on 2 cores; the second run is faster, compiled programs are kept.
@@ -44,7 +44,7 @@ def add_parser(subparsers: Any) -> None:
     add("--steps", type=positive_int, default=50, help="DDIM steps (%(default)s)")
     add("--guidance", type=finite_float, default=1.5, help="1 turns it off (%(default)s)")
     add("--seed", type=seed_number, default=0, help="of the noise (%(default)s)")
-    add_numerics(add, "simulated", "of quantised layers, as in qdit sample (%(default)s)")
+    add_numerics(add, "simulated", "of quantized layers, as in qdit sample (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="20 samples, 10 steps, 4 settings")
     parser.set_defaults(run=run)
 

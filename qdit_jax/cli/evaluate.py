@@ -1,4 +1,4 @@
-"""`qdit evaluate`: how good samples are, and how far a quantised model is from full precision."""
+"""`qdit evaluate`: how good samples are, and how far a quantized model is from full precision."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def add_checkpoint_options(add: Any) -> None:
     )
     add("--num-samples", type=whole_number(2), help="how many, of all classes in turn (100)")
     add_process(add)
-    add_numerics(add, None, "of quantised layers, as in qdit sample (simulated)")
+    add_numerics(add, None, "of quantized layers, as in qdit sample (simulated)")
     add("--vae", type=path_option, help="the autoencoder, for checkpoints that hold none")
     add(
         "--range-samples",
@@ -117,7 +117,7 @@ def add_score_options(add: Any) -> None:
     add(
         "--batch-size",
         type=positive_int,
-        help="images at once (files 64; sampling 16 a device, 4 on CPU)",
+        help="images at once (files 64; sampling 16 per device, 4 on CPU)",
     )
     add(
         "--min-samples",

@@ -11,7 +11,7 @@ import numpy as np
 
 from qdit_jax import metrics
 from qdit_jax.cli.progress import Bar
-from qdit_jax.evaluation import Scoring, labelled
+from qdit_jax.evaluation import Scoring, labeled
 from qdit_jax.files import AnyPath, PathLike, check_apart, check_free, replaced_file
 from qdit_jax.metrics import INCEPTION_FEATURES
 from qdit_jax.report import provenance, save_picture, side_by_side
@@ -49,7 +49,7 @@ def evaluate_files(
         "num_samples": found["num_samples"],
         "seed": scoring.settings.seed,
         "made": provenance(),
-        "scores": labelled(judge.features, found),
+        "scores": labeled(judge.features, found),
     }
     if judge.features == INCEPTION_FEATURES:
         summary["preprocessing"] = scoring.preprocessing

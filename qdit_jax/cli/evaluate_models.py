@@ -25,7 +25,7 @@ from qdit_jax.evaluation import (
     Run,
     Scoring,
     compared_pictures,
-    labelled,
+    labeled,
     merge,
     run_evaluation,
     sample_shape,
@@ -167,7 +167,7 @@ def measured(
     if judge is None:
         return run, files, {}
     found = judge.scores(files, watched)
-    scores = {c.title: labelled(judge.features, f) for c, f in zip(contenders, found, strict=True)}
+    scores = {c.title: labeled(judge.features, f) for c, f in zip(contenders, found, strict=True)}
     return run, files, scores
 
 

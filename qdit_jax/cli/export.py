@@ -9,7 +9,7 @@ from qdit_jax.cli.options import verb_parser
 from qdit_jax.cli.paths import path_option
 
 HELP = """\
-Write a checkpoint, quantised or not, to one safetensors file, or make a folder of such a file.
+Write a checkpoint, quantized or not, to one safetensors file, or make a folder of such a file.
 
 The arrays stay as they are: packed codes, scales and zero points, bit for bit, uncompressed. The
 network's configuration, the recipe and the autoencoder travel along. Which way is decided by the

@@ -13,7 +13,7 @@ from qdit_jax.files import AnyPath, as_path
 HELP = """\
 Show what a checkpoint folder holds, or what `qdit convert` would make of a PyTorch file.
 
-With --stats, sample a few pictures and draw what decides how the model should be quantised: the
+With --stats, sample a few pictures and draw what decides how the model should be quantized: the
 spread of weights and inputs over channels, outlier channels, ranges over the timesteps. The folder
 --out gets report.html (one file), the charts as PNG, and the figures in stats.json.
 
@@ -189,7 +189,7 @@ def summarize(path: str, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def implementations(manifest: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """Returns, for all numerics that fit, how many quantised layers each implementation computes.
+    """Returns, for all numerics that fit, how many quantized layers each implementation computes.
 
     It is that of JAX's default platform here, for one row; empty in full precision.
     """
@@ -200,7 +200,7 @@ def implementations(manifest: dict[str, Any]) -> dict[str, dict[str, int]]:
     for numerics in NUMERICS:
         try:
             used = implementations_used(params, numerics)
-        except ValueError:  # integer numerics of a layer whose input is not quantised
+        except ValueError:  # integer numerics of a layer whose input is not quantized
             continue
         if used:
             found[numerics] = used

@@ -1,4 +1,4 @@
-"""`qdit methods`: the ways to quantise, and what each needs and costs."""
+"""`qdit methods`: the ways to quantize, and what each needs and costs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qdit_jax.cli.options import verb_parser
 
 HELP = """\
 List the methods of `qdit quantize --method NAME`: the idea in a sentence, the paper, what is
-calibrated, and what the quantised model costs when it runs.
+calibrated, and what the quantized model costs when it runs.
 
 examples:
   qdit methods

@@ -1,4 +1,4 @@
-"""`--numerics`: what quantised layers compute, an option of every verb that runs a network."""
+"""`--numerics`: what quantized layers compute, an option of every verb that runs a network."""
 
 from __future__ import annotations
 

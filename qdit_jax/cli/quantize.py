@@ -17,10 +17,10 @@ from qdit_jax.cli.quantize_options import (
 from qdit_jax.files import PathLike
 
 HELP = """\
-Quantise a checkpoint's linear layers in groups of input channels.
+Quantize a checkpoint's linear layers in groups of input channels.
 
-The weights are stored as packed codes with one scale (and zero point) a group; the activations are
-quantised while the network runs, per token and group. The new checkpoint needs no other file.
+The weights are stored as packed codes with one scale (and zero point) per group; the activations are
+quantized while the network runs, per token and group. The new checkpoint needs no other file.
 
 examples:
   qdit quantize xl2 xl2-w4a8 --recipe w4a8 --group-size 128
@@ -35,7 +35,7 @@ examples:
 
 Rounding to nearest (rtn) takes one layer after another from CKPT to OUT, and memory holds the
 largest layer, not the network. The other methods hold the network: they sample trajectories with
-the checkpoint and run the network once for every block, earlier blocks quantised; each layer is
+the checkpoint and run the network once for every block, earlier blocks quantized; each layer is
 checked on held-out trajectories and keeps rounding to nearest where that is better.
 """
 

@@ -43,5 +43,5 @@ def check_options(options: Mapping[str, Any], recipe: Any) -> None:
         refuse_inert(options, of_weights, "the recipe leaves every weight as it is")
     if options["shifted_gelu"] and not any(spec.act and spec.act.unsigned for spec in specs):
         refuse_inert(
-            options, {"shifted_gelu": False}, "the recipe quantises no input that follows a GELU"
+            options, {"shifted_gelu": False}, "the recipe quantizes no input that follows a GELU"
         )

@@ -71,12 +71,12 @@ def add_preset_options(parser: argparse.ArgumentParser) -> None:
         "--layers",
         type=pattern,
         metavar="REGEX",
-        help="of the layers that a preset quantises (default: the linears of every block)",
+        help="of the layers that a preset quantizes (default: the linears of every block)",
     )
     for part in ("adaln", "embedders", "final"):
-        parser.add_argument(f"--{part}", metavar="WxAy", help=f"quantise {part} too, as w8a8")
+        parser.add_argument(f"--{part}", metavar="WxAy", help=f"quantize {part} too, as w8a8")
     parser.add_argument(
-        "--attention", metavar="W16Ay", help="quantise q, k, v and softmax too, as w16a8"
+        "--attention", metavar="W16Ay", help="quantize q, k, v and softmax too, as w16a8"
     )
     parser.add_argument("--shifted-gelu", action="store_true", help=SHIFTED_GELU_HELP)
 
@@ -87,7 +87,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=METHODS,
         default="rtn",
-        help="how weights are quantised; `qdit methods` describes them (default rtn)",
+        help="how weights are quantized; `qdit methods` describes them (default rtn)",
     )
     group.add_argument(
         "--rounding",

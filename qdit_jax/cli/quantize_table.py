@@ -1,4 +1,4 @@
-"""The table of `qdit quantize`: what becomes of every layer, and of the whole checkpoint."""
+"""The table of `qdit quantize`: bits, bytes and error of every layer, and the totals."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def totals(
     """Returns bytes before and after: of the layers, of all parameters, and on disk.
 
     Args:
-        params: the parameters before quantising; abstract ones will do.
+        params: the parameters before quantizing; abstract ones will do.
         written: those after it, if it was done; else the plan's bytes are counted.
         folders: the checkpoints `before` and `after`, once both are written.
     """
@@ -101,7 +101,7 @@ def left_text(recipe: Recipe, params: Any) -> str | None:
     kinds = ", ".join(dict.fromkeys(path.rpartition("/")[2] for path in left))
     return (
         f"attention operands left: {len(left)} ({kinds}); a pattern that matches layers too leaves "
-        "them, --attention w16a8 quantises them"
+        "them, --attention w16a8 quantizes them"
     )
 
 

@@ -1,4 +1,4 @@
-"""`qdit sample`: pictures from a checkpoint, full precision or quantised."""
+"""`qdit sample`: pictures from a checkpoint, full precision or quantized."""
 
 from __future__ import annotations
 
@@ -37,15 +37,16 @@ def add_parser(subparsers: Any) -> None:
     parser = verb_parser(
         subparsers,
         "sample",
-        "Makes pictures with a checkpoint, full precision or quantised alike. A run that was stopped "
-        "goes on: finished batches wait in a folder .NAME.unfinished beside OUT.",
+        "Samples images (or latents) from a full-precision or quantized checkpoint. A stopped run "
+        "resumes: finished batches are kept in the folder .NAME.unfinished beside OUT.",
         epilog=EXAMPLE,
     )
     add = parser.add_argument
     add("checkpoint", type=path_option, help="folder written by convert or quantize")
     add("--out", type=path_option, default="grid.png", help="grid.png or samples.npz (%(default)s)")
     add(
-        "--labels", help="classes such as 207,360 or 0-9, repeated as needed (default: all in turn)"
+        "--labels",
+        help="classes such as 207,360 or 0-9, repeated as needed (default: all, cyclically)",
     )
     add(
         "--num-samples",
@@ -62,13 +63,13 @@ def add_parser(subparsers: Any) -> None:
     add(
         "--batch-size",
         type=positive_int,
-        help="samples at once, over all devices (default: 16 a device, 4 on CPU)",
+        help="samples at once, over all devices (default: 16 per device, 4 on CPU)",
     )
     add_numerics(
         add,
         "simulated",
-        "of quantised layers: float arithmetic on the quantised grid, or dots of the stored "
-        "integers or elements, scaled afterwards; quantised inputs needed (%(default)s)",
+        "of quantized layers: float arithmetic on the quantized grid, or dots of the stored "
+        "integers or elements, scaled afterwards; quantized inputs needed (%(default)s)",
     )
     add(
         "--vae", type=path_option, help="checkpoint of the autoencoder, where CHECKPOINT holds none"

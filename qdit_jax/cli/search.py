@@ -20,11 +20,11 @@ from qdit_jax.cli.paths import path_option
 DEMO = ["demo"]
 BITS = whole_number(2, 16)
 HELP = """\
-Search which group size every layer should have, within a budget.
+Search the group size (and bits) of every layer within a budget. Needs a full-precision checkpoint.
 
 Writes to OUT: recipe.json (for `qdit quantize --recipe`), front.png (cost against error, uniform
-sizes marked), map.png (layers by choices), history.json, and state/ (what was computed: run the
-same command again after an interruption and it goes on).
+sizes marked), map.png (layers by choices), history.json, and state/ (intermediate results: after an
+interruption, run the same command again to resume).
 
 Budgets: NAME=1.0x-g128 (as much as group size 128 throughout) or NAME=NUMBER, of bitops, bytes,
 gpu, tpu or cpu; mean-group=128 is the rule of Q-DiT's release.
@@ -87,7 +87,7 @@ def add_parser(subparsers: Any) -> None:
         "--per-device",
         type=positive_int,
         default=1,
-        help="candidates a device and call (%(default)s)",
+        help="candidates per device and call (%(default)s)",
     )
     add("--coordinator", metavar="HOST:PORT", help="of a search by several processes")
     add("--num-processes", type=positive_int, help="all of them")

@@ -1,4 +1,4 @@
-"""The whole road on the model inside the package."""
+"""The demonstration: every stage, run on the packaged model."""
 
 from qdit_jax.demo.run import DemoSettings, run_demo
 

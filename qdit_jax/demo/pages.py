@@ -33,7 +33,7 @@ def write_summary(
     settings, made, models = (content[name] for name in ("settings", "made", "models"))
     parts = [
         report.paragraph(
-            f"{settings['num_samples']} samples a model, {settings['num_steps']} DDIM steps, "
+            f"{settings['num_samples']} samples per model, {settings['num_steps']} DDIM steps, "
             f"guidance {settings['guidance']:g}, {settings['numerics']} numerics, the same noise "
             f"and labels for all, seed {settings['seed']}. Run on {made['device']}; "
             f"{report.provenance_text(made)}."

@@ -1,4 +1,4 @@
-"""The demonstration: the packaged checkpoint, quantised in several ways and compared in pairs."""
+"""The demonstration: the packaged checkpoint, quantized in several ways and compared in pairs."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def run_demo(
     note("2/5 calibrate: ranges of every layer's input, over timesteps, labels and the null class")
     stats = calibrate_packaged(checkpoint, settings, bar_fn)
     stats.save(out / "stats.npz")
-    note("3/5 quantise: one checkpoint a recipe")
+    note("3/5 quantize: one checkpoint per recipe")
     checkpoints = {"full precision": checkpoint}
     for title, recipe in recipes(checkpoint.params, settings.quick).items():
         folder = out / recipe_folder(recipe)

@@ -1,4 +1,4 @@
-"""Flow matching as diffusers walks it: noise levels from 1 to 0, shifted towards the noise.
+"""Flow matching as diffusers samples it: noise levels from 1 to 0, shifted toward the noise.
 
 `x = (1 - sigma) data + sigma noise`; time as `samplers.flow` counts it is `1 - sigma`.
 """
@@ -14,7 +14,7 @@ from qdit_jax.diffusion.samplers import Sampler, flow
 
 
 def shifted(sigmas: Float[np.ndarray, " S"], shift: float | int) -> Float[np.ndarray, " S"]:
-    """Returns noise levels moved towards 1 for `shift > 1` (Esser et al., arXiv:2403.03206)."""
+    """Returns noise levels moved toward 1 for `shift > 1` (Esser et al., arXiv:2403.03206)."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 

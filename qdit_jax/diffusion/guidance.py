@@ -128,7 +128,7 @@ def guided(
 
     `channels=3` guides the first three channels as the published DiT does, `None` all channels of
     the latents as diffusers does.  Channels that are not guided, the variance's among them, are
-    the conditional half's.  `scale` is a number or one number a sample; it may be traced.
+    the conditional half's.  `scale` is a number or one number per sample; it may be traced.
     The model is called once, on twice the batch: sample i conditional, then sample i null.
 
     Args:

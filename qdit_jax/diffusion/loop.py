@@ -25,7 +25,7 @@ def sample(
     *,
     step_noise: Any = None,
 ) -> Float[Array, "B ..."]:
-    """Returns the latents at the end of the walk from `noise [B, H, W, C]`.
+    """Returns the latents after sampling from `noise [B, H, W, C]`.
 
     `denoise_fn(x [B,H,W,C], timestep [B], condition)` returns the model's output; a registered
     pytree's arrays are arguments of the compiled loop (see `as_pytree`).  `condition` is any pytree
@@ -93,7 +93,9 @@ def sample_trajectory(
         raise ValueError("this sampler draws noise at every step; give key, or step_noise.")
     else:
         key = _typed(key, noise.shape[0])
-    return _walk(as_pytree(denoise_fn), sampler, noise, condition, key, step_noise, collect_fn)
+    return _sample_loop(
+        as_pytree(denoise_fn), sampler, noise, condition, key, step_noise, collect_fn
+    )
 
 
 def check_batch(condition: Any, noise: Any) -> None:
@@ -111,13 +113,13 @@ def _typed(key: Any, num_samples: int) -> Any:
         key = jax.random.wrap_key_data(key)
     if key.shape not in ((), (num_samples,)):
         raise ValueError(
-            f"key has shape {key.shape}; give one key, or {num_samples}: one a sample."
+            f"key has shape {key.shape}; give one key, or {num_samples}: one per sample."
         )
     return key
 
 
 @jax.jit(static_argnames=("collect_fn",))
-def _walk(denoise_fn, sampler, noise, condition, key, step_noise, collect_fn):
+def _sample_loop(denoise_fn, sampler, noise, condition, key, step_noise, collect_fn):
     num_steps = jax.tree.leaves(sampler.table)[0].shape[0]
 
     def body(x, scanned):

@@ -3,7 +3,7 @@
 Dimension letters: S = number of steps, B, H, W, C = a batch of latents.
 
 A sampler's arrays are data: another `eta`, schedule or clipping range of the same length does not
-recompile.  Rows are in the order in which they are walked.  Every `step` has one signature:
+recompile.  Rows are in sampling order.  Every `step` has one signature:
 `step(denoise_fn, x, condition, row, noise) -> Step`, with `noise=None` if `stochastic` is False.
 """
 
@@ -43,7 +43,7 @@ class Sampler(Protocol):
 
     @property
     def table(self) -> Any:
-        """Coefficients, one row a step."""
+        """Coefficients, one row per step."""
 
     @property
     def stochastic(self) -> bool:
@@ -195,10 +195,10 @@ def ddim(
     """
     process = respaced(schedule or Schedule(linear_betas()), steps)
     now, target = process.alphas_cumprod, process.alphas_cumprod_prev
-    return ddim_walk(process.timestep_map, now, target, eta, clip, predict_fn, limit_fn)
+    return ddim_sampler(process.timestep_map, now, target, eta, clip, predict_fn, limit_fn)
 
 
-def ddim_walk(
+def ddim_sampler(
     timesteps: Int[np.ndarray, " S"],
     now: Float[np.ndarray, " S"],
     target: Float[np.ndarray, " S"],
@@ -222,7 +222,7 @@ def ddim_walk(
         )
     sigma = eta * np.sqrt((1 - target) / (1 - now)) * np.sqrt(1 - now / target)
     table = _ddim_table(timesteps, prediction_rows(now, predict_fn), target, sigma)
-    rows = _walked(table, backwards=True)
+    rows = _in_sampling_order(table, backwards=True)
     return DDIM(rows, _clip(clip), predict_fn, eta > 0, limit_fn)
 
 
@@ -245,11 +245,11 @@ def ddpm(
     adds_noise = np.arange(process.num_timesteps) > 0
     log_variance = _log_variance(process)
     table = ddpm_table(process, prediction_rows(process.alphas_cumprod, predict_fn), log_variance)
-    rows = _walked(table._replace(noise_weight=adds_noise), backwards=True)
+    rows = _in_sampling_order(table._replace(noise_weight=adds_noise), backwards=True)
     return DDPM(rows, _clip(clip), predict_fn, variance_fn, limit_fn=limit_fn)
 
 
-def ddpm_walk(
+def ddpm_sampler(
     process: Schedule,
     adds_noise: Bool[np.ndarray, " S"],
     clip: Any = None,
@@ -266,7 +266,7 @@ def ddpm_walk(
     betas = np.log(process.betas)
     log_variance = LogVariance(variance, betas, betas)
     table = ddpm_table(process, prediction_rows(process.alphas_cumprod, predict_fn), log_variance)
-    rows = _walked(table._replace(noise_weight=adds_noise), backwards=True)
+    rows = _in_sampling_order(table._replace(noise_weight=adds_noise), backwards=True)
     return DDPM(rows, _clip(clip), predict_fn, variance_fn, limit_fn=limit_fn)
 
 
@@ -292,7 +292,7 @@ def flow(steps: int = 50, *, solve_fn: Callable = euler, edges: Any = None) -> F
         or (np.diff(times) <= 0).any()
     ):
         raise ValueError(f"edges={edges} do not ascend from 0 to 1 in steps={steps} intervals.")
-    return Flow(_walked(FlowRow(times[:-1], times[1:]), backwards=False), solve_fn)
+    return Flow(_in_sampling_order(FlowRow(times[:-1], times[1:]), backwards=False), solve_fn)
 
 
 def prediction_rows(alphas_cumprod: Float[np.ndarray, " S"], predict_fn: Callable) -> Prediction:
@@ -352,8 +352,8 @@ def _clip(clip: Any) -> Any:
     return jax.tree.map(np.float32, clip)
 
 
-def _walked(table: Any, *, backwards: bool) -> Any:
-    """Returns the rows in walking order: whole numbers as int32, everything else as float32."""
+def _in_sampling_order(table: Any, *, backwards: bool) -> Any:
+    """Returns the rows in sampling order: integers as int32, everything else as float32."""
 
     def cast(values: np.ndarray) -> np.ndarray:
         ordered = values[::-1] if backwards else values

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from qdit_jax.diffusion import posterior
 from qdit_jax.diffusion.flow_matching import flow_match
-from qdit_jax.diffusion.samplers import Sampler, ddim_walk, ddpm_walk
+from qdit_jax.diffusion.samplers import Sampler, ddim_sampler, ddpm_sampler
 from qdit_jax.diffusion.scheduler_settings import Scheduler
 from qdit_jax.diffusion.schedules import (
     Schedule,
@@ -140,13 +140,13 @@ def scheduler_sampler(
     if row.name != "ddim":
         between = _between(process, visited)
         if row.name == "ddpm":
-            return ddpm_walk(between, visited > 0, **options)
+            return ddpm_sampler(between, visited > 0, **options)
         return row.make_fn(between.num_timesteps, schedule=between, **options)
     # Where the spacing is not this stride, diffusers arrives elsewhere than the next step starts.
     arrived = visited - process.num_timesteps // int(text)
     last = 1.0 if settings.get("set_alpha_to_one", True) else process.alphas_cumprod[0]
     target = np.where(arrived >= 0, process.alphas_cumprod[np.maximum(arrived, 0)], last)
-    return ddim_walk(visited, process.alphas_cumprod[visited], target, **options)
+    return ddim_sampler(visited, process.alphas_cumprod[visited], target, **options)
 
 
 def _between(process: Schedule, visited: Int[np.ndarray, " S"]) -> Schedule:

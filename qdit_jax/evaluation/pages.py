@@ -72,7 +72,7 @@ def protocol_text(summary: Mapping[str, Any]) -> str:
     s = summary["settings"]
     models = "; ".join(f"{m['title']}: {m['numerics']}" for m in summary["models"])
     return (
-        f"{s['num_samples']:,} samples a model, {s['sampler']} with {s['steps']} steps, guidance "
+        f"{s['num_samples']:,} samples per model, {s['sampler']} with {s['steps']} steps, guidance "
         f"{s['guidance']:g} on {s['guidance_channels']} channels, seed {s['seed']}, labels in "
         f"turn; the same noise, labels and steps for all. {models}. Run on "
         f"{', '.join(s['device'])}; {report.provenance_text(summary['made'])}."
@@ -145,7 +145,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
 
 
 def trajectory_figure(summary: Mapping[str, Any]) -> Figure:
-    """Returns both errors over the timesteps, one color a model."""
+    """Returns both errors over the timesteps, one color per model."""
     kinds = [k for k in TRAJECTORY if any(k in t for t in summary["trajectory"].values())]
     with matplotlib.rc_context({"font.size": 9}):
         chart = Figure(figsize=(5.2 * len(kinds), 3.6), layout="constrained")

@@ -1,7 +1,7 @@
 """Sampling several models from the same noise, labels and steps, and measuring them in pairs.
 
-The first contender is what the others are held against. Every batch is a shard on disk
-(see `store`), so that a killed run goes on without repeating or losing a sample.
+The first contender is the reference of the others. Every batch is a shard on disk
+(see `store`), so that a killed run resumes without repeating or losing a sample.
 Dimensions: N samples, B samples of a batch, S steps, H, W, C an image or latent.
 """
 
@@ -197,7 +197,7 @@ def shards(
         return
     mesh = device_mesh()
     padded = -(-batch_size // mesh.size) * mesh.size
-    walkers = [walker(c.checkpoint, protocol, mesh) for c in contenders]
+    batch_samplers = [batch_sampler(c.checkpoint, protocol, mesh) for c in contenders]
     device = jax.local_devices()[0]
     place = f"{mesh.size} x {device.platform} ({device.device_kind})"
     used = {
@@ -208,28 +208,35 @@ def shards(
         index = filled_batch(start, padded, protocol.num_samples)
         condition = conditions_in_turn(contenders[0].checkpoint.model, protocol.conditions, index)
         arrays: dict[str, Any] = {"stop": stop, "device": place, **used}
-        walks = []
-        for i, (contender, walk) in enumerate(zip(contenders, walkers, strict=True)):
-            found = walk(index.astype(np.int32), condition).head(stop - start)
+        trajectories = []
+        for i, (contender, sample_batch) in enumerate(zip(contenders, batch_samplers, strict=True)):
+            found = sample_batch(index.astype(np.int32), condition).head(stop - start)
             check_finite(found, contender.title, start)
             arrays |= {f"{i}/{name}": value for name, value in found.stored().items()}
-            walks.append(found)
-        for i, other in enumerate(walks[1:], 1):
-            arrays |= {f"{i}/{name}": v for name, v in pair_measures(walks[0], other).items()}
+            trajectories.append(found)
+        for i, other in enumerate(trajectories[1:], 1):
+            arrays |= {
+                f"{i}/{name}": v for name, v in pair_measures(trajectories[0], other).items()
+            }
             if start < NUM_PROBED:
-                probed = probe(walkers[0], walkers[i], walks[0], first_of(condition, stop - start))
+                probed = probe(
+                    batch_samplers[0],
+                    batch_samplers[i],
+                    trajectories[0],
+                    first_of(condition, stop - start),
+                )
                 arrays[f"{i}/output_db"] = probed
         yield start, arrays
 
 
 def used_by(checkpoint: Checkpoint, numerics: str, batch_size: int) -> dict[str, int]:
-    """Returns how many quantised layers each implementation computes, by its name."""
+    """Returns how many quantized layers each implementation computes, by its name."""
     rows = {path: n * batch_size for path, n in rows_per_sample(checkpoint.model).items()}
     return implementations_used(checkpoint.params, numerics, rows=rows)
 
 
 @dataclasses.dataclass(frozen=True)
-class Walk:
+class Trajectory:
     """A batch's trajectory in one network, on the host, and how long it took.
 
     `x [S, B, H, W, C]` is what the network was given at each of the `timestep [S]`, `final` what
@@ -243,7 +250,7 @@ class Walk:
     seconds: float
     compile_seconds: float
 
-    def head(self, count: int) -> Walk:
+    def head(self, count: int) -> Trajectory:
         """Returns the first `count` samples."""
         images = None if self.images is None else self.images[:count]
         return dataclasses.replace(
@@ -259,7 +266,7 @@ class Walk:
         return {**samples, **times, "timestep": self.timestep}
 
 
-class Walker:
+class BatchSampler:
     """Samples batches with one network: compiled once, timed without compilation."""
 
     def __init__(self, denoise_fn: Any, vae: Checkpoint | None, protocol: Protocol, split: Any):
@@ -269,7 +276,7 @@ class Walker:
         self.split = split
         self.compiled: Any = None
 
-    def __call__(self, index: np.ndarray, condition: Any) -> Walk:
+    def __call__(self, index: np.ndarray, condition: Any) -> Trajectory:
         """Returns the trajectories of the samples numbered `index`."""
         model = network(self.denoise_fn).model
         numbers, condition = jax.device_put((index, condition), self.split)
@@ -277,7 +284,7 @@ class Walker:
         given = (self.denoise_fn, self.protocol.sampler, key, numbers, condition)
         compile_seconds, began = 0.0, time.perf_counter()
         if self.compiled is None:
-            self.compiled = walked.lower(*given, shape=model.sample_shape()).compile()
+            self.compiled = compiled_trajectory.lower(*given, shape=model.sample_shape()).compile()
             compile_seconds = time.perf_counter() - began
         began = time.perf_counter()
         found = jax.block_until_ready(self.compiled(*given))
@@ -288,13 +295,13 @@ class Walker:
             images = np.asarray(decode(self.vae, final))
         elif model.sample_shape()[-1] in (1, 3):
             images = np.asarray(final)
-        return Walk(
+        return Trajectory(
             np.asarray(timestep), np.asarray(x), np.asarray(final), images, seconds, compile_seconds
         )
 
 
 @jax.jit(static_argnames=("shape",))
-def walked(denoise_fn, sampler, key, index, condition, shape):
+def compiled_trajectory(denoise_fn, sampler, key, index, condition, shape):
     """Returns timesteps `[S]`, inputs `[S, B, H, W, C]` and final latents `[B, H, W, C]`."""
     noise, keys = initial_noise(key, index, shape)
     final, (timestep, x) = diffusion.sample_trajectory(
@@ -312,7 +319,7 @@ def network(denoise_fn: Any) -> Any:
     return getattr(denoise_fn, "denoise_fn", denoise_fn)
 
 
-def walker(checkpoint: Checkpoint, protocol: Protocol, mesh: Any) -> Walker:
+def batch_sampler(checkpoint: Checkpoint, protocol: Protocol, mesh: Any) -> BatchSampler:
     """Returns the sampler of a checkpoint with its parameters on every device."""
     whole = NamedSharding(mesh, PartitionSpec())
     model = checkpoint.model.clone(numerics=protocol.numerics)
@@ -322,12 +329,12 @@ def walker(checkpoint: Checkpoint, protocol: Protocol, mesh: Any) -> Walker:
     if vae is not None:
         vae = dataclasses.replace(vae, params=jax.device_put(vae.params, whole))
     split = NamedSharding(mesh, PartitionSpec("batch"))
-    return Walker(jax.device_put(denoise_fn, whole), vae, protocol, split)
+    return BatchSampler(jax.device_put(denoise_fn, whole), vae, protocol, split)
 
 
-def check_finite(walk: Walk, title: str, start: int) -> None:
+def check_finite(trajectory: Trajectory, title: str, start: int) -> None:
     """Raises `UserError` if a sample has a value that is no finite number."""
-    for values in (walk.final, walk.images):
+    for values in (trajectory.final, trajectory.images):
         if values is None:
             continue
         bad = np.flatnonzero(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
@@ -338,7 +345,7 @@ def check_finite(walk: Walk, title: str, start: int) -> None:
             )
 
 
-def pair_measures(reference: Walk, other: Walk) -> dict[str, np.ndarray]:
+def pair_measures(reference: Trajectory, other: Trajectory) -> dict[str, np.ndarray]:
     """Returns the paired measures of each sample: arrays `[B]`, and `drift_db [B, S]`.
 
     Images are compared as they are seen, clipped to [-1, 1]; latents as they are.
@@ -368,16 +375,18 @@ def first_of(tree: Any, count: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[:count], tree)
 
 
-def probe(reference: Walker, other: Walker, walk: Walk, condition: Any) -> np.ndarray:
-    """Returns `[B, S]`: how close two networks' outputs are for the very same input, in dB.
+def probe(
+    reference: BatchSampler, other: BatchSampler, trajectory: Trajectory, condition: Any
+) -> np.ndarray:
+    """Returns `[B, S]`: how close two networks' outputs are for the same input, in dB (signal to error).
 
-    The inputs are those of the reference's trajectory, so that no earlier error is in it; of a
-    learned variance's channels nothing is counted.
+    The inputs are those of the reference's trajectory, so that no earlier error is in it; the
+    channels of a learned variance are left out.
     """
-    # One device: these few samples need not divide among all.
+    # One device: the few samples may not divide evenly among all.
     device = jax.local_devices()[0]
     fns = [jax.device_put(w.denoise_fn, device) for w in (reference, other)]
-    given = jax.device_put((walk.x, walk.timestep, condition), device)
+    given = jax.device_put((trajectory.x, trajectory.timestep, condition), device)
     signal, noise = (np.asarray(power) for power in output_powers(*fns, *given))
     return metrics.decibels(signal, noise).T
 

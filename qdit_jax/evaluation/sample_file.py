@@ -1,4 +1,4 @@
-"""Samples to one file, batch by batch: finished ones wait in a folder beside it, so a run goes on.
+"""Samples to one file, batch by batch: finished ones are kept in a folder beside it, so that a run resumes.
 
 The folder is that of an evaluation (`store`): settings, and one archive per batch.
 """

@@ -157,7 +157,7 @@ def check_sizes(
         )
 
 
-def labelled(features: str, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def labeled(features: str, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Returns every score with the name that its features allow, and its error if it has one."""
     entries = {}
     for name, value in found.items():

@@ -1,10 +1,10 @@
 """The folder of an evaluation: settings, finished shards, and what is merged from them.
 
     run.json       the settings that every shard was made with
-    shards/        one archive a batch, written beside and renamed: it is whole or absent
+    shards/        one archive per batch, written to a temporary name and renamed (atomic)
     lock           held while a process writes here
 
-A killed run therefore goes on where it was: shards that are there are kept, the others are made.
+A killed run therefore resumes: finished shards are kept, missing ones are computed.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from qdit_jax.evaluation.runs import Contender, Run
 from qdit_jax.evaluation.store import collect
 from qdit_jax.report import provenance
 
-Table = Mapping[str, Sequence[np.ndarray]]  # a measure's arrays, one a shard
+Table = Mapping[str, Sequence[np.ndarray]]  # a measure's arrays, one per shard
 
 MEASURES = {
     "latent_snr_db": "final latents: signal to error, dB",
@@ -36,9 +36,9 @@ def summarize(
     contenders: Sequence[Contender],
     scores: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Returns settings, models, paired measures, trajectories and tests in JSON's types.
+    """Returns settings, models, paired measures, trajectories and tests, JSON-serializable.
 
-    `scores` are those of the distribution, by title, as `metrics.json` shall hold them.
+    `scores` are the distribution scores by title, stored in `metrics.json` as they are.
     """
     table = collect(run.folder, run.ranges)
     pairs = list(enumerate(contenders))[1:]
@@ -78,7 +78,7 @@ def model_facts(run: Run, table: Table, number: int, contender: Contender) -> di
 def precision(contender: Contender, chosen: str) -> str:
     """Returns how the numbers of a contender were computed, in words."""
     quantized = contender.checkpoint.recipe is not None
-    return f"quantised, {chosen} numerics" if quantized else "full precision"
+    return f"quantized, {chosen} numerics" if quantized else "full precision"
 
 
 def implementations(table: Table, number: int) -> dict[str, int]:

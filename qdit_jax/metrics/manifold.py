@@ -82,14 +82,14 @@ def manifold_radii(
 
 def inside(
     points: Float[AnyArray, "M D"],
-    centres: Float[AnyArray, "N D"],
+    centers: Float[AnyArray, "N D"],
     radii: Float[AnyArray, " N"],
     *,
     block_rows: int = BLOCK_ROWS,
 ) -> Bool[np.ndarray, " M"]:
     """Returns whether each point lies in any ball; `radii` are squared."""
     with jax.enable_x64(True):
-        blocks, valid = blocked(centres, block_rows)
+        blocks, valid = blocked(centers, block_rows)
         # A padded center gets a radius that nothing is inside of.
         padded = np.full(valid.size, -np.inf)
         padded[: len(radii)] = radii

@@ -55,8 +55,8 @@ def block_moments(features: Float[AnyArray, "N D"]) -> Moments:
             f"{(~np.isfinite(x)).any(1).sum()} of {len(x)} features are NaN or infinite."
         )
     mean = x.mean(0)
-    centred = x - mean
-    return Moments(len(x), mean, centred.T @ centred)
+    centered = x - mean
+    return Moments(len(x), mean, centered.T @ centered)
 
 
 def merge(a: Moments, b: Moments) -> Moments:

@@ -69,7 +69,7 @@ class ScoreSettings:
     with their square.
     """
 
-    neighbours: int = 3
+    neighbors: int = 3
     split_size: int = 5000
     kernel_samples: int = 10_000
     min_samples: int | None = None
@@ -149,7 +149,7 @@ def comparisons(
     samples: np.ndarray, reference: np.ndarray, settings: ScoreSettings
 ) -> dict[str, int | float]:
     """Returns the scores that need the reference's single features."""
-    precision, recall = precision_and_recall(reference, samples, k=settings.neighbours)
+    precision, recall = precision_and_recall(reference, samples, k=settings.neighbors)
     rng = np.random.default_rng(settings.seed)
     limit = settings.kernel_samples
     few = [x[rng.permutation(len(x))[:limit]] for x in (reference, samples)]

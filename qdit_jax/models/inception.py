@@ -120,7 +120,7 @@ class BlockB(nn.Module):
 
 
 class BlockC(nn.Module):
-    """Returns the 17x17 block of factorised 7x7 convolutions, and its 1x1 branch alone."""
+    """Returns the 17x17 block of factorized 7x7 convolutions, and its 1x1 branch alone."""
 
     width: int
 
@@ -151,14 +151,14 @@ class BlockD(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        factorised = (
+        factorized = (
             ("branch7x7x3_1", 192, (1, 1)),
             ("branch7x7x3_2", 192, (1, 7)),
             ("branch7x7x3_3", 192, (7, 1)),
         )
         branches = [
             Reduction(320, name="branch3x3_2")(chain(x, (("branch3x3_1", 192, (1, 1)),))),
-            Reduction(192, name="branch7x7x3_4")(chain(x, factorised)),
+            Reduction(192, name="branch7x7x3_4")(chain(x, factorized)),
             halving_pool(x),
         ]
         return jnp.concatenate(branches, axis=-1)

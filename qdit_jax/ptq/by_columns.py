@@ -1,4 +1,4 @@
-"""Quantising a kernel some output channels at a time, so that little beside it is in memory.
+"""Quantizes a kernel in blocks of output channels, which bounds the temporary memory.
 
 Output channels are independent under rounding to nearest. Dimensions: K input and N output channels.
 """
@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from qdit_jax.quant import QTensor, WeightSpec, dequantize, quantize
 
-# Values a block, 6 MB in float32: six blocks of a DiT-XL's largest kernel, all of one shape.
+# Values per block, 6 MB in float32: six blocks of a DiT-XL's largest kernel, all of one shape.
 BLOCK = 3 << 19
 
 
@@ -34,7 +34,7 @@ def column_blocks(shape: tuple[int, ...], channel_group: int) -> list[slice]:
 def quantize_by_columns(w: Float[np.ndarray, "K N"], spec: WeightSpec) -> QTensor:
     """Returns `quantize(w, spec)` bit for bit, its arrays in NumPy.
 
-    A format with a factor for the whole tensor is quantised as a whole.
+    A format with a factor for the whole tensor is quantized as a whole.
 
     Raises:
         TypeError, ValueError: see `quantize`.
@@ -52,7 +52,7 @@ def quantize_by_columns(w: Float[np.ndarray, "K N"], spec: WeightSpec) -> QTenso
 def squares_by_columns(w: Any, q: QTensor) -> Iterator[tuple[Any, Any, Any]]:
     """Yields blocks of columns of a kernel, and the squared norms of them and of their errors.
 
-    All is in units of `unit_of(w)`: blocks float32 `[K, n]`, squares float64 `[n]`.
+    Everything is in units of `unit_of(w)`: blocks float32 `[K, n]`, squares float64 `[n]`.
     """
     w, q = np.asarray(w), jax.tree.map(np.asarray, q)
     unit = np.float32(unit_of(w))

@@ -1,7 +1,7 @@
-"""Whether a quantised layer is as near its kernel as its bits promise.
+"""Compares each quantized kernel's error with the error expected from its bits.
 
-A layer can lose itself without any error: in a grid that does not fit, a range rule with a floor, a
-format's shared factor. Every table of layers says so.
+A kernel can lose its information without an exception: a grid that does not fit, a range rule with a
+floor, a format's shared factor. Every table of layers warns of it.
 
 Dimensions: K input channels, N output channels, G groups, S members of a group.
 """
@@ -29,7 +29,8 @@ ELEMENT_DB = {"e4m3": 25.0, "e5m2": 19.0, "e2m1": 11.0, "nf4": 12.0}
 class Precision:
     """A kernel's signal-to-noise ratio in dB, measured and promised; `-inf` if nothing is left.
 
-    `num_lost` counts the output channels whose error is as large as they are, and not by promise.
+    `num_lost` counts the output channels whose error is as large as the channel itself although
+    the bits do not predict that.
     """
 
     measured: float
@@ -38,9 +39,9 @@ class Precision:
 
 
 def precision_of(w: Any, q: QTensor) -> Precision:
-    """Returns how near `q` is to the kernel `w` `[K, N]`, and how near its bits promise to be.
+    """Returns the measured precision of `q` against the kernel `w` `[K, N]`, and the expected one.
 
-    Integers promise a twelfth of a squared step of each group's min-max grid as noise.
+    The expected noise of integers is step² / 12, with the step of each group's min-max grid.
     """
     sums = [
         (signal, noise, promised_noise(part, signal, q))

@@ -1,4 +1,4 @@
-"""Rounding that learns from a network's inputs: GPTQ and AdaRound of whole networks.
+"""Calibrated rounding (GPTQ, AdaRound) of whole networks.
 
 Dimensions: I items, B batch, K input channels.
 """
@@ -40,10 +40,10 @@ def round_params(
     on_layer: Callable[[RoundedLayer], None] | None = None,
     progress_fn: Callable[[int], Any] | None = None,
 ) -> Any:
-    """Returns `params` quantised by `recipe`, each layer fitted to inputs from the quantised network.
+    """Returns `params` quantized by `recipe`, each layer fitted to inputs from the quantized network.
 
     The network runs once on all items for every stage, up to the stage's layers, with the stages
-    before it quantised and the activation quantisers working; no activation outlives a batch. Full
+    before it quantized and the activation quantizers working; no activation outlives a batch. Full
     precision parameters, one stage's Hessians (`quantize_in_order` says how large) and the
     activations of one batch are what memory holds.
 
@@ -92,7 +92,7 @@ def held_out_items(items: Items, share: float | int) -> np.ndarray:
     if share == 0:
         return np.zeros(len(items.sample), bool)
     if not 0 < share < 1:
-        raise ValueError(f"holdout={share} is no share; use a number from 0 up to 1.")
+        raise ValueError(f"holdout={share} is not a share; use a number from 0 up to 1.")
     order = np.unique(items.sample, return_inverse=True)[1]
     held_out = np.floor((order + 1) * share) > np.floor(order * share)
     if held_out.all() or not held_out.any():

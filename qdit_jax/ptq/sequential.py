@@ -1,7 +1,7 @@
-"""Rounding a whole network in order: each layer on inputs as the quantised network makes them.
+"""Sequential rounding: each layer is calibrated on inputs from the already quantized layers.
 
 Stage by stage, Hessians of the stage's inputs come from the network whose earlier layers are
-quantised and whose activation quantisers all work; then the stage's kernels are rounded.
+quantized and whose activation quantizers all work; then the stage's kernels are rounded.
 
 Dimensions: K input channels, N output channels.
 """
@@ -68,7 +68,7 @@ def quantize_in_order(
 ) -> Any:
     """Returns `params` with each kernel that `recipe` names as a `QTensor`, rounded in stages.
 
-    Beside the parameters, memory holds two float32 `[K, K]` a layer of one stage (one if nothing is
+    Beside the parameters, memory holds two float32 `[K, K]` per layer of one stage (one if nothing is
     held out) and a few float32 copies of the kernels being rounded: for a DiT-XL/2 block 0.2 GB
     and as much again for its fc2.
 
@@ -88,7 +88,7 @@ def quantize_in_order(
     wanted = {path for path, s in specs.items() if s.weight and f"{path}/kernel" in flat}
     chosen = [[path for path in stage if path in wanted] for stage in stages]
     if missing := sorted(wanted - {path for stage in chosen for path in stage}):
-        raise ValueError(f"the network never runs {missing[0]}, which the recipe quantises.")
+        raise ValueError(f"the network never runs {missing[0]}, which the recipe quantizes.")
     for stage in filter(None, chosen):
         hessians, holdout = hessians_fn(unflatten_dict(flat, sep="/"), stage)
         kernels = {path: flat[f"{path}/kernel"] for path in stage}
@@ -98,7 +98,7 @@ def quantize_in_order(
             check_finite(path, kernels[path], GREATEST_WEIGHT)
             for found in (hessians, holdout or {}):
                 check_hessian(path, found.get(path))
-        for path, q in rounded_together(kernels, hessians, weight_specs, round_fn):
+        for path, q in rounded_by_shape(kernels, hessians, weight_specs, round_fn):
             inputs = hessians[path] if holdout is None else holdout[path]
             layer = checked(path, kernels[path], q, inputs, weight_specs[path], holdout is not None)
             flat[f"{path}/kernel"] = layer.q
@@ -132,7 +132,7 @@ def checked(
     return RoundedLayer(path, kernel, nearest_q if fell_back else q, nearest, rounded, fell_back)
 
 
-def rounded_together(
+def rounded_by_shape(
     kernels: dict[str, Any], hessians: dict[str, Any], specs: dict[str, Any], round_fn: RoundFn
 ) -> Iterable[tuple[str, QTensor]]:
     """Yields `(path, QTensor)`; kernels of one shape and spec go through one vmapped call."""
@@ -159,8 +159,8 @@ def by_block(paths: Sequence[str], family: Family) -> list[list[str]]:
     family rounds first (adaLN), the blocks.
 
     adaLN sees the condition only, so that all of it makes one stage ahead of the blocks, and the
-    blocks' inputs are those of quantised modulations. A block's own layers are one stage: within
-    it, inputs are those of its unquantised kernels.
+    blocks' inputs are those of quantized modulations. A block's own layers are one stage: within
+    it, inputs are those of its unquantized kernels.
     """
     early = [path for path in paths if family.part_of(path) == family.rounded_first]
     others = [path for path in paths if path not in early]

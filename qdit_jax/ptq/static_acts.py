@@ -1,4 +1,4 @@
-"""Static activation quantisers from calibration statistics.
+"""Static activation quantizers from calibration statistics.
 
 Dimensions: S timesteps, K input channels, G groups, M tokens, R all tokens of all timesteps used.
 """
@@ -24,7 +24,7 @@ from qdit_jax.quant import (
 
 
 def act_quantizer(path: str, spec: ActSpec, stats: Stats | None) -> ActQuant:
-    """Returns the activation quantiser of one layer; static ones take their range from `stats`.
+    """Returns the activation quantizer of one layer; static ones take their range from `stats`.
 
     A range rule that looks at more than extremes, such as `ranges.mse()`, takes its limits from the
     tokens that the statistics keep.
@@ -37,7 +37,7 @@ def act_quantizer(path: str, spec: ActSpec, stats: Stats | None) -> ActQuant:
         return ActQuant(spec)
     if stats is None or path not in stats.low:
         raise ValueError(
-            f"the recipe quantises the input of {path} with mode='static', which needs calibration "
+            f"the recipe quantizes the input of {path} with mode='static', which needs calibration "
             "statistics of that layer; pass stats=calibrate(...), or use mode='dynamic'."
         )
     check_layer(path, stats)

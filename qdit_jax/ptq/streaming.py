@@ -1,8 +1,8 @@
-"""Quantising a checkpoint layer by layer from disk to disk, in the memory of its largest layer.
+"""Quantizing a checkpoint layer by layer from disk to disk, in the memory of its largest layer.
 
 `quantize_checkpoint` does it in one call. Its parts: `open_checkpoint` gives the tree of `load` with
 every array still on disk, `deferred_quantization` the tree of `quantize_params` with every kernel's
-arrays still to be computed, and `save` makes and writes one after another.
+arrays still to be computed, and `save` computes and writes them one at a time.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def quantize_checkpoint(
 ) -> Checkpoint:
     """Writes the checkpoint in `source`, rounded to nearest by `recipe`, to the folder `out`.
 
-    Each layer is read, quantised, written and let go before the next: beside the runtime and its
+    Each layer is read, quantized, written and freed before the next: beside the runtime and its
     programs, memory holds two copies of the largest array; call `memory.give_back_freed_memory`
-    first, or holes that earlier layers have left stay as well. The result is bit for bit what
+    first, or memory freed by earlier layers stays with the process as well. The result is bit for bit what
     `load`, `quantize_params` and `save` write, and appears under its name once it is complete.
 
     Args:
@@ -62,8 +62,8 @@ def quantize_checkpoint(
     if metadata is None:
         named = {} if source is checkpoint else {"quantized_from": str(source)}
         metadata = {**checkpoint.metadata, **named, "rounding": "nearest"}
-    quantised = Checkpoint(checkpoint.model, params, recipe, metadata, checkpoint.vae)
-    save(out, quantised, overwrite=overwrite)
+    quantized = Checkpoint(checkpoint.model, params, recipe, metadata, checkpoint.vae)
+    save(out, quantized, overwrite=overwrite)
     return open_checkpoint(out)
 
 
@@ -74,7 +74,7 @@ def deferred_quantization(
     stats: Stats | None = None,
     on_layer: Callable[[str, Any, QTensor], None] | None = None,
 ) -> Any:
-    """Returns `quantize_params(params, ...)` with kernels that are quantised when they are read.
+    """Returns `quantize_params(params, ...)` with kernels that are quantized when they are read.
 
     A kernel's arrays are `DeferredArray`s; `on_layer` is called whenever they are made.
 

@@ -1,4 +1,4 @@
-"""The transform: a parameter tree in, the same tree with quantised leaves out."""
+"""The transform: a parameter tree in, the same tree with quantized leaves out."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from qdit_jax.recipes import LayerSpec, Recipe
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:
-    """What quantising one layer does to its kernel `[K, N]`; bytes before and after."""
+    """What quantizing one layer does to its kernel `[K, N]`; bytes before and after."""
 
     path: str
     shape: tuple[int, int]
@@ -69,7 +69,7 @@ def quantize_params(
 ) -> Any:
     """Returns `params` with each kernel that `recipe` names as a `QTensor`.
 
-    A layer whose input is quantised gains an `act_quant` entry; an operand `q` of an attention
+    A layer whose input is quantized gains an `act_quant` entry; an operand `q` of an attention
     product gains `q_quant` beside `qkv`. A label table becomes a `QTensor` too, turned to `[D, rows]`
     so that groups run along a row, always rounded to nearest. Nothing else changes and no array is
     copied.
@@ -81,7 +81,7 @@ def quantize_params(
         on_layer: called with the path, the kernel and its `QTensor` after each layer.
 
     Raises:
-        ValueError: if a rule of the recipe matches no layer, a layer is quantised already or holds
+        ValueError: if a rule of the recipe matches no layer, a layer is quantized already or holds
             NaN or infinity, or statistics are needed and absent.
     """
 
@@ -108,7 +108,7 @@ def rewrite_kernels(
     recipe: Recipe,
     stats: Stats | None,
 ) -> Any:
-    """Returns `params` with activation quantisers, and `rewrite_fn` of each kernel to be quantised.
+    """Returns `params` with activation quantizers, and `rewrite_fn` of each kernel to be quantized.
 
     `rewrite_fn` takes a layer's path, its leaf's name, the leaf and its spec. See `quantize_params`.
     """
@@ -136,7 +136,7 @@ def as_matrix(name: str, leaf: Any) -> Any:
 def check_unquantized(path: str, kernel: Any) -> None:
     if isinstance(kernel, QTensor):
         raise ValueError(
-            f"{path} is quantised already ({kernel.bits} bits); start from the full-precision "
+            f"{path} is quantized already ({kernel.bits} bits); start from the full-precision "
             "checkpoint."
         )
 

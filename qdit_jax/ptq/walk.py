@@ -1,4 +1,4 @@
-"""The one walk over a parameter tree that puts quantised leaves in their places."""
+"""The tree map that replaces parameters by quantized leaves."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from qdit_jax.quant import with_leaf
 
 # `(path of the layer, name of its kernel or table, leaf) -> leaf`
 WeightFn = Callable[[str, str, Any], Any]
-# `path of the layer or operand -> activation quantiser, or None for none`
+# `path of the layer or operand -> activation quantizer, or None for none`
 ActFn = Callable[[str], Any]
 
 
 def rewrite(params: Any, paths: Iterable[str], *, weight_fn: WeightFn, act_fn: ActFn) -> Any:
-    """Returns `params` with the weights and activation quantisers of some layers replaced.
+    """Returns `params` with the weights and activation quantizers of some layers replaced.
 
     Nothing else changes and no array is copied.
 

@@ -57,7 +57,7 @@ def gptq(
 
     Groups are static (the grid comes from `w` before any compensation), channels are visited by
     falling diag(H), a channel without input is set to 0, and the damping (a fraction of the mean
-    diagonal) is raised tenfold until the factorisation succeeds; if it was, an output channel keeps its
+    diagonal) is raised tenfold until the factorization succeeds; if it was, an output channel keeps its
     round-to-nearest codes where GPTQ does not lower the error. Any scale of `hessian` will do.
     Works under jit and vmap; the memory is that of a few `[K, N]` and `[K, K]` float32 arrays.
 
@@ -171,7 +171,7 @@ def _grid(scale: Any, zero_point: Any, spec: WeightSpec) -> tuple[Any, Any]:
 def inverse_factor(hessian: Float[Array, "K K"], damping: Any) -> Float[Array, "K K"]:
     """Returns upper triangular U with `(H + damping * mean(diag H) * I)⁻¹ = Uᵀ U`.
 
-    Channels without input get a 1 on the diagonal first. If the factorisation fails, the damping
+    Channels without input get a 1 on the diagonal first. If the factorization fails, the damping
     is raised tenfold, up to eight times; see `damped`.
     """
     return damped(hessian, damping)[1]
@@ -181,7 +181,7 @@ def damped(hessian: Float[Array, "K K"], damping: Any) -> tuple[Any, Any, Any]:
     """Returns (positive definite H, its `inverse_factor`, how often the damping was raised).
 
     `H = R Rᵀ` with R upper triangular comes from the Cholesky factor of H read backwards, and
-    `U = R⁻¹`: one factorisation instead of two, and H is never inverted. Where no damping helps,
+    `U = R⁻¹`: one factorization instead of two, and H is never inverted. Where no damping helps,
     both are the identity, with which GPTQ rounds to nearest.
     """
     hessian = hessian.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""The clipping-ratio search behind the MSE range rules, vectorised and in bounded memory.
+"""The clipping-ratio search behind the MSE range rules, vectorized and in bounded memory.
 
 Dimensions: P ratios tried, R rows of groups, S members of a group, N groups side by side, B a block
 of them searched together.

@@ -1,4 +1,4 @@
-"""Charts of a network's weights and activations, after the figures of the quantisation papers."""
+"""Charts of a network's weights and activations, after the figures of the quantization papers."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def outlier_figure(facts: Mapping[str, Mapping[str, Any]], places: Places) -> Fi
 
 
 def range_histograms(groups: Mapping[str, Mapping[str, np.ndarray]], places: Places) -> Figure:
-    """Returns histograms of ranges by layer: one panel a title and kind, one row of bins a block.
+    """Returns histograms of ranges by layer: one panel per title and kind, one row of bins per block.
 
     `groups` maps a panel's title to `{layer: ranges}`. Bins are equal in log10 of the range.
     """

@@ -1,6 +1,6 @@
 """Pictures and sample archives, written so that a reader never sees half a file.
 
-Images are `[B, H, W, C]` in `[-1, 1]`, C = 1 (grey) or 3 (RGB), or already uint8.
+Images are `[B, H, W, C]` in `[-1, 1]`, C = 1 (gray) or 3 (RGB), or already uint8.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a person looks at to see how hard a model is to quantise: charts, a page, figures."""
+"""What a person looks at to see how hard a model is to quantize: charts, a page, figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures about a network's weights and activations that decide how it should be quantised.
+"""Figures about a network's weights and activations that decide how it should be quantized.
 
 Dimensions: S timesteps, K input channels, N output channels, G groups.
 """
@@ -20,7 +20,7 @@ from qdit_jax.recipes import layer_paths
 
 OUTLIER_FACTOR = 6.0  # times the median channel
 NUM_LISTED = 8
-GROUP_SIZE = 32  # of the ranges shown, where a layer is not quantised
+GROUP_SIZE = 32  # of the ranges shown, where a layer is not quantized
 
 
 class Place(NamedTuple):
@@ -55,7 +55,7 @@ def natural_order(path: str) -> list[Any]:
 
 
 def kernel_of(params: Any, path: str) -> Float[np.ndarray, "K N"]:
-    """Returns the kernel of one layer in float32, unpacked if it is quantised."""
+    """Returns the kernel of one layer in float32, unpacked if it is quantized."""
     leaf = params
     for name in (*path.split("/"), "kernel"):
         leaf = leaf[name]
@@ -125,7 +125,7 @@ def group_ranges(w: Float[np.ndarray, "K N"], group_size: int) -> Float[np.ndarr
 def shown_group_sizes(trees: Sequence[Any], paths: Iterable[str]) -> dict[str, int]:
     """Returns the group size in which each layer's ranges are shown.
 
-    It is that of the first of the parameter trees that quantises the layer, else `GROUP_SIZE`, and
+    It is that of the first of the parameter trees that quantizes the layer, else `GROUP_SIZE`, and
     no more than the layer's channels.
     """
     flats = [flatten_dict(params, sep="/") for params in trees]

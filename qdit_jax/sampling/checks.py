@@ -52,7 +52,7 @@ def fitting_guidance(model: Any, guidance: Any) -> Any:
 def check_numerics(params: Any, numerics: str) -> None:
     """Raises `ValueError` if integer numerics is asked of a network that holds nothing for it.
 
-    It needs a layer with quantised weights and quantised inputs.
+    It needs a layer with quantized weights and quantized inputs.
     """
     if numerics not in NUMERICS:
         raise ValueError(f"numerics={numerics!r} is not known; use 'simulated' or 'integer'.")
@@ -61,9 +61,9 @@ def check_numerics(params: Any, numerics: str) -> None:
     flat = flatten_dict(params, sep="/")
     layers = [p.removesuffix("/kernel") for p, leaf in flat.items() if isinstance(leaf, QTensor)]
     if not any(f"{layer}/act_quant" in flat for layer in layers):
-        why = "no layer quantises its inputs as well" if layers else "nothing is quantised"
+        why = "no layer quantizes its inputs as well" if layers else "nothing is quantized"
         raise ValueError(
-            f"numerics='integer' has no effect on this checkpoint: {why}; quantise weights and "
+            f"numerics='integer' has no effect on this checkpoint: {why}; quantize weights and "
             "inputs (such as w4a8), or use numerics='simulated'."
         )
 

@@ -155,7 +155,7 @@ def checkpoint_sampler(
     eta: float | int = 0.0,
     clip: float | int | None = None,
 ) -> diffusion.Sampler:
-    """Returns the sampler of a checkpoint: its own scheduler's walk, or the published one.
+    """Returns the sampler of a checkpoint: its own scheduler's, or the published one.
 
     Without a scheduler that is the flow for a velocity model, else DDIM on DiT's schedule.
 
@@ -266,10 +266,10 @@ def generate(
     decode_fn: Callable | None = decode,
     progress_fn: Callable[[int], Any] | None = None,
 ) -> Float[np.ndarray, "N *shape"]:
-    """Returns one sample per condition, full precision or quantised alike; about [-1, 1].
+    """Returns one sample per condition, full precision or quantized alike; about [-1, 1].
 
     Sample i depends on `seed`, i and its condition only.  Batches are split over all local devices;
-    `batch_size` is in all, by default 16 a device, 4 on CPU.  Where the checkpoint has an autoencoder,
+    `batch_size` is the total over devices, by default 16 per device, 4 on CPU.  Where the checkpoint has an autoencoder,
     `decode_fn` makes images of latents; None returns the latents.  `progress_fn` is called after
     every batch with the number of samples in it.
 

@@ -1,4 +1,4 @@
-"""Networks of many builds: quantised, each equals the network run with dequantised kernels."""
+"""Networks of many builds: quantized, each equals the network run with dequantized kernels."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Block(nn.Module):
 
 
 class Deep(nn.Module):
-    """A scanned, rematerialised stack: its carry fixes the dtype."""
+    """A scanned, rematerialized stack: its carry fixes the dtype."""
 
     axis: int = 0
 
@@ -220,7 +220,7 @@ def transposed(array):
     return array.T
 
 
-# Network: its arguments, how many layers are quantised, and a part of the reason for each left one.
+# Network: its arguments, how many layers are quantized, and a part of the reason for each left one.
 EMBEDDING, CONV = "table of embeddings", "it is a Conv"
 CHANGED = "does not reach its product alone and unchanged"
 NETWORKS: dict[str, tuple[nn.Module, tuple[Any, ...], int, dict[str, str]]] = {
@@ -272,7 +272,7 @@ def outputs(apply_fn, variables, args):
 
 
 def by_hand(quantized, original):
-    """Variables in which every quantised kernel is an array again, of its own shape and dtype."""
+    """Variables in which every quantized kernel is an array again, of its own shape and dtype."""
     before = flatten_dict(nn.unbox(flax.core.unfreeze(original))["params"])
     flat = {
         path: jnp.reshape(dequantize(leaf), before[path].shape).astype(before[path].dtype)
@@ -306,7 +306,7 @@ def quantized_by(model, variables, recipe, args, left=True, **options):
 
 @pytest.mark.filterwarnings("error:quantize_linen")
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_network_equals_itself_with_dequantised_kernels(name):
+def test_a_network_equals_itself_with_dequantized_kernels(name):
     model, args, count, left = NETWORKS[name]
     variables = made(model, args)
     apply_fn, quantized = quantized_by(model, variables, WEIGHTS, args, bool(left))
@@ -416,7 +416,7 @@ def test_other_collections_pass_through():
         quantize_linen(model, variables["params"], rest, example_args=(IMAGE,))
 
 
-def test_a_mutable_params_collection_comes_back_quantised():
+def test_a_mutable_params_collection_comes_back_quantized():
     model = Block()
     variables = made(model, (ROWS,))
     apply_fn, quantized = quantize_linen(
@@ -509,7 +509,7 @@ def test_odd_leaves_and_frozen_trees_come_back():
     check_equal(apply_fn({"params": quantized}, ROWS), wanted)
 
 
-def test_a_network_may_be_quantised_in_parts():
+def test_a_network_may_be_quantized_in_parts():
     model = Block()
     variables = made(model, (ROWS,))
     first, second = (Recipe((Rule(n, WEIGHTS.rules[0].spec),), n) for n in ("up", "down"))

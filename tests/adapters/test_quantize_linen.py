@@ -1,4 +1,4 @@
-"""Somebody else's linen networks: quantised, they equal their dequantised selves."""
+"""Somebody else's linen networks: quantized, they equal their dequantized selves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WEIGHTS = Recipe((Rule(".*", LayerSpec(WeightSpec(4, 16), None)),), "weights")
 BOTH = Recipe((Rule(".*", LayerSpec(WeightSpec(4, 16), ActSpec(8, 16))),), "both")
 
 
-def initialised(model, *args, seed=0, **kwargs):
+def initialized(model, *args, seed=0, **kwargs):
     """Random params (biases too) of the shapes that `model` makes."""
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *args, **kwargs))["params"]
     rng = np.random.default_rng(seed)
@@ -66,9 +66,9 @@ class Encoder(nn.Module):
 TOKENS = jnp.arange(10).reshape(2, 5)
 
 
-def test_an_encoder_equals_its_dequantised_self():
+def test_an_encoder_equals_its_dequantized_self():
     model = Encoder()
-    params = initialised(model, TOKENS)
+    params = initialized(model, TOKENS)
     apply_fn, quantized = quantize_linen(model, params, WEIGHTS)
     attention = quantized["attention_0"]
     assert attention["query"]["kernel"].shape == (32, 32)
@@ -84,7 +84,7 @@ def test_an_encoder_equals_its_dequantised_self():
 
 def test_both_numerics_agree_on_every_kind_of_layer():
     model = Encoder()
-    params = initialised(model, TOKENS)
+    params = initialized(model, TOKENS)
     simulated, quantized = quantize_linen(model, params, BOTH)
     integer, _ = quantize_linen(model, params, BOTH, numerics="integer")
     # A code may flip where both numerics round differently: compare one layer's worth tightly.
@@ -122,10 +122,10 @@ GENERAL = {
 
 
 @pytest.mark.parametrize("name", GENERAL)
-def test_a_layer_with_a_quantised_input_equals_its_definition(name):
+def test_a_layer_with_a_quantized_input_equals_its_definition(name):
     layer, shape = GENERAL[name]
     model, x = Case(layer), normal(*shape)
-    params = initialised(model, x)
+    params = initialized(model, x)
     recipe = Recipe((Rule("layer", LayerSpec(WeightSpec(8, 0), None)),))
     act = ActSpec(8, 0)
     both = Recipe((Rule("layer", LayerSpec(WeightSpec(8, 0), act)),))
@@ -147,7 +147,7 @@ def test_a_layer_with_a_quantised_input_equals_its_definition(name):
 
 def test_the_groups_of_an_input_run_along_its_summed_axes():
     model, x = Case(nn.Einsum((4, 8, 6), "bthk,hkd->btd", use_bias=False)), normal(2, 5, 4, 8)
-    params = initialised(model, x)
+    params = initialized(model, x)
     apply_fn, quantized = quantize_linen(model, params, BOTH, example_args=(x,))
     kernel = quantized["layer"]["kernel"]
     wanted = fake_quantize(x.reshape(2, 5, 32), ActSpec(8, 16)) @ dequantize(kernel)
@@ -156,7 +156,7 @@ def test_the_groups_of_an_input_run_along_its_summed_axes():
 
 def test_a_whole_network_may_be_one_layer():
     model, x = nn.Dense(6), normal(2, 32)
-    params = initialised(model, x)
+    params = initialized(model, x)
     apply_fn, quantized = quantize_linen(model, params, BOTH)
     assert isinstance(quantized["kernel"], QTensor)
     assert apply_fn({"params": quantized}, x).shape == (2, 6)
@@ -165,13 +165,13 @@ def test_a_whole_network_may_be_one_layer():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_output_keeps_its_dtype(dtype):
     model, x = Case(nn.Dense(6, dtype=dtype)), normal(2, 32)
-    params = initialised(model, x)
+    params = initialized(model, x)
     apply_fn, quantized = quantize_linen(model, params, BOTH)
     assert apply_fn({"params": quantized}, x).dtype == dtype
 
 
 class Stacked(nn.Module):
-    """Layers stacked by `nn.scan`, rematerialised and compiled on their own."""
+    """Layers stacked by `nn.scan`, rematerialized and compiled on their own."""
 
     @nn.compact
     def __call__(self, x):
@@ -186,10 +186,10 @@ class Residual(nn.Module):
         return x + nn.Dense(x.shape[-1], name="linear")(jnp.tanh(x)), None
 
 
-def test_stacked_layers_are_quantised_one_by_one():
+def test_stacked_layers_are_quantized_one_by_one():
     model, x = Stacked(), normal(4, 32)
-    params = initialised(model, x)
-    model.apply({"params": params}, x)  # compiled before: must not be taken for the quantised one
+    params = initialized(model, x)
+    model.apply({"params": params}, x)  # compiled before: must not be taken for the quantized one
     apply_fn, quantized = quantize_linen(model, params, BOTH, example_args=(x,))
     kernel = quantized["blocks"]["linear"]["kernel"]
     assert kernel.codes.shape == (3, 16, 32)
@@ -205,7 +205,7 @@ def test_stacked_layers_are_quantised_one_by_one():
 
 def test_one_compilation_and_a_loop():
     model = Encoder()
-    params = initialised(model, TOKENS)
+    params = initialized(model, TOKENS)
     apply_fn, quantized = quantize_linen(model, params, BOTH)
     traces = []
 
@@ -225,9 +225,9 @@ def test_one_compilation_and_a_loop():
     close(total, 3 * first)
 
 
-def test_an_apply_compiled_before_does_not_answer_for_the_quantised_one():
+def test_an_apply_compiled_before_does_not_answer_for_the_quantized_one():
     model, x = Case(nn.Dense(6)), normal(2, 32)
-    params = initialised(model, x)
+    params = initialized(model, x)
     plain = jax.jit(model.apply)
     before = plain({"params": params}, x)
     apply_fn, quantized = quantize_linen(model, params, BOTH)
@@ -244,9 +244,9 @@ class Convolution(nn.Module):
         return nn.Dense(4, name="dense")(x)
 
 
-def test_what_cannot_be_quantised_is_named():
+def test_what_cannot_be_quantized_is_named():
     model, x = Convolution(), normal(1, 4, 4, 3)
-    params = initialised(model, x)
+    params = initialized(model, x)
     with pytest.warns(
         UserWarning, match="1 of the 2 layers .* left: conv: it is a Conv; only nn.D"
     ):
@@ -266,7 +266,7 @@ def test_what_cannot_be_quantised_is_named():
 
 def test_an_equation_that_is_no_product_of_matrices_names_the_layer():
     model, x = Case(nn.Einsum((4, 32), "bhd,hd->bhd")), normal(2, 4, 32)
-    params = initialised(model, x)
+    params = initialized(model, x)
     with pytest.raises(ValueError, match="layer cannot be quantized: the equation 'bhd,hd->bhd'"):
         quantize_linen(model, params, BOTH, example_args=(x,))
 
@@ -288,6 +288,6 @@ def test_equations_outside_the_product_are_refused(equation, message):
 
 def test_a_dot_general_of_its_own_is_refused():
     model, x = Case(nn.Dense(6, dot_general=jax.lax.dot_general)), normal(2, 32)
-    params = initialised(model, x)
+    params = initialized(model, x)
     with pytest.raises(ValueError, match="dot_general of its own"):
         quantize_linen(model, params, BOTH, example_args=(x,))

@@ -45,7 +45,7 @@ def run(*arguments):
     args.run(args)
 
 
-def test_a_search_writes_a_recipe_that_quantises_and_pictures(folder, checkpoint, tmp_path, capsys):
+def test_a_search_writes_a_recipe_that_quantizes_and_pictures(folder, checkpoint, tmp_path, capsys):
     out = tmp_path / "out"
     options = ["--method", "qdit-paper", "--population", "4", "--generations", "1"]
     run(folder, out, "--budget", "bitops=1.0x-g32", *options, *FAST)

@@ -1,4 +1,4 @@
-"""The assigned tree equals static quantisation; one compilation; errors of objectives."""
+"""The assigned tree equals static quantization; one compilation; errors of objectives."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def drawn_assignments(space, count, seed=0):
         ),
     ],
 )
-def test_an_assigned_tree_is_the_statically_quantised_model(settings):
+def test_an_assigned_tree_is_the_statically_quantized_model(settings):
     model, params = small_model()
     space = small_space(params, **settings)
     x, label, _ = (a[0] for a in batches_of_noise(model))

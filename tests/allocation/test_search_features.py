@@ -50,7 +50,7 @@ def small_vae(channels):
 
 
 @pytest.mark.parametrize("has_vae", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_fitness_is_the_distance_of_the_quantised_networks_samples(network, reference, has_vae):
+def test_the_fitness_is_the_distance_of_the_quantized_networks_samples(network, reference, has_vae):
     model, params = network
     vae = small_vae(model.in_channels) if has_vae else None
     rollout, data = small_rollout(model, 2), batches_of_noise(model, 2, 4)
@@ -63,8 +63,8 @@ def test_the_fitness_is_the_distance_of_the_quantised_networks_samples(network, 
     found = evaluator(assignments)
     assert evaluator.num_compilations == 1
     for assignment, fitness in zip(assignments, found, strict=True):
-        quantised = qdit.quantize_params(params, recipe=search.recipe_of(space, assignment))
-        final = jnp.concatenate([rollout(quantised, *batch) for batch in zip(*data, strict=True)])
+        quantized = qdit.quantize_params(params, recipe=search.recipe_of(space, assignment))
+        final = jnp.concatenate([rollout(quantized, *batch) for batch in zip(*data, strict=True)])
         if vae is not None:
             latents = final / vae.model.scaling_factor + vae.model.shift_factor
             final = vae.model.apply({"params": vae.params}, latents, method="decode")

@@ -127,7 +127,7 @@ def test_bytes_of_xl2_are_the_figures_computed_by_hand(xl2):
     assert search.total_cost(table, search.uniform_assignment(xl2, 128)) == expected
 
 
-def test_bytes_are_those_of_the_quantised_tree(params):
+def test_bytes_are_those_of_the_quantized_tree(params):
     space = small_space(params)
     assignment = np.array([0, 1, 2, 3], np.int32)
     quantized = quantize_params(params, recipe=search.recipe_of(space, assignment))

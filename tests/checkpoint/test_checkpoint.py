@@ -50,7 +50,7 @@ def mixed_recipe():
     )
 
 
-def test_a_quantised_checkpoint_comes_back_bit_for_bit(tmp_path):
+def test_a_quantized_checkpoint_comes_back_bit_for_bit(tmp_path):
     model, params = network()
     recipe = mixed_recipe()
     params = quantize_params(params, recipe=recipe)

@@ -37,7 +37,7 @@ def network(config=SMALL, dtype=np.float32):
     return model, jax.tree.map(lambda s: rng.normal(size=s.shape).astype(dtype), shapes)
 
 
-def quantised(recipe=RECIPE, config=SMALL, dtype=np.float32):
+def quantized(recipe=RECIPE, config=SMALL, dtype=np.float32):
     model, params = network(config, dtype)
     return Checkpoint(model, quantize_params(params, recipe=recipe), recipe, {"source": "test"})
 
@@ -57,7 +57,7 @@ def same(found, wanted):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_file_comes_back_bit_for_bit(tmp_path, dtype):
-    inner = quantised(dtype=dtype)
+    inner = quantized(dtype=dtype)
     wanted = Checkpoint(inner.model, inner.params, RECIPE, {"a": 1}, vae=inner)
     save_safetensors(tmp_path / "x.safetensors", wanted)
     for read in (load_safetensors, load):
@@ -69,7 +69,7 @@ def test_a_file_comes_back_bit_for_bit(tmp_path, dtype):
 
 
 def test_the_command_goes_both_ways(tmp_path, capsys):
-    wanted = quantised()
+    wanted = quantized()
     folder, file, back = tmp_path / "ckpt", tmp_path / "x.safetensors", tmp_path / "back"
     save(folder, wanted)
     assert main(["export", str(folder), str(file)]) == 0
@@ -176,7 +176,7 @@ def rename_first(header):
 )
 def test_damage_is_named(tmp_path, damage, message):
     file = tmp_path / "x.safetensors"
-    save_safetensors(file, quantised())
+    save_safetensors(file, quantized())
     damage(file)
     with pytest.raises(UserError, match=message):
         load_safetensors(file)

@@ -19,10 +19,10 @@ from qdit_jax.recipes import Recipe
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Returns checkpoints: of grey pixels, of latents with and without decoder, of velocities."""
+    """Returns checkpoints: of gray pixels, of latents with and without decoder, of velocities."""
     base = tmp_path_factory.mktemp("checkpoints")
     configs = {
-        "grey": {"in_channels": 1},
+        "gray": {"in_channels": 1},
         "latents": {},
         "velocity": {"velocity": True},
         "no_null": {"null_class": False, "in_channels": 1},
@@ -31,7 +31,7 @@ def folders(tmp_path_factory):
         model = DiT(**{**CONFIG, **config})
         checkpoints.save(base / name, checkpoints.Checkpoint(model, random_params(model)))
     checkpoints.save(base / "vae", tiny_vae())
-    full = checkpoints.load(base / "grey")
+    full = checkpoints.load(base / "gray")
     recipe = Recipe.preset("w4a16", full.params, group_size=16)
     params = quantize_params(full.params, recipe=recipe)
     checkpoints.save(base / "weights", checkpoints.Checkpoint(full.model, params, recipe))
@@ -45,9 +45,9 @@ def run(*arguments):
     return args.run(args)
 
 
-def test_a_grid_of_grey_pictures(folders, tmp_path, capsys):
+def test_a_grid_of_gray_pictures(folders, tmp_path, capsys):
     out = tmp_path / "grid.png"
-    run(folders / "grey", "--labels", "0-2", "--steps", 3, "--out", out)
+    run(folders / "gray", "--labels", "0-2", "--steps", 3, "--out", out)
     assert Image.open(out).size[0] >= 2 * 64
     printed = capsys.readouterr()
     assert "3 samples, DDIM 3 steps, guidance 1.5, full precision" in printed.out
@@ -79,29 +79,29 @@ def test_labels_are_numbers_and_ranges_repeated_as_needed():
 @pytest.mark.parametrize(
     ("folder", "options", "message"),
     [
-        ("grey", ("--labels", "9"), "label 9 is out of range"),
-        ("grey", ("--labels", "cat"), "'cat' is no class"),
-        ("grey", ("--labels", "3-1"), "names no class"),
-        ("grey", ("--steps", "1001"), "1001 steps where the process has 1000"),
-        ("grey", ("--steps", "0"), "positive number of steps"),
-        ("grey", ("--eta", "2"), "eta=2.0 is not supported"),
-        ("grey", ("--sampler", "ddpm", "--eta", "1"), "is an option of ddim"),
-        ("grey", ("--sampler", "flow"), "this model predicts noise; use ddim or ddpm"),
-        ("grey", ("--labels", "0-99999999999"), "label 99999999999 is out of range"),
-        ("grey", ("--labels", "7" * 5000), "is out of range; this model knows 0 to 4"),
-        ("grey", ("--num-samples", "0"), "--num-samples: '0' is not supported"),
-        ("grey", ("--batch-size", "0"), "--batch-size: '0' is not supported"),
-        ("grey", ("--columns", "0"), "--columns: '0' is not supported"),
-        ("grey", ("--columns", "2", "--out", "x.npz"), "--columns 2 has no effect: an .npz"),
-        ("grey", ("--guidance-channels", "99"), "guidance_channels=99 is more than the 1 channels"),
-        ("grey", ("--guidance", "1", "--guidance-channels", "1"), "--guidance 1 guides none"),
-        ("grey", ("--numerics", "integer"), "no effect on this checkpoint: nothing is quantised"),
-        ("grey", ("--vae", "{base}/vae"), "latents of 4 channels and the model makes 1"),
-        ("latents", ("--vae", "{base}/grey"), "holds no autoencoder but a DiT"),
-        ("weights", ("--numerics", "integer"), "no layer quantises its inputs as well"),
+        ("gray", ("--labels", "9"), "label 9 is out of range"),
+        ("gray", ("--labels", "cat"), "'cat' is no class"),
+        ("gray", ("--labels", "3-1"), "names no class"),
+        ("gray", ("--steps", "1001"), "1001 steps where the process has 1000"),
+        ("gray", ("--steps", "0"), "positive number of steps"),
+        ("gray", ("--eta", "2"), "eta=2.0 is not supported"),
+        ("gray", ("--sampler", "ddpm", "--eta", "1"), "is an option of ddim"),
+        ("gray", ("--sampler", "flow"), "this model predicts noise; use ddim or ddpm"),
+        ("gray", ("--labels", "0-99999999999"), "label 99999999999 is out of range"),
+        ("gray", ("--labels", "7" * 5000), "is out of range; this model knows 0 to 4"),
+        ("gray", ("--num-samples", "0"), "--num-samples: '0' is not supported"),
+        ("gray", ("--batch-size", "0"), "--batch-size: '0' is not supported"),
+        ("gray", ("--columns", "0"), "--columns: '0' is not supported"),
+        ("gray", ("--columns", "2", "--out", "x.npz"), "--columns 2 has no effect: an .npz"),
+        ("gray", ("--guidance-channels", "99"), "guidance_channels=99 is more than the 1 channels"),
+        ("gray", ("--guidance", "1", "--guidance-channels", "1"), "--guidance 1 guides none"),
+        ("gray", ("--numerics", "integer"), "no effect on this checkpoint: nothing is quantized"),
+        ("gray", ("--vae", "{base}/vae"), "latents of 4 channels and the model makes 1"),
+        ("latents", ("--vae", "{base}/gray"), "holds no autoencoder but a DiT"),
+        ("weights", ("--numerics", "integer"), "no layer quantizes its inputs as well"),
         ("velocity", ("--clip", "1", "--out", "x.npz"), "--clip 1.0 has no effect: flow"),
         ("velocity", ("--eta", "1", "--out", "x.npz"), "is an option of ddim"),
-        ("grey", ("--out", "grid.gif"), "must end with .png or .npz"),
+        ("gray", ("--out", "grid.gif"), "must end with .png or .npz"),
         ("velocity", ("--sampler", "ddim"), "this model predicts a velocity; use flow"),
         ("velocity", ("--steps", "ddim25", "--out", "x.npz"), "flow takes a positive number"),
         ("latents", (), "holds no autoencoder"),

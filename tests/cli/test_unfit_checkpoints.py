@@ -64,11 +64,11 @@ def test_an_autoencoder_is_no_diffusion_model(folder, monkeypatch, capsys, verb)
 
 
 @pytest.mark.parametrize("verb", ["calibrate", "search"])
-def test_a_quantised_checkpoint_is_refused_where_full_precision_is_needed(
+def test_a_quantized_checkpoint_is_refused_where_full_precision_is_needed(
     folder, monkeypatch, capsys, verb
 ):
     line = refused(folder, monkeypatch, capsys, verb, "small")
-    assert "small is quantised already (w4a8-g16)" in line
+    assert "small is quantized already (w4a8-g16)" in line
     assert "give the full-precision checkpoint (it was made from full)" in line
 
 
@@ -150,7 +150,7 @@ def test_the_library_refuses_an_autoencoder_too():
 
 def test_integer_numerics_need_weights_and_inputs(folder):
     full = tiny_checkpoint()
-    for name, message in (("w4a16", "no layer quantises its inputs"), ("w16a8", "nothing is quan")):
+    for name, message in (("w4a16", "no layer quantizes its inputs"), ("w16a8", "nothing is quan")):
         recipe = Recipe.preset(name, full.params, group_size=16)
         params = quantize_params(full.params, recipe=recipe)
         check_numerics(params, "simulated")
@@ -172,5 +172,5 @@ def test_guided_channels_are_at_most_those_there_are():
         denoiser(full.model, full.params, 1.5, 5)
     with pytest.raises(ValueError, match="guidance_channels=0 is not supported"):
         denoiser(full.model, full.params, 1.5, 0)
-    grey = tiny_checkpoint(in_channels=1)
-    denoiser(grey.model, grey.params)  # 3 as published, at most all
+    gray = tiny_checkpoint(in_channels=1)
+    denoiser(gray.model, gray.params)  # 3 as published, at most all

@@ -83,7 +83,7 @@ CASES = [
     Case(A(7, 1), W(8, 3), (10, 3)),
     Case(A(8, 64), W(8, 128, scale_dtype="float16"), (256, 8)),
     Case(A(8, 5), W(4, 7), (1, 4)),
-    # symmetric, unsigned with a shift, scales shared by neighbouring channels
+    # symmetric, unsigned with a shift, scales shared by neighboring channels
     Case(A(8, 32, symmetric=True), W(3, 48, symmetric=True, channel_group=2), (96, 8)),
     Case(A(4, 33, **UNSIGNED), W(4, 32), (77, 8)),
     Case(A(8, 0, **UNSIGNED), W(8, 0, symmetric=True), (100, 6), "bfloat16"),
@@ -142,7 +142,7 @@ def kernel_values(num_channels, width):
 
 
 def act_quant(case, x):
-    """Returns the quantiser of a case, calibrated on ordinary rows where it is static."""
+    """Returns the quantizer of a case, calibrated on ordinary rows where it is static."""
     if case.act is None or case.act.mode == "dynamic":
         return case.act and ActQuant(case.act)
     low, high = group_extremes(x[:1], case.act.group_size)
@@ -190,7 +190,7 @@ def products(case, x, q, act):
 
 
 def prepared(case):
-    """Returns input, kernel and activation quantiser of a case, and both operands rounded."""
+    """Returns input, kernel and activation quantizer of a case, and both operands rounded."""
     x = inputs(case.sizes[0], case.dtype)
     act = act_quant(case, x)
 

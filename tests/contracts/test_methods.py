@@ -212,7 +212,7 @@ def test_what_cannot_be_is_refused_before_anything_is_sampled(name, recipe, data
 def test_names_settings_and_data_are_refused_by_name():
     with pytest.raises(ValueError, match="method='nearest' is not known; use one of rtn, gptq"):
         qdit.quantize(checkpoint(), "nearest")
-    with pytest.raises(ValueError, match="is quantised already"):
+    with pytest.raises(ValueError, match="is quantized already"):
         qdit.quantize(quantized("rtn", 8)[0], "rtn", recipe_for("rtn", 8))
     with pytest.raises(TypeError, match=r"quantize_params\(params, recipe=recipe\)"):
         qdit.quantize(checkpoint().params)

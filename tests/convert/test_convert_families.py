@@ -212,7 +212,7 @@ def test_an_unrelated_network_shows_its_names(pt):
         ("caption_projection.linear_1.weight", "PixArt"),
     ],
 )
-def test_networks_not_supported_yet_are_recognised(pt, dit, key, title):
+def test_networks_not_supported_yet_are_recognized(pt, dit, key, title):
     with pytest.raises(UserError, match=f"{title}.* does not support yet"):
         read_model(pt({**dit, key: np.ones(2, np.float32)}))
 

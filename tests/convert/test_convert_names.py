@@ -401,7 +401,7 @@ def test_a_diffusion_model_around_an_autoencoder_names_the_option(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])
-def test_unsupported_networks_are_recognised_behind_prefixes(pt, prefix):
+def test_unsupported_networks_are_recognized_behind_prefixes(pt, prefix):
     arrays = {f"{prefix}joint_blocks.{i}.x.weight": np.ones(1, np.float32) for i in range(9)}
     with pytest.raises(UserError, match="MM-DiT"):
         read_model(pt(arrays))

@@ -9,7 +9,7 @@ import pytest
 
 from qdit_jax import diffusion
 from qdit_jax.diffusion import Schedule, linear_betas, respaced
-from qdit_jax.diffusion.loop import _typed, _walk
+from qdit_jax.diffusion.loop import _sample_loop, _typed
 
 SCHEDULE = Schedule(linear_betas())
 MEAN, VARIANCE = 0.4, 0.25  # of the data
@@ -224,7 +224,7 @@ def test_legacy_keys_are_keys():
         _typed(jax.random.split(jax.random.key(0), 3), 2)
 
 
-def labelled(params, x, timestep, label):
+def labeled(params, x, timestep, label):
     """Returns eps and a variance that depend on the label; 9 is the null class."""
     shift = (label.astype(x.dtype) * params)[:, None, None, None]
     return jnp.concatenate([0.1 * x + shift, jnp.broadcast_to(shift / 10, x.shape)], axis=-1)
@@ -237,7 +237,7 @@ def called(denoise_fn, *arguments):
 
 @pytest.mark.parametrize(("channels", "num_guided"), [(3, 3), (None, 4)])
 def test_guidance_extrapolates_only_the_chosen_channels(channels, num_guided):
-    model = jax.tree_util.Partial(labelled, jnp.float32(0.5))
+    model = jax.tree_util.Partial(labeled, jnp.float32(0.5))
     fn = diffusion.guided(model, 1.5, null=9, channels=channels)
     x, timestep, label = latents(3, 4), jnp.zeros((3,), jnp.int32), jnp.array([1, 2, 3])
     out, cond = called(fn, x, timestep, label), called(model, x, timestep, label)
@@ -257,7 +257,7 @@ def test_guidance_extrapolates_only_the_chosen_channels(channels, num_guided):
 
 
 def test_a_scale_of_one_is_no_guidance_and_scales_may_differ_by_sample():
-    model = jax.tree_util.Partial(labelled, jnp.float32(0.5))
+    model = jax.tree_util.Partial(labeled, jnp.float32(0.5))
     x, timestep, label = latents(2, 4), jnp.zeros((2,), jnp.int32), jnp.array([1, 2])
     scale = jnp.array([1.0, 4.0])
     out = called(diffusion.guided(model, scale, null=9), x, timestep, label)
@@ -268,25 +268,25 @@ def test_a_scale_of_one_is_no_guidance_and_scales_may_differ_by_sample():
 
 def test_values_do_not_recompile():
     def run(weight, scale, eta, clip, label, seed):
-        model = jax.tree_util.Partial(labelled, jnp.float32(weight))
+        model = jax.tree_util.Partial(labeled, jnp.float32(weight))
         fn = diffusion.guided(model, scale, null=9)
         sampler = diffusion.ddim(6, eta, clip=clip)
         key = jax.random.key(seed)
         return diffusion.sample(fn, sampler, latents(2, 4, seed), jnp.array(label), key)
 
     run(0.1, 1.5, 0.5, 1.0, [1, 2], 0)
-    before = _walk._cache_size()
+    before = _sample_loop._cache_size()
     first = run(0.2, 4.0, 0.9, 0.7, [3, 4], 1)
     second = run(0.2, 4.0, 0.9, 0.7, [3, 5], 1)
-    assert _walk._cache_size() == before
+    assert _sample_loop._cache_size() == before
     assert jnp.abs(first - second).max() > 1e-3
 
 
 def test_the_loop_is_one_loop_without_host_traffic():
-    model = jax.tree_util.Partial(labelled, jnp.float32(0.1))
+    model = jax.tree_util.Partial(labeled, jnp.float32(0.1))
     fn = diffusion.guided(model, 1.5, null=9)
     arguments = (fn, diffusion.ddpm(50), latents(2, 4), zeros(), jax.random.key(0), None)
-    text = _walk.lower(*arguments, collect_fn=lambda step: None).compile().as_text()
+    text = _sample_loop.lower(*arguments, collect_fn=lambda step: None).compile().as_text()
     assert "while(" in text
     for word in ["callback", "infeed", "outfeed", " send(", " recv("]:
         assert word not in text

@@ -29,7 +29,7 @@ def walked(config, steps):
         timestep = timestep[0]
         if not is_flow:
             return network(jnp, x, timestep, count, -1)
-        # The formula is in diffusers' terms: time is the noise level, velocity towards the noise.
+        # The formula is in diffusers' terms: time is the noise level, velocity toward the noise.
         return -network(jnp, x, count * (1 - timestep), count, -1)[..., : x.shape[-1]]
 
     out = diffusion.sample(denoise_fn, sampler, drawn[0], jnp.zeros(2, int), step_noise=drawn[1:])
@@ -91,7 +91,7 @@ def test_noise_levels_of_flow_matching_are_the_recorded_ones(steps, shift):
         1000 * (1 - sampler.table.timestep), recorded[f"{name}_timesteps"], atol=1e-4
     )
     if f"{name}_samples" in recorded:
-        # Recorded velocities point towards the noise, ours towards the data.
+        # Recorded velocities point toward the noise, ours toward the data.
         found = outputs_in_turn(sampler, -recorded["model_outputs"][:steps], recorded["x"])
         np.testing.assert_allclose(found, recorded[f"{name}_samples"], atol=2e-6)
 

@@ -53,7 +53,7 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Returns checkpoints: full precision, two quantised, a broken one, others that do not fit."""
+    """Returns checkpoints: full precision, two quantized, a broken one, others that do not fit."""
     base = tmp_path_factory.mktemp("checkpoints")
     full = small()
     found = {"full": full, "w4": quantized(full), "w8": quantized(full, "w8a8")}
@@ -137,7 +137,7 @@ def test_the_archive_is_what_other_evaluators_read(compared):
 def test_what_ran_is_named_with_bytes_and_time(compared):
     summary = summary_of(compared)
     numerics = [model["numerics"] for model in summary["models"]]
-    assert numerics == ["full precision", *["quantised, simulated numerics"] * 2]
+    assert numerics == ["full precision", *["quantized, simulated numerics"] * 2]
     used = [list(model["implementations"]) for model in summary["models"]]
     assert used == [[], ["xla_cpu"], ["xla_cpu"]]
     sizes = [model["bytes"] for model in summary["models"]]
@@ -152,7 +152,7 @@ def test_the_report_stands_alone(compared):
     page = (compared / "report.html").read_text()
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)
     assert page.count("data:image/png") == 3
-    for text in ("quantised, simulated numerics", "Error over timesteps", "Ranges by layer"):
+    for text in ("quantized, simulated numerics", "Error over timesteps", "Ranges by layer"):
         assert text in page
     assert Image.open(compared / "pictures.png").width > 5 * 3 * 48
 
@@ -210,7 +210,7 @@ def test_a_run_with_other_settings_is_not_continued(folders, compared, model, op
         (("w4", "--guidance-channels", "none"), "no positive number, nor 'all'"),
         (("w4", "--features", "inception", "x"), "--features needs --reference"),
         (("w4", "--vae", "full"), "holds no autoencoder"),
-        (("full", "--numerics", "integer"), "nothing is quantised"),
+        (("full", "--numerics", "integer"), "nothing is quantized"),
         (("w4", "--split-size", "9"), "--split-size 9 has no effect: scores compare with a --ref"),
         (("w4", "--kernel-samples", "9"), "--kernel-samples 9 has no effect"),
         (("w4", "--min-samples", "9"), "--min-samples 9 has no effect"),

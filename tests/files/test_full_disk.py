@@ -44,7 +44,7 @@ def test_sizes_are_known_beforehand(folder, tmp_path, full, monkeypatch, capsys)
     assert os.listdir(tmp_path) == []
 
 
-def test_a_quantised_checkpoint_needs_its_own_room_not_the_source_s(folder, tmp_path, monkeypatch):
+def test_a_quantized_checkpoint_needs_its_own_room_not_the_source_s(folder, tmp_path, monkeypatch):
     recipe = Recipe.preset("w4a8", group_size=16)
     whole = checkpoints.open_checkpoint(folder)
     small = quantize_params(checkpoints.materialized(whole).params, recipe=recipe)

@@ -53,7 +53,7 @@ def test_a_checkpoint_goes_to_a_bucket_and_back(bucket, tmp_path, monkeypatch):
         checkpoints.load("gs://b/absent")
 
 
-def test_a_checkpoint_is_quantised_from_bucket_to_bucket(bucket):
+def test_a_checkpoint_is_quantized_from_bucket_to_bucket(bucket):
     whole = tiny_checkpoint()
     recipe = Recipe.preset("w4a8", whole.params, group_size=16)
     checkpoints.save("gs://b/whole", whole)

@@ -1,4 +1,4 @@
-"""The product of quantised operands: two numerics, one meaning."""
+"""The product of quantized operands: two numerics, one meaning."""
 
 import re
 

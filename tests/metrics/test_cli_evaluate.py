@@ -90,7 +90,7 @@ def test_published_reference_statistics_do_not_fit_the_demo_network(files):
         (["--samples", "few.npz", "--reference", "demo"], "5 samples are too few: at least 65"),
         (["--samples", "float.npz", "--reference", "demo"], "must be uint8"),
         (["--samples", "dark.npz", "--reference", "demo"], "must span 0 to 255"),
-        (["--samples", "colour.npz", "--reference", "demo"], "demo features take gray digits"),
+        (["--samples", "color.npz", "--reference", "demo"], "demo features take gray digits"),
         (["--samples", "a.npz", "--reference", "other.npz"], "'vgg', but the samples are scored"),
         (["--samples", "absent.npz", "--reference", "demo"], "no such file"),
         (["--samples", "a.npz", "--reference", "absent.npz"], "no such file"),
@@ -111,7 +111,7 @@ def test_bad_input_gets_a_sentence_and_no_file(files, monkeypatch, arguments, me
     np.savez("small.npz", strokes(0, size=8 + 4)[:, :8, :8])
     np.savez("few.npz", strokes(0, 5))
     np.savez("dark.npz", (strokes(0) > 100).astype(np.uint8))
-    np.savez("colour.npz", strokes(0) * np.array([1, 0, 1], np.uint8))
+    np.savez("color.npz", strokes(0) * np.array([1, 0, 1], np.uint8))
     np.savez("other.npz", mu=np.zeros(64), sigma=np.eye(64), features=np.array("vgg"))
     np.savez("float.npz", strokes(0) / 127.5 - 1)
     with pytest.raises(ValueError, match=message):
@@ -137,9 +137,9 @@ def test_inception_scores_carry_the_published_names(files, capsys):
     flat = {}
     for name, leaf in abstract_params(model).items():
         fan_in = np.prod(leaf.shape[:-1]) if len(leaf.shape) > 1 else 1
-        centre = 1 if name.endswith(("scale", "var")) else 0
+        center = 1 if name.endswith(("scale", "var")) else 0
         spread = (2 / fan_in) ** 0.5 if len(leaf.shape) > 1 else 0.1
-        flat[name] = np.float32(centre + spread * rng.normal(size=leaf.shape))
+        flat[name] = np.float32(center + spread * rng.normal(size=leaf.shape))
     checkpoint.save(
         files / "inception", checkpoint.Checkpoint(model, unflatten_dict(flat, sep="/"))
     )

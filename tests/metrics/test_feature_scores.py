@@ -50,9 +50,9 @@ def brute_force(reference: np.ndarray, samples: np.ndarray, k: int) -> tuple[flo
     def distances(a, b):
         return np.square(a[:, None] - b[None]).sum(-1)
 
-    def share(points, centres):
-        radii = np.sort(distances(centres, centres), axis=1)[:, k]
-        return (distances(points, centres) <= radii).any(1).mean()
+    def share(points, centers):
+        radii = np.sort(distances(centers, centers), axis=1)[:, k]
+        return (distances(points, centers) <= radii).any(1).mean()
 
     return share(samples, reference), share(reference, samples)
 

@@ -25,19 +25,19 @@ def brute_force(reference, samples, k):
     def distances(a, b):
         return np.square(a[:, None] - b[None]).sum(-1)
 
-    def share(points, centres):
-        radii = np.sort(distances(centres, centres), axis=1)[:, k]
-        return (distances(points, centres) <= radii).any(1).mean()
+    def share(points, centers):
+        radii = np.sort(distances(centers, centers), axis=1)[:, k]
+        return (distances(points, centers) <= radii).any(1).mean()
 
     return share(samples, reference), share(reference, samples)
 
 
 def clusters(seed: int, spread: float, distance: float, count: int = 60, width: int = 16):
     rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(3, width))
-    centres *= distance / np.linalg.norm(centres, axis=1, keepdims=True)
+    centers = rng.normal(size=(3, width))
+    centers *= distance / np.linalg.norm(centers, axis=1, keepdims=True)
     one = lambda scale: (  # noqa: E731
-        centres[rng.integers(0, 3, count)] + scale * rng.normal(size=(count, width))
+        centers[rng.integers(0, 3, count)] + scale * rng.normal(size=(count, width))
     )
     return one(spread), one(1.1 * spread)
 

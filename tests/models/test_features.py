@@ -67,7 +67,7 @@ def test_packaged_weights_are_those_of_the_network():
     assert shapes[0] == shapes[1]
 
 
-def test_weights_of_other_digits_are_recognised(features_fn, digits):
+def test_weights_of_other_digits_are_recognized(features_fn, digits):
     images, labels = digits
     guesses = np.asarray(features_fn(images)["probabilities"]).argmax(1)
     assert (guesses == labels).mean() > 0.7
@@ -89,7 +89,7 @@ def test_distance_grows_with_damage(features_fn, digits):
     assert distance_to_reference(features_fn(noise)["pool"]) > distances[0]
 
 
-def test_grey_copies_equal_one_channel(features_fn):
+def test_gray_copies_equal_one_channel(features_fn):
     images = np.random.default_rng(1).integers(0, 256, (3, DEMO_SIZE, DEMO_SIZE, 1), np.uint8)
     one, three = features_fn(images), features_fn(images.repeat(3, -1))
     np.testing.assert_allclose(one["pool"], three["pool"], rtol=1e-6)
@@ -100,6 +100,6 @@ def test_other_pictures_are_refused(features_fn):
         ValueError, match="images are 28x28; the demo features take digits of 16x16"
     ):
         features_fn(np.zeros((1, 28, 28, 1), np.uint8))
-    colour = np.random.default_rng(1).integers(0, 256, (1, DEMO_SIZE, DEMO_SIZE, 3), np.uint8)
+    color = np.random.default_rng(1).integers(0, 256, (1, DEMO_SIZE, DEMO_SIZE, 3), np.uint8)
     with pytest.raises(ValueError, match="in color"):
-        features_fn(colour)
+        features_fn(color)

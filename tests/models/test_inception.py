@@ -60,11 +60,11 @@ def test_the_two_conventions_span_their_ranges():
     np.testing.assert_allclose([port.min(), port.max()], [-1, 1], atol=1e-6)
 
 
-def test_grey_images_equal_their_three_channel_copies():
-    grey = np.random.default_rng(0).integers(0, 256, (2, 9, 7, 1), np.uint8)
-    np.testing.assert_array_equal(preprocess(grey), preprocess(grey.repeat(3, -1)))
+def test_gray_images_equal_their_three_channel_copies():
+    gray = np.random.default_rng(0).integers(0, 256, (2, 9, 7, 1), np.uint8)
+    np.testing.assert_array_equal(preprocess(gray), preprocess(gray.repeat(3, -1)))
     with pytest.raises(ValueError, match="1 or 3 channels"):
-        preprocess(grey.repeat(2, -1))
+        preprocess(gray.repeat(2, -1))
 
 
 def test_half_pixel_resizing_equals_torch():

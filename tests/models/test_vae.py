@@ -94,7 +94,7 @@ def test_encoder_equals_the_original_at_every_stage(published):
     np.testing.assert_allclose(jnp.exp(0.5 * logvar), nhwc(io["enc_std"]), atol=TOLERANCE)
 
 
-def test_initialised_names_and_shapes_equal_the_published_ones(published):
+def test_initialized_names_and_shapes_equal_the_published_ones(published):
     model, params, _ = published
     fresh = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
     shapes = jax.tree.map(lambda leaf: leaf.shape, fresh)

@@ -27,7 +27,7 @@ from qdit_jax.ptq import (
     round_params,
 )
 from qdit_jax.ptq.rounding import held_out_items, hessians_of
-from qdit_jax.ptq.sequential import rounded_together
+from qdit_jax.ptq.sequential import rounded_by_shape
 from qdit_jax.quant import (
     ActSpec,
     AdaRoundSettings,
@@ -246,8 +246,8 @@ def test_a_layer_that_loses_on_held_out_inputs_keeps_nearest(small):
     np.testing.assert_array_equal(kept.codes, expected.codes)
 
 
-def test_hessians_are_those_of_the_quantised_network(small):
-    """Equal to `x xᵀ` of inputs recorded by hand: earlier layer quantised, quantiser at work."""
+def test_hessians_are_those_of_the_quantized_network(small):
+    """Equal to `x xᵀ` of inputs recorded by hand: earlier layer quantized, quantizer at work."""
     model, params, items = small
     recipe = recipe_for(params)
     quantized = quantize_params(params, recipe=recipe)
@@ -268,7 +268,7 @@ def test_hessians_are_those_of_the_quantised_network(small):
     assert relative(sums["blocks_0/attn/proj"], expected) < 1e-3
 
 
-def test_operands_and_label_tables_are_quantised_too(small):
+def test_operands_and_label_tables_are_quantized_too(small):
     model, params, items = small
     recipe = Recipe(
         (
@@ -304,7 +304,7 @@ def test_kernels_of_one_shape_are_rounded_as_if_alone():
     kernels = {str(i): jnp.asarray(rng.standard_normal((32, 8)), jnp.float32) for i in range(3)}
     hessians = {str(i): jnp.asarray(x[i].T @ x[i]) for i in range(3)}
     spec = WeightSpec(4, 8)
-    together = dict(rounded_together(kernels, hessians, dict.fromkeys(kernels, spec), quant.gptq))
+    together = dict(rounded_by_shape(kernels, hessians, dict.fromkeys(kernels, spec), quant.gptq))
     for name, q in together.items():
         alone = quant.gptq(kernels[name], hessians[name], spec)
         assert (np.asarray(q.codes) != np.asarray(alone.codes)).mean() < 0.01
@@ -313,7 +313,7 @@ def test_kernels_of_one_shape_are_rounded_as_if_alone():
 
 def test_errors_name_what_is_wrong(small):
     _, params, items = small
-    with pytest.raises(ValueError, match="holdout=1 is no share"):
+    with pytest.raises(ValueError, match="holdout=1 is not a share"):
         held_out_items(items, 1)
     with pytest.raises(ValueError, match="leaves one side empty"):
         held_out_items(items._replace(sample=np.zeros(len(items.x), int)), 0.5)

@@ -1,4 +1,4 @@
-"""Quantising from disk to disk: bit for bit what is quantised in memory, one layer at a time."""
+"""Quantizing from disk to disk: bit for bit what is quantized in memory, one layer at a time."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def files_of(folder):
 
 
 def check_same_on_disk(tmp_path, recipe, stats=None):
-    """Quantises `tmp_path/full` both ways and compares the folders byte for byte."""
+    """Quantizes `tmp_path/full` both ways and compares the folders byte for byte."""
     whole = load(tmp_path / "full")
     params = quantize_params(whole.params, recipe=recipe, stats=stats)
     source = str(tmp_path / "full")
@@ -103,7 +103,7 @@ def test_blocks_cover_all_columns_once(shape, channel_group, small_blocks):
     ("name", "dtype"),
     [("asymmetric", "float32"), ("channel groups", "bfloat16"), ("nvfp4", "float32")],
 )
-def test_everything_is_quantised_as_in_memory(tmp_path, name, dtype, small_blocks):
+def test_everything_is_quantized_as_in_memory(tmp_path, name, dtype, small_blocks):
     model, params = network(dtype)
     save(tmp_path / "full", Checkpoint(model, params, metadata={"a": 1}))
     layers = "y_embedder|blocks_0/.*(qkv|fc2)"
@@ -124,12 +124,12 @@ def test_static_activations_and_an_autoencoder_are_written_as_in_memory(tmp_path
     check_same_on_disk(tmp_path, Recipe.preset("w4a8", layers=path, **options), stats)
 
 
-def test_other_sources_are_quantised_too(tmp_path):
+def test_other_sources_are_quantized_too(tmp_path):
     model, params = network()
     first = Recipe.preset("w4a8", params, group_size=16)
     save(tmp_path / "full", Checkpoint(model, params))
     quantize_checkpoint(tmp_path / "full", tmp_path / "some", recipe=first)
-    # A checkpoint that is partly quantised, and an exported file.
+    # A checkpoint that is partly quantized, and an exported file.
     more = Recipe.preset("w6a8", layers="blocks_0/adaLN_modulation", group_size=16)
     quantize_checkpoint(tmp_path / "some", tmp_path / "more", recipe=more)
     twice = Recipe((*first.rules, *more.rules))
@@ -140,7 +140,7 @@ def test_other_sources_are_quantised_too(tmp_path):
         found = load(tmp_path / name).params
         assert jax.tree.structure(found) == jax.tree.structure(wanted)
         jax.tree.map(np.testing.assert_array_equal, found, wanted)
-    with pytest.raises(ValueError, match="is quantised already"):
+    with pytest.raises(ValueError, match="is quantized already"):
         quantize_checkpoint(tmp_path / "more", tmp_path / "third", recipe=first)
     assert not (tmp_path / "third").exists()
 

@@ -1,4 +1,4 @@
-"""Whole quantised networks against the authors' code: codes equal, internals tight, outputs loose.
+"""Whole quantized networks against the authors' code: codes equal, internals tight, outputs loose.
 
 Rounding flips make the end-to-end output sensitive to the last bit of the input; each reference
 file records by how much, and outputs are compared within a few times that.
@@ -90,7 +90,7 @@ def check_codes(params, data, depth, searched):
             codes = integer_codes(q).astype(np.int32) - (2 ** (q.bits - 1) if q.symmetric else 0)
             np.testing.assert_array_equal(codes, data[f"code__{key}"].T, err_msg=key)
             off = np.abs(np.asarray(q.scale) / data[f"scale__{key}"].T - 1)
-            # The search for the least error may settle on the neighbouring shrink factor at a tie.
+            # The search for the least error may settle on the neighboring shrink factor at a tie.
             assert (off > 3e-7).mean() <= (0.01 if searched else 0)
             assert off.max() < 2e-3
             if f"zero__{key}" in data:
@@ -98,7 +98,7 @@ def check_codes(params, data, depth, searched):
 
 
 def check_internals(params, data, depth):
-    """Each linear and quantiser of the last block, fed with the recorded input."""
+    """Each linear and quantizer of the last block, fed with the recorded input."""
     block = params[f"blocks_{depth - 1}"]
     quantizers = {"attn.qkv": "attn.input_quant", "attn.proj": "attn.act_quant",
                   "mlp.fc1": "mlp.input_quant", "mlp.fc2": "mlp.act_quant"}  # fmt: skip

@@ -113,7 +113,7 @@ def test_only_named_layers_change_and_the_input_stays(params):
     assert isinstance(quantized["blocks_1"]["mlp"]["fc2"]["kernel"], QTensor)
 
 
-def test_every_kernel_can_be_quantised_patches_included(params):
+def test_every_kernel_can_be_quantized_patches_included(params):
     paths = layer_paths(params)
     assert {"x_embedder/proj", "t_embedder/mlp_0", "final_layer/linear"} <= set(paths)
     recipe = Recipe(
@@ -134,10 +134,10 @@ def test_the_plan_tells_the_bytes_that_are_held(params):
         assert nbytes(quantized[block][part][name]["kernel"]) == entry.bytes_after
 
 
-def test_quantising_twice_is_refused(params):
+def test_quantizing_twice_is_refused(params):
     recipe = Recipe.preset("w4a8", params, group_size=32)
     quantized = quantize_params(params, recipe=recipe)
-    with pytest.raises(ValueError, match="quantised already"):
+    with pytest.raises(ValueError, match="quantized already"):
         quantize_params(quantized, recipe=recipe)
 
 
@@ -209,7 +209,7 @@ OPERANDS = [
 
 
 @pytest.mark.parametrize("layers", [".*", None])
-def test_a_pattern_of_everything_quantises_layers_and_tables_and_leaves_operands(params, layers):
+def test_a_pattern_of_everything_quantizes_layers_and_tables_and_leaves_operands(params, layers):
     name = "w4a8" if layers else "w4a8-all"
     recipe = Recipe.preset(name, params, group_size=16, layers=layers)
     found = recipe.resolve(params)
@@ -255,7 +255,7 @@ def test_a_rule_without_a_spec_leaves_operands_as_well(params):
         Recipe((Rule("y_embedder", LayerSpec(None, ActSpec(8, 0))),)),
     ],
 )
-def test_a_recipe_that_quantises_nothing_is_refused(params, recipe):
+def test_a_recipe_that_quantizes_nothing_is_refused(params, recipe):
     for fn in (
         recipe.resolve,
         lambda p: plan(p, recipe),

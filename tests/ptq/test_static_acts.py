@@ -1,4 +1,4 @@
-"""Static activation quantisers: the rule they were made by, their limits, and bad statistics."""
+"""Static activation quantizers: the rule they were made by, their limits, and bad statistics."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ KINDS = [{}, {"symmetric": True}, {"symmetric": True, "unsigned": True, "shift":
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("per_timestep", [False, True])
-def test_the_stored_quantiser_says_the_rule_of_the_recipe_and_works(rule, kind, per_timestep):
+def test_the_stored_quantizer_says_the_rule_of_the_recipe_and_works(rule, kind, per_timestep):
     spec = ActSpec(8, 4, range_fn=rule, mode="static", per_timestep=per_timestep, **kind)
     params = {"blocks_0": {"mlp": {"fc2": {"kernel": np.ones((K, 2), np.float32)}}}}
     recipe = Recipe((Rule(PATH, LayerSpec(None, spec)),))

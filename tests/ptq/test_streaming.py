@@ -102,7 +102,7 @@ def test_damaged_arrays_are_named_when_they_are_read(tmp_path, damage):
 
 
 @pytest.mark.parametrize("channel_group", [1, 2])
-def test_a_label_table_in_few_bits_is_its_dequantised_self(tmp_path, channel_group):
+def test_a_label_table_in_few_bits_is_its_dequantized_self(tmp_path, channel_group):
     model, params = network()
     spec = WeightSpec(4, 32, channel_group=channel_group)
     recipe = Recipe((Rule("y_embedder", LayerSpec(spec)),), "table")

@@ -1,4 +1,4 @@
-"""Activation quantisers: the release's numbers, tails, static tables, shifts, traced sizes."""
+"""Activation quantizers: the release's numbers, tails, static tables, shifts, traced sizes."""
 
 import json
 
@@ -36,7 +36,7 @@ def tokens(channels=100, key=0):
 
 
 def oracle(x, spec):
-    """Returns `x` fake-quantised by min-max in float64 NumPy."""
+    """Returns `x` fake-quantized by min-max in float64 NumPy."""
     size = spec.group_size or x.shape[-1]
     parts = []
     for start in range(0, x.shape[-1], size):

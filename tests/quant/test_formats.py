@@ -25,7 +25,7 @@ DTYPES = {
 
 
 def hard_values(fmt):
-    """Returns every value, every midpoint, their neighbours, and values of all magnitudes."""
+    """Returns every value, every midpoint, their neighbors, and values of all magnitudes."""
     values = fmt.values()
     values = np.unique(values[np.isfinite(values)])
     middles = ((values[1:].astype(np.float64) + values[:-1]) / 2).astype(np.float32)

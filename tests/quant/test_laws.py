@@ -1,4 +1,4 @@
-"""One table of laws for every quantiser of kernels: grids, range rules and number formats."""
+"""One table of laws for every quantizer of kernels: grids, range rules and number formats."""
 
 import jax
 import jax.numpy as jnp

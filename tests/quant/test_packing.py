@@ -27,7 +27,7 @@ def test_rows_are_the_bits_rounded_up_to_bytes(bits, planes):
         assert packing.packed_rows(rows, bits) == sum(-(-rows * p // 8) for p in planes)
 
 
-def test_neighbouring_sub_blocks_of_32_rows_share_bytes():
+def test_neighboring_sub_blocks_of_32_rows_share_bytes():
     codes = jnp.arange(128, dtype=jnp.uint8)[:, None] // 32 + 1  # 1, 2, 3, 4 by sub-block
     np.testing.assert_array_equal(packing.pack(codes, 4)[:, 0], [0x21] * 32 + [0x43] * 32)
     np.testing.assert_array_equal(packing.pack(codes - 1, 2)[:, 0], [0b11100100] * 32)

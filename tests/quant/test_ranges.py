@@ -15,7 +15,7 @@ def outlier_kernel(rows=128, width=6):
 
 
 def round_trip(w, low, high, bits):
-    """Returns `w` quantised asymmetrically on `[low, high]` in float64."""
+    """Returns `w` quantized asymmetrically on `[low, high]` in float64."""
     scale = (high - low) / (2**bits - 1)
     zero_point = np.clip(np.round(-low / scale), 0, 2**bits - 1)
     codes = np.clip(np.round(w / scale) + zero_point, 0, 2**bits - 1)
@@ -128,6 +128,6 @@ def test_an_all_zero_group_has_scale_one():
     assert bool((dequantize(q) == 0).all())
 
 
-def test_absmax_is_centred():
+def test_absmax_is_centered():
     w = jnp.linspace(-1, 3, 64)[:, None]
     assert int(quantize(w, WeightSpec(4, 0, range_fn=ranges.absmax)).zero_point[0, 0]) == 8

@@ -155,7 +155,7 @@ def test_layers_of_one_shape_run_together():
 
 
 @pytest.mark.parametrize("symmetric", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_adaround_beats_nearest_and_stays_on_its_codes_neighbours(symmetric):
+def test_adaround_beats_nearest_and_stays_on_its_codes_neighbors(symmetric):
     w, x = layer(tokens=800)
     spec = WeightSpec(3, 32, symmetric)
     seen, unseen = hessian_of(x[:500]), hessian_of(x[500:])

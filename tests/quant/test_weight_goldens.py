@@ -1,4 +1,4 @@
-"""The release's weight quantiser, code for code."""
+"""The release's weight quantizer, code for code."""
 
 import json
 

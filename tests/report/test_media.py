@@ -33,10 +33,10 @@ def test_grid_places_images_row_by_row(tmp_path, channels):
 def test_labels_take_a_strip_above_and_long_ones_are_cut(tmp_path):
     images = np.zeros((2, 16, 16, 1))
     plain = media.image_grid(images)
-    labelled = media.image_grid(images, labels=["7", "a label much too long for sixteen pixels"])
-    assert labelled.height > plain.height
-    assert labelled.width == plain.width
-    assert len(np.unique(np.asarray(labelled))) > len(np.unique(np.asarray(plain)))
+    labeled = media.image_grid(images, labels=["7", "a label much too long for sixteen pixels"])
+    assert labeled.height > plain.height
+    assert labeled.width == plain.width
+    assert len(np.unique(np.asarray(labeled))) > len(np.unique(np.asarray(plain)))
 
 
 def test_side_by_side_joins_grids_of_equal_shape():

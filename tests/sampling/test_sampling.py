@@ -18,7 +18,7 @@ from tiny_models import CONFIG, tiny_checkpoint, tiny_vae
 from qdit_jax import Recipe, diffusion, ptq, sampling
 from qdit_jax.calibration import calibrate, default_sampler
 from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.diffusion.loop import _walk
+from qdit_jax.diffusion.loop import _sample_loop
 from qdit_jax.models import DiT
 
 
@@ -70,9 +70,9 @@ def test_params_guidance_and_labels_are_data(checkpoint):
         return diffusion.sample(denoise_fn, diffusion.ddim(4), noise, jnp.array(label))
 
     first = run(checkpoint.params, 1.5, LABELS)
-    before = _walk._cache_size()
+    before = _sample_loop._cache_size()
     second = run(jax.tree.map(lambda leaf: 2 * leaf, checkpoint.params), 4.0, LABELS[::-1])
-    assert _walk._cache_size() == before
+    assert _sample_loop._cache_size() == before
     assert jnp.abs(first - second).max() > 1e-2
 
 

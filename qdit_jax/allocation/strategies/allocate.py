@@ -24,7 +24,7 @@ from qdit_jax.errors import check_counts
 
 # (assignments [N, L], batches) -> fitness [N]
 MeasureFn = Callable[[np.ndarray, Sequence[int]], np.ndarray]
-# The prediction linearised at an assignment [L], or at full precision.
+# The prediction linearized at an assignment [L], or at full precision.
 PredictFn = Callable[[np.ndarray | None], Prediction]
 
 
