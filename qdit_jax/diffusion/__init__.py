@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         euler,
         flow,
         heun,
+        reverse_ddim,
     )
     from qdit_jax.diffusion.scheduler_settings import Scheduler, check_fit, read_scheduler
     from qdit_jax.diffusion.scheduler_walk import (
@@ -95,6 +96,7 @@ LAZY = {
         "euler",
         "flow",
         "heun",
+        "reverse_ddim",
     ),
     "scheduler_settings": ("Scheduler", "check_fit", "read_scheduler"),
     "scheduler_walk": (
@@ -158,6 +160,7 @@ __all__ = [
     "process_text",
     "read_scheduler",
     "respaced",
+    "reverse_ddim",
     "sample",
     "sample_trajectory",
     "sampler_named",

@@ -226,6 +226,31 @@ def ddim_sampler(
     return DDIM(rows, _clip(clip), predict_fn, eta > 0, limit_fn)
 
 
+def reverse_ddim(
+    steps: int | str = 50,
+    *,
+    schedule: Schedule | None = None,
+    clip: float | int | None = None,
+    predict_fn: Callable = posterior.eps_prediction,
+) -> DDIM:
+    """Returns the sampler that runs deterministic DDIM from data to noise (inversion).
+
+    The last step of the published rule goes to a signal of exactly 0, that is to `eps` itself.
+
+    Raises:
+        ValueError: if `steps` does not fit the schedule.
+    """
+    process = respaced(schedule or Schedule(linear_betas()), steps)
+    table = _ddim_table(
+        process.timestep_map,
+        prediction_rows(process.alphas_cumprod, predict_fn),
+        process.alphas_cumprod_next,
+        np.zeros(process.num_timesteps),
+    )
+    rows = _in_sampling_order(table, backwards=False)
+    return DDIM(rows, _clip(clip), predict_fn, stochastic=False)
+
+
 def ddpm(
     steps: int | str = 250,
     *,

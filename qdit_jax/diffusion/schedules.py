@@ -107,6 +107,11 @@ class Schedule:
         return np.append(1.0, self.alphas_cumprod[:-1])
 
     @property
+    def alphas_cumprod_next(self) -> np.ndarray:
+        """`alphas_cumprod` one timestep nearer to the noise; 0 at the end."""
+        return np.append(self.alphas_cumprod[1:], 0.0)
+
+    @property
     def sqrt_alphas_cumprod(self) -> np.ndarray:
         """Weight of `x_0` in `x_t`."""
         return np.sqrt(self.alphas_cumprod)
@@ -115,6 +120,16 @@ class Schedule:
     def sqrt_one_minus_alphas_cumprod(self) -> np.ndarray:
         """Weight of `eps` in `x_t`."""
         return np.sqrt(1 - self.alphas_cumprod)
+
+    @property
+    def sqrt_recip_alphas_cumprod(self) -> np.ndarray:
+        """Weight of `x_t` in `x_0`."""
+        return np.sqrt(1 / self.alphas_cumprod)
+
+    @property
+    def sqrt_recipm1_alphas_cumprod(self) -> np.ndarray:
+        """Weight of `-eps` in `x_0`."""
+        return np.sqrt(1 / self.alphas_cumprod - 1)
 
     @property
     def posterior_variance(self) -> np.ndarray:

@@ -12,7 +12,7 @@ from qdit_jax.metrics.intervals import (
     bootstrap_interval,
     paired_test,
 )
-from qdit_jax.metrics.kernel_distance import kid
+from qdit_jax.metrics.kernel_distance import kid, kid_of_subsets
 from qdit_jax.metrics.manifold import manifold_radii, precision_and_recall
 from qdit_jax.metrics.names import DEMO_FEATURES, DEMO_FRECHET_DISTANCE, INCEPTION_FEATURES, label
 from qdit_jax.metrics.paired import cosine, decibels, psnr, signal_to_noise_db, ssim
@@ -53,6 +53,7 @@ __all__ = [
     "image_shape",
     "inception_score",
     "kid",
+    "kid_of_subsets",
     "label",
     "manifold_radii",
     "merge",

@@ -40,6 +40,36 @@ def kid(reference: Float[AnyArray, "..."], samples: Float[AnyArray, "..."]) -> t
     return float(value), float(np.sqrt(variance))
 
 
+def kid_of_subsets(
+    reference: Float[AnyArray, "..."],
+    samples: Float[AnyArray, "..."],
+    *,
+    num_subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Returns the mean and the standard deviation over random subsets, as KID is often published.
+
+    Raises:
+        ValueError: if a set is smaller than `subset_size`, or as `kid`.
+    """
+    reference, samples = feature_rows("reference", reference), feature_rows("samples", samples)
+    check_same_width(reference, samples)
+    if num_subsets < 1:
+        raise ValueError(f"num_subsets={num_subsets} leaves nothing to average; use 1 or more.")
+    if subset_size > min(len(reference), len(samples)) or subset_size < 3:
+        raise ValueError(
+            f"subset_size={subset_size} must be at least 3 and at most the number of samples "
+            f"({len(reference)} and {len(samples)})."
+        )
+    rng = np.random.default_rng(seed)
+    values = []
+    for _ in range(num_subsets):
+        x, y = (s[rng.choice(len(s), subset_size, replace=False)] for s in (reference, samples))
+        values.append(kid(x, y)[0])
+    return float(np.mean(values)), float(np.std(values))
+
+
 def kernel(x: Float[AnyArray, "N D"], y: Float[AnyArray, "M D"]) -> Float[np.ndarray, "N M"]:
     """Returns the cubic kernel of all pairs."""
     return (np.asarray(x) @ np.asarray(y).T / x.shape[1] + 1) ** 3

@@ -17,10 +17,13 @@ COEFFICIENTS = [
     "betas",
     "alphas_cumprod",
     "alphas_cumprod_prev",
+    "alphas_cumprod_next",
     "posterior_variance",
     "posterior_log_variance_clipped",
     "posterior_mean_coef1",
     "posterior_mean_coef2",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
     "sqrt_alphas_cumprod",
     "sqrt_one_minus_alphas_cumprod",
 ]
@@ -51,9 +54,10 @@ def test_schedules_match_recorded_values(golden):
     np.testing.assert_allclose(cosine_betas(), recorded["cosine_full1000__betas"], rtol=1e-12)
 
 
-def rows_at(sampler, indices):
+def rows_at(sampler, indices, *, backwards=True):
     """Returns the sampler's rows for one index of the respaced schedule a sample."""
-    positions = len(sampler.table.timestep) - 1 - indices
+    num_steps = len(sampler.table.timestep)
+    positions = num_steps - 1 - indices if backwards else indices
     return jax.tree.map(lambda values: values[positions], sampler.table)
 
 
@@ -88,9 +92,9 @@ def test_steps_match_recorded_values(golden, case, clip):
     x, output = nhwc(recorded["x"]), nhwc(recorded[f"{case}__model_output"])
     prefix = f"{case}_clip{0 if clip is None else 1}__"
 
-    def check(sampler, name, noise=None):
+    def check(sampler, name, noise=None, *, backwards=True):
         noise = np.zeros_like(x) if noise is None else noise
-        rows = rows_at(sampler, indices)
+        rows = rows_at(sampler, indices, backwards=backwards)
         assert (rows.timestep == recorded[f"{case}__t_model"]).all()
         assert_close(stepped(sampler, x, output, rows, noise).x_next, recorded[prefix + name])
 
@@ -106,6 +110,7 @@ def test_steps_match_recorded_values(golden, case, clip):
             noise = nhwc(recorded[f"{prefix}ddim_eta{eta}_noise"])
             check(diffusion.ddim(spacing, eta), f"ddim_eta{eta}_sample", noise)
         check(ancestral, "ddpm_sample", nhwc(recorded[prefix + "ddpm_noise"]))
+        check(diffusion.reverse_ddim(spacing), "ddim_reverse_sample", backwards=False)
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,19 @@ def test_predicting_the_data_equals_predicting_the_noise():
     )
 
 
+def test_reverse_ddim_inverts():
+    data = MEAN + np.sqrt(VARIANCE) * latents(seed=3)
+    # Without the last row, which leaves the process for a signal of exactly 0.
+    reverse = diffusion.reverse_ddim(500)
+    reverse = diffusion.DDIM(
+        jax.tree.map(lambda row: row[:-1], reverse.table), None, reverse.predict_fn, False
+    )
+    encoded = diffusion.sample(gaussian_eps, reverse, data, zeros())
+    decoded = diffusion.sample(gaussian_eps, diffusion.ddim(500), encoded, zeros())
+    assert jnp.abs(encoded - data).max() > 0.5
+    np.testing.assert_allclose(decoded, data, atol=0.02)
+
+
 @pytest.mark.parametrize("solve_fn", [diffusion.euler, diffusion.heun])
 def test_flow_is_exact_on_straight_paths(solve_fn):
     noise, data = latents(), latents(seed=4)

@@ -10,6 +10,7 @@ from scipy.special import softmax
 from qdit_jax.metrics import (
     inception_score,
     kid,
+    kid_of_subsets,
     manifold_radii,
     precision_and_recall,
 )
@@ -106,6 +107,14 @@ def test_kid_is_unbiased_and_its_error_is_its_spread():
     assert draws[:, 1].mean() == pytest.approx(draws[:, 0].std(), rel=0.15)
 
 
+def test_kid_of_subsets_agrees_with_all_pairs():
+    rng = np.random.default_rng(7)
+    x, y = rng.normal(size=(300, 5)), rng.normal(size=(280, 5)) + 0.5
+    mean, spread = kid_of_subsets(x, y, num_subsets=60, subset_size=100)
+    value, _ = kid(x, y)
+    assert abs(mean - value) < 4 * spread / np.sqrt(60)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -118,6 +127,7 @@ def test_kid_is_unbiased_and_its_error_is_its_spread():
         ),
         (lambda: kid(np.ones((2, 2)), np.ones((9, 2))), "too few"),
         (lambda: kid(np.ones((9, 2)), np.ones((9, 3))), "different feature networks"),
+        (lambda: kid_of_subsets(np.ones((9, 2)), np.ones((9, 2))), "subset_size=1000"),
     ],
 )
 def test_bad_input_gets_a_sentence(call, message):

@@ -12,12 +12,14 @@ from qdit_jax.metrics import (
     frechet_infinity,
     inception_score,
     kid,
+    kid_of_subsets,
     manifold_radii,
     moments,
     precision_and_recall,
     psnr,
     signal_to_noise_db,
     ssim,
+    trajectory_db,
 )
 
 
@@ -106,6 +108,8 @@ REFUSED = {
     "kid empty": (lambda: kid(X[:0], X), "reference has 0 samples"),
     "kid no width": (lambda: kid(X[:, :0], X[:, :0]), r"reference has shape \(9, 0\)"),
     "kid dims": (lambda: kid(X, X[:, :3]), "4 and 3 values"),
+    "subsets nan": (lambda: kid_of_subsets(X, INF, subset_size=5), "samples: 1 of 36"),
+    "subsets none": (lambda: kid_of_subsets(X, X, subset_size=5, num_subsets=0), "num_subsets=0"),
     "frechet mean": (
         lambda: frechet_distance(EYE, EYE, MEAN, EYE),
         r"mean_a has shape \(4, 4\); a mean is \[D\]",
@@ -136,6 +140,7 @@ REFUSED = {
     "cosine nan": (lambda: cosine(ONE_NAN, IMAGES), "reference: 1 of"),
     "psnr nan": (lambda: psnr(IMAGES, ONE_NAN), "other: 1 of"),
     "ssim nan": (lambda: ssim(ONE_NAN, IMAGES), "reference: 1 of"),
+    "trajectory nan": (lambda: trajectory_db(IMAGES, ONE_NAN), "other: 1 of"),
     "psnr empty": (lambda: psnr(IMAGES[:0], IMAGES[:0]), "there is no sample in it"),
 }
 
