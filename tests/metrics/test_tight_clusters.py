@@ -19,7 +19,6 @@ from qdit_jax.metrics import (
     psnr,
     signal_to_noise_db,
     ssim,
-    trajectory_db,
 )
 
 
@@ -140,7 +139,6 @@ REFUSED = {
     "cosine nan": (lambda: cosine(ONE_NAN, IMAGES), "reference: 1 of"),
     "psnr nan": (lambda: psnr(IMAGES, ONE_NAN), "other: 1 of"),
     "ssim nan": (lambda: ssim(ONE_NAN, IMAGES), "reference: 1 of"),
-    "trajectory nan": (lambda: trajectory_db(IMAGES, ONE_NAN), "other: 1 of"),
     "psnr empty": (lambda: psnr(IMAGES[:0], IMAGES[:0]), "there is no sample in it"),
 }
 
