@@ -63,6 +63,26 @@ def test_a_spoiled_label_table_is_refused_too(network):
         quantize_params(spoiled(params, "y_embedder/embedding_table"), recipe=recipe)
 
 
+@pytest.mark.parametrize("name", [f"{LAYER}/bias", "y_embedder/embedding_table"])
+def test_leaves_that_stay_in_full_precision_are_refused_too(network, tmp_path, name, capsys):
+    model, params = network
+    bad = spoiled(params, name)
+    recipe = Recipe.preset("w4a8", params, group_size=16)
+    with pytest.raises(ValueError, match=f"{name} holds 1 of"):
+        quantize_params(bad, recipe=recipe)
+    qdit.save(tmp_path / "bad", qdit.Checkpoint(model, bad))
+    options = ["--recipe", "w4a8", "--group-size", "16"]
+    assert main(["quantize", str(tmp_path / "bad"), str(tmp_path / "out"), *options]) == 2
+    assert f"{name} holds 1 of" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("bad", ["1.5", True, np.nan, np.array([1.0, np.inf]), jnp.array(np.nan)])
+def test_guidance_is_a_finite_number(network, bad):
+    with pytest.raises((TypeError, ValueError), match="is not supported; use a"):
+        qdit.denoiser(*network, guidance=bad)
+
+
 def test_rounding_in_order_names_the_layer_of_a_kernel_and_of_a_hessian(network):
     model, params = network
     recipe = Recipe.preset("w4a16", params, group_size=16, layers=f"{LAYER}|blocks_0/mlp/fc2")

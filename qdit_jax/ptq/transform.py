@@ -8,9 +8,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qdit_jax.calibration import Stats
+from qdit_jax.checkpoint import DeferredArray
 from qdit_jax.models import TABLE
 from qdit_jax.ptq.static_acts import act_quantizer
 from qdit_jax.ptq.walk import rewrite, weight_name
@@ -81,8 +82,8 @@ def quantize_params(
         on_layer: called with the path, the kernel and its `QTensor` after each layer.
 
     Raises:
-        ValueError: if a rule of the recipe matches no layer, a layer is quantized already or holds
-            NaN or infinity, or statistics are needed and absent.
+        ValueError: if a rule of the recipe matches no layer, a layer is quantized already, a leaf
+            holds NaN or infinity, or statistics are needed and absent.
     """
 
     def quantized(path: str, name: str, leaf: Any, spec: WeightSpec) -> QTensor:
@@ -125,7 +126,39 @@ def rewrite_kernels(
         spec = specs[path].act
         return None if spec is None else act_quantizer(path, spec, stats)
 
-    return rewrite(params, specs, weight_fn=weight_fn, act_fn=act_fn)
+    written = rewrite(params, specs, weight_fn=weight_fn, act_fn=act_fn)
+    return finite_where_kept(params, written)
+
+
+def finite_where_kept(params: Any, written: Any) -> Any:
+    """Returns `written` with the leaves that it has from `params` checked for NaN and infinity.
+
+    Arrays that are still on disk are checked when they are read.
+
+    Raises:
+        ValueError: if one in memory is not finite; it names the leaf.
+    """
+    flat, kept = dict(flatten_dict(written, sep="/")), flatten_dict(params, sep="/")
+    for name, leaf in flat.items():
+        if leaf is not kept.get(name) or not hasattr(leaf, "dtype"):
+            continue
+        called = name.removesuffix("/kernel")  # a layer is called by its path
+        if isinstance(leaf, DeferredArray):
+            flat[name] = checked_when_read(called, leaf)
+        else:
+            check_finite(called, leaf)
+    return unflatten_dict(flat, sep="/")
+
+
+def checked_when_read(name: str, leaf: DeferredArray) -> DeferredArray:
+    """Returns a lazy array that refuses what is not finite, by `name`."""
+
+    def make() -> dict[str, Any]:
+        array = leaf.make()[leaf.name]
+        check_finite(name, array)
+        return {leaf.name: array}
+
+    return dataclasses.replace(leaf, make=make)
 
 
 def as_matrix(name: str, leaf: Any) -> Any:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from qdit_jax import diffusion
 from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.errors import check_counts, check_finite
+from qdit_jax.errors import check_counts
 from qdit_jax.models import as_condition, is_concrete
 from qdit_jax.quant import select_timestep
 from qdit_jax.sampling.batches import checked_batch_size, device_mesh, filled_batch
@@ -77,7 +77,7 @@ def denoiser(
         ValueError: if guidance is asked of a network without a null condition, or of more channels
             than a sample has.
     """
-    check_finite(guidance=guidance)
+    check_guidance(guidance)
     channels = num_guided_channels(model, guidance_channels)
     plain = Denoiser(params, model)
     if guidance is None or (isinstance(guidance, int | float) and guidance == 1):
@@ -88,6 +88,23 @@ def denoiser(
             "use guidance=None."
         )
     return diffusion.guided(plain, guidance, channels=channels)
+
+
+def check_guidance(guidance: Any) -> None:
+    """Raises if `guidance` is no finite number, nor an array of such; a traced one is not looked at.
+
+    Raises:
+        TypeError: if it is of another type.
+        ValueError: if it is NaN or infinite.
+    """
+    if guidance is None or isinstance(guidance, jax.core.Tracer):
+        return
+    if isinstance(guidance, str) or not np.issubdtype(np.asarray(guidance).dtype, np.number):
+        raise TypeError(
+            f"guidance={guidance!r} is not supported; use a number, or an array of them."
+        )
+    if not np.isfinite(np.asarray(guidance, np.float64)).all():
+        raise ValueError(f"guidance={guidance} is not supported; use a finite number.")
 
 
 def num_guided_channels(model: Any, guidance_channels: int | str | None) -> int | None:
