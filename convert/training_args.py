@@ -139,7 +139,13 @@ def saved_arguments(saved: Mapping[str, Any]) -> dict[str, object]:
     found: dict[str, object] = {}
     tables = {key: table for key, table in saved.items() if isinstance(key, str)}
     bare = [(key, value) for key, value in tables.items() if is_used(key) and _is_plain(value)]
-    inside = (pair for key, table in tables.items() if is_group(key) for pair in _plain(table))
+    inside = (
+        pair
+        for key, table in tables.items()
+        if is_group(key)
+        for pair in _plain(table)
+        if spelled(key) != "opt" or is_used(pair[0])  # the optimizer's state often has that name
+    )
     for name, value in (*inside, *bare):
         if value is not None and found.get(name) not in (None, value) and is_used(name):
             raise UserError(

@@ -1,7 +1,7 @@
 """Sampling checkpoints in pairs and measuring how far they are apart; scores of their samples."""
 
 from qdit_jax.evaluation.pages import compared_pictures, write_evaluation
-from qdit_jax.evaluation.runs import Contender, Protocol, Run, run_evaluation
+from qdit_jax.evaluation.runs import Run, run_evaluation
 from qdit_jax.evaluation.sample_file import SampleFile, sample_shape
 from qdit_jax.evaluation.scoring import (
     Judge,
@@ -14,6 +14,7 @@ from qdit_jax.evaluation.scoring import (
 )
 from qdit_jax.evaluation.store import locked, merge, open_run
 from qdit_jax.evaluation.summary import MEASURES, summarize
+from qdit_jax.evaluation.trajectories import Contender, Protocol
 
 __all__ = [
     "MEASURES",

@@ -13,9 +13,10 @@ from PIL import Image
 
 from qdit_jax import report
 from qdit_jax.calibration import Stats
-from qdit_jax.evaluation.runs import Contender, Run
+from qdit_jax.evaluation.runs import Run
 from qdit_jax.evaluation.store import first_samples
 from qdit_jax.evaluation.summary import MEASURES, TRAJECTORY, num_bytes
+from qdit_jax.evaluation.trajectories import Contender
 from qdit_jax.files import PathLike
 from qdit_jax.metrics import signal_to_noise_db
 from qdit_jax.models import family_of

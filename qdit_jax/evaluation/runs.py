@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from qdit_jax import diffusion, metrics
 from qdit_jax.checkpoint import Checkpoint, digest
 from qdit_jax.errors import UserError
+from qdit_jax.evaluation.measures import first_of, pair_measures, probe
 from qdit_jax.evaluation.store import (
     forget_unbegun,
     locked,
@@ -30,50 +27,24 @@ from qdit_jax.evaluation.store import (
     shard_ranges,
     write_shard,
 )
+from qdit_jax.evaluation.trajectories import (
+    Contender,
+    Protocol,
+    batch_sampler,
+    check_finite,
+)
 from qdit_jax.files import AnyPath, PathLike, as_path
 from qdit_jax.kernels import implementations_used
 from qdit_jax.models import rows_per_sample
-from qdit_jax.report import to_uint8
 from qdit_jax.sampling import (
-    PUBLISHED,
     check_seed,
     conditions_in_turn,
-    decode,
     default_batch_size,
-    denoiser,
     device_mesh,
     filled_batch,
-    initial_noise,
 )
 
 NUM_PROBED = 16  # samples whose single network calls are compared as well
-
-
-@dataclasses.dataclass(frozen=True)
-class Contender:
-    """A checkpoint that takes part, under a title for people."""
-
-    title: str
-    checkpoint: Checkpoint
-
-
-@dataclasses.dataclass(frozen=True)
-class Protocol:
-    """How every contender is sampled: all that a sample depends on besides the network.
-
-    `record` says in JSON which sampler it is; `batch_size` None takes the device's default;
-    `conditions` are labels or prompts that the samples take in turn, every class by default.
-    """
-
-    sampler: diffusion.Sampler
-    record: dict[str, Any]
-    num_samples: int
-    seed: int = 0
-    guidance: float = 1.5
-    guidance_channels: int | str | None = PUBLISHED
-    numerics: str = "simulated"
-    batch_size: int | None = None
-    conditions: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,172 +204,3 @@ def used_by(checkpoint: Checkpoint, numerics: str, batch_size: int) -> dict[str,
     """Returns how many quantized layers each implementation computes, by its name."""
     rows = {path: n * batch_size for path, n in rows_per_sample(checkpoint.model).items()}
     return implementations_used(checkpoint.params, numerics, rows=rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class Trajectory:
-    """A batch's trajectory in one network, on the host, and how long it took.
-
-    `x [S, B, H, W, C]` is what the network was given at each of the `timestep [S]`, `final` what
-    the last step gave, `images` that decoded, or None where nothing decodes latents.
-    """
-
-    timestep: np.ndarray
-    x: np.ndarray
-    final: np.ndarray
-    images: np.ndarray | None
-    seconds: float
-    compile_seconds: float
-
-    def head(self, count: int) -> Trajectory:
-        """Returns the first `count` samples."""
-        images = None if self.images is None else self.images[:count]
-        return dataclasses.replace(
-            self, x=self.x[:, :count], final=self.final[:count], images=images
-        )
-
-    def stored(self) -> dict[str, Any]:
-        """Returns what a shard keeps of it."""
-        samples = (
-            {"latents": self.final} if self.images is None else {"images": to_uint8(self.images)}
-        )
-        times = {"seconds": self.seconds, "compile_seconds": self.compile_seconds}
-        return {**samples, **times, "timestep": self.timestep}
-
-
-class BatchSampler:
-    """Samples batches with one network: compiled once, timed without compilation."""
-
-    def __init__(self, denoise_fn: Any, vae: Checkpoint | None, protocol: Protocol, split: Any):
-        self.denoise_fn = denoise_fn
-        self.vae = vae
-        self.protocol = protocol
-        self.split = split
-        self.compiled: Any = None
-
-    def __call__(self, index: np.ndarray, condition: Any) -> Trajectory:
-        """Returns the trajectories of the samples numbered `index`."""
-        model = network(self.denoise_fn).model
-        numbers, condition = jax.device_put((index, condition), self.split)
-        key = jax.random.key(self.protocol.seed)
-        given = (self.denoise_fn, self.protocol.sampler, key, numbers, condition)
-        compile_seconds, began = 0.0, time.perf_counter()
-        if self.compiled is None:
-            self.compiled = compiled_trajectory.lower(*given, shape=model.sample_shape()).compile()
-            compile_seconds = time.perf_counter() - began
-        began = time.perf_counter()
-        found = jax.block_until_ready(self.compiled(*given))
-        seconds = time.perf_counter() - began
-        timestep, x, final = found
-        images = None
-        if self.vae is not None:
-            images = np.asarray(decode(self.vae, final))
-        elif model.sample_shape()[-1] in (1, 3):
-            images = np.asarray(final)
-        return Trajectory(
-            np.asarray(timestep), np.asarray(x), np.asarray(final), images, seconds, compile_seconds
-        )
-
-
-@jax.jit(static_argnames=("shape",))
-def compiled_trajectory(denoise_fn, sampler, key, index, condition, shape):
-    """Returns timesteps `[S]`, inputs `[S, B, H, W, C]` and final latents `[B, H, W, C]`."""
-    noise, keys = initial_noise(key, index, shape)
-    final, (timestep, x) = diffusion.sample_trajectory(
-        denoise_fn, sampler, noise, condition, keys, collect_fn=timestep_and_input
-    )
-    return timestep, x, final
-
-
-def timestep_and_input(step: diffusion.Step) -> tuple[Any, Any]:
-    return step.timestep, step.x
-
-
-def network(denoise_fn: Any) -> Any:
-    """Returns the `Denoiser` inside a guided or plain `denoise_fn`."""
-    return getattr(denoise_fn, "denoise_fn", denoise_fn)
-
-
-def batch_sampler(checkpoint: Checkpoint, protocol: Protocol, mesh: Any) -> BatchSampler:
-    """Returns the sampler of a checkpoint with its parameters on every device."""
-    whole = NamedSharding(mesh, PartitionSpec())
-    model = checkpoint.model.clone(numerics=protocol.numerics)
-    guidance, channels = protocol.guidance, protocol.guidance_channels
-    denoise_fn = denoiser(model, checkpoint.params, guidance, channels)
-    vae = checkpoint.vae
-    if vae is not None:
-        vae = dataclasses.replace(vae, params=jax.device_put(vae.params, whole))
-    split = NamedSharding(mesh, PartitionSpec("batch"))
-    return BatchSampler(jax.device_put(denoise_fn, whole), vae, protocol, split)
-
-
-def check_finite(trajectory: Trajectory, title: str, start: int) -> None:
-    """Raises `UserError` if a sample has a value that is no finite number."""
-    for values in (trajectory.final, trajectory.images):
-        if values is None:
-            continue
-        bad = np.flatnonzero(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
-        if bad.size:
-            raise UserError(
-                f"{title}: sample {start + bad[0]} is not finite; this model cannot be scored "
-                "with these settings."
-            )
-
-
-def pair_measures(reference: Trajectory, other: Trajectory) -> dict[str, np.ndarray]:
-    """Returns the paired measures of each sample: arrays `[B]`, and `drift_db [B, S]`.
-
-    Images are compared as they are seen, clipped to [-1, 1]; latents as they are.
-    """
-    found = {
-        "latent_snr_db": metrics.signal_to_noise_db(reference.final, other.final),
-        "latent_cosine": metrics.cosine(reference.final, other.final),
-    }
-    if reference.images is not None and other.images is not None:
-        a, b = np.clip(reference.images, -1, 1), np.clip(other.images, -1, 1)
-        found["image_snr_db"] = metrics.signal_to_noise_db(a, b)
-        found["image_psnr_db"] = metrics.psnr(a, b)
-        found["image_cosine"] = metrics.cosine(a, b)
-        if min(a.shape[1:3]) >= 11:  # the window of SSIM
-            found["image_ssim"] = metrics.ssim(a, b)
-    after = [
-        metrics.signal_to_noise_db(x, y)
-        for x, y in zip(
-            [*reference.x[1:], reference.final], [*other.x[1:], other.final], strict=True
-        )
-    ]
-    return {**found, "drift_db": np.stack(after, axis=1)}
-
-
-def first_of(tree: Any, count: int) -> Any:
-    """Returns the first `count` entries of every array."""
-    return jax.tree.map(lambda leaf: leaf[:count], tree)
-
-
-def probe(
-    reference: BatchSampler, other: BatchSampler, trajectory: Trajectory, condition: Any
-) -> np.ndarray:
-    """Returns `[B, S]`: how close two networks' outputs are for the same input, in dB (signal to error).
-
-    The inputs are those of the reference's trajectory, so that no earlier error is in it; the
-    channels of a learned variance are left out.
-    """
-    # One device: the few samples may not divide evenly among all.
-    device = jax.local_devices()[0]
-    fns = [jax.device_put(w.denoise_fn, device) for w in (reference, other)]
-    given = jax.device_put((trajectory.x, trajectory.timestep, condition), device)
-    signal, noise = (np.asarray(power) for power in output_powers(*fns, *given))
-    return metrics.decibels(signal, noise).T
-
-
-@jax.jit
-def output_powers(reference_fn, other_fn, x, timestep, condition):
-    """Returns the powers `[S, B]` of the reference's outputs and of the difference to it."""
-
-    def step(scanned):
-        x, timestep = scanned
-        at, axes = jnp.full(len(x), timestep, jnp.float32), tuple(range(1, x.ndim))
-        a, b = (fn(x, at, condition)[..., : x.shape[-1]] for fn in (reference_fn, other_fn))
-        return jnp.square(a).sum(axes), jnp.square(a - b).sum(axes)
-
-    return jax.lax.map(step, (x, timestep))

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from qdit_jax import metrics
-from qdit_jax.evaluation.runs import Contender, Run
+from qdit_jax.evaluation.runs import Run
 from qdit_jax.evaluation.store import collect
+from qdit_jax.evaluation.trajectories import Contender
 from qdit_jax.report import provenance
 
 Table = Mapping[str, Sequence[np.ndarray]]  # a measure's arrays, one per shard

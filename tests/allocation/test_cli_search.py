@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 
 import jax
 import numpy as np
@@ -21,8 +22,9 @@ from qdit_jax.allocation import (
 )
 from qdit_jax.cli import search as verb
 from qdit_jax.cli.options import Parser
+from qdit_jax.cli.output import set_up_logging
 
-CALLS: list[int] = []  # not in a closure, whose content belongs to an objective
+CALLS: deque[int] = deque()  # no plain value, whose content would belong to an objective
 FAST = ["--steps", "2", "--num-batches", "2", "--batch-size", "2", "--group-sizes", "8", "32"]
 
 
@@ -42,6 +44,7 @@ def run(*arguments):
     parser = Parser(prog="qdit")
     verb.add_parser(parser.add_subparsers())
     args = parser.parse_args(["search", *map(str, arguments)])
+    set_up_logging(args)
     args.run(args)
 
 

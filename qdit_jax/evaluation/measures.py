@@ -1,0 +1,74 @@
+"""Measures of pairs: how far a trajectory is from the reference's, sample by sample.
+
+Dimensions: B samples of a batch, S steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qdit_jax import metrics
+from qdit_jax.evaluation.trajectories import BatchSampler, Trajectory
+
+
+def pair_measures(reference: Trajectory, other: Trajectory) -> dict[str, np.ndarray]:
+    """Returns the paired measures of each sample: arrays `[B]`, and `drift_db [B, S]`.
+
+    Images are compared as they are seen, clipped to [-1, 1]; latents as they are.
+    """
+    found = {
+        "latent_snr_db": metrics.signal_to_noise_db(reference.final, other.final),
+        "latent_cosine": metrics.cosine(reference.final, other.final),
+    }
+    if reference.images is not None and other.images is not None:
+        a, b = np.clip(reference.images, -1, 1), np.clip(other.images, -1, 1)
+        found["image_snr_db"] = metrics.signal_to_noise_db(a, b)
+        found["image_psnr_db"] = metrics.psnr(a, b)
+        found["image_cosine"] = metrics.cosine(a, b)
+        if min(a.shape[1:3]) >= 11:  # the window of SSIM
+            found["image_ssim"] = metrics.ssim(a, b)
+    after = [
+        metrics.signal_to_noise_db(x, y)
+        for x, y in zip(
+            [*reference.x[1:], reference.final], [*other.x[1:], other.final], strict=True
+        )
+    ]
+    return {**found, "drift_db": np.stack(after, axis=1)}
+
+
+def first_of(tree: Any, count: int) -> Any:
+    """Returns the first `count` entries of every array."""
+    return jax.tree.map(lambda leaf: leaf[:count], tree)
+
+
+def probe(
+    reference: BatchSampler, other: BatchSampler, trajectory: Trajectory, condition: Any
+) -> np.ndarray:
+    """Returns `[B, S]`: how close two networks' outputs are for the same input, in dB (signal to error).
+
+    The inputs are those of the reference's trajectory, so that no earlier error is in it; the
+    channels of a learned variance are left out.
+    """
+    # One device: the few samples may not divide evenly among all.
+    device = jax.local_devices()[0]
+    fns = [jax.device_put(w.denoise_fn, device) for w in (reference, other)]
+    given = jax.device_put((trajectory.x, trajectory.timestep, condition), device)
+    signal, noise = (np.asarray(power) for power in output_powers(*fns, *given))
+    return metrics.decibels(signal, noise).T
+
+
+@jax.jit
+def output_powers(reference_fn, other_fn, x, timestep, condition):
+    """Returns the powers `[S, B]` of the reference's outputs and of the difference to it."""
+
+    def step(scanned):
+        x, timestep = scanned
+        at, axes = jnp.full(len(x), timestep, jnp.float32), tuple(range(1, x.ndim))
+        a, b = (fn(x, at, condition)[..., : x.shape[-1]] for fn in (reference_fn, other_fn))
+        return jnp.square(a).sum(axes), jnp.square(a - b).sum(axes)
+
+    return jax.lax.map(step, (x, timestep))

@@ -1,0 +1,157 @@
+"""Trajectories: a batch of samples on its way through one network, timed without compilation.
+
+Dimensions: B samples of a batch, S steps, H, W, C an image or latent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from qdit_jax import diffusion
+from qdit_jax.checkpoint import Checkpoint
+from qdit_jax.errors import UserError
+from qdit_jax.report import to_uint8
+from qdit_jax.sampling import PUBLISHED, decode, denoiser, initial_noise
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A checkpoint that takes part, under a title for people."""
+
+    title: str
+    checkpoint: Checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How every contender is sampled: all that a sample depends on besides the network.
+
+    `record` says in JSON which sampler it is; `batch_size` None takes the device's default;
+    `conditions` are labels or prompts that the samples take in turn, every class by default.
+    """
+
+    sampler: diffusion.Sampler
+    record: dict[str, Any]
+    num_samples: int
+    seed: int = 0
+    guidance: float = 1.5
+    guidance_channels: int | str | None = PUBLISHED
+    numerics: str = "simulated"
+    batch_size: int | None = None
+    conditions: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """A batch's trajectory in one network, on the host, and how long it took.
+
+    `x [S, B, H, W, C]` is what the network was given at each of the `timestep [S]`, `final` what
+    the last step gave, `images` that decoded, or None where nothing decodes latents.
+    """
+
+    timestep: np.ndarray
+    x: np.ndarray
+    final: np.ndarray
+    images: np.ndarray | None
+    seconds: float
+    compile_seconds: float
+
+    def head(self, count: int) -> Trajectory:
+        """Returns the first `count` samples."""
+        images = None if self.images is None else self.images[:count]
+        return dataclasses.replace(
+            self, x=self.x[:, :count], final=self.final[:count], images=images
+        )
+
+    def stored(self) -> dict[str, Any]:
+        """Returns what a shard keeps of it."""
+        samples = (
+            {"latents": self.final} if self.images is None else {"images": to_uint8(self.images)}
+        )
+        times = {"seconds": self.seconds, "compile_seconds": self.compile_seconds}
+        return {**samples, **times, "timestep": self.timestep}
+
+
+class BatchSampler:
+    """Samples batches with one network: compiled once, timed without compilation."""
+
+    def __init__(self, denoise_fn: Any, vae: Checkpoint | None, protocol: Protocol, split: Any):
+        self.denoise_fn = denoise_fn
+        self.vae = vae
+        self.protocol = protocol
+        self.split = split
+        self.compiled: Any = None
+
+    def __call__(self, index: np.ndarray, condition: Any) -> Trajectory:
+        """Returns the trajectories of the samples numbered `index`."""
+        model = network(self.denoise_fn).model
+        numbers, condition = jax.device_put((index, condition), self.split)
+        key = jax.random.key(self.protocol.seed)
+        given = (self.denoise_fn, self.protocol.sampler, key, numbers, condition)
+        compile_seconds, began = 0.0, time.perf_counter()
+        if self.compiled is None:
+            self.compiled = compiled_trajectory.lower(*given, shape=model.sample_shape()).compile()
+            compile_seconds = time.perf_counter() - began
+        began = time.perf_counter()
+        found = jax.block_until_ready(self.compiled(*given))
+        seconds = time.perf_counter() - began
+        timestep, x, final = found
+        images = None
+        if self.vae is not None:
+            images = np.asarray(decode(self.vae, final))
+        elif model.sample_shape()[-1] in (1, 3):
+            images = np.asarray(final)
+        return Trajectory(
+            np.asarray(timestep), np.asarray(x), np.asarray(final), images, seconds, compile_seconds
+        )
+
+
+@jax.jit(static_argnames=("shape",))
+def compiled_trajectory(denoise_fn, sampler, key, index, condition, shape):
+    """Returns timesteps `[S]`, inputs `[S, B, H, W, C]` and final latents `[B, H, W, C]`."""
+    noise, keys = initial_noise(key, index, shape)
+    final, (timestep, x) = diffusion.sample_trajectory(
+        denoise_fn, sampler, noise, condition, keys, collect_fn=timestep_and_input
+    )
+    return timestep, x, final
+
+
+def timestep_and_input(step: diffusion.Step) -> tuple[Any, Any]:
+    return step.timestep, step.x
+
+
+def network(denoise_fn: Any) -> Any:
+    """Returns the `Denoiser` inside a guided or plain `denoise_fn`."""
+    return getattr(denoise_fn, "denoise_fn", denoise_fn)
+
+
+def batch_sampler(checkpoint: Checkpoint, protocol: Protocol, mesh: Any) -> BatchSampler:
+    """Returns the sampler of a checkpoint with its parameters on every device."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    model = checkpoint.model.clone(numerics=protocol.numerics)
+    guidance, channels = protocol.guidance, protocol.guidance_channels
+    denoise_fn = denoiser(model, checkpoint.params, guidance, channels)
+    vae = checkpoint.vae
+    if vae is not None:
+        vae = dataclasses.replace(vae, params=jax.device_put(vae.params, whole))
+    split = NamedSharding(mesh, PartitionSpec("batch"))
+    return BatchSampler(jax.device_put(denoise_fn, whole), vae, protocol, split)
+
+
+def check_finite(trajectory: Trajectory, title: str, start: int) -> None:
+    """Raises `UserError` if a sample has a value that is no finite number."""
+    for values in (trajectory.final, trajectory.images):
+        if values is None:
+            continue
+        bad = np.flatnonzero(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
+        if bad.size:
+            raise UserError(
+                f"{title}: sample {start + bad[0]} is not finite; this model cannot be scored "
+                "with these settings."
+            )
