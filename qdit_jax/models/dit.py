@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Num
 
@@ -121,7 +122,7 @@ class DiT(NetworkModule):
             )
         if self.velocity:
             timestep = self.noise_time + (self.data_time - self.noise_time) * timestep
-        rows, columns = self.grid_size(x)
+        rows, _ = self.grid_size(x)
         tokens = PatchEmbed(self.hidden_size, self.patch_size, self.layers, name="x_embedder")(x)
         table = stored(self, "pos_embed", self.init_positions, (1, *tokens.shape[1:]))
         tokens = tokens + jax.lax.stop_gradient(table).astype(tokens.dtype)
@@ -141,8 +142,7 @@ class DiT(NetworkModule):
         channels = self.in_channels * (2 if self.learn_sigma else 1)
         p = self.patch_size
         out = FinalLayer(p * p * channels, self.layers, name="final_layer")(tokens, c)
-        out = out.reshape(-1, rows, columns, p, p, channels).transpose(0, 1, 3, 2, 4, 5)
-        out = out.reshape(-1, rows * p, columns * p, channels)
+        out = rearrange(out, "b (h w) (p q c) -> b (h p) (w q) c", h=rows, p=p, q=p)
         if not self.velocity:
             return out
         velocity = out[..., : self.in_channels]

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Num
 
@@ -152,10 +153,8 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B T D"]:
-        b, h, w, c = x.shape
-        p = self.patch_size
-        patches = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
-        patches = patches.reshape(b, (h // p) * (w // p), p * p * c)  # [B, T, p*p*C]
+        p, c = self.patch_size, x.shape[-1]
+        patches = rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
         return self.layers.linear(
             self.hidden_size,
             kernel_init=flat_xavier,
@@ -264,10 +263,11 @@ class Attention(AttentionModule):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        b, t, d = x.shape
+        d = x.shape[-1]
         qkv = self.layers.linear(3 * d, name="qkv")(x)
-        q, k, v = jnp.moveaxis(qkv.reshape(b, t, 3, self.num_heads, d // self.num_heads), 2, 0)
-        return self.layers.linear(d, name="proj")(self.attend(q, k, v).reshape(b, t, d))
+        q, k, v = rearrange(qkv, "b t (qkv h d) -> qkv b t h d", qkv=3, h=self.num_heads)
+        joined = rearrange(self.attend(q, k, v), "b t h d -> b t (h d)")
+        return self.layers.linear(d, name="proj")(joined)
 
 
 class Mlp(nn.Module):
