@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from golden_files import GOLDEN_FOLDERS, IN_SHARED_ALONE, SHARED
 from jaxtyping import install_import_hook
 
 install_import_hook(["qdit_jax", "qdit_convert"], "beartype.beartype")
-
-HERE = Path(__file__).resolve().parent
-SHARED = HERE.parent.parent / "shared" / "goldens"
-GOLDEN_FOLDERS = (HERE / "goldens", SHARED)
-# Too large to be kept here: they lie in SHARED alone, and their tests are skipped where that is absent.
-IN_SHARED_ALONE = re.compile(
-    r"dit_B_.*|dit_diffusers(_io\.npz)?"
-    r"|dit_A_q_(w4a8_(cand_ref|g0|mse_g32|static_g0|static_g32|sym_g32)|w6a8_g96)\.npz"
-)
 
 
 @pytest.fixture(scope="session")

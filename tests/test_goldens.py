@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import GOLDEN_FOLDERS, IN_SHARED_ALONE
+from golden_files import GOLDEN_FOLDERS, IN_SHARED_ALONE
 
 
 def test_an_absent_file_fails(golden):
