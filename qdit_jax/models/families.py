@@ -10,7 +10,8 @@ import jax
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from qdit_jax.models.family import Family, Fold, Params, Producer
+from qdit_jax.models.family import Family, Fold, Producer
+from qdit_jax.types import Params
 
 SHIFT_SCALE_GATE = ("shift", "scale", "gate")
 SMALL_DIT = {

@@ -21,14 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from qdit_jax.types import AnyArray, Condition, Params
+
 # What an attention product multiplies: three projections and the weights between them. They are
 # named `<attention>/operands/q`, so that a layer may be called `<attention>/q`.
 OPERANDS = ("q", "k", "v", "softmax")
 OPERANDS_OF = "/operands/"
 TABLE = "/embedding_table"  # ends the path of a label table; its rows are vectors
-# A pytree of arrays with the batch as first axis: a label `[B]`, or a dict by the contract's names.
-Condition = Any
-Params = Any
 
 
 @runtime_checkable
@@ -247,7 +246,7 @@ def example_inputs(model: Network, batch: int = 1) -> tuple[Any, ...]:
     )
 
 
-def is_concrete(array: Any) -> bool:
+def is_concrete(array: AnyArray | jax.ShapeDtypeStruct) -> bool:
     """Returns whether an array's values can be looked at: not traced, nor on other hosts."""
     if isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct):
         return False
@@ -260,5 +259,5 @@ def as_condition(condition: Condition) -> Condition:
         return None
     if isinstance(condition, Mapping):
         return {name: as_condition(entry) for name, entry in condition.items()}
-    array = condition if hasattr(condition, "shape") else np.asarray(condition)
+    array: Any = condition if hasattr(condition, "shape") else np.asarray(condition)
     return array.astype(np.int32) if np.issubdtype(array.dtype, np.integer) else array
