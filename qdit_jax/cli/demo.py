@@ -21,12 +21,12 @@ Run every stage on the small digit model inside the package: convert its PyTorch
 calibrate, quantize in several ways, sample the same noise and labels with each, compare.
 
 Writes checkpoints, pictures.png, metrics.json and report.html (one file, nothing else needed) to
-the folder --out. Takes a few minutes on 2 cores; the second run is faster, compiled programs are kept.
+the folder --out. Takes one to three minutes on 2 cores; the second run is faster, compiled programs are kept.
 
 examples:
   qdit demo
   qdit demo --out runs/demo --num-samples 200
-  qdit demo --quick          # a minute: few samples and steps
+  qdit demo --quick          # half a minute: few samples and steps
 """
 
 

@@ -189,7 +189,7 @@ def compare(
     judge = scoring.judge((settings.num_samples, *sample_shape(first)), "demo")
     with tempfile.TemporaryDirectory() as folder:
         with bar_fn(settings.num_samples, "sample", "sampling") as bar:
-            run = run_evaluation(contenders, protocol, folder, bar.update)
+            run = run_evaluation(contenders, protocol, folder, bar.update, num_probed=0)
         files = [run.folder / f"{i}.npz" for i in range(len(contenders))]
         for i, file in enumerate(files):
             merge(run.folder, run.ranges, f"{i}/images", file, "arr_0")

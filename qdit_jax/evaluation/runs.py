@@ -61,10 +61,13 @@ def run_evaluation(
     protocol: Protocol,
     folder: PathLike,
     progress_fn: Callable[[int], Any] | None = None,
+    num_probed: int = NUM_PROBED,
 ) -> Run:
     """Samples what `folder` lacks and returns the finished run.
 
     `progress_fn` is called with the number of samples that are done, first with those found.
+    `num_probed` is of how many samples single network calls are compared as well; 0 leaves
+    `output_db` out and saves one more compiled program per contender.
 
     Raises:
         UserError: if the contenders cannot be paired, the folder holds another run, or a sample
@@ -84,7 +87,8 @@ def run_evaluation(
         missing = missing_shards(folder, ranges)
         report = progress_fn or (lambda count: None)
         report(protocol.num_samples - sum(stop - start for start, stop in missing))
-        for start, arrays in shards(contenders, protocol, missing, settings["batch_size"]):
+        size = settings["batch_size"]
+        for start, arrays in shards(contenders, protocol, missing, size, num_probed):
             write_shard(folder, start, arrays)
             report(int(arrays["stop"]) - start)
     return Run(folder, ranges, settings)
@@ -162,6 +166,7 @@ def shards(
     protocol: Protocol,
     missing: Sequence[tuple[int, int]],
     batch_size: int,
+    num_probed: int,
 ) -> Iterable[tuple[int, dict[str, Any]]]:
     """Yields the first sample and the arrays of every shard that is missing."""
     if not missing:
@@ -189,7 +194,7 @@ def shards(
             arrays |= {
                 f"{i}/{name}": v for name, v in pair_measures(trajectories[0], other).items()
             }
-            if start < NUM_PROBED:
+            if start < num_probed:
                 probed = probe(
                     batch_samplers[0],
                     batch_samplers[i],

@@ -23,7 +23,7 @@ from qdit_jax import diffusion, metrics, sampling
 from qdit_jax.checkpoint.fingerprint import digest
 from qdit_jax.cli import evaluate
 from qdit_jax.cli.options import Parser
-from qdit_jax.evaluation import Contender, Protocol, locked, run_evaluation
+from qdit_jax.evaluation import Contender, Protocol, locked, run_evaluation, summarize
 from qdit_jax.evaluation.pages import difference_images
 from qdit_jax.ptq import quantize_params
 from qdit_jax.recipes import Recipe
@@ -122,6 +122,15 @@ def test_errors_over_the_trajectory_end_at_the_final_latents(compared):
         assert len(entry["output_db"]["mean"]) == STEPS
     # One call on the same noise: the first drift follows from the same error.
     assert summary["trajectory"]["w8"]["output_db"]["mean"][0] > 10
+
+
+def test_without_probed_samples_everything_else_is_measured(folders, tmp_path):
+    contenders = [Contender(n, checkpoints.load(folders / n)) for n in ("full", "w4")]
+    protocol = Protocol(diffusion.ddim(2), {"steps": 2}, num_samples=2, batch_size=2)
+    done = run_evaluation(contenders, protocol, tmp_path / "run", num_probed=0)
+    summary = summarize(done, contenders)
+    assert set(summary["trajectory"]["w4"]) == {"timestep", "drift_db"}
+    assert {"latent_snr_db", "image_psnr_db"} <= set(summary["paired"]["w4"])
 
 
 def test_the_archive_is_what_other_evaluators_read(compared):
