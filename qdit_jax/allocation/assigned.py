@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qdit_jax.allocation.space import Space
-from qdit_jax.ptq import rewrite
+from qdit_jax.ptq import rewrite_layers
 from qdit_jax.quant import (
     ActSpec,
     WeightSpec,
@@ -76,7 +76,7 @@ def assigned_params(params: Any, space: Space, assignment: Any) -> Any:
         specs = tuple(spec.act for spec in layers[path].choices)
         return ChosenAct(choices[path], specs) if any(specs) else None
 
-    return rewrite(params, layers, weight_fn=weight_fn, act_fn=act_fn)
+    return rewrite_layers(params, layers, weight_fn=weight_fn, act_fn=act_fn)
 
 
 def chosen(

@@ -13,8 +13,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from qdit_jax.calibration import Stats
 from qdit_jax.checkpoint import DeferredArray
 from qdit_jax.models import TABLE
+from qdit_jax.ptq.rewriting import rewrite_layers, weight_name
 from qdit_jax.ptq.static_acts import act_quantizer
-from qdit_jax.ptq.walk import rewrite, weight_name
 from qdit_jax.quant import (
     GREATEST_WEIGHT,
     ActQuant,
@@ -126,7 +126,7 @@ def rewrite_kernels(
         spec = specs[path].act
         return None if spec is None else act_quantizer(path, spec, stats)
 
-    written = rewrite(params, specs, weight_fn=weight_fn, act_fn=act_fn)
+    written = rewrite_layers(params, specs, weight_fn=weight_fn, act_fn=act_fn)
     return finite_where_kept(params, written)
 
 
