@@ -270,21 +270,12 @@ def _attention(key: str, width: int, tensors: Mapping[str, StoredTensor]) -> lis
 
 def from_latent_diffusion(state: StateDict) -> StateDict:
     """Returns `state` with the names of latent-diffusion's autoencoder put into diffusers' names."""
-    up = block_count(state.tensors, "decoder.up.")
-    renamed = {_diffusers_name(key, up): value for key, value in state.tensors.items()}
+    num_up = block_count(state.tensors, "decoder.up.")
+    renamed = {
+        _renamed(key, r"^decoder\.up", "decoder.up_blocks", num_up, LATENT_DIFFUSION): value
+        for key, value in state.tensors.items()
+    }
     return replace(state, tensors=renamed)
-
-
-def _diffusers_name(key: str, num_up: int) -> str:
-    # The decoder's blocks are numbered from fine to coarse, and run from coarse to fine.
-    key = re.sub(
-        r"^decoder\.up\.(\d+)\.",
-        lambda m: f"decoder.up_blocks.{num_up - 1 - int(m.group(1))}.",
-        key,
-    )
-    for pattern, name in LATENT_DIFFUSION:
-        key = re.sub(pattern, name, key)
-    return key
 
 
 def in_latent_diffusion_names(text: str, state: StateDict) -> str:
@@ -293,12 +284,21 @@ def in_latent_diffusion_names(text: str, state: StateDict) -> str:
 
 
 def latent_diffusion_names(text: str, num_up: int) -> str:
+    """Returns `text` with diffusers' names of an autoencoder put into latent-diffusion's."""
+    return _renamed(text, r"\bdecoder\.up_blocks", "decoder.up", num_up, TO_LATENT_DIFFUSION)
+
+
+def _renamed(
+    text: str, up_blocks: str, into: str, num_up: int, names: tuple[tuple[str, str], ...]
+) -> str:
+    """Returns `text` with the decoder's blocks `up_blocks` called `into`, then `names` replaced.
+
+    The two layouts number these blocks in opposite directions.
+    """
     text = re.sub(
-        r"\bdecoder\.up_blocks\.(\d+)\b",
-        lambda m: f"decoder.up.{num_up - 1 - int(m.group(1))}",
-        text,
+        rf"{up_blocks}\.(\d+)\b", lambda m: f"{into}.{num_up - 1 - int(m.group(1))}", text
     )
-    for pattern, name in TO_LATENT_DIFFUSION:
+    for pattern, name in names:
         text = re.sub(pattern, name, text)
     return text
 

@@ -7,8 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
-from tiny_models import random_params
+from tiny_models import quantized_layers, random_params
 from toy_painter import ROW, ToyPainter
 
 import qdit_jax as qdit
@@ -18,7 +17,6 @@ from qdit_jax.diffusion import x0_prediction
 from qdit_jax.evaluation import Contender, Protocol, run_evaluation, summarize
 from qdit_jax.methods import CalibrationData
 from qdit_jax.models import FAMILIES
-from qdit_jax.quant import QTensor
 from qdit_jax.sampling import checkpoint_sampler
 
 BLOCKS = {f"{level}/{name}" for level in ("down", "middle", "up") for name in ("widen", "narrow")}
@@ -33,11 +31,6 @@ def painter(monkeypatch):
 def checkpoint():
     model = ToyPainter()
     return qdit.Checkpoint(model, random_params(model))
-
-
-def kernels(params):
-    flat = flatten_dict(params, sep="/")
-    return {p.removesuffix("/kernel") for p, leaf in flat.items() if isinstance(leaf, QTensor)}
 
 
 def quantized(checkpoint, name="w8a8"):
@@ -84,7 +77,7 @@ def test_calibration_and_sequential_rounding(checkpoint, tmp_path):
         qdit.quantize(checkpoint, "gptq", "w4a8", data=labelled)
     recipe = qdit.Recipe.preset("w4a8", checkpoint, group_size=8)
     params = qdit.round_params(checkpoint.model, checkpoint.params, items, recipe=recipe)
-    assert kernels(params) == BLOCKS
+    assert quantized_layers(params) == BLOCKS
 
 
 def test_evaluation_pairs_samples(checkpoint, tmp_path):
