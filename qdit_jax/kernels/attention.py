@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
+from qdit_jax.types import AnyArray
+
 # What a fused kernel never has as an array: rounds or records the softmax `[B, H, Q, T]`.
-WeightsFn = Callable[[Any], Any]
+WeightsFn = Callable[[Array], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class AttentionImplementation:
     """One row of the table; `run` takes `(q, k, v, mask, scale, weights_fn)`."""
 
     name: str
-    run: Callable[..., Any]
+    run: Callable[[AnyArray, AnyArray, AnyArray, AnyArray | None, float, WeightsFn | None], Array]
     unsupported_reason: Callable[[AttentionShapes], str | None]
 
 
@@ -48,7 +50,7 @@ def attention(
     q: Float[Any, "B Q H D"],
     k: Float[Any, "..."],  # [B, T, H, D], as is v; told apart by `check_shapes`
     v: Float[Any, "..."],
-    mask: Shaped[Any, "..."] | None = None,
+    mask: Shaped[AnyArray, "..."] | None = None,
     *,
     scale: float | None = None,
     weights_fn: WeightsFn | None = None,
@@ -100,8 +102,13 @@ def chosen(shapes: AttentionShapes, implementation: str | None) -> AttentionImpl
 
 
 def xla_attention(
-    q: Any, k: Any, v: Any, mask: Any, scale: float, weights_fn: WeightsFn | None
-) -> Any:
+    q: Float[AnyArray, "B Q H D"],
+    k: Float[AnyArray, "B T H D"],
+    v: Float[AnyArray, "B T H E"],
+    mask: Bool[AnyArray, "_ _ _ T"] | None,
+    scale: float,
+    weights_fn: WeightsFn | None,
+) -> Float[Array, "B Q H E"]:
     """Returns the products as two einsums with all weights in memory: it fits everything."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide) * scale
@@ -130,7 +137,9 @@ def check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> 
         )
 
 
-def checked_mask(mask: Any, q: tuple[int, ...], k: tuple[int, ...]) -> Bool[Array, "B _ _ T"]:
+def checked_mask(
+    mask: Shaped[AnyArray, "..."], q: tuple[int, ...], k: tuple[int, ...]
+) -> Bool[AnyArray, "_ _ _ T"]:
     """Returns the mask with four axes; raises where it is not boolean or does not fit."""
     if mask.dtype != jnp.bool_:
         raise TypeError(f"mask has dtype {mask.dtype}; use booleans, True where a query may look.")

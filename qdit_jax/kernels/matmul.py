@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -50,8 +51,12 @@ def quantized_matmul(
 
 
 def _matmul_traced(
-    x: Any, q: QTensor, act: ActQuant | None, numerics: str, implementation: str | None
-) -> Any:
+    x: Float[Array, "*lead K"],
+    q: QTensor,
+    act: ActQuant | None,
+    numerics: str,
+    implementation: str | None,
+) -> Float[Array, "*lead N"]:
     if x.size == 0:
         return jnp.zeros((*x.shape[:-1], q.shape[1]), x.dtype)
     if implementation is not None:
@@ -64,7 +69,7 @@ def _matmul_traced(
         if (entry := first_that_fits(dataclasses.replace(product, platform=platform))) != elsewhere
     }
 
-    def run(entry: Implementation) -> Any:
+    def run(entry: Implementation) -> Callable[[Array, QTensor, ActQuant | None], Array]:
         return lambda x, q, act: entry.run(x, q, act, numerics)
 
     branches = {platform: run(entry) for platform, entry in chosen.items()}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
+
+from jaxtyping import Array
 
 from qdit_jax.quant import ActQuant, ActSpec, QTensor, WeightSpec
 
@@ -52,7 +54,7 @@ class Implementation:
     """
 
     name: str
-    run: Callable[[Any, QTensor, ActQuant | None, str], Any]
+    run: Callable[[Array, QTensor, ActQuant | None, str], Array]
     unsupported_reason: Callable[[Product], str | None]
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from qdit_jax.kernels.matmul import implementation_of
 from qdit_jax.quant import ActQuant, QTensor
+from qdit_jax.types import Params
 
 
 def implementations_used(
-    params: Any,
+    params: Params,
     numerics: str = "simulated",
     *,
     platform: str | None = None,
@@ -42,7 +42,7 @@ def implementations_used(
 
 
 def quantized_layers(
-    params: Any, path: tuple[str, ...] = ()
+    params: object, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, QTensor, ActQuant | None]]:
     """Yields path, kernel and activation quantizer of every layer with a quantized kernel."""
     if not isinstance(params, Mapping):

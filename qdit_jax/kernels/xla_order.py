@@ -6,17 +6,18 @@ runs, and the whole model would lie in memory. What stops it is another thing on
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from qdit_jax.kernels import xla
 from qdit_jax.kernels.product import Implementation, Product
 from qdit_jax.quant import ActQuant, QTensor, true_after
 
 
-def xla_product(x: Any, q: QTensor, act: ActQuant | None, numerics: str) -> Any:
+def xla_product(
+    x: Float[Array, "*lead K"], q: QTensor, act: ActQuant | None, numerics: str
+) -> Float[Array, "*lead N"]:
     """Returns the product in the order that the compiler chooses."""
     if numerics == "integer":
         assert act is not None  # `invalid_reason` has seen to it
@@ -24,7 +25,9 @@ def xla_product(x: Any, q: QTensor, act: ActQuant | None, numerics: str) -> Any:
     return xla.simulated_matmul(x, q, act)
 
 
-def with_barrier(x: Any, q: QTensor, act: ActQuant | None, numerics: str) -> Any:
+def with_barrier(
+    x: Float[Array, "*lead K"], q: QTensor, act: ActQuant | None, numerics: str
+) -> Float[Array, "*lead N"]:
     """Returns the product, its weights behind an optimization barrier that waits for `x`.
 
     XLA for GPUs and TPUs keeps barriers until its work is in order.
@@ -33,16 +36,22 @@ def with_barrier(x: Any, q: QTensor, act: ActQuant | None, numerics: str) -> Any
     return xla_product(x, q, act, numerics)
 
 
-def after_input(x: Any, q: QTensor, act: ActQuant | None, numerics: str) -> Any:
+def after_input(
+    x: Float[Array, "*lead K"], q: QTensor, act: ActQuant | None, numerics: str
+) -> Float[Array, "*lead N"]:
     """Returns the product, nothing of it computed before `x` is.
 
     XLA:CPU drops barriers before it orders its work; a branch it keeps, see `branches`.
     """
 
-    def product(x: Any, q: QTensor, act: ActQuant | None) -> Any:
+    def product(
+        x: Float[Array, "*lead K"], q: QTensor, act: ActQuant | None
+    ) -> Float[Array, "*lead N"]:
         return xla_product(x, q, act, numerics)
 
-    def zeros(x: Any, q: QTensor, act: ActQuant | None) -> Any:  # never taken
+    def zeros(
+        x: Float[Array, "*lead K"], q: QTensor, act: ActQuant | None
+    ) -> Float[Array, "*lead N"]:  # never taken
         edge = 0 * (x[..., :1] + q.scale.astype(x.dtype).reshape(-1)[:1])
         return jnp.broadcast_to(edge, (*x.shape[:-1], q.shape[1]))
 

@@ -21,6 +21,7 @@ from qdit_jax.quant.division import quotient
 from qdit_jax.quant.finite import check_finite
 from qdit_jax.quant.qtensor import zero_point_of
 from qdit_jax.quant.specs import ActSpec
+from qdit_jax.types import AnyArray, Numbers, Tree
 
 
 def code_limits(spec: ActSpec) -> tuple[int, int]:
@@ -30,7 +31,9 @@ def code_limits(spec: ActSpec) -> tuple[int, int]:
     return 0, 2**spec.bits - 1
 
 
-def grid_of_limits(low: Any, high: Any, spec: ActSpec) -> tuple[Any, Any]:
+def grid_of_limits(
+    low: Float[Array, "*s"], high: Float[Array, "*s"], spec: ActSpec
+) -> tuple[Float[Array, "*s"], Float[Array, "*s"] | None]:
     """Returns (scale, zero_point) of the interval `[low, high]`; zero_point None if symmetric."""
     if spec.unsigned:
         return spec.range_fn.scale(jnp.zeros_like(high), high, spec.bits, False), None
@@ -38,7 +41,9 @@ def grid_of_limits(low: Any, high: Any, spec: ActSpec) -> tuple[Any, Any]:
     return scale, None if spec.symmetric else zero_point_of(low, scale, spec.bits)
 
 
-def dynamic_grid(x: Float[Array, "*lead K"], spec: ActSpec) -> tuple[Any, Any]:
+def dynamic_grid(
+    x: Float[Array, "*lead K"], spec: ActSpec
+) -> tuple[Float[Array, "*lead G"], Float[Array, "*lead G"] | None]:
     """Returns (scale, zero_point), float32 `[*lead, G]`, from the values of `x` themselves.
 
     A shorter last group has its own statistics. zero_point is None if symmetric. `spec.shift`
@@ -55,14 +60,16 @@ def dynamic_grid(x: Float[Array, "*lead K"], spec: ActSpec) -> tuple[Any, Any]:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-1), *grids)
 
 
-def _grid_of_members(members: Float[Array, "*lead G S"], spec: ActSpec) -> tuple[Any, Any]:
+def _grid_of_members(
+    members: Float[Array, "*lead G S"], spec: ActSpec
+) -> tuple[Float[Array, "*lead G"], Float[Array, "*lead G"] | None]:
     symmetric = spec.symmetric and not spec.unsigned
     low, high = spec.range_fn.limits(members, spec.bits, symmetric, members.ndim - 1)
     return grid_of_limits(low, high, spec)
 
 
 def expand_to_channels(
-    values: Float[Array, "*lead G"], num_channels: int, group_size: int
+    values: Float[AnyArray, "*lead G"], num_channels: int, group_size: int
 ) -> Float[Array, "*lead K"]:
     """Returns one value per channel from one value per group."""
     size = groups.effective_group_size(num_channels, group_size)
@@ -71,7 +78,10 @@ def expand_to_channels(
 
 
 def codes_of(
-    x: Float[Array, "*lead K"], scale: Any, zero_point: Any, spec: ActSpec
+    x: Float[Array, "*lead K"],
+    scale: Float[AnyArray, "*#lead G"],
+    zero_point: Float[AnyArray, "*#lead G"] | None,
+    spec: ActSpec,
 ) -> Float[Array, "*lead K"]:
     """Returns the codes of `x` (shift already added) as whole floats, NaN where `x` is not finite.
 
@@ -85,7 +95,10 @@ def codes_of(
 
 
 def values_of(
-    codes: Float[Array, "*lead K"], scale: Any, zero_point: Any, spec: ActSpec
+    codes: Float[Array, "*lead K"],
+    scale: Float[AnyArray, "*#lead G"],
+    zero_point: Float[AnyArray, "*#lead G"] | None,
+    spec: ActSpec,
 ) -> Float[Array, "*lead K"]:
     """Returns the values that codes stand for, `spec.shift` taken off again."""
     if zero_point is not None:
@@ -112,7 +125,12 @@ def fake_quantize(x: Float[Any, "*lead K"], spec: ActSpec) -> Float[Array, "*lea
     return _round_trip(shifted, scale, zero_point, spec).astype(x.dtype)
 
 
-def _round_trip(x: Any, scale: Any, zero_point: Any, spec: ActSpec) -> Any:
+def _round_trip(
+    x: Float[Array, "*lead K"],
+    scale: Float[AnyArray, "*#lead G"],
+    zero_point: Float[AnyArray, "*#lead G"] | None,
+    spec: ActSpec,
+) -> Float[Array, "*lead K"]:
     return values_of(codes_of(x, scale, zero_point, spec), scale, zero_point, spec)
 
 
@@ -143,7 +161,7 @@ class ActQuant:
         """Whether a row must be picked with `at` first."""
         return self.scale is not None and self.scale.ndim == 2
 
-    def at(self, index: Any) -> ActQuant:
+    def at(self, index: Numbers) -> ActQuant:
         """Returns the quantizer of row `index` of the table (an integer, traced or not).
 
         An index `[B]` gives every sample its own row. Without a table, returns itself.
@@ -152,14 +170,14 @@ class ActQuant:
             return self
         index = jnp.asarray(index)
 
-        def pick(table: Any) -> Any:
+        def pick(table: Float[AnyArray, "S G"]) -> Float[Array, "..."]:
             rows = table[index]
             return rows[:, None, :] if index.ndim else rows  # [B, 1, G] or [G]
 
         zero_point = None if self.zero_point is None else pick(self.zero_point)
         return ActQuant(self.spec, pick(self.scale), zero_point)
 
-    def at_timestep(self, timestep: Any) -> ActQuant:
+    def at_timestep(self, timestep: Numbers) -> ActQuant:
         """Returns the quantizer calibrated nearest to `timestep`, a number or one per sample `[B]`.
 
         Without recorded timesteps, returns itself. Works under jit and inside `lax.scan`.
@@ -169,7 +187,9 @@ class ActQuant:
         away = jnp.abs(jnp.asarray(timestep, jnp.float32)[..., None] - self.timesteps)
         return self.at(jnp.argmin(away, axis=-1))
 
-    def grid(self, x: Float[Array, "*lead K"]) -> tuple[Any, Any]:
+    def grid(
+        self, x: Float[Array, "*lead K"]
+    ) -> tuple[Float[AnyArray, "*#lead G"], Float[AnyArray, "*#lead G"] | None]:
         """Returns (scale, zero_point) for `x` (shift added), broadcastable to `[*lead, G]`.
 
         Raises:
@@ -206,7 +226,7 @@ class ActQuant:
             )
 
 
-def static_act_quant(low: Any, high: Any, spec: ActSpec) -> ActQuant:
+def static_act_quant(low: Numbers, high: Numbers, spec: ActSpec) -> ActQuant:
     """Returns the static quantizer of calibrated extremes `[G]` or, a row per step, `[S, G]`.
 
     `low` and `high` are the least and greatest values seen, `spec.shift` not yet added.
@@ -220,13 +240,13 @@ def static_act_quant(low: Any, high: Any, spec: ActSpec) -> ActQuant:
             f"range rule {spec.range_fn.name!r} needs samples, not extremes; compute its limits "
             "from samples, for static_act_quant_of_limits, or use range_fn=ranges.minmax here."
         )
-    low, high = checked_range(low, high, spec)
+    least, greatest = checked_range(low, high, spec)
     symmetric = spec.symmetric and not spec.unsigned
-    low, high = spec.range_fn.limits_from_extremes(low, high, spec.bits, symmetric)
-    return ActQuant(spec, *grid_of_limits(low, high, spec))
+    start, end = spec.range_fn.limits_from_extremes(least, greatest, spec.bits, symmetric)
+    return ActQuant(spec, *grid_of_limits(start, end, spec))
 
 
-def static_act_quant_of_limits(low: Any, high: Any, spec: ActSpec) -> ActQuant:
+def static_act_quant_of_limits(low: Numbers, high: Numbers, spec: ActSpec) -> ActQuant:
     """Returns the static quantizer of limits `[G]` or `[S, G]` that `spec.range_fn` has chosen.
 
     `spec.shift` is not yet added to `low` and `high`.
@@ -237,7 +257,9 @@ def static_act_quant_of_limits(low: Any, high: Any, spec: ActSpec) -> ActQuant:
     return ActQuant(spec, *grid_of_limits(*checked_range(low, high, spec), spec))
 
 
-def checked_range(low: Any, high: Any, spec: ActSpec) -> tuple[Any, Any]:
+def checked_range(
+    low: Numbers, high: Numbers, spec: ActSpec
+) -> tuple[Float[Array, "*s"], Float[Array, "*s"]]:
     """Returns both ends in float32, `spec.shift` added; raises `ValueError` if they are no range."""
     if spec.mode != "static":
         raise ValueError("a dynamic ActSpec takes no calibrated range; use mode='static'.")
@@ -251,7 +273,7 @@ def checked_range(low: Any, high: Any, spec: ActSpec) -> tuple[Any, Any]:
     return low + spec.shift, high + spec.shift
 
 
-def select_timestep(tree: Any, timestep: Any) -> Any:
+def select_timestep(tree: Tree, timestep: Numbers) -> Tree:
     """Returns `tree` with the row of every `ActQuant` table calibrated nearest to `timestep`."""
     return jax.tree.map(
         lambda node: node.at_timestep(timestep) if isinstance(node, ActQuant) else node,

@@ -10,13 +10,13 @@ Dimensions: K input channels, N output channels, G groups.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Num
 
 from qdit_jax.quant import groups
 from qdit_jax.quant.division import quotient
@@ -25,6 +25,7 @@ from qdit_jax.quant.gptq_rounding import damped, nan_unless_finite
 from qdit_jax.quant.qtensor import QTensor, check_kernel, from_codes, scale_and_zero_point
 from qdit_jax.quant.specs import WeightSpec
 from qdit_jax.quant.stored_scales import scale_value
+from qdit_jax.types import Numbers
 
 # The rectified sigmoid's stretch (paper, equation 23).
 _LOW, _HIGH = -0.1, 1.1
@@ -62,7 +63,11 @@ def initial_logits(w: Float[Array, "K N"], scale: Float[Array, "K N"]) -> Float[
 
 
 def soft_codes(
-    w: Float[Array, "K N"], v: Any, scale: Any, offset: Any, bits: int
+    w: Float[Array, "K N"],
+    v: Float[Array, "K N"],
+    scale: Float[Array, "*#s"],
+    offset: Float[Array, "*#s"],
+    bits: int,
 ) -> Float[Array, "K N"]:
     """Returns codes between those below and above `w`; whole where the sigmoid is 0 or 1.
 
@@ -82,8 +87,8 @@ def polarization(v: Float[Array, "K N"], cost: Float[Array, "K N"]) -> Float[Arr
 
 
 def adaround(
-    w: Any,
-    hessian: Any,
+    w: Numbers,
+    hessian: Numbers,
     spec: WeightSpec,
     *,
     settings: AdaRoundSettings | None = None,
@@ -108,7 +113,9 @@ def adaround(
 
 
 @partial(jax.jit, static_argnames=("spec", "settings"))
-def _adaround(w: Any, hessian: Any, spec: WeightSpec, settings: AdaRoundSettings) -> QTensor:
+def _adaround(
+    w: Float[Array, "K N"], hessian: Num[Array, "K K"], spec: WeightSpec, settings: AdaRoundSettings
+) -> QTensor:
     w, hessian = w.astype(jnp.float32), hessian.astype(jnp.float32)
     stored, zero_point = scale_and_zero_point(w, spec)
     stored = nan_unless_finite(stored, hessian)
@@ -119,7 +126,7 @@ def _adaround(w: Any, hessian: Any, spec: WeightSpec, settings: AdaRoundSettings
     if zero_point is not None:
         offset = groups.expand_groups(zero_point, w.shape, spec.group_size)
 
-    def channel_error(codes: Any) -> Any:
+    def channel_error(codes: Float[Array, "K N"]) -> Float[Array, " N"]:
         difference = (codes - offset) * scale - w
         product = jnp.matmul(hessian, difference, precision=jax.lax.Precision.HIGHEST)
         return jnp.sum(difference * product, axis=0)
@@ -129,7 +136,7 @@ def _adaround(w: Any, hessian: Any, spec: WeightSpec, settings: AdaRoundSettings
     unit = jnp.maximum(jnp.sum(base), jnp.finfo(jnp.float32).tiny)
     cost = jnp.diagonal(hessian)[:, None] * jnp.square(scale)
 
-    def objective(v: Any, progress: Any) -> Any:
+    def objective(v: Float[Array, "K N"], progress: Float[Array, ""]) -> Float[Array, ""]:
         error = jnp.sum(channel_error(soft_codes(w, v, scale, offset, spec.bits)))
         span = 1 - settings.warmup - settings.cooldown
         pull = settings.strength * jnp.clip((progress - settings.warmup) / span, 0, 1)
@@ -142,12 +149,16 @@ def _adaround(w: Any, hessian: Any, spec: WeightSpec, settings: AdaRoundSettings
     return from_codes(codes.astype(jnp.uint8), stored, zero_point, spec)
 
 
-def _minimize(objective: Any, v: Any, settings: AdaRoundSettings) -> Any:
+def _minimize(
+    objective: Callable[[Array, Array], Array], v: Float[Array, "K N"], settings: AdaRoundSettings
+) -> Float[Array, "K N"]:
     optimizer = optax.adam(
         optax.cosine_decay_schedule(settings.learning_rate, settings.num_steps, alpha=0.1)
     )
 
-    def step(state: Any, i: Any) -> Any:
+    def step(
+        state: tuple[Array, optax.OptState], i: Int[Array, ""]
+    ) -> tuple[tuple[Array, optax.OptState], None]:
         v, opt_state = state
         gradient = jax.grad(objective)(v, i / settings.num_steps)
         with jax.numpy_dtype_promotion("standard"):  # optax counts steps in int32

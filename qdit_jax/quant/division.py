@@ -7,16 +7,16 @@ on CPU; its code for GPUs is off by up to two units.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from qdit_jax.types import Numbers
+
 _UPPER_HALF = -(1 << 12)  # of a float32: sign, exponent and 11 bits of mantissa
 
 
-def quotient(x: Float[Array, "*s"], divisor: Any) -> Float[Array, "*s"]:
+def quotient(x: Float[Array, "*s"], divisor: Numbers) -> Float[Array, "*s"]:
     """Returns `x / divisor` in float32, rounded to nearest, as IEEE 754 has it.
 
     `divisor` broadcasts to `x`. Beyond about 1e30 and below 1e-30 the last bit is the backend's.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +89,7 @@ class Format:
         return jnp.asarray(self.values())[codes]
 
     @property
-    def operand_dtype(self) -> Any:
+    def operand_dtype(self) -> np.dtype:
         """The narrowest dtype with a dot that holds this format's elements exactly."""
         return jnp.dtype(_OPERANDS[self.element][0])
 
@@ -118,7 +117,7 @@ class Format:
         magnitudes = self.values()[: 2 ** (self.bits - 1)]
         return _count_above(jnp.abs(x), magnitudes, ties_to_even=True) | sign
 
-    def scale_value(self, stored: Any) -> Float[Array, "*s"]:
+    def scale_value(self, stored: Num[Array, "*s"]) -> Float[Array, "*s"]:
         """Returns block scales in float32 from what is stored, the tensor's factor apart."""
         if self.block_scale == "e8m0":
             # exp2 is not exact; the byte is a float32's exponent, but for 2**-127.
@@ -129,7 +128,9 @@ class Format:
             return fp8_e4m3.value(stored)
         return stored_scales.scale_value(stored)
 
-    def stored_scale(self, absmax: Any, tensor_scale: Any) -> Any:
+    def stored_scale(
+        self, absmax: Float[Array, "*s"], tensor_scale: Float[Array, "*#s"] | None
+    ) -> Num[Array, "*s"]:
         """Returns the block scales, as stored, of blocks whose greatest magnitude is `absmax`.
 
         `tensor_scale` broadcasts to `absmax`; it is used by formats that have one. A block of
@@ -144,10 +145,11 @@ class Format:
             return jnp.where(jnp.isfinite(absmax), byte, _E8M0_NAN).astype(jnp.uint8)
         top = self.max_value()
         if self.block_scale == "e4m3":
+            assert tensor_scale is not None
             return _byte_of(quotient(quotient_by_number(absmax, top), tensor_scale), "e4m3")
         return ranges.positive_or_one(quotient_by_number(absmax, top))
 
-    def tensor_scale(self, absmax: Any) -> Any:
+    def tensor_scale(self, absmax: Float[Array, "*s"]) -> Float[Array, "*s"]:
         """Returns the factor for tensors of greatest magnitude `absmax`: blocks fill E4M3."""
         scale = quotient_by_number(absmax, self.max_value() * 448.0)
         return ranges.positive_or_one(scale)
@@ -178,7 +180,7 @@ class Format:
         return self.value(codes) * jnp.repeat(scale, size, axis=-1)[..., : x.shape[-1]]
 
 
-def divide(x: Float[Array, "*s"], scale: Any) -> Float[Array, "*s"]:
+def divide(x: Float[Array, "*s"], scale: Float[Array, "*#s"]) -> Float[Array, "*s"]:
     """Returns `x / scale` rounded once, 0 where `scale` is 0; NaN stays NaN."""
     wide = jax.lax.optimization_barrier(jnp.broadcast_to(scale, x.shape))
     empty = wide == 0

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 
 from qdit_jax.quant import groups
 from qdit_jax.quant.division import quotient
@@ -30,14 +30,21 @@ from qdit_jax.quant.qtensor import (
 )
 from qdit_jax.quant.specs import WeightSpec
 from qdit_jax.quant.stored_scales import scale_value, stored_scale
+from qdit_jax.types import Numbers
 
 BLOCK = 128
 _DAMPING_TRIES = 8
+# Scale and code of 0.0 of each group and output channel.
+Grid = tuple[Float[Array, "G N"], Float[Array, "G N"]]
+# How often the damping was raised, the damping, and the factor it gives.
+Attempt = tuple[Int[Array, ""], Float[Array, ""], Float[Array, "K K"]]
 
 
 @jax.jit
 def accumulate_hessian(
-    hessian: Float[Any, "K K"], x: Float[Any, "*lead K"], weight: Any = 1.0
+    hessian: Float[Any, "K K"],
+    x: Float[Any, "*lead K"],
+    weight: Float[AnyArray, ""] | float | int = 1.0,
 ) -> Float[Array, "K K"]:
     """Returns `hessian + weight * sum x xᵀ` in float32; start from zeros, keep no activations."""
     tokens = x.astype(jnp.float32).reshape(-1, x.shape[-1])
@@ -46,12 +53,12 @@ def accumulate_hessian(
 
 
 def gptq(
-    w: Any,
-    hessian: Any,
+    w: Numbers,
+    hessian: Numbers,
     spec: WeightSpec,
     *,
     damping: float = 0.01,
-    holdout: Any = None,
+    holdout: Numbers | None = None,
 ) -> QTensor:
     """Returns `w` on the grid that `spec` gives it, rounded in the robust form of GPTQ.
 
@@ -76,7 +83,13 @@ def gptq(
 
 
 @partial(jax.jit, static_argnames="spec")
-def _gptq(w: Any, hessian: Any, damping: Any, holdout: Any, spec: WeightSpec) -> QTensor:
+def _gptq(
+    w: Float[Array, "K N"],
+    hessian: Num[Array, "K K"],
+    damping: Float[Array, ""] | float,
+    holdout: Num[Array, "K K"] | None,
+    spec: WeightSpec,
+) -> QTensor:
     w, hessian = w.astype(jnp.float32), hessian.astype(jnp.float32)
     num_channels = w.shape[0]
     alive = jnp.any(hessian != 0, axis=1)
@@ -91,7 +104,7 @@ def _gptq(w: Any, hessian: Any, damping: Any, holdout: Any, spec: WeightSpec) ->
     codes = jnp.zeros_like(codes).at[order].set(codes)
     nearest = codes_on_grid(live, scale, zero_point, spec)
 
-    def better_on(inputs: Any) -> Any:
+    def better_on(inputs: Num[Array, "K K"]) -> UInt8[Array, "K N"]:
         errors = [
             channel_errors(w, from_codes(chosen, scale, zero_point, spec), inputs)
             for chosen in (codes, nearest)
@@ -106,12 +119,16 @@ def _gptq(w: Any, hessian: Any, damping: Any, holdout: Any, spec: WeightSpec) ->
     return from_codes(codes, scale, zero_point, spec)
 
 
-def nan_unless_finite(scale: Float[Array, "G B"], hessian: Any) -> Float[Array, "G B"]:
+def nan_unless_finite(
+    scale: Float[Array, "G B"], hessian: Num[Array, "K K"]
+) -> Float[Array, "G B"]:
     """Returns `scale`, or NaN if `hessian`, traced and so not refused, is not finite."""
     return jnp.where(jnp.all(jnp.isfinite(hessian)), scale, jnp.nan)
 
 
-def gptq_authors(w: Any, hessian: Any, spec: WeightSpec, *, damping: float = 0.01) -> QTensor:
+def gptq_authors(
+    w: Numbers, hessian: Numbers, spec: WeightSpec, *, damping: float = 0.01
+) -> QTensor:
     """Returns `w` rounded as the Q-DiT release's GPTQ does; pass `range_fn=ranges.authors_gptq`.
 
     Channels are visited in order. A group's grid is taken from the running weights when its
@@ -130,7 +147,12 @@ def gptq_authors(w: Any, hessian: Any, spec: WeightSpec, *, damping: float = 0.0
 
 
 @partial(jax.jit, static_argnames="spec")
-def _gptq_authors(w: Any, hessian: Any, damping: Any, spec: WeightSpec) -> QTensor:
+def _gptq_authors(
+    w: Float[Array, "K N"],
+    hessian: Num[Array, "K K"],
+    damping: Float[Array, ""] | float,
+    spec: WeightSpec,
+) -> QTensor:
     w, hessian = w.astype(jnp.float32), hessian.astype(jnp.float32)
     num_channels = w.shape[0]
     size = groups.effective_group_size(num_channels, spec.group_size)
@@ -140,7 +162,7 @@ def _gptq_authors(w: Any, hessian: Any, damping: Any, spec: WeightSpec) -> QTens
     factor = inverse_factor(hessian, damping)
     starts = jnp.arange(0, num_channels, size, dtype=jnp.int32)
 
-    def refresh(running: Any, grid: Any, first: Any) -> Any:
+    def refresh(running: Float[Array, "P N"], grid: Grid, first: Int[Array, ""]) -> Grid:
         now = _grid(*scale_and_zero_point(running[:num_channels], spec), spec)
         inside = ((starts >= first) & (starts < first + BLOCK))[:, None]
         return jax.tree.map(lambda new, old: jnp.where(inside, new, old), now, grid)
@@ -157,7 +179,9 @@ def _gptq_authors(w: Any, hessian: Any, damping: Any, spec: WeightSpec) -> QTens
     return from_codes(codes, scale, None if spec.symmetric else offset, spec)
 
 
-def _grid(scale: Any, zero_point: Any, spec: WeightSpec) -> tuple[Any, Any]:
+def _grid(
+    scale: Float[Array, "G B"], zero_point: Float[Array, "G B"] | None, spec: WeightSpec
+) -> Grid:
     """Returns scale and code of 0.0, both float32 `[G, N]`."""
     if zero_point is None:
         zero_point = jnp.full(scale.shape, 2.0 ** (spec.bits - 1), jnp.float32)
@@ -168,7 +192,7 @@ def _grid(scale: Any, zero_point: Any, spec: WeightSpec) -> tuple[Any, Any]:
     )
 
 
-def inverse_factor(hessian: Float[Array, "K K"], damping: Any) -> Float[Array, "K K"]:
+def inverse_factor(hessian: Float[Array, "K K"], damping: Numbers) -> Float[Array, "K K"]:
     """Returns upper triangular U with `(H + damping * mean(diag H) * I)⁻¹ = Uᵀ U`.
 
     Channels without input get a 1 on the diagonal first. If the factorization fails, the damping
@@ -177,7 +201,9 @@ def inverse_factor(hessian: Float[Array, "K K"], damping: Any) -> Float[Array, "
     return damped(hessian, damping)[1]
 
 
-def damped(hessian: Float[Array, "K K"], damping: Any) -> tuple[Any, Any, Any]:
+def damped(
+    hessian: Float[Array, "K K"], damping: Numbers
+) -> tuple[Float[Array, "K K"], Float[Array, "K K"], Int[Array, ""]]:
     """Returns (positive definite H, its `inverse_factor`, how often the damping was raised).
 
     `H = R Rᵀ` with R upper triangular comes from the Cholesky factor of H read backwards, and
@@ -190,16 +216,16 @@ def damped(hessian: Float[Array, "K K"], damping: Any) -> tuple[Any, Any, Any]:
     mean = jnp.mean(jnp.abs(jnp.diagonal(hessian)))
     eye = jnp.eye(hessian.shape[0], dtype=jnp.float32)
 
-    def attempt(amount: Any) -> Any:
+    def attempt(amount: Float[Array, ""]) -> Float[Array, "K K"]:
         lower = jnp.linalg.cholesky((hessian + amount * mean * eye)[::-1, ::-1])
         inverse = jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
         return inverse[::-1, ::-1]
 
-    def failed(state: Any) -> Any:
+    def failed(state: Attempt) -> Bool[Array, ""]:
         tries, _, factor = state
         return (tries < _DAMPING_TRIES) & ~jnp.all(jnp.isfinite(factor))
 
-    def retry(state: Any) -> Any:
+    def retry(state: Attempt) -> Attempt:
         tries, amount, _ = state
         return tries + 1, amount * 10, attempt(amount * 10)
 
@@ -214,11 +240,11 @@ def damped(hessian: Float[Array, "K K"], damping: Any) -> tuple[Any, Any, Any]:
 def _round_channels(
     w: Float[Array, "K N"],
     factor: Float[Array, "K K"],
-    grid: tuple[Any, Any],
+    grid: Grid,
     group_of: Int[Array, "K"],
     spec: WeightSpec,
-    refresh: Callable | None,
-) -> tuple[Any, tuple[Any, Any]]:
+    refresh: Callable[[Array, Grid, Array], Grid] | None,
+) -> tuple[UInt8[Array, "K N"], Grid]:
     """Returns the codes `[K, N]` of channels rounded in the order given, and the grid at the end.
 
     Blocks of 128 channels are finished before their errors reach the later ones in one product.
@@ -234,18 +260,22 @@ def _round_channels(
     top = 2**spec.bits - 1
     columns = jnp.arange(num_channels + pad, dtype=jnp.int32)
 
-    def round_block(i: Any, state: Any) -> Any:
+    def round_block(
+        i: Int[Array, ""] | int, state: tuple[Array, Array, Grid]
+    ) -> tuple[Array, Array, Grid]:
         w, codes, grid = state
         first = i * block
         if refresh is not None:
-            grid = refresh(w, grid, first)
+            grid = refresh(w, grid, jnp.asarray(first))
         rows = jax.lax.dynamic_slice_in_dim(w, first, block)
         upper = jax.lax.dynamic_slice_in_dim(factor, first, block)
         inside = jax.lax.dynamic_slice_in_dim(upper, first, block, axis=1)
         members = jax.lax.dynamic_slice_in_dim(group_of, first, block)
         scale, offset = grid[0][members], grid[1][members]
 
-        def round_one(j: Any, inner: Any) -> Any:
+        def round_one(
+            j: Int[Array, ""] | int, inner: tuple[Array, Array, Array]
+        ) -> tuple[Array, Array, Array]:
             rows, codes, errors = inner
             code = jnp.clip(jnp.round(quotient(rows[j], scale[j])) + offset[j], 0, top)
             error = (rows[j] - (code - offset[j]) * scale[j]) / inside[j, j]
@@ -280,7 +310,9 @@ def output_error(w: Float[Any, "K N"], q: QTensor, hessian: Float[Any, "K K"]) -
     return jnp.sum(channel_errors(w, q, hessian)) / signal
 
 
-def _check(w: Any, hessian: Any, spec: WeightSpec, name: str = "hessian") -> tuple[Any, Any]:
+def _check(
+    w: Numbers, hessian: Numbers, spec: WeightSpec, name: str = "hessian"
+) -> tuple[Float[Array, "K N"], Num[Array, "K K"]]:
     w, hessian = check_kernel(w, spec), jnp.asarray(hessian)
     if spec.fmt is not None:
         raise ValueError(f"GPTQ rounds to integer codes, not to the format {spec.fmt.name!r}.")

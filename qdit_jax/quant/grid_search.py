@@ -6,13 +6,14 @@ of them searched together.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from qdit_jax.quant import powers
 
@@ -21,11 +22,30 @@ BLOCK = 1536
 _UNROLL = 4
 
 
+@runtime_checkable
+class Rule(Protocol):
+    """What the search asks of a range rule: the ratios to try, the norm, and a grid's scale."""
+
+    @property
+    def num_points(self) -> int: ...
+
+    @property
+    def max_shrink(self) -> float: ...
+
+    @property
+    def norm(self) -> float: ...
+
+    def scale(
+        self, low: Float[Array, "*s"], high: Float[Array, "*s"], bits: int, symmetric: bool
+    ) -> Float[Array, "*s"]:
+        """Returns the step of the codes on `[low, high]`."""
+
+
 def best_ratio(
     x: Float[Array, "*r S N"],
     low: Float[Array, "*r N"],
     high: Float[Array, "*r N"],
-    rule: Any,
+    rule: Rule,
     *,
     bits: int,
     symmetric: bool,
@@ -46,7 +66,7 @@ def best_ratio(
     block = -(-width // num_blocks)
     ratios = jnp.asarray(grid_of(rule), jnp.float32)[:, None]
 
-    def search(where: Any) -> Any:
+    def search(where: tuple[Array, Array]) -> Float[Array, " B"]:
         row, start = where
         members = jax.lax.dynamic_slice(rows, (row, 0, start), (1, size, block))[0]
         widest = [jax.lax.dynamic_slice(end, (row, start), (1, block)) for end in limits]
@@ -62,7 +82,7 @@ def best_ratio(
     return jnp.concatenate(parts, axis=1).reshape(low.shape)
 
 
-def grid_of(rule: Any) -> np.ndarray:
+def grid_of(rule: Rule) -> np.ndarray:
     """Returns the ratios that a rule tries, widest first, in float64."""
     return 1 - np.arange(rule.num_points) * (rule.max_shrink / rule.num_points)
 
@@ -71,7 +91,7 @@ def _score(
     x: Float[Array, "S B"],
     low: Float[Array, "P B"],
     high: Float[Array, "P B"],
-    rule: Any,
+    rule: Rule,
     bits: int,
     symmetric: bool,
 ) -> Float[Array, "P B"]:
@@ -88,7 +108,7 @@ def _score(
     limit = greatest_error(rule, bits)
     fit = None if rule.norm in (1, 2) else powers.root_polynomial(rule.norm, limit)
 
-    def sums(power_fn: Any) -> Any:
+    def sums(power_fn: Callable[[Array], Array]) -> Float[Array, "P B"]:
         return _sum_of_powers(x, per_unit, first, last, power_fn)
 
     if fit is None:
@@ -114,18 +134,22 @@ def unit_of(scale: Float[Array, " B"]) -> Float[Array, " B"]:
 
 
 def _sum_of_powers(
-    x: Float[Array, "S B"], per_unit: Any, first: Any, last: Any, power_fn: Any
+    x: Float[Array, "S B"],
+    per_unit: Float[Array, "P B"],
+    first: Float[Array, "P B"],
+    last: Float[Array, "P B"],
+    power_fn: Callable[[Array], Array],
 ) -> Float[Array, "P B"]:
     """Returns the sum over members of `power_fn(|error|)`, errors in steps."""
 
-    def add(score: Any, row: Any) -> Any:
+    def add(score: Float[Array, "P B"], row: Float[Array, " B"]) -> Float[Array, "P B"]:
         steps = row * per_unit
         code = jnp.round(steps)
         code = jnp.where(code < first, first, code)  # a clip would look after NaNs, at a cost
         code = jnp.where(code > last, last, code)
         return score + power_fn(jnp.abs(steps - code))
 
-    def add_rows(i: Any, score: Any) -> Any:
+    def add_rows(i: Int[Array, ""] | int, score: Float[Array, "P B"]) -> Float[Array, "P B"]:
         for j in range(_UNROLL):  # fewer passes over the scores than one row at a time
             score = add(score, x[i * _UNROLL + j])
         return score
@@ -137,6 +161,6 @@ def _sum_of_powers(
     return score
 
 
-def greatest_error(rule: Any, bits: int) -> float:
+def greatest_error(rule: Rule, bits: int) -> float:
     """Returns the steps by which a value of a group can miss its grid, if the group holds 0."""
     return 1 + 2**bits * (1 / grid_of(rule)[-1] - 1)
