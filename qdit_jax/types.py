@@ -13,7 +13,7 @@ AnyArray: TypeAlias = jax.Array | np.ndarray
 # A number or what converts to an array of them.
 Numbers: TypeAlias = AnyArray | np.generic | float | int | Sequence[Any]
 # One number, traced or not; where a function says so, one per sample.
-Scalar: TypeAlias = AnyArray | np.generic | float | int
+Scalar: TypeAlias = AnyArray | np.number | float | int
 # A key of `jax.random`, typed or raw.
 Key: TypeAlias = jax.Array
 # Nested dicts by name; leaves are arrays, `QTensor`s, or other rows of `quant.LEAVES`.

@@ -6,13 +6,13 @@ Dimensions: I items, B batch, S steps, M items of one trajectory, H, W, C one la
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from qdit_jax import diffusion
 from qdit_jax.calibration.recording import default_sampler, model_inputs
@@ -28,6 +28,7 @@ from qdit_jax.sampling import (
     fitting_guidance,
     initial_noise,
 )
+from qdit_jax.types import Condition, Key, Scalar
 
 # `(sample numbers [B], S) -> steps [B, M]`: which iterations a trajectory's items come from.
 ChooseFn = Callable[[Int[np.ndarray, " B"], int], Int[np.ndarray, "B M"]]
@@ -47,7 +48,7 @@ class Items(NamedTuple):
 
     x: Float[np.ndarray, "I *shape"]
     timestep: Float[np.ndarray, " I"]
-    condition: Any
+    condition: Condition
     sample: Int[np.ndarray, " I"]
 
     def save(self, path: PathLike) -> None:
@@ -75,7 +76,7 @@ class Items(NamedTuple):
                 "`qdit calibrate CKPT FILE --collect spread`."
             ) from error
 
-    def taken(self, index: Any) -> tuple[Any, Any, Any]:
+    def taken(self, index: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray, Condition]:
         """Returns x, timestep and condition of the items `index`, a slice or numbers."""
         condition = jax.tree.map(lambda leaf: leaf[index], self.condition)
         return self.x[index], self.timestep[index], condition
@@ -134,16 +135,16 @@ def authors_steps(seed: int) -> ChooseFn:
 
 def collect_items(
     checkpoint: Checkpoint,
-    key: Any,
+    key: Key,
     num_samples: int = 32,
     *,
-    conditions: Any = None,
+    conditions: Condition = None,
     sampler: diffusion.Sampler | None = None,
-    guidance: Any = 1.5,
+    guidance: Scalar | None = 1.5,
     batch_size: int = 16,
     choose_fn: ChooseFn | None = None,
     null: bool = True,
-    progress_fn: Callable[[int], Any] | None = None,
+    progress_fn: Callable[[int], object] | None = None,
 ) -> Items:
     """Returns items of the full-precision sampler's trajectories, `num_samples` of them.
 
@@ -192,11 +193,11 @@ def joined(parts: Sequence[Items]) -> Items:
 
 
 def trajectory_items(
-    denoise_fn: Callable,
+    denoise_fn: Callable[..., Array],
     sampler: diffusion.Sampler,
-    noise: Any,
-    condition: Any,
-    keys: Any,
+    noise: Float[Array, "B ..."],
+    condition: Condition,
+    keys: Key,
     index: Int[np.ndarray, " B"],
     choose_fn: ChooseFn,
 ) -> Items:

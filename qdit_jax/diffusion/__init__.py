@@ -7,7 +7,7 @@ quick to have.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qdit_jax.diffusion.table import SAMPLERS, SamplerRow, sampler_named, samplers_of
 
@@ -40,15 +40,15 @@ if TYPE_CHECKING:
         heun,
         reverse_ddim,
     )
-    from qdit_jax.diffusion.scheduler_settings import Scheduler, check_fit, read_scheduler
-    from qdit_jax.diffusion.scheduler_walk import (
+    from qdit_jax.diffusion.scheduler_sampling import (
         PREDICT_FNS,
         process_text,
+        sampling_text,
         scheduler_process,
         scheduler_sampler,
         scheduler_timesteps,
-        walk_text,
     )
+    from qdit_jax.diffusion.scheduler_settings import Scheduler, check_fit, read_scheduler
     from qdit_jax.diffusion.schedules import (
         Schedule,
         cosine_betas,
@@ -99,13 +99,13 @@ LAZY = {
         "reverse_ddim",
     ),
     "scheduler_settings": ("Scheduler", "check_fit", "read_scheduler"),
-    "scheduler_walk": (
+    "scheduler_sampling": (
         "PREDICT_FNS",
         "process_text",
         "scheduler_process",
         "scheduler_sampler",
         "scheduler_timesteps",
-        "walk_text",
+        "sampling_text",
     ),
     "schedules": (
         "Schedule",
@@ -165,6 +165,7 @@ __all__ = [
     "sample_trajectory",
     "sampler_named",
     "samplers_of",
+    "sampling_text",
     "scaled_linear_betas",
     "scheduler_process",
     "scheduler_sampler",
@@ -174,13 +175,12 @@ __all__ = [
     "spaced_timesteps",
     "understood",
     "v_prediction",
-    "walk_text",
     "x0_prediction",
     "zero_snr_betas",
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Returns a public name, imported from its file now."""
     if name not in FILE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
 
+from qdit_jax.diffusion.posterior import DenoiseFn, Latents
 from qdit_jax.diffusion.sharded import in_auto_axes
+from qdit_jax.types import Condition, Numbers
 
 
-def as_pytree(denoise_fn: Callable) -> Callable:
+def as_pytree(denoise_fn: DenoiseFn) -> DenoiseFn:
     """Returns `denoise_fn` as something that `jax.jit` accepts as an argument.
 
     A registered pytree stays what it is: its arrays are arguments.  A plain function becomes
@@ -24,7 +26,7 @@ def as_pytree(denoise_fn: Callable) -> Callable:
     return jax.tree_util.Partial(denoise_fn) if is_plain else denoise_fn
 
 
-def check_condition(denoise_fn: Any, condition: Any) -> None:
+def check_condition(denoise_fn: DenoiseFn, condition: Condition) -> None:
     """Calls `denoise_fn.check_condition(condition)` where there is one: it raises if a condition is unknown."""
     check = getattr(denoise_fn, "check_condition", None)
     if check is not None:
@@ -41,11 +43,11 @@ class Guided:
     null: Any
     channels: int | None = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, x: Any, timestep: Any, condition: Any) -> Any:
+    def __call__(self, x: Latents, timestep: Num[Array, " B"], condition: Condition) -> Array:
         """Returns the conditional output with its first `channels` channels guided."""
         return in_auto_axes(_guided, x, timestep, condition, self)
 
-    def of_pairs(self, x: Any, timestep: Any, condition: Any) -> Any:
+    def of_pairs(self, x: Latents, timestep: Num[Array, " B"], condition: Condition) -> Array:
         """Returns the same, of arrays whose placement the compiler chooses."""
         # Pairs lie side by side, so that a batch split over devices splits without traffic.
         output = self.denoise_fn(
@@ -55,7 +57,7 @@ class Guided:
         )
         return _combined(output[0::2], output[1::2], self.scale, self.channels, x.shape[-1])
 
-    def null_of(self, condition: Any) -> Any:
+    def null_of(self, condition: Condition) -> Condition:
         """Returns the null condition of every sample."""
         if self.null is None:
             return self.denoise_fn.null_condition(condition)
@@ -65,16 +67,18 @@ class Guided:
             jax.tree.map(jnp.asarray, condition),
         )
 
-    def check_condition(self, condition: Any) -> None:
+    def check_condition(self, condition: Condition) -> None:
         """Raises what the guided function raises for conditions that it does not know."""
         check_condition(self.denoise_fn, condition)
 
 
-def _guided(x: Any, timestep: Any, condition: Any, guided_fn: Any) -> Any:
+def _guided(
+    x: Latents, timestep: Num[Array, " B"], condition: Condition, guided_fn: Guided | GuidedDoubled
+) -> Array:
     return guided_fn.of_pairs(x, timestep, condition)
 
 
-def _side_by_side(condition: Any, null: Any) -> Any:
+def _side_by_side(condition: Numbers, null: Numbers) -> Array:
     pairs = jnp.stack([jnp.asarray(condition), jnp.asarray(null)], axis=1)
     return pairs.reshape(-1, *pairs.shape[2:])
 
@@ -88,11 +92,11 @@ class GuidedDoubled:
     scale: Any
     channels: int | None = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, x: Any, timestep: Any, condition: Any) -> Any:
+    def __call__(self, x: Latents, timestep: Num[Array, " B"], condition: Condition) -> Array:
         """Returns both halves of the output, guided alike in the first `channels` channels."""
         return in_auto_axes(_guided, x, timestep, condition, self)
 
-    def of_pairs(self, x: Any, timestep: Any, condition: Any) -> Any:
+    def of_pairs(self, x: Latents, timestep: Num[Array, " B"], condition: Condition) -> Array:
         """Returns the same, of arrays whose placement the compiler chooses."""
         half = x.shape[0] // 2
         output = self.denoise_fn(jnp.concatenate([x[:half], x[:half]]), timestep, condition)
@@ -102,12 +106,18 @@ class GuidedDoubled:
         second = jnp.concatenate([first[..., :num_guided], null[..., num_guided:]], axis=-1)
         return jnp.concatenate([first, second])
 
-    def check_condition(self, condition: Any) -> None:
+    def check_condition(self, condition: Condition) -> None:
         """Raises what the guided function raises for conditions that it does not know."""
         check_condition(self.denoise_fn, condition)
 
 
-def _combined(cond: Any, null: Any, scale: Any, channels: int | None, num_channels: int) -> Any:
+def _combined(
+    cond: Float[Array, "B *D O"],
+    null: Float[Array, "B *D O"],
+    scale: Scalar,
+    channels: int | None,
+    num_channels: int,
+) -> Float[Array, "B *D O"]:
     num_guided = num_channels if channels is None else channels
     if num_guided > num_channels:
         raise ValueError(
@@ -122,8 +132,8 @@ def _combined(cond: Any, null: Any, scale: Any, channels: int | None, num_channe
 
 
 def guided(
-    denoise_fn: Callable, scale: Any, *, null: Any = None, channels: int | None = 3
-) -> Callable:
+    denoise_fn: DenoiseFn, scale: Scalar, *, null: Condition = None, channels: int | None = 3
+) -> Guided:
     """Returns `denoise_fn` with guidance: `null + scale (conditional - null)`.
 
     `channels=3` guides the first three channels as the published DiT does, `None` all channels of
@@ -140,7 +150,9 @@ def guided(
     return Guided(as_pytree(denoise_fn), scale, null, channels)
 
 
-def guided_doubled(denoise_fn: Callable, scale: Any, *, channels: int | None = 3) -> Callable:
+def guided_doubled(
+    denoise_fn: DenoiseFn, scale: Scalar, *, channels: int | None = 3
+) -> GuidedDoubled:
     """Returns the published `forward_with_cfg`: both halves travel through the sampler.
 
     The batch is `[x, x]` with conditions `[condition, null]`; the second half's `x` is not read.  Channels

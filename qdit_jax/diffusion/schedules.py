@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -76,7 +75,7 @@ class Schedule:
     """
 
     betas: np.ndarray
-    timestep_map: Any = None
+    timestep_map: np.ndarray = None  # type: ignore[assignment]  # set below
 
     def __post_init__(self):
         betas = np.asarray(self.betas, np.float64)

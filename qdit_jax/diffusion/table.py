@@ -50,7 +50,7 @@ class SamplerRow:
         """Returns whether it follows a velocity, from time 0 at noise to time 1 at the data."""
         return VELOCITY in self.predictions
 
-    def chosen(self, **given: Any) -> dict[str, Any]:
+    def chosen(self, **given: object) -> dict[str, Any]:
         """Returns the given options of `make` that are not None.
 
         Raises:
@@ -110,5 +110,5 @@ def sampler_named(name: str) -> SamplerRow:
 
 
 def samplers_of(prediction: str) -> list[str]:
-    """Returns the names of the samplers that walk with what a network returns."""
+    """Returns the names of the samplers that take what a network returns."""
     return [row.name for row in SAMPLERS.values() if prediction in row.predictions]

@@ -9,13 +9,13 @@ Dimensions: K input channels, N output channels, G groups, S members of a group.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from qdit_jax.ptq.by_columns import decibels, squares_by_columns
 from qdit_jax.quant import QTensor, effective_group_size
+from qdit_jax.types import AnyArray
 
 # A bit's worth of noise. Rounding to nearest on a min-max grid errs by half a step at most, which is
 # three times the noise of uniform rounding, 4.8 dB.
@@ -38,7 +38,7 @@ class Precision:
     num_lost: int
 
 
-def precision_of(w: Any, q: QTensor) -> Precision:
+def precision_of(w: Float[AnyArray, "K N"], q: QTensor) -> Precision:
     """Returns the measured precision of `q` against the kernel `w` `[K, N]`, and the expected one.
 
     The expected noise of integers is step² / 12, with the step of each group's min-max grid.

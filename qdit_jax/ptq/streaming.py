@@ -8,7 +8,6 @@ arrays still to be computed, and `save` computes and writes them one at a time.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,9 +17,10 @@ from qdit_jax.calibration import Stats
 from qdit_jax.checkpoint import Checkpoint, DeferredArray, open_checkpoint, save, split_fields
 from qdit_jax.files import PathLike, check_free
 from qdit_jax.ptq.by_columns import quantize_by_columns
-from qdit_jax.ptq.transform import as_matrix, rewrite_kernels
+from qdit_jax.ptq.transform import OnLayer, as_matrix, rewrite_kernels
 from qdit_jax.quant import GREATEST_WEIGHT, QTensor, WeightSpec, check_finite, quantize
 from qdit_jax.recipes import Recipe
+from qdit_jax.types import AbstractArray, Params
 
 
 def quantize_checkpoint(
@@ -29,7 +29,7 @@ def quantize_checkpoint(
     *,
     recipe: Recipe,
     stats: Stats | None = None,
-    on_layer: Callable[[str, Any, QTensor], None] | None = None,
+    on_layer: OnLayer | None = None,
     overwrite: bool = False,
     metadata: dict[str, Any] | None = None,
 ) -> Checkpoint:
@@ -68,12 +68,12 @@ def quantize_checkpoint(
 
 
 def deferred_quantization(
-    params: Any,
+    params: Params,
     *,
     recipe: Recipe,
     stats: Stats | None = None,
-    on_layer: Callable[[str, Any, QTensor], None] | None = None,
-) -> Any:
+    on_layer: OnLayer | None = None,
+) -> dict[str, Any]:
     """Returns `quantize_params(params, ...)` with kernels that are quantized when they are read.
 
     A kernel's arrays are `DeferredArray`s; `on_layer` is called whenever they are made.
@@ -82,7 +82,7 @@ def deferred_quantization(
         ValueError: as `quantize_params`.
     """
 
-    def defer(path: str, name: str, leaf: Any, spec: WeightSpec) -> QTensor:
+    def defer(path: str, name: str, leaf: AbstractArray, spec: WeightSpec) -> QTensor:
         def make() -> dict[str, Any]:
             matrix = as_matrix(name, np.asarray(leaf))
             check_finite(path, matrix, GREATEST_WEIGHT)

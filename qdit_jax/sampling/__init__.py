@@ -25,8 +25,8 @@ from qdit_jax.sampling.generation import (
     generated_batches,
     initial_noise,
     num_guided_channels,
+    own_sampler,
     own_scheduler,
-    own_walk,
     sampler_text,
 )
 
@@ -51,7 +51,7 @@ __all__ = [
     "generated_batches",
     "initial_noise",
     "num_guided_channels",
+    "own_sampler",
     "own_scheduler",
-    "own_walk",
     "sampler_text",
 ]

@@ -6,7 +6,6 @@ Dimensions: B batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +17,7 @@ from qdit_jax.errors import check_counts
 CPU_BATCH, ACCELERATOR_BATCH = 4, 16  # samples at once on one device
 
 
-def device_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+def device_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a mesh of one axis, `batch`, over the devices; those of this process by default."""
     devices = jax.local_devices() if devices is None else list(devices)
     return Mesh(np.array(devices), ("batch",), axis_types=(AxisType.Auto,))

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import jax
+from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from qdit_jax.errors import check_counts, check_finite
 from qdit_jax.kernels import NUMERICS
 from qdit_jax.models import family_of
 from qdit_jax.quant import QTensor
+from qdit_jax.types import Condition, Params
 
 DEFAULT_GUIDANCE = 1.5
+Guidance = TypeVar("Guidance")  # a number, an array or None
 
 
-def check_diffusion_model(model: Any, name: Any = "the checkpoint") -> None:
+def check_diffusion_model(model: object, name: object = "the checkpoint") -> None:
     """Raises `ValueError` if `model` is no diffusion model; `name` is where it comes from."""
+    if not isinstance(model, nn.Module):
+        return
     try:
         family = family_of(model)
     except TypeError:  # a network of the caller's own
@@ -31,7 +36,7 @@ def check_diffusion_model(model: Any, name: Any = "the checkpoint") -> None:
     )
 
 
-def fitting_guidance(model: Any, guidance: Any) -> Any:
+def fitting_guidance(model: nn.Module, guidance: Guidance) -> Guidance | None:
     """Returns the guidance a network is sampled with: None without a null condition.
 
     Raises:
@@ -49,7 +54,7 @@ def fitting_guidance(model: Any, guidance: Any) -> Any:
     return None
 
 
-def check_numerics(params: Any, numerics: str) -> None:
+def check_numerics(params: Params, numerics: str) -> None:
     """Raises `ValueError` if integer numerics is asked of a network that holds nothing for it.
 
     It needs a layer with quantized weights and quantized inputs.
@@ -68,7 +73,7 @@ def check_numerics(params: Any, numerics: str) -> None:
         )
 
 
-def sample_count(condition: Any, num_samples: int | None) -> int:
+def sample_count(condition: Condition, num_samples: int | None) -> int:
     """Returns how many samples are asked for: one per condition, or a number where there is none.
 
     Raises:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from qdit_jax import diffusion
 from qdit_jax.checkpoint import Checkpoint
@@ -23,6 +23,7 @@ from qdit_jax.models import as_condition, is_concrete
 from qdit_jax.quant import select_timestep
 from qdit_jax.sampling.batches import checked_batch_size, device_mesh, filled_batch
 from qdit_jax.sampling.checks import check_diffusion_model, check_numerics, sample_count
+from qdit_jax.types import Condition, Key, Params, Scalar
 
 PUBLISHED = "published"
 
@@ -35,7 +36,9 @@ class Denoiser:
     params: Any
     model: nn.Module = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, x: Any, timestep: Any, condition: Any) -> Any:
+    def __call__(
+        self, x: Float[Array, "B ..."], timestep: Num[Array, " B"], condition: Condition
+    ) -> Array:
         """Returns the network's output, with the static scales of the nearest timestep if any.
 
         Raises:
@@ -44,28 +47,30 @@ class Denoiser:
         self.check_condition(condition)
         return diffusion.in_auto_axes(_applied, x, timestep, condition, self)
 
-    def check_condition(self, condition: Any) -> None:
+    def check_condition(self, condition: Condition) -> None:
         """Raises `ValueError` if a condition is none of the network's; traced ones are not looked at."""
         check = getattr(self.model, "check_condition", None)  # a function's stand-in has none
         if check is not None and all(is_concrete(leaf) for leaf in jax.tree.leaves(condition)):
             check(condition)
 
-    def null_condition(self, condition: Any) -> Any:
+    def null_condition(self, condition: Condition) -> Condition:
         """Returns the condition of no condition, see `models.Network`."""
         return self.model.null_condition(condition, self.params)
 
 
-def _applied(x: Any, timestep: Any, condition: Any, denoise_fn: Denoiser) -> Any:
+def _applied(
+    x: Float[Array, "B ..."], timestep: Num[Array, " B"], condition: Condition, denoise_fn: Denoiser
+) -> Array:
     params = select_timestep(denoise_fn.params, timestep)
-    return denoise_fn.model.apply({"params": params}, x, timestep, condition)
+    return cast(Array, denoise_fn.model.apply({"params": params}, x, timestep, condition))
 
 
 def denoiser(
-    model: Any,
-    params: Any,
-    guidance: Any = 1.5,
+    model: nn.Module,
+    params: Params,
+    guidance: Scalar | None = 1.5,
     guidance_channels: int | str | None = PUBLISHED,
-) -> Callable:
+) -> Callable[..., Array]:
     """Returns the `denoise_fn` of a network, guided by its null condition.
 
     Parameters and `guidance` are arguments of whatever is compiled with it.  `guidance=None`, or
@@ -90,7 +95,7 @@ def denoiser(
     return diffusion.guided(plain, guidance, channels=channels)
 
 
-def check_guidance(guidance: Any) -> None:
+def check_guidance(guidance: object) -> None:
     """Raises if `guidance` is no finite number, nor an array of such; a traced one is not looked at.
 
     Raises:
@@ -107,7 +112,7 @@ def check_guidance(guidance: Any) -> None:
         raise ValueError(f"guidance={guidance} is not supported; use a finite number.")
 
 
-def num_guided_channels(model: Any, guidance_channels: int | str | None) -> int | None:
+def num_guided_channels(model: nn.Module, guidance_channels: int | str | None) -> int | None:
     """Returns how many channels guidance changes, None for all; see `denoiser`.
 
     Raises:
@@ -127,7 +132,7 @@ def num_guided_channels(model: Any, guidance_channels: int | str | None) -> int 
     return int(guidance_channels)
 
 
-def conditions_in_turn(model: Any, conditions: Any, index: Int[Any, " B"]) -> Any:
+def conditions_in_turn(model: nn.Module, conditions: Condition, index: Int[Any, " B"]) -> Condition:
     """Returns the conditions of the samples numbered `index`: entry `i modulo their number`.
 
     `conditions` is a pytree with one entry per class or prompt, as numbers or NumPy arrays; None is
@@ -168,7 +173,7 @@ def checkpoint_sampler(
     checkpoint: Checkpoint,
     steps: int | str = 50,
     *,
-    walk: str | None = None,
+    sampler: str | None = None,
     eta: float | int = 0.0,
     clip: float | int | None = None,
 ) -> diffusion.Sampler:
@@ -178,7 +183,7 @@ def checkpoint_sampler(
 
     Args:
         steps: a number, or a published spacing (`"ddim25"`) in place of the scheduler's own.
-        walk: a row of `diffusion.SAMPLERS`, as the network allows; None for its own.
+        sampler: a row of `diffusion.SAMPLERS` that fits the network; None for its own.
         eta: noise of DDIM.
         clip: range of the predicted data, in place of the scheduler's own clipping.
 
@@ -186,35 +191,35 @@ def checkpoint_sampler(
         ValueError: if the options do not fit the network, its scheduler or each other.
     """
     model, scheduler = checkpoint.model, own_scheduler(checkpoint.metadata)
-    own = own_walk(checkpoint)
-    walk = walk or own
-    row = diffusion.sampler_named(walk)
+    own = own_sampler(checkpoint)
+    name = sampler or own
+    row = diffusion.sampler_named(name)
     if model.prediction not in row.predictions:
-        raise ValueError(f"walk={walk!r}: {fitting_samplers(model)}")
+        raise ValueError(f"sampler={name!r}: {fitting_samplers(model)}")
     given = row.chosen(eta=eta or None, clip=clip)
     variance_fn = diffusion.learned_range if model.learned_variance else diffusion.fixed_large
     if scheduler is not None:
         return diffusion.scheduler_sampler(
-            scheduler, steps, walk=walk, eta=eta, clip=clip, variance_fn=variance_fn
+            scheduler, steps, sampler=name, eta=eta, clip=clip, variance_fn=variance_fn
         )
     if not row.spacings:
         if not str(steps).isdecimal():
-            raise ValueError(f"steps={steps!r}: {walk} takes a positive number.")
+            raise ValueError(f"steps={steps!r}: {name} takes a positive number.")
         return row.make_fn(int(steps), **given)
     if "variance_fn" in row.options:
         given["variance_fn"] = variance_fn
     return row.make_fn(steps, predict_fn=diffusion.PREDICT_FNS[model.prediction], **given)
 
 
-def fitting_samplers(model: Any) -> str:
-    """Returns a sentence on which samplers a network can be walked with."""
+def fitting_samplers(model: nn.Module) -> str:
+    """Returns a sentence that names the samplers that fit a network."""
     what = model.prediction
     kind = {"velocity": "a velocity", "epsilon": "noise"}.get(what, what)
     return f"this model predicts {kind}; use {' or '.join(diffusion.samplers_of(what))}."
 
 
-def own_walk(checkpoint: Checkpoint) -> str:
-    """Returns the walk that a checkpoint takes by itself, a row of `diffusion.SAMPLERS`.
+def own_sampler(checkpoint: Checkpoint) -> str:
+    """Returns the name in `diffusion.SAMPLERS` of a checkpoint's own sampler.
 
     Raises:
         UserError: if the network does not return what its scheduler reads.
@@ -224,7 +229,7 @@ def own_walk(checkpoint: Checkpoint) -> str:
         return model.default_sampler
     is_flow = model.prediction == "velocity"
     diffusion.check_fit(is_flow, model.learned_variance, scheduler)
-    return scheduler.walk
+    return scheduler.sampler
 
 
 def sampler_text(checkpoint: Checkpoint) -> str | None:
@@ -234,14 +239,14 @@ def sampler_text(checkpoint: Checkpoint) -> str | None:
         return None
     return (
         f"{scheduler.class_name}: {diffusion.process_text(scheduler)}; "
-        f"walk: {diffusion.walk_text(scheduler)}"
+        f"sampler: {diffusion.sampling_text(scheduler)}"
     )
 
 
 @jax.jit(static_argnames=("shape",))
 def initial_noise(
-    key: Any, index: Int[Array, " B"], shape: tuple[int, ...]
-) -> tuple[Float[Array, "B *shape"], Any]:
+    key: Key, index: Int[Array, " B"], shape: tuple[int, ...]
+) -> tuple[Float[Array, "B *shape"], Key]:
     """Returns the noise `[B, *shape]` of the samples numbered `index`, and one key each for later.
 
     Both follow from `jax.random.fold_in(key, index)` alone: a sample starts from the same noise
@@ -258,13 +263,22 @@ def decode(vae: Checkpoint, latents: Float[Array, "B h w Z"]) -> Float[Array, "B
 
 
 @jax.jit(static_argnames=("model",))
-def _decoded(model, params, latents):
+def _decoded(
+    model: nn.Module, params: Params, latents: Float[Array, "B h w Z"]
+) -> Float[Array, "B H W C"]:
     latents = latents / model.scaling_factor + model.shift_factor
-    return model.apply({"params": params}, latents, method="decode")
+    return cast(Array, model.apply({"params": params}, latents, method="decode"))
 
 
 @jax.jit(static_argnames=("shape",))
-def _generated(denoise_fn, sampler, key, index, condition, shape):
+def _generated(
+    denoise_fn: Callable[..., Array],
+    sampler: diffusion.Sampler,
+    key: Key,
+    index: Int[Array, " B"],
+    condition: Condition,
+    shape: tuple[int, ...],
+) -> Float[Array, "B *shape"]:
     noise, keys = initial_noise(key, index, shape)
     return diffusion.sample(denoise_fn, sampler, noise, condition, keys)
 
@@ -272,16 +286,16 @@ def _generated(denoise_fn, sampler, key, index, condition, shape):
 def generate(
     checkpoint: Checkpoint,
     sampler: diffusion.Sampler,
-    condition: Any,
+    condition: Condition,
     *,
     num_samples: int | None = None,
     seed: int = 0,
-    guidance: Any = 1.5,
+    guidance: Scalar | None = 1.5,
     guidance_channels: int | str | None = PUBLISHED,
     batch_size: int | None = None,
     numerics: str = "simulated",
-    decode_fn: Callable | None = decode,
-    progress_fn: Callable[[int], Any] | None = None,
+    decode_fn: Callable[[Checkpoint, Array], Array] | None = decode,
+    progress_fn: Callable[[int], object] | None = None,
 ) -> Float[np.ndarray, "N *shape"]:
     """Returns one sample per condition, full precision or quantized alike; about [-1, 1].
 
@@ -327,16 +341,16 @@ def generate(
 def generated_batches(
     checkpoint: Checkpoint,
     sampler: diffusion.Sampler,
-    condition: Any,
+    condition: Condition,
     starts: Iterable[int],
     *,
     batch_size: int,
     num_samples: int | None = None,
     seed: int = 0,
-    guidance: Any = 1.5,
+    guidance: Scalar | None = 1.5,
     guidance_channels: int | str | None = PUBLISHED,
     numerics: str = "simulated",
-    decode_fn: Callable | None = decode,
+    decode_fn: Callable[[Checkpoint, Array], Array] | None = decode,
 ) -> Iterator[tuple[int, Float[np.ndarray, "B *shape"]]]:
     """Yields what `generate` returns batch by batch: the first sample's number, and the samples.
 
@@ -372,7 +386,7 @@ def generated_batches(
         yield start, np.asarray(out)[: stop - start]
 
 
-def check_seed(seed: Any) -> int:
+def check_seed(seed: object) -> int:
     """Returns `seed` as an integer.
 
     Raises:
