@@ -1,4 +1,4 @@
-"""Single inputs of a network, drawn from sampling trajectories, as calibration data of rounding.
+"""Inputs of single network calls, taken from sampling trajectories, as calibration data for rounding.
 
 Dimensions: I items, B batch, S steps, M items of one trajectory, H, W, C one latent.
 """
@@ -23,7 +23,7 @@ from qdit_jax.quant import check_finite
 from qdit_jax.sampling import (
     check_diffusion_model,
     check_seed,
-    conditions_in_turn,
+    cyclic_conditions,
     denoiser,
     fitting_guidance,
     initial_noise,
@@ -36,14 +36,14 @@ ChooseFn = Callable[[Int[np.ndarray, " B"], int], Int[np.ndarray, "B M"]]
 
 # Names in files of earlier versions.
 EARLIER_NAMES = {"label": "condition"}
-UNCONDITIONAL = "unconditional"  # stands in a file in the place of the conditions
+UNCONDITIONAL = "unconditional"  # in a file in place of conditions
 
 
 class Items(NamedTuple):
     """Arguments of single calls of the network; `sample` is the trajectory each comes from.
 
-    `condition` is a pytree of arrays with I first: labels, or a dict by name; None where the network
-    takes none.
+    `condition` is a pytree of arrays with I as first axis: labels, or a dict by name; None if the
+    network takes none.
     """
 
     x: Float[np.ndarray, "I *shape"]
@@ -115,7 +115,7 @@ def spread_steps(num_items: int = 4) -> ChooseFn:
 def authors_steps(seed: int) -> ChooseFn:
     """Returns the choice of the Q-DiT release: one step per sample, no step twice in a batch.
 
-    NumPy's legacy `RandomState(seed)` goes on from batch to batch.
+    One NumPy `RandomState(seed)` is used for all batches, one after another.
 
     Raises:
         ValueError: when called, if a batch has more samples than the sampler has steps.
@@ -172,7 +172,7 @@ def collect_items(
     parts = []
     for start in range(0, num_samples, batch_size):
         index = np.arange(start, min(start + batch_size, num_samples))
-        condition = conditions_in_turn(model, conditions, index)
+        condition = cyclic_conditions(model, conditions, index)
         noise, keys = initial_noise(key, jnp.asarray(index, jnp.int32), model.sample_shape())
         parts.append(
             trajectory_items(denoise_fn, sampler, noise, condition, keys, index, choose_fn)

@@ -30,7 +30,7 @@ from qdit_jax.recipes import layer_paths
 from qdit_jax.sampling import (
     check_diffusion_model,
     checkpoint_sampler,
-    conditions_in_turn,
+    cyclic_conditions,
     denoiser,
     fitting_guidance,
     initial_noise,
@@ -102,7 +102,7 @@ def calibrate(
     observe = partial(observe_call, params, model=model, hessians=hessians, num_tokens=num_tokens)
     for start in range(state["num_done"], num_samples, batch_size):
         index = np.arange(start, min(start + batch_size, num_samples))
-        condition = conditions_in_turn(model, conditions, index)
+        condition = cyclic_conditions(model, conditions, index)
         x, timestep = trajectory(denoise_fn, sampler, model, key, index, condition)
         halves = conditional_and_null(model, params, condition)
         state["timesteps"] = np.asarray(timestep)

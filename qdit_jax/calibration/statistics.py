@@ -93,8 +93,8 @@ class Stats:
 def input_rows(apply: Callable[[], Any]) -> dict[str, Float[jax.Array, "R K"]]:
     """Returns `{path: input rows}` of every linear layer and attention operand in one call.
 
-    `apply` runs the network once; call this inside the function that is jitted, and what is not
-    used of it is never held.
+    `apply` calls the network once. Call this inside a jitted function: inputs that are not used are
+    then never in memory.
     """
     rows: dict[str, jax.Array] = {}
 

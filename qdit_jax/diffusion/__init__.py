@@ -1,7 +1,7 @@
-"""The diffusion process: schedules, samplers, guidance and the loop that joins them.
+"""The diffusion process: schedules, samplers, guidance, and the sampling loop.
 
-A name is imported from its file when it is first used, so that the names of the samplers alone are
-quick to have.
+Names are imported from their files when they are first used, so that the table of samplers can be
+read without importing JAX.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     )
     from qdit_jax.diffusion.sharded import in_auto_axes
 
-# File -> what it has for other rooms.
+# File -> its public names.
 LAZY = {
     "flow_matching": ("flow_match", "flow_match_sigmas"),
     "guidance": ("guided", "guided_doubled"),

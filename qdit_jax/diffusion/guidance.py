@@ -17,9 +17,9 @@ from qdit_jax.types import Condition, Numbers
 def as_pytree(denoise_fn: DenoiseFn) -> DenoiseFn:
     """Returns `denoise_fn` as something that `jax.jit` accepts as an argument.
 
-    A registered pytree stays what it is: its arrays are arguments.  A plain function becomes
-    static, compared by identity, and the arrays it closes over become constants; give large ones
-    as `jax.tree_util.Partial(function, params)` instead.
+    A registered pytree is returned as it is: its arrays are arguments.  A plain function becomes
+    static, compared by identity, and the arrays it closes over become constants; pass large ones
+    with `jax.tree_util.Partial(function, params)` instead.
     """
     leaves = jax.tree.leaves(denoise_fn)
     is_plain = len(leaves) == 1 and leaves[0] is denoise_fn
@@ -27,7 +27,7 @@ def as_pytree(denoise_fn: DenoiseFn) -> DenoiseFn:
 
 
 def check_condition(denoise_fn: DenoiseFn, condition: Condition) -> None:
-    """Calls `denoise_fn.check_condition(condition)` where there is one: it raises if a condition is unknown."""
+    """Calls `denoise_fn.check_condition(condition)` if it exists, which raises if a condition is unknown."""
     check = getattr(denoise_fn, "check_condition", None)
     if check is not None:
         check(condition)
@@ -36,7 +36,7 @@ def check_condition(denoise_fn: DenoiseFn, condition: Condition) -> None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Guided:
-    """A guided `denoise_fn`: one model call on the conditional and the null half together."""
+    """A guided `denoise_fn`: one model call on a batch of conditional and null samples."""
 
     denoise_fn: Any
     scale: Any
@@ -48,8 +48,8 @@ class Guided:
         return in_auto_axes(_guided, x, timestep, condition, self)
 
     def of_pairs(self, x: Latents, timestep: Num[Array, " B"], condition: Condition) -> Array:
-        """Returns the same, of arrays whose placement the compiler chooses."""
-        # Pairs lie side by side, so that a batch split over devices splits without traffic.
+        """Returns the same, for arrays whose sharding the compiler chooses."""
+        # A sample and its null sample are neighbors, so that a sharded batch needs no communication.
         output = self.denoise_fn(
             jnp.repeat(x, 2, axis=0),
             jnp.repeat(timestep, 2, axis=0),
@@ -68,7 +68,7 @@ class Guided:
         )
 
     def check_condition(self, condition: Condition) -> None:
-        """Raises what the guided function raises for conditions that it does not know."""
+        """Raises what the guided function raises for unknown conditions."""
         check_condition(self.denoise_fn, condition)
 
 
@@ -93,11 +93,11 @@ class GuidedDoubled:
     channels: int | None = dataclasses.field(metadata={"static": True})
 
     def __call__(self, x: Latents, timestep: Num[Array, " B"], condition: Condition) -> Array:
-        """Returns both halves of the output, guided alike in the first `channels` channels."""
+        """Returns the output with both halves guided the same way in the first `channels` channels."""
         return in_auto_axes(_guided, x, timestep, condition, self)
 
     def of_pairs(self, x: Latents, timestep: Num[Array, " B"], condition: Condition) -> Array:
-        """Returns the same, of arrays whose placement the compiler chooses."""
+        """Returns the same, for arrays whose sharding the compiler chooses."""
         half = x.shape[0] // 2
         output = self.denoise_fn(jnp.concatenate([x[:half], x[:half]]), timestep, condition)
         cond, null = output[:half], output[half:]
@@ -107,7 +107,7 @@ class GuidedDoubled:
         return jnp.concatenate([first, second])
 
     def check_condition(self, condition: Condition) -> None:
-        """Raises what the guided function raises for conditions that it does not know."""
+        """Raises what the guided function raises for unknown conditions."""
         check_condition(self.denoise_fn, condition)
 
 
@@ -126,7 +126,7 @@ def _combined(
         )
     eps, null_eps = cond[..., :num_guided], null[..., :num_guided]
     scale = jnp.asarray(scale, eps.dtype)
-    if scale.ndim == 1:  # one scale a sample
+    if scale.ndim == 1:  # one scale per sample
         scale = scale.reshape(-1, *(1,) * (eps.ndim - 1))
     return jnp.concatenate([null_eps + scale * (eps - null_eps), cond[..., num_guided:]], axis=-1)
 
@@ -137,13 +137,13 @@ def guided(
     """Returns `denoise_fn` with guidance: `null + scale (conditional - null)`.
 
     `channels=3` guides the first three channels as the published DiT does, `None` all channels of
-    the latents as diffusers does.  Channels that are not guided, the variance's among them, are
-    the conditional half's.  `scale` is a number or one number per sample; it may be traced.
+    the latents as diffusers does.  Channels that are not guided, such as the variance's, come from
+    the conditional output.  `scale` is a number or one number per sample; it may be traced.
     The model is called once, on twice the batch: sample i conditional, then sample i null.
 
     Args:
-        null: the condition of no condition, a pytree that broadcasts to the batch's; by default
-            `denoise_fn.null_condition(condition)` returns it.
+        null: the null condition, a pytree that broadcasts to the batch's conditions; by default
+            `denoise_fn.null_condition(condition)`.
     """
     if channels is not None and channels < 1:
         raise ValueError(f"channels={channels} is not supported; use 1 or more, or None for all.")
@@ -153,7 +153,7 @@ def guided(
 def guided_doubled(
     denoise_fn: DenoiseFn, scale: Scalar, *, channels: int | None = 3
 ) -> GuidedDoubled:
-    """Returns the published `forward_with_cfg`: both halves travel through the sampler.
+    """Returns the published `forward_with_cfg`: both halves pass through the sampler.
 
     The batch is `[x, x]` with conditions `[condition, null]`; the second half's `x` is not read.  Channels
     that are not guided follow each half's own output.  The first half equals `guided`.

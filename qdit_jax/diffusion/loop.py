@@ -1,4 +1,4 @@
-"""The one sampling loop: a `lax.scan` over a sampler's rows, compiled once a length and shape.
+"""The one sampling loop: a `lax.scan` over a sampler's rows, compiled once per length and shape.
 
 Dimension letters: S = number of steps, B = batch, channels last.
 """
@@ -34,12 +34,12 @@ def sample(
     of arrays with the batch first, or None.  It, the noise, the key and
     the sampler's coefficients are data: only shapes and the number of steps are static.
 
-    A stochastic sampler draws its noise from `key`, one key for the batch or one a sample (then a
-    sample's noise does not depend on its neighbors), or reads `step_noise [S, B, ...]`.
+    A stochastic sampler draws its noise from `key`, one key for the batch or one per sample
+    (then a sample's noise does not depend on the others), or reads `step_noise [S, B, ...]`.
 
     Raises:
-        ValueError: if a stochastic sampler is given neither, shapes do not fit, or `denoise_fn`
-            knows which conditions there are (it has `check_condition`) and one is not among them.
+        ValueError: if a stochastic sampler is given neither, shapes do not fit, or a condition is
+            unknown to `denoise_fn.check_condition`, if there is one.
     """
     final, _ = sample_trajectory(
         denoise_fn, sampler, noise, condition, key, step_noise=step_noise, collect_fn=nothing
@@ -68,9 +68,9 @@ def sample_trajectory(
 ) -> tuple[Float[Array, "B ..."], Tree]:
     """Returns the final latents, and `collect_fn` of every step stacked along a first axis.
 
-    By default that is a `Step` with `x`, `output`, `x0`, `x_next` as `[S, B, ...]` and
-    `timestep` as `[S]`: what the model was given is `x`.  `collect_fn` is static: pass a function
-    that lives longer than the call, not a fresh lambda.
+    By default that is a `Step` with `x` (what the model was given), `output`, `x0` and `x_next` as
+    `[S, B, ...]` and `timestep` as `[S]`.  `collect_fn` is static: a new function, such as a lambda
+    in a loop, compiles anew.
 
     Raises:
         ValueError: as `sample`.

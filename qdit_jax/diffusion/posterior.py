@@ -1,6 +1,6 @@
-"""What a model's output says about one step: `x_0`, `eps`, and the Gaussian of the step before.
+"""`x_0`, `eps` and the Gaussian of the next step, from a model's output at one step.
 
-Coefficients arrive as scalars of one timestep, gathered by the sampling loop.
+Coefficients are scalars of one timestep, which the sampling loop takes from a table.
 Dimension letters: B = batch, D = height and width (and frames), C = channels of the latents,
 O = channels of the model's output.
 """
@@ -38,7 +38,7 @@ DenoiseFn = Callable[..., Array]
 PredictFn = Callable[[Latents, Latents, Prediction], tuple[Latents, Latents]]
 # (x, x_0, eps, row, limit) -> (x_0, eps)
 LimitFn = Callable[[Latents, Latents, Latents, Prediction, Any], tuple[Latents, Latents]]
-# The range of the predicted data, or what another rule than clipping takes.
+# The largest magnitude of the predicted data, or the two numbers of `dynamic_threshold`.
 Limit = Scalar | tuple[Scalar, Scalar]
 
 
@@ -55,7 +55,7 @@ def x0_prediction(x: Latents, output: Latents, row: Prediction) -> tuple[Latents
 def v_prediction(x: Latents, output: Latents, row: Prediction) -> tuple[Latents, Latents]:
     """Returns `(x_0, eps)` of a model that predicts `v = signal eps - noise x_0`.
 
-    (Salimans and Ho, arXiv:2202.00512.) It holds where there is no signal, too.
+    (Salimans and Ho, arXiv:2202.00512.) It also holds where there is no signal.
     """
     return x * row.signal - output * row.noise, output * row.signal + x * row.noise
 
@@ -85,7 +85,7 @@ def dynamic_threshold(
 ) -> tuple[Latents, Latents]:
     """Returns `x_0` clipped at a quantile of its own and scaled into [-1, 1], and `eps` as it is.
 
-    `limit` is the quantile's share and the largest range; the smallest is 1. One range a sample
+    `limit` is the quantile, in [0, 1], and the largest range; the smallest is 1. One range per sample
     (Saharia et al., arXiv:2205.11487).
     """
     share, largest = limit
@@ -105,8 +105,8 @@ def predicted(
 ) -> tuple[Latents, Latents]:
     """Returns `(x_0, eps)`, with `x_0` kept within `limit` by `limit_fn`.
 
-    Channels of `output` beyond those of `x` are the variance's and are not read; `limit=None`
-    leaves `x_0` as it is.
+    Channels of `output` beyond those of `x` belong to the variance and are not used; `limit=None`
+    leaves `x_0` unclipped.
     """
     num_channels = x.shape[-1]
     if output.shape[:-1] != x.shape[:-1] or output.shape[-1] not in (
@@ -137,7 +137,7 @@ VarianceFn = Callable[[Latents, Float[Array, "B *D O"], LogVariance], Latents]
 
 
 def learned_range(x: Latents, output: Float[Array, "B *D O"], row: LogVariance) -> Latents:
-    """Returns the log variance that the model's last channels choose between the two extremes.
+    """Returns the log variance, interpolated by the model's last channels between the two extremes.
 
     -1 is the smallest, 1 the largest (Nichol and Dhariwal, arXiv:2102.09672).
 

@@ -49,7 +49,7 @@ SolveFn = Callable[[DenoiseFn, Latents, Latents, Condition, FlowRow], Latents]
 
 
 class Step(NamedTuple):
-    """One iteration: what the model was given, what it returned, and what followed."""
+    """One iteration: the model's input and output, the predicted data, and the next `x`."""
 
     x: Array
     timestep: AnyArray
@@ -60,7 +60,7 @@ class Step(NamedTuple):
 
 @runtime_checkable
 class Sampler(Protocol[Row]):
-    """What the sampling loop asks of a sampler."""
+    """What the sampling loop needs of a sampler; `Row` is one row of its table."""
 
     @property
     def table(self) -> Row:
@@ -214,8 +214,9 @@ def ddim(
     """Returns the DDIM sampler; `eta=0` is deterministic, `eta=1` has DDPM's variance.
 
     `steps` is a number or a published spacing (`"ddim25"`, `"10,15,20"`).  `schedule` is the
-    process that the model was trained on, by default 1000 linear timesteps.  `clip` is what
-    `limit_fn` takes: the range of the predicted data, by default with `eps` made consistent.
+    process that the model was trained on, by default 1000 linear timesteps.  `clip` is passed
+    to `limit_fn`: the range of the predicted data, whose default recomputes `eps` from the clipped
+    data.
 
     Raises:
         ValueError: if `eta` is not in [0, 1], or `steps` does not fit the schedule.
@@ -234,14 +235,14 @@ def ddim_sampler(
     predict_fn: PredictFn = posterior.eps_prediction,
     limit_fn: LimitFn = posterior.consistent_clip,
 ) -> DDIM:
-    """Returns the DDIM sampler from given shares of signal, rows from data to noise.
+    """Returns the DDIM sampler of given shares of signal, ordered from data to noise.
 
     At `timesteps[i]` the signal's share of the variance (`alphas_cumprod`) is `now[i]`, and
     the step from there arrives at `target[i]`.
 
     Raises:
-        ValueError: if `eta` is not in [0, 1], or a model of the noise is asked where there is no
-            signal.
+        ValueError: if `eta` is not in [0, 1], or a model of the noise is evaluated where there is
+            no signal.
     """
     if not 0 <= eta <= 1:
         raise ValueError(
@@ -311,8 +312,8 @@ def ddpm_sampler(
 ) -> DDPM:
     """Returns the ancestral sampler of a process with the variances as they are.
 
-    Differs from `ddpm`, which takes the second posterior variance for the first, which is 0: here
-    that one is 1e-20. `adds_noise` says which steps add noise, from data to noise.
+    Differs from `ddpm` in the first posterior variance, which is 0: `ddpm` replaces it by the second,
+    this by 1e-20. `adds_noise` says which steps add noise, ordered from data to noise.
     """
     variance = np.log(np.maximum(process.posterior_variance, 1e-20))
     betas = np.log(process.betas)

@@ -107,10 +107,11 @@ def scheduler_sampler(
     """Returns the sampler that a scheduler describes: it draws the same samples as diffusers.
 
     Args:
-        steps: how many, at the scheduler's own spacing; a published spacing (`"ddim25"`,
-            `"10,15,20"`) takes the place of its own.
+        steps: how many, at the scheduler's own spacing; or a published spacing (`"ddim25"`,
+            `"10,15,20"`) in place of its own.
         sampler: a row of `SAMPLERS` in place of the scheduler's own, on the same process.
-        clip: range of the predicted data, `eps` made consistent, in place of its own clipping.
+        clip: range of the predicted data in place of the scheduler's own clipping; `eps` is
+            recomputed from the clipped data.
         variance_fn: of an ancestral sampler, where the scheduler names no variance.
 
     Raises:
@@ -146,7 +147,7 @@ def scheduler_sampler(
         if row.name == "ddpm":
             return ddpm_sampler(between, visited > 0, **options)
         return row.make_fn(between.num_timesteps, schedule=between, **options)
-    # Where the spacing is not this stride, diffusers arrives elsewhere than the next step starts.
+    # diffusers' step arrives one integer stride away, even where the next step starts elsewhere.
     arrived = visited - process.num_timesteps // int(text)
     last = 1.0 if settings.get("set_alpha_to_one", True) else process.alphas_cumprod[0]
     target = np.where(arrived >= 0, process.alphas_cumprod[np.maximum(arrived, 0)], last)

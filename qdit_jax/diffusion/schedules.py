@@ -4,7 +4,7 @@ Dimension letters: S = number of timesteps of a schedule, B = batch.
 
 The forward process is `x_t = sqrt(alphas_cumprod[t]) x_0 + sqrt(1 - alphas_cumprod[t]) eps`
 (Ho et al., arXiv:2006.11239).  Everything here is plain NumPy: coefficients are rounded to float32
-once, when a sampler takes them.
+once, when a sampler is built.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def sigmoid_betas(
 
 
 def zero_snr_betas(betas: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
-    """Returns betas whose last timestep keeps no signal at all (Lin et al., arXiv:2305.08891).
+    """Returns betas whose last timestep has no signal (Lin et al., arXiv:2305.08891).
 
     The square roots of the signal's share are shifted to end at 0 and scaled to start where they
     did.

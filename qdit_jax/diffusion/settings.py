@@ -1,4 +1,4 @@
-"""Settings that come in somebody else's file, held against a table of those that are understood."""
+"""Checks the settings in another program's file against a table of those that are understood."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Setting:
         kind: one of `KINDS`.
         allowed: the values that are understood; empty for all of that kind.
         low, high: the range of a number, both ends included.
-        default: what a file that leaves it out means.
+        default: its value where a file leaves it out.
         optional: whether null is a value.
-        used: whether it changes anything here; a setting that is not used is known to be harmless.
-        remedy: what to do about a value that is not understood.
+        used: whether it has an effect here; one that is not used is known not to matter.
+        remedy: what the message advises for a value that is not understood.
     """
 
     kind: str

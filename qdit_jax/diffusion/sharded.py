@@ -1,4 +1,4 @@
-"""Calls whose arrays lie on a mesh with Explicit axes, as `jax.make_mesh` makes them by default."""
+"""Calls with arrays on a mesh of Explicit axes, the default of `jax.make_mesh`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from jaxtyping import Array
 def in_auto_axes(fn: Callable[..., Array], x: Array, *args: object) -> Array:
     """Returns `fn(x, *args)`, an array of as many axes as `x`, sharded as `x` is.
 
-    Under Explicit axes every operation must say where its result lies where that is ambiguous; a
-    network need not know, so the compiler chooses inside of `fn`. Elsewhere this is a plain call.
+    Under Explicit axes an operation whose output sharding is ambiguous must be given one. Inside of
+    `fn` the compiler chooses instead, so that networks need not know of it. On other meshes and
+    without one this is a plain call.
     """
     sharding = getattr(jax.typeof(x), "sharding", None)
     mesh = getattr(sharding, "mesh", None)

@@ -1,4 +1,4 @@
-"""`attention`: the two products of attention and the softmax between, in one place.
+"""`attention`: the two products of attention and the softmax between them.
 
 Dimensions: B batch, Q and T query and key positions, H heads, D channels of a head.
 """
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from qdit_jax.types import AnyArray
 
-# What a fused kernel never has as an array: rounds or records the softmax `[B, H, Q, T]`.
+# Rounds or records the softmax `[B, H, Q, T]`, which a fused kernel never holds as an array.
 WeightsFn = Callable[[Array], Array]
 
 
@@ -26,7 +26,7 @@ class AttentionShapes:
     Attributes:
         q_shape, k_shape: `[B, Q, H, D]` and `[B, T, H, D]`.
         mask_shape: None without a mask.
-        sees_weights: whether something rounds or records the softmax.
+        sees_weights: whether there is a `weights_fn`, which rounds or records the softmax.
         dtype: name of the queries' dtype.
     """
 
@@ -56,15 +56,15 @@ def attention(
     weights_fn: WeightsFn | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B Q H D"]:
-    """Returns `softmax(scale q k^T) v`, every head by itself, in the dtype of `v`.
+    """Returns `softmax(scale q k^T) v`, for each head, in the dtype of `v`.
 
-    The softmax is computed in float32 at least. Operands that are quantized come rounded.
+    The softmax is computed in float32 or wider. Quantized operands are given already rounded.
 
     Args:
         mask: True where a query may look: `[B, T]`, or `[1 or B, 1 or H, 1 or Q, T]`. A query that may
             look nowhere gets 0.
         scale: `D ** -0.5` by default.
-        weights_fn: of the softmax `[B, H, Q, T]`, for instance what rounds it.
+        weights_fn: applied to the softmax `[B, H, Q, T]`, for example to round it.
         implementation: a name in `ATTENTION_IMPLEMENTATIONS`; None takes the first that fits.
 
     Raises:
@@ -109,7 +109,7 @@ def xla_attention(
     scale: float,
     weights_fn: WeightsFn | None,
 ) -> Float[Array, "B Q H E"]:
-    """Returns the products as two einsums with all weights in memory: it fits everything."""
+    """Returns the products as two einsums with all weights in memory; it supports every call."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide) * scale
     if mask is None:
@@ -125,7 +125,7 @@ def xla_attention(
 
 
 def anything(shapes: AttentionShapes) -> None:
-    """Returns None: plain XLA computes attention of every kind."""
+    """Returns None: plain XLA supports every call."""
     return None
 
 

@@ -1,9 +1,10 @@
-"""What integer numerics multiply: two operands, cut into segments.
+"""The operands of integer numerics, cut into segments.
 
 Integers and number formats alike are `value = (element - zero) * scale`. Integer codes, moved by
 `2**(bits-1)`, and the doubled elements of E2M1 are int8; FP8 elements are bfloat16, NF4's float32.
-Two int8 operands keep their zeros, which their sums take off exactly. In a wider dtype every
-`element - zero` is exact itself, and a sum would cancel; so there the zero is taken off first.
+Two int8 operands keep their zeros, which are subtracted from the int32 sums, exactly. In a wider
+dtype each `element - zero` is exact, while a float32 sum would cancel; there the zero is subtracted
+first.
 
 Dimensions: T tokens, K input channels, N output channels, B scales of a row, U segments of K,
 L channels of a segment.
@@ -130,7 +131,7 @@ def weight_operand(q: QTensor, dtype: np.dtype, segments: Segments) -> Operand[W
     stacked = WeightSegment(codes, zero, take(q.scale, group))
 
     def segment(one: WeightSegment) -> Elements:
-        # Else XLA for GPUs, whose int8 dot wants columns, keeps a turned copy of all packed codes.
+        # Otherwise XLA for GPUs, whose int8 dot takes columns, keeps a transposed copy of all codes.
         codes = with_layout_constraint(unpacked(one.codes), Layout(major_to_minor=(0, 1)))
         scale = jnp.repeat(row_scale(q, one.scale), q.channel_group)  # [N]
         if q.fmt is not None:
@@ -157,10 +158,10 @@ def row_scale(q: QTensor, scale: Num[AnyArray, " B"]) -> Float[Array, " B"]:
 def stacked_codes(
     q: QTensor, segments: Segments
 ) -> tuple[UInt8[Array, "U ..."], Callable[[Array], Array]]:
-    """Returns an array to scan over and what makes a segment's codes, uint8 `[L, N]`, of its rows.
+    """Returns an array to scan over, and a function from one of its rows to codes, uint8 `[L, N]`.
 
-    Where every segment has bytes of its own, the array is the packed codes: one segment at a time
-    is unpacked. Elsewhere the layer is.
+    Where no byte holds codes of two segments, the array is the packed codes, unpacked one segment
+    at a time. Otherwise it is the unpacked codes of the whole layer.
     """
     count, length = segments.rows.shape
     fields = 8 // q.bits
@@ -181,6 +182,6 @@ def column(
 
 
 def take(values: Num[AnyArray, "G ..."], index: np.ndarray) -> Num[AnyArray, "U ..."]:
-    """Returns the rows `index` of `values`; itself where that is everything in order."""
+    """Returns the rows `index` of `values`; `values` itself where these are all rows in order."""
     same = np.array_equal(index, np.arange(values.shape[0]))
     return values if same else jnp.take(values, index, axis=0)

@@ -1,4 +1,4 @@
-"""Both numerics in plain XLA: the fallback everywhere, and the oracle.
+"""Both numerics in plain XLA: the fallback on every platform, and the reference in tests.
 
 Dimensions: T tokens, K input channels, N output channels, L channels of a segment.
 """
@@ -67,7 +67,7 @@ def integer_matmul(
     total, weight_sums = jax.lax.scan(add_segment, total, operands)
     if weight_sums is not None:
         total = total - shift * jnp.sum(weight_sums, axis=0)
-    # No whole number stands for NaN or infinity, nor does a calibrated scale tell of them.
+    # Integer codes cannot represent NaN or infinity, and calibrated scales do not show them.
     is_finite = jnp.all(jnp.isfinite(x), axis=-1)[..., None]
     return jnp.where(is_finite, total.reshape(*x.shape[:-1], width), jnp.nan).astype(dtype)
 

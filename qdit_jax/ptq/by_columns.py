@@ -16,7 +16,7 @@ from jaxtyping import Float
 from qdit_jax.quant import QTensor, WeightSpec, dequantize, quantize
 from qdit_jax.types import AnyArray
 
-# Values per block, 6 MB in float32: six blocks of a DiT-XL's largest kernel, all of one shape.
+# Values per block, 6 MB in float32: a DiT-XL's largest kernel is six blocks of one shape.
 BLOCK = 3 << 19
 
 
@@ -34,7 +34,7 @@ def column_blocks(shape: tuple[int, ...], channel_group: int) -> list[slice]:
 def quantize_by_columns(w: Float[np.ndarray, "K N"], spec: WeightSpec) -> QTensor:
     """Returns `quantize(w, spec)` bit for bit, its arrays in NumPy.
 
-    A format with a factor for the whole tensor is quantized as a whole.
+    A kernel in a format with a factor per tensor is quantized in one block.
 
     Raises:
         TypeError, ValueError: see `quantize`.

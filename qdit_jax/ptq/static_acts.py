@@ -25,7 +25,7 @@ from qdit_jax.quant import (
 def act_quantizer(path: str, spec: ActSpec, stats: Stats | None) -> ActQuant:
     """Returns the activation quantizer of one layer; static ones take their range from `stats`.
 
-    A range rule that looks at more than extremes, such as `ranges.mse()`, takes its limits from the
+    A range rule that needs more than extremes, such as `ranges.mse()`, computes its limits from the
     tokens that the statistics keep.
 
     Raises:

@@ -1,8 +1,8 @@
 """Quantizing a checkpoint layer by layer from disk to disk, in the memory of its largest layer.
 
-`quantize_checkpoint` does it in one call. Its parts: `open_checkpoint` gives the tree of `load` with
+`quantize_checkpoint` does it in one call. Its parts: `open_checkpoint` returns the tree of `load` with
 every array still on disk, `deferred_quantization` the tree of `quantize_params` with every kernel's
-arrays still to be computed, and `save` computes and writes them one at a time.
+arrays not computed yet, and `save` computes and writes them one at a time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def quantize_checkpoint(
     """Writes the checkpoint in `source`, rounded to nearest by `recipe`, to the folder `out`.
 
     Each layer is read, quantized, written and freed before the next: beside the runtime and its
-    programs, memory holds two copies of the largest array; call `memory.give_back_freed_memory`
+    compiled programs, memory holds two copies of the largest array; call `memory.give_back_freed_memory`
     first, or memory freed by earlier layers stays with the process as well. The result is bit for bit what
     `load`, `quantize_params` and `save` write, and appears under its name once it is complete.
 
@@ -45,8 +45,8 @@ def quantize_checkpoint(
         stats: calibration statistics, for static activation scales only.
         on_layer: called with the path, the kernel `[K, N]` and its `QTensor` as each is written.
         overwrite: replace the checkpoint at `out`; never `source`, nor what lies around or inside it.
-        metadata: of the new checkpoint, written when all layers are; by default that of `source`,
-            which it names.
+        metadata: of the new checkpoint, written after all layers; by default that of `source`, with
+            the path of `source` added.
 
     Returns:
         The new checkpoint as `open_checkpoint` reads it.
@@ -76,7 +76,7 @@ def deferred_quantization(
 ) -> dict[str, Any]:
     """Returns `quantize_params(params, ...)` with kernels that are quantized when they are read.
 
-    A kernel's arrays are `DeferredArray`s; `on_layer` is called whenever they are made.
+    A kernel's arrays are `DeferredArray`s; `on_layer` is called whenever they are computed.
 
     Raises:
         ValueError: as `quantize_params`.

@@ -139,7 +139,7 @@ def rewrite_kernels(
 
 
 def finite_where_kept(params: Params, written: Params) -> dict[str, Any]:
-    """Returns `written` with the leaves that it has from `params` checked for NaN and infinity.
+    """Returns `written`, after a check of the leaves that are unchanged from `params` for NaN and infinity.
 
     Arrays that are still on disk are checked when they are read.
 
@@ -150,7 +150,7 @@ def finite_where_kept(params: Params, written: Params) -> dict[str, Any]:
     for name, leaf in flat.items():
         if leaf is not kept.get(name) or not hasattr(leaf, "dtype"):
             continue
-        called = name.removesuffix("/kernel")  # a layer is called by its path
+        called = name.removesuffix("/kernel")  # errors name a layer by its path
         if isinstance(leaf, DeferredArray):
             flat[name] = checked_when_read(called, leaf)
         else:
@@ -159,7 +159,7 @@ def finite_where_kept(params: Params, written: Params) -> dict[str, Any]:
 
 
 def checked_when_read(name: str, leaf: DeferredArray) -> DeferredArray:
-    """Returns a lazy array that refuses what is not finite, by `name`."""
+    """Returns a lazy array that is checked for NaN and infinity when it is read; errors say `name`."""
 
     def make() -> dict[str, Any]:
         array = leaf.make()[leaf.name]

@@ -1,4 +1,4 @@
-"""Quantizing the inputs of linear layers: dynamic, static, or one row of scales per timestep.
+"""Quantizing the inputs of linear layers: dynamic, static, or static with scales per timestep.
 
 Dimensions: K channels, G groups along K, S rows of a table of scales, B samples.
 The equation is that of weights, per token: `x' = (code - zero_point) * scale - shift`, with
@@ -100,7 +100,7 @@ def values_of(
     zero_point: Float[AnyArray, "*#lead G"] | None,
     spec: ActSpec,
 ) -> Float[Array, "*lead K"]:
-    """Returns the values that codes stand for, `spec.shift` taken off again."""
+    """Returns the values that codes stand for, less `spec.shift`."""
     if zero_point is not None:
         codes = codes - expand_to_channels(zero_point, codes.shape[-1], spec.group_size)
     values = codes * expand_to_channels(scale, codes.shape[-1], spec.group_size)
@@ -141,12 +141,12 @@ def _round_trip(
 )
 @dataclasses.dataclass(frozen=True)
 class ActQuant:
-    """An activation quantizer with what it has learned in calibration.
+    """An activation quantizer with its calibrated scales, if it has any.
 
     Attributes:
         spec: static settings.
         scale: None when dynamic; static: `[G]` (`[1]`: one for the tensor), or a table `[S, G]`
-            with one row a sampling step or timestep bucket, from which `at` picks.
+            with one row per sampling step or range of timesteps, from which `at` picks.
         zero_point: like `scale`, whole numbers; None when symmetric or dynamic.
         timesteps: `[S]`, what the rows of a table were calibrated at; `at_timestep` needs them.
     """
@@ -193,7 +193,7 @@ class ActQuant:
         """Returns (scale, zero_point) for `x` (shift added), broadcastable to `[*lead, G]`.
 
         Raises:
-            ValueError: if scales are missing, are still a table, or do not fit K.
+            ValueError: if scales are missing, are a table (pick a row with `at`), or do not fit K.
         """
         if self.spec.mode == "dynamic":
             return dynamic_grid(x, self.spec)
@@ -227,7 +227,7 @@ class ActQuant:
 
 
 def static_act_quant(low: Numbers, high: Numbers, spec: ActSpec) -> ActQuant:
-    """Returns the static quantizer of calibrated extremes `[G]` or, a row per step, `[S, G]`.
+    """Returns the static quantizer of calibrated extremes `[G]`, or `[S, G]` with one row per step.
 
     `low` and `high` are the least and greatest values seen, `spec.shift` not yet added.
 

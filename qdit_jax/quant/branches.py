@@ -1,8 +1,8 @@
 """Branches that are always taken, so that XLA:CPU computes when and where a program says.
 
 It fuses a cheap producer into each of its consumers, and computes what depends on parameters alone
-long before it is used; optimization barriers are gone when it decides. What stands in a branch of a
-conditional is computed when the branch is taken, from operands that are computed once.
+long before it is used; optimization barriers are gone when it decides. The contents of a branch
+of a conditional are computed when the branch is taken, from operands that are computed once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 
 def true_after(x: Float[Any, "..."]) -> Bool[Array, ""]:
-    """Returns true, which the compiler does not know and cannot have before the values of `x`.
+    """Returns true, as a value that the compiler does not know and that depends on the values of `x`.
 
     `x` has one element or more.
     """

@@ -29,7 +29,7 @@ def quotient_by_number(x: Float[Array, "*s"], divisor: int | float) -> Float[Arr
     """Returns `x / divisor`, rounded once, for one number `divisor`.
 
     XLA turns a division by a broadcast scalar into a product with its reciprocal, which may be
-    one ulp off; a divisor that seems to depend on `x` is left alone, under vmap too.
+    one ulp off. It leaves a divisor alone that seems to depend on `x`, also under vmap.
     """
     return quotient(x, jnp.where(jnp.isnan(x), 1.0, divisor))
 
@@ -43,7 +43,7 @@ def corrected(
 ) -> Float[Array, "*s"]:
     """Returns `x / divisor` rounded once from a quotient `near` that is a few units off.
 
-    The remainder `x - near * divisor` is had exactly from halves of both factors, whose products
+    The remainder `x - near * divisor` is computed exactly from halves of both factors, whose products
     have no rounding error, fused with the sums or not (Dekker, 1971).
     """
     upper, lower = _halves(near)

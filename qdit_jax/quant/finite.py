@@ -1,4 +1,4 @@
-"""Refusing what is not finite, by name, before anything is computed with it."""
+"""Refuses NaN and infinity, by name, before anything is computed with them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def check_finite(
     """Raises `ValueError` if `array` holds NaN or infinity; a traced one is not looked at.
 
     Args:
-        name: what the sentence calls it: an argument, or a layer's path.
-        limit: the greatest magnitude that will do.
+        name: what the message calls it: an argument, or a layer's path.
+        limit: the greatest magnitude that is allowed.
     """
     if isinstance(array, jax.core.Tracer) or not is_float(array) or np.size(array) == 0:
         return
-    # The extremes tell of every value and need no memory of the array's size.
+    # The extremes show any NaN or infinity without an array of the same size.
     held = np.asarray(array) if in_host_memory(array) else jnp.asarray(array)
     with np.errstate(invalid="ignore"):
         low, high = float(held.min()), float(held.max())

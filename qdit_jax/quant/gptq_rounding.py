@@ -1,10 +1,11 @@
-"""GPTQ (arXiv:2210.17323): rounding that lets later channels make up for earlier errors.
+"""GPTQ (arXiv:2210.17323): rounding in which later channels compensate the errors of earlier ones.
 
 For inputs x with Hessian `H = sum x xᵀ`, channels are rounded one after another; each one's
 error is spread over the channels not yet rounded, along the rows of the upper Cholesky factor U
 of `H⁻¹ = Uᵀ U`.
 
-Dimensions: K input channels, N output channels, G groups, B channels of a lazy block.
+Dimensions: K input channels, N output channels, G groups, B scales per row; P is K padded to whole
+blocks of `BLOCK` channels.
 """
 
 from __future__ import annotations
@@ -92,16 +93,17 @@ def _gptq(
 ) -> QTensor:
     w, hessian = w.astype(jnp.float32), hessian.astype(jnp.float32)
     num_channels = w.shape[0]
-    alive = jnp.any(hessian != 0, axis=1)
-    order = jnp.argsort(-jnp.diagonal(hessian))
+    alive = jnp.any(hessian != 0, axis=1)  # [K]
+    order = jnp.argsort(-jnp.diagonal(hessian))  # [K], position -> channel
     scale, zero_point = scale_and_zero_point(w, spec)
-    scale = nan_unless_finite(scale, hessian)
+    scale = nan_unless_finite(scale, hessian)  # [G, B]
     grid = _grid(scale, zero_point, spec)
     live = jnp.where(alive[:, None], w, 0)
     positive, factor, tries = damped(hessian[order][:, order], damping)
     size = groups.effective_group_size(num_channels, spec.group_size)
+    # A channel keeps the group of its own index, wherever it is visited.
     codes, _ = _round_channels(live[order], factor, grid, (order // size), spec, None)
-    codes = jnp.zeros_like(codes).at[order].set(codes)
+    codes = jnp.zeros_like(codes).at[order].set(codes)  # back in the order of the channels
     nearest = codes_on_grid(live, scale, zero_point, spec)
 
     def better_on(inputs: Num[Array, "K K"]) -> UInt8[Array, "K N"]:
@@ -113,8 +115,10 @@ def _gptq(
 
     if holdout is not None:
         codes = better_on(holdout)
-    else:  # What no inputs can have made is no ground for leaving the nearest codes.
-        where = jnp.argsort(order)
+    else:
+        # A sum of x xᵀ has no negative eigenvalues, and the first damping suffices. Where it did not,
+        # GPTQ's codes have to prove better than the nearest ones.
+        where = jnp.argsort(order)  # channel -> position
         codes = jax.lax.cond(tries > 0, lambda: better_on(positive[where][:, where]), lambda: codes)
     return from_codes(codes, scale, zero_point, spec)
 
@@ -160,11 +164,11 @@ def _gptq_authors(
     grid = _grid(*scale_and_zero_point(w, spec), spec)
     live = jnp.where(dead[:, None], 0, w)
     factor = inverse_factor(hessian, damping)
-    starts = jnp.arange(0, num_channels, size, dtype=jnp.int32)
+    starts = jnp.arange(0, num_channels, size, dtype=jnp.int32)  # [G], first channel of each group
 
     def refresh(running: Float[Array, "P N"], grid: Grid, first: Int[Array, ""]) -> Grid:
         now = _grid(*scale_and_zero_point(running[:num_channels], spec), spec)
-        inside = ((starts >= first) & (starts < first + BLOCK))[:, None]
+        inside = ((starts >= first) & (starts < first + BLOCK))[:, None]  # [G, 1]
         return jax.tree.map(lambda new, old: jnp.where(inside, new, old), now, grid)
 
     group_of = jnp.arange(num_channels, dtype=jnp.int32) // size
@@ -172,8 +176,9 @@ def _gptq_authors(
     codes, (scale, offset) = _round_channels(
         live, factor, grid, group_of, spec, None if keep else refresh
     )
+    # Output channels of a channel group have one scale: keep one of each.
     width = scale.shape[-1] // spec.channel_group
-    scale = scale.reshape(-1, width, spec.channel_group)[..., 0]
+    scale = scale.reshape(-1, width, spec.channel_group)[..., 0]  # [G, B]
     offset = offset.reshape(-1, width, spec.channel_group)[..., 0]
     scale = nan_unless_finite(stored_scale(scale, spec.scale_dtype), hessian)
     return from_codes(codes, scale, None if spec.symmetric else offset, spec)
@@ -182,7 +187,7 @@ def _gptq_authors(
 def _grid(
     scale: Float[Array, "G B"], zero_point: Float[Array, "G B"] | None, spec: WeightSpec
 ) -> Grid:
-    """Returns scale and code of 0.0, both float32 `[G, N]`."""
+    """Returns scale and code of 0.0, both float32 `[G, N]`; symmetric codes have theirs in the middle."""
     if zero_point is None:
         zero_point = jnp.full(scale.shape, 2.0 ** (spec.bits - 1), jnp.float32)
     repeat = spec.channel_group
@@ -212,23 +217,26 @@ def damped(
     """
     hessian = hessian.astype(jnp.float32)
     diagonal = jnp.diagonal(hessian)
-    hessian = hessian + jnp.diag((diagonal == 0).astype(jnp.float32))
+    hessian = hessian + jnp.diag((diagonal == 0).astype(jnp.float32))  # channels without input
     mean = jnp.mean(jnp.abs(jnp.diagonal(hessian)))
     eye = jnp.eye(hessian.shape[0], dtype=jnp.float32)
 
     def attempt(amount: Float[Array, ""]) -> Float[Array, "K K"]:
+        # Both axes reversed turn a lower triangular factor into an upper one, and back.
         lower = jnp.linalg.cholesky((hessian + amount * mean * eye)[::-1, ::-1])
         inverse = jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
         return inverse[::-1, ::-1]
 
     def failed(state: Attempt) -> Bool[Array, ""]:
         tries, _, factor = state
+        # A factorization that fails gives NaN.
         return (tries < _DAMPING_TRIES) & ~jnp.all(jnp.isfinite(factor))
 
     def retry(state: Attempt) -> Attempt:
         tries, amount, _ = state
         return tries + 1, amount * 10, attempt(amount * 10)
 
+    # Above 0, so that raising it tenfold changes it.
     amount = jnp.maximum(jnp.float32(damping), jnp.float32(1e-8))
     state = (jnp.int32(0), amount, attempt(amount))
     tries, amount, factor = jax.lax.while_loop(failed, retry, state)
@@ -247,15 +255,17 @@ def _round_channels(
 ) -> tuple[UInt8[Array, "K N"], Grid]:
     """Returns the codes `[K, N]` of channels rounded in the order given, and the grid at the end.
 
-    Blocks of 128 channels are finished before their errors reach the later ones in one product.
+    A block of 128 channels is finished before its errors reach all later channels, in one product.
+    `refresh`, if given, returns the grid anew at the start of each block.
     """
     num_channels, width = w.shape
+    # `refresh` counts in blocks of `BLOCK` channels, even where there are fewer.
     block = min(BLOCK, num_channels) if refresh is None else BLOCK
     pad = -num_channels % block
-    w = jnp.pad(w, ((0, pad), (0, 0)))
-    factor = jnp.pad(factor, ((0, pad), (0, pad)))
+    w = jnp.pad(w, ((0, pad), (0, 0)))  # [P, N]
+    factor = jnp.pad(factor, ((0, pad), (0, pad)))  # [P, P]
     added = jnp.arange(num_channels + pad, dtype=jnp.int32) >= num_channels
-    factor = factor + jnp.diag(added.astype(jnp.float32))
+    factor = factor + jnp.diag(added.astype(jnp.float32))  # no division by 0 in padded channels
     group_of = jnp.pad(group_of, (0, pad), mode="edge")
     top = 2**spec.bits - 1
     columns = jnp.arange(num_channels + pad, dtype=jnp.int32)
@@ -267,11 +277,11 @@ def _round_channels(
         first = i * block
         if refresh is not None:
             grid = refresh(w, grid, jnp.asarray(first))
-        rows = jax.lax.dynamic_slice_in_dim(w, first, block)
-        upper = jax.lax.dynamic_slice_in_dim(factor, first, block)
-        inside = jax.lax.dynamic_slice_in_dim(upper, first, block, axis=1)
-        members = jax.lax.dynamic_slice_in_dim(group_of, first, block)
-        scale, offset = grid[0][members], grid[1][members]
+        rows = jax.lax.dynamic_slice_in_dim(w, first, block)  # [block, N]
+        upper = jax.lax.dynamic_slice_in_dim(factor, first, block)  # [block, P]
+        inside = jax.lax.dynamic_slice_in_dim(upper, first, block, axis=1)  # [block, block]
+        members = jax.lax.dynamic_slice_in_dim(group_of, first, block)  # [block]
+        scale, offset = grid[0][members], grid[1][members]  # [block, N]
 
         def round_one(
             j: Int[Array, ""] | int, inner: tuple[Array, Array, Array]
@@ -279,12 +289,14 @@ def _round_channels(
             rows, codes, errors = inner
             code = jnp.clip(jnp.round(quotient(rows[j], scale[j])) + offset[j], 0, top)
             error = (rows[j] - (code - offset[j]) * scale[j]) / inside[j, j]
+            # 0 in earlier channels: row j of an upper triangular factor starts at j.
             rows = rows - inside[j][:, None] * error
             return rows, codes.at[j].set(code.astype(jnp.uint8)), errors.at[j].set(error)
 
         empty = (rows, jnp.zeros((block, width), jnp.uint8), jnp.zeros((block, width), jnp.float32))
         _, new_codes, errors = jax.lax.fori_loop(0, block, round_one, empty)
-        later = jnp.where(columns >= first + block, upper, 0)
+        # Errors inside the block have been compensated by `round_one`.
+        later = jnp.where(columns >= first + block, upper, 0)  # [block, P]
         w = w - jnp.matmul(later.T, errors, precision=jax.lax.Precision.HIGHEST)
         return w, jax.lax.dynamic_update_slice_in_dim(codes, new_codes, first, 0), grid
 
@@ -296,7 +308,7 @@ def _round_channels(
 def channel_errors(
     w: Float[Any, "K N"], q: QTensor, hessian: Float[Any, "K K"]
 ) -> Float[Array, "N"]:
-    """Returns every output channel's squared error over the inputs that made `hessian`."""
+    """Returns every output channel's squared error over the inputs that `hessian` sums up."""
     difference = w.astype(jnp.float32) - dequantize(q)
     product = jnp.matmul(hessian, difference, precision=jax.lax.Precision.HIGHEST)
     return jnp.sum(difference * product, axis=0)
@@ -304,7 +316,7 @@ def channel_errors(
 
 @jax.jit
 def output_error(w: Float[Any, "K N"], q: QTensor, hessian: Float[Any, "K K"]) -> Float[Array, ""]:
-    """Returns ‖x(w − w')‖² / ‖x w‖² over the inputs x that made `hessian`."""
+    """Returns ‖x(w − w')‖² / ‖x w‖² over the inputs x that `hessian` sums up."""
     w = w.astype(jnp.float32)
     signal = jnp.sum(w * jnp.matmul(hessian, w, precision=jax.lax.Precision.HIGHEST))
     return jnp.sum(channel_errors(w, q, hessian)) / signal

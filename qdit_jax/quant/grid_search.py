@@ -1,7 +1,7 @@
 """The clipping-ratio search behind the MSE range rules, vectorized and in bounded memory.
 
-Dimensions: P ratios tried, R rows of groups, S members of a group, N groups side by side, B a block
-of them searched together.
+Dimensions: P ratios tried, r leading axes, S members of a group, N groups along the last axis,
+B groups of a block, which are searched at once.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from qdit_jax.quant import powers
 
-# Groups searched together: half a dozen arrays [P, BLOCK] stay in the cache of one core.
+# Groups searched at once: half a dozen arrays [P, BLOCK] stay in the cache of one core.
 BLOCK = 1536
-_UNROLL = 4
+_UNROLL = 4  # members whose errors are added in one pass over the scores
 
 
 @runtime_checkable
@@ -55,29 +55,30 @@ def best_ratio(
     `rule` names the grid (`num_points`, `max_shrink`), the `norm` and the `scale` rule. Of equal
     scores the first (widest) wins. Memory beyond `x`: a few times `num_points * BLOCK` floats.
     """
-    if x.shape[-1] < BLOCK // 8:  # few groups side by side: all rows are one
-        rows = jnp.moveaxis(x, -2, 0).reshape(1, x.shape[-2], -1)
-        limits = (low.reshape(1, -1), high.reshape(1, -1))
+    if x.shape[-1] < BLOCK // 8:  # few groups along the last axis: leading axes are joined to it
+        rows = jnp.moveaxis(x, -2, 0).reshape(1, x.shape[-2], -1)  # [1, S, r N]
+        limits = (low.reshape(1, -1), high.reshape(1, -1))  # [1, r N]
     else:
-        rows = x.reshape(-1, *x.shape[-2:])
-        limits = (low.reshape(-1, x.shape[-1]), high.reshape(-1, x.shape[-1]))
+        rows = x.reshape(-1, *x.shape[-2:])  # [r, S, N]
+        limits = (low.reshape(-1, x.shape[-1]), high.reshape(-1, x.shape[-1]))  # [r, N]
     num_rows, size, width = rows.shape
     num_blocks = -(-width // BLOCK)
-    block = -(-width // num_blocks)
-    ratios = jnp.asarray(grid_of(rule), jnp.float32)[:, None]
+    block = -(-width // num_blocks)  # blocks of one length, of at most BLOCK groups
+    ratios = jnp.asarray(grid_of(rule), jnp.float32)[:, None]  # [P, 1]
 
     def search(where: tuple[Array, Array]) -> Float[Array, " B"]:
         row, start = where
-        members = jax.lax.dynamic_slice(rows, (row, 0, start), (1, size, block))[0]
-        widest = [jax.lax.dynamic_slice(end, (row, start), (1, block)) for end in limits]
-        tried = [end * ratios for end in widest]
+        members = jax.lax.dynamic_slice(rows, (row, 0, start), (1, size, block))[0]  # [S, B]
+        widest = [jax.lax.dynamic_slice(end, (row, start), (1, block)) for end in limits]  # [1, B]
+        tried = [end * ratios for end in widest]  # [P, B]
         score = _score(members.astype(jnp.float32), tried[0], tried[1], rule, bits, symmetric)
         return ratios[jnp.argmin(score, axis=0), 0]
 
+    # The last block starts early enough to be whole: it searches some groups a second time.
     starts = np.minimum(np.arange(num_blocks) * block, width - block)
     places = np.repeat(np.arange(num_rows), num_blocks), np.tile(starts, num_rows)
     found = jax.lax.map(search, places).reshape(num_rows, num_blocks, block)
-    new = width - (num_blocks - 1) * block  # the last block begins in the one before
+    new = width - (num_blocks - 1) * block  # groups of the last block that no other has
     parts = found[:, :-1].reshape(num_rows, -1), found[:, -1, block - new :]
     return jnp.concatenate(parts, axis=1).reshape(low.shape)
 
@@ -97,6 +98,7 @@ def _score(
 ) -> Float[Array, "P B"]:
     """Returns sum |error|**norm; errors are measured in steps and scaled at the end."""
     scale = rule.scale(low, high, bits, symmetric)
+    # Codes less the code of 0.0, so that `code * scale` is the value.
     if symmetric:
         first = jnp.full_like(scale, -(2.0 ** (bits - 1)))
         last = jnp.full_like(scale, 2.0 ** (bits - 1) - 1)
@@ -114,7 +116,7 @@ def _score(
     if fit is None:
         score = sums(general)
     else:
-        # Only a group that lies off the grid, as a rule may have it that leaves 0 out, errs by more.
+        # An error exceeds `limit` only in a group outside its grid, which a rule allows that leaves 0 out.
         beyond = jnp.maximum(first - jnp.min(x, 0) * per_unit, jnp.max(x, 0) * per_unit - last)
         near = jnp.max(beyond) <= limit
         score = jax.lax.cond(
@@ -124,11 +126,11 @@ def _score(
 
 
 def unit_of(scale: Float[Array, " B"]) -> Float[Array, " B"]:
-    """Returns a power of two for each group that brings a scale near 1 whose power would leave float32.
+    """Returns powers of two that bring extreme scales near 1, whose powers would leave float32.
 
-    1 for all others, whose scores it would round differently.
+    1 for all other scales: a factor would round their scores differently.
     """
-    exponent = jax.lax.bitcast_convert_type(scale, jnp.int32) >> 23
+    exponent = jax.lax.bitcast_convert_type(scale, jnp.int32) >> 23  # float32's, 127 for 1.0
     unit = jax.lax.bitcast_convert_type(jnp.clip(254 - exponent, 1, 254) << 23, jnp.float32)
     return jnp.where(jnp.abs(exponent - 127) > 30, unit, 1.0)
 
@@ -145,12 +147,12 @@ def _sum_of_powers(
     def add(score: Float[Array, "P B"], row: Float[Array, " B"]) -> Float[Array, "P B"]:
         steps = row * per_unit
         code = jnp.round(steps)
-        code = jnp.where(code < first, first, code)  # a clip would look after NaNs, at a cost
+        code = jnp.where(code < first, first, code)  # cheaper than a clip, which handles NaN
         code = jnp.where(code > last, last, code)
         return score + power_fn(jnp.abs(steps - code))
 
     def add_rows(i: Int[Array, ""] | int, score: Float[Array, "P B"]) -> Float[Array, "P B"]:
-        for j in range(_UNROLL):  # fewer passes over the scores than one row at a time
+        for j in range(_UNROLL):
             score = add(score, x[i * _UNROLL + j])
         return score
 
@@ -162,5 +164,5 @@ def _sum_of_powers(
 
 
 def greatest_error(rule: Rule, bits: int) -> float:
-    """Returns the steps by which a value of a group can miss its grid, if the group holds 0."""
+    """Returns the greatest error in steps of a value in a group whose interval contains 0."""
     return 1 + 2**bits * (1 / grid_of(rule)[-1] - 1)

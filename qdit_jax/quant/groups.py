@@ -36,7 +36,7 @@ def map_groups(
 
     `fn` takes `[G, S, N // C]` (S counts the members of a group, the C neighboring output
     channels included) and returns `[G, N // C]` arrays. The full groups and a shorter last
-    group are two calls, so that no padding ever enters a statistic.
+    group are two calls, so that no padding enters a statistic.
     """
     num_channels, width = w.shape
     size = effective_group_size(num_channels, group_size)

@@ -1,4 +1,4 @@
-"""`QTensor`: one quantized kernel, packed, and the way to it and back.
+"""`QTensor`: one quantized kernel, packed; quantizing to it and back.
 
 Dimensions: K input channels, N output channels, G groups along K, B = N // channel_group
 scales per row, R rows of packed bytes.
@@ -42,7 +42,7 @@ class QTensor:
         scale: `[..., G, B]`, as stored: `scale_values(q)` reads it, see `stored_scales`.
         packed_zero_point: uint8 `[..., packed_rows(G, bits), B]`, packed like the codes; None
             when symmetric.
-        tensor_scale: float32 `[...]`, one factor a kernel, of formats that have one; else None.
+        tensor_scale: float32 `[...]`, one factor per kernel, of formats that have one; else None.
         bits, group_size, shape, fmt: static; `shape` is the logical (K, N). Leading axes of the
             arrays are batch axes (layers stacked by vmap or scan).
     """
@@ -154,9 +154,9 @@ def scale_and_zero_point(
 ) -> tuple[Float[Array, "G B"], Float[Array, "G B"] | None]:
     """Returns every group's step in weight units, as stored, and the code of 0.0.
 
-    The scale has `spec.scale_dtype`, see `stored_scales`; the zero point (None when symmetric) is a whole float32
-    computed with the scale as stored, clamped to the codes that exist. A group with a value that
-    is not finite has the scale NaN.
+    The scale has `spec.scale_dtype`, see `stored_scales`. The zero point (None when symmetric) is a
+    whole number in float32, computed with the scale as stored and clamped to the codes that exist.
+    A group with a value that is not finite has the scale NaN.
     """
 
     def of_groups(
@@ -164,7 +164,7 @@ def scale_and_zero_point(
     ) -> tuple[Float[Array, "G B"], Float[Array, "G B"] | None]:
         low, high = spec.range_fn.limits(members, spec.bits, spec.symmetric, 1)
         scale = spec.range_fn.scale(low, high, spec.bits, spec.symmetric)
-        # A rule may look away from what is not finite; the group does not.
+        # A rule may ignore values that are not finite; the group must not.
         is_finite = jnp.all(jnp.isfinite(members), axis=1)
         scale = stored_scale(jnp.where(is_finite, scale, jnp.nan), spec.scale_dtype)
         if spec.symmetric:
@@ -206,7 +206,7 @@ def from_codes(
     zero_point: Num[Array, "*lead G B"] | None,
     spec: WeightSpec,
 ) -> QTensor:
-    """Returns the `QTensor` of codes in `[0, 2**bits - 1]` that some rounding has chosen.
+    """Returns the `QTensor` of codes in `[0, 2**bits - 1]`, however they were rounded.
 
     `scale`, as `stored_scale` gives it, and `zero_point` are `[..., G, B]`; `zero_point` is None
     when symmetric.

@@ -34,7 +34,7 @@ def positive_or_one(scale: Float[Array, "*s"]) -> Float[Array, "*s"]:
 
 
 def rounded_product(x: Values, factor: Values | float) -> Values:
-    """Returns `x * factor`, rounded before anything else happens to it.
+    """Returns `x * factor`, rounded to float32 before any other operation.
 
     XLA:CPU contracts a product and a following difference into one fused operation, which
     rounds once instead of twice; the clip to finite numbers stands between them.

@@ -59,7 +59,7 @@ class WeightSpec:
     """How a kernel `[K, N]` is quantized.
 
     Attributes:
-        bits: bits a code, 2 to 8.
+        bits: bits per code, 2 to 8.
         group_size: input channels that share a scale; 0 is the whole channel.
         symmetric: signed codes without a zero point.
         range_fn: a rule of `qdit_jax.quant.ranges`.
@@ -114,7 +114,7 @@ class ActSpec:
     """How the input `[..., K]` of a linear layer is quantized.
 
     Attributes:
-        bits: bits a code, 2 to 8.
+        bits: bits per code, 2 to 8.
         group_size: channels of one token that share a scale; 0 is the whole token (dynamic)
             or the whole tensor (static).
         symmetric: no zero point.
@@ -122,7 +122,7 @@ class ActSpec:
         mode: "dynamic" computes scales from the current values, "static" uses calibrated ones.
         per_timestep: a static range for every calibrated timestep in place of one for all.
         unsigned: with `symmetric`, codes `[0, 2**bits - 1]` for values that are never negative.
-        shift: constant added before quantizing and taken off afterwards; 0.1701 makes the
+        shift: constant added before quantizing and subtracted afterwards; 0.1701 makes the
             output of a tanh GELU non-negative.
         fmt: a number format of `qdit_jax.quant.formats` in place of integers; it then fixes
             `bits`, `symmetric` and, if it has blocks, `group_size`.

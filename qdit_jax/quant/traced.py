@@ -31,7 +31,7 @@ def fake_quantize_traced(
 ) -> Float[Array, "*lead K"]:
     """Returns `fake_quantize(x, spec)` with group size `group_sizes[choice]`, `choice` traced.
 
-    `spec.group_size` is not used. Equal to the static size to the bit.
+    `spec.group_size` is not used. The result equals that of the static size, bit for bit.
 
     Raises:
         ValueError: if the range rule needs more than each block's extremes, or `spec` is static.
@@ -47,7 +47,7 @@ def fake_quantize_traced(
 
 
 def _apart(rounded: Callable[[Array, Array], Array], x: Array, choice: Int[Array, ""]) -> Array:
-    """Returns `rounded(x, choice)`, whose three passes over `x` find it computed once."""
+    """Returns `rounded(x, choice)`, in a branch: its three passes over `x` then read one copy of it."""
     return jax.lax.cond(branches.true_after(x), rounded, lambda x, choice: x, x, choice)
 
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to pictures: the denoiser of a network, and batched generation.
+"""From a checkpoint to images: the denoiser of a network, and batched generation.
 
 Dimension letters: N = number of samples, B = batch, H, W, C = one latent or image.
 """
@@ -18,14 +18,19 @@ from jaxtyping import Array, Float, Int, Num
 
 from qdit_jax import diffusion
 from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.errors import check_counts
 from qdit_jax.models import as_condition, is_concrete
 from qdit_jax.quant import select_timestep
 from qdit_jax.sampling.batches import checked_batch_size, device_mesh, filled_batch
-from qdit_jax.sampling.checks import check_diffusion_model, check_numerics, sample_count
+from qdit_jax.sampling.checks import (
+    PUBLISHED,
+    check_diffusion_model,
+    check_guidance,
+    check_numerics,
+    check_seed,
+    num_guided_channels,
+    sample_count,
+)
 from qdit_jax.types import Condition, Key, Params, Scalar
-
-PUBLISHED = "published"
 
 
 @jax.tree_util.register_dataclass
@@ -48,13 +53,13 @@ class Denoiser:
         return diffusion.in_auto_axes(_applied, x, timestep, condition, self)
 
     def check_condition(self, condition: Condition) -> None:
-        """Raises `ValueError` if a condition is none of the network's; traced ones are not looked at."""
+        """Raises `ValueError` if the network does not know a condition; traced ones are not checked."""
         check = getattr(self.model, "check_condition", None)  # a function's stand-in has none
         if check is not None and all(is_concrete(leaf) for leaf in jax.tree.leaves(condition)):
             check(condition)
 
     def null_condition(self, condition: Condition) -> Condition:
-        """Returns the condition of no condition, see `models.Network`."""
+        """Returns the null condition, see `models.Network`."""
         return self.model.null_condition(condition, self.params)
 
 
@@ -73,13 +78,13 @@ def denoiser(
 ) -> Callable[..., Array]:
     """Returns the `denoise_fn` of a network, guided by its null condition.
 
-    Parameters and `guidance` are arguments of whatever is compiled with it.  `guidance=None`, or
-    the number 1, calls the network once, without the null condition.  `guidance_channels` counts
+    Parameters and `guidance` are arguments of a function that is compiled with it, not constants.
+    `guidance=None`, or the number 1, calls the network once, without the null condition.  `guidance_channels` counts
     the guided channels, at most all of the sample's: `"published"` for as many as the family's
     published sampler guides (3 of DiT's 4), None for all as diffusers does.
 
     Raises:
-        ValueError: if guidance is asked of a network without a null condition, or of more channels
+        ValueError: if guidance is given for a network without a null condition, or for more channels
             than a sample has.
     """
     check_guidance(guidance)
@@ -95,45 +100,8 @@ def denoiser(
     return diffusion.guided(plain, guidance, channels=channels)
 
 
-def check_guidance(guidance: object) -> None:
-    """Raises if `guidance` is no finite number, nor an array of such; a traced one is not looked at.
-
-    Raises:
-        TypeError: if it is of another type.
-        ValueError: if it is NaN or infinite.
-    """
-    if guidance is None or isinstance(guidance, jax.core.Tracer):
-        return
-    if isinstance(guidance, str) or not np.issubdtype(np.asarray(guidance).dtype, np.number):
-        raise TypeError(
-            f"guidance={guidance!r} is not supported; use a number, or an array of them."
-        )
-    if not np.isfinite(np.asarray(guidance, np.float64)).all():
-        raise ValueError(f"guidance={guidance} is not supported; use a finite number.")
-
-
-def num_guided_channels(model: nn.Module, guidance_channels: int | str | None) -> int | None:
-    """Returns how many channels guidance changes, None for all; see `denoiser`.
-
-    Raises:
-        ValueError: if that is no positive number, or more than a sample has.
-    """
-    most = model.sample_shape()[-1]
-    if guidance_channels == PUBLISHED:
-        return None if model.guided_channels is None else min(model.guided_channels, most)
-    if guidance_channels is None:
-        return None
-    check_counts(guidance_channels=guidance_channels)
-    if int(guidance_channels) > most:
-        raise ValueError(
-            f"guidance_channels={guidance_channels} is more than the {most} channels of this "
-            "model's samples; use guidance_channels=None for all."
-        )
-    return int(guidance_channels)
-
-
-def conditions_in_turn(model: nn.Module, conditions: Condition, index: Int[Any, " B"]) -> Condition:
-    """Returns the conditions of the samples numbered `index`: entry `i modulo their number`.
+def cyclic_conditions(model: nn.Module, conditions: Condition, index: Int[Any, " B"]) -> Condition:
+    """Returns the conditions of the samples `index`, assigned cyclically: entry `i % number of entries`.
 
     `conditions` is a pytree with one entry per class or prompt, as numbers or NumPy arrays; None is
     every condition that the network knows.
@@ -233,7 +201,7 @@ def own_sampler(checkpoint: Checkpoint) -> str:
 
 
 def sampler_text(checkpoint: Checkpoint) -> str | None:
-    """Returns in words what the checkpoint's own scheduler says, or None where it has none."""
+    """Returns a description of the checkpoint's own scheduler, or None if it has none."""
     scheduler = own_scheduler(checkpoint.metadata)
     if scheduler is None:
         return None
@@ -247,10 +215,10 @@ def sampler_text(checkpoint: Checkpoint) -> str | None:
 def initial_noise(
     key: Key, index: Int[Array, " B"], shape: tuple[int, ...]
 ) -> tuple[Float[Array, "B *shape"], Key]:
-    """Returns the noise `[B, *shape]` of the samples numbered `index`, and one key each for later.
+    """Returns the noise `[B, *shape]` of the samples numbered `index`, and one key per sample for the steps.
 
-    Both follow from `jax.random.fold_in(key, index)` alone: a sample starts from the same noise
-    whatever the batch size and the number of devices.
+    Both depend on `jax.random.fold_in(key, index)` only: a sample starts from the same noise with
+    any batch size and number of devices.
     """
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(index)
     noise = jax.vmap(lambda one: jax.random.normal(one, shape, jnp.float32))(keys[:, 0])
@@ -297,21 +265,21 @@ def generate(
     decode_fn: Callable[[Checkpoint, Array], Array] | None = decode,
     progress_fn: Callable[[int], object] | None = None,
 ) -> Float[np.ndarray, "N *shape"]:
-    """Returns one sample per condition, full precision or quantized alike; about [-1, 1].
+    """Returns one sample per condition, from full-precision or quantized parameters; about [-1, 1].
 
     Sample i depends on `seed`, i and its condition only.  Batches are split over all local devices;
     `batch_size` is the total over devices, by default 16 per device, 4 on CPU.  Where the checkpoint has an autoencoder,
-    `decode_fn` makes images of latents; None returns the latents.  `progress_fn` is called after
+    `decode_fn` turns latents into images; None returns the latents.  `progress_fn` is called after
     every batch with the number of samples in it.
 
     Args:
         condition: class labels `[N]`, the family's dict of arrays with N first, or None for a
             network that takes none.
-        num_samples: how many, where there is no condition that says it.
+        num_samples: how many; by default one per condition.
 
     Raises:
         ValueError: if a label or the seed is out of range, there is no label, the batch size is not
-            positive, or nothing in the checkpoint computes as asked.
+            positive, or `numerics` have no effect on the checkpoint.
     """
     check_diffusion_model(checkpoint.model)
     condition = as_condition(condition)
@@ -354,8 +322,8 @@ def generated_batches(
 ) -> Iterator[tuple[int, Float[np.ndarray, "B *shape"]]]:
     """Yields what `generate` returns batch by batch: the first sample's number, and the samples.
 
-    `starts` are the numbers of the first samples of the batches to make; a batch has `batch_size`
-    samples, the last one what is left. The device takes the next batch when it is asked for.
+    `starts` are the numbers of the batches' first samples; a batch has `batch_size` samples, the last
+    one the rest. A batch is computed when the iterator is asked for it.
     """
     check_diffusion_model(checkpoint.model)
     check_numerics(checkpoint.params, numerics)
@@ -384,18 +352,3 @@ def generated_batches(
         if vae is not None and decode_fn is not None:
             out = decode_fn(vae, out)
         yield start, np.asarray(out)[: stop - start]
-
-
-def check_seed(seed: object) -> int:
-    """Returns `seed` as an integer.
-
-    Raises:
-        TypeError: if it is no whole number.
-        ValueError: unless it lies in `[0, 2**32 - 1]`: JAX's keys take the last 32 bits, and greater
-            seeds would repeat the samples of others.
-    """
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
-        raise TypeError(f"seed={seed!r} is no whole number; use one from 0 to {2**32 - 1}.")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed} is out of range; use a number from 0 to {2**32 - 1}.")
-    return int(seed)
