@@ -197,7 +197,7 @@ def trajectory_items(
     sampler: diffusion.Sampler,
     noise: Float[Array, "B ..."],
     condition: Condition,
-    keys: Key,
+    keys: Key | None,
     index: Int[np.ndarray, " B"],
     choose_fn: ChooseFn,
 ) -> Items:

@@ -173,7 +173,7 @@ CLASSES: dict[str, SchedulerClass] = {
     "KDPM2DiscreteScheduler": KDIFFUSION,
     "KDPM2AncestralDiscreteScheduler": KDIFFUSION,
 }
-# A setting of one class may stand in the file of another, which reads nothing of it.
+# A file may contain settings of other classes, which its own class ignores.
 ANYWHERE = frozenset(name for row in CLASSES.values() for name in row.table)
 
 

@@ -48,7 +48,7 @@ class AttentionImplementation:
 
 def attention(
     q: Float[Any, "B Q H D"],
-    k: Float[Any, "..."],  # [B, T, H, D], as is v; told apart by `check_shapes`
+    k: Float[Any, "..."],  # [B, T, H, D], as is v; see `check_shapes`
     v: Float[Any, "..."],
     mask: Shaped[AnyArray, "..."] | None = None,
     *,

@@ -1,6 +1,6 @@
 """The operands of integer numerics, cut into segments.
 
-Integers and number formats alike are `value = (element - zero) * scale`. Integer codes, moved by
+Integers and number formats have one equation: `value = (element - zero) * scale`. Integer codes, moved by
 `2**(bits-1)`, and the doubled elements of E2M1 are int8; FP8 elements are bfloat16, NF4's float32.
 Two int8 operands keep their zeros, which are subtracted from the int32 sums, exactly. In a wider
 dtype each `element - zero` is exact, while a float32 sum would cancel; there the zero is subtracted

@@ -82,7 +82,7 @@ class Producer:
         layer: path of the linear layer; `\\1` is the first group of the fold's pattern.
         output: the name of those columns in `Family.outputs`; empty for all of them.
         offset: added to those columns where they are used: 1 for a modulation's scale.
-        shifted: whether a shift of the input is taken off here.
+        shifted: whether a shift of the input is subtracted here.
     """
 
     layer: str
@@ -123,8 +123,8 @@ class Family:
         outputs: pattern -> names of the equal chunks of a layer's columns.
         folds: where input transforms cost nothing at run time.
         gelu_inputs: pattern of layers whose input is a GELU's output.
-        marks: parameters that a tree of this family has beside its layers; they tell families
-            apart whose layers have the same names.
+        marks: parameters that a tree of this family has beside its layers; they distinguish
+            families whose layers have the same names.
         examples: configurations of small networks of the family, one for each of its kinds: the
             contract tests build them.
     """

@@ -17,7 +17,7 @@ GREATEST_WEIGHT = 2.0**126
 def check_finite(
     name: str, array: AnyArray | np.generic | float | int, limit: float = math.inf
 ) -> None:
-    """Raises `ValueError` if `array` holds NaN or infinity; a traced one is not looked at.
+    """Raises `ValueError` if `array` holds NaN or infinity; a traced one is not checked.
 
     Args:
         name: what the message calls it: an argument, or a layer's path.

@@ -1,6 +1,6 @@
 """Fake quantization whose group size is an array: one compilation for every assignment.
 
-Statistics are taken over blocks (the greatest common divisor of the sizes on offer) and gathered
+Statistics are taken over blocks (of the greatest common divisor of the sizes to choose from) and gathered
 into groups by a table that the traced choice indexes, so a search never recompiles.
 
 Dimensions: K channels, N output channels, D blocks, M most blocks a group can have.

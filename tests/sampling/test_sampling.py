@@ -222,7 +222,7 @@ def test_the_schedule_is_the_schedulers(config, expected):
         ),
         (
             lambda c: diffusion.scheduler_process(diffusion.read_scheduler(FLOW)),
-            "is of a flow, which has no schedule of betas",
+            "describes a flow, which has no schedule of betas",
         ),
         (
             lambda c: sampling.checkpoint_sampler(with_scheduler(c, FLOW)),
