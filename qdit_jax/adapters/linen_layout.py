@@ -57,7 +57,9 @@ class KernelLayout:
 
 
 def layout_from_bias(
-    kernel: AbstractArray, bias: AbstractArray | None, query: AbstractArray | None = None
+    kernel: AbstractArray | QTensor,
+    bias: AbstractArray | None,
+    query: AbstractArray | QTensor | None = None,
 ) -> KernelLayout | None:
     """Returns the layout of a kernel, inferred from its bias; None if that leaves it open.
 

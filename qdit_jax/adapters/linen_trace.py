@@ -26,6 +26,7 @@ from qdit_jax.adapters.linen_product import (
     optional,
     product,
 )
+from qdit_jax.quant import QTensor
 from qdit_jax.types import AbstractArray, AnyArray
 
 Path = tuple[str, ...]
@@ -131,7 +132,9 @@ def way_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return KernelLayout(shape, ways.k_batch, ways.k_in, ways.k_out)
 
 
-def layout_or_reason(found: Sightings, path: Path, kernel: AbstractArray) -> KernelLayout | str:
+def layout_or_reason(
+    found: Sightings, path: Path, kernel: AbstractArray | QTensor
+) -> KernelLayout | str:
     """Returns the layout of a kernel in the call, or why it has none."""
     shape = tuple(kernel.shape)
     ways = found.layers.get(path, set())

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from qdit_jax.calibration.statistics import HALVES, Stats
 from qdit_jax.checkpoint import first_difference
@@ -29,7 +29,7 @@ def empty_state(settings: dict[str, Any]) -> State:
 
 
 def observed(
-    rows: dict[str, Float[Any, "R K"]], hessians: str | None, num_tokens: int
+    rows: dict[str, Float[Array, "R K"]], hessians: str | None, num_tokens: int
 ) -> dict[str, Any]:
     """Returns what one call adds to the statistics, by `<kind>/<layer>`.
 
@@ -105,7 +105,7 @@ def stats_of(state: State) -> Stats:
     }
     first = next(iter(halves.values()))
 
-    def both(side: str, pick: Callable) -> dict[str, np.ndarray]:
+    def both(side: str, pick: Callable[[list[np.ndarray]], np.ndarray]) -> dict[str, np.ndarray]:
         return {p: pick([getattr(h, side)[p] for h in halves.values()]) for p in first.low}
 
     hessians = {

@@ -36,7 +36,10 @@ def check_condition(denoise_fn: DenoiseFn, condition: Condition) -> None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Guided:
-    """A guided `denoise_fn`: one model call on a batch of conditional and null samples."""
+    """A guided `denoise_fn`: one model call on a batch of conditional and null samples.
+
+    Its fields are pytrees of any kind: functions, arrays, conditions.
+    """
 
     denoise_fn: Any
     scale: Any

@@ -91,7 +91,7 @@ def evaluated(denoise_fn: DenoiseFn, x: Latents, timestep: Scalar, condition: Co
 class DDIM:
     """Denoising diffusion implicit model (Song et al., arXiv:2010.02502), in either direction."""
 
-    table: Any
+    table: DDIMRow
     clip: Any
     predict_fn: PredictFn = dataclasses.field(metadata={"static": True})
     stochastic: bool = dataclasses.field(metadata={"static": True})
@@ -124,7 +124,7 @@ class DDIM:
 class DDPM:
     """Ancestral sampling (Ho et al., arXiv:2006.11239) with a learned or fixed variance."""
 
-    table: Any
+    table: DDPMRow
     clip: Any
     predict_fn: PredictFn = dataclasses.field(metadata={"static": True})
     variance_fn: VarianceFn = dataclasses.field(metadata={"static": True})
@@ -162,7 +162,7 @@ class DDPM:
 class Flow:
     """The probability-flow ODE of a model that predicts the velocity `x_data - x_noise`."""
 
-    table: Any
+    table: FlowRow
     solve_fn: SolveFn = dataclasses.field(metadata={"static": True})
     stochastic: bool = dataclasses.field(default=False, metadata={"static": True})
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,9 +46,9 @@ class AttentionImplementation:
 
 
 def attention(
-    q: Float[Any, "B Q H D"],
-    k: Float[Any, "..."],  # [B, T, H, D], as is v; see `check_shapes`
-    v: Float[Any, "..."],
+    q: Float[AnyArray, "B Q H D"],
+    k: Float[AnyArray, "..."],  # [B, T, H, D], as is v; see `check_shapes`
+    v: Float[AnyArray, "..."],
     mask: Shaped[AnyArray, "..."] | None = None,
     *,
     scale: float | None = None,

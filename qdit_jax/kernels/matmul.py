@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +12,11 @@ from jaxtyping import Array, Float
 from qdit_jax.kernels.product import PLATFORMS, Implementation, Numerics, Product, invalid_reason
 from qdit_jax.kernels.table import IMPLEMENTATIONS
 from qdit_jax.quant import ActQuant, ActSpec, QTensor, WeightSpec
+from qdit_jax.types import AnyArray
 
 
 def quantized_matmul(
-    x: Float[Any, "*lead K"],
+    x: Float[AnyArray, "*lead K"],
     q: QTensor,
     act: ActQuant | ActSpec | None = None,
     numerics: Numerics | str = "simulated",

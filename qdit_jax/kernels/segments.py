@@ -6,11 +6,10 @@ Dimensions: K input channels, U segments, L channels of a segment, padding inclu
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Num
+from jaxtyping import Array, Num
 
 from qdit_jax.quant import effective_group_size
 
@@ -51,7 +50,7 @@ class Segments:
         """Returns the number of the group of `group_size` channels in which each segment lies `[U]`."""
         return self.starts // effective_group_size(self.num_channels, group_size)
 
-    def cut(self, values: Num[Any, "..."], axis: int) -> Num[Any, "..."]:
+    def cut(self, values: Num[Array, "..."], axis: int) -> Num[Array, "..."]:
         """Returns `values` with the channels of all segments along `axis`; 0 where padded."""
         if self.are_equal:
             return values

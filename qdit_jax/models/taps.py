@@ -29,7 +29,10 @@ def tapped(layer_fn: LayerFn, operand_fn: OperandFn | None = None) -> Iterator[N
     """Calls `layer_fn` in place of every linear layer while the context lasts."""
 
     def intercept(
-        next_fn: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext
+        next_fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
     ) -> object:
         module = context.module
         if isinstance(module, Linear) and context.method_name == "__call__":

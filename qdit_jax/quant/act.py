@@ -108,7 +108,7 @@ def values_of(
 
 
 @partial(jax.jit, static_argnames="spec")
-def fake_quantize(x: Float[Any, "*lead K"], spec: ActSpec) -> Float[Array, "*lead K"]:
+def fake_quantize(x: Float[Array, "*lead K"], spec: ActSpec) -> Float[Array, "*lead K"]:
     """Returns `x` rounded to the grid of each token's groups, in the dtype of `x`.
 
     Any K works with any group size; the arithmetic is float32.
@@ -152,6 +152,7 @@ class ActQuant:
     """
 
     spec: ActSpec
+    # Any: `jax.tree.map` and `jax.eval_shape` put other leaves here than arrays.
     scale: Any = None
     zero_point: Any = None
     timesteps: Any = None
@@ -203,7 +204,7 @@ class ActQuant:
         lead = (self.scale.shape[0],) + (1,) * (x.ndim - 2)
         return jax.tree.map(lambda a: a.reshape(*lead, -1), (self.scale, self.zero_point))
 
-    def __call__(self, x: Float[Any, "*lead K"]) -> Float[Array, "*lead K"]:
+    def __call__(self, x: Float[AnyArray, "*lead K"]) -> Float[Array, "*lead K"]:
         """Returns `x` fake-quantized, in the dtype of `x`."""
         if self.spec.mode == "dynamic":
             return fake_quantize(x, self.spec)
@@ -282,7 +283,7 @@ def select_timestep(tree: Tree, timestep: Numbers) -> Tree:
     )
 
 
-def group_extremes(x: Float[Any, "*lead K"], group_size: int) -> tuple[np.ndarray, np.ndarray]:
+def group_extremes(x: Float[AnyArray, "*lead K"], group_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the least and greatest value of every group over all leading axes, `[G]` each."""
     size = groups.effective_group_size(x.shape[-1], group_size)
     starts = np.arange(0, x.shape[-1], size)

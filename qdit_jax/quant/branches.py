@@ -7,14 +7,14 @@ of a conditional are computed when the branch is taken, from operands that are c
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from qdit_jax.types import AnyArray
 
-def true_after(x: Float[Any, "..."]) -> Bool[Array, ""]:
+
+def true_after(x: Float[AnyArray, "..."]) -> Bool[Array, ""]:
     """Returns true, as a value that the compiler does not know and that depends on the values of `x`.
 
     `x` has one element or more.

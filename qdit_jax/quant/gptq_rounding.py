@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +30,7 @@ from qdit_jax.quant.qtensor import (
 )
 from qdit_jax.quant.specs import WeightSpec
 from qdit_jax.quant.stored_scales import scale_value, stored_scale
-from qdit_jax.types import Numbers
+from qdit_jax.types import AnyArray, Numbers
 
 BLOCK = 128
 _DAMPING_TRIES = 8
@@ -43,8 +42,8 @@ Attempt = tuple[Int[Array, ""], Float[Array, ""], Float[Array, "K K"]]
 
 @jax.jit
 def accumulate_hessian(
-    hessian: Float[Any, "K K"],
-    x: Float[Any, "*lead K"],
+    hessian: Float[Array, "K K"],
+    x: Float[Array, "*lead K"],
     weight: Float[AnyArray, ""] | float | int = 1.0,
 ) -> Float[Array, "K K"]:
     """Returns `hessian + weight * sum x xᵀ` in float32; start from zeros, keep no activations."""
@@ -306,7 +305,7 @@ def _round_channels(
 
 
 def channel_errors(
-    w: Float[Any, "K N"], q: QTensor, hessian: Float[Any, "K K"]
+    w: Float[AnyArray, "K N"], q: QTensor, hessian: Float[AnyArray, "K K"]
 ) -> Float[Array, "N"]:
     """Returns every output channel's squared error over the inputs that `hessian` sums up."""
     difference = w.astype(jnp.float32) - dequantize(q)
@@ -315,7 +314,9 @@ def channel_errors(
 
 
 @jax.jit
-def output_error(w: Float[Any, "K N"], q: QTensor, hessian: Float[Any, "K K"]) -> Float[Array, ""]:
+def output_error(
+    w: Float[AnyArray, "K N"], q: QTensor, hessian: Float[AnyArray, "K K"]
+) -> Float[Array, ""]:
     """Returns ‖x(w − w')‖² / ‖x w‖² over the inputs x that `hessian` sums up."""
     w = w.astype(jnp.float32)
     signal = jnp.sum(w * jnp.matmul(hessian, w, precision=jax.lax.Precision.HIGHEST))

@@ -47,6 +47,7 @@ class QTensor:
             arrays are batch axes (layers stacked by vmap or scan).
     """
 
+    # Any: `jax.tree.map` and `jax.eval_shape` put other leaves here than arrays.
     codes: Any
     scale: Any
     packed_zero_point: Any = None

@@ -59,7 +59,7 @@ class RangeRule:
     name: ClassVar[str] = ""
     from_extremes: ClassVar[bool] = True
 
-    def __call__(self, **settings: Any) -> RangeRule:
+    def __call__(self, **settings: float | int) -> RangeRule:
         """Returns this rule with `settings` replaced."""
         known = {field.name for field in dataclasses.fields(self)}
         unknown = sorted(set(settings) - known)

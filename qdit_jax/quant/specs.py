@@ -69,6 +69,7 @@ class WeightSpec:
             `bits`, `symmetric` and, if it has blocks, `group_size`.
     """
 
+    # Any: `__post_init__` refuses wrong types with a remedy, and takes NumPy integers.
     bits: Any = 4
     group_size: Any = 128
     symmetric: bool = False
@@ -128,6 +129,7 @@ class ActSpec:
             `bits`, `symmetric` and, if it has blocks, `group_size`.
     """
 
+    # Any: as in `WeightSpec`.
     bits: Any = 8
     group_size: Any = 128
     symmetric: bool = False

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +22,11 @@ from qdit_jax.quant.division import quotient
 from qdit_jax.quant.qtensor import zero_point_of
 from qdit_jax.quant.specs import ActSpec, WeightSpec
 from qdit_jax.quant.stored_scales import scale_value, stored_scale
-from qdit_jax.types import Numbers
+from qdit_jax.types import AnyArray, Numbers
 
 
 def fake_quantize_traced(
-    x: Float[Any, "*lead K"], spec: ActSpec, choice: Numbers, group_sizes: tuple[int, ...]
+    x: Float[AnyArray, "*lead K"], spec: ActSpec, choice: Numbers, group_sizes: tuple[int, ...]
 ) -> Float[Array, "*lead K"]:
     """Returns `fake_quantize(x, spec)` with group size `group_sizes[choice]`, `choice` traced.
 
@@ -70,7 +69,7 @@ def _rounded(
 
 
 def fake_quantize_kernel_traced(
-    w: Float[Any, "K N"], spec: WeightSpec, choice: Numbers, group_sizes: tuple[int, ...]
+    w: Float[AnyArray, "K N"], spec: WeightSpec, choice: Numbers, group_sizes: tuple[int, ...]
 ) -> Float[Array, "K N"]:
     """Returns `dequantize(quantize(w, spec))` with group size `group_sizes[choice]`, traced.
 

@@ -30,7 +30,7 @@ from qdit_jax.sampling.checks import (
     num_guided_channels,
     sample_count,
 )
-from qdit_jax.types import Condition, Key, Params, Scalar
+from qdit_jax.types import AnyArray, Condition, Key, Params, Scalar
 
 
 @jax.tree_util.register_dataclass
@@ -38,7 +38,7 @@ from qdit_jax.types import Condition, Key, Params, Scalar
 class Denoiser:
     """A network with its parameters as `denoise_fn`: a pytree whose arrays are the parameters."""
 
-    params: Any
+    params: Params
     model: nn.Module = dataclasses.field(metadata={"static": True})
 
     def __call__(
@@ -100,7 +100,9 @@ def denoiser(
     return diffusion.guided(plain, guidance, channels=channels)
 
 
-def cyclic_conditions(model: nn.Module, conditions: Condition, index: Int[Any, " B"]) -> Condition:
+def cyclic_conditions(
+    model: nn.Module, conditions: Condition, index: Int[AnyArray, " B"]
+) -> Condition:
     """Returns the conditions of the samples `index`, assigned cyclically: entry `i % number of entries`.
 
     `conditions` is a pytree with one entry per class or prompt, as numbers or NumPy arrays; None is
