@@ -30,7 +30,7 @@ class KernelLayout:
     outputs: tuple[int, ...]
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether an array of shape `shape` is a kernel with these axes, or a stack of such kernels."""
+        """Whether an array of shape `shape` is a kernel with these axes, or a stack of such."""
         first = len(shape) - len(self.shape)
         return first >= 0 and tuple(shape[first:]) == tuple(self.shape)
 
@@ -119,7 +119,7 @@ class Contraction:
         return jnp.transpose(y.reshape(*kept, *self.features), self.order)
 
     def bias_shape(self, y_shape: tuple[int, ...]) -> list[int]:
-        """Returns the shape in which a bias, which lacks the rows' axes, broadcasts to the result."""
+        """Returns the shape in which a bias, which has no rows' axes, broadcasts to the result."""
         first = len(self.x_batch)
         rows = range(first, first + len(self.x_rows))
         return [1 if axis in rows else size for axis, size in zip(self.order, y_shape, strict=True)]

@@ -60,7 +60,7 @@ def layer_name(module: nn.Module) -> str:
 
 
 def interceptor(numerics: str, traced: bool = True) -> Callable[..., Any]:
-    """Returns an interceptor for `nn.intercept_methods` that computes layers with quantized parameters.
+    """Returns the interceptor, for `nn.intercept_methods`, that computes quantized layers.
 
     Args:
         numerics: as in `quantized_matmul`.
@@ -171,7 +171,7 @@ def per_batch(
     weights: Weights,
     ways: Contraction,
 ) -> Float[Array, "B T N"]:
-    """Returns `multiply_fn(rows, weights)` for each product: one, or one per batch axis of the kernel."""
+    """Returns `multiply_fn(rows, weights)`, mapped over the batch axis if the kernel has one."""
     if ways.k_batch:
         return jax.vmap(multiply_fn)(rows, weights)
     return multiply_fn(rows.reshape(rows.shape[1:]), weights)[None]

@@ -1,4 +1,4 @@
-"""What `quantize_linen` quantized, what it left in full precision although a rule matched, and why."""
+"""What `quantize_linen` quantized, what it left although a rule of the recipe matched, and why."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def listed(reasons: Mapping[str, str], verb: str = "") -> str:
 def other_parameters(
     flat: Mapping[tuple[str, ...], Any], recipe: Recipe, kinds: Mapping[tuple[str, ...], str]
 ) -> dict[str, str]:
-    """Returns why parameters that are no kernels stay in full precision although a rule matches, by path.
+    """Returns, by path, why parameters other than kernels are left although a rule matches.
 
     Vectors are not listed: norms' and biases. A table of `nn.Embed` has its layer's path.
 

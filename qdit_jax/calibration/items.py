@@ -1,4 +1,4 @@
-"""Inputs of single network calls, taken from sampling trajectories, as calibration data for rounding.
+"""Inputs of single network calls from sampling trajectories, as calibration data for rounding.
 
 Dimensions: I items, B batch, S steps, M items of one trajectory, H, W, C one latent.
 """

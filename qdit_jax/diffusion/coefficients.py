@@ -87,7 +87,7 @@ def log_variances(process: Schedule) -> LogVariance:
 def ddim_table(
     timesteps: np.ndarray, prediction: Prediction, target: np.ndarray, sigma: np.ndarray
 ) -> DDIMRow:
-    """Returns the rows of a DDIM sampler whose steps arrive at the signal `target` with noise `sigma`."""
+    """Returns the rows of a DDIM sampler from the signal at each step's end and its new noise."""
     return DDIMRow(
         timestep=timesteps,
         prediction=prediction,

@@ -27,7 +27,7 @@ def as_pytree(denoise_fn: DenoiseFn) -> DenoiseFn:
 
 
 def check_condition(denoise_fn: DenoiseFn, condition: Condition) -> None:
-    """Calls `denoise_fn.check_condition(condition)` if it exists, which raises if a condition is unknown."""
+    """Calls `denoise_fn.check_condition(condition)`, if there is one; it may raise."""
     check = getattr(denoise_fn, "check_condition", None)
     if check is not None:
         check(condition)
@@ -52,7 +52,7 @@ class Guided:
 
     def of_pairs(self, x: Latents, timestep: Num[Array, " B"], condition: Condition) -> Array:
         """Returns the same, for arrays whose sharding the compiler chooses."""
-        # A sample and its null sample are neighbors, so that a sharded batch needs no communication.
+        # A sample and its null sample are neighbors: a sharded batch needs no communication.
         output = self.denoise_fn(
             jnp.repeat(x, 2, axis=0),
             jnp.repeat(timestep, 2, axis=0),
@@ -96,7 +96,7 @@ class GuidedDoubled:
     channels: int | None = dataclasses.field(metadata={"static": True})
 
     def __call__(self, x: Latents, timestep: Num[Array, " B"], condition: Condition) -> Array:
-        """Returns the output with both halves guided the same way in the first `channels` channels."""
+        """Returns the output, both halves guided the same way in the first `channels` channels."""
         return in_auto_axes(_guided, x, timestep, condition, self)
 
     def of_pairs(self, x: Latents, timestep: Num[Array, " B"], condition: Condition) -> Array:

@@ -83,10 +83,10 @@ def data_clip(
 def dynamic_threshold(
     x: Latents, x0: Latents, eps: Latents, row: Prediction, limit: tuple[Scalar, Scalar]
 ) -> tuple[Latents, Latents]:
-    """Returns `x_0` clipped at a quantile of its magnitudes and scaled into [-1, 1], and `eps` unchanged.
+    """Returns `x_0` clipped at a quantile of |x_0| and scaled into [-1, 1], and `eps` unchanged.
 
-    `limit` is the quantile, in [0, 1], and the largest range; the smallest is 1. One range per sample
-    (Saharia et al., arXiv:2205.11487).
+    `limit` is the quantile, in [0, 1], and the largest range; the smallest is 1. Each sample has
+    its own range (Saharia et al., arXiv:2205.11487).
     """
     share, largest = limit
     axes = tuple(range(1, x0.ndim))

@@ -312,8 +312,8 @@ def ddpm_sampler(
 ) -> DDPM:
     """Returns the ancestral sampler of a process with the variances as they are.
 
-    Differs from `ddpm` in the first posterior variance, which is 0: `ddpm` replaces it by the second,
-    this by 1e-20. `adds_noise` says which steps add noise, ordered from data to noise.
+    Differs from `ddpm` in the first posterior variance, which is 0: `ddpm` replaces it by the
+    second, this by 1e-20. `adds_noise` says which steps add noise, ordered from data to noise.
     """
     variance = np.log(np.maximum(process.posterior_variance, 1e-20))
     betas = np.log(process.betas)

@@ -232,7 +232,8 @@ def is_flow(settings: Mapping[str, Any]) -> bool:
     if flow != settings.get("use_flow_sigmas", False):
         raise UserError(
             f"{SAYS} prediction_type={settings['prediction_type']!r} and use_flow_sigmas="
-            f"{settings['use_flow_sigmas']}; a flow has 'flow_prediction' and True, anything else has neither."
+            f"{settings['use_flow_sigmas']}; a flow has 'flow_prediction' and True, anything else "
+            "has neither."
         )
     return flow
 

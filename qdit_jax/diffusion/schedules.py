@@ -70,8 +70,8 @@ def zero_snr_betas(betas: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
 class Schedule:
     """A discrete diffusion process with its coefficients, each `[S]` float64.
 
-    `betas[i]` is the variance added by step `i`; `timestep_map[i]` is the timestep that the model gets at
-    index `i` (the identity unless the schedule was respaced).
+    `betas[i]` is the variance added by step `i`; `timestep_map[i]` is the timestep that the model
+    gets at index `i` (the identity unless the schedule was respaced).
     """
 
     betas: np.ndarray

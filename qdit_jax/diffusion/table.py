@@ -1,7 +1,7 @@
 """The table of samplers: a row names the function that returns a sampler, and its options.
 
-Nothing here imports JAX, so that names and options can be read fast; the function is imported when it
-is first used.
+Nothing here imports JAX, so that names and options can be read fast; the function is imported when
+it is first used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`quantized_matmul`: `numerics` chooses what is computed, `implementation` the code that does it."""
+"""`quantized_matmul`: `numerics` chooses what is computed, `implementation` by which code."""
 
 from __future__ import annotations
 

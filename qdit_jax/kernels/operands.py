@@ -1,8 +1,8 @@
 """The operands of integer numerics, cut into segments.
 
-Integers and number formats have one equation: `value = (element - zero) * scale`. Integer codes, moved by
-`2**(bits-1)`, and the doubled elements of E2M1 are int8; FP8 elements are bfloat16, NF4's float32.
-Two int8 operands keep their zeros, which are subtracted from the int32 sums, exactly. In a wider
+Integers and number formats have one equation: `value = (element - zero) * scale`. Integer codes,
+moved by `2**(bits-1)`, and the doubled elements of E2M1 are int8; FP8 elements are bfloat16, NF4's
+float32. Two int8 operands keep their zeros, which are subtracted from the int32 sums, exactly. In a wider
 dtype each `element - zero` is exact, while a float32 sum would cancel; there the zero is subtracted
 first.
 
@@ -35,8 +35,8 @@ from qdit_jax.quant import (
 )
 from qdit_jax.types import AnyArray
 
-# (elements, zero, scale) of a segment: `[T, L]`, `[T, 1]`, `[T, 1]` of activations and `[L, N]`, `[N]`,
-# `[N]` of weights. Zero is None where it is 0.
+# (elements, zero, scale) of a segment: `[T, L]`, `[T, 1]`, `[T, 1]` of activations and `[L, N]`,
+# `[N]`, `[N]` of weights. Zero is None where it is 0.
 Elements = tuple[Num[Array, "_ _"], Num[Array, "..."] | int | None, Float[Array, "..."]]
 # (number, group) of a segment of the activations, or of all segments `[U]`.
 ActSegment = tuple[AnyArray, AnyArray]
@@ -131,7 +131,7 @@ def weight_operand(q: QTensor, dtype: np.dtype, segments: Segments) -> Operand[W
     stacked = WeightSegment(codes, zero, take(q.scale, group))
 
     def segment(one: WeightSegment) -> Elements:
-        # Otherwise XLA for GPUs, whose int8 dot takes columns, keeps a transposed copy of all codes.
+        # Otherwise XLA for GPUs, whose int8 dot takes columns, keeps all codes transposed as well.
         codes = with_layout_constraint(unpacked(one.codes), Layout(major_to_minor=(0, 1)))
         scale = jnp.repeat(row_scale(q, one.scale), q.channel_group)  # [N]
         if q.fmt is not None:

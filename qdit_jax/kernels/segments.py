@@ -47,7 +47,7 @@ class Segments:
         return self.rows.size == self.num_channels
 
     def group(self, group_size: int) -> np.ndarray:
-        """Returns the number of the group of `group_size` channels in which each segment lies `[U]`."""
+        """Returns the index of each segment's group of `group_size` channels `[U]`."""
         return self.starts // effective_group_size(self.num_channels, group_size)
 
     def cut(self, values: Num[Array, "..."], axis: int) -> Num[Array, "..."]:

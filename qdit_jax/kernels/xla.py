@@ -36,7 +36,7 @@ def simulated_matmul(
 def integer_matmul(
     x: Float[Array, "*lead K"], q: QTensor, act_quant: ActQuant
 ) -> Float[Array, "*lead N"]:
-    """Returns the product, one dot per segment of K: a run of channels in which both have one scale.
+    """Returns the product, one dot per segment of K, inside which both operands have one scale.
 
     Elements that int8 holds (integers, E2M1) are summed in int32, others in float32; the sum is
     then multiplied by both scales and added up in float32. The weights are unpacked one segment at

@@ -248,7 +248,7 @@ def example_inputs(model: Network, batch: int = 1) -> tuple[Any, ...]:
 
 
 def is_concrete(array: AnyArray | jax.ShapeDtypeStruct) -> bool:
-    """Returns whether an array's values can be read: it is not traced, abstract or on other hosts."""
+    """Returns whether an array's values can be read: not traced, abstract or on other hosts."""
     if isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct):
         return False
     return not isinstance(array, jax.Array) or array.is_fully_addressable

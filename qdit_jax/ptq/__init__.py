@@ -1,4 +1,4 @@
-"""Post-training quantization: the transform from a parameter tree to a quantized one, and its parts."""
+"""Post-training quantization: the transform of a parameter tree into a quantized one."""
 
 from qdit_jax.ptq.promises import Precision, precision_of, precision_warning
 from qdit_jax.ptq.rounding import StagesFn, num_batches, round_params

@@ -1,7 +1,7 @@
 """Compares each quantized kernel's error with the error expected from its bits.
 
-A kernel can lose its information without an exception: by a grid that does not fit, a range rule with
-a floor, a format's shared factor. Every table of layers warns of it.
+A kernel can lose its information without an exception: by a grid that does not fit, a range rule
+with a floor, a format's shared factor. Every table of layers warns of it.
 
 Dimensions: K input channels, N output channels, G groups, S members of a group.
 """
@@ -20,7 +20,7 @@ from qdit_jax.types import AnyArray
 # A bit's worth of noise. Rounding to nearest on a min-max grid errs by half a step at most, which is
 # three times the noise of uniform rounding, 4.8 dB.
 ALLOWANCE_DB = 6.0
-# Of formats, whose steps grow with the value: the signal-to-noise ratio in dB of each kind of element, for
+# Of formats, whose steps grow with the value: the signal-to-noise ratio in dB of each element, for
 # blocks whose values are within a few powers of two, less a margin.
 ELEMENT_DB = {"e4m3": 25.0, "e5m2": 19.0, "e2m1": 11.0, "nf4": 12.0}
 

@@ -1,8 +1,8 @@
 """Quantizing a checkpoint layer by layer from disk to disk, in the memory of its largest layer.
 
-`quantize_checkpoint` does it in one call. Its parts: `open_checkpoint` returns the tree of `load` with
-every array still on disk, `deferred_quantization` the tree of `quantize_params` with every kernel's
-arrays not computed yet, and `save` computes and writes them one at a time.
+`quantize_checkpoint` does it in one call. Its parts: `open_checkpoint` returns the tree of `load`
+with every array still on disk, `deferred_quantization` the tree of `quantize_params` with no
+kernel's arrays computed yet, and `save` computes and writes them one at a time.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ def quantize_checkpoint(
     """Writes the checkpoint in `source`, rounded to nearest by `recipe`, to the folder `out`.
 
     Each layer is read, quantized, written and freed before the next: beside the runtime and its
-    compiled programs, memory holds two copies of the largest array; call `memory.give_back_freed_memory`
-    first, or memory freed by earlier layers stays with the process as well. The result is bit for bit what
-    `load`, `quantize_params` and `save` write, and appears under its name once it is complete.
+    compiled programs, memory holds two copies of the largest array. Call
+    `memory.give_back_freed_memory` first, or the process keeps the memory of earlier layers too.
+    The result is bit for bit what `load`, `quantize_params` and `save` write, and appears under its
+    name once it is complete.
 
     Args:
         source: a checkpoint folder; an exported file is read as a whole. Or an open checkpoint.

@@ -139,7 +139,7 @@ def rewrite_kernels(
 
 
 def finite_where_kept(params: Params, written: Params) -> dict[str, Any]:
-    """Returns `written`, after a check of the leaves that are unchanged from `params` for NaN and infinity.
+    """Returns `written`, after a check of the leaves unchanged from `params` for NaN and infinity.
 
     Arrays that are still on disk are checked when they are read.
 
@@ -159,7 +159,7 @@ def finite_where_kept(params: Params, written: Params) -> dict[str, Any]:
 
 
 def checked_when_read(name: str, leaf: DeferredArray) -> DeferredArray:
-    """Returns a lazy array that is checked for NaN and infinity when it is read; errors say `name`."""
+    """Returns a lazy array that is checked for NaN and infinity when it is read, by `name`."""
 
     def make() -> dict[str, Any]:
         array = leaf.make()[leaf.name]

@@ -15,7 +15,7 @@ from qdit_jax.types import AnyArray
 
 
 def true_after(x: Float[AnyArray, "..."]) -> Bool[Array, ""]:
-    """Returns true, as a value that the compiler does not know and that depends on the values of `x`.
+    """Returns true, as a value that depends on `x` and that the compiler cannot foresee.
 
     `x` has one element or more.
     """

@@ -43,8 +43,8 @@ def corrected(
 ) -> Float[Array, "*s"]:
     """Returns `x / divisor` rounded once from a quotient `near` that is a few units off.
 
-    The remainder `x - near * divisor` is computed exactly from halves of both factors, whose products
-    have no rounding error, fused with the sums or not (Dekker, 1971).
+    The remainder `x - near * divisor` is computed exactly from halves of both factors, whose
+    products have no rounding error, fused with the sums or not (Dekker, 1971).
     """
     upper, lower = _halves(near)
     top, rest = _halves(divisor)

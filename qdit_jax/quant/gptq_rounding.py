@@ -186,7 +186,7 @@ def _gptq_authors(
 def _grid(
     scale: Float[Array, "G B"], zero_point: Float[Array, "G B"] | None, spec: WeightSpec
 ) -> Grid:
-    """Returns scale and code of 0.0, both float32 `[G, N]`; symmetric codes have theirs in the middle."""
+    """Returns scale and code of 0.0, both float32 `[G, N]`; symmetric: the middle code."""
     if zero_point is None:
         zero_point = jnp.full(scale.shape, 2.0 ** (spec.bits - 1), jnp.float32)
     repeat = spec.channel_group

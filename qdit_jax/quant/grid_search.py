@@ -116,7 +116,7 @@ def _score(
     if fit is None:
         score = sums(general)
     else:
-        # An error exceeds `limit` only in a group outside its grid, which a rule allows that leaves 0 out.
+        # Errors exceed `limit` only in groups outside their grid, which rules without 0 allow.
         beyond = jnp.maximum(first - jnp.min(x, 0) * per_unit, jnp.max(x, 0) * per_unit - last)
         near = jnp.max(beyond) <= limit
         score = jax.lax.cond(

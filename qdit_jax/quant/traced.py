@@ -1,7 +1,7 @@
 """Fake quantization whose group size is an array: one compilation for every assignment.
 
-Statistics are taken over blocks (of the greatest common divisor of the sizes to choose from) and gathered
-into groups by a table that the traced choice indexes, so a search never recompiles.
+Statistics are taken over blocks (of the greatest common divisor of the sizes to choose from) and
+gathered into groups by a table that the traced choice indexes, so a search never recompiles.
 
 Dimensions: K channels, N output channels, D blocks, M most blocks a group can have.
 """
@@ -46,7 +46,7 @@ def fake_quantize_traced(
 
 
 def _apart(rounded: Callable[[Array, Array], Array], x: Array, choice: Int[Array, ""]) -> Array:
-    """Returns `rounded(x, choice)`, in a branch: its three passes over `x` then read one copy of it."""
+    """Returns `rounded(x, choice)` from a branch, so that its three passes read one copy of `x`."""
     return jax.lax.cond(branches.true_after(x), rounded, lambda x, choice: x, x, choice)
 
 

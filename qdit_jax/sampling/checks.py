@@ -34,7 +34,7 @@ def check_diffusion_model(model: object, name: object = "the checkpoint") -> Non
     article = "an" if kind[0] in "AEIOU" else "a"
     raise ValueError(
         f"{name} holds {article} {kind} (family {family.name}), which is no diffusion model and "
-        "generates no images by itself; give the checkpoint of a diffusion transformer, such as a DiT's."
+        "generates no images by itself; give a diffusion transformer's checkpoint, such as a DiT's."
     )
 
 
@@ -136,7 +136,7 @@ def check_seed(seed: object) -> int:
 
     Raises:
         TypeError: if it is no whole number.
-        ValueError: unless it lies in `[0, 2**32 - 1]`: JAX's keys take the last 32 bits, and greater
+        ValueError: unless it is in `[0, 2**32 - 1]`: JAX's keys take the last 32 bits, and greater
             seeds would repeat the samples of others.
     """
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer):

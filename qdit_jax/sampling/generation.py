@@ -53,7 +53,7 @@ class Denoiser:
         return diffusion.in_auto_axes(_applied, x, timestep, condition, self)
 
     def check_condition(self, condition: Condition) -> None:
-        """Raises `ValueError` if the network does not know a condition; traced ones are not checked."""
+        """Raises `ValueError` for conditions unknown to the network, unless they are traced."""
         check = getattr(self.model, "check_condition", None)  # a function's stand-in has none
         if check is not None and all(is_concrete(leaf) for leaf in jax.tree.leaves(condition)):
             check(condition)
@@ -79,13 +79,12 @@ def denoiser(
     """Returns the `denoise_fn` of a network, guided by its null condition.
 
     Parameters and `guidance` are arguments of a function that is compiled with it, not constants.
-    `guidance=None`, or the number 1, calls the network once, without the null condition.  `guidance_channels` counts
-    the guided channels, at most all of the sample's: `"published"` for as many as the family's
-    published sampler guides (3 of DiT's 4), None for all as diffusers does.
+    `guidance=None`, or the number 1, calls the network once, without the null condition.
+    `guidance_channels` counts the guided channels, at most all of the sample's: `"published"` for as
+    many as the family's published sampler guides (3 of DiT's 4), None for all as diffusers does.
 
     Raises:
-        ValueError: if guidance is given for a network without a null condition, or for more channels
-            than a sample has.
+        ValueError: if the network has no null condition, or a sample fewer channels.
     """
     check_guidance(guidance)
     channels = num_guided_channels(model, guidance_channels)
@@ -103,7 +102,7 @@ def denoiser(
 def cyclic_conditions(
     model: nn.Module, conditions: Condition, index: Int[AnyArray, " B"]
 ) -> Condition:
-    """Returns the conditions of the samples `index`, assigned cyclically: entry `i % number of entries`.
+    """Returns the conditions of the samples `index`, assigned cyclically: entry `i % num_entries`.
 
     `conditions` is a pytree with one entry per class or prompt, as numbers or NumPy arrays; None is
     every condition that the network knows.
@@ -217,7 +216,7 @@ def sampler_text(checkpoint: Checkpoint) -> str | None:
 def initial_noise(
     key: Key, index: Int[Array, " B"], shape: tuple[int, ...]
 ) -> tuple[Float[Array, "B *shape"], Key]:
-    """Returns the noise `[B, *shape]` of the samples numbered `index`, and one key per sample for the steps.
+    """Returns the noise `[B, *shape]` of the samples `index`, and a key per sample for the steps.
 
     Both depend on `jax.random.fold_in(key, index)` only: a sample starts from the same noise with
     any batch size and number of devices.
@@ -324,8 +323,8 @@ def generated_batches(
 ) -> Iterator[tuple[int, Float[np.ndarray, "B *shape"]]]:
     """Yields what `generate` returns batch by batch: the first sample's number, and the samples.
 
-    `starts` are the numbers of the batches' first samples; a batch has `batch_size` samples, the last
-    one the rest. A batch is computed when the iterator is asked for it.
+    `starts` are the numbers of the batches' first samples. A batch has `batch_size` samples, the
+    last one the rest. A batch is computed when the iterator is asked for it.
     """
     check_diffusion_model(checkpoint.model)
     check_numerics(checkpoint.params, numerics)
