@@ -20,9 +20,8 @@ from jaxtyping import Array, Float
 from safetensors.numpy import load
 
 from qdit_jax.models.inception import InceptionV3, preprocess
-from qdit_jax.types import Params
+from qdit_jax.types import AnyArray, Params
 
-AnyArray = Array | np.ndarray
 FeaturesFn = Callable[[np.ndarray], Mapping[str, Any]]
 
 DEMO_SIZE = 16

@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, UInt8
 
-AnyArray = Array | np.ndarray
+from qdit_jax.types import AnyArray
 
 INPUT_SIZE = 299
 NUM_CLASSES = 1008
