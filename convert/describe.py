@@ -15,7 +15,7 @@ from qdit_convert.folders import is_pipeline
 from qdit_convert.names import select_network
 from qdit_convert.readers import open_weights
 from qdit_convert.tensors import StateDict, StoredTensor
-from qdit_jax.diffusion import process_text, read_scheduler, walk_text
+from qdit_jax.diffusion import process_text, read_scheduler, sampling_text
 from qdit_jax.errors import UserError
 from qdit_jax.files import local_copy
 
@@ -106,7 +106,7 @@ def description_text(described: dict[str, Any]) -> str:
     if described["metadata"].get("scheduler"):
         scheduler = read_scheduler(described["metadata"]["scheduler"])
         lines.append(
-            f"  scheduler: {scheduler.class_name}: {process_text(scheduler)}; {walk_text(scheduler)}"
+            f"  scheduler: {scheduler.class_name}: {process_text(scheduler)}; {sampling_text(scheduler)}"
         )
     if described["problem"] is None:
         lines.append(f"  convert with: {described['command']}")

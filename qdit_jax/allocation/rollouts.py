@@ -20,7 +20,7 @@ from qdit_jax.allocation.objectives import FeatureDistance, SampleFn, feature_di
 from qdit_jax.allocation.sensitivity import Prediction, effects, prediction
 from qdit_jax.allocation.space import Space
 from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.sampling import conditions_in_turn, denoiser, fitting_guidance, initial_noise
+from qdit_jax.sampling import cyclic_conditions, denoiser, fitting_guidance, initial_noise
 
 
 @partial(
@@ -98,7 +98,7 @@ def seeds(
     """
     index = first + np.arange(num_batches * batch_size)
     noise, keys = initial_noise(key, jnp.asarray(index, jnp.int32), model.sample_shape())
-    condition = conditions_in_turn(model, conditions, index)
+    condition = cyclic_conditions(model, conditions, index)
     return jax.tree.map(
         lambda leaf: jnp.asarray(leaf).reshape(num_batches, batch_size, *leaf.shape[1:]),
         (noise, condition, keys),

@@ -43,7 +43,7 @@ from qdit_jax.files import (
 from qdit_jax.report import save_picture
 from qdit_jax.sampling import (
     check_numerics,
-    conditions_in_turn,
+    cyclic_conditions,
     denoiser,
     num_guided_channels,
 )
@@ -161,9 +161,7 @@ def measured(
     with Bar(protocol.num_samples, "sample", "sampling", resumes=True) as bar:
         run = run_evaluation(contenders, protocol, out, bar.update)
     model = contenders[0].checkpoint.model
-    files = merged(
-        run, contenders, conditions_in_turn(model, None, np.arange(protocol.num_samples))
-    )
+    files = merged(run, contenders, cyclic_conditions(model, None, np.arange(protocol.num_samples)))
     if judge is None:
         return run, files, {}
     found = judge.scores(files, watched)

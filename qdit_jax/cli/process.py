@@ -79,7 +79,7 @@ class Process:
         """
         from qdit_jax import sampling
 
-        name = self.sampler or sampling.own_walk(checkpoint)
+        name = self.sampler or sampling.own_sampler(checkpoint)
         row, model = sampler_named(name), checkpoint.model
         if model.prediction not in row.predictions:
             raise UserError(f"--sampler {name}: {sampling.fitting_samplers(model)}")
@@ -92,7 +92,7 @@ class Process:
         if not row.spacings and not (self.steps.isdecimal() and int(self.steps) > 0):
             raise UserError(f"--steps {self.steps}: {name} takes a positive number.")
         return sampling.checkpoint_sampler(
-            checkpoint, self.steps, walk=name, eta=self.eta, clip=self.clip
+            checkpoint, self.steps, sampler=name, eta=self.eta, clip=self.clip
         )
 
     def scheduler_text(self, checkpoint: Checkpoint) -> str | None:

@@ -38,7 +38,7 @@ from qdit_jax.kernels import implementations_used
 from qdit_jax.models import rows_per_sample
 from qdit_jax.sampling import (
     check_seed,
-    conditions_in_turn,
+    cyclic_conditions,
     default_batch_size,
     device_mesh,
     filled_batch,
@@ -182,7 +182,7 @@ def shards(
     }
     for start, stop in missing:
         index = filled_batch(start, padded, protocol.num_samples)
-        condition = conditions_in_turn(contenders[0].checkpoint.model, protocol.conditions, index)
+        condition = cyclic_conditions(contenders[0].checkpoint.model, protocol.conditions, index)
         arrays: dict[str, Any] = {"stop": stop, "device": place, **used}
         trajectories = []
         for i, (contender, sample_batch) in enumerate(zip(contenders, batch_samplers, strict=True)):

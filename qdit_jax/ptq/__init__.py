@@ -1,4 +1,4 @@
-"""The transform from a parameter tree to a quantized one, and what it needs."""
+"""Post-training quantization: the transform of a parameter tree into a quantized one."""
 
 from qdit_jax.ptq.promises import Precision, precision_of, precision_warning
 from qdit_jax.ptq.rewriting import rewrite_layers, weight_name

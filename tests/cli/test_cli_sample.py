@@ -105,7 +105,7 @@ def test_labels_are_numbers_and_ranges_repeated_as_needed():
         ("velocity", ("--sampler", "ddim"), "this model predicts a velocity; use flow"),
         ("velocity", ("--steps", "ddim25", "--out", "x.npz"), "flow takes a positive number"),
         ("latents", (), "holds no autoencoder"),
-        ("vae", (), "makes no pictures by itself"),
+        ("vae", (), "generates no images by itself"),
         ("no_null", ("--steps", "2"), "needs a null class"),
         ("absent", (), "does not exist"),
     ],

@@ -43,7 +43,7 @@ def test_the_sampler_reads_what_the_network_predicts(checkpoint):
     sampler = checkpoint_sampler(checkpoint, 3)
     assert sampler.predict_fn is x0_prediction
     with pytest.raises(ValueError, match="this model predicts sample; use ddim or ddpm"):
-        checkpoint_sampler(checkpoint, 3, walk="flow")
+        checkpoint_sampler(checkpoint, 3, sampler="flow")
 
 
 def test_samples_are_counted_where_there_is_no_condition(checkpoint):

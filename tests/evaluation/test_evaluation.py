@@ -211,7 +211,7 @@ def test_a_run_with_other_settings_is_not_continued(folders, compared, model, op
         (("w4", "--against", "large"), "large has sample shape \\(32, 32, 1\\) and w4 has"),
         (("w4", "--against", "schedule"), "trained on different schedules"),
         (("w4", "--against", "absent"), "does not exist"),
-        (("vae",), "makes no pictures by itself"),
+        (("vae",), "generates no images by itself"),
         (("w4", "--compare", "w8"), "needs --against"),
         (("w4", "--num-samples", "1"), "use a whole number from 2"),
         (("w4", "--batch-size", "0"), "use a whole number from 1"),
