@@ -6,14 +6,15 @@ Dimensions: L layers, C most choices of a layer, N measured assignments.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from qdit_jax.allocation.budget import Budget
 from qdit_jax.allocation.knapsack import Solution, solve
 from qdit_jax.allocation.sensitivity import Prediction
 from qdit_jax.allocation.space import Space
+from qdit_jax.types import Numbers
 
 RIDGES = tuple(10.0**power for power in range(-3, 4))
 
@@ -29,11 +30,11 @@ def own_errors(prediction: Prediction, space: Space) -> list[np.ndarray]:
 
 
 def descend(
-    prediction: Prediction, space: Space, budget: Budget, start: Any, max_moves: int = 200
+    prediction: Prediction, space: Space, budget: Budget, start: Numbers, max_moves: int = 200
 ) -> list[np.ndarray]:
     """Returns the path from `start` to a local optimum of the joint prediction within the budget.
 
-    A move changes one layer, or two at once (one may pay for the other); always the best one.
+    Each move changes one layer, or two at once (one may pay for the other), and is the best of all.
     """
     path = [space.check(start)]
     costs = padded_costs(space, budget)
@@ -88,7 +89,11 @@ def best_move(
 
 
 def corrected(
-    prediction: Prediction, assignments: Any, measured: Any, *, additive: bool
+    prediction: Prediction,
+    assignments: Int[np.ndarray, "N L"],
+    measured: Float[np.ndarray, " N"],
+    *,
+    additive: bool,
 ) -> Prediction:
     """Returns the prediction scaled and shifted to measured errors: a ridge regression.
 
@@ -100,7 +105,6 @@ def corrected(
         additive: whether to start from the additive prediction, without terms between layers.
     """
     base = own_only(prediction) if additive else prediction
-    assignments, measured = np.asarray(assignments), np.asarray(measured, np.float64)
     predicted = base.joint(assignments)
     spread = predicted.var()
     slope = 0.0 if spread == 0 else float(np.cov(predicted, measured, bias=True)[0, 1] / spread)

@@ -13,20 +13,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax.traverse_util import flatten_dict
+from jaxtyping import Array, Float, Int
 
 from qdit_jax.allocation.assigned import act_branch, assigned_params, chosen, kernel_branch
-from qdit_jax.allocation.space import Space
+from qdit_jax.allocation.space import SearchLayer, Space
 from qdit_jax.models import tapped
 from qdit_jax.ptq import matrix_shape
+from qdit_jax.types import AnyArray, Condition, Key, Numbers, Params
 
 # (params, x [B, H, W, C], condition, key [B], step) -> x after that step; a pytree, see objectives.
-StepFn = Callable[[Any, Any, Any, Any, Any], Any]
+StepFn: TypeAlias = Callable[[Params, Array, Condition, Key, Array], Array]
 
 
 class Effects(NamedTuple):
@@ -41,22 +44,22 @@ class Effects(NamedTuple):
             is magnified on its way to the end.
     """
 
-    change: Any
-    along: Any
-    base_error: Any
-    signal: Any
-    step_weight: Any
+    change: AnyArray
+    along: AnyArray
+    base_error: AnyArray
+    signal: AnyArray
+    step_weight: AnyArray
 
 
 @partial(jax.jit, static_argnames=("space", "num_steps", "num_probes"))
 def effects(
     step_fn: StepFn,
-    params: Any,
-    base: Any,
-    noise: Any,
-    condition: Any,
-    key: Any,
-    probe_key: Any,
+    params: Params,
+    base: Int[Array, " L"] | None,
+    noise: Float[Array, "B *shape"],
+    condition: Condition,
+    key: Key,
+    probe_key: Key,
     *,
     space: Space,
     num_steps: int,
@@ -76,7 +79,9 @@ def effects(
     if base is not None:
         probes = jnp.concatenate([probes, error[None]])
 
-    def backward(carry: Any, scanned: Any) -> Any:
+    def backward(
+        carry: tuple[Array, Array], scanned: tuple[Array, Array]
+    ) -> tuple[tuple[Array, Array], Array]:
         probes, total = carry
         x, step = scanned
         run = partial(tapped_step, step_fn, used, condition, key, step)
@@ -114,11 +119,16 @@ def effects(
 
 
 def step_inputs(
-    step_fn: StepFn, params: Any, noise: Any, condition: Any, key: Any, num_steps: int
-) -> tuple[Any, Any]:
+    step_fn: StepFn,
+    params: Params,
+    noise: Float[Array, "B *shape"],
+    condition: Condition,
+    key: Key,
+    num_steps: int,
+) -> tuple[Float[Array, "B *shape"], Float[Array, "S B *shape"]]:
     """Returns the final latents and the latents before every step, `[S, B, ...]`."""
 
-    def body(x: Any, step: Any) -> tuple[Any, Any]:
+    def body(x: Array, step: Array) -> tuple[Array, Array]:
         return step_fn(params, x, condition, key, step).astype(x.dtype), x
 
     return jax.lax.scan(body, noise, jnp.arange(num_steps, dtype=jnp.int32))
@@ -126,19 +136,19 @@ def step_inputs(
 
 def tapped_step(
     step_fn: StepFn,
-    params: Any,
-    condition: Any,
-    key: Any,
-    step: Any,
-    x: Any,
+    params: Params,
+    condition: Condition,
+    key: Key,
+    step: Int[Array, ""],
+    x: Float[Array, "B *shape"],
     *,
-    taps: dict[str, Any] | None,
-) -> tuple[Any, tuple[dict[str, Any], dict[str, Any]]]:
+    taps: dict[str, Array] | None,
+) -> tuple[Array, tuple[dict[str, Array], dict[str, Array]]]:
     """Returns a step's result with `taps` added to the layers' outputs, and their inputs and outputs."""
-    inputs: dict[str, Any] = {}
-    outputs: dict[str, Any] = {}
+    inputs: dict[str, Array] = {}
+    outputs: dict[str, Array] = {}
 
-    def tap(path: str, layer: Any, x: Any, call: Callable[[], Any]) -> Any:
+    def tap(path: str, layer: nn.Module, x: Array, call: Callable[[], Array]) -> Array:
         inputs[path], outputs[path] = x, call()
         return outputs[path] if taps is None else outputs[path] + taps[path]
 
@@ -147,10 +157,17 @@ def tapped_step(
     return result, (inputs, outputs)
 
 
-def layer_change(layer: Any, params: Any, x: Any, y: Any, adjoint: Any) -> Any:
-    """Returns `u . dy` of every choice of one layer, `[P, B, choices]`.
+def layer_change(
+    layer: SearchLayer,
+    params: Params,
+    x: Float[Array, "R *tokens K"],
+    y: Float[Array, "R *tokens N"],
+    adjoint: Float[Array, "P R *tokens N"],
+) -> Float[Array, "P R choices"]:
+    """Returns `u . dy` of every choice of one layer, `[P, R, choices]`.
 
-    A sample may have several rows in the layer's input (guidance): all of them count.
+    R is the number of rows of the layer's input: B, or a multiple of it where guidance runs every
+    sample more than once.
     """
     flat = flatten_dict(params, sep="/")
     kernel = flat[f"{layer.path}/kernel"]
@@ -159,7 +176,7 @@ def layer_change(layer: Any, params: Any, x: Any, y: Any, adjoint: Any) -> Any:
     weights = tuple(spec.weight for spec in layer.choices)
     acts = tuple(spec.act for spec in layer.choices)
 
-    def one(choice: Any) -> Any:
+    def one(choice: Int[Array, ""]) -> Float[Array, "P R ..."]:
         quantized = chosen(act_branch, acts, choice, x) @ chosen(
             kernel_branch, weights, choice, kernel
         )
@@ -173,7 +190,9 @@ def layer_change(layer: Any, params: Any, x: Any, y: Any, adjoint: Any) -> Any:
     return jnp.moveaxis(by_row.sum(axis=tuple(range(3, by_row.ndim))), 0, -1)  # [P, R, choices]
 
 
-def padded(change: Sequence[Any], batch: int, space: Space) -> Any:
+def padded(
+    change: Sequence[Float[Array, "P R _"]], batch: int, space: Space
+) -> Float[Array, "P B L C"]:
     """Returns changes `[P, R, choices]` per layer, summed over a sample's rows: `[P, B, L, C]`.
 
     A sample's rows (R / B of them, with guidance two) lie side by side.
@@ -209,12 +228,12 @@ class Prediction:
         own = self.gram.reshape(count * choices, -1).diagonal().reshape(count, choices)
         return self.linear + own
 
-    def additive(self, assignments: Any) -> np.ndarray:
+    def additive(self, assignments: Int[np.ndarray, "*N L"]) -> Float[np.ndarray, " N"]:
         """Returns the sum of single-layer errors of assignments `[N, L]`."""
         assignments = np.atleast_2d(assignments)
         return self.constant + self.table[np.arange(len(self.linear)), assignments].sum(axis=-1)
 
-    def joint(self, assignments: Any) -> np.ndarray:
+    def joint(self, assignments: Int[np.ndarray, "*N L"]) -> Float[np.ndarray, " N"]:
         """Returns the error with the terms between layers, of assignments `[N, L]`."""
         layers = np.arange(len(self.linear))
         found = []
@@ -238,7 +257,7 @@ def prediction(batches: Sequence[Effects]) -> Prediction:
     return Prediction(float(base_error.mean() * scale), 2 * along.mean(axis=0) * scale, gram)
 
 
-def rank_correlation(a: Any, b: Any) -> float:
+def rank_correlation(a: Numbers, b: Numbers) -> float:
     """Returns Spearman's rank correlation; 0 where one side does not vary."""
     ranks = [rank_of(np.asarray(values, np.float64)) for values in (a, b)]
     spread = [r.std() for r in ranks]

@@ -33,6 +33,7 @@ from qdit_jax.evaluation import named_features, reference_path
 from qdit_jax.files import AnyPath, check_free, replaced_file
 from qdit_jax.metrics import check_network, read_reference
 from qdit_jax.report import provenance
+from qdit_jax.sampling import fitting_guidance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Job:
             options["checkpoint"], "a search compares with full precision"
         )
         guidance = guidance_of(checkpoint, options["guidance"])
-        Rollout.of(checkpoint.model, None, guidance)  # refuses before anything is computed
+        fitting_guidance(checkpoint.model, guidance)  # refuses before anything is computed
         method, settings = options["method"], None
         if method != "default":
             settings = EvolutionSettings(options["population"], options["generations"])

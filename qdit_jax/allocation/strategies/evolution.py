@@ -271,7 +271,7 @@ def repaired(rng: np.random.Generator, drawn: np.ndarray, budget: Budget) -> np.
     return drawn
 
 
-def next_cheaper(costs: np.ndarray, choice: Any) -> int | None:
+def next_cheaper(costs: np.ndarray, choice: np.integer | int) -> int | None:
     """Returns the dearest of the choices that are cheaper than `choice`, or None."""
     below = np.where(costs < costs[choice], costs, -np.inf)
     best = int(np.argmax(below))
