@@ -44,7 +44,7 @@ class Budget:
         return total_cost(list(self.table), assignment)
 
     def allows(self, assignment: Numbers) -> np.ndarray | np.bool_:
-        """Returns whether each assignment is within the limit, to float rounding: `[..., L] -> [...]`."""
+        """Returns whether assignments are within the limit (to rounding): `[..., L] -> [...]`."""
         return self.cost(assignment) <= self.limit + self.slack
 
     @property
@@ -73,9 +73,13 @@ class Budget:
 def parse_budget(text: str, space: Space, costs: Mapping[str, CostFn]) -> Budget:
     """Returns the budget that `text` names.
 
-    The text is `NAME=NUMBER` with an optional suffix K, M, G, T or P; `NAME=1.0x-g128` relative to the uniform
-    assignment of that group size at the first bits of every layer; `NAME=1.0x-w4a8-g128` at given
-    bits. `mean-group=128` is the release's rule: the mean of the group sizes is at least 128.
+    The text is one of:
+
+    - `NAME=NUMBER`, with an optional suffix K, M, G, T or P;
+    - `NAME=1.0x-g128`, relative to the uniform assignment of that group size at the first bits of
+      every layer;
+    - `NAME=1.0x-w4a8-g128`, the same at given bits;
+    - `mean-group=128`, the release's rule: the mean of the group sizes is at least 128.
 
     Args:
         costs: cost functions by name: `cost.named_costs()` and any of the user's own.

@@ -148,7 +148,7 @@ class Evaluator:
 
 @runtime_checkable
 class Measurer(Protocol):
-    """A compiled `(params, objective, assignments [C, L], batches [C]) -> measurements [C, ...]`."""
+    """A compiled `(params, objective, assignments [C, L], batches [C]) -> tree of [C, ...]`."""
 
     def __call__(
         self, params: Params, objective: Objective, assignments: AnyArray, batches: AnyArray

@@ -158,7 +158,7 @@ def feature_distance(
     condition: Condition,
     keys: Shaped[Key, "J B *raw"],
 ) -> FeatureDistance:
-    """Returns a distance of features, the paper's objective; see `FeatureDistance` for the arguments."""
+    """Returns a distance of features, the paper's objective; arguments as in `FeatureDistance`."""
     noise, condition = jax.tree.map(jnp.asarray, (noise, condition))
     return FeatureDistance(
         as_pytree(sample_fn), as_pytree(features_fn), noise, condition, keys, distance_fn

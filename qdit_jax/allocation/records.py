@@ -86,7 +86,7 @@ class Store:
     """Named states of one search in a folder; the last two are kept (Orbax).
 
     All processes of a distributed search call `save` and `load`; Orbax writes from the first one.
-    A folder written under other settings is refused; there is none before the first state.
+    A folder written under other settings is refused; the folder appears with the first state.
     """
 
     def __init__(self, folder: PathLike, settings: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a search asks of a checkpoint: its sampler with the parameters left open, and objectives.
+"""A checkpoint's sampler as a function of the parameters, and objectives made of it.
 
 Dimensions: J batches, B samples per batch, H, W, C one latent.
 """
@@ -34,7 +34,7 @@ Seeds: TypeAlias = tuple[Array, Condition, Key]
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rollout:
-    """`(params, noise, condition, key) -> final latents`: a network's sampler, parameters left open."""
+    """A network's sampler as a function `(params, noise, condition, key) -> final latents`."""
 
     sampler: Any
     guidance: Any

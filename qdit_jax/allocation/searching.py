@@ -1,6 +1,6 @@
 """`search`: a checkpoint in, the recipe of a good allocation out.
 
-The strategies are in `allocation.strategies`; here they meet networks, samplers and the disk.
+The strategies are in `allocation.strategies`; here they get networks, samplers and a store.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Rollouts:
         )
 
     def rollout(self, checkpoint: Checkpoint, guided: bool) -> Rollout:
-        """Returns the checkpoint's sampler with the parameters left open."""
+        """Returns the checkpoint's sampler as a function of the parameters."""
         sampler = self.sampler
         if sampler is None:
             sampler = default_sampler(checkpoint, self.num_steps)
@@ -128,7 +128,7 @@ def search(
             sensitivities alone, nothing measured; a function `(params, key) -> scalar`; or an
             objective such as `frechet_objective(...)`.
         strategy: a name in `STRATEGIES`: "default": sensitivities and the exact knapsack, verified;
-            "qdit-paper" and "qdit-release": the published evolution, and what its release really
+            "qdit-paper" and "qdit-release": the published evolution, and what its published code
             does; "nsga2": a measured front, begun from the predicted one; "random". Or an object
             such as `Allocate(settings)` or `Evolve(settings)`.
         space: a `Space`, or settings of `search_space` as a dict
@@ -136,7 +136,8 @@ def search(
         rollouts: how candidates are sampled.
         costs: cost functions that the budget may name, beside `named_costs`.
         state: a folder that keeps what was computed; the same call resumes from it.
-        report_fn: called with `{"text"}`, `{"total"}`, `{"items"}` and `{"best"}` as things happen.
+        report_fn: called with a dict that has some of `text`, `total`, `items` (just measured) and
+            `best`, whenever there is news.
 
     Raises:
         ValueError: if a setting does not fit, a budget is impossible or limits nothing, or a
@@ -198,7 +199,7 @@ def check_network(checkpoint: Checkpoint) -> None:
 def space_of(
     checkpoint: Checkpoint, strategy: Strategy, space: Space | Mapping[str, Any] | None
 ) -> Space:
-    """Returns the space given, or that of the settings given over the strategy's own."""
+    """Returns the given space, or the one of the given settings, which override the strategy's."""
     if isinstance(space, Space):
         return space
     settings = {**strategy.space, **(space or {})}
@@ -216,7 +217,7 @@ def problem_of(
     store: Store | None,
     report_fn: ReportFn,
 ) -> tuple[Problem, Sensitivities]:
-    """Returns the problem for a strategy, and the sensitivities that it is to be judged by."""
+    """Returns the problem for a strategy, and the sensitivities that predictions use."""
     model, params = checkpoint.model, checkpoint.params
     rollout = rollouts.rollout(checkpoint, guided)
     noise_key, probe_key = jax.random.split(key)
@@ -257,7 +258,7 @@ def as_objective(
 
 
 def evaluations(found: Found, problem: Problem, predict_fn: Sensitivities) -> int:
-    """Returns how often the network was run on a sample in all, references included."""
+    """Returns the number of network evaluations of one sample, references included."""
     counted = found.report["num_predictions"] * predict_fn.evaluations
     if problem.evaluator is None:
         return counted

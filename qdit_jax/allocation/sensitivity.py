@@ -1,11 +1,12 @@
-"""What every choice of every layer does to the final latents, from a few reverse passes.
+"""The effect of every choice of every layer on the final latents, from a few reverse passes.
 
 With `u = J^T v` at a layer's output, J the derivative of the final latents with respect to it
 through all remaining steps of the sampler, `sum_s u_s . dy_s` is the change of `v . final` when
 the layer's output changes by `dy`. A choice's `dy` needs one product of the layer alone, so all
 layers and choices are scored at once (Gauss-Newton: J at one point, errors squared).
 
-Dimensions: S steps, B samples, P probes, L layers, C most choices of a layer, M = samples * probes.
+Dimensions: S steps, B samples per batch, M samples of all batches, P probes, L layers, C most
+choices of a layer, R rows of a layer's input.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ StepFn: TypeAlias = Callable[[Params, Array, Condition, Key, Array], Array]
 
 
 class Effects(NamedTuple):
-    """What one batch of trajectories tells, float32.
+    """The effects of all choices on one batch of trajectories, float32.
 
     Attributes:
         change: `[B, P, L, C]`, `v . (J dy)` for every probe.
@@ -75,28 +76,31 @@ def effects(
     exact = step_inputs(step_fn, params, noise, condition, key, num_steps)[0]
     final, seen = step_inputs(step_fn, used, noise, condition, key, num_steps)
     error = final - exact
-    probes = jax.random.normal(probe_key, (num_probes, *final.shape), jnp.float32)
+    probes = jax.random.normal(probe_key, (num_probes, *final.shape), jnp.float32)  # [P, B, ...]
     if base is not None:
-        probes = jnp.concatenate([probes, error[None]])
+        # The base's error is one more cotangent, for the mixed term of |r + J dy|^2 (`along`).
+        probes = jnp.concatenate([probes, error[None]])  # [P + 1, B, ...]
 
     def backward(
         carry: tuple[Array, Array], scanned: tuple[Array, Array]
     ) -> tuple[tuple[Array, Array], Array]:
-        probes, total = carry
+        probes, total = carry  # [P (+ 1), B, ...] after this step, [P (+ 1), B, L, C]
         x, step = scanned
         run = partial(tapped_step, step_fn, used, condition, key, step)
+        # Zeros added to the outputs of layers; their cotangents are the adjoints u.
         taps = jax.eval_shape(partial(run, taps=None), x)[1][1]
         taps = {path: jnp.zeros(y.shape, y.dtype) for path, y in taps.items()}
         _, pull, (inputs, outputs) = jax.vjp(
             lambda x, taps: run(x, taps=taps), x, taps, has_aux=True
         )
-        before, adjoint = jax.vmap(pull)(probes)
+        before, adjoint = jax.vmap(pull)(probes)  # [P (+ 1), B, ...], by path [P (+ 1), R, ..., N]
         change = [
             layer_change(
                 layer, params, inputs[layer.path], outputs[layer.path], adjoint[layer.path]
             )
             for layer in space.layers
         ]
+        # The growth of |J^T v|^2 over this step, of random probes alone.
         weight = jnp.square(before[:num_probes]).mean() / jnp.square(carry[0][:num_probes]).mean()
         return (before, total + padded(change, len(x), space)), weight
 
@@ -107,8 +111,8 @@ def effects(
     total = jnp.moveaxis(total, 0, 1)  # [B, P (+ 1), L, C]
     along = jnp.zeros_like(total[:, 0]) if base is None else total[:, -1]
     # ratio[s] is the growth over step s; an error made just after s passes the later steps only.
-    later = jnp.append(jnp.cumprod(ratio[::-1])[::-1][1:], 1.0)
-    axes = tuple(range(1, final.ndim))
+    later = jnp.append(jnp.cumprod(ratio[::-1])[::-1][1:], 1.0)  # [S]
+    axes = tuple(range(1, final.ndim))  # all but the sample's
     return Effects(
         total[:, :num_probes],
         along,
@@ -181,12 +185,10 @@ def layer_change(
             kernel_branch, weights, choice, kernel
         )
         gap = (quantized + bias - y).astype(jnp.float32)
-        # [P, B, -1]: the sum over rows of a sample, tokens and output channels.
-        return jnp.einsum("p...n,...n->p...", adjoint, gap)
+        return jnp.einsum("p...n,...n->p...", adjoint, gap)  # [P, R, tokens]
 
-    by_row = jax.lax.map(
-        one, jnp.arange(len(layer.choices), dtype=jnp.int32)
-    )  # [choices, P, R, ...]
+    numbers = jnp.arange(len(layer.choices), dtype=jnp.int32)
+    by_row = jax.lax.map(one, numbers)  # [choices, P, R, tokens], one choice at a time
     return jnp.moveaxis(by_row.sum(axis=tuple(range(3, by_row.ndim))), 0, -1)  # [P, R, choices]
 
 
@@ -200,7 +202,7 @@ def padded(
     most = int(space.num_choices.max())
     stacked = []
     for one in change:
-        rows = one.reshape(one.shape[0], batch, -1, one.shape[-1]).sum(axis=2)
+        rows = one.reshape(one.shape[0], batch, -1, one.shape[-1]).sum(axis=2)  # [P, B, choices]
         stacked.append(jnp.pad(rows, ((0, 0), (0, 0), (0, most - rows.shape[-1]))))
     return jnp.stack(stacked, axis=2)
 
@@ -225,6 +227,7 @@ class Prediction:
     def table(self) -> np.ndarray:
         """Returns each choice's own share, `[L, C]`: what an additive model sums up."""
         count, choices = self.linear.shape
+        # gram[l, c, l, c]: the error that a choice makes alone.
         own = self.gram.reshape(count * choices, -1).diagonal().reshape(count, choices)
         return self.linear + own
 
@@ -238,21 +241,23 @@ class Prediction:
         layers = np.arange(len(self.linear))
         found = []
         for chosen_ in np.atleast_2d(assignments):
-            rows = self.gram[layers, chosen_][:, layers, chosen_]
+            rows = self.gram[layers, chosen_][:, layers, chosen_]  # [L, L]
             found.append(self.constant + self.linear[layers, chosen_].sum() + rows.sum())
         return np.array(found)
 
 
 def prediction(batches: Sequence[Effects]) -> Prediction:
     """Returns the quadratic model that the effects of all batches give."""
+    # Samples of all batches along the first axis: [M, P, L, C], [M, L, C], [M], [M].
     joined = [
         np.concatenate([np.asarray(getattr(b, name), np.float64) for b in batches])
         for name in ("change", "along", "base_error", "signal")
     ]
     change, along, base_error, signal = joined
-    scale = 1 / signal.mean()
+    scale = 1 / signal.mean()  # errors are relative to the signal, as in `PairedError`
     _, _, count, choices = change.shape
-    rows = change.reshape(-1, count * choices)
+    # E[(v . J a) (v . J b)] = (J a) . (J b) for normal v: the mean over probes is the gram matrix.
+    rows = change.reshape(-1, count * choices)  # [M P, L C]
     gram = (rows.T @ rows / len(rows) * scale).reshape(count, choices, count, choices)
     return Prediction(float(base_error.mean() * scale), 2 * along.mean(axis=0) * scale, gram)
 
