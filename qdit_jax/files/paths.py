@@ -9,15 +9,16 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from qdit_jax.errors import UserError
 
+PathLike: TypeAlias = str | os.PathLike
+# A local `Path`, or etils' path of a URL: no subclass, but with the same methods.
 if TYPE_CHECKING:
-    PathLike = Any  # after `path = as_path(path)` the checker would keep the wider type
+    AnyPath: TypeAlias = Path
 else:
-    PathLike = str | os.PathLike
-AnyPath = Any  # a local `Path`, or etils' of a URL, which has its methods
+    AnyPath = os.PathLike
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
 
 
