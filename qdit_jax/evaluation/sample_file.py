@@ -114,7 +114,7 @@ class SampleFile:
         missing = missing_shards(folder, ranges)
         done = count - sum(stop - start for start, stop in missing)
         if done:
-            print(f"going on from {done:,} of {count:,} samples", flush=True)
+            print(f"resuming from {done:,} of {count:,} samples", flush=True)
             progress_fn(done)
         batches = generated_batches(
             self.checkpoint,
