@@ -1,4 +1,4 @@
-"""The figures of a finished evaluation: what `metrics.json` holds, from the shards on disk."""
+"""The numbers of a finished evaluation, as `metrics.json` holds them, from the shards on disk."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from qdit_jax.evaluation.runs import Run
 from qdit_jax.evaluation.store import collect
 from qdit_jax.evaluation.trajectories import Contender
 from qdit_jax.report import provenance
+from qdit_jax.types import Params
 
 Table = Mapping[str, Sequence[np.ndarray]]  # a measure's arrays, one per shard
 
@@ -88,7 +89,7 @@ def implementations(table: Table, number: int) -> dict[str, int]:
     return {name: count for text in sorted(stored) for name, count in json.loads(text).items()}
 
 
-def num_bytes(params: Any) -> int:
+def num_bytes(params: Params) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
