@@ -40,7 +40,7 @@ class Layout:
         plan: writes the conversion.
         wants_config: whether a folder of this layout must hold a config.json.
         parts: the first parts of its names, where a file may hold other networks beside it.
-        options: the fields of `Choices` that the plan heeds.
+        options: the fields of `Choices` that the plan uses.
         rename: puts the file's names into those that `plan` knows.
         own_names: puts a message about the renamed tensors into the file's names.
         told: of layouts with the same names: whether a file says that it is of this one.

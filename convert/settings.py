@@ -20,7 +20,7 @@ ABOUT = {
 }
 
 
-def _only(kind: str, *values: Any, optional: bool = False) -> Setting:
+def _only(kind: str, *values: object, optional: bool = False) -> Setting:
     """Returns a setting that must have one of `values` for the equations to be ours."""
     return Setting(kind, values, optional=optional, used=False)
 

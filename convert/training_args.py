@@ -8,13 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qdit_convert.pickle_reader import Namespace
 from qdit_convert.tensors import listing
 from qdit_jax.diffusion import HARMLESS, Setting, check_setting, shown
 from qdit_jax.errors import UserError
 from qdit_jax.models import published_config
+
+if TYPE_CHECKING:
+    from qdit_convert.dit import Sizes
 
 SAYS = "the file's saved arguments say"
 # Words that name, alone or joined, a table of a training file that is of the network or its process:
@@ -172,11 +175,11 @@ def spelled(name: str) -> str:
     return name.lower().lstrip("-").replace("-", "_")
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, str | int | float | bool | list | tuple)
 
 
-def _plain(table: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
+def _plain(table: object, depth: int = 0) -> Iterator[tuple[str, object]]:
     values = table.values if isinstance(table, Namespace) else table
     if not isinstance(values, dict) or depth > 4:
         return
@@ -256,7 +259,7 @@ def check_process(arguments: Arguments, velocity: bool) -> None:
             )
 
 
-def check_sizes(arguments: Arguments, sizes: Any, model: str | None) -> list[str]:
+def check_sizes(arguments: Arguments, sizes: Sizes, model: str | None) -> list[str]:
     """Returns notes on arguments that the user's own words override.
 
     Raises:
@@ -365,7 +368,7 @@ def said_classes(arguments: Arguments, rows: int) -> int | None:
     return by_dropout
 
 
-def check_input_size(arguments: Arguments, sizes: Any, num_tokens: int) -> None:
+def check_input_size(arguments: Arguments, sizes: Sizes, num_tokens: int) -> None:
     """Raises `UserError` if the file's image size contradicts the number of positions.
 
     A latent has an eighth of the image's rows with 4 channels; autoencoders with others differ.

@@ -26,7 +26,7 @@ RAW = "; --weights model reads the raw ones"
 MAX_DEPTH = 6
 
 
-def unwrap(saved: Any, label: str, weights: str | None = None) -> StateDict:
+def unwrap(saved: object, label: str, weights: str | None = None) -> StateDict:
     """Returns the state dict inside what a training script saved, nested tables by dotted names.
 
     Raises:
@@ -56,7 +56,7 @@ def is_averaged(name: str) -> bool:
     return any(AVERAGED.fullmatch(part) for part in name.split("."))
 
 
-def _kind(key: Any, value: Any) -> str | None:
+def _kind(key: object, value: object) -> str | None:
     """Returns "ema" or "model" for an entry that holds such weights, readable or not."""
     if not isinstance(key, str) or not isinstance(value, dict | list | tuple):
         return None
@@ -99,7 +99,11 @@ def _of_kind(kind: str, saved: dict, kinds: dict[str, str]) -> list[str]:
 
 
 def _state_dict(
-    table: Any, label: str, weights: str, hints: dict[str, object], has_raw: bool = False
+    table: dict | list | tuple,
+    label: str,
+    weights: str,
+    hints: dict[str, object],
+    has_raw: bool = False,
 ) -> StateDict:
     remedy = RAW if has_raw and is_averaged(weights) else ""
     if not table:
@@ -139,7 +143,7 @@ def _leaves(table: dict, prefix: str = "", depth: int = 0) -> Iterator[tuple[str
             yield f"{prefix}{key}", value
 
 
-def _all_tensors(value: Any, depth: int = 0) -> Iterator[StoredTensor]:
+def _all_tensors(value: object, depth: int = 0) -> Iterator[StoredTensor]:
     """Yields the tensors inside tables and lists."""
     if isinstance(value, StoredTensor):
         yield value

@@ -15,7 +15,6 @@ from qdit_jax.evaluation.runs import Run
 from qdit_jax.evaluation.store import collect
 from qdit_jax.evaluation.trajectories import Contender
 from qdit_jax.report import provenance
-from qdit_jax.types import Params
 
 Table = Mapping[str, Sequence[np.ndarray]]  # a measure's arrays, one per shard
 
@@ -89,8 +88,9 @@ def implementations(table: Table, number: int) -> dict[str, int]:
     return {name: count for text in sorted(stored) for name, count in json.loads(text).items()}
 
 
-def num_bytes(params: Params) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+def num_bytes(tree: object) -> int:
+    """Returns the bytes of a leaf, or of all leaves of a tree."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def measure(table: Table, number: int, name: str) -> np.ndarray | None:
