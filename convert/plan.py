@@ -70,7 +70,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Example:
-    """A small network in a layout, of which the contract tests make a file.
+    """A small network in a layout, which the contract tests write to a file.
 
     Attributes:
         leaves: its leaves, under the file's own names.
@@ -254,7 +254,7 @@ def block_count(keys: Iterable[str], prefix: str) -> int:
 
 
 def shape_of(tensors: Mapping[str, StoredTensor], key: str, rank: int) -> Shape:
-    """Returns the shape of a tensor that settles the configuration.
+    """Returns the shape of a tensor that determines the configuration.
 
     Raises:
         UserError: if it is missing, or has another number of axes.

@@ -21,7 +21,7 @@ ABOUT = {
 
 
 def _only(kind: str, *values: object, optional: bool = False) -> Setting:
-    """Returns a setting that must have one of `values` for the equations to be ours."""
+    """Returns a setting that must have one of `values`: our networks compute no other case."""
     return Setting(kind, values, optional=optional, used=False)
 
 

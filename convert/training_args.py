@@ -1,6 +1,6 @@
-"""The arguments that a training script saved beside its weights, and what they say of the network.
+"""The arguments that a training script saved beside its weights, and their meaning for the network.
 
-What a user says comes before the file's arguments, and these before the table of published sizes.
+The user's options override the file's arguments, and these override the table of published sizes.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ REMEDY = "save the weights alone, without their arguments, if these are of anoth
 
 @dataclass(frozen=True)
 class Arguments:
-    """What is understood of a file's arguments, and what is not.
+    """A file's arguments: those that are understood, and those that are not.
 
     Attributes:
         values: by the names of `ARGUMENTS`.
@@ -129,15 +129,15 @@ class Arguments:
     unknown: tuple[str, ...] = ()
 
     def get(self, name: str) -> Any:
-        """Returns the argument, or None if the file does not say it."""
+        """Returns the argument, or None if the file does not have it."""
         return self.values.get(name)
 
 
 def saved_arguments(saved: Mapping[str, Any]) -> dict[str, object]:
     """Returns the plain settings that a training file holds beside its weights, by dotted names.
 
-    Groups that are of the network give theirs without the group's name. A setting that stands bare
-    among the weights counts if it is one that is understood.
+    Settings in groups about the network have no group's name. A setting at the top level, beside
+    the weights, counts if it is understood.
     """
     found: dict[str, object] = {}
     tables = {key: table for key, table in saved.items() if isinstance(key, str)}
@@ -165,7 +165,7 @@ def is_group(key: str) -> bool:
 
 
 def is_used(name: str) -> bool:
-    """Returns whether an argument of that name changes what a conversion makes of the weights."""
+    """Returns whether an argument of that name changes the result of a conversion."""
     setting = ARGUMENTS.get(ALIASES.get(spelled(name), spelled(name)))
     return setting is not None and setting.used
 
@@ -194,7 +194,7 @@ def _plain(table: object, depth: int = 0) -> Iterator[tuple[str, object]]:
 
 
 def read_arguments(hints: Mapping[str, object]) -> Arguments:
-    """Returns what `hints` say, each of the right kind; arguments that are None say nothing.
+    """Returns the arguments in `hints`, their types checked; those that are None do not count.
 
     Raises:
         UserError: naming an argument whose value is not understood.
@@ -234,7 +234,7 @@ def says_repa(arguments: Arguments) -> bool:
 
 
 def check_process(arguments: Arguments, velocity: bool) -> None:
-    """Raises `UserError` if the network was trained on a process that is not sampled from."""
+    """Raises `UserError` if the network was trained on a process that is not supported."""
     allowed: dict[str, tuple[Any, ...]] = {
         "prediction": NOISES,
         "path_type": (),
@@ -260,7 +260,7 @@ def check_process(arguments: Arguments, velocity: bool) -> None:
 
 
 def check_sizes(arguments: Arguments, sizes: Sizes, model: str | None) -> list[str]:
-    """Returns notes on arguments that the user's own words override.
+    """Returns notes on arguments that the user's options override.
 
     Raises:
         UserError: naming an argument that contradicts the shapes of the weights.
@@ -317,7 +317,7 @@ def _published(name: str) -> dict[str, int] | None:
 
 
 def said_heads(arguments: Arguments, chosen: int | None, width: int) -> int | None:
-    """Returns the number of heads that the file says, None if it says none or `chosen` is given.
+    """Returns the number of heads that the file gives; None if it has none or `chosen` is given.
 
     Raises:
         UserError: if the file's model, its number of heads or their width contradict each other.
@@ -343,7 +343,7 @@ def said_heads(arguments: Arguments, chosen: int | None, width: int) -> int | No
 
 
 def said_classes(arguments: Arguments, rows: int) -> int | None:
-    """Returns the number of classes that the file says, or None.
+    """Returns the number of classes that the file gives, or None.
 
     Without class dropout in training, the label table of `rows` rows has no null class.
 

@@ -1,4 +1,4 @@
-"""Finds the weights inside what a training script saved: raw or averaged, at any depth."""
+"""Finds the weights in a training script's file: raw or averaged, at any depth."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_DEPTH = 6
 
 
 def unwrap(saved: object, label: str, weights: str | None = None) -> StateDict:
-    """Returns the state dict inside what a training script saved, nested tables by dotted names.
+    """Returns the state dict in a training script's file, nested tables by dotted names.
 
     Raises:
         UserError: if there is none, or none of the kind that `weights` asks for.
@@ -67,7 +67,7 @@ def _kind(key: object, value: object) -> str | None:
 
 
 def _is_flat(saved: dict) -> bool:
-    """Returns whether weights stand at the top: unlike counters, they have dotted names."""
+    """Returns whether the weights are at the top level: unlike counters, they have dotted names."""
     return any(isinstance(v, StoredTensor) and "." in str(key) for key, v in saved.items())
 
 
@@ -155,7 +155,7 @@ def _all_tensors(value: object, depth: int = 0) -> Iterator[StoredTensor]:
 def strip_prefixes(
     tensors: dict[str, StoredTensor],
 ) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
-    """Returns `tensors` without what wrappers such as DDP put into names, and notes that say so.
+    """Returns `tensors` without what wrappers such as DDP insert into names, and notes on it.
 
     Raises:
         UserError: if two names are then the same.

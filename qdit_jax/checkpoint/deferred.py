@@ -68,7 +68,7 @@ class DeferredArray:
 
 
 def on_device(array: AnyArray) -> jax.Array:
-    """Returns `array` as JAX's; one of NumPy goes onto the default device, not committed to it."""
+    """Returns `array` as a `jax.Array`; a NumPy array goes onto the default device, uncommitted."""
     return array if isinstance(array, jax.Array) else jax.device_put(array)
 
 

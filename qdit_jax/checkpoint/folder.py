@@ -233,6 +233,6 @@ def read_description(folder: AnyPath) -> dict[str, Any]:
 def quiet_orbax() -> None:
     """Keeps Orbax's notes about saving and sharding out of a command's output.
 
-    Its threads also log what they then raise, which the caller is told in a sentence.
+    Its threads also log what they raise, which the caller reports in one sentence anyway.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)

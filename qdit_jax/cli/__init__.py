@@ -50,9 +50,10 @@ From a PyTorch checkpoint to a quantized model and pictures:
   qdit demo                                   # every stage, on the packaged model
 """
 EPILOG = """\
-`qdit VERB --help` has examples. Every verb takes --json (one JSON object on stdout, everything else
-on stderr), --quiet, --verbose and --debug (the traceback of a failure). After an interruption, the
-same command resumes: calibrate, search, sample, evaluate.
+`qdit VERB --help` has examples; its parentheses hold the defaults of options. Every verb takes
+--json (one JSON object on stdout, everything else on stderr), --quiet, --verbose and --debug (the
+traceback of a failure). After an interruption, the same command resumes: calibrate, search,
+sample, evaluate.
 """
 
 

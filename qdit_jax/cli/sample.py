@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # help is printed without them
 
 HELP = """\
 Sample images (or latents) from a full-precision or quantized checkpoint. A run that was stopped
-resumes: finished batches are kept in the folder .NAME.unfinished beside OUT, of that name.
+resumes: finished batches are kept beside OUT, in the folder .OUT.unfinished.
 """
 EXAMPLE = """examples:
   qdit sample ckpt_dir --labels 207,360 --steps 50 --guidance 1.5 --seed 0 --out grid.png

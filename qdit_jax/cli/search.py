@@ -178,7 +178,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         from qdit_jax.files import renewed_path
 
         folder = renewed_path(args.out, args.force, "search")
-        return search_run.told(args.out, job.result(folder, is_first=False))
+        return search_run.outcome(args.out, job.result(folder, is_first=False))
     from qdit_jax.files import renewed_folder
 
     with renewed_folder(args.out, args.force, "search", inputs) as folder:
@@ -187,7 +187,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print(search_run.summary(result))
     recipe = args.out / "recipe.json"
     print(f"wrote {args.out}: next, qdit quantize {args.checkpoint} DIR --recipe {recipe}")
-    return search_run.told(args.out, result)
+    return search_run.outcome(args.out, result)
 
 
 def pin(text: str) -> tuple[str, int]:

@@ -133,8 +133,8 @@ class Job:
         return frechet_objective(self.checkpoint, rollout, data, features_fn, reference.pool)
 
 
-def told(out: AnyPath, result: SearchResult) -> dict[str, Any]:
-    """Returns the outcome as JSON's values."""
+def outcome(out: AnyPath, result: SearchResult) -> dict[str, Any]:
+    """Returns the outcome as JSON values."""
     history = result.history
     return {
         "out": out,

@@ -1,4 +1,4 @@
-"""Paths: local, or a URL such as `gs://bucket/name`, and whether two of them meet."""
+"""Paths: local, or a URL such as `gs://bucket/name`, and whether one contains another."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
 def as_path(path: PathLike) -> AnyPath:
     """Returns a local `Path`, or for a URL such as `gs://bucket/name` etils' path.
 
-    A URL that went through `pathlib`, which makes `gs:/` of it, is taken for what it was.
+    `gs:/bucket/name`, which `pathlib` turns such a URL into, counts as that URL.
 
     Raises:
-        UserError: if nothing here reads such URLs.
+        UserError: if such URLs are not supported, or need a package that is not installed.
     """
     text = os.fspath(path)
     scheme, colon, rest = text.partition(":/")
@@ -58,7 +58,7 @@ def is_remote(path: PathLike) -> bool:
 def local_copy(path: PathLike, keep: Callable[[str], bool] = lambda name: True) -> Iterator[Path]:
     """Yields `path` where it is local, else a temporary copy of that file or folder.
 
-    Of a folder only the files are copied whose path inside it `keep` accepts.
+    Of a folder, only files are copied whose path inside it `keep` accepts.
     """
     path = as_path(path)
     if not is_remote(path):
