@@ -109,7 +109,6 @@ sampling_steps save_every seed train_eps vae wandb warmup warmup_steps weight_de
 world_size
 """
 ARGUMENTS |= dict.fromkeys(WITHOUT_BEARING.split(), HARMLESS)
-
 VELOCITIES, NOISES = ("velocity", "v"), ("noise", "epsilon", "eps", "pred_noise")
 REMEDY = "save the weights alone, without their arguments, if these are of another training"
 

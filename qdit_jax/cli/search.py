@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qdit_jax.cli.options import (
+    AddArgument,
     SubParsers,
     finite_float,
     pattern,
@@ -66,6 +67,16 @@ def add_parser(subparsers: SubParsers) -> None:
         help="default (sensitivities and an exact knapsack, verified), nsga2, qdit-paper (the "
         "published evolution), qdit-release (the published code's) or random (%(default)s)",
     )
+    add("--seed", type=seed_number, default=0, help="seed of everything random (%(default)s)")
+    add("--force", action="store_true", help="replace OUT, starting from scratch")
+    add_choices(parser.add_argument_group("what may be chosen").add_argument)
+    add_measuring(parser.add_argument_group("how assignments are measured").add_argument)
+    add_processes(parser.add_argument_group("several processes").add_argument)
+    parser.set_defaults(run=run, resumes=lambda args: True)
+
+
+def add_choices(add: AddArgument) -> None:
+    """Adds the options that describe the space of the search."""
     add("--weight-bits", type=BITS, nargs="+", help="bits of weights; several are searched too (4)")
     add(
         "--act-bits",
@@ -107,7 +118,10 @@ def add_parser(subparsers: SubParsers) -> None:
         metavar="REGEX",
         help="leave layers in full precision",
     )
-    add("--seed", type=seed_number, default=0, help="seed of everything random (%(default)s)")
+
+
+def add_measuring(add: AddArgument) -> None:
+    """Adds the options of samples, generations and features."""
     add(
         "--steps",
         type=positive_int,
@@ -151,14 +165,16 @@ def add_parser(subparsers: SubParsers) -> None:
         default=1,
         help="assignments measured per device in one call (%(default)s)",
     )
+
+
+def add_processes(add: AddArgument) -> None:
+    """Adds the options of a search by several processes."""
     add("--coordinator", metavar="HOST:PORT", help="address of the first of several processes")
     add("--num-processes", type=positive_int, help="how many processes there are")
     add("--process-id", type=whole_number(0), help="the number of this process, from 0")
     add(
         "--distributed", action="store_true", help="take these three from the cluster's environment"
     )
-    add("--force", action="store_true", help="replace OUT, starting from scratch")
-    parser.set_defaults(run=run, resumes=lambda args: True)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
