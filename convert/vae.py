@@ -70,7 +70,7 @@ def _factors(
     has_config: bool,
     notes: list[str],
 ) -> dict[str, float]:
-    """Returns what a diffusion model's latents are scaled and shifted by; `notes` say what is assumed.
+    """Returns scale and shift of a diffusion model's latents; `notes` say what is assumed.
 
     Raises:
         UserError: if neither the user nor the file says it, and the latents are not of the published
@@ -120,7 +120,7 @@ def _factors(
 
 
 def _shape_config(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
-    """Returns the fields of the model that shapes settle."""
+    """Returns the fields of the model that follow from shapes."""
     num_blocks = block_count(tensors, "encoder.down_blocks.")
     if num_blocks == 0:
         raise UserError(
@@ -269,7 +269,7 @@ def _attention(key: str, width: int, tensors: Mapping[str, StoredTensor]) -> lis
 
 
 def from_latent_diffusion(state: StateDict) -> StateDict:
-    """Returns `state` with the names of latent-diffusion's autoencoder put into diffusers' names."""
+    """Returns `state` under diffusers' names instead of latent-diffusion's."""
     num_up = block_count(state.tensors, "decoder.up.")
     renamed = {
         _renamed(key, r"^decoder\.up", "decoder.up_blocks", num_up, LATENT_DIFFUSION): value
@@ -279,7 +279,7 @@ def from_latent_diffusion(state: StateDict) -> StateDict:
 
 
 def in_latent_diffusion_names(text: str, state: StateDict) -> str:
-    """Returns `text` with diffusers' names of a file's tensors put into the file's own."""
+    """Returns `text` with the file's own names instead of diffusers'."""
     return latent_diffusion_names(text, block_count(state.tensors, "decoder.up_blocks."))
 
 

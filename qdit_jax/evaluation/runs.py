@@ -35,7 +35,7 @@ from qdit_jax.evaluation.trajectories import (
 )
 from qdit_jax.files import AnyPath, PathLike, as_path
 from qdit_jax.kernels import implementations_used
-from qdit_jax.models import rows_per_sample
+from qdit_jax.models import Network, rows_per_sample
 from qdit_jax.sampling import (
     check_seed,
     cyclic_conditions,
@@ -65,7 +65,7 @@ def run_evaluation(
 ) -> Run:
     """Samples what `folder` lacks and returns the finished run.
 
-    `progress_fn` is called with the number of samples that are done, first with those found.
+    `progress_fn` is called with the number of samples just done, first with those on disk.
     `num_probed` is of how many samples single network calls are compared as well; 0 leaves
     `output_db` out and saves one more compiled program per contender.
 
@@ -96,7 +96,7 @@ def run_evaluation(
 
 @contextmanager
 def unless_unbegun(folder: AnyPath) -> Iterator[None]:
-    """Leaves no folder behind where what is done inside fails before anything is computed."""
+    """Removes the folder if the context fails before anything was computed."""
     try:
         yield
     except BaseException:
@@ -126,8 +126,8 @@ def check_pairable(contenders: Sequence[Contender]) -> None:
 INPUTS = ("sample shape", "prediction", "condition", "conditions in all", "null condition")
 
 
-def inputs_of(model: Any) -> tuple[Any, ...]:
-    """Returns what two networks must agree in to be given the same inputs, see `INPUTS`."""
+def inputs_of(model: Network) -> tuple[object, ...]:
+    """Returns what two networks must have in common to take the same inputs, see `INPUTS`."""
     every = model.all_conditions()
     return (
         model.sample_shape(),
@@ -139,7 +139,7 @@ def inputs_of(model: Any) -> tuple[Any, ...]:
 
 
 def settings_of(contenders: Sequence[Contender], protocol: Protocol) -> dict[str, Any]:
-    """Returns what decides every value of the run, in JSON's types."""
+    """Returns the settings that determine every value of the run, in JSON's types."""
     channels = protocol.guidance_channels
     return {
         "models": [content_of(c.checkpoint) for c in contenders],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 from qdit_jax.quant import ActSpec, WeightSpec, ranges
 from qdit_jax.recipes.rules import LayerSpec
@@ -11,8 +11,21 @@ from qdit_jax.recipes.rules import LayerSpec
 PRESET = re.compile(r"w(\d+)a(\d+)(-all)?")
 
 
+class PresetSettings(TypedDict, total=False):
+    """The settings of `Recipe.preset`, described there."""
+
+    group_size: int
+    symmetric: bool
+    act_group_size: int | None
+    act_mode: Literal["dynamic", "static"]
+    per_timestep: bool
+    range_fn: ranges.RangeRule
+    act_range_fn: ranges.RangeRule
+    scale_dtype: str
+
+
 def preset_bits(name: str, argument: str = "recipe") -> tuple[int, int, bool]:
-    """Returns the bits of weights and inputs that a preset names, and whether of every layer.
+    """Returns the bits of weights and of inputs that a preset names, and whether it means every layer.
 
     Raises:
         ValueError: if it is no preset, or leaves both sides at 16 bits; it names the argument.
@@ -41,8 +54,8 @@ def preset_spec(
     act_group_size: int | None = None,
     act_mode: Literal["dynamic", "static"] = "dynamic",
     per_timestep: bool = False,
-    range_fn: Any = ranges.minmax,
-    act_range_fn: Any = ranges.minmax,
+    range_fn: ranges.RangeRule = ranges.minmax,
+    act_range_fn: ranges.RangeRule = ranges.minmax,
     scale_dtype: str = "float16",
 ) -> LayerSpec:
     """Returns the spec of every layer of a preset; the settings are those of `Recipe.preset`."""

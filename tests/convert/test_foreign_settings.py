@@ -254,7 +254,7 @@ def test_latents_are_those_of_diffusers_own_pipeline(tmp_path, scheduler):
 def test_one_part_of_a_pipeline_says_that_its_scheduler_is_left_out(pipeline):
     folder = pipeline()
     read = read_model(folder / "transformer")
-    assert "give the folder of the whole pipeline to heed its scheduler" in str(read.metadata)
+    assert "give the folder of the whole pipeline to use its scheduler" in str(read.metadata)
     assert "notes" not in read_model(folder).metadata
 
 
