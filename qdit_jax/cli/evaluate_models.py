@@ -47,6 +47,7 @@ from qdit_jax.sampling import (
     denoiser,
     num_guided_channels,
 )
+from qdit_jax.types import Condition
 
 DEFAULT_OUT = "qdit-evaluate"
 PAGES = {"metrics.json": "figures", "pictures.png": "picture", "report.html": "report"}
