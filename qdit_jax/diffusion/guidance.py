@@ -117,7 +117,7 @@ class GuidedDoubled:
 def _combined(
     cond: Float[Array, "B *D O"],
     null: Float[Array, "B *D O"],
-    scale: Scalar,
+    scale: Numbers,
     channels: int | None,
     num_channels: int,
 ) -> Float[Array, "B *D O"]:
@@ -135,7 +135,7 @@ def _combined(
 
 
 def guided(
-    denoise_fn: DenoiseFn, scale: Scalar, *, null: Condition = None, channels: int | None = 3
+    denoise_fn: DenoiseFn, scale: Numbers, *, null: Condition = None, channels: int | None = 3
 ) -> Guided:
     """Returns `denoise_fn` with guidance: `null + scale (conditional - null)`.
 
@@ -154,7 +154,7 @@ def guided(
 
 
 def guided_doubled(
-    denoise_fn: DenoiseFn, scale: Scalar, *, channels: int | None = 3
+    denoise_fn: DenoiseFn, scale: Numbers, *, channels: int | None = 3
 ) -> GuidedDoubled:
     """Returns the published `forward_with_cfg`: both halves pass through the sampler.
 

@@ -30,7 +30,7 @@ from qdit_jax.sampling.checks import (
     num_guided_channels,
     sample_count,
 )
-from qdit_jax.types import AnyArray, Condition, Key, Params, Scalar
+from qdit_jax.types import AnyArray, Condition, Key, Numbers, Params, Scalar
 
 
 @jax.tree_util.register_dataclass
@@ -73,7 +73,7 @@ def _applied(
 def denoiser(
     model: nn.Module,
     params: Params,
-    guidance: Scalar | None = 1.5,
+    guidance: Numbers | None = 1.5,
     guidance_channels: int | str | None = PUBLISHED,
 ) -> Callable[..., Array]:
     """Returns the `denoise_fn` of a network, guided by its null condition.
