@@ -2,6 +2,7 @@
 
 from qdit_jax.calibration.hessians import empty_hessians, input_hessians
 from qdit_jax.calibration.items import Items, authors_steps, check_items, collect_items
+from qdit_jax.calibration.layer_inputs import LayerInputs, layer_inputs
 from qdit_jax.calibration.recording import (
     calibrate,
     conditional_and_null,
@@ -13,6 +14,7 @@ from qdit_jax.calibration.statistics_checks import check_layer
 
 __all__ = [
     "Items",
+    "LayerInputs",
     "Stats",
     "authors_steps",
     "calibrate",
@@ -23,5 +25,6 @@ __all__ = [
     "default_sampler",
     "empty_hessians",
     "input_hessians",
+    "layer_inputs",
     "trajectory",
 ]

@@ -141,7 +141,7 @@ def recipe_of(text: str, options: PresetOptions, method: str, params: Any) -> An
             )
         return qdit.Recipe.from_json(text)
     # A range that is given replaces the method's own, that of the activations too.
-    ranges = method_named(method).preset_options()
+    ranges = dict(method_named(method).settings)
     if options.range is not None:
         ranges = {"range_fn": range_named(options.range)}
     return preset_of(text, options, params, ranges)

@@ -119,7 +119,9 @@ def quantize_whole(
     whole = materialized(checkpoint)
     sampled = any(getattr(data, name) is None for name in method.needs)
     data = completed(method, whole, data)
-    params = method.apply(whole.params, model=whole.model, recipe=recipe, data=data, report=report)
+    params = whole.params
+    for step in (*method.transforms, method.apply):
+        params = step(params, model=whole.model, recipe=recipe, data=data, report=report)
     told = data.to_json(fitted=bool(method.needs), sampled=sampled)
     metadata = metadata_of(checkpoint, method, recipe, told, report) | facts
     result = dataclasses.replace(whole, params=params, recipe=recipe, metadata=metadata)
@@ -222,6 +224,7 @@ def metadata_of(
         "data": data,
         "notes": report.notes,
         "layers": report.layers,
+        **({"transforms": report.transforms} if method.transforms else {}),
     }
     if (earlier := checkpoint.metadata.get("quantization")) is not None:
         summary["earlier"] = earlier

@@ -13,6 +13,8 @@ from qdit_jax.recipes import LayerSpec, Recipe
 
 # `(params, *, model, recipe, data, report) -> params`; `data` holds what the method needs.
 ApplyFn = Callable[..., Any]
+# The same arguments; returns parameters in full precision that compute the same function.
+TransformFn = Callable[..., Any]
 # `(checkpoint, data)` -> one field of `data`, from the checkpoint's own trajectories.
 CollectFn = Callable[[Checkpoint, CalibrationData], Any]
 # `(specs by path, data)`: raises `ValueError` if they do not suit the method.
@@ -31,11 +33,13 @@ class Method:
         idea: one sentence.
         runtime_cost: a sentence on what the quantized network does in addition.
         apply: returns the quantized parameters.
+        transforms: exact changes of the parameters before that, one after another.
         needs: fields of `CalibrationData` that must be there, such as `"items"`, and what collects
             each where the caller has not brought it; None if the caller must.
         check: refuses a recipe or data before anything is computed.
         stream: does the same layer by layer from disk to disk, where the method can.
-        weight_range, act_range: the range rules of a recipe that is asked for by a preset's name.
+        settings: those of `Recipe.preset` that differ from its defaults, where a recipe is asked for
+            by a preset's name.
     """
 
     name: str
@@ -43,19 +47,15 @@ class Method:
     idea: str
     runtime_cost: str
     apply: ApplyFn
+    transforms: tuple[TransformFn, ...] = ()
     needs: Mapping[str, CollectFn | None] = dataclasses.field(default_factory=dict)
     check: CheckFn | None = None
     stream: StreamFn | None = None
-    weight_range: ranges.RangeRule = ranges.minmax
-    act_range: ranges.RangeRule = ranges.minmax
-
-    def preset_options(self) -> dict[str, ranges.RangeRule]:
-        """Returns the options of `Recipe.preset` that are this method's own."""
-        return {"range_fn": self.weight_range, "act_range_fn": self.act_range}
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def preset(self, name: str, params: Any = None, **options: Any) -> Recipe:
-        """Returns `Recipe.preset(name, params, ...)` with this method's ranges unless they are given."""
-        return Recipe.preset(name, params, **{**self.preset_options(), **options})
+        """Returns `Recipe.preset(name, params, ...)` with this method's settings unless given."""
+        return Recipe.preset(name, params, **{**self.settings, **options})
 
     def to_json(self) -> dict[str, Any]:
         """Returns the description as JSON-able values."""
@@ -65,6 +65,8 @@ class Method:
             "idea": self.idea,
             "needs": list(self.needs),
             "runtime_cost": self.runtime_cost,
-            "weight_range": self.weight_range.to_json(),
-            "act_range": self.act_range.to_json(),
+            "settings": {
+                name: value.to_json() if isinstance(value, ranges.RangeRule) else value
+                for name, value in self.settings.items()
+            },
         }

@@ -19,6 +19,8 @@ METHODS = (
     "qdit",
     "qdit_release",
     "gptq_authors",
+    "smoothquant",
+    "best",
 )
 
 

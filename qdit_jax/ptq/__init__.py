@@ -1,7 +1,7 @@
 """The transform from a parameter tree to a quantized one, and what it needs."""
 
 from qdit_jax.ptq.promises import Precision, precision_of, precision_warning
-from qdit_jax.ptq.rounding import StagesFn, num_batches, round_params
+from qdit_jax.ptq.rounding import StagesFn, held_out_items, num_batches, round_params
 from qdit_jax.ptq.sequential import (
     RoundedLayer,
     by_block,
@@ -33,6 +33,7 @@ __all__ = [
     "by_layer",
     "check_unquantized",
     "deferred_quantization",
+    "held_out_items",
     "matrix_shape",
     "num_batches",
     "plan",
