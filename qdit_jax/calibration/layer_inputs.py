@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jaxtyping import Float
 
@@ -20,6 +21,7 @@ from qdit_jax.calibration.items import Items
 from qdit_jax.models import seen_inputs
 from qdit_jax.quant import check_finite
 from qdit_jax.sampling import Denoiser, filled_batch
+from qdit_jax.types import Params
 
 # Rows of all layers together hold at most this many float32 values (256 MB).
 MAX_VALUES = 2**26
@@ -47,7 +49,8 @@ class LayerInputs:
 
 
 def layer_inputs(
-    denoise_fn: Denoiser,
+    model: nn.Module,
+    params: Params,
     items: Items,
     chosen: np.ndarray,
     paths: Sequence[str],
@@ -59,7 +62,6 @@ def layer_inputs(
     """Returns what the layers `paths` see before their own input leaves and quantizers.
 
     Args:
-        denoise_fn: the network with its parameters.
         chosen: numbers of the items to run.
         num_rows: rows to keep per layer, fewer where all layers' would exceed `MAX_VALUES`.
         progress_fn: called with 1 after every batch.
@@ -69,7 +71,8 @@ def layer_inputs(
     """
     size = min(batch_size, len(chosen))
     starts = range(0, len(chosen), size)
-    per_batch = rows_per_batch(denoise_fn.params, paths, num_rows, len(starts))
+    denoise_fn = Denoiser(params, model)
+    per_batch = rows_per_batch(params, paths, num_rows, len(starts))
     parts = []
     for start in starts:
         batch = chosen[filled_batch(start, size, len(chosen))]
@@ -80,9 +83,7 @@ def layer_inputs(
     return {path: joined(path, [part[path] for part in parts]) for path in paths}
 
 
-def rows_per_batch(
-    params: Mapping[str, Any], paths: Sequence[str], num_rows: int, num_batches: int
-) -> int:
+def rows_per_batch(params: Params, paths: Sequence[str], num_rows: int, num_batches: int) -> int:
     """Returns how many rows of every layer each batch gives."""
     flat = flatten_dict(params, sep="/")
     width = sum(int(np.prod(flat[f"{path}/kernel"].shape[:-1])) for path in paths)

@@ -9,6 +9,7 @@ from qdit_jax.methods.data import spread_items
 from qdit_jax.methods.fitting import fit_rounding
 from qdit_jax.methods.method import Method
 from qdit_jax.methods.scales import ALPHAS, smoothing
+from qdit_jax.methods.static_ranges import static_ranges
 from qdit_jax.quant import gptq, ranges
 
 METHOD = Method(
@@ -19,7 +20,10 @@ METHOD = Method(
     runtime_cost="One product per channel where no fold takes a scale, and a block Hadamard product "
     "where a layer gains from one.",
     needs={"items": spread_items},
-    transforms=(ChooseTransforms(smoothing(ALPHAS), shifts=True, rotations=("regular",)),),
+    prepare=(
+        ChooseTransforms(smoothing(ALPHAS), shifts=True, rotations=("regular",)),
+        static_ranges,
+    ),
     apply=partial(fit_rounding, round_fn=gptq),
     settings={"range_fn": ranges.mse()},
 )

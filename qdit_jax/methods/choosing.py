@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Float
 
 from qdit_jax.calibration import Items, LayerInputs, layer_inputs
+from qdit_jax.methods.branches import BranchFn
 from qdit_jax.methods.data import CalibrationData
 from qdit_jax.methods.input_transforms import (
     Place,
@@ -25,6 +26,7 @@ from qdit_jax.methods.input_transforms import (
     matrix_of,
     places,
     transformed,
+    with_branch,
 )
 from qdit_jax.methods.report import Report
 from qdit_jax.methods.scales import ScalesFn
@@ -32,7 +34,6 @@ from qdit_jax.methods.scoring import output_errors
 from qdit_jax.ptq import held_out_items
 from qdit_jax.quant import Rotation, regular_size, whole_size
 from qdit_jax.recipes import LayerSpec, Recipe
-from qdit_jax.sampling import Denoiser
 from qdit_jax.types import Params
 
 # A transform at run time has to pay for itself: it must lower the squared error to this share.
@@ -49,12 +50,14 @@ class ChooseTransforms:
         scales: the candidate scales; None for no scaling.
         shifts: whether a channel's middle may be taken off as well.
         rotations: kinds that may follow, see `rotation_of`.
+        branch: a low-rank branch for every layer, in the coordinates chosen.
         leave: whether a layer may stay as it is; else it gets the best of the candidates.
     """
 
     scales: ScalesFn | None = None
     shifts: bool = False
     rotations: tuple[str, ...] = ()
+    branch: BranchFn | None = None
     leave: bool = True
 
     def __call__(
@@ -65,8 +68,8 @@ class ChooseTransforms:
         recipe: Recipe,
         data: CalibrationData,
         report: Report,
-    ) -> Params:
-        """Returns `params` of the same function in the coordinates chosen."""
+    ) -> tuple[Params, CalibrationData]:
+        """Returns `params` of the same function in the coordinates chosen, and `data`."""
         flat = flatten_dict(params, sep="/")
         specs = {p: s for p, s in recipe.resolve(params).items() if f"{p}/kernel" in flat}
         every = places(params, specs)
@@ -78,7 +81,26 @@ class ChooseTransforms:
             report.transform(place, chosen, before, after)
             if not chosen.is_identity:
                 params, changed = transformed(params, place, chosen), changed + 1
+            if self.branch is not None:
+                params = self.with_branches(params, place, specs, bench, chosen)
         report.note(f"inputs have new coordinates at {changed} of {len(every)} places")
+        return params, data
+
+    def with_branches(
+        self,
+        params: Params,
+        place: Place,
+        specs: Mapping[str, LayerSpec],
+        bench: Bench,
+        chosen: Transform,
+    ) -> Params:
+        """Returns `params`, transformed already, with a branch beside each layer of a place."""
+        assert self.branch is not None
+        rows, held_out = (chosen.of_rows(x) for x in (bench.inputs.rows, bench.rows))
+        for path in place.layers:
+            branch = self.branch(matrix_of(params, [path]), rows, held_out, specs[path])
+            if branch is not None:
+                params = with_branch(params, path, branch)
         return params
 
     def best(self, bench: Bench, is_free: bool, seed: int) -> tuple[Transform, float, float]:
@@ -98,7 +120,8 @@ class ChooseTransforms:
                 found, after = Transform(scales[int(errors.argmin())], shift), least
         for kind in self.rotations:
             for scaled in (found, Transform()):
-                turned = dataclasses.replace(scaled, rotation=bench.rotation(kind, scaled, seed))
+                plain = dataclasses.replace(scaled, rotation=None)
+                turned = dataclasses.replace(plain, rotation=bench.rotation(kind, plain, seed))
                 if (
                     turned.rotation is not None
                     and (error := bench.error(turned)) < WORTH_IT * after
@@ -180,9 +203,8 @@ class Bench:
         if kind != "pca":
             return rotation_of(kind, width, seed)
         size = regular_size(width)
-        x = self.inputs.rows if scaled.shift is None else self.inputs.rows - scaled.shift
-        x = x if scaled.scale is None else x / scaled.scale
-        blocks = x.reshape(len(x), -1, size)
+        rows = scaled.of_rows(self.inputs.rows)
+        blocks = rows.reshape(len(rows), -1, size)
         covariance = np.einsum("mbi,mbj->bij", blocks, blocks)
         matrix = np.linalg.eigh(covariance.astype(np.float64))[1].astype(np.float32)
         return Rotation("dense", size, matrix=jnp.asarray(matrix)) if size > 1 else None
@@ -223,15 +245,15 @@ class Rotate:
         recipe: Recipe,
         data: CalibrationData,
         report: Report,
-    ) -> Params:
-        """Returns `params` of the same function with rotated inputs."""
+    ) -> tuple[Params, CalibrationData]:
+        """Returns `params` of the same function with rotated inputs, and `data`."""
         flat = flatten_dict(params, sep="/")
         paths = [path for path in recipe.resolve(params) if f"{path}/kernel" in flat]
         for path in paths:
             width = len(matrix_of(params, [path]))
             rotation = rotation_of(self.kind, width, data.seed)
             params = transformed(params, Place((path,), folded=False), Transform(rotation=rotation))
-        return params
+        return params, data
 
 
 def fitted_and_held_out(
@@ -249,7 +271,8 @@ def fitted_and_held_out(
     report.total(sum(-(-len(side) // min(data.batch_size, len(side))) for side in sides))
     found = [
         layer_inputs(
-            Denoiser(params, model),
+            model,
+            params,
             items,
             side,
             paths,

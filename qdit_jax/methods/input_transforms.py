@@ -7,7 +7,7 @@ With input `x [.., K]` and kernel `W [K, N]`:
 Scale and shift go into what produces the input where `Family.folds` has a place for it, at no cost
 at run time; elsewhere, and for a rotation R always, a leaf beside the kernel maps the input.
 
-Dimensions: K input channels, N output channels, R rank.
+Dimensions: M rows, K input channels, N output channels, R rank.
 """
 
 from __future__ import annotations
@@ -45,6 +45,12 @@ class Transform:
     def is_identity(self) -> bool:
         """Whether nothing changes."""
         return self.scale is None and self.shift is None and self.rotation is None
+
+    def of_rows(self, rows: Float[np.ndarray, "M K"]) -> Float[np.ndarray, "M K"]:
+        """Returns inputs in the new coordinates."""
+        moved = rows if self.shift is None else rows - self.shift
+        scaled = moved if self.scale is None else moved / self.scale
+        return scaled if self.rotation is None else np.asarray(self.rotation(jnp.asarray(scaled)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +101,7 @@ def mapped_at_run_time(flat: dict[str, Any], path: str, transform: Transform) ->
     """Returns the flat tree with leaves that map the input of the layer `path`, and its kernel."""
     if transform.is_identity:
         return flat
-    check_free_of_maps(flat, path)
+    check_free_of_maps(flat, path, transform)
     stored = jnp.asarray(flat[f"{path}/kernel"])
     kernel = stored.astype(jnp.float32).reshape(-1, stored.shape[-1])
     if transform.scale is not None or transform.shift is not None:
@@ -125,11 +131,13 @@ def moved_bias(
     )
 
 
-def check_free_of_maps(flat: dict[str, Any], path: str) -> None:
-    """Raises `ValueError` unless the layer is in full precision and in its own coordinates."""
+def check_free_of_maps(flat: dict[str, Any], path: str, transform: Transform) -> None:
+    """Raises `ValueError` unless the layer is in full precision, and what it has beside its kernel
+    works on the input before `transform` does."""
     if isinstance(flat.get(f"{path}/kernel"), QTensor) or f"{path}/act_quant" in flat:
         raise ValueError(f"{path} is quantized already; start from the full-precision checkpoint.")
-    for slot in ("input_map", "rotation", "low_rank"):
+    turns_alone = transform.scale is None and transform.shift is None
+    for slot in (*(() if turns_alone else ("input_map",)), "rotation", "low_rank"):
         if f"{path}/{slot}" in flat:
             raise ValueError(
                 f"{path} has an entry {slot!r} already; start from the checkpoint as converted."

@@ -8,13 +8,16 @@ from typing import Any
 
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.methods.data import CalibrationData
+from qdit_jax.methods.static_ranges import static_ranges
 from qdit_jax.quant import ranges
 from qdit_jax.recipes import LayerSpec, Recipe
+from qdit_jax.types import Params
 
 # `(params, *, model, recipe, data, report) -> params`; `data` holds what the method needs.
-ApplyFn = Callable[..., Any]
-# The same arguments; returns parameters in full precision that compute the same function.
-TransformFn = Callable[..., Any]
+ApplyFn = Callable[..., Params]
+# `(params, *, model, recipe, data, report) -> (params, data)`: parameters in full precision that
+# compute the same function, and what the following steps learn from.
+PrepareFn = Callable[..., tuple[Params, CalibrationData]]
 # `(checkpoint, data)` -> one field of `data`, from the checkpoint's own trajectories.
 CollectFn = Callable[[Checkpoint, CalibrationData], Any]
 # `(specs by path, data)`: raises `ValueError` if they do not suit the method.
@@ -33,7 +36,8 @@ class Method:
         idea: one sentence.
         runtime_cost: a sentence on what the quantized network does in addition.
         apply: returns the quantized parameters.
-        transforms: exact changes of the parameters before that, one after another.
+        prepare: what is done before that, one step after another: exact input transforms, and
+            statistics that are taken of the network so changed.
         needs: fields of `CalibrationData` that must be there, such as `"items"`, and what collects
             each where the caller has not brought it; None if the caller must.
         check: refuses a recipe or data before anything is computed.
@@ -47,11 +51,16 @@ class Method:
     idea: str
     runtime_cost: str
     apply: ApplyFn
-    transforms: tuple[TransformFn, ...] = ()
+    prepare: tuple[PrepareFn, ...] = ()
     needs: Mapping[str, CollectFn | None] = dataclasses.field(default_factory=dict)
     check: CheckFn | None = None
     stream: StreamFn | None = None
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def takes_own_ranges(self) -> bool:
+        """Whether static activations get their ranges from the method's own inputs."""
+        return static_ranges in self.prepare
 
     def preset(self, name: str, params: Any = None, **options: Any) -> Recipe:
         """Returns `Recipe.preset(name, params, ...)` with this method's settings unless given."""

@@ -7,6 +7,7 @@ from qdit_jax.methods.data import spread_items
 from qdit_jax.methods.method import Method
 from qdit_jax.methods.rtn import apply
 from qdit_jax.methods.scales import ALPHAS, smoothing
+from qdit_jax.methods.static_ranges import static_ranges
 
 METHOD = Method(
     name="smoothquant",
@@ -15,8 +16,8 @@ METHOD = Method(
     idea="Divides each input channel by a scale between its own range and that of its weights, which "
     "are multiplied by it; each layer's exponents are those with the least output error on held-out "
     "inputs, or it stays as it is. Weights are rounded to nearest.",
-    runtime_cost="None where a fold takes the scales; elsewhere (fc2 of DiT) one product per channel.",
+    runtime_cost="None where a fold takes the scales; elsewhere (behind a GELU) one product per channel.",
     needs={"items": spread_items},
-    transforms=(ChooseTransforms(smoothing(ALPHAS)),),
+    prepare=(ChooseTransforms(smoothing(ALPHAS)), static_ranges),
     apply=apply,
 )

@@ -4,6 +4,7 @@ from qdit_jax.ptq.promises import Precision, precision_of, precision_warning
 from qdit_jax.ptq.rounding import StagesFn, held_out_items, num_batches, round_params
 from qdit_jax.ptq.sequential import (
     RoundedLayer,
+    RoundFn,
     by_block,
     by_block_authors,
     by_layer,
@@ -24,6 +25,7 @@ from qdit_jax.ptq.walk import rewrite, weight_name
 __all__ = [
     "LayerPlan",
     "Precision",
+    "RoundFn",
     "RoundedLayer",
     "StagesFn",
     "act_quantizer",
