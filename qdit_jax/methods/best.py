@@ -1,4 +1,4 @@
-"""Our own default: input coordinates by held-out error, then GPTQ on least-squared-error ranges."""
+"""Our own default: input coordinates by held-out error, then GPTQ."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qdit_jax.methods.fitting import fit_rounding
 from qdit_jax.methods.method import Method
 from qdit_jax.methods.scales import ALPHAS, smoothing
 from qdit_jax.methods.static_ranges import static_ranges
-from qdit_jax.quant import gptq, ranges
+from qdit_jax.quant import gptq
 
 METHOD = Method(
     name="best",
@@ -25,5 +25,4 @@ METHOD = Method(
         static_ranges,
     ),
     apply=partial(fit_rounding, round_fn=gptq),
-    settings={"range_fn": ranges.mse()},
 )

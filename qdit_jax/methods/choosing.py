@@ -31,6 +31,7 @@ from qdit_jax.methods.input_transforms import (
 from qdit_jax.methods.report import Report
 from qdit_jax.methods.scales import ScalesFn
 from qdit_jax.methods.scoring import output_errors
+from qdit_jax.models import rows_per_sample
 from qdit_jax.ptq import held_out_items
 from qdit_jax.quant import Rotation, regular_size, whole_size
 from qdit_jax.recipes import LayerSpec, Recipe
@@ -70,8 +71,7 @@ class ChooseTransforms:
         report: Report,
     ) -> tuple[Params, CalibrationData]:
         """Returns `params` of the same function in the coordinates chosen, and `data`."""
-        flat = flatten_dict(params, sep="/")
-        specs = {p: s for p, s in recipe.resolve(params).items() if f"{p}/kernel" in flat}
+        specs = linear_specs(params, model, recipe)
         every = places(params, specs)
         inputs = fitted_and_held_out(params, model, [p.layers[0] for p in every], data, report)
         changed = 0
@@ -247,13 +247,28 @@ class Rotate:
         report: Report,
     ) -> tuple[Params, CalibrationData]:
         """Returns `params` of the same function with rotated inputs, and `data`."""
-        flat = flatten_dict(params, sep="/")
-        paths = [path for path in recipe.resolve(params) if f"{path}/kernel" in flat]
-        for path in paths:
+        for path in linear_specs(params, model, recipe):
             width = len(matrix_of(params, [path]))
             rotation = rotation_of(self.kind, width, data.seed)
             params = transformed(params, Place((path,), folded=False), Transform(rotation=rotation))
         return params, data
+
+
+def linear_specs(params: Params, model: nn.Module, recipe: Recipe) -> dict[str, LayerSpec]:
+    """Returns the specs of the linear layers that a recipe names; not of tables and operands.
+
+    Raises:
+        ValueError: if one has a kernel and is no `models.Linear`, which alone knows its leaves.
+    """
+    flat = flatten_dict(params, sep="/")
+    linear = rows_per_sample(model)
+    found = {p: s for p, s in recipe.resolve(params).items() if f"{p}/kernel" in flat}
+    if other := sorted(set(found) - set(linear)):
+        raise ValueError(
+            f"{other[0]} is no linear layer of this network's forward pass, so its input cannot be "
+            "given other coordinates; leave it out of the recipe (--layers)."
+        )
+    return found
 
 
 def fitted_and_held_out(

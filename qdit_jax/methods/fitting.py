@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
@@ -15,7 +12,6 @@ from qdit_jax.methods.data import CalibrationData
 from qdit_jax.methods.report import Report
 from qdit_jax.models import TABLE, family_of, rows_per_sample
 from qdit_jax.ptq import (
-    RoundFn,
     StagesFn,
     as_matrix,
     by_block,
@@ -25,7 +21,7 @@ from qdit_jax.ptq import (
     round_params,
     weight_name,
 )
-from qdit_jax.quant import QTensor, WeightSpec, output_error, ranges
+from qdit_jax.quant import QTensor
 from qdit_jax.recipes import Recipe
 
 STAGES: dict[str, StagesFn] = {"block": by_block, "layer": by_layer}
@@ -79,22 +75,6 @@ def fit_rounding(
     )
     report_tables(params, rounded, chosen, report)
     note_fallen(share, report)
-    return rounded
-
-
-def of_least_error(round_fn: RoundFn, rules: Sequence[ranges.RangeRule]) -> RoundFn:
-    """Returns `round_fn` with that range rule, `spec.range_fn` or one of `rules`, whose rounding has
-    the least error on the layer's inputs."""
-
-    def rounded(kernel: Any, hessian: Any, spec: WeightSpec) -> QTensor:
-        tried = [
-            round_fn(kernel, hessian, dataclasses.replace(spec, range_fn=rule))
-            for rule in dict.fromkeys((spec.range_fn, *rules))
-        ]
-        errors = jnp.stack([output_error(kernel, q, hessian) for q in tried])
-        best = jnp.argmin(errors)
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves)[best], *tried)
-
     return rounded
 
 

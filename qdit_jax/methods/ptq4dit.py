@@ -6,11 +6,11 @@ from functools import partial
 
 import numpy as np
 from flax import linen as nn
-from flax.traverse_util import flatten_dict
 from jaxtyping import Float
 from scipy.stats import spearmanr
 
 from qdit_jax.calibration import item_statistics
+from qdit_jax.methods.choosing import linear_specs
 from qdit_jax.methods.data import CalibrationData, spread_items
 from qdit_jax.methods.fitting import fit_rounding
 from qdit_jax.methods.input_transforms import Transform, matrix_of, places, transformed
@@ -29,8 +29,7 @@ def balance(
     """Returns `params` whose foldable inputs and their kernels have equal salience, and `data`."""
     items = data.items
     assert items is not None
-    flat = flatten_dict(params, sep="/")
-    paths = [path for path in recipe.resolve(params) if f"{path}/kernel" in flat]
+    paths = linear_specs(params, model, recipe)
     stats = item_statistics(
         model, params, items, per_timestep=True, num_tokens=0, batch_size=data.batch_size
     )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 from flax import linen as nn
-from flax.traverse_util import flatten_dict
 
 from qdit_jax.calibration import LayerInputs
-from qdit_jax.methods.choosing import fitted_and_held_out
+from qdit_jax.methods.choosing import fitted_and_held_out, linear_specs
 from qdit_jax.methods.data import CalibrationData, spread_items
 from qdit_jax.methods.input_transforms import Transform, places, transformed
 from qdit_jax.methods.method import Method
@@ -23,8 +22,7 @@ def reparameterize(
     params: Params, *, model: nn.Module, recipe: Recipe, data: CalibrationData, report: Report
 ) -> tuple[Params, CalibrationData]:
     """Returns `params` whose foldable inputs have one range in all channels, and `data`."""
-    flat = flatten_dict(params, sep="/")
-    specs = {p: s for p, s in recipe.resolve(params).items() if s.act and f"{p}/kernel" in flat}
+    specs = {p: s for p, s in linear_specs(params, model, recipe).items() if s.act}
     folded = [place for place in places(params, specs) if place.folded]
     inputs = fitted_and_held_out(params, model, [p.layers[0] for p in folded], data, report)
     for place in folded:
