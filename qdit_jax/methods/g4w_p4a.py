@@ -19,5 +19,10 @@ METHOD = Method(
     needs={"items": normal_items},
     prepare=(static_ranges,),
     apply=partial(fit_rounding, round_fn=gptq),
-    settings={"act_group_size": 0, "act_mode": "static", "act_range_fn": ranges.mse()},
+    settings={
+        "group_size": 128,
+        "act_group_size": 0,
+        "act_mode": "static",
+        "act_range_fn": ranges.mse(),
+    },
 )
