@@ -1,4 +1,4 @@
-"""PyTorch weights in, a checkpoint of this library out; without torch, and without running anything."""
+"""From PyTorch weights to a checkpoint of this library, without torch or running code in files."""
 
 from qdit_convert.api import ReadModel, convert, read_model
 from qdit_convert.describe import describe, description_text

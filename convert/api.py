@@ -57,7 +57,7 @@ def convert(
         force: replace the checkpoint at `out`; anything else there is kept.
 
     Raises:
-        UserError: if the input is not as it should be, or `out` exists; nothing is written then.
+        UserError: if the input cannot be converted, or `out` exists; nothing is written then.
     """
     import jax.numpy as jnp
 
@@ -90,13 +90,13 @@ def convert(
 
 
 class ReadModel(NamedTuple):
-    """A network read from PyTorch weights: what a `Checkpoint` is made of."""
+    """A network read from PyTorch weights: the content of a `Checkpoint`."""
 
     family: str
     config: dict[str, Any]
     params: Params
     metadata: dict[str, Any]
-    vae: Any = None  # a ReadModel, or None
+    vae: ReadModel | None = None
 
 
 class Network(NamedTuple):
@@ -127,11 +127,11 @@ def read_model(
     """Returns the network in `src`, of a file, a sharded index, a folder, or a whole pipeline.
 
     Args:
-        family: `"dit"`, `"sit"`, `"vae"` or `"inception"`; None tells it from the names. SiT has
-            DiT's names, so that it must be asked for.
+        family: `"dit"`, `"sit"`, `"vae"` or `"inception"`; None recognizes it by the names of the
+            tensors. Those of SiT are DiT's, so that `"sit"` must be given.
         model: a published size such as `"DiT-XL/2"`, to be checked against the file.
-        num_heads: for sizes that are not published; shapes cannot tell it.
-        num_classes: settles whether the label table ends with the null class.
+        num_heads: for sizes that are not published; no shape depends on it.
+        num_classes: without the null class; decides whether the label table ends with one.
         input_size: rows and columns of the latent, where the file does not say.
         noise_time: the time that a SiT was trained to see at pure noise, 0 (SiT) or 1 (REPA), where
             the file does not say.
@@ -140,7 +140,7 @@ def read_model(
         weights: `"ema"` or `"model"`; None prefers `"ema"` where a file has both.
         dtype: of all leaves: one of `DTYPES`, or None to keep that of the file.
         progress: called after each leaf.
-        place: what each leaf is replaced by as soon as it is read; by default it stays NumPy.
+        place: called with each leaf as soon as it is read, returns its replacement; NumPy by default.
 
     Raises:
         UserError: with one sentence on what is wrong with the input.
@@ -166,10 +166,10 @@ def open_source(
         raise UserError(f"{src} is a checkpoint of this library already.")
     if not is_pipeline(src):
         network = open_network(src, family, choices, weights)
-        _check_heeded(choices, [network])
+        _check_used(choices, [network])
         folder = src if src.is_dir() else src.parent
         if network.plan.family == "dit" and is_pipeline(folder.absolute().parent):
-            note = "give the folder of the whole pipeline to heed its scheduler"
+            note = "give the folder of the whole pipeline to use its scheduler"
             network = _noted(network, f"this is one part of a pipeline: {note}")
         return [network], {}
     transformer, vae, kept = read_pipeline(src)
@@ -178,12 +178,12 @@ def open_source(
     networks = [_on_process(open_network(transformer, family, own, weights), kept)]
     if vae is not None:
         networks.append(open_network(vae, "vae", factors, weights))
-    _check_heeded(choices, networks)
+    _check_used(choices, networks)
     return networks, kept
 
 
-def _check_heeded(choices: Choices, networks: list[Network]) -> None:
-    """Raises `UserError` for a choice that is of another kind of network than was found."""
+def _check_used(choices: Choices, networks: list[Network]) -> None:
+    """Raises `UserError` for an option of another kind of network than the one found."""
     is_vae = any(network.plan.family == "vae" for network in networks)
     for name in ("scaling_factor", "shift_factor"):
         if getattr(choices, name) is not None and not is_vae:
@@ -200,7 +200,7 @@ def _check_heeded(choices: Choices, networks: list[Network]) -> None:
 
 
 def _on_process(network: Network, kept: dict[str, Any]) -> Network:
-    """Returns the network of a pipeline as its scheduler takes it: a flow's predicts a velocity.
+    """Returns the network of a pipeline, set to what its scheduler reads: a velocity for a flow.
 
     Raises:
         UserError: if the network does not return what the scheduler reads.
@@ -210,7 +210,7 @@ def _on_process(network: Network, kept: dict[str, Any]) -> Network:
         return _noted(network, note)
     scheduler = read_scheduler(kept["scheduler"])
     config = network.plan.config
-    if scheduler.walk == "flow":
+    if scheduler.sampler == "flow":
         # Time runs from 0 at the data to the number of timesteps at the noise.
         end = float(scheduler.settings["num_train_timesteps"])
         config = {**config, "velocity": True, "noise_time": end, "data_time": 0.0}
@@ -248,7 +248,7 @@ def open_network(path: Path, family: str | None, choices: Choices, weights: str 
 
 @contextmanager
 def _suggesting_raw(state: StateDict) -> Iterator[None]:
-    """Adds to complaints about averaged weights that the file holds the raw ones too."""
+    """Adds to errors about averaged weights that the file holds the raw ones too."""
     try:
         yield
     except UserError as error:
@@ -259,7 +259,7 @@ def _suggesting_raw(state: StateDict) -> Iterator[None]:
 
 @contextmanager
 def _in_own_names(layout: Layout, state: StateDict) -> Iterator[None]:
-    """Has complaints call the tensors as the file does, not as they were renamed."""
+    """Has errors name the tensors as the file does, not as they were renamed."""
     try:
         yield
     except UserError as error:

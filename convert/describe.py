@@ -1,4 +1,4 @@
-"""What a file of PyTorch weights holds, and what convert would make of it; no values are read."""
+"""A description of PyTorch weights and of what convert would write; no values are read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qdit_convert.folders import is_pipeline
 from qdit_convert.names import select_network
 from qdit_convert.readers import open_weights
 from qdit_convert.tensors import StateDict, StoredTensor
-from qdit_jax.diffusion import process_text, read_scheduler, walk_text
+from qdit_jax.diffusion import process_text, read_scheduler, sampling_text
 from qdit_jax.errors import UserError
 from qdit_jax.files import local_copy
 
@@ -57,7 +57,7 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _told(state: StateDict) -> dict[str, Any]:
-    """Returns what can be said of weights that cannot be converted as they are."""
+    """Returns a description of weights that cannot be converted as they are."""
     try:
         state = select_network(state)
         layout = find_layout(state)
@@ -69,11 +69,15 @@ def _told(state: StateDict) -> dict[str, Any]:
 def _network(network: Network) -> dict[str, Any]:
     plan = network.plan
     config = {k: list(v) if isinstance(v, tuple) else v for k, v in plan.config.items()}
-    told = {"family": plan.family, "layout": network.layout.title, "config": config}
-    told["notes"] = list(plan.notes)
+    found: dict[str, Any] = {
+        "family": plan.family,
+        "layout": network.layout.title,
+        "config": config,
+    }
+    found["notes"] = list(plan.notes)
     if len(network.layout.families) > 1:
-        told["also"] = list(network.layout.families[1:])
-    return told | _state(network.state)
+        found["also"] = list(network.layout.families[1:])
+    return found | _state(network.state)
 
 
 def _state(state: StateDict) -> dict[str, Any]:
@@ -106,7 +110,7 @@ def description_text(described: dict[str, Any]) -> str:
     if described["metadata"].get("scheduler"):
         scheduler = read_scheduler(described["metadata"]["scheduler"])
         lines.append(
-            f"  scheduler: {scheduler.class_name}: {process_text(scheduler)}; {walk_text(scheduler)}"
+            f"  scheduler: {scheduler.class_name}: {process_text(scheduler)}; {sampling_text(scheduler)}"
         )
     if described["problem"] is None:
         lines.append(f"  convert with: {described['command']}")

@@ -28,10 +28,12 @@ from qdit_convert.plan import (
     Example,
     Leaf,
     Plan,
+    Transform,
     affine,
     block_count,
     convolution,
     linear,
+    same,
     shape_of,
 )
 from qdit_convert.settings import TRANSFORMER, network_settings
@@ -169,11 +171,12 @@ def diffusers_example() -> Example:
     return Example(tuple(_leaves(SMALL, (4, 4), {})), config=config)
 
 
-def _copied(path: str, key: str, shape: tuple[int, ...], depth: int, transform: Any = None) -> Leaf:
+def _copied(
+    path: str, key: str, shape: tuple[int, ...], depth: int, transform: Transform = same
+) -> Leaf:
     """Returns the leaf of block 0's copy, which feeds the output layer; the others must equal it."""
     first, *others = (f"{BLOCKS}{i}.{key}" for i in range(depth))
-    extra = {} if transform is None else {"transform": transform}
-    return Leaf(path, (first,), (shape,), copies=tuple(others), **extra)
+    return Leaf(path, (first,), (shape,), transform, copies=tuple(others))
 
 
 def _shared(path: str, key: str, shape: tuple[int, ...], depth: int) -> list[Leaf]:

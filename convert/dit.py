@@ -43,7 +43,7 @@ PUBLISHED = {(depth, width): heads for depth, width, heads in SIZES.values()}
 
 @dataclass(frozen=True)
 class Choices:
-    """What a user says where shapes cannot tell."""
+    """The user's options for what shapes do not determine."""
 
     model: str | None = None
     num_heads: int | None = None
@@ -56,7 +56,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes that the shapes of a DiT settle, whatever its layout."""
+    """The sizes that follow from the shapes of a DiT, in any layout."""
 
     depth: int
     width: int
@@ -129,7 +129,7 @@ def flow_config(
 
 
 def overridden(said: Arguments, choices: Choices, config: Mapping[str, Any]) -> list[str]:
-    """Returns notes on arguments of the file that the user's own words override."""
+    """Returns notes on arguments of the file that the user's options override."""
     names = {"num_heads": choices.num_heads, "num_classes": choices.num_classes}
     names |= {"num_heads": choices.num_heads or (choices.model and config["num_heads"])}
     return [
@@ -202,7 +202,7 @@ def facebook_example() -> Example:
 
 
 def sit_example() -> Example:
-    """Returns a small SiT whose training arguments lie beside it."""
+    """Returns a small SiT with its training arguments."""
     said = {"path_type": "Linear", "prediction": "velocity"}
     return replace(facebook_example(), hints=said)
 
@@ -263,7 +263,7 @@ def check_model(model: str | None, sizes: Sizes) -> None:
 
 
 def num_heads(sizes: Sizes, choices: Choices) -> int:
-    """Returns the number of heads: as published for this size, or as the user says."""
+    """Returns the number of heads: as published for this size, or the user's option."""
     published = PUBLISHED.get((sizes.depth, sizes.width))
     if choices.num_heads is None and published is None:
         raise UserError(

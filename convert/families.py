@@ -1,4 +1,4 @@
-"""Which network a table of names is of, told from the names alone."""
+"""Which network a table of tensors belongs to, recognized by the names alone."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ class Layout:
     Attributes:
         name: a short name of its own.
         title: what it is called in messages.
-        families: the values of `--family` that it can serve, the likeliest first.
-        names: patterns of the names; a file is of the layout that covers most of its names.
-        class_names: of diffusers' classes, whose config.json says more of such a network.
-        tells: settings that only its config.json has, where that says no class.
-        plan: writes the conversion.
+        families: the values of `--family` that have this layout, the likeliest first.
+        names: pattern of the names; a file has the layout that matches most of its names.
+        class_names: diffusers' classes whose config.json describes such a network.
+        tells: settings that only its config.json has, if that names no class.
+        plan: returns the `Plan` of the conversion.
         wants_config: whether a folder of this layout must hold a config.json.
-        parts: the first parts of its names, where a file may hold other networks beside it.
-        options: the fields of `Choices` that the plan heeds.
-        rename: puts the file's names into those that `plan` knows.
-        own_names: puts a message about the renamed tensors into the file's names.
-        told: of layouts with the same names: whether a file says that it is of this one.
+        parts: the first parts of its names, for files that hold other networks too.
+        options: the fields of `Choices` that the plan uses.
+        rename: returns the tensors under the names that `plan` knows.
+        own_names: returns a message about renamed tensors with the file's own names.
+        told: whether the file says that it has this layout, of several with the same names.
         example: a small network in it, for the contract tests.
     """
 
@@ -217,7 +217,7 @@ def find_layout(state: StateDict, family: str | None = None) -> Layout:
 
 
 def check_options(layout: Layout, choices: Choices) -> None:
-    """Raises `UserError` for a choice that the network has nothing to do with."""
+    """Raises `UserError` for an option that does not apply to the network."""
     for field in fields(choices):
         value = getattr(choices, field.name)
         if value is not None and field.name not in layout.options:

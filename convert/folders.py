@@ -78,7 +78,7 @@ def read_pipeline(path: Path) -> tuple[Path, Path | None, dict[str, Any]]:
 
 
 def _scheduler(folder: Path, class_name: str) -> dict[str, Any]:
-    """Returns the scheduler's settings as they are, all of them understood."""
+    """Returns the scheduler's settings unchanged, after checking that all are understood."""
     if not (folder / SCHEDULER).is_file():
         raise UserError(f"the folder scheduler lacks its {SCHEDULER}.")
     config = {"_class_name": class_name} | read_json(folder / SCHEDULER)

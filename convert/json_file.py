@@ -1,4 +1,4 @@
-"""Reads the JSON of other programs: configurations, indices and headers, nothing said twice."""
+"""Reads the JSON of other programs: configurations, indices and headers, without repeated names."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes, what: str) -> dict[str, Any]:
-    """Returns the JSON object that `text` is; `what` names it in messages.
+    """Returns the JSON object in `text`; `what` names it in messages.
 
-    JSON itself lets a name stand twice in an object, and readers differ in which one they take;
-    Python's reader also takes NaN and Infinity, which no JSON has, and rounds 1e999 to infinity.
+    JSON itself allows a name twice in an object, and readers differ in which value they take;
+    Python's reader also takes NaN and Infinity, which JSON lacks, and rounds 1e999 to infinity.
 
     Raises:
-        UserError: if `text` is no JSON object, holds a name twice, or a number that is not finite.
+        UserError: if `text` is not a JSON object, has a name twice or a number that is not finite.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Finds the network that convert knows among a file's names, whatever stands before them.
+"""Finds the network that convert knows among a file's names, whatever their prefixes.
 
 Trainers put `model.`, `net.`, `model.diffusion_model.` and the like before every name, and may keep
 the averaged weights, or other networks, in the same table.
@@ -15,12 +15,12 @@ from qdit_convert.tensors import StateDict, StoredTensor, listing
 from qdit_convert.wrappers import is_averaged
 from qdit_jax.errors import UserError
 
-MANY = 64  # beginnings that are looked at
+MANY = 64  # prefixes that are tried
 FEW = 8  # fewer names of a layout than this are a coincidence, unless the file holds little else
 
 
 class Root(NamedTuple):
-    """A network in the file: what stands before its names, and how many match its layout."""
+    """A network in the file: the prefix of its names, and how many match its layout."""
 
     prefix: str
     layout: Layout
@@ -30,9 +30,9 @@ class Root(NamedTuple):
 def select_network(
     state: StateDict, family: str | None = None, weights: str | None = None
 ) -> StateDict:
-    """Returns the tensors of one network, without what stands before their names; `notes` say so.
+    """Returns the tensors of one network, without the prefix of their names; `notes` say so.
 
-    A table in which no network is known comes back as it is.
+    A table without a known network is returned as it is.
 
     Args:
         family: of which the network must be, where the file holds several.
@@ -66,7 +66,7 @@ def _roots(keys: list[str]) -> list[Root]:
 
 
 def _prefix(key: str, layout: Layout) -> str | None:
-    """Returns the shortest dotted beginning of `key` after which it is a name of `layout`."""
+    """Returns the shortest dotted prefix of `key` without which it is a name of `layout`."""
     start = 0
     while True:
         if layout.names.match(key, start):

@@ -2,7 +2,7 @@
 
 Python's own unpickler calls whatever a file names. This one knows the instructions that a file of
 weights needs, and builds tensors, dictionaries, lists and numbers only; every other name that a
-file mentions is refused, and said.
+file mentions is an error that says it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickletools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 from qdit_jax.errors import UserError
 
@@ -29,6 +29,10 @@ MALFORMED = (
 )
 
 
+# The argument of an opcode, as `pickletools` reads it.
+Argument: TypeAlias = int | float | str | bytes | bytearray | None
+
+
 class Mark:
     """The pickle's mark on the stack."""
 
@@ -38,7 +42,7 @@ MARK = Mark()
 
 @dataclass
 class Namespace:
-    """A stand-in for `argparse.Namespace`: the settings, and nothing that acts."""
+    """A stand-in for `argparse.Namespace`: its settings only."""
 
     values: dict[str, Any] = field(default_factory=dict)
 
@@ -47,27 +51,27 @@ class Namespace:
 class Name:
     """A global that the file may mention.
 
-    `value` is the function of ours that a call runs, or what a type that is never called stands for.
+    `value` is our function that a call runs, or for a type that is never called, its stand-in.
     """
 
     name: str
-    value: Any
+    value: object
 
 
-def new_dict(items: Any = ()) -> dict:
+def new_dict(items: dict | Iterable[tuple[Any, Any]] = ()) -> dict:
     """Returns what `OrderedDict(items)` holds."""
     return _fill({}, items.items() if isinstance(items, dict) else items)
 
 
 def read_pickle(
-    data: bytes | BinaryIO, names: dict[str, Name], persistent: Callable[[Any], Any]
-) -> Any:
+    data: bytes | BinaryIO, names: dict[str, Name], persistent: Callable[[Any], object]
+) -> object:
     """Returns the object that `data` describes.
 
     Args:
         data: the pickle, or a file that is at its beginning; it is left at its end.
         names: the globals that may occur, by `module.name`.
-        persistent: makes a storage of a persistent id.
+        persistent: returns the storage of a persistent id.
 
     Raises:
         UserError: if the pickle is damaged, or names anything else.
@@ -104,13 +108,13 @@ def mentioned_names(data: bytes | BinaryIO) -> list[str]:
 class _Machine:
     """The stack and memo of one reading."""
 
-    def __init__(self, names: dict[str, Name], persistent: Callable[[Any], Any]) -> None:
+    def __init__(self, names: dict[str, Name], persistent: Callable[[Any], object]) -> None:
         self.names = names
         self.persistent = persistent
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
-    def step(self, opcode: str, argument: Any) -> None:
+    def step(self, opcode: str, argument: Argument) -> None:
         if opcode in _IGNORED:
             return
         if opcode in _LITERALS:
@@ -144,13 +148,13 @@ class _Machine:
             )
         self.stack.append(self.names[name])
 
-    def call(self, _: Any) -> None:
+    def call(self, _: Argument) -> None:
         arguments, name = self.pop(), self.pop()
         if not isinstance(name, Name) or not callable(name.value) or type(arguments) is not tuple:
             raise UserError("the pickle inside calls something that is no tensor or table.")
         self.stack.append(name.value(*arguments))
 
-    def set_state(self, _: Any) -> None:
+    def set_state(self, _: Argument) -> None:
         state, target = self.pop(), self.stack[-1]
         if isinstance(target, Namespace):
             target.values.update(state)
@@ -188,20 +192,20 @@ def _fill(target: dict, items: Iterable[tuple[Any, Any]]) -> dict:
 
 
 def _tuple(count: int) -> Callable[[_Machine, Any], None]:
-    def act(machine: _Machine, _: Any) -> None:
+    def act(machine: _Machine, _: Argument) -> None:
         items = [machine.pop() for _ in range(count)]
         machine.stack.append(tuple(items[::-1]))
 
     return act
 
 
-def _dict(machine: _Machine, _: Any) -> None:
+def _dict(machine: _Machine, _: Argument) -> None:
     items = machine.to_mark()
     machine.stack.append({})
     machine.set_items(items)
 
 
-def _put(machine: _Machine, index: Any) -> None:
+def _put(machine: _Machine, index: Argument) -> None:
     machine.memo[len(machine.memo) if index is None else int(index)] = machine.stack[-1]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from qdit_jax.errors import UserError
 
 Shape = tuple[int, ...]
 Params = dict[str, Any]
+# From the array as the file stores it to the leaf's.
+Transform: TypeAlias = Callable[[np.ndarray], np.ndarray]
 
 
 def same(array: np.ndarray) -> np.ndarray:
@@ -50,7 +52,7 @@ class Leaf:
     path: str
     sources: tuple[str, ...]
     shapes: tuple[Shape, ...]
-    transform: Callable[[np.ndarray], np.ndarray] = same
+    transform: Transform = same
     copies: tuple[str, ...] = ()
     values: Callable[[], np.ndarray] | None = None
 
@@ -68,7 +70,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Example:
-    """A small network in a layout, of which the contract tests make a file.
+    """A small network in a layout, which the contract tests write to a file.
 
     Attributes:
         leaves: its leaves, under the file's own names.
@@ -83,7 +85,7 @@ class Example:
     hints: Mapping[str, object] = field(default_factory=dict)
 
 
-def affine(path: str, key: str, kernel: Shape, transform: Callable = linear) -> list[Leaf]:
+def affine(path: str, key: str, kernel: Shape, transform: Transform = linear) -> list[Leaf]:
     """Returns the leaves of a layer with weight (torch shape `kernel`) and bias."""
     return [
         Leaf(f"{path}/kernel", (f"{key}.weight",), (kernel,), transform),
@@ -227,7 +229,7 @@ def _cast(leaf: Leaf, array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
     return out
 
 
-def _insert(params: Params, path: str, leaf: Any) -> None:
+def _insert(params: Params, path: str, leaf: object) -> None:
     *parents, name = path.split("/")
     for parent in parents:
         params = params.setdefault(parent, {})
@@ -252,7 +254,7 @@ def block_count(keys: Iterable[str], prefix: str) -> int:
 
 
 def shape_of(tensors: Mapping[str, StoredTensor], key: str, rank: int) -> Shape:
-    """Returns the shape of a tensor that settles the configuration.
+    """Returns the shape of a tensor that determines the configuration.
 
     Raises:
         UserError: if it is missing, or has another number of axes.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from qdit_convert import sniff
 from qdit_convert.safetensors_file import read_safetensors
@@ -77,9 +76,9 @@ def _open(path: Path, weights: str | None) -> StateDict:
     return unwrap(read_shards(path, _saved), str(path), weights)
 
 
-def _saved(path: Path) -> Any:
-    """Returns what the file `path` holds, as it was saved."""
-    readers: Mapping[str, Callable[[Path], Any]] = {
+def _saved(path: Path) -> object:
+    """Returns the object that the file `path` holds."""
+    readers: Mapping[str, Callable[[Path], object]] = {
         sniff.ZIP: read_torch_zip,
         sniff.LEGACY: read_torch_legacy,
         sniff.SAFETENSORS: read_safetensors,

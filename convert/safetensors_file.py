@@ -90,7 +90,7 @@ def _entry(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
     return dtype, tuple(shape), begin, end
 
 
-def _dtype(name: str, code: Any) -> np.dtype:
+def _dtype(name: str, code: object) -> np.dtype:
     if code == "BF16":
         return bfloat16()
     if not isinstance(code, str) or code not in DTYPES:

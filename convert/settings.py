@@ -20,8 +20,8 @@ ABOUT = {
 }
 
 
-def _only(kind: str, *values: Any, optional: bool = False) -> Setting:
-    """Returns a setting that must have one of `values` for the equations to be ours."""
+def _only(kind: str, *values: object, optional: bool = False) -> Setting:
+    """Returns a setting that must have one of `values`: our networks compute no other case."""
     return Setting(kind, values, optional=optional, used=False)
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from qdit_convert.json_file import read_json
 from qdit_convert.tensors import StoredTensor, about, listing
 from qdit_jax.errors import UserError
 
 
-def read_shards(index: Path, read_file: Callable[[Path], Any]) -> dict[str, StoredTensor]:
+def read_shards(index: Path, read_file: Callable[[Path], object]) -> dict[str, StoredTensor]:
     """Returns the tensors of all files that `index` names.
 
     Raises:
@@ -34,7 +33,7 @@ def read_shards(index: Path, read_file: Callable[[Path], Any]) -> dict[str, Stor
     return tensors
 
 
-def _tensors(saved: Any) -> dict[str, StoredTensor]:
+def _tensors(saved: object) -> dict[str, StoredTensor]:
     if not isinstance(saved, dict) or not all(isinstance(v, StoredTensor) for v in saved.values()):
         raise UserError("this shard is not a plain table of tensors.")
     return saved

@@ -1,4 +1,4 @@
-"""What kind of file something is, from its first bytes and never from its name."""
+"""The format of a file, from its first bytes and never from its name."""
 
 from __future__ import annotations
 

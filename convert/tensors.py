@@ -1,4 +1,4 @@
-"""What a reader hands over: named tensors that are read from the file one at a time."""
+"""The result of a reader: named tensors that are read from the file one at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHUNK = 1 << 22
 class StoredTensor:
     """A tensor of a file: its shape and dtype at once, its values when `read` is called.
 
-    `problem` says what it is where it is no array of numbers, such as a sparse tensor.
+    `problem` says what it is if it is not an array of numbers, such as a sparse tensor.
     """
 
     shape: tuple[int, ...]
@@ -34,10 +34,10 @@ class StoredTensor:
 
 
 def unreadable(shape: tuple[int, ...], dtype: np.dtype, problem: str) -> StoredTensor:
-    """Returns a tensor that can be named but not read: `problem` says what it is.
+    """Returns a tensor whose values cannot be read: `problem` says what it is.
 
     Raises:
-        UserError: if `shape` is none.
+        UserError: if `shape` is not a shape.
     """
     if any(type(n) is not int or n < 0 for n in shape):
         raise UserError("the pickle inside describes a tensor with an impossible size.")

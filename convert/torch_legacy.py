@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from qdit_convert.pickle_reader import read_pickle
 from qdit_convert.tensors import FileSpan
@@ -18,7 +19,7 @@ MAGIC = 0x1950A86A20F9469CFC6C
 VERSION = 1001
 
 
-def read_torch_legacy(path: Path) -> Any:
+def read_torch_legacy(path: Path) -> object:
     """Returns the object that was saved: dictionaries, lists and `StoredTensor`s.
 
     Raises:
@@ -41,7 +42,7 @@ def read_torch_legacy(path: Path) -> Any:
     return saved
 
 
-def _refuse(_: Any) -> Any:
+def _refuse(_: object) -> NoReturn:
     raise UserError("the pickle inside refers to something that is no storage.")
 
 
@@ -56,7 +57,7 @@ class _Storages:
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     spans: dict[str, FileSpan] = field(default_factory=dict)
 
-    def persistent(self, identity: Any) -> Storage:
+    def persistent(self, identity: Sequence[Any]) -> Storage:
         kind, storage_type, key, _, count, view = identity
         element = getattr(storage_type, "value", None)
         if kind != "storage" or not isinstance(element, ElementType):
@@ -70,7 +71,7 @@ class _Storages:
             raise UserError(f"the storage {key} has {nbytes} bytes, too few for its tensors.")
         return Storage(self.path, element, size, partial(self.spans.__getitem__, str(key)), first)
 
-    def place(self, keys: Any, file: BinaryIO) -> None:
+    def place(self, keys: object, file: BinaryIO) -> None:
         """Finds the storages, which stand one after the other in the order of `keys`."""
         if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(self.sizes):
             raise UserError(

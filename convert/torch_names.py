@@ -1,14 +1,15 @@
-"""The names that a torch file may mention: those of torch's own safe loader, and a few that are inert.
+"""The names that a torch file may mention: those that torch's own safe loader allows, and a few more.
 
-Whatever a name stands for here is ours: a table, a number, a tensor of the file, or a label.
+Each stands for something harmless of ours: a table, a number, a tensor of the file, or a label.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from types import UnionType
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from qdit_convert import torch_tensors as tensors
 from qdit_convert.pickle_reader import REMEDY, Name, Namespace, mentioned_names, new_dict
 from qdit_convert.torch_tensors import ElementType
 from qdit_jax.errors import UserError
+
+Result = TypeVar("Result")
 
 STORAGES = {
     "Double": "float64",
@@ -63,7 +66,7 @@ QSCHEMES = (
 
 @dataclass(frozen=True)
 class Label:
-    """Something that is no weight, such as a device or a layout: its type and what it was made of."""
+    """A value that is not a weight, such as a device or a layout: its type and its arguments."""
 
     name: str
     arguments: tuple = ()
@@ -72,17 +75,17 @@ class Label:
 class NumpyArray:
     """A NumPy array that lay beside the weights; its values are not kept."""
 
-    def set_state(self, state: Any) -> None:
+    def set_state(self, state: object) -> None:
         pass
 
 
 class NumpyDtype:
-    """The dtype of a NumPy scalar; the pickle tells the byte order after it has made the dtype."""
+    """The dtype of a NumPy scalar; the pickle gives the byte order after the dtype."""
 
-    def __init__(self, code: Any, *_: Any) -> None:
+    def __init__(self, code: object, *_: object) -> None:
         self.code, self.order = str(code), "<"
 
-    def set_state(self, state: Any) -> None:
+    def set_state(self, state: Sequence[object]) -> None:
         self.order = str(state[1])
 
 
@@ -167,10 +170,10 @@ def _numpy() -> dict[str, Any]:
     return table
 
 
-def _only(function: Callable, kinds: Any) -> Callable:
+def _only(function: Callable[..., Result], kinds: type | UnionType) -> Callable[..., Result]:
     """Returns `function` for arguments of `kinds` alone: `bytearray(10**12)` would fill the memory."""
 
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: object) -> Result:
         if not all(isinstance(argument, kinds) for argument in arguments):
             raise UserError(f"the pickle inside makes a {function.__name__} of something else.")
         return function(*arguments)
@@ -178,14 +181,14 @@ def _only(function: Callable, kinds: Any) -> Callable:
     return call
 
 
-def _encode(text: Any, encoding: Any = "latin1") -> bytes:
+def _encode(text: object, encoding: object = "latin1") -> bytes:
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1", "ascii", "utf-8"):
         raise UserError("the pickle inside holds bytes in an encoding that torch does not write.")
     return text.encode(encoding)
 
 
-def _scalar(dtype: Any, data: Any = None) -> Any:
-    """Returns a NumPy scalar as a number of Python, or a label if it is no number."""
+def _scalar(dtype: object, data: object = None) -> Label | int | float | complex:
+    """Returns a NumPy scalar as a Python number, or a label if it is not a number."""
     if not isinstance(dtype, NumpyDtype) or not isinstance(data, bytes):
         return Label("numpy.scalar")
     if not re.fullmatch(r"[iuf][1248]|b1|c8|c16", dtype.code):

@@ -1,12 +1,12 @@
-"""Builds the tensors that a torch file describes, as torch does: views, flags, and what is no array."""
+"""Builds the tensors that a torch file describes, as torch does: views, flags, and stand-ins."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -14,10 +14,13 @@ from qdit_convert.pickle_reader import Name
 from qdit_convert.tensors import FileSpan, StoredTensor, unreadable
 from qdit_jax.errors import UserError
 
+# What should be a tensor's shape or strides; a damaged file may hold anything in it.
+Sizes: TypeAlias = Sequence[Any]
+
 
 @dataclass(frozen=True)
 class ElementType:
-    """A dtype of torch; `problem` says what its tensors are where NumPy has no such numbers."""
+    """A dtype of torch; `problem` says what its tensors are if NumPy has no such dtype."""
 
     name: str
     dtype: np.dtype
@@ -30,7 +33,7 @@ class Storage:
 
     Attributes:
         count: the number of elements.
-        span: returns where they lie, which the older format tells only after its tensors.
+        span: returns their place in the file, which the older format gives after its tensors.
         first: the element of the span that the storage begins with.
     """
 
@@ -41,7 +44,7 @@ class Storage:
     first: int = 0
 
 
-def rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> StoredTensor:
+def rebuild_tensor(storage: object, offset: object, shape: Sizes, strides: Sizes) -> StoredTensor:
     """Returns the view of `storage` that torch would make: `offset` and `strides` in elements.
 
     Raises:
@@ -49,8 +52,9 @@ def rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> Store
     """
     if not isinstance(storage, Storage) or len(shape) != len(strides):
         raise UserError("the pickle inside describes a tensor without a storage.")
-    numbers = (offset, *shape, *strides)
-    if any(type(n) is not int or n < 0 for n in numbers):
+    if type(offset) is not int or any(type(n) is not int or n < 0 for n in (*shape, *strides)):
+        raise UserError("the pickle inside describes a tensor with an impossible size.")
+    if offset < 0:
         raise UserError("the pickle inside describes a tensor with an impossible size.")
     dtype, size = storage.kind.dtype, math.prod(shape)
     reach = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if size else 0
@@ -75,13 +79,13 @@ def rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> Store
 
 
 def rebuild_tensor_v2(
-    storage: Any,
-    offset: Any,
-    shape: Any,
-    strides: Any,
-    requires_grad: Any,
-    hooks: Any,
-    metadata: Any = None,
+    storage: object,
+    offset: object,
+    shape: Sizes,
+    strides: Sizes,
+    requires_grad: object,
+    hooks: object,
+    metadata: object = None,
 ) -> StoredTensor:
     """Returns the view, its values negated or conjugated where `metadata` says so.
 
@@ -91,14 +95,14 @@ def rebuild_tensor_v2(
 
 
 def rebuild_tensor_v3(
-    storage: Any,
-    offset: Any,
-    shape: Any,
-    strides: Any,
-    requires_grad: Any,
-    hooks: Any,
-    dtype: Any,
-    metadata: Any = None,
+    storage: object,
+    offset: object,
+    shape: Sizes,
+    strides: Sizes,
+    requires_grad: object,
+    hooks: object,
+    dtype: object,
+    metadata: object = None,
 ) -> StoredTensor:
     """Returns the view of an untyped storage whose elements are of `dtype`."""
     kind = _element_type(dtype)
@@ -111,8 +115,8 @@ def rebuild_tensor_v3(
     return _flagged(rebuild_tensor(typed, offset, shape, strides), metadata)
 
 
-def _flagged(tensor: StoredTensor, metadata: Any) -> StoredTensor:
-    """Returns `tensor` with the operations that torch had put off until the values are used."""
+def _flagged(tensor: StoredTensor, metadata: object) -> StoredTensor:
+    """Returns `tensor` with the operations applied that torch defers until the values are used."""
     if metadata is None:
         return tensor
     if not isinstance(metadata, dict):
@@ -145,22 +149,26 @@ _DEFERRED: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
 
 
 def rebuild_parameter(
-    tensor: Any, requires_grad: Any = True, hooks: Any = None, state: Any = None
+    tensor: object, requires_grad: object = True, hooks: object = None, state: object = None
 ) -> StoredTensor:
-    """Returns `tensor`: gradients, hooks and attributes (`state`) of a parameter are no values."""
+    """Returns `tensor`; gradients, hooks and attributes (`state`) of a parameter do not matter."""
     if not isinstance(tensor, StoredTensor):
         raise UserError("the pickle inside describes a parameter without a tensor.")
     return tensor
 
 
-def rebuild_from_type(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
-    """Returns what `function` makes of `arguments`: a tensor that had Python attributes."""
+def rebuild_from_type(
+    function: object, kind: object, arguments: Sequence[object], state: object
+) -> StoredTensor:
+    """Returns `function(*arguments)`: a tensor that had Python attributes."""
     if not isinstance(function, Name) or not callable(function.value):
         raise UserError("the pickle inside calls something that is no tensor or table.")
     return rebuild_parameter(function.value(*arguments))
 
 
-def rebuild_from_cpu(data: Any, dtype: Any, device: Any, requires_grad: Any) -> StoredTensor:
+def rebuild_from_cpu(
+    data: object, dtype: object, device: object, requires_grad: object
+) -> StoredTensor:
     """Returns a tensor that lay on a device without storages, in `dtype`."""
     tensor, kind = rebuild_parameter(data), _element_type(dtype)
     if tensor.dtype == kind.dtype or tensor.problem:
@@ -171,53 +179,55 @@ def rebuild_from_cpu(data: Any, dtype: Any, device: Any, requires_grad: Any) -> 
 
 
 def rebuild_quantized(
-    storage: Any,
-    offset: Any,
-    shape: Any,
-    strides: Any,
-    quantizer: Any,
-    requires_grad: Any,
-    hooks: Any,
+    storage: object,
+    offset: object,
+    shape: Sizes,
+    strides: Sizes,
+    quantizer: object,
+    requires_grad: object,
+    hooks: object,
 ) -> StoredTensor:
     """Returns a stand-in for a quantized tensor of torch."""
     tensor = rebuild_tensor(storage, offset, shape, strides)
     return replace(tensor, problem=tensor.problem or "a quantized tensor")
 
 
-def rebuild_sparse(layout: Any, data: Any) -> StoredTensor:
+def rebuild_sparse(layout: Any, data: Sequence[Any]) -> StoredTensor:
     """Returns a stand-in for a sparse tensor: `data` is indices, values, size (and a flag)."""
     name = str(layout.arguments[0]).removeprefix("torch.")
     *_, values, size = data[:3] if name == "sparse_coo" else data
     return unreadable(tuple(size), rebuild_parameter(values).dtype, f"a {name} tensor")
 
 
-def rebuild_meta(dtype: Any, shape: Any, strides: Any, requires_grad: Any) -> StoredTensor:
+def rebuild_meta(
+    dtype: object, shape: Sizes, strides: Sizes, requires_grad: object
+) -> StoredTensor:
     """Returns a stand-in for a tensor of the meta device."""
     kind = _element_type(dtype)
     return unreadable(tuple(shape), kind.dtype, "on the meta device, which holds no values")
 
 
-def rebuild_nested(buffer: Any, sizes: Any, strides: Any, offsets: Any) -> StoredTensor:
+def rebuild_nested(buffer: object, sizes: object, strides: object, offsets: object) -> StoredTensor:
     """Returns a stand-in for a nested tensor."""
     values = rebuild_parameter(buffer)
     return unreadable(values.shape, values.dtype, "a nested tensor")
 
 
 def rebuild_wrapper(
-    kind: Any,
-    dtype: Any,
-    shape: Any,
-    strides: Any,
-    offset: Any,
-    layout: Any,
-    device: Any,
-    requires_grad: Any,
+    kind: object,
+    dtype: object,
+    shape: Sizes,
+    strides: Sizes,
+    offset: object,
+    layout: object,
+    device: object,
+    requires_grad: object,
 ) -> StoredTensor:
     """Returns a stand-in for a tensor subclass that keeps its values elsewhere."""
     return unreadable(tuple(shape), _element_type(dtype).dtype, "a wrapper that holds no values")
 
 
-def _element_type(dtype: Any) -> ElementType:
+def _element_type(dtype: object) -> ElementType:
     if not isinstance(dtype, Name) or not isinstance(dtype.value, ElementType):
         raise UserError("the pickle inside describes a tensor without a dtype.")
     return dtype.value

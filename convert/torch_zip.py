@@ -5,8 +5,9 @@ from __future__ import annotations
 import struct
 import zipfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from qdit_convert.pickle_reader import REMEDY, read_pickle
 from qdit_convert.tensors import FileSpan, listing
@@ -28,7 +29,7 @@ ZIP_ERRORS = (
 )
 
 
-def read_torch_zip(path: Path) -> Any:
+def read_torch_zip(path: Path) -> object:
     """Returns the object that was saved: dictionaries, lists and `StoredTensor`s.
 
     Raises:
@@ -61,7 +62,7 @@ class _Storages:
         self.entries, self.prefix = entries, prefix
         self.known: dict[tuple[str, str], Storage] = {}
 
-    def persistent(self, identity: Any) -> Storage:
+    def persistent(self, identity: Sequence[Any]) -> Storage:
         kind, storage_type, key, _, count = identity  # the device, such as cuda:0, does not matter
         element = getattr(storage_type, "value", None)
         if kind != "storage" or not isinstance(element, ElementType):
@@ -118,7 +119,7 @@ def _refuse_repeats(names: list[str]) -> None:
         )
 
 
-def _span(path: Path, file: Any, info: zipfile.ZipInfo, size: int) -> FileSpan:
+def _span(path: Path, file: IO[bytes], info: zipfile.ZipInfo, size: int) -> FileSpan:
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         raise UserError(
             f"the entry {info.filename} is compressed or encrypted, which torch.save never does."

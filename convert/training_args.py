@@ -1,6 +1,6 @@
-"""The arguments that a training script saved beside its weights, and what they say of the network.
+"""The arguments that a training script saved beside its weights, and their meaning for the network.
 
-What a user says comes before the file's arguments, and these before the table of published sizes.
+The user's options override the file's arguments, and these override the table of published sizes.
 """
 
 from __future__ import annotations
@@ -8,13 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qdit_convert.pickle_reader import Namespace
 from qdit_convert.tensors import listing
 from qdit_jax.diffusion import HARMLESS, Setting, check_setting, shown
 from qdit_jax.errors import UserError
 from qdit_jax.models import published_config
+
+if TYPE_CHECKING:
+    from qdit_convert.dit import Sizes
 
 SAYS = "the file's saved arguments say"
 # Words that name, alone or joined, a table of a training file that is of the network or its process:
@@ -106,14 +109,13 @@ sampling_steps save_every seed train_eps vae wandb warmup warmup_steps weight_de
 world_size
 """
 ARGUMENTS |= dict.fromkeys(WITHOUT_BEARING.split(), HARMLESS)
-
 VELOCITIES, NOISES = ("velocity", "v"), ("noise", "epsilon", "eps", "pred_noise")
 REMEDY = "save the weights alone, without their arguments, if these are of another training"
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What is understood of a file's arguments, and what is not.
+    """A file's arguments: those that are understood, and those that are not.
 
     Attributes:
         values: by the names of `ARGUMENTS`.
@@ -126,15 +128,15 @@ class Arguments:
     unknown: tuple[str, ...] = ()
 
     def get(self, name: str) -> Any:
-        """Returns the argument, or None if the file does not say it."""
+        """Returns the argument, or None if the file does not have it."""
         return self.values.get(name)
 
 
 def saved_arguments(saved: Mapping[str, Any]) -> dict[str, object]:
     """Returns the plain settings that a training file holds beside its weights, by dotted names.
 
-    Groups that are of the network give theirs without the group's name. A setting that stands bare
-    among the weights counts if it is one that is understood.
+    Settings in groups about the network have no group's name. A setting at the top level, beside
+    the weights, counts if it is understood.
     """
     found: dict[str, object] = {}
     tables = {key: table for key, table in saved.items() if isinstance(key, str)}
@@ -162,7 +164,7 @@ def is_group(key: str) -> bool:
 
 
 def is_used(name: str) -> bool:
-    """Returns whether an argument of that name changes what a conversion makes of the weights."""
+    """Returns whether an argument of that name changes the result of a conversion."""
     setting = ARGUMENTS.get(ALIASES.get(spelled(name), spelled(name)))
     return setting is not None and setting.used
 
@@ -172,11 +174,11 @@ def spelled(name: str) -> str:
     return name.lower().lstrip("-").replace("-", "_")
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, str | int | float | bool | list | tuple)
 
 
-def _plain(table: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
+def _plain(table: object, depth: int = 0) -> Iterator[tuple[str, object]]:
     values = table.values if isinstance(table, Namespace) else table
     if not isinstance(values, dict) or depth > 4:
         return
@@ -191,7 +193,7 @@ def _plain(table: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
 
 
 def read_arguments(hints: Mapping[str, object]) -> Arguments:
-    """Returns what `hints` say, each of the right kind; arguments that are None say nothing.
+    """Returns the arguments in `hints`, their types checked; those that are None do not count.
 
     Raises:
         UserError: naming an argument whose value is not understood.
@@ -231,7 +233,7 @@ def says_repa(arguments: Arguments) -> bool:
 
 
 def check_process(arguments: Arguments, velocity: bool) -> None:
-    """Raises `UserError` if the network was trained on a process that is not sampled from."""
+    """Raises `UserError` if the network was trained on a process that is not supported."""
     allowed: dict[str, tuple[Any, ...]] = {
         "prediction": NOISES,
         "path_type": (),
@@ -256,8 +258,8 @@ def check_process(arguments: Arguments, velocity: bool) -> None:
             )
 
 
-def check_sizes(arguments: Arguments, sizes: Any, model: str | None) -> list[str]:
-    """Returns notes on arguments that the user's own words override.
+def check_sizes(arguments: Arguments, sizes: Sizes, model: str | None) -> list[str]:
+    """Returns notes on arguments that the user's options override.
 
     Raises:
         UserError: naming an argument that contradicts the shapes of the weights.
@@ -314,7 +316,7 @@ def _published(name: str) -> dict[str, int] | None:
 
 
 def said_heads(arguments: Arguments, chosen: int | None, width: int) -> int | None:
-    """Returns the number of heads that the file says, None if it says none or `chosen` is given.
+    """Returns the number of heads that the file gives; None if it has none or `chosen` is given.
 
     Raises:
         UserError: if the file's model, its number of heads or their width contradict each other.
@@ -340,7 +342,7 @@ def said_heads(arguments: Arguments, chosen: int | None, width: int) -> int | No
 
 
 def said_classes(arguments: Arguments, rows: int) -> int | None:
-    """Returns the number of classes that the file says, or None.
+    """Returns the number of classes that the file gives, or None.
 
     Without class dropout in training, the label table of `rows` rows has no null class.
 
@@ -365,7 +367,7 @@ def said_classes(arguments: Arguments, rows: int) -> int | None:
     return by_dropout
 
 
-def check_input_size(arguments: Arguments, sizes: Any, num_tokens: int) -> None:
+def check_input_size(arguments: Arguments, sizes: Sizes, num_tokens: int) -> None:
     """Raises `UserError` if the file's image size contradicts the number of positions.
 
     A latent has an eighth of the image's rows with 4 channels; autoencoders with others differ.

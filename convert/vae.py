@@ -70,7 +70,7 @@ def _factors(
     has_config: bool,
     notes: list[str],
 ) -> dict[str, float]:
-    """Returns what a diffusion model's latents are scaled and shifted by; `notes` say what is assumed.
+    """Returns scale and shift of a diffusion model's latents; `notes` say what is assumed.
 
     Raises:
         UserError: if neither the user nor the file says it, and the latents are not of the published
@@ -120,7 +120,7 @@ def _factors(
 
 
 def _shape_config(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
-    """Returns the fields of the model that shapes settle."""
+    """Returns the fields of the model that follow from shapes."""
     num_blocks = block_count(tensors, "encoder.down_blocks.")
     if num_blocks == 0:
         raise UserError(
@@ -269,36 +269,36 @@ def _attention(key: str, width: int, tensors: Mapping[str, StoredTensor]) -> lis
 
 
 def from_latent_diffusion(state: StateDict) -> StateDict:
-    """Returns `state` with the names of latent-diffusion's autoencoder put into diffusers' names."""
-    up = block_count(state.tensors, "decoder.up.")
-    renamed = {_diffusers_name(key, up): value for key, value in state.tensors.items()}
+    """Returns `state` under diffusers' names instead of latent-diffusion's."""
+    num_up = block_count(state.tensors, "decoder.up.")
+    renamed = {
+        _renamed(key, r"^decoder\.up", "decoder.up_blocks", num_up, LATENT_DIFFUSION): value
+        for key, value in state.tensors.items()
+    }
     return replace(state, tensors=renamed)
 
 
-def _diffusers_name(key: str, num_up: int) -> str:
-    # The decoder's blocks are numbered from fine to coarse, and run from coarse to fine.
-    key = re.sub(
-        r"^decoder\.up\.(\d+)\.",
-        lambda m: f"decoder.up_blocks.{num_up - 1 - int(m.group(1))}.",
-        key,
-    )
-    for pattern, name in LATENT_DIFFUSION:
-        key = re.sub(pattern, name, key)
-    return key
-
-
 def in_latent_diffusion_names(text: str, state: StateDict) -> str:
-    """Returns `text` with diffusers' names of a file's tensors put into the file's own."""
+    """Returns `text` with the file's own names instead of diffusers'."""
     return latent_diffusion_names(text, block_count(state.tensors, "decoder.up_blocks."))
 
 
 def latent_diffusion_names(text: str, num_up: int) -> str:
+    """Returns `text` with diffusers' names of an autoencoder put into latent-diffusion's."""
+    return _renamed(text, r"\bdecoder\.up_blocks", "decoder.up", num_up, TO_LATENT_DIFFUSION)
+
+
+def _renamed(
+    text: str, up_blocks: str, into: str, num_up: int, names: tuple[tuple[str, str], ...]
+) -> str:
+    """Returns `text` with the decoder's blocks `up_blocks` called `into`, then `names` replaced.
+
+    The two layouts number these blocks in opposite directions.
+    """
     text = re.sub(
-        r"\bdecoder\.up_blocks\.(\d+)\b",
-        lambda m: f"decoder.up.{num_up - 1 - int(m.group(1))}",
-        text,
+        rf"{up_blocks}\.(\d+)\b", lambda m: f"{into}.{num_up - 1 - int(m.group(1))}", text
     )
-    for pattern, name in TO_LATENT_DIFFUSION:
+    for pattern, name in names:
         text = re.sub(pattern, name, text)
     return text
 

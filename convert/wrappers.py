@@ -1,4 +1,4 @@
-"""Finds the weights inside what a training script saved: raw or averaged, at any depth."""
+"""Finds the weights in a training script's file: raw or averaged, at any depth."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ RAW = "; --weights model reads the raw ones"
 MAX_DEPTH = 6
 
 
-def unwrap(saved: Any, label: str, weights: str | None = None) -> StateDict:
-    """Returns the state dict inside what a training script saved, nested tables by dotted names.
+def unwrap(saved: object, label: str, weights: str | None = None) -> StateDict:
+    """Returns the state dict in a training script's file, nested tables by dotted names.
 
     Raises:
         UserError: if there is none, or none of the kind that `weights` asks for.
@@ -56,7 +56,7 @@ def is_averaged(name: str) -> bool:
     return any(AVERAGED.fullmatch(part) for part in name.split("."))
 
 
-def _kind(key: Any, value: Any) -> str | None:
+def _kind(key: object, value: object) -> str | None:
     """Returns "ema" or "model" for an entry that holds such weights, readable or not."""
     if not isinstance(key, str) or not isinstance(value, dict | list | tuple):
         return None
@@ -67,7 +67,7 @@ def _kind(key: Any, value: Any) -> str | None:
 
 
 def _is_flat(saved: dict) -> bool:
-    """Returns whether weights stand at the top: unlike counters, they have dotted names."""
+    """Returns whether the weights are at the top level: unlike counters, they have dotted names."""
     return any(isinstance(v, StoredTensor) and "." in str(key) for key, v in saved.items())
 
 
@@ -99,7 +99,11 @@ def _of_kind(kind: str, saved: dict, kinds: dict[str, str]) -> list[str]:
 
 
 def _state_dict(
-    table: Any, label: str, weights: str, hints: dict[str, object], has_raw: bool = False
+    table: dict | list | tuple,
+    label: str,
+    weights: str,
+    hints: dict[str, object],
+    has_raw: bool = False,
 ) -> StateDict:
     remedy = RAW if has_raw and is_averaged(weights) else ""
     if not table:
@@ -139,7 +143,7 @@ def _leaves(table: dict, prefix: str = "", depth: int = 0) -> Iterator[tuple[str
             yield f"{prefix}{key}", value
 
 
-def _all_tensors(value: Any, depth: int = 0) -> Iterator[StoredTensor]:
+def _all_tensors(value: object, depth: int = 0) -> Iterator[StoredTensor]:
     """Yields the tensors inside tables and lists."""
     if isinstance(value, StoredTensor):
         yield value
@@ -151,7 +155,7 @@ def _all_tensors(value: Any, depth: int = 0) -> Iterator[StoredTensor]:
 def strip_prefixes(
     tensors: dict[str, StoredTensor],
 ) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
-    """Returns `tensors` without what wrappers such as DDP put into names, and notes that say so.
+    """Returns `tensors` without what wrappers such as DDP insert into names, and notes on it.
 
     Raises:
         UserError: if two names are then the same.

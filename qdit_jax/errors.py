@@ -1,29 +1,30 @@
-"""The error that a command line shows as one sentence, and checks that every room shares."""
+"""The error that the command line shows as one sentence, and checks that every room uses."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 import re
-from typing import Any
+from typing import SupportsIndex
 
 
 class UserError(ValueError):
-    """Input that a user can put right; the message names it and says how."""
+    """A bad input that the user can correct; the message names it and says how."""
 
 
-def check_counts(least: int = 1, **named: Any) -> None:
-    """Raises for the first of the named values that is no whole number of `least` or more.
+def check_counts(least: int = 1, **named: object) -> None:
+    """Raises for the first of the named values that is not a whole number of `least` or more.
 
     Raises:
-        TypeError: if it is no whole number.
+        TypeError: if it is not a whole number.
         ValueError: if it is too small.
     """
     for name, value in named.items():
-        try:
-            number = None if isinstance(value, bool) else operator.index(value)
-        except TypeError:
-            number = None
+        number = None
+        if isinstance(value, SupportsIndex) and not isinstance(value, bool):
+            with contextlib.suppress(TypeError):  # an array has `__index__`, and may refuse
+                number = operator.index(value)
         if number is None:
             raise TypeError(f"{name}={value!r} is not supported; use a whole number.")
         if number < least:
@@ -32,18 +33,18 @@ def check_counts(least: int = 1, **named: Any) -> None:
             )
 
 
-def check_finite(**named: Any) -> None:
+def check_finite(**named: object) -> None:
     """Raises `ValueError` for the first of the named numbers that is infinite or NaN; None passes."""
     for name, value in named.items():
         if isinstance(value, int | float) and not math.isfinite(value):
             raise ValueError(f"{name}={value} is not supported; use a finite number.")
 
 
-def check_pattern(name: str, value: Any) -> None:
-    """Raises if `value` is no regular expression; the message names the argument.
+def check_pattern(name: str, value: object) -> None:
+    """Raises if `value` is not a regular expression; the message names the argument.
 
     Raises:
-        TypeError: if it is no text.
+        TypeError: if it is not a string.
         ValueError: if it cannot be read.
     """
     if not isinstance(value, str):
@@ -51,4 +52,4 @@ def check_pattern(name: str, value: Any) -> None:
     try:
         re.compile(value)
     except re.error as error:
-        raise ValueError(f"{name}={value!r} is no regular expression: {error}.") from error
+        raise ValueError(f"{name}={value!r} is not a regular expression: {error}.") from error

@@ -12,12 +12,12 @@ LARGE = 1 << 18
 
 
 def give_back_freed_memory() -> None:
-    """Has this process return a large array's memory as soon as the array is freed (glibc).
+    """Makes this process return a large array's memory as soon as the array is freed (glibc).
 
-    By default freed arrays stay as holes between those in use, and every compiling thread keeps
-    holes of its own. For DiT-XL/2: 0.41 GB in place of 0.7 to quantize, 3.1 in place of 3.9 to
-    sample in full precision, 0.1 less for every large network that is compiled. Sampling is as fast
-    as before; quantizing takes 1.5 times as long, because every array needs pages of its own.
+    By default freed memory stays with the process, fragmented, and every compiling thread has an
+    arena of its own. For DiT-XL/2: 0.41 GB instead of 0.7 to quantize, 3.1 instead of 3.9 to sample
+    in full precision, 0.1 less for every large network that is compiled. Sampling is as fast as
+    before; quantizing takes 1.5 times as long, because every array gets new pages.
     Every command of `qdit` calls it; your own program should call it first, before JAX starts threads.
     It does nothing on systems other than Linux.
     """

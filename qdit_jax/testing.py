@@ -1,7 +1,7 @@
 """A random DiT whose weights and activations are as hard to quantize as a trained one's.
 
 For tests and benchmarks: plain Gaussian weights have no outliers, so that every method looks good
-on them. What is built in, and the least size that `tests/test_testing.py` holds it to:
+on them. It has, at least as strongly as `tests/test_testing.py` requires:
 
 - outlier channels at the inputs of qkv and fc1, through adaLN: the top channel's largest value is
   20 times the median channel's or more; milder ones (3 times) at the inputs of proj and fc2;
@@ -55,8 +55,8 @@ class Condition(NamedTuple):
 def realistic_dit(seed: int = 0, **config: Any) -> tuple[DiT, dict[str, Any]]:
     """Returns a DiT and its params (NumPy, float32): the same for the same seed and config.
 
-    Takes about 20 ms for the default size, and 0.1 microseconds per value beyond it. `config` are fields of `DiT`; what it
-    leaves out is a small model: 16 tokens, width 128, depth 2, 4 heads, 10 classes.
+    `config` are fields of `DiT`; the defaults are a small model: 16 tokens, width 128, depth 2, 4
+    heads, 10 classes. Takes about 20 ms for that size, and 0.1 microseconds per further value.
     """
     model = DiT(**{**SMALL, **config})
     rng = np.random.default_rng(seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
@@ -11,7 +11,9 @@ import numpy as np
 # An array on the device, traced or not, or on the host.
 AnyArray: TypeAlias = jax.Array | np.ndarray
 # A number or what converts to an array of them.
-Numbers: TypeAlias = AnyArray | np.generic | float | Sequence[Any]
+Numbers: TypeAlias = AnyArray | np.generic | float | int | Sequence[Any]
+# One number, traced or not; where a function says so, one per sample.
+Scalar: TypeAlias = AnyArray | np.number | float | int
 # A key of `jax.random`, typed or raw.
 Key: TypeAlias = jax.Array
 # Nested dicts by name; leaves are arrays, `QTensor`s, or other rows of `quant.LEAVES`.
@@ -20,3 +22,16 @@ Params: TypeAlias = Mapping[str, Any]
 Condition: TypeAlias = (
     AnyArray | jax.ShapeDtypeStruct | int | Mapping[str, Any] | Sequence[Any] | None
 )
+# A pytree that comes back with the same structure.
+Tree = TypeVar("Tree")
+
+
+@runtime_checkable
+class AbstractArray(Protocol):
+    """What has a shape and a dtype: an array, `jax.ShapeDtypeStruct`, or an array still on disk."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...

@@ -30,7 +30,7 @@ def test_numbers_are_finite_and_arrays_pass():
 
 def test_patterns_name_the_argument_and_what_re_says():
     check_pattern("layers", r"blocks_\d+/.*")
-    with pytest.raises(ValueError, match=r"hessians='\(' is no regular expression: missing \)"):
+    with pytest.raises(ValueError, match=r"hessians='\(' is not a regular expression: missing \)"):
         check_pattern("hessians", "(")
     with pytest.raises(TypeError, match="layers=3 is not supported; use a regular expression"):
         check_pattern("layers", 3)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from qdit_jax.calibration.recording import observe_call
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.models import AutoencoderKL, DiT
+from qdit_jax.quant import QTensor
 
 CONFIG = {
     "input_size": 4,
@@ -43,6 +45,12 @@ def tiny_vae():
         lambda leaf: jnp.asarray(0.1 * rng.standard_normal(leaf.shape), jnp.float32), shapes
     )
     return Checkpoint(model, params)
+
+
+def quantized_layers(params):
+    """Returns the paths of the layers whose kernel is a `QTensor`."""
+    flat = flatten_dict(params, sep="/")
+    return {p.removesuffix("/kernel") for p, leaf in flat.items() if isinstance(leaf, QTensor)}
 
 
 def layer_ranges(params, x, timestep, condition, *, model):

@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict
 import qdit_jax as qdit
 from qdit_jax.calibration import conditional_and_null, trajectory
 from qdit_jax.models import Linear
-from qdit_jax.sampling import conditions_in_turn, denoiser
+from qdit_jax.sampling import cyclic_conditions, denoiser
 
 KINDS = {"qkv": "attn/qkv", "proj": "attn/proj", "fc1": "mlp/fc1", "fc2": "mlp/fc2"}
 CONDITIONAL, NULL = 0, 1
@@ -80,7 +80,7 @@ def collect(
     halves = 2 if model.null_class else 1
     guided = denoiser(model, params, guidance if model.null_class else None)
     index = np.arange(num_samples)
-    condition = conditions_in_turn(model, None, index)
+    condition = cyclic_conditions(model, None, index)
     inputs, timesteps = trajectory(guided, sampler, model, key, index, condition)
     seen = [
         jax.device_get(layer_measures(params, x, jnp.full(len(x), at), label, model=model))

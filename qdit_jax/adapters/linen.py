@@ -24,9 +24,9 @@ from qdit_jax.adapters.linen_report import LinenReport, check_rules, other_param
 from qdit_jax.adapters.linen_trace import ExampleCall, Path, faults, layout_or_reason, sightings
 from qdit_jax.calibration import Stats
 from qdit_jax.kernels import NUMERICS
-from qdit_jax.ptq import act_quantizer
-from qdit_jax.quant import QTensor, WeightSpec, quantize
-from qdit_jax.recipes import Recipe
+from qdit_jax.ptq import act_quantizer, rewrite_layers
+from qdit_jax.quant import ActQuant, QTensor, WeightSpec, quantize
+from qdit_jax.recipes import LayerSpec, Recipe
 
 
 def quantize_linen(
@@ -96,10 +96,14 @@ def quantize_linen(
         raise ValueError(f"strict=True, but {report}")
     if report.left:
         warnings.warn(f"quantize_linen: {report}", stacklevel=2)
-    for name in report.quantized:
-        path = tuple(name.split("/")) if name else ()
-        flat |= quantized_entries(path, flat, layouts[path], recipe.get(name), stats, quantize_fn)
-    variables = variables | {"params": traverse_util.unflatten_dict(flat)}
+    layers = {
+        name: Layer(kernel, layout, spec)
+        for path, kernel in kernels.items()
+        if isinstance(layout := layouts.get(path), KernelLayout)
+        and (spec := recipe.get(name := "/".join(path))) is not None
+    }
+    written = quantized_layers(variables["params"], layers, stats, quantize_fn)
+    variables = variables | {"params": written}
     traced = bool(example_args or example_kwargs)
     apply_fn = LinenApply(model, numerics, traced, report)
     return apply_fn, variables if whole else variables["params"]
@@ -242,41 +246,64 @@ def report_of(
     return LinenReport(tuple(name for name in matched if name not in reasons), left)
 
 
-def quantized_entries(
-    path: Path,
-    flat: Mapping[Path, Any],
-    layout: Any,
-    spec: Any,
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A layer to be quantized: its kernel in full precision, the kernel's axes, and the settings."""
+
+    kernel: Any
+    layout: KernelLayout
+    spec: LayerSpec
+
+
+def quantized_layers(
+    params: Any,
+    layers: Mapping[str, Layer],
     stats: Stats | None,
     quantize_fn: Callable[[Any, WeightSpec], QTensor],
-) -> dict[Path, Any]:
-    """Returns the entries of one layer that change: its kernel and its input's quantizer."""
-    name, kernel = "/".join(path), flat[(*path, "kernel")]
-    entries: dict[Path, Any] = {}
-    if spec.act is not None:
-        stacked = len(kernel.shape) > len(layout.shape)
-        if stacked and spec.act.mode == "static":
+) -> Any:
+    """Returns `params` with the kernels and input quantizers of some layers, by path, replaced.
+
+    Raises:
+        ValueError: naming the layer, if its kernel or its input cannot be quantized.
+    """
+
+    def act_fn(name: str) -> ActQuant | None:
+        layer = layers[name]
+        if layer.spec.act is None:
+            return None
+        is_stack = len(layer.kernel.shape) > len(layer.layout.shape)
+        if is_stack and layer.spec.act.mode == "static":
             raise ValueError(
                 f"{name} is a stack of layers, of which statistics cannot tell one from another; "
                 "use mode='dynamic' for its input."
             )
-        entries[(*path, "act_quant")] = act_quantizer(name, spec.act, stats)
-    if spec.weight is not None:
-        kernel = jnp.asarray(kernel)
+        return act_quantizer(name, layer.spec.act, stats)
+
+    def weight_fn(name: str, _: str, kernel: Any) -> Any:
+        layer = layers[name]
+        if layer.spec.weight is None:
+            return kernel
         try:
-            quantized = quantized_kernel(kernel, layout, spec.weight, quantize_fn)
+            return quantized_kernel(
+                jnp.asarray(kernel), layer.layout, layer.spec.weight, quantize_fn
+            )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        entries[(*path, "kernel")] = quantized
-        entries[(*path, "kernel_origin")] = KernelOrigin(layout, str(kernel.dtype))
-    return entries
+
+    def origin(name: str, kernel: Any) -> dict[str, Any]:
+        if layers[name].spec.weight is None:
+            return {}
+        dtype = jax.dtypes.canonicalize_dtype(kernel.dtype)
+        return {"kernel_origin": KernelOrigin(layers[name].layout, str(dtype))}
+
+    return rewrite_layers(params, layers, weight_fn=weight_fn, act_fn=act_fn, beside_fn=origin)
 
 
 def quantized_kernel(
     kernel: Any, layout: KernelLayout, spec: WeightSpec, quantize_fn: Callable
 ) -> QTensor:
     """Returns a kernel as a `QTensor` `[K, N]`, stacked and batch axes leading."""
-    matrices = layout.matrices(jnp.asarray(kernel))
+    matrices = layout.matrices(kernel)
     lead = matrices.shape[:-2]
     if not lead:
         return quantize_fn(matrices, spec)

@@ -1,4 +1,4 @@
-"""Which axes of a linen layer's kernel are inputs and outputs, and its product as matrices.
+"""The axes of a linen layer's kernel that are inputs and outputs, and its product as matrices.
 
 Dimensions: K input channels, N output channels, B products at once (batch axes of the kernel),
 T rows of one product.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Shaped
 
 from qdit_jax.quant import QTensor
+from qdit_jax.types import AbstractArray, AnyArray
 
 LAYERS = (nn.Dense, nn.DenseGeneral, nn.Einsum)
 
@@ -29,11 +30,11 @@ class KernelLayout:
     outputs: tuple[int, ...]
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether an array of shape `shape` is such a kernel, or a stack of them."""
+        """Whether an array of shape `shape` is a kernel with these axes, or a stack of such."""
         first = len(shape) - len(self.shape)
         return first >= 0 and tuple(shape[first:]) == tuple(self.shape)
 
-    def matrices(self, kernel: Any) -> Any:
+    def matrices(self, kernel: AnyArray) -> Array:
         """Returns `kernel` `[*stack, *shape]` as `[*stack, (B,) K, N]`; B only with batch axes.
 
         Raises:
@@ -55,8 +56,12 @@ class KernelLayout:
         return math.prod(self.shape[axis] for axis in axes)
 
 
-def layout_from_bias(kernel: Any, bias: Any, query: Any = None) -> KernelLayout | None:
-    """Returns the layout of a kernel that its bias suggests; None if it cannot be told.
+def layout_from_bias(
+    kernel: AbstractArray | QTensor,
+    bias: AbstractArray | None,
+    query: AbstractArray | QTensor | None = None,
+) -> KernelLayout | None:
+    """Returns the layout of a kernel, inferred from its bias; None if that leaves it open.
 
     A kernel of two axes is `[K, N]`. A bias of several axes is the outputs of `nn.DenseGeneral`; one
     of a single axis may be a convolution's, except in attention, where the kernel `query` `[D, H, h]`
@@ -66,7 +71,9 @@ def layout_from_bias(kernel: Any, bias: Any, query: Any = None) -> KernelLayout 
     axes = tuple(range(len(shape)))
     if len(shape) == 2:
         return KernelLayout(shape, (), axes[:1], axes[1:])
-    num_outputs = 0 if bias is None else bias.ndim
+    if bias is None:
+        return None
+    num_outputs = len(bias.shape)
     if not 0 < num_outputs < len(shape) or shape[-num_outputs:] != tuple(bias.shape):
         return None
     if num_outputs == 1:
@@ -78,11 +85,12 @@ def layout_from_bias(kernel: Any, bias: Any, query: Any = None) -> KernelLayout 
 
 @dataclasses.dataclass(frozen=True)
 class Contraction:
-    """A layer's product: the axes of its input and of its kernel that go together.
+    """A layer's product: how the axes of its input and of its kernel correspond.
 
     Attributes:
-        x_batch, x_rows, x_in: axes of the input: shared with the kernel and kept, its own, summed.
-        k_batch, k_in, k_out: axes of the kernel: likewise, and the features.
+        x_batch, x_rows, x_in: axes of the input: batch axes that the kernel has too, rows, and the
+            axes that are summed.
+        k_batch, k_in, k_out: axes of the kernel: batch axes, summed axes, features.
         features: sizes of the features.
         order: the result's axes among `[*x_batch, *x_rows, *features]`.
     """
@@ -96,7 +104,7 @@ class Contraction:
     features: tuple[int, ...]
     order: tuple[int, ...]
 
-    def rows(self, x: Any) -> Any:
+    def rows(self, x: Array) -> Shaped[Array, "B T K"]:
         """Returns the input as `[B, T, K]`."""
         turned = jnp.transpose(x, (*self.x_batch, *self.x_rows, *self.x_in))
         sizes = (
@@ -105,13 +113,13 @@ class Contraction:
         )
         return turned.reshape(*sizes)
 
-    def result(self, y: Any, x_shape: tuple[int, ...]) -> Any:
+    def result(self, y: Shaped[Array, "B T N"], x_shape: tuple[int, ...]) -> Array:
         """Returns the product `[B, T, N]` in the layer's own axes."""
         kept = (x_shape[axis] for axis in (*self.x_batch, *self.x_rows))
         return jnp.transpose(y.reshape(*kept, *self.features), self.order)
 
     def bias_shape(self, y_shape: tuple[int, ...]) -> list[int]:
-        """Returns the shape that makes a bias, which lacks the rows' axes, fit the result."""
+        """Returns the shape in which a bias, which has no rows' axes, broadcasts to the result."""
         first = len(self.x_batch)
         rows = range(first, first + len(self.x_rows))
         return [1 if axis in rows else size for axis, size in zip(self.order, y_shape, strict=True)]
@@ -138,11 +146,13 @@ class Contraction:
             )
 
 
-def contraction_of(module: Any, inputs: Any, einsum_str: str | None = None) -> Contraction:
+def contraction_of(
+    module: nn.Module, inputs: AnyArray, einsum_str: str | None = None
+) -> Contraction:
     """Returns the product of one of `LAYERS` for its input.
 
     Raises:
-        ValueError: if the layer's arithmetic is its own, or not a product of matrices.
+        ValueError: if the layer has a `dot_general` of its own, or computes no product of matrices.
     """
     if getattr(module, "dot_general", None) or getattr(module, "dot_general_cls", None):
         raise ValueError("it has a dot_general of its own.")
@@ -158,7 +168,7 @@ def contraction_of(module: Any, inputs: Any, einsum_str: str | None = None) -> C
     )
 
 
-def as_tuple(value: Any) -> tuple[int, ...]:
+def as_tuple(value: int | Iterable[int]) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 

@@ -1,41 +1,47 @@
-"""What a linen layer computes once its kernel or its input is quantized."""
+"""The product of a linen layer whose kernel or input is quantized."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import errors
 from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from qdit_jax.adapters.linen_layout import LAYERS, Contraction, KernelLayout, contraction_of
 from qdit_jax.kernels import quantized_matmul
-from qdit_jax.quant import QTensor
+from qdit_jax.quant import ActQuant, QTensor
+from qdit_jax.types import AnyArray
 
 ONLY = "only nn.Dense, nn.DenseGeneral and nn.Einsum can be quantized"
+# (rows [B, T, K], contraction) -> [B, T, N]
+MultiplyFn = Callable[[Array, Contraction], Array]
+Weights = TypeVar("Weights", Array, QTensor)
 WEIGHT_CHANGERS = (nn.WeightNorm, nn.SpectralNorm)
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class KernelOrigin:
-    """What a quantized kernel was: its axes, and the dtype that its product is promoted with.
+    """The axes of a quantized kernel before it was a matrix, and its dtype, for dtype promotion.
 
-    It lies beside the kernel as `kernel_origin`, a leaf without arrays.
+    It stands beside the kernel as `kernel_origin`, a leaf without arrays.
     """
 
     layout: KernelLayout
     dtype: str
 
 
-def is_layer(context: Any) -> bool:
+def is_layer(context: nn.module.InterceptorContext) -> bool:
     """Whether the intercepted method is the `__call__` of one of `LAYERS` itself.
 
-    A subclass with a `__call__` of its own is none; where it calls `super().__call__`, that is.
+    A subclass with a `__call__` of its own is no layer; its call of `super().__call__` is one.
     """
     method = getattr(context.orig_method, "func", context.orig_method)
     return any(inspect.unwrap(cls.__call__) is method for cls in LAYERS)
@@ -48,12 +54,13 @@ def optional(module: nn.Module, name: str) -> Any:
     return nn.unbox(module.get_variable("params", name))
 
 
-def layer_name(module: Any) -> str:
-    return "/".join(module.scope.path) or type(module).__name__
+def layer_name(module: nn.Module) -> str:
+    path = () if module.scope is None else module.scope.path
+    return "/".join(path) or type(module).__name__
 
 
 def interceptor(numerics: str, traced: bool = True) -> Callable[..., Any]:
-    """Returns the interceptor that computes layers with quantized parameters.
+    """Returns the interceptor, for `nn.intercept_methods`, that computes quantized layers.
 
     Args:
         numerics: as in `quantized_matmul`.
@@ -61,7 +68,12 @@ def interceptor(numerics: str, traced: bool = True) -> Callable[..., Any]:
             modules of other classes that own one are refused.
     """
 
-    def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    def intercept(
+        next_fun: Callable[..., object],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> object:
         module = context.module
         if context.method_name != "__call__" or module.scope is None:
             return next_fun(*args, **kwargs)
@@ -86,11 +98,16 @@ def interceptor(numerics: str, traced: bool = True) -> Callable[..., Any]:
     return intercept
 
 
-def unchanged_weights(next_fun: Any, module: Any, args: Any, kwargs: Any) -> Any:
-    """Returns the output of a module that changes weights, which must not be quantized ones.
+def unchanged_weights(
+    next_fun: Callable[..., object],
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> object:
+    """Returns the output of a module that changes the weights of another, such as `nn.WeightNorm`.
 
     Raises:
-        ValueError: if they are.
+        ValueError: if it fails, as it does with quantized weights.
     """
     try:
         return next_fun(*args, **kwargs)
@@ -107,16 +124,16 @@ def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:200]
 
 
-def kernel_dtype(module: Any, kernel: Any) -> Any:
+def kernel_dtype(module: nn.Module, kernel: AnyArray | QTensor) -> DTypeLike:
     """Returns the dtype of a layer's kernel before it was quantized.
 
     Raises:
-        ValueError: if the kernel came without `kernel_origin`.
+        ValueError: if `kernel_origin` is missing beside the kernel.
     """
     return origin_of(module).dtype if isinstance(kernel, QTensor) else kernel.dtype
 
 
-def origin_of(module: Any) -> KernelOrigin:
+def origin_of(module: nn.Module) -> KernelOrigin:
     origin = optional(module, "kernel_origin")
     if origin is None:
         raise ValueError(
@@ -126,33 +143,48 @@ def origin_of(module: Any) -> KernelOrigin:
     return origin
 
 
-def multiplier(module: Any, kernel: Any, act: Any, numerics: str) -> Callable[..., Any]:
+def multiplier(
+    module: nn.Module, kernel: AnyArray | QTensor, act: ActQuant | None, numerics: str
+) -> MultiplyFn:
     """Returns `(rows [B, T, K], contraction) -> [B, T, N]` with quantized parameters."""
 
-    def quantized(rows: Any, weight: Any) -> Any:
+    def quantized(rows: Float[Array, "T K"], weight: QTensor) -> Float[Array, "T N"]:
         return quantized_matmul(rows, weight, act, numerics=numerics)
 
-    def plain(rows: Any, weight: Any) -> Any:
+    def plain(rows: Float[Array, "T K"], weight: Float[Array, "K N"]) -> Float[Array, "T N"]:
+        assert act is not None
         return jnp.matmul(act(rows), weight, precision=module.precision)
 
-    def multiply_all(rows: Any, ways: Contraction) -> Any:
+    def multiply_all(rows: Float[Array, "B T K"], ways: Contraction) -> Float[Array, "B T N"]:
         if isinstance(kernel, QTensor):
             ways.check_kernel(kernel, rows.shape[-1], origin_of(module).layout)
-            multiply, weights = quantized, kernel
-        else:
-            layout = KernelLayout(kernel.shape, ways.k_batch, ways.k_in, ways.k_out)
-            multiply, weights = plain, layout.matrices(kernel).astype(rows.dtype)
-        if ways.k_batch:
-            return jax.vmap(multiply)(rows, weights)
-        return multiply(rows.reshape(rows.shape[1:]), weights)[None]
+            return per_batch(quantized, rows, kernel, ways)
+        layout = KernelLayout(kernel.shape, ways.k_batch, ways.k_in, ways.k_out)
+        return per_batch(plain, rows, layout.matrices(kernel).astype(rows.dtype), ways)
 
     return multiply_all
 
 
+def per_batch(
+    multiply_fn: Callable[[Array, Weights], Array],
+    rows: Float[Array, "B T K"],
+    weights: Weights,
+    ways: Contraction,
+) -> Float[Array, "B T N"]:
+    """Returns `multiply_fn(rows, weights)`, mapped over the batch axis if the kernel has one."""
+    if ways.k_batch:
+        return jax.vmap(multiply_fn)(rows, weights)
+    return multiply_fn(rows.reshape(rows.shape[1:]), weights)[None]
+
+
 def product(
-    module: Any, multiply_fn: Callable[..., Any], dtype: Any, args: Any, kwargs: Any
+    module: nn.Module,
+    multiply_fn: MultiplyFn,
+    dtype: DTypeLike,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> jax.Array:
-    """Returns what `module` would, its rows and kernel multiplied by `multiply_fn`.
+    """Returns the output of `module`, with its rows and kernel multiplied by `multiply_fn`.
 
     Args:
         multiply_fn: `(rows [B, T, K], contraction) -> [B, T, N]`.

@@ -1,4 +1,4 @@
-"""What `quantize_linen` quantized, what it left although a rule matched it, and why."""
+"""What `quantize_linen` quantized, what it left although a rule of the recipe matched, and why."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def listed(reasons: Mapping[str, str], verb: str = "") -> str:
 def other_parameters(
     flat: Mapping[tuple[str, ...], Any], recipe: Recipe, kinds: Mapping[tuple[str, ...], str]
 ) -> dict[str, str]:
-    """Returns why parameters beside kernels stay although a rule matches them, by path.
+    """Returns, by path, why parameters other than kernels are left although a rule matches.
 
     Vectors are not listed: norms' and biases. A table of `nn.Embed` has its layer's path.
 
     Args:
-        kinds: the classes of the modules that a trace has met, by path.
+        kinds: the classes of the modules that a trace has called, by path.
     """
     left = {}
     for path, leaf in flat.items():
@@ -67,7 +67,7 @@ def other_parameters(
     return left
 
 
-def is_matrix(leaf: Any) -> bool:
+def is_matrix(leaf: object) -> bool:
     if isinstance(leaf, QTensor) or not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
         return False
     return len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
@@ -86,7 +86,7 @@ def check_rules(recipe: Recipe, names: list[str], left: Mapping[str, str]) -> No
 
     Args:
         names: the layers.
-        left: why layers and parameters among the network's stay, by path.
+        left: why layers and parameters stay in full precision, by path.
     """
     able = [name for name in names if name not in left]
     for rule in recipe.rules:

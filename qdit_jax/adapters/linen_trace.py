@@ -1,6 +1,6 @@
-"""Which layers a call of a linen network meets, and whether their kernels reach them unchanged.
+"""Which layers a linen network calls, and whether their kernels reach them unchanged.
 
-Nothing is computed: the call is traced with shapes.
+Nothing is computed: the network is traced with shapes.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
+from jaxtyping import Array, Shaped
 
 from qdit_jax.adapters.linen_layout import Contraction, KernelLayout, contraction_of
 from qdit_jax.adapters.linen_product import (
@@ -25,28 +26,32 @@ from qdit_jax.adapters.linen_product import (
     optional,
     product,
 )
+from qdit_jax.quant import QTensor
+from qdit_jax.types import AbstractArray, AnyArray
 
 Path = tuple[str, ...]
-MARK = (2, 3)  # shape of a mark: no transposition of it goes unnoticed
+MARK = (2, 3)  # shape of a mark; unequal axes show a transposition
 
 
 @dataclasses.dataclass(frozen=True)
 class ExampleCall:
-    """A call of `model` that is traced: its arguments are arrays, shapes, or anything static.
+    """A call of `model` to be traced: its arguments are arrays, abstract arrays, or static values.
 
-    Positional arrays and abstract values are traced; all other arguments are given as they are.
+    Positional arrays and abstract arrays are traced; all other arguments are passed as they are.
     """
 
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
-    def shapes(self, variables: Any, intercept: Callable[..., Any]) -> list[Any]:
-        """Returns the shapes of the arrays that the call returns; parameters are not among them."""
+    def shapes(
+        self, variables: Mapping[str, Any], intercept: Callable[..., object]
+    ) -> list[jax.ShapeDtypeStruct]:
+        """Returns the shapes of the arrays that the call returns, without updated parameters."""
         given = {f"{i}": arg for i, arg in enumerate(self.args)} | dict(self.kwargs)
         traced = {name: value for name, value in given.items() if self.is_traced(name, value)}
 
-        def call(tree: Any, arrays: Any) -> Any:
+        def call(tree: dict[str, Any], arrays: dict[str, Any]) -> list[AnyArray]:
             full = given | arrays
             args = [full[f"{i}"] for i in range(len(self.args))]
             kwargs = {name: full[name] for name in self.kwargs}
@@ -60,7 +65,7 @@ class ExampleCall:
 
         return jax.eval_shape(call, variables, traced)
 
-    def is_traced(self, name: str, value: Any) -> bool:
+    def is_traced(self, name: str, value: object) -> bool:
         leaves = jax.tree.leaves(value)
         if name in self.kwargs:
             return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
@@ -69,28 +74,33 @@ class ExampleCall:
 
 @dataclasses.dataclass
 class Sightings:
-    """What a trace has met.
+    """What a trace has found.
 
     Attributes:
         shapes: of the arrays that the network returns.
-        layers: by path: the ways in which a layer's kernel is used, or why it is no matrix.
-        kinds: by path: the class of the module.
+        layers: by path: the layouts in which a layer's kernel is used, or why it is no matrix.
+        kinds: by path: the class of each other module.
     """
 
-    shapes: list[Any]
+    shapes: list[jax.ShapeDtypeStruct]
     layers: dict[Path, set[KernelLayout | str]]
     kinds: dict[Path, str]
 
 
-def sightings(call: ExampleCall, variables: Any) -> Sightings:
-    """Returns what the layers of a call are.
+def sightings(call: ExampleCall, variables: Mapping[str, Any]) -> Sightings:
+    """Returns the layers and other modules of a call, and the shapes of its outputs.
 
     Raises:
-        ValueError: if the network cannot be called so.
+        ValueError: if the network cannot be called with these arguments.
     """
     found = Sightings([], {}, {})
 
-    def record(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    def record(
+        next_fun: Callable[..., object],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> object:
         module = context.module
         out = next_fun(*args, **kwargs)
         if context.method_name == "__call__" and module.scope is not None:
@@ -113,7 +123,7 @@ def sightings(call: ExampleCall, variables: Any) -> Sightings:
     return found
 
 
-def way_of(module: Any, args: Any, kwargs: Any) -> KernelLayout | str:
+def way_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KernelLayout | str:
     try:
         ways = contraction_of(module, *args, **kwargs)
     except ValueError as error:
@@ -122,7 +132,9 @@ def way_of(module: Any, args: Any, kwargs: Any) -> KernelLayout | str:
     return KernelLayout(shape, ways.k_batch, ways.k_in, ways.k_out)
 
 
-def layout_or_reason(found: Sightings, path: Path, kernel: Any) -> KernelLayout | str:
+def layout_or_reason(
+    found: Sightings, path: Path, kernel: AbstractArray | QTensor
+) -> KernelLayout | str:
     """Returns the layout of a kernel in the call, or why it has none."""
     shape = tuple(kernel.shape)
     ways = found.layers.get(path, set())
@@ -145,29 +157,29 @@ def layout_or_reason(found: Sightings, path: Path, kernel: Any) -> KernelLayout 
 @partial(jax.tree_util.register_dataclass, data_fields=["mark"], meta_fields=["dtype"])
 @dataclasses.dataclass(frozen=True)
 class Marked:
-    """A stand-in for a quantized kernel: random keys, which allow no arithmetic."""
+    """A stand-in for a quantized kernel: an array of random keys, which allows no arithmetic."""
 
     mark: Any
     dtype: str  # of the kernel in full precision
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"other code reads the kernel's {name!r}")
 
 
 def faults(
     call: ExampleCall,
-    variables: Any,
+    variables: dict[str, Any],
     flat: Mapping[Path, Any],
     layouts: dict[Path, KernelLayout],
-    shapes: list[Any],
+    shapes: list[jax.ShapeDtypeStruct],
 ) -> dict[Path, str]:
-    """Returns the kernels of `layouts` that do more than to be multiplied by in their layer.
+    """Returns the kernels of `layouts` that are used in other ways than in their layer's product.
 
     A kernel that is normalized, tied to another layer or read by other code cannot be a `QTensor`.
-    The call is traced with stand-ins; if that fails, with half of them each, down to the guilty.
+    The call is traced with stand-ins; if that fails, with each half of them, by bisection.
 
     Raises:
-        ValueError: if none fails alone, but all do.
+        ValueError: if no kernel fails alone, but several do at once.
     """
     error = trial(call, variables, flat, layouts, shapes)
     if error is None:
@@ -191,10 +203,10 @@ def faults(
 
 def trial(
     call: ExampleCall,
-    variables: Any,
+    variables: dict[str, Any],
     flat: Mapping[Path, Any],
     layouts: dict[Path, KernelLayout],
-    shapes: list[Any],
+    shapes: list[jax.ShapeDtypeStruct],
 ) -> str | None:
     """Returns why the network cannot be called with stand-ins for kernels, or None if it can."""
     key = jax.eval_shape(lambda: jax.random.key(0)).dtype
@@ -205,7 +217,12 @@ def trial(
         mark = jax.ShapeDtypeStruct((*stacked, *MARK), key)
         marked[(*path, "kernel")] = Marked(mark, str(kernel.dtype))
 
-    def stand_in(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    def stand_in(
+        next_fun: Callable[..., object],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> object:
         module = context.module
         if not is_layer(context) or not isinstance(kernel := optional(module, "kernel"), Marked):
             return next_fun(*args, **kwargs)
@@ -221,6 +238,6 @@ def trial(
     return None if same else f"the network would return {found} in place of {shapes}"
 
 
-def nothing(rows: Any, ways: Contraction) -> Any:
+def nothing(rows: Shaped[Array, "B T K"], ways: Contraction) -> Shaped[Array, "B T N"]:
     """Returns zeros in the shape of a product `[B, T, N]`."""
     return jnp.zeros((*rows.shape[:-1], int(np.prod(ways.features))), rows.dtype)

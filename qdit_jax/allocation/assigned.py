@@ -9,14 +9,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from qdit_jax.allocation.space import Space
-from qdit_jax.ptq import rewrite
+from qdit_jax.ptq import rewrite_layers
 from qdit_jax.quant import (
     ActSpec,
     WeightSpec,
@@ -26,6 +27,12 @@ from qdit_jax.quant import (
     fake_quantize_traced,
     quantize,
 )
+from qdit_jax.types import AnyArray, Numbers, Params
+
+Spec = TypeVar("Spec", WeightSpec, ActSpec)
+Choice: TypeAlias = Int[AnyArray, ""] | np.integer | int
+# (kernel [K, N] or input [..., K], index of the spec in its family) -> the same, quantized
+Branch: TypeAlias = Callable[[AnyArray, Array], AnyArray]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["choice"], meta_fields=["specs"])
@@ -39,23 +46,27 @@ class ChosenAct:
     choice: Any
     specs: tuple[ActSpec | None, ...]
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Float[Array, "*lead K"]) -> Float[Array, "*lead K"]:
         """Returns `x` fake-quantized, in the dtype of `x`; its derivative is that of `x`."""
         return straight_through(x, chosen(act_branch, self.specs, self.choice, x))
 
 
 @jax.custom_jvp
-def straight_through(x: Any, rounded: Any) -> Any:
+def straight_through(
+    x: Float[Array, "*shape"], rounded: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
     """Returns `rounded`, differentiated as if it were `x` (rounding has no useful derivative)."""
     return rounded
 
 
 @straight_through.defjvp
-def _straight_through_jvp(primals: Any, tangents: Any) -> Any:
+def _straight_through_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
     return primals[1], tangents[0]
 
 
-def assigned_params(params: Any, space: Space, assignment: Any) -> Any:
+def assigned_params(params: Params, space: Space, assignment: Numbers) -> Params:
     """Returns `params` quantized as `assignment` `[L]` says, for use inside jit.
 
     Kernels are the values that packed codes stand for, inputs have a `ChosenAct`. Equal to
@@ -65,7 +76,7 @@ def assigned_params(params: Any, space: Space, assignment: Any) -> Any:
     layers = {layer.path: layer for layer in space.layers}
     choices = {layer.path: assignment[number] for number, layer in enumerate(space.layers)}
 
-    def weight_fn(path: str, name: str, kernel: Any) -> Any:
+    def weight_fn(path: str, name: str, kernel: AnyArray) -> AnyArray:
         specs = tuple(spec.weight for spec in layers[path].choices)
         if not any(specs):
             return kernel
@@ -76,15 +87,15 @@ def assigned_params(params: Any, space: Space, assignment: Any) -> Any:
         specs = tuple(spec.act for spec in layers[path].choices)
         return ChosenAct(choices[path], specs) if any(specs) else None
 
-    return rewrite(params, layers, weight_fn=weight_fn, act_fn=act_fn)
+    return rewrite_layers(params, layers, weight_fn=weight_fn, act_fn=act_fn)
 
 
 def chosen(
-    branch_fn: Callable[[Sequence[Any]], Callable[[Any, Any], Any]],
-    specs: tuple[Any, ...],
-    choice: Any,
-    x: Any,
-) -> Any:
+    branch_fn: Callable[[Sequence[Spec | None]], Branch],
+    specs: tuple[Spec | None, ...],
+    choice: Choice,
+    x: AnyArray,
+) -> AnyArray:
     """Returns `x` quantized to `specs[choice]`, with one branch for each family of specs."""
     families, family_of, member_of = families_of(specs)
     member = jnp.asarray(member_of)[choice]
@@ -94,12 +105,14 @@ def chosen(
     return jax.lax.switch(jnp.asarray(family_of)[choice], branches, x, member)
 
 
-def families_of(specs: Sequence[Any]) -> tuple[list[list[Any]], np.ndarray, np.ndarray]:
+def families_of(
+    specs: Sequence[Spec | None],
+) -> tuple[list[list[Spec | None]], np.ndarray, np.ndarray]:
     """Returns families of specs alike but for the group size, and each spec's family and place.
 
     None, and specs without a form with a traced size, are families of their own.
     """
-    families: dict[Any, list[Any]] = {}
+    families: dict[Spec | None, list[Spec | None]] = {}
     family_of, member_of = [], []
     for spec in specs:
         name = dataclasses.replace(spec, group_size=0) if is_traceable(spec) else spec
@@ -111,13 +124,13 @@ def families_of(specs: Sequence[Any]) -> tuple[list[list[Any]], np.ndarray, np.n
     return list(families.values()), np.array(family_of), np.array(member_of)
 
 
-def is_traceable(spec: Any) -> bool:
+def is_traceable(spec: Spec | None) -> TypeGuard[Spec]:
     if spec is None or spec.fmt is not None or not spec.range_fn.from_extremes:
         return False
     return getattr(spec, "channel_group", 1) == 1
 
 
-def kernel_branch(family: Sequence[WeightSpec | None]) -> Callable[[Any, Any], Any]:
+def kernel_branch(family: Sequence[WeightSpec | None]) -> Branch:
     spec = family[0]
     if spec is None:
         return lambda w, member: w
@@ -127,7 +140,7 @@ def kernel_branch(family: Sequence[WeightSpec | None]) -> Callable[[Any, Any], A
     return lambda w, member: fake_quantize_kernel_traced(w, spec, member, sizes)
 
 
-def act_branch(family: Sequence[ActSpec | None]) -> Callable[[Any, Any], Any]:
+def act_branch(family: Sequence[ActSpec | None]) -> Branch:
     spec = family[0]
     if spec is None:
         return lambda x, member: x

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from qdit_jax.allocation.cost import CostFn, MeanGroup, cost_table, total_cost
 from qdit_jax.allocation.space import SearchLayer, Space
 from qdit_jax.recipes import LayerSpec
+from qdit_jax.types import Numbers
 
 SUFFIXES = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 NUMBER = r"(\d+\.?\d*|\.\d+)"
@@ -39,12 +39,12 @@ class Budget:
         """Returns a total cost, or the limit, as people read it: never negative."""
         return -cost / len(self.table) if self.is_mean_group else cost
 
-    def cost(self, assignment: Any) -> Any:
-        """Returns the cost of assignments `[..., L]`, `[...]`."""
+    def cost(self, assignment: Numbers) -> np.ndarray | np.float64:
+        """Returns the cost of every assignment: `[..., L] -> [...]`, float64."""
         return total_cost(list(self.table), assignment)
 
-    def allows(self, assignment: Any) -> Any:
-        """Returns whether assignments `[..., L]` stay within the limit, to float rounding."""
+    def allows(self, assignment: Numbers) -> np.ndarray | np.bool_:
+        """Returns whether assignments are within the limit (to rounding): `[..., L] -> [...]`."""
         return self.cost(assignment) <= self.limit + self.slack
 
     @property
@@ -73,12 +73,16 @@ class Budget:
 def parse_budget(text: str, space: Space, costs: Mapping[str, CostFn]) -> Budget:
     """Returns the budget that `text` names.
 
-    `NAME=NUMBER` with an optional suffix K, M, G, T or P; `NAME=1.0x-g128` relative to the uniform
-    assignment of that group size at the first bits of every layer; `NAME=1.0x-w4a8-g128` at given
-    bits. `mean-group=128` is the release's rule: a mean of at least so much.
+    The text is one of:
+
+    - `NAME=NUMBER`, with an optional suffix K, M, G, T or P;
+    - `NAME=1.0x-g128`, relative to the uniform assignment of that group size at the first bits of
+      every layer;
+    - `NAME=1.0x-w4a8-g128`, the same at given bits;
+    - `mean-group=128`, the release's rule: the mean of the group sizes is at least 128.
 
     Args:
-        costs: by name, see `cost.named_costs`; a user's own function under a name of his.
+        costs: cost functions by name: `cost.named_costs()` and any of the user's own.
 
     Raises:
         ValueError: if the text cannot be read, or no assignment is cheap enough.

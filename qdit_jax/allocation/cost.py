@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from qdit_jax import kernels
 from qdit_jax.allocation.space import SearchLayer, Space
 from qdit_jax.quant import effective_group_size, packed_nbytes
 from qdit_jax.recipes import LayerSpec
+from qdit_jax.types import Numbers
 
 CostFn = Callable[[SearchLayer, LayerSpec], float]
 
@@ -33,7 +33,7 @@ def cost_table(space: Space, cost_fn: CostFn) -> list[np.ndarray]:
     """Returns the cost of every choice of every layer, float64 `[choices]` each.
 
     Raises:
-        ValueError: if the function returns what is no finite number.
+        ValueError: if the function returns something other than a finite number.
     """
     table = []
     for layer in space.layers:
@@ -44,10 +44,10 @@ def cost_table(space: Space, cost_fn: CostFn) -> list[np.ndarray]:
     return table
 
 
-def total_cost(table: list[np.ndarray], assignment: Any) -> Any:
+def total_cost(table: list[np.ndarray], assignment: Numbers) -> np.ndarray | np.float64:
     """Returns the cost of assignments `[..., L]`, float64 `[...]`."""
-    assignment = np.asarray(assignment)
-    return sum(row[assignment[..., i]] for i, row in enumerate(table))
+    choices = np.asarray(assignment)
+    return sum((row[choices[..., i]] for i, row in enumerate(table)), np.float64(0))
 
 
 def side_bits(spec: LayerSpec) -> tuple[int, int]:

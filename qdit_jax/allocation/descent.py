@@ -6,14 +6,15 @@ Dimensions: L layers, C most choices of a layer, N measured assignments.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from qdit_jax.allocation.budget import Budget
 from qdit_jax.allocation.knapsack import Solution, solve
 from qdit_jax.allocation.sensitivity import Prediction
 from qdit_jax.allocation.space import Space
+from qdit_jax.types import Numbers
 
 RIDGES = tuple(10.0**power for power in range(-3, 4))
 
@@ -29,11 +30,11 @@ def own_errors(prediction: Prediction, space: Space) -> list[np.ndarray]:
 
 
 def descend(
-    prediction: Prediction, space: Space, budget: Budget, start: Any, max_moves: int = 200
+    prediction: Prediction, space: Space, budget: Budget, start: Numbers, max_moves: int = 200
 ) -> list[np.ndarray]:
     """Returns the path from `start` to a local optimum of the joint prediction within the budget.
 
-    A move changes one layer, or two at once (one may pay for the other); always the best one.
+    Each move changes one layer, or two at once (one may pay for the other), and is the best of all.
     """
     path = [space.check(start)]
     costs = padded_costs(space, budget)
@@ -59,19 +60,22 @@ def best_move(
     """Returns the assignment after the legal move that lowers the prediction most, or None."""
     layers = np.arange(len(prediction.linear))
     gram = prediction.gram
+    # Sum over the other layers m of gram[l, c, m, current_m]: [L, C].
     with_rest = gram[:, :, layers, current].sum(axis=2) - gram[layers, :, layers, current]
-    own = prediction.linear + np.einsum("lclc->lc", gram) + 2 * with_rest
+    # Every pair of layers stands twice in the sum over l and m, hence the factor 2.
+    own = prediction.linear + np.einsum("lclc->lc", gram) + 2 * with_rest  # [L, C]
     gain = own - own[layers, current][:, None]  # [L, C] of a single move
-    extra = costs - costs[layers, current][:, None]
+    extra = costs - costs[layers, current][:, None]  # [L, C]; infinite for padding
     room = budget.limit + budget.slack - costs[layers, current].sum()
     # What two moves change together beyond each alone: the mixed difference of the gram matrix.
-    shifted = gram - gram[layers, current][:, None]
-    mixed = shifted - shifted[:, :, layers, current][..., None]
+    shifted = gram - gram[layers, current][:, None]  # [L, C, L, C]
+    mixed = shifted - shifted[:, :, layers, current][..., None]  # [L, C, L, C]
     pair = gain[:, :, None, None] + gain + 2 * mixed
-    pair[layers, :, layers, :] = np.inf
-    price = extra[:, :, None, None] + extra
+    pair[layers, :, layers, :] = np.inf  # two choices of one layer are no pair
+    price = extra[:, :, None, None] + extra  # [L, C, L, C]
     pair = np.where(price <= room, pair, np.inf)
     single = np.where(extra <= room, gain, np.inf)
+    # A smaller gain than this is rounding.
     least = -1e-9 * abs(prediction.constant + own[layers, current].sum())
     moved = current.copy()
     if single.min() <= pair.min():
@@ -88,7 +92,11 @@ def best_move(
 
 
 def corrected(
-    prediction: Prediction, assignments: Any, measured: Any, *, additive: bool
+    prediction: Prediction,
+    assignments: Int[np.ndarray, "N L"],
+    measured: Float[np.ndarray, " N"],
+    *,
+    additive: bool,
 ) -> Prediction:
     """Returns the prediction scaled and shifted to measured errors: a ridge regression.
 
@@ -100,14 +108,13 @@ def corrected(
         additive: whether to start from the additive prediction, without terms between layers.
     """
     base = own_only(prediction) if additive else prediction
-    assignments, measured = np.asarray(assignments), np.asarray(measured, np.float64)
     predicted = base.joint(assignments)
     spread = predicted.var()
     slope = 0.0 if spread == 0 else float(np.cov(predicted, measured, bias=True)[0, 1] / spread)
-    slope = max(slope, 0.0)
+    slope = max(slope, 0.0)  # a prediction that ranks the wrong way round is not used
     residual = measured - slope * predicted
     count, choices = base.linear.shape
-    onehot = (assignments[:, :, None] == np.arange(choices)).reshape(len(measured), -1)
+    onehot = (assignments[:, :, None] == np.arange(choices)).reshape(len(measured), -1)  # [N, L C]
     theta, offset = ridge(onehot.astype(np.float64), residual)
     return Prediction(
         slope * base.constant + offset,
@@ -127,12 +134,14 @@ def ridge(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
     """Returns weights and offset of the ridge regression with the least leave-one-out error."""
     mean, offset = x.mean(axis=0), y.mean()
     centered, target = x - mean, y - offset
+    # The dual problem is [N, N], N mostly far below L C; one factorization serves all strengths.
     values, vectors = np.linalg.eigh(centered @ centered.T)
     values = np.maximum(values, 0)
     best: tuple[float, np.ndarray] | None = None
     for strength in RIDGES:
         shrink = values / (values + strength)
         hat = (vectors * shrink) @ vectors.T + 1 / len(y)
+        # A left-out row's residual is its own over 1 - leverage; 1 / N is the offset's leverage.
         left_out = (target - (hat - 1 / len(y)) @ target) / np.maximum(1 - np.diag(hat), 1e-6)
         dual = (vectors / (values + strength)) @ (vectors.T @ target)
         error = float(np.square(left_out).mean())

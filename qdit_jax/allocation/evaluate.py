@@ -12,16 +12,21 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int, PyTree
 
 from qdit_jax.allocation.assigned import assigned_params
+from qdit_jax.allocation.objectives import Objective
 from qdit_jax.allocation.space import Space
 from qdit_jax.sampling import device_mesh, filled_batch
+from qdit_jax.types import AnyArray, Numbers, Params
+
+Tree = TypeVar("Tree")
 
 
 class LostWorkerError(ConnectionError):
@@ -48,8 +53,8 @@ class Evaluator:
     def __init__(
         self,
         space: Space,
-        params: Any,
-        objective: Any,
+        params: Params,
+        objective: Objective,
         *,
         mesh: Mesh | None = None,
         per_device: int = 1,
@@ -65,7 +70,7 @@ class Evaluator:
         self.mesh = device_mesh(jax.devices()) if mesh is None else mesh
         self.num_items = per_device * self.mesh.size
         self.data = replicated((params, objective), self.mesh)
-        self.measure: Any = measurer(space, self.mesh, per_device, batch_size)
+        self.measure = measurer(space, self.mesh, per_device, batch_size)
         self.progress_fn = progress_fn
         self.num_measured = 0
 
@@ -74,7 +79,7 @@ class Evaluator:
         """Returns how many programs were compiled; 1 after any number of assignments."""
         return self.measure._cache_size()
 
-    def __call__(self, assignments: Any, batches: Sequence[int] | None = None) -> np.ndarray:
+    def __call__(self, assignments: Numbers, batches: Sequence[int] | None = None) -> np.ndarray:
         """Returns the fitness of every assignment `[C, L]`, float64 `[C]`; lower is better.
 
         Raises:
@@ -92,8 +97,10 @@ class Evaluator:
                 )
         return fitness
 
-    def measurements(self, assignments: Any, batches: Sequence[int] | None = None) -> list[Any]:
-        """Returns what the objective measured, one tree per candidate with a leading axis of J batches."""
+    def measurements(
+        self, assignments: Numbers, batches: Sequence[int] | None = None
+    ) -> list[PyTree[np.ndarray]]:
+        """Returns what the objective measured, one tree of arrays `[J, ...]` per assignment."""
         numbers = self.space.check(np.atleast_2d(assignments))
         batches = range(self.objective.num_batches) if batches is None else batches
         if not len(batches) or not all(0 <= b < self.objective.num_batches for b in batches):
@@ -121,7 +128,9 @@ class Evaluator:
             for i in range(len(numbers))
         ]
 
-    def run(self, rows: np.ndarray, batches: np.ndarray) -> Any:
+    def run(
+        self, rows: Int[np.ndarray, "C L"], batches: Int[np.ndarray, " C"]
+    ) -> PyTree[np.ndarray]:
         """Returns the measurements of one full set of items, on the host of every process."""
         items = sharded((rows, batches), self.mesh)
         try:
@@ -137,16 +146,32 @@ class Evaluator:
             ) from error
 
 
-def measurer(space: Space, mesh: Mesh, per_device: int, batch_size: int) -> Callable:
+@runtime_checkable
+class Measurer(Protocol):
+    """A compiled `(params, objective, assignments [C, L], batches [C]) -> tree of [C, ...]`."""
+
+    def __call__(
+        self, params: Params, objective: Objective, assignments: AnyArray, batches: AnyArray
+    ) -> PyTree[Array]: ...
+
+    def _cache_size(self) -> int: ...
+
+
+def measurer(space: Space, mesh: Mesh, per_device: int, batch_size: int) -> Measurer:
     """Returns the compiled `(params, objective, assignments [C, L], batches [C]) -> measurements`."""
     whole = PartitionSpec()
     split = PartitionSpec(mesh.axis_names[0])
 
-    def one(params: Any, objective: Any, item: tuple[Any, Any]) -> Any:
+    def one(params: Params, objective: Objective, item: tuple[Array, Array]) -> PyTree[Array]:
         assignment, batch = item
         return objective.measure(assigned_params(params, space, assignment), batch)
 
-    def local(params: Any, objective: Any, assignments: Any, batches: Any) -> Any:
+    def local(
+        params: Params,
+        objective: Objective,
+        assignments: Int[Array, "C L"],
+        batches: Int[Array, " C"],
+    ) -> PyTree[Array]:
         return jax.lax.map(
             partial(one, params, objective), (assignments, batches), batch_size=batch_size
         )
@@ -154,24 +179,25 @@ def measurer(space: Space, mesh: Mesh, per_device: int, batch_size: int) -> Call
     mapped = jax.shard_map(
         local, mesh=mesh, in_specs=(whole, whole, split, split), out_specs=split, check_vma=False
     )
-    return jax.jit(mapped, out_shardings=NamedSharding(mesh, whole))
+    compiled: Any = jax.jit(mapped, out_shardings=NamedSharding(mesh, whole))
+    return compiled  # JAX's types hide `_cache_size`
 
 
-def replicated(tree: Any, mesh: Mesh) -> Any:
+def replicated(tree: Tree, mesh: Mesh) -> Tree:
     """Returns `tree` with its arrays on every device of the mesh, in every process."""
     return placed(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def sharded(tree: Any, mesh: Mesh) -> Any:
+def sharded(tree: Tree, mesh: Mesh) -> Tree:
     """Returns `tree` with the first axis of its arrays split over the mesh."""
     return placed(tree, NamedSharding(mesh, PartitionSpec(mesh.axis_names[0])))
 
 
-def placed(tree: Any, sharding: NamedSharding) -> Any:
+def placed(tree: Tree, sharding: NamedSharding) -> Tree:
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
 
-    def place(leaf: Any) -> Any:
+    def place(leaf: AnyArray | float) -> Array:
         if jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key):
             data = place(jax.random.key_data(leaf))
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))

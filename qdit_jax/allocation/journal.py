@@ -1,4 +1,4 @@
-"""A journal of expensive steps: what was computed once is read back, in the same order."""
+"""A journal of expensive steps: what was computed before is read back, in the same order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Journal:
     """Results of steps in the order in which a deterministic program asks for them.
 
     A program that was stopped runs again from the start; steps that it had finished are read from
-    the store, so it goes on where it was, to the same result.
+    the store, so it resumes where it was and ends with the same result.
     """
 
     def __init__(self, store: Store | None = None) -> None:

@@ -11,18 +11,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, PyTree, Shaped
+
+from qdit_jax.types import AnyArray, Condition, Key, Numbers, Params
 
 # (params, noise [B, H, W, C], condition, key [B]) -> latents [B, H, W, C]; a registered pytree
 # (`jax.tree_util.Partial` for example) if it holds arrays.
-SampleFn = Callable[[Any, Any, Any, Any], Any]
+SampleFn: TypeAlias = Callable[[Params, Array, Condition, Key], Array]
+# The number of a batch: a traced int32, or a number of the host.
+Batch: TypeAlias = Int[AnyArray, ""] | np.integer | int
+Tree = TypeVar("Tree")
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What the evaluator asks of an objective; a registered pytree."""
 
@@ -30,11 +36,15 @@ class Objective(Protocol):
     def num_batches(self) -> int:
         """Returns J, the number of batches that it can be measured on."""
 
-    def measure(self, params: Any, batch: Any) -> Any:
-        """Returns a tree of arrays for one batch; traced, `batch` is an int32."""
+    def measure(self, params: Params, batch: Batch) -> PyTree[Array]:
+        """Returns a tree of arrays for the batch of that number; runs inside jit."""
 
-    def score(self, measured: Any) -> float:
-        """Returns the fitness from `measure` of some batches, stacked; lower is better."""
+    def score(self, measured: PyTree[np.ndarray]) -> float:
+        """Returns the fitness; lower is better.
+
+        Args:
+            measured: what `measure` returned for some batches, stacked along a first axis.
+        """
 
 
 @partial(
@@ -44,7 +54,7 @@ class Objective(Protocol):
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class PairedError:
-    """Squared error of final latents against full precision: same noise, conditions, steps, guidance.
+    """Squared error of final latents against full precision, on the same noise and conditions.
 
     A sample's error is its mean squared difference over the mean square of the reference latents.
 
@@ -65,24 +75,28 @@ class PairedError:
         """Returns J."""
         return self.noise.shape[0]
 
-    def measure(self, params: Any, batch: Any) -> Float[Array, " B"]:
+    def measure(self, params: Params, batch: Batch) -> Float[Array, " B"]:
         """Returns every sample's error."""
         final = self.sample_fn(params, *taken((self.noise, self.condition, self.keys), batch))
         gap = jnp.square(final - self.reference[batch]).mean(axis=tuple(range(1, final.ndim)))
         return gap / jnp.square(self.reference).mean()
 
-    def score(self, measured: Any) -> float:
+    def score(self, measured: Float[AnyArray, "J B"]) -> float:
         """Returns the mean error."""
         return float(np.mean(measured, dtype=np.float64))
 
 
-def taken(data: Any, batch: Any) -> Any:
+def taken(data: Tree, batch: Batch) -> Tree:
     """Returns one batch of a tree of arrays `[J, ...]`."""
     return jax.tree.map(lambda leaf: leaf[batch], data)
 
 
 def paired_error(
-    sample_fn: SampleFn, params: Any, noise: Any, condition: Any, keys: Any
+    sample_fn: SampleFn,
+    params: Params,
+    noise: Float[AnyArray, "J B *shape"],
+    condition: Condition,
+    keys: Shaped[Key, "J B *raw"],
 ) -> PairedError:
     """Returns the paired objective with its reference sampled from full-precision `params`.
 
@@ -118,19 +132,19 @@ class FeatureDistance:
     noise: Any
     condition: Any
     keys: Any
-    distance_fn: Any
+    distance_fn: Callable[[np.ndarray], float]
 
     @property
     def num_batches(self) -> int:
         """Returns J."""
         return self.noise.shape[0]
 
-    def measure(self, params: Any, batch: Any) -> Array:
+    def measure(self, params: Params, batch: Batch) -> Shaped[Array, "B ..."]:
         """Returns the features of one batch of samples."""
         final = self.sample_fn(params, *taken((self.noise, self.condition, self.keys), batch))
         return self.features_fn(final)
 
-    def score(self, measured: Any) -> float:
+    def score(self, measured: Shaped[AnyArray, "J B ..."]) -> float:
         """Returns the distance of all samples' features from the reference."""
         features = np.asarray(measured)
         return float(self.distance_fn(features.reshape(-1, *features.shape[2:])))
@@ -138,13 +152,13 @@ class FeatureDistance:
 
 def feature_distance(
     sample_fn: SampleFn,
-    features_fn: Callable[[Any], Any],
-    distance_fn: Callable[[Any], float],
-    noise: Any,
-    condition: Any,
-    keys: Any,
+    features_fn: Callable[[Array], Array],
+    distance_fn: Callable[[np.ndarray], float],
+    noise: Float[AnyArray, "J B *shape"],
+    condition: Condition,
+    keys: Shaped[Key, "J B *raw"],
 ) -> FeatureDistance:
-    """Returns the objective of the paper's kind; see `FeatureDistance` for the arguments."""
+    """Returns a distance of features, the paper's objective; arguments as in `FeatureDistance`."""
     noise, condition = jax.tree.map(jnp.asarray, (noise, condition))
     return FeatureDistance(
         as_pytree(sample_fn), as_pytree(features_fn), noise, condition, keys, distance_fn
@@ -169,23 +183,23 @@ class FunctionObjective:
         """Returns the number of keys."""
         return self.count
 
-    def measure(self, params: Any, batch: Any) -> Float[Array, ""]:
+    def measure(self, params: Params, batch: Batch) -> Float[Array, ""]:
         """Returns the function's value under the batch's own key."""
         return jnp.asarray(self.fn(params, jax.random.fold_in(self.key, batch)), jnp.float32)
 
-    def score(self, measured: Any) -> float:
+    def score(self, measured: Float[AnyArray, " J"]) -> float:
         """Returns the mean over the keys."""
         return float(np.mean(measured, dtype=np.float64))
 
 
 def function_objective(
-    fn: Callable[[Any, Any], Any], key: Any, num_batches: int = 1
+    fn: Callable[[Params, Key], Numbers], key: Key, num_batches: int = 1
 ) -> FunctionObjective:
     """Returns the objective of a user's traced function; see `FunctionObjective`."""
     return FunctionObjective(as_pytree(fn), key, num_batches)
 
 
-def as_pytree(fn: Any) -> Any:
+def as_pytree(fn: Callable[..., Tree]) -> Callable[..., Tree]:
     """Returns `fn` as an argument of jit; a plain function becomes static, by identity."""
     leaves = jax.tree.leaves(fn)
     is_plain = len(leaves) == 1 and leaves[0] is fn

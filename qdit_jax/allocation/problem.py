@@ -17,7 +17,7 @@ from qdit_jax.allocation.records import Measured, Store
 from qdit_jax.allocation.sensitivity import Prediction
 from qdit_jax.allocation.space import Space
 
-# Called with `{"text"}`, `{"total"}`, `{"items"}` and `{"best"}` as things happen.
+# Called with a dict that has some of `text`, `total`, `items` and `best`, whenever there is news.
 ReportFn = Callable[[dict[str, Any]], Any]
 
 
@@ -28,8 +28,8 @@ class Problem:
     Attributes:
         evaluator: measures assignments; None where predictions alone decide.
         predict_fn: sensitivities at an assignment `[L]`, or at full precision for None.
-        seed: everything random follows from it.
-        given: uniform assignments, legal or not, that a search should know of.
+        seed: determines everything random.
+        given: uniform assignments, within the budget or not, that a search may start from.
         store: keeps what was computed, or None.
     """
 
@@ -46,15 +46,15 @@ class Problem:
         """Returns the evaluator; raises `ValueError` where predictions alone should decide."""
         if self.evaluator is None:
             raise ValueError(
-                "objective='predicted' measures nothing, which this strategy is made of; use the "
-                "default strategy, or another objective."
+                "objective='predicted' measures nothing, but this strategy needs measurements; use "
+                "the default strategy, or another objective."
             )
         return self.evaluator
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Front:
-    """Assignments `[F, L]` that no other beats in both cost and error, cheapest first.
+    """The Pareto-optimal assignments in cost and error, `[F, L]`, cheapest first.
 
     `error` is predicted by the default strategy, measured by the others.
     """

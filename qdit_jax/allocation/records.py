@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import orbax.checkpoint as ocp
 from qdit_jax.allocation.space import Space
 from qdit_jax.errors import UserError
 from qdit_jax.files import PathLike, as_path
+from qdit_jax.types import Numbers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,7 +61,7 @@ class Measured:
         """Returns the assignments as bytes, to look up whether one was measured."""
         return {assignment.tobytes() for assignment in self.assignments}
 
-    def extended(self, assignments: Any, fitness: Any, cost: Any) -> Measured:
+    def extended(self, assignments: np.ndarray, fitness: Numbers, cost: Numbers) -> Measured:
         """Returns this record with one more round."""
         number = np.full(len(assignments), self.num_rounds, np.int32)
         new = (np.asarray(assignments, np.int32), fitness, cost, number)
@@ -71,7 +73,7 @@ class Measured:
         return dataclasses.asdict(self)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Returns one JSON-able object an assignment."""
+        """Returns one JSON-able object per assignment."""
         return [
             {"round": int(r), "fitness": float(f), "cost": float(c), "assignment": a.tolist()}
             for a, f, c, r in zip(
@@ -84,7 +86,7 @@ class Store:
     """Named states of one search in a folder; the last two are kept (Orbax).
 
     All processes of a distributed search call `save` and `load`; Orbax writes from the first one.
-    A folder written under other settings is refused; there is none before the first state.
+    A folder written under other settings is refused; the folder appears with the first state.
     """
 
     def __init__(self, folder: PathLike, settings: dict[str, Any]) -> None:
@@ -96,7 +98,7 @@ class Store:
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         if self.opened is not None:
             self.opened.close()
 

@@ -1,4 +1,4 @@
-"""What a search asks of a checkpoint: its sampler with the parameters left open, and objectives.
+"""A checkpoint's sampler as a function of the parameters, and objectives made of it.
 
 Dimensions: J batches, B samples per batch, H, W, C one latent.
 """
@@ -8,19 +8,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jaxtyping import Array, Float, Int, UInt8
 
 from qdit_jax import diffusion, metrics
 from qdit_jax.allocation.objectives import FeatureDistance, SampleFn, feature_distance, taken
 from qdit_jax.allocation.sensitivity import Prediction, effects, prediction
 from qdit_jax.allocation.space import Space
 from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.sampling import conditions_in_turn, denoiser, fitting_guidance, initial_noise
+from qdit_jax.models import FeaturesFn
+from qdit_jax.sampling import cyclic_conditions, denoiser, fitting_guidance, initial_noise
+from qdit_jax.types import AnyArray, Condition, Key, Params
+
+# Noise [J, B, H, W, C], conditions [J, B, ...] and keys [J, B].
+Seeds: TypeAlias = tuple[Array, Condition, Key]
 
 
 @partial(
@@ -28,14 +34,14 @@ from qdit_jax.sampling import conditions_in_turn, denoiser, fitting_guidance, in
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rollout:
-    """`(params, noise, condition, key) -> final latents`: a network's sampler, parameters left open."""
+    """A network's sampler as a function `(params, noise, condition, key) -> final latents`."""
 
     sampler: Any
     guidance: Any
     model: nn.Module
 
     @classmethod
-    def of(cls, model: nn.Module, sampler: Any, guidance: float | None) -> Rollout:
+    def of(cls, model: nn.Module, sampler: diffusion.Sampler, guidance: float | None) -> Rollout:
         """Returns the rollout; guidance 1 or None calls the network once per step.
 
         Raises:
@@ -46,12 +52,21 @@ class Rollout:
             return cls(sampler, None, model)
         return cls(sampler, float(guidance), model)
 
-    def __call__(self, params: Any, noise: Any, condition: Any, key: Any) -> Any:
+    def __call__(
+        self, params: Params, noise: Float[Array, "B *shape"], condition: Condition, key: Key
+    ) -> Float[Array, "B *shape"]:
         """Returns the latents after the last sampling step."""
         denoise_fn = denoiser(self.model, params, self.guidance)
         return diffusion.sample(denoise_fn, self.sampler, noise, condition, key)
 
-    def step(self, params: Any, x: Any, condition: Any, key: Any, step: Any) -> Any:
+    def step(
+        self,
+        params: Params,
+        x: Float[Array, "B *shape"],
+        condition: Condition,
+        key: Key,
+        step: Int[AnyArray, ""] | int,
+    ) -> Float[Array, "B *shape"]:
         """Returns the latents after one step; all steps in order equal one whole call."""
         denoise_fn = denoiser(self.model, params, self.guidance)
         row = jax.tree.map(lambda a: jnp.asarray(a)[step], self.sampler.table)
@@ -79,26 +94,29 @@ class OneStep:
 
     rollout: Rollout
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(
+        self, params: Params, x: Array, condition: Condition, key: Key, step: Array
+    ) -> Array:
         """Returns the latents after one step."""
-        return self.rollout.step(*args)
+        return self.rollout.step(params, x, condition, key, step)
 
 
 def seeds(
-    model: Any,
-    key: Any,
+    model: nn.Module,
+    key: Key,
     num_batches: int,
     batch_size: int,
     first: int = 0,
-    conditions: Any = None,
-) -> tuple[Any, Any, Any]:
-    """Returns noise `[J, B, H, W, C]`, conditions `[J, B, ...]` in turn and keys `[J, B]`.
+    conditions: Condition = None,
+) -> Seeds:
+    """Returns noise `[J, B, H, W, C]`, conditions `[J, B, ...]` and keys `[J, B]`.
 
-    Sample number `first + i` follows from the key and its number alone.
+    Sample `first + i` depends on the key and its number alone; it gets condition number `first + i`
+    modulo how many `conditions` there are (by default every class of the network).
     """
     index = first + np.arange(num_batches * batch_size)
     noise, keys = initial_noise(key, jnp.asarray(index, jnp.int32), model.sample_shape())
-    condition = conditions_in_turn(model, conditions, index)
+    condition = cyclic_conditions(model, conditions, index)
     return jax.tree.map(
         lambda leaf: jnp.asarray(leaf).reshape(num_batches, batch_size, *leaf.shape[1:]),
         (noise, condition, keys),
@@ -111,9 +129,9 @@ class Sensitivities:
 
     rollout: Rollout
     space: Space
-    params: Any
-    data: tuple[Any, Any, Any]
-    key: Any
+    params: Params
+    data: Seeds
+    key: Key
     num_probes: int
 
     def __call__(self, base: np.ndarray | None) -> Prediction:
@@ -140,9 +158,9 @@ class Sensitivities:
     def evaluations(self) -> int:
         """Returns what one prediction costs, in network evaluations.
 
-        Each step of a sample is run twice (full precision, base), run forward once more and back
-        once a probe (a reverse pass of the inputs counts as one forward), and every choice
-        multiplies each layer once.
+        Each step of a sample runs twice (full precision, base), forward once more and backward once
+        per probe (a reverse pass counts as one evaluation), and every choice multiplies each layer
+        once.
         """
         noise = self.data[0]
         choices = int(self.space.num_choices.max())
@@ -153,9 +171,9 @@ class Sensitivities:
 def frechet_objective(
     checkpoint: Checkpoint,
     rollout: SampleFn,
-    data: tuple[Any, Any, Any],
-    features_fn: Callable[[np.ndarray], Any],
-    reference: Any,
+    data: Seeds,
+    features_fn: FeaturesFn,
+    reference: metrics.Statistics,
 ) -> FeatureDistance:
     """Returns the objective of the paper: the Fréchet distance of samples from a reference.
 
@@ -179,21 +197,24 @@ def frechet_objective(
             reference.mean, reference.covariance, own.mean, own.covariance
         )
 
-    images_fn: Any = as_images
+    images_fn: Callable[[Array], Array] = as_images
     if checkpoint.vae is not None:
         vae = checkpoint.vae
         images_fn = jax.tree_util.Partial(partial(decoded_images, vae.model), vae.params)
     return feature_distance(rollout, images_fn, distance_fn, *data)
 
 
-def as_images(x: Any) -> Any:
+def as_images(x: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
     """Returns images in [-1, 1] as uint8."""
     return jnp.clip(jnp.round(127.5 * x + 127.5), 0, 255).astype(jnp.uint8)
 
 
-def decoded_images(model: nn.Module, params: Any, latents: Any) -> Any:
+def decoded_images(
+    model: nn.Module, params: Params, latents: Float[Array, "*lead h w Z"]
+) -> UInt8[Array, "*lead H W C"]:
     """Returns the uint8 images of latents `[..., H, W, C]`."""
     frames = latents.reshape(-1, *latents.shape[-3:])
     frames = frames / model.scaling_factor + model.shift_factor
-    images = as_images(model.apply({"params": params}, frames, method="decode"))
+    decoded: Any = model.apply({"params": params}, frames, method="decode")
+    images = as_images(decoded)
     return images.reshape(*latents.shape[:-3], *images.shape[1:])

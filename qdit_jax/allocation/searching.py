@@ -1,6 +1,6 @@
 """`search`: a checkpoint in, the recipe of a good allocation out.
 
-The strategies are in `allocation.strategies`; here they meet networks, samplers and the disk.
+The strategies are in `allocation.strategies`; here they get networks, samplers and a store.
 """
 
 from __future__ import annotations
@@ -8,19 +8,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 
+from qdit_jax import diffusion
 from qdit_jax.allocation.budget import Budget, check_limiting, parse_budget
-from qdit_jax.allocation.cost import named_costs
+from qdit_jax.allocation.cost import CostFn, named_costs
 from qdit_jax.allocation.evaluate import Evaluator
-from qdit_jax.allocation.objectives import function_objective, paired_error
+from qdit_jax.allocation.objectives import Objective, function_objective, paired_error
 from qdit_jax.allocation.problem import Found, Front, Problem, ReportFn, Strategy
 from qdit_jax.allocation.records import Store
-from qdit_jax.allocation.rollouts import Rollout, Sensitivities, seeds
+from qdit_jax.allocation.rollouts import Rollout, Seeds, Sensitivities, seeds
 from qdit_jax.allocation.space import (
     Space,
     describe,
@@ -37,6 +38,10 @@ from qdit_jax.files import PathLike
 from qdit_jax.models import rows_per_sample
 from qdit_jax.recipes import Recipe
 from qdit_jax.sampling import check_diffusion_model
+from qdit_jax.types import Condition, Key, Numbers, Params
+
+# "paired" or "predicted", an objective, or a traced `(params, key) -> scalar`.
+AnyObjective: TypeAlias = str | Objective | Callable[[Params, Key], Numbers]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +50,18 @@ class Rollouts:
 
     Attributes:
         sampler: of the rollouts; `num_steps` of the checkpoint's default one if None.
-        conditions: labels or prompts that the samples take in turn; every class by default.
+        conditions: labels or prompts, cycled over the samples; every class by default.
         num_batches, batch_size: samples on which an assignment can be measured. The default
             strategy uses few for most and all of them for finalists; the others use all.
-        num_calibration: batches for the sensitivities, of other samples; num_probes: of each.
+        num_calibration: batches for the sensitivities; their samples are different ones.
+        num_probes: random directions per sample in which sensitivities are measured.
         per_device: items a device measures in one call.
     """
 
-    sampler: Any = None
+    sampler: diffusion.Sampler | None = None
     num_steps: int = 20
     guidance: float | None = 1.5
-    conditions: Any = None
+    conditions: Condition = None
     num_batches: int = 16
     batch_size: int = 16
     num_calibration: int = 2
@@ -73,7 +79,7 @@ class Rollouts:
         )
 
     def rollout(self, checkpoint: Checkpoint, guided: bool) -> Rollout:
-        """Returns the checkpoint's sampler with the parameters left open."""
+        """Returns the checkpoint's sampler as a function of the parameters."""
         sampler = self.sampler
         if sampler is None:
             sampler = default_sampler(checkpoint, self.num_steps)
@@ -101,14 +107,14 @@ class SearchResult:
 
 def search(
     checkpoint: Checkpoint,
-    key: Any,
+    key: Key,
     *,
     budget: str | None = None,
-    objective: Any = "paired",
+    objective: AnyObjective = "paired",
     strategy: str | Strategy = "default",
     space: Space | Mapping[str, Any] | None = None,
     rollouts: Rollouts | None = None,
-    costs: Mapping[str, Any] | None = None,
+    costs: Mapping[str, CostFn] | None = None,
     state: PathLike | None = None,
     report_fn: ReportFn = lambda event: None,
 ) -> SearchResult:
@@ -116,24 +122,26 @@ def search(
 
     Args:
         checkpoint: full precision.
-        key: everything random follows from it, on any number of devices and processes.
+        key: determines everything random, on any number of devices and processes.
         budget: such as `bitops=1.0x-g128` or `bytes=300M`, see `parse_budget`.
         objective: "paired": error of final latents with the same noise; "predicted": the
             sensitivities alone, nothing measured; a function `(params, key) -> scalar`; or an
             objective such as `frechet_objective(...)`.
         strategy: a name in `STRATEGIES`: "default": sensitivities and the exact knapsack, verified;
-            "qdit-paper" and "qdit-release": the published evolution, and what its release really
+            "qdit-paper" and "qdit-release": the published evolution, and what its published code
             does; "nsga2": a measured front, begun from the predicted one; "random". Or an object
             such as `Allocate(settings)` or `Evolve(settings)`.
-        space: or settings of `search_space` as a dict (`{"weight_bits": 3, "sides": "separate"}`).
+        space: a `Space`, or settings of `search_space` as a dict
+            (`{"weight_bits": 3, "sides": "separate"}`).
         rollouts: how candidates are sampled.
         costs: cost functions that the budget may name, beside `named_costs`.
-        state: a folder that keeps what was computed; the same call goes on from it.
-        report_fn: called with `{"text"}`, `{"total"}`, `{"items"}` and `{"best"}` as things happen.
+        state: a folder that keeps what was computed; the same call resumes from it.
+        report_fn: called with a dict that has some of `text`, `total`, `items` (just measured) and
+            `best`, whenever there is news.
 
     Raises:
         ValueError: if a setting does not fit, a budget is impossible or limits nothing, or a
-            fitness is no number.
+            fitness is not a number.
         UserError: if `state` holds another search; the first setting that differs is named.
     """
     began = time.perf_counter()
@@ -191,7 +199,7 @@ def check_network(checkpoint: Checkpoint) -> None:
 def space_of(
     checkpoint: Checkpoint, strategy: Strategy, space: Space | Mapping[str, Any] | None
 ) -> Space:
-    """Returns the space given, or that of the settings given over the strategy's own."""
+    """Returns the given space, or the one of the given settings, which override the strategy's."""
     if isinstance(space, Space):
         return space
     settings = {**strategy.space, **(space or {})}
@@ -200,16 +208,16 @@ def space_of(
 
 def problem_of(
     checkpoint: Checkpoint,
-    key: Any,
+    key: Key,
     rollouts: Rollouts,
     guided: bool,
-    objective: Any,
+    objective: AnyObjective,
     space: Space,
     limit: Budget,
     store: Store | None,
     report_fn: ReportFn,
 ) -> tuple[Problem, Sensitivities]:
-    """Returns the problem for a strategy, and the sensitivities that it is to be judged by."""
+    """Returns the problem for a strategy, and the sensitivities that predictions use."""
     model, params = checkpoint.model, checkpoint.params
     rollout = rollouts.rollout(checkpoint, guided)
     noise_key, probe_key = jax.random.split(key)
@@ -233,7 +241,9 @@ def problem_of(
     return problem, predict_fn
 
 
-def as_objective(objective: Any, rollout: Rollout, params: Any, data: Any, key: Any) -> Any:
+def as_objective(
+    objective: AnyObjective, rollout: Rollout, params: Params, data: Seeds, key: Key
+) -> Objective:
     """Returns what the evaluator measures."""
     if isinstance(objective, str):
         if objective != "paired":
@@ -242,13 +252,13 @@ def as_objective(objective: Any, rollout: Rollout, params: Any, data: Any, key: 
                 "(params, key) -> scalar, or an objective."
             )
         return paired_error(rollout, params, *data)
-    if hasattr(objective, "measure"):
+    if isinstance(objective, Objective):
         return objective
     return function_objective(objective, key, len(data[0]))
 
 
 def evaluations(found: Found, problem: Problem, predict_fn: Sensitivities) -> int:
-    """Returns how often the network was run on a sample in all, references included."""
+    """Returns the number of network evaluations of one sample, references included."""
     counted = found.report["num_predictions"] * predict_fn.evaluations
     if problem.evaluator is None:
         return counted
@@ -259,7 +269,7 @@ def evaluations(found: Found, problem: Problem, predict_fn: Sensitivities) -> in
     return reference + found.report["num_items"] * per_item + counted
 
 
-def name_of(value: Any) -> str:
+def name_of(value: AnyObjective) -> str:
     """Returns what people call an objective."""
     return value if isinstance(value, str) else getattr(value, "__name__", type(value).__name__)
 

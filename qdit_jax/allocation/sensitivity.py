@@ -1,11 +1,12 @@
-"""What every choice of every layer does to the final latents, from a few reverse passes.
+"""The effect of every choice of every layer on the final latents, from a few reverse passes.
 
 With `u = J^T v` at a layer's output, J the derivative of the final latents with respect to it
 through all remaining steps of the sampler, `sum_s u_s . dy_s` is the change of `v . final` when
 the layer's output changes by `dy`. A choice's `dy` needs one product of the layer alone, so all
 layers and choices are scored at once (Gauss-Newton: J at one point, errors squared).
 
-Dimensions: S steps, B samples, P probes, L layers, C most choices of a layer, M = samples * probes.
+Dimensions: S steps, B samples per batch, M samples of all batches, P probes, L layers, C most
+choices of a layer, R rows of a layer's input.
 """
 
 from __future__ import annotations
@@ -13,24 +14,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax.traverse_util import flatten_dict
+from jaxtyping import Array, Float, Int
 
 from qdit_jax.allocation.assigned import act_branch, assigned_params, chosen, kernel_branch
-from qdit_jax.allocation.space import Space
+from qdit_jax.allocation.space import SearchLayer, Space
 from qdit_jax.models import tapped
 from qdit_jax.ptq import matrix_shape
+from qdit_jax.types import AnyArray, Condition, Key, Numbers, Params
 
 # (params, x [B, H, W, C], condition, key [B], step) -> x after that step; a pytree, see objectives.
-StepFn = Callable[[Any, Any, Any, Any, Any], Any]
+StepFn: TypeAlias = Callable[[Params, Array, Condition, Key, Array], Array]
 
 
 class Effects(NamedTuple):
-    """What one batch of trajectories tells, float32.
+    """The effects of all choices on one batch of trajectories, float32.
 
     Attributes:
         change: `[B, P, L, C]`, `v . (J dy)` for every probe.
@@ -41,22 +45,22 @@ class Effects(NamedTuple):
             is magnified on its way to the end.
     """
 
-    change: Any
-    along: Any
-    base_error: Any
-    signal: Any
-    step_weight: Any
+    change: AnyArray
+    along: AnyArray
+    base_error: AnyArray
+    signal: AnyArray
+    step_weight: AnyArray
 
 
 @partial(jax.jit, static_argnames=("space", "num_steps", "num_probes"))
 def effects(
     step_fn: StepFn,
-    params: Any,
-    base: Any,
-    noise: Any,
-    condition: Any,
-    key: Any,
-    probe_key: Any,
+    params: Params,
+    base: Int[Array, " L"] | None,
+    noise: Float[Array, "B *shape"],
+    condition: Condition,
+    key: Key,
+    probe_key: Key,
     *,
     space: Space,
     num_steps: int,
@@ -72,26 +76,31 @@ def effects(
     exact = step_inputs(step_fn, params, noise, condition, key, num_steps)[0]
     final, seen = step_inputs(step_fn, used, noise, condition, key, num_steps)
     error = final - exact
-    probes = jax.random.normal(probe_key, (num_probes, *final.shape), jnp.float32)
+    probes = jax.random.normal(probe_key, (num_probes, *final.shape), jnp.float32)  # [P, B, ...]
     if base is not None:
-        probes = jnp.concatenate([probes, error[None]])
+        # The base's error is one more cotangent, for the mixed term of |r + J dy|^2 (`along`).
+        probes = jnp.concatenate([probes, error[None]])  # [P + 1, B, ...]
 
-    def backward(carry: Any, scanned: Any) -> Any:
-        probes, total = carry
+    def backward(
+        carry: tuple[Array, Array], scanned: tuple[Array, Array]
+    ) -> tuple[tuple[Array, Array], Array]:
+        probes, total = carry  # [P (+ 1), B, ...] after this step, [P (+ 1), B, L, C]
         x, step = scanned
         run = partial(tapped_step, step_fn, used, condition, key, step)
+        # Zeros added to the outputs of layers; their cotangents are the adjoints u.
         taps = jax.eval_shape(partial(run, taps=None), x)[1][1]
         taps = {path: jnp.zeros(y.shape, y.dtype) for path, y in taps.items()}
         _, pull, (inputs, outputs) = jax.vjp(
             lambda x, taps: run(x, taps=taps), x, taps, has_aux=True
         )
-        before, adjoint = jax.vmap(pull)(probes)
+        before, adjoint = jax.vmap(pull)(probes)  # [P (+ 1), B, ...], by path [P (+ 1), R, ..., N]
         change = [
             layer_change(
                 layer, params, inputs[layer.path], outputs[layer.path], adjoint[layer.path]
             )
             for layer in space.layers
         ]
+        # The growth of |J^T v|^2 over this step, of random probes alone.
         weight = jnp.square(before[:num_probes]).mean() / jnp.square(carry[0][:num_probes]).mean()
         return (before, total + padded(change, len(x), space)), weight
 
@@ -102,8 +111,8 @@ def effects(
     total = jnp.moveaxis(total, 0, 1)  # [B, P (+ 1), L, C]
     along = jnp.zeros_like(total[:, 0]) if base is None else total[:, -1]
     # ratio[s] is the growth over step s; an error made just after s passes the later steps only.
-    later = jnp.append(jnp.cumprod(ratio[::-1])[::-1][1:], 1.0)
-    axes = tuple(range(1, final.ndim))
+    later = jnp.append(jnp.cumprod(ratio[::-1])[::-1][1:], 1.0)  # [S]
+    axes = tuple(range(1, final.ndim))  # all but the sample's
     return Effects(
         total[:, :num_probes],
         along,
@@ -114,11 +123,16 @@ def effects(
 
 
 def step_inputs(
-    step_fn: StepFn, params: Any, noise: Any, condition: Any, key: Any, num_steps: int
-) -> tuple[Any, Any]:
+    step_fn: StepFn,
+    params: Params,
+    noise: Float[Array, "B *shape"],
+    condition: Condition,
+    key: Key,
+    num_steps: int,
+) -> tuple[Float[Array, "B *shape"], Float[Array, "S B *shape"]]:
     """Returns the final latents and the latents before every step, `[S, B, ...]`."""
 
-    def body(x: Any, step: Any) -> tuple[Any, Any]:
+    def body(x: Array, step: Array) -> tuple[Array, Array]:
         return step_fn(params, x, condition, key, step).astype(x.dtype), x
 
     return jax.lax.scan(body, noise, jnp.arange(num_steps, dtype=jnp.int32))
@@ -126,19 +140,19 @@ def step_inputs(
 
 def tapped_step(
     step_fn: StepFn,
-    params: Any,
-    condition: Any,
-    key: Any,
-    step: Any,
-    x: Any,
+    params: Params,
+    condition: Condition,
+    key: Key,
+    step: Int[Array, ""],
+    x: Float[Array, "B *shape"],
     *,
-    taps: dict[str, Any] | None,
-) -> tuple[Any, tuple[dict[str, Any], dict[str, Any]]]:
+    taps: dict[str, Array] | None,
+) -> tuple[Array, tuple[dict[str, Array], dict[str, Array]]]:
     """Returns a step's result with `taps` added to the layers' outputs, and their inputs and outputs."""
-    inputs: dict[str, Any] = {}
-    outputs: dict[str, Any] = {}
+    inputs: dict[str, Array] = {}
+    outputs: dict[str, Array] = {}
 
-    def tap(path: str, layer: Any, x: Any, call: Callable[[], Any]) -> Any:
+    def tap(path: str, layer: nn.Module, x: Array, call: Callable[[], Array]) -> Array:
         inputs[path], outputs[path] = x, call()
         return outputs[path] if taps is None else outputs[path] + taps[path]
 
@@ -147,10 +161,17 @@ def tapped_step(
     return result, (inputs, outputs)
 
 
-def layer_change(layer: Any, params: Any, x: Any, y: Any, adjoint: Any) -> Any:
-    """Returns `u . dy` of every choice of one layer, `[P, B, choices]`.
+def layer_change(
+    layer: SearchLayer,
+    params: Params,
+    x: Float[Array, "R *tokens K"],
+    y: Float[Array, "R *tokens N"],
+    adjoint: Float[Array, "P R *tokens N"],
+) -> Float[Array, "P R choices"]:
+    """Returns `u . dy` of every choice of one layer, `[P, R, choices]`.
 
-    A sample may have several rows in the layer's input (guidance): all of them count.
+    R is the number of rows of the layer's input: B, or a multiple of it where guidance runs every
+    sample more than once.
     """
     flat = flatten_dict(params, sep="/")
     kernel = flat[f"{layer.path}/kernel"]
@@ -159,21 +180,21 @@ def layer_change(layer: Any, params: Any, x: Any, y: Any, adjoint: Any) -> Any:
     weights = tuple(spec.weight for spec in layer.choices)
     acts = tuple(spec.act for spec in layer.choices)
 
-    def one(choice: Any) -> Any:
+    def one(choice: Int[Array, ""]) -> Float[Array, "P R ..."]:
         quantized = chosen(act_branch, acts, choice, x) @ chosen(
             kernel_branch, weights, choice, kernel
         )
         gap = (quantized + bias - y).astype(jnp.float32)
-        # [P, B, -1]: the sum over rows of a sample, tokens and output channels.
-        return jnp.einsum("p...n,...n->p...", adjoint, gap)
+        return jnp.einsum("p...n,...n->p...", adjoint, gap)  # [P, R, tokens]
 
-    by_row = jax.lax.map(
-        one, jnp.arange(len(layer.choices), dtype=jnp.int32)
-    )  # [choices, P, R, ...]
+    numbers = jnp.arange(len(layer.choices), dtype=jnp.int32)
+    by_row = jax.lax.map(one, numbers)  # [choices, P, R, tokens], one choice at a time
     return jnp.moveaxis(by_row.sum(axis=tuple(range(3, by_row.ndim))), 0, -1)  # [P, R, choices]
 
 
-def padded(change: Sequence[Any], batch: int, space: Space) -> Any:
+def padded(
+    change: Sequence[Float[Array, "P R _"]], batch: int, space: Space
+) -> Float[Array, "P B L C"]:
     """Returns changes `[P, R, choices]` per layer, summed over a sample's rows: `[P, B, L, C]`.
 
     A sample's rows (R / B of them, with guidance two) lie side by side.
@@ -181,7 +202,7 @@ def padded(change: Sequence[Any], batch: int, space: Space) -> Any:
     most = int(space.num_choices.max())
     stacked = []
     for one in change:
-        rows = one.reshape(one.shape[0], batch, -1, one.shape[-1]).sum(axis=2)
+        rows = one.reshape(one.shape[0], batch, -1, one.shape[-1]).sum(axis=2)  # [P, B, choices]
         stacked.append(jnp.pad(rows, ((0, 0), (0, 0), (0, most - rows.shape[-1]))))
     return jnp.stack(stacked, axis=2)
 
@@ -206,39 +227,42 @@ class Prediction:
     def table(self) -> np.ndarray:
         """Returns each choice's own share, `[L, C]`: what an additive model sums up."""
         count, choices = self.linear.shape
+        # gram[l, c, l, c]: the error that a choice makes alone.
         own = self.gram.reshape(count * choices, -1).diagonal().reshape(count, choices)
         return self.linear + own
 
-    def additive(self, assignments: Any) -> np.ndarray:
+    def additive(self, assignments: Int[np.ndarray, "*N L"]) -> Float[np.ndarray, " N"]:
         """Returns the sum of single-layer errors of assignments `[N, L]`."""
         assignments = np.atleast_2d(assignments)
         return self.constant + self.table[np.arange(len(self.linear)), assignments].sum(axis=-1)
 
-    def joint(self, assignments: Any) -> np.ndarray:
+    def joint(self, assignments: Int[np.ndarray, "*N L"]) -> Float[np.ndarray, " N"]:
         """Returns the error with the terms between layers, of assignments `[N, L]`."""
         layers = np.arange(len(self.linear))
         found = []
         for chosen_ in np.atleast_2d(assignments):
-            rows = self.gram[layers, chosen_][:, layers, chosen_]
+            rows = self.gram[layers, chosen_][:, layers, chosen_]  # [L, L]
             found.append(self.constant + self.linear[layers, chosen_].sum() + rows.sum())
         return np.array(found)
 
 
 def prediction(batches: Sequence[Effects]) -> Prediction:
     """Returns the quadratic model that the effects of all batches give."""
+    # Samples of all batches along the first axis: [M, P, L, C], [M, L, C], [M], [M].
     joined = [
         np.concatenate([np.asarray(getattr(b, name), np.float64) for b in batches])
         for name in ("change", "along", "base_error", "signal")
     ]
     change, along, base_error, signal = joined
-    scale = 1 / signal.mean()
+    scale = 1 / signal.mean()  # errors are relative to the signal, as in `PairedError`
     _, _, count, choices = change.shape
-    rows = change.reshape(-1, count * choices)
+    # E[(v . J a) (v . J b)] = (J a) . (J b) for normal v: the mean over probes is the gram matrix.
+    rows = change.reshape(-1, count * choices)  # [M P, L C]
     gram = (rows.T @ rows / len(rows) * scale).reshape(count, choices, count, choices)
     return Prediction(float(base_error.mean() * scale), 2 * along.mean(axis=0) * scale, gram)
 
 
-def rank_correlation(a: Any, b: Any) -> float:
+def rank_correlation(a: Numbers, b: Numbers) -> float:
     """Returns Spearman's rank correlation; 0 where one side does not vary."""
     ranks = [rank_of(np.asarray(values, np.float64)) for values in (a, b)]
     spread = [r.std() for r in ranks]

@@ -1,4 +1,4 @@
-"""The space of a search: which layers may be quantized how, and assignments of one choice per layer.
+"""The space of a search: how each layer may be quantized, and assignments: one choice per layer.
 
 An assignment is an int32 array `[L]` of choice numbers: data, so a search never recompiles.
 Dimensions: L layers, K input channels and N output channels of a layer.
@@ -19,6 +19,7 @@ from qdit_jax.errors import check_pattern
 from qdit_jax.ptq import check_unquantized, matrix_shape
 from qdit_jax.quant import ActSpec, WeightSpec, ranges
 from qdit_jax.recipes import LayerSpec, Recipe, Rule, layer_paths, part_pattern
+from qdit_jax.types import Numbers, Params
 
 GROUP_SIZES = (32, 64, 128, 192, 288)
 UNQUANTIZED = 16
@@ -58,7 +59,7 @@ class Space:
         """Returns the number of assignments."""
         return int(np.prod(self.num_choices.astype(object)))
 
-    def check(self, assignment: Any) -> np.ndarray:
+    def check(self, assignment: Numbers) -> np.ndarray:
         """Returns `assignment` as int32 `[..., L]`.
 
         Raises:
@@ -81,7 +82,7 @@ class Space:
 
 
 def search_space(
-    params: Any,
+    params: Params,
     *,
     rows: Mapping[str, int] | None = None,
     weight_bits: int | Sequence[int] = 4,
@@ -90,7 +91,7 @@ def search_space(
     sides: Sides = "both",
     act_group_size: int = 128,
     symmetric: bool = False,
-    range_fn: Any = ranges.minmax,
+    range_fn: ranges.RangeRule = ranges.minmax,
     layers: str | None = None,
     pinned: Mapping[str, int | LayerSpec] | None = None,
     excluded: Sequence[str] = (),
@@ -99,7 +100,7 @@ def search_space(
 
     Args:
         rows: by layer path, how many rows a sample sends through it (`models.rows_per_sample`);
-            1 where it is not given, which only costs that do not count operations bear.
+            1 where it is not given, which suits only costs that do not count operations.
         weight_bits, act_bits: one number, or several as a second axis of the choices; 16 leaves
             that side as it is.
         group_sizes: any sizes; more than a layer's K, or 0, is the whole channel.
@@ -146,7 +147,7 @@ def search_space(
     return Space(tuple(found))
 
 
-def natural_order(path: str) -> list[Any]:
+def natural_order(path: str) -> list[int | str]:
     """Returns a sort key in which `blocks_2` comes before `blocks_10`."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
 
@@ -176,7 +177,7 @@ def layer_choices(
     return tuple(dict.fromkeys(choices))  # 16 bits make pairs that differ in nothing
 
 
-def as_tuple(value: Any, name: str) -> tuple[int, ...]:
+def as_tuple(value: int | Sequence[int], name: str) -> tuple[int, ...]:
     values = (value,) if isinstance(value, int) else tuple(value)
     if not values or len(set(values)) < len(values):
         raise ValueError(f"{name}={value!r} must be one or more different numbers.")
@@ -187,7 +188,7 @@ def matching(pattern: str, paths: Sequence[str], name: str) -> list[str]:
     """Returns the paths that `pattern` matches as a whole.
 
     Raises:
-        ValueError: if it is no regular expression, or matches nothing; it names the argument.
+        ValueError: if it is not a regular expression, or matches nothing; it names the argument.
     """
     check_pattern(name, pattern)
     found = [path for path in paths if re.fullmatch(pattern, path)]
@@ -205,13 +206,13 @@ def resized(spec: LayerSpec, group_size: int) -> LayerSpec:
     return LayerSpec(weight, act)
 
 
-def recipe_of(space: Space, assignment: Any, name: str = "search") -> Recipe:
+def recipe_of(space: Space, assignment: Numbers, name: str = "search") -> Recipe:
     """Returns the recipe of an assignment, one rule per layer."""
     chosen = specs_of(space, assignment)
     return Recipe(tuple(Rule(re.escape(path), spec) for path, spec in chosen.items()), name)
 
 
-def specs_of(space: Space, assignment: Any) -> dict[str, LayerSpec]:
+def specs_of(space: Space, assignment: Numbers) -> dict[str, LayerSpec]:
     """Returns every layer's spec under an assignment, by path."""
     numbers = space.check(assignment)
     return {layer.path: layer.choices[i] for layer, i in zip(space.layers, numbers, strict=True)}

@@ -10,8 +10,7 @@ from qdit_jax.calibration.recording import (
     default_sampler,
     trajectory,
 )
-from qdit_jax.calibration.statistics import Stats
-from qdit_jax.calibration.statistics_checks import check_layer
+from qdit_jax.calibration.statistics import Stats, check_layer
 
 __all__ = [
     "Items",

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from qdit_jax.calibration.statistics import HALVES, Stats
 from qdit_jax.checkpoint import first_difference
@@ -24,16 +24,17 @@ State = dict[str, Any]
 
 
 def empty_state(settings: dict[str, Any]) -> State:
-    """Returns the state of a collection without a batch; `settings` say what it is of."""
+    """Returns the state of a collection before its first batch; `settings` identify it."""
     return {"settings": json.dumps(settings, sort_keys=True), "num_done": 0, "num_rows": {}}
 
 
 def observed(
-    rows: dict[str, Float[Any, "R K"]], hessians: str | None, num_tokens: int
+    rows: dict[str, Float[Array, "R K"]], hessians: str | None, num_tokens: int
 ) -> dict[str, Any]:
-    """Returns what one call adds, `<kind>/<layer>`: low, high, and what is asked for.
+    """Returns what one call adds to the statistics, by `<kind>/<layer>`.
 
-    `hessians` is a pattern of layer paths, whose `[K, K]` sums are then all in memory.
+    Kinds are `low` and `high`, and on request `tokens`, `hessians` and `num_rows`. `hessians` is a
+    pattern of layer paths, whose `[K, K]` sums are then all in memory.
     """
     found: dict[str, Any] = {}
     for path, x in rows.items():
@@ -52,7 +53,7 @@ def add_call(
 ) -> None:
     """Adds to `state` what `observed` found in one half at one step.
 
-    `call` counts the calls of that step so far; tokens of each have their own place.
+    `call` counts the calls of that step so far; the tokens of each call are appended.
 
     Raises:
         ValueError: if an input is not finite.
@@ -104,7 +105,7 @@ def stats_of(state: State) -> Stats:
     }
     first = next(iter(halves.values()))
 
-    def both(side: str, pick: Callable) -> dict[str, np.ndarray]:
+    def both(side: str, pick: Callable[[list[np.ndarray]], np.ndarray]) -> dict[str, np.ndarray]:
         return {p: pick([getattr(h, side)[p] for h in halves.values()]) for p in first.low}
 
     hessians = {
@@ -126,7 +127,7 @@ def read_state(path: PathLike, settings: dict[str, Any]) -> State:
     """Returns the unfinished collection at `path`, or an empty one if there is no such file.
 
     Raises:
-        UserError: if the file is unreadable, or was made with other settings.
+        UserError: if the file is unreadable, or was written with other settings.
     """
     state = empty_state(settings)
     if not as_path(path).exists():

@@ -29,7 +29,7 @@ def input_hessians(
     """
     found = dict(hessians)
 
-    def add(path: str, x: Any) -> None:
+    def add(path: str, x: Float[Array, "B *T K"]) -> None:
         if path not in found:
             return
         rows = x.astype(jnp.float32).reshape(x.shape[0], -1, x.shape[-1])

@@ -1,4 +1,4 @@
-"""Single inputs of a network, drawn from sampling trajectories, as calibration data of rounding.
+"""Inputs of single network calls from sampling trajectories, as calibration data for rounding.
 
 Dimensions: I items, B batch, S steps, M items of one trajectory, H, W, C one latent.
 """
@@ -6,13 +6,13 @@ Dimensions: I items, B batch, S steps, M items of one trajectory, H, W, C one la
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from qdit_jax import diffusion
 from qdit_jax.calibration.recording import default_sampler, model_inputs
@@ -23,11 +23,12 @@ from qdit_jax.quant import check_finite
 from qdit_jax.sampling import (
     check_diffusion_model,
     check_seed,
-    conditions_in_turn,
+    cyclic_conditions,
     denoiser,
     fitting_guidance,
     initial_noise,
 )
+from qdit_jax.types import Condition, Key, Scalar
 
 # `(sample numbers [B], S) -> steps [B, M]`: which iterations a trajectory's items come from.
 ChooseFn = Callable[[Int[np.ndarray, " B"], int], Int[np.ndarray, "B M"]]
@@ -35,19 +36,19 @@ ChooseFn = Callable[[Int[np.ndarray, " B"], int], Int[np.ndarray, "B M"]]
 
 # Names in files of earlier versions.
 EARLIER_NAMES = {"label": "condition"}
-UNCONDITIONAL = "unconditional"  # stands in a file in the place of the conditions
+UNCONDITIONAL = "unconditional"  # in a file in place of conditions
 
 
 class Items(NamedTuple):
     """Arguments of single calls of the network; `sample` is the trajectory each comes from.
 
-    `condition` is a pytree of arrays with I first: labels, or a dict by name; None where the network
-    takes none.
+    `condition` is a pytree of arrays with I as first axis: labels, or a dict by name; None if the
+    network takes none.
     """
 
     x: Float[np.ndarray, "I *shape"]
     timestep: Float[np.ndarray, " I"]
-    condition: Any
+    condition: Condition
     sample: Int[np.ndarray, " I"]
 
     def save(self, path: PathLike) -> None:
@@ -75,7 +76,7 @@ class Items(NamedTuple):
                 "`qdit calibrate CKPT FILE --collect spread`."
             ) from error
 
-    def taken(self, index: Any) -> tuple[Any, Any, Any]:
+    def taken(self, index: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray, Condition]:
         """Returns x, timestep and condition of the items `index`, a slice or numbers."""
         condition = jax.tree.map(lambda leaf: leaf[index], self.condition)
         return self.x[index], self.timestep[index], condition
@@ -114,7 +115,7 @@ def spread_steps(num_items: int = 4) -> ChooseFn:
 def authors_steps(seed: int) -> ChooseFn:
     """Returns the choice of the Q-DiT release: one step per sample, no step twice in a batch.
 
-    NumPy's legacy `RandomState(seed)` goes on from batch to batch.
+    One NumPy `RandomState(seed)` is used for all batches, one after another.
 
     Raises:
         ValueError: when called, if a batch has more samples than the sampler has steps.
@@ -134,16 +135,16 @@ def authors_steps(seed: int) -> ChooseFn:
 
 def collect_items(
     checkpoint: Checkpoint,
-    key: Any,
+    key: Key,
     num_samples: int = 32,
     *,
-    conditions: Any = None,
+    conditions: Condition = None,
     sampler: diffusion.Sampler | None = None,
-    guidance: Any = 1.5,
+    guidance: Scalar | None = 1.5,
     batch_size: int = 16,
     choose_fn: ChooseFn | None = None,
     null: bool = True,
-    progress_fn: Callable[[int], Any] | None = None,
+    progress_fn: Callable[[int], object] | None = None,
 ) -> Items:
     """Returns items of the full-precision sampler's trajectories, `num_samples` of them.
 
@@ -171,7 +172,7 @@ def collect_items(
     parts = []
     for start in range(0, num_samples, batch_size):
         index = np.arange(start, min(start + batch_size, num_samples))
-        condition = conditions_in_turn(model, conditions, index)
+        condition = cyclic_conditions(model, conditions, index)
         noise, keys = initial_noise(key, jnp.asarray(index, jnp.int32), model.sample_shape())
         parts.append(
             trajectory_items(denoise_fn, sampler, noise, condition, keys, index, choose_fn)
@@ -192,11 +193,11 @@ def joined(parts: Sequence[Items]) -> Items:
 
 
 def trajectory_items(
-    denoise_fn: Callable,
+    denoise_fn: Callable[..., Array],
     sampler: diffusion.Sampler,
-    noise: Any,
-    condition: Any,
-    keys: Any,
+    noise: Float[Array, "B ..."],
+    condition: Condition,
+    keys: Key | None,
     index: Int[np.ndarray, " B"],
     choose_fn: ChooseFn,
 ) -> Items:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
 
 from qdit_jax import diffusion
 from qdit_jax.calibration.collect import (
@@ -30,26 +30,27 @@ from qdit_jax.recipes import layer_paths
 from qdit_jax.sampling import (
     check_diffusion_model,
     checkpoint_sampler,
-    conditions_in_turn,
+    cyclic_conditions,
     denoiser,
     fitting_guidance,
     initial_noise,
 )
+from qdit_jax.types import AnyArray, Condition, Key, Params, Scalar
 
 
 def calibrate(
     checkpoint: Checkpoint,
-    key: Any,
+    key: Key,
     num_samples: int = 256,
     *,
-    conditions: Any = None,
+    conditions: Condition = None,
     sampler: diffusion.Sampler | None = None,
-    guidance: Any = 1.5,
+    guidance: Scalar | None = 1.5,
     batch_size: int = 16,
     hessians: str | None = None,
     num_tokens: int = 0,
     unfinished: PathLike | None = None,
-    progress_fn: Callable[[int], Any] | None = None,
+    progress_fn: Callable[[int], object] | None = None,
 ) -> Stats:
     """Returns the range of every linear layer's input, per channel, at every timestep sampled.
 
@@ -101,7 +102,7 @@ def calibrate(
     observe = partial(observe_call, params, model=model, hessians=hessians, num_tokens=num_tokens)
     for start in range(state["num_done"], num_samples, batch_size):
         index = np.arange(start, min(start + batch_size, num_samples))
-        condition = conditions_in_turn(model, conditions, index)
+        condition = cyclic_conditions(model, conditions, index)
         x, timestep = trajectory(denoise_fn, sampler, model, key, index, condition)
         halves = conditional_and_null(model, params, condition)
         state["timesteps"] = np.asarray(timestep)
@@ -118,7 +119,7 @@ def calibrate(
     return stats_of(state)
 
 
-def check_hessians(hessians: str, params: Any) -> None:
+def check_hessians(hessians: str, params: Params) -> None:
     """Raises `ValueError` if the pattern cannot be read or matches no layer."""
     check_pattern("hessians", hessians)
     paths = layer_paths(params)
@@ -133,7 +134,9 @@ def default_sampler(checkpoint: Checkpoint, num_steps: int = 50) -> diffusion.Sa
     return checkpoint_sampler(checkpoint, num_steps)
 
 
-def conditional_and_null(model: Any, params: Any, condition: Any) -> dict[str, Any]:
+def conditional_and_null(
+    model: nn.Module, params: Params, condition: Condition
+) -> dict[str, Condition]:
     """Returns the condition, and the null condition where the network has one, keyed by half (`"conditional"`, `"null"`)."""
     halves = {HALVES[0]: condition}
     if model.has_null:
@@ -142,13 +145,13 @@ def conditional_and_null(model: Any, params: Any, condition: Any) -> dict[str, A
 
 
 def trajectory(
-    denoise_fn: Callable,
+    denoise_fn: Callable[..., Array],
     sampler: diffusion.Sampler,
-    model: Any,
-    key: Any,
+    model: nn.Module,
+    key: Key,
     index: Int[np.ndarray, " B"],
-    condition: Any,
-) -> tuple[jax.Array, jax.Array]:
+    condition: Condition,
+) -> tuple[Array, AnyArray]:
     """Returns the network's inputs `[S, B, ...]` and timesteps `[S]` of samples `index`.
 
     Raises:
@@ -162,21 +165,21 @@ def trajectory(
     return x, timestep
 
 
-def model_inputs(step: diffusion.Step) -> tuple[Any, Any]:
+def model_inputs(step: diffusion.Step) -> tuple[Array, AnyArray]:
     return step.x, step.timestep
 
 
 @partial(jax.jit, static_argnames=("model", "hessians", "num_tokens"))
 def observe_call(
-    params: Any,
-    x: Any,
-    timestep: Any,
-    condition: Any,
+    params: Params,
+    x: Float[Array, "B ..."],
+    timestep: Float[Array, " B"],
+    condition: Condition,
     *,
-    model: Any,
+    model: nn.Module,
     hessians: str | None,
     num_tokens: int,
-) -> Any:
+) -> dict[str, AnyArray]:
     """Returns what `observed` finds in one call of the network."""
     rows = input_rows(lambda: model.apply({"params": params}, x, timestep, condition))
     return observed(rows, hessians, num_tokens)

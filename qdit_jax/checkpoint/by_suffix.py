@@ -1,4 +1,4 @@
-"""`load` and `save` of both forms: the suffix `.safetensors` means a single file, else a folder."""
+"""`load` and `save`: a path that ends in `.safetensors` is a single file, any other a folder."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def load(path: PathLike, *, sharding: Placement = None) -> Checkpoint:
 
     Args:
         sharding: of every array; or a function from an array's path (such as
-            `blocks_0/mlp/fc1/kernel/codes`) and shape to its sharding, see `split_over`; None is
-            the default device, uncommitted: they follow the arrays that they are used with.
+            `blocks_0/mlp/fc1/kernel/codes`) and shape to its sharding, see `split_over`; None is the
+            default device, uncommitted: the arrays follow those that they are used with.
 
     Raises:
-        UserError: if there is nothing, no checkpoint, one from a newer version or a damaged one, or
+        UserError: if nothing is there, or no checkpoint; if it is damaged or from a newer version; or
             if its parameters do not fit the network that it names.
     """
     path = as_path(path)

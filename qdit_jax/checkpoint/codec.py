@@ -6,16 +6,24 @@ A quantized leaf is a dataclass: its array fields become arrays, its static fiel
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from qdit_jax.checkpoint.deferred import DeferredArray
 from qdit_jax.quant import LEAVES, Leaf, formats, num_groups, packing
+from qdit_jax.types import AnyArray, Params
+
+# One sharding for all arrays, a function `(path, shape) -> sharding`, or None for no device yet.
+Placement: TypeAlias = (
+    jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None
+)
 
 
-def encode_params(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def encode_params(params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns nested dicts of arrays, and a manifest `{path: description}` of every leaf."""
     arrays, manifest = {}, {}
     for path, leaf in flatten_dict(params, sep="/").items():
@@ -31,7 +39,7 @@ def encode_params(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return unflatten_dict(arrays, sep="/"), manifest
 
 
-def decode_params(arrays: dict[str, Any], manifest: dict[str, Any]) -> Any:
+def decode_params(arrays: Params, manifest: Mapping[str, Any]) -> Params:
     """Returns the parameter tree that `encode_params` took apart."""
     flat = flatten_dict(arrays, sep="/")
     params = {}
@@ -60,11 +68,8 @@ def leaf_row(path: str, described: dict[str, Any]) -> Leaf:
     return LEAVES[described["type"]]
 
 
-def abstract_arrays(manifest: dict[str, Any], sharding: Any = None) -> dict[str, Any]:
-    """Returns the nested dicts of `encode_params` with shapes in place of arrays.
-
-    `sharding` is one for all, a function `(path, shape) -> sharding`, or None: on no device yet.
-    """
+def abstract_arrays(manifest: dict[str, Any], sharding: Placement = None) -> dict[str, Any]:
+    """Returns the nested dicts of `encode_params` with `jax.ShapeDtypeStruct`s in place of arrays."""
     flat = {}
     for path, described in manifest.items():
         fields = (
@@ -79,7 +84,7 @@ def abstract_arrays(manifest: dict[str, Any], sharding: Any = None) -> dict[str,
     return unflatten_dict(flat, sep="/")
 
 
-def abstract_params(manifest: dict[str, Any]) -> Any:
+def abstract_params(manifest: dict[str, Any]) -> Params:
     """Returns the parameter tree of a manifest with shapes in place of arrays, on no device."""
     return decode_params(abstract_arrays(manifest), manifest)
 
@@ -111,7 +116,7 @@ def check_packing(path: str, described: dict[str, Any]) -> None:
         if arrays[name]["shape"][-2:] != shape:
             raise ValueError(f"{path}/{name} is {arrays[name]['shape']}, its settings need {shape}")
     if width % blocks or codes["dtype"] != "uint8":
-        raise ValueError(f"{path} holds {codes['dtype']} codes and {blocks} scales a row")
+        raise ValueError(f"{path} holds {codes['dtype']} codes and {blocks} scales per row")
 
 
 def split_fields(leaf: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -126,7 +131,8 @@ def split_fields(leaf: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return held, static
 
 
-def to_json(value: Any) -> Any:
+def to_json(value: object) -> object:
+    """Returns a static field as a JSON value."""
     if hasattr(value, "to_json"):
         return value.to_json()
     if isinstance(value, formats.Format):
@@ -134,5 +140,5 @@ def to_json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def shape_and_dtype(array: Any) -> dict[str, Any]:
+def shape_and_dtype(array: AnyArray | jax.ShapeDtypeStruct | DeferredArray) -> dict[str, Any]:
     return {"shape": list(array.shape), "dtype": np.dtype(array.dtype).name}

@@ -11,18 +11,23 @@ import gc
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
+from numpy.typing import DTypeLike
 
 from qdit_jax.files import AnyPath
+from qdit_jax.types import AnyArray, Params
+
+Handler: TypeAlias = ocp.type_handlers.TypeHandler
+Info: TypeAlias = ocp.type_handlers.ParamInfo
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,7 +37,7 @@ class DeferredArray:
     NumPy and JAX functions accept it as an array.
 
     Attributes:
-        make: returns arrays by name; arrays that are made together share this object.
+        make: computes arrays by name; arrays that come from one computation share this object.
         name: which of them this one is.
         source: the checkpoint folder that it is read from, if it is.
     """
@@ -41,7 +46,7 @@ class DeferredArray:
     dtype: np.dtype
     make: Callable[[], Mapping[str, Any]]
     name: str
-    source: AnyPath = None
+    source: AnyPath | None = None
 
     @property
     def ndim(self) -> int:
@@ -58,20 +63,20 @@ class DeferredArray:
     def __jax_array__(self) -> jax.Array:
         return self.read()
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.make()[self.name], dtype)
 
 
-def on_device(array: Any) -> jax.Array:
-    """Returns `array` as JAX's; one of NumPy goes onto the default device, not committed to it."""
+def on_device(array: AnyArray) -> jax.Array:
+    """Returns `array` as a `jax.Array`; a NumPy array goes onto the default device, uncommitted."""
     return array if isinstance(array, jax.Array) else jax.device_put(array)
 
 
-def save_arrays(folder: Path, arrays: Any) -> None:
+def save_arrays(folder: Path, arrays: Params) -> None:
     """Writes nested dicts of arrays to the new folder `folder` (Orbax, one file per array).
 
-    Deferred arrays are made in the order of the dicts, those that share their `make` at once, and
-    let go as soon as they are written.
+    Deferred arrays are computed in the order of the dicts, neighbors that share a `make` at once,
+    and freed as soon as they are written.
     """
     flat = list(flatten_dict(arrays).values())
     order = [array for array in flat if isinstance(array, DeferredArray)]
@@ -112,30 +117,43 @@ class SynchronousHandler:
     No other thread keeps writing, so that nothing is pending after a failure.
     """
 
-    def __init__(self, handler: Any, order: Sequence[DeferredArray] = ()) -> None:
+    def __init__(self, handler: Handler, order: Sequence[DeferredArray] = ()) -> None:
         self._handler = handler
         self._turn = {array: turn for turn, array in enumerate(order)}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._handler, name)
 
-    async def serialize(self, values: Any, infos: Any, args: Any) -> list[Any]:
+    async def serialize(
+        self,
+        values: Sequence[AnyArray | DeferredArray],
+        infos: Sequence[Info],
+        args: Sequence[ocp.SaveArgs],
+    ) -> list[ocp.future.Future]:
         """Writes the arrays; there is no future to wait for. See Orbax's `TypeHandler`."""
         requests = list(zip(values, infos, args, strict=True))
-        deferred = [request for request in requests if isinstance(request[0], DeferredArray)]
-        if held := [request for request in requests if not isinstance(request[0], DeferredArray)]:
+        deferred = [(x, info, arg) for x, info, arg in requests if isinstance(x, DeferredArray)]
+        if held := [r for r in requests if not isinstance(r[0], DeferredArray)]:
             await self._write(*zip(*held, strict=True))
         deferred.sort(key=lambda request: self._turn[request[0]])
         for make, requested in groupby(deferred, key=lambda request: request[0].make):
             await self._write(*zip(*computed(make, requested), strict=True))
         return []
 
-    async def _write(self, values: Any, infos: Any, args: Any) -> None:
+    async def _write(
+        self,
+        values: Sequence[AnyArray],
+        infos: Sequence[Info],
+        args: Sequence[ocp.SaveArgs],
+    ) -> None:
         for future in await self._handler.serialize(values, infos, args):
             future.result()
 
 
-def computed(make: Callable[[], Mapping[str, Any]], requests: Any) -> list[tuple[Any, Any, Any]]:
-    """Returns requests `(array, info, args)` with what `make` makes for their deferred arrays."""
+def computed(
+    make: Callable[[], Mapping[str, Any]],
+    requests: Iterable[tuple[DeferredArray, Info, ocp.SaveArgs]],
+) -> list[tuple[jax.Array, Info, ocp.SaveArgs]]:
+    """Returns requests `(array, info, args)` with the arrays that `make` returns in place of deferred ones."""
     arrays = make()
     return [(on_device(arrays[array.name]), info, args) for array, info, args in requests]

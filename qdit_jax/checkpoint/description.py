@@ -1,4 +1,4 @@
-"""What a checkpoint is: a network, its parameters, and the JSON that describes both."""
+"""A checkpoint: a network, its parameters, and the JSON that describes both."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from qdit_jax.errors import UserError
 from qdit_jax.files import AnyPath
 from qdit_jax.models import TABLE, abstract_params, build_model, config_of, family_of
 from qdit_jax.recipes import Recipe
+from qdit_jax.types import Params
 
 FORMAT_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A network with its parameters, and how they came about.
+    """A network with its parameters, and where they come from.
 
     Attributes:
         model: a linen module made by `build_model`.
@@ -31,14 +32,14 @@ class Checkpoint:
     """
 
     model: nn.Module
-    params: Any
+    params: Params
     recipe: Recipe | None = None
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
     vae: Checkpoint | None = None
 
 
 def num_bytes(checkpoint: Checkpoint) -> int:
-    """Returns the bytes of all arrays, those of the autoencoder included; deferred ones are not made."""
+    """Returns the bytes of all arrays, the autoencoder's included; nothing deferred is computed."""
     own = sum(leaf.nbytes for leaf in jax.tree.leaves(checkpoint.params))
     return own + (0 if checkpoint.vae is None else num_bytes(checkpoint.vae))
 
@@ -55,12 +56,16 @@ def describe(checkpoint: Checkpoint, manifest: dict[str, Any]) -> dict[str, Any]
 
 
 def from_parts(
-    path: AnyPath, description: dict[str, Any], arrays: Any, recipe: Any, vae: Checkpoint | None
+    path: AnyPath,
+    description: dict[str, Any],
+    arrays: Params,
+    recipe: dict[str, Any] | None,
+    vae: Checkpoint | None,
 ) -> Checkpoint:
     """Returns the checkpoint of a description and its arrays; `recipe` as JSON or None.
 
     Raises:
-        UserError: if the arrays make no parameters, or `recipe` is none.
+        UserError: if the arrays do not fit the description, or `recipe` is not a recipe.
     """
     try:
         return Checkpoint(
@@ -94,7 +99,7 @@ def check_description(description: Any, where: str) -> dict[str, Any]:
 
 
 def check_network(where: str, description: dict[str, Any]) -> None:
-    """Raises `UserError` if a description names no known network, or not its parameters."""
+    """Raises `UserError` if a description names an unknown network, or other parameters than that network's."""
     try:
         model = build_model(description["family"], description["config"])
     except (ValueError, TypeError) as error:
@@ -118,5 +123,5 @@ def check_network(where: str, description: dict[str, Any]) -> None:
 
 
 def table_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Returns the shape of a label table once quantized: groups run along a row, so it is turned."""
+    """Returns the shape of a label table once quantized: it is transposed, for groups run along a row."""
     return shape[::-1] if path.endswith(TABLE) else None

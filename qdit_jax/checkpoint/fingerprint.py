@@ -1,8 +1,8 @@
-"""Fingerprints of everything that determines a result, so that no run resumes from another's results.
+"""Fingerprints of all that determines a result, so that no run resumes from another run's results.
 
 A resumable job describes its settings by `fingerprint`, keeps that beside what it has computed, and
-goes on only where every entry is the same. A value enters with all of its bytes: arrays whole, keys,
-samplers, networks with their configuration, functions with their code and what they close over.
+resumes only if every entry is the same. A value counts with its whole content: all bytes of
+arrays and keys, configurations of networks, code and closures of functions.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import numpy as np
 from flax import linen as nn
 
 # Takes bytes, as the `update` of a hash does.
-Update = Callable[[Any], None]
+Update = Callable[[bytes | memoryview], None]
 LENGTH = 16  # hexadecimal digits that are kept: 64 bits
 PLAIN: tuple[type, ...] = (bool, int, float, str, type(None))
 
 
-def fingerprint(**settings: Any) -> dict[str, Any]:
+def fingerprint(**settings: object) -> dict[str, Any]:
     """Returns the settings as JSON's values: plain ones as they are, everything else as a digest.
 
     Raises:
-        TypeError: if a value has no content that can be told, such as a generator.
+        TypeError: if a value's content cannot be read, such as a generator's.
     """
     return {
         name: value if isinstance(value, PLAIN) else digest(value)
@@ -36,7 +36,7 @@ def fingerprint(**settings: Any) -> dict[str, Any]:
     }
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """Returns a short digest of a value's whole content.
 
     Raises:
@@ -53,8 +53,8 @@ def first_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | 
     return next((name for name in names if saved.get(name) != now.get(name)), None)
 
 
-def feed(update: Update, value: Any) -> None:
-    """Passes a value's content to `update`, each part behind its kind so that none runs together."""
+def feed(update: Update, value: object) -> None:
+    """Passes a value's content to `update`, each part after its type and length."""
     if isinstance(value, PLAIN):
         update(f"{type(value).__name__}:{value!r};".encode())
     elif isinstance(value, bytes):
@@ -75,7 +75,7 @@ def feed(update: Update, value: Any) -> None:
         feed_object(update, value)
 
 
-def feed_array(update: Update, array: Any) -> None:
+def feed_array(update: Update, array: object) -> None:
     """Passes an array's dtype, shape and bytes; a PRNG key's data and kind."""
     if isinstance(array, jax.Array) and jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
         update(f"key {array.dtype}:".encode())
@@ -85,7 +85,7 @@ def feed_array(update: Update, array: Any) -> None:
     update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-def feed_object(update: Update, value: Any) -> None:
+def feed_object(update: Update, value: object) -> None:
     """Passes an object's class and fields, or a function's code and what it refers to."""
     kind = type(value)
     update(f"{kind.__module__}.{kind.__qualname__}:".encode())
@@ -158,7 +158,7 @@ def names_in(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
-def is_value(value: Any) -> bool:
+def is_value(value: object) -> bool:
     """Returns whether `value` is plain, an array, or tables and lists of such."""
     leaves = jax.tree.leaves(value, is_leaf=lambda leaf: leaf is None)
     return all(isinstance(x, (*PLAIN, bytes, np.ndarray, np.generic, jax.Array)) for x in leaves)

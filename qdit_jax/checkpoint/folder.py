@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from qdit_jax.checkpoint.codec import abstract_arrays, encode_params
+from qdit_jax.checkpoint.codec import Placement, abstract_arrays, encode_params
 from qdit_jax.checkpoint.deferred import DeferredArray, on_device, save_arrays
 from qdit_jax.checkpoint.description import (
     Checkpoint,
@@ -44,8 +44,7 @@ from qdit_jax.files import (
     read_once,
     replaced_folder,
 )
-
-Placement = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None
+from qdit_jax.types import Params
 
 
 def save_folder(path: PathLike, checkpoint: Checkpoint, *, overwrite: bool = False) -> None:
@@ -66,7 +65,7 @@ def save_folder(path: PathLike, checkpoint: Checkpoint, *, overwrite: bool = Fal
 def sources_of(checkpoint: Checkpoint) -> set[AnyPath]:
     """Returns the folders from which deferred arrays of a checkpoint are still to be read."""
     leaves = jax.tree.leaves(checkpoint.params)
-    found = {leaf.source for leaf in leaves if isinstance(leaf, DeferredArray)} - {None}
+    found = {x.source for x in leaves if isinstance(x, DeferredArray) and x.source is not None}
     return found if checkpoint.vae is None else found | sources_of(checkpoint.vae)
 
 
@@ -103,7 +102,7 @@ def load_folder(path: PathLike, *, sharding: Placement = None) -> Checkpoint:
     return from_parts(folder, description, arrays, read_recipe(folder), vae)
 
 
-def read_arrays(folder: AnyPath, params: Path, target: Any) -> Any:
+def read_arrays(folder: AnyPath, params: Path, target: Params) -> dict[str, Any]:
     """Returns the arrays in `params` that the nested dicts `target` describe, placed as they say.
 
     `folder` is the checkpoint that is named where something is wrong.
@@ -124,8 +123,8 @@ def read_arrays(folder: AnyPath, params: Path, target: Any) -> Any:
     return unflatten_dict(flat)
 
 
-def on_host_or_placed(leaf: jax.ShapeDtypeStruct) -> Any:
-    """Returns what tells Orbax to read an array to where it is placed, or else to the host.
+def on_host_or_placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct | np.ndarray:
+    """Returns the target that has Orbax read an array to its placement, or else to the host.
 
     Orbax commits what it places; an array with no place is put onto a device afterwards, so that it
     can follow others.
@@ -135,8 +134,10 @@ def on_host_or_placed(leaf: jax.ShapeDtypeStruct) -> Any:
     return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)  # holds one number
 
 
-def check_stored(folder: AnyPath, params: Path, target: Any) -> None:
-    """Raises `UserError` if `params` of the checkpoint `folder` stores other arrays than the nested dicts `target` describe.
+def check_stored(folder: AnyPath, params: Path, target: Params) -> None:
+    """Raises `UserError` if the folder `params` stores other arrays than the nested dicts `target` describe.
+
+    `folder` is the checkpoint, for the message.
 
     Orbax itself would convert another dtype without a word.
     """
@@ -194,7 +195,9 @@ def read_recipe(folder: AnyPath) -> dict[str, Any] | None:
         raise UserError(f"{file} is damaged: {error}; write the checkpoint again.") from error
 
 
-def split_over(mesh: jax.sharding.Mesh) -> Callable[[str, tuple[int, ...]], Any]:
+def split_over(
+    mesh: jax.sharding.Mesh,
+) -> Callable[[str, tuple[int, ...]], jax.sharding.NamedSharding]:
     """Returns the placement that cuts every array over all devices of `mesh`.
 
     The last axis that their number divides is cut; an array without one is copied to all.
@@ -230,6 +233,6 @@ def read_description(folder: AnyPath) -> dict[str, Any]:
 def quiet_orbax() -> None:
     """Keeps Orbax's notes about saving and sharding out of a command's output.
 
-    Its threads also log what they then raise, which the caller is told in a sentence.
+    Its threads also log what they raise, which the caller reports in one sentence anyway.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from functools import partial
-from typing import Any
+from typing import TypeVar, overload
 
 import jax
 import numpy as np
@@ -27,6 +27,8 @@ from qdit_jax.checkpoint.folder import (
 )
 from qdit_jax.checkpoint.single_file import load_safetensors
 from qdit_jax.files import AnyPath, PathLike, as_path, local_copy
+
+Tree = TypeVar("Tree")
 
 
 def open_checkpoint(path: PathLike) -> Checkpoint:
@@ -78,7 +80,15 @@ def read_array(folder: AnyPath, name: str) -> dict[str, np.ndarray]:
         raise damaged(folder, error) from error
 
 
-def materialized(tree: Any) -> Any:
+@overload
+def materialized(tree: Checkpoint) -> Checkpoint: ...
+
+
+@overload
+def materialized(tree: Tree) -> Tree: ...
+
+
+def materialized(tree: Checkpoint | Tree) -> Checkpoint | Tree:
     """Returns a pytree or a `Checkpoint` with its deferred arrays read."""
     if isinstance(tree, Checkpoint):
         vae = None if tree.vae is None else materialized(tree.vae)

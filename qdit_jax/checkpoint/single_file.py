@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from qdit_jax.checkpoint.codec import abstract_arrays, encode_params
+from qdit_jax.checkpoint.codec import Placement, abstract_arrays, encode_params
 from qdit_jax.checkpoint.description import (
     Checkpoint,
     check_description,
@@ -25,7 +25,7 @@ from qdit_jax.checkpoint.description import (
     from_parts,
     num_bytes,
 )
-from qdit_jax.checkpoint.folder import Placement, sources_of
+from qdit_jax.checkpoint.folder import sources_of
 from qdit_jax.errors import UserError
 from qdit_jax.files import (
     AnyPath,
@@ -75,8 +75,8 @@ def load_safetensors(path: PathLike, *, sharding: Placement = None) -> Checkpoin
     """Returns the checkpoint in the file `path`, its arrays placed as by `qdit_jax.load`.
 
     Raises:
-        UserError: if the file is absent, truncated, from a newer version, no exported checkpoint,
-            or if its arrays are not those that it names.
+        UserError: if the file is absent, truncated, from a newer version or not an exported
+            checkpoint, or if its arrays are not those that its metadata names.
     """
     path = as_path(path)
     if not path.is_file():
@@ -93,7 +93,7 @@ def load_safetensors(path: PathLike, *, sharding: Placement = None) -> Checkpoin
 
 
 def exported_parts(path: PathLike) -> dict[str, Any] | None:
-    """Returns what an exported file says of itself, or None if `path` is no exported checkpoint.
+    """Returns the metadata of an exported file, or None if `path` is not an exported checkpoint.
 
     Raises:
         UserError: if the file is an export, but damaged or from a newer version.
@@ -107,7 +107,7 @@ def exported_parts(path: PathLike) -> dict[str, Any] | None:
 
 
 def read_metadata(path: AnyPath, metadata: dict[str, str] | None) -> dict[str, Any]:
-    """Returns what the file says of itself; raises `UserError` if that cannot be used."""
+    """Returns the metadata of an exported file; raises `UserError` if it cannot be used."""
     if KEY not in (metadata or {}):
         raise UserError(
             f"{path} is a safetensors file, but no exported checkpoint; `qdit convert {path} OUT` "
@@ -127,7 +127,7 @@ def read_metadata(path: AnyPath, metadata: dict[str, str] | None) -> dict[str, A
 
 
 def build(
-    path: AnyPath, file: Any, description: dict[str, Any], prefix: str, sharding: Placement
+    path: AnyPath, file: safe_open, description: dict[str, Any], prefix: str, sharding: Placement
 ) -> Checkpoint:
     """Returns the checkpoint whose arrays stand under `prefix`, read one at a time."""
     model = check_description(description.get("model"), f"{path}, metadata")

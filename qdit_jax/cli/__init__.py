@@ -23,19 +23,19 @@ from qdit_jax.cli.output import json_on_stdout, set_up_logging
 
 __all__ = ["VERBS", "main"]
 
-# Verb -> what `qdit --help` says of it.
+# Verb -> its line in `qdit --help`.
 VERBS = {
-    "convert": "PyTorch weights to a checkpoint",
-    "inspect": "show what a checkpoint or a PyTorch file holds",
-    "calibrate": "record activation statistics",
+    "convert": "convert PyTorch weights to a checkpoint",
+    "inspect": "summarize a checkpoint or a PyTorch file",
+    "calibrate": "record statistics of activations",
     "search": "find the group size of every layer",
     "quantize": "quantize a checkpoint",
-    "methods": "list the ways to quantize",
-    "export": "write a checkpoint to one safetensors file, or read one back",
-    "sample": "make pictures",
-    "evaluate": "compare a quantized model with full precision; score samples",
+    "methods": "list the methods of qdit quantize",
+    "export": "convert a checkpoint folder to one safetensors file, or back",
+    "sample": "generate pictures",
+    "evaluate": "compare a quantized model with full precision, or score samples",
     "demo": "run every stage on the packaged model",
-    "completion": "print the shell's completion script",
+    "completion": "print a completion script for the shell",
 }
 DESCRIPTION = """\
 Diffusion transformers in 4 to 8 bits in JAX.
@@ -43,16 +43,17 @@ Diffusion transformers in 4 to 8 bits in JAX.
 From a PyTorch checkpoint to a quantized model and pictures:
 
   qdit convert DiT-XL-2-256x256.pt xl2        # PyTorch weights to a checkpoint folder
-  qdit inspect xl2                            # what is in it
+  qdit inspect xl2                            # its configuration and size
   qdit quantize xl2 xl2-w4a8 --recipe w4a8    # a smaller checkpoint
   qdit evaluate xl2-w4a8 --against xl2        # how much quality that cost
   qdit sample xl2-w4a8 --labels 207,360 --out grid.png
   qdit demo                                   # every stage, on the packaged model
 """
 EPILOG = """\
-Every verb has examples in `qdit VERB --help` and takes --json (one JSON object on stdout, all else
-on stderr), --quiet, --verbose and --debug (the traceback of a failure). Work that was interrupted
-resumes when the same command is run again: calibrate, search, sample, evaluate.
+`qdit VERB --help` has examples; its parentheses hold the defaults of options. Every verb takes
+--json (one JSON object on stdout, everything else on stderr), --quiet, --verbose and --debug (the
+traceback of a failure). After an interruption, the same command resumes: calibrate, search,
+sample, evaluate.
 """
 
 

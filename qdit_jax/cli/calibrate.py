@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from qdit_jax.cli.options import (
+    SubParsers,
     count,
     finite_float,
     pattern,
@@ -23,22 +24,23 @@ if TYPE_CHECKING:  # help is printed without them
 
 HELP = """\
 Record the range of every linear layer's input and of the attention operands, per channel, at every
-timestep of sampling, separately for labels and for the null class. Needs a full-precision checkpoint;
-writes OUT, an .npz of statistics from which static activation scales are computed. A stopped run
-resumes from OUT with the ending .unfinished.npz, which is removed at the end.
+timestep of sampling, separately for labels and for the null class. Needs a full-precision
+checkpoint. Writes OUT, an .npz of statistics for `qdit quantize --stats`, from which static
+activation scales are computed. A run that was stopped resumes from OUT's .unfinished.npz, which is
+removed at the end.
 
 examples:
   qdit calibrate xl2 stats.npz --num-samples 64 --steps 50
   qdit calibrate xl2 stats.npz --hessians 'blocks_0/.*' --tokens 8
   qdit calibrate xl2 items.npz --collect spread --num-samples 64    # for qdit quantize --items
 
---collect writes single inputs of the network in place of statistics: 4 steps of every trajectory,
-with its label and with the null class (spread), or one step of each and no null class, as the Q-DiT
-release draws them (authors).
+--collect writes inputs of the network instead of statistics, for methods that calibrate on them
+(GPTQ, AdaRound). `spread` takes 4 steps of every trajectory, with its label and with the null
+class; `authors` takes one step of each, without the null class, as Q-DiT's published code does.
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: SubParsers) -> None:
     """Adds the verb with its options."""
     parser = verb_parser(subparsers, "calibrate", HELP)
     parser.add_argument(
@@ -46,36 +48,40 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("out", metavar="OUT", type=path_option, help="the .npz file to write")
     add = parser.add_argument
-    add("--num-samples", type=positive_int, default=256, help="trajectories (%(default)s)")
+    add(
+        "--num-samples", type=positive_int, default=256, help="number of trajectories (%(default)s)"
+    )
     add("--batch-size", type=positive_int, default=16, help="trajectories at once (%(default)s)")
-    add("--steps", type=positive_int, default=50, help="steps of a trajectory (%(default)s)")
+    add("--steps", type=positive_int, default=50, help="steps per trajectory (%(default)s)")
     add(
         "--guidance",
         type=finite_float,
-        help="1 turns it off (1.5; 1 for models without null class)",
+        help="guidance scale; 1 turns it off (1.5; 1 for models without a null class)",
     )
-    add("--seed", type=seed_number, default=0, help="of the noise (%(default)s)")
+    add("--seed", type=seed_number, default=0, help="seed of the noise (%(default)s)")
     add(
         "--hessians",
         type=pattern,
         metavar="REGEX",
-        help="layers whose mean of x xT to keep, K x K each",
+        help="also store the mean of x x^T, [K, K], of the layers that match",
     )
     add(
         "--tokens",
         type=count,
         default=0,
-        help="inputs of each layer to keep per call (%(default)s)",
+        help="also store so many input rows per layer and network call (%(default)s)",
     )
     parser.add_argument(
-        "--collect", choices=("spread", "authors"), help="write single inputs, not statistics"
+        "--collect",
+        choices=("spread", "authors"),
+        help="write inputs of the network, not statistics",
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.set_defaults(run=run, resumes=lambda args: args.collect is None)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Writes statistics, or single inputs; returns what was written."""
+    """Writes statistics, or inputs of the network; returns what was written."""
     import qdit_jax as qdit
     from qdit_jax.cli.checkpoints import full_precision_checkpoint, guidance_of
     from qdit_jax.files import check_free
@@ -83,7 +89,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.out.suffix != ".npz":
         raise qdit.UserError(f"OUT {args.out} must end in .npz.")
     if args.collect and (args.hessians or args.tokens):
-        raise qdit.UserError("--hessians and --tokens belong to statistics; leave out --collect.")
+        raise qdit.UserError(
+            "--hessians and --tokens are options of statistics; leave out --collect."
+        )
     kind = "inputs" if args.collect else "statistics"
     check_free(args.out, args.force, kind, [args.checkpoint])
     checkpoint = full_precision_checkpoint(
@@ -108,7 +116,7 @@ def write_stats(
     hessians: str | None,
     num_tokens: int,
 ) -> dict[str, Any]:
-    """Writes statistics of the layers' inputs to `out`, which goes on where a run was stopped."""
+    """Writes statistics of the layers' inputs to `out`, resuming a run that was stopped."""
     import jax
 
     import qdit_jax as qdit
@@ -118,7 +126,7 @@ def write_stats(
     unfinished = out.with_suffix(".unfinished.npz")
     resumes = unfinished.exists()
     if resumes:
-        logging.getLogger("qdit_jax").info("going on from %s", unfinished)
+        logging.getLogger("qdit_jax").info("resuming from %s", unfinished)
     with Bar(settings.num_samples, "sample", "calibrating", resumes) as bar:
         stats = qdit.calibrate(
             checkpoint,
@@ -148,7 +156,7 @@ def write_stats(
 def write_items(
     out: AnyPath, checkpoint: Checkpoint, settings: CalibrationData, choice: str
 ) -> dict[str, Any]:
-    """Writes single inputs of the network to `out`, chosen as `--collect` says."""
+    """Writes inputs of the network to `out`, chosen as `--collect` says."""
     from qdit_jax.cli.progress import Bar
     from qdit_jax.methods import authors_items, spread_items
 

@@ -1,9 +1,8 @@
-"""Checkpoints as verbs take them: the right kind of network, or a sentence."""
+"""Checkpoints for verbs: loaded and checked, with an error of one sentence."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from qdit_jax.checkpoint import Checkpoint, load
 from qdit_jax.errors import UserError
@@ -12,7 +11,7 @@ from qdit_jax.sampling import DEFAULT_GUIDANCE, check_diffusion_model
 
 
 def diffusion_checkpoint(path: PathLike) -> Checkpoint:
-    """Returns the checkpoint at `path`; raises `ValueError` if it is no diffusion model."""
+    """Returns the checkpoint at `path`; raises `ValueError` if it is not a diffusion model."""
     checkpoint = load(path)
     check_diffusion_model(checkpoint.model, path)
     return checkpoint
@@ -36,34 +35,34 @@ def full_precision_checkpoint(path: PathLike, why: str) -> Checkpoint:
 def source_of(checkpoint: Checkpoint) -> str:
     """Returns what a checkpoint was quantized from, in words, if it says so."""
     source = checkpoint.metadata.get("quantized_from")
-    return f" (it was made from {source})" if source else ""
+    return f" (it was quantized from {source})" if source else ""
 
 
 def with_autoencoder(checkpoint: Checkpoint, path: PathLike | None) -> Checkpoint:
     """Returns the checkpoint with the autoencoder at `path`, if one is given.
 
     Raises:
-        UserError: if there is no autoencoder, or one of other latents.
+        UserError: if it is not an autoencoder, or its latents do not fit the model's.
     """
     if path is None:
         return checkpoint
     vae = load(path)
     if not hasattr(vae.model, "decode"):
         raise UserError(
-            f"--vae {path} holds no autoencoder but a {type(vae.model).__name__}; convert one "
+            f"--vae {path} is not an autoencoder but a {type(vae.model).__name__}; convert one "
             "with `qdit convert sd-vae-ft-mse/ vae`."
         )
-    made, taken = checkpoint.model.sample_shape()[-1], vae.model.latent_channels
-    if made != taken:
+    ours, taken = checkpoint.model.sample_shape()[-1], vae.model.latent_channels
+    if ours != taken:
         raise UserError(
-            f"--vae {path} decodes latents of {taken} channels and the model makes {made}; leave "
+            f"--vae {path} decodes latents of {taken} channels and the model has {ours}; leave "
             "--vae out, or give the autoencoder that the model was trained with."
         )
     return dataclasses.replace(checkpoint, vae=vae)
 
 
-def guidance_of(checkpoint: Checkpoint, given: float | None) -> Any:
-    """Returns the guidance to sample with: what was given, else the default that the model allows."""
+def guidance_of(checkpoint: Checkpoint, given: float | None) -> float:
+    """Returns the guidance that was given, else the model's default: 1 without a null class."""
     if given is not None:
         return given
     return DEFAULT_GUIDANCE if checkpoint.model.has_null else 1.0

@@ -7,8 +7,11 @@ import shlex
 from importlib import import_module
 from typing import Any
 
+from qdit_jax.cli.options import SubParsers, verb_parser
+
 HELP = """\
-Print a script that completes verbs, options and their choices; everything else is a file name.
+Print a script with which the shell completes verbs, options and their choices with TAB; everything
+else is completed as a file name.
 
 examples:
   source <(qdit completion bash)                      # in this shell; or in ~/.bashrc
@@ -35,12 +38,10 @@ complete -o default -F _qdit qdit
 ZSH = "autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashcompinit\n"
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: SubParsers) -> None:
     """Adds the verb."""
-    from qdit_jax.cli.options import verb_parser
-
     parser = verb_parser(subparsers, "completion", HELP)
-    parser.add_argument("shell", choices=("bash", "zsh"))
+    parser.add_argument("shell", choices=("bash", "zsh"), help="the shell that runs the script")
     parser.set_defaults(run=run, uses_jax=False)
 
 

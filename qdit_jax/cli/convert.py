@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qdit_jax.cli.options import finite_float, positive_int, verb_parser, whole_number
+from qdit_jax.cli.options import SubParsers, finite_float, positive_int, verb_parser, whole_number
 from qdit_jax.cli.paths import path_option
 
+if TYPE_CHECKING:  # help is printed without them
+    from qdit_jax.checkpoint import Checkpoint
+    from qdit_jax.cli.progress import Bar
+
+DESCRIPTION = """\
+Convert PyTorch weights to a checkpoint, a folder that every other verb reads. Networks: DiT, SiT,
+AutoencoderKL, a whole DiTPipeline, or the InceptionV3 of FID. PyTorch is not needed.
+"""
 EPILOG = """
 SRC may be
-  a file         .pt, .pth, .bin, .ckpt (read without torch; nothing in it is run) or .safetensors
+  a file         .pt, .pth, .bin, .ckpt (no code in it is run) or .safetensors
   an index       diffusion_pytorch_model.safetensors.index.json, with its shards beside it
   a folder       of diffusers: config.json and weights, fp16 variants included
-  a pipeline     a whole DiTPipeline folder; its VAE and scheduler settings come along
+  a pipeline     a DiTPipeline folder; its VAE and its scheduler's settings are converted too
 
-The family is told from the names of the tensors and printed. What no shape can tell is taken from
-the arguments that a training script saved, if it did, and otherwise asked for or said:
-  SiT has DiT's names     --family sit
-  the number of heads     known for the published sizes; otherwise --num-heads
-  a SiT's time            from 0 at the noise; of REPA's networks from 1: --noise-time 1
-  the scale of latents    in config.json beside an autoencoder; otherwise --scaling-factor
+The kind of network is recognized by the names of its tensors and printed. What the tensors do not
+tell is read from the training script's arguments, if the file has them, or from config.json. Where
+both are missing:
+  DiT or SiT              the tensors have the same names: --family sit for a SiT
+  attention heads         known for the published sizes; --num-heads for others
+  direction of SiT's time 0 is noise by default; for networks trained by REPA: --noise-time 1
+  scale of latents        of an autoencoder without config.json: --scaling-factor, --shift-factor
 
-A pipeline's scheduler_config.json is heeded: what the network predicts, betas, spacing, clipping.
-What is not understood in a file is refused by name and value.
+A pipeline's scheduler_config.json is followed: prediction type, betas, spacing, clipping. A setting
+that is not supported is an error that names it and its value.
 
 examples
   qdit convert DiT-XL-2-256x256.pt dit_xl2
@@ -36,12 +45,12 @@ examples
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: SubParsers) -> None:
     """Adds the verb `convert`."""
     parser = verb_parser(
         subparsers,
         "convert",
-        "Converts PyTorch weights (DiT, SiT, AutoencoderKL, a DiTPipeline) to a checkpoint.",
+        DESCRIPTION,
         epilog=textwrap.dedent(EPILOG),
     )
     parser.add_argument(
@@ -54,64 +63,68 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--weights",
         choices=("ema", "model"),
-        help="averaged or raw weights of a training file that holds both; default: ema if there",
+        help="which weights of a training checkpoint that holds both: ema (averaged) or model "
+        "(default: ema if there)",
     )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="of the parameters written; default: float32, which keeps every stored value exactly",
+        help="dtype of the parameters to write (float32, which keeps every stored value exactly)",
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.set_defaults(run=run)
 
 
 def add_network(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say of the network what its weights do not."""
+    """Adds the options for what the weights alone do not tell about the network."""
     parser.add_argument(
         "--family",
         choices=("dit", "sit", "vae", "inception"),
-        help="the network, where its names do not tell it (sit)",
+        help="the kind of network; needed for sit, whose tensors are named like dit's",
     )
     parser.add_argument(
-        "--model", metavar="NAME", help="a published size to check against, as DiT-XL/2"
+        "--model",
+        metavar="NAME",
+        help="the published size to expect, such as DiT-XL/2; another one is an error",
     )
     parser.add_argument(
         "--num-heads",
         type=positive_int,
         metavar="N",
-        help="attention heads, for sizes that are not published",
+        help="number of attention heads; needed for sizes that are not published",
     )
     parser.add_argument(
         "--num-classes",
         type=positive_int,
         metavar="N",
-        help="classes without the null class; by default the label table is taken to end with one",
+        help="number of classes without the null class (default: rows of the label table - 1)",
     )
     parser.add_argument(
         "--input-size",
         type=positive_int,
         nargs="+",
         metavar="N",
-        help="rows (and columns) of the latent, where the file does not say: 32 for 256 pixels",
+        help="rows, or rows and columns, of the latent if the file does not say: 32 for 256 pixels",
     )
     parser.add_argument(
         "--noise-time",
         type=whole_number(0, 1),
-        help="time that a SiT was trained to see at pure noise: 0 as SiT, 1 as REPA; default: what "
-        "the file says, else 0",
+        metavar="0|1",
+        help="the time at pure noise in a SiT's training: 0 in SiT's code, 1 in REPA's (default: "
+        "what the file says, else 0)",
     )
     for name, text in (("scaling", "scale"), ("shift", "shift")):
         parser.add_argument(
             f"--{name}-factor",
             type=finite_float,
             metavar="X",
-            help=f"{text} of an autoencoder's latents, in place of what its config.json says",
+            help=f"{text} of an autoencoder's latents (default: what its config.json says)",
         )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Converts, and says what was found and written."""
+    """Converts, and prints what was found and written."""
     from qdit_convert import convert
     from qdit_jax.errors import UserError
 
@@ -154,8 +167,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"out": args.out, **_facts(checkpoint)}
 
 
-def _facts(checkpoint: Any) -> dict[str, Any]:
-    """Returns what `--json` says of a converted network, its autoencoder included."""
+def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Returns what `--json` prints about a converted network, its autoencoder included."""
     import jax
 
     from qdit_jax.models import config_of, family_of
@@ -171,7 +184,7 @@ def _facts(checkpoint: Any) -> dict[str, Any]:
     return facts if checkpoint.vae is None else {**facts, "vae": _facts(checkpoint.vae)}
 
 
-def _summary(checkpoint: Any) -> str:
+def _summary(checkpoint: Checkpoint) -> str:
     """Returns one line on a converted network."""
     import jax
 
@@ -190,16 +203,16 @@ def _summary(checkpoint: Any) -> str:
 
 
 class _ProgressBar:
-    """A bar that counts the parameters read; it starts anew for a pipeline's next network."""
+    """A bar that counts the tensors read; a pipeline's next network has a new one."""
 
     def __init__(self) -> None:
-        self.bar: Any = None
+        self.bar: Bar | None = None
         self.family = ""
 
     def __enter__(self) -> _ProgressBar:
         return self
 
-    def advance(self, family: str, leaf: Any, total: int) -> None:
+    def advance(self, family: str, leaf: object, total: int) -> None:
         from qdit_jax.cli.progress import Bar
 
         if self.bar is None or family != self.family:

@@ -7,6 +7,7 @@ from typing import Any
 
 from qdit_jax.cli.numerics_option import add_numerics
 from qdit_jax.cli.options import (
+    SubParsers,
     finite_float,
     positive_int,
     refuse_inert,
@@ -18,33 +19,40 @@ from qdit_jax.cli.paths import path_option
 
 HELP = """\
 Run every stage on the small digit model inside the package: convert its PyTorch-layout weights,
-calibrate, quantize in several ways, sample the same noise and labels with each, compare.
+calibrate, quantize in several ways, sample from the same noise and labels with each, compare.
 
-Writes checkpoints, pictures.png, metrics.json and report.html (one file, nothing else needed) to
-the folder --out. Takes a few minutes on 2 cores; the second run is faster, compiled programs are kept.
+Writes checkpoints, pictures.png, metrics.json and report.html (self-contained) to the folder --out.
+Takes one to three minutes on 2 cores; a second run is faster, for compiled programs are cached.
 
 examples:
   qdit demo
   qdit demo --out runs/demo --num-samples 200
-  qdit demo --quick          # a minute: few samples and steps
+  qdit demo --quick          # half a minute: few samples and steps
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: SubParsers) -> None:
     """Adds the verb with its options."""
     parser = verb_parser(subparsers, "demo", HELP)
-    parser.add_argument("--out", type=path_option, default="qdit-demo", help="folder (%(default)s)")
+    parser.add_argument(
+        "--out", type=path_option, default="qdit-demo", help="folder to write (%(default)s)"
+    )
     add = parser.add_argument
     add(
         "--num-samples",
         type=whole_number(10),
         default=100,
-        help="with every setting, 10 or more: one of each digit (%(default)s)",
+        help="samples per quantization setting, 10 or more: one of each digit (%(default)s)",
     )
     add("--steps", type=positive_int, default=50, help="DDIM steps (%(default)s)")
-    add("--guidance", type=finite_float, default=1.5, help="1 turns it off (%(default)s)")
-    add("--seed", type=seed_number, default=0, help="of the noise (%(default)s)")
-    add_numerics(add, "simulated", "of quantized layers, as in qdit sample (%(default)s)")
+    add(
+        "--guidance",
+        type=finite_float,
+        default=1.5,
+        help="guidance scale; 1 turns it off (%(default)s)",
+    )
+    add("--seed", type=seed_number, default=0, help="seed of the noise (%(default)s)")
+    add_numerics(add, "simulated", "arithmetic of quantized layers, see qdit sample (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="20 samples, 10 steps, 4 settings")
     parser.set_defaults(run=run)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from qdit_jax.cli.numerics_option import add_numerics
 from qdit_jax.cli.options import (
+    AddArgument,
+    SubParsers,
     count,
     positive_int,
     refuse_inert,
@@ -19,15 +21,17 @@ from qdit_jax.cli.paths import path_option
 from qdit_jax.cli.process import Process, add_process
 from qdit_jax.errors import UserError
 
+Value = TypeVar("Value")
+
 HELP = """\
-Sample a checkpoint, hold it against another sample by sample, and score it against a reference;
-or score ready-made samples, any generator's.
+Sample a checkpoint, compare it sample by sample with another one (--against), and score it against
+a reference (--reference); or score ready-made samples of any generator (--samples).
 
-Of checkpoints, the folder --out gets report.html (one file), metrics.json, pictures.png and
+For a checkpoint, the folder --out gets report.html (self-contained), metrics.json, pictures.png and
 samples.npz (arr_0, uint8 [N, H, W, C], which other evaluators read). Finished batches are kept
-there: the same command after a kill goes on where it was.
+there: after an interruption, the same command resumes.
 
-References are .npz archives as evaluators share them: arr_0 with images, or mu and sigma (and
+A reference is an .npz in the form of OpenAI's evaluator: arr_0 with images, or mu and sigma (and
 mu_s, sigma_s), or both; `demo` is the packaged one of digits.
 
 examples:
@@ -58,82 +62,98 @@ OF_SCORES = {
 FILE_BATCH = 64
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: SubParsers) -> None:
     """Adds the verb with its options."""
     parser = verb_parser(subparsers, "evaluate", HELP)
     parser.add_argument(
-        "checkpoint", metavar="CKPT", type=path_option, nargs="?", help="what to sample"
+        "checkpoint", metavar="CKPT", type=path_option, nargs="?", help="the checkpoint to sample"
     )
-    add_checkpoint_options(parser.add_argument_group("of checkpoints").add_argument)
-    files = parser.add_argument_group("of ready-made files").add_argument
-    files("--samples", type=path_option, help="images to score, .npz with arr_0, in place of CKPT")
+    add_checkpoint_options(parser.add_argument_group("options of checkpoints").add_argument)
+    files = parser.add_argument_group("options of ready-made files").add_argument
     files(
-        "--pictures", type=path_option, help="write samples and reference images side by side, .png"
+        "--samples", type=path_option, help="images to score instead of a CKPT: an .npz with arr_0"
     )
-    add_score_options(parser.add_argument_group("of both").add_argument)
+    files(
+        "--pictures",
+        type=path_option,
+        help="write a .png with samples and reference images side by side",
+    )
+    add_score_options(parser.add_argument_group("options of both").add_argument)
     parser.set_defaults(run=run, resumes=lambda args: args.checkpoint is not None)
 
 
-def add_checkpoint_options(add: Any) -> None:
+def add_checkpoint_options(add: AddArgument) -> None:
     add(
         "--against",
         metavar="REF",
         type=path_option,
-        help="the checkpoint to compare with, sample by sample",
+        help="the checkpoint to compare with, mostly the full-precision one",
     )
     add(
         "--compare",
         metavar="OTHER",
         type=path_option,
-        help="a second one, tested against CKPT in pairs",
+        help="a second quantized checkpoint: a paired test of whether it or CKPT is closer to REF",
     )
-    add("--num-samples", type=whole_number(2), help="how many, of all classes in turn (100)")
+    add(
+        "--num-samples",
+        type=whole_number(2),
+        help="number of samples, cycling through the classes (100)",
+    )
     add_process(add)
-    add_numerics(add, None, "of quantized layers, as in qdit sample (simulated)")
-    add("--vae", type=path_option, help="the autoencoder, for checkpoints that hold none")
+    add_numerics(add, None, "arithmetic of quantized layers, see qdit sample (simulated)")
+    add("--vae", type=path_option, help="a converted autoencoder, for checkpoints without one")
     add(
         "--range-samples",
         type=count,
-        help="trajectories for the histograms of ranges, 0 for none (4)",
+        help="trajectories from which the report draws ranges of activations, 0 for none (4)",
     )
 
 
-def add_score_options(add: Any) -> None:
-    add("--reference", help="reference .npz, or `demo` for the packaged statistics")
+def add_score_options(add: AddArgument) -> None:
+    add(
+        "--reference",
+        help="the reference: an .npz, or `demo` for the packaged statistics of digits",
+    )
     add(
         "--features",
         nargs="+",
         default=OF_SCORES["features"],
         metavar=("demo|inception", "CKPT"),
-        help="`demo` (digits, the default), or `inception` and a converted checkpoint",
+        help="the feature network: `demo` (of digits, the default), or `inception` and its "
+        "converted checkpoint",
     )
     add(
         "--preprocessing",
         choices=("published", "port"),
         default="published",
-        help="of Inception's input: as the published evaluator, or as its PyTorch port",
+        help="how Inception's input is prepared: as the published TensorFlow graph does, or as its "
+        "common PyTorch port does (%(default)s)",
     )
-    add("--out", type=path_option, help="of checkpoints: the folder of results (qdit-evaluate); of files: metrics.json")  # fmt: skip
+    add("--out", type=path_option, help="of a checkpoint: folder to write (qdit-evaluate); of files: .json")  # fmt: skip
     add(
         "--batch-size",
         type=positive_int,
-        help="images at once (files 64; sampling 16 per device, 4 on CPU)",
+        help="images per batch (scoring 64; sampling 16 per device, 4 on CPU)",
     )
     add(
         "--min-samples",
         type=whole_number(2),
-        help="score this few samples too (default: one more than the network has features)",
+        help="the fewest samples to score (default: one more than the network has features)",
     )
     add(
-        "--split-size", type=positive_int, default=5000, help="of the Inception Score (%(default)s)"
+        "--split-size",
+        type=positive_int,
+        default=5000,
+        help="samples per split of the Inception Score (%(default)s)",
     )
     add(
         "--kernel-samples",
         type=positive_int,
         default=10_000,
-        help="of each set for KID (%(default)s)",
+        help="the most samples of each set for KID (%(default)s)",
     )
-    add("--seed", type=seed_number, default=0, help="of noise and of subsets (%(default)s)")
+    add("--seed", type=seed_number, default=0, help="seed of noise and of subsets (%(default)s)")
     add("--force", action="store_true", help="replace the results of another evaluation")
 
 
@@ -177,13 +197,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return evaluate_models(comparison, scoring, out=args.out, force=args.force)
 
 
-def given(value: Any, default: Any) -> Any:
-    """Returns an option's value, its default where it was not given."""
+def given(value: Value | None, default: Value) -> Value:
+    """Returns an option's value, or its default if it was not given."""
     return default if value is None else value
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raises `UserError` if options do not fit together, before anything heavy is imported."""
+    """Raises `UserError` if options contradict each other, before anything heavy is imported."""
     of_files = options["checkpoint"] is None
     if of_files == (options["samples"] is None):
         raise UserError("give a checkpoint to sample, or --samples FILE with ready-made images.")
@@ -195,7 +215,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         reason = "it is of Inception's input: --features inception"
         refuse_inert(options, {"preprocessing": "published"}, reason)
     if options["compare"] is not None and options["against"] is None:
-        raise UserError("--compare OTHER needs --against REF: both are held against it.")
+        raise UserError("--compare OTHER needs --against REF: both are compared with it.")
     if options["reference"] is not None:
         return
     if of_files:

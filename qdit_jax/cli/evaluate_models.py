@@ -43,7 +43,7 @@ from qdit_jax.files import (
 from qdit_jax.report import save_picture
 from qdit_jax.sampling import (
     check_numerics,
-    conditions_in_turn,
+    cyclic_conditions,
     denoiser,
     num_guided_channels,
 )
@@ -86,7 +86,7 @@ class Comparison:
         """
         process, first = self.process, contenders[0].checkpoint
         channels = num_guided_channels(first.model, process.channels)
-        for contender in contenders:  # what guidance does not fit, before the folder is made
+        for contender in contenders:  # checked before the folder is created
             denoiser(contender.checkpoint.model, {}, process.guidance, channels)
         sampler = process.sampler_of(first)
         record = {
@@ -157,13 +157,11 @@ def measured(
 ) -> tuple[Run, list[AnyPath], dict[str, Any]]:
     """Returns the samples' measures, the files of samples in the folder `out`, and their scores."""
     if (out / "shards").exists():
-        logging.getLogger("qdit_jax").info("going on from %s", out)
+        logging.getLogger("qdit_jax").info("resuming from %s", out)
     with Bar(protocol.num_samples, "sample", "sampling", resumes=True) as bar:
         run = run_evaluation(contenders, protocol, out, bar.update)
     model = contenders[0].checkpoint.model
-    files = merged(
-        run, contenders, conditions_in_turn(model, None, np.arange(protocol.num_samples))
-    )
+    files = merged(run, contenders, cyclic_conditions(model, None, np.arange(protocol.num_samples)))
     if judge is None:
         return run, files, {}
     found = judge.scores(files, watched)
@@ -212,7 +210,7 @@ def decodes(checkpoint: Checkpoint) -> bool:
     return checkpoint.vae is not None or checkpoint.model.sample_shape()[-1] in (1, 3)
 
 
-def merged(run: Run, contenders: list[Contender], label: Any) -> list[AnyPath]:
+def merged(run: Run, contenders: list[Contender], label: Condition) -> list[AnyPath]:
     """Writes the samples of each contender and returns the files, in their order.
 
     `samples.npz` is the checkpoint under evaluation.
@@ -233,7 +231,7 @@ def merged(run: Run, contenders: list[Contender], label: Any) -> list[AnyPath]:
 def range_stats(
     checkpoint: Checkpoint, protocol: Protocol, num_samples: int, folder: AnyPath
 ) -> Stats | None:
-    """Returns the ranges of a model's inputs, kept in `folder` for the next time; None of 0 samples."""
+    """Returns the ranges of a model's inputs, cached in `folder`; None for 0 samples."""
     if num_samples == 0:
         return None
     file, count = folder / "ranges.npz", min(num_samples, protocol.num_samples)
@@ -274,7 +272,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         print(
             f"{model['title']}: {model['numerics']}, {model['bytes']:,} bytes "
             f"({first['bytes'] / model['bytes']:.2f}x smaller), "
-            f"{model['seconds_per_sample']:.3g} s a sample{timed}"
+            f"{model['seconds_per_sample']:.3g} s per sample{timed}"
         )
     for title, measures in summary["paired"].items():
         print(

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from qdit_jax.cli.options import verb_parser
+from qdit_jax.cli.options import SubParsers, verb_parser
 from qdit_jax.cli.paths import path_option
 
 HELP = """\
-Write a checkpoint, quantized or not, to one safetensors file, or make a folder of such a file.
+Write a checkpoint, quantized or not, as one .safetensors file; or write such a file as a checkpoint
+folder again. SRC or OUT, whichever ends in .safetensors, is the file; the other one is the folder.
 
-The arrays stay as they are: packed codes, scales and zero points, bit for bit, uncompressed. The
-network's configuration, the recipe and the autoencoder travel along. Which way is decided by the
-name that ends with .safetensors. Wherever a checkpoint is read, such a file will do as well.
+Nothing is lost either way: the file holds the packed codes, scales and zero points bit for bit, the
+network's configuration, the recipe and the autoencoder. Every verb that reads a checkpoint folder
+reads such a file too.
 
 examples:
   qdit export xl2-w4a8 xl2-w4a8.safetensors     # folder to file
@@ -22,13 +23,21 @@ examples:
 SUFFIX = ".safetensors"
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: SubParsers) -> None:
     """Adds the verb with its options."""
     parser = verb_parser(subparsers, "export", HELP)
     parser.add_argument(
-        "source", metavar="SRC", type=path_option, help="checkpoint folder, or the file"
+        "source",
+        metavar="SRC",
+        type=path_option,
+        help="the checkpoint folder or .safetensors file to read",
     )
-    parser.add_argument("out", metavar="OUT", type=path_option, help="file to write, or the folder")
+    parser.add_argument(
+        "out",
+        metavar="OUT",
+        type=path_option,
+        help="the .safetensors file or checkpoint folder to write",
+    )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.set_defaults(run=run)
 
@@ -41,7 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     if (args.source.suffix == SUFFIX) == (args.out.suffix == SUFFIX):
         raise UserError(
-            f"{args.source} and {args.out}: one of both must be a {SUFFIX} file, the other a "
+            f"{args.source} and {args.out}: one of them must be a {SUFFIX} file, the other a "
             "checkpoint folder."
         )
     kind = "export" if args.out.suffix == SUFFIX else "checkpoint"

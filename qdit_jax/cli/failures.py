@@ -9,7 +9,6 @@ import re
 import shlex
 import sys
 import traceback
-from typing import Any
 
 from qdit_jax.cli.options import option_names
 from qdit_jax.errors import UserError
@@ -53,7 +52,7 @@ def sentence(error: BaseException, args: argparse.Namespace) -> tuple[str, int]:
     """Returns the line to print and the exit status."""
     if isinstance(error, KeyboardInterrupt):
         resumes = getattr(args, "resumes", lambda args: False)(args)
-        more = "; run the same command again to go on" if resumes else ""
+        more = "; run the same command again to resume" if resumes else ""
         return f"interrupted{more}", INTERRUPTED
     if is_refusal(error):
         return f"error: {in_option_words(str(error), args)}", REFUSED
@@ -110,7 +109,7 @@ def in_option_words(text: str, args: argparse.Namespace) -> str:
     return KEYWORD.sub(replaced, text)
 
 
-def is_value(text: str, value: Any) -> bool:
+def is_value(text: str, value: object) -> bool:
     """Returns whether `text` of a message shows an option's value, or one of a list's."""
     if isinstance(value, list | tuple):
         return any(is_value(text, entry) for entry in value)

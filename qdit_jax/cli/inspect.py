@@ -6,16 +6,18 @@ import argparse
 import json
 from typing import Any
 
-from qdit_jax.cli.options import finite_float, positive_int, seed_number, verb_parser
+from qdit_jax.cli.options import SubParsers, finite_float, positive_int, seed_number, verb_parser
 from qdit_jax.cli.paths import path_option
 from qdit_jax.files import AnyPath, as_path
 
 HELP = """\
-Show what a checkpoint folder holds, or what `qdit convert` would make of a PyTorch file.
+Print a summary. Of a checkpoint (folder or exported file): the network's configuration, parameters,
+bytes and dtypes of each part, the recipe. Of a PyTorch file: what `qdit convert` would write.
 
-With --stats, sample a few pictures and draw what decides how the model should be quantized: the
-spread of weights and inputs over channels, outlier channels, ranges over the timesteps. The folder
---out gets report.html (one file), the charts as PNG, and the figures in stats.json.
+With --stats, sample a few pictures with the checkpoint and write a report on what matters for
+quantization: the spread of weights and activations over channels, outlier channels, and ranges over
+the timesteps. The folder --out gets report.html (self-contained), the charts as PNG, and the
+numbers in stats.json.
 
 examples:
   qdit inspect xl2-w4a8
@@ -28,26 +30,37 @@ examples:
 STATS = {"num_samples": 4, "steps": 10, "guidance": None, "seed": 0, "batch_size": 4, "out": None}
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: SubParsers) -> None:
     """Adds the verb with its options."""
     parser = verb_parser(subparsers, "inspect", HELP)
     parser.add_argument(
-        "path", metavar="PATH", type=path_option, help="a checkpoint folder or a file"
+        "path",
+        metavar="PATH",
+        type=path_option,
+        help="a checkpoint folder, an exported .safetensors file, or PyTorch weights",
     )
-    parser.add_argument("--stats", action="store_true", help="draw weights and activations")
-    add = parser.add_argument_group("of --stats").add_argument
-    add("--out", type=path_option, help="folder of the results (PATH-stats, here)")
-    add("--num-samples", type=positive_int, help="trajectories (4)")
-    add("--steps", type=positive_int, help="of each (10)")
-    add("--guidance", type=finite_float, help="1 turns it off (1.5; 1 without null class)")
-    add("--batch-size", type=positive_int, help="samples at once (4)")
-    add("--seed", type=seed_number, help="of the noise (0)")
-    add("--force", action="store_true", help="replace the results of an earlier --stats")
+    parser.add_argument(
+        "--stats",
+        action="store_true",
+        help="sample, and write a report on weights and activations (checkpoint folders only)",
+    )
+    add = parser.add_argument_group("options of --stats").add_argument
+    add("--out", type=path_option, help="folder to write (PATH-stats in the current folder)")
+    add("--num-samples", type=positive_int, help="number of samples (4)")
+    add("--steps", type=positive_int, help="sampling steps (10)")
+    add(
+        "--guidance",
+        type=finite_float,
+        help="guidance scale; 1 turns it off (1.5; 1 for models without a null class)",
+    )
+    add("--batch-size", type=positive_int, help="samples per batch (4)")
+    add("--seed", type=seed_number, help="seed of the noise (0)")
+    add("--force", action="store_true", help="replace the report of an earlier run")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints what there is, or draws it; returns the same as values."""
+    """Prints the summary, or writes the report; returns the same as values."""
     from qdit_jax.checkpoint import exported_parts
     from qdit_jax.errors import UserError
 
@@ -55,7 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.stats:
         if not is_checkpoint and args.path.exists():
             raise UserError(
-                f"{args.path} is no checkpoint folder; --stats runs the model, so make one with "
+                f"{args.path} is not a checkpoint folder; --stats runs the model: first "
                 f"`qdit convert {args.path} OUT` first."
             )
         chosen = {name: getattr(args, name) for name in STATS if getattr(args, name) is not None}
@@ -101,7 +114,7 @@ def draw_stats(
     batch_size: int,
     force: bool,
 ) -> dict[str, Any]:
-    """Samples a little, draws, prints the layers that stand out, and returns the figures.
+    """Samples, writes the report, prints each layer's spread, and returns the numbers.
 
     Raises:
         UserError: if there is no checkpoint of a diffusion transformer, or `out` is taken.
@@ -189,9 +202,9 @@ def summarize(path: str, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def implementations(manifest: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """Returns, for all numerics that fit, how many quantized layers each implementation computes.
+    """Returns how many quantized layers each implementation computes, by numerics.
 
-    It is that of JAX's default platform here, for one row; empty in full precision.
+    Counted for JAX's default platform and one row of input; empty in full precision.
     """
     from qdit_jax.checkpoint import abstract_params
     from qdit_jax.kernels import NUMERICS, implementations_used
@@ -221,7 +234,7 @@ def itemsize(dtype: str) -> int:
     return np.dtype(dtype).itemsize
 
 
-def print_tree(value: Any, indent: str = "") -> None:
+def print_tree(value: dict[str, Any], indent: str = "") -> None:
     """Prints nested dicts as indented lines; long lists and rules on one line each."""
     for key, entry in value.items():
         if isinstance(entry, dict) and entry:

@@ -1,4 +1,4 @@
-"""`qdit methods`: the ways to quantize, and what each needs and costs."""
+"""`qdit methods`: the methods of quantization, what each needs and what it costs."""
 
 from __future__ import annotations
 
@@ -6,32 +6,33 @@ import argparse
 import textwrap
 from typing import Any
 
-from qdit_jax.cli.options import verb_parser
+from qdit_jax.cli.options import SubParsers, verb_parser
 
 HELP = """\
-List the methods of `qdit quantize --method NAME`: the idea in a sentence, the paper, what is
-calibrated, and what the quantized model costs when it runs.
+List the methods that `qdit quantize --method NAME` offers. For each: its idea in a sentence, its
+paper, the calibration data that it needs (an option of `qdit quantize`), and what it adds to the
+model's run time.
 
 examples:
   qdit methods
   qdit methods --json
 """
 
-# What a method may need, in words.
+# The calibration data that a method may need, in words.
 DATA = {
-    "items": "inputs of the network, sampled along trajectories (--items)",
-    "stats": "ranges of the layers' inputs over timesteps (--stats)",
+    "items": "inputs of the network, recorded while sampling (--items)",
+    "stats": "ranges of the layers' inputs at every timestep (--stats)",
 }
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: SubParsers) -> None:
     """Adds the verb."""
     parser = verb_parser(subparsers, "methods", HELP)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints every method of the table, and returns them by name."""
+    """Prints every method of the table, and returns them."""
     from qdit_jax.methods import METHODS, method_named
 
     described = [method_named(name).to_json() for name in METHODS]
@@ -44,7 +45,7 @@ def entry(method: dict[str, Any]) -> str:
     lines = {
         "": method["idea"],
         "paper:": method["paper"] or "none",
-        "calibrates on:": ", ".join(DATA.get(n, n) for n in method["needs"]) or "nothing",
+        "calibration data:": ", ".join(DATA.get(n, n) for n in method["needs"]) or "nothing",
         "at run time:": method["runtime_cost"],
     }
     wrapped = (

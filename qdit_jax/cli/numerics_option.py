@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import Any
+
+from qdit_jax.cli.options import AddArgument
 
 CHOICES = ("simulated", "integer")
 
 
-def add_numerics(add: Any, default: str | None, help_text: str) -> None:
+def add_numerics(add: AddArgument, default: str | None, help_text: str) -> None:
     """Adds `--numerics` by `add`, a parser's or group's `add_argument`, and its earlier name."""
     add("--numerics", choices=CHOICES, default=default, help=help_text)
     add(
@@ -23,8 +26,14 @@ def add_numerics(add: Any, default: str | None, help_text: str) -> None:
 
 
 class EarlierName(argparse.Action):
-    """Stores the value and says what the option is called now; to go with the next release."""
+    """Stores the value and says what the option is called now; removed in the next release."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
         print(f"qdit: note: {option_string} is called --numerics now.", file=sys.stderr)
         setattr(namespace, self.dest, values)

@@ -1,4 +1,4 @@
-"""Options that verbs share: their parser, and the types that refuse a bad value by its option."""
+"""What verbs share: their parser, and option types whose error messages name the option."""
 
 from __future__ import annotations
 
@@ -6,18 +6,25 @@ import argparse
 import math
 import platform
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from qdit_jax.errors import UserError
 
-# More samples, steps or tries than these are a slip of the finger, not a plan.
+if TYPE_CHECKING:
+    SubParsers: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
+else:  # it takes no parameter when it runs
+    SubParsers = argparse._SubParsersAction
+# The `add_argument` of a parser or of a group.
+AddArgument: TypeAlias = Callable[..., argparse.Action]
+
+# More samples, steps or tries than these are taken for a typing error.
 LARGEST_COUNT = 10_000_000
 PATTERN_EXAMPLE = r"'blocks_\d+/mlp/.*'"
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are a `UserError` of one sentence, like all others."""
+    """A parser whose errors are a `UserError` of one sentence, like all others."""
 
     def error(self, message: str) -> NoReturn:
         """Raises `UserError` with the option's name first and where to read more."""
@@ -28,12 +35,12 @@ class Parser(argparse.ArgumentParser):
 class VersionAction(argparse.Action):
     """Prints the versions of the package, JAX and Python, and exits."""
 
-    def __init__(self, option_strings: Any, dest: str, **_: Any) -> None:
+    def __init__(self, option_strings: Sequence[str], dest: str, **_: object) -> None:
         super().__init__(
             option_strings, argparse.SUPPRESS, nargs=0, help="print versions, and exit"
         )
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         print(version_text())
         parser.exit()
 
@@ -51,10 +58,12 @@ def version_text() -> str:
     return f"qdit_jax {__version__}, jax {jax}, python {platform.python_version()}"
 
 
-def verb_parser(subparsers: Any, name: str, description: str, **options: Any) -> Any:
+def verb_parser(
+    subparsers: SubParsers, name: str, description: str, *, epilog: str | None = None
+) -> argparse.ArgumentParser:
     """Returns the parser of a verb with the options that every verb has.
 
-    `options` are those of `argparse.ArgumentParser`; the text is shown as it is written.
+    Description and epilog are shown as they are written, without wrapping.
     """
     from qdit_jax.cli import VERBS
 
@@ -63,14 +72,20 @@ def verb_parser(subparsers: Any, name: str, description: str, **options: Any) ->
         help=VERBS.get(name),
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        **options,
+        epilog=epilog,
     )
-    group = parser.add_argument_group("of every verb")
+    group = parser.add_argument_group("options of every verb")
     add = group.add_argument
-    add("--json", action="store_true", help="one JSON object on stdout, all else on stderr")
+    add(
+        "--json",
+        action="store_true",
+        help="print one JSON object to stdout, everything else to stderr",
+    )
     volume = group.add_mutually_exclusive_group()
-    volume.add_argument("--quiet", action="store_true", help="no progress, no notes")
-    volume.add_argument("--verbose", action="store_true", help="what other libraries say as well")
+    volume.add_argument("--quiet", action="store_true", help="show no progress and no notes")
+    volume.add_argument(
+        "--verbose", action="store_true", help="also show the log messages of other libraries"
+    )
     add("--debug", action="store_true", help="show the traceback of a failure")
     add("--version", action=VersionAction)
     parser.set_defaults(parser=parser)
@@ -108,13 +123,13 @@ count = whole_number(0)
 
 
 def seed_number(text: str) -> int:
-    """Returns the seed that `text` names; the parser's error if it is none."""
+    """Returns the seed that `text` gives; raises argparse's error if it is not a seed."""
     from qdit_jax.sampling import check_seed
 
     try:
         return check_seed(int(text))
     except ValueError as error:
-        reason = str(error) if text.strip().lstrip("+-").isdecimal() else "is no whole number"
+        reason = str(error) if text.strip().lstrip("+-").isdecimal() else "is not a whole number"
         raise argparse.ArgumentTypeError(f"{text!r}: {reason}") from error
 
 
@@ -151,7 +166,7 @@ def pattern(text: str) -> str:
         re.compile(text)
     except re.error as error:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no regular expression: {error}; quote it for the shell, as in "
+            f"{text!r} is not a regular expression: {error}; quote it for the shell, as in "
             + PATTERN_EXAMPLE
         ) from None
     return text
@@ -164,7 +179,9 @@ def guidance_channels(text: str) -> int | str:
     try:
         return positive_int(text)
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number, nor 'all'") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a positive number nor 'all'"
+        ) from None
 
 
 def refuse_inert(given: Mapping[str, Any], defaults: Mapping[str, Any], reason: str) -> None:
@@ -180,6 +197,6 @@ def refuse_inert(given: Mapping[str, Any], defaults: Mapping[str, Any], reason: 
             raise UserError(f"--{name.replace('_', '-')}{shown} has no effect: {reason}.")
 
 
-def text_of(value: Any) -> str:
+def text_of(value: object) -> str:
     """Returns an option's value as it was typed."""
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -1,4 +1,4 @@
-"""Where a verb's words go: results to stdout, notes and progress to stderr, or JSON alone."""
+"""A verb's output: results to stdout, notes and progress to stderr, or JSON alone on stdout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 
 def set_up_logging(args: argparse.Namespace) -> None:
@@ -27,18 +26,18 @@ def set_up_logging(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def json_on_stdout(asked: bool) -> Iterator[Callable[[Any], None]]:
-    """Yields what is to be called with a verb's result; if asked, that alone goes to stdout."""
+def json_on_stdout(asked: bool) -> Iterator[Callable[[object], None]]:
+    """Yields a function to call with a verb's result; if asked, only that is printed to stdout."""
     if not asked:
         yield lambda result: None
         return
     with contextlib.redirect_stdout(sys.stderr):
-        found: list[Any] = []
+        found: list[object] = []
         yield found.append
     print(json.dumps(plain(found[0] or {}), indent=1, ensure_ascii=False))
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> object:
     """Returns a value in JSON's types; a number that is not finite becomes None."""
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from qdit_jax.cli.options import finite_float, guidance_channels, positive_float, refuse_inert
+from qdit_jax.cli.options import (
+    AddArgument,
+    finite_float,
+    guidance_channels,
+    positive_float,
+    refuse_inert,
+)
 from qdit_jax.diffusion import SAMPLERS, sampler_named
 from qdit_jax.errors import UserError
 
@@ -15,29 +21,36 @@ if TYPE_CHECKING:
     from qdit_jax.diffusion import Sampler
 
 
-def add_process(add: Callable[..., Any]) -> None:
+def add_process(add: AddArgument) -> None:
     """Adds the options of the process by `add`, a parser's or a group's `add_argument`."""
     add(
         "--sampler",
         choices=tuple(SAMPLERS),
-        help="default: that of the checkpoint's scheduler, else flow for velocity models, ddim for "
-        "others",
+        help="the sampler (default: that of the checkpoint's scheduler, else flow for models that "
+        "predict a velocity and ddim for others)",
     )
     add(
         "--steps",
-        help="number, spaced as the checkpoint's scheduler says if it has one, or a published "
-        "spacing: ddim25, 10,15,20 (50)",
+        help="number of steps, spaced as by the checkpoint's scheduler if it has one; or a spacing as "
+        "OpenAI's guided-diffusion writes it: ddim25 or 10,15,20 (50)",
     )
-    add("--eta", type=finite_float, help="noise of ddim: 0 none, 1 as ddpm (0)")
+    add("--eta", type=finite_float, help="noise of ddim: 0 for none, 1 for as much as ddpm (0)")
     add(
-        "--clip", type=positive_float, help="clip the predicted data to [-CLIP, CLIP] at every step"
+        "--clip",
+        type=positive_float,
+        help="clip the predicted clean sample to [-CLIP, CLIP] at every step",
     )
-    add("--guidance", type=finite_float, help="1 turns it off (1.5)")
+    add(
+        "--guidance",
+        type=finite_float,
+        help="scale of classifier-free guidance; 1 turns it off (1.5)",
+    )
     add(
         "--guidance-channels",
         type=guidance_channels,
         metavar="N|all",
-        help="guided channels: published (3 of DiT's 4), all as diffusers does (published)",
+        help="how many channels are guided: a number, all (as diffusers does), or published: as "
+        "many as the model's published sampler guides, 3 of DiT's 4 (published)",
     )
 
 
@@ -79,7 +92,7 @@ class Process:
         """
         from qdit_jax import sampling
 
-        name = self.sampler or sampling.own_walk(checkpoint)
+        name = self.sampler or sampling.own_sampler(checkpoint)
         row, model = sampler_named(name), checkpoint.model
         if model.prediction not in row.predictions:
             raise UserError(f"--sampler {name}: {sampling.fitting_samplers(model)}")
@@ -92,11 +105,11 @@ class Process:
         if not row.spacings and not (self.steps.isdecimal() and int(self.steps) > 0):
             raise UserError(f"--steps {self.steps}: {name} takes a positive number.")
         return sampling.checkpoint_sampler(
-            checkpoint, self.steps, walk=name, eta=self.eta, clip=self.clip
+            checkpoint, self.steps, sampler=name, eta=self.eta, clip=self.clip
         )
 
     def scheduler_text(self, checkpoint: Checkpoint) -> str | None:
-        """Returns in words what of the checkpoint's own scheduler is followed, None without one."""
+        """Returns in words how the checkpoint's own scheduler is followed; None if it has none."""
         from qdit_jax import sampling
 
         text = sampling.sampler_text(checkpoint)

@@ -1,11 +1,14 @@
-"""The one policy of progress: a bar with the time left for every stage, on a terminal only."""
+"""Progress of every verb: a bar with the time left for each stage, on a terminal only."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def notes_are_shown() -> bool:
@@ -37,7 +40,7 @@ class Bar:
         }
         self.resumes = resumes
         self.began = time.time()
-        self.bar: Any = None
+        self.bar: tqdm | None = None
 
     def __enter__(self) -> Bar:
         return self

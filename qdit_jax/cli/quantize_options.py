@@ -1,4 +1,7 @@
-"""The options of `qdit quantize` that make a recipe of a preset, or choose what a method learns from."""
+"""The options of `qdit quantize`: the recipe and the calibration data that they make.
+
+An option that the recipe or another option leaves without effect is refused before an array is read.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,14 @@ from qdit_jax.cli.options import (
     finite_float,
     pattern,
     positive_int,
+    refuse_inert,
     seed_number,
     share,
 )
 from qdit_jax.cli.paths import path_option
-from qdit_jax.files import as_path
-from qdit_jax.methods import METHODS
+from qdit_jax.errors import UserError
+from qdit_jax.files import AnyPath, as_path
+from qdit_jax.methods import METHODS, method_named
 
 SHIFTED_GELU_HELP = "unsigned codes for the inputs of fc2, after GELU"
 STAGES = ("block", "layer")
@@ -27,6 +32,10 @@ ACT_MODES = ("dynamic", "static", "static-per-timestep")
 PARTS = ("adaln", "embedders", "final", "attention")
 # What `--rounding` called the methods.
 ROUNDINGS = {"nearest": "rtn", "gptq-authors": "qdit_release"}
+# Options of a method that learns from inputs, with their defaults: how they are sampled, ...
+OF_SAMPLING = {"num_samples": 32, "steps": 50, "guidance": 1.5, "seed": 0}
+# ... and how it is fitted to them.
+OF_FITTING = {"items": None, "batch_size": 8, "holdout": None, "stages": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,14 +112,14 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         help="inputs from `qdit calibrate --collect`; sampled now if absent",
     )
     group.add_argument(
-        "--num-samples", type=positive_int, default=32, help="trajectories sampled (default 32)"
+        "--num-samples", type=positive_int, help="trajectories sampled (default %(default)s)"
     )
     group.add_argument(
-        "--steps", type=positive_int, default=50, help="steps a trajectory (default 50)"
+        "--steps", type=positive_int, help="steps a trajectory (default %(default)s)"
     )
-    group.add_argument("--guidance", type=finite_float, default=1.5)
-    group.add_argument("--seed", type=seed_number, default=0)
-    group.add_argument("--batch-size", type=positive_int, default=8)
+    group.add_argument("--guidance", type=finite_float)
+    group.add_argument("--seed", type=seed_number)
+    group.add_argument("--batch-size", type=positive_int)
     group.add_argument(
         "--holdout",
         type=share,
@@ -122,6 +131,13 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         choices=STAGES,
         help="how much is rounded between two runs of the network (default block)",
     )
+    parser.set_defaults(**OF_SAMPLING, **OF_FITTING)
+
+
+def recipe_file(text: str) -> AnyPath | None:
+    """Returns the file that `--recipe` names, or None if it names a preset."""
+    path = as_path(text)
+    return path if path.suffix == ".json" or path.exists() else None
 
 
 def recipe_of(text: str, options: PresetOptions, method: str, params: Any) -> Any:
@@ -131,11 +147,10 @@ def recipe_of(text: str, options: PresetOptions, method: str, params: Any) -> An
         UserError: if options of a preset accompany a file.
     """
     import qdit_jax as qdit
-    from qdit_jax.methods import method_named
 
-    if text.endswith(".json") or as_path(text).exists():
+    if recipe_file(text) is not None:
         if options != PresetOptions():
-            raise qdit.UserError(
+            raise UserError(
                 f"--recipe {text} is a file: options such as --group-size belong "
                 "to presets like w4a8; write them into the file."
             )
@@ -176,13 +191,55 @@ def range_named(text: str) -> Any:
     name, _, number = text.partition(":")
     named = {rule.partition(":")[0]: rule for rule in RANGES}
     if name not in named or bool(number) != (":" in named[name]):
-        raise qdit.UserError(
+        raise UserError(
             f"--range {text} is not known; use {', '.join(RANGES)}, such as percentile:0.999."
         )
     if name == "percentile":
         try:
             return qdit.ranges.percentile(float(number))
         except ValueError as error:
-            raise qdit.UserError(f"--range {text}: {error}") from error
+            raise UserError(f"--range {text}: {error}") from error
     rule = getattr(qdit.ranges, name.replace("-", "_"))
     return rule() if name == "mse" else rule
+
+
+def check_options(given: Mapping[str, Any], recipe: Any) -> None:
+    """Raises `UserError` for an option that has no effect, or that the recipe needs and lacks."""
+    specs = [rule.spec for rule in recipe.rules]
+    is_static = any(spec.act and spec.act.mode == "static" for spec in specs)
+    if given["stats"] is not None and not is_static:
+        raise UserError(
+            f"--stats {given['stats']} has no effect: no activation is static; add --act-mode static, "
+            "or leave it out."
+        )
+    if not method_named(given["method"]).needs:
+        reason = f"--method {given['method']} looks at no inputs"
+        refuse_inert(given, OF_FITTING | OF_SAMPLING, reason)
+    if given["items"] is not None:
+        refuse_inert(given, OF_SAMPLING, f"the inputs come from --items {given['items']}")
+    if not any(spec.act for spec in specs):
+        of_inputs = {"act_mode": "dynamic", "act_group_size": None}
+        refuse_inert(given, of_inputs, "the recipe leaves every input as it is")
+    if not any(spec.weight for spec in specs):
+        of_weights = {"method": "rtn", "range": None}
+        refuse_inert(given, of_weights, "the recipe leaves every weight as it is")
+    if given["shifted_gelu"] and not any(spec.act and spec.act.unsigned for spec in specs):
+        no_gelu = "the recipe quantizes no input that follows a GELU"
+        refuse_inert(given, {"shifted_gelu": False}, no_gelu)
+    if is_static and given["stats"] is None and not given["dry_run"]:
+        raise UserError("static activations need --stats FILE from `qdit calibrate`.")
+
+
+def data_of(given: Mapping[str, Any]) -> Any:
+    """Returns what the method learns from: files, or how to sample it."""
+    import qdit_jax as qdit
+    from qdit_jax.calibration import Items
+
+    items, stats = given["items"], given["stats"]
+    names = ("seed", "num_samples", "guidance", "batch_size", "holdout", "stages")
+    return qdit.CalibrationData(
+        items=None if items is None else Items.load(items),
+        stats=None if stats is None else qdit.Stats.load(stats),
+        num_steps=given["steps"],
+        **{name: given[name] for name in names},
+    )

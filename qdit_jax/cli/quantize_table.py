@@ -2,41 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from qdit_jax.files import PathLike, num_bytes
-from qdit_jax.ptq import LayerPlan
+from qdit_jax.methods import LayerReport
+from qdit_jax.ptq import plan
 from qdit_jax.quant import effective_group_size
 from qdit_jax.recipes import Recipe
 
-WEIGHT_RATIO = "weights' signal to error, dB"
-OUTPUT_RATIO = "outputs' signal to error, dB"
+
+class Table:
+    """What a recipe does to parameters, as lines of text; abstract parameters will do.
+
+    Attributes:
+        plans: what is done to each layer, by its path.
+    """
+
+    def __init__(self, params: Any, recipe: Recipe) -> None:
+        self.params = params
+        self.recipe = recipe
+        self.plans = {layer.path: layer for layer in plan(params, recipe)}
+        self.width = max(map(len, ("layer", *self.plans)))  # of the first column
+
+    def header(self, measured_on: str) -> str:
+        """Returns the first line; the last column holds errors of `"weights"` or `"outputs"`."""
+        return (
+            f"{'layer':{self.width}}  {'K x N':>11}  {'weights':8}  {'inputs':8}  "
+            f"{'bytes before':>12}  {'after':>10}  {measured_on}' signal to error, dB"
+        )
+
+    def row(self, path: str, errors: str = "-") -> str:
+        """Returns a layer's line."""
+        layer = self.plans[path]
+        k, n = layer.shape
+        return (
+            f"{path:{self.width}}  {f'{k} x {n}':>11}  {short(layer.spec.weight, k):8}  "
+            f"{short(layer.spec.act, k):8}  {layer.bytes_before:12,}  {layer.bytes_after:10,}  "
+            f"{errors:>9}"
+        )
+
+    def totals(
+        self, written: Any = None, folders: Mapping[str, PathLike] | None = None
+    ) -> dict[str, Any]:
+        """Returns bytes before and after: of the layers, of all parameters, and on disk.
+
+        Args:
+            written: the quantized parameters, if it was done; else the plan's bytes are counted.
+            folders: the checkpoints `before` and `after`, once both are written.
+        """
+        layers = {
+            "before": sum(layer.bytes_before for layer in self.plans.values()),
+            "after": sum(layer.bytes_after for layer in self.plans.values()),
+        }
+        before = sum(map(nbytes, jax.tree.leaves(self.params)))
+        after = before - layers["before"] + layers["after"]
+        if written is not None:
+            after = sum(map(nbytes, jax.tree.leaves(written)))
+        disk = {side: num_bytes(path) for side, path in (folders or {}).items()}
+        return {
+            "recipe": self.recipe.name,
+            "num_layers": len(self.plans),
+            "layers": layers,
+            "parameters": {"before": before, "after": after},
+            **({"disk": disk} if disk else {}),
+            "attention_operands_left": self.recipe.operands_left(self.params),
+        }
 
 
-def header(plans: Sequence[LayerPlan], ratio: str) -> str:
-    """Returns the table's first line; `ratio` is what the last column holds."""
-    width = path_width(plans)
-    return (
-        f"{'layer':{width}}  {'K x N':>11}  {'weights':8}  {'inputs':8}  {'bytes before':>12}  "
-        f"{'after':>10}  {ratio}"
-    )
-
-
-def row(plan: LayerPlan, plans: Sequence[LayerPlan], ratio: str) -> str:
-    """Returns a layer's line."""
-    k, n = plan.shape
-    return (
-        f"{plan.path:{path_width(plans)}}  {f'{k} x {n}':>11}  {short(plan.spec.weight, k):8}  "
-        f"{short(plan.spec.act, k):8}  {plan.bytes_before:12,}  {plan.bytes_after:10,}  {ratio:>9}"
-    )
-
-
-def path_width(plans: Sequence[LayerPlan]) -> int:
-    return max([len("layer"), *(len(plan.path) for plan in plans)])
+def errors(layer: LayerReport) -> str:
+    """Returns a layer's errors in dB as its line shows them."""
+    warning = "" if layer.warning is None else f"  ! {layer.warning}"
+    if layer.nearest_db is None:
+        return f"{layer.error_db:.1f}".rjust(9) + warning
+    kept = "  kept nearest" if layer.fell_back else ""
+    return f"{layer.nearest_db:.1f} -> {layer.error_db:.1f}{kept}{warning}"
 
 
 def short(spec: Any, num_channels: int) -> str:
@@ -47,62 +90,29 @@ def short(spec: Any, num_channels: int) -> str:
     return f"{spec.bits}b g{size}" + ("s" if spec.symmetric else "")
 
 
-def totals(
-    plans: Sequence[LayerPlan],
-    params: Any,
-    written: Any = None,
-    folders: Mapping[str, PathLike] | None = None,
-) -> dict[str, Any]:
-    """Returns bytes before and after: of the layers, of all parameters, and on disk.
-
-    Args:
-        params: the parameters before quantizing; abstract ones will do.
-        written: those after it, if it was done; else the plan's bytes are counted.
-        folders: the checkpoints `before` and `after`, once both are written.
-    """
-    layers = {
-        "before": sum(plan.bytes_before for plan in plans),
-        "after": sum(plan.bytes_after for plan in plans),
-    }
-    whole = sum(map(nbytes, jax.tree.leaves(params)))
-    after = whole - layers["before"] + layers["after"]
-    if written is not None:
-        after = sum(map(nbytes, jax.tree.leaves(written)))
-    found = {
-        "num_layers": len(plans),
-        "layers": layers,
-        "parameters": {"before": whole, "after": after},
-    }
-    if folders is not None:
-        found["disk"] = {side: num_bytes(path) for side, path in folders.items()}
-    return found
-
-
 def totals_text(found: Mapping[str, Any]) -> str:
-    """Returns `totals` as lines: what the whole checkpoint did first, its layers after."""
+    """Returns `totals` as lines: what the whole checkpoint did first, its layers after.
+
+    A last line tells of attention operands that a broad pattern matches and leaves, if any.
+    """
     names = {
         "parameters": "bytes of all parameters",
         "disk": "bytes on disk",
         "layers": f"{found['num_layers']} layers of these, bytes by the formula",
     }
-    return "\n".join(
+    lines = [
         f"{text}: {found[name]['before']:,} -> {found[name]['after']:,} "
         f"({found[name]['before'] / max(found[name]['after'], 1):.2f}x smaller)"
         for name, text in names.items()
         if name in found
-    )
-
-
-def left_text(recipe: Recipe, params: Any) -> str | None:
-    """Returns a line on attention operands that a broad pattern matches and leaves, if any."""
-    left = recipe.operands_left(params)
-    if not left:
-        return None
-    kinds = ", ".join(dict.fromkeys(path.rpartition("/")[2] for path in left))
-    return (
-        f"attention operands left: {len(left)} ({kinds}); a pattern that matches layers too leaves "
-        "them, --attention w16a8 quantizes them"
-    )
+    ]
+    if left := found["attention_operands_left"]:
+        kinds = ", ".join(dict.fromkeys(path.rpartition("/")[2] for path in left))
+        lines.append(
+            f"attention operands left: {len(left)} ({kinds}); a pattern that matches layers too "
+            "leaves them, --attention w16a8 quantizes them"
+        )
+    return "\n".join(lines)
 
 
 def nbytes(leaf: Any) -> int:

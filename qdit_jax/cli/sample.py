@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qdit_jax.cli.numerics_option import add_numerics
 from qdit_jax.cli.options import (
     LARGEST_COUNT,
+    SubParsers,
     positive_int,
     refuse_inert,
     seed_number,
@@ -25,62 +26,69 @@ if TYPE_CHECKING:  # help is printed without them
 
     from qdit_jax.checkpoint import Checkpoint
 
-EXAMPLE = """example:
+HELP = """\
+Sample images (or latents) from a full-precision or quantized checkpoint. A run that was stopped
+resumes: finished batches are kept beside OUT, in the folder .OUT.unfinished.
+"""
+EXAMPLE = """examples:
   qdit sample ckpt_dir --labels 207,360 --steps 50 --guidance 1.5 --seed 0 --out grid.png
   qdit sample ckpt_dir --num-samples 10000 --sampler ddpm --steps 250 --out samples.npz
 """
 WHOLE = re.compile("[0-9]+")
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: SubParsers) -> None:
     """Adds the verb with its options."""
     parser = verb_parser(
         subparsers,
         "sample",
-        "Samples images (or latents) from a full-precision or quantized checkpoint. A stopped run "
-        "resumes: finished batches are kept in the folder .NAME.unfinished beside OUT.",
+        HELP,
         epilog=EXAMPLE,
     )
     add = parser.add_argument
-    add("checkpoint", type=path_option, help="folder written by convert or quantize")
-    add("--out", type=path_option, default="grid.png", help="grid.png or samples.npz (%(default)s)")
+    add("checkpoint", type=path_option, help="a checkpoint folder or an exported file")
+    add(
+        "--out",
+        type=path_option,
+        default="grid.png",
+        help="a .png of all samples, or an .npz with arr_0, uint8 [N, H, W, C] (%(default)s)",
+    )
     add(
         "--labels",
-        help="classes such as 207,360 or 0-9, repeated as needed (default: all, cyclically)",
+        help="classes such as 207,360 or 0-9, cycled over the samples (default: all classes)",
     )
     add(
         "--num-samples",
         type=positive_int,
-        help="how many (default: one for each of --labels, else 8)",
+        help="number of samples (default: one per label of --labels, else 8)",
     )
     add_process(add)
     add(
         "--seed",
         type=seed_number,
         default=0,
-        help="sample i depends on seed, i and label only (%(default)s)",
+        help="seed of the noise; sample i depends on it, i and its label only (%(default)s)",
     )
     add(
         "--batch-size",
         type=positive_int,
-        help="samples at once, over all devices (default: 16 per device, 4 on CPU)",
+        help="samples per batch, over all devices (default: 16 per device, 4 on CPU)",
     )
     add_numerics(
         add,
         "simulated",
-        "of quantized layers: float arithmetic on the quantized grid, or dots of the stored "
-        "integers or elements, scaled afterwards; quantized inputs needed (%(default)s)",
+        "arithmetic of quantized layers: simulated computes in float with the quantized values; "
+        "integer multiplies the stored codes and scales the result, which needs quantized inputs "
+        "(%(default)s)",
     )
-    add(
-        "--vae", type=path_option, help="checkpoint of the autoencoder, where CHECKPOINT holds none"
-    )
-    add("--columns", type=positive_int, help="pictures in a row of the grid")
+    add("--vae", type=path_option, help="a converted autoencoder, for checkpoints without one")
+    add("--columns", type=positive_int, help="pictures per row of the .png")
     add("--force", action="store_true", help="replace OUT if it exists")
     parser.set_defaults(run=run, resumes=lambda args: True)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Samples, decodes and writes; prints what was made and how long it took, and returns it."""
+    """Samples, decodes and writes; prints and returns what was written and how long it took."""
     from qdit_jax import sampling
     from qdit_jax.cli.checkpoints import diffusion_checkpoint, with_autoencoder
     from qdit_jax.cli.progress import Bar
@@ -92,7 +100,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     classes = checkpoint.model.all_conditions()
     if classes is None:
         raise UserError(
-            f"{args.checkpoint} is no network of classes, which --labels and --num-samples number; "
+            f"{args.checkpoint} takes no class labels, which --labels and --num-samples choose; "
             "give its conditions to qdit_jax.generate in Python."
         )
     label = chosen_labels(args.labels, args.num_samples, len(classes))
@@ -113,7 +121,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"{args.checkpoint} holds no autoencoder; give --vae CHECKPOINT, or --out latents.npz."
         )
     checkpoint.model.check_condition(label)
-    # What these refuse shows before anything is computed.
+    # These raise their errors before anything is computed.
     sampling.denoiser(checkpoint.model, checkpoint.params, process.guidance, process.channels)
     sampling.check_numerics(checkpoint.params, args.numerics)
     if (text := process.scheduler_text(checkpoint)) is not None:
@@ -163,10 +171,10 @@ def precision(checkpoint: Checkpoint, numerics: str) -> str:
 
 
 def chosen_labels(text: str | None, num_samples: int | None, num_classes: int) -> np.ndarray:
-    """Returns one label per sample: those of `text`, or all classes, in turn.
+    """Returns one label per sample: those of `text`, or all classes, repeated cyclically.
 
     Raises:
-        UserError: if `text` is no list of numbers and ranges, or one is beyond the null class.
+        UserError: if `text` is not a list of numbers and ranges, or one is beyond the null class.
     """
     import numpy as np
 
@@ -177,7 +185,7 @@ def chosen_labels(text: str | None, num_samples: int | None, num_classes: int) -
         first, dash, last = (piece.strip() for piece in part.partition("-"))
         if not WHOLE.fullmatch(first) or (dash and not WHOLE.fullmatch(last)):
             raise UserError(
-                f"--labels {text}: {part!r} is no class; use numbers such as 207,360 or 0-9."
+                f"--labels {text}: {part!r} is not a class; use numbers such as 207,360 or 0-9."
             )
         if len(last or first) > 9 or int(last or first) > num_classes:
             raise UserError(
@@ -188,5 +196,5 @@ def chosen_labels(text: str | None, num_samples: int | None, num_classes: int) -
         if len(found) > LARGEST_COUNT:
             raise UserError(f"--labels names more than {LARGEST_COUNT:,} samples; use fewer.")
     if not found:
-        raise UserError(f"--labels {text} names no class; a range runs from low to high.")
+        raise UserError(f"--labels {text} gives no class; a range runs from low to high.")
     return np.resize(np.array(found), num_samples or len(found))

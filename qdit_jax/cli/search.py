@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from qdit_jax.cli.options import (
+    AddArgument,
+    SubParsers,
     finite_float,
     pattern,
     positive_int,
@@ -20,14 +22,17 @@ from qdit_jax.cli.paths import path_option
 DEMO = ["demo"]
 BITS = whole_number(2, 16)
 HELP = """\
-Search the group size (and bits) of every layer within a budget. Needs a full-precision checkpoint.
+Find the group size (and bits) of every layer that give the least error within a budget. Needs a
+full-precision checkpoint.
 
 Writes to OUT: recipe.json (for `qdit quantize --recipe`), front.png (cost against error, uniform
 sizes marked), map.png (layers by choices), history.json, and state/ (intermediate results: after an
 interruption, run the same command again to resume).
 
-Budgets: NAME=1.0x-g128 (as much as group size 128 throughout) or NAME=NUMBER, of bitops, bytes,
-gpu, tpu or cpu; mean-group=128 is the rule of Q-DiT's release.
+A budget is the most that the model may cost: NAME=NUMBER, or NAME=1.0x-g128 for as much as group
+size 128 in every layer. NAME is bitops (bit operations per sample), bytes (of the packed weights),
+or gpu, tpu or cpu (estimated time). mean-group=128 is the rule of Q-DiT's published code: a mean
+group size of 128 or more.
 
 examples:
   qdit search xl2 xl2-search --budget bitops=1.0x-g128
@@ -36,65 +41,140 @@ examples:
   qdit search xl2 out --exclude 'blocks_0/.*' --pin '.*/fc2=64'
   qdit quantize xl2 xl2-small --recipe xl2-search/recipe.json
 
-several processes (each with its own number; all hosts of a TPU slice: --distributed alone):
+several processes (each with its own --process-id; on a TPU slice --distributed is enough):
   qdit search xl2 out --coordinator 10.0.0.1:9876 --num-processes 2 --process-id 0
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: SubParsers) -> None:
     """Adds the verb with its options."""
     parser = verb_parser(subparsers, "search", HELP)
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", type=path_option, help="a full-precision checkpoint folder")
-    add("out", metavar="OUT", type=path_option, help="the folder to write")
-    add("--budget", help="such as bitops=1.0x-g128 (the default) or bytes=351.3M")
-    add("--objective", choices=("paired", "predicted", "frechet"), default="paired")
-    add("--method", default="default", help="default, nsga2, qdit-paper, qdit-release or random")
-    add("--weight-bits", type=BITS, nargs="+", help="default 4; several are a second axis")
-    add("--act-bits", type=BITS, nargs="+", help="default 8; 16 leaves the inputs as they are")
+    add("out", metavar="OUT", type=path_option, help="the folder to write to")
+    add("--budget", help="the most it may cost, such as bytes=351.3M (bitops=1.0x-g128)")
+    add(
+        "--objective",
+        choices=("paired", "predicted", "frechet"),
+        default="paired",
+        help="the error: of final latents against full precision from the same noise (paired), as "
+        "predicted without measuring (predicted), or the Fréchet distance of features from "
+        "--reference (frechet) (%(default)s)",
+    )
+    add(
+        "--method",
+        default="default",
+        help="default (sensitivities and an exact knapsack, verified), nsga2, qdit-paper (the "
+        "published evolution), qdit-release (the published code's) or random (%(default)s)",
+    )
+    add("--seed", type=seed_number, default=0, help="seed of everything random (%(default)s)")
+    add("--force", action="store_true", help="replace OUT, starting from scratch")
+    add_choices(parser.add_argument_group("what may be chosen").add_argument)
+    add_measuring(parser.add_argument_group("how assignments are measured").add_argument)
+    add_processes(parser.add_argument_group("several processes").add_argument)
+    parser.set_defaults(run=run, resumes=lambda args: True)
+
+
+def add_choices(add: AddArgument) -> None:
+    """Adds the options that describe the space of the search."""
+    add("--weight-bits", type=BITS, nargs="+", help="bits of weights; several are searched too (4)")
+    add(
+        "--act-bits",
+        type=BITS,
+        nargs="+",
+        help="bits of activations; 16 leaves them in full precision (8)",
+    )
     add(
         "--group-sizes",
         type=whole_number(0),
         nargs="+",
-        help="default 32 64 128 192 288; 0 is the channel",
+        help="group sizes to choose from; 0 is the whole channel (32 64 128 192 288)",
     )
-    add("--sides", choices=("both", "weights", "separate"), help="what varies (default both)")
+    add(
+        "--sides",
+        choices=("both", "weights", "separate"),
+        help="which group sizes vary: one that weights and inputs share (both, the default), that of "
+        "the weights (weights), or one of each (separate)",
+    )
     add(
         "--layers",
         type=pattern,
         metavar="REGEX",
-        help="regular expression of the layers (default: the blocks' four linears)",
+        help="regular expression of the layers to search (default: linear layers of all blocks)",
     )
-    add("--pin", type=pin, action="append", default=[], metavar="REGEX=SIZE", help="keep a size")
+    add(
+        "--pin",
+        type=pin,
+        action="append",
+        default=[],
+        metavar="REGEX=SIZE",
+        help="fix the group size of layers",
+    )
     add(
         "--exclude",
         type=pattern,
         action="append",
         default=[],
         metavar="REGEX",
-        help="leave layers alone",
+        help="leave layers in full precision",
     )
-    add("--seed", type=seed_number, default=0, help="%(default)s")
-    add("--steps", type=positive_int, default=20, help="of the rollouts (%(default)s)")
-    add("--guidance", type=finite_float, help="1 turns it off (1.5; 1 without null class)")
-    add("--num-batches", type=positive_int, default=16, help="of samples (%(default)s)")
-    add("--batch-size", type=positive_int, default=16, help="samples of a batch (%(default)s)")
-    add("--population", type=positive_int, default=50, help="of an evolution (%(default)s)")
-    add("--generations", type=whole_number(0), default=10, help="of an evolution (%(default)s)")
-    add("--reference", help="of --objective frechet: statistics .npz, or `demo`")
-    add("--features", nargs="+", default=DEMO, help="`demo`, or `inception CKPT`")
+
+
+def add_measuring(add: AddArgument) -> None:
+    """Adds the options of samples, generations and features."""
+    add(
+        "--steps",
+        type=positive_int,
+        default=20,
+        help="sampling steps when an assignment is measured (%(default)s)",
+    )
+    add(
+        "--guidance",
+        type=finite_float,
+        help="guidance scale; 1 turns it off (1.5; 1 for models without a null class)",
+    )
+    add(
+        "--num-batches",
+        type=positive_int,
+        default=16,
+        help="batches of samples to measure on (%(default)s)",
+    )
+    add("--batch-size", type=positive_int, default=16, help="samples per batch (%(default)s)")
+    add(
+        "--population",
+        type=positive_int,
+        default=50,
+        help="assignments in the first generation of an evolution (%(default)s)",
+    )
+    add(
+        "--generations",
+        type=whole_number(0),
+        default=10,
+        help="generations of an evolution (%(default)s)",
+    )
+    add("--reference", help="for --objective frechet: an .npz with statistics, or `demo`")
+    add(
+        "--features",
+        nargs="+",
+        default=DEMO,
+        help="for --objective frechet: `demo`, or `inception CKPT` (demo)",
+    )
     add(
         "--per-device",
         type=positive_int,
         default=1,
-        help="candidates per device and call (%(default)s)",
+        help="assignments measured per device in one call (%(default)s)",
     )
-    add("--coordinator", metavar="HOST:PORT", help="of a search by several processes")
-    add("--num-processes", type=positive_int, help="all of them")
-    add("--process-id", type=whole_number(0), help="the number of this one, from 0")
-    add("--distributed", action="store_true", help="let the cluster tell what the others are")
-    add("--force", action="store_true", help="replace OUT and begin again")
-    parser.set_defaults(run=run, resumes=lambda args: True)
+
+
+def add_processes(add: AddArgument) -> None:
+    """Adds the options of a search by several processes."""
+    add("--coordinator", metavar="HOST:PORT", help="address of the first of several processes")
+    add("--num-processes", type=positive_int, help="how many processes there are")
+    add("--process-id", type=whole_number(0), help="the number of this process, from 0")
+    add(
+        "--distributed", action="store_true", help="take these three from the cluster's environment"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -114,7 +194,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         from qdit_jax.files import renewed_path
 
         folder = renewed_path(args.out, args.force, "search")
-        return search_run.told(args.out, job.result(folder, is_first=False))
+        return search_run.outcome(args.out, job.result(folder, is_first=False))
     from qdit_jax.files import renewed_folder
 
     with renewed_folder(args.out, args.force, "search", inputs) as folder:
@@ -123,7 +203,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print(search_run.summary(result))
     recipe = args.out / "recipe.json"
     print(f"wrote {args.out}: next, qdit quantize {args.checkpoint} DIR --recipe {recipe}")
-    return search_run.told(args.out, result)
+    return search_run.outcome(args.out, result)
 
 
 def pin(text: str) -> tuple[str, int]:
@@ -135,12 +215,12 @@ def pin(text: str) -> tuple[str, int]:
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raises `UserError` for an option that the others leave without effect."""
+    """Raises `UserError` for an option that has no effect beside the others."""
     if options["method"] == "default":
         refuse_inert(
             options,
             {"population": 50, "generations": 10},
-            "--method default is no evolution",
+            "--method default is not an evolution",
         )
     if options["objective"] != "frechet":
         refuse_inert(

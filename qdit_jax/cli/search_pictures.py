@@ -1,8 +1,6 @@
-"""The pictures of a search: cost against error, and which layer got what."""
+"""The pictures of a search: cost against error, and the choice of every layer."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -89,5 +87,5 @@ def draw_map(path: PathLike, result: SearchResult) -> None:
     save(figure, path)
 
 
-def save(figure: Any, path: PathLike) -> None:
+def save(figure: Figure, path: PathLike) -> None:
     FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})

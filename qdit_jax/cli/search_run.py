@@ -1,4 +1,4 @@
-"""What `qdit search` does once its options are read."""
+"""The work of `qdit search`, once its options are read."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import jax
 
 from qdit_jax.allocation import (
     EvolutionSettings,
+    FeatureDistance,
     LostWorkerError,
     Rollout,
     Rollouts,
@@ -33,6 +34,7 @@ from qdit_jax.evaluation import named_features, reference_path
 from qdit_jax.files import AnyPath, check_free, replaced_file
 from qdit_jax.metrics import check_network, read_reference
 from qdit_jax.report import provenance
+from qdit_jax.sampling import fitting_guidance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Job:
             options["checkpoint"], "a search compares with full precision"
         )
         guidance = guidance_of(checkpoint, options["guidance"])
-        Rollout.of(checkpoint.model, None, guidance)  # refuses before anything is computed
+        fitting_guidance(checkpoint.model, guidance)  # refuses before anything is computed
         method, settings = options["method"], None
         if method != "default":
             settings = EvolutionSettings(options["population"], options["generations"])
@@ -83,12 +85,12 @@ class Job:
         )
 
     def result(self, folder: AnyPath, *, is_first: bool) -> SearchResult:
-        """Returns what the search finds; its state is in `folder`, once there is any.
+        """Returns the result of the search, whose state is kept in `folder`.
 
-        `is_first` is the one process, or the first of several, that shows progress.
+        `is_first` says whether this process shows progress: the only one, or the first of several.
         """
         if is_first and any((folder / "state").glob("[0-9]*")):
-            logging.getLogger("qdit_jax").info("going on from %s", folder / "state")
+            logging.getLogger("qdit_jax").info("resuming from %s", folder / "state")
         progress = Progress(is_first)
         try:
             result = search(
@@ -111,7 +113,7 @@ class Job:
         result.history["made"] = {**provenance(), "seed": self.seed}
         return result
 
-    def objective_fn(self) -> Any:
+    def objective_fn(self) -> str | FeatureDistance:
         """Returns the objective's name, or the Fréchet distance from the reference given."""
         if self.objective != "frechet":
             return self.objective
@@ -131,8 +133,8 @@ class Job:
         return frechet_objective(self.checkpoint, rollout, data, features_fn, reference.pool)
 
 
-def told(out: AnyPath, result: SearchResult) -> dict[str, Any]:
-    """Returns the outcome as JSON's values."""
+def outcome(out: AnyPath, result: SearchResult) -> dict[str, Any]:
+    """Returns the outcome as JSON values."""
     history = result.history
     return {
         "out": out,
@@ -153,7 +155,9 @@ def join_others(
         jax.distributed.initialize()
     elif any(value is not None for value in given):
         if any(value is None for value in given):
-            raise UserError("--coordinator, --num-processes and --process-id go together.")
+            raise UserError(
+                "--coordinator, --num-processes and --process-id must be given together."
+            )
         jax.distributed.initialize(*given)
 
 
@@ -175,7 +179,7 @@ def space_settings(options: Mapping[str, Any]) -> dict[str, Any]:
 class Progress:
     """A bar with the best so far and the time left, and lines of text above it.
 
-    It appears at the first rollout; the search says meanwhile how many there will be.
+    It appears at the first rollout; until then the search may change the expected number.
     """
 
     def __init__(self, is_first: bool) -> None:
@@ -200,7 +204,7 @@ class Progress:
 
 
 def write_result(out: AnyPath, result: SearchResult) -> None:
-    """Writes history, pictures and, last of all, recipe.json: its presence means all is there."""
+    """Writes history, pictures and, last of all, recipe.json: where it exists, all is written."""
     with replaced_file(out / "history.json") as path:
         path.write_text(json.dumps(result.history, indent=1))
     with replaced_file(out / "front.png") as path:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -33,6 +33,7 @@ from qdit_jax.ptq import quantize_params
 from qdit_jax.recipes import Recipe
 from qdit_jax.report import provenance
 from qdit_jax.sampling import check_seed
+from qdit_jax.types import Params
 
 # `(total, unit, text)` -> a context whose value has `update(count)`.
 BarFn = Callable[[int, str, str], AbstractContextManager[Any]]
@@ -61,11 +62,13 @@ class DemoSettings:
     quick: bool = False
 
 
-def recipes(params: Any, quick: bool) -> dict[str, Recipe]:
+def recipes(params: Params, quick: bool) -> dict[str, Recipe]:
     """Returns the recipes that are compared, by title; the last is bad on purpose."""
 
-    def uniform(name: str, group_size: int, **options: Any) -> Recipe:
-        return Recipe.preset(name, params, group_size=group_size, **options)
+    def uniform(
+        name: str, group_size: int, act_mode: Literal["dynamic", "static"] = "dynamic"
+    ) -> Recipe:
+        return Recipe.preset(name, params, group_size=group_size, act_mode=act_mode)
 
     chosen = {
         "W8A8, groups of 32": uniform("w8a8", 32),
@@ -99,11 +102,11 @@ def run_demo(
 ) -> dict[str, Any]:
     """Runs every stage and writes its results to the folder `out`; an earlier demonstration is renewed.
 
-    Returns what metrics.json holds. `say` is given the results as text, the log what is being done;
-    `bar_fn` makes progress bars.
+    Returns what metrics.json holds. `say` gets the results as text, the log the current stage;
+    `bar_fn` returns progress bars.
 
     Raises:
-        UserError: if `out` is there and holds anything but a demonstration.
+        UserError: if `out` exists and is not an earlier demonstration.
         ValueError: if `settings.seed` is out of range.
     """
     check_seed(settings.seed)
@@ -172,7 +175,7 @@ def calibrate_packaged(checkpoint: Checkpoint, settings: DemoSettings, bar_fn: B
 def compare(
     checkpoints: dict[str, Checkpoint], settings: DemoSettings, bar_fn: BarFn
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-    """Returns the figures of each checkpoint, held against the first one, and its first pictures."""
+    """Returns each checkpoint's numbers, compared with the first one, and its first pictures."""
     contenders = [Contender(title, checkpoint) for title, checkpoint in checkpoints.items()]
     first = contenders[0].checkpoint
     protocol = Protocol(
@@ -189,7 +192,7 @@ def compare(
     judge = scoring.judge((settings.num_samples, *sample_shape(first)), "demo")
     with tempfile.TemporaryDirectory() as folder:
         with bar_fn(settings.num_samples, "sample", "sampling") as bar:
-            run = run_evaluation(contenders, protocol, folder, bar.update)
+            run = run_evaluation(contenders, protocol, folder, bar.update, num_probed=0)
         files = [run.folder / f"{i}.npz" for i in range(len(contenders))]
         for i, file in enumerate(files):
             merge(run.folder, run.ranges, f"{i}/images", file, "arr_0")

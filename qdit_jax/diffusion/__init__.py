@@ -1,13 +1,13 @@
-"""The diffusion process: schedules, samplers, guidance and the loop that joins them.
+"""The diffusion process: schedules, samplers, guidance, and the sampling loop.
 
-A name is imported from its file when it is first used, so that the names of the samplers alone are
-quick to have.
+Names are imported from their files when they are first used, so that the table of samplers can be
+read without importing JAX.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qdit_jax.diffusion.table import SAMPLERS, SamplerRow, sampler_named, samplers_of
 
@@ -40,15 +40,15 @@ if TYPE_CHECKING:
         heun,
         reverse_ddim,
     )
-    from qdit_jax.diffusion.scheduler_settings import Scheduler, check_fit, read_scheduler
-    from qdit_jax.diffusion.scheduler_walk import (
+    from qdit_jax.diffusion.scheduler_sampling import (
         PREDICT_FNS,
         process_text,
+        sampling_text,
         scheduler_process,
         scheduler_sampler,
         scheduler_timesteps,
-        walk_text,
     )
+    from qdit_jax.diffusion.scheduler_settings import Scheduler, check_fit, read_scheduler
     from qdit_jax.diffusion.schedules import (
         Schedule,
         cosine_betas,
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     )
     from qdit_jax.diffusion.sharded import in_auto_axes
 
-# File -> what it has for other rooms.
+# File -> its public names.
 LAZY = {
     "flow_matching": ("flow_match", "flow_match_sigmas"),
     "guidance": ("guided", "guided_doubled"),
@@ -99,13 +99,13 @@ LAZY = {
         "reverse_ddim",
     ),
     "scheduler_settings": ("Scheduler", "check_fit", "read_scheduler"),
-    "scheduler_walk": (
+    "scheduler_sampling": (
         "PREDICT_FNS",
         "process_text",
         "scheduler_process",
         "scheduler_sampler",
         "scheduler_timesteps",
-        "walk_text",
+        "sampling_text",
     ),
     "schedules": (
         "Schedule",
@@ -165,6 +165,7 @@ __all__ = [
     "sample_trajectory",
     "sampler_named",
     "samplers_of",
+    "sampling_text",
     "scaled_linear_betas",
     "scheduler_process",
     "scheduler_sampler",
@@ -174,13 +175,12 @@ __all__ = [
     "spaced_timesteps",
     "understood",
     "v_prediction",
-    "walk_text",
     "x0_prediction",
     "zero_snr_betas",
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Returns a public name, imported from its file now."""
     if name not in FILE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

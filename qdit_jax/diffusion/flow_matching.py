@@ -52,9 +52,9 @@ def flow_match(
     shift_terminal: float | int | None = None,
     make_fn: Callable[..., Sampler] = flow,
 ) -> Sampler:
-    """Returns a velocity's sampler over `flow_match_sigmas`, by default Euler's rule.
+    """Returns the sampler of a velocity model over `flow_match_sigmas`, by default Euler's rule.
 
-    `make_fn(steps, edges=...)` makes it: a row of `SAMPLERS`.
+    `make_fn(steps, edges=...)` returns it, as `SamplerRow.make_fn` of a flow does.
 
     Raises:
         ValueError: as `flow_match_sigmas`.

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
 
+from qdit_jax.diffusion.posterior import DenoiseFn, Latents
 from qdit_jax.diffusion.sharded import in_auto_axes
+from qdit_jax.types import Condition, Numbers
 
 
-def as_pytree(denoise_fn: Callable) -> Callable:
+def as_pytree(denoise_fn: DenoiseFn) -> DenoiseFn:
     """Returns `denoise_fn` as something that `jax.jit` accepts as an argument.
 
-    A registered pytree stays what it is: its arrays are arguments.  A plain function becomes
-    static, compared by identity, and the arrays it closes over become constants; give large ones
-    as `jax.tree_util.Partial(function, params)` instead.
+    A registered pytree is returned as it is: its arrays are arguments.  A plain function becomes
+    static, compared by identity, and the arrays it closes over become constants; pass large ones
+    with `jax.tree_util.Partial(function, params)` instead.
     """
     leaves = jax.tree.leaves(denoise_fn)
     is_plain = len(leaves) == 1 and leaves[0] is denoise_fn
     return jax.tree_util.Partial(denoise_fn) if is_plain else denoise_fn
 
 
-def check_condition(denoise_fn: Any, condition: Any) -> None:
-    """Calls `denoise_fn.check_condition(condition)` where there is one: it raises if a condition is unknown."""
+def check_condition(denoise_fn: DenoiseFn, condition: Condition) -> None:
+    """Calls `denoise_fn.check_condition(condition)`, if there is one; it may raise."""
     check = getattr(denoise_fn, "check_condition", None)
     if check is not None:
         check(condition)
@@ -34,20 +36,23 @@ def check_condition(denoise_fn: Any, condition: Any) -> None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Guided:
-    """A guided `denoise_fn`: one model call on the conditional and the null half together."""
+    """A guided `denoise_fn`: one model call on a batch of conditional and null samples.
+
+    Its fields are pytrees of any kind: functions, arrays, conditions.
+    """
 
     denoise_fn: Any
     scale: Any
     null: Any
     channels: int | None = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, x: Any, timestep: Any, condition: Any) -> Any:
+    def __call__(self, x: Latents, timestep: Num[Array, " B"], condition: Condition) -> Array:
         """Returns the conditional output with its first `channels` channels guided."""
         return in_auto_axes(_guided, x, timestep, condition, self)
 
-    def of_pairs(self, x: Any, timestep: Any, condition: Any) -> Any:
-        """Returns the same, of arrays whose placement the compiler chooses."""
-        # Pairs lie side by side, so that a batch split over devices splits without traffic.
+    def of_pairs(self, x: Latents, timestep: Num[Array, " B"], condition: Condition) -> Array:
+        """Returns the same, for arrays whose sharding the compiler chooses."""
+        # A sample and its null sample are neighbors: a sharded batch needs no communication.
         output = self.denoise_fn(
             jnp.repeat(x, 2, axis=0),
             jnp.repeat(timestep, 2, axis=0),
@@ -55,7 +60,7 @@ class Guided:
         )
         return _combined(output[0::2], output[1::2], self.scale, self.channels, x.shape[-1])
 
-    def null_of(self, condition: Any) -> Any:
+    def null_of(self, condition: Condition) -> Condition:
         """Returns the null condition of every sample."""
         if self.null is None:
             return self.denoise_fn.null_condition(condition)
@@ -65,16 +70,18 @@ class Guided:
             jax.tree.map(jnp.asarray, condition),
         )
 
-    def check_condition(self, condition: Any) -> None:
-        """Raises what the guided function raises for conditions that it does not know."""
+    def check_condition(self, condition: Condition) -> None:
+        """Raises what the guided function raises for unknown conditions."""
         check_condition(self.denoise_fn, condition)
 
 
-def _guided(x: Any, timestep: Any, condition: Any, guided_fn: Any) -> Any:
+def _guided(
+    x: Latents, timestep: Num[Array, " B"], condition: Condition, guided_fn: Guided | GuidedDoubled
+) -> Array:
     return guided_fn.of_pairs(x, timestep, condition)
 
 
-def _side_by_side(condition: Any, null: Any) -> Any:
+def _side_by_side(condition: Numbers, null: Numbers) -> Array:
     pairs = jnp.stack([jnp.asarray(condition), jnp.asarray(null)], axis=1)
     return pairs.reshape(-1, *pairs.shape[2:])
 
@@ -88,12 +95,12 @@ class GuidedDoubled:
     scale: Any
     channels: int | None = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, x: Any, timestep: Any, condition: Any) -> Any:
-        """Returns both halves of the output, guided alike in the first `channels` channels."""
+    def __call__(self, x: Latents, timestep: Num[Array, " B"], condition: Condition) -> Array:
+        """Returns the output, both halves guided the same way in the first `channels` channels."""
         return in_auto_axes(_guided, x, timestep, condition, self)
 
-    def of_pairs(self, x: Any, timestep: Any, condition: Any) -> Any:
-        """Returns the same, of arrays whose placement the compiler chooses."""
+    def of_pairs(self, x: Latents, timestep: Num[Array, " B"], condition: Condition) -> Array:
+        """Returns the same, for arrays whose sharding the compiler chooses."""
         half = x.shape[0] // 2
         output = self.denoise_fn(jnp.concatenate([x[:half], x[:half]]), timestep, condition)
         cond, null = output[:half], output[half:]
@@ -102,12 +109,18 @@ class GuidedDoubled:
         second = jnp.concatenate([first[..., :num_guided], null[..., num_guided:]], axis=-1)
         return jnp.concatenate([first, second])
 
-    def check_condition(self, condition: Any) -> None:
-        """Raises what the guided function raises for conditions that it does not know."""
+    def check_condition(self, condition: Condition) -> None:
+        """Raises what the guided function raises for unknown conditions."""
         check_condition(self.denoise_fn, condition)
 
 
-def _combined(cond: Any, null: Any, scale: Any, channels: int | None, num_channels: int) -> Any:
+def _combined(
+    cond: Float[Array, "B *D O"],
+    null: Float[Array, "B *D O"],
+    scale: Scalar,
+    channels: int | None,
+    num_channels: int,
+) -> Float[Array, "B *D O"]:
     num_guided = num_channels if channels is None else channels
     if num_guided > num_channels:
         raise ValueError(
@@ -116,32 +129,34 @@ def _combined(cond: Any, null: Any, scale: Any, channels: int | None, num_channe
         )
     eps, null_eps = cond[..., :num_guided], null[..., :num_guided]
     scale = jnp.asarray(scale, eps.dtype)
-    if scale.ndim == 1:  # one scale a sample
+    if scale.ndim == 1:  # one scale per sample
         scale = scale.reshape(-1, *(1,) * (eps.ndim - 1))
     return jnp.concatenate([null_eps + scale * (eps - null_eps), cond[..., num_guided:]], axis=-1)
 
 
 def guided(
-    denoise_fn: Callable, scale: Any, *, null: Any = None, channels: int | None = 3
-) -> Callable:
+    denoise_fn: DenoiseFn, scale: Scalar, *, null: Condition = None, channels: int | None = 3
+) -> Guided:
     """Returns `denoise_fn` with guidance: `null + scale (conditional - null)`.
 
     `channels=3` guides the first three channels as the published DiT does, `None` all channels of
-    the latents as diffusers does.  Channels that are not guided, the variance's among them, are
-    the conditional half's.  `scale` is a number or one number per sample; it may be traced.
+    the latents as diffusers does.  Channels that are not guided, such as the variance's, come from
+    the conditional output.  `scale` is a number or one number per sample; it may be traced.
     The model is called once, on twice the batch: sample i conditional, then sample i null.
 
     Args:
-        null: the condition of no condition, a pytree that broadcasts to the batch's; by default
-            `denoise_fn.null_condition(condition)` returns it.
+        null: the null condition, a pytree that broadcasts to the batch's conditions; by default
+            `denoise_fn.null_condition(condition)`.
     """
     if channels is not None and channels < 1:
         raise ValueError(f"channels={channels} is not supported; use 1 or more, or None for all.")
     return Guided(as_pytree(denoise_fn), scale, null, channels)
 
 
-def guided_doubled(denoise_fn: Callable, scale: Any, *, channels: int | None = 3) -> Callable:
-    """Returns the published `forward_with_cfg`: both halves travel through the sampler.
+def guided_doubled(
+    denoise_fn: DenoiseFn, scale: Scalar, *, channels: int | None = 3
+) -> GuidedDoubled:
+    """Returns the published `forward_with_cfg`: both halves pass through the sampler.
 
     The batch is `[x, x]` with conditions `[condition, null]`; the second half's `x` is not read.  Channels
     that are not guided follow each half's own output.  The first half equals `guided`.

@@ -1,4 +1,4 @@
-"""The one sampling loop: a `lax.scan` over a sampler's rows, compiled once a length and shape.
+"""The one sampling loop: a `lax.scan` over a sampler's rows, compiled once per length and shape.
 
 Dimension letters: S = number of steps, B = batch, channels last.
 """
@@ -10,20 +10,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from qdit_jax.diffusion.guidance import as_pytree, check_condition
+from qdit_jax.diffusion.posterior import DenoiseFn
 from qdit_jax.diffusion.samplers import Sampler, Step
+from qdit_jax.types import AnyArray, Condition, Key, Numbers
 
 
 def sample(
-    denoise_fn: Callable,
+    denoise_fn: DenoiseFn,
     sampler: Sampler,
-    noise: Any,
-    condition: Any,
-    key: Any = None,
+    noise: Numbers,
+    condition: Condition,
+    key: Key | None = None,
     *,
-    step_noise: Any = None,
+    step_noise: Numbers | None = None,
 ) -> Float[Array, "B ..."]:
     """Returns the latents after sampling from `noise [B, H, W, C]`.
 
@@ -32,12 +34,12 @@ def sample(
     of arrays with the batch first, or None.  It, the noise, the key and
     the sampler's coefficients are data: only shapes and the number of steps are static.
 
-    A stochastic sampler draws its noise from `key`, one key for the batch or one a sample (then a
-    sample's noise does not depend on its neighbors), or reads `step_noise [S, B, ...]`.
+    A stochastic sampler draws its noise from `key`, one key for the batch or one per sample
+    (then a sample's noise does not depend on the others), or reads `step_noise [S, B, ...]`.
 
     Raises:
-        ValueError: if a stochastic sampler is given neither, shapes do not fit, or `denoise_fn`
-            knows which conditions there are (it has `check_condition`) and one is not among them.
+        ValueError: if a stochastic sampler is given neither, shapes do not fit, or a condition is
+            unknown to `denoise_fn.check_condition`, if there is one.
     """
     final, _ = sample_trajectory(
         denoise_fn, sampler, noise, condition, key, step_noise=step_noise, collect_fn=nothing
@@ -55,20 +57,20 @@ def whole_step(step: Step) -> Step:
 
 
 def sample_trajectory(
-    denoise_fn: Callable,
+    denoise_fn: DenoiseFn,
     sampler: Sampler,
-    noise: Any,
-    condition: Any,
-    key: Any = None,
+    noise: Numbers,
+    condition: Condition,
+    key: Key | None = None,
     *,
-    step_noise: Any = None,
-    collect_fn: Callable[[Step], Any] = whole_step,
-) -> tuple[Float[Array, "B ..."], Any]:
+    step_noise: Numbers | None = None,
+    collect_fn: Callable[[Step], Tree] = whole_step,  # type: ignore[assignment]
+) -> tuple[Float[Array, "B ..."], Tree]:
     """Returns the final latents, and `collect_fn` of every step stacked along a first axis.
 
-    By default that is a `Step` with `x`, `output`, `x0`, `x_next` as `[S, B, ...]` and
-    `timestep` as `[S]`: what the model was given is `x`.  `collect_fn` is static: pass a function
-    that lives longer than the call, not a fresh lambda.
+    By default that is a `Step` with `x` (what the model was given), `output`, `x0` and `x_next` as
+    `[S, B, ...]` and `timestep` as `[S]`.  `collect_fn` is static: a new function, such as a lambda
+    in a loop, compiles anew.
 
     Raises:
         ValueError: as `sample`.
@@ -98,7 +100,7 @@ def sample_trajectory(
     )
 
 
-def check_batch(condition: Any, noise: Any) -> None:
+def check_batch(condition: Condition, noise: AnyArray) -> None:
     """Raises `ValueError` unless every array of `condition` has one entry per sample."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(condition):
         if leaf.shape[:1] != noise.shape[:1]:
@@ -108,7 +110,7 @@ def check_batch(condition: Any, noise: Any) -> None:
             )
 
 
-def _typed(key: Any, num_samples: int) -> Any:
+def _typed(key: Key, num_samples: int) -> Key:
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     if key.shape not in ((), (num_samples,)):
@@ -119,10 +121,18 @@ def _typed(key: Any, num_samples: int) -> Any:
 
 
 @jax.jit(static_argnames=("collect_fn",))
-def _sample_loop(denoise_fn, sampler, noise, condition, key, step_noise, collect_fn):
+def _sample_loop(
+    denoise_fn: DenoiseFn,
+    sampler: Sampler,
+    noise: Float[Array, "B ..."],
+    condition: Condition,
+    key: Key | None,
+    step_noise: Float[Array, "S B ..."] | None,
+    collect_fn: Callable[[Step], Tree],
+) -> tuple[Float[Array, "B ..."], Tree]:
     num_steps = jax.tree.leaves(sampler.table)[0].shape[0]
 
-    def body(x, scanned):
+    def body(x: Array, scanned: tuple[Any, Array, Array | None]) -> tuple[Array, Tree]:
         row, index, recorded = scanned
         drawn = recorded if key is None else _drawn(key, index, x)
         step = sampler.step(denoise_fn, x, condition, row, drawn)
@@ -133,7 +143,7 @@ def _sample_loop(denoise_fn, sampler, noise, condition, key, step_noise, collect
     )
 
 
-def _drawn(key, index, x):
+def _drawn(key: Key, index: Int[Array, ""], x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
     if key.ndim == 0:
         return jax.random.normal(jax.random.fold_in(key, index), x.shape, x.dtype)
     keys = jax.vmap(jax.random.fold_in, (0, None))(key, index)

@@ -1,6 +1,6 @@
-"""What a model's output says about one step: `x_0`, `eps`, and the Gaussian of the step before.
+"""`x_0`, `eps` and the Gaussian of the next step, from a model's output at one step.
 
-Coefficients arrive as scalars of one timestep, gathered by the sampling loop.
+Coefficients are scalars of one timestep, which the sampling loop takes from a table.
 Dimension letters: B = batch, D = height and width (and frames), C = channels of the latents,
 O = channels of the model's output.
 """
@@ -13,6 +13,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qdit_jax.types import AnyArray, Scalar
+
+# Of all steps in NumPy `[S]`; of one step, traced, inside the sampling loop.
+Coefficients = AnyArray
+
 
 class Prediction(NamedTuple):
     """Coefficients that relate `x_t`, `x_0` and `eps`.
@@ -21,21 +26,25 @@ class Prediction(NamedTuple):
     the weights are infinite where there is no signal.
     """
 
-    x_weight: Any
-    eps_weight: Any
-    signal: Any
-    noise: Any
+    x_weight: Coefficients
+    eps_weight: Coefficients
+    signal: Coefficients
+    noise: Coefficients
 
 
 Latents = Float[Array, "B *D C"]
+# (x [B, *D, C], timestep [B], condition) -> [B, *D, O]
+DenoiseFn = Callable[..., Array]
 PredictFn = Callable[[Latents, Latents, Prediction], tuple[Latents, Latents]]
 # (x, x_0, eps, row, limit) -> (x_0, eps)
 LimitFn = Callable[[Latents, Latents, Latents, Prediction, Any], tuple[Latents, Latents]]
+# The largest magnitude of the predicted data, or the two numbers of `dynamic_threshold`.
+Limit = Scalar | tuple[Scalar, Scalar]
 
 
 def eps_prediction(x: Latents, output: Latents, row: Prediction) -> tuple[Latents, Latents]:
     """Returns `(x_0, eps)` of a model that predicts the noise."""
-    return row.x_weight * x - row.eps_weight * output, output
+    return x * row.x_weight - output * row.eps_weight, output
 
 
 def x0_prediction(x: Latents, output: Latents, row: Prediction) -> tuple[Latents, Latents]:
@@ -46,18 +55,18 @@ def x0_prediction(x: Latents, output: Latents, row: Prediction) -> tuple[Latents
 def v_prediction(x: Latents, output: Latents, row: Prediction) -> tuple[Latents, Latents]:
     """Returns `(x_0, eps)` of a model that predicts `v = signal eps - noise x_0`.
 
-    (Salimans and Ho, arXiv:2202.00512.) It holds where there is no signal, too.
+    (Salimans and Ho, arXiv:2202.00512.) It also holds where there is no signal.
     """
-    return row.signal * x - row.noise * output, row.signal * output + row.noise * x
+    return x * row.signal - output * row.noise, output * row.signal + x * row.noise
 
 
 def noise_of(x: Latents, x0: Latents, row: Prediction) -> Latents:
     """Returns the `eps` that leads from the data `x_0` to `x`."""
-    return (x - row.signal * x0) / row.noise
+    return (x - x0 * row.signal) / row.noise
 
 
 def consistent_clip(
-    x: Latents, x0: Latents, eps: Latents, row: Prediction, limit: Any
+    x: Latents, x0: Latents, eps: Latents, row: Prediction, limit: Scalar
 ) -> tuple[Latents, Latents]:
     """Returns `x_0` clipped to `[-limit, limit]` and the `eps` that leads from it to `x`."""
     x0 = jnp.clip(x0, -limit, limit)
@@ -65,19 +74,19 @@ def consistent_clip(
 
 
 def data_clip(
-    x: Latents, x0: Latents, eps: Latents, row: Prediction, limit: Any
+    x: Latents, x0: Latents, eps: Latents, row: Prediction, limit: Scalar
 ) -> tuple[Latents, Latents]:
     """Returns `x_0` clipped to `[-limit, limit]` and the `eps` of the model, as diffusers does."""
     return jnp.clip(x0, -limit, limit), eps
 
 
 def dynamic_threshold(
-    x: Latents, x0: Latents, eps: Latents, row: Prediction, limit: Any
+    x: Latents, x0: Latents, eps: Latents, row: Prediction, limit: tuple[Scalar, Scalar]
 ) -> tuple[Latents, Latents]:
-    """Returns `x_0` clipped at a quantile of its own and scaled into [-1, 1], and `eps` as it is.
+    """Returns `x_0` clipped at a quantile of |x_0| and scaled into [-1, 1], and `eps` unchanged.
 
-    `limit` is the quantile's share and the largest range; the smallest is 1. One range a sample
-    (Saharia et al., arXiv:2205.11487).
+    `limit` is the quantile, in [0, 1], and the largest range; the smallest is 1. Each sample has
+    its own range (Saharia et al., arXiv:2205.11487).
     """
     share, largest = limit
     axes = tuple(range(1, x0.ndim))
@@ -91,13 +100,13 @@ def predicted(
     x: Latents,
     output: Float[Array, "B *D O"],
     row: Prediction,
-    limit: Any,
+    limit: Limit | None,
     limit_fn: LimitFn = consistent_clip,
 ) -> tuple[Latents, Latents]:
     """Returns `(x_0, eps)`, with `x_0` kept within `limit` by `limit_fn`.
 
-    Channels of `output` beyond those of `x` are the variance's and are not read; `limit=None`
-    leaves `x_0` as it is.
+    Channels of `output` beyond those of `x` belong to the variance and are not used; `limit=None`
+    leaves `x_0` unclipped.
     """
     num_channels = x.shape[-1]
     if output.shape[:-1] != x.shape[:-1] or output.shape[-1] not in (
@@ -119,16 +128,16 @@ class LogVariance(NamedTuple):
     posterior's second there, as published.
     """
 
-    posterior: Any
-    beta: Any
-    beta_clipped: Any
+    posterior: Coefficients
+    beta: Coefficients
+    beta_clipped: Coefficients
 
 
-VarianceFn = Callable[[Latents, Float[Array, "B *D O"], LogVariance], Any]
+VarianceFn = Callable[[Latents, Float[Array, "B *D O"], LogVariance], Latents]
 
 
 def learned_range(x: Latents, output: Float[Array, "B *D O"], row: LogVariance) -> Latents:
-    """Returns the log variance that the model's last channels choose between the two extremes.
+    """Returns the log variance, interpolated by the model's last channels between the two extremes.
 
     -1 is the smallest, 1 the largest (Nichol and Dhariwal, arXiv:2102.09672).
 

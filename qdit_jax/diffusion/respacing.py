@@ -1,4 +1,4 @@
-"""Fewer steps from the same process: which timesteps to visit, and the schedule between them."""
+"""Fewer steps from the same process: which timesteps to visit, and the schedule of these alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def spaced_timesteps(num_timesteps: int, spacing: int | str) -> Int[np.ndarray, 
     - `50` or `"50"`: 50 timesteps from first to last, at a fractional stride that is rounded;
     - `"10,15,20"`: equal sections of the process with 10, 15 and 20 timesteps;
     - `"ddim25"`: 25 timesteps at one integer stride, from 0 (the DDIM paper's choice).
-    A single timestep in a section is the section's first.
+    A section with a single timestep has its first.
 
     Raises:
         ValueError: if the spacing cannot be read, or asks for more timesteps than there are.

@@ -1,9 +1,9 @@
 """The settings of a diffusers scheduler (scheduler_config.json), as a table of what is understood.
 
-A scheduler's file says two things: the process that the network was trained on (betas, what the
-network predicts), and the walk back (which timesteps, what is clipped). The process must be
-understood. The walk is taken over for DDIM, DDPM and Euler's rule of a flow; for any other solver
-it is replaced by one of these on the same process.
+A scheduler's file describes two things: the process that the network was trained on (betas, what
+the network predicts), and how samples are drawn (the solver, its timesteps, what is clipped). The
+process must be understood. The solver is kept if it is DDIM, DDPM or Euler's rule of a flow; any
+other one is replaced by one of these on the same process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qdit_jax.diffusion.settings import HARMLESS, Setting, check_setting, shown,
 from qdit_jax.errors import UserError
 
 SAYS = "scheduler_config.json says"
-NO_FLAG = "set it to false in the file if the walk may do without it"
+NO_FLAG = "set it to false in the file if the samples may be drawn without it"
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -54,7 +54,7 @@ VARIANCE = {
         default="fixed_small",
     )
 }
-# Of solvers that are not walked here: what they say of the walk alone has no bearing.
+# Of solvers that are replaced: settings of the solver alone have no effect.
 SOLVER = {
     name: HARMLESS
     for name in (
@@ -127,15 +127,15 @@ FLOW |= {
 
 @dataclass(frozen=True)
 class SchedulerClass:
-    """One class of schedulers: how it is walked, and its settings.
+    """One class of schedulers: its sampler and its settings.
 
     Attributes:
-        walk: `"ddim"`, `"ddpm"` or `"flow"`.
+        sampler: `"ddim"`, `"ddpm"` or `"flow"`.
         table: its settings.
-        replaced: whether `walk` stands in for a solver that is not walked here.
+        replaced: whether `sampler` replaces a solver that this package does not have.
     """
 
-    walk: str
+    sampler: str
     table: dict[str, Setting]
     replaced: bool = False
 
@@ -173,7 +173,7 @@ CLASSES: dict[str, SchedulerClass] = {
     "KDPM2DiscreteScheduler": KDIFFUSION,
     "KDPM2AncestralDiscreteScheduler": KDIFFUSION,
 }
-# A setting of one class may stand in the file of another, which reads nothing of it.
+# A file may contain settings of other classes, which its own class ignores.
 ANYWHERE = frozenset(name for row in CLASSES.values() for name in row.table)
 
 
@@ -183,14 +183,14 @@ class Scheduler:
 
     Attributes:
         class_name: its class in diffusers.
-        walk: `"ddim"`, `"ddpm"` or `"flow"`.
-        replaced: whether that walk stands in for a solver that is not walked here.
+        sampler: `"ddim"`, `"ddpm"` or `"flow"`.
+        replaced: whether that sampler replaces a solver that this package does not have.
         settings: every used setting of its class, defaults filled in.
         ignored: settings in the file that are of other classes, which this one does not read.
     """
 
     class_name: str
-    walk: str
+    sampler: str
     replaced: bool
     settings: Mapping[str, Any]
     ignored: tuple[str, ...] = ()
@@ -212,7 +212,7 @@ def read_scheduler(config: Mapping[str, Any]) -> Scheduler:
     ignored = tuple(k for k in config if k not in row.table and k in ANYWHERE)
     own = {key: value for key, value in config.items() if key not in ignored}
     settings = understood(SAYS, own, row.table)
-    if row.walk == "ddim" and is_flow(settings):
+    if row.sampler == "ddim" and is_flow(settings):
         settings = {
             "num_train_timesteps": settings["num_train_timesteps"],
             "shift": settings["flow_shift"],
@@ -220,10 +220,10 @@ def read_scheduler(config: Mapping[str, Any]) -> Scheduler:
         }
         check_setting(SAYS, "shift_terminal", settings["shift_terminal"], FLOW["shift_terminal"])
         return Scheduler(name, "flow", True, settings, ignored)
-    if row.walk != "flow":
+    if row.sampler != "flow":
         check_betas(settings, "num_train_timesteps" in config)
         check_signal(settings, row.replaced)
-    return Scheduler(name, row.walk, row.replaced, settings, ignored)
+    return Scheduler(name, row.sampler, row.replaced, settings, ignored)
 
 
 def is_flow(settings: Mapping[str, Any]) -> bool:
@@ -232,7 +232,8 @@ def is_flow(settings: Mapping[str, Any]) -> bool:
     if flow != settings.get("use_flow_sigmas", False):
         raise UserError(
             f"{SAYS} prediction_type={settings['prediction_type']!r} and use_flow_sigmas="
-            f"{settings['use_flow_sigmas']}; a flow has 'flow_prediction' and True, nothing else either."
+            f"{settings['use_flow_sigmas']}; a flow has 'flow_prediction' and True, anything else "
+            "has neither."
         )
     return flow
 
@@ -254,7 +255,7 @@ def check_signal(settings: Mapping[str, Any], replaced: bool) -> None:
         return
     if replaced or settings["timestep_spacing"] != "leading":
         raise UserError(
-            f"{SAYS} rescale_betas_zero_snr=True and prediction_type='epsilon': the walk starts "
+            f"{SAYS} rescale_betas_zero_snr=True and prediction_type='epsilon': sampling starts "
             "without any signal, where the noise says nothing of the data; use a DDIMScheduler with "
             "timestep_spacing='leading', which leaves the last timestep out, or correct what the "
             "network predicts."
@@ -264,8 +265,8 @@ def check_signal(settings: Mapping[str, Any], replaced: bool) -> None:
 def check_fit(velocity: bool, learns_variance: bool, scheduler: Scheduler) -> None:
     """Raises `UserError` if a network does not return what its scheduler reads."""
     name = scheduler.class_name
-    if velocity != (scheduler.walk == "flow"):
-        kinds = ("noise", "a velocity") if scheduler.walk == "flow" else ("a velocity", "noise")
+    if velocity != (scheduler.sampler == "flow"):
+        kinds = ("noise", "a velocity") if scheduler.sampler == "flow" else ("a velocity", "noise")
         raise UserError(
             f"the network predicts {kinds[0]}, but a {name} reads {kinds[1]}; convert the pipeline again."
         )

@@ -4,14 +4,13 @@ Dimension letters: S = number of timesteps of a schedule, B = batch.
 
 The forward process is `x_t = sqrt(alphas_cumprod[t]) x_0 + sqrt(1 - alphas_cumprod[t]) eps`
 (Ho et al., arXiv:2006.11239).  Everything here is plain NumPy: coefficients are rounded to float32
-once, when a sampler takes them.
+once, when a sampler is built.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -55,7 +54,7 @@ def sigmoid_betas(
 
 
 def zero_snr_betas(betas: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
-    """Returns betas whose last timestep keeps no signal at all (Lin et al., arXiv:2305.08891).
+    """Returns betas whose last timestep has no signal (Lin et al., arXiv:2305.08891).
 
     The square roots of the signal's share are shifted to end at 0 and scaled to start where they
     did.
@@ -71,12 +70,12 @@ def zero_snr_betas(betas: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
 class Schedule:
     """A discrete diffusion process with its coefficients, each `[S]` float64.
 
-    `betas[i]` is the variance added by step `i`; `timestep_map[i]` is what the model is told at
-    index `i` (the identity unless the schedule was respaced).
+    `betas[i]` is the variance added by step `i`; `timestep_map[i]` is the timestep that the model
+    gets at index `i` (the identity unless the schedule was respaced).
     """
 
     betas: np.ndarray
-    timestep_map: Any = None
+    timestep_map: np.ndarray = None  # type: ignore[assignment]  # set below
 
     def __post_init__(self):
         betas = np.asarray(self.betas, np.float64)

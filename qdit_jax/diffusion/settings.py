@@ -1,4 +1,4 @@
-"""Settings that come in somebody else's file, held against a table of those that are understood."""
+"""Checks the settings in another program's file against a table of those that are understood."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class Setting:
         kind: one of `KINDS`.
         allowed: the values that are understood; empty for all of that kind.
         low, high: the range of a number, both ends included.
-        default: what a file that leaves it out means.
+        default: its value where a file leaves it out.
         optional: whether null is a value.
-        used: whether it changes anything here; a setting that is not used is known to be harmless.
-        remedy: what to do about a value that is not understood.
+        used: whether it has an effect here; one that is not used is known not to matter.
+        remedy: what the message advises for a value that is not understood.
     """
 
     kind: str
     allowed: tuple[Any, ...] = ()
     low: float | int = -math.inf
     high: float | int = math.inf
-    default: Any = None
+    default: object = None
     optional: bool = False
     used: bool = True
     remedy: str = ""
@@ -49,12 +49,14 @@ Table = Mapping[str, Setting]
 HARMLESS = Setting("any", used=False)
 
 
-def is_kind(value: Any, kind: str) -> bool:
+def is_kind(value: object, kind: str) -> bool:
     """Returns whether `value`, read from JSON or a saved Namespace, is of that kind."""
     if kind == "numbers":
         return isinstance(value, list | tuple) and all(is_kind(v, "number") for v in value)
     if kind == "number":
-        return type(value) in (int, float) and math.isfinite(value)
+        if type(value) not in (int, float):  # neither a boolean nor a number of NumPy
+            return False
+        return isinstance(value, int | float) and math.isfinite(value)
     types: dict[str, tuple[type, ...]] = {
         "bool": (bool,),
         "whole": (int,),
@@ -65,7 +67,7 @@ def is_kind(value: Any, kind: str) -> bool:
     return kind == "any" or type(value) in types[kind]
 
 
-def check_setting(source: str, name: str, value: Any, setting: Setting) -> None:
+def check_setting(source: str, name: str, value: object, setting: Setting) -> None:
     """Raises `UserError` unless a setting's value is understood.
 
     The message begins with `source` (`"config.json says"`), the setting's name and its value.
@@ -79,7 +81,7 @@ def check_setting(source: str, name: str, value: Any, setting: Setting) -> None:
     if setting.allowed and value not in setting.allowed:
         known = " or ".join(shown(v) for v in setting.allowed)
         raise UserError(f"{says}; only {known} is understood{remedy}.")
-    if setting.kind in ("whole", "number") and not setting.low <= value <= setting.high:
+    if isinstance(value, int | float) and not setting.low <= value <= setting.high:
         bounds = f"{setting.low:g} to {setting.high:g}"
         raise UserError(f"{says}, which is not in {bounds}{remedy}.")
 
@@ -102,7 +104,7 @@ def understood(source: str, values: Mapping[str, Any], table: Table) -> dict[str
     }
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Returns a value as a message shows it, cut short where it is long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,23 +1,24 @@
-"""Calls whose arrays lie on a mesh with Explicit axes, as `jax.make_mesh` makes them by default."""
+"""Calls with arrays on a mesh of Explicit axes, the default of `jax.make_mesh`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax.sharding import AxisType, NamedSharding
+from jaxtyping import Array
 
 
-def in_auto_axes(fn: Callable, x: Any, *args: Any) -> Any:
+def in_auto_axes(fn: Callable[..., Array], x: Array, *args: object) -> Array:
     """Returns `fn(x, *args)`, an array of as many axes as `x`, sharded as `x` is.
 
-    Under Explicit axes every operation must say where its result lies where that is ambiguous; a
-    network need not know, so the compiler chooses inside of `fn`. Elsewhere this is a plain call.
+    Under Explicit axes an operation whose output sharding is ambiguous must be given one. Inside of
+    `fn` the compiler chooses instead, so that networks need not know of it. On other meshes and
+    without one this is a plain call.
     """
-    sharding: Any = getattr(jax.typeof(x), "sharding", None)
+    sharding = getattr(jax.typeof(x), "sharding", None)
     mesh = getattr(sharding, "mesh", None)
-    if mesh is None or AxisType.Explicit not in mesh.axis_types:
+    if sharding is None or mesh is None or AxisType.Explicit not in mesh.axis_types:
         return fn(x, *args)
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     axes = tuple(name for name, kind in kinds if kind is AxisType.Explicit)

@@ -1,7 +1,7 @@
-"""The table of samplers: a row says where a sampler is made, and what it takes.
+"""The table of samplers: a row names the function that returns a sampler, and its options.
 
-Nothing here imports jax, so that the names alone are quick to have; the function that a row names is
-imported when it is first asked for.
+Nothing here imports JAX, so that names and options can be read fast; the function is imported when
+it is first used.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 VELOCITY = "velocity"
-# What networks return of which a sampler on a schedule of betas makes the noise.
+# Predictions of networks for samplers on a schedule of betas.
 NOISE = ("epsilon", "v_prediction", "sample")
 
 
@@ -21,11 +21,11 @@ class SamplerRow:
     """One row of the table of samplers.
 
     Attributes:
-        name: as `--sampler` takes it.
-        make: `module:function` of `make(steps, **options) -> Sampler`. A sampler of `NOISE` takes
-            the option `schedule`, one of a velocity the option `edges`.
-        predictions: what a network returns that can be sampled so (`models.Network.prediction`).
-        options: what `make` takes beside the number of steps.
+        name: its name for `--sampler`.
+        make: `module:function` of `make(steps, **options) -> Sampler`. A sampler for `NOISE` has
+            the option `schedule`, one for a velocity the option `edges`.
+        predictions: the outputs of networks that it samples with (`models.Network.prediction`).
+        options: the arguments of `make` beside the number of steps.
         spacings: whether steps may be a published spacing such as `"ddim25"`.
         idea: one sentence on the rule of a step.
         paper: where the rule is from.
@@ -41,7 +41,7 @@ class SamplerRow:
 
     @property
     def make_fn(self) -> Callable[..., Any]:
-        """Returns the function that makes the sampler."""
+        """Returns the function that returns the sampler."""
         module, _, name = self.make.partition(":")
         return getattr(import_module(module), name)
 
@@ -50,7 +50,7 @@ class SamplerRow:
         """Returns whether it follows a velocity, from time 0 at noise to time 1 at the data."""
         return VELOCITY in self.predictions
 
-    def chosen(self, **given: Any) -> dict[str, Any]:
+    def chosen(self, **given: object) -> dict[str, Any]:
         """Returns the given options of `make` that are not None.
 
         Raises:
@@ -110,5 +110,5 @@ def sampler_named(name: str) -> SamplerRow:
 
 
 def samplers_of(prediction: str) -> list[str]:
-    """Returns the names of the samplers that walk with what a network returns."""
+    """Returns the names of the samplers that take what a network returns."""
     return [row.name for row in SAMPLERS.values() if prediction in row.predictions]

@@ -5,7 +5,7 @@ Dimensions: B samples of a batch, S steps.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ import numpy as np
 
 from qdit_jax import metrics
 from qdit_jax.evaluation.trajectories import BatchSampler, Trajectory
+from qdit_jax.types import Condition
+
+Tree = TypeVar("Tree")
 
 
 def pair_measures(reference: Trajectory, other: Trajectory) -> dict[str, np.ndarray]:
@@ -40,18 +43,18 @@ def pair_measures(reference: Trajectory, other: Trajectory) -> dict[str, np.ndar
     return {**found, "drift_db": np.stack(after, axis=1)}
 
 
-def first_of(tree: Any, count: int) -> Any:
+def first_of(tree: Tree, count: int) -> Tree:
     """Returns the first `count` entries of every array."""
     return jax.tree.map(lambda leaf: leaf[:count], tree)
 
 
 def probe(
-    reference: BatchSampler, other: BatchSampler, trajectory: Trajectory, condition: Any
+    reference: BatchSampler, other: BatchSampler, trajectory: Trajectory, condition: Condition
 ) -> np.ndarray:
-    """Returns `[B, S]`: how close two networks' outputs are for the same input, in dB (signal to error).
+    """Returns `[B, S]`: signal to error, in dB, of two networks' outputs for the same input.
 
-    The inputs are those of the reference's trajectory, so that no earlier error is in it; the
-    channels of a learned variance are left out.
+    The inputs are those of the reference's trajectory, so that no earlier error counts; the
+    channels of a learned variance do not count either.
     """
     # One device: the few samples may not divide evenly among all.
     device = jax.local_devices()[0]

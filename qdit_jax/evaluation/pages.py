@@ -1,4 +1,4 @@
-"""What a person looks at after an evaluation: one self-contained page, and its pictures."""
+"""The report of an evaluation: one self-contained page, and its pictures."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def protocol_text(summary: Mapping[str, Any]) -> str:
     models = "; ".join(f"{m['title']}: {m['numerics']}" for m in summary["models"])
     return (
         f"{s['num_samples']:,} samples per model, {s['sampler']} with {s['steps']} steps, guidance "
-        f"{s['guidance']:g} on {s['guidance_channels']} channels, seed {s['seed']}, labels in "
-        f"turn; the same noise, labels and steps for all. {models}. Run on "
+        f"{s['guidance']:g} on {s['guidance_channels']} channels, seed {s['seed']}, labels "
+        f"cycled; the same noise, labels and steps for all. {models}. Run on "
         f"{', '.join(s['device'])}; {report.provenance_text(summary['made'])}."
     )
 

@@ -35,10 +35,10 @@ from qdit_jax.evaluation.trajectories import (
 )
 from qdit_jax.files import AnyPath, PathLike, as_path
 from qdit_jax.kernels import implementations_used
-from qdit_jax.models import rows_per_sample
+from qdit_jax.models import Network, rows_per_sample
 from qdit_jax.sampling import (
     check_seed,
-    conditions_in_turn,
+    cyclic_conditions,
     default_batch_size,
     device_mesh,
     filled_batch,
@@ -61,10 +61,13 @@ def run_evaluation(
     protocol: Protocol,
     folder: PathLike,
     progress_fn: Callable[[int], Any] | None = None,
+    num_probed: int = NUM_PROBED,
 ) -> Run:
     """Samples what `folder` lacks and returns the finished run.
 
-    `progress_fn` is called with the number of samples that are done, first with those found.
+    `progress_fn` is called with the number of samples just done, first with those on disk.
+    `num_probed` is of how many samples single network calls are compared as well; 0 leaves
+    `output_db` out and saves one more compiled program per contender.
 
     Raises:
         UserError: if the contenders cannot be paired, the folder holds another run, or a sample
@@ -84,7 +87,8 @@ def run_evaluation(
         missing = missing_shards(folder, ranges)
         report = progress_fn or (lambda count: None)
         report(protocol.num_samples - sum(stop - start for start, stop in missing))
-        for start, arrays in shards(contenders, protocol, missing, settings["batch_size"]):
+        size = settings["batch_size"]
+        for start, arrays in shards(contenders, protocol, missing, size, num_probed):
             write_shard(folder, start, arrays)
             report(int(arrays["stop"]) - start)
     return Run(folder, ranges, settings)
@@ -92,7 +96,7 @@ def run_evaluation(
 
 @contextmanager
 def unless_unbegun(folder: AnyPath) -> Iterator[None]:
-    """Leaves no folder behind where what is done inside fails before anything is computed."""
+    """Removes the folder if the context fails before anything was computed."""
     try:
         yield
     except BaseException:
@@ -122,8 +126,8 @@ def check_pairable(contenders: Sequence[Contender]) -> None:
 INPUTS = ("sample shape", "prediction", "condition", "conditions in all", "null condition")
 
 
-def inputs_of(model: Any) -> tuple[Any, ...]:
-    """Returns what two networks must agree in to be given the same inputs, see `INPUTS`."""
+def inputs_of(model: Network) -> tuple[object, ...]:
+    """Returns what two networks must have in common to take the same inputs, see `INPUTS`."""
     every = model.all_conditions()
     return (
         model.sample_shape(),
@@ -135,7 +139,7 @@ def inputs_of(model: Any) -> tuple[Any, ...]:
 
 
 def settings_of(contenders: Sequence[Contender], protocol: Protocol) -> dict[str, Any]:
-    """Returns what decides every value of the run, in JSON's types."""
+    """Returns the settings that determine every value of the run, in JSON's types."""
     channels = protocol.guidance_channels
     return {
         "models": [content_of(c.checkpoint) for c in contenders],
@@ -162,6 +166,7 @@ def shards(
     protocol: Protocol,
     missing: Sequence[tuple[int, int]],
     batch_size: int,
+    num_probed: int,
 ) -> Iterable[tuple[int, dict[str, Any]]]:
     """Yields the first sample and the arrays of every shard that is missing."""
     if not missing:
@@ -177,7 +182,7 @@ def shards(
     }
     for start, stop in missing:
         index = filled_batch(start, padded, protocol.num_samples)
-        condition = conditions_in_turn(contenders[0].checkpoint.model, protocol.conditions, index)
+        condition = cyclic_conditions(contenders[0].checkpoint.model, protocol.conditions, index)
         arrays: dict[str, Any] = {"stop": stop, "device": place, **used}
         trajectories = []
         for i, (contender, sample_batch) in enumerate(zip(contenders, batch_samplers, strict=True)):
@@ -189,7 +194,7 @@ def shards(
             arrays |= {
                 f"{i}/{name}": v for name, v in pair_measures(trajectories[0], other).items()
             }
-            if start < NUM_PROBED:
+            if start < num_probed:
                 probed = probe(
                     batch_samplers[0],
                     batch_samplers[i],

@@ -1,4 +1,4 @@
-"""Samples to one file, batch by batch: finished ones are kept in a folder beside it, so that a run resumes.
+"""Samples to one file. Finished batches are kept in a folder beside it, so that a run resumes.
 
 The folder is that of an evaluation (`store`): settings, and one archive per batch.
 """
@@ -33,20 +33,20 @@ from qdit_jax.files import AnyPath, check_space, is_remote, remove_folder
 from qdit_jax.report import save_grid, to_uint8
 from qdit_jax.sampling import checked_batch_size, decode, generated_batches
 
-REMEDY = "use the same to go on, another --out, or --force to begin again"
+REMEDY = "use the same to resume, another --out, or --force to start from scratch"
 SMALLEST_CELL = 64  # pixels; smaller pictures are enlarged in a grid
 
 
 class NotFiniteError(UserError):
-    """A network gave values that are no finite numbers; the same run would give them again."""
+    """A network returned values that are not finite; the same run would return them again."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleFile:
-    """What is to be sampled: everything that decides the samples, in a fixed order.
+    """What to sample: everything that determines the samples.
 
-    `settings` are recorded in the unfinished folder beside those here; a run with other ones is not
-    continued. `batch_size` None takes that of an unfinished run, or the device's default.
+    `settings` are recorded too in the unfinished folder; a run with other ones is not resumed.
+    `batch_size` None takes that of an unfinished run, or the device's default.
     """
 
     checkpoint: Checkpoint
@@ -73,14 +73,14 @@ class SampleFile:
         force: bool = False,
         progress_fn: Callable[[int], Any] = lambda count: None,
     ) -> None:
-        """Makes the samples and writes `out`: a `.png` grid with captions, or an `.npz` archive.
+        """Samples and writes `out`: a `.png` grid with captions, or an `.npz` archive.
 
-        A run that was stopped goes on from the folder `.NAME.unfinished`, gone on success.
+        A run that was stopped resumes from the folder `.NAME.unfinished`, removed on success.
 
         Args:
-            columns: pictures in a row of the grid.
-            force: begin again where the folder holds a run with other settings.
-            progress_fn: called with the number of samples made (first: those found).
+            columns: pictures per row of the grid.
+            force: start from scratch if the folder holds a run with other settings.
+            progress_fn: called with the number of samples just done, first with those on disk.
 
         Raises:
             UserError: if the folder holds another run and `force` is off, a sample is not finite,
@@ -107,14 +107,14 @@ class SampleFile:
     def make_shards(
         self, folder: AnyPath, progress_fn: Callable[[int], Any], *, force: bool
     ) -> list[tuple[int, int]]:
-        """Makes the batches that `folder` lacks and returns the range of samples of each."""
+        """Samples the batches that `folder` lacks and returns the range of samples of each."""
         count = len(self.label)
         size = self.begun(folder, force)["batch_size"]
         ranges = shard_ranges(count, size)
         missing = missing_shards(folder, ranges)
         done = count - sum(stop - start for start, stop in missing)
         if done:
-            print(f"going on from {done:,} of {count:,} samples", flush=True)
+            print(f"resuming from {done:,} of {count:,} samples", flush=True)
             progress_fn(done)
         batches = generated_batches(
             self.checkpoint,
@@ -135,7 +135,7 @@ class SampleFile:
         return ranges
 
     def begun(self, folder: AnyPath, force: bool) -> dict[str, Any]:
-        """Returns the settings of the run in `folder`: an earlier one's, or now these."""
+        """Returns the settings of the run in `folder`: those of an earlier run, or these."""
         settings = self.all_settings()
         default = {"batch_size": checked_batch_size(len(self.label), None)}
         try:
@@ -147,7 +147,7 @@ class SampleFile:
         return open_run(folder, settings, default, REMEDY)
 
     def all_settings(self) -> dict[str, Any]:
-        """Returns what decides every sample, in JSON's types; a batch size of None is open."""
+        """Returns what determines every sample, in JSON's types; a batch size of None is open."""
         size, vae = self.batch_size, self.checkpoint.vae
         return {
             **fingerprint(
@@ -168,9 +168,9 @@ class SampleFile:
 
 @contextmanager
 def unfinished_folder(out: AnyPath) -> Iterator[AnyPath]:
-    """Yields the folder of batches beside `out`, held for this process; it is gone on success.
+    """Yields the folder of batches beside `out`, locked for this process.
 
-    It is gone as well where nothing was finished, or a sample is not what it should be.
+    It is removed on success, and also if no batch was finished or a sample is not finite.
     """
     target = out if is_remote(out) else Path(os.path.realpath(out))
     folder = target.with_name(f".{target.name}.unfinished")
@@ -187,7 +187,7 @@ def sample_shape(checkpoint: Checkpoint) -> tuple[int, ...]:
     """Returns the shape of one sample: rows, columns and channels of an image or a latent.
 
     Raises:
-        ValueError: if the autoencoder is not of the model's latents.
+        ValueError: if the autoencoder does not fit the model's latents.
     """
     shape, vae = checkpoint.model.sample_shape(), checkpoint.vae
     if vae is None:

@@ -44,7 +44,8 @@ class Scoring:
     Attributes:
         reference: an `.npz` of images or statistics, or `"demo"`, the packaged one of digits.
         features: `("demo",)`, or `("inception", CKPT)` with the folder of a converted checkpoint.
-        preprocessing: of Inception's input: `"published"`, or `"port"` as its PyTorch port.
+        preprocessing: how Inception's input is prepared: `"published"` as in the published
+            TensorFlow graph, `"port"` as in its common PyTorch port.
         settings: of the scores.
         batch_size: images per call of the feature network.
     """
@@ -61,7 +62,9 @@ class Scoring:
         return scoring_inputs(self.reference, self.features)
 
     def judge(self, shape: tuple[int, ...], name: str) -> Judge:
-        """Returns what scores images of `shape` `[N, H, W, C]`, called `name`, all of it checked.
+        """Returns the judge of images of `shape` `[N, H, W, C]`, after checking that all fits.
+
+        `name` says in messages what the images are.
 
         Raises:
             ValueError: if network, reference and images do not fit, or the images are too few.
@@ -71,7 +74,7 @@ class Scoring:
         if reference.has_images:
             check_sizes(shape, metrics.image_shape(path), name, self.reference)
         features_fn, features = named_features(self.features, self.preprocessing)
-        # A blank batch: what does not fit shows before anything long begins.
+        # A blank batch finds what does not fit before anything long starts.
         size = min(self.batch_size, shape[0])
         blank = features_fn(np.zeros((size, *shape[1:]), np.uint8))["pool"]
         metrics.check_network(reference, features, blank.shape[1], path)
@@ -131,7 +134,7 @@ def check_features(features: Sequence[str]) -> None:
 def named_features(
     features: Sequence[str], preprocessing: str = "published"
 ) -> tuple[FeaturesFn, str]:
-    """Returns the feature function that is named, and the name that its scores are called by."""
+    """Returns the feature function of that name, and the name of the features in reports."""
     check_features(features)
     if features[0] == DEMO_FEATURES:
         return demo_features_fn(), DEMO_FEATURES

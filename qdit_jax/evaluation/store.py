@@ -1,4 +1,4 @@
-"""The folder of an evaluation: settings, finished shards, and what is merged from them.
+"""The folder of an evaluation: settings and finished shards, which are merged in the end.
 
     run.json       the settings that every shard was made with
     shards/        one archive per batch, written to a temporary name and renamed (atomic)
@@ -31,10 +31,10 @@ DAMAGE = (zipfile.BadZipFile, OSError, ValueError, KeyError, EOFError)
 
 @contextmanager
 def locked(folder: AnyPath) -> Iterator[None]:
-    """Holds `folder` for this process; a process that is killed lets go of it.
+    """Locks `folder` for this process; the lock of a killed process is released.
 
     Raises:
-        UserError: if another process holds it, or `folder` is a file or holds other things.
+        UserError: if another process has the lock, or `folder` is a file or holds other things.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose a folder for the results.")
@@ -56,9 +56,9 @@ def open_run(
 ) -> dict[str, Any]:
     """Returns the settings of the run in `folder`: those stored there, else `settings`, now stored.
 
-    A setting that has a default and is None takes the stored value, or for a new run its default:
-    a run that moves to another machine keeps its batches. Settings without a finished shard are
-    forgotten.
+    A setting that is None and has a default takes the stored value, or in a new run its default, so
+    that a run that moves to another machine keeps its batches. Stored settings count only if a
+    shard is finished.
 
     Raises:
         UserError: if the folder holds a run with other settings; `remedy` ends the sentence.
@@ -91,7 +91,7 @@ def open_run(
 
 
 def with_present_names(settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns stored settings with those under an earlier name under the one they have now."""
+    """Returns stored settings with their present names in place of earlier ones."""
     return {EARLIER_NAMES.get(name, name): value for name, value in settings.items()}
 
 
@@ -118,7 +118,7 @@ def check_folder(folder: AnyPath) -> None:
         )
 
 
-def show(value: Any) -> str:
+def show(value: object) -> str:
     return "none" if value is None else str(value)
 
 

@@ -1,4 +1,4 @@
-"""The figures of a finished evaluation: what `metrics.json` holds, from the shards on disk."""
+"""The numbers of a finished evaluation, as `metrics.json` holds them, from the shards on disk."""
 
 from __future__ import annotations
 
@@ -88,8 +88,9 @@ def implementations(table: Table, number: int) -> dict[str, int]:
     return {name: count for text in sorted(stored) for name, count in json.loads(text).items()}
 
 
-def num_bytes(params: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+def num_bytes(tree: object) -> int:
+    """Returns the bytes of a leaf, or of all leaves of a tree."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def measure(table: Table, number: int, name: str) -> np.ndarray | None:

@@ -1,4 +1,4 @@
-"""Trajectories: a batch of samples on its way through one network, timed without compilation.
+"""Trajectories: the samples of a batch at every step in one network, timed without compilation.
 
 Dimensions: B samples of a batch, S steps, H, W, C an image or latent.
 """
@@ -7,22 +7,28 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from qdit_jax import diffusion
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.errors import UserError
 from qdit_jax.report import to_uint8
-from qdit_jax.sampling import PUBLISHED, decode, denoiser, initial_noise
+from qdit_jax.sampling import PUBLISHED, Denoiser, decode, denoiser, initial_noise
+from qdit_jax.types import AnyArray, Condition
+
+# (x [B, H, W, C], timestep [B], condition) -> output; a pytree of its parameters.
+DenoiseFn: TypeAlias = Callable[[jax.Array, jax.Array, Condition], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """A checkpoint that takes part, under a title for people."""
+    """A checkpoint to compare, and its title in reports."""
 
     title: str
     checkpoint: Checkpoint
@@ -30,10 +36,10 @@ class Contender:
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How every contender is sampled: all that a sample depends on besides the network.
+    """How every contender is sampled: everything that a sample depends on beside the network.
 
     `record` says in JSON which sampler it is; `batch_size` None takes the device's default;
-    `conditions` are labels or prompts that the samples take in turn, every class by default.
+    `conditions` are labels or prompts, cycled over the samples; every class by default.
     """
 
     sampler: diffusion.Sampler
@@ -44,15 +50,15 @@ class Protocol:
     guidance_channels: int | str | None = PUBLISHED
     numerics: str = "simulated"
     batch_size: int | None = None
-    conditions: Any = None
+    conditions: Condition = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
     """A batch's trajectory in one network, on the host, and how long it took.
 
-    `x [S, B, H, W, C]` is what the network was given at each of the `timestep [S]`, `final` what
-    the last step gave, `images` that decoded, or None where nothing decodes latents.
+    `x [S, B, H, W, C]` are the network's inputs at each `timestep [S]`, `final [B, H, W, C]` is the
+    result of the last step, `images` are that decoded, or None for latents that nothing decodes.
     """
 
     timestep: np.ndarray
@@ -70,7 +76,7 @@ class Trajectory:
         )
 
     def stored(self) -> dict[str, Any]:
-        """Returns what a shard keeps of it."""
+        """Returns the arrays that a shard stores."""
         samples = (
             {"latents": self.final} if self.images is None else {"images": to_uint8(self.images)}
         )
@@ -81,14 +87,20 @@ class Trajectory:
 class BatchSampler:
     """Samples batches with one network: compiled once, timed without compilation."""
 
-    def __init__(self, denoise_fn: Any, vae: Checkpoint | None, protocol: Protocol, split: Any):
+    def __init__(
+        self,
+        denoise_fn: DenoiseFn,
+        vae: Checkpoint | None,
+        protocol: Protocol,
+        split: NamedSharding,
+    ) -> None:
         self.denoise_fn = denoise_fn
         self.vae = vae
         self.protocol = protocol
         self.split = split
-        self.compiled: Any = None
+        self.compiled: jax.stages.Compiled | None = None
 
-    def __call__(self, index: np.ndarray, condition: Any) -> Trajectory:
+    def __call__(self, index: Int[np.ndarray, " B"], condition: Condition) -> Trajectory:
         """Returns the trajectories of the samples numbered `index`."""
         model = network(self.denoise_fn).model
         numbers, condition = jax.device_put((index, condition), self.split)
@@ -122,16 +134,17 @@ def compiled_trajectory(denoise_fn, sampler, key, index, condition, shape):
     return timestep, x, final
 
 
-def timestep_and_input(step: diffusion.Step) -> tuple[Any, Any]:
+def timestep_and_input(step: diffusion.Step) -> tuple[AnyArray, AnyArray]:
     return step.timestep, step.x
 
 
-def network(denoise_fn: Any) -> Any:
+def network(denoise_fn: DenoiseFn) -> Denoiser:
     """Returns the `Denoiser` inside a guided or plain `denoise_fn`."""
-    return getattr(denoise_fn, "denoise_fn", denoise_fn)
+    plain: Any = getattr(denoise_fn, "denoise_fn", denoise_fn)
+    return plain
 
 
-def batch_sampler(checkpoint: Checkpoint, protocol: Protocol, mesh: Any) -> BatchSampler:
+def batch_sampler(checkpoint: Checkpoint, protocol: Protocol, mesh: Mesh) -> BatchSampler:
     """Returns the sampler of a checkpoint with its parameters on every device."""
     whole = NamedSharding(mesh, PartitionSpec())
     model = checkpoint.model.clone(numerics=protocol.numerics)
@@ -145,7 +158,7 @@ def batch_sampler(checkpoint: Checkpoint, protocol: Protocol, mesh: Any) -> Batc
 
 
 def check_finite(trajectory: Trajectory, title: str, start: int) -> None:
-    """Raises `UserError` if a sample has a value that is no finite number."""
+    """Raises `UserError` if a sample has a value that is not finite."""
     for values in (trajectory.final, trajectory.images):
         if values is None:
             continue

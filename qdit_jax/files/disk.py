@@ -1,4 +1,4 @@
-"""What a disk has room for, and what it says when it fails."""
+"""Free space on a disk, and errors of a disk as sentences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from qdit_jax.errors import UserError
 from qdit_jax.files.paths import PathLike, is_remote
 
-# What the system says when a disk, not the program, is at fault.
+# Error numbers of the system when a disk, not the program, is at fault.
 DISK_ERRORS = {
     errno.ENOSPC,
     errno.EFBIG,
@@ -34,7 +34,7 @@ FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 def check_space(path: PathLike, num_bytes: int) -> None:
     """Raises `UserError` if the disk that is to hold `path` has less room than `num_bytes`."""
     if is_remote(path):
-        path = Path(tempfile.gettempdir()) / "x"  # where it is put together
+        path = Path(tempfile.gettempdir()) / "x"  # where it is written before the upload
     target = Path(os.path.realpath(path))
     folder = next((parent for parent in target.parents if parent.is_dir()), None)
     if folder is not None and num_bytes > (free := shutil.disk_usage(folder).free):
@@ -43,7 +43,7 @@ def check_space(path: PathLike, num_bytes: int) -> None:
 
 @contextmanager
 def disk_errors_told(path: PathLike) -> Iterator[None]:
-    """Turns a failure of the disk, whichever library met it, into one sentence about `path`."""
+    """Turns an error of the disk, from whichever library, into a `UserError` about `path`."""
     try:
         yield
     except UserError:
@@ -57,10 +57,10 @@ def disk_errors_told(path: PathLike) -> Iterator[None]:
 
 
 def disk_error(error: BaseException) -> int | None:
-    """Returns the system's number of what failed, if it is the disk's fault."""
+    """Returns the system's error number if the disk is at fault, else None."""
     number = getattr(error, "errno", None) if isinstance(error, OSError) else None
     if number is None:
         # TensorStore and safetensors have it in their text alone.
-        told = re.search(r"os[ _]error(?:_code)?[ =:'\"]*(\d+)", str(error))
-        number = int(told[1]) if told else None
+        found = re.search(r"os[ _]error(?:_code)?[ =:'\"]*(\d+)", str(error))
+        number = int(found[1]) if found else None
     return number if number in DISK_ERRORS else None

@@ -1,4 +1,4 @@
-"""Reading JSON so that nothing is said twice."""
+"""Reading JSON without repeated names."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from qdit_jax.errors import UserError
 
 
 def read_once(text: str) -> Any:
-    """Returns what JSON says.
+    """Returns the value of a JSON text.
 
     Raises:
-        UserError: if a name stands twice in an object, where Python's own reader takes the last.
-        ValueError: if `text` is no JSON.
+        UserError: if a name occurs twice in an object, where Python's own reader takes the last.
+        ValueError: if `text` is not JSON.
     """
     return json.loads(text, object_pairs_hook=once)
 

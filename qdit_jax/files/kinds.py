@@ -1,4 +1,4 @@
-"""The kinds of things that are written, and which of them may take another's place."""
+"""The kinds of files and folders that this program writes, and when one may be replaced."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ def check_free(
 ) -> None:
     """Raises `UserError` unless a thing of `kind` may be written to `path`.
 
-    That is: nothing or an empty folder is there; or with `overwrite` a thing of the same kind and
-    nothing else beside it. No input may be there, inside or around it, on whatever road.
+    It may if `path` does not exist or is an empty folder, or with `overwrite` if it is a thing of
+    the same kind with nothing else inside. No input may be at `path`, inside it or around it, links
+    included.
     """
     path = as_path(path)
     check_apart(path, inputs)
@@ -52,13 +53,13 @@ def is_empty(path: AnyPath) -> bool:
 
 
 class Kind(NamedTuple):
-    """Something that this program writes, and how it knows it again.
+    """Something that this program writes, and how it is recognized.
 
     Attributes:
-        title: with its article.
+        title: its name in messages, with an article.
         found_at: whether a path holds one.
         entries: pattern of all names that a folder of it may hold; empty for a file.
-        marker: the file that a folder of it always has; written last where nothing can be renamed.
+        marker: a file that every folder of this kind has; written last if renaming is impossible.
     """
 
     title: str
@@ -68,7 +69,7 @@ class Kind(NamedTuple):
 
 
 def strangers(path: AnyPath, kind: Kind) -> list[str]:
-    """Returns the names in a folder that are no part of a thing of its kind."""
+    """Returns the names in a folder that do not belong to a thing of its kind."""
     if not kind.entries:
         return []
     found = [p.name for p in path.iterdir() if not re.fullmatch(kind.entries, p.name)]
@@ -149,7 +150,7 @@ def has_states(path: AnyPath) -> bool:
 
 
 def is_unbegun_evaluation(path: AnyPath) -> bool:
-    """Returns whether a folder holds what an evaluation makes before its first shard."""
+    """Returns whether a folder holds what an evaluation writes before its first shard."""
     return path.is_dir() and all(
         entry.name == "lock" or (entry.name == "shards" and is_empty(entry))
         for entry in path.iterdir()

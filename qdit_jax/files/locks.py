@@ -16,10 +16,10 @@ except ImportError:  # not on Windows
 
 @contextmanager
 def locked(path: AnyPath) -> Iterator[bool | None]:
-    """Yields whether this process has now locked the file or folder `path`; it never waits.
+    """Locks the file or folder `path` without waiting; yields whether this process has the lock.
 
-    False says that another process holds it. None says that there is no telling: the system, its
-    disk or a store of objects has no such locks, or `path` cannot be opened.
+    False means that another process holds it. None means that locking is impossible: the system,
+    the disk or the object store has no locks, or `path` cannot be opened.
     """
     if fcntl is None or is_remote(path):
         yield None

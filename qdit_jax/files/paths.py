@@ -1,4 +1,4 @@
-"""Paths: local, or a URL such as `gs://bucket/name`, and whether two of them meet."""
+"""Paths: local, or a URL such as `gs://bucket/name`, and whether one contains another."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from qdit_jax.errors import UserError
 
+PathLike: TypeAlias = str | os.PathLike
+# A local `Path`, or etils' path of a URL: no subclass, but with the same methods.
 if TYPE_CHECKING:
-    PathLike = Any  # after `path = as_path(path)` the checker would keep the wider type
+    AnyPath: TypeAlias = Path
 else:
-    PathLike = str | os.PathLike
-AnyPath = Any  # a local `Path`, or etils' of a URL, which has its methods
+    AnyPath = os.PathLike
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
 
 
 def as_path(path: PathLike) -> AnyPath:
     """Returns a local `Path`, or for a URL such as `gs://bucket/name` etils' path.
 
-    A URL that went through `pathlib`, which makes `gs:/` of it, is taken for what it was.
+    `gs:/bucket/name`, which `pathlib` turns such a URL into, counts as that URL.
 
     Raises:
-        UserError: if nothing here reads such URLs.
+        UserError: if such URLs are not supported, or need a package that is not installed.
     """
     text = os.fspath(path)
     scheme, colon, rest = text.partition(":/")
@@ -57,7 +58,7 @@ def is_remote(path: PathLike) -> bool:
 def local_copy(path: PathLike, keep: Callable[[str], bool] = lambda name: True) -> Iterator[Path]:
     """Yields `path` where it is local, else a temporary copy of that file or folder.
 
-    Of a folder only the files are copied whose path inside it `keep` accepts.
+    Of a folder, only files are copied whose path inside it `keep` accepts.
     """
     path = as_path(path)
     if not is_remote(path):

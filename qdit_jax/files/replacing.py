@@ -79,7 +79,7 @@ def replaced_folder(
     With `overwrite` the old and new folders change places in one step where the system can. What a
     killed process of this machine has left of the same folder is removed first. Where `path` is a
     link, the folder that it leads to is replaced. Of a URL, the file that marks the kind is removed
-    first and written last, so that a reader never takes a half for the whole.
+    first and written last, so that a reader never takes an incomplete folder for a complete one.
 
     Raises:
         UserError: as `check_free`, or if `path` cannot be written.
@@ -116,11 +116,11 @@ def replaced_folder(
 def renewed_folder(
     path: PathLike, overwrite: bool, kind: str, inputs: Iterable[PathLike | None] = ()
 ) -> Iterator[AnyPath]:
-    """Yields the folder in which a long computation keeps its state and puts its results.
+    """Yields the folder in which a long computation keeps its state and its results.
 
-    That is `path` itself; but with `overwrite`, where a thing of `kind` is, a folder beside it, which
-    takes its place on success. A failed or killed computation finds its state in it again, and what
-    was at `path` is still there.
+    That is `path` itself; but with `overwrite`, if there is a thing of `kind`, a folder beside it
+    that replaces it on success. A computation that failed or was killed finds its state there
+    again, and `path` is unchanged.
 
     Raises:
         UserError: if something else is at `path`, or it cannot be replaced.

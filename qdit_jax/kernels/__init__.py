@@ -1,4 +1,4 @@
-"""One product: quantized activations times a packed kernel; and attention."""
+"""The product of quantized activations and a packed kernel, and attention."""
 
 from qdit_jax.kernels.attention import ATTENTION_IMPLEMENTATIONS, attention
 from qdit_jax.kernels.matmul import implementation_of, quantized_matmul, unsupported_reason

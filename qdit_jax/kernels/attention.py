@@ -1,4 +1,4 @@
-"""`attention`: the two products of attention and the softmax between, in one place.
+"""`attention`: the two products of attention and the softmax between them.
 
 Dimensions: B batch, Q and T query and key positions, H heads, D channels of a head.
 """
@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
-# What a fused kernel never has as an array: rounds or records the softmax `[B, H, Q, T]`.
-WeightsFn = Callable[[Any], Any]
+from qdit_jax.types import AnyArray
+
+# Rounds or records the softmax `[B, H, Q, T]`, which a fused kernel never holds as an array.
+WeightsFn = Callable[[Array], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class AttentionShapes:
     Attributes:
         q_shape, k_shape: `[B, Q, H, D]` and `[B, T, H, D]`.
         mask_shape: None without a mask.
-        sees_weights: whether something rounds or records the softmax.
+        sees_weights: whether there is a `weights_fn`, which rounds or records the softmax.
         dtype: name of the queries' dtype.
     """
 
@@ -40,29 +41,29 @@ class AttentionImplementation:
     """One row of the table; `run` takes `(q, k, v, mask, scale, weights_fn)`."""
 
     name: str
-    run: Callable[..., Any]
+    run: Callable[[AnyArray, AnyArray, AnyArray, AnyArray | None, float, WeightsFn | None], Array]
     unsupported_reason: Callable[[AttentionShapes], str | None]
 
 
 def attention(
-    q: Float[Any, "B Q H D"],
-    k: Float[Any, "..."],  # [B, T, H, D], as is v; told apart by `check_shapes`
-    v: Float[Any, "..."],
-    mask: Shaped[Any, "..."] | None = None,
+    q: Float[AnyArray, "B Q H D"],
+    k: Float[AnyArray, "..."],  # [B, T, H, D], as is v; see `check_shapes`
+    v: Float[AnyArray, "..."],
+    mask: Shaped[AnyArray, "..."] | None = None,
     *,
     scale: float | None = None,
     weights_fn: WeightsFn | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B Q H D"]:
-    """Returns `softmax(scale q k^T) v`, every head by itself, in the dtype of `v`.
+    """Returns `softmax(scale q k^T) v`, for each head, in the dtype of `v`.
 
-    The softmax is computed in float32 at least. Operands that are quantized come rounded.
+    The softmax is computed in float32 or wider. Quantized operands are given already rounded.
 
     Args:
         mask: True where a query may look: `[B, T]`, or `[1 or B, 1 or H, 1 or Q, T]`. A query that may
             look nowhere gets 0.
         scale: `D ** -0.5` by default.
-        weights_fn: of the softmax `[B, H, Q, T]`, for instance what rounds it.
+        weights_fn: applied to the softmax `[B, H, Q, T]`, for example to round it.
         implementation: a name in `ATTENTION_IMPLEMENTATIONS`; None takes the first that fits.
 
     Raises:
@@ -100,9 +101,14 @@ def chosen(shapes: AttentionShapes, implementation: str | None) -> AttentionImpl
 
 
 def xla_attention(
-    q: Any, k: Any, v: Any, mask: Any, scale: float, weights_fn: WeightsFn | None
-) -> Any:
-    """Returns the products as two einsums with all weights in memory: it fits everything."""
+    q: Float[AnyArray, "B Q H D"],
+    k: Float[AnyArray, "B T H D"],
+    v: Float[AnyArray, "B T H E"],
+    mask: Bool[AnyArray, "_ _ _ T"] | None,
+    scale: float,
+    weights_fn: WeightsFn | None,
+) -> Float[Array, "B Q H E"]:
+    """Returns the products as two einsums with all weights in memory; it supports every call."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide) * scale
     if mask is None:
@@ -118,7 +124,7 @@ def xla_attention(
 
 
 def anything(shapes: AttentionShapes) -> None:
-    """Returns None: plain XLA computes attention of every kind."""
+    """Returns None: plain XLA supports every call."""
     return None
 
 
@@ -130,7 +136,9 @@ def check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> 
         )
 
 
-def checked_mask(mask: Any, q: tuple[int, ...], k: tuple[int, ...]) -> Bool[Array, "B _ _ T"]:
+def checked_mask(
+    mask: Shaped[AnyArray, "..."], q: tuple[int, ...], k: tuple[int, ...]
+) -> Bool[AnyArray, "_ _ _ T"]:
     """Returns the mask with four axes; raises where it is not boolean or does not fit."""
     if mask.dtype != jnp.bool_:
         raise TypeError(f"mask has dtype {mask.dtype}; use booleans, True where a query may look.")

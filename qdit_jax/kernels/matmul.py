@@ -1,9 +1,9 @@
-"""`quantized_matmul`: what is computed (`numerics`) apart from who computes it (`implementation`)."""
+"""`quantized_matmul`: `numerics` chooses what is computed, `implementation` by which code."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,11 @@ from jaxtyping import Array, Float
 from qdit_jax.kernels.product import PLATFORMS, Implementation, Numerics, Product, invalid_reason
 from qdit_jax.kernels.table import IMPLEMENTATIONS
 from qdit_jax.quant import ActQuant, ActSpec, QTensor, WeightSpec
+from qdit_jax.types import AnyArray
 
 
 def quantized_matmul(
-    x: Float[Any, "*lead K"],
+    x: Float[AnyArray, "*lead K"],
     q: QTensor,
     act: ActQuant | ActSpec | None = None,
     numerics: Numerics | str = "simulated",
@@ -33,11 +34,11 @@ def quantized_matmul(
             hardware runs: int8 dots with int32 accumulators for integers, FP4 and mixtures of
             these; dots of bfloat16 with FP8 elements and of float32 with NF4's, which hold them
             exactly, summed in float32. They agree to float rounding.
-        implementation: who computes it, a name in `IMPLEMENTATIONS`; None takes the first that
-            fits, for each platform that the program is compiled for.
+        implementation: the code that computes it, a name in `IMPLEMENTATIONS`; None takes the first
+            that fits, for each platform that the program is compiled for.
 
     Raises:
-        ValueError: with the sentence of `unsupported_reason`.
+        ValueError: with the reason that `unsupported_reason` returns.
     """
     product = Product(
         x.shape, q, act, numerics, platform=default_platform(), dtype=jnp.dtype(x.dtype).name
@@ -50,8 +51,12 @@ def quantized_matmul(
 
 
 def _matmul_traced(
-    x: Any, q: QTensor, act: ActQuant | None, numerics: str, implementation: str | None
-) -> Any:
+    x: Float[Array, "*lead K"],
+    q: QTensor,
+    act: ActQuant | None,
+    numerics: str,
+    implementation: str | None,
+) -> Float[Array, "*lead N"]:
     if x.size == 0:
         return jnp.zeros((*x.shape[:-1], q.shape[1]), x.dtype)
     if implementation is not None:
@@ -64,7 +69,7 @@ def _matmul_traced(
         if (entry := first_that_fits(dataclasses.replace(product, platform=platform))) != elsewhere
     }
 
-    def run(entry: Implementation) -> Any:
+    def run(entry: Implementation) -> Callable[[Array, QTensor, ActQuant | None], Array]:
         return lambda x, q, act: entry.run(x, q, act, numerics)
 
     branches = {platform: run(entry) for platform, entry in chosen.items()}
@@ -86,7 +91,7 @@ def unsupported_reason(
 ) -> str | None:
     """Returns why the product cannot run this way, one sentence, or None if it can.
 
-    Only shapes and settings are looked at, so abstract arrays will do, under a trace as well.
+    Only shapes and settings are read, so arrays may be abstract or traced.
     `platform` is one of `PLATFORMS`, by default that of JAX's default backend.
     """
     product = Product(x_shape, weight, act, numerics, checked_platform(platform), dtype)
@@ -126,7 +131,7 @@ def implementation_of(
     """Returns the name of the implementation that `quantized_matmul` takes; for reports.
 
     Raises:
-        ValueError: with the sentence of `unsupported_reason`.
+        ValueError: with the reason that `unsupported_reason` returns.
     """
     product = Product(x_shape, weight, act, numerics, checked_platform(platform), dtype)
     reason = unsupported(product, None)
@@ -143,7 +148,7 @@ def checked_platform(platform: str | None) -> str:
 
 
 def default_platform() -> str:
-    """Returns what JAX computes on by default, in the words of `PLATFORMS`."""
+    """Returns the name in `PLATFORMS` of JAX's default backend."""
     backend = jax.default_backend()
     if backend != "gpu":
         return backend

@@ -1,9 +1,10 @@
-"""What integer numerics multiply: two operands, cut into segments.
+"""The operands of integer numerics, cut into segments.
 
-Integers and number formats alike are `value = (element - zero) * scale`. Integer codes, moved by
-`2**(bits-1)`, and the doubled elements of E2M1 are int8; FP8 elements are bfloat16, NF4's float32.
-Two int8 operands keep their zeros, which their sums take off exactly. In a wider dtype every
-`element - zero` is exact itself, and a sum would cancel; so there the zero is taken off first.
+Integers and number formats have one equation: `value = (element - zero) * scale`. Integer codes,
+moved by `2**(bits-1)`, and the doubled elements of E2M1 are int8; FP8 elements are bfloat16, NF4's
+float32. Two int8 operands keep their zeros, which are subtracted from the int32 sums, exactly. In a wider
+dtype each `element - zero` is exact, while a float32 sum would cancel; there the zero is subtracted
+first.
 
 Dimensions: T tokens, K input channels, N output channels, B scales of a row, U segments of K,
 L channels of a segment.
@@ -13,13 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Int, Num, UInt8
 
 from qdit_jax.kernels.segments import Segments
 from qdit_jax.quant import (
@@ -32,39 +33,62 @@ from qdit_jax.quant import (
     packing,
     scale_value,
 )
+from qdit_jax.types import AnyArray
+
+# (elements, zero, scale) of a segment: `[T, L]`, `[T, 1]`, `[T, 1]` of activations and `[L, N]`,
+# `[N]`, `[N]` of weights. Zero is None where it is 0.
+Elements = tuple[Num[Array, "_ _"], Num[Array, "..."] | int | None, Float[Array, "..."]]
+# (number, group) of a segment of the activations, or of all segments `[U]`.
+ActSegment = tuple[AnyArray, AnyArray]
+
+
+class WeightSegment(NamedTuple):
+    """A segment of the weights, or all of them with U as first axis.
+
+    Attributes:
+        codes: what `stacked_codes` returns.
+        zero: uint8 `[B]`, None where it is 0.
+        scale: `[B]`, as stored.
+    """
+
+    codes: Array
+    zero: AnyArray | None
+    scale: AnyArray
+
+
+Segment = TypeVar("Segment", ActSegment, WeightSegment)
 
 
 @dataclasses.dataclass(frozen=True)
-class Operand:
-    """One operand, a segment at a time.
+class Operand(Generic[Segment]):
+    """One operand, one segment at a time.
 
     Attributes:
-        stacked: a tree of arrays with an axis of U first, for `lax.scan` to walk.
-        segment: makes (elements, zero, scale) of one entry of `stacked`: `[T, L]`, `[T, 1]`,
-            `[T, 1]` of activations, `[L, N]`, `[N]`, `[N]` of weights. Zero is None where 0.
+        stacked: a tree of arrays with U as first axis, which `lax.scan` iterates over.
+        segment: returns the `Elements` of one entry of `stacked`.
     """
 
-    stacked: Any
-    segment: Callable[[Any], tuple[Any, Any, Any]]
+    stacked: Segment
+    segment: Callable[[Segment], Elements]
 
 
-def element_dtype(fmt: formats.Format | None) -> Any:
+def element_dtype(fmt: formats.Format | None) -> np.dtype:
     """Returns the narrowest dtype with a dot that holds the elements of integers or of `fmt`."""
     return jnp.dtype(jnp.int8) if fmt is None else fmt.operand_dtype
 
 
 def act_operand(
-    x: Float[Array, "*lead K"], act_quant: ActQuant, dtype: Any, segments: Segments
-) -> Operand:
+    x: Float[Array, "*lead K"], act_quant: ActQuant, dtype: np.dtype, segments: Segments
+) -> Operand[ActSegment]:
     """Returns the operand of the activations `x` (shift added), its elements in `dtype`."""
     elements, zero, scale = act_elements(x, act_quant, dtype)
     elements = segments.cut(elements.reshape(-1, x.shape[-1]), 1)  # [T, U L]
 
-    def of_token(values: Any, group: Any) -> Any:  # [T, 1]
+    def of_token(values: Num[AnyArray, "*#lead G"], group: AnyArray) -> Num[Array, "T 1"]:
         values = jnp.broadcast_to(values, (*x.shape[:-1], values.shape[-1]))
         return column(values.reshape(-1, values.shape[-1]), group)
 
-    def segment(one: tuple[Any, Any]) -> tuple[Any, Any, Any]:
+    def segment(one: ActSegment) -> Elements:
         index, group = one
         part = column(elements, index * segments.length, segments.length)
         one_zero = zero if zero is None or isinstance(zero, int) else of_token(zero, group)
@@ -75,47 +99,46 @@ def act_operand(
 
 
 def act_elements(
-    x: Float[Array, "*lead K"], act_quant: ActQuant, dtype: Any
-) -> tuple[Num[Array, "*lead K"], Any, Any]:
+    x: Float[Array, "*lead K"], act_quant: ActQuant, dtype: np.dtype
+) -> tuple[Num[Array, "*lead K"], Num[Array, "*#lead G"] | int | None, Float[AnyArray, "*#lead G"]]:
     """Returns (elements, zero, scale) of the activations; zero and scale have a value per group."""
     spec = act_quant.spec
     if spec.fmt is not None:
         codes, scale = spec.fmt.quantize_blocks(x, spec.group_size)
         return spec.fmt.operand(codes).astype(dtype), None, scale * spec.fmt.unit
-    scale, zero_point = act_quant.grid(x)
-    codes = codes_of(x, scale, zero_point, spec)
+    step, zero_point = act_quant.grid(x)
+    codes = codes_of(x, step, zero_point, spec)  # whole numbers in float32
     if dtype != jnp.int8:
         if zero_point is not None:
             codes = codes - expand_to_channels(zero_point, x.shape[-1], spec.group_size)
-        return codes.astype(dtype), None, scale
+        return codes.astype(dtype), None, step
+    # Codes from 0 to 2**bits - 1 are moved by half their range, to fit int8; so is their zero.
     half = 2 ** (spec.bits - 1)
     if zero_point is not None:
-        return (codes - half).astype(dtype), zero_point.astype(jnp.int32) - half, scale
+        return (codes - half).astype(dtype), zero_point.astype(jnp.int32) - half, step
     if spec.unsigned:
-        return (codes - half).astype(dtype), -half, scale
-    return codes.astype(dtype), None, scale
+        return (codes - half).astype(dtype), -half, step
+    return codes.astype(dtype), None, step
 
 
-def weight_operand(q: QTensor, dtype: Any, segments: Segments) -> Operand:
+def weight_operand(q: QTensor, dtype: np.dtype, segments: Segments) -> Operand[WeightSegment]:
     """Returns the operand of the kernel `q`, its elements in `dtype`; see `stacked_codes`."""
     codes, unpacked = stacked_codes(q, segments)
     group = segments.group(q.group_size)
     half = 2 ** (q.bits - 1)
-    stacked = {
-        "codes": codes,
-        "zero": None if q.symmetric else take(q.zero_point, group),  # [U, B]
-        "scale": take(q.scale, group),
-    }
+    zero_point = q.zero_point  # [G, B]
+    zero = None if zero_point is None else take(zero_point, group)  # [U, B]
+    stacked = WeightSegment(codes, zero, take(q.scale, group))
 
-    def segment(one: dict[str, Any]) -> tuple[Any, Any, Any]:
-        # Else XLA for GPUs, whose int8 dot wants columns, keeps a turned copy of all packed codes.
-        codes = with_layout_constraint(unpacked(one["codes"]), Layout(major_to_minor=(0, 1)))
-        scale = jnp.repeat(row_scale(q, one["scale"]), q.channel_group)
+    def segment(one: WeightSegment) -> Elements:
+        # Otherwise XLA for GPUs, whose int8 dot takes columns, keeps all codes transposed as well.
+        codes = with_layout_constraint(unpacked(one.codes), Layout(major_to_minor=(0, 1)))
+        scale = jnp.repeat(row_scale(q, one.scale), q.channel_group)  # [N]
         if q.fmt is not None:
             return q.fmt.operand(codes).astype(dtype), None, scale
-        zero: Any = None
-        if one["zero"] is not None:
-            zero = jnp.repeat(one["zero"].astype(jnp.int32), q.channel_group) - half
+        zero = None
+        if one.zero is not None:
+            zero = jnp.repeat(one.zero.astype(jnp.int32), q.channel_group) - half  # [N]
         elements = (codes - jnp.uint8(half)).astype(jnp.int8)  # uint8 wraps to the signed code
         if dtype == jnp.int8:
             return elements, zero, scale
@@ -124,35 +147,41 @@ def weight_operand(q: QTensor, dtype: Any, segments: Segments) -> Operand:
     return Operand(stacked, segment)
 
 
-def row_scale(q: QTensor, scale: Num[Array, " B"]) -> Float[Array, " B"]:
+def row_scale(q: QTensor, scale: Num[AnyArray, " B"]) -> Float[Array, " B"]:
     """Returns a row of `q.scale` as the float32 scales of elements."""
     if q.fmt is None:
         return scale_value(scale)
-    values = q.fmt.scale_value(scale)
+    values = q.fmt.scale_value(jnp.asarray(scale))
     return (values if q.tensor_scale is None else values * q.tensor_scale) * q.fmt.unit
 
 
-def stacked_codes(q: QTensor, segments: Segments) -> tuple[Any, Callable]:
-    """Returns an array to scan over and what makes a segment's codes, uint8 `[L, N]`, of its rows.
+def stacked_codes(
+    q: QTensor, segments: Segments
+) -> tuple[UInt8[Array, "U ..."], Callable[[Array], Array]]:
+    """Returns an array to scan over, and a function from one of its rows to codes, uint8 `[L, N]`.
 
-    Where every segment has bytes of its own, the array is the packed codes: one segment at a time
-    is unpacked. Elsewhere the layer is.
+    Where no byte holds codes of two segments, the array is the packed codes, unpacked one segment
+    at a time. Otherwise it is the unpacked codes of the whole layer.
     """
     count, length = segments.rows.shape
     fields = 8 // q.bits
+    # A segment of whole blocks of bytes (`packing`) in one plane is a run of rows of bytes.
     whole = segments.are_equal and length % (packing.SUB_BLOCK * fields) == 0
     if whole and packing.planes(q.bits) == (q.bits,):
-        packed = q.codes.reshape(count, length // fields, -1)
+        packed = q.codes.reshape(count, length // fields, -1)  # [U, L / fields, N]
         return packed, lambda one: packing.unpack(one, q.bits, length)
-    codes = segments.cut(integer_codes(q), 0)
+    codes = segments.cut(integer_codes(q), 0)  # [U L, N]
     return codes.reshape(count, length, -1), lambda one: one
 
 
-def column(values: Num[Array, "T M"], start: Any, length: int = 1) -> Num[Array, "T L"]:
+def column(
+    values: Num[Array, "T M"], start: Int[AnyArray, ""], length: int = 1
+) -> Num[Array, "T L"]:
+    # The scan's counter is never negative: no code for indices from the end.
     return jax.lax.dynamic_slice_in_dim(values, start, length, 1, allow_negative_indices=False)
 
 
-def take(values: Any, index: np.ndarray) -> Any:
-    """Returns the rows `index` of `values`; itself where that is everything in order."""
+def take(values: Num[AnyArray, "G ..."], index: np.ndarray) -> Num[AnyArray, "U ..."]:
+    """Returns the rows `index` of `values`; `values` itself where these are all rows in order."""
     same = np.array_equal(index, np.arange(values.shape[0]))
     return values if same else jnp.take(values, index, axis=0)

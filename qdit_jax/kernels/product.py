@@ -1,10 +1,12 @@
-"""What is known of a product before it runs, and what computes one: the parts of the table."""
+"""A product before it runs, and the implementations that compute one: the parts of the table."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
+
+from jaxtyping import Array
 
 from qdit_jax.quant import ActQuant, ActSpec, QTensor, WeightSpec
 
@@ -20,7 +22,7 @@ class Product:
 
     Attributes:
         x_shape: of the input, `[..., K]`.
-        weight: the kernel, of which only static fields and shapes are looked at, or its spec.
+        weight: the kernel, of which only static fields and shapes are read, or its spec.
         act: what quantizes the input, or None.
         numerics: what is computed, one of `NUMERICS`.
         platform: what the program is compiled for, one of `PLATFORMS`.
@@ -42,17 +44,17 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """One row of the table: who computes a product.
+    """One row of the table: code that computes a product.
 
     Attributes:
-        name: what reports call it, and what a caller asks for.
+        name: its name in reports and in the argument `implementation`.
         run: `(x, q, act, numerics) -> [*lead, N]` in the dtype of `x`; traced, `act` an `ActQuant`
             or None.
         unsupported_reason: `product -> ` why this cannot compute it, one sentence, or None.
     """
 
     name: str
-    run: Callable[[Any, QTensor, ActQuant | None, str], Any]
+    run: Callable[[Array, QTensor, ActQuant | None, str], Array]
     unsupported_reason: Callable[[Product], str | None]
 
 

@@ -1,16 +1,15 @@
 """Segments: the runs of input channels inside which both operands have one scale.
 
-Dimensions: K input channels, U segments, L channels of a segment, filled ones included.
+Dimensions: K input channels, U segments, L channels of a segment, padding included.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Num
+from jaxtyping import Array, Num
 
 from qdit_jax.quant import effective_group_size
 
@@ -20,12 +19,12 @@ MAX_SEGMENT = 8192
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """The common refinement of two groupings of `num_channels` channels; any two sizes work.
+    """The common refinement of two groupings of `num_channels` channels, of any two group sizes.
 
     Attributes:
         num_channels: K.
         starts: the first channel of every segment `[U]`.
-        rows: the channels of every segment `[U, L]`; a shorter one is filled with `num_channels`.
+        rows: the channels of every segment `[U, L]`; a shorter one is padded with `num_channels`.
     """
 
     num_channels: int
@@ -39,26 +38,28 @@ class Segments:
 
     @property
     def members(self) -> np.ndarray:
-        """Channels of every segment, int32 `[U]`, filled ones not counted."""
+        """Channels of every segment, int32 `[U]`, without padding."""
         return (self.rows < self.num_channels).sum(axis=1, dtype=np.int32)
 
     @property
     def are_equal(self) -> bool:
-        """Whether the segments, one after another, are the channels: none is filled."""
+        """Whether no segment is padded: all have the same length."""
         return self.rows.size == self.num_channels
 
     def group(self, group_size: int) -> np.ndarray:
-        """Returns the group of `group_size` that every segment lies in `[U]`."""
+        """Returns the index of each segment's group of `group_size` channels `[U]`."""
         return self.starts // effective_group_size(self.num_channels, group_size)
 
-    def cut(self, values: Num[Any, "..."], axis: int) -> Num[Any, "..."]:
-        """Returns `values` with the channels of all segments along `axis`; 0 where filled."""
+    def cut(self, values: Num[Array, "..."], axis: int) -> Num[Array, "..."]:
+        """Returns `values` with the channels of all segments along `axis`; 0 where padded."""
         if self.are_equal:
             return values
         pad = [(0, 0)] * values.ndim
         pad[axis] = (0, max(self.rows.size - self.num_channels, 1))
         padded = jnp.pad(values, pad)
-        if (np.diff(self.starts) == self.length).all():  # regular but for its end: no gather
+        if (
+            np.diff(self.starts) == self.length
+        ).all():  # only the last segment is shorter: no gather
             return padded
         return jnp.take(padded, self.rows.reshape(-1), axis=axis)
 

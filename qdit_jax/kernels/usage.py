@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from qdit_jax.kernels.matmul import implementation_of
 from qdit_jax.quant import ActQuant, QTensor
+from qdit_jax.types import Params
 
 
 def implementations_used(
-    params: Any,
+    params: Params,
     numerics: str = "simulated",
     *,
     platform: str | None = None,
@@ -21,11 +21,11 @@ def implementations_used(
 ) -> dict[str, int]:
     """Returns how many quantized kernels of a network each implementation computes, by name.
 
-    Empty for a network in full precision. Abstract arrays will do; a stack of kernels counts each.
+    Empty for a network in full precision. Arrays may be abstract; each kernel of a stack counts.
 
     Args:
         platform: one of `PLATFORMS`, by default JAX's.
-        rows: how many rows a layer is given, by path (`models.rows_per_sample` times the batch);
+        rows: how many rows each layer is given, by path (`models.rows_per_sample` times the batch);
             1 where it is not named.
 
     Raises:
@@ -34,7 +34,7 @@ def implementations_used(
     found: Counter[str] = Counter()
     for path, kernel, act in quantized_layers(params):
         shape = ((rows or {}).get(path, 1), kernel.shape[0])
-        # Which row of a table of scales is picked decides nothing.
+        # Without scales: an unpicked table would be refused, and its rows make no difference here.
         settings = None if act is None else ActQuant(act.spec)
         name = implementation_of(shape, kernel, settings, numerics, platform, dtype)
         found[name] += math.prod(kernel.scale.shape[:-2])
@@ -42,7 +42,7 @@ def implementations_used(
 
 
 def quantized_layers(
-    params: Any, path: tuple[str, ...] = ()
+    params: object, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, QTensor, ActQuant | None]]:
     """Yields path, kernel and activation quantizer of every layer with a quantized kernel."""
     if not isinstance(params, Mapping):

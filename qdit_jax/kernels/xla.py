@@ -1,17 +1,21 @@
-"""Both numerics in plain XLA: the fallback everywhere, and the oracle.
+"""Both numerics in plain XLA: the fallback on every platform, and the reference in tests.
 
 Dimensions: T tokens, K input channels, N output channels, L channels of a segment.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Int, Num
 
-from qdit_jax.kernels.operands import act_operand, element_dtype, weight_operand
+from qdit_jax.kernels.operands import (
+    ActSegment,
+    WeightSegment,
+    act_operand,
+    element_dtype,
+    weight_operand,
+)
 from qdit_jax.kernels.segments import segments
 from qdit_jax.quant import ActQuant, QTensor, dequantize
 
@@ -32,11 +36,11 @@ def simulated_matmul(
 def integer_matmul(
     x: Float[Array, "*lead K"], q: QTensor, act_quant: ActQuant
 ) -> Float[Array, "*lead N"]:
-    """Returns the product by a dot a segment of K inside which both operands have one scale.
+    """Returns the product, one dot per segment of K, inside which both operands have one scale.
 
     Elements that int8 holds (integers, E2M1) are summed in int32, others in float32; the sum is
-    then rescaled by both scales and added up in float32. One segment of the weights at a time is
-    unpacked. A token that holds NaN or infinity gives NaN.
+    then multiplied by both scales and added up in float32. The weights are unpacked one segment at
+    a time. A token that holds NaN or infinity gives NaN.
     """
     dtype, (num_channels, width) = x.dtype, q.shape
     spec = act_quant.spec
@@ -47,7 +51,9 @@ def integer_matmul(
     acts = act_operand(x, act_quant, exact, cuts)
     weights = weight_operand(q, exact, cuts)
 
-    def add_segment(total: Any, one: tuple[Any, Any, Any]) -> Any:
+    def add_segment(
+        total: Float[Array, "T N"], one: tuple[ActSegment, WeightSegment, AnyArray]
+    ) -> tuple[Float[Array, "T N"], Float[Array, " N"] | None]:
         act, weight, members = one
         left, zx, sx = acts.segment(act)
         right, zw, sw = weights.segment(weight)
@@ -59,15 +65,19 @@ def integer_matmul(
     total = jnp.zeros((x.size // num_channels, width), jnp.float32)
     operands = (acts.stacked, weights.stacked, cuts.members)
     total, weight_sums = jax.lax.scan(add_segment, total, operands)
-    if shift:
+    if weight_sums is not None:
         total = total - shift * jnp.sum(weight_sums, axis=0)
-    # No whole number stands for NaN or infinity, nor does a calibrated scale tell of them.
+    # Integer codes cannot represent NaN or infinity, and calibrated scales do not show them.
     is_finite = jnp.all(jnp.isfinite(x), axis=-1)[..., None]
     return jnp.where(is_finite, total.reshape(*x.shape[:-1], width), jnp.nan).astype(dtype)
 
 
 def dot_of_differences(
-    left: Num[Array, "T L"], zx: Any, right: Num[Array, "L N"], zw: Any, members: Any
+    left: Num[Array, "T L"],
+    zx: Num[Array, "T 1"] | int | None,
+    right: Num[Array, "L N"],
+    zw: Num[Array, " N"] | int | None,
+    members: Int[AnyArray, ""],
 ) -> Num[Array, "T N"]:
     """Returns `(left - zx) @ (right - zw)` over the first `members` channels.
 
@@ -84,7 +94,9 @@ def dot_of_differences(
     return product
 
 
-def column_sums(right: Num[Array, "L N"], zw: Any, members: Any) -> Num[Array, " N"]:
+def column_sums(
+    right: Num[Array, "L N"], zw: Num[Array, " N"] | int | None, members: Int[AnyArray, ""]
+) -> Num[Array, " N"]:
     """Returns the sums of `right - zw` over the first `members` channels."""
     present = jnp.arange(right.shape[0], dtype=jnp.int32) < members
     ones = jnp.broadcast_to(present.astype(right.dtype), (ONES, right.shape[0]))

@@ -20,10 +20,21 @@ from qdit_jax.recipes import LayerSpec
 # `(kernel [K, N], rows fitted to [M, K], held-out rows, spec) -> branch`; None to have none. Rows and
 # kernel are in the coordinates of the layer's input transform.
 BranchFn = Callable[[np.ndarray, np.ndarray, np.ndarray, LayerSpec], LowRank | None]
+# The shape of a kernel -> the rank of its branch.
+RankFn = Callable[[tuple[int, ...]], int]
+LARGEST_RANK, CHANNELS_PER_RANK = 32, 32
 WHOLE_SVD = 512  # kernels with fewer channels on one side are decomposed whole
 
 
-def weight_branch(rank: int, iterations: int = 4) -> BranchFn:
+def published_rank(shape: tuple[int, ...]) -> int:
+    """Returns 32, as published for kernels of 1024 channels and more; less in proportion below.
+
+    In a kernel of 128 channels, a rank of 32 would take twice the bytes of its 4-bit codes.
+    """
+    return max(1, min(LARGEST_RANK, min(shape) // CHANNELS_PER_RANK))
+
+
+def weight_branch(rank_fn: RankFn = published_rank, iterations: int = 4) -> BranchFn:
     """Returns the rule of SVDQuant: what a truncated SVD of the kernel holds.
 
     The next decomposition is of the kernel without its rounded rest, as long as the output error on
@@ -33,7 +44,7 @@ def weight_branch(rank: int, iterations: int = 4) -> BranchFn:
     def branch(
         kernel: np.ndarray, rows: np.ndarray, held_out: np.ndarray, spec: LayerSpec
     ) -> LowRank | None:
-        size = min(rank, *kernel.shape)
+        size = rank_fn(kernel.shape)
         rest, best, least = np.zeros_like(kernel), None, np.inf
         for _ in range(iterations):
             down, up = truncated_svd(kernel - rest, size)
@@ -48,7 +59,7 @@ def weight_branch(rank: int, iterations: int = 4) -> BranchFn:
     return branch
 
 
-def input_branch(rank: int) -> BranchFn:
+def input_branch(rank_fn: RankFn = published_rank) -> BranchFn:
     """Returns the rule of DiRotQ in its cheap form: the directions in which inputs vary most.
 
     What of the input lies in them is multiplied in 16 bits, and only the rest is quantized.
@@ -57,7 +68,7 @@ def input_branch(rank: int) -> BranchFn:
     def branch(
         kernel: np.ndarray, rows: np.ndarray, held_out: np.ndarray, spec: LayerSpec
     ) -> LowRank | None:
-        size = min(rank, *kernel.shape)
+        size = rank_fn(kernel.shape)
         covariance = rows.T.astype(np.float64) @ rows
         down = np.linalg.eigh(covariance)[1][:, ::-1][:, :size].astype(np.float32)
         stored = sixteen_bits(down)

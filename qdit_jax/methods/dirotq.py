@@ -12,8 +12,6 @@ from qdit_jax.methods.method import Method
 from qdit_jax.methods.static_ranges import static_ranges
 from qdit_jax.quant import gptq
 
-RANK = 32
-
 METHOD = Method(
     name="dirotq",
     paper="DiRotQ, arXiv:2605.16732",
@@ -22,7 +20,7 @@ METHOD = Method(
     "left out: its run-time form here is that of a low-rank branch.",
     runtime_cost="Three thin products of 16 bits per layer, of rank 32, beside the quantized one.",
     needs={"items": spread_items},
-    prepare=(ChooseTransforms(branch=input_branch(RANK)), static_ranges),
+    prepare=(ChooseTransforms(branch=input_branch()), static_ranges),
     apply=partial(fit_rounding, round_fn=gptq),
     settings={"group_size": 64},
 )

@@ -51,9 +51,14 @@ def weighted_salience(
     A timestep counts the more, the less its salient channels are those of the weights: by the
     softmax of minus Spearman's rank correlation.
     """
-    rho = np.array([np.nan_to_num(spearmanr(row, weights).statistic) for row in activations])
+    rho = np.array([correlation(row, weights) for row in activations])
     share = np.exp(-rho) / np.exp(-rho).sum()
     return share @ activations
+
+
+def correlation(a: Float[np.ndarray, " K"], b: Float[np.ndarray, " K"]) -> float:
+    """Returns Spearman's rank correlation; 0 where one side is constant and has no order."""
+    return 0.0 if np.ptp(a) == 0 or np.ptp(b) == 0 else float(spearmanr(a, b).statistic)
 
 
 METHOD = Method(

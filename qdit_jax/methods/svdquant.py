@@ -13,8 +13,6 @@ from qdit_jax.methods.scales import ALPHAS, smoothing
 from qdit_jax.methods.static_ranges import static_ranges
 from qdit_jax.quant import gptq
 
-RANK = 32
-
 METHOD = Method(
     name="svdquant",
     paper="SVDQuant: Absorbing Outliers by Low-Rank Components for 4-Bit Diffusion Models, "
@@ -24,7 +22,7 @@ METHOD = Method(
     runtime_cost="Two thin products of 16 bits per layer, of rank 32, beside the quantized one.",
     needs={"items": spread_items},
     prepare=(
-        ChooseTransforms(smoothing(ALPHAS), branch=weight_branch(RANK)),
+        ChooseTransforms(smoothing(ALPHAS), branch=weight_branch()),
         static_ranges,
     ),
     apply=partial(fit_rounding, round_fn=gptq),

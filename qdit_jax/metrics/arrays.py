@@ -1,17 +1,15 @@
-"""Checked arrays: what a score is computed from, refused by the argument's name where it is amiss.
+"""Checks of the arrays that a score is computed from; errors name the argument.
 
 Dimensions: N samples, D features.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from jaxtyping import Float
 
 
-def feature_rows(name: str, features: Any, min_samples: int = 1) -> Float[np.ndarray, "N D"]:
+def feature_rows(name: str, features: object, min_samples: int = 1) -> Float[np.ndarray, "N D"]:
     """Returns `features` in float64.
 
     Raises:
@@ -27,12 +25,12 @@ def feature_rows(name: str, features: Any, min_samples: int = 1) -> Float[np.nda
     return x
 
 
-def finite_array(name: str, values: Any) -> Float[np.ndarray, "..."]:
-    """Returns `values` in float64; raises `ValueError` if they are no numbers or not finite."""
+def finite_array(name: str, values: object) -> Float[np.ndarray, "..."]:
+    """Returns `values` in float64; raises `ValueError` if they are not numbers or not finite."""
     try:
         x = np.asarray(values, np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} is no array of numbers: {error}.") from error
+        raise ValueError(f"{name} is not an array of numbers: {error}.") from error
     if not np.isfinite(x).all():
         count = int((~np.isfinite(x)).sum())
         raise ValueError(f"{name}: {count} of {x.size} values are NaN or infinite.")

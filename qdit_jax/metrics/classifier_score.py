@@ -6,12 +6,11 @@ Dimensions: N samples, C classes.
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 from scipy.special import xlogy
 
 from qdit_jax.metrics.arrays import feature_rows
-
-AnyArray = Array | np.ndarray
+from qdit_jax.types import AnyArray
 
 
 def inception_score(

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Any
 
 import numpy as np
 import scipy.linalg
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from qdit_jax.metrics.arrays import feature_rows, finite_array
 from qdit_jax.metrics.streaming import moments
-
-AnyArray = Array | np.ndarray
+from qdit_jax.types import AnyArray
 
 
 def frechet_distance(
@@ -49,12 +47,16 @@ def frechet_distance(
     return float(distance)
 
 
-def checked_statistics(which: str, mean: AnyArray, covariance: AnyArray) -> tuple[Any, Any]:
+def checked_statistics(
+    which: str, mean: AnyArray, covariance: AnyArray
+) -> tuple[Float[np.ndarray, " D"], Float[np.ndarray, "D D"]]:
     """Returns mean and covariance in float64; raises `ValueError` if their shapes do not fit."""
     mean = finite_array(f"mean_{which}", mean)
     covariance = finite_array(f"covariance_{which}", covariance)
     if mean.ndim != 1 or not mean.size:
-        raise ValueError(f"mean_{which} has shape {mean.shape}; a mean is [D], a value a feature.")
+        raise ValueError(
+            f"mean_{which} has shape {mean.shape}; a mean is [D], one value per feature."
+        )
     if covariance.shape != (mean.size, mean.size):
         raise ValueError(
             f"covariance_{which} has shape {covariance.shape}; with mean_{which} of {mean.size} "

@@ -9,9 +9,9 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-AnyArray = Array | np.ndarray
+from qdit_jax.types import AnyArray
 
 
 @dataclasses.dataclass(frozen=True)

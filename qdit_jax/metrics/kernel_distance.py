@@ -7,11 +7,11 @@ difference of large means. Dimensions: N reference samples, M other samples, D f
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from qdit_jax.metrics.arrays import check_same_width, feature_rows
+from qdit_jax.types import AnyArray
 
-AnyArray = Array | np.ndarray
 BLOCK_ROWS = 1024
 
 

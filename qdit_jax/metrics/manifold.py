@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from qdit_jax.metrics.arrays import check_same_width, feature_rows
+from qdit_jax.types import AnyArray
 
-AnyArray = Array | np.ndarray
 BLOCK_ROWS = 2048
 ROUNDING = 16 * float(np.finfo(np.float64).eps)
 
@@ -27,8 +27,9 @@ def precision_and_recall(
     k: int = 3,
     block_rows: int = BLOCK_ROWS,
 ) -> tuple[float, float]:
-    """Returns the share of `samples` `[M, D]` inside the manifold of `reference` `[N, D]`, and the
-    converse.
+    """Returns precision and recall of `samples` `[M, D]` against `reference` `[N, D]`.
+
+    Precision is the share of samples inside the manifold of the reference; recall is the converse.
 
     A set's manifold is the union of balls around its members that reach their k-th neighbor;
     a point on the boundary is inside. Memory beyond the inputs is a few blocks of
@@ -91,7 +92,7 @@ def inside(
     with jax.enable_x64(True):
         blocks, valid = blocked(centers, block_rows)
         # A padded center gets a radius that nothing is inside of.
-        padded = np.full(valid.size, -np.inf)
+        padded = np.full(valid.size, -np.inf)  # [J S]
         padded[: len(radii)] = radii
         limits = jnp.asarray(padded).reshape(valid.shape)
         rows = [
@@ -116,14 +117,14 @@ def blocked(
 def squared_distances(
     a: Float[Array, "R D"], b: Float[Array, "S D"]
 ) -> tuple[Float[Array, "R S"], Float[Array, "R S"]]:
-    """Returns all squared distances between two blocks, never below zero, and how sure they are.
+    """Returns all squared distances between two blocks, never below zero, and their rounding.
 
     The three terms cancel: 1e-3 apart and 11 from the origin, float32 would leave nothing of a
     distance. What is within float64's rounding of 0 is 0.
     """
-    dots = jnp.dot(a, b.T, precision=jax.lax.Precision.HIGHEST)
-    norms = [jnp.square(x).sum(-1) for x in (a, b)]
-    total = norms[0][:, None] + norms[1]
+    dots = jnp.dot(a, b.T, precision=jax.lax.Precision.HIGHEST)  # [R, S]
+    norms = [jnp.square(x).sum(-1) for x in (a, b)]  # [R], [S]
+    total = norms[0][:, None] + norms[1]  # [R, S]; rounding of the difference grows with it
     squared, rounding = total - 2 * dots, ROUNDING * total
     return jnp.where(squared > rounding, squared, 0), rounding
 
@@ -135,8 +136,10 @@ def nearest(
     """Returns each row's k smallest squared distances to the valid rows of all blocks, ascending."""
 
     def closer(best, block):
+        # `best [R, k]` and the block's distances `[R, S]`: memory stays that of one block.
         distances = jnp.where(block[1], squared_distances(rows, block[0])[0], jnp.inf)
-        candidates = jnp.concatenate([best, distances], axis=1)
+        candidates = jnp.concatenate([best, distances], axis=1)  # [R, k + S]
+        # `top_k` takes the largest, hence the signs.
         return -jax.lax.top_k(-candidates, k)[0], None
 
     start = jnp.full((rows.shape[0], k), jnp.inf, rows.dtype)
@@ -150,7 +153,7 @@ def covered(
     """Returns whether each row lies in any ball around the rows of all blocks."""
 
     def either(found, block):
-        # A boundary met from the other side is rounded otherwise.
+        # A point on a boundary is inside: rounding depends on which side is `a`.
         squared, rounding = squared_distances(rows, block[0])
         return found | (squared - rounding <= block[1]).any(1), None
 

@@ -8,12 +8,12 @@ Dimensions: N samples, H and W rows and columns, C channels; M must equal N.
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 from scipy.ndimage import correlate1d
 
 from qdit_jax.metrics.arrays import finite_array
+from qdit_jax.types import AnyArray
 
-AnyArray = Array | np.ndarray
 MAX_DB = 200.0
 
 

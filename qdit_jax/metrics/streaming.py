@@ -9,9 +9,10 @@ import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-AnyArray = Array | np.ndarray
+from qdit_jax.types import AnyArray
+
 BLOCK_ROWS = 4096
 
 

@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
-from jaxtyping import Array
 
 from qdit_jax.metrics.classifier_score import inception_score
 from qdit_jax.metrics.frechet import frechet_distance, frechet_infinity
@@ -17,8 +16,8 @@ from qdit_jax.metrics.kernel_distance import kid
 from qdit_jax.metrics.manifold import precision_and_recall
 from qdit_jax.metrics.reference import Reference, statistics
 from qdit_jax.metrics.streaming import BLOCK_ROWS, Moments, merge_all, moments
+from qdit_jax.types import AnyArray
 
-AnyArray = Array | np.ndarray
 # Takes uint8 images `[B, H, W, C]`; gives `pool [B, D]` and, where the network has them,
 # `spatial [B, D']` and `probabilities [B, C]`.
 FeaturesFn = Callable[[np.ndarray], Mapping[str, AnyArray]]

@@ -29,6 +29,7 @@ from qdit_jax.models.layers import (
     sincos_positions,
     stored,
 )
+from qdit_jax.types import Condition, Params
 
 # (depth, width, heads) of the published sizes.
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -187,13 +188,13 @@ class DiT(NetworkModule):
         """Returns the label of every class."""
         return np.arange(self.num_classes, dtype=np.int32)
 
-    def null_condition(self, condition: Any, params: Any) -> Any:
+    def null_condition(self, condition: Condition, params: Params) -> Array | None:
         """Returns the null class for every label; None if the network was trained without one."""
         if not self.null_class:
             return None
         return jnp.full_like(jnp.asarray(condition), self.num_classes)
 
-    def check_condition(self, condition: Any) -> None:
+    def check_condition(self, condition: Condition) -> None:
         """Raises `ValueError` if there is no label, or one is out of range."""
         labels = np.asarray(condition)
         last = self.num_classes - 1 + self.null_class

@@ -114,7 +114,7 @@ def build_model(family: str, config: Mapping[str, Any]) -> nn.Module:
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
-    """Returns the JSON-able configuration of a model made by `build_model`."""
+    """Returns the JSON-able configuration of a model, which `build_model` takes."""
     fields = (f for f in dataclasses.fields(model) if f.name not in NOT_CONFIG)
     return {f.name: getattr(model, f.name) for f in fields}
 
@@ -128,12 +128,12 @@ def family_of(model: nn.Module) -> Family:
 
 
 def family_of_params(params: Params) -> Family | None:
-    """Returns the family whose parts cover every layer of a tree; None if no row claims it."""
+    """Returns the family whose parts cover every layer of a tree; None if there is none."""
     found = [row for row in FAMILIES.values() if row.claims(params)]
     return max(found, key=lambda row: len(row.marks), default=None)
 
 
-def tuple_of_list(value: Any) -> Any:
+def tuple_of_list(value: object) -> object:
     return tuple(tuple_of_list(v) for v in value) if isinstance(value, list) else value
 
 

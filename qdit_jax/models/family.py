@@ -1,8 +1,8 @@
-"""What every network answers, and what the table says of each family.
+"""The interface of networks, and the rows of the table of families.
 
 A *network* is a linen module called as `model.apply({"params": params}, x, timestep, condition)`;
-`Network` lists what it answers about itself. A *family* is one row of `families.FAMILIES`: facts
-about a network's layers that the rest of the package asks for, so that no other room knows a layer's
+`Network` lists its further properties and methods. A *family* is one row of `families.FAMILIES`:
+facts about a network's layers for the rest of the package, so that no other room contains a layer's
 name.
 
 Dimensions: B batch, K input channels of a layer.
@@ -14,11 +14,12 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from importlib import import_module
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from qdit_jax.types import AnyArray, Condition, Params
@@ -32,12 +33,12 @@ TABLE = "/embedding_table"  # ends the path of a label table; its rows are vecto
 
 @runtime_checkable
 class Network(Protocol):
-    """What a network that denoises answers about itself, beside being called.
+    """The properties and methods of a network that denoises, beside its call.
 
     Attributes:
         prediction: what the output is: `"epsilon"`, `"velocity"`, `"v_prediction"` or `"sample"`.
         learned_variance: whether the output carries a variance in further channels.
-        has_null: whether there is a condition of no condition, which guidance needs.
+        has_null: whether there is a null condition, which guidance needs.
         guided_channels: how many channels guidance changes by default; None is all.
         default_sampler: a name in `diffusion.SAMPLERS`.
     """
@@ -64,10 +65,10 @@ class Network(Protocol):
         """Returns the condition of `batch` samples as `jax.ShapeDtypeStruct`s."""
 
     def all_conditions(self) -> Condition | None:
-        """Returns every condition there is, a class each; None where they cannot be listed."""
+        """Returns every condition, one per class; None if they cannot be listed."""
 
     def null_condition(self, condition: Condition, params: Params) -> Condition | None:
-        """Returns the condition of no condition, shaped like `condition`; None if there is none."""
+        """Returns the null condition, shaped like `condition`; None if there is none."""
 
     def check_condition(self, condition: Condition) -> None:
         """Raises `ValueError` if concrete values of `condition` are out of range."""
@@ -75,13 +76,13 @@ class Network(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Producer:
-    """Columns of a linear layer that make another layer's input.
+    """Columns of a linear layer that produce another layer's input.
 
     Attributes:
         layer: path of the linear layer; `\\1` is the first group of the fold's pattern.
         output: the name of those columns in `Family.outputs`; empty for all of them.
         offset: added to those columns where they are used: 1 for a modulation's scale.
-        shifted: whether a shift of the input is taken off here.
+        shifted: whether a shift of the input is subtracted here.
     """
 
     layer: str
@@ -96,7 +97,7 @@ class Fold:
 
     Attributes:
         layers: pattern of the layers that read the input; those of one match share the map.
-        producers: what makes the input.
+        producers: what produces the input.
     """
 
     layers: str
@@ -111,8 +112,8 @@ class Family:
 
     Attributes:
         name: as stored in checkpoints.
-        network: `module:Class`, imported when it is first asked for.
-        is_diffusion: whether it denoises and answers `Network`.
+        network: `module:Class`, imported when it is first used.
+        is_diffusion: whether it denoises, as a `Network`.
         block: pattern of the path of one block.
         parts: name -> pattern of its layers. Every layer belongs to exactly one part; `"blocks"`
             holds the linear layers that presets quantize.
@@ -122,8 +123,8 @@ class Family:
         outputs: pattern -> names of the equal chunks of a layer's columns.
         folds: where input transforms cost nothing at run time.
         gelu_inputs: pattern of layers whose input is a GELU's output.
-        marks: parameters that a tree of this family has beside its layers; they tell families
-            apart whose layers have the same names.
+        marks: parameters that a tree of this family has beside its layers; they distinguish
+            families whose layers have the same names.
         examples: configurations of small networks of the family, one for each of its kinds: the
             contract tests build them.
     """
@@ -142,7 +143,7 @@ class Family:
     examples: tuple[Mapping[str, Any], ...] = ({},)
 
     @property
-    def network_class(self) -> Any:
+    def network_class(self) -> type[nn.Module]:
         """Returns the linen class."""
         module, _, name = self.network.partition(":")
         return getattr(import_module(module), name)
@@ -214,7 +215,7 @@ class Family:
         raise ValueError(f"family {self.name!r}: {layer} has no output {output!r}.")
 
     def producers(self, layer: str) -> list[Producer]:
-        """Returns what makes the input of a layer; empty where no fold reaches it."""
+        """Returns what produces the input of a layer; empty if it has no fold."""
         for fold in self.folds:
             if match := re.fullmatch(fold.layers, layer):
                 return [dataclasses.replace(p, layer=match.expand(p.layer)) for p in fold.producers]
@@ -247,7 +248,7 @@ def example_inputs(model: Network, batch: int = 1) -> tuple[Any, ...]:
 
 
 def is_concrete(array: AnyArray | jax.ShapeDtypeStruct) -> bool:
-    """Returns whether an array's values can be looked at: not traced, nor on other hosts."""
+    """Returns whether an array's values can be read: not traced, abstract or on other hosts."""
     if isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct):
         return False
     return not isinstance(array, jax.Array) or array.is_fully_addressable
@@ -259,5 +260,5 @@ def as_condition(condition: Condition) -> Condition:
         return None
     if isinstance(condition, Mapping):
         return {name: as_condition(entry) for name, entry in condition.items()}
-    array: Any = condition if hasattr(condition, "shape") else np.asarray(condition)
+    array = cast(AnyArray, condition) if hasattr(condition, "shape") else np.asarray(condition)
     return array.astype(np.int32) if np.issubdtype(array.dtype, np.integer) else array

@@ -1,4 +1,4 @@
-"""Feature networks as functions of uint8 images, and the small one that comes with the package.
+"""Feature networks as functions of uint8 images, and the small network in the package.
 
 Dimensions: B batch, H and W rows and columns, C channels, D features, K classes.
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,8 @@ from jaxtyping import Array, Float
 from safetensors.numpy import load
 
 from qdit_jax.models.inception import InceptionV3, preprocess
+from qdit_jax.types import AnyArray, Params
 
-AnyArray = Array | np.ndarray
 FeaturesFn = Callable[[np.ndarray], Mapping[str, Any]]
 
 DEMO_SIZE = 16
@@ -59,8 +60,9 @@ def demo_features_fn(weights: Path | None = None) -> FeaturesFn:
     params = load_params((weights or asset(DEMO_WEIGHTS)).read_bytes())
 
     @jax.jit
-    def features(params: Any, images: Array) -> Any:
-        return DigitFeatures().apply({"params": params}, images[..., :1] / 127.5 - 1)
+    def features(params: Params, images: Array) -> dict[str, Array]:
+        found = DigitFeatures().apply({"params": params}, images[..., :1] / 127.5 - 1)
+        return cast(dict[str, Array], found)
 
     def checked(images: np.ndarray) -> dict[str, Array]:
         check_digits(images)
@@ -69,15 +71,16 @@ def demo_features_fn(weights: Path | None = None) -> FeaturesFn:
     return checked
 
 
-def inception_features_fn(params: Any, *, half_pixel: bool = False) -> FeaturesFn:
+def inception_features_fn(params: Params, *, half_pixel: bool = False) -> FeaturesFn:
     """Returns Inception's features as a function of uint8 images `[B, H, W, 1 or 3]`.
 
     `half_pixel` chooses the preprocessing of the common PyTorch port (see `inception.preprocess`).
     """
 
     @jax.jit
-    def features(params: Any, images: Array) -> Any:
-        return InceptionV3().apply({"params": params}, preprocess(images, half_pixel=half_pixel))
+    def features(params: Params, images: Array) -> dict[str, Array]:
+        found = InceptionV3().apply({"params": params}, preprocess(images, half_pixel=half_pixel))
+        return cast(dict[str, Array], found)
 
     return lambda images: features(params, jnp.asarray(images))
 
@@ -93,7 +96,7 @@ def check_digits(images: np.ndarray) -> None:
         raise ValueError("images are in color; the demo features take gray digits.")
 
 
-def asset(name: str) -> Any:
+def asset(name: str) -> Traversable:
     """Returns the packaged file `name`."""
     return resources.files("qdit_jax") / "assets" / name
 

@@ -1,8 +1,8 @@
 """The Inception network behind FID: the 2015 TensorFlow graph, in the names of its PyTorch port.
 
 It differs from the later InceptionV3 in its average pools, which leave the padding out, in a max
-pool in the last block, and in 1,008 classes. Batch norm is folded into nothing: its four vectors
-are parameters beside the convolution.
+pool in the last block, and in 1,008 classes. Batch norm is not folded into the convolution: its
+four vectors are parameters of their own.
 Dimensions: B batch, H and W rows and columns, C channels.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, UInt8
 
-AnyArray = Array | np.ndarray
+from qdit_jax.types import AnyArray
 
 INPUT_SIZE = 299
 NUM_CLASSES = 1008

@@ -1,6 +1,6 @@
-"""Looking at, or changing, what goes into a network's layers while it runs.
+"""Reads or changes the inputs of a network's layers while it runs.
 
-Everything here is used inside the function that is jitted: what is not used of a tap is never held.
+Everything here is used inside a jitted function: inputs that are not used are never in memory.
 """
 
 from __future__ import annotations
@@ -13,21 +13,27 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from jaxtyping import Array
 
 from qdit_jax.models.family import OPERANDS_OF, Network, example_inputs
 from qdit_jax.models.layers import Linear, mapped_input, quantized_input
 
 # (path, layer, input, call) -> output, where `call()` is what the layer itself would return.
-LayerFn = Callable[[str, nn.Module, Any, Callable[[], Any]], Any]
+LayerFn = Callable[[str, nn.Module, Array, Callable[[], Array]], Array]
 # (path, value) of an operand of an attention product, such as `blocks_0/attn/operands/q`.
-OperandFn = Callable[[str, Any], None]
+OperandFn = Callable[[str, Array], None]
 
 
 @contextmanager
 def tapped(layer_fn: LayerFn, operand_fn: OperandFn | None = None) -> Iterator[None]:
-    """Has `layer_fn` stand in for the call of every linear layer while the context lasts."""
+    """Calls `layer_fn` in place of every linear layer while the context lasts."""
 
-    def intercept(next_fn: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+    def intercept(
+        next_fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> object:
         module = context.module
         if isinstance(module, Linear) and context.method_name == "__call__":
             call = partial(next_fn, *args, **kwargs)
@@ -45,7 +51,7 @@ def tapped(layer_fn: LayerFn, operand_fn: OperandFn | None = None) -> Iterator[N
 
 @contextmanager
 def seen_inputs(
-    seen_fn: Callable[[str, Any], None],
+    seen_fn: Callable[[str, Array], None],
     *,
     quantized: bool = False,
     operand_fn: OperandFn | None = None,
@@ -56,7 +62,7 @@ def seen_inputs(
     first, which is what its kernel is multiplied with.
     """
 
-    def look(path: str, module: nn.Module, x: Any, call: Callable[[], Any]) -> Any:
+    def look(path: str, module: nn.Module, x: Array, call: Callable[[], Array]) -> Array:
         seen_fn(path, quantized_input(module, mapped_input(module, x)) if quantized else x)
         return call()
 
@@ -64,10 +70,10 @@ def seen_inputs(
         yield
 
 
-def layers_in_order(apply: Callable[..., Any], *args: Any) -> list[str]:
+def layers_in_order(apply: Callable[..., Any], *args: object) -> list[str]:
     """Returns the paths of the layers in the order in which `apply(*args)` first runs them.
 
-    Nothing is computed; abstract arguments will do.
+    Nothing is computed; arguments may be abstract.
     """
     paths: list[str] = []
     with seen_inputs(lambda path, x: paths.append(path)):
@@ -76,13 +82,13 @@ def layers_in_order(apply: Callable[..., Any], *args: Any) -> list[str]:
 
 
 def rows_per_sample(model: Network) -> dict[str, int]:
-    """Returns how many rows one sample sends through every layer, counted by the network itself.
+    """Returns how many rows one sample has in every layer, from a trace of the network.
 
-    A layer that is called several times counts all of them.
+    The rows of all calls of a layer are added.
     """
     rows: dict[str, int] = {}
 
-    def count(path: str, x: Any) -> None:
+    def count(path: str, x: Array) -> None:
         rows[path] = rows.get(path, 0) + math.prod(x.shape[:-1])
 
     inputs = example_inputs(model)

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from qdit_jax.kernels import attention
 from qdit_jax.models.layers import Linear
-
-AnyArray = Array | np.ndarray
+from qdit_jax.types import AnyArray
 
 EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)

@@ -1,6 +1,7 @@
-"""The transform from a parameter tree to a quantized one, and what it needs."""
+"""Post-training quantization: the transform of a parameter tree into a quantized one."""
 
 from qdit_jax.ptq.promises import Precision, precision_of, precision_warning
+from qdit_jax.ptq.rewriting import rewrite_layers, weight_name
 from qdit_jax.ptq.rounding import StagesFn, held_out_items, num_batches, round_params
 from qdit_jax.ptq.sequential import (
     RoundedLayer,
@@ -20,7 +21,6 @@ from qdit_jax.ptq.transform import (
     plan,
     quantize_params,
 )
-from qdit_jax.ptq.walk import rewrite, weight_name
 
 __all__ = [
     "LayerPlan",
@@ -44,7 +44,7 @@ __all__ = [
     "quantize_checkpoint",
     "quantize_in_order",
     "quantize_params",
-    "rewrite",
+    "rewrite_layers",
     "round_params",
     "weight_name",
 ]

@@ -8,15 +8,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
 from qdit_jax.quant import QTensor, WeightSpec, dequantize, quantize
+from qdit_jax.types import AnyArray
 
-# Values per block, 6 MB in float32: six blocks of a DiT-XL's largest kernel, all of one shape.
+# Values per block, 6 MB in float32: a DiT-XL's largest kernel is six blocks of one shape.
 BLOCK = 3 << 19
 
 
@@ -34,7 +34,7 @@ def column_blocks(shape: tuple[int, ...], channel_group: int) -> list[slice]:
 def quantize_by_columns(w: Float[np.ndarray, "K N"], spec: WeightSpec) -> QTensor:
     """Returns `quantize(w, spec)` bit for bit, its arrays in NumPy.
 
-    A format with a factor for the whole tensor is quantized as a whole.
+    A kernel in a format with a factor per tensor is quantized in one block.
 
     Raises:
         TypeError, ValueError: see `quantize`.
@@ -49,7 +49,9 @@ def quantize_by_columns(w: Float[np.ndarray, "K N"], spec: WeightSpec) -> QTenso
     return jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=-1), *alike)
 
 
-def squares_by_columns(w: Any, q: QTensor) -> Iterator[tuple[Any, Any, Any]]:
+def squares_by_columns(
+    w: Float[AnyArray, "K N"], q: QTensor
+) -> Iterator[tuple[Float[np.ndarray, "K n"], Float[np.ndarray, " n"], Float[np.ndarray, " n"]]]:
     """Yields blocks of columns of a kernel, and the squared norms of them and of their errors.
 
     Everything is in units of `unit_of(w)`: blocks float32 `[K, n]`, squares float64 `[n]`.

@@ -1,7 +1,7 @@
 """Compares each quantized kernel's error with the error expected from its bits.
 
-A kernel can lose its information without an exception: a grid that does not fit, a range rule with a
-floor, a format's shared factor. Every table of layers warns of it.
+A kernel can lose its information without an exception: by a grid that does not fit, a range rule
+with a floor, a format's shared factor. Every table of layers warns of it.
 
 Dimensions: K input channels, N output channels, G groups, S members of a group.
 """
@@ -9,19 +9,19 @@ Dimensions: K input channels, N output channels, G groups, S members of a group.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from qdit_jax.ptq.by_columns import decibels, squares_by_columns
 from qdit_jax.quant import QTensor, effective_group_size
+from qdit_jax.types import AnyArray
 
 # A bit's worth of noise. Rounding to nearest on a min-max grid errs by half a step at most, which is
 # three times the noise of uniform rounding, 4.8 dB.
 ALLOWANCE_DB = 6.0
-# Of formats, whose steps follow the value: what elements of each kind keep in dB of any block whose
-# values are within a few powers of two, a margin included.
+# Of formats, whose steps grow with the value: the signal-to-noise ratio in dB of each element, for
+# blocks whose values are within a few powers of two, less a margin.
 ELEMENT_DB = {"e4m3": 25.0, "e5m2": 19.0, "e2m1": 11.0, "nf4": 12.0}
 
 
@@ -38,7 +38,7 @@ class Precision:
     num_lost: int
 
 
-def precision_of(w: Any, q: QTensor) -> Precision:
+def precision_of(w: Float[AnyArray, "K N"], q: QTensor) -> Precision:
     """Returns the measured precision of `q` against the kernel `w` `[K, N]`, and the expected one.
 
     The expected noise of integers is step² / 12, with the step of each group's min-max grid.
@@ -56,7 +56,7 @@ def precision_of(w: Any, q: QTensor) -> Precision:
 def precision_warning(
     precision: Precision, q: QTensor, allowance_db: float = ALLOWANCE_DB
 ) -> str | None:
-    """Returns a few words if a kernel has lost more in `q` than its bits explain, else None."""
+    """Returns a warning if a kernel has lost more in `q` than its bits explain, else None."""
     kind = f"{q.bits} bits" if q.fmt is None else q.fmt.name
     if not precision.measured >= precision.promised - allowance_db:
         return f"{precision.measured:.1f} dB where {kind} promise {precision.promised:.1f}"

@@ -6,11 +6,10 @@ Dimensions: S timesteps, K input channels, G groups, M tokens, R all tokens of a
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from qdit_jax.calibration import Stats, check_layer
 from qdit_jax.quant import (
@@ -26,7 +25,7 @@ from qdit_jax.quant import (
 def act_quantizer(path: str, spec: ActSpec, stats: Stats | None) -> ActQuant:
     """Returns the activation quantizer of one layer; static ones take their range from `stats`.
 
-    A range rule that looks at more than extremes, such as `ranges.mse()`, takes its limits from the
+    A range rule that needs more than extremes, such as `ranges.mse()`, computes its limits from the
     tokens that the statistics keep.
 
     Raises:
@@ -67,7 +66,9 @@ def group_limits(x: Float[np.ndarray, "R K"], spec: ActSpec) -> tuple[np.ndarray
         return group_extremes(x, spec.group_size)
     symmetric = spec.symmetric and not spec.unsigned
 
-    def limits(members: Any) -> Any:  # [G, S, R]
+    def limits(
+        members: Float[Array, "G S R"],
+    ) -> tuple[Float[Array, "G 1"], Float[Array, "G 1"]]:  # [G, S, R]
         flat = members.reshape(members.shape[0], -1)
         low, high = spec.range_fn.limits(flat, spec.bits, symmetric, 1)
         return low[:, None], high[:, None]

@@ -1,14 +1,13 @@
 """Quantizing a checkpoint layer by layer from disk to disk, in the memory of its largest layer.
 
-`quantize_checkpoint` does it in one call. Its parts: `open_checkpoint` gives the tree of `load` with
-every array still on disk, `deferred_quantization` the tree of `quantize_params` with every kernel's
-arrays still to be computed, and `save` computes and writes them one at a time.
+`quantize_checkpoint` does it in one call. Its parts: `open_checkpoint` returns the tree of `load`
+with every array still on disk, `deferred_quantization` the tree of `quantize_params` with no
+kernel's arrays computed yet, and `save` computes and writes them one at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,9 +17,10 @@ from qdit_jax.calibration import Stats
 from qdit_jax.checkpoint import Checkpoint, DeferredArray, open_checkpoint, save, split_fields
 from qdit_jax.files import PathLike, check_free
 from qdit_jax.ptq.by_columns import quantize_by_columns
-from qdit_jax.ptq.transform import as_matrix, rewrite_kernels
+from qdit_jax.ptq.transform import OnLayer, as_matrix, rewrite_kernels
 from qdit_jax.quant import GREATEST_WEIGHT, QTensor, WeightSpec, check_finite, quantize
 from qdit_jax.recipes import Recipe
+from qdit_jax.types import AbstractArray, Params
 
 
 def quantize_checkpoint(
@@ -29,24 +29,25 @@ def quantize_checkpoint(
     *,
     recipe: Recipe,
     stats: Stats | None = None,
-    on_layer: Callable[[str, Any, QTensor], None] | None = None,
+    on_layer: OnLayer | None = None,
     overwrite: bool = False,
     metadata: dict[str, Any] | None = None,
 ) -> Checkpoint:
     """Writes the checkpoint in `source`, rounded to nearest by `recipe`, to the folder `out`.
 
     Each layer is read, quantized, written and freed before the next: beside the runtime and its
-    programs, memory holds two copies of the largest array; call `memory.give_back_freed_memory`
-    first, or memory freed by earlier layers stays with the process as well. The result is bit for bit what
-    `load`, `quantize_params` and `save` write, and appears under its name once it is complete.
+    compiled programs, memory holds two copies of the largest array. Call
+    `memory.give_back_freed_memory` first, or the process keeps the memory of earlier layers too.
+    The result is bit for bit what `load`, `quantize_params` and `save` write, and appears under its
+    name once it is complete.
 
     Args:
         source: a checkpoint folder; an exported file is read as a whole. Or an open checkpoint.
         stats: calibration statistics, for static activation scales only.
         on_layer: called with the path, the kernel `[K, N]` and its `QTensor` as each is written.
         overwrite: replace the checkpoint at `out`; never `source`, nor what lies around or inside it.
-        metadata: of the new checkpoint, written when all layers are; by default that of `source`,
-            which it names.
+        metadata: of the new checkpoint, written after all layers; by default that of `source`, with
+            the path of `source` added.
 
     Returns:
         The new checkpoint as `open_checkpoint` reads it.
@@ -68,21 +69,21 @@ def quantize_checkpoint(
 
 
 def deferred_quantization(
-    params: Any,
+    params: Params,
     *,
     recipe: Recipe,
     stats: Stats | None = None,
-    on_layer: Callable[[str, Any, QTensor], None] | None = None,
-) -> Any:
+    on_layer: OnLayer | None = None,
+) -> dict[str, Any]:
     """Returns `quantize_params(params, ...)` with kernels that are quantized when they are read.
 
-    A kernel's arrays are `DeferredArray`s; `on_layer` is called whenever they are made.
+    A kernel's arrays are `DeferredArray`s; `on_layer` is called whenever they are computed.
 
     Raises:
         ValueError: as `quantize_params`.
     """
 
-    def defer(path: str, name: str, leaf: Any, spec: WeightSpec) -> QTensor:
+    def defer(path: str, name: str, leaf: AbstractArray, spec: WeightSpec) -> QTensor:
         def make() -> dict[str, Any]:
             matrix = as_matrix(name, np.asarray(leaf))
             check_finite(path, matrix, GREATEST_WEIGHT)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -13,8 +14,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from qdit_jax.calibration import Stats
 from qdit_jax.checkpoint import DeferredArray
 from qdit_jax.models import TABLE
+from qdit_jax.ptq.rewriting import rewrite_layers, weight_name
 from qdit_jax.ptq.static_acts import act_quantizer
-from qdit_jax.ptq.walk import rewrite, weight_name
 from qdit_jax.quant import (
     GREATEST_WEIGHT,
     ActQuant,
@@ -25,6 +26,11 @@ from qdit_jax.quant import (
     quantize,
 )
 from qdit_jax.recipes import LayerSpec, Recipe
+from qdit_jax.types import AbstractArray, AnyArray, Params
+
+# Called with a layer's path, its kernel `[K, N]` and its `QTensor`.
+OnLayer = Callable[[str, Any, QTensor], None]
+Leaf = TypeVar("Leaf", jax.Array, np.ndarray)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +44,7 @@ class LayerPlan:
     bytes_after: int
 
 
-def plan(params: Any, recipe: Recipe) -> list[LayerPlan]:
+def plan(params: Params, recipe: Recipe) -> list[LayerPlan]:
     """Returns what `quantize_params` would do, layer by layer, computing nothing.
 
     Raises:
@@ -61,13 +67,13 @@ def plan(params: Any, recipe: Recipe) -> list[LayerPlan]:
 
 
 def quantize_params(
-    params: Any,
+    params: Params,
     *,
     recipe: Recipe,
     stats: Stats | None = None,
     quantize_fn: Callable[[str, Any, WeightSpec], QTensor] | None = None,
-    on_layer: Callable[[str, Any, QTensor], None] | None = None,
-) -> Any:
+    on_layer: OnLayer | None = None,
+) -> dict[str, Any]:
     """Returns `params` with each kernel that `recipe` names as a `QTensor`.
 
     A layer whose input is quantized gains an `act_quant` entry; an operand `q` of an attention
@@ -86,10 +92,12 @@ def quantize_params(
             holds NaN or infinity, or statistics are needed and absent.
     """
 
-    def quantized(path: str, name: str, leaf: Any, spec: WeightSpec) -> QTensor:
-        leaf = jnp.asarray(leaf)  # one that is on disk is read once
-        check_finite(path, leaf, GREATEST_WEIGHT)
-        matrix = as_matrix(name, leaf)
+    def quantized(
+        path: str, name: str, leaf: AnyArray | DeferredArray, spec: WeightSpec
+    ) -> QTensor:
+        kernel = jnp.asarray(leaf)  # one that is on disk is read once
+        check_finite(path, kernel, GREATEST_WEIGHT)
+        matrix = as_matrix(name, kernel)
         q = (
             quantize(matrix, spec)
             if quantize_fn is None or name.endswith(TABLE)
@@ -103,19 +111,19 @@ def quantize_params(
 
 
 def rewrite_kernels(
-    params: Any,
-    rewrite_fn: Callable[[str, str, Any, WeightSpec], Any],
+    params: Params,
+    rewrite_fn: Callable[[str, str, Any, WeightSpec], QTensor],
     *,
     recipe: Recipe,
     stats: Stats | None,
-) -> Any:
+) -> dict[str, Any]:
     """Returns `params` with activation quantizers, and `rewrite_fn` of each kernel to be quantized.
 
     `rewrite_fn` takes a layer's path, its leaf's name, the leaf and its spec. See `quantize_params`.
     """
     specs = recipe.resolve(params)
 
-    def weight_fn(path: str, name: str, leaf: Any) -> Any:
+    def weight_fn(path: str, name: str, leaf: AbstractArray | QTensor) -> AbstractArray | QTensor:
         spec = specs[path].weight
         if spec is None:
             return leaf
@@ -126,12 +134,12 @@ def rewrite_kernels(
         spec = specs[path].act
         return None if spec is None else act_quantizer(path, spec, stats)
 
-    written = rewrite(params, specs, weight_fn=weight_fn, act_fn=act_fn)
+    written = rewrite_layers(params, specs, weight_fn=weight_fn, act_fn=act_fn)
     return finite_where_kept(params, written)
 
 
-def finite_where_kept(params: Any, written: Any) -> Any:
-    """Returns `written` with the leaves that it has from `params` checked for NaN and infinity.
+def finite_where_kept(params: Params, written: Params) -> dict[str, Any]:
+    """Returns `written`, after a check of the leaves unchanged from `params` for NaN and infinity.
 
     Arrays that are still on disk are checked when they are read.
 
@@ -142,7 +150,7 @@ def finite_where_kept(params: Any, written: Any) -> Any:
     for name, leaf in flat.items():
         if leaf is not kept.get(name) or not hasattr(leaf, "dtype"):
             continue
-        called = name.removesuffix("/kernel")  # a layer is called by its path
+        called = name.removesuffix("/kernel")  # errors name a layer by its path
         if isinstance(leaf, DeferredArray):
             flat[name] = checked_when_read(called, leaf)
         else:
@@ -151,7 +159,7 @@ def finite_where_kept(params: Any, written: Any) -> Any:
 
 
 def checked_when_read(name: str, leaf: DeferredArray) -> DeferredArray:
-    """Returns a lazy array that refuses what is not finite, by `name`."""
+    """Returns a lazy array that is checked for NaN and infinity when it is read, by `name`."""
 
     def make() -> dict[str, Any]:
         array = leaf.make()[leaf.name]
@@ -161,12 +169,12 @@ def checked_when_read(name: str, leaf: DeferredArray) -> DeferredArray:
     return dataclasses.replace(leaf, make=make)
 
 
-def as_matrix(name: str, leaf: Any) -> Any:
+def as_matrix(name: str, leaf: Leaf) -> Leaf:
     """Returns a kernel as `[K, N]`; a table `[rows, D]` as `[D, rows]`."""
     return leaf.T if name.endswith(TABLE) else leaf.reshape(matrix_shape(leaf))
 
 
-def check_unquantized(path: str, kernel: Any) -> None:
+def check_unquantized(path: str, kernel: object) -> None:
     if isinstance(kernel, QTensor):
         raise ValueError(
             f"{path} is quantized already ({kernel.bits} bits); start from the full-precision "
@@ -174,6 +182,6 @@ def check_unquantized(path: str, kernel: Any) -> None:
         )
 
 
-def matrix_shape(kernel: Any) -> tuple[int, int]:
+def matrix_shape(kernel: AbstractArray) -> tuple[int, int]:
     """Returns a kernel's shape with all input axes as one: `(K, N)`."""
     return int(np.prod(kernel.shape[:-1])), int(kernel.shape[-1])

@@ -1,4 +1,4 @@
-"""Quantizing the inputs of linear layers: dynamic, static, or one row of scales per timestep.
+"""Quantizing the inputs of linear layers: dynamic, static, or static with scales per timestep.
 
 Dimensions: K channels, G groups along K, S rows of a table of scales, B samples.
 The equation is that of weights, per token: `x' = (code - zero_point) * scale - shift`, with
@@ -21,6 +21,7 @@ from qdit_jax.quant.division import quotient
 from qdit_jax.quant.finite import check_finite
 from qdit_jax.quant.qtensor import zero_point_of
 from qdit_jax.quant.specs import ActSpec
+from qdit_jax.types import AnyArray, Numbers, Tree
 
 
 def code_limits(spec: ActSpec) -> tuple[int, int]:
@@ -30,7 +31,9 @@ def code_limits(spec: ActSpec) -> tuple[int, int]:
     return 0, 2**spec.bits - 1
 
 
-def grid_of_limits(low: Any, high: Any, spec: ActSpec) -> tuple[Any, Any]:
+def grid_of_limits(
+    low: Float[Array, "*s"], high: Float[Array, "*s"], spec: ActSpec
+) -> tuple[Float[Array, "*s"], Float[Array, "*s"] | None]:
     """Returns (scale, zero_point) of the interval `[low, high]`; zero_point None if symmetric."""
     if spec.unsigned:
         return spec.range_fn.scale(jnp.zeros_like(high), high, spec.bits, False), None
@@ -38,7 +41,9 @@ def grid_of_limits(low: Any, high: Any, spec: ActSpec) -> tuple[Any, Any]:
     return scale, None if spec.symmetric else zero_point_of(low, scale, spec.bits)
 
 
-def dynamic_grid(x: Float[Array, "*lead K"], spec: ActSpec) -> tuple[Any, Any]:
+def dynamic_grid(
+    x: Float[Array, "*lead K"], spec: ActSpec
+) -> tuple[Float[Array, "*lead G"], Float[Array, "*lead G"] | None]:
     """Returns (scale, zero_point), float32 `[*lead, G]`, from the values of `x` themselves.
 
     A shorter last group has its own statistics. zero_point is None if symmetric. `spec.shift`
@@ -55,14 +60,16 @@ def dynamic_grid(x: Float[Array, "*lead K"], spec: ActSpec) -> tuple[Any, Any]:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-1), *grids)
 
 
-def _grid_of_members(members: Float[Array, "*lead G S"], spec: ActSpec) -> tuple[Any, Any]:
+def _grid_of_members(
+    members: Float[Array, "*lead G S"], spec: ActSpec
+) -> tuple[Float[Array, "*lead G"], Float[Array, "*lead G"] | None]:
     symmetric = spec.symmetric and not spec.unsigned
     low, high = spec.range_fn.limits(members, spec.bits, symmetric, members.ndim - 1)
     return grid_of_limits(low, high, spec)
 
 
 def expand_to_channels(
-    values: Float[Array, "*lead G"], num_channels: int, group_size: int
+    values: Float[AnyArray, "*lead G"], num_channels: int, group_size: int
 ) -> Float[Array, "*lead K"]:
     """Returns one value per channel from one value per group."""
     size = groups.effective_group_size(num_channels, group_size)
@@ -71,7 +78,10 @@ def expand_to_channels(
 
 
 def codes_of(
-    x: Float[Array, "*lead K"], scale: Any, zero_point: Any, spec: ActSpec
+    x: Float[Array, "*lead K"],
+    scale: Float[AnyArray, "*#lead G"],
+    zero_point: Float[AnyArray, "*#lead G"] | None,
+    spec: ActSpec,
 ) -> Float[Array, "*lead K"]:
     """Returns the codes of `x` (shift already added) as whole floats, NaN where `x` is not finite.
 
@@ -85,9 +95,12 @@ def codes_of(
 
 
 def values_of(
-    codes: Float[Array, "*lead K"], scale: Any, zero_point: Any, spec: ActSpec
+    codes: Float[Array, "*lead K"],
+    scale: Float[AnyArray, "*#lead G"],
+    zero_point: Float[AnyArray, "*#lead G"] | None,
+    spec: ActSpec,
 ) -> Float[Array, "*lead K"]:
-    """Returns the values that codes stand for, `spec.shift` taken off again."""
+    """Returns the values that codes stand for, less `spec.shift`."""
     if zero_point is not None:
         codes = codes - expand_to_channels(zero_point, codes.shape[-1], spec.group_size)
     values = codes * expand_to_channels(scale, codes.shape[-1], spec.group_size)
@@ -95,7 +108,7 @@ def values_of(
 
 
 @partial(jax.jit, static_argnames="spec")
-def fake_quantize(x: Float[Any, "*lead K"], spec: ActSpec) -> Float[Array, "*lead K"]:
+def fake_quantize(x: Float[Array, "*lead K"], spec: ActSpec) -> Float[Array, "*lead K"]:
     """Returns `x` rounded to the grid of each token's groups, in the dtype of `x`.
 
     Any K works with any group size; the arithmetic is float32.
@@ -112,7 +125,12 @@ def fake_quantize(x: Float[Any, "*lead K"], spec: ActSpec) -> Float[Array, "*lea
     return _round_trip(shifted, scale, zero_point, spec).astype(x.dtype)
 
 
-def _round_trip(x: Any, scale: Any, zero_point: Any, spec: ActSpec) -> Any:
+def _round_trip(
+    x: Float[Array, "*lead K"],
+    scale: Float[AnyArray, "*#lead G"],
+    zero_point: Float[AnyArray, "*#lead G"] | None,
+    spec: ActSpec,
+) -> Float[Array, "*lead K"]:
     return values_of(codes_of(x, scale, zero_point, spec), scale, zero_point, spec)
 
 
@@ -123,17 +141,18 @@ def _round_trip(x: Any, scale: Any, zero_point: Any, spec: ActSpec) -> Any:
 )
 @dataclasses.dataclass(frozen=True)
 class ActQuant:
-    """An activation quantizer with what it has learned in calibration.
+    """An activation quantizer with its calibrated scales, if it has any.
 
     Attributes:
         spec: static settings.
         scale: None when dynamic; static: `[G]` (`[1]`: one for the tensor), or a table `[S, G]`
-            with one row a sampling step or timestep bucket, from which `at` picks.
+            with one row per sampling step or range of timesteps, from which `at` picks.
         zero_point: like `scale`, whole numbers; None when symmetric or dynamic.
         timesteps: `[S]`, what the rows of a table were calibrated at; `at_timestep` needs them.
     """
 
     spec: ActSpec
+    # Any: `jax.tree.map` and `jax.eval_shape` put other leaves here than arrays.
     scale: Any = None
     zero_point: Any = None
     timesteps: Any = None
@@ -143,7 +162,7 @@ class ActQuant:
         """Whether a row must be picked with `at` first."""
         return self.scale is not None and self.scale.ndim == 2
 
-    def at(self, index: Any) -> ActQuant:
+    def at(self, index: Numbers) -> ActQuant:
         """Returns the quantizer of row `index` of the table (an integer, traced or not).
 
         An index `[B]` gives every sample its own row. Without a table, returns itself.
@@ -152,14 +171,14 @@ class ActQuant:
             return self
         index = jnp.asarray(index)
 
-        def pick(table: Any) -> Any:
+        def pick(table: Float[AnyArray, "S G"]) -> Float[Array, "..."]:
             rows = table[index]
             return rows[:, None, :] if index.ndim else rows  # [B, 1, G] or [G]
 
         zero_point = None if self.zero_point is None else pick(self.zero_point)
         return ActQuant(self.spec, pick(self.scale), zero_point)
 
-    def at_timestep(self, timestep: Any) -> ActQuant:
+    def at_timestep(self, timestep: Numbers) -> ActQuant:
         """Returns the quantizer calibrated nearest to `timestep`, a number or one per sample `[B]`.
 
         Without recorded timesteps, returns itself. Works under jit and inside `lax.scan`.
@@ -169,11 +188,13 @@ class ActQuant:
         away = jnp.abs(jnp.asarray(timestep, jnp.float32)[..., None] - self.timesteps)
         return self.at(jnp.argmin(away, axis=-1))
 
-    def grid(self, x: Float[Array, "*lead K"]) -> tuple[Any, Any]:
+    def grid(
+        self, x: Float[Array, "*lead K"]
+    ) -> tuple[Float[AnyArray, "*#lead G"], Float[AnyArray, "*#lead G"] | None]:
         """Returns (scale, zero_point) for `x` (shift added), broadcastable to `[*lead, G]`.
 
         Raises:
-            ValueError: if scales are missing, are still a table, or do not fit K.
+            ValueError: if scales are missing, are a table (pick a row with `at`), or do not fit K.
         """
         if self.spec.mode == "dynamic":
             return dynamic_grid(x, self.spec)
@@ -183,7 +204,7 @@ class ActQuant:
         lead = (self.scale.shape[0],) + (1,) * (x.ndim - 2)
         return jax.tree.map(lambda a: a.reshape(*lead, -1), (self.scale, self.zero_point))
 
-    def __call__(self, x: Float[Any, "*lead K"]) -> Float[Array, "*lead K"]:
+    def __call__(self, x: Float[AnyArray, "*lead K"]) -> Float[Array, "*lead K"]:
         """Returns `x` fake-quantized, in the dtype of `x`."""
         if self.spec.mode == "dynamic":
             return fake_quantize(x, self.spec)
@@ -206,8 +227,8 @@ class ActQuant:
             )
 
 
-def static_act_quant(low: Any, high: Any, spec: ActSpec) -> ActQuant:
-    """Returns the static quantizer of calibrated extremes `[G]` or, a row per step, `[S, G]`.
+def static_act_quant(low: Numbers, high: Numbers, spec: ActSpec) -> ActQuant:
+    """Returns the static quantizer of calibrated extremes `[G]`, or `[S, G]` with one row per step.
 
     `low` and `high` are the least and greatest values seen, `spec.shift` not yet added.
 
@@ -220,13 +241,13 @@ def static_act_quant(low: Any, high: Any, spec: ActSpec) -> ActQuant:
             f"range rule {spec.range_fn.name!r} needs samples, not extremes; compute its limits "
             "from samples, for static_act_quant_of_limits, or use range_fn=ranges.minmax here."
         )
-    low, high = checked_range(low, high, spec)
+    least, greatest = checked_range(low, high, spec)
     symmetric = spec.symmetric and not spec.unsigned
-    low, high = spec.range_fn.limits_from_extremes(low, high, spec.bits, symmetric)
-    return ActQuant(spec, *grid_of_limits(low, high, spec))
+    start, end = spec.range_fn.limits_from_extremes(least, greatest, spec.bits, symmetric)
+    return ActQuant(spec, *grid_of_limits(start, end, spec))
 
 
-def static_act_quant_of_limits(low: Any, high: Any, spec: ActSpec) -> ActQuant:
+def static_act_quant_of_limits(low: Numbers, high: Numbers, spec: ActSpec) -> ActQuant:
     """Returns the static quantizer of limits `[G]` or `[S, G]` that `spec.range_fn` has chosen.
 
     `spec.shift` is not yet added to `low` and `high`.
@@ -237,7 +258,9 @@ def static_act_quant_of_limits(low: Any, high: Any, spec: ActSpec) -> ActQuant:
     return ActQuant(spec, *grid_of_limits(*checked_range(low, high, spec), spec))
 
 
-def checked_range(low: Any, high: Any, spec: ActSpec) -> tuple[Any, Any]:
+def checked_range(
+    low: Numbers, high: Numbers, spec: ActSpec
+) -> tuple[Float[Array, "*s"], Float[Array, "*s"]]:
     """Returns both ends in float32, `spec.shift` added; raises `ValueError` if they are no range."""
     if spec.mode != "static":
         raise ValueError("a dynamic ActSpec takes no calibrated range; use mode='static'.")
@@ -251,7 +274,7 @@ def checked_range(low: Any, high: Any, spec: ActSpec) -> tuple[Any, Any]:
     return low + spec.shift, high + spec.shift
 
 
-def select_timestep(tree: Any, timestep: Any) -> Any:
+def select_timestep(tree: Tree, timestep: Numbers) -> Tree:
     """Returns `tree` with the row of every `ActQuant` table calibrated nearest to `timestep`."""
     return jax.tree.map(
         lambda node: node.at_timestep(timestep) if isinstance(node, ActQuant) else node,
@@ -260,7 +283,7 @@ def select_timestep(tree: Any, timestep: Any) -> Any:
     )
 
 
-def group_extremes(x: Float[Any, "*lead K"], group_size: int) -> tuple[np.ndarray, np.ndarray]:
+def group_extremes(x: Float[AnyArray, "*lead K"], group_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the least and greatest value of every group over all leading axes, `[G]` each."""
     size = groups.effective_group_size(x.shape[-1], group_size)
     starts = np.arange(0, x.shape[-1], size)

@@ -1,8 +1,8 @@
-"""AdaRound (arXiv:2004.10568): learn for every weight whether to round it down or up.
+"""AdaRound (arXiv:2004.10568): learns for every weight whether to round it down or up.
 
 A weight's code is `floor(w / scale) + h(v)` with a learned v and the rectified sigmoid h, which
 reaches 0 and 1 exactly. The objective is the layer's output error, which for one linear layer
-depends on its inputs through their Hessian alone, plus a term that drives every h to 0 or 1.
+depends on its inputs through their Hessian only, plus a term that drives every h to 0 or 1.
 
 Dimensions: K input channels, N output channels, G groups.
 """
@@ -10,13 +10,13 @@ Dimensions: K input channels, N output channels, G groups.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Num
 
 from qdit_jax.quant import groups
 from qdit_jax.quant.division import quotient
@@ -25,6 +25,7 @@ from qdit_jax.quant.gptq_rounding import damped, nan_unless_finite
 from qdit_jax.quant.qtensor import QTensor, check_kernel, from_codes, scale_and_zero_point
 from qdit_jax.quant.specs import WeightSpec
 from qdit_jax.quant.stored_scales import scale_value
+from qdit_jax.types import Numbers
 
 # The rectified sigmoid's stretch (paper, equation 23).
 _LOW, _HIGH = -0.1, 1.1
@@ -37,8 +38,8 @@ class AdaRoundSettings:
     Attributes:
         num_steps: optimizer steps.
         learning_rate: Adam's at the start; it falls to a tenth along a cosine.
-        strength: greatest weight of `polarization`, reached along a ramp; from 1/4 on, no
-            rounding can stay undecided for its own sake.
+        strength: greatest weight of `polarization`, reached along a linear ramp. From 1/4 on,
+            no rounding stays undecided because its own error is least there.
         warmup, cooldown: fractions of the steps before and after that ramp.
     """
 
@@ -55,14 +56,18 @@ def rectified_sigmoid(v: Float[Array, "*s"]) -> Float[Array, "*s"]:
 
 
 def initial_logits(w: Float[Array, "K N"], scale: Float[Array, "K N"]) -> Float[Array, "K N"]:
-    """Returns the v whose rectified sigmoid gives back `w` itself."""
+    """Returns the v whose `soft_codes` stand for `w` itself, as far as the grid reaches."""
     steps = quotient(w, scale)
     fraction = steps - jnp.floor(steps)
     return jax.scipy.special.logit((fraction - _LOW) / (_HIGH - _LOW))
 
 
 def soft_codes(
-    w: Float[Array, "K N"], v: Any, scale: Any, offset: Any, bits: int
+    w: Float[Array, "K N"],
+    v: Float[Array, "K N"],
+    scale: Float[Array, "*#s"],
+    offset: Float[Array, "*#s"],
+    bits: int,
 ) -> Float[Array, "K N"]:
     """Returns codes between those below and above `w`; whole where the sigmoid is 0 or 1.
 
@@ -82,8 +87,8 @@ def polarization(v: Float[Array, "K N"], cost: Float[Array, "K N"]) -> Float[Arr
 
 
 def adaround(
-    w: Any,
-    hessian: Any,
+    w: Numbers,
+    hessian: Numbers,
     spec: WeightSpec,
     *,
     settings: AdaRoundSettings | None = None,
@@ -108,46 +113,55 @@ def adaround(
 
 
 @partial(jax.jit, static_argnames=("spec", "settings"))
-def _adaround(w: Any, hessian: Any, spec: WeightSpec, settings: AdaRoundSettings) -> QTensor:
+def _adaround(
+    w: Float[Array, "K N"], hessian: Num[Array, "K K"], spec: WeightSpec, settings: AdaRoundSettings
+) -> QTensor:
     w, hessian = w.astype(jnp.float32), hessian.astype(jnp.float32)
     stored, zero_point = scale_and_zero_point(w, spec)
     stored = nan_unless_finite(stored, hessian)
     positive, _, tries = damped(hessian, 0.01)
-    hessian = jnp.where(tries > 0, positive, hessian)  # else a negative error would be sought
-    scale = groups.expand_groups(scale_value(stored), w.shape, spec.group_size)
-    offset = jnp.float32(2 ** (spec.bits - 1))
+    # With an indefinite Hessian the error could be negative, and learning would seek just that.
+    hessian = jnp.where(tries > 0, positive, hessian)
+    scale = groups.expand_groups(scale_value(stored), w.shape, spec.group_size)  # [K, N]
+    offset = jnp.float32(2 ** (spec.bits - 1))  # the code of 0.0
     if zero_point is not None:
         offset = groups.expand_groups(zero_point, w.shape, spec.group_size)
 
-    def channel_error(codes: Any) -> Any:
-        difference = (codes - offset) * scale - w
+    def channel_error(codes: Float[Array, "K N"]) -> Float[Array, " N"]:
+        difference = (codes - offset) * scale - w  # [K, N]
         product = jnp.matmul(hessian, difference, precision=jax.lax.Precision.HIGHEST)
         return jnp.sum(difference * product, axis=0)
 
     nearest = jnp.clip(jnp.round(quotient(w, scale)) + offset, 0, 2**spec.bits - 1)
-    base = channel_error(nearest)
+    base = channel_error(nearest)  # [N]
+    # The error of rounding to nearest; `tiny` avoids a division by 0.
     unit = jnp.maximum(jnp.sum(base), jnp.finfo(jnp.float32).tiny)
-    cost = jnp.diagonal(hessian)[:, None] * jnp.square(scale)
+    cost = jnp.diagonal(hessian)[:, None] * jnp.square(scale)  # [K, N], see `polarization`
 
-    def objective(v: Any, progress: Any) -> Any:
+    def objective(v: Float[Array, "K N"], progress: Float[Array, ""]) -> Float[Array, ""]:
         error = jnp.sum(channel_error(soft_codes(w, v, scale, offset, spec.bits)))
         span = 1 - settings.warmup - settings.cooldown
         pull = settings.strength * jnp.clip((progress - settings.warmup) / span, 0, 1)
         return (error + pull * polarization(v, cost)) / unit
 
     v = _minimize(objective, initial_logits(w, scale), settings)
+    # The sigmoid of plus or minus infinity is exactly 1 or 0.
     decided = jnp.where(rectified_sigmoid(v) >= 0.5, jnp.inf, -jnp.inf)
     learned = soft_codes(w, decided, scale, offset, spec.bits)
     codes = jnp.where(channel_error(learned) <= base, learned, nearest)
     return from_codes(codes.astype(jnp.uint8), stored, zero_point, spec)
 
 
-def _minimize(objective: Any, v: Any, settings: AdaRoundSettings) -> Any:
+def _minimize(
+    objective: Callable[[Array, Array], Array], v: Float[Array, "K N"], settings: AdaRoundSettings
+) -> Float[Array, "K N"]:
     optimizer = optax.adam(
         optax.cosine_decay_schedule(settings.learning_rate, settings.num_steps, alpha=0.1)
     )
 
-    def step(state: Any, i: Any) -> Any:
+    def step(
+        state: tuple[Array, optax.OptState], i: Int[Array, ""]
+    ) -> tuple[tuple[Array, optax.OptState], None]:
         v, opt_state = state
         gradient = jax.grad(objective)(v, i / settings.num_steps)
         with jax.numpy_dtype_promotion("standard"):  # optax counts steps in int32

@@ -7,16 +7,16 @@ on CPU; its code for GPUs is off by up to two units.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from qdit_jax.types import Numbers
+
 _UPPER_HALF = -(1 << 12)  # of a float32: sign, exponent and 11 bits of mantissa
 
 
-def quotient(x: Float[Array, "*s"], divisor: Any) -> Float[Array, "*s"]:
+def quotient(x: Float[Array, "*s"], divisor: Numbers) -> Float[Array, "*s"]:
     """Returns `x / divisor` in float32, rounded to nearest, as IEEE 754 has it.
 
     `divisor` broadcasts to `x`. Beyond about 1e30 and below 1e-30 the last bit is the backend's.
@@ -29,7 +29,7 @@ def quotient_by_number(x: Float[Array, "*s"], divisor: int | float) -> Float[Arr
     """Returns `x / divisor`, rounded once, for one number `divisor`.
 
     XLA turns a division by a broadcast scalar into a product with its reciprocal, which may be
-    one ulp off; a divisor that seems to depend on `x` is left alone, under vmap too.
+    one ulp off. It leaves a divisor alone that seems to depend on `x`, also under vmap.
     """
     return quotient(x, jnp.where(jnp.isnan(x), 1.0, divisor))
 
@@ -43,8 +43,8 @@ def corrected(
 ) -> Float[Array, "*s"]:
     """Returns `x / divisor` rounded once from a quotient `near` that is a few units off.
 
-    The remainder `x - near * divisor` is had exactly from halves of both factors, whose products
-    have no rounding error, fused with the sums or not (Dekker, 1971).
+    The remainder `x - near * divisor` is computed exactly from halves of both factors, whose
+    products have no rounding error, fused with the sums or not (Dekker, 1971).
     """
     upper, lower = _halves(near)
     top, rest = _halves(divisor)

@@ -1,8 +1,9 @@
 """Number formats other than integers: FP8, FP4, the block formats MXFP4, MXFP8, NVFP4, and NF4.
 
-A format is an element (a table of values, one a code) and the scale of a block. Elements round
+A format is an element (a table with one value per code) and the scale of a block. Elements round
 to nearest, ties to even, and saturate; a block's codes are `element(x / scale)`. A product may sum
-elements before it scales: they are whole numbers (E2M1, doubled) or exact in a dtype with a dot.
+elements before it multiplies by scales: they are whole numbers (E2M1, doubled) or exact in a dtype
+that has a dot.
 
 Dimensions: K channels, G groups (blocks), S members of a group.
 """
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ _NF4 = (
     0.7229568362236023, 1.0,
 )  # fmt: skip
 _DTYPES = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "e2m1": "float4_e2m1fn"}
-# What holds an element exactly in a dot, in units of: doubled, those of E2M1 are whole numbers.
+# The dtype that holds an element exactly in a dot, and the unit: E2M1 is counted in halves.
 _OPERANDS = {
     "e2m1": ("int8", 0.5), "e4m3": ("bfloat16", 1.0), "e5m2": ("bfloat16", 1.0),
     "nf4": ("float32", 1.0),
@@ -47,7 +47,7 @@ class Format:
     Attributes:
         name: what recipes call it.
         element: "e4m3", "e5m2", "e2m1" or "nf4".
-        bits: bits an element.
+        bits: bits per element.
         block_size: members of a block; 0 leaves the group size to the spec.
         block_scale: "float" (in the spec's scale dtype), "e8m0" (a power of two, one byte) or
             "e4m3" (one byte, times one float32 factor for the whole tensor).
@@ -61,7 +61,7 @@ class Format:
 
     @property
     def has_tensor_scale(self) -> bool:
-        """Whether one float32 factor a tensor multiplies every block scale."""
+        """Whether every block scale is multiplied by one float32 factor per tensor."""
         return self.block_scale == "e4m3"
 
     @property
@@ -84,13 +84,13 @@ class Format:
     def value(self, codes: UInt8[Array, "*s"]) -> Float[Array, "*s"]:
         """Returns the element values of codes, float32.
 
-        FP8 is looked up as the rest, not cast: of a cast to float8 and back, XLA for GPUs leaves
-        nothing, not even the rounding.
+        FP8 is looked up too, not cast: XLA for GPUs removes a cast to float8 and back, and with it
+        the rounding.
         """
         return jnp.asarray(self.values())[codes]
 
     @property
-    def operand_dtype(self) -> Any:
+    def operand_dtype(self) -> np.dtype:
         """The narrowest dtype with a dot that holds this format's elements exactly."""
         return jnp.dtype(_OPERANDS[self.element][0])
 
@@ -118,8 +118,8 @@ class Format:
         magnitudes = self.values()[: 2 ** (self.bits - 1)]
         return _count_above(jnp.abs(x), magnitudes, ties_to_even=True) | sign
 
-    def scale_value(self, stored: Any) -> Float[Array, "*s"]:
-        """Returns block scales in float32 from what is stored, the tensor's factor apart."""
+    def scale_value(self, stored: Num[Array, "*s"]) -> Float[Array, "*s"]:
+        """Returns block scales in float32 from what is stored, without the tensor's factor."""
         if self.block_scale == "e8m0":
             # exp2 is not exact; the byte is a float32's exponent, but for 2**-127.
             power = jax.lax.bitcast_convert_type(stored.astype(jnp.int32) << 23, jnp.float32)
@@ -129,11 +129,13 @@ class Format:
             return fp8_e4m3.value(stored)
         return stored_scales.scale_value(stored)
 
-    def stored_scale(self, absmax: Any, tensor_scale: Any) -> Any:
+    def stored_scale(
+        self, absmax: Float[Array, "*s"], tensor_scale: Float[Array, "*#s"] | None
+    ) -> Num[Array, "*s"]:
         """Returns the block scales, as stored, of blocks whose greatest magnitude is `absmax`.
 
         `tensor_scale` broadcasts to `absmax`; it is used by formats that have one. A block of
-        zeros gets scale 1 (or what is nearest to 0 beside a tensor scale).
+        zeros gets scale 1, or with a tensor scale the code of 0.
         """
         if self.block_scale == "e8m0":
             # An element's greatest power of two meets the block's: 2**2 in E2M1, 2**8 in E4M3.
@@ -144,10 +146,11 @@ class Format:
             return jnp.where(jnp.isfinite(absmax), byte, _E8M0_NAN).astype(jnp.uint8)
         top = self.max_value()
         if self.block_scale == "e4m3":
+            assert tensor_scale is not None
             return _byte_of(quotient(quotient_by_number(absmax, top), tensor_scale), "e4m3")
         return ranges.positive_or_one(quotient_by_number(absmax, top))
 
-    def tensor_scale(self, absmax: Any) -> Any:
+    def tensor_scale(self, absmax: Float[Array, "*s"]) -> Float[Array, "*s"]:
         """Returns the factor for tensors of greatest magnitude `absmax`: blocks fill E4M3."""
         scale = quotient_by_number(absmax, self.max_value() * 448.0)
         return ranges.positive_or_one(scale)
@@ -157,7 +160,8 @@ class Format:
     ) -> tuple[UInt8[Array, "*lead K"], Float[Array, "*lead G"]]:
         """Returns the codes of `x` in blocks along its last axis, and their scales in float32.
 
-        A tensor scale is one a token, so that no token depends on another; it is in the scales.
+        The factor of a tensor is one per token here, so that no token depends on another; the
+        scales include it.
         """
         x = x.astype(jnp.float32)
         size = self.block_size or group_size or x.shape[-1]
@@ -178,7 +182,7 @@ class Format:
         return self.value(codes) * jnp.repeat(scale, size, axis=-1)[..., : x.shape[-1]]
 
 
-def divide(x: Float[Array, "*s"], scale: Any) -> Float[Array, "*s"]:
+def divide(x: Float[Array, "*s"], scale: Float[Array, "*#s"]) -> Float[Array, "*s"]:
     """Returns `x / scale` rounded once, 0 where `scale` is 0; NaN stays NaN."""
     wide = jax.lax.optimization_barrier(jnp.broadcast_to(scale, x.shape))
     empty = wide == 0

@@ -1,21 +1,21 @@
-"""GPTQ (arXiv:2210.17323): rounding that lets later channels make up for earlier errors.
+"""GPTQ (arXiv:2210.17323): rounding in which later channels compensate the errors of earlier ones.
 
 For inputs x with Hessian `H = sum x xᵀ`, channels are rounded one after another; each one's
 error is spread over the channels not yet rounded, along the rows of the upper Cholesky factor U
 of `H⁻¹ = Uᵀ U`.
 
-Dimensions: K input channels, N output channels, G groups, B channels of a lazy block.
+Dimensions: K input channels, N output channels, G groups, B scales per row; P is K padded to whole
+blocks of `BLOCK` channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 
 from qdit_jax.quant import groups
 from qdit_jax.quant.division import quotient
@@ -30,14 +30,21 @@ from qdit_jax.quant.qtensor import (
 )
 from qdit_jax.quant.specs import WeightSpec
 from qdit_jax.quant.stored_scales import scale_value, stored_scale
+from qdit_jax.types import AnyArray, Numbers
 
 BLOCK = 128
 _DAMPING_TRIES = 8
+# Scale and code of 0.0 of each group and output channel.
+Grid = tuple[Float[Array, "G N"], Float[Array, "G N"]]
+# How often the damping was raised, the damping, and the factor it gives.
+Attempt = tuple[Int[Array, ""], Float[Array, ""], Float[Array, "K K"]]
 
 
 @jax.jit
 def accumulate_hessian(
-    hessian: Float[Any, "K K"], x: Float[Any, "*lead K"], weight: Any = 1.0
+    hessian: Float[Array, "K K"],
+    x: Float[Array, "*lead K"],
+    weight: Float[AnyArray, ""] | float | int = 1.0,
 ) -> Float[Array, "K K"]:
     """Returns `hessian + weight * sum x xᵀ` in float32; start from zeros, keep no activations."""
     tokens = x.astype(jnp.float32).reshape(-1, x.shape[-1])
@@ -46,12 +53,12 @@ def accumulate_hessian(
 
 
 def gptq(
-    w: Any,
-    hessian: Any,
+    w: Numbers,
+    hessian: Numbers,
     spec: WeightSpec,
     *,
     damping: float = 0.01,
-    holdout: Any = None,
+    holdout: Numbers | None = None,
 ) -> QTensor:
     """Returns `w` on the grid that `spec` gives it, rounded in the robust form of GPTQ.
 
@@ -76,22 +83,29 @@ def gptq(
 
 
 @partial(jax.jit, static_argnames="spec")
-def _gptq(w: Any, hessian: Any, damping: Any, holdout: Any, spec: WeightSpec) -> QTensor:
+def _gptq(
+    w: Float[Array, "K N"],
+    hessian: Num[Array, "K K"],
+    damping: Float[Array, ""] | float,
+    holdout: Num[Array, "K K"] | None,
+    spec: WeightSpec,
+) -> QTensor:
     w, hessian = w.astype(jnp.float32), hessian.astype(jnp.float32)
     num_channels = w.shape[0]
-    alive = jnp.any(hessian != 0, axis=1)
-    order = jnp.argsort(-jnp.diagonal(hessian))
+    alive = jnp.any(hessian != 0, axis=1)  # [K]
+    order = jnp.argsort(-jnp.diagonal(hessian))  # [K], position -> channel
     scale, zero_point = scale_and_zero_point(w, spec)
-    scale = nan_unless_finite(scale, hessian)
+    scale = nan_unless_finite(scale, hessian)  # [G, B]
     grid = _grid(scale, zero_point, spec)
     live = jnp.where(alive[:, None], w, 0)
     positive, factor, tries = damped(hessian[order][:, order], damping)
     size = groups.effective_group_size(num_channels, spec.group_size)
+    # A channel keeps the group of its own index, wherever it is visited.
     codes, _ = _round_channels(live[order], factor, grid, (order // size), spec, None)
-    codes = jnp.zeros_like(codes).at[order].set(codes)
+    codes = jnp.zeros_like(codes).at[order].set(codes)  # back in the order of the channels
     nearest = codes_on_grid(live, scale, zero_point, spec)
 
-    def better_on(inputs: Any) -> Any:
+    def better_on(inputs: Num[Array, "K K"]) -> UInt8[Array, "K N"]:
         errors = [
             channel_errors(w, from_codes(chosen, scale, zero_point, spec), inputs)
             for chosen in (codes, nearest)
@@ -100,18 +114,24 @@ def _gptq(w: Any, hessian: Any, damping: Any, holdout: Any, spec: WeightSpec) ->
 
     if holdout is not None:
         codes = better_on(holdout)
-    else:  # What no inputs can have made is no ground for leaving the nearest codes.
-        where = jnp.argsort(order)
+    else:
+        # A sum of x xᵀ has no negative eigenvalues, and the first damping suffices. Where it did not,
+        # GPTQ's codes have to prove better than the nearest ones.
+        where = jnp.argsort(order)  # channel -> position
         codes = jax.lax.cond(tries > 0, lambda: better_on(positive[where][:, where]), lambda: codes)
     return from_codes(codes, scale, zero_point, spec)
 
 
-def nan_unless_finite(scale: Float[Array, "G B"], hessian: Any) -> Float[Array, "G B"]:
+def nan_unless_finite(
+    scale: Float[Array, "G B"], hessian: Num[Array, "K K"]
+) -> Float[Array, "G B"]:
     """Returns `scale`, or NaN if `hessian`, traced and so not refused, is not finite."""
     return jnp.where(jnp.all(jnp.isfinite(hessian)), scale, jnp.nan)
 
 
-def gptq_authors(w: Any, hessian: Any, spec: WeightSpec, *, damping: float = 0.01) -> QTensor:
+def gptq_authors(
+    w: Numbers, hessian: Numbers, spec: WeightSpec, *, damping: float = 0.01
+) -> QTensor:
     """Returns `w` rounded as the Q-DiT release's GPTQ does; pass `range_fn=ranges.authors_gptq`.
 
     Channels are visited in order. A group's grid is taken from the running weights when its
@@ -130,7 +150,12 @@ def gptq_authors(w: Any, hessian: Any, spec: WeightSpec, *, damping: float = 0.0
 
 
 @partial(jax.jit, static_argnames="spec")
-def _gptq_authors(w: Any, hessian: Any, damping: Any, spec: WeightSpec) -> QTensor:
+def _gptq_authors(
+    w: Float[Array, "K N"],
+    hessian: Num[Array, "K K"],
+    damping: Float[Array, ""] | float,
+    spec: WeightSpec,
+) -> QTensor:
     w, hessian = w.astype(jnp.float32), hessian.astype(jnp.float32)
     num_channels = w.shape[0]
     size = groups.effective_group_size(num_channels, spec.group_size)
@@ -138,11 +163,11 @@ def _gptq_authors(w: Any, hessian: Any, damping: Any, spec: WeightSpec) -> QTens
     grid = _grid(*scale_and_zero_point(w, spec), spec)
     live = jnp.where(dead[:, None], 0, w)
     factor = inverse_factor(hessian, damping)
-    starts = jnp.arange(0, num_channels, size, dtype=jnp.int32)
+    starts = jnp.arange(0, num_channels, size, dtype=jnp.int32)  # [G], first channel of each group
 
-    def refresh(running: Any, grid: Any, first: Any) -> Any:
+    def refresh(running: Float[Array, "P N"], grid: Grid, first: Int[Array, ""]) -> Grid:
         now = _grid(*scale_and_zero_point(running[:num_channels], spec), spec)
-        inside = ((starts >= first) & (starts < first + BLOCK))[:, None]
+        inside = ((starts >= first) & (starts < first + BLOCK))[:, None]  # [G, 1]
         return jax.tree.map(lambda new, old: jnp.where(inside, new, old), now, grid)
 
     group_of = jnp.arange(num_channels, dtype=jnp.int32) // size
@@ -150,15 +175,18 @@ def _gptq_authors(w: Any, hessian: Any, damping: Any, spec: WeightSpec) -> QTens
     codes, (scale, offset) = _round_channels(
         live, factor, grid, group_of, spec, None if keep else refresh
     )
+    # Output channels of a channel group have one scale: keep one of each.
     width = scale.shape[-1] // spec.channel_group
-    scale = scale.reshape(-1, width, spec.channel_group)[..., 0]
+    scale = scale.reshape(-1, width, spec.channel_group)[..., 0]  # [G, B]
     offset = offset.reshape(-1, width, spec.channel_group)[..., 0]
     scale = nan_unless_finite(stored_scale(scale, spec.scale_dtype), hessian)
     return from_codes(codes, scale, None if spec.symmetric else offset, spec)
 
 
-def _grid(scale: Any, zero_point: Any, spec: WeightSpec) -> tuple[Any, Any]:
-    """Returns scale and code of 0.0, both float32 `[G, N]`."""
+def _grid(
+    scale: Float[Array, "G B"], zero_point: Float[Array, "G B"] | None, spec: WeightSpec
+) -> Grid:
+    """Returns scale and code of 0.0, both float32 `[G, N]`; symmetric: the middle code."""
     if zero_point is None:
         zero_point = jnp.full(scale.shape, 2.0 ** (spec.bits - 1), jnp.float32)
     repeat = spec.channel_group
@@ -168,7 +196,7 @@ def _grid(scale: Any, zero_point: Any, spec: WeightSpec) -> tuple[Any, Any]:
     )
 
 
-def inverse_factor(hessian: Float[Array, "K K"], damping: Any) -> Float[Array, "K K"]:
+def inverse_factor(hessian: Float[Array, "K K"], damping: Numbers) -> Float[Array, "K K"]:
     """Returns upper triangular U with `(H + damping * mean(diag H) * I)⁻¹ = Uᵀ U`.
 
     Channels without input get a 1 on the diagonal first. If the factorization fails, the damping
@@ -177,7 +205,9 @@ def inverse_factor(hessian: Float[Array, "K K"], damping: Any) -> Float[Array, "
     return damped(hessian, damping)[1]
 
 
-def damped(hessian: Float[Array, "K K"], damping: Any) -> tuple[Any, Any, Any]:
+def damped(
+    hessian: Float[Array, "K K"], damping: Numbers
+) -> tuple[Float[Array, "K K"], Float[Array, "K K"], Int[Array, ""]]:
     """Returns (positive definite H, its `inverse_factor`, how often the damping was raised).
 
     `H = R Rᵀ` with R upper triangular comes from the Cholesky factor of H read backwards, and
@@ -186,23 +216,26 @@ def damped(hessian: Float[Array, "K K"], damping: Any) -> tuple[Any, Any, Any]:
     """
     hessian = hessian.astype(jnp.float32)
     diagonal = jnp.diagonal(hessian)
-    hessian = hessian + jnp.diag((diagonal == 0).astype(jnp.float32))
+    hessian = hessian + jnp.diag((diagonal == 0).astype(jnp.float32))  # channels without input
     mean = jnp.mean(jnp.abs(jnp.diagonal(hessian)))
     eye = jnp.eye(hessian.shape[0], dtype=jnp.float32)
 
-    def attempt(amount: Any) -> Any:
+    def attempt(amount: Float[Array, ""]) -> Float[Array, "K K"]:
+        # Both axes reversed turn a lower triangular factor into an upper one, and back.
         lower = jnp.linalg.cholesky((hessian + amount * mean * eye)[::-1, ::-1])
         inverse = jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
         return inverse[::-1, ::-1]
 
-    def failed(state: Any) -> Any:
+    def failed(state: Attempt) -> Bool[Array, ""]:
         tries, _, factor = state
+        # A factorization that fails gives NaN.
         return (tries < _DAMPING_TRIES) & ~jnp.all(jnp.isfinite(factor))
 
-    def retry(state: Any) -> Any:
+    def retry(state: Attempt) -> Attempt:
         tries, amount, _ = state
         return tries + 1, amount * 10, attempt(amount * 10)
 
+    # Above 0, so that raising it tenfold changes it.
     amount = jnp.maximum(jnp.float32(damping), jnp.float32(1e-8))
     state = (jnp.int32(0), amount, attempt(amount))
     tries, amount, factor = jax.lax.while_loop(failed, retry, state)
@@ -214,47 +247,55 @@ def damped(hessian: Float[Array, "K K"], damping: Any) -> tuple[Any, Any, Any]:
 def _round_channels(
     w: Float[Array, "K N"],
     factor: Float[Array, "K K"],
-    grid: tuple[Any, Any],
+    grid: Grid,
     group_of: Int[Array, "K"],
     spec: WeightSpec,
-    refresh: Callable | None,
-) -> tuple[Any, tuple[Any, Any]]:
+    refresh: Callable[[Array, Grid, Array], Grid] | None,
+) -> tuple[UInt8[Array, "K N"], Grid]:
     """Returns the codes `[K, N]` of channels rounded in the order given, and the grid at the end.
 
-    Blocks of 128 channels are finished before their errors reach the later ones in one product.
+    A block of 128 channels is finished before its errors reach all later channels, in one product.
+    `refresh`, if given, returns the grid anew at the start of each block.
     """
     num_channels, width = w.shape
+    # `refresh` counts in blocks of `BLOCK` channels, even where there are fewer.
     block = min(BLOCK, num_channels) if refresh is None else BLOCK
     pad = -num_channels % block
-    w = jnp.pad(w, ((0, pad), (0, 0)))
-    factor = jnp.pad(factor, ((0, pad), (0, pad)))
+    w = jnp.pad(w, ((0, pad), (0, 0)))  # [P, N]
+    factor = jnp.pad(factor, ((0, pad), (0, pad)))  # [P, P]
     added = jnp.arange(num_channels + pad, dtype=jnp.int32) >= num_channels
-    factor = factor + jnp.diag(added.astype(jnp.float32))
+    factor = factor + jnp.diag(added.astype(jnp.float32))  # no division by 0 in padded channels
     group_of = jnp.pad(group_of, (0, pad), mode="edge")
     top = 2**spec.bits - 1
     columns = jnp.arange(num_channels + pad, dtype=jnp.int32)
 
-    def round_block(i: Any, state: Any) -> Any:
+    def round_block(
+        i: Int[Array, ""] | int, state: tuple[Array, Array, Grid]
+    ) -> tuple[Array, Array, Grid]:
         w, codes, grid = state
         first = i * block
         if refresh is not None:
-            grid = refresh(w, grid, first)
-        rows = jax.lax.dynamic_slice_in_dim(w, first, block)
-        upper = jax.lax.dynamic_slice_in_dim(factor, first, block)
-        inside = jax.lax.dynamic_slice_in_dim(upper, first, block, axis=1)
-        members = jax.lax.dynamic_slice_in_dim(group_of, first, block)
-        scale, offset = grid[0][members], grid[1][members]
+            grid = refresh(w, grid, jnp.asarray(first))
+        rows = jax.lax.dynamic_slice_in_dim(w, first, block)  # [block, N]
+        upper = jax.lax.dynamic_slice_in_dim(factor, first, block)  # [block, P]
+        inside = jax.lax.dynamic_slice_in_dim(upper, first, block, axis=1)  # [block, block]
+        members = jax.lax.dynamic_slice_in_dim(group_of, first, block)  # [block]
+        scale, offset = grid[0][members], grid[1][members]  # [block, N]
 
-        def round_one(j: Any, inner: Any) -> Any:
+        def round_one(
+            j: Int[Array, ""] | int, inner: tuple[Array, Array, Array]
+        ) -> tuple[Array, Array, Array]:
             rows, codes, errors = inner
             code = jnp.clip(jnp.round(quotient(rows[j], scale[j])) + offset[j], 0, top)
             error = (rows[j] - (code - offset[j]) * scale[j]) / inside[j, j]
+            # 0 in earlier channels: row j of an upper triangular factor starts at j.
             rows = rows - inside[j][:, None] * error
             return rows, codes.at[j].set(code.astype(jnp.uint8)), errors.at[j].set(error)
 
         empty = (rows, jnp.zeros((block, width), jnp.uint8), jnp.zeros((block, width), jnp.float32))
         _, new_codes, errors = jax.lax.fori_loop(0, block, round_one, empty)
-        later = jnp.where(columns >= first + block, upper, 0)
+        # Errors inside the block have been compensated by `round_one`.
+        later = jnp.where(columns >= first + block, upper, 0)  # [block, P]
         w = w - jnp.matmul(later.T, errors, precision=jax.lax.Precision.HIGHEST)
         return w, jax.lax.dynamic_update_slice_in_dim(codes, new_codes, first, 0), grid
 
@@ -264,23 +305,27 @@ def _round_channels(
 
 
 def channel_errors(
-    w: Float[Any, "K N"], q: QTensor, hessian: Float[Any, "K K"]
+    w: Float[AnyArray, "K N"], q: QTensor, hessian: Float[AnyArray, "K K"]
 ) -> Float[Array, "N"]:
-    """Returns every output channel's squared error over the inputs that made `hessian`."""
+    """Returns every output channel's squared error over the inputs that `hessian` sums up."""
     difference = w.astype(jnp.float32) - dequantize(q)
     product = jnp.matmul(hessian, difference, precision=jax.lax.Precision.HIGHEST)
     return jnp.sum(difference * product, axis=0)
 
 
 @jax.jit
-def output_error(w: Float[Any, "K N"], q: QTensor, hessian: Float[Any, "K K"]) -> Float[Array, ""]:
-    """Returns ‖x(w − w')‖² / ‖x w‖² over the inputs x that made `hessian`."""
+def output_error(
+    w: Float[AnyArray, "K N"], q: QTensor, hessian: Float[AnyArray, "K K"]
+) -> Float[Array, ""]:
+    """Returns ‖x(w − w')‖² / ‖x w‖² over the inputs x that `hessian` sums up."""
     w = w.astype(jnp.float32)
     signal = jnp.sum(w * jnp.matmul(hessian, w, precision=jax.lax.Precision.HIGHEST))
     return jnp.sum(channel_errors(w, q, hessian)) / signal
 
 
-def _check(w: Any, hessian: Any, spec: WeightSpec, name: str = "hessian") -> tuple[Any, Any]:
+def _check(
+    w: Numbers, hessian: Numbers, spec: WeightSpec, name: str = "hessian"
+) -> tuple[Float[Array, "K N"], Num[Array, "K K"]]:
     w, hessian = check_kernel(w, spec), jnp.asarray(hessian)
     if spec.fmt is not None:
         raise ValueError(f"GPTQ rounds to integer codes, not to the format {spec.fmt.name!r}.")

@@ -7,10 +7,13 @@ C output channels that share a scale (`channel_group`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
+
+Result = TypeVar("Result")  # an array with G first, or a tuple of such
 
 
 def effective_group_size(num_channels: int, group_size: int) -> int:
@@ -24,13 +27,16 @@ def num_groups(num_channels: int, group_size: int) -> int:
 
 
 def map_groups(
-    fn: Callable, w: Shaped[Array, "K N"], group_size: int, channel_group: int = 1
-) -> Shaped[Array, "G B"] | tuple:
+    fn: Callable[[Shaped[Array, "G S B"]], Result],
+    w: Shaped[Array, "K N"],
+    group_size: int,
+    channel_group: int = 1,
+) -> Result:
     """Returns `fn` of every group, stacked along G.
 
     `fn` takes `[G, S, N // C]` (S counts the members of a group, the C neighboring output
     channels included) and returns `[G, N // C]` arrays. The full groups and a shorter last
-    group are two calls, so that no padding ever enters a statistic.
+    group are two calls, so that no padding enters a statistic.
     """
     num_channels, width = w.shape
     size = effective_group_size(num_channels, group_size)
@@ -52,7 +58,7 @@ def _members(groups: Shaped[Array, "G S N"], channel_group: int) -> Shaped[Array
 
 
 def expand_groups(
-    values: Shaped[Array, "*lead G B"], shape: tuple[int, int], group_size: int
+    values: Shaped[Array, "*lead G B"], shape: tuple[int, ...], group_size: int
 ) -> Shaped[Array, "*lead K N"]:
     """Returns one value per weight from one value per group (and per channel group)."""
     num_channels, width = shape

@@ -1,12 +1,13 @@
 """Codes of 2 to 8 bits, packed into bytes along K.
 
 A code is cut into planes of 8, 4, 2 or 1 bits (3 = 2+1, 5 = 4+1, 6 = 4+2, 7 = 4+2+1; the low
-bits come first). A plane of p bits holds 8/p neighboring sub-blocks of 32 rows of K in 32 rows
-of bytes, sub-block i in bits `p*i` to `p*i + p - 1`: a byte's fields lie 32 rows apart, so no
-byte mixes two fields of one int8 tile. Rows after the last full block are cut into 8/p equal
-sub-blocks, so a plane takes `ceil(K*p/8)` rows of bytes and nothing is wasted on padding.
+bits come first). In a plane of p bits, one byte holds 8/p codes, its fields. A block of 32 * 8/p
+rows of codes becomes 32 rows of bytes: sub-block i, 32 neighboring rows of K, is field i of each
+byte, bits `p*i` to `p*i + p - 1`. The fields of a byte thus lie 32 rows apart, and each field of 32
+rows of bytes unpacks to one int8 tile. Rows after the last full block are cut into 8/p equal
+sub-blocks, so a plane takes `ceil(K*p/8)` rows of bytes, without padding to whole blocks.
 
-Dimensions: K rows of codes, R rows of bytes, N columns.
+Dimensions: K rows of codes, R rows of bytes, N columns, F fields of a byte, S rows of a sub-block.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def unpack(
 
 def _split(num_rows: int, plane: int) -> tuple[int, int, int]:
     """Returns (full blocks, rows of a full block, rows of a tail's sub-block)."""
-    block = SUB_BLOCK * 8 // plane
+    block = SUB_BLOCK * 8 // plane  # rows of codes
     full = num_rows // block
     return full, block, plane_rows(num_rows - full * block, plane)
 
@@ -73,15 +74,17 @@ def _pack_plane(codes: UInt8[Array, "*lead K N"], plane: int) -> UInt8[Array, "*
         return codes
     *lead, num_rows, width = codes.shape
     full, block, tail = _split(num_rows, plane)
+    # Less than 8 / plane rows: the tail is cut into sub-blocks of equal length.
     pad = [(0, 0)] * len(lead) + [(0, full * block + fields * tail - num_rows), (0, 0)]
     codes = jnp.pad(codes, pad)
     head = codes[..., : full * block, :].reshape(*lead, full, fields, SUB_BLOCK, width)
-    rest = codes[..., full * block :, :].reshape(*lead, 1, fields, tail, width)
-    joined = [_join(part, plane) for part in (head, rest)]
+    rest = codes[..., full * block :, :].reshape(*lead, 1, fields, tail, width)  # one short block
+    joined = [_join(part, plane) for part in (head, rest)]  # [..., blocks, S, N]
     return jnp.concatenate([part.reshape(*lead, -1, width) for part in joined], axis=-2)
 
 
 def _join(fields: UInt8[Array, "*lead F S N"], plane: int) -> UInt8[Array, "*lead S N"]:
+    """Returns bytes with field i in bits `plane * i` and up."""
     result = fields[..., 0, :, :]
     for i in range(1, 8 // plane):
         result = result | (fields[..., i, :, :] << (plane * i))
@@ -98,9 +101,9 @@ def _unpack_plane(
     full, _, tail = _split(num_rows, plane)
     head = packed[..., : full * SUB_BLOCK, :].reshape(*lead, full, SUB_BLOCK, width)
     rest = packed[..., full * SUB_BLOCK :, :].reshape(*lead, 1, tail, width)
-    parts = [
+    parts = [  # [..., blocks, F, S, N]
         jnp.stack([(part >> (plane * i)) & ((1 << plane) - 1) for i in range(fields)], axis=-3)
         for part in (head, rest)
     ]
     rows = [part.reshape(*lead, -1, width) for part in parts]
-    return jnp.concatenate(rows, axis=-2)[..., :num_rows, :]
+    return jnp.concatenate(rows, axis=-2)[..., :num_rows, :]  # without the tail's padding

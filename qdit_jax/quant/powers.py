@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +69,7 @@ def power(x: Float[Array, "*s"], exponent: float) -> Float[Array, "*s"]:
     )
 
 
-def _polynomial(fit: Any, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+def _polynomial(fit: np.polynomial.Chebyshev, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     first, *rest = fit.convert(kind=np.polynomial.Polynomial).coef[::-1].astype(np.float32)
     result = jnp.full_like(x, first)
     for coefficient in rest:

@@ -1,4 +1,4 @@
-"""`QTensor`: one quantized kernel, packed, and the way to it and back.
+"""`QTensor`: one quantized kernel, packed; quantizing to it and back.
 
 Dimensions: K input channels, N output channels, G groups along K, B = N // channel_group
 scales per row, R rows of packed bytes.
@@ -13,12 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Integer, Num, UInt8
 
 from qdit_jax.quant import finite, formats, groups, packing
 from qdit_jax.quant.division import quotient
 from qdit_jax.quant.specs import WeightSpec
 from qdit_jax.quant.stored_scales import scale_value, stored_scale
+from qdit_jax.types import Numbers
 
 
 @partial(
@@ -40,11 +42,12 @@ class QTensor:
         scale: `[..., G, B]`, as stored: `scale_values(q)` reads it, see `stored_scales`.
         packed_zero_point: uint8 `[..., packed_rows(G, bits), B]`, packed like the codes; None
             when symmetric.
-        tensor_scale: float32 `[...]`, one factor a kernel, of formats that have one; else None.
+        tensor_scale: float32 `[...]`, one factor per kernel, of formats that have one; else None.
         bits, group_size, shape, fmt: static; `shape` is the logical (K, N). Leading axes of the
             arrays are batch axes (layers stacked by vmap or scan).
     """
 
+    # Any: `jax.tree.map` and `jax.eval_shape` put other leaves here than arrays.
     codes: Any
     scale: Any
     packed_zero_point: Any = None
@@ -70,7 +73,7 @@ class QTensor:
         return self.shape[1] // self.scale.shape[-1]
 
     @property
-    def zero_point(self) -> Any:
+    def zero_point(self) -> UInt8[Array, "*lead G B"] | None:
         """The code of 0.0 of every group, uint8 `[..., G, B]`; None when symmetric."""
         if self.packed_zero_point is None:
             return None
@@ -105,7 +108,7 @@ def packed_nbytes(num_rows: int, width: int, spec: WeightSpec) -> int:
     return total + (0 if spec.symmetric else packing.packed_rows(count, spec.bits) * blocks)
 
 
-def quantize(w: Any, spec: WeightSpec) -> QTensor:
+def quantize(w: Numbers, spec: WeightSpec) -> QTensor:
     """Returns the kernel `w` `[K, N]` (any float dtype) rounded to nearest on the grid of `spec`.
 
     Raises:
@@ -117,7 +120,7 @@ def quantize(w: Any, spec: WeightSpec) -> QTensor:
     return _quantize(w, spec=spec)
 
 
-def check_kernel(w: Any, spec: WeightSpec) -> Any:
+def check_kernel(w: Numbers, spec: WeightSpec) -> Float[Array, "K N"]:
     """Returns `w` as an array that `spec` can quantize.
 
     Raises:
@@ -152,15 +155,17 @@ def scale_and_zero_point(
 ) -> tuple[Float[Array, "G B"], Float[Array, "G B"] | None]:
     """Returns every group's step in weight units, as stored, and the code of 0.0.
 
-    The scale has `spec.scale_dtype`, see `stored_scales`; the zero point (None when symmetric) is a whole float32
-    computed with the scale as stored, clamped to the codes that exist. A group with a value that
-    is not finite has the scale NaN.
+    The scale has `spec.scale_dtype`, see `stored_scales`. The zero point (None when symmetric) is a
+    whole number in float32, computed with the scale as stored and clamped to the codes that exist.
+    A group with a value that is not finite has the scale NaN.
     """
 
-    def of_groups(members: Float[Array, "G S B"]) -> tuple[Any, Any]:
+    def of_groups(
+        members: Float[Array, "G S B"],
+    ) -> tuple[Float[Array, "G B"], Float[Array, "G B"] | None]:
         low, high = spec.range_fn.limits(members, spec.bits, spec.symmetric, 1)
         scale = spec.range_fn.scale(low, high, spec.bits, spec.symmetric)
-        # A rule may look away from what is not finite; the group does not.
+        # A rule may ignore values that are not finite; the group must not.
         is_finite = jnp.all(jnp.isfinite(members), axis=1)
         scale = stored_scale(jnp.where(is_finite, scale, jnp.nan), spec.scale_dtype)
         if spec.symmetric:
@@ -179,25 +184,30 @@ def zero_point_of(
 
 
 def codes_on_grid(
-    w: Float[Array, "K N"], scale: Any, zero_point: Any, spec: WeightSpec
+    w: Float[Array, "K N"],
+    scale: Float[Array, "G B"],
+    zero_point: Float[Array, "G B"] | None,
+    spec: WeightSpec,
 ) -> Integer[Array, "K N"]:
     """Returns the nearest codes, `[0, 2**bits - 1]`, signed codes offset by `2**(bits - 1)`."""
-    shape = (w.shape[0], w.shape[1])
-    wide = groups.expand_groups(scale_value(scale), shape, spec.group_size)
+    wide = groups.expand_groups(scale_value(scale), w.shape, spec.group_size)
     # XLA would turn a division by a broadcast array into a product with its reciprocal, which
     # moves a quotient by one ulp now and then, and a tie with it.
     steps = jnp.round(quotient(w, jax.lax.optimization_barrier(wide)))
     if zero_point is None:
         offset = jnp.float32(2 ** (spec.bits - 1))
     else:
-        offset = groups.expand_groups(zero_point, shape, spec.group_size)
+        offset = groups.expand_groups(zero_point, w.shape, spec.group_size)
     return jnp.clip(steps + offset, 0, 2**spec.bits - 1).astype(jnp.uint8)
 
 
 def from_codes(
-    codes: Integer[Array, "*lead K N"], scale: Any, zero_point: Any, spec: WeightSpec
+    codes: Integer[Array, "*lead K N"],
+    scale: Num[Array, "*lead G B"],
+    zero_point: Num[Array, "*lead G B"] | None,
+    spec: WeightSpec,
 ) -> QTensor:
-    """Returns the `QTensor` of codes in `[0, 2**bits - 1]` that some rounding has chosen.
+    """Returns the `QTensor` of codes in `[0, 2**bits - 1]`, however they were rounded.
 
     `scale`, as `stored_scale` gives it, and `zero_point` are `[..., G, B]`; `zero_point` is None
     when symmetric.
@@ -221,16 +231,17 @@ def integer_codes(q: QTensor) -> Integer[Array, "*lead K N"]:
 
 
 @partial(jax.jit, static_argnames="dtype")
-def dequantize(q: QTensor, dtype: Any = jnp.float32) -> Float[Array, "*lead K N"]:
+def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "*lead K N"]:
     """Returns the kernel that `q` stands for, in `dtype` (the arithmetic is float32)."""
     codes = integer_codes(q)
     scale = groups.expand_groups(scale_values(q), q.shape, q.group_size)
     if q.fmt is not None:
         return (q.fmt.value(codes) * scale).astype(dtype)
-    if q.packed_zero_point is None:
+    zero_point = q.zero_point
+    if zero_point is None:
         offset = jnp.float32(2 ** (q.bits - 1))
     else:
-        offset = groups.expand_groups(q.zero_point, q.shape, q.group_size).astype(jnp.float32)
+        offset = groups.expand_groups(zero_point, q.shape, q.group_size).astype(jnp.float32)
     return ((codes.astype(jnp.float32) - offset) * scale).astype(dtype)
 
 
@@ -255,7 +266,7 @@ def scale_values(q: QTensor) -> Float[Array, "*lead G B"]:
     return scale if q.tensor_scale is None else scale * q.tensor_scale[..., None, None]
 
 
-def _scale_dtype(spec: WeightSpec) -> Any:
+def _scale_dtype(spec: WeightSpec) -> np.dtype:
     byte = spec.fmt is not None and spec.fmt.has_byte_scale
     return jnp.dtype("uint8" if byte else spec.scale_dtype)
 
@@ -263,12 +274,12 @@ def _scale_dtype(spec: WeightSpec) -> Any:
 def _quantize_to_format(w: Float[Array, "K N"], spec: WeightSpec) -> QTensor:
     fmt = spec.fmt
     assert fmt is not None
-    absmax: Any = groups.map_groups(lambda m: jnp.max(jnp.abs(m), axis=1), w, spec.group_size)
+    absmax = groups.map_groups(lambda m: jnp.max(jnp.abs(m), axis=1), w, spec.group_size)
     factor = fmt.tensor_scale(jnp.max(absmax)) if fmt.has_tensor_scale else None
     stored = fmt.stored_scale(absmax, factor)
     if not fmt.has_byte_scale:
         stored = stored_scale(stored, spec.scale_dtype)
     scale = fmt.scale_value(stored) if factor is None else fmt.scale_value(stored) * factor
-    wide = groups.expand_groups(scale, (w.shape[0], w.shape[1]), spec.group_size)
+    wide = groups.expand_groups(scale, w.shape, spec.group_size)
     q = from_codes(fmt.code(formats.divide(w, wide)), stored, None, spec)
     return dataclasses.replace(q, tensor_scale=factor)

@@ -33,8 +33,8 @@ def positive_or_one(scale: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return jnp.where(scale <= 0, jnp.ones_like(scale), scale)
 
 
-def rounded_product(x: Values, factor: Any) -> Values:
-    """Returns `x * factor`, rounded before anything else happens to it.
+def rounded_product(x: Values, factor: Values | float) -> Values:
+    """Returns `x * factor`, rounded to float32 before any other operation.
 
     XLA:CPU contracts a product and a following difference into one fused operation, which
     rounds once instead of twice; the clip to finite numbers stands between them.
@@ -59,7 +59,7 @@ class RangeRule:
     name: ClassVar[str] = ""
     from_extremes: ClassVar[bool] = True
 
-    def __call__(self, **settings: Any) -> RangeRule:
+    def __call__(self, **settings: float | int) -> RangeRule:
         """Returns this rule with `settings` replaced."""
         known = {field.name for field in dataclasses.fields(self)}
         unknown = sorted(set(settings) - known)
@@ -69,7 +69,7 @@ class RangeRule:
             )
         return dataclasses.replace(self, **settings)
 
-    def limits_from_extremes(self, low: Any, high: Any, bits: int, symmetric: bool) -> Limits:
+    def limits_from_extremes(self, low: Values, high: Values, bits: int, symmetric: bool) -> Limits:
         """Returns the interval to cover, given a group's least and greatest value."""
         raise NotImplementedError
 
@@ -77,7 +77,7 @@ class RangeRule:
         """Returns the interval to cover for every group; `axis` (the members) is removed."""
         return self.limits_from_extremes(*extremes(x, axis), bits, symmetric)
 
-    def scale(self, low: Any, high: Any, bits: int, symmetric: bool) -> Values:
+    def scale(self, low: Values, high: Values, bits: int, symmetric: bool) -> Values:
         """Returns the step of the codes on `[low, high]`; 1 where the interval is a point."""
         top = max_code(bits, symmetric)
         return positive_or_one(quotient_by_number(high if symmetric else high - low, top))
@@ -103,7 +103,7 @@ class MinMax(RangeRule):
     def __post_init__(self) -> None:
         check_clip(self.clip)
 
-    def limits_from_extremes(self, low: Any, high: Any, bits: int, symmetric: bool) -> Limits:
+    def limits_from_extremes(self, low: Values, high: Values, bits: int, symmetric: bool) -> Limits:
         """See `RangeRule`."""
         if symmetric:
             high = jnp.maximum(-low, high) * self.clip
@@ -121,7 +121,7 @@ class AbsMax(RangeRule):
     def __post_init__(self) -> None:
         check_clip(self.clip)
 
-    def limits_from_extremes(self, low: Any, high: Any, bits: int, symmetric: bool) -> Limits:
+    def limits_from_extremes(self, low: Values, high: Values, bits: int, symmetric: bool) -> Limits:
         """See `RangeRule`."""
         high = jnp.maximum(-low, high) * self.clip
         return -high, high
@@ -197,14 +197,14 @@ class Authors(RangeRule):
     def __post_init__(self) -> None:
         check_clip(self.clip)
 
-    def limits_from_extremes(self, low: Any, high: Any, bits: int, symmetric: bool) -> Limits:
+    def limits_from_extremes(self, low: Values, high: Values, bits: int, symmetric: bool) -> Limits:
         """See `RangeRule`."""
         if symmetric:
             high = jnp.maximum(jnp.maximum(-low, high), 1e-5) * self.clip
             return -high, high
         return rounded_product(low, self.clip), rounded_product(high, self.clip)
 
-    def scale(self, low: Any, high: Any, bits: int, symmetric: bool) -> Values:
+    def scale(self, low: Values, high: Values, bits: int, symmetric: bool) -> Values:
         """See `RangeRule`; the interval is at least 1e-5 wide."""
         top = max_code(bits, symmetric)
         return quotient_by_number(high if symmetric else jnp.maximum(high - low, 1e-5), top)
@@ -223,7 +223,7 @@ class AuthorsMse(Mse):
         """See `Mse`."""
         return Authors()
 
-    def scale(self, low: Any, high: Any, bits: int, symmetric: bool) -> Values:
+    def scale(self, low: Values, high: Values, bits: int, symmetric: bool) -> Values:
         """See `Authors`."""
         return Authors().scale(low, high, bits, symmetric)
 
@@ -243,7 +243,7 @@ class AuthorsGptq(RangeRule):
     def __post_init__(self) -> None:
         check_clip(self.clip)
 
-    def limits_from_extremes(self, low: Any, high: Any, bits: int, symmetric: bool) -> Limits:
+    def limits_from_extremes(self, low: Values, high: Values, bits: int, symmetric: bool) -> Limits:
         """See `RangeRule`; the clip ratio enters the scale only, as in the release."""
         low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
         if symmetric:
@@ -252,7 +252,7 @@ class AuthorsGptq(RangeRule):
         empty = (low == 0) & (high == 0)
         return jnp.where(empty, -1.0, low), jnp.where(empty, 1.0, high)
 
-    def scale(self, low: Any, high: Any, bits: int, symmetric: bool) -> Values:
+    def scale(self, low: Values, high: Values, bits: int, symmetric: bool) -> Values:
         """See `RangeRule`."""
         return quotient_by_number((high - low) * self.clip, 2**bits - 1)
 

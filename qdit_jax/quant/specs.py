@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -13,14 +13,14 @@ MODES = ("dynamic", "static")
 SCALE_DTYPES = ("float32", "float16", "bfloat16")
 
 
-def _check_bits(bits: Any) -> None:
+def _check_bits(bits: object) -> None:
     if isinstance(bits, bool) or not isinstance(bits, int) or bits not in range(2, 9):
         raise ValueError(
             f"bits={bits!r} is not supported; use 2 to 8, or 16 to leave the layer as it is."
         )
 
 
-def _check_group_size(group_size: Any) -> None:
+def _check_group_size(group_size: object) -> None:
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 0:
         raise ValueError(
             f"group_size={group_size!r} is not supported; use a positive number of input "
@@ -28,7 +28,7 @@ def _check_group_size(group_size: Any) -> None:
         )
 
 
-def _adopt_whole_numbers(spec: Any) -> None:
+def _adopt_whole_numbers(spec: WeightSpec | ActSpec) -> None:
     """Turns NumPy integers, which searches produce, into Python's, for hashing and JSON."""
     for name in ("bits", "group_size"):
         value = getattr(spec, name)
@@ -36,7 +36,7 @@ def _adopt_whole_numbers(spec: Any) -> None:
             object.__setattr__(spec, name, int(value))
 
 
-def _check_range_fn(range_fn: Any) -> None:
+def _check_range_fn(range_fn: object) -> None:
     if not isinstance(range_fn, ranges.RangeRule):
         raise TypeError(
             f"range_fn={range_fn!r} is not a range rule; use one of qdit_jax.quant.ranges, "
@@ -44,7 +44,7 @@ def _check_range_fn(range_fn: Any) -> None:
         )
 
 
-def _adopt_format(spec: Any) -> None:
+def _adopt_format(spec: WeightSpec | ActSpec) -> None:
     """Sets the fields of `spec` that its number format fixes."""
     if spec.fmt is None:
         return
@@ -59,7 +59,7 @@ class WeightSpec:
     """How a kernel `[K, N]` is quantized.
 
     Attributes:
-        bits: bits a code, 2 to 8.
+        bits: bits per code, 2 to 8.
         group_size: input channels that share a scale; 0 is the whole channel.
         symmetric: signed codes without a zero point.
         range_fn: a rule of `qdit_jax.quant.ranges`.
@@ -69,6 +69,7 @@ class WeightSpec:
             `bits`, `symmetric` and, if it has blocks, `group_size`.
     """
 
+    # Any: `__post_init__` refuses wrong types with a remedy, and takes NumPy integers.
     bits: Any = 4
     group_size: Any = 128
     symmetric: bool = False
@@ -114,7 +115,7 @@ class ActSpec:
     """How the input `[..., K]` of a linear layer is quantized.
 
     Attributes:
-        bits: bits a code, 2 to 8.
+        bits: bits per code, 2 to 8.
         group_size: channels of one token that share a scale; 0 is the whole token (dynamic)
             or the whole tensor (static).
         symmetric: no zero point.
@@ -122,12 +123,13 @@ class ActSpec:
         mode: "dynamic" computes scales from the current values, "static" uses calibrated ones.
         per_timestep: a static range for every calibrated timestep in place of one for all.
         unsigned: with `symmetric`, codes `[0, 2**bits - 1]` for values that are never negative.
-        shift: constant added before quantizing and taken off afterwards; 0.1701 makes the
+        shift: constant added before quantizing and subtracted afterwards; 0.1701 makes the
             output of a tanh GELU non-negative.
         fmt: a number format of `qdit_jax.quant.formats` in place of integers; it then fixes
             `bits`, `symmetric` and, if it has blocks, `group_size`.
     """
 
+    # Any: as in `WeightSpec`.
     bits: Any = 8
     group_size: Any = 128
     symmetric: bool = False
@@ -170,14 +172,17 @@ class ActSpec:
         return _from_json(cls, data)
 
 
-def _to_json(spec: Any) -> dict[str, Any]:
+Spec = TypeVar("Spec", WeightSpec, ActSpec)
+
+
+def _to_json(spec: WeightSpec | ActSpec) -> dict[str, Any]:
     data = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
     data["range_fn"] = spec.range_fn.to_json()
     data["fmt"] = None if spec.fmt is None else spec.fmt.name
     return data
 
 
-def _from_json(cls: type, data: dict[str, Any]) -> Any:
+def _from_json(cls: type[Spec], data: dict[str, Any]) -> Spec:
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(set(data) - known)
     if unknown:

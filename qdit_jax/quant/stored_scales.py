@@ -1,12 +1,12 @@
 """Scales as they are stored: rounded up to 16 bits, with the whole range of float32.
 
-A scale is positive, so half of float16's patterns never stand for one. Scales that its normal
-numbers do not reach are kept in those, and no layer is lost for being small or large:
+A scale is positive, so the negative bit patterns of float16 are free. With these and the subnormal
+patterns it holds the scales outside its normal range too, those of very small or large weights:
 
 - `[2**-14, 65504]`: the number itself;
 - `[2**-29, 2**-14)`: the subnormal patterns 64 to 1023 count numbers of six mantissa bits upwards,
   so that none, read as a number, is less than the scale it stands for;
-- all else: the negative normal patterns count numbers of seven mantissa bits upwards.
+- all others: the negative normal patterns count numbers of seven mantissa bits upwards.
 
 Rounding up makes a step at most 1.6 % wider there. Only whole numbers are computed with: subnormals
 are never operands, which XLA may flush to zero. bfloat16 has float32's range as it is.

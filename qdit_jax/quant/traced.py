@@ -1,7 +1,7 @@
 """Fake quantization whose group size is an array: one compilation for every assignment.
 
-Statistics are taken over blocks (the greatest common divisor of the sizes on offer) and gathered
-into groups by a table that the traced choice indexes, so a search never recompiles.
+Statistics are taken over blocks (of the greatest common divisor of the sizes to choose from) and
+gathered into groups by a table that the traced choice indexes, so a search never recompiles.
 
 Dimensions: K channels, N output channels, D blocks, M most blocks a group can have.
 """
@@ -11,26 +11,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from qdit_jax.quant import act, branches, groups
 from qdit_jax.quant.division import quotient
 from qdit_jax.quant.qtensor import zero_point_of
 from qdit_jax.quant.specs import ActSpec, WeightSpec
 from qdit_jax.quant.stored_scales import scale_value, stored_scale
+from qdit_jax.types import AnyArray, Numbers
 
 
 def fake_quantize_traced(
-    x: Float[Any, "*lead K"], spec: ActSpec, choice: Any, group_sizes: tuple[int, ...]
+    x: Float[AnyArray, "*lead K"], spec: ActSpec, choice: Numbers, group_sizes: tuple[int, ...]
 ) -> Float[Array, "*lead K"]:
     """Returns `fake_quantize(x, spec)` with group size `group_sizes[choice]`, `choice` traced.
 
-    `spec.group_size` is not used. Equal to the static size to the bit.
+    `spec.group_size` is not used. The result equals that of the static size, bit for bit.
 
     Raises:
         ValueError: if the range rule needs more than each block's extremes, or `spec` is static.
@@ -45,13 +45,17 @@ def fake_quantize_traced(
     return jax.lax.platform_dependent(x, choice, cpu=partial(_apart, rounded), default=rounded)
 
 
-def _apart(rounded: Callable[[Any, Any], Any], x: Any, choice: Any) -> Any:
-    """Returns `rounded(x, choice)`, whose three passes over `x` find it computed once."""
+def _apart(rounded: Callable[[Array, Array], Array], x: Array, choice: Int[Array, ""]) -> Array:
+    """Returns `rounded(x, choice)` from a branch, so that its three passes read one copy of `x`."""
     return jax.lax.cond(branches.true_after(x), rounded, lambda x, choice: x, x, choice)
 
 
 def _rounded(
-    x: Float[Array, "*lead K"], choice: Any, *, spec: ActSpec, group_sizes: tuple[int, ...]
+    x: Float[Array, "*lead K"],
+    choice: Int[Array, ""],
+    *,
+    spec: ActSpec,
+    group_sizes: tuple[int, ...],
 ) -> Float[Array, "*lead K"]:
     shifted = x.astype(jnp.float32) + spec.shift
     block, table = group_table(x.shape[-1], group_sizes)
@@ -65,7 +69,7 @@ def _rounded(
 
 
 def fake_quantize_kernel_traced(
-    w: Float[Any, "K N"], spec: WeightSpec, choice: Any, group_sizes: tuple[int, ...]
+    w: Float[AnyArray, "K N"], spec: WeightSpec, choice: Numbers, group_sizes: tuple[int, ...]
 ) -> Float[Array, "K N"]:
     """Returns `dequantize(quantize(w, spec))` with group size `group_sizes[choice]`, traced.
 
@@ -96,7 +100,9 @@ def fake_quantize_kernel_traced(
     return ((codes - offset) * scale).astype(w.dtype)
 
 
-def group_table(num_channels: int, group_sizes: tuple[int, ...]) -> tuple[int, Any]:
+def group_table(
+    num_channels: int, group_sizes: tuple[int, ...]
+) -> tuple[int, Int[Array, "choices D M"]]:
     """Returns the block size and, int32 `[choices, D, M]`, the blocks of every block's group.
 
     A group of fewer than M blocks repeats its last one, which changes no extreme.
@@ -116,7 +122,7 @@ def group_table(num_channels: int, group_sizes: tuple[int, ...]) -> tuple[int, A
     return block, jnp.asarray(table)
 
 
-def _check(spec: Any) -> None:
+def _check(spec: WeightSpec | ActSpec) -> None:
     if spec.fmt is not None or not spec.range_fn.from_extremes:
         what = spec.range_fn.name if spec.fmt is None else spec.fmt.name
         raise ValueError(
@@ -130,11 +136,15 @@ def _with_group_size(spec: ActSpec, group_size: int) -> ActSpec:
     return ActSpec(**settings)
 
 
-def _block_extremes(x: Float[Array, "*lead K"], block: int) -> tuple[Any, Any]:
+def _block_extremes(
+    x: Float[Array, "*lead K"], block: int
+) -> tuple[Float[Array, "*lead D"], Float[Array, "*lead D"]]:
     pad = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % block)]
     blocks = jnp.pad(x, pad, mode="edge").reshape(*x.shape[:-1], -1, block)
     return jnp.min(blocks, axis=-1), jnp.max(blocks, axis=-1)
 
 
-def _gather(low: Any, high: Any, members: Any) -> tuple[Any, Any]:
+def _gather(
+    low: Float[Array, "*lead D"], high: Float[Array, "*lead D"], members: Int[Array, "E M"]
+) -> tuple[Float[Array, "*lead E"], Float[Array, "*lead E"]]:
     return jnp.min(low[..., members], axis=-1), jnp.max(high[..., members], axis=-1)

@@ -1,23 +1,23 @@
-"""Names that rules may use: layers, label tables, attention operands, and parts of a family."""
+"""Names that rules may match: layers, label tables, attention operands, and parts of a family."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from flax.traverse_util import flatten_dict
 
 from qdit_jax.models import FAMILIES, OPERANDS_OF, TABLE, Family, family_of_params, layers_of
+from qdit_jax.types import Params
 
 NO_FAMILY = "are of no family that is known here"
 
 
-def layer_paths(params: Any) -> list[str]:
+def layer_paths(params: Params) -> list[str]:
     """Returns the paths of all layers with a kernel, in the tree's order."""
     return layers_of(flatten_dict(params, sep="/"))
 
 
-def operand_paths(params: Any) -> list[str]:
+def operand_paths(params: Params) -> list[str]:
     """Returns the paths of the attention products' operands, such as `blocks_0/attn/operands/q`.
 
     Empty for parameters that no family claims.
@@ -27,8 +27,10 @@ def operand_paths(params: Any) -> list[str]:
 
 
 def operand_names(operands: Sequence[str], layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Returns the names that a rule may call each operand by: `attn/operands/q`, and `attn/q` where
-    that is no layer."""
+    """Returns the names by which a rule may match each operand, by its path.
+
+    They are `attn/operands/q` and, unless a layer has that name, `attn/q`.
+    """
     short = {path: path.replace(OPERANDS_OF, "/") for path in operands}
     return {path: (path,) if name in layers else (path, name) for path, name in short.items()}
 
@@ -38,8 +40,8 @@ def part_names() -> list[str]:
     return list(dict.fromkeys(name for row in FAMILIES.values() for name in row.part_names))
 
 
-def part_pattern(part: str, params: Any) -> str:
-    """Returns the pattern of a part of the family that `params` are of.
+def part_pattern(part: str, params: Params) -> str:
+    """Returns the pattern of a part of the family that `params` belong to.
 
     Raises:
         ValueError: if no family claims them, or theirs has no such part.
@@ -47,7 +49,7 @@ def part_pattern(part: str, params: Any) -> str:
     return family_claiming(params).part_pattern(part)
 
 
-def family_claiming(params: Any) -> Family:
+def family_claiming(params: Params) -> Family:
     """Returns the family of parameters; raises `ValueError` if no row claims them."""
     family = family_of_params(params)
     if family is None:
@@ -59,7 +61,7 @@ def family_claiming(params: Any) -> Family:
     return family
 
 
-def table_paths(params: Any) -> list[str]:
+def table_paths(params: Params) -> list[str]:
     """Returns the paths of the label tables, such as `y_embedder`."""
     flat = flatten_dict(params, sep="/")
     return [path.removesuffix(TABLE) for path in flat if path.endswith(TABLE)]

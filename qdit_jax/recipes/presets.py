@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 from qdit_jax.quant import ActSpec, WeightSpec, formats, ranges
 from qdit_jax.recipes.rules import LayerSpec
@@ -12,8 +12,21 @@ from qdit_jax.recipes.rules import LayerSpec
 PRESET = re.compile(r"w(\d+)a(\d+)(-all)?")
 
 
+class PresetSettings(TypedDict, total=False):
+    """The settings of `Recipe.preset`, described there."""
+
+    group_size: int
+    symmetric: bool
+    act_group_size: int | None
+    act_mode: Literal["dynamic", "static"]
+    per_timestep: bool
+    range_fn: ranges.RangeRule
+    act_range_fn: ranges.RangeRule
+    scale_dtype: str
+
+
 def preset_bits(name: str, argument: str = "recipe") -> tuple[int, int, bool]:
-    """Returns the bits of weights and inputs that a preset names, and whether of every layer.
+    """Returns the bits of weights and of inputs that a preset names, and whether it means every layer.
 
     Raises:
         ValueError: if it is no preset, or leaves both sides at 16 bits; it names the argument.
@@ -42,8 +55,8 @@ def preset_spec(
     act_group_size: int | None = None,
     act_mode: Literal["dynamic", "static"] = "dynamic",
     per_timestep: bool = False,
-    range_fn: Any = ranges.minmax,
-    act_range_fn: Any = ranges.minmax,
+    range_fn: ranges.RangeRule = ranges.minmax,
+    act_range_fn: ranges.RangeRule = ranges.minmax,
     scale_dtype: str = "float16",
     weight_format: str | None = None,
 ) -> LayerSpec:

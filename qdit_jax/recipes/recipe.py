@@ -4,10 +4,11 @@ A recipe is a list of rules; a rule's pattern is a regular expression that must 
 path (`blocks_3/mlp/fc1`), and the last rule that matches a layer decides. A layer's own name is a
 pattern as well, so that uniform presets and per-layer assignments are the same thing.
 
-The operands of the attention products (`blocks_3/attn/operands/q`, `k`, `v`, `softmax`; in short
-`blocks_3/attn/q`) are named beside the layers. A rule that matches a layer or a label table speaks of those alone: `.*` or `blocks_3/.*`
-leaves the operands as they are. A rule whose pattern matches operands only quantizes them; it has an
-act spec and no weights. A rule without any spec leaves all that it matches, operands included.
+The operands of the attention products have names too: `blocks_3/attn/operands/q` (also `k`, `v` and
+`softmax`), in short `blocks_3/attn/q`. A rule that matches a layer or a label table applies to those
+alone: `.*` or `blocks_3/.*` leaves the operands as they are. A rule that matches operands only
+quantizes them; it has an act spec and no weight spec. A rule without any spec leaves all that it
+matches in full precision, operands included.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, Unpack, runtime_checkable
 
 from qdit_jax.files import PathLike
 from qdit_jax.models import FAMILIES, Family, family_of_params
@@ -29,12 +30,21 @@ from qdit_jax.recipes.names import (
     part_names,
     table_paths,
 )
-from qdit_jax.recipes.presets import preset_bits, preset_spec
+from qdit_jax.recipes.presets import PresetSettings, preset_bits, preset_spec
 from qdit_jax.recipes.rules import PART, LayerSpec, Rule
+from qdit_jax.types import Params
 
 # The least value of the tanh form of GELU is -0.17004.
 GELU_SHIFT = 0.1701
 EVERY_LAYER = ".*"
+
+
+@runtime_checkable
+class HasParams(Protocol):
+    """What holds a parameter tree, as a `Checkpoint` does."""
+
+    @property
+    def params(self) -> Params: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +65,8 @@ class Recipe:
                 return None if rule.spec == LayerSpec() else rule.spec
         return None
 
-    def bound(self, params: Any) -> Recipe:
-        """Returns the recipe with `part:` rules as patterns of the family that `params` are of.
+    def bound(self, params: Params) -> Recipe:
+        """Returns the recipe with `part:` rules as patterns of the family that `params` belong to.
 
         Raises:
             ValueError: if there are such rules and no family claims the parameters.
@@ -79,7 +89,7 @@ class Recipe:
         )
         return dataclasses.replace(self, rules=rules, family=family.name)
 
-    def resolve(self, params: Any) -> dict[str, LayerSpec]:
+    def resolve(self, params: Params) -> dict[str, LayerSpec]:
         """Returns the spec of every layer and operand of `params` that is quantized, by path.
 
         A label table, such as `y_embedder`, has no input: of a rule that matches it only the
@@ -92,7 +102,7 @@ class Recipe:
         self = self.bound(params)
         layers, tables = layer_paths(params), table_paths(params)
         names = operand_names(operand_paths(params), layers)
-        broad = [self.speaks_of_layers(rule, [*layers, *tables], names) for rule in self.rules]
+        broad = [self.applies_to_layers(rule, [*layers, *tables], names) for rule in self.rules]
         found = {path: spec for path in layers if (spec := self.get(path)) is not None}
         for path, called in names.items():
             if (spec := self.operand_spec(called, broad)) is not None:
@@ -106,10 +116,10 @@ class Recipe:
             )
         return found
 
-    def speaks_of_layers(
+    def applies_to_layers(
         self, rule: Rule, layers: Sequence[str], operands: Mapping[str, Sequence[str]]
     ) -> bool:
-        """Returns whether a rule matches a layer or table, so that operands are none of its business.
+        """Returns whether a rule matches a layer or table, so that it does not apply to operands.
 
         Args:
             operands: the names of every attention operand, by its path.
@@ -134,17 +144,17 @@ class Recipe:
         return False
 
     def operand_spec(self, names: Sequence[str], broad: Sequence[bool]) -> LayerSpec | None:
-        """Returns the spec of an attention operand; `broad` says which rules speak of layers."""
-        for rule, speaks_of_layers in zip(reversed(self.rules), reversed(broad), strict=True):
+        """Returns the spec of an attention operand; `broad` says which rules match layers."""
+        for rule, applies_to_layers in zip(reversed(self.rules), reversed(broad), strict=True):
             leaves = rule.spec == LayerSpec()
-            if any(map(rule.matches, names)) and (leaves or not speaks_of_layers):
+            if any(map(rule.matches, names)) and (leaves or not applies_to_layers):
                 return None if leaves else rule.spec
         return None
 
-    def operands_left(self, params: Any) -> list[str]:
-        """Returns the attention operands that a rule matches and that stay as they are.
+    def operands_left(self, params: Params) -> list[str]:
+        """Returns the attention operands that a rule matches but leaves in full precision.
 
-        They lie under a pattern that speaks of layers too, such as `.*`.
+        Its pattern, such as `.*`, matches layers too, and so applies to those alone.
         """
         self = self.bound(params)
         found = self.resolve(params)
@@ -155,7 +165,12 @@ class Recipe:
 
     @classmethod
     def preset(
-        cls, name: str, params: Any = None, *, layers: str | None = None, **settings: Any
+        cls,
+        name: str,
+        params: HasParams | Params | None = None,
+        *,
+        layers: str | None = None,
+        **settings: Unpack[PresetSettings],
     ) -> Recipe:
         """Returns the uniform recipe `"w<bits>a<bits>"` for the linear layers of every block.
 
@@ -163,14 +178,14 @@ class Recipe:
             name: such as `"w4a8"`; 16 bits leave that side as it is. `"w4a8-all"` quantizes every
                 layer and label table, the attention operands excepted.
             params: a `Checkpoint` or a parameter tree, which the recipe is bound to and checked
-                against. Without it the rule says `part:blocks`, of whatever family it is used on.
+                against. Without it the rule is `part:blocks`, bound to a family when it is used.
             layers: the pattern of the layers to quantize; by default the part `"blocks"` of the
                 family. Parameters that no family claims need it.
             group_size: input channels that share a scale (128); 0 is the whole channel.
             symmetric: no zero points (False).
             act_group_size: the activations' group size; the weights' when None.
             act_mode: `"dynamic"`, or `"static"` (needs calibration statistics).
-            per_timestep: of static activations: a range for every calibrated timestep.
+            per_timestep: static activations have one range per calibrated timestep.
             range_fn, act_range_fn: of the weights and of the activations (`ranges.minmax`).
             scale_dtype: of the weights' scales, 16 bits each as the paper counts them.
             weight_format: a number format of `quant.formats` for the weights in place of integers,
@@ -190,13 +205,13 @@ class Recipe:
         spec = preset_spec(weight_bits, act_bits, **settings)
         recipe = cls((Rule(layers, spec),), f"{name}-g{settings.get('group_size', 128)}")
         if params is not None:
-            params = getattr(params, "params", params)
+            params = params.params if isinstance(params, HasParams) else params
             family = family_of_params(params)
             recipe = recipe.bound(params) if family is None else recipe.bound_to(family)
             recipe.resolve(params)
         return recipe
 
-    def with_part(self, part: str, name: str, **options: Any) -> Recipe:
+    def with_part(self, part: str, name: str, **options: Unpack[PresetSettings]) -> Recipe:
         """Returns the recipe with one more part quantized, with bits of its own.
 
         Args:
@@ -212,7 +227,7 @@ class Recipe:
         if part not in (known := part_names()):
             raise ValueError(f"part={part!r} is not known; use one of {', '.join(known)}.")
         if part.endswith("attention"):
-            options = {**options, "act_group_size": 0}
+            options["act_group_size"] = 0
             if preset_bits(name, part)[0] != 16:
                 raise ValueError(
                     f"{part}={name!r}: attention operands have no weights; use 'w16a8' or the like."
@@ -224,10 +239,10 @@ class Recipe:
         recipe = dataclasses.replace(self, rules=(*self.rules, *added.rules), name=name)
         return recipe if self.family is None else recipe.bound_to(FAMILIES[self.family])
 
-    def with_shifted_gelu(self, params: Any) -> Recipe:
-        """Returns the recipe with unsigned symmetric codes for inputs that a GELU makes.
+    def with_shifted_gelu(self, params: Params) -> Recipe:
+        """Returns the recipe with unsigned symmetric codes for inputs that come from a GELU.
 
-        `GELU_SHIFT` is added before quantizing and taken off afterwards, so that nothing is
+        `GELU_SHIFT` is added before quantizing and subtracted afterwards, so that no value is
         negative and no zero point is needed.
 
         Raises:

@@ -62,7 +62,7 @@ def rule_from_json(data: dict[str, Any], where: str) -> Rule:
         raise ValueError(f"{where}: unknown entry {unknown[0]!r}; known: layers, weight, act.")
     pattern = data.get("layers")
     if not isinstance(pattern, str):
-        raise ValueError(f"{where}: layers={pattern!r} is no regular expression.")
+        raise ValueError(f"{where}: layers={pattern!r} is not a regular expression.")
     try:
         check_pattern("layers", pattern)
         weight = data.get("weight")

@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
@@ -43,7 +44,7 @@ def kinds_of(places: Places) -> list[str]:
     return list(dict.fromkeys(place.kind for place in places.values()))
 
 
-def panels(places: Places, size: tuple[float, float]) -> Any:
+def panels(places: Places, size: tuple[float, float]) -> tuple[Figure, list[tuple[Axes, str]]]:
     """Returns a figure, and `(axis, path)` of each panel: a shown block's layer of one kind."""
     shown, kinds = shown_blocks(places), kinds_of(places)
     figure, axes = styled(len(shown), len(kinds), size)
@@ -151,7 +152,7 @@ def range_histograms(groups: Mapping[str, Mapping[str, np.ndarray]], places: Pla
     return figure
 
 
-def draw_histograms(axis: Any, ranges: Mapping[int, np.ndarray], num_bins: int = 40) -> None:
+def draw_histograms(axis: Axes, ranges: Mapping[int, np.ndarray], num_bins: int = 40) -> None:
     """Draws a map: blocks down, ranges across, the share of each block's groups as color."""
     positive = {block: r[r > 0] for block, r in ranges.items()}
     everything = np.concatenate(list(positive.values()))

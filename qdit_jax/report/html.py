@@ -8,6 +8,9 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from matplotlib.figure import Figure
+from PIL import Image
+
 from qdit_jax.files import GENERATOR, PathLike, replaced_file
 
 STYLE = """
@@ -44,10 +47,10 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = 
     return f"<table>{title}<thead>{line('th', headers)}</thead><tbody>{body}</tbody></table>"
 
 
-def picture(image: Any, caption: str) -> str:
+def picture(image: Image.Image | Figure, caption: str) -> str:
     """Returns a figure with a Pillow image or a matplotlib figure inside, as PNG."""
     buffer = io.BytesIO()
-    if hasattr(image, "savefig"):
+    if isinstance(image, Figure):
         image.savefig(buffer, format="png", dpi=110)
     else:
         image.save(buffer, format="png")

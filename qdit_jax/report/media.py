@@ -6,20 +6,20 @@ Images are `[B, H, W, C]` in `[-1, 1]`, C = 1 (gray) or 3 (RGB), or already uint
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from qdit_jax.files import GENERATOR, PathLike, replaced_file
+from qdit_jax.types import AnyArray
 
 BACKGROUND, INK = (255, 255, 255), (30, 30, 30)
 GAP = 2  # pixels between cells
 SMALLEST_FONT = 8
 
 
-def to_uint8(images: Any) -> UInt8[np.ndarray, "*B H W C"]:
+def to_uint8(images: AnyArray) -> UInt8[np.ndarray, "*B H W C"]:
     """Returns images of `[-1, 1]` as 0 to 255, by the published rule.
 
     `127.5 x + 128`, clamped and truncated; not-a-number becomes 0.  uint8 stays as it is.
@@ -32,7 +32,7 @@ def to_uint8(images: Any) -> UInt8[np.ndarray, "*B H W C"]:
 
 
 def image_grid(
-    images: Any,
+    images: AnyArray,
     *,
     columns: int | None = None,
     labels: Sequence[str] | None = None,
@@ -43,12 +43,12 @@ def image_grid(
     `columns` is by default the nearest to a square; `scale` repeats every pixel.
 
     Raises:
-        ValueError: if there is no image, or the labels are not one an image.
+        ValueError: if there is no image, or there is not one label per image.
     """
     images = _checked(images)
     num_images, height, width = images.shape[:3]
     if labels is not None and len(labels) != num_images:
-        raise ValueError(f"{len(labels)} labels for {num_images} images; give one an image.")
+        raise ValueError(f"{len(labels)} labels for {num_images} images; give one per image.")
     if (columns is not None and columns < 1) or scale < 1:
         raise ValueError(f"columns={columns}, scale={scale}: use positive whole numbers.")
     columns = min(columns or int(np.ceil(np.sqrt(num_images))), num_images)
@@ -68,7 +68,7 @@ def image_grid(
 
 def save_grid(
     path: PathLike,
-    images: Any,
+    images: AnyArray,
     *,
     columns: int | None = None,
     labels: Sequence[str] | None = None,
@@ -79,7 +79,7 @@ def save_grid(
 
 
 def side_by_side(
-    groups: Mapping[str, Any],
+    groups: Mapping[str, AnyArray],
     *,
     columns: int | None = None,
     labels: Sequence[str] | None = None,
@@ -115,7 +115,7 @@ def save_picture(path: PathLike, picture: Image.Image) -> None:
         picture.save(temporary, pnginfo=mark, comment=GENERATOR)  # a format takes what it knows
 
 
-def _checked(images: Any) -> np.ndarray:
+def _checked(images: AnyArray) -> np.ndarray:
     images = to_uint8(images)
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.shape[0]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a person looks at to see how hard a model is to quantize: charts, a page, figures."""
+"""The report on how hard a model is to quantize: charts, a page, numbers."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from qdit_jax.report.model_stats import (
     weight_ranges,
 )
 from qdit_jax.report.provenance import provenance, provenance_text
+from qdit_jax.types import Params
 
 CAPTIONS = {
     "weights": "Weights: the largest of every input and of every output channel, sorted. Groups "
@@ -46,7 +47,7 @@ CAPTIONS = {
 
 
 def write_model_report(
-    out: PathLike, title: str, params: Any, stats: Stats, protocol: Mapping[str, Any]
+    out: PathLike, title: str, params: Params, stats: Stats, protocol: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Writes charts (PNG), `stats.json` and `report.html` to `out`; returns what the JSON holds.
 
@@ -104,7 +105,7 @@ def check_report_folder(
 ) -> None:
     """Raises `UserError` if `write_model_report` would replace other files than its own.
 
-    Without `overwrite`, none at all. No input may be there, inside or around.
+    Without `overwrite` no such file may exist. No input may be that folder, inside it or around it.
     """
     out = as_path(out)
     if out.exists() and not out.is_dir():
@@ -116,7 +117,7 @@ def check_report_folder(
 
 
 def protocol_text(protocol: Mapping[str, Any], stats: Stats, made: Mapping[str, str]) -> str:
-    halves = "conditions in turn"
+    halves = "conditions cycled"
     if "null" in stats.halves:
         halves += " and the null condition"
     told = ", ".join(f"{name} {value}" for name, value in protocol.items())

@@ -17,6 +17,7 @@ from qdit_jax.calibration import Stats
 from qdit_jax.models import Family, family_of_params
 from qdit_jax.quant import QTensor, dequantize, effective_group_size
 from qdit_jax.recipes import layer_paths
+from qdit_jax.types import Params
 
 OUTLIER_FACTOR = 6.0  # times the median channel
 NUM_LISTED = 8
@@ -31,7 +32,7 @@ class Place(NamedTuple):
     kind: str
 
 
-def block_layers(params: Any) -> dict[str, Place]:
+def block_layers(params: Params) -> dict[str, Place]:
     """Returns the place of every linear layer that presets quantize, block by block.
 
     Empty for parameters that no family claims.
@@ -49,14 +50,14 @@ def block_layers(params: Any) -> dict[str, Place]:
     }
 
 
-def natural_order(path: str) -> list[Any]:
+def natural_order(path: str) -> list[int | str]:
     """Returns a sort key in which `blocks_2` comes before `blocks_10`."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
 
 
-def kernel_of(params: Any, path: str) -> Float[np.ndarray, "K N"]:
+def kernel_of(params: Params, path: str) -> Float[np.ndarray, "K N"]:
     """Returns the kernel of one layer in float32, unpacked if it is quantized."""
-    leaf = params
+    leaf: Any = params
     for name in (*path.split("/"), "kernel"):
         leaf = leaf[name]
     values = dequantize(leaf) if isinstance(leaf, QTensor) else leaf
@@ -68,7 +69,7 @@ def spread(values: Float[np.ndarray, " C"]) -> float:
     return float(values.std() / max(float(values.mean()), 1e-12))
 
 
-def weight_facts(params: Any, paths: Iterable[str]) -> dict[str, dict[str, Any]]:
+def weight_facts(params: Params, paths: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Returns each layer's largest absolute weight by input and by output channel, and spreads."""
     facts = {}
     for path in paths:
@@ -122,7 +123,7 @@ def group_ranges(w: Float[np.ndarray, "K N"], group_size: int) -> Float[np.ndarr
     return (high - low).ravel()
 
 
-def shown_group_sizes(trees: Sequence[Any], paths: Iterable[str]) -> dict[str, int]:
+def shown_group_sizes(trees: Sequence[Params], paths: Iterable[str]) -> dict[str, int]:
     """Returns the group size in which each layer's ranges are shown.
 
     It is that of the first of the parameter trees that quantizes the layer, else `GROUP_SIZE`, and
@@ -146,14 +147,14 @@ def group_text(sizes: Mapping[str, int]) -> str:
 
 
 def weight_ranges(
-    params: Any, paths: Iterable[str], group_sizes: Mapping[str, int]
+    params: Params, paths: Iterable[str], group_sizes: Mapping[str, int]
 ) -> dict[str, np.ndarray]:
     """Returns the ranges of all groups of each layer's weights."""
     return {path: group_ranges(kernel_of(params, path), group_sizes[path]) for path in paths}
 
 
 def input_ranges(stats: Stats, paths: Iterable[str]) -> dict[str, np.ndarray]:
-    """Returns the ranges of each layer's input channels, of all timesteps together."""
+    """Returns the ranges of each layer's input channels, over all timesteps."""
     return {path: (stats.high[path] - stats.low[path]).ravel() for path in paths}
 
 

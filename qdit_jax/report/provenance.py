@@ -25,6 +25,6 @@ def provenance() -> dict[str, str]:
 
 
 def provenance_text(made: Mapping[str, str]) -> str:
-    """Returns date and versions in one line; the device is told with the timings."""
+    """Returns date and versions in one line; the device stands beside the timings."""
     names = ("qdit_jax", "jax", "python")
     return f"{made['date']}, " + ", ".join(f"{name} {made[name]}" for name in names)

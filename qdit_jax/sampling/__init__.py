@@ -1,4 +1,4 @@
-"""From a checkpoint to pictures: denoisers, schedules of training, batched generation."""
+"""From a checkpoint to images: denoisers, a checkpoint's own scheduler, batched generation."""
 
 from qdit_jax.sampling.batches import (
     checked_batch_size,
@@ -8,25 +8,25 @@ from qdit_jax.sampling.batches import (
 )
 from qdit_jax.sampling.checks import (
     DEFAULT_GUIDANCE,
+    PUBLISHED,
     check_diffusion_model,
     check_numerics,
+    check_seed,
     fitting_guidance,
+    num_guided_channels,
 )
 from qdit_jax.sampling.generation import (
-    PUBLISHED,
     Denoiser,
-    check_seed,
     checkpoint_sampler,
-    conditions_in_turn,
+    cyclic_conditions,
     decode,
     denoiser,
     fitting_samplers,
     generate,
     generated_batches,
     initial_noise,
-    num_guided_channels,
+    own_sampler,
     own_scheduler,
-    own_walk,
     sampler_text,
 )
 
@@ -39,7 +39,7 @@ __all__ = [
     "check_seed",
     "checked_batch_size",
     "checkpoint_sampler",
-    "conditions_in_turn",
+    "cyclic_conditions",
     "decode",
     "default_batch_size",
     "denoiser",
@@ -51,7 +51,7 @@ __all__ = [
     "generated_batches",
     "initial_noise",
     "num_guided_channels",
+    "own_sampler",
     "own_scheduler",
-    "own_walk",
     "sampler_text",
 ]

@@ -6,7 +6,6 @@ Dimensions: B batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,31 +14,33 @@ from jaxtyping import Int
 
 from qdit_jax.errors import check_counts
 
-CPU_BATCH, ACCELERATOR_BATCH = 4, 16  # samples at once on one device
+CPU_BATCH, ACCELERATOR_BATCH = 4, 16  # samples per device
 
 
-def device_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+def device_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a mesh of one axis, `batch`, over the devices; those of this process by default."""
     devices = jax.local_devices() if devices is None else list(devices)
     return Mesh(np.array(devices), ("batch",), axis_types=(AxisType.Auto,))
 
 
 def filled_batch(start: int, size: int, count: int) -> Int[np.ndarray, " B"]:
-    """Returns the `size` numbers from `start` on; beyond `count` the last one fills the batch up.
+    """Returns the `size` numbers from `start` on; those beyond `count - 1` are `count - 1`.
 
-    So the last batch has the shape of all others, and nothing is compiled for it.
+    The last batch thus has the shape of all others, and nothing is compiled for it.
     """
     return np.minimum(np.arange(start, start + size), count - 1)
 
 
 def default_batch_size() -> int:
-    """Returns how many samples are made at once on all local devices where nobody says."""
+    """Returns the number of samples in a batch over all local devices, if none is given."""
     each = CPU_BATCH if jax.default_backend() == "cpu" else ACCELERATOR_BATCH
     return each * jax.local_device_count()
 
 
 def checked_batch_size(num_samples: int, batch_size: int | None) -> int:
-    """Returns how many samples are made at once: as many as asked for, or the devices' default.
+    """Returns the number of samples in a batch, rounded up to a multiple of the local devices.
+
+    That is `batch_size`, or the devices' default, and not more than `num_samples`.
 
     Raises:
         ValueError: if `batch_size` is not positive.

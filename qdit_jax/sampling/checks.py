@@ -1,22 +1,29 @@
-"""What a checkpoint must be, and which settings fit its network, before anything is computed."""
+"""Checks of a checkpoint and of the settings for its network, before anything is computed."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import jax
+import numpy as np
+from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from qdit_jax.errors import check_counts, check_finite
 from qdit_jax.kernels import NUMERICS
 from qdit_jax.models import family_of
 from qdit_jax.quant import QTensor
+from qdit_jax.types import Condition, Params
 
 DEFAULT_GUIDANCE = 1.5
+PUBLISHED = "published"  # guides as many channels as the published sampler
+Guidance = TypeVar("Guidance")  # a number, an array or None
 
 
-def check_diffusion_model(model: Any, name: Any = "the checkpoint") -> None:
-    """Raises `ValueError` if `model` is no diffusion model; `name` is where it comes from."""
+def check_diffusion_model(model: object, name: object = "the checkpoint") -> None:
+    """Raises `ValueError` if `model` is no diffusion model; `name` says where it is from."""
+    if not isinstance(model, nn.Module):
+        return
     try:
         family = family_of(model)
     except TypeError:  # a network of the caller's own
@@ -26,16 +33,16 @@ def check_diffusion_model(model: Any, name: Any = "the checkpoint") -> None:
     kind = type(model).__name__
     article = "an" if kind[0] in "AEIOU" else "a"
     raise ValueError(
-        f"{name} holds {article} {kind} (family {family.name}), which is no diffusion model and makes no "
-        "pictures by itself; give the checkpoint of a diffusion transformer, such as a DiT's."
+        f"{name} holds {article} {kind} (family {family.name}), which is no diffusion model and "
+        "generates no images by itself; give a diffusion transformer's checkpoint, such as a DiT's."
     )
 
 
-def fitting_guidance(model: Any, guidance: Any) -> Any:
+def fitting_guidance(model: nn.Module, guidance: Guidance) -> Guidance | None:
     """Returns the guidance a network is sampled with: None without a null condition.
 
     Raises:
-        ValueError: if the guidance is not finite, or one other than the default is asked of a
+        ValueError: if the guidance is not finite, or is given, other than the default, for a
             network without a null class.
     """
     check_finite(guidance=guidance)
@@ -49,10 +56,10 @@ def fitting_guidance(model: Any, guidance: Any) -> Any:
     return None
 
 
-def check_numerics(params: Any, numerics: str) -> None:
-    """Raises `ValueError` if integer numerics is asked of a network that holds nothing for it.
+def check_numerics(params: Params, numerics: str) -> None:
+    """Raises `ValueError` if integer numerics have no effect on a network.
 
-    It needs a layer with quantized weights and quantized inputs.
+    They need a layer with quantized weights and quantized inputs.
     """
     if numerics not in NUMERICS:
         raise ValueError(f"numerics={numerics!r} is not known; use 'simulated' or 'integer'.")
@@ -68,11 +75,11 @@ def check_numerics(params: Any, numerics: str) -> None:
         )
 
 
-def sample_count(condition: Any, num_samples: int | None) -> int:
-    """Returns how many samples are asked for: one per condition, or a number where there is none.
+def sample_count(condition: Condition, num_samples: int | None) -> int:
+    """Returns the number of samples: one per condition, or `num_samples` where there is none.
 
     Raises:
-        ValueError: if neither says it, or they differ.
+        ValueError: if neither is given, or they differ.
     """
     leaves = jax.tree.leaves(condition)
     if not leaves and num_samples is None:
@@ -85,3 +92,55 @@ def sample_count(condition: Any, num_samples: int | None) -> int:
             f"num_samples={num_samples}, but there are {leaves[0].shape[0]} conditions; leave it out."
         )
     return int(num_samples)
+
+
+def check_guidance(guidance: object) -> None:
+    """Raises if `guidance` is no finite number, nor an array of such; a traced one is not checked.
+
+    Raises:
+        TypeError: if it is of another type.
+        ValueError: if it is NaN or infinite.
+    """
+    if guidance is None or isinstance(guidance, jax.core.Tracer):
+        return
+    if isinstance(guidance, str) or not np.issubdtype(np.asarray(guidance).dtype, np.number):
+        raise TypeError(
+            f"guidance={guidance!r} is not supported; use a number, or an array of them."
+        )
+    if not np.isfinite(np.asarray(guidance, np.float64)).all():
+        raise ValueError(f"guidance={guidance} is not supported; use a finite number.")
+
+
+def num_guided_channels(model: nn.Module, guidance_channels: int | str | None) -> int | None:
+    """Returns how many channels guidance changes, None for all; see `denoiser`.
+
+    Raises:
+        ValueError: if that is no positive number, or more than a sample has.
+    """
+    most = model.sample_shape()[-1]
+    if guidance_channels == PUBLISHED:
+        return None if model.guided_channels is None else min(model.guided_channels, most)
+    if guidance_channels is None:
+        return None
+    check_counts(guidance_channels=guidance_channels)
+    if int(guidance_channels) > most:
+        raise ValueError(
+            f"guidance_channels={guidance_channels} is more than the {most} channels of this "
+            "model's samples; use guidance_channels=None for all."
+        )
+    return int(guidance_channels)
+
+
+def check_seed(seed: object) -> int:
+    """Returns `seed` as an integer.
+
+    Raises:
+        TypeError: if it is no whole number.
+        ValueError: unless it is in `[0, 2**32 - 1]`: JAX's keys take the last 32 bits, and greater
+            seeds would repeat the samples of others.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise TypeError(f"seed={seed!r} is no whole number; use one from 0 to {2**32 - 1}.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} is out of range; use a number from 0 to {2**32 - 1}.")
+    return int(seed)

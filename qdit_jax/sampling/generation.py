@@ -1,4 +1,4 @@
-"""From a checkpoint to pictures: the denoiser of a network, and batched generation.
+"""From a checkpoint to images: the denoiser of a network, and batched generation.
 
 Dimension letters: N = number of samples, B = batch, H, W, C = one latent or image.
 """
@@ -7,24 +7,30 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from qdit_jax import diffusion
 from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.errors import check_counts
 from qdit_jax.models import as_condition, is_concrete
 from qdit_jax.quant import select_timestep
 from qdit_jax.sampling.batches import checked_batch_size, device_mesh, filled_batch
-from qdit_jax.sampling.checks import check_diffusion_model, check_numerics, sample_count
-
-PUBLISHED = "published"
+from qdit_jax.sampling.checks import (
+    PUBLISHED,
+    check_diffusion_model,
+    check_guidance,
+    check_numerics,
+    check_seed,
+    num_guided_channels,
+    sample_count,
+)
+from qdit_jax.types import AnyArray, Condition, Key, Params, Scalar
 
 
 @jax.tree_util.register_dataclass
@@ -32,10 +38,12 @@ PUBLISHED = "published"
 class Denoiser:
     """A network with its parameters as `denoise_fn`: a pytree whose arrays are the parameters."""
 
-    params: Any
+    params: Params
     model: nn.Module = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, x: Any, timestep: Any, condition: Any) -> Any:
+    def __call__(
+        self, x: Float[Array, "B ..."], timestep: Num[Array, " B"], condition: Condition
+    ) -> Array:
         """Returns the network's output, with the static scales of the nearest timestep if any.
 
         Raises:
@@ -44,38 +52,39 @@ class Denoiser:
         self.check_condition(condition)
         return diffusion.in_auto_axes(_applied, x, timestep, condition, self)
 
-    def check_condition(self, condition: Any) -> None:
-        """Raises `ValueError` if a condition is none of the network's; traced ones are not looked at."""
+    def check_condition(self, condition: Condition) -> None:
+        """Raises `ValueError` for conditions unknown to the network, unless they are traced."""
         check = getattr(self.model, "check_condition", None)  # a function's stand-in has none
         if check is not None and all(is_concrete(leaf) for leaf in jax.tree.leaves(condition)):
             check(condition)
 
-    def null_condition(self, condition: Any) -> Any:
-        """Returns the condition of no condition, see `models.Network`."""
+    def null_condition(self, condition: Condition) -> Condition:
+        """Returns the null condition, see `models.Network`."""
         return self.model.null_condition(condition, self.params)
 
 
-def _applied(x: Any, timestep: Any, condition: Any, denoise_fn: Denoiser) -> Any:
+def _applied(
+    x: Float[Array, "B ..."], timestep: Num[Array, " B"], condition: Condition, denoise_fn: Denoiser
+) -> Array:
     params = select_timestep(denoise_fn.params, timestep)
-    return denoise_fn.model.apply({"params": params}, x, timestep, condition)
+    return cast(Array, denoise_fn.model.apply({"params": params}, x, timestep, condition))
 
 
 def denoiser(
-    model: Any,
-    params: Any,
-    guidance: Any = 1.5,
+    model: nn.Module,
+    params: Params,
+    guidance: Scalar | None = 1.5,
     guidance_channels: int | str | None = PUBLISHED,
-) -> Callable:
+) -> Callable[..., Array]:
     """Returns the `denoise_fn` of a network, guided by its null condition.
 
-    Parameters and `guidance` are arguments of whatever is compiled with it.  `guidance=None`, or
-    the number 1, calls the network once, without the null condition.  `guidance_channels` counts
-    the guided channels, at most all of the sample's: `"published"` for as many as the family's
-    published sampler guides (3 of DiT's 4), None for all as diffusers does.
+    Parameters and `guidance` are arguments of a function that is compiled with it, not constants.
+    `guidance=None`, or the number 1, calls the network once, without the null condition.
+    `guidance_channels` counts the guided channels, at most all of the sample's: `"published"` for as
+    many as the family's published sampler guides (3 of DiT's 4), None for all as diffusers does.
 
     Raises:
-        ValueError: if guidance is asked of a network without a null condition, or of more channels
-            than a sample has.
+        ValueError: if the network has no null condition, or a sample fewer channels.
     """
     check_guidance(guidance)
     channels = num_guided_channels(model, guidance_channels)
@@ -90,45 +99,10 @@ def denoiser(
     return diffusion.guided(plain, guidance, channels=channels)
 
 
-def check_guidance(guidance: Any) -> None:
-    """Raises if `guidance` is no finite number, nor an array of such; a traced one is not looked at.
-
-    Raises:
-        TypeError: if it is of another type.
-        ValueError: if it is NaN or infinite.
-    """
-    if guidance is None or isinstance(guidance, jax.core.Tracer):
-        return
-    if isinstance(guidance, str) or not np.issubdtype(np.asarray(guidance).dtype, np.number):
-        raise TypeError(
-            f"guidance={guidance!r} is not supported; use a number, or an array of them."
-        )
-    if not np.isfinite(np.asarray(guidance, np.float64)).all():
-        raise ValueError(f"guidance={guidance} is not supported; use a finite number.")
-
-
-def num_guided_channels(model: Any, guidance_channels: int | str | None) -> int | None:
-    """Returns how many channels guidance changes, None for all; see `denoiser`.
-
-    Raises:
-        ValueError: if that is no positive number, or more than a sample has.
-    """
-    most = model.sample_shape()[-1]
-    if guidance_channels == PUBLISHED:
-        return None if model.guided_channels is None else min(model.guided_channels, most)
-    if guidance_channels is None:
-        return None
-    check_counts(guidance_channels=guidance_channels)
-    if int(guidance_channels) > most:
-        raise ValueError(
-            f"guidance_channels={guidance_channels} is more than the {most} channels of this "
-            "model's samples; use guidance_channels=None for all."
-        )
-    return int(guidance_channels)
-
-
-def conditions_in_turn(model: Any, conditions: Any, index: Int[Any, " B"]) -> Any:
-    """Returns the conditions of the samples numbered `index`: entry `i modulo their number`.
+def cyclic_conditions(
+    model: nn.Module, conditions: Condition, index: Int[AnyArray, " B"]
+) -> Condition:
+    """Returns the conditions of the samples `index`, assigned cyclically: entry `i % num_entries`.
 
     `conditions` is a pytree with one entry per class or prompt, as numbers or NumPy arrays; None is
     every condition that the network knows.
@@ -168,7 +142,7 @@ def checkpoint_sampler(
     checkpoint: Checkpoint,
     steps: int | str = 50,
     *,
-    walk: str | None = None,
+    sampler: str | None = None,
     eta: float | int = 0.0,
     clip: float | int | None = None,
 ) -> diffusion.Sampler:
@@ -178,7 +152,7 @@ def checkpoint_sampler(
 
     Args:
         steps: a number, or a published spacing (`"ddim25"`) in place of the scheduler's own.
-        walk: a row of `diffusion.SAMPLERS`, as the network allows; None for its own.
+        sampler: a row of `diffusion.SAMPLERS` that fits the network; None for its own.
         eta: noise of DDIM.
         clip: range of the predicted data, in place of the scheduler's own clipping.
 
@@ -186,35 +160,35 @@ def checkpoint_sampler(
         ValueError: if the options do not fit the network, its scheduler or each other.
     """
     model, scheduler = checkpoint.model, own_scheduler(checkpoint.metadata)
-    own = own_walk(checkpoint)
-    walk = walk or own
-    row = diffusion.sampler_named(walk)
+    own = own_sampler(checkpoint)
+    name = sampler or own
+    row = diffusion.sampler_named(name)
     if model.prediction not in row.predictions:
-        raise ValueError(f"walk={walk!r}: {fitting_samplers(model)}")
+        raise ValueError(f"sampler={name!r}: {fitting_samplers(model)}")
     given = row.chosen(eta=eta or None, clip=clip)
     variance_fn = diffusion.learned_range if model.learned_variance else diffusion.fixed_large
     if scheduler is not None:
         return diffusion.scheduler_sampler(
-            scheduler, steps, walk=walk, eta=eta, clip=clip, variance_fn=variance_fn
+            scheduler, steps, sampler=name, eta=eta, clip=clip, variance_fn=variance_fn
         )
     if not row.spacings:
         if not str(steps).isdecimal():
-            raise ValueError(f"steps={steps!r}: {walk} takes a positive number.")
+            raise ValueError(f"steps={steps!r}: {name} takes a positive number.")
         return row.make_fn(int(steps), **given)
     if "variance_fn" in row.options:
         given["variance_fn"] = variance_fn
     return row.make_fn(steps, predict_fn=diffusion.PREDICT_FNS[model.prediction], **given)
 
 
-def fitting_samplers(model: Any) -> str:
-    """Returns a sentence on which samplers a network can be walked with."""
+def fitting_samplers(model: nn.Module) -> str:
+    """Returns a sentence that names the samplers that fit a network."""
     what = model.prediction
     kind = {"velocity": "a velocity", "epsilon": "noise"}.get(what, what)
     return f"this model predicts {kind}; use {' or '.join(diffusion.samplers_of(what))}."
 
 
-def own_walk(checkpoint: Checkpoint) -> str:
-    """Returns the walk that a checkpoint takes by itself, a row of `diffusion.SAMPLERS`.
+def own_sampler(checkpoint: Checkpoint) -> str:
+    """Returns the name in `diffusion.SAMPLERS` of a checkpoint's own sampler.
 
     Raises:
         UserError: if the network does not return what its scheduler reads.
@@ -224,28 +198,28 @@ def own_walk(checkpoint: Checkpoint) -> str:
         return model.default_sampler
     is_flow = model.prediction == "velocity"
     diffusion.check_fit(is_flow, model.learned_variance, scheduler)
-    return scheduler.walk
+    return scheduler.sampler
 
 
 def sampler_text(checkpoint: Checkpoint) -> str | None:
-    """Returns in words what the checkpoint's own scheduler says, or None where it has none."""
+    """Returns a description of the checkpoint's own scheduler, or None if it has none."""
     scheduler = own_scheduler(checkpoint.metadata)
     if scheduler is None:
         return None
     return (
         f"{scheduler.class_name}: {diffusion.process_text(scheduler)}; "
-        f"walk: {diffusion.walk_text(scheduler)}"
+        f"sampler: {diffusion.sampling_text(scheduler)}"
     )
 
 
 @jax.jit(static_argnames=("shape",))
 def initial_noise(
-    key: Any, index: Int[Array, " B"], shape: tuple[int, ...]
-) -> tuple[Float[Array, "B *shape"], Any]:
-    """Returns the noise `[B, *shape]` of the samples numbered `index`, and one key each for later.
+    key: Key, index: Int[Array, " B"], shape: tuple[int, ...]
+) -> tuple[Float[Array, "B *shape"], Key]:
+    """Returns the noise `[B, *shape]` of the samples `index`, and a key per sample for the steps.
 
-    Both follow from `jax.random.fold_in(key, index)` alone: a sample starts from the same noise
-    whatever the batch size and the number of devices.
+    Both depend on `jax.random.fold_in(key, index)` only: a sample starts from the same noise with
+    any batch size and number of devices.
     """
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(index)
     noise = jax.vmap(lambda one: jax.random.normal(one, shape, jnp.float32))(keys[:, 0])
@@ -258,13 +232,22 @@ def decode(vae: Checkpoint, latents: Float[Array, "B h w Z"]) -> Float[Array, "B
 
 
 @jax.jit(static_argnames=("model",))
-def _decoded(model, params, latents):
+def _decoded(
+    model: nn.Module, params: Params, latents: Float[Array, "B h w Z"]
+) -> Float[Array, "B H W C"]:
     latents = latents / model.scaling_factor + model.shift_factor
-    return model.apply({"params": params}, latents, method="decode")
+    return cast(Array, model.apply({"params": params}, latents, method="decode"))
 
 
 @jax.jit(static_argnames=("shape",))
-def _generated(denoise_fn, sampler, key, index, condition, shape):
+def _generated(
+    denoise_fn: Callable[..., Array],
+    sampler: diffusion.Sampler,
+    key: Key,
+    index: Int[Array, " B"],
+    condition: Condition,
+    shape: tuple[int, ...],
+) -> Float[Array, "B *shape"]:
     noise, keys = initial_noise(key, index, shape)
     return diffusion.sample(denoise_fn, sampler, noise, condition, keys)
 
@@ -272,32 +255,32 @@ def _generated(denoise_fn, sampler, key, index, condition, shape):
 def generate(
     checkpoint: Checkpoint,
     sampler: diffusion.Sampler,
-    condition: Any,
+    condition: Condition,
     *,
     num_samples: int | None = None,
     seed: int = 0,
-    guidance: Any = 1.5,
+    guidance: Scalar | None = 1.5,
     guidance_channels: int | str | None = PUBLISHED,
     batch_size: int | None = None,
     numerics: str = "simulated",
-    decode_fn: Callable | None = decode,
-    progress_fn: Callable[[int], Any] | None = None,
+    decode_fn: Callable[[Checkpoint, Array], Array] | None = decode,
+    progress_fn: Callable[[int], object] | None = None,
 ) -> Float[np.ndarray, "N *shape"]:
-    """Returns one sample per condition, full precision or quantized alike; about [-1, 1].
+    """Returns one sample per condition, from full-precision or quantized parameters; about [-1, 1].
 
     Sample i depends on `seed`, i and its condition only.  Batches are split over all local devices;
     `batch_size` is the total over devices, by default 16 per device, 4 on CPU.  Where the checkpoint has an autoencoder,
-    `decode_fn` makes images of latents; None returns the latents.  `progress_fn` is called after
+    `decode_fn` turns latents into images; None returns the latents.  `progress_fn` is called after
     every batch with the number of samples in it.
 
     Args:
         condition: class labels `[N]`, the family's dict of arrays with N first, or None for a
             network that takes none.
-        num_samples: how many, where there is no condition that says it.
+        num_samples: how many; by default one per condition.
 
     Raises:
         ValueError: if a label or the seed is out of range, there is no label, the batch size is not
-            positive, or nothing in the checkpoint computes as asked.
+            positive, or `numerics` have no effect on the checkpoint.
     """
     check_diffusion_model(checkpoint.model)
     condition = as_condition(condition)
@@ -327,21 +310,21 @@ def generate(
 def generated_batches(
     checkpoint: Checkpoint,
     sampler: diffusion.Sampler,
-    condition: Any,
+    condition: Condition,
     starts: Iterable[int],
     *,
     batch_size: int,
     num_samples: int | None = None,
     seed: int = 0,
-    guidance: Any = 1.5,
+    guidance: Scalar | None = 1.5,
     guidance_channels: int | str | None = PUBLISHED,
     numerics: str = "simulated",
-    decode_fn: Callable | None = decode,
+    decode_fn: Callable[[Checkpoint, Array], Array] | None = decode,
 ) -> Iterator[tuple[int, Float[np.ndarray, "B *shape"]]]:
     """Yields what `generate` returns batch by batch: the first sample's number, and the samples.
 
-    `starts` are the numbers of the first samples of the batches to make; a batch has `batch_size`
-    samples, the last one what is left. The device takes the next batch when it is asked for.
+    `starts` are the numbers of the batches' first samples. A batch has `batch_size` samples, the
+    last one the rest. A batch is computed when the iterator is asked for it.
     """
     check_diffusion_model(checkpoint.model)
     check_numerics(checkpoint.params, numerics)
@@ -370,18 +353,3 @@ def generated_batches(
         if vae is not None and decode_fn is not None:
             out = decode_fn(vae, out)
         yield start, np.asarray(out)[: stop - start]
-
-
-def check_seed(seed: Any) -> int:
-    """Returns `seed` as an integer.
-
-    Raises:
-        TypeError: if it is no whole number.
-        ValueError: unless it lies in `[0, 2**32 - 1]`: JAX's keys take the last 32 bits, and greater
-            seeds would repeat the samples of others.
-    """
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
-        raise TypeError(f"seed={seed!r} is no whole number; use one from 0 to {2**32 - 1}.")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed} is out of range; use a number from 0 to {2**32 - 1}.")
-    return int(seed)

@@ -82,6 +82,25 @@ def test_an_encoder_equals_its_dequantized_self():
     jax.tree.map(np.testing.assert_array_equal, traced, quantized)
 
 
+class Slashed(nn.Module):
+    """Names with a slash, which is also what joins the names of a path."""
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("a/b", nn.initializers.ones, (32,))
+        return nn.Dense(16, name="c/d")(x * scale)
+
+
+def test_names_may_contain_a_slash_and_empty_entries_stay():
+    model, x = Slashed(), normal(2, 32)
+    params = initialized(model, x) | {"empty": {}}
+    apply_fn, quantized = quantize_linen(model, params, BOTH)
+    assert set(quantized) == {"a/b", "c/d", "empty"}
+    assert set(quantized["c/d"]) == {"kernel", "bias", "act_quant", "kernel_origin"}
+    assert quantized["empty"] == {}
+    assert apply_fn({"params": quantized}, x).shape == (2, 16)
+
+
 def test_both_numerics_agree_on_every_kind_of_layer():
     model = Encoder()
     params = initialized(model, TOKENS)

@@ -80,7 +80,10 @@ def test_a_search_writes_a_recipe_that_quantizes_and_pictures(folder, checkpoint
         ),
         (["--exclude", "nothing"], "excluded='nothing' matches no layer"),
         (["--pin", "nothing=8"], "pinned='nothing' matches no layer"),
-        (["--population", "9"], "--population 9 has no effect: --method default is no evolution"),
+        (
+            ["--population", "9"],
+            "--population 9 has no effect: --method default is not an evolution",
+        ),
         (["--reference", "demo"], "--reference demo has no effect: --objective paired"),
         (["--objective", "predicted", "--per-device", "2"], "--per-device 2 has no effect"),
         (["--method", "qdit-release", "--guidance", "2"], "--guidance 2.0 has no effect"),
@@ -88,7 +91,7 @@ def test_a_search_writes_a_recipe_that_quantizes_and_pictures(folder, checkpoint
         (["--pin", "x"], "write PATTERN=SIZE"),
         (["--method", "luck"], "strategy='luck' is not known"),
         (["--objective", "frechet"], "needs --reference"),
-        (["--process-id", "0"], "go together"),
+        (["--process-id", "0"], "must be given together"),
     ],
 )
 def test_errors_are_one_sentence(folder, tmp_path, options, message):

@@ -1,4 +1,4 @@
-"""Searches whose processes are killed: the same command goes on to the very same result."""
+"""Searches whose processes are killed: the same command resumes to the very same result."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_killed_search_goes_on_to_the_same_result(folder, tmp_path, method):
             started(folder, tmp_path / "killed", *arguments), tmp_path / "killed/state", count
         )
     assert not (tmp_path / "killed/recipe.json").exists()
-    assert "going on from" in finished(started(folder, tmp_path / "killed", *arguments))
+    assert "resuming from" in finished(started(folder, tmp_path / "killed", *arguments))
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 

@@ -79,7 +79,7 @@ def test_the_command_goes_both_ways(tmp_path, capsys):
         (folder / "model.json").read_text()
     )
     assert main(["export", str(folder), str(back)]) == 2
-    assert "one of both must be a .safetensors file" in capsys.readouterr().err
+    assert "one of them must be a .safetensors file" in capsys.readouterr().err
     assert main(["export", str(folder), str(file)]) == 2
     assert "exists already" in capsys.readouterr().err
 

@@ -149,7 +149,7 @@ def test_bad_options_end_in_one_sentence(folder, options, message, capsys):
 def test_methods_are_listed_in_words_and_as_json(capsys):
     assert main(["methods"]) == 0
     printed = capsys.readouterr().out
-    assert "calibrates on: nothing" in printed
+    assert "calibration data: nothing" in printed
     assert "arXiv:2406.17343" in printed
     assert main(["methods", "--json"]) == 0
     described = json.loads(capsys.readouterr().out)["methods"]

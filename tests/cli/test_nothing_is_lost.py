@@ -149,8 +149,8 @@ def test_a_forced_search_replaces_the_old_one_when_it_is_done(ckpt, tmp_path, ca
     [
         (("--columns", "0", "--out", "g.png"), "--columns: '0' is not supported"),
         (("--columns", "2", "--out", "s.npz"), "--columns 2 has no effect: an .npz has no grid"),
-        (("--vae", "VAE"), "decodes latents of 4 channels and the model makes 1"),
-        (("--vae", "CKPT"), "holds no autoencoder but a DiT"),
+        (("--vae", "VAE"), "decodes latents of 4 channels and the model has 1"),
+        (("--vae", "CKPT"), "is not an autoencoder but a DiT"),
         (("--batch-size", "0"), "--batch-size: '0' is not supported"),
         (("--seed", str(1 << 70)), "--seed"),
     ],
@@ -190,10 +190,10 @@ def test_stopped_samples_go_on_to_the_same_file(ckpt, tmp_path, monkeypatch, cap
     assert main([*sample, str(out), "--seed", "1"]) == 2
     told = capsys.readouterr().err
     assert "seed 0, not 1" in told
-    assert "--force to begin again" in told
+    assert "--force to start from scratch" in told
     monkeypatch.setattr(sample_file, "generated_batches", lambda *a, **k: seen(make(*a, **k), made))
     assert main([*sample, str(out)]) == 0
-    assert "going on from 2 of 5 samples" in capsys.readouterr().out
+    assert "resuming from 2 of 5 samples" in capsys.readouterr().out
     assert made == [0, 2, 4]
     assert out.read_bytes() == whole.read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["out.npz", "whole.npz"]

@@ -10,7 +10,6 @@ import pytest
 from qdit_jax.checkpoint import Checkpoint, load, save
 from qdit_jax.cli import main
 from qdit_jax.cli import quantize_table as table
-from qdit_jax.ptq import plan
 from qdit_jax.quant import ActSpec, WeightSpec
 from qdit_jax.recipes import Recipe
 from qdit_jax.testing import realistic_dit
@@ -73,6 +72,4 @@ def test_totals_of_abstract_parameters(folder):
     params = load(folder / "model").params
     abstract = jax.eval_shape(lambda p: p, params)
     recipe = Recipe.preset("w4a8", params)
-    assert table.totals(plan(params, recipe), abstract) == table.totals(
-        plan(params, recipe), params
-    )
+    assert table.Table(abstract, recipe).totals() == table.Table(params, recipe).totals()

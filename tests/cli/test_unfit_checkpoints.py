@@ -69,7 +69,7 @@ def test_a_quantized_checkpoint_is_refused_where_full_precision_is_needed(
 ):
     line = refused(folder, monkeypatch, capsys, verb, "small")
     assert "small is quantized already (w4a8-g16)" in line
-    assert "give the full-precision checkpoint (it was made from full)" in line
+    assert "give the full-precision checkpoint (it was quantized from full)" in line
 
 
 @pytest.mark.parametrize("verb", ["calibrate", "search", "inspect"])
@@ -128,7 +128,7 @@ def test_calibration_names_what_is_wrong(options, error, message):
 
 def test_calibration_checks_patterns_and_tokens():
     for options, message in (
-        ({"hessians": "("}, r"hessians='\(' is no regular expression"),
+        ({"hessians": "("}, r"hessians='\(' is not a regular expression"),
         ({"hessians": "nothing"}, "hessians='nothing' matches no layer"),
         ({"num_tokens": -1}, "num_tokens=-1 is not supported"),
     ):

@@ -157,24 +157,24 @@ def test_a_perfect_denoiser_leads_to_the_data(row):
 
 
 @every_sampler
-def test_the_walk_is_one_loop_on_the_device_and_values_do_not_recompile(row):
+def test_sampling_is_one_loop_on_the_device_and_values_do_not_recompile(row):
     @jax.jit
-    def walk(sampler, noise, key):
+    def run(sampler, noise, key):
         return diffusion.sample(denoiser_of(row), sampler, noise, jnp.zeros(2, jnp.int32), key)
 
     arguments = (made(row, 20), noise_of(), jax.random.key(0))
-    text = walk.lower(*arguments).compile().as_text()
+    text = run.lower(*arguments).compile().as_text()
     assert "while(" in text
     for word in ("callback", "infeed", "outfeed", " send(", " recv("):
         assert word not in text
     with jax.transfer_guard("disallow"):
         placed = jax.device_put(arguments)
-        walk(*placed)
+        run(*placed)
     option = "edges" if row.is_flow else "schedule"
     edges = np.linspace(0, 1, 21) ** 2
     other = made(row, 20, **{option: edges if row.is_flow else OTHER["schedule"]})
-    walk(other, noise_of(seed=1), jax.random.key(1))
-    assert walk._cache_size() <= 2  # placed or not
+    run(other, noise_of(seed=1), jax.random.key(1))
+    assert run._cache_size() <= 2  # placed or not
 
 
 @every_sampler

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
-from tiny_models import random_params
+from tiny_models import quantized_layers, random_params
 from toy_family import ROW, ToyVideo, prompts
 
 import qdit_jax as qdit
@@ -18,7 +17,6 @@ from qdit_jax.evaluation import Contender, Protocol, run_evaluation, summarize
 from qdit_jax.methods import fold_inputs
 from qdit_jax.models import FAMILIES, OPERANDS, rows_per_sample
 from qdit_jax.ptq import by_block
-from qdit_jax.quant import QTensor
 from qdit_jax.report import block_layers, write_model_report
 
 LINEARS = ("attn/proj", "attn/qkv", "cross/kv", "cross/proj", "cross/q", "mlp/fc1", "mlp/fc2")
@@ -52,18 +50,13 @@ def apply(checkpoint, params=None):
     return checkpoint.model.apply({"params": params}, *jax.tree.map(jnp.asarray, inputs()))
 
 
-def kernels(params):
-    flat = flatten_dict(params, sep="/")
-    return {p.removesuffix("/kernel") for p, leaf in flat.items() if isinstance(leaf, QTensor)}
-
-
 def test_a_preset_takes_every_linear_of_the_blocks_cross_attention_included(checkpoint):
     recipe = qdit.Recipe.preset("w4a8", checkpoint, group_size=16)
     assert {plan.path for plan in qdit.plan(checkpoint.params, recipe)} == ALL_LINEARS
     unbound = qdit.Recipe.preset("w4a8", group_size=16)
     assert unbound.resolve(checkpoint.params) == recipe.resolve(checkpoint.params)
     quantized = qdit.quantize_params(checkpoint.params, recipe=recipe)
-    assert kernels(quantized) == ALL_LINEARS
+    assert quantized_layers(quantized) == ALL_LINEARS
     assert 0 < relative(apply(checkpoint, quantized), apply(checkpoint)) < 0.3
 
 
@@ -165,7 +158,7 @@ def test_sequential_rounding_takes_the_shared_modulation_first(checkpoint):
         checkpoint.model, checkpoint.params, items, recipe=recipe, on_layer=seen.append
     )
     assert seen[0].path == "modulation"
-    assert kernels(params) == ALL_LINEARS | {"modulation"}
+    assert quantized_layers(params) == ALL_LINEARS | {"modulation"}
     layers = list(rows_per_sample(checkpoint.model))
     assert [len(stage) for stage in by_block(layers, ROW)][-3:] == [7, 7, 1]
     assert sum(layer.rounded <= layer.nearest for layer in seen) > len(seen) / 2
@@ -195,7 +188,10 @@ def test_search_finds_a_recipe_within_the_budget(checkpoint):
     )
     assert {layer.path for layer in found.space.layers} == ALL_LINEARS
     assert found.budget.allows(found.assignment)
-    assert kernels(qdit.quantize_params(checkpoint.params, recipe=found.recipe)) == ALL_LINEARS
+    assert (
+        quantized_layers(qdit.quantize_params(checkpoint.params, recipe=found.recipe))
+        == ALL_LINEARS
+    )
 
 
 def test_save_load_and_export_give_the_same_outputs(checkpoint, tmp_path):

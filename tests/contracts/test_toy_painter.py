@@ -7,8 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
-from tiny_models import random_params
+from tiny_models import quantized_layers, random_params
 from toy_painter import ROW, ToyPainter
 
 import qdit_jax as qdit
@@ -18,7 +17,6 @@ from qdit_jax.diffusion import x0_prediction
 from qdit_jax.evaluation import Contender, Protocol, run_evaluation, summarize
 from qdit_jax.methods import CalibrationData
 from qdit_jax.models import FAMILIES
-from qdit_jax.quant import QTensor
 from qdit_jax.sampling import checkpoint_sampler
 
 BLOCKS = {f"{level}/{name}" for level in ("down", "middle", "up") for name in ("widen", "narrow")}
@@ -35,11 +33,6 @@ def checkpoint():
     return qdit.Checkpoint(model, random_params(model))
 
 
-def kernels(params):
-    flat = flatten_dict(params, sep="/")
-    return {p.removesuffix("/kernel") for p, leaf in flat.items() if isinstance(leaf, QTensor)}
-
-
 def quantized(checkpoint, name="w8a8"):
     recipe = qdit.Recipe.preset(name, checkpoint, group_size=8)
     params = qdit.quantize_params(checkpoint.params, recipe=recipe)
@@ -50,7 +43,7 @@ def test_the_sampler_reads_what_the_network_predicts(checkpoint):
     sampler = checkpoint_sampler(checkpoint, 3)
     assert sampler.predict_fn is x0_prediction
     with pytest.raises(ValueError, match="this model predicts sample; use ddim or ddpm"):
-        checkpoint_sampler(checkpoint, 3, walk="flow")
+        checkpoint_sampler(checkpoint, 3, sampler="flow")
 
 
 def test_samples_are_counted_where_there_is_no_condition(checkpoint):
@@ -84,7 +77,7 @@ def test_calibration_and_sequential_rounding(checkpoint, tmp_path):
         qdit.quantize(checkpoint, "gptq", "w4a8", data=labelled)
     recipe = qdit.Recipe.preset("w4a8", checkpoint, group_size=8)
     params = qdit.round_params(checkpoint.model, checkpoint.params, items, recipe=recipe)
-    assert kernels(params) == BLOCKS
+    assert quantized_layers(params) == BLOCKS
 
 
 def test_evaluation_pairs_samples(checkpoint, tmp_path):

@@ -103,7 +103,7 @@ def test_convert_says_what_it_understood_of_the_scheduler(pipeline, tmp_path, ca
     printed = capsys.readouterr().out
     assert (
         "scheduler: DDIMScheduler: 1000 linear betas from 0.0001 to 0.02; the network predicts "
-        "v_prediction; walk: DDIM, trailing spacing, data clipped to 1"
+        "v_prediction; sampler: DDIM, trailing spacing, data clipped to 1"
     ) in printed
     assert "a DDIMScheduler has no variance_type='fixed_large': not read" in printed
     loaded = load(tmp_path / "out")
@@ -189,7 +189,7 @@ def start(checkpoint):
     return jnp.asarray(noise, jnp.float32), jnp.array([1, CLASSES - 1])
 
 
-def test_a_pipeline_with_flow_matching_walks_as_diffusers_does(pipeline, tmp_path, capsys):
+def test_a_pipeline_with_flow_matching_samples_as_diffusers_does(pipeline, tmp_path, capsys):
     folder = pipeline("FlowMatchEulerDiscreteScheduler", shift=3.0)
     command(folder, tmp_path / "out", "--quiet")
     assert "Euler's rule, shift 3" in capsys.readouterr().out
@@ -254,7 +254,7 @@ def test_latents_are_those_of_diffusers_own_pipeline(tmp_path, scheduler):
 def test_one_part_of_a_pipeline_says_that_its_scheduler_is_left_out(pipeline):
     folder = pipeline()
     read = read_model(folder / "transformer")
-    assert "give the folder of the whole pipeline to heed its scheduler" in str(read.metadata)
+    assert "give the folder of the whole pipeline to use its scheduler" in str(read.metadata)
     assert "notes" not in read_model(folder).metadata
 
 
@@ -634,7 +634,7 @@ def test_repa_without_its_projectors_is_told_by_arguments_or_the_user(pt, repa):
         read_model(pt(bare), family="sit", num_heads=2, noise_time=2)
 
 
-def test_a_sit_walks_its_own_time(pt, dit):
+def test_a_sit_keeps_its_own_time(pt, dit):
     checkpoint = to_checkpoint(read_model(pt(dit), family="sit", num_heads=2))
     noise, label = start(checkpoint)
     expected = euler_by_hand(raw_velocity(checkpoint), noise, label, np.linspace(0, 1, 5))

@@ -107,10 +107,10 @@ def test_images_of_a_diffusers_pipeline(tmp_path, torch, sample_size, guidance, 
 
 
 def published_euler(apply, noise, label, null_label, num_points, guidance):
-    """Returns the end of SiT's fixed-grid Euler walk, in its own convention.
+    """Returns the samples of SiT's fixed-grid Euler rule, in its own convention.
 
     Noise at time 0, data at time 1, `num_points` points of time with the ends; both halves of a
-    doubled batch are walked, and of the velocity the first three channels are guided.
+    doubled batch are sampled, and of the velocity the first three channels are guided.
     """
     x = np.concatenate([noise, noise]).astype(np.float64)
     label = np.concatenate([label, np.full_like(label, null_label)])
@@ -127,7 +127,7 @@ def published_euler(apply, noise, label, null_label, num_points, guidance):
 
 
 @pytest.mark.slow
-def test_latents_of_sit_follow_the_published_euler_walk(tmp_path, pt):
+def test_latents_of_sit_follow_the_published_euler_rule(tmp_path, pt):
     arrays = random_arrays(dit_shapes(), seed=4)
     convert(pt({"ema": arrays}), tmp_path / "ours", family="sit", num_heads=2)
     checkpoint = load(tmp_path / "ours")

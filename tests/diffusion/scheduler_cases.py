@@ -1,6 +1,6 @@
 """Schedulers, a network that is a formula, and what diffusers makes of both.
 
-`python tests/diffusion/scheduler_cases.py` (with diffusers) writes the recorded ends of the walks.
+`python tests/diffusion/scheduler_cases.py` (with diffusers) writes the recorded samples.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def network(xp, x, timestep, num_timesteps, channels):
 
 
 def by_diffusers(config: dict, steps: int) -> np.ndarray:
-    """Returns the end of the walk of a scheduler of diffusers, `[B, C, H, W]`."""
+    """Returns the samples of a scheduler of diffusers, `[B, C, H, W]`."""
     import diffusers
     import torch
     from diffusers.schedulers import scheduling_ddpm

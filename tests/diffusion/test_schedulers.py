@@ -1,4 +1,4 @@
-"""Walks of diffusers' schedulers: the same end from the same noise, recorded and live."""
+"""Samplers of diffusers' schedulers: the same end from the same noise, recorded and live."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def nhwc(array):
     return jnp.asarray(np.moveaxis(array, -3, -1))
 
 
-def walked(config, steps):
-    """Returns the end of our walk, `[B, C, H, W]`."""
+def sampled(config, steps):
+    """Returns our samples, `[B, C, H, W]`."""
     scheduler = read_scheduler(config)
     sampler = scheduler_sampler(scheduler, steps)
     drawn = nhwc(noises(steps))
     count = scheduler.settings["num_train_timesteps"]
-    is_flow = scheduler.walk == "flow"
+    is_flow = scheduler.sampler == "flow"
 
     def denoise_fn(x, timestep, label):
         timestep = timestep[0]
@@ -36,7 +36,7 @@ def walked(config, steps):
     return np.moveaxis(np.asarray(out), -1, -3)
 
 
-def assert_same_walk(found, expected):
+def assert_same_samples(found, expected):
     assert np.isfinite(expected).all()
     np.testing.assert_allclose(found, expected, atol=2e-3 * np.abs(expected).max())
     assert np.abs(found - expected).mean() < 2e-4 * np.abs(expected).max()
@@ -48,18 +48,18 @@ def recorded():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_end_of_a_walk_is_that_of_diffusers(recorded, name):
-    assert_same_walk(walked(*CASES[name]), recorded[name])
+def test_samples_are_those_of_diffusers(recorded, name):
+    assert_same_samples(sampled(*CASES[name]), recorded[name])
 
 
-def test_recorded_walks_are_those_of_the_installed_diffusers(recorded):
+def test_recorded_samples_are_those_of_the_installed_diffusers(recorded):
     pytest.importorskip("torch")
     pytest.importorskip("diffusers")
     for name, case in CASES.items():
         np.testing.assert_allclose(by_diffusers(*case), recorded[name], atol=1e-4, rtol=1e-4)
 
 
-def test_every_setting_changes_the_walk(recorded):
+def test_every_setting_changes_the_samples(recorded):
     """So that a setting that is read and then forgotten cannot pass."""
     same = {("ddim_trailing", "ddim_trailing_last"), ("ddpm_small", "ddpm_small_log")}
     for a in CASES:
@@ -142,7 +142,7 @@ def test_v_is_the_rotation_of_noise_and_data():
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_a_solver_of_more_steps_is_walked_as_ddim_on_its_betas():
+def test_a_multi_step_solver_is_replaced_by_ddim_on_its_betas():
     config = {
         "_class_name": "DPMSolverMultistepScheduler",
         "beta_schedule": "scaled_linear",
@@ -164,11 +164,13 @@ def test_a_solver_of_more_steps_is_walked_as_ddim_on_its_betas():
     assert found.clip is None
     for a, b in zip(found.table[2:], expected.table[2:], strict=True):
         np.testing.assert_array_equal(a, b)
-    assert "DDIM (in place of DPMSolverMultistepScheduler's own)" in diffusion.walk_text(scheduler)
+    assert "DDIM (in place of DPMSolverMultistepScheduler's own)" in diffusion.sampling_text(
+        scheduler
+    )
 
 
 @pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "DPMSolverMultistepScheduler"])
-def test_a_solver_set_to_a_flow_is_walked_by_eulers_rule(name):
+def test_a_solver_set_to_a_flow_is_replaced_by_eulers_rule(name):
     config = {
         "_class_name": name,
         "prediction_type": "flow_prediction",
@@ -180,7 +182,7 @@ def test_a_solver_set_to_a_flow_is_walked_by_eulers_rule(name):
     np.testing.assert_array_equal(
         scheduler_sampler(scheduler, 6).table.timestep, expected.table.timestep
     )
-    assert f"Euler's rule (in place of {name}'s own), shift 3" in diffusion.walk_text(scheduler)
+    assert f"Euler's rule (in place of {name}'s own), shift 3" in diffusion.sampling_text(scheduler)
     with pytest.raises(ValueError, match="no schedule of betas"):
         scheduler_process(scheduler)
 
@@ -282,12 +284,12 @@ def test_user_choices_come_before_the_schedulers():
     assert sampler.predict_fn is diffusion.v_prediction
     expected = diffusion.ddim("ddim25", 0.5).table
     np.testing.assert_array_equal(sampler.table.timestep, expected.timestep)
-    sampler = scheduler_sampler(clipped, 5, walk="ddpm", variance_fn=diffusion.learned_range)
+    sampler = scheduler_sampler(clipped, 5, sampler="ddpm", variance_fn=diffusion.learned_range)
     assert isinstance(sampler, diffusion.DDPM)
     assert sampler.clip == 1
     assert sampler.variance_fn is diffusion.learned_range
-    with pytest.raises(ValueError, match="walk='flow' does not fit"):
-        scheduler_sampler(clipped, 5, walk="flow")
+    with pytest.raises(ValueError, match="sampler='flow' does not fit"):
+        scheduler_sampler(clipped, 5, sampler="flow")
 
 
 def test_every_setting_of_the_installed_diffusers_is_in_the_table():

@@ -23,7 +23,7 @@ from qdit_jax import diffusion, metrics, sampling
 from qdit_jax.checkpoint.fingerprint import digest
 from qdit_jax.cli import evaluate
 from qdit_jax.cli.options import Parser
-from qdit_jax.evaluation import Contender, Protocol, locked, run_evaluation
+from qdit_jax.evaluation import Contender, Protocol, locked, run_evaluation, summarize
 from qdit_jax.evaluation.pages import difference_images
 from qdit_jax.ptq import quantize_params
 from qdit_jax.recipes import Recipe
@@ -124,6 +124,15 @@ def test_errors_over_the_trajectory_end_at_the_final_latents(compared):
     assert summary["trajectory"]["w8"]["output_db"]["mean"][0] > 10
 
 
+def test_without_probed_samples_everything_else_is_measured(folders, tmp_path):
+    contenders = [Contender(n, checkpoints.load(folders / n)) for n in ("full", "w4")]
+    protocol = Protocol(diffusion.ddim(2), {"steps": 2}, num_samples=2, batch_size=2)
+    done = run_evaluation(contenders, protocol, tmp_path / "run", num_probed=0)
+    summary = summarize(done, contenders)
+    assert set(summary["trajectory"]["w4"]) == {"timestep", "drift_db"}
+    assert {"latent_snr_db", "image_psnr_db"} <= set(summary["paired"]["w4"])
+
+
 def test_the_archive_is_what_other_evaluators_read(compared):
     stored = np.load(compared / "samples.npz")
     assert stored["arr_0"].shape == (NUM_SAMPLES, 16, 16, 1)
@@ -202,14 +211,14 @@ def test_a_run_with_other_settings_is_not_continued(folders, compared, model, op
         (("w4", "--against", "large"), "large has sample shape \\(32, 32, 1\\) and w4 has"),
         (("w4", "--against", "schedule"), "trained on different schedules"),
         (("w4", "--against", "absent"), "does not exist"),
-        (("vae",), "makes no pictures by itself"),
+        (("vae",), "generates no images by itself"),
         (("w4", "--compare", "w8"), "needs --against"),
         (("w4", "--num-samples", "1"), "use a whole number from 2"),
         (("w4", "--batch-size", "0"), "use a whole number from 1"),
         (("w4", "--range-samples", "-1"), "use a whole number from 0"),
-        (("w4", "--guidance-channels", "none"), "no positive number, nor 'all'"),
+        (("w4", "--guidance-channels", "none"), "neither a positive number nor 'all'"),
         (("w4", "--features", "inception", "x"), "--features needs --reference"),
-        (("w4", "--vae", "full"), "holds no autoencoder"),
+        (("w4", "--vae", "full"), "is not an autoencoder"),
         (("full", "--numerics", "integer"), "nothing is quantized"),
         (("w4", "--split-size", "9"), "--split-size 9 has no effect: scores compare with a --ref"),
         (("w4", "--kernel-samples", "9"), "--kernel-samples 9 has no effect"),

@@ -45,7 +45,19 @@ DECODED = with_vae(FULL, tiny_vae())
 LABELS = np.array([0, 1, 2, 3])
 JOB = SampleFile(DECODED, qdit.ddim(2), LABELS, batch_size=2, settings={"steps": "2"})
 # Each changes one field; a field may have several.
+OTHER_SAMPLING = {
+    "sampler, steps": {"sampler": qdit.ddim(3)},
+    "sampler, eta": {"sampler": qdit.ddim(2, eta=0.5)},
+    "sampler, clip": {"sampler": qdit.ddim(2, clip=1.0)},
+    "seed": {"seed": 1},
+    "guidance": {"guidance": 2.0},
+    "guidance_channels, all": {"guidance_channels": None},
+    "guidance_channels, number": {"guidance_channels": 2},
+    "numerics": {"numerics": "integer"},
+    "batch_size": {"batch_size": 4},
+}
 OTHER_JOBS = {
+    **OTHER_SAMPLING,
     "checkpoint, one value": {"checkpoint": last_value_changed(DECODED)},
     "checkpoint, its network": {"checkpoint": with_model(DECODED, mlp_norm_eps=1e-5)},
     "checkpoint, no autoencoder": {"checkpoint": FULL},
@@ -55,35 +67,18 @@ OTHER_JOBS = {
     "checkpoint, the autoencoder's scale": {
         "checkpoint": with_vae(FULL, with_model(tiny_vae(), scaling_factor=0.2))
     },
-    "sampler, steps": {"sampler": qdit.ddim(3)},
-    "sampler, eta": {"sampler": qdit.ddim(2, eta=0.5)},
-    "sampler, clip": {"sampler": qdit.ddim(2, clip=1.0)},
     "sampler, kind": {"sampler": qdit.ddpm(2)},
     "label, values": {"label": np.array([0, 1, 2, 4])},
     "label, order": {"label": LABELS[::-1].copy()},
     "label, count": {"label": LABELS[:3]},
-    "seed": {"seed": 1},
-    "guidance": {"guidance": 2.0},
-    "guidance_channels, all": {"guidance_channels": None},
-    "guidance_channels, number": {"guidance_channels": 2},
-    "numerics": {"numerics": "integer"},
-    "batch_size": {"batch_size": 4},
     "settings": {"settings": {"steps": "ddim2"}},
 }
 PROTOCOL = Protocol(qdit.ddim(2), {"steps": 2}, num_samples=4, batch_size=2)
 CONTENDERS = (Contender("a", FULL), Contender("b", last_value_changed(FULL)))
 OTHER_PROTOCOLS = {
-    "sampler, steps": {"sampler": qdit.ddim(3)},
-    "sampler, eta": {"sampler": qdit.ddim(2, eta=0.5)},
-    "sampler, clip": {"sampler": qdit.ddim(2, clip=1.0)},
+    **OTHER_SAMPLING,
     "record": {"record": {"steps": 3}},
     "num_samples": {"num_samples": 6},
-    "seed": {"seed": 1},
-    "guidance": {"guidance": 2.0},
-    "guidance_channels, all": {"guidance_channels": None},
-    "guidance_channels, number": {"guidance_channels": 2},
-    "numerics": {"numerics": "integer"},
-    "batch_size": {"batch_size": 4},
     "conditions": {"conditions": np.array([1, 2])},
 }
 OTHER_CONTENDERS = {

@@ -57,7 +57,7 @@ def test_json_round_trip(tmp_path):
         ("[]", "holds no JSON object"),
         ('{"rules": 3}', "a list of objects named 'rules'"),
         ('{"format_version": 9, "rules": []}', "format_version=9"),
-        ('{"rules": [{"layers": "("}]}', "rule 0: layers='\\(' is no regular expression"),
+        ('{"rules": [{"layers": "("}]}', "rule 0: layers='\\(' is not a regular expression"),
         ('{"rules": [{"layers": "x", "wieght": {}}]}', "unknown entry 'wieght'"),
         ('{"rules": [{"layers": "x", "weight": {"bits": 9}}]}', "rule 0: bits=9 is not supported"),
         ('{"rules": [{"layers": "x", "weight": {"group": 9}}]}', "unknown setting 'group'"),
@@ -280,5 +280,5 @@ def test_presets_that_do_not_fit_are_named(params):
     "make", [lambda: Rule("(", LayerSpec()), lambda: Recipe.preset("w4a8", layers="(")]
 )
 def test_a_bad_pattern_is_a_sentence(make):
-    with pytest.raises(ValueError, match=r"layers='\(' is no regular expression: missing \)"):
+    with pytest.raises(ValueError, match=r"layers='\(' is not a regular expression: missing \)"):
         make()

@@ -120,7 +120,7 @@ def test_blocks_are_in_the_order_of_their_numbers():
     [
         ("vae", ("--stats",), "is no diffusion model"),
         ("absent", ("--stats",), "does not exist"),
-        ("model/model.json", ("--stats",), "is no checkpoint folder"),
+        ("model/model.json", ("--stats",), "is not a checkpoint folder"),
         ("model", ("--stats", "--steps", "0"), "--steps: '0' is not supported"),
         ("model", ("--stats", "--num-samples", "0"), "--num-samples: '0' is not supported"),
         ("model", ("--stats", "--out", "model/model.json"), "is a file"),

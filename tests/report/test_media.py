@@ -52,7 +52,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path.write_bytes(b"old")
     with pytest.raises(ValueError, match="unknown file extension"):
         media.save_grid(tmp_path / "grid.nonsense", np.zeros((1, 4, 4, 3)))
-    with pytest.raises(ValueError, match="give one an image"):
+    with pytest.raises(ValueError, match="give one per image"):
         media.save_grid(path, np.zeros((2, 4, 4, 3)), labels=["a"])
     with pytest.raises(ValueError, match="give at least one as"):
         media.save_grid(path, np.zeros((2, 4, 4, 2)))

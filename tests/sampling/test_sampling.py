@@ -137,7 +137,7 @@ def test_a_checkpoint_without_a_scheduler_is_sampled_as_published(checkpoint):
         sampling.checkpoint_sampler(checkpoint, "ddim25", eta=0.5, clip=2.0),
         diffusion.ddim("ddim25", 0.5, clip=2.0),
     )
-    same_sampler(sampling.checkpoint_sampler(checkpoint, 10, walk="ddpm"), diffusion.ddpm(10))
+    same_sampler(sampling.checkpoint_sampler(checkpoint, 10, sampler="ddpm"), diffusion.ddpm(10))
     model = checkpoint.model.clone(velocity=True)
     velocities = dataclasses.replace(checkpoint, model=model)
     same_sampler(sampling.checkpoint_sampler(velocities, 10), diffusion.flow(10))
@@ -150,7 +150,7 @@ def test_a_checkpoint_without_a_scheduler_is_sampled_as_published(checkpoint):
         (
             {"prediction_type": "v_prediction", "clip_sample": False},
             diffusion.DDIM,
-            "predicts v_prediction; walk: DDIM, leading spacing",
+            "predicts v_prediction; sampler: DDIM, leading spacing",
         ),
         (
             {"_class_name": "DDPMScheduler", "steps_offset": 1, "clip_sample_range": 2.0},
@@ -165,7 +165,7 @@ def test_a_checkpoint_without_a_scheduler_is_sampled_as_published(checkpoint):
         ),
     ],
 )
-def test_everything_that_samples_takes_the_schedulers_walk(checkpoint, config, kind, words):
+def test_everything_that_samples_takes_the_schedulers_sampler(checkpoint, config, kind, words):
     own = with_scheduler(checkpoint, config)
     sampler = default_sampler(own, 5)
     assert isinstance(sampler, kind)
@@ -222,7 +222,7 @@ def test_the_schedule_is_the_schedulers(config, expected):
         ),
         (
             lambda c: diffusion.scheduler_process(diffusion.read_scheduler(FLOW)),
-            "is of a flow, which has no schedule of betas",
+            "describes a flow, which has no schedule of betas",
         ),
         (
             lambda c: sampling.checkpoint_sampler(with_scheduler(c, FLOW)),
@@ -237,9 +237,12 @@ def test_the_schedule_is_the_schedulers(config, expected):
             ),
             "variance_type='learned_range', but the network returns no variance",
         ),
-        (lambda c: sampling.checkpoint_sampler(c, walk="flow"), "predicts noise; use ddim or ddpm"),
         (
-            lambda c: sampling.checkpoint_sampler(c, walk="ddpm", eta=1),
+            lambda c: sampling.checkpoint_sampler(c, sampler="flow"),
+            "predicts noise; use ddim or ddpm",
+        ),
+        (
+            lambda c: sampling.checkpoint_sampler(c, sampler="ddpm", eta=1),
             "eta=1 is an option of ddim",
         ),
     ],

@@ -58,7 +58,7 @@ def test_every_verb_refuses_them(verb, seed, capsys):
     assert cli.main([verb, *VERBS[verb], f"--seed={seed}"]) == 2
     error = capsys.readouterr().err
     assert "--seed" in error
-    assert SEED in error or "is no whole number" in error
+    assert SEED in error or "is not a whole number" in error
 
 
 @pytest.mark.parametrize("label", [99, -1, 2**31 - 1])

@@ -24,8 +24,10 @@ STRATEGIES: dict[str, Any] = {
 }
 
 
-def strategy_named(name: str | Strategy, settings: Any = None) -> Strategy:
-    """Returns the strategy of that name, with other `settings` if given; an object is itself.
+def strategy_named(name: str | Strategy, settings: object = None) -> Strategy:
+    """Returns the strategy of that name, with other `settings` if given.
+
+    A strategy given instead of a name is returned as it is.
 
     Raises:
         ValueError: if the name is unknown.

@@ -1,4 +1,4 @@
-"""The default strategy: sensitivities, the exact knapsack, re-estimation, paired verification.
+"""The default strategy: sensitivities, exact knapsack, re-estimation, paired verification.
 
 Dimensions: N assignments, L layers, J batches.
 """
@@ -34,12 +34,12 @@ class AllocationSettings:
 
     Attributes:
         num_gate: random assignments on which predictions are checked.
-        num_estimates: times the sensitivities are measured again around the best so far.
+        num_estimates: how often sensitivities are measured again, at the best assignment so far.
         num_rounds: rounds of regression on measured errors when predictions are not good enough.
         per_round: assignments measured after each estimate and in each round.
         threshold: the rank correlation that counts as good enough.
         num_finalists: assignments that enter the verification.
-        rungs: batches of the verification's rounds; each keeps the better third.
+        rungs: number of batches in each round of the verification; each round keeps the best third.
     """
 
     num_gate: int = 30
@@ -62,7 +62,7 @@ class AllocationSettings:
             check_counts(rungs=rung)
 
     def fitted(self, num_batches: int) -> AllocationSettings:
-        """Returns the settings with rungs that an objective of so many batches can be asked for."""
+        """Returns the settings with rungs of at most `num_batches`, the last exactly that."""
         rungs = sorted({min(rung, num_batches) for rung in self.rungs} | {num_batches})
         return dataclasses.replace(self, rungs=tuple(rungs))
 
@@ -142,7 +142,7 @@ class Run:
         self.num_predictions = 0
 
     def predict(self, base: np.ndarray | None) -> Prediction:
-        """Returns the prediction at `base`, from the journal if it was made before."""
+        """Returns the prediction at `base`, from the journal if it was computed before."""
         self.num_predictions += 1
         arrays = self.journal.step("prediction", lambda: dataclasses.asdict(self.predict_fn(base)))
         return Prediction(float(arrays["constant"]), arrays["linear"], arrays["gram"])
@@ -150,6 +150,7 @@ class Run:
     def measure(self, assignments: Sequence[np.ndarray]) -> None:
         """Measures assignments not known yet on the first rung and adds them as a round."""
         known = self.measured.known
+        # A dict keeps the order and drops repetitions.
         new = list({a.tobytes(): a for a in assignments if a.tobytes() not in known}.values())
         if not new:
             return
@@ -197,7 +198,7 @@ def allocate(
     Args:
         first: assignments to measure in any case, such as uniform ones, legal or not; those within
             the budget may win.
-        journal: keeps what was computed; a search that was stopped goes on from it.
+        journal: keeps what was computed; a search that was stopped resumes from it.
         report_fn: `(text, best=None)`, one line of progress at a time.
     """
     settings = AllocationSettings() if settings is None else settings
@@ -210,11 +211,13 @@ def allocate(
     solution = additive_solution(prediction, space, budget)
     given = [space.check(assignment) for assignment in first]
     report = gate(run, prediction, given, seed)
+    # Descent finds local optima: the joint error has cross terms that the knapsack cannot see.
     starts = [solution.assignment, *(a for a in given if budget.allows(a))]
     proposals = [solution.assignment]
     for start in starts:
         proposals += thinned(descend(prediction, space, budget, start), 3)
     run.measure(proposals)
+    # The quadratic model holds near its base, so it is linearized again at the best so far.
     for _ in range(settings.num_estimates):
         around = run.predict(run.best)
         moves = [additive_solution(around, space, budget).assignment]
@@ -237,12 +240,16 @@ def allocate(
 def gate(
     run: Run, prediction: Prediction, given: Sequence[np.ndarray], seed: int
 ) -> dict[str, Any]:
-    """Returns how well predictions rank random legal assignments by measured error."""
+    """Returns how well predictions rank random legal assignments, as a part of the report.
+
+    `passed` says whether the additive prediction's rank correlation reaches the threshold.
+    """
     rng = np.random.default_rng([seed, 0])
     drawn = [random_legal(rng, run.space, run.budget) for _ in range(run.settings.num_gate)]
     run.measure([*given, *drawn])
-    chosen = list({a.tobytes() for a in drawn})
-    rows = [i for i, a in enumerate(run.measured.assignments) if a.tobytes() in set(chosen)]
+    # Only the random ones count, not `given`.
+    chosen = {a.tobytes() for a in drawn}
+    rows = [i for i, a in enumerate(run.measured.assignments) if a.tobytes() in chosen]
     assignments, fitness = run.measured.assignments[rows], run.measured.fitness[rows]
     found = {
         "additive": rank_correlation(prediction.additive(assignments), fitness),
@@ -264,10 +271,11 @@ def gate(
 def lean_on_measurements(
     run: Run, prediction: Prediction, report: dict[str, Any], seed: int
 ) -> None:
-    """Adds rounds of assignments that a regression on all measured errors proposes."""
+    """Measures further rounds of assignments, proposed by a regression on all measured errors."""
     for number in range(run.settings.num_rounds):
         rng = np.random.default_rng([seed, 1 + number])
         before = run.measured
+        # The better ranked of the two predictions is what the regression corrects.
         additive = report["rank_correlation"]["additive"] > report["rank_correlation"]["joint"]
         fitted = corrected(prediction, before.assignments, before.fitness, additive=additive)
         moves = thinned(
@@ -277,6 +285,7 @@ def lean_on_measurements(
         for _ in range(10 * run.settings.per_round):
             if len(moves) >= run.settings.per_round:
                 break
+            # One of the four best, with about two layers changed.
             parent = before.assignments[run.legal()[rng.integers(min(4, len(run.legal())))]]
             changes = rng.random(len(parent)) < 2 / len(parent)
             child = np.where(changes, rng.integers(0, run.space.num_choices), parent)
@@ -311,6 +320,7 @@ def halving(run: Run) -> tuple[np.ndarray, list[dict[str, Any]]]:
         )
         run.report_fn(f"{len(left)} finalists on {count} batches: best {fitness.min():.6g}")
         is_last = rung == len(run.settings.rungs) - 2
+        # Successive halving, by three: fewer finalists on more batches.
         left = left[order[: 1 if is_last else max(2, -(-len(left) // 3))]]
     return left[0], rounds
 
@@ -330,6 +340,7 @@ def predicted_only(
     front, cost, error = lagrangian_front(own_errors(prediction, space), list(budget.table))
     solution = additive_solution(prediction, space, budget)
     starts = [solution.assignment, *(a for a in map(space.check, first) if budget.allows(a))]
+    # The end of a descent, or its start where no move helps.
     ends = [[start, *descend(prediction, space, budget, start)][-1] for start in starts]
     best = ends[int(np.argmin(prediction.joint(np.array(ends))))]
     report = {

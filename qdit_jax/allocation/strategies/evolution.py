@@ -1,9 +1,9 @@
 """Evolutionary search as Q-DiT published it (arXiv:2406.17343, section 3.2).
 
-A random population; the best `num_kept` of all seen are parents; the next generation is half
-crossover and half mutation; only children within the budget are measured; and so on.
-Everything a generation draws follows from the seed, its number and what was measured before, so a
-run that was stopped goes on to the same result.
+The first population is random; the best `num_kept` of all seen are parents; the next generation is
+half crossover and half mutation; only children within the budget are measured; and so on.
+A generation's draws depend on the seed, its number and what was measured before, so a
+run that was stopped resumes to the same result.
 
 Dimensions: C assignments, L layers.
 """
@@ -26,7 +26,7 @@ from qdit_jax.allocation.sensitivity import Prediction
 from qdit_jax.allocation.space import Space
 from qdit_jax.errors import check_counts
 
-ATTEMPTS = 10  # draws a child that is wanted, before the rest is drawn at random
+ATTEMPTS = 10  # attempts per wanted child, before the rest is drawn at random
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class EvolutionSettings:
         population: assignments measured first.
         num_generations: generations of children after that.
         num_kept: the best of all seen, the parents of a generation.
-        num_crossover, num_mutation: children a generation.
+        num_crossover, num_mutation: children per generation.
         mutation_probability: for every layer of a mutated child.
     """
 
@@ -69,7 +69,7 @@ class Evolve:
     """Generations of assignments, each measured on all samples.
 
     Attributes:
-        draw_fn: what makes a generation; the published one, if None.
+        draw_fn: draws a generation; the published rule if None.
         begins_predicted: whether the first population begins with the predicted front.
     """
 
@@ -122,7 +122,7 @@ class Evolve:
 
 
 def after_generation(problem: Problem, measured: Measured) -> None:
-    """Saves what was measured, and tells of it."""
+    """Saves what was measured and reports it."""
     if problem.store is not None:
         problem.store.save(measured.arrays())
     text = f"generation {measured.num_rounds - 1}: {len(measured.fitness)} measured"
@@ -157,9 +157,9 @@ def evolve(
     Args:
         fitness_fn: `[C, L] -> [C]`, lower is better.
         first: assignments of the first population, such as uniform ones; the rest is random.
-        measured: what an earlier run had saved, to go on from.
+        measured: what an earlier run had saved, to resume from.
         save_fn: called after every generation.
-        draw_fn: what makes a generation: `children` (the published one, if None),
+        draw_fn: draws a generation: `children` (the published rule, if None),
             `random_draw.random_children`, or `nsga.offspring`.
 
     Raises:
@@ -271,7 +271,7 @@ def repaired(rng: np.random.Generator, drawn: np.ndarray, budget: Budget) -> np.
     return drawn
 
 
-def next_cheaper(costs: np.ndarray, choice: Any) -> int | None:
+def next_cheaper(costs: np.ndarray, choice: np.integer | int) -> int | None:
     """Returns the dearest of the choices that are cheaper than `choice`, or None."""
     below = np.where(costs < costs[choice], costs, -np.inf)
     best = int(np.argmax(below))

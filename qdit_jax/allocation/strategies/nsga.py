@@ -37,7 +37,7 @@ def offspring(
 ) -> np.ndarray:
     """Returns the next generation: new and legal, of parents that won a tournament of two.
 
-    A `draw_fn` of `evolve`; `settings.population` parents take part.
+    A `draw_fn` of `evolve`; there are `settings.population` parents.
     """
     order = survivors(measured.cost, measured.fitness, settings.population)
     parents = measured.assignments[order]

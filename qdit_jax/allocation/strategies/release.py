@@ -1,4 +1,4 @@
-"""What the Q-DiT release really searches (see its loop).
+"""What the published code of Q-DiT searches, which differs from the paper.
 
 Weight groups only, symmetric, without guidance, under a mean of the group sizes.
 """

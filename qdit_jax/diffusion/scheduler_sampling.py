@@ -1,11 +1,11 @@
-"""The process and the walk that a diffusers scheduler describes.
+"""The process and the sampler that a diffusers scheduler describes.
 
 Dimension letters: S = number of steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 
 from qdit_jax.diffusion import posterior
 from qdit_jax.diffusion.flow_matching import flow_match
+from qdit_jax.diffusion.posterior import Limit, LimitFn, VarianceFn
 from qdit_jax.diffusion.samplers import Sampler, ddim_sampler, ddpm_sampler
 from qdit_jax.diffusion.scheduler_settings import Scheduler
 from qdit_jax.diffusion.schedules import (
@@ -44,8 +45,10 @@ def scheduler_process(scheduler: Scheduler) -> Schedule:
     Raises:
         ValueError: if it is a flow, which has no betas.
     """
-    if scheduler.walk == "flow":
-        raise ValueError(f"a {scheduler.class_name} is of a flow, which has no schedule of betas.")
+    if scheduler.sampler == "flow":
+        raise ValueError(
+            f"a {scheduler.class_name} describes a flow, which has no schedule of betas."
+        )
     settings = scheduler.settings
     betas = _betas(settings)
     return Schedule(zero_snr_betas(betas) if settings["rescale_betas_zero_snr"] else betas)
@@ -96,26 +99,28 @@ def scheduler_sampler(
     scheduler: Scheduler,
     steps: int | str = 50,
     *,
-    walk: str | None = None,
+    sampler: str | None = None,
     eta: float | int = 0.0,
     clip: float | int | None = None,
-    variance_fn: Callable | None = None,
+    variance_fn: VarianceFn | None = None,
 ) -> Sampler:
-    """Returns the sampler that a scheduler describes, so that its walk is that of diffusers.
+    """Returns the sampler that a scheduler describes: it draws the same samples as diffusers.
 
     Args:
-        steps: how many, at the scheduler's own spacing; a published spacing (`"ddim25"`,
-            `"10,15,20"`) takes the place of its own.
-        walk: a row of `SAMPLERS` in place of the scheduler's own, on the same process.
-        clip: range of the predicted data, `eps` made consistent, in place of its own clipping.
-        variance_fn: of an ancestral walk, where the scheduler says none.
+        steps: how many, at the scheduler's own spacing; or a published spacing (`"ddim25"`,
+            `"10,15,20"`) in place of its own.
+        sampler: a row of `SAMPLERS` in place of the scheduler's own, on the same process.
+        clip: range of the predicted data in place of the scheduler's own clipping; `eps` is
+            recomputed from the clipped data.
+        variance_fn: of an ancestral sampler, where the scheduler names no variance.
 
     Raises:
-        ValueError: if the steps or `walk` do not fit the scheduler, or an option the walk.
+        ValueError: if the steps or `sampler` do not fit the scheduler, or an option does not fit
+            the sampler.
     """
-    settings, row = scheduler.settings, sampler_named(walk or scheduler.walk)
-    if row.is_flow != (scheduler.walk == "flow"):
-        raise ValueError(f"walk={row.name!r} does not fit a {scheduler.class_name}.")
+    settings, row = scheduler.settings, sampler_named(sampler or scheduler.sampler)
+    if row.is_flow != (scheduler.sampler == "flow"):
+        raise ValueError(f"sampler={row.name!r} does not fit a {scheduler.class_name}.")
     text = str(steps).strip()
     if not row.spacings and not text.isdecimal():
         raise ValueError(f"steps={steps!r} is not supported; {row.name} takes a positive number.")
@@ -142,7 +147,7 @@ def scheduler_sampler(
         if row.name == "ddpm":
             return ddpm_sampler(between, visited > 0, **options)
         return row.make_fn(between.num_timesteps, schedule=between, **options)
-    # Where the spacing is not this stride, diffusers arrives elsewhere than the next step starts.
+    # diffusers' step arrives one integer stride away, even where the next step starts elsewhere.
     arrived = visited - process.num_timesteps // int(text)
     last = 1.0 if settings.get("set_alpha_to_one", True) else process.alphas_cumprod[0]
     target = np.where(arrived >= 0, process.alphas_cumprod[np.maximum(arrived, 0)], last)
@@ -155,7 +160,7 @@ def _between(process: Schedule, visited: Int[np.ndarray, " S"]) -> Schedule:
     return Schedule(1 - kept / np.append(1.0, kept[:-1]), visited)
 
 
-def limits(settings: Mapping[str, Any]) -> tuple[Any, Callable]:
+def limits(settings: Mapping[str, Any]) -> tuple[Limit | None, LimitFn]:
     """Returns the limit of the predicted data (or None) and its rule."""
     if settings.get("thresholding"):
         limit = settings["dynamic_thresholding_ratio"], settings["sample_max_value"]
@@ -165,8 +170,8 @@ def limits(settings: Mapping[str, Any]) -> tuple[Any, Callable]:
     return None, posterior.data_clip
 
 
-def chosen_variance(settings: Mapping[str, Any], otherwise: Callable | None) -> Callable:
-    """Returns the variance of an ancestral walk: the scheduler's, where it says one."""
+def chosen_variance(settings: Mapping[str, Any], otherwise: VarianceFn | None) -> VarianceFn:
+    """Returns the variance of an ancestral sampler: the scheduler's, where it names one."""
     if "variance_type" in settings:
         return VARIANCE_FNS[settings["variance_type"]]
     return posterior.fixed_large if otherwise is None else otherwise
@@ -175,7 +180,7 @@ def chosen_variance(settings: Mapping[str, Any], otherwise: Callable | None) -> 
 def process_text(scheduler: Scheduler) -> str:
     """Returns the process in words."""
     settings = scheduler.settings
-    if scheduler.walk == "flow":
+    if scheduler.sampler == "flow":
         return f"a flow with times up to {settings['num_train_timesteps']}"
     if settings["trained_betas"] is not None:
         betas = f"{len(settings['trained_betas'])} betas of its own"
@@ -190,15 +195,15 @@ def process_text(scheduler: Scheduler) -> str:
     return f"{betas}{zero}; the network predicts {settings['prediction_type']}"
 
 
-def walk_text(scheduler: Scheduler) -> str:
-    """Returns the walk in words."""
+def sampling_text(scheduler: Scheduler) -> str:
+    """Returns in words how samples are drawn."""
     settings = scheduler.settings
     instead = f" (in place of {scheduler.class_name}'s own)" if scheduler.replaced else ""
-    if scheduler.walk == "flow":
+    if scheduler.sampler == "flow":
         end = settings["shift_terminal"]
         ending = "" if end is None else f", the last noise level {end:g}"
         return f"Euler's rule{instead}, shift {settings['shift']:g}{ending}"
-    parts = [f"{scheduler.walk.upper()}{instead}"]
+    parts = [f"{scheduler.sampler.upper()}{instead}"]
     if scheduler.replaced:
         parts.append("steps evenly spaced from first to last")
     else:
@@ -213,6 +218,6 @@ def walk_text(scheduler: Scheduler) -> str:
         )
     elif settings.get("clip_sample"):
         parts.append(f"data clipped to {settings['clip_sample_range']:g}")
-    if scheduler.walk == "ddpm":
+    if scheduler.sampler == "ddpm":
         parts.append(f"variance {settings['variance_type']}")
     return ", ".join(parts)

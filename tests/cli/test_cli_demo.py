@@ -1,0 +1,57 @@
+"""`qdit demo --quick` from end to end: its report, its figures and their order."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from qdit_jax.cli import main
+from qdit_jax.demo.run import MARKER, RESULTS
+from qdit_jax.metrics import DEMO_FRECHET_DISTANCE
+
+pytestmark = pytest.mark.slow  # the demonstration takes half a minute
+
+TITLES = ["full precision", "W8A8, groups of 32", "W4A8, groups of 32", "W4A8, per channel, static"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    assert main(["demo", "--quick", "--out", str(folder), "--quiet"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(folder):
+    return json.loads((folder / "metrics.json").read_text())["models"]
+
+
+def test_every_result_is_written_and_every_contender_has_its_row(folder, models):
+    assert {MARKER, *RESULTS} <= {path.name for path in folder.iterdir()}
+    assert [model["title"] for model in models] == TITLES
+    page = (folder / "report.html").read_text()
+    for model in models:
+        assert f"<td>{model['title']}</td><td>{model['bytes']:,}</td>" in page
+
+
+def test_fewer_bits_are_smaller_and_farther_from_full_precision(models):
+    full, *quantized = models
+    assert full["closeness_db"] is None
+    sizes = [model["bytes"] for model in models]
+    near = [model["closeness_db"]["estimate"] for model in quantized]
+    assert sizes == sorted(set(sizes), reverse=True)
+    assert near == sorted(set(near), reverse=True)
+    assert near[0] > 30  # 8 bits
+    for model in quantized:
+        interval = model["closeness_db"]
+        assert all(map(math.isfinite, interval.values()))
+        assert interval["low"] < interval["estimate"] < interval["high"]
+
+
+def test_the_static_recipe_has_the_worst_distance_to_real_digits(models):
+    distances = [model[DEMO_FRECHET_DISTANCE] for model in models]
+    assert all(math.isfinite(d) and d > 0 for d in distances)
+    assert max(distances) == distances[-1]
+    assert distances[-1] > 2 * max(distances[:-1])
