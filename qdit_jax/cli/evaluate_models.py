@@ -47,6 +47,7 @@ from qdit_jax.sampling import (
     denoiser,
     num_guided_channels,
 )
+from qdit_jax.types import Condition
 
 DEFAULT_OUT = "qdit-evaluate"
 PAGES = {"metrics.json": "figures", "pictures.png": "picture", "report.html": "report"}
@@ -210,7 +211,7 @@ def decodes(checkpoint: Checkpoint) -> bool:
     return checkpoint.vae is not None or checkpoint.model.sample_shape()[-1] in (1, 3)
 
 
-def merged(run: Run, contenders: list[Contender], label: Condition) -> list[AnyPath]:
+def merged(run: Run, contenders: list[Contender], condition: Condition) -> list[AnyPath]:
     """Writes the samples of each contender and returns the files, in their order.
 
     `samples.npz` is the checkpoint under evaluation.
@@ -218,12 +219,13 @@ def merged(run: Run, contenders: list[Contender], label: Condition) -> list[AnyP
     names = ["samples.npz"]
     if len(contenders) > 1:
         names = ["reference_samples.npz", "samples.npz", "compared_samples.npz"]
+    labels = {} if condition is None else {"label": np.asarray(condition)}
     files = []
     for i, (contender, name) in enumerate(zip(contenders, names, strict=False)):
         is_image = decodes(contender.checkpoint)
         array, member = ("images", "arr_0") if is_image else ("latents", "latents")
         file = run.folder / name
-        merge(run.folder, run.ranges, f"{i}/{array}", file, member, label=label)
+        merge(run.folder, run.ranges, f"{i}/{array}", file, member, **labels)
         files.append(file)
     return files
 
