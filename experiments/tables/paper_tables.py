@@ -267,7 +267,8 @@ def main() -> None:
     given = [text.partition("=") for text in args.checkpoint or ()]
     states = {name: Path(path) for name, _, path in given}
     if not states:
-        states = {n: p for n, p in digit_states(args.out / "weights") if n in args.states}
+        built = dict(digit_states(args.out / "weights"))
+        states = {name: built[name] for name in args.states}
     entries = [Entry.of(text, args.group_size) for text in args.methods]
     kept = args.out / "settings.json"
     settings = json.loads(json.dumps(settings_of(args)))
