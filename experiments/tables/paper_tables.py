@@ -42,7 +42,7 @@ from qdit_jax.evaluation import Judge, Scoring
 from qdit_jax.methods import METHODS, CalibrationData, method_named
 from qdit_jax.recipes import Recipe
 from qdit_jax.report import provenance, to_uint8
-from qdit_jax.sampling import conditions_in_turn, decode
+from qdit_jax.sampling import cyclic_conditions, decode
 
 HERE = Path(__file__).resolve().parent
 BITS = ("w8a8", "w6a8", "w4a8", "w4a4", "w3a8")
@@ -119,7 +119,7 @@ def latents(checkpoint: Checkpoint, args: argparse.Namespace, seed: int) -> np.n
     return qdit.generate(
         checkpoint,
         default_sampler(checkpoint, args.steps),
-        conditions_in_turn(checkpoint.model, None, np.arange(args.num_samples)),
+        cyclic_conditions(checkpoint.model, None, np.arange(args.num_samples)),
         seed=seed,
         guidance=args.guidance,
         batch_size=args.batch_size,

@@ -18,7 +18,8 @@ METHOD = Method(
     idea="Multiplies the 32 directions in which a layer's input varies most in 16 bits, quantizes the "
     "input without them, and rounds the kernel by GPTQ. The paper's dense rotation of the rest is "
     "left out: its run-time form here is that of a low-rank branch.",
-    runtime_cost="Three thin products of 16 bits per layer, of rank 32, beside the quantized one.",
+    runtime_cost="Three thin products of 16 bits per layer, of rank 32 (less below 1024 channels), beside the quantized one.",
+    hardware="Integer dots of 4 or 8 bits, and 16-bit dots for the branch.",
     needs={"items": spread_items},
     prepare=(ChooseTransforms(branch=input_branch()), static_ranges),
     apply=partial(fit_rounding, round_fn=gptq),

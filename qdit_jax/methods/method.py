@@ -35,6 +35,7 @@ class Method:
         paper: title and arXiv number of its source; empty if there is none.
         idea: one sentence.
         runtime_cost: a sentence on what the quantized network does in addition.
+        hardware: a sentence on the number formats that its fast execution needs.
         apply: returns the quantized parameters.
         prepare: what is done before that, one step after another: exact input transforms, and
             statistics that are taken of the network so changed.
@@ -53,6 +54,7 @@ class Method:
     apply: ApplyFn
     prepare: tuple[PrepareFn, ...] = ()
     needs: Mapping[str, CollectFn | None] = dataclasses.field(default_factory=dict)
+    hardware: str = "Integer dots of 8 or 4 bits, a scale per group."
     check: CheckFn | None = None
     stream: StreamFn | None = None
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -74,6 +76,7 @@ class Method:
             "idea": self.idea,
             "needs": list(self.needs),
             "runtime_cost": self.runtime_cost,
+            "hardware": self.hardware,
             "settings": {
                 name: value.to_json() if isinstance(value, ranges.RangeRule) else value
                 for name, value in self.settings.items()

@@ -10,8 +10,8 @@ METHOD = Method(
     paper="QLoRA: Efficient Finetuning of Quantized LLMs, arXiv:2305.14314",
     idea="Stores each weight as one of 16 quantiles of a normal distribution times its group's scale; "
     "looks at no data.",
-    runtime_cost="Products of bfloat16 elements, or float32 where activations have 8 bits; no integer "
-    "dot can take these weights.",
+    runtime_cost="A table lookup per weight before the product.",
+    hardware="Dots of float32 or bfloat16; no integer dot can take these weights.",
     apply=apply,
     settings={"group_size": 64, "weight_format": "nf4"},
 )

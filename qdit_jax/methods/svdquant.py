@@ -19,7 +19,8 @@ METHOD = Method(
     "arXiv:2411.05007",
     idea="Smooths each input, takes 32 singular directions of the kernel into a branch of 16 bits, and "
     "rounds the rest by GPTQ.",
-    runtime_cost="Two thin products of 16 bits per layer, of rank 32, beside the quantized one.",
+    runtime_cost="Two thin products of 16 bits per layer, of rank 32 (less below 1024 channels), beside the quantized one.",
+    hardware="Integer dots of 4 or 8 bits, and 16-bit dots for the branch.",
     needs={"items": spread_items},
     prepare=(
         ChooseTransforms(smoothing(ALPHAS), branch=weight_branch()),
