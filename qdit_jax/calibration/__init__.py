@@ -1,7 +1,9 @@
 """What a network's inputs look like along its sampling trajectories."""
 
 from qdit_jax.calibration.hessians import empty_hessians, input_hessians
+from qdit_jax.calibration.item_statistics import item_statistics
 from qdit_jax.calibration.items import Items, authors_steps, check_items, collect_items
+from qdit_jax.calibration.layer_inputs import LayerInputs, layer_inputs
 from qdit_jax.calibration.recording import (
     calibrate,
     conditional_and_null,
@@ -12,6 +14,7 @@ from qdit_jax.calibration.statistics import Stats, check_layer
 
 __all__ = [
     "Items",
+    "LayerInputs",
     "Stats",
     "authors_steps",
     "calibrate",
@@ -22,5 +25,7 @@ __all__ = [
     "default_sampler",
     "empty_hessians",
     "input_hessians",
+    "item_statistics",
+    "layer_inputs",
     "trajectory",
 ]

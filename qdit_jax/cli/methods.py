@@ -11,7 +11,8 @@ from qdit_jax.cli.options import SubParsers, verb_parser
 HELP = """\
 List the methods that `qdit quantize --method NAME` offers. For each: its idea in a sentence, its
 paper, the calibration data that it needs (an option of `qdit quantize`), and what it adds to the
-model's run time.
+model's run time, the number formats that hardware needs, and the settings that a preset's name
+gets from it.
 
 examples:
   qdit methods
@@ -47,9 +48,19 @@ def entry(method: dict[str, Any]) -> str:
         "paper:": method["paper"] or "none",
         "calibration data:": ", ".join(DATA.get(n, n) for n in method["needs"]) or "nothing",
         "at run time:": method["runtime_cost"],
+        "hardware:": method["hardware"],
+        "preset settings:": ", ".join(map(setting, method["settings"].items())) or "the defaults",
     }
     wrapped = (
         textwrap.fill(f"{name} {text}".strip(), 98, initial_indent="  ", subsequent_indent="    ")
         for name, text in lines.items()
     )
     return "\n".join((method["name"], *wrapped))
+
+
+def setting(item: tuple[str, Any]) -> str:
+    """Returns a setting of `Recipe.preset` in the words of the options."""
+    name, value = item
+    if isinstance(value, dict):  # a range rule
+        value = value["name"]
+    return f"{name}={value}"

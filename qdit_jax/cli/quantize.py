@@ -29,12 +29,15 @@ examples:
   qdit quantize xl2 xl2-all --recipe w4a8-all                   # every layer and label table
   qdit quantize xl2 out --recipe recipe.json                    # per-layer settings
   qdit quantize xl2 out --recipe w4a8 --dry-run                 # the plan only, writes nothing
+  qdit quantize xl2 out --recipe w4a8 --method best             # the closest; samples inputs first
+  qdit quantize xl2 out --recipe w4a8 --method smoothquant --group-size 0
+  qdit quantize xl2 out --recipe w4a4 --method svdquant
   qdit quantize xl2 out --recipe w4a8 --method gptq --range mse --num-samples 64
   qdit quantize xl2 out --recipe w4a8 --method qdit_release --adaln w4a16
   qdit quantize xl2 out --recipe w4a8 --adaln w8a8 --embedders w8a8 --final w8a8 --attention w16a8
   qdit quantize xl2 out --recipe w4a8 --act-mode static-per-timestep --stats stats.npz
 
-Rounding to nearest (rtn) takes one layer after another from CKPT to OUT, and memory holds the
+`qdit methods` describes the methods. Rounding to nearest (rtn) takes one layer after another from CKPT to OUT, and memory holds the
 largest layer, not the network. The other methods hold the network: they sample trajectories with
 the checkpoint and run the network once for every block, earlier blocks quantized; each layer is
 checked on held-out trajectories and keeps rounding to nearest where that is better.
@@ -48,6 +51,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("out", metavar="OUT", type=path_option, help="the folder to write")
     parser.add_argument(
         "--recipe",
+        "--bits",
         required=True,
         help="w4a8, w6a8, w8a8, ... (w<bits>a<bits>), w4a8-all for every layer, or a recipe.json",
     )

@@ -44,9 +44,9 @@ class PresetOptions:
 
     group_size: int | None = None
     act_group_size: int | None = None
-    symmetric: bool = False
+    symmetric: bool | None = None
     range: str | None = None
-    act_mode: str = "dynamic"
+    act_mode: str | None = None
     layers: str | None = None
     shifted_gelu: bool = False
     adaln: str | None = None
@@ -64,18 +64,27 @@ def add_preset_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--group-size",
         type=count,
-        help="input channels a scale; 0 is the whole channel (default 128)",
+        help="input channels per scale; 0 is the whole channel (default: the method's own, or 128)",
     )
     parser.add_argument(
         "--act-group-size", type=count, help="of the activations; the weights' if absent"
     )
-    parser.add_argument("--symmetric", action="store_true", help="no zero points")
+    parser.add_argument(
+        "--symmetric",
+        action=argparse.BooleanOptionalAction,
+        help="no zero points (default: the method's own, or --no-symmetric)",
+    )
     parser.add_argument(
         "--range",
         metavar="RULE",
         help=f"of the weights: {', '.join(RANGES)} (default: the method's own, minmax for rtn)",
     )
-    parser.add_argument("--act-mode", choices=ACT_MODES, default="dynamic")
+    parser.add_argument(
+        "--act-mode",
+        choices=ACT_MODES,
+        help="ranges of activations: of the input at hand, or calibrated once, or for every timestep "
+        "(default: the method's own, or dynamic)",
+    )
     parser.add_argument(
         "--layers",
         type=pattern,
@@ -91,7 +100,7 @@ def add_preset_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_method_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("method, and the inputs it learns from (not rtn)")
+    group = parser.add_argument_group("method, and the inputs it learns from (see `qdit methods`)")
     group.add_argument(
         "--method",
         choices=METHODS,
@@ -155,26 +164,18 @@ def recipe_of(text: str, options: PresetOptions, method: str, params: Any) -> An
                 "to presets like w4a8; write them into the file."
             )
         return qdit.Recipe.from_json(text)
-    # A range that is given replaces the method's own, that of the activations too.
-    ranges = method_named(method).preset_options()
-    if options.range is not None:
-        ranges = {"range_fn": range_named(options.range)}
-    return preset_of(text, options, params, ranges)
+    return preset_of(text, options, params, method_named(method).settings)
 
 
-def preset_of(name: str, options: PresetOptions, params: Any, ranges: Mapping[str, Any]) -> Any:
-    """Returns the recipe of a preset, its parts and its options."""
+def preset_of(name: str, options: PresetOptions, params: Any, own: Mapping[str, Any]) -> Any:
+    """Returns the recipe of a preset, its parts and its options; `own` are the method's settings."""
     import qdit_jax as qdit
 
-    settings = {
-        "group_size": 128 if options.group_size is None else options.group_size,
-        "symmetric": options.symmetric,
-        "act_group_size": options.act_group_size,
-        "act_mode": options.act_mode.split("-")[0],
-        "per_timestep": options.act_mode == "static-per-timestep",
-        **ranges,
-    }
+    settings = {**own, **given_settings(options)}
+    if options.range is not None:  # it replaces all of the method's own
+        settings.pop("act_range_fn", None)
     recipe = qdit.Recipe.preset(name, layers=options.layers, **settings)
+    settings.pop("weight_format", None)  # it has the bits of the preset, a part has its own
     for part in PARTS:
         if (bits := getattr(options, part)) is not None:
             recipe = recipe.with_part(part, bits, **settings)
@@ -182,6 +183,20 @@ def preset_of(name: str, options: PresetOptions, params: Any, ranges: Mapping[st
         recipe = recipe.with_shifted_gelu(params)
     recipe.resolve(params)
     return recipe
+
+
+def given_settings(options: PresetOptions) -> dict[str, Any]:
+    """Returns the settings of `Recipe.preset` that the user has given."""
+    given: dict[str, Any] = {
+        "group_size": options.group_size,
+        "symmetric": options.symmetric,
+        "act_group_size": options.act_group_size,
+        "range_fn": None if options.range is None else range_named(options.range),
+    }
+    if options.act_mode is not None:
+        given["act_mode"] = options.act_mode.split("-")[0]
+        given["per_timestep"] = options.act_mode == "static-per-timestep"
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def range_named(text: str) -> Any:
@@ -207,26 +222,28 @@ def check_options(given: Mapping[str, Any], recipe: Any) -> None:
     """Raises `UserError` for an option that has no effect, or that the recipe needs and lacks."""
     specs = [rule.spec for rule in recipe.rules]
     is_static = any(spec.act and spec.act.mode == "static" for spec in specs)
+    method = method_named(given["method"])
     if given["stats"] is not None and not is_static:
         raise UserError(
             f"--stats {given['stats']} has no effect: no activation is static; add --act-mode static, "
             "or leave it out."
         )
-    if not method_named(given["method"]).needs:
+    if not method.needs:
         reason = f"--method {given['method']} looks at no inputs"
         refuse_inert(given, OF_FITTING | OF_SAMPLING, reason)
     if given["items"] is not None:
         refuse_inert(given, OF_SAMPLING, f"the inputs come from --items {given['items']}")
     if not any(spec.act for spec in specs):
-        of_inputs = {"act_mode": "dynamic", "act_group_size": None}
+        of_inputs = {"act_mode": None, "act_group_size": None}
         refuse_inert(given, of_inputs, "the recipe leaves every input as it is")
-    if not any(spec.weight for spec in specs):
+    if not any(spec.weight for spec in specs) and not method.prepare:
         of_weights = {"method": "rtn", "range": None}
         refuse_inert(given, of_weights, "the recipe leaves every weight as it is")
     if given["shifted_gelu"] and not any(spec.act and spec.act.unsigned for spec in specs):
         no_gelu = "the recipe quantizes no input that follows a GELU"
         refuse_inert(given, {"shifted_gelu": False}, no_gelu)
-    if is_static and given["stats"] is None and not given["dry_run"]:
+    lacks = is_static and given["stats"] is None and not method.takes_own_ranges
+    if lacks and not given["dry_run"]:
         raise UserError("static activations need --stats FILE from `qdit calibrate`.")
 
 

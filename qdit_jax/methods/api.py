@@ -119,7 +119,11 @@ def quantize_whole(
     whole = materialized(checkpoint)
     sampled = any(getattr(data, name) is None for name in method.needs)
     data = completed(method, whole, data)
-    params = method.apply(whole.params, model=whole.model, recipe=recipe, data=data, report=report)
+    params = whole.params
+    given = {"model": whole.model, "recipe": recipe, "report": report}
+    for step in method.prepare:
+        params, data = step(params, data=data, **given)
+    params = method.apply(params, data=data, **given)
     told = data.to_json(fitted=bool(method.needs), sampled=sampled)
     metadata = metadata_of(checkpoint, method, recipe, told, report) | facts
     result = dataclasses.replace(whole, params=params, recipe=recipe, metadata=metadata)
@@ -154,7 +158,7 @@ def check(method: Method, checkpoint: Checkpoint, recipe: Recipe, data: Calibrat
     specs = recipe.resolve(checkpoint.params)
     if method.check is not None:
         method.check(specs, data)
-    check_stats(specs, data)
+    check_stats(specs, data, method)
     if data.items is not None and "items" in method.needs:
         found = tuple(data.items.x.shape[1:])
         wanted = tuple(checkpoint.model.sample_shape())
@@ -174,9 +178,21 @@ def check(method: Method, checkpoint: Checkpoint, recipe: Recipe, data: Calibrat
             )
 
 
-def check_stats(specs: Mapping[str, LayerSpec], data: CalibrationData) -> None:
-    """Raises `ValueError` if activations are static and there are no statistics."""
+def check_stats(specs: Mapping[str, LayerSpec], data: CalibrationData, method: Method) -> None:
+    """Raises `ValueError` if static activations lack statistics, or the method takes its own."""
     static = [path for path, spec in specs.items() if spec.act and spec.act.mode == "static"]
+    if method.takes_own_ranges:
+        if data.stats is not None:
+            raise ValueError(
+                f"method {method.name!r} takes the ranges of static activations from its own inputs, "
+                "after its change of coordinates; leave stats (--stats) out."
+            )
+        return
+    if static and method.prepare:
+        raise ValueError(
+            f"the recipe quantizes the input of {static[0]} with mode='static', but method "
+            f"{method.name!r} looks at no data; use mode='dynamic'."
+        )
     if static and data.stats is None:
         raise ValueError(
             f"the recipe quantizes the input of {static[0]} with mode='static', which needs "
@@ -222,6 +238,7 @@ def metadata_of(
         "data": data,
         "notes": report.notes,
         "layers": report.layers,
+        **({"transforms": report.transforms} if report.transforms else {}),
     }
     if (earlier := checkpoint.metadata.get("quantization")) is not None:
         summary["earlier"] = earlier

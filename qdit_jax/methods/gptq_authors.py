@@ -18,5 +18,5 @@ METHOD = Method(
     runtime_cost="None: codes and scales are those of rtn.",
     needs={"items": spread_items},
     apply=partial(fit_rounding, round_fn=gptq_authors),
-    weight_range=ranges.authors_gptq,
+    settings={"range_fn": ranges.authors_gptq},
 )

@@ -8,11 +8,16 @@ from typing import Any
 
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.methods.data import CalibrationData
+from qdit_jax.methods.static_ranges import static_ranges
 from qdit_jax.quant import ranges
 from qdit_jax.recipes import LayerSpec, Recipe
+from qdit_jax.types import Params
 
 # `(params, *, model, recipe, data, report) -> params`; `data` holds what the method needs.
-ApplyFn = Callable[..., Any]
+ApplyFn = Callable[..., Params]
+# `(params, *, model, recipe, data, report) -> (params, data)`: parameters in full precision that
+# compute the same function, and what the following steps learn from.
+PrepareFn = Callable[..., tuple[Params, CalibrationData]]
 # `(checkpoint, data)` -> one field of `data`, from the checkpoint's own trajectories.
 CollectFn = Callable[[Checkpoint, CalibrationData], Any]
 # `(specs by path, data)`: raises `ValueError` if they do not suit the method.
@@ -30,12 +35,16 @@ class Method:
         paper: title and arXiv number of its source; empty if there is none.
         idea: one sentence.
         runtime_cost: a sentence on what the quantized network does in addition.
+        hardware: a sentence on the number formats that its fast execution needs.
         apply: returns the quantized parameters.
+        prepare: what is done before that, one step after another: exact input transforms, and
+            statistics that are taken of the network so changed.
         needs: fields of `CalibrationData` that must be there, such as `"items"`, and what collects
             each where the caller has not brought it; None if the caller must.
         check: refuses a recipe or data before anything is computed.
         stream: does the same layer by layer from disk to disk, where the method can.
-        weight_range, act_range: the range rules of a recipe that is asked for by a preset's name.
+        settings: those of `Recipe.preset` that differ from its defaults, where a recipe is asked for
+            by a preset's name.
     """
 
     name: str
@@ -43,19 +52,21 @@ class Method:
     idea: str
     runtime_cost: str
     apply: ApplyFn
+    prepare: tuple[PrepareFn, ...] = ()
     needs: Mapping[str, CollectFn | None] = dataclasses.field(default_factory=dict)
+    hardware: str = "Integer dots of 8 or 4 bits, a scale per group."
     check: CheckFn | None = None
     stream: StreamFn | None = None
-    weight_range: ranges.RangeRule = ranges.minmax
-    act_range: ranges.RangeRule = ranges.minmax
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def preset_options(self) -> dict[str, ranges.RangeRule]:
-        """Returns the options of `Recipe.preset` that are this method's own."""
-        return {"range_fn": self.weight_range, "act_range_fn": self.act_range}
+    @property
+    def takes_own_ranges(self) -> bool:
+        """Whether static activations get their ranges from the method's own inputs."""
+        return static_ranges in self.prepare
 
     def preset(self, name: str, params: Any = None, **options: Any) -> Recipe:
-        """Returns `Recipe.preset(name, params, ...)` with this method's ranges unless they are given."""
-        return Recipe.preset(name, params, **{**self.preset_options(), **options})
+        """Returns `Recipe.preset(name, params, ...)` with this method's settings unless given."""
+        return Recipe.preset(name, params, **{**self.settings, **options})
 
     def to_json(self) -> dict[str, Any]:
         """Returns the description as JSON-able values."""
@@ -65,6 +76,9 @@ class Method:
             "idea": self.idea,
             "needs": list(self.needs),
             "runtime_cost": self.runtime_cost,
-            "weight_range": self.weight_range.to_json(),
-            "act_range": self.act_range.to_json(),
+            "hardware": self.hardware,
+            "settings": {
+                name: value.to_json() if isinstance(value, ranges.RangeRule) else value
+                for name, value in self.settings.items()
+            },
         }

@@ -38,6 +38,5 @@ METHOD = Method(
     check=check,
     needs={"items": authors_items},
     apply=partial(fit_rounding, round_fn=gptq_authors, stages_fn=by_block_authors, holdout=0.0),
-    weight_range=ranges.authors_gptq,
-    act_range=ranges.authors,
+    settings={"range_fn": ranges.authors_gptq, "act_range_fn": ranges.authors},
 )

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
+from qdit_jax.methods.input_transforms import Place, Transform
 from qdit_jax.ptq import RoundedLayer, precision_of, precision_warning
 from qdit_jax.quant import QTensor
 
@@ -49,9 +50,11 @@ class Report:
     Attributes:
         on_layer: called after each layer.
         on_note: called with a sentence that the user should read.
-        on_total: called with the number of batches to come, before the first.
+        on_total: called with the number of batches of the whole, each time that more are known.
         progress_fn: called with the number of batches finished.
         layers, notes: all of them so far.
+        transforms: what became of each input, by the path of its first layer.
+        num_batches: those that `on_total` was told of.
     """
 
     on_layer: Callable[[LayerReport], Any] | None = None
@@ -59,6 +62,8 @@ class Report:
     on_total: Callable[[int], Any] | None = None
     progress_fn: Callable[[int], Any] | None = None
     layers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    transforms: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    num_batches: int = 0
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def layer(self, layer: LayerReport) -> None:
@@ -84,9 +89,23 @@ class Report:
         if self.on_note is not None:
             self.on_note(sentence)
 
+    def transform(self, place: Place, chosen: Transform, before: float, after: float) -> None:
+        """Reports the coordinates chosen for an input, with the output errors before and after."""
+        kinds = ["scale"] if chosen.scale is not None else []
+        kinds += ["shift"] if chosen.shift is not None else []
+        self.transforms[place.layers[0]] = {
+            "layers": list(place.layers),
+            "kinds": kinds + ([chosen.rotation.kind] if chosen.rotation is not None else []),
+            "folded": place.folded and chosen.rotation is None,
+            "before_db": round(decibel(before), 2),
+            "after_db": round(decibel(after), 2),
+        }
+
     def total(self, num_batches: int) -> None:
+        """Says that `num_batches` more will be run."""
+        self.num_batches += num_batches
         if self.on_total is not None:
-            self.on_total(num_batches)
+            self.on_total(self.num_batches)
 
 
 def decibel(error: float) -> float:

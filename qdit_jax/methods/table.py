@@ -16,9 +16,23 @@ METHODS = (
     "rtn",
     "gptq",
     "adaround",
+    "best",
     "qdit",
     "qdit_release",
     "gptq_authors",
+    "ptq4dm",
+    "repq_vit",
+    "tfmq_dm",
+    "ptq4dit",
+    "g4w_p4a",
+    "smoothquant",
+    "awq",
+    "convrot",
+    "quarot",
+    "vidit_q",
+    "svdquant",
+    "dirotq",
+    "nf4",
 )
 
 

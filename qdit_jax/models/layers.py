@@ -93,7 +93,8 @@ class Linear(nn.Module):
         x = mapped_input(self, x)
         if isinstance(kernel, QTensor):
             act_quant = optional(self, "act_quant")
-            y = quantized_matmul(x, kernel, act_quant, self.numerics, self.implementation)
+            rest = input_left(self, x)
+            y = quantized_matmul(rest, kernel, act_quant, self.numerics, self.implementation)
             return with_outputs(self, x, y + bias.astype(y.dtype))
         seen = quantized_input(self, x)
         # Two axes: on CPU the gradient of a product over [B, T, K] is twice as slow.
@@ -109,8 +110,16 @@ def mapped_input(module: nn.Module, x: Array) -> Array:
     return x
 
 
+def input_left(module: nn.Module, x: Array) -> Array:
+    """Returns what the layer's output leaves leave of a mapped input to the kernel's product."""
+    for leaf in leaves_of(module, "output"):
+        x = leaf.rest(x)
+    return x
+
+
 def quantized_input(module: nn.Module, x: Array) -> Array:
-    """Returns a mapped input after the layer's activation quantizer, if it has one."""
+    """Returns what the kernel is multiplied with: of a mapped input, after the quantizer if any."""
+    x = input_left(module, x)
     for leaf in leaves_of(module, "quantizer"):
         x = leaf(x)
     return x

@@ -2,9 +2,10 @@
 
 from qdit_jax.ptq.promises import Precision, precision_of, precision_warning
 from qdit_jax.ptq.rewriting import rewrite_layers, weight_name
-from qdit_jax.ptq.rounding import StagesFn, num_batches, round_params
+from qdit_jax.ptq.rounding import StagesFn, held_out_items, num_batches, round_params
 from qdit_jax.ptq.sequential import (
     RoundedLayer,
+    RoundFn,
     by_block,
     by_block_authors,
     by_layer,
@@ -24,6 +25,7 @@ from qdit_jax.ptq.transform import (
 __all__ = [
     "LayerPlan",
     "Precision",
+    "RoundFn",
     "RoundedLayer",
     "StagesFn",
     "act_quantizer",
@@ -33,6 +35,7 @@ __all__ = [
     "by_layer",
     "check_unquantized",
     "deferred_quantization",
+    "held_out_items",
     "matrix_shape",
     "num_batches",
     "plan",

@@ -6,6 +6,7 @@ from qdit_jax.quant.act import (
     codes_of,
     expand_to_channels,
     fake_quantize,
+    grid_of_limits,
     group_extremes,
     select_timestep,
     static_act_quant,
@@ -16,6 +17,8 @@ from qdit_jax.quant.branches import true_after
 from qdit_jax.quant.finite import GREATEST_WEIGHT, check_finite
 from qdit_jax.quant.gptq_rounding import accumulate_hessian, gptq, gptq_authors, output_error
 from qdit_jax.quant.groups import effective_group_size, map_groups, num_groups
+from qdit_jax.quant.hadamard import regular_size, whole_size
+from qdit_jax.quant.input_maps import InputMap, LowRank, Rotation
 from qdit_jax.quant.leaves import LEAVES, Leaf, Role, entry_name, slots, with_leaf
 from qdit_jax.quant.qtensor import (
     QTensor,
@@ -42,9 +45,12 @@ __all__ = [
     "ActQuant",
     "ActSpec",
     "AdaRoundSettings",
+    "InputMap",
     "Leaf",
+    "LowRank",
     "QTensor",
     "Role",
+    "Rotation",
     "WeightSpec",
     "accumulate_hessian",
     "adaround",
@@ -61,6 +67,7 @@ __all__ = [
     "from_codes",
     "gptq",
     "gptq_authors",
+    "grid_of_limits",
     "group_extremes",
     "integer_codes",
     "map_groups",
@@ -72,6 +79,7 @@ __all__ = [
     "quantize",
     "quantize_array",
     "ranges",
+    "regular_size",
     "scale_value",
     "scale_values",
     "select_columns",
@@ -80,5 +88,6 @@ __all__ = [
     "static_act_quant",
     "static_act_quant_of_limits",
     "true_after",
+    "whole_size",
     "with_leaf",
 ]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from qdit_jax.quant import formats
 from qdit_jax.quant.act import ActQuant
+from qdit_jax.quant.input_maps import InputMap, LowRank, Rotation
 from qdit_jax.quant.qtensor import QTensor
 from qdit_jax.quant.specs import ActSpec
 
@@ -19,7 +20,7 @@ from qdit_jax.quant.specs import ActSpec
 #   parameter  stands in place of an array of the network
 #   quantizer  `leaf(x)` is what the kernel is multiplied with
 #   input      `x = leaf(x)`, before the quantizer
-#   output     `y = y + leaf(x)`, with `x` after the input leaves and before the quantizer
+#   output     `y = y + leaf(x)`, with `x` after the input leaves; the quantizer sees `leaf.rest(x)`
 Role = Literal["parameter", "quantizer", "input", "output"]
 
 
@@ -49,6 +50,10 @@ LEAVES: dict[str, Leaf] = {
     "ActQuant": Leaf(
         ActQuant, "quantizer", "act_quant", "_quant", statics={"spec": ActSpec.from_json}
     ),
+    # The order of two input leaves is the order in which they work.
+    "InputMap": Leaf(InputMap, "input", "input_map"),
+    "Rotation": Leaf(Rotation, "input", "rotation"),
+    "LowRank": Leaf(LowRank, "output", "low_rank"),
 }
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Literal, TypedDict
 
-from qdit_jax.quant import ActSpec, WeightSpec, ranges
+from qdit_jax.quant import ActSpec, WeightSpec, formats, ranges
 from qdit_jax.recipes.rules import LayerSpec
 
 PRESET = re.compile(r"w(\d+)a(\d+)(-all)?")
@@ -57,11 +58,24 @@ def preset_spec(
     range_fn: ranges.RangeRule = ranges.minmax,
     act_range_fn: ranges.RangeRule = ranges.minmax,
     scale_dtype: str = "float16",
+    weight_format: str | None = None,
 ) -> LayerSpec:
-    """Returns the spec of every layer of a preset; the settings are those of `Recipe.preset`."""
+    """Returns the spec of every layer of a preset; the settings are those of `Recipe.preset`.
+
+    Raises:
+        ValueError: if the format is unknown, or has other bits than the preset.
+    """
     weight = act = None
     if weight_bits != 16:
         weight = WeightSpec(weight_bits, group_size, symmetric, range_fn, scale_dtype)
+    if weight is not None and weight_format is not None:
+        fmt = formats.by_name(weight_format)
+        if fmt.bits != weight_bits:
+            raise ValueError(
+                f"weight_format={weight_format!r} has {fmt.bits} bits, but the recipe asks for "
+                f"w{weight_bits}; use w{fmt.bits}a{act_bits}."
+            )
+        weight = dataclasses.replace(weight, fmt=fmt)
     if act_bits != 16:
         size = group_size if act_group_size is None else act_group_size
         act = ActSpec(act_bits, size, symmetric, act_range_fn, act_mode, per_timestep=per_timestep)

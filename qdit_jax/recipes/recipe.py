@@ -188,6 +188,8 @@ class Recipe:
             per_timestep: static activations have one range per calibrated timestep.
             range_fn, act_range_fn: of the weights and of the activations (`ranges.minmax`).
             scale_dtype: of the weights' scales, 16 bits each as the paper counts them.
+            weight_format: a number format of `quant.formats` for the weights in place of integers,
+                such as `"nf4"` for `"w4a8"`; it may fix the group size.
 
         Raises:
             ValueError: if the name is no preset or leaves everything at 16 bits, or the pattern

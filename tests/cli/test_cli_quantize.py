@@ -181,3 +181,44 @@ def test_the_method_brings_its_ranges_unless_one_is_given(options, method, range
 def test_unknown_methods_are_refused_with_the_known_ones(folder, capsys):
     assert quantize(folder, "--recipe", "w4a8", "--method", "rounding") == 2
     assert "choose from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "leaves"),
+    [
+        ("smoothquant", "w4a8", {"InputMap"}),
+        ("svdquant", "w4a4", {"LowRank"}),
+        ("convrot", "w8a8", {"Rotation"}),
+        ("ptq4dm", "w8a8", set()),
+    ],
+)
+def test_a_method_goes_from_the_command_line_to_samples(folder, method, bits, leaves, capsys):
+    layers = ["--layers", "blocks_0/mlp/fc2"]
+    few = [] if method == "convrot" else FEW[:4]
+    assert quantize(folder, "--bits", bits, "--method", method, *layers, *few) == 0
+    assert "wrote" in capsys.readouterr().out
+    out = load(folder / "out")
+    found = out.params["blocks_0"]["mlp"]["fc2"]
+    assert leaves <= {type(leaf).__name__ for leaf in found.values()}
+    assert out.recipe.rules[0].spec.act.mode == ("static" if method == "ptq4dm" else "dynamic")
+    samples = generate(out, ddim(steps=2), np.arange(2), guidance=1.5)
+    assert np.isfinite(samples).all()
+
+
+def test_what_is_given_comes_before_the_method_s_own_settings(folder):
+    own = quantized_to(PresetOptions(), "svdquant")
+    assert (own.weight.group_size, own.weight.symmetric, own.act.symmetric) == (64, True, True)
+    given = PresetOptions(group_size=16, symmetric=False, act_group_size=0)
+    spec = quantized_to(given, "svdquant")
+    assert (spec.weight.group_size, spec.weight.symmetric, spec.act.group_size) == (16, False, 0)
+    static = quantized_to(PresetOptions(), "tfmq_dm").act
+    assert (static.mode, static.per_timestep) == ("static", True)
+    dynamic = quantized_to(PresetOptions(act_mode="dynamic"), "tfmq_dm").act
+    assert (dynamic.mode, dynamic.per_timestep) == ("dynamic", False)
+    assert quantized_to(PresetOptions(), "nf4").weight.fmt.name == "nf4"
+    parts = recipe_of("w4a8", PresetOptions(adaln="w8a8"), "nf4", tiny_checkpoint().params)
+    assert [rule.spec.weight.bits for rule in parts.rules] == [4, 8]
+
+
+def quantized_to(options, method):
+    return recipe_of("w4a8", options, method, tiny_checkpoint().params).rules[0].spec

@@ -53,9 +53,14 @@ class LowRank:
     def __call__(self, x):
         return x @ self.down @ self.up
 
+    def rest(self, x):
+        return x
+
 
 @pytest.fixture
 def rows(monkeypatch):
+    for name in ("InputMap", "Rotation"):
+        monkeypatch.delitem(LEAVES, name)
     monkeypatch.setitem(LEAVES, "Scaled", Leaf(Scaled, "input", "input_map"))
     monkeypatch.setitem(LEAVES, "LowRank", Leaf(LowRank, "output", "low_rank"))
 
@@ -112,7 +117,9 @@ def test_a_type_that_the_table_lacks_is_refused_by_name(rows, monkeypatch):
 
 def test_slots_have_one_name_each():
     assert slots("quantizer") == ["act_quant"]
-    assert slots("parameter") == slots("input") == slots("output") == []
+    assert slots("input") == ["input_map", "rotation"]
+    assert slots("output") == ["low_rank"]
+    assert slots("parameter") == []
     assert entry_name("blocks_0/mlp/fc1", "act_quant") == "blocks_0/mlp/fc1/act_quant"
     assert entry_name("blocks_0/attn/q", "act_quant", operand=True) == "blocks_0/attn/q_quant"
     before = {"a": 1}

@@ -1,0 +1,330 @@
+"""Measures methods x bits on several states of a model: one command, resumable.
+
+    python experiments/tables/paper_tables.py --out runs/tables
+    python experiments/tables/paper_tables.py --out runs/tables --dry-run
+    python experiments/tables/paper_tables.py --out runs/xl2 --checkpoint xl2=xl2 \\
+        --num-samples 10000 --seeds 0 --steps 100 --group-size 128 \\
+        --reference VIRTUAL_imagenet256_labeled.npz --features inception inception_ckpt
+
+Without --checkpoint the states are those of the packaged digit model: `as_trained`, `injected` with
+outlier channels, `finetuned` with them (the packaged one), and `mixed`, whose outliers lie in no
+single channel (`mix_outliers.py`). With a checkpoint of yours, a reference and Inception weights, the
+command runs the papers' protocol. A method is a name of `qdit methods`, or `name:G` with groups of G
+channels (0: one scale per output channel); a method's own group size comes before --group-size.
+
+Every cell is a file in OUT/cells; a cell that is there is not computed again. Paired measures hold
+each sample against full precision from the same noise and condition; intervals are over samples and
+seeds (95 % bootstrap). Times are those of a busy or free machine as it was: compare within one run.
+Writes tables.json, tables.md and tables.png. --dry-run measures one short rollout and prints how many
+cells are left, and about how long they take and what they hold in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from paper_report import write_report
+
+import qdit_jax as qdit
+from qdit_jax import metrics
+from qdit_jax.calibration import Items, default_sampler
+from qdit_jax.checkpoint import Checkpoint
+from qdit_jax.evaluation import Judge, Scoring
+from qdit_jax.methods import METHODS, CalibrationData, method_named
+from qdit_jax.recipes import Recipe
+from qdit_jax.report import provenance, to_uint8
+from qdit_jax.sampling import cyclic_conditions, decode
+
+HERE = Path(__file__).resolve().parent
+BITS = ("w8a8", "w6a8", "w4a8", "w4a4", "w3a8")
+STATES = ("as_trained", "injected", "finetuned", "mixed")
+NUM_HEADS = 4  # of the packaged model
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A row of the table: a method and, where it has none of its own, a group size."""
+
+    method: str
+    group_size: int
+
+    @classmethod
+    def of(cls, text: str, group_size: int) -> Entry:
+        """Returns the entry that `name` or `name:G` means."""
+        name, _, size = text.partition(":")
+        return cls(
+            name, int(size) if size else method_named(name).settings.get("group_size", group_size)
+        )
+
+    @property
+    def title(self) -> str:
+        return f"{self.method}, " + (f"g{self.group_size}" if self.group_size else "per channel")
+
+    def recipe(self, bits: str, checkpoint: Checkpoint) -> Recipe | None:
+        """Returns the recipe; None if the method has no such bits."""
+        method = method_named(self.method)
+        if method.settings.get("weight_format") and not bits.startswith("w4"):
+            return None
+        return method.preset(bits, checkpoint.params, group_size=self.group_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bed:
+    """One state of a model, with what its cells are held against."""
+
+    name: str
+    checkpoint: Checkpoint
+    items: Items
+    full: dict[int, np.ndarray]  # final latents of full precision, by seed
+
+
+def digit_states(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yields the packaged model's states, built where they are not there yet."""
+    sys.path.insert(0, str(HERE.parent / "testbeds"))
+    import inject_outliers
+    import mix_outliers
+
+    trained = HERE.parent / "weights/demo_as_trained.safetensors"
+    packaged = Path(qdit.__file__).parent / "assets/demo_dit.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
+    heads = ["--num-heads", str(NUM_HEADS)]
+    injected, mixed = (folder / f"{name}.safetensors" for name in ("injected", "mixed"))
+    if not injected.exists():
+        inject_outliers.main([str(trained), str(injected), *heads])
+    if not mixed.exists():
+        mix_outliers.main([str(packaged), str(mixed), *heads])
+    yield from zip(STATES, (trained, injected, packaged, mixed), strict=True)
+
+
+def read(path: Path) -> Checkpoint:
+    """Returns the checkpoint in a folder, or in weights of the packaged model's layout."""
+    if path.is_dir():
+        return qdit.load(path)
+    import qdit_convert
+
+    return qdit_convert.convert(path, num_heads=NUM_HEADS)
+
+
+def latents(checkpoint: Checkpoint, args: argparse.Namespace, seed: int) -> np.ndarray:
+    """Returns the final latents of all samples of one seed."""
+    return qdit.generate(
+        checkpoint,
+        default_sampler(checkpoint, args.steps),
+        cyclic_conditions(checkpoint.model, None, np.arange(args.num_samples)),
+        seed=seed,
+        guidance=args.guidance,
+        batch_size=args.batch_size,
+        decode_fn=None,
+    )
+
+
+def bed_of(name: str, path: Path, args: argparse.Namespace) -> Bed:
+    """Returns a state with its calibration items and its samples in full precision, kept on disk."""
+    checkpoint = read(path)
+    folder = args.out / "beds" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "items.npz").exists():
+        qdit.collect_items(
+            checkpoint,
+            jax.random.key(1000),
+            args.num_items,
+            sampler=default_sampler(checkpoint, args.steps),
+            guidance=args.guidance,
+        ).save(folder / "items.npz")
+    full = {}
+    for seed in args.seeds:
+        file = folder / f"{args.num_samples}x{args.steps}-{seed}.npy"
+        if not file.exists():
+            partial = file.with_suffix(".partial.npy")
+            np.save(partial, latents(checkpoint, args, seed))
+            partial.rename(file)
+        full[seed] = np.load(file)
+    return Bed(name, checkpoint, Items.load(folder / "items.npz"), full)
+
+
+def images_of(checkpoint: Checkpoint, final: np.ndarray, batch_size: int) -> np.ndarray:
+    """Returns latents as images, uint8."""
+    if checkpoint.vae is None:
+        return to_uint8(final)
+    starts = range(0, len(final), batch_size)
+    parts = (decode(checkpoint.vae, final[i : i + batch_size]) for i in starts)
+    return np.concatenate([to_uint8(np.asarray(part)) for part in parts])
+
+
+def scored(judge: Judge, images: np.ndarray, folder: Path) -> tuple[float, np.ndarray]:
+    """Returns the Fréchet distance to the reference, and every image's features of length 1."""
+    file = folder / "scored.npz"
+    np.savez(file, images)
+    features = judge.features_of(file, "scored", lambda batches, count, name: batches)
+    distance = metrics.scores(features, judge.reference, None, judge.settings)["frechet_distance"]
+    file.unlink()
+    pool = features.pool / np.maximum(np.linalg.norm(features.pool, axis=1, keepdims=True), 1e-12)
+    return float(distance), pool
+
+
+def full_precision_cell(bed: Bed, judge: Judge, args: argparse.Namespace) -> dict[str, Any]:
+    """Returns what full precision itself scores, seed by seed."""
+    distances = [
+        scored(judge, images_of(bed.checkpoint, bed.full[seed], args.batch_size), args.out)[0]
+        for seed in args.seeds
+    ]
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(bed.checkpoint.params))
+    return {"frechet_distance": distances, "bytes": size}
+
+
+def cell(
+    bed: Bed, entry: Entry, bits: str, judge: Judge, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Returns the measures of one method at one precision on one state."""
+    began = time.perf_counter()
+    data = CalibrationData(items=bed.items, batch_size=args.batch_size)
+    recipe = entry.recipe(bits, bed.checkpoint)
+    quantized = qdit.quantize(bed.checkpoint, entry.method, recipe, data=data)
+    jax.block_until_ready(quantized.params)
+    seconds = time.perf_counter() - began
+    ratios, apart, distances = [], [], []
+    for seed in args.seeds:
+        final = latents(quantized, args, seed)
+        ratios.append(metrics.signal_to_noise_db(bed.full[seed], final))
+        pairs = (images_of(quantized, x, args.batch_size) for x in (final, bed.full[seed]))
+        (distance, ours), (_, theirs) = (scored(judge, images, args.out) for images in pairs)
+        distances.append(distance)
+        apart.append(np.square(ours - theirs).sum(axis=1))
+    return {
+        "closeness_db": dataclasses.asdict(metrics.bootstrap_interval(np.concatenate(ratios))),
+        "feature_distance": dataclasses.asdict(metrics.bootstrap_interval(np.concatenate(apart))),
+        "frechet_distance": distances,
+        "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(quantized.params)),
+        "seconds_to_quantize": seconds,
+        "notes": quantized.metadata["quantization"]["notes"],
+        "transforms": quantized.metadata["quantization"].get("transforms", {}),
+    }
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns what a cell depends on beside its own name."""
+    names = ("num_samples", "num_items", "seeds", "steps", "guidance", "reference", "features")
+    return {name: getattr(args, name) for name in names}
+
+
+def estimate(beds: Sequence[Path], num_cells: int, args: argparse.Namespace) -> str:
+    """Returns about how long the cells that are left take, from one short rollout."""
+    checkpoint = read(beds[0])
+    few = argparse.Namespace(**{**vars(args), "num_samples": args.batch_size, "steps": 2})
+    latents(checkpoint, few, 0)
+    began = time.perf_counter()
+    latents(checkpoint, few, 0)
+    each = (time.perf_counter() - began) / (2 * args.batch_size)
+    seconds = num_cells * each * args.num_samples * args.steps * len(args.seeds)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(checkpoint.params))
+    shape = checkpoint.model.sample_shape()
+    held = 2 * size + (3 * args.num_samples * len(args.seeds)) * 4 * int(np.prod(shape))
+    return (
+        f"{num_cells} cells are left: about {seconds / 3600:.1f} h of sampling on this machine, and "
+        f"the quantizing beside it; {held / 1e9:.2f} GB for parameters and latents"
+    )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/tables"))
+    parser.add_argument(
+        "--checkpoint",
+        action="append",
+        metavar="NAME=PATH",
+        help="a full-precision checkpoint folder in place of the packaged states; repeatable",
+    )
+    parser.add_argument("--states", nargs="+", choices=STATES, default=STATES)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="NAME[:G]")
+    parser.add_argument("--bits", nargs="+", default=list(BITS))
+    parser.add_argument("--group-size", type=int, default=32)
+    parser.add_argument("--num-samples", type=int, default=1000, help="per seed")
+    parser.add_argument("--num-items", type=int, default=64, help="trajectories to calibrate on")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance", type=float, default=1.5)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--reference", default="demo", help="an .npz of images or statistics")
+    parser.add_argument("--features", nargs="+", default=["demo"], help="demo, or inception CKPT")
+    parser.add_argument("--dry-run", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    (args.out / "cells").mkdir(parents=True, exist_ok=True)
+    given = [text.partition("=") for text in args.checkpoint or ()]
+    states = {name: Path(path) for name, _, path in given}
+    if not states:
+        built = dict(digit_states(args.out / "weights"))
+        states = {name: built[name] for name in args.states}
+    entries = [Entry.of(text, args.group_size) for text in args.methods]
+    kept = args.out / "settings.json"
+    settings = json.loads(json.dumps(settings_of(args)))
+    if kept.exists() and json.loads(kept.read_text()) != settings:
+        raise SystemExit(f"{args.out} holds cells of other settings ({kept}); use another --out.")
+    kept.write_text(json.dumps(settings, indent=1))
+    files = {
+        (name, entry, bits): args.out
+        / "cells"
+        / f"{name}-{entry.method}-{entry.group_size}-{bits}.json"
+        for name in states
+        for bits in args.bits
+        for entry in entries
+    }
+    left = [key for key, file in files.items() if not file.exists()]
+    if args.dry_run:
+        print(estimate(list(states.values()), len(left), args))
+        return
+    few = metrics.ScoreSettings(min_samples=2)
+    scoring = Scoring(
+        args.reference, tuple(args.features), settings=few, batch_size=args.batch_size
+    )
+    beds: dict[str, Bed] = {}
+    for i, key in enumerate(left):
+        name, entry, bits = key
+        if name not in beds:
+            beds = {name: bed_of(name, states[name], args)}
+            shape = beds[name].full[args.seeds[0]].shape
+            judge = scoring.judge(image_shape(beds[name].checkpoint, shape), name)
+            own = args.out / "cells" / f"{name}-full.json"
+            own.write_text(json.dumps(full_precision_cell(beds[name], judge, args)))
+        if entry.recipe(bits, beds[name].checkpoint) is None:
+            continue
+        found = cell(beds[name], entry, bits, judge, args)
+        partial = files[key].with_suffix(".partial")
+        partial.write_text(json.dumps(found))
+        partial.rename(files[key])
+        near = found["closeness_db"]
+        print(
+            f"{i + 1}/{len(left)} {name} {bits} {entry.title}: {near['estimate']:.1f} dB",
+            flush=True,
+        )
+    rows = [
+        {"state": name, "bits": bits, "method": entry.title, **json.loads(file.read_text())}
+        for (name, entry, bits), file in files.items()
+        if file.exists()
+    ]
+    full = {name: json.loads((args.out / f"cells/{name}-full.json").read_text()) for name in states}
+    write_report(args.out, {"made": provenance(), "settings": settings, "full": full, "rows": rows})
+
+
+def image_shape(checkpoint: Checkpoint, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of all images that latents of `shape` decode to."""
+    one = images_of(checkpoint, np.zeros((1, *shape[1:]), np.float32), 1)
+    return (shape[0], *one.shape[1:])
+
+
+if __name__ == "__main__":
+    main()

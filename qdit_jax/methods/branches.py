@@ -1,0 +1,109 @@
+"""Low-rank branches in 16 bits beside a quantized kernel, from its weights or from its inputs.
+
+Dimensions: M rows, K input channels, N output channels, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse.linalg
+from jaxtyping import Array, Float
+
+from qdit_jax.methods.input_transforms import sixteen_bits
+from qdit_jax.methods.scoring import rounded_kernel, rounded_rows
+from qdit_jax.quant import LowRank
+from qdit_jax.recipes import LayerSpec
+
+# `(kernel [K, N], rows fitted to [M, K], held-out rows, spec) -> branch`; None to have none. Rows and
+# kernel are in the coordinates of the layer's input transform.
+BranchFn = Callable[[np.ndarray, np.ndarray, np.ndarray, LayerSpec], LowRank | None]
+# The shape of a kernel -> the rank of its branch.
+RankFn = Callable[[tuple[int, ...]], int]
+LARGEST_RANK, CHANNELS_PER_RANK = 32, 32
+WHOLE_SVD = 512  # kernels with fewer channels on one side are decomposed whole
+
+
+def published_rank(shape: tuple[int, ...]) -> int:
+    """Returns 32, as published for kernels of 1024 channels and more; less in proportion below.
+
+    In a kernel of 128 channels, a rank of 32 would take twice the bytes of its 4-bit codes.
+    """
+    return max(1, min(LARGEST_RANK, min(shape) // CHANNELS_PER_RANK))
+
+
+def weight_branch(rank_fn: RankFn = published_rank, iterations: int = 4) -> BranchFn:
+    """Returns the rule of SVDQuant: what a truncated SVD of the kernel holds.
+
+    The next decomposition is of the kernel without its rounded rest, as long as the output error on
+    the held-out rows falls, `iterations` times at most.
+    """
+
+    def branch(
+        kernel: np.ndarray, rows: np.ndarray, held_out: np.ndarray, spec: LayerSpec
+    ) -> LowRank | None:
+        size = rank_fn(kernel.shape)
+        rest, best, least = np.zeros_like(kernel), None, np.inf
+        for _ in range(iterations):
+            down, up = truncated_svd(kernel - rest, size)
+            found = LowRank(sixteen_bits(down), sixteen_bits(up))
+            rest = np.asarray(rounded_kernel(jnp.asarray(kernel - product_of(found)), spec.weight))
+            error = branch_error(kernel, rest, found, held_out, spec)
+            if not error < least:
+                break
+            best, least = found, error
+        return best
+
+    return branch
+
+
+def input_branch(rank_fn: RankFn = published_rank) -> BranchFn:
+    """Returns the rule of DiRotQ in its cheap form: the directions in which inputs vary most.
+
+    What of the input lies in them is multiplied in 16 bits, and only the rest is quantized.
+    """
+
+    def branch(
+        kernel: np.ndarray, rows: np.ndarray, held_out: np.ndarray, spec: LayerSpec
+    ) -> LowRank | None:
+        size = rank_fn(kernel.shape)
+        covariance = rows.T.astype(np.float64) @ rows
+        down = np.linalg.eigh(covariance)[1][:, ::-1][:, :size].astype(np.float32)
+        stored = sixteen_bits(down)
+        up = np.asarray(stored, np.float32).T @ kernel
+        return LowRank(stored, sixteen_bits(up), subspace=True)
+
+    return branch
+
+
+def truncated_svd(matrix: Float[np.ndarray, "K N"], rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `[K, R]` and `[R, N]` whose product is the best approximation of that rank."""
+    if min(matrix.shape) <= max(WHOLE_SVD, rank + 1):
+        u, s, v = np.linalg.svd(matrix, full_matrices=False)
+    else:
+        start = np.ones(min(matrix.shape), matrix.dtype)  # so that the result is the same each time
+        u, s, v = scipy.sparse.linalg.svds(matrix, rank, v0=start)
+    largest = np.argsort(-s)[:rank]
+    root = np.sqrt(s[largest])
+    return u[:, largest] * root, root[:, None] * v[largest]
+
+
+def product_of(branch: LowRank) -> Float[np.ndarray, "K N"]:
+    """Returns the product of a branch as stored, in float32."""
+    down, up = (np.asarray(a, np.float32) for a in (branch.down, branch.up))
+    return down @ up
+
+
+def branch_error(
+    kernel: Float[np.ndarray, "K N"],
+    rest: Float[np.ndarray, "K N"],
+    branch: LowRank,
+    rows: Float[np.ndarray, "M K"],
+    spec: LayerSpec,
+) -> float:
+    """Returns the squared error of the output on `rows`, with `rest` the rounded kernel."""
+    x = jnp.asarray(rows)
+    found: Array = rounded_rows(branch.rest(x), spec.act) @ rest + branch(x)
+    return float(jnp.sum(jnp.square(found - x @ kernel)))
