@@ -5,8 +5,8 @@ from pathlib import Path
 from source_figures import annotations, num_bare
 
 PACKAGE = Path(__file__).parents[1] / "qdit_jax"
-# The share when this was written was 0.184. Lower it with every room that names its types.
-MOST = 0.19
+# What is left may be anything: leaves of pytrees, settings that are checked by hand.
+MOST = 0.04
 
 
 def test_a_bare_any_is_told_from_a_part_of_a_type():
