@@ -44,7 +44,7 @@ class Scaled:
 
 @partial(jax.tree_util.register_dataclass, data_fields=["down", "up"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
-class LowRank:
+class Thin:
     """An output leaf: a product of rank r."""
 
     down: jax.Array
@@ -59,10 +59,8 @@ class LowRank:
 
 @pytest.fixture
 def rows(monkeypatch):
-    for name in ("InputMap", "Rotation"):
-        monkeypatch.delitem(LEAVES, name)
-    monkeypatch.setitem(LEAVES, "Scaled", Leaf(Scaled, "input", "input_map"))
-    monkeypatch.setitem(LEAVES, "LowRank", Leaf(LowRank, "output", "low_rank"))
+    monkeypatch.setitem(LEAVES, "Scaled", Leaf(Scaled, "input", "scaled"))
+    monkeypatch.setitem(LEAVES, "Thin", Leaf(Thin, "output", "thin"))
 
 
 def layer(quantized):
@@ -72,8 +70,8 @@ def layer(quantized):
     flat = {"kernel": quantize_array(kernel, WeightSpec(4, 8)) if quantized else kernel, "bias": array(8)}  # fmt: skip
     flat = {f"fc/{name}": leaf for name, leaf in flat.items()}
     flat = with_leaf(flat, "fc", "act_quant", ActQuant(ActSpec(8, 8)))
-    flat = with_leaf(flat, "fc", "input_map", Scaled(jnp.linspace(1, 2, 16), 2))
-    flat = with_leaf(flat, "fc", "low_rank", LowRank(array(16, 2), array(2, 8)))
+    flat = with_leaf(flat, "fc", "scaled", Scaled(jnp.linspace(1, 2, 16), 2))
+    flat = with_leaf(flat, "fc", "thin", Thin(array(16, 2), array(2, 8)))
     return unflatten_dict(flat, sep="/")["fc"], array(3, 16)
 
 
@@ -85,7 +83,7 @@ def test_linear_applies_every_leaf_in_its_place(rows, quantized):
     kernel = params["kernel"]
     kernel = dequantize(kernel) if quantized else kernel
     expected = fake_quantize(mapped, ActSpec(8, 8)) @ kernel + params["bias"]
-    expected += mapped @ params["low_rank"].down @ params["low_rank"].up
+    expected += mapped @ params["thin"].down @ params["thin"].up
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 
 
@@ -109,9 +107,9 @@ def test_a_row_is_written_and_read_and_is_no_parameter_of_the_network(rows):
 
 def test_a_type_that_the_table_lacks_is_refused_by_name(rows, monkeypatch):
     arrays, manifest = encode_params({"fc": layer(True)[0]})
-    monkeypatch.delitem(LEAVES, "LowRank")
+    monkeypatch.delitem(LEAVES, "Thin")
     for read in (partial(decode_params, arrays), logical_shapes):
-        with pytest.raises(ValueError, match=r"fc/low_rank is a LowRank.* knows QTensor, ActQuant"):
+        with pytest.raises(ValueError, match=r"fc/thin is a Thin.* knows QTensor, ActQuant"):
             read(manifest)
 
 
@@ -133,8 +131,8 @@ def test_slots_have_one_name_each():
 
 
 def test_operands_lack_slots_that_their_row_does_not_name(rows):
-    with pytest.raises(ValueError, match="slot='input_map': blocks_0/attn/q is an operand"):
-        entry_name("blocks_0/attn/q", "input_map", operand=True)
+    with pytest.raises(ValueError, match="slot='scaled': blocks_0/attn/q is an operand"):
+        entry_name("blocks_0/attn/q", "scaled", operand=True)
 
 
 def test_every_row_is_named_for_its_type():
