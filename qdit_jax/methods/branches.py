@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse.linalg
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from qdit_jax.methods.input_transforms import sixteen_bits
 from qdit_jax.methods.scoring import rounded_kernel, rounded_rows
@@ -50,7 +50,7 @@ def weight_branch(rank_fn: RankFn = published_rank, iterations: int = 4) -> Bran
             down, up = truncated_svd(kernel - rest, size)
             found = LowRank(sixteen_bits(down), sixteen_bits(up))
             rest = np.asarray(rounded_kernel(jnp.asarray(kernel - product_of(found)), spec.weight))
-            error = branch_error(kernel, rest, found, held_out, spec)
+            error = branch_error(kernel, found, held_out, spec)
             if not error < least:
                 break
             best, least = found, error
@@ -98,12 +98,15 @@ def product_of(branch: LowRank) -> Float[np.ndarray, "K N"]:
 
 def branch_error(
     kernel: Float[np.ndarray, "K N"],
-    rest: Float[np.ndarray, "K N"],
-    branch: LowRank,
+    branch: LowRank | None,
     rows: Float[np.ndarray, "M K"],
     spec: LayerSpec,
 ) -> float:
-    """Returns the squared error of the output on `rows`, with `rest` the rounded kernel."""
+    """Returns the squared error of the output on `rows`, with the kernel less its branch rounded."""
     x = jnp.asarray(rows)
-    found: Array = rounded_rows(branch.rest(x), spec.act) @ rest + branch(x)
+    if branch is None:
+        found = rounded_rows(x, spec.act) @ rounded_kernel(jnp.asarray(kernel), spec.weight)
+    else:
+        rest = rounded_kernel(jnp.asarray(kernel - product_of(branch)), spec.weight)
+        found = rounded_rows(branch.rest(x), spec.act) @ rest + branch(x)
     return float(jnp.sum(jnp.square(found - x @ kernel)))

@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Float
 
 from qdit_jax.calibration import Items, LayerInputs, layer_inputs
-from qdit_jax.methods.branches import BranchFn
+from qdit_jax.methods.branches import BranchFn, branch_error
 from qdit_jax.methods.data import CalibrationData
 from qdit_jax.methods.input_transforms import (
     Place,
@@ -33,7 +33,7 @@ from qdit_jax.methods.scales import ScalesFn
 from qdit_jax.methods.scoring import output_errors
 from qdit_jax.models import rows_per_sample
 from qdit_jax.ptq import held_out_items
-from qdit_jax.quant import Rotation, regular_size, whole_size
+from qdit_jax.quant import LowRank, Rotation, regular_size, whole_size
 from qdit_jax.recipes import LayerSpec, Recipe
 from qdit_jax.types import Params
 
@@ -52,6 +52,7 @@ class ChooseTransforms:
         shifts: whether a channel's middle may be taken off as well.
         rotations: kinds that may follow, see `rotation_of`.
         branch: a low-rank branch for every layer, in the coordinates chosen.
+        branch_share: a branch stays where it lowers the squared error to this share; None: always.
         leave: whether a layer may stay as it is; else it gets the best of the candidates.
     """
 
@@ -59,6 +60,7 @@ class ChooseTransforms:
     shifts: bool = False
     rotations: tuple[str, ...] = ()
     branch: BranchFn | None = None
+    branch_share: float | None = None
     leave: bool = True
 
     def __call__(
@@ -82,7 +84,7 @@ class ChooseTransforms:
             if not chosen.is_identity:
                 params, changed = transformed(params, place, chosen), changed + 1
             if self.branch is not None:
-                params = self.with_branches(params, place, specs, bench, chosen)
+                params = self.with_branches(params, place, specs, bench, chosen, report)
         report.note(f"inputs have new coordinates at {changed} of {len(every)} places")
         return params, data
 
@@ -93,15 +95,32 @@ class ChooseTransforms:
         specs: Mapping[str, LayerSpec],
         bench: Bench,
         chosen: Transform,
+        report: Report,
     ) -> Params:
         """Returns `params`, transformed already, with a branch beside each layer of a place."""
         assert self.branch is not None
         rows, held_out = (chosen.of_rows(x) for x in (bench.inputs.rows, bench.rows))
         for path in place.layers:
-            branch = self.branch(matrix_of(params, [path]), rows, held_out, specs[path])
-            if branch is not None:
-                params = with_branch(params, path, branch)
+            kernel, spec = matrix_of(params, [path]), specs[path]
+            branch = self.branch(kernel, rows, held_out, spec)
+            if branch is None or not self.is_worth(branch, kernel, held_out, spec):
+                continue
+            params = with_branch(params, path, branch)
+            report.transforms[place.layers[0]]["kinds"].append("branch")
         return params
+
+    def is_worth(
+        self,
+        branch: LowRank,
+        kernel: Float[np.ndarray, "K N"],
+        rows: Float[np.ndarray, "M K"],
+        spec: LayerSpec,
+    ) -> bool:
+        """Returns whether a branch lowers the output error on `rows` enough for what it costs."""
+        if self.branch_share is None:
+            return True
+        lost = branch_error(kernel, branch, rows, spec)
+        return lost <= self.branch_share * branch_error(kernel, None, rows, spec)
 
     def best(self, bench: Bench, is_free: bool, seed: int) -> tuple[Transform, float, float]:
         """Returns the transform with the least error, and the errors without and with it.
