@@ -61,7 +61,7 @@ ALLOWED = {
     },
     "demo": {
         *("files", "convert", "metrics", "models", "recipes", "checkpoint", "sampling"),
-        *("calibration", "ptq", "report", "evaluation"),
+        *("calibration", "ptq", "methods", "report", "evaluation"),
     },
     "cli": {
         *("files", "quant", "diffusion", "metrics", "kernels", "models", "recipes", "checkpoint"),

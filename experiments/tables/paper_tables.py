@@ -303,6 +303,7 @@ def main() -> None:
         if entry.recipe(bits, beds[name].checkpoint) is None:
             continue
         found = cell(beds[name], entry, bits, judge, args)
+        jax.clear_caches()  # else a long run holds the programs of all cells
         partial = files[key].with_suffix(".partial")
         partial.write_text(json.dumps(found))
         partial.rename(files[key])

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from qdit_jax import metrics
-from qdit_jax.calibration import Stats, calibrate, default_sampler
+from qdit_jax.calibration import Stats, calibrate, collect_items, default_sampler
 from qdit_jax.checkpoint import Checkpoint, load, save
 from qdit_jax.demo.pages import SHOWN, TIMING, write_pictures, write_summary
 from qdit_jax.evaluation import (
@@ -28,6 +28,7 @@ from qdit_jax.evaluation import (
     summarize,
 )
 from qdit_jax.files import AnyPath, PathLike, as_path, check_free, replaced_file
+from qdit_jax.methods import CalibrationData, quantize
 from qdit_jax.models import asset
 from qdit_jax.ptq import quantize_params
 from qdit_jax.recipes import Recipe
@@ -41,6 +42,9 @@ BarFn = Callable[[int, str, str], AbstractContextManager[Any]]
 WEIGHTS = "demo_dit.safetensors"
 NUM_HEADS = 4
 BATCH_SIZE = 10  # one of each digit
+# What the method `best` makes: title -> group size.
+BEST = {"W4A8, groups of 32, best": 32, "W4A8, per channel, best": 0}
+NUM_FITTED, BATCH_FITTED = 32, 32  # trajectories that `best` looks at, inputs per call
 RESULTS = {
     "stats.npz": "statistics",
     "metrics.json": "figures",
@@ -129,6 +133,9 @@ def run_demo(
         params = quantize_params(checkpoint.params, recipe=recipe, stats=stats)
         save(folder, dataclasses.replace(checkpoint, params=params, recipe=recipe), overwrite=True)
         checkpoints[title] = load(folder)
+    if not settings.quick:
+        note("3/5 quantize: two of them by the method best, which looks at the network's inputs")
+        checkpoints |= fitted(checkpoint, settings, out)
     note("4/5 sample: the same noise and labels with each")
     models, pictures = compare(checkpoints, settings, bar_fn)
     note("5/5 report")
@@ -145,6 +152,25 @@ def run_demo(
     say(table_of(models))
     say(f"wrote {out / 'report.html'}, {out / 'pictures.png'} and {out / 'metrics.json'}")
     return content
+
+
+def fitted(checkpoint: Checkpoint, settings: DemoSettings, out: AnyPath) -> dict[str, Checkpoint]:
+    """Returns the checkpoints that the method `best` makes of some recipes, written to `out`."""
+    items = collect_items(
+        checkpoint,
+        jax.random.fold_in(jax.random.key(settings.seed), 2),
+        NUM_FITTED,
+        sampler=default_sampler(checkpoint, settings.num_steps),
+        guidance=settings.guidance,
+    )
+    data = CalibrationData(items=items, batch_size=BATCH_FITTED)
+    found = {}
+    for title, size in BEST.items():
+        recipe = Recipe.preset("w4a8", checkpoint.params, group_size=size)
+        folder = out / f"{recipe_folder(recipe)}-best"
+        quantize(checkpoint, "best", recipe, data=data, out=folder, overwrite=True)
+        found[title] = load(folder)
+    return found
 
 
 def convert_packaged(folder: AnyPath) -> Checkpoint:
