@@ -37,8 +37,8 @@ coordinates (folded) cannot be compared one by one; their row says so.
 examples:
   qdit verify xl2-w4a8 --against xl2
   qdit verify xl2-w4a8 --against xl2 --min-db 15 --min-layer-db 12 --max-bytes 0.5x
-  qdit verify xl2-w4a8 --against xl2 --numerics integer --implementation xla --max-ms-ratio 1.0
-  qdit verify xl2-w4a8 --against xl2 --no-timing --out report.json --json
+  qdit verify xl2-w4a8 --against xl2 --numerics integer --max-ms-ratio 1.0
+  qdit verify xl2-w4a8 --against xl2 --no-timing --implementation xla --out report.json
 """
 OPTIONS = {
     "min_db": "--min-db",
@@ -89,7 +89,8 @@ def add_limits(add: AddArgument) -> None:
     add(
         "--implementation",
         metavar="NAME",
-        help="who must compute every quantized layer: a name that the table shows, such as xla",
+        help="who must compute every quantized layer: a name that the table of layers shows, such as "
+        "xla (xla_cpu on CPU)",
     )
 
 
@@ -118,7 +119,7 @@ def size(text: str) -> str:
     try:
         most_bytes(text, 1)
     except UserError as error:
-        raise argparse.ArgumentTypeError(str(error).partition(" ")[2]) from None
+        raise argparse.ArgumentTypeError(str(error).removeprefix("max_bytes=")) from None
     return text
 
 

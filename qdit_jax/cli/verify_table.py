@@ -24,7 +24,8 @@ def print_verification(found: Verification, options: Mapping[str, str]) -> None:
         name = options[outcome.name]
         print(f"{'pass' if outcome.passed else 'FAIL'}  {name}: {outcome.text}")
     num_failed = len(found.failures) + sum(not outcome.passed for outcome in found.limits)
-    asked = f"{len(found.limits)} limits" if found.limits else "no limits set"
+    count = len(found.limits)
+    asked = f"{count} limit{'s' if count > 1 else ''}" if count else "no limits set"
     layers = f"{len(found.layers)} layers, {asked}"
     print(
         f"{found.checkpoint}: "

@@ -128,7 +128,7 @@ def outcomes(
     return found
 
 
-def worst_layers(least: float, layers: Sequence[Layer]) -> Outcome:
+def worst_layers(least: float | int, layers: Sequence[Layer]) -> Outcome:
     """Returns the outcome of a limit of every layer's decibels."""
     measured = sorted((layer.db, layer.path) for layer in layers if layer.db is not None)
     below = [(db, path) for db, path in measured if not db >= least]

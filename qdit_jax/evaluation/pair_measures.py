@@ -120,13 +120,18 @@ def with_decibels(layer: LayerFacts, sums: Mapping[str, np.ndarray], where: Fold
     notes = [f"without folded columns: {', '.join(columns)}"] if columns else []
     if sources := where.sources.get(layer.path):
         notes.append(f"with the folded columns of {', '.join(sources)}")
-    db = float(metrics.decibels(*both))
+    db = decibels_of(both)
     return Layer(**vars(layer), db=db, note="; ".join(notes) or None)
+
+
+def decibels_of(both: Float[np.ndarray, " 2"]) -> float:
+    """Returns the decibels of a power and that of its error."""
+    return float(metrics.decibels(both[:1], both[1:])[0])
 
 
 def differing(sums: Mapping[str, np.ndarray]) -> list[str]:
     """Returns a note on layers that are in full precision in both networks and yet differ."""
-    found = {path: float(metrics.decibels(*both)) for path, both in sums.items() if both[0] > 0}
+    found = {path: decibels_of(both) for path, both in sums.items() if both[0] > 0}
     bad = {path: db for path, db in found.items() if not db >= FULL_PRECISION_DB}
     if not bad:
         return []
