@@ -319,7 +319,7 @@ def items(full):
 
 @pytest.mark.parametrize("method", ["smoothquant", "quarot", "svdquant"])
 def test_methods_with_transforms_pass(full, items, method):
-    recipe = qdit.Recipe.preset("w6a8", full, group_size=16)
+    recipe = qdit.Recipe.preset("w6a8", full, layers="blocks_0/attn/(qkv|proj)", group_size=16)
     data = qdit.CalibrationData(items=items, batch_size=8, holdout=0.5)
     small = qdit.quantize(full, method, recipe, data=data)
     found = qdit.verify(small, against=full, numerics="integer", min_layer_db=18, **FAST)
