@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qdit_jax.diffusion import flow as flow
     from qdit_jax.diffusion import sample as sample
     from qdit_jax.errors import UserError as UserError
+    from qdit_jax.evaluation import verify as verify
     from qdit_jax.kernels import quantized_matmul as quantized_matmul
     from qdit_jax.methods import CalibrationData as CalibrationData
     from qdit_jax.methods import quantize as quantize
@@ -55,6 +56,7 @@ PUBLIC = {
     "checkpoint": ("Checkpoint", "load", "load_safetensors", "save", "save_safetensors"),
     "diffusion": ("ddim", "ddpm", "flow", "sample"),
     "errors": ("UserError",),
+    "evaluation": ("verify",),
     "kernels": ("quantized_matmul",),
     "methods": ("CalibrationData", "quantize"),
     "ptq": ("plan", "quantize_checkpoint", "quantize_params", "round_params"),

@@ -56,8 +56,8 @@ ALLOWED = {
     "adapters": {"quant", "kernels", "recipes", "calibration", "ptq"},
     "report": {"files", "quant", "models", "recipes", "calibration"},
     "evaluation": {
-        *("files", "diffusion", "metrics", "kernels", "models", "checkpoint", "sampling"),
-        *("calibration", "report"),
+        *("files", "quant", "diffusion", "metrics", "kernels", "models", "recipes", "checkpoint"),
+        *("sampling", "calibration", "report"),
     },
     "demo": {
         *("files", "convert", "metrics", "models", "recipes", "checkpoint", "sampling"),

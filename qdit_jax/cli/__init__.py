@@ -4,8 +4,8 @@ A verb's module offers `add_parser(subparsers)`; it is imported only when the ve
 imports JAX only when the verb runs, so that help is immediate. `run(args)` returns what `--json`
 prints, in JSON's types (or None).
 
-Exit status: 0; 1 after a failure that looks like a bug; 2 after a refusal in one sentence on stderr;
-130 when interrupted. `qdit` alone prints the help and exits with 0.
+Exit status: 0; 1 after a failure that looks like a bug, or what `verify` does not let pass; 2 after a
+refusal in one sentence on stderr; 130 when interrupted. `qdit` alone prints the help and exits with 0.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ VERBS = {
     "export": "convert a checkpoint folder to one safetensors file, or back",
     "sample": "generate pictures",
     "evaluate": "compare a quantized model with full precision, or score samples",
+    "verify": "check what a quantized checkpoint does, against limits",
     "demo": "run every stage on the packaged model",
     "completion": "print a completion script for the shell",
 }
@@ -45,6 +46,7 @@ From a PyTorch checkpoint to a quantized model and pictures:
   qdit convert DiT-XL-2-256x256.pt xl2        # PyTorch weights to a checkpoint folder
   qdit inspect xl2                            # its configuration and size
   qdit quantize xl2 xl2-w4a8 --recipe w4a8    # a smaller checkpoint
+  qdit verify xl2-w4a8 --against xl2          # that every layer is what the recipe says
   qdit evaluate xl2-w4a8 --against xl2        # how much quality that cost
   qdit sample xl2-w4a8 --labels 207,360 --out grid.png
   qdit demo                                   # every stage, on the packaged model
@@ -96,15 +98,20 @@ def parser_of(arguments: Sequence[str]) -> Parser:
 
 
 def run_verb(args: argparse.Namespace) -> int:
-    """Runs the verb of `args`; prints what it returns if JSON was asked for."""
+    """Runs the verb of `args`; prints what it returns if JSON was asked for.
+
+    Returns the exit status: 0, unless the verb has a `status_of` of what it returned.
+    """
     if getattr(args, "uses_jax", True):
         from qdit_jax.memory import give_back_freed_memory
 
         use_compilation_cache()
         give_back_freed_memory()
     with json_on_stdout(args.json) as show:
-        show(args.run(args))
-    return 0
+        result = args.run(args)
+        show(result)
+    status: int = args.status_of(result) if hasattr(args, "status_of") else 0
+    return status
 
 
 def use_compilation_cache() -> None:

@@ -1,5 +1,7 @@
 """Sampling checkpoints in pairs and measuring how far they are apart; scores of their samples."""
 
+from qdit_jax.evaluation.layer_facts import Format
+from qdit_jax.evaluation.limits import Layer, Limits, Outcome, most_bytes
 from qdit_jax.evaluation.pages import compared_pictures, write_evaluation
 from qdit_jax.evaluation.runs import Run, run_evaluation
 from qdit_jax.evaluation.sample_file import SampleFile, sample_shape
@@ -15,20 +17,27 @@ from qdit_jax.evaluation.scoring import (
 from qdit_jax.evaluation.store import locked, merge, open_run
 from qdit_jax.evaluation.summary import MEASURES, summarize
 from qdit_jax.evaluation.trajectories import Contender, Protocol
+from qdit_jax.evaluation.verification import Verification, verify
 
 __all__ = [
     "MEASURES",
     "Contender",
+    "Format",
     "Judge",
+    "Layer",
+    "Limits",
+    "Outcome",
     "Protocol",
     "Run",
     "SampleFile",
     "Scoring",
+    "Verification",
     "check_features",
     "compared_pictures",
     "labeled",
     "locked",
     "merge",
+    "most_bytes",
     "named_features",
     "open_run",
     "reference_path",
@@ -36,5 +45,6 @@ __all__ = [
     "sample_shape",
     "scoring_inputs",
     "summarize",
+    "verify",
     "write_evaluation",
 ]

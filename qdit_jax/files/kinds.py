@@ -189,6 +189,7 @@ KINDS = {
             json_with("settings", "models"),
             json_with("samples", "reference", "scores"),
             json_with("protocol", "outlier_factor"),
+            json_with("layers", "failures", "limits"),
         ),
     ),
 }  # fmt: skip

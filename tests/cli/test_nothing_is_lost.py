@@ -33,6 +33,7 @@ WRITERS = {
     "grid": ("sample", "CKPT", "--out", "OUT.png", *FAST, "--force"),
     "inspect": ("inspect", "CKPT", "--stats", "--out", "OUT", *FAST, "--force"),
     "evaluate": ("evaluate", "CKPT", "--out", "OUT", *FAST, "--force"),
+    "verify": ("verify", "CKPT", "--against", "CKPT", "--out", "OUT.json", *FAST, "--force"),
 }
 FOLDERS = ("quantize", "search", "inspect", "evaluate")
 
@@ -60,7 +61,7 @@ def test_somebody_s_things_are_kept(ckpt, tmp_path, name, capsys):
         out.mkdir()
         for file in ("report.html", "recipe.json", "photo.jpg"):
             (out / file).write_text("mine")
-    for suffix in (".npz", ".png", ".safetensors"):
+    for suffix in (".npz", ".png", ".safetensors", ".json"):
         out.with_suffix(suffix).write_text("mine")
     before = contents(tmp_path)
     assert run(WRITERS[name], ckpt, out) == 2

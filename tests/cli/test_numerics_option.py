@@ -5,7 +5,12 @@ from importlib import import_module
 
 import pytest
 
-VERBS = {"sample": ["ckpt"], "evaluate": ["ckpt"], "demo": []}
+VERBS = {
+    "sample": ["ckpt"],
+    "evaluate": ["ckpt"],
+    "verify": ["ckpt", "--against", "full"],
+    "demo": [],
+}
 
 
 def parser_of(verb):

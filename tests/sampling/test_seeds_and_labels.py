@@ -49,6 +49,7 @@ VERBS = {
     "inspect": ["ckpt"],
     "quantize": ["ckpt", "out", "--recipe", "w4a8"],
     "evaluate": ["--out", "out", "ckpt"],
+    "verify": ["ckpt", "--against", "full"],
 }
 
 

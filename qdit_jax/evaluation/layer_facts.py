@@ -1,0 +1,274 @@
+"""What a quantized checkpoint really holds, layer by layer, compared with what its recipe says.
+
+Nothing is computed: arrays are looked at by type, shape and settings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax.traverse_util import flatten_dict
+
+from qdit_jax.checkpoint import Checkpoint
+from qdit_jax.errors import UserError
+from qdit_jax.kernels import IMPLEMENTATIONS, implementation_of, unsupported_reason
+from qdit_jax.models import OPERANDS_OF, TABLE, rows_per_sample
+from qdit_jax.quant import (
+    ActQuant,
+    ActSpec,
+    QTensor,
+    WeightSpec,
+    effective_group_size,
+    entry_name,
+    slots,
+)
+from qdit_jax.recipes import LayerSpec
+
+NOT_QUANTIZED = "not quantized"
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """The format of a kernel or of a layer's input, in values that JSON has.
+
+    Attributes:
+        bits: per code.
+        group_size: channels that really share a scale.
+        symmetric: whether there is no zero point.
+        fmt: the name of a number format in place of integers; None for integers.
+        mode: of inputs: `"dynamic"`, `"static"` or `"static-per-timestep"`; None for weights.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    fmt: str | None = None
+    mode: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The format in a few letters, such as `4b g32 static`."""
+        bits = f"{self.bits}b" if self.fmt is None else self.fmt
+        mode = "" if self.mode in (None, "dynamic") else f" {self.mode}"
+        return f"{bits} g{self.group_size}" + ("s" if self.symmetric else "") + mode
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerFacts:
+    """One row of a verification, without what has to be measured.
+
+    Attributes:
+        path: of the layer, label table or attention operand.
+        kind: `"linear"`, `"table"`, `"operand"`, or `"other"` for what no `Linear` computes.
+        weights, inputs: the formats that are stored; None in full precision.
+        numerics: what is computed: `"simulated"`, `"integer"`, or `"full precision"`.
+        implementation: who computes the product, by the table of kernels; None for what is no
+            product of a packed kernel.
+        leaves: the entries beside the kernel that change its input or output.
+        bytes_before, bytes_after: of the kernel, and of all that came to stand beside it.
+        num_weights: values of the kernel.
+        problem: what of the recipe is not there, in a few words; None if all is.
+    """
+
+    path: str
+    kind: str
+    weights: Format | None
+    inputs: Format | None
+    numerics: str
+    implementation: str | None
+    leaves: tuple[str, ...]
+    bytes_before: int
+    bytes_after: int
+    num_weights: int
+    problem: str | None
+
+
+def layer_facts(
+    checkpoint: Checkpoint, reference: Checkpoint, *, numerics: str, batch_size: int
+) -> list[LayerFacts]:
+    """Returns the facts of every layer that the recipe names or that is quantized, in order.
+
+    `batch_size` is that of one network call; it may decide who computes a product.
+
+    Raises:
+        UserError: if the checkpoint has no recipe and nothing in it is quantized, or a layer
+            cannot be computed with these numerics.
+    """
+    flat = dict(flatten_dict(checkpoint.params, sep="/"))
+    full = dict(flatten_dict(reference.params, sep="/"))
+    rows = rows_per_sample(checkpoint.model)
+    recipe = checkpoint.recipe
+    specs = {} if recipe is None else recipe.resolve(checkpoint.params)
+    stored = [path for path in map(layer_of, flat) if is_quantized(flat, path)]
+    paths = [*specs, *(path for path in dict.fromkeys(stored) if path not in specs)]
+    if not paths:
+        raise UserError(
+            "the checkpoint has no recipe, and nothing in it is quantized; give the output of "
+            "`qdit quantize`."
+        )
+    forced = getattr(checkpoint.model, "implementation", None)
+    found = []
+    for path in paths:
+        spec = specs.get(path)
+        if OPERANDS_OF in path:
+            found.append(operand_facts(flat, path, spec or LayerSpec()))
+            continue
+        num_rows = rows.get(path, 0) * batch_size
+        found.append(kernel_facts(flat, full, path, spec, num_rows, numerics, forced))
+    return found
+
+
+def layer_of(name: str) -> str:
+    """Returns the path of the layer whose entry `name` is, in a flat tree."""
+    return name.removesuffix(TABLE).removesuffix("/kernel").removesuffix("/act_quant")
+
+
+def is_quantized(flat: Mapping[str, Any], path: str) -> bool:
+    """Returns whether a layer has a packed kernel or table, or a quantizer of its input."""
+    leaf = flat.get(f"{path}/kernel", flat.get(path + TABLE))
+    return isinstance(leaf, QTensor) or (leaf is not None and f"{path}/act_quant" in flat)
+
+
+def kernel_facts(
+    flat: Mapping[str, Any],
+    full: Mapping[str, Any],
+    path: str,
+    spec: LayerSpec | None,
+    num_rows: int,
+    numerics: str,
+    forced: str | None,
+) -> LayerFacts:
+    """Returns the facts of a layer or label table; `num_rows` 0 means that no `Linear` computes it."""
+    is_table = path + TABLE in flat
+    name = path + TABLE if is_table else f"{path}/kernel"
+    kernel, act = flat[name], flat.get(f"{path}/act_quant")
+    num_weights = full[name].size
+    shape = (num_weights // full[name].shape[-1], full[name].shape[-1])
+    channels = shape[1] if is_table else shape[0]
+    beside = {slot: flat[f"{path}/{slot}"] for slot in other_slots() if f"{path}/{slot}" in flat}
+    weights = weight_format(kernel) if isinstance(kernel, QTensor) else None
+    inputs = None if act is None else act_format(act, channels)
+    implementation, kind = None, "table" if is_table else "linear" if num_rows else "other"
+    if kind == "linear" and isinstance(kernel, QTensor):
+        implementation = who_computes(path, kernel, act, num_rows, numerics, forced)
+    return LayerFacts(
+        path=path,
+        kind=kind,
+        weights=weights,
+        inputs=inputs,
+        numerics=numerics if weights is not None else "full precision",
+        implementation=implementation,
+        leaves=tuple(beside),
+        bytes_before=full[name].nbytes,
+        bytes_after=nbytes_of([kernel, act, *beside.values()]),
+        num_weights=num_weights,
+        problem=None if spec is None else problem_of(spec, weights, inputs, channels),
+    )
+
+
+def operand_facts(flat: Mapping[str, Any], path: str, spec: LayerSpec) -> LayerFacts:
+    """Returns the facts of an operand of an attention product, which has no weights."""
+    act = flat.get(operand_entry(path))
+    inputs = None if act is None else act_format(act, None)
+    return LayerFacts(
+        path=path,
+        kind="operand",
+        weights=None,
+        inputs=inputs,
+        numerics="simulated" if act is not None else "full precision",
+        implementation=None,
+        leaves=(),
+        bytes_before=0,
+        bytes_after=nbytes_of([act]),
+        num_weights=0,
+        problem=problem_of(spec, None, inputs, None),
+    )
+
+
+def operand_entry(path: str) -> str:
+    """Returns the key of an operand's quantizer in a flat tree."""
+    return entry_name(path.replace(OPERANDS_OF, "/"), "act_quant", operand=True)
+
+
+def other_slots() -> list[str]:
+    """Returns the entries beside a kernel that map its input or add to its output."""
+    return [*slots("input"), *slots("output")]
+
+
+def nbytes_of(leaves: list[Any]) -> int:
+    """Returns the bytes of all arrays of some leaves."""
+    return sum(array.nbytes for array in jax.tree.leaves(leaves))
+
+
+def weight_format(q: QTensor) -> Format:
+    """Returns the format that a kernel is stored in."""
+    size = effective_group_size(q.shape[0], q.group_size)
+    return Format(q.bits, size, q.symmetric, None if q.fmt is None else q.fmt.name)
+
+
+def act_format(act: ActQuant, channels: int | None) -> Format:
+    """Returns the format that an input is rounded to; without `channels`, whole groups are 0."""
+    return spec_format(act.spec, channels)
+
+
+def spec_format(spec: WeightSpec | ActSpec, channels: int | None) -> Format:
+    """Returns the format that a spec asks for."""
+    size = spec.group_size if channels is None else effective_group_size(channels, spec.group_size)
+    mode = None
+    if isinstance(spec, ActSpec):
+        mode = spec.mode + ("-per-timestep" if spec.per_timestep else "")
+    fmt = None if spec.fmt is None else spec.fmt.name
+    return Format(spec.bits, size, spec.symmetric, fmt, mode)
+
+
+def problem_of(
+    spec: LayerSpec, weights: Format | None, inputs: Format | None, channels: int | None
+) -> str | None:
+    """Returns in a few words what of a spec is not stored, or stored otherwise; None if all is."""
+    sides = [("weights", spec.weight, weights), ("input", spec.act, inputs)]
+    asked = {
+        side: (spec_format(wanted, channels), found) for side, wanted, found in sides if wanted
+    }
+    missing = [side for side, (_, found) in asked.items() if found is None]
+    if missing:
+        what = "" if len(missing) == len(asked) else f": its {missing[0]} stay in full precision"
+        what = what.replace("input stay", "input stays")
+        return NOT_QUANTIZED + what
+    for side, (wanted, found) in asked.items():
+        if wanted != found:
+            assert found is not None
+            return f"{side} stored as {found.text} where the recipe says {wanted.text}"
+    return None
+
+
+def who_computes(
+    path: str,
+    kernel: QTensor,
+    act: ActQuant | None,
+    num_rows: int,
+    numerics: str,
+    forced: str | None,
+) -> str:
+    """Returns the name of the implementation that computes a layer.
+
+    Raises:
+        UserError: if none can with these numerics; it names the layer.
+    """
+    shape = (num_rows, kernel.shape[0])
+    # Without scales: an unpicked table would be refused, and its rows make no difference here.
+    settings = None if act is None else ActQuant(act.spec)
+    reason = unsupported_reason(shape, kernel, settings, numerics, forced)
+    if reason is not None:
+        raise UserError(f"{path}: {reason}")
+    return forced or implementation_of(shape, kernel, settings, numerics)
+
+
+def check_implementation(name: str | None) -> None:
+    """Raises `UserError` unless `name` is None or an entry of the table of kernels."""
+    if name is not None and name not in IMPLEMENTATIONS:
+        raise UserError(
+            f"implementation={name!r} is not known; use one of {', '.join(IMPLEMENTATIONS)}."
+        )
