@@ -84,7 +84,9 @@ class ScheduleError:
         table = bits_over_time(self.timesteps, act_bits, self.levels)
         params = {**self.params, OVER_TIME: table}
         batches = range(len(self.data[0]))
-        return [np.asarray(final_latents(self.rollout, params, *taken(self.data, j))) for j in batches]
+        return [
+            np.asarray(final_latents(self.rollout, params, *taken(self.data, j))) for j in batches
+        ]
 
     def __call__(self, act_bits: Sequence[int | None]) -> float:
         """Returns the schedule's error.
@@ -148,7 +150,7 @@ def choose_steps(
     checkpoint: Checkpoint,
     key: Key,
     *,
-    mean_bits: float,
+    mean_bits: float | int,
     act_bits: Sequence[int | None] = (None, 16),
     rollouts: Rollouts = ROLLOUTS,
     progress_fn: Callable[[int], Any] | None = None,
@@ -188,7 +190,7 @@ def choose_steps(
             errors[step, number] = error_fn([*highest[:step], bits, *highest[step + 1 :]])
             report(1)
     table = [np.array(costs)] * len(timesteps)
-    found = solve(list(errors), table, mean_bits * len(timesteps), slack=1e-9)
+    found = solve(list(errors), table, float(mean_bits * len(timesteps)), slack=1e-9)
     chosen = tuple(levels[i] for i in found.assignment)
     measured = error_fn(chosen)
     report(1)

@@ -26,9 +26,7 @@ OVER_TIME = "act_bits_over_time"  # the entry's name in a parameter tree
 UNQUANTIZED = 16
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["timesteps", "level"], meta_fields=["bits"]
-)
+@partial(jax.tree_util.register_dataclass, data_fields=["timesteps", "level"], meta_fields=["bits"])
 @dataclasses.dataclass(frozen=True)
 class BitsOverTime:
     """Which bits activations have at which timestep; the nearest entry of the table decides.
@@ -52,7 +50,7 @@ class BitsOverTime:
 
 
 def bits_over_time(
-    timesteps: Sequence[float],
+    timesteps: Sequence[float | int],
     act_bits: Sequence[int | None],
     levels: Sequence[int | None] | None = None,
 ) -> BitsOverTime:
@@ -122,24 +120,26 @@ def with_act_bits(tree: Tree, bits: int | None) -> Tree:
 
 
 def applied_over_time(
-    apply_fn: Callable[[Any], Array], params: Any, timestep: Numbers
+    apply_fn: Callable[[Any, int | None], Array], params: Any, timestep: Numbers
 ) -> Array:  # [B, ...]
-    """Returns `apply_fn(params)` with the activation bits that `params` say for `timestep`.
+    """Returns `apply_fn(params, bits)` with the activation bits that `params` say for `timestep`.
 
-    `apply_fn` returns an array with the batch first. Each level is a branch, of which those run that
+    `apply_fn` takes parameters whose quantizers have those bits already, and returns an array with
+    the batch first; without a schedule the bits are None. Each level is a branch, of which those run that
     a sample of the batch needs: one, where all samples have the same timestep.
     """
     table = params.get(OVER_TIME) if isinstance(params, Mapping) else None
     if table is None:
-        return apply_fn(params)
+        return apply_fn(params, None)
     shared = {name: entry for name, entry in params.items() if name != OVER_TIME}
-    branches = [partial(apply_fn, with_act_bits(shared, bits)) for bits in table.bits]
+    branches = [partial(apply_fn, with_act_bits(shared, bits), bits) for bits in table.bits]
     if len(branches) == 1:
         return branches[0]()
     level = table.at(timestep)
     if not isinstance(level, jax.core.Tracer):
-        branches = [branches[i] if (level == i).any() else None for i in range(len(branches))]
-        return combined(level, [None if run is None else run() for run in branches])
+        needed = [bool((level == i).any()) for i in range(len(branches))]
+        outputs = [run() if need else None for run, need in zip(branches, needed, strict=True)]
+        return combined(level, outputs)
     shape = jax.eval_shape(branches[0])
     out = jnp.zeros(shape.shape, shape.dtype)
     for i, run in enumerate(branches):

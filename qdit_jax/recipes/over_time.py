@@ -25,7 +25,7 @@ class OverTime:
         act_bits: one per timestep: 2 to 8; 16 for no quantizer; None for the rules' own bits.
     """
 
-    timesteps: tuple[float, ...]
+    timesteps: tuple[float | int, ...]
     act_bits: tuple[int | None, ...]
 
     def __post_init__(self) -> None:
@@ -43,7 +43,9 @@ class OverTime:
             check_act_bits(bits)
 
     @classmethod
-    def at_steps(cls, timesteps: Sequence[float], steps: Mapping[str, int | None]) -> OverTime:
+    def at_steps(
+        cls, timesteps: Sequence[float | int], steps: Mapping[str, int | None]
+    ) -> OverTime:
         """Returns other bits at some steps of a sampler, and the rules' own at the rest.
 
         Args:

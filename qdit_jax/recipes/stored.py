@@ -14,9 +14,7 @@ from qdit_jax.recipes.rules import LayerSpec, Rule
 FORMAT_VERSION = 1
 
 
-def to_json(
-    rules: Sequence[Rule], name: str, over_time: OverTime | None = None
-) -> dict[str, Any]:
+def to_json(rules: Sequence[Rule], name: str, over_time: OverTime | None = None) -> dict[str, Any]:
     """Returns a recipe's rules, name and schedule as JSON-serializable values."""
     entries = [
         {

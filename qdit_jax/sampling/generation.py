@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Num
 from qdit_jax import diffusion
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.models import as_condition, is_concrete
-from qdit_jax.quant import applied_over_time, select_timestep
+from qdit_jax.quant import UNQUANTIZED, applied_over_time, select_timestep
 from qdit_jax.sampling.batches import checked_batch_size, device_mesh, filled_batch
 from qdit_jax.sampling.checks import (
     PUBLISHED,
@@ -67,12 +67,14 @@ def _applied(
     x: Float[Array, "B ..."], timestep: Num[Array, " B"], condition: Condition, denoise_fn: Denoiser
 ) -> Array:
     params = select_timestep(denoise_fn.params, timestep)
-    apply = denoise_fn.model.apply
-    return applied_over_time(
-        lambda params: cast(Array, apply({"params": params}, x, timestep, condition)),
-        params,
-        timestep,
-    )
+
+    def apply(params: Params, bits: int | None) -> Array:
+        model = denoise_fn.model
+        if bits == UNQUANTIZED and getattr(model, "numerics", "simulated") != "simulated":
+            model = model.clone(numerics="simulated")  # integers need quantized activations
+        return cast(Array, model.apply({"params": params}, x, timestep, condition))
+
+    return applied_over_time(apply, params, timestep)
 
 
 def denoiser(
