@@ -46,7 +46,8 @@ def scheduled_params(params: Params, over_time: OverTime | None) -> dict[str, An
             "spec, such as that of w4a4."
         )
     for path, leaf in quantizers.items():
-        others = {*over_time.act_bits} - {None, UNQUANTIZED, leaf.spec.bits}
+        own = (UNQUANTIZED, leaf.spec.bits)
+        others = {bits for bits in over_time.act_bits if bits is not None and bits not in own}
         if leaf.spec.fmt is not None and others:
             raise ValueError(
                 f"{path} has format {leaf.spec.fmt.name!r}, which over_time cannot give "
