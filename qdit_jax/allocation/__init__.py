@@ -48,6 +48,7 @@ from qdit_jax.allocation.space import (
     uniform_assignment,
     uniform_sizes,
 )
+from qdit_jax.allocation.steps import ChosenSteps, ScheduleError, choose_steps, schedule_error
 from qdit_jax.allocation.strategies import STRATEGIES, strategy_named
 from qdit_jax.allocation.strategies.allocate import Allocate, AllocationSettings, allocate
 from qdit_jax.allocation.strategies.evolution import EvolutionSettings, Evolve, evolve
@@ -64,6 +65,7 @@ __all__ = [
     "Budget",
     "Bytes",
     "ChosenAct",
+    "ChosenSteps",
     "CpuCost",
     "Effects",
     "Evaluator",
@@ -84,6 +86,7 @@ __all__ = [
     "Rollout",
     "Rollouts",
     "SampleFn",
+    "ScheduleError",
     "SearchLayer",
     "SearchResult",
     "Solution",
@@ -93,6 +96,7 @@ __all__ = [
     "additive_solution",
     "allocate",
     "assigned_params",
+    "choose_steps",
     "corrected",
     "cost_table",
     "descend",
@@ -112,6 +116,7 @@ __all__ = [
     "random_children",
     "rank_correlation",
     "recipe_of",
+    "schedule_error",
     "search",
     "search_space",
     "seeds",

@@ -1,5 +1,6 @@
 """Post-training quantization: the transform of a parameter tree into a quantized one."""
 
+from qdit_jax.ptq.over_time import schedule_act_bits, scheduled_params
 from qdit_jax.ptq.promises import Precision, precision_of, precision_warning
 from qdit_jax.ptq.rewriting import rewrite_layers, weight_name
 from qdit_jax.ptq.rounding import StagesFn, held_out_items, num_batches, round_params
@@ -46,5 +47,7 @@ __all__ = [
     "quantize_params",
     "rewrite_layers",
     "round_params",
+    "schedule_act_bits",
+    "scheduled_params",
     "weight_name",
 ]

@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qdit_jax.calibration import Stats
 from qdit_jax.models import TABLE, Family
+from qdit_jax.ptq.over_time import scheduled_params
 from qdit_jax.ptq.transform import as_matrix, matrix_shape, rewrite_kernels
 from qdit_jax.quant import (
     GREATEST_WEIGHT,
@@ -104,7 +105,7 @@ def quantize_in_order(
             flat[f"{path}/kernel"] = layer.q
             if on_layer is not None:
                 on_layer(layer)
-    return unflatten_dict(flat, sep="/")
+    return scheduled_params(unflatten_dict(flat, sep="/"), recipe.over_time)
 
 
 def only_tables(path: str, name: str, leaf: Any, spec: WeightSpec) -> Any:

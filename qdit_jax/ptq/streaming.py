@@ -17,6 +17,7 @@ from qdit_jax.calibration import Stats
 from qdit_jax.checkpoint import Checkpoint, DeferredArray, open_checkpoint, save, split_fields
 from qdit_jax.files import PathLike, check_free
 from qdit_jax.ptq.by_columns import quantize_by_columns
+from qdit_jax.ptq.over_time import scheduled_params
 from qdit_jax.ptq.transform import OnLayer, as_matrix, rewrite_kernels
 from qdit_jax.quant import GREATEST_WEIGHT, QTensor, WeightSpec, check_finite, quantize
 from qdit_jax.recipes import Recipe
@@ -101,4 +102,5 @@ def deferred_quantization(
         }
         return dataclasses.replace(q, **arrays)
 
-    return rewrite_kernels(params, defer, recipe=recipe, stats=stats)
+    written = rewrite_kernels(params, defer, recipe=recipe, stats=stats)
+    return scheduled_params(written, recipe.over_time)

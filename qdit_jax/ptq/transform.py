@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from qdit_jax.calibration import Stats
 from qdit_jax.checkpoint import DeferredArray
 from qdit_jax.models import TABLE
+from qdit_jax.ptq.over_time import scheduled_params
 from qdit_jax.ptq.rewriting import rewrite_layers, weight_name
 from qdit_jax.ptq.static_acts import act_quantizer
 from qdit_jax.quant import (
@@ -107,7 +108,8 @@ def quantize_params(
             on_layer(path, matrix, q)
         return q
 
-    return rewrite_kernels(params, quantized, recipe=recipe, stats=stats)
+    written = rewrite_kernels(params, quantized, recipe=recipe, stats=stats)
+    return scheduled_params(written, recipe.over_time)
 
 
 def rewrite_kernels(
@@ -120,6 +122,7 @@ def rewrite_kernels(
     """Returns `params` with activation quantizers, and `rewrite_fn` of each kernel to be quantized.
 
     `rewrite_fn` takes a layer's path, its leaf's name, the leaf and its spec. See `quantize_params`.
+    A schedule of bits over time is left to `scheduled_params`.
     """
     specs = recipe.resolve(params)
 

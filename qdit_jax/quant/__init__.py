@@ -20,6 +20,14 @@ from qdit_jax.quant.groups import effective_group_size, map_groups, num_groups
 from qdit_jax.quant.hadamard import regular_size, whole_size
 from qdit_jax.quant.input_maps import InputMap, LowRank, Rotation
 from qdit_jax.quant.leaves import LEAVES, Leaf, Role, entry_name, slots, with_leaf
+from qdit_jax.quant.over_time import (
+    OVER_TIME,
+    UNQUANTIZED,
+    BitsOverTime,
+    applied_over_time,
+    bits_over_time,
+    with_act_bits,
+)
 from qdit_jax.quant.qtensor import (
     QTensor,
     dequantize,
@@ -42,9 +50,12 @@ quantize_array = quantize
 __all__ = [
     "GREATEST_WEIGHT",
     "LEAVES",
+    "OVER_TIME",
+    "UNQUANTIZED",
     "ActQuant",
     "ActSpec",
     "AdaRoundSettings",
+    "BitsOverTime",
     "InputMap",
     "Leaf",
     "LowRank",
@@ -54,6 +65,8 @@ __all__ = [
     "WeightSpec",
     "accumulate_hessian",
     "adaround",
+    "applied_over_time",
+    "bits_over_time",
     "check_finite",
     "codes_of",
     "dequantize",
@@ -89,5 +102,6 @@ __all__ = [
     "static_act_quant_of_limits",
     "true_after",
     "whole_size",
+    "with_act_bits",
     "with_leaf",
 ]

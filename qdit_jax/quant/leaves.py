@@ -13,6 +13,7 @@ from typing import Any, Literal
 from qdit_jax.quant import formats
 from qdit_jax.quant.act import ActQuant
 from qdit_jax.quant.input_maps import InputMap, LowRank, Rotation
+from qdit_jax.quant.over_time import BitsOverTime
 from qdit_jax.quant.qtensor import QTensor
 from qdit_jax.quant.specs import ActSpec
 
@@ -21,7 +22,8 @@ from qdit_jax.quant.specs import ActSpec
 #   quantizer  `leaf(x)` is what the kernel is multiplied with
 #   input      `x = leaf(x)`, before the quantizer
 #   output     `y = y + leaf(x)`, with `x` after the input leaves; the quantizer sees `leaf.rest(x)`
-Role = Literal["parameter", "quantizer", "input", "output"]
+#   schedule   in no layer, but at the root of the tree: the denoiser reads it at every timestep
+Role = Literal["parameter", "quantizer", "input", "output", "schedule"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Leaf:
     Attributes:
         cls: a dataclass and pytree; its fields are arrays and static values.
         role: what it does in its layer, see `Role`.
-        slot: the name of its entry beside a layer's `kernel`; None for a parameter.
+        slot: the name of its entry beside a layer's `kernel`; None for a parameter or schedule.
         operand_suffix: of its entry for an operand of an attention product; None if operands have
             no such entry.
         statics: how static fields that are no plain JSON values are read back.
@@ -54,6 +56,7 @@ LEAVES: dict[str, Leaf] = {
     "InputMap": Leaf(InputMap, "input", "input_map"),
     "Rotation": Leaf(Rotation, "input", "rotation"),
     "LowRank": Leaf(LowRank, "output", "low_rank"),
+    "BitsOverTime": Leaf(BitsOverTime, "schedule", statics={"bits": tuple}),
 }
 
 

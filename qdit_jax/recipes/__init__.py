@@ -1,13 +1,16 @@
 """Recipes: which layer of a network is quantized, and to what."""
 
 from qdit_jax.recipes.names import layer_paths, operand_paths, part_names, part_pattern
+from qdit_jax.recipes.over_time import OverTime, check_act_bits
 from qdit_jax.recipes.recipe import Recipe
 from qdit_jax.recipes.rules import LayerSpec, Rule
 
 __all__ = [
     "LayerSpec",
+    "OverTime",
     "Recipe",
     "Rule",
+    "check_act_bits",
     "layer_paths",
     "operand_paths",
     "part_names",

@@ -30,6 +30,7 @@ from qdit_jax.recipes.names import (
     part_names,
     table_paths,
 )
+from qdit_jax.recipes.over_time import OverTime
 from qdit_jax.recipes.presets import PresetSettings, preset_bits, preset_spec
 from qdit_jax.recipes.rules import PART, LayerSpec, Rule
 from qdit_jax.types import Params
@@ -51,12 +52,14 @@ class HasParams(Protocol):
 class Recipe:
     """Rules for a whole network; `name` says what it is in reports.
 
-    `family` is the name of the family that the rules were bound to, if any.
+    `family` is the name of the family that the rules were bound to, if any; `over_time` gives the
+    quantized activations other bits at some timesteps.
     """
 
     rules: tuple[Rule, ...]
     name: str = "custom"
     family: str | None = dataclasses.field(default=None, compare=False, repr=False)
+    over_time: OverTime | None = None
 
     def get(self, *names: str) -> LayerSpec | None:
         """Returns the spec of the last rule that matches a layer's name, or None to leave it."""
@@ -268,7 +271,7 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the recipe as JSON-serializable values."""
-        return stored.to_json(self.rules, self.name)
+        return stored.to_json(self.rules, self.name, self.over_time)
 
     @classmethod
     def from_json(cls, source: PathLike | dict[str, Any]) -> Recipe:
@@ -277,4 +280,5 @@ class Recipe:
         Raises:
             ValueError: if the file is absent or no recipe, or a setting is unknown.
         """
-        return cls(*stored.from_json(source))
+        rules, name, over_time = stored.from_json(source)
+        return cls(rules, name, over_time=over_time)

@@ -8,13 +8,14 @@ from typing import Any
 from qdit_jax.errors import check_pattern
 from qdit_jax.files import PathLike, as_path, read_once
 from qdit_jax.quant import ActSpec, WeightSpec
+from qdit_jax.recipes.over_time import OverTime
 from qdit_jax.recipes.rules import LayerSpec, Rule
 
 FORMAT_VERSION = 1
 
 
-def to_json(rules: Sequence[Rule], name: str) -> dict[str, Any]:
-    """Returns a recipe's rules and name as JSON-serializable values."""
+def to_json(rules: Sequence[Rule], name: str, over_time: OverTime | None = None) -> dict[str, Any]:
+    """Returns a recipe's rules, name and schedule as JSON-serializable values."""
     entries = [
         {
             "layers": rule.layers,
@@ -23,11 +24,14 @@ def to_json(rules: Sequence[Rule], name: str) -> dict[str, Any]:
         }
         for rule in rules
     ]
-    return {"format_version": FORMAT_VERSION, "name": name, "rules": entries}
+    schedule = {} if over_time is None else {"over_time": over_time.to_json()}
+    return {"format_version": FORMAT_VERSION, "name": name, "rules": entries, **schedule}
 
 
-def from_json(source: PathLike | dict[str, Any]) -> tuple[tuple[Rule, ...], str]:
-    """Returns the rules and the name in a JSON file, or in values that `to_json` returned.
+def from_json(
+    source: PathLike | dict[str, Any],
+) -> tuple[tuple[Rule, ...], str, OverTime | None]:
+    """Returns rules, name and schedule in a JSON file, or in values that `to_json` returned.
 
     Raises:
         ValueError: if the file is absent or no recipe, or a setting is unknown.
@@ -42,7 +46,9 @@ def from_json(source: PathLike | dict[str, Any]) -> tuple[tuple[Rule, ...], str]
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
         raise ValueError(f"{where} is no recipe: it needs a list of objects named 'rules'.")
     found = (rule_from_json(rule, f"{where}, rule {i}") for i, rule in enumerate(rules))
-    return tuple(found), data.get("name", "custom")
+    schedule = data.get("over_time")
+    over_time = None if schedule is None else OverTime.from_json(schedule, where)
+    return tuple(found), data.get("name", "custom"), over_time
 
 
 def read(path: PathLike) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from qdit_jax.sampling.generation import (
     own_sampler,
     own_scheduler,
     sampler_text,
+    sampler_timesteps,
 )
 
 __all__ = [
@@ -54,4 +55,5 @@ __all__ = [
     "own_sampler",
     "own_scheduler",
     "sampler_text",
+    "sampler_timesteps",
 ]

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Num
 from qdit_jax import diffusion
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.models import as_condition, is_concrete
-from qdit_jax.quant import select_timestep
+from qdit_jax.quant import UNQUANTIZED, applied_over_time, select_timestep
 from qdit_jax.sampling.batches import checked_batch_size, device_mesh, filled_batch
 from qdit_jax.sampling.checks import (
     PUBLISHED,
@@ -44,7 +44,7 @@ class Denoiser:
     def __call__(
         self, x: Float[Array, "B ..."], timestep: Num[Array, " B"], condition: Condition
     ) -> Array:
-        """Returns the network's output, with the static scales of the nearest timestep if any.
+        """Returns the network's output, with the static scales and bits of the nearest timestep.
 
         Raises:
             ValueError: as `check_condition`; in a traced label, what is out of range gives NaN.
@@ -67,7 +67,14 @@ def _applied(
     x: Float[Array, "B ..."], timestep: Num[Array, " B"], condition: Condition, denoise_fn: Denoiser
 ) -> Array:
     params = select_timestep(denoise_fn.params, timestep)
-    return cast(Array, denoise_fn.model.apply({"params": params}, x, timestep, condition))
+
+    def apply(params: Params, bits: int | None) -> Array:
+        model = denoise_fn.model
+        if bits == UNQUANTIZED and getattr(model, "numerics", "simulated") != "simulated":
+            model = model.clone(numerics="simulated")  # integers need quantized activations
+        return cast(Array, model.apply({"params": params}, x, timestep, condition))
+
+    return applied_over_time(apply, params, timestep)
 
 
 def denoiser(
@@ -199,6 +206,11 @@ def own_sampler(checkpoint: Checkpoint) -> str:
     is_flow = model.prediction == "velocity"
     diffusion.check_fit(is_flow, model.learned_variance, scheduler)
     return scheduler.sampler
+
+
+def sampler_timesteps(sampler: diffusion.Sampler) -> tuple[float, ...]:
+    """Returns the timesteps at which a sampler calls the network, one per step, in its order."""
+    return tuple(np.asarray(sampler.table.timestep, np.float32).tolist())
 
 
 def sampler_text(checkpoint: Checkpoint) -> str | None:
