@@ -2,7 +2,7 @@
 
 from qdit_jax.ptq.block_learning import ReconstructionSettings
 from qdit_jax.ptq.promises import Precision, precision_of, precision_warning
-from qdit_jax.ptq.reconstruction import num_reconstruction_batches, reconstruct_params, units_of
+from qdit_jax.ptq.reconstruction import num_reconstruction_batches, reconstruct_params
 from qdit_jax.ptq.rewriting import rewrite_layers, weight_name
 from qdit_jax.ptq.rounding import StagesFn, held_out_items, num_batches, round_params
 from qdit_jax.ptq.sequential import (
@@ -23,6 +23,7 @@ from qdit_jax.ptq.transform import (
     plan,
     quantize_params,
 )
+from qdit_jax.ptq.units import units_of
 
 __all__ = [
     "LayerPlan",

@@ -109,9 +109,8 @@ class Samples(NamedTuple):
 def outputs(
     form: Form, entries: Entries, samples: Samples, index: Int[Array, " B"]
 ) -> list[Float[Array, "B F"]]:
-    """Returns the outputs of a module for the items `index`; gradients pass its quantizers."""
+    """Returns the outputs of a module for the items `index`."""
     params = select_timestep(unflatten_dict(dict(entries), sep="/"), samples.timestep[index])
-    params = jax.tree.map(straight_through, params, is_leaf=lambda node: isinstance(node, ActQuant))
     found = []
     for call, arrays in zip(form.calls, samples.inputs, strict=True):
         taken = [
@@ -194,6 +193,7 @@ def grid(q: QTensor, spec: WeightSpec) -> tuple[Float[Array, "K N"], Float[Array
     return adaptive_rounding.wide_grid(q.scale, q.zero_point, q.shape, spec.bits, spec.group_size)
 
 
+@partial(jax.jit, static_argnames=("form", "settings"))
 def started(
     form: Form, entries: Entries, nearest: dict[str, QTensor], settings: ReconstructionSettings
 ) -> State:
@@ -256,7 +256,9 @@ def learn(
             v = learned["logits"][name]
             codes = adaptive_rounding.soft_codes(weights[name], v, scale, offset, spec.bits)
             kernels[name] = (codes - offset) * scale
-        found = outputs(form, {**with_steps(entries, learned, settings), **kernels}, samples, index)
+        now = with_steps(entries, learned, settings)
+        passing = {name: straight_through(entry) for name, entry in now.items()}
+        found = outputs(form, {**passing, **kernels}, samples, index)
         error = jnp.mean(squared_distance(found, wanted_outputs(samples, index)))
         way = adaptive_rounding.ramp(progress, settings.warmup, settings.cooldown)
         power = settings.first_power + way * (settings.last_power - settings.first_power)

@@ -1,14 +1,12 @@
 """Block reconstruction of whole networks: block by block, rounding learned over a block's output.
 
-Dimensions: I items, R rows of one sample, F values of one output.
+Dimensions: I items.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -18,10 +16,8 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qdit_jax.calibration import Items, Stats, check_items
-from qdit_jax.checkpoint import fingerprint, first_difference
-from qdit_jax.errors import UserError
-from qdit_jax.files import PathLike, as_path, write_arrays
-from qdit_jax.models import Call, family_of, layers_in_order, module_calls, recorded_calls
+from qdit_jax.checkpoint import fingerprint
+from qdit_jax.files import PathLike
 from qdit_jax.ptq.block_learning import (
     NUM_CHUNKS,
     Entries,
@@ -37,89 +33,19 @@ from qdit_jax.ptq.block_learning import (
 from qdit_jax.ptq.rounding import batches_of, held_out_items
 from qdit_jax.ptq.sequential import RoundedLayer, only_tables
 from qdit_jax.ptq.transform import matrix_shape, rewrite_kernels
+from qdit_jax.ptq.unfinished import Result, Unfinished
+from qdit_jax.ptq.units import Unit, samples_of, units_of
 from qdit_jax.quant import (
     GREATEST_WEIGHT,
     QTensor,
-    WeightSpec,
     check_finite,
     quantize,
-    select_timestep,
 )
 from qdit_jax.recipes import Recipe
-from qdit_jax.types import Condition, Params
+from qdit_jax.types import Params
 
 # Items that `own_costs` are estimated on.
 COST_ITEMS = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Unit:
-    """A module that is reconstructed: a block, or what stands before and after the blocks.
-
-    Attributes:
-        path: of the module.
-        calls: of the module in one run of the network.
-        specs: of its kernels that are rounded, by the paths of their layers.
-    """
-
-    path: str
-    calls: tuple[Call, ...]
-    specs: Mapping[str, WeightSpec]
-
-    @property
-    def form(self) -> Form:
-        """What the module has in common with those that are alike."""
-        specs = ((self.within(f"{path}/kernel"), spec) for path, spec in self.specs.items())
-        return Form(self.calls, tuple(sorted(specs, key=lambda pair: pair[0])))
-
-    def within(self, name: str) -> str:
-        """Returns the name of an entry within the module."""
-        return name.removeprefix(f"{self.path}/")
-
-    def entries(self, flat: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the module's entries of a flat tree by their names within it."""
-        start = f"{self.path}/"
-        return {self.within(name): leaf for name, leaf in flat.items() if name.startswith(start)}
-
-
-def units_of(model: nn.Module, params: Params, recipe: Recipe) -> list[Unit]:
-    """Returns the modules to reconstruct, in the order in which the network first runs their layers.
-
-    A layer outside of the blocks belongs to the module that its path begins with, if that is called
-    as a whole and holds no block; otherwise it is a unit by itself.
-
-    Raises:
-        ValueError: if the network never runs a layer of the recipe, or a spec has a number format.
-    """
-    family, calls = family_of(model), module_calls(model, params)
-    order = layers_in_order(partial(model.apply, {"params": params}), *model.example_inputs())
-    flat = flatten_dict(params, sep="/")
-    specs = {
-        path: spec.weight
-        for path, spec in recipe.resolve(params).items()
-        if spec.weight is not None and f"{path}/kernel" in flat
-    }
-    if missing := sorted(set(specs) - set(order)):
-        raise ValueError(f"the network never runs {missing[0]}, which the recipe quantizes.")
-    for path, spec in specs.items():
-        if spec.fmt is not None:
-            raise ValueError(
-                f"block reconstruction learns integer codes, not the format {spec.fmt.name!r} of "
-                f"{path}."
-            )
-    with_blocks = {path.split("/")[0] for path in order if family.block_of(path)}
-
-    def unit(path: str) -> str:
-        block, first = family.block_of(path), path.split("/")[0]
-        if block is None and first not in with_blocks:
-            block = first
-        return path if block is None or block not in calls else block
-
-    found: dict[str, dict[str, WeightSpec]] = {}
-    for path in order:
-        if path in specs:
-            found.setdefault(unit(path), {})[path] = specs[path]
-    return [Unit(path, calls[path], inside) for path, inside in found.items()]
 
 
 def reconstruct_params(
@@ -182,7 +108,9 @@ def reconstruct_params(
             progress_fn(num_reconstruction_batches(items, batch_size, 1))
         kernels = {path: flat[f"{path}/kernel"] for path in unit.specs}
         flat |= placed(unit, flat, nearest, result)
-        for path, kernel in kernels.items() if on_layer is not None else ():
+        for path, kernel in kernels.items():
+            if on_layer is None:
+                break
             whole = jnp.asarray(kernel).reshape(matrix_shape(kernel))
             fell_back = bool(held_out.any()) and not result.learned <= result.nearest
             q = flat[f"{path}/kernel"]
@@ -195,22 +123,6 @@ def num_reconstruction_batches(items: Items, batch_size: int, num_units: int) ->
     """Returns the sum of what `reconstruct_params` calls its `progress_fn` with."""
     count = len(items.x)
     return num_units * (-(-count // min(batch_size, count)) + NUM_CHUNKS)
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What was found for one module, as it is kept on disk.
-
-    Attributes:
-        codes: packed, by the kernels' names within the module.
-        scales: learned step sizes, by the quantizers' names within the module.
-        nearest, learned: relative squared output errors, on held-out items where there are any.
-    """
-
-    codes: dict[str, Any]
-    scales: dict[str, Any]
-    nearest: float
-    learned: float
 
 
 def placed(
@@ -236,63 +148,6 @@ def nearest_kernels(unit: Unit, flat: Mapping[str, Any]) -> dict[str, QTensor]:
         check_finite(path, kernel, GREATEST_WEIGHT)
         found[unit.within(f"{path}/kernel")] = quantize(kernel.reshape(matrix_shape(kernel)), spec)
     return found
-
-
-def samples_of(
-    unit: Unit,
-    model: nn.Module,
-    params: Params,
-    full: Params,
-    items: Items,
-    batch_size: int,
-    progress_fn: Callable[[int], Any] | None,
-) -> Samples:
-    """Returns a module's inputs in the network with `params`, and its outputs with `full`."""
-    count, inputs, targets = len(items.x), [], []
-    for batch, _ in batches_of(np.arange(count), batch_size):
-        given = jax.tree.map(jnp.asarray, items.taken(batch))
-        taken = recorded(params, *given, model=model, path=unit.path, outputs=False)
-        made = recorded(full, *given, model=model, path=unit.path, outputs=True)
-        size = len(batch)
-        inputs.append(
-            [
-                [x.reshape(size, -1, *x.shape[1:]) if r else x for r, x in zip(c.rows, arrays)]
-                for c, arrays in zip(unit.calls, taken, strict=True)
-            ]
-        )
-        targets.append([[out.reshape(size, -1) for out in arrays] for arrays in made])
-        if progress_fn is not None:
-            progress_fn(1)
-    constant = [[not rows for rows in call.rows] for call in unit.calls]
-    joined = [
-        jax.tree.map(
-            lambda same, *parts: parts[0] if same else jnp.concatenate(parts)[:count],
-            constant,
-            *inputs,
-        ),
-        jax.tree.map(lambda *parts: jnp.concatenate(parts)[:count], *targets),
-    ]
-    return Samples(*joined, jnp.asarray(items.timestep))
-
-
-@partial(jax.jit, static_argnames=("model", "path", "outputs"))
-def recorded(
-    params: Params,
-    x: Any,
-    timestep: Any,
-    condition: Condition,
-    *,
-    model: nn.Module,
-    path: str,
-    outputs: bool,
-) -> list[list[Any]]:
-    """Returns the arrays that a module takes, or with `outputs` returns, call by call.
-
-    What the network computes after it is left out by the compiler.
-    """
-    chosen = select_timestep(params, timestep)
-    found = recorded_calls(lambda: model.apply({"params": chosen}, x, timestep, condition), path)
-    return found[int(outputs)]
 
 
 def reconstructed(
@@ -333,7 +188,7 @@ def reconstructed(
         if progress_fn is not None:
             jax.block_until_ready(state)
             progress_fn(1)
-    changed = rounded_entries(form, entries, nearest, state[0], settings)
+    changed = rounded(form, entries, nearest, state[0], settings)
     before = mean_error(form, {**entries, **nearest}, samples, judged, size)
     after = mean_error(form, {**entries, **changed}, samples, judged, size)
     relative = [error / max(power, 1e-30) for error, power in (before, after)]
@@ -341,10 +196,6 @@ def reconstructed(
     kernels = {name: (changed if keep else nearest)[name].codes for name in nearest}
     scales = {name: changed[name].scale for name in changed if keep and name not in nearest}
     return Result(kernels, scales, *relative)
-
-
-def rounded_entries(*given: Any) -> Entries:
-    return rounded(*given)
 
 
 def minibatches(
@@ -367,47 +218,3 @@ def mean_error(
         found = errors(form, entries, samples, jnp.asarray(batch, jnp.int32), jnp.asarray(weight))
         total += np.asarray(found)
     return float(total[0]) / len(rows), float(total[1]) / len(rows)
-
-
-class Unfinished:
-    """Finished modules of a run that may be stopped, one file each in a folder."""
-
-    def __init__(self, folder: PathLike, settings: dict[str, Any]) -> None:
-        self.folder, self.settings = as_path(folder), settings
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def read(self, number: int) -> Result | None:
-        """Returns what was found for a module, or None if it is not finished.
-
-        Raises:
-            UserError: if the file is unreadable, or was written with other settings.
-        """
-        path = self.folder / f"{number:04d}.npz"
-        if not path.exists():
-            return None
-        try:
-            with path.open("rb") as file, np.load(file) as data:
-                found = {name: data[name] for name in data.files}
-            saved = json.loads(str(found["settings"]))
-            nearest, learned = map(float, found["errors"])
-        except (OSError, KeyError, ValueError) as error:
-            raise UserError(
-                f"{path} is no unfinished quantization ({error}); delete it."
-            ) from error
-        if (other := first_difference(saved, self.settings)) is not None:
-            raise UserError(
-                f"{self.folder} holds an unfinished quantization with other settings or another "
-                f"checkpoint (its {other} is not the same); delete it to start over."
-            )
-        parts = {
-            kind: {n.removeprefix(f"{kind}/"): x for n, x in found.items() if n.startswith(kind)}
-            for kind in ("codes", "scales")
-        }
-        return Result(**parts, nearest=nearest, learned=learned)
-
-    def write(self, number: int, result: Result) -> None:
-        """Writes a finished module; a reader never sees half of it."""
-        named = flatten_dict({"codes": result.codes, "scales": result.scales}, sep="/")
-        errors = np.array([result.nearest, result.learned])
-        told = {"settings": json.dumps(self.settings, sort_keys=True), "errors": errors}
-        write_arrays(self.folder / f"{number:04d}.npz", {**named, **told})

@@ -84,7 +84,7 @@ def decided(v: Float[Array, "*s"]) -> Float[Array, "*s"]:
 def wide_grid(
     stored: Float[Array, "G B"],
     zero_point: Num[Array, "G B"] | None,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     bits: int,
     group_size: int,
 ) -> tuple[Float[Array, "K N"], Float[Array, "*s"]]:
@@ -98,13 +98,13 @@ def wide_grid(
     return scale, groups.expand_groups(zero_point, shape, group_size).astype(jnp.float32)
 
 
-def ramp(progress: Numbers, warmup: float, cooldown: float) -> Float[Array, ""]:
+def ramp(progress: Float[Array, ""], warmup: float, cooldown: float) -> Float[Array, ""]:
     """Returns 0 during the warm-up, 1 during the cool-down, and the linear way between them."""
     return jnp.clip((progress - warmup) / (1 - warmup - cooldown), 0, 1)
 
 
 def polarization(
-    v: Float[Array, "K N"], cost: Float[Array, "K N"], power: Numbers = 2
+    v: Float[Array, "K N"], cost: Float[Array, "K N"], power: Float[Array, ""] | float | int = 2
 ) -> Float[Array, ""]:
     """Returns `sum cost * (1 - |2h - 1|**power)`, 0 when every rounding is decided.
 

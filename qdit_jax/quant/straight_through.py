@@ -24,7 +24,7 @@ Node = TypeVar("Node")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StraightThrough:
-    """Stands in the place of an activation quantizer whose table has had its row picked."""
+    """Stands in the place of an activation quantizer beside a kernel in full precision."""
 
     quantizer: ActQuant
 
@@ -45,5 +45,5 @@ class StraightThrough:
 
 
 def straight_through(node: Node) -> Node | StraightThrough:
-    """Returns a quantizer wrapped, anything else as it is; for `jax.tree.map` over parameters."""
+    """Returns a quantizer that gradients pass through; anything else as it is."""
     return StraightThrough(node) if isinstance(node, ActQuant) else node
