@@ -148,7 +148,6 @@ def errors(
     return jnp.sum(weight * error), jnp.sum(weight * power)
 
 
-@partial(jax.jit, static_argnames="form")
 def own_costs(
     form: Form,
     entries: Entries,
@@ -162,6 +161,24 @@ def own_costs(
     ratio of what rounding the layer's kernel to nearest does to the module's output and to the
     layer's own.
     """
+    moments = input_moments(form, entries, samples, index)
+    costs = {}
+    for name, spec in form.specs:
+        w, q = matrix(entries[name]), nearest[name]
+        rounded = dequantize(q)
+        other = {**entries, name: rounded.reshape(entries[name].shape)}
+        moved = distance(form, entries, other, samples, index)
+        moment = moments[name][:, None]
+        own = jnp.maximum(jnp.sum(moment * jnp.square(rounded - w)), jnp.finfo(jnp.float32).tiny)
+        costs[name] = moment * jnp.square(grid(q, spec)[0]) * (moved / own)
+    return costs
+
+
+@partial(jax.jit, static_argnames="form")
+def input_moments(
+    form: Form, entries: Entries, samples: Samples, index: Int[Array, " B"]
+) -> dict[str, Float[Array, " K"]]:
+    """Returns the sums of squares of each layer's input over an item's rows, by kernel."""
     moments: dict[str, Any] = {}
 
     def seen(path: str, x: Array) -> None:
@@ -170,17 +187,17 @@ def own_costs(
         moments[name] = moments.get(name, 0) + jnp.sum(jnp.square(rows), axis=0) / len(index)
 
     with seen_inputs(seen, quantized=True):
-        plain = outputs(form, entries, samples, index)
-    costs = {}
-    for name, spec in form.specs:
-        w, q = matrix(entries[name]), nearest[name]
-        rounded = dequantize(q)
-        other = outputs(form, {**entries, name: rounded}, samples, index)
-        moved = jnp.mean(squared_distance(other, plain))
-        moment = moments[name][:, None]
-        own = jnp.maximum(jnp.sum(moment * jnp.square(rounded - w)), jnp.finfo(jnp.float32).tiny)
-        costs[name] = moment * jnp.square(grid(q, spec)[0]) * (moved / own)
-    return costs
+        outputs(form, entries, samples, index)
+    return {name: moments[name] for name, _ in form.specs}
+
+
+@partial(jax.jit, static_argnames="form")
+def distance(
+    form: Form, entries: Entries, other: Entries, samples: Samples, index: Int[Array, " B"]
+) -> Float[Array, ""]:
+    """Returns the mean squared distance of a module's outputs with two sets of entries."""
+    plain = outputs(form, entries, samples, index)
+    return jnp.mean(squared_distance(outputs(form, other, samples, index), plain))
 
 
 def matrix(kernel: Array) -> Float[Array, "K N"]:
