@@ -57,7 +57,8 @@ class ReconstructionSettings:
         strength: greatest weight of `polarization`, reached along a linear ramp.
         warmup, cooldown: fractions of the steps before and after that ramp.
         first_power, last_power: of `polarization` at the ramp's start and end. A high power moves
-            only what is nearly decided.
+            only what is nearly decided. Differs from AdaRound, which starts at 20: in few steps
+            that leaves many roundings undecided.
         seed: of the minibatches.
     """
 
