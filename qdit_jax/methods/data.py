@@ -13,6 +13,7 @@ import numpy as np
 from qdit_jax.calibration import Items, Stats, authors_steps, collect_items, default_sampler
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.diffusion import Sampler
+from qdit_jax.files import PathLike
 
 # Called with the number of samples finished, batch by batch.
 ProgressFn = Callable[[int], Any] | None
@@ -41,6 +42,8 @@ class CalibrationData:
             None is the method's own (0.25; 0 in the release).
         stages: how much is rounded between two runs of the network, `"block"` or `"layer"`; None is
             the method's own.
+        unfinished: a folder where a method that learns block by block keeps finished blocks, to
+            resume from; the caller deletes it.
     """
 
     items: Items | None = None
@@ -55,6 +58,7 @@ class CalibrationData:
     batch_size: int = 8
     holdout: float | int | None = None
     stages: str | None = None
+    unfinished: PathLike | None = None
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for a setting that cannot be."""

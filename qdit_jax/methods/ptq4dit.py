@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Float
@@ -12,13 +10,13 @@ from scipy.stats import spearmanr
 from qdit_jax.calibration import item_statistics
 from qdit_jax.methods.choosing import linear_specs
 from qdit_jax.methods.data import CalibrationData, spread_items
-from qdit_jax.methods.fitting import fit_rounding
 from qdit_jax.methods.input_transforms import Transform, matrix_of, places, transformed
 from qdit_jax.methods.method import Method
+from qdit_jax.methods.reconstruction import check_stages, reconstruct_blocks
 from qdit_jax.methods.report import Report
 from qdit_jax.methods.scales import balanced
 from qdit_jax.methods.static_ranges import static_ranges
-from qdit_jax.quant import adaround, ranges
+from qdit_jax.quant import ranges
 from qdit_jax.recipes import Recipe
 from qdit_jax.types import Params
 
@@ -65,13 +63,13 @@ METHOD = Method(
     name="ptq4dit",
     paper="PTQ4DiT: Post-training Quantization for Diffusion Transformers, arXiv:2405.16005",
     idea="Divides each foldable input by the square root of the ratio of its salience, weighted over "
-    "timesteps, to that of its weights; one static range per input, one scale per output channel, "
-    "AdaRound. The paper reconstructs whole blocks and learns the inputs' scales; here each layer is "
-    "rounded by itself.",
+    "timesteps, to that of its weights; one static range per input, one scale per output channel. "
+    "Rounding and the inputs' step sizes are learned block by block.",
     runtime_cost="None: the scales are folded, static ranges are constants.",
     needs={"items": spread_items},
+    check=check_stages,
     prepare=(balance, static_ranges),
-    apply=partial(fit_rounding, round_fn=adaround),
+    apply=reconstruct_blocks,
     settings={
         "group_size": 0,
         "act_mode": "static",

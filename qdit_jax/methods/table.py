@@ -16,6 +16,7 @@ METHODS = (
     "rtn",
     "gptq",
     "adaround",
+    "brecq",
     "best",
     "qdit",
     "qdit_release",

@@ -1,5 +1,6 @@
 """The networks, and the table from a family's name to its class."""
 
+from qdit_jax.models.calls import Call, module_calls, recorded_calls
 from qdit_jax.models.dit import SIZES, DiT, published_config
 from qdit_jax.models.families import (
     FAMILIES,
@@ -60,6 +61,7 @@ __all__ = [
     "TABLE",
     "AttentionModule",
     "AutoencoderKL",
+    "Call",
     "DiT",
     "DigitFeatures",
     "Family",
@@ -87,9 +89,11 @@ __all__ = [
     "layers_in_order",
     "layers_of",
     "mapped_input",
+    "module_calls",
     "optional",
     "published_config",
     "quantized_input",
+    "recorded_calls",
     "rows_per_sample",
     "seen_inputs",
     "sincos_positions",

@@ -1,7 +1,9 @@
 """Post-training quantization: the transform of a parameter tree into a quantized one."""
 
+from qdit_jax.ptq.block_learning import ReconstructionSettings
 from qdit_jax.ptq.over_time import schedule_act_bits, scheduled_params
 from qdit_jax.ptq.promises import Precision, precision_of, precision_warning
+from qdit_jax.ptq.reconstruction import num_reconstruction_batches, reconstruct_params
 from qdit_jax.ptq.rewriting import rewrite_layers, weight_name
 from qdit_jax.ptq.rounding import StagesFn, held_out_items, num_batches, round_params
 from qdit_jax.ptq.sequential import (
@@ -22,10 +24,12 @@ from qdit_jax.ptq.transform import (
     plan,
     quantize_params,
 )
+from qdit_jax.ptq.units import units_of
 
 __all__ = [
     "LayerPlan",
     "Precision",
+    "ReconstructionSettings",
     "RoundFn",
     "RoundedLayer",
     "StagesFn",
@@ -39,15 +43,18 @@ __all__ = [
     "held_out_items",
     "matrix_shape",
     "num_batches",
+    "num_reconstruction_batches",
     "plan",
     "precision_of",
     "precision_warning",
     "quantize_checkpoint",
     "quantize_in_order",
     "quantize_params",
+    "reconstruct_params",
     "rewrite_layers",
     "round_params",
     "schedule_act_bits",
     "scheduled_params",
+    "units_of",
     "weight_name",
 ]

@@ -1,6 +1,6 @@
 """One array: specs, ranges, packed codes, `QTensor`, and the quantizers of weights and inputs."""
 
-from qdit_jax.quant import formats, packing, ranges
+from qdit_jax.quant import adaptive_rounding, formats, packing, ranges
 from qdit_jax.quant.act import (
     ActQuant,
     codes_of,
@@ -41,6 +41,7 @@ from qdit_jax.quant.qtensor import (
 )
 from qdit_jax.quant.specs import ActSpec, WeightSpec
 from qdit_jax.quant.stored_scales import scale_value
+from qdit_jax.quant.straight_through import StraightThrough, straight_through
 from qdit_jax.quant.traced import fake_quantize_kernel_traced, fake_quantize_traced
 
 # The name of `quantize` outside of this room, where `quantize` takes whole checkpoints too.
@@ -62,8 +63,10 @@ __all__ = [
     "QTensor",
     "Role",
     "Rotation",
+    "StraightThrough",
     "WeightSpec",
     "accumulate_hessian",
+    "adaptive_rounding",
     "adaround",
     "applied_over_time",
     "bits_over_time",
@@ -100,6 +103,7 @@ __all__ = [
     "slots",
     "static_act_quant",
     "static_act_quant_of_limits",
+    "straight_through",
     "true_after",
     "whole_size",
     "with_act_bits",

@@ -76,14 +76,43 @@ def soft_codes(
     return jnp.clip(jnp.floor(quotient(w, scale)) + rectified_sigmoid(v) + offset, 0, 2**bits - 1)
 
 
-def polarization(v: Float[Array, "K N"], cost: Float[Array, "K N"]) -> Float[Array, ""]:
-    """Returns `sum cost * (1 - (2h - 1)**2)`, 0 when every rounding is decided.
+def decided(v: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """Returns the v whose sigmoid is exactly 0 or 1, whichever is nearer to that of `v`."""
+    return jnp.where(rectified_sigmoid(v) >= 0.5, jnp.inf, -jnp.inf)
+
+
+def wide_grid(
+    stored: Float[Array, "G B"],
+    zero_point: Num[Array, "G B"] | None,
+    shape: tuple[int, ...],
+    bits: int,
+    group_size: int,
+) -> tuple[Float[Array, "K N"], Float[Array, "*s"]]:
+    """Returns a kernel's scale, as stored, and its code of 0.0 for every weight.
+
+    The latter is one number where there is no zero point.
+    """
+    scale = groups.expand_groups(scale_value(stored), shape, group_size)
+    if zero_point is None:
+        return scale, jnp.float32(2 ** (bits - 1))
+    return scale, groups.expand_groups(zero_point, shape, group_size).astype(jnp.float32)
+
+
+def ramp(progress: Float[Array, ""], warmup: float, cooldown: float) -> Float[Array, ""]:
+    """Returns 0 during the warm-up, 1 during the cool-down, and the linear way between them."""
+    return jnp.clip((progress - warmup) / (1 - warmup - cooldown), 0, 1)
+
+
+def polarization(
+    v: Float[Array, "K N"], cost: Float[Array, "K N"], power: Float[Array, ""] | float | int = 2
+) -> Float[Array, ""]:
+    """Returns `sum cost * (1 - |2h - 1|**power)`, 0 when every rounding is decided.
 
     Differs from AdaRound, which weighs all roundings alike: `cost` is a rounding's own squared
     output error, `diag(H) * scale**2`. With outlier channels a constant weight leaves exactly
     those roundings undecided that matter most.
     """
-    return jnp.sum(cost * (1 - jnp.square(2 * rectified_sigmoid(v) - 1)))
+    return jnp.sum(cost * (1 - jnp.abs(2 * rectified_sigmoid(v) - 1) ** power))
 
 
 def adaround(
@@ -122,10 +151,7 @@ def _adaround(
     positive, _, tries = damped(hessian, 0.01)
     # With an indefinite Hessian the error could be negative, and learning would seek just that.
     hessian = jnp.where(tries > 0, positive, hessian)
-    scale = groups.expand_groups(scale_value(stored), w.shape, spec.group_size)  # [K, N]
-    offset = jnp.float32(2 ** (spec.bits - 1))  # the code of 0.0
-    if zero_point is not None:
-        offset = groups.expand_groups(zero_point, w.shape, spec.group_size)
+    scale, offset = wide_grid(stored, zero_point, w.shape, spec.bits, spec.group_size)
 
     def channel_error(codes: Float[Array, "K N"]) -> Float[Array, " N"]:
         difference = (codes - offset) * scale - w  # [K, N]
@@ -140,14 +166,11 @@ def _adaround(
 
     def objective(v: Float[Array, "K N"], progress: Float[Array, ""]) -> Float[Array, ""]:
         error = jnp.sum(channel_error(soft_codes(w, v, scale, offset, spec.bits)))
-        span = 1 - settings.warmup - settings.cooldown
-        pull = settings.strength * jnp.clip((progress - settings.warmup) / span, 0, 1)
+        pull = settings.strength * ramp(progress, settings.warmup, settings.cooldown)
         return (error + pull * polarization(v, cost)) / unit
 
     v = _minimize(objective, initial_logits(w, scale), settings)
-    # The sigmoid of plus or minus infinity is exactly 1 or 0.
-    decided = jnp.where(rectified_sigmoid(v) >= 0.5, jnp.inf, -jnp.inf)
-    learned = soft_codes(w, decided, scale, offset, spec.bits)
+    learned = soft_codes(w, decided(v), scale, offset, spec.bits)
     codes = jnp.where(channel_error(learned) <= base, learned, nearest)
     return from_codes(codes.astype(jnp.uint8), stored, zero_point, spec)
 
