@@ -176,7 +176,7 @@ def summarize(path: str, found: dict[str, Any]) -> dict[str, Any]:
     for name, leaf in description["params"].items():
         part = parts.setdefault(part_of(name, family), {"values": 0, "bytes": 0, "dtypes": {}})
         arrays = [leaf] if leaf["type"] == "array" else list(leaf["arrays"].values())
-        if leaf["type"] != "ActQuant":
+        if "shape" in leaf:  # what stands beside parameters has none
             part["values"] += product(leaf["shape"])
         for array in arrays:
             size = product(array["shape"]) * itemsize(array["dtype"])
