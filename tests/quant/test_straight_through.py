@@ -11,7 +11,7 @@ import pytest
 
 from qdit_jax.quant import ActQuant, ActSpec, static_act_quant, straight_through
 
-X = jnp.asarray([[-3.0, -0.97, -0.2, 0.0, 0.33, 0.9, 2.0, 5.0]])
+X = jnp.asarray([[-3.0, -0.85, -0.2, 0.0, 0.33, 0.8, 2.0, 5.0]])
 
 
 def static(symmetric):
