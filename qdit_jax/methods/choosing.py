@@ -40,7 +40,9 @@ from qdit_jax.types import Params
 # A transform at run time has to pay for itself: it must lower the squared error to this share.
 WORTH_IT = 0.95
 HOLDOUT = 0.25
-NUM_ROWS = 512
+NUM_ROWS = 512  # of a layer's inputs, on which candidates are compared
+# Of a kernel as well: all its columns, or as many as hold this many values, but not fewer than 256.
+MAX_VALUES, LEAST_COLUMNS = 2**18, 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,11 +159,13 @@ class Bench:
         inputs: extremes of the inputs that candidates are made from.
         rows: `[M, K]`, the held-out inputs on which errors are measured.
         kernels: `[K, N]`, by spec.
+        scored: some of their columns, on which errors are measured.
     """
 
     inputs: LayerInputs
     rows: Float[np.ndarray, "M K"]
     kernels: Mapping[LayerSpec, Float[np.ndarray, "K N"]]
+    scored: Mapping[LayerSpec, Float[np.ndarray, "K M"]]
 
     @classmethod
     def of(
@@ -177,7 +181,8 @@ class Bench:
             if path in specs:
                 by_spec.setdefault(specs[path], []).append(path)
         kernels = {spec: matrix_of(params, paths) for spec, paths in by_spec.items()}
-        return cls(inputs[0], inputs[1].rows, kernels)
+        scored = {spec: some_columns(kernel, spec) for spec, kernel in kernels.items()}
+        return cls(inputs[0], inputs[1].rows, kernels, scored)
 
     @property
     def kernel(self) -> Float[np.ndarray, "K N"]:
@@ -211,10 +216,12 @@ class Bench:
         """Returns the relative squared error of the outputs for every candidate scale."""
         shift = np.zeros(self.rows.shape[1], np.float32) if shift is None else shift
         lost = np.zeros(len(scales))
-        for spec, kernel in self.kernels.items():
+        power = 0.0
+        for spec, kernel in self.scored.items():
+            power += float(np.square(self.rows @ kernel).sum())
             found = output_errors(self.rows, kernel, scales, shift, rotation, spec=spec)
             lost += np.asarray(found)
-        return lost / max(float(np.square(self.rows @ self.kernel).sum()), 1e-30)
+        return lost / max(power, 1e-30)
 
     def rotation(self, kind: str, scaled: Transform, seed: int) -> Rotation | None:
         """Returns the rotation of that kind for the scaled input; None if its blocks have size 1."""
@@ -227,6 +234,19 @@ class Bench:
         covariance = np.einsum("mbi,mbj->bij", blocks, blocks)
         matrix = np.linalg.eigh(covariance.astype(np.float64))[1].astype(np.float32)
         return Rotation("dense", size, matrix=jnp.asarray(matrix)) if size > 1 else None
+
+
+def some_columns(kernel: Float[np.ndarray, "K N"], spec: LayerSpec) -> Float[np.ndarray, "K M"]:
+    """Returns evenly spread columns of a kernel, `MAX_VALUES` values at most.
+
+    Columns are rounded by themselves (or with the neighbors that share their scale), so that the
+    error on some of them stands for that on all.
+    """
+    shared = 1 if spec.weight is None else spec.weight.channel_group
+    blocks = kernel.shape[1] // shared
+    wanted = max(LEAST_COLUMNS, MAX_VALUES // len(kernel)) // shared
+    chosen = np.linspace(0, blocks - 1, min(blocks, max(1, wanted))).round()
+    return kernel[:, (chosen[:, None] * shared + np.arange(shared)).astype(int).reshape(-1)]
 
 
 def rotation_of(kind: str, num_channels: int, seed: int = 0) -> Rotation | None:

@@ -17,7 +17,13 @@ import qdit_jax as qdit
 from qdit_jax.calibration import LayerInputs, collect_items
 from qdit_jax.diffusion import ddim
 from qdit_jax.methods import CalibrationData, fold_inputs
-from qdit_jax.methods.choosing import WORTH_IT, Bench, ChooseTransforms
+from qdit_jax.methods.choosing import (
+    LEAST_COLUMNS,
+    WORTH_IT,
+    Bench,
+    ChooseTransforms,
+    some_columns,
+)
 from qdit_jax.methods.input_transforms import Transform
 from qdit_jax.methods.ptq4dit import weighted_salience
 from qdit_jax.methods.ptq4dm import normal_items
@@ -43,7 +49,7 @@ def rows_with(outliers, seed=0, m=256, k=32):
 def bench(rows, kernel, spec=SPEC):
     fitted, held_out = rows[::2], rows[1::2]
     inputs = LayerInputs(fitted.min(0), fitted.max(0), np.abs(fitted).mean(0), fitted)
-    return Bench(inputs, held_out, {spec: kernel})
+    return Bench(inputs, held_out, {spec: kernel}, {spec: kernel})
 
 
 def kernel_of(seed=1, k=32, n=24):
@@ -114,6 +120,19 @@ def test_a_transform_that_does_not_help_is_left_out():
     forced, before, after = ChooseTransforms(harmful, leave=False).best(place, True, 0)
     assert not forced.is_identity
     assert after > before
+
+
+def test_wide_kernels_are_scored_on_some_of_their_columns():
+    wide = kernel_of(k=1024, n=600)
+    found = some_columns(wide, SPEC)
+    assert found.shape == (1024, LEAST_COLUMNS)
+    np.testing.assert_array_equal(found[:, [0, -1]], wide[:, [0, -1]])
+    shared = LayerSpec(WeightSpec(4, 0, channel_group=8))
+    found = some_columns(wide, shared)
+    np.testing.assert_array_equal(found[:, :8], wide[:, :8])
+    np.testing.assert_array_equal(found[:, -8:], wide[:, -8:])
+    for whole in (wide[:, :40], kernel_of(k=32, n=1200)):
+        np.testing.assert_array_equal(some_columns(whole, shared), whole)
 
 
 def test_what_costs_time_has_to_gain_more_than_what_is_folded():
