@@ -3,7 +3,7 @@
 Each choice is made by the error of the layer's output on held-out inputs, with input and kernel both
 rounded to nearest; to leave a layer as it is is one of the candidates.
 
-Dimensions: M rows, K input channels, N output channels, C candidates.
+Dimensions: M rows, K input channels, N output channels, S of them, C candidates.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class Bench:
     inputs: LayerInputs
     rows: Float[np.ndarray, "M K"]
     kernels: Mapping[LayerSpec, Float[np.ndarray, "K N"]]
-    scored: Mapping[LayerSpec, Float[np.ndarray, "K M"]]
+    scored: Mapping[LayerSpec, Float[np.ndarray, "K S"]]
 
     @classmethod
     def of(
@@ -236,7 +236,7 @@ class Bench:
         return Rotation("dense", size, matrix=jnp.asarray(matrix)) if size > 1 else None
 
 
-def some_columns(kernel: Float[np.ndarray, "K N"], spec: LayerSpec) -> Float[np.ndarray, "K M"]:
+def some_columns(kernel: Float[np.ndarray, "K N"], spec: LayerSpec) -> Float[np.ndarray, "K S"]:
     """Returns evenly spread columns of a kernel, `MAX_VALUES` values at most.
 
     Columns are rounded by themselves (or with the neighbors that share their scale), so that the
