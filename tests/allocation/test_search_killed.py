@@ -57,7 +57,7 @@ def started(*arguments):
 def finished(process):
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, f"{out}\n{err[-3000:]}"
-    return out
+    return out + err
 
 
 def kill_after(process, state: Path, num_saved: int) -> None:
