@@ -105,7 +105,9 @@ def _checked_config(config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
         raise UserError(f"config.json is of a {name}, but the weights are of a {CLASS_NAMES[0]}.")
     for key in ("num_attention_heads", "attention_head_dim", "num_embeds_ada_norm", "sample_size"):
         if key in config and not (type(config[key]) is int and config[key] > 0):
-            raise UserError(f"config.json says {key}={config[key]!r}, which is no positive number.")
+            raise UserError(
+                f"config.json says {key}={config[key]!r}, which is not a positive number."
+            )
     settings = network_settings(config, TRANSFORMER)
     heads, head_dim = config.get("num_attention_heads"), config.get("attention_head_dim")
     stated = {

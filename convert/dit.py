@@ -267,7 +267,7 @@ def num_heads(sizes: Sizes, choices: Choices) -> int:
     published = PUBLISHED.get((sizes.depth, sizes.width))
     if choices.num_heads is None and published is None:
         raise UserError(
-            f"{sizes.depth} blocks of width {sizes.width} is no published size, and shapes cannot tell the "
+            f"{sizes.depth} blocks of width {sizes.width} is not a published size, and shapes cannot tell the "
             "number of attention heads; pass --num-heads."
         )
     if choices.num_heads is not None and choices.num_heads < 1:

@@ -151,7 +151,7 @@ class _Machine:
     def call(self, _: Argument) -> None:
         arguments, name = self.pop(), self.pop()
         if not isinstance(name, Name) or not callable(name.value) or type(arguments) is not tuple:
-            raise UserError("the pickle inside calls something that is no tensor or table.")
+            raise UserError("the pickle inside calls something that is not a tensor or table.")
         self.stack.append(name.value(*arguments))
 
     def set_state(self, _: Argument) -> None:

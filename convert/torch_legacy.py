@@ -43,7 +43,7 @@ def read_torch_legacy(path: Path) -> object:
 
 
 def _refuse(_: object) -> NoReturn:
-    raise UserError("the pickle inside refers to something that is no storage.")
+    raise UserError("the pickle inside refers to something that is not a storage.")
 
 
 @dataclass
@@ -61,7 +61,7 @@ class _Storages:
         kind, storage_type, key, _, count, view = identity
         element = getattr(storage_type, "value", None)
         if kind != "storage" or not isinstance(element, ElementType):
-            raise UserError("the pickle inside refers to something that is no storage.")
+            raise UserError("the pickle inside refers to something that is not a storage.")
         _, first, size = (None, 0, count) if view is None else view
         if any(type(n) is not int or n < 0 for n in (count, first, size)):
             raise UserError("the pickle inside describes a storage without a size.")

@@ -147,7 +147,7 @@ def _rebuilders() -> dict[str, Callable]:
 
 
 def _builtins() -> dict[str, Callable]:
-    made = {
+    makers = {
         "set": _only(set, list | tuple),
         "frozenset": _only(frozenset, list | tuple),
         "bytearray": _only(bytearray, bytes),
@@ -156,7 +156,7 @@ def _builtins() -> dict[str, Callable]:
     table: dict[str, Callable] = {
         f"{module}.{name}": value
         for module in ("builtins", "__builtin__")
-        for name, value in made.items()
+        for name, value in makers.items()
     }
     return {**table, "_codecs.encode": _encode}
 

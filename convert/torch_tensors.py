@@ -120,7 +120,7 @@ def _flagged(tensor: StoredTensor, metadata: object) -> StoredTensor:
     if metadata is None:
         return tensor
     if not isinstance(metadata, dict):
-        raise UserError("the pickle inside gives a tensor metadata that are no table.")
+        raise UserError("the pickle inside gives a tensor metadata that are not a table.")
     for flag, value in metadata.items():
         if flag not in _DEFERRED or type(value) is not bool:
             raise UserError(
@@ -162,7 +162,7 @@ def rebuild_from_type(
 ) -> StoredTensor:
     """Returns `function(*arguments)`: a tensor that had Python attributes."""
     if not isinstance(function, Name) or not callable(function.value):
-        raise UserError("the pickle inside calls something that is no tensor or table.")
+        raise UserError("the pickle inside calls something that is not a tensor or table.")
     return rebuild_parameter(function.value(*arguments))
 
 

@@ -66,7 +66,7 @@ class _Storages:
         kind, storage_type, key, _, count = identity  # the device, such as cuda:0, does not matter
         element = getattr(storage_type, "value", None)
         if kind != "storage" or not isinstance(element, ElementType):
-            raise UserError("the pickle inside refers to something that is no storage.")
+            raise UserError("the pickle inside refers to something that is not a storage.")
         if type(count) is not int or not isinstance(key, str):
             raise UserError("the pickle inside describes a storage without a size.")
         if (key, element.name) not in self.known:

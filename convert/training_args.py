@@ -384,7 +384,7 @@ def check_input_size(arguments: Arguments, sizes: Sizes, num_tokens: int) -> Non
             continue
         if not numbers or any(type(n) is not int or n < 1 for n in numbers):
             raise UserError(
-                f"{SAYS} {arguments.names[name]}={shown(value)}, which is no size; {REMEDY}."
+                f"{SAYS} {arguments.names[name]}={shown(value)}, which is not a size; {REMEDY}."
             )
         if not any(all(n == rows * divisor for n in numbers) for divisor in divisors):
             raise UserError(

@@ -196,7 +196,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--num-heads", type=int, help="of weights that are no published size")
+    parser.add_argument("--num-heads", type=int, help="of weights that are not a published size")
     parser.add_argument("--out", type=Path, default=Path("runs/testbed"))
     parser.add_argument("--group-size", type=int, help="default: 32 below width 512, else 128")
     parser.add_argument(

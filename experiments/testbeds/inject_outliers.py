@@ -187,7 +187,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder or PyTorch weights")
     parser.add_argument("out", type=Path, help="a new folder, or a .safetensors (facebook layout)")
-    parser.add_argument("--num-heads", type=int, help="of weights that are no published size")
+    parser.add_argument("--num-heads", type=int, help="of weights that are not a published size")
     parser.add_argument("--dtype", choices=["float16", "float32"], default="float16")
     for field in dataclasses.fields(Injection):
         pair = isinstance(field.default, tuple)

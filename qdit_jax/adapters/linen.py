@@ -71,7 +71,7 @@ def quantize_linen(
         strict: refuse, instead of warn, if a layer that a rule matches would be left.
 
     Raises:
-        TypeError: if `model` is no linen module, or `params` is no dict.
+        TypeError: if `model` is not a linen module, or `params` is not a dict.
         ValueError: if a rule matches no layer that can be quantized, the layout of a kernel cannot
             be told, the network cannot be called with the example, or with `strict`, as said there.
     """
@@ -144,7 +144,7 @@ def check_arguments(model: Any, params: Any, numerics: str) -> None:
             "kernel with qdit_jax.quantize and multiply with qdit_jax.quantized_matmul."
         )
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r} is no flax.linen module.")
+        raise TypeError(f"model={model!r} is not a flax.linen module.")
     if not isinstance(params, Mapping):
         raise TypeError(
             f"params is a {type(params).__name__}; pass the dict that model.init returned, or its "

@@ -208,7 +208,7 @@ def of_einsum(equation: str | None, ndim: int, kernel_shape: tuple[int, ...]) ->
     if len(batch + summed + features) != len(kernel) or len(batch + summed + rows) != len(x):
         raise ValueError(f"the equation {equation!r} sums over an axis of one operand alone.")
     if not summed or not features:
-        raise ValueError(f"the equation {equation!r} is no product of matrices.")
+        raise ValueError(f"the equation {equation!r} is not a product of matrices.")
     result = batch + rows + features
     k_out = positions(features, kernel)
     return Contraction(

@@ -41,7 +41,7 @@ class KernelOrigin:
 def is_layer(context: nn.module.InterceptorContext) -> bool:
     """Whether the intercepted method is the `__call__` of one of `LAYERS` itself.
 
-    A subclass with a `__call__` of its own is no layer; its call of `super().__call__` is one.
+    A subclass with a `__call__` of its own is not a layer; its call of `super().__call__` is one.
     """
     method = getattr(context.orig_method, "func", context.orig_method)
     return any(inspect.unwrap(cls.__call__) is method for cls in LAYERS)

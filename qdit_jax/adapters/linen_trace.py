@@ -78,7 +78,7 @@ class Sightings:
 
     Attributes:
         shapes: of the arrays that the network returns.
-        layers: by path: the layouts in which a layer's kernel is used, or why it is no matrix.
+        layers: by path: the layouts in which a layer's kernel is used, or why it is not a matrix.
         kinds: by path: the class of each other module.
     """
 

@@ -139,7 +139,7 @@ def read_state(path: PathLike, settings: dict[str, Any]) -> State:
             found["num_done"] = int(found["num_done"])
             found["num_rows"] = json.loads(str(found["num_rows"]))
     except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is no unfinished calibration ({error}); delete it.") from error
+        raise UserError(f"{path} is not an unfinished calibration ({error}); delete it.") from error
     try:
         other = first_difference(json.loads(found["settings"]), settings)
     except ValueError:

@@ -212,7 +212,7 @@ def split_over(
 
 
 def read_description(folder: AnyPath) -> dict[str, Any]:
-    """Returns the content of `model.json`; raises `UserError` where `folder` is no checkpoint."""
+    """Returns the content of `model.json`; raises `UserError` where `folder` is not a checkpoint."""
     if not folder.exists():
         raise UserError(
             f"{folder} does not exist; make a checkpoint with `qdit convert SRC {folder}`."

@@ -86,7 +86,7 @@ def load_safetensors(path: PathLike, *, sharding: Placement = None) -> Checkpoin
             file = safe_open(local, framework="numpy")
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"{path} is no whole safetensors file ({error}); export the checkpoint again."
+                f"{path} is not a whole safetensors file ({error}); export the checkpoint again."
             ) from error
         with file:
             return build(path, file, read_metadata(path, file.metadata()), "", sharding)

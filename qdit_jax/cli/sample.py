@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with Bar(len(label), "sample", "sampling", resumes=True) as bar:
         job.write(args.out, columns=args.columns, force=args.force, progress_fn=bar.update)
     seconds = time.perf_counter() - start
-    made = {
+    settings = {
         "sampler": type(job.sampler).__name__,
         "steps": process.steps,
         "guidance": process.guidance,
@@ -138,11 +138,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "precision": precision(checkpoint, args.numerics),
     }
     print(
-        f"{args.out}: {len(label)} samples, {made['sampler']} {process.steps} steps, "
-        f"guidance {process.guidance:g}, {made['precision']}, {seconds:.1f} s with compilation."
+        f"{args.out}: {len(label)} samples, {settings['sampler']} {process.steps} steps, "
+        f"guidance {process.guidance:g}, {settings['precision']}, {seconds:.1f} s with compilation."
     )
     found = {"out": args.out, "num_samples": len(label), "labels": label}
-    return {**found, **made, "seconds_with_compilation": seconds}
+    return {**found, **settings, "seconds_with_compilation": seconds}
 
 
 def check_output(

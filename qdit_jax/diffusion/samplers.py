@@ -333,7 +333,7 @@ def flow(steps: int = 50, *, solve_fn: SolveFn = euler, edges: Numbers | None = 
     grid of N points is `flow(N - 1)`.
 
     Raises:
-        TypeError: if `steps` is no whole number.
+        TypeError: if `steps` is not a whole number.
         ValueError: if `steps` is not positive, or does not fit `edges`.
     """
     check_counts(steps=steps)

@@ -11,13 +11,13 @@ from qdit_jax.errors import UserError
 
 KINDS = {
     "bool": "neither true nor false",
-    "whole": "no whole number",
-    "number": "no number",
-    "text": "no text",
-    "list": "no list",
-    "numbers": "no list of numbers",
-    "table": "no table",
-    "any": "no value",
+    "whole": "not a whole number",
+    "number": "not a number",
+    "text": "not text",
+    "list": "not a list",
+    "numbers": "not a list of numbers",
+    "table": "not a table",
+    "any": "not a value",
 }
 
 
@@ -95,7 +95,7 @@ def understood(source: str, values: Mapping[str, Any], table: Table) -> dict[str
     for name, value in values.items():
         if name not in table:
             raise UserError(
-                f"{source} {name}={shown(value)}, which is no setting that is understood; take it "
+                f"{source} {name}={shown(value)}, which is not a setting that is understood; take it "
                 "out of the file if the result does not depend on it."
             )
         check_setting(source, name, value, table[name])

@@ -132,7 +132,7 @@ def is_same(flat: Mapping[str, Any], full: Mapping[str, Any], layer: str, column
 
 
 def linears_alone(params: Params, reference: Params, model: Any) -> Params:
-    """Returns `params` with everything quantized that is no linear layer as in the reference.
+    """Returns `params` with everything quantized that is not a linear layer as in the reference.
 
     Label tables and attention operands are measured by themselves; here they would add their error
     to the inputs of layers.

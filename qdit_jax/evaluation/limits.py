@@ -77,7 +77,7 @@ def most_bytes(limit: int | str, reference: int) -> int:
     """Returns a limit of bytes as a number; `reference` is what a share such as `0.5x` is of.
 
     Raises:
-        UserError: if it is no positive size.
+        UserError: if it is not a positive size.
     """
     match = SIZE.fullmatch(str(limit).strip())
     units = {name.lower(): factor for name, factor in UNITS.items()}
@@ -88,7 +88,7 @@ def most_bytes(limit: int | str, reference: int) -> int:
         if number * units.get(unit, 0) >= 1:
             return math.floor(number * units[unit])
     raise UserError(
-        f"max_bytes={limit} is no size; use a number of bytes, one such as 500MB or 1.2GiB, or a "
+        f"max_bytes={limit} is not a size; use a number of bytes, one such as 500MB or 1.2GiB, or a "
         "share of the reference such as 0.5x."
     )
 

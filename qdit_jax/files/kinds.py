@@ -43,7 +43,7 @@ def check_free(
         )
     if strange := strangers(path, wanted):
         raise UserError(
-            f"{path} holds {strange[0]}, which is no part of {wanted.title} and would be lost; move "
+            f"{path} holds {strange[0]}, which is not part of {wanted.title} and would be lost; move "
             "it away, or choose another path."
         )
 

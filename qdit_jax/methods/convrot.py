@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from qdit_jax.methods.choosing import Rotate
 from qdit_jax.methods.method import Method
+from qdit_jax.methods.rotating import Rotate
 from qdit_jax.methods.rtn import apply
 
 METHOD = Method(

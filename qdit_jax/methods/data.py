@@ -17,6 +17,7 @@ from qdit_jax.files import PathLike
 
 # Called with the number of samples finished, batch by batch.
 ProgressFn = Callable[[int], Any] | None
+HOLDOUT = 0.25  # the share of trajectories that are held out by default
 STAGE_NAMES = ("block", "layer")
 # Plain settings of how a method is fitted, and of how its data are sampled.
 FIT = ("batch_size", "holdout", "stages")
@@ -70,7 +71,7 @@ class CalibrationData:
                 f"stages={self.stages!r} is not known; use one of {', '.join(STAGE_NAMES)}."
             )
         if self.holdout is not None and not 0 <= self.holdout < 1:
-            raise ValueError(f"holdout={self.holdout} is no share; use a number from 0 up to 1.")
+            raise ValueError(f"holdout={self.holdout} is not a share; use a number from 0 up to 1.")
 
     def to_json(self, *, fitted: bool, sampled: bool) -> dict[str, Any]:
         """Returns what a method learned from as JSON-able values.

@@ -8,7 +8,7 @@ from typing import Any
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from qdit_jax.methods.data import CalibrationData
+from qdit_jax.methods.data import HOLDOUT, CalibrationData
 from qdit_jax.methods.report import Report
 from qdit_jax.models import TABLE, family_of, rows_per_sample
 from qdit_jax.ptq import (
@@ -25,7 +25,6 @@ from qdit_jax.quant import QTensor
 from qdit_jax.recipes import Recipe
 
 STAGES: dict[str, StagesFn] = {"block": by_block, "layer": by_layer}
-HOLDOUT = 0.25
 # A layer is fitted well to this many inputs per channel; with fewer, gains may be illusory.
 ROWS_PER_CHANNEL = 4
 

@@ -155,9 +155,9 @@ def with_branch(params: Params, path: str, branch: LowRank) -> Params:
     """
     flat = dict(flatten_dict(params, sep="/"))
     kernel = jnp.asarray(flat[f"{path}/kernel"])
-    held, made = (jnp.asarray(a, jnp.float32) for a in (branch.down, branch.up))
+    down, up = (jnp.asarray(a, jnp.float32) for a in (branch.down, branch.up))
     rest = kernel.astype(jnp.float32).reshape(-1, kernel.shape[-1])
-    rest = rest - jnp.matmul(held, made, precision=jax.lax.Precision.HIGHEST)
+    rest = rest - jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
     flat[f"{path}/kernel"] = rest.reshape(kernel.shape).astype(kernel.dtype)
     return unflatten_dict(with_leaf(flat, path, "low_rank", branch), sep="/")
 

@@ -8,15 +8,14 @@ from jaxtyping import Float
 from scipy.stats import spearmanr
 
 from qdit_jax.calibration import item_statistics
-from qdit_jax.methods.choosing import linear_specs
 from qdit_jax.methods.data import CalibrationData, spread_items
 from qdit_jax.methods.input_transforms import Transform, matrix_of, places, transformed
 from qdit_jax.methods.method import Method
+from qdit_jax.methods.network_inputs import linear_specs
 from qdit_jax.methods.reconstruction import check_stages, reconstruct_blocks
 from qdit_jax.methods.report import Report
 from qdit_jax.methods.scales import balanced
-from qdit_jax.methods.static_ranges import static_ranges
-from qdit_jax.quant import ranges
+from qdit_jax.methods.static_ranges import PER_TENSOR, static_ranges
 from qdit_jax.recipes import Recipe
 from qdit_jax.types import Params
 
@@ -70,10 +69,5 @@ METHOD = Method(
     check=check_stages,
     prepare=(balance, static_ranges),
     apply=reconstruct_blocks,
-    settings={
-        "group_size": 0,
-        "act_mode": "static",
-        "range_fn": ranges.mse(),
-        "act_range_fn": ranges.mse(),
-    },
+    settings=PER_TENSOR,
 )

@@ -10,8 +10,7 @@ from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.methods.data import CalibrationData, ProgressFn, sampled_items
 from qdit_jax.methods.method import Method
 from qdit_jax.methods.rtn import apply
-from qdit_jax.methods.static_ranges import static_ranges
-from qdit_jax.quant import ranges
+from qdit_jax.methods.static_ranges import PER_TENSOR, static_ranges
 
 MEAN = 0.4  # of the timesteps, as a share of the process; the paper takes at most one half
 PER_SAMPLE = 4
@@ -40,10 +39,5 @@ METHOD = Method(
     needs={"items": normal_items},
     prepare=(static_ranges,),
     apply=apply,
-    settings={
-        "group_size": 0,
-        "act_mode": "static",
-        "range_fn": ranges.mse(),
-        "act_range_fn": ranges.mse(),
-    },
+    settings=PER_TENSOR,
 )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from qdit_jax.methods.choosing import Rotate
 from qdit_jax.methods.data import spread_items
 from qdit_jax.methods.fitting import fit_rounding
 from qdit_jax.methods.method import Method
+from qdit_jax.methods.rotating import Rotate
 from qdit_jax.methods.static_ranges import static_ranges
 from qdit_jax.quant import gptq
 

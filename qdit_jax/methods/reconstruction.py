@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from flax import linen as nn
 
-from qdit_jax.methods.data import CalibrationData
-from qdit_jax.methods.fitting import HOLDOUT, note_fallen, note_few_rows, report_tables
+from qdit_jax.methods.data import HOLDOUT, CalibrationData
+from qdit_jax.methods.fitting import note_fallen, note_few_rows, report_tables
 from qdit_jax.methods.report import Report
 from qdit_jax.models import rows_per_sample
 from qdit_jax.ptq import (

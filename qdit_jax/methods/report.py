@@ -101,6 +101,10 @@ class Report:
             "after_db": round(decibel(after), 2),
         }
 
+    def branch(self, place: Place) -> None:
+        """Reports that a layer of a place that was reported has a low-rank branch."""
+        self.transforms[place.layers[0]]["kinds"].append("branch")
+
     def total(self, num_batches: int) -> None:
         """Says that `num_batches` more will be run."""
         self.num_batches += num_batches

@@ -6,13 +6,13 @@ import numpy as np
 from flax import linen as nn
 
 from qdit_jax.calibration import LayerInputs
-from qdit_jax.methods.choosing import fitted_and_held_out, linear_specs
 from qdit_jax.methods.data import CalibrationData, spread_items
 from qdit_jax.methods.input_transforms import Transform, places, transformed
 from qdit_jax.methods.method import Method
+from qdit_jax.methods.network_inputs import fitted_and_held_out, linear_specs
 from qdit_jax.methods.report import Report
 from qdit_jax.methods.rtn import apply
-from qdit_jax.methods.static_ranges import static_ranges
+from qdit_jax.methods.static_ranges import PER_TENSOR, static_ranges
 from qdit_jax.quant import ranges
 from qdit_jax.recipes import Recipe
 from qdit_jax.types import Params
@@ -60,10 +60,5 @@ METHOD = Method(
     needs={"items": spread_items},
     prepare=(reparameterize, static_ranges),
     apply=apply,
-    settings={
-        "group_size": 0,
-        "act_mode": "static",
-        "range_fn": ranges.mse(),
-        "act_range_fn": ranges.percentile(0.9999),
-    },
+    settings={**PER_TENSOR, "act_range_fn": ranges.percentile(0.9999)},
 )

@@ -6,6 +6,7 @@ A network whose inputs have new coordinates has other ranges than the one that w
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from flax import linen as nn
@@ -13,8 +14,18 @@ from flax import linen as nn
 from qdit_jax.calibration import item_statistics
 from qdit_jax.methods.data import CalibrationData
 from qdit_jax.methods.report import Report
+from qdit_jax.quant import ranges
 from qdit_jax.recipes import Recipe
 from qdit_jax.types import Params
+
+# Preset settings of the methods that give each output channel one scale and each input one static
+# range, both by least squared error.
+PER_TENSOR: dict[str, Any] = {
+    "group_size": 0,
+    "act_mode": "static",
+    "range_fn": ranges.mse(),
+    "act_range_fn": ranges.mse(),
+}
 
 
 def static_ranges(

@@ -7,8 +7,8 @@ from functools import partial
 from qdit_jax.methods.data import spread_items
 from qdit_jax.methods.fitting import fit_rounding
 from qdit_jax.methods.method import Method
-from qdit_jax.methods.static_ranges import static_ranges
-from qdit_jax.quant import adaround, ranges
+from qdit_jax.methods.static_ranges import PER_TENSOR, static_ranges
+from qdit_jax.quant import adaround
 
 METHOD = Method(
     name="tfmq_dm",
@@ -20,11 +20,5 @@ METHOD = Method(
     needs={"items": spread_items},
     prepare=(static_ranges,),
     apply=partial(fit_rounding, round_fn=adaround),
-    settings={
-        "group_size": 0,
-        "act_mode": "static",
-        "per_timestep": True,
-        "range_fn": ranges.mse(),
-        "act_range_fn": ranges.mse(),
-    },
+    settings={**PER_TENSOR, "per_timestep": True},
 )

@@ -9,10 +9,11 @@ from flax import linen as nn
 from jaxtyping import Int
 
 from qdit_jax.calibration import Items
-from qdit_jax.methods.choosing import ChooseTransforms, Rotate
+from qdit_jax.methods.choosing import ChooseTransforms
 from qdit_jax.methods.data import CalibrationData, spread_items
 from qdit_jax.methods.method import Method
 from qdit_jax.methods.report import Report
+from qdit_jax.methods.rotating import Rotate
 from qdit_jax.methods.rtn import apply
 from qdit_jax.methods.scales import smoothing
 from qdit_jax.methods.static_ranges import static_ranges

@@ -90,7 +90,7 @@ def factor(covariance: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D R"]:
 
 
 def check_covariance(covariance: Float[np.ndarray, "D D"]) -> None:
-    """Raises `ValueError` if a look at the entries shows that the matrix is no covariance."""
+    """Raises `ValueError` if a look at the entries shows that the matrix is not a covariance."""
     largest = np.abs(covariance).max(initial=0.0)
     if not np.isfinite(largest):
         raise ValueError("the covariance holds NaN or infinite values.")

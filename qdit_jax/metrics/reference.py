@@ -49,7 +49,7 @@ def read_reference(path: PathLike) -> Reference:
 
     Raises:
         ValueError: if the file is damaged, holds neither statistics nor images, or the statistics
-            have shapes that do not fit or a matrix that is no covariance.
+            have shapes that do not fit or a matrix that is not a covariance.
     """
     with open_archive(path) as archive:
         names = archive.namelist()

@@ -199,7 +199,9 @@ class DiT(NetworkModule):
         labels = np.asarray(condition)
         last = self.num_classes - 1 + self.null_class
         if labels.ndim != 1 or not labels.size or not np.issubdtype(labels.dtype, np.integer):
-            raise ValueError(f"labels={labels!r} is no list of class numbers; give one per sample.")
+            raise ValueError(
+                f"labels={labels!r} is not a list of class numbers; give one per sample."
+            )
         if bad := sorted({int(i) for i in labels if not 0 <= i <= last}):
             null = f" ({last} is the null class)" if self.null_class else ""
             raise ValueError(f"label {bad[0]} is out of range; this model knows 0 to {last}{null}.")

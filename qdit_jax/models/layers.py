@@ -54,7 +54,7 @@ class Layers:
 
 
 class NetworkModule(nn.Module, kw_only=True):
-    """A network with linear layers: how it runs is no part of the configuration it stores.
+    """A network with linear layers: how it runs is not part of the configuration it stores.
 
     Attributes:
         numerics: what quantized layers compute, `"simulated"` or `"integer"`.
@@ -209,7 +209,7 @@ def timestep_features(
 class LabelEmbedder(nn.Module):
     """Returns the embedding of class labels; the last row is the null class when there is one.
 
-    `embedding_table` is an array `[rows, D]`, or a `QTensor` `[D, rows]`. A label that is no row is
+    `embedding_table` is an array `[rows, D]`, or a `QTensor` `[D, rows]`. A label that is not a row is
     refused, or, where it is traced, embedded as NaN: it is never another class.
     """
 

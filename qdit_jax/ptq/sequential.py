@@ -37,7 +37,7 @@ RoundFn = Callable[[Any, Any, WeightSpec], QTensor]
 HessiansFn = Callable[[Any, Sequence[str]], tuple[dict[str, Any], dict[str, Any] | None]]
 
 # Kernels of one shape that are rounded in one vmapped call hold at most this many values.
-TOGETHER = 2**24
+MAX_STACKED = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,7 @@ def rounded_by_shape(
         first = left[0]
         shape, spec = kernels[first].shape, specs[first]
         alike = [path for path in left if kernels[path].shape == shape and specs[path] == spec]
-        alike = alike[: max(1, TOGETHER // max(kernels[first].size, 1))]
+        alike = alike[: max(1, MAX_STACKED // max(kernels[first].size, 1))]
         left = [path for path in left if path not in alike]
         if len(alike) == 1:
             yield first, round_fn(kernels[first], hessians[first], spec)

@@ -53,7 +53,7 @@ class Unfinished:
             nearest, learned = map(float, found["errors"])
         except (OSError, KeyError, ValueError) as error:
             raise UserError(
-                f"{path} is no unfinished quantization ({error}); delete it."
+                f"{path} is not an unfinished quantization ({error}); delete it."
             ) from error
         if (other := first_difference(saved, self.settings)) is not None:
             raise UserError(

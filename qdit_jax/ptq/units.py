@@ -109,11 +109,11 @@ def samples_of(
     for batch, _ in batches_of(np.arange(count), batch_size):
         given = jax.tree.map(jnp.asarray, items.taken(batch))
         taken = recorded(params, *given, model=model, path=unit.path, outputs=False)
-        made = recorded(full, *given, model=model, path=unit.path, outputs=True)
+        returned = recorded(full, *given, model=model, path=unit.path, outputs=True)
         size = len(batch)
         pairs = zip(unit.calls, taken, strict=True)
         inputs.append([by_item(call, arrays, size) for call, arrays in pairs])
-        targets.append([[out.reshape(size, -1) for out in arrays] for arrays in made])
+        targets.append([[out.reshape(size, -1) for out in arrays] for arrays in returned])
         if progress_fn is not None:
             progress_fn(1)
     constant = [[not rows for rows in call.rows] for call in unit.calls]

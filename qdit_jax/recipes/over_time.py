@@ -54,7 +54,7 @@ class OverTime:
                 from the end, a range includes its end, and a later entry replaces an earlier one.
 
         Raises:
-            ValueError: if a step is no number or range, or the sampler lacks it.
+            ValueError: if a step is not a number or range, or the sampler lacks it.
         """
         act_bits: list[int | None] = [None] * len(timesteps)
         for text, bits in steps.items():
@@ -96,13 +96,13 @@ def step_numbers(text: str, num_steps: int) -> list[int]:
     """Returns the steps that `text` names, such as `"0-3,-1"`, as numbers from 0.
 
     Raises:
-        ValueError: if a part of it is no step or range of steps, or there are not as many steps.
+        ValueError: if a part of it is not a step or range of steps, or there are not as many steps.
     """
     found = []
     for part in text.split(","):
         match = STEP_RANGE.fullmatch(part)
         if match is None:
-            raise ValueError(f"steps={text!r}: {part!r} is no step; write such as '0-3,-1'.")
+            raise ValueError(f"steps={text!r}: {part!r} is not a step; write such as '0-3,-1'.")
         first, last = int(match[1]), int(match[2] or match[1])
         if first < 0 and match[2]:
             raise ValueError(f"steps={text!r}: a range starts at 0 or later, not at {first}.")

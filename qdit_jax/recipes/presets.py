@@ -29,13 +29,13 @@ def preset_bits(name: str, argument: str = "recipe") -> tuple[int, int, bool]:
     """Returns the bits of weights and of inputs that a preset names, and whether it means every layer.
 
     Raises:
-        ValueError: if it is no preset, or leaves both sides at 16 bits; it names the argument.
+        ValueError: if it is not a preset, or leaves both sides at 16 bits; it names the argument.
     """
     match = PRESET.fullmatch(name)
     if match is None:
         more = ", or the path of a recipe.json" if argument == "recipe" else ""
         raise ValueError(
-            f"{argument}={name!r} is no preset; use w<bits>a<bits> such as w8a8, w6a8 or w4a8 "
+            f"{argument}={name!r} is not a preset; use w<bits>a<bits> such as w8a8, w6a8 or w4a8 "
             f"(bits 2 to 8, or 16 to leave a side as it is; w4a8-all for every layer){more}."
         )
     if match[1] == match[2] == "16":

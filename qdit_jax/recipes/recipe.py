@@ -195,7 +195,7 @@ class Recipe:
                 such as `"nf4"` for `"w4a8"`; it may fix the group size.
 
         Raises:
-            ValueError: if the name is no preset or leaves everything at 16 bits, or the pattern
+            ValueError: if the name is not a preset or leaves everything at 16 bits, or the pattern
                 cannot be read, matches no layer, or accompanies `-all`.
         """
         weight_bits, act_bits, takes_all = preset_bits(name)

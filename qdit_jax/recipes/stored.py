@@ -44,7 +44,7 @@ def from_json(
         )
     rules = data.get("rules")
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
-        raise ValueError(f"{where} is no recipe: it needs a list of objects named 'rules'.")
+        raise ValueError(f"{where} is not a recipe: it needs a list of objects named 'rules'.")
     found = (rule_from_json(rule, f"{where}, rule {i}") for i, rule in enumerate(rules))
     schedule = data.get("over_time")
     over_time = None if schedule is None else OverTime.from_json(schedule, where)

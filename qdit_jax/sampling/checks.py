@@ -21,7 +21,7 @@ Guidance = TypeVar("Guidance")  # a number, an array or None
 
 
 def check_diffusion_model(model: object, name: object = "the checkpoint") -> None:
-    """Raises `ValueError` if `model` is no diffusion model; `name` says where it is from."""
+    """Raises `ValueError` if `model` is not a diffusion model; `name` says where it is from."""
     if not isinstance(model, nn.Module):
         return
     try:
@@ -33,7 +33,7 @@ def check_diffusion_model(model: object, name: object = "the checkpoint") -> Non
     kind = type(model).__name__
     article = "an" if kind[0] in "AEIOU" else "a"
     raise ValueError(
-        f"{name} holds {article} {kind} (family {family.name}), which is no diffusion model and "
+        f"{name} holds {article} {kind} (family {family.name}), which is not a diffusion model and "
         "generates no images by itself; give a diffusion transformer's checkpoint, such as a DiT's."
     )
 
@@ -95,7 +95,7 @@ def sample_count(condition: Condition, num_samples: int | None) -> int:
 
 
 def check_guidance(guidance: object) -> None:
-    """Raises if `guidance` is no finite number, nor an array of such; a traced one is not checked.
+    """Raises if `guidance` is not a finite number, nor an array of such; a traced one is not checked.
 
     Raises:
         TypeError: if it is of another type.
@@ -115,7 +115,7 @@ def num_guided_channels(model: nn.Module, guidance_channels: int | str | None) -
     """Returns how many channels guidance changes, None for all; see `denoiser`.
 
     Raises:
-        ValueError: if that is no positive number, or more than a sample has.
+        ValueError: if that is not a positive number, or more than a sample has.
     """
     most = model.sample_shape()[-1]
     if guidance_channels == PUBLISHED:
@@ -135,12 +135,12 @@ def check_seed(seed: object) -> int:
     """Returns `seed` as an integer.
 
     Raises:
-        TypeError: if it is no whole number.
+        TypeError: if it is not a whole number.
         ValueError: unless it is in `[0, 2**32 - 1]`: JAX's keys take the last 32 bits, and greater
             seeds would repeat the samples of others.
     """
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
-        raise TypeError(f"seed={seed!r} is no whole number; use one from 0 to {2**32 - 1}.")
+        raise TypeError(f"seed={seed!r} is not a whole number; use one from 0 to {2**32 - 1}.")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed} is out of range; use a number from 0 to {2**32 - 1}.")
     return int(seed)

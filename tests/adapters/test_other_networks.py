@@ -561,7 +561,7 @@ def test_networks_of_nnx_and_other_kinds_are_refused_by_sentence():
         with pytest.raises(TypeError, match=r"an nnx\..*NNX networks are not taken yet"):
             quantize_linen(model, params, WEIGHTS)
     for model, params, message in (
-        (nn.Dense, {}, "is no flax.linen module"),
+        (nn.Dense, {}, "is not a flax.linen module"),
         (nn.Dense(4), None, "params is a NoneType; pass the dict that model.init"),
     ):
         with pytest.raises(TypeError, match=message):

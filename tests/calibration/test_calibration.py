@@ -103,7 +103,7 @@ def test_a_killed_run_goes_on_to_the_same_statistics(checkpoint, stats, tmp_path
     with pytest.raises(qdit.UserError, match="unfinished calibration with other settings"):
         calibrate(checkpoint, KEY, 6, sampler=qdit.ddim(steps=STEPS), unfinished=file)
     file.write_bytes(b"no archive")
-    with pytest.raises(qdit.UserError, match="is no unfinished calibration"):
+    with pytest.raises(qdit.UserError, match="is not an unfinished calibration"):
         run(checkpoint, unfinished=file)
 
 

@@ -58,7 +58,7 @@ def test_a_dry_run_writes_nothing(folder, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--recipe", "w4"], "--recipe w4 is no preset"),
+        (["--recipe", "w4"], "--recipe w4 is not a preset"),
         (["--recipe", "w4a8", "--layers", "nothing"], "matches no layer"),
         (["--recipe", "w4a8", "--act-mode", "static"], "need --stats"),
         (["--recipe", "absent.json"], "recipe file absent.json does not exist"),

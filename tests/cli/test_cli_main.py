@@ -157,7 +157,7 @@ def test_debug_shows_the_traceback(monkeypatch, capsys):
 def test_a_refusal_of_the_library_is_told_from_a_bug():
     from qdit_jax.recipes import Recipe
 
-    with pytest.raises(ValueError, match="is no preset") as caught:
+    with pytest.raises(ValueError, match="is not a preset") as caught:
         Recipe.preset("w4")
     assert failures.is_refusal(caught.value)
     with pytest.raises(ValueError, match="reshape") as caught:

@@ -132,7 +132,7 @@ def test_static_per_timestep_survives_the_checkpoint(folder, capsys):
         (["--range", "percentile"], "--range percentile is not known"),
         (["--range", "percentile:x"], "--range percentile:x:"),
         (["--attention", "w4a8"], "attention operands have no weights"),
-        (["--adaln", "small"], "--adaln small is no preset"),
+        (["--adaln", "small"], "--adaln small is not a preset"),
         (["--method", "gptq", "--num-samples", "1", "--steps", "2"], "leaves one side empty"),
         (["--method", "qdit_release", "--stages", "layer"], "has the release's own stages"),
         (["--method", "qdit", "--group-size", "0"], "one scale per channel"),

@@ -86,7 +86,7 @@ def test_a_silent_no_op_is_1_by_name(folder, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--max-bytes", "5 apples"], "--max-bytes: 5 apples is no size; use a number of bytes"),
+        (["--max-bytes", "5 apples"], "--max-bytes: 5 apples is not a size; use a number of bytes"),
         (["--implementation", "fast"], "--implementation fast is not known; use one of xla_cpu"),
         (
             ["--max-ms-ratio", "2", "--no-timing"],

@@ -61,7 +61,7 @@ def refused(folder, monkeypatch, capsys, verb, name, *options):
 @pytest.mark.parametrize("verb", VERBS)
 def test_an_autoencoder_is_no_diffusion_model(folder, monkeypatch, capsys, verb):
     line = refused(folder, monkeypatch, capsys, verb, "vae")
-    assert "vae holds an AutoencoderKL (family vae), which is no diffusion model" in line
+    assert "vae holds an AutoencoderKL (family vae), which is not a diffusion model" in line
 
 
 @pytest.mark.parametrize("verb", ["calibrate", "search"])
@@ -145,7 +145,7 @@ def test_the_library_refuses_an_autoencoder_too():
         lambda: generate(vae, ddim(2), [0]),
         lambda: search(vae, KEY),
     ):
-        with pytest.raises(ValueError, match="which is no diffusion model"):
+        with pytest.raises(ValueError, match="which is not a diffusion model"):
             fn()
 
 

@@ -234,7 +234,7 @@ def static_recipe():
 @pytest.mark.parametrize(
     ("recipe", "data", "error", "message"),
     [
-        ("w4", None, ValueError, "recipe='w4' is no preset"),
+        ("w4", None, ValueError, "recipe='w4' is not a preset"),
         ("none.json", None, ValueError, "recipe file none.json does not exist"),
         (4, None, TypeError, "recipe=4 is a int"),
         (Recipe((Rule("nothing", LayerSpec(None, ActSpec(8))),)), None, ValueError, "'nothing' matches no layer"),

@@ -115,7 +115,7 @@ def test_sizes_that_are_no_square_must_be_said(pt, dit):
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
-        ({}, {"num_heads": None}, "2 blocks of width 16 is no published size.*--num-heads"),
+        ({}, {"num_heads": None}, "2 blocks of width 16 is not a published size.*--num-heads"),
         ({}, {"num_heads": 3}, "width 16 must be divisible by num_heads=3"),
         ({}, {"num_heads": 0}, "num_heads=0 is not a number of heads"),
         ({}, {"model": "DiT-Q/2"}, "'DiT-Q/2' is not a published size"),

@@ -277,7 +277,7 @@ def test_another_reference_is_told(full, small):
 
 @pytest.mark.parametrize("limit", ["5 apples", "0x", "-1", "1.2iB", "0"])
 def test_a_size_that_is_none_is_refused(limit):
-    with pytest.raises(qdit.UserError, match=f"max_bytes={limit} is no size; use a number of"):
+    with pytest.raises(qdit.UserError, match=f"max_bytes={limit} is not a size; use a number of"):
         most_bytes(limit, 100)
 
 

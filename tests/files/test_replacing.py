@@ -167,7 +167,7 @@ def contents(path):
 def test_a_strangers_file_inside_is_not_lost(tmp_path, kind):
     path = MAKERS[kind](tmp_path / "out")
     (path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"holds notes.txt, which is no part"):
+    with pytest.raises(UserError, match=r"holds notes.txt, which is not part"):
         check_free(path, True, kind)
     (path / "notes.txt").unlink()
     check_free(path, True, kind)

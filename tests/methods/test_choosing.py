@@ -17,13 +17,8 @@ import qdit_jax as qdit
 from qdit_jax.calibration import LayerInputs, collect_items
 from qdit_jax.diffusion import ddim
 from qdit_jax.methods import CalibrationData, fold_inputs
-from qdit_jax.methods.choosing import (
-    LEAST_COLUMNS,
-    WORTH_IT,
-    Bench,
-    ChooseTransforms,
-    some_columns,
-)
+from qdit_jax.methods.bench import LEAST_COLUMNS, Bench, some_columns
+from qdit_jax.methods.choosing import WORTH_IT, ChooseTransforms
 from qdit_jax.methods.input_transforms import Transform
 from qdit_jax.methods.ptq4dit import weighted_salience
 from qdit_jax.methods.ptq4dm import normal_items
@@ -186,7 +181,7 @@ def test_repq_vit_gives_every_channel_the_codes_of_its_own_quantizer():
     own = np.round(rows / step) + zero
     mapped = (rows - transform.shift) / transform.scale
     shared = np.round(mapped / step.mean() + zero.mean() - 0.0)
-    assert np.abs(own - shared).max() <= 1  # zero.mean() is no whole number
+    assert np.abs(own - shared).max() <= 1  # zero.mean() is not a whole number
 
 
 def test_ptq4dit_weights_timesteps_by_how_little_their_salience_is_that_of_the_weights():
@@ -286,5 +281,5 @@ def test_a_layer_that_is_no_linear_is_refused_by_name(monkeypatch):
     model = toy_painter.ToyPainter()
     full = qdit.Checkpoint(model, random_params(model))
     recipe = Recipe.preset("w8a8", full.params, layers="down/.*", group_size=4)
-    with pytest.raises(ValueError, match="down/spread is no linear layer"):
+    with pytest.raises(ValueError, match="down/spread is not a linear layer"):
         qdit.quantize(full, "convrot", recipe)

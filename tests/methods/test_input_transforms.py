@@ -15,7 +15,6 @@ from tiny_models import random_params, tiny_checkpoint
 
 import qdit_jax as qdit
 from qdit_jax.methods.branches import input_branch, published_rank, weight_branch
-from qdit_jax.methods.choosing import rotation_of
 from qdit_jax.methods.input_transforms import (
     Place,
     Transform,
@@ -25,6 +24,7 @@ from qdit_jax.methods.input_transforms import (
     transformed,
     with_branch,
 )
+from qdit_jax.methods.rotating import rotation_of
 from qdit_jax.models import FAMILIES, Fold, Producer, build_model, rows_per_sample
 from qdit_jax.quant import ActSpec, InputMap, LowRank, Rotation, WeightSpec
 from qdit_jax.recipes import LayerSpec

@@ -84,7 +84,7 @@ def test_operands_have_no_weights(params):
 
 @pytest.mark.parametrize("name", ["w4", "int4", "w44a8", "w9a8", "w4a1"])
 def test_an_unknown_preset_is_named(name, params):
-    with pytest.raises(ValueError, match=r"is no preset|is not supported"):
+    with pytest.raises(ValueError, match=r"is not a preset|is not supported"):
         Recipe.preset(name, params)
 
 
@@ -270,7 +270,7 @@ def test_presets_that_do_not_fit_are_named(params):
         Recipe.preset("w16a16")
     with pytest.raises(ValueError, match=r"layers='.\*' does not go with recipe='w4a8-all'"):
         Recipe.preset("w4a8-all", layers=".*")
-    with pytest.raises(ValueError, match="adaln='w4' is no preset"):
+    with pytest.raises(ValueError, match="adaln='w4' is not a preset"):
         Recipe.preset("w4a8").with_part("adaln", "w4")
     with pytest.raises(ValueError, match="attention='w4a8': attention operands have no weights"):
         Recipe.preset("w4a8").with_part("attention", "w4a8")

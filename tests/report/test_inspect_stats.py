@@ -118,7 +118,7 @@ def test_blocks_are_in_the_order_of_their_numbers():
 @pytest.mark.parametrize(
     ("path", "options", "message"),
     [
-        ("vae", ("--stats",), "is no diffusion model"),
+        ("vae", ("--stats",), "is not a diffusion model"),
         ("absent", ("--stats",), "does not exist"),
         ("model/model.json", ("--stats",), "is not a checkpoint folder"),
         ("model", ("--stats", "--steps", "0"), "--steps: '0' is not supported"),

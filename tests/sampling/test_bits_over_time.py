@@ -202,7 +202,7 @@ def test_a_wrong_schedule_is_named(data, message):
 def test_steps_by_number():
     assert step_numbers("0-3,-1", 50) == [0, 1, 2, 3, 49]
     for text, message in (
-        ("first", "'first' is no step"),
+        ("first", "'first' is not a step"),
         ("3-50", "not within the 50"),
         ("-51", "not within"),
         ("-3-2", "a range starts at 0"),

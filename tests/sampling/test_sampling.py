@@ -205,7 +205,7 @@ def test_the_schedule_is_the_schedulers(config, expected):
     [
         (lambda c: sampling.generate(c, diffusion.ddim(2), [0, 6]), "label 6 is out of range"),
         (lambda c: sampling.generate(c, diffusion.ddim(2), [-1]), "0 to 5 .5 is the null class"),
-        (lambda c: sampling.generate(c, diffusion.ddim(2), []), "is no list of class numbers"),
+        (lambda c: sampling.generate(c, diffusion.ddim(2), []), "is not a list of class numbers"),
         (
             lambda c: sampling.generate(c, diffusion.ddim(2), [0], batch_size=0),
             "batch_size=0 is not supported",

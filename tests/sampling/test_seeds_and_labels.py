@@ -37,7 +37,7 @@ def test_seeds_are_whole_numbers():
     assert check_seed(np.int64(7)) == 7
     assert check_seed(2**32 - 1) == 2**32 - 1
     for wrong in (1.0, "1", True, None):
-        with pytest.raises(TypeError, match="is no whole number"):
+        with pytest.raises(TypeError, match="is not a whole number"):
             check_seed(wrong)
 
 
