@@ -22,7 +22,7 @@ Run every stage on the small digit model inside the package: convert its PyTorch
 calibrate, quantize in several ways, sample from the same noise and labels with each, compare.
 
 Writes checkpoints, pictures.png, metrics.json and report.html (self-contained) to the folder --out.
-Takes about four minutes of CPU time; a second run is faster, for compiled programs are cached.
+Takes less than three minutes on 2 free cores; a second run is faster, for compiled programs are cached.
 
 examples:
   qdit demo

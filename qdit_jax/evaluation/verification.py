@@ -18,7 +18,7 @@ from qdit_jax.evaluation.runs import check_pairable
 from qdit_jax.evaluation.trajectories import Contender, Protocol
 from qdit_jax.files import PathLike
 from qdit_jax.models import config_of, family_of
-from qdit_jax.quant import ActQuant, QTensor
+from qdit_jax.quant import OVER_TIME, ActQuant, QTensor
 from qdit_jax.recipes import layer_paths
 from qdit_jax.report import provenance
 from qdit_jax.sampling import (
@@ -138,7 +138,7 @@ def verify(
     output_db, layers, notes = measured(denoise_fns, facts, first, condition)
     milliseconds = timed(denoise_fns, first, condition) if timing else None
     num_bytes, final_db = sizes(full.params, ours.params, facts), interval(final)
-    failures = failures_of(layers, final)
+    failures = [*failures_of(layers, final), *schedule_failures(ours)]
     kept = outcomes(
         limits,
         layers,
@@ -276,9 +276,29 @@ def failures_of(layers: list[Layer], final: np.ndarray) -> list[str]:
     return found
 
 
+def schedule_failures(ours: Checkpoint) -> list[str]:
+    """Returns a sentence if the recipe's activation bits over time are not those that are stored."""
+    asked = None if ours.recipe is None else ours.recipe.over_time
+    if asked is None:
+        return []
+    table = ours.params.get(OVER_TIME)
+    if table is None:
+        return ["the recipe changes activation bits over time, and the checkpoint does not"]
+    stored = [table.bits[level] for level in np.asarray(table.level)]
+    wanted = np.asarray(asked.timesteps, np.float32)
+    if list(asked.act_bits) != stored or not np.array_equal(wanted, table.timesteps):
+        return ["the checkpoint changes activation bits over time otherwise than the recipe says"]
+    return []
+
+
 def notes_on(ours: Checkpoint) -> list[str]:
     """Returns what a reader should know beside the figures."""
     found = []
+    if OVER_TIME in ours.params:
+        found.append(
+            "activation bits change over time: samples follow that, while layers, single calls and "
+            "times are those of the layers' own bits"
+        )
     if ours.recipe is None:
         found.append("the checkpoint has no recipe, so no layer is known that should be quantized")
     elif left := ours.recipe.operands_left(ours.params):

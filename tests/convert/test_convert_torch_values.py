@@ -68,7 +68,7 @@ def test_a_conjugated_view_is_conjugated(either):
         ({"zero": True}, "'zero': True, which convert does not know"),
         ({"neg": 1}, "'neg': 1, which convert does not know"),
         ({"conj": True}, "'conj', but its values are float32"),
-        ([True], "metadata that are no table"),
+        ([True], "metadata that are not a table"),
     ],
 )
 def test_flags_that_are_not_understood_are_refused_by_name(either, metadata, message):

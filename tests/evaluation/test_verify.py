@@ -25,7 +25,9 @@ from qdit_jax.evaluation.layer_powers import call_powers
 from qdit_jax.evaluation.limits import outcomes
 from qdit_jax.methods import fold_inputs
 from qdit_jax.models import FAMILIES, seen_inputs
+from qdit_jax.ptq import schedule_act_bits
 from qdit_jax.quant import fake_quantize
+from qdit_jax.recipes import OverTime
 from qdit_jax.sampling import initial_noise
 
 FAST = {"num_samples": 2, "steps": 2, "batch_size": 2, "timing": False}
@@ -362,3 +364,20 @@ def test_a_network_without_conditions(monkeypatch):
     assert found.passed
     assert "null" not in found.output_db
     assert found.settings["guidance"] == 1.0
+
+
+def test_activation_bits_over_time_are_those_of_the_recipe(full, small):
+    over_time = OverTime((999.0, 0.0), (8, 4))
+    scheduled = schedule_act_bits(small, over_time)
+    found = qdit.verify(scheduled, against=full, **FAST)
+    assert found.passed
+    assert any("activation bits change over time" in note for note in found.notes)
+    lacking = dataclasses.replace(scheduled, params=small.params)
+    found = qdit.verify(lacking, against=full, **FAST)
+    assert found.failures == [
+        "the recipe changes activation bits over time, and the checkpoint does not"
+    ]
+    other = schedule_act_bits(small, OverTime((999.0, 0.0), (4, 8)))
+    found = qdit.verify(dataclasses.replace(other, recipe=scheduled.recipe), against=full, **FAST)
+    assert not found.passed
+    assert "otherwise than the recipe says" in found.failures[0]
