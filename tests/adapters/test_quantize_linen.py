@@ -297,7 +297,7 @@ def test_an_equation_that_is_no_product_of_matrices_names_the_layer():
         ("bdd,df->bf", "repeats an axis"),
         ("bcd,df->bf", "sums over an axis of one operand"),
         ("bd,dfg->bf", "sums over an axis of one operand"),
-        ("bd,d->b", "no product of matrices"),
+        ("bd,d->b", "is not a product of matrices"),
     ],
 )
 def test_equations_outside_the_product_are_refused(equation, message):

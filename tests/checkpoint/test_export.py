@@ -153,10 +153,10 @@ def rename_first(header):
     ("damage", "message"),
     [
         (lambda f: f.unlink(), "is not a file"),
-        (lambda f: f.write_bytes(b""), "no whole safetensors file"),
-        (lambda f: f.write_bytes(f.read_bytes()[:-5]), "no whole safetensors file"),
-        (lambda f: f.write_bytes(b"PK" + f.read_bytes()), "no whole safetensors file"),
-        (lambda f: with_metadata(f, lambda h: h.pop("__metadata__")), "no exported checkpoint"),
+        (lambda f: f.write_bytes(b""), "is not a whole safetensors file"),
+        (lambda f: f.write_bytes(f.read_bytes()[:-5]), "is not a whole safetensors file"),
+        (lambda f: f.write_bytes(b"PK" + f.read_bytes()), "is not a whole safetensors file"),
+        (lambda f: with_metadata(f, lambda h: h.pop("__metadata__")), "is not an exported checkpoint"),
         (edit(lambda d: d.update(format_version=2)), "export format version 2"),
         (edit(lambda d: d["model"].update(format_version=9)), "format version 9"),
         (edit(lambda d: d["model"].update(family="unet")), "family='unet' is unknown"),
@@ -165,7 +165,7 @@ def rename_first(header):
             edit(lambda d: d["model"]["params"]["blocks_0/mlp/fc1/kernel"].update(bits=4)),
             "fc1/kernel/codes is",
         ),
-        (edit(lambda d: d["recipe"].update(rules=3)), "no recipe"),
+        (edit(lambda d: d["recipe"].update(rules=3)), "is not a recipe"),
         (edit(lambda d: d.pop("model")), "damaged"),
         (lambda f: with_metadata(f, rename_first), "lacks the array pos_embed"),
         (

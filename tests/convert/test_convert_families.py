@@ -253,9 +253,9 @@ def test_embedders_that_differ_between_blocks_are_refused(dit, tmp_path):
         ({"patch_size": 4}, "patch_size = 4"),
         ({"_class_name": "UNet2DConditionModel"}, "is of a UNet2DConditionModel"),
         ({"activation_fn": "geglu"}, "activation_fn='geglu'"),
-        ({"num_attention_heads": "two"}, "no positive number"),
+        ({"num_attention_heads": "two"}, "is not a positive number"),
         ({"sample_size": ...}, "pass --input-size"),
-        ({"norm_eps": "x"}, "no number"),
+        ({"norm_eps": "x"}, "is not a number"),
     ],
 )
 def test_complaints_about_config_json(dit, tmp_path, config, message):

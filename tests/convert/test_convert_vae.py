@@ -102,7 +102,7 @@ def test_the_autoencoder_inside_a_whole_stable_diffusion_file(pt, tmp_path):
         ({**VAE_CONFIG, "norm_num_groups": 5}, "norm_num_groups=5 does not divide"),
         ({**VAE_CONFIG, "block_out_channels": [8, 32]}, r"block_out_channels = \[8, 32\]"),
         ({**VAE_CONFIG, "act_fn": "gelu"}, "act_fn='gelu'"),
-        ({**VAE_CONFIG, "scaling_factor": "big"}, "no number"),
+        ({**VAE_CONFIG, "scaling_factor": "big"}, "is not a number"),
         ({**VAE_CONFIG, "_class_name": "VQModel"}, "is of a VQModel"),
     ],
 )
