@@ -110,7 +110,7 @@ def read_metadata(path: AnyPath, metadata: dict[str, str] | None) -> dict[str, A
     """Returns the metadata of an exported file; raises `UserError` if it cannot be used."""
     if KEY not in (metadata or {}):
         raise UserError(
-            f"{path} is a safetensors file, but no exported checkpoint; `qdit convert {path} OUT` "
+            f"{path} is a safetensors file, but is not an exported checkpoint; `qdit convert {path} OUT` "
             "reads weights in a PyTorch layout."
         )
     try:
