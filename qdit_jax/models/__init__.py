@@ -37,15 +37,19 @@ from qdit_jax.models.features import (
 from qdit_jax.models.inception import InceptionV3
 from qdit_jax.models.layers import (
     AttentionModule,
+    TimestepEmbedder,
+    sincos_positions,
+    timestep_features,
+)
+from qdit_jax.models.linear import (
+    DTYPES,
     Layers,
     Linear,
     NetworkModule,
-    TimestepEmbedder,
+    check_dtype,
     mapped_input,
     optional,
     quantized_input,
-    sincos_positions,
-    timestep_features,
 )
 from qdit_jax.models.taps import layers_in_order, rows_per_sample, seen_inputs, tapped
 from qdit_jax.models.vae import AutoencoderKL
@@ -54,6 +58,7 @@ __all__ = [
     "DEMO_SIZE",
     "DEMO_STATISTICS",
     "DEMO_WEIGHTS",
+    "DTYPES",
     "FAMILIES",
     "OPERANDS",
     "OPERANDS_OF",
@@ -78,6 +83,7 @@ __all__ = [
     "as_condition",
     "asset",
     "build_model",
+    "check_dtype",
     "config_of",
     "demo_features_fn",
     "example_inputs",

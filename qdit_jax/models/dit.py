@@ -19,16 +19,14 @@ from qdit_jax.models.family import example_inputs
 from qdit_jax.models.layers import (
     Attention,
     LabelEmbedder,
-    Layers,
     Mlp,
-    NetworkModule,
     PatchEmbed,
     TimestepEmbedder,
     layer_norm,
     modulate,
     sincos_positions,
-    stored,
 )
+from qdit_jax.models.linear import Layers, NetworkModule, stored
 from qdit_jax.types import Condition, Params
 
 # (depth, width, heads) of the published sizes.
@@ -48,7 +46,8 @@ class Block(nn.Module):
     def __call__(self, x: Float[Array, "B T D"], c: Float[Array, "B D"]) -> Float[Array, "B T D"]:
         d = x.shape[-1]
         zeros = nn.initializers.zeros_init()
-        modulation = self.layers.linear(6 * d, zeros, name="adaLN_modulation")(nn.silu(c))
+        adaln = self.layers.linear(6 * d, zeros, wide_output=True, name="adaLN_modulation")
+        modulation = adaln(nn.silu(c))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
         attention = Attention(self.num_heads, self.layers, name="attn")
         x = x + gate1[:, None] * attention(modulate(layer_norm(x), shift1, scale1))
@@ -66,10 +65,12 @@ class FinalLayer(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], c: Float[Array, "B D"]) -> Float[Array, "B T P"]:
         zeros = nn.initializers.zeros_init()
-        modulation = self.layers.linear(2 * x.shape[-1], zeros, name="adaLN_modulation")
+        modulation = self.layers.linear(
+            2 * x.shape[-1], zeros, wide_output=True, name="adaLN_modulation"
+        )
         shift, scale = jnp.split(modulation(nn.silu(c)), 2, axis=-1)
         hidden = modulate(layer_norm(x), shift, scale)
-        return self.layers.linear(self.features, zeros, name="linear")(hidden)
+        return self.layers.linear(self.features, zeros, wide_output=True, name="linear")(hidden)
 
 
 class DiT(NetworkModule):
