@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from qdit_jax.kernels import quantized_matmul
 from qdit_jax.quant import QTensor, Role, slots
+from qdit_jax.types import AnyArray
 
 DTYPES = ("float32", "bfloat16")
 
@@ -112,14 +113,14 @@ class Linear(nn.Module):
         bias = stored(self, "bias", nn.initializers.zeros_init(), (self.features,))
         x = mapped_input(self, x)
         if isinstance(kernel, QTensor):
-            act_quant, left = optional(self, "act_quant"), self.operand(x)
+            act_quant, left = optional(self, "act_quant"), self.left_operand(x)
             y = quantized_matmul(left, kernel, act_quant, self.numerics, self.implementation)
         else:
             y = self.product(quantized_input(self, x), kernel)
         y = with_outputs(self, x, y + bias.astype(y.dtype))
         return y if self.dtype == "float32" else y.astype(self.output_dtype)
 
-    def operand(self, x: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:
+    def left_operand(self, x: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:
         """Returns what output leaves leave of a mapped input, before the quantizer if any."""
         x = input_left(self, x)
         if self.dtype == "float32":
@@ -127,7 +128,7 @@ class Linear(nn.Module):
         return x.astype(jnp.float32 if leaves_of(self, "quantizer") else self.dtype)
 
     def product(
-        self, x: Float[Array, "*batch K"], kernel: Float[Array, "*axes N"]
+        self, x: Float[AnyArray, "*batch K"], kernel: Float[AnyArray, "*axes N"]
     ) -> Float[Array, "*batch N"]:
         """Returns `x @ kernel` in the dtype of `x`, or as wide as the output."""
         sums = None
@@ -163,7 +164,7 @@ def input_left(module: nn.Module, x: Array) -> Array:
 
 def quantized_input(module: Linear, x: Array) -> Array:
     """Returns what the kernel is multiplied with: of a mapped input, after the quantizer if any."""
-    x = module.operand(x)
+    x = module.left_operand(x)
     for leaf in leaves_of(module, "quantizer"):
         x = leaf(x)
     return x
