@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from qdit_jax.cli.numerics_option import add_dtype
 from qdit_jax.cli.options import (
     AddArgument,
     SubParsers,
@@ -159,6 +160,7 @@ def add_measuring(add: AddArgument) -> None:
         default=DEMO,
         help="for --objective frechet: `demo`, or `inception CKPT` (demo)",
     )
+    add_dtype(add)
     add(
         "--per-device",
         type=positive_int,

@@ -60,7 +60,7 @@ class Job:
             UserError: if the checkpoint is quantized, or an option does not fit it.
         """
         checkpoint = full_precision_checkpoint(
-            options["checkpoint"], "a search compares with full precision"
+            options["checkpoint"], "a search compares with full precision", options["dtype"]
         )
         guidance = guidance_of(checkpoint, options["guidance"])
         fitting_guidance(checkpoint.model, guidance)  # refuses before anything is computed
