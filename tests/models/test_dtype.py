@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from tiny_models import random_params, tiny_checkpoint
 
 import qdit_jax as qdit
@@ -14,7 +15,8 @@ from qdit_jax.calibration import collect_items
 from qdit_jax.checkpoint import digest, with_dtype
 from qdit_jax.checkpoint.fingerprint import feed
 from qdit_jax.models import FAMILIES, NetworkModule, build_model, config_of
-from qdit_jax.quant import ActQuant
+from qdit_jax.quant import ActQuant, QTensor
+from qdit_jax.sampling import running_params
 
 DENOISERS = [
     pytest.param(row, config, id=f"{row.name}-{i}")
@@ -147,3 +149,18 @@ def test_a_digest_of_float32_is_that_of_networks_before_the_choice():
     feed(expected.update, {"numerics": "simulated", "implementation": None})
     assert digest(model) == expected.hexdigest()[:16]
     assert digest(model.clone(dtype="bfloat16")) != digest(model)
+
+
+def test_kernels_are_cast_once_before_the_loop_and_nothing_changes():
+    full = with_dtype(tiny_checkpoint(), "bfloat16")
+    small = qdit.quantize(full, "rtn", qdit.Recipe.preset("w4a8", full, group_size=16))
+    for params in (full.params, small.params):
+        ran = running_params(full.model, params)
+        np.testing.assert_array_equal(call(full.model, ran), call(full.model, params))
+        flat = flatten_dict(ran, sep="/")
+        assert flat["blocks_0/adaLN_modulation/kernel"].dtype == jnp.bfloat16
+        assert flat["blocks_0/adaLN_modulation/bias"].dtype == jnp.float32
+        assert flat["y_embedder/embedding_table"].dtype == jnp.float32
+    assert isinstance(flat["blocks_0/mlp/fc1/kernel"], QTensor)
+    plain = tiny_checkpoint()
+    assert running_params(plain.model, plain.params) is plain.params
