@@ -51,6 +51,7 @@ from qdit_jax.models.linear import (
     optional,
     quantized_input,
 )
+from qdit_jax.models.runs import RUNS, apply_blocks, with_runs
 from qdit_jax.models.taps import layers_in_order, rows_per_sample, seen_inputs, tapped
 from qdit_jax.models.vae import AutoencoderKL
 
@@ -62,6 +63,7 @@ __all__ = [
     "FAMILIES",
     "OPERANDS",
     "OPERANDS_OF",
+    "RUNS",
     "SIZES",
     "TABLE",
     "AttentionModule",
@@ -80,6 +82,7 @@ __all__ = [
     "Producer",
     "TimestepEmbedder",
     "abstract_params",
+    "apply_blocks",
     "as_condition",
     "asset",
     "build_model",
@@ -105,4 +108,5 @@ __all__ = [
     "sincos_positions",
     "tapped",
     "timestep_features",
+    "with_runs",
 ]

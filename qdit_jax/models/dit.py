@@ -6,6 +6,7 @@ Dimensions: B batch, H and W latent rows and columns, C latent channels, T token
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from qdit_jax.models.layers import (
     sincos_positions,
 )
 from qdit_jax.models.linear import Layers, NetworkModule, stored
+from qdit_jax.models.runs import apply_blocks
 from qdit_jax.types import Condition, Params
 
 # (depth, width, heads) of the published sizes.
@@ -103,6 +105,8 @@ class DiT(NetworkModule):
     noise_time: float = 0.0
     data_time: float = 1.0
 
+    scans_blocks = True
+
     @nn.compact
     def __call__(
         self,
@@ -133,14 +137,8 @@ class DiT(NetworkModule):
         )(timestep)
         num_rows = self.num_classes + int(self.null_class)
         c = c + LabelEmbedder(num_rows, self.hidden_size, name="y_embedder")(condition)
-        for i in range(self.depth):
-            tokens = Block(
-                self.num_heads,
-                self.mlp_ratio,
-                self.mlp_norm_eps,
-                self.layers,
-                name=f"blocks_{i}",
-            )(tokens, c)
+        make_fn = partial(Block, self.num_heads, self.mlp_ratio, self.mlp_norm_eps, self.layers)
+        tokens = apply_blocks(self, make_fn, "blocks", self.depth, tokens, c)
         channels = self.in_channels * (2 if self.learn_sigma else 1)
         p = self.patch_size
         out = FinalLayer(p * p * channels, self.layers, name="final_layer")(tokens, c)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -73,6 +73,8 @@ class NetworkModule(nn.Module, kw_only=True):
     numerics: str = "simulated"
     implementation: str | None = None
     dtype: str = "float32"
+
+    scans_blocks: ClassVar[bool] = False  # whether it applies its blocks by `apply_blocks`
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)

@@ -1,4 +1,4 @@
-"""Parameters as a network multiplies them, made once before a loop and not in each of its steps."""
+"""Parameters in the form in which a network runs longest: made once, before a sampling loop."""
 
 from __future__ import annotations
 
@@ -7,19 +7,33 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from qdit_jax.models import family_of, rows_per_sample
-from qdit_jax.quant import QTensor
+from qdit_jax.models import Family, family_of, rows_per_sample, with_runs
+from qdit_jax.quant import OVER_TIME, QTensor
 from qdit_jax.types import Params
 
 
 def running_params(model: nn.Module, params: Params) -> Params:
+    """Returns `params` of the same outputs, as a loop should take them.
+
+    Kernels that `model` multiplies in 16 bits are stored in 16 bits, which each call does otherwise,
+    and long runs of equal blocks are stacked, to compile in the time of one; see `with_runs`.
+    """
+    family = known_family(model)
+    if family is None:
+        return params
+    params = with_narrow_kernels(model, params)
+    # Bits over time name layers by their paths in the whole tree.
+    is_stackable = getattr(model, "scans_blocks", False) and OVER_TIME not in params
+    return with_runs(params, family.block) if is_stackable else params
+
+
+def with_narrow_kernels(model: nn.Module, params: Params) -> Params:
     """Returns `params` with the kernels that `model` multiplies in 16 bits stored in 16 bits.
 
-    The network's output is the same: those kernels are cast at every call otherwise. Quantized
-    kernels, those of layers with a quantized input, biases and tables stay as they are.
+    Quantized kernels, those of layers with a quantized input, biases and tables stay as they are.
     """
     dtype = getattr(model, "dtype", "float32")
-    if dtype == "float32" or not is_of_a_family(model):
+    if dtype == "float32":
         return params
     flat = dict(flatten_dict(params, sep="/"))
     for path in rows_per_sample(model):
@@ -36,10 +50,9 @@ def narrowed(kernel: jax.Array, dtype: str) -> jax.Array:
     return kernel.astype(dtype)
 
 
-def is_of_a_family(model: nn.Module) -> bool:
-    """Returns whether `model` is in the table of families, whose layers can be told by a trace."""
+def known_family(model: nn.Module) -> Family | None:
+    """Returns the row of a network in the table of families; None for a caller's own network."""
     try:
-        family_of(model)
+        return family_of(model)
     except TypeError:
-        return False
-    return True
+        return None
