@@ -54,8 +54,9 @@ PUBLIC = {
     "adapters": ("quantize_linen",),
     "allocation": ("search",),
     "calibration": ("Stats", "calibrate", "collect_items"),
-    "checkpoint": tuple(
-        "Checkpoint load load_safetensors save save_safetensors with_dtype".split()
+    "checkpoint": (
+        *("Checkpoint", "load", "load_safetensors", "save", "save_safetensors"),
+        "with_dtype",
     ),
     "diffusion": ("ddim", "ddpm", "flow", "sample"),
     "errors": ("UserError",),
