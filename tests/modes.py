@@ -67,8 +67,8 @@ def products() -> dict[str, object]:
 
 def network() -> dict[str, object]:
     """Returns samples, calibration and a rounding of a whole small network."""
-    from qdit_jax.ptq import round_params
     from qdit_jax.calibration import collect_items
+    from qdit_jax.ptq import round_params
 
     model, params = realistic_dit(0, hidden_size=32, depth=1, num_heads=2)
     checkpoint = qdit.Checkpoint(model, params)

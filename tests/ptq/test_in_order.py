@@ -160,7 +160,9 @@ def test_gptq_of_a_network_ends_where_the_authors_does(golden):
         batch_size=4,
     )
     x, label = jnp.asarray(nhwc(data["x"])), jnp.asarray(data["y"], jnp.int32)
-    forced = with_recorded_blocks(quantized, data, recipe.bound(params).get("blocks_0/attn/qkv").weight, 3)
+    forced = with_recorded_blocks(
+        quantized, data, recipe.bound(params).get("blocks_0/attn/qkv").weight, 3
+    )
     t = jnp.asarray(data["t"])
     out, theirs, full = (
         np.asarray(model.apply({"params": p}, x, t, label)) for p in (quantized, forced, params)
