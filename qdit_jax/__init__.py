@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qdit_jax.checkpoint import load_safetensors as load_safetensors
     from qdit_jax.checkpoint import save as save
     from qdit_jax.checkpoint import save_safetensors as save_safetensors
+    from qdit_jax.checkpoint import with_dtype as with_dtype
     from qdit_jax.diffusion import ddim as ddim
     from qdit_jax.diffusion import ddpm as ddpm
     from qdit_jax.diffusion import flow as flow
@@ -53,7 +54,10 @@ PUBLIC = {
     "adapters": ("quantize_linen",),
     "allocation": ("search",),
     "calibration": ("Stats", "calibrate", "collect_items"),
-    "checkpoint": ("Checkpoint", "load", "load_safetensors", "save", "save_safetensors"),
+    "checkpoint": (
+        *("Checkpoint", "load", "load_safetensors", "save", "save_safetensors"),
+        "with_dtype",
+    ),
     "diffusion": ("ddim", "ddpm", "flow", "sample"),
     "errors": ("UserError",),
     "evaluation": ("verify",),

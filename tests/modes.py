@@ -67,8 +67,8 @@ def products() -> dict[str, object]:
 
 def network() -> dict[str, object]:
     """Returns samples, calibration and a rounding of a whole small network."""
-    from qdit_jax import rounding
     from qdit_jax.calibration import collect_items
+    from qdit_jax.ptq import round_params
 
     model, params = realistic_dit(0, hidden_size=32, depth=1, num_heads=2)
     checkpoint = qdit.Checkpoint(model, params)
@@ -82,7 +82,7 @@ def network() -> dict[str, object]:
     found["stats"] = [stats.low, stats.high, stats.tokens]
     items = collect_items(checkpoint, jax.random.key(1), 4, sampler=sampler, batch_size=4)
     found["items"] = items
-    found["rounded"] = rounding.round_params(model, params, items, recipe=recipe)
+    found["rounded"] = round_params(model, params, items, recipe=recipe)
     return found
 
 

@@ -23,7 +23,8 @@ from qdit_jax.models import (
     TimestepEmbedder,
     example_inputs,
 )
-from qdit_jax.models.layers import Attention, Mlp, layer_norm, modulate, stored
+from qdit_jax.models.layers import Attention, Mlp, layer_norm, modulate
+from qdit_jax.models.linear import stored
 
 NORMAL = nn.initializers.normal(0.2)
 

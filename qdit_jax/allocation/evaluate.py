@@ -9,8 +9,9 @@ Dimensions: C assignments, L layers, J batches, P items per device and call.
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -133,17 +134,24 @@ class Evaluator:
     ) -> PyTree[np.ndarray]:
         """Returns the measurements of one full set of items, on the host of every process."""
         items = sharded((rows, batches), self.mesh)
-        try:
+        with naming_lost_workers():
             return jax.tree.map(np.asarray, self.measure(*self.data, *items))
-        except jax.errors.JaxRuntimeError as error:
-            if jax.process_count() == 1:
-                raise
-            reason = str(error).strip().splitlines()[0][:200]
-            raise LostWorkerError(
-                f"process {jax.process_index()} of {jax.process_count()} lost another one "
-                f"({reason}); generations finished so far are saved: start all processes again "
-                "with the same command."
-            ) from error
+
+
+@contextlib.contextmanager
+def naming_lost_workers() -> Iterator[None]:
+    """Raises `LostWorkerError` for what JAX raises in one of several processes."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = str(error).strip().splitlines()[0][:200]
+        raise LostWorkerError(
+            f"process {jax.process_index()} of {jax.process_count()} lost another one "
+            f"({reason}); generations finished so far are saved: start all processes again "
+            "with the same command."
+        ) from error
 
 
 @runtime_checkable

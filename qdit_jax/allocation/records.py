@@ -11,6 +11,7 @@ import logging
 from types import TracebackType
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -98,8 +99,14 @@ class Store:
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        if self.opened is not None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # With other processes, closing waits for them; one that is lost never comes.
+        if self.opened is not None and (kind is None or jax.process_count() == 1):
             self.opened.close()
 
     @property
@@ -136,6 +143,8 @@ class Store:
                     arrays=ocp.args.StandardRestore(), settings=ocp.args.JsonRestore()
                 ),
             )
+        except jax.errors.JaxRuntimeError:  # another process is lost: the state is not to blame
+            raise
         except Exception as error:  # Orbax and its storage layer raise many kinds.
             raise UserError(
                 f"the state in {self.folder} cannot be read ({error}); remove it to start again."

@@ -17,7 +17,7 @@ import numpy as np
 from qdit_jax import diffusion
 from qdit_jax.allocation.budget import Budget, check_limiting, parse_budget
 from qdit_jax.allocation.cost import CostFn, named_costs
-from qdit_jax.allocation.evaluate import Evaluator
+from qdit_jax.allocation.evaluate import Evaluator, naming_lost_workers
 from qdit_jax.allocation.objectives import Objective, function_objective, paired_error
 from qdit_jax.allocation.problem import Found, Front, Problem, ReportFn, Strategy
 from qdit_jax.allocation.records import Store
@@ -168,7 +168,7 @@ def search(
         sampler=rollouts.rollout(checkpoint, strategy.guided).sampler,
         rollouts=dataclasses.replace(rollouts, sampler=None, per_device=1),
     )
-    with contextlib.ExitStack() as stack:
+    with naming_lost_workers(), contextlib.ExitStack() as stack:
         store = None if state is None else stack.enter_context(Store(state, settings))
         problem, predict_fn = problem_of(
             checkpoint, key, rollouts, strategy.guided, objective, space, limit, store, report_fn

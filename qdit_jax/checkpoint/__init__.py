@@ -12,6 +12,7 @@ from qdit_jax.checkpoint.description import Checkpoint, num_bytes
 from qdit_jax.checkpoint.fingerprint import digest, fingerprint, first_difference
 from qdit_jax.checkpoint.folder import read_description, split_over
 from qdit_jax.checkpoint.lazy import materialized, open_checkpoint
+from qdit_jax.checkpoint.running import default_dtype, dtype_of, with_dtype
 from qdit_jax.checkpoint.single_file import exported_parts, load_safetensors, save_safetensors
 
 __all__ = [
@@ -19,7 +20,9 @@ __all__ = [
     "DeferredArray",
     "abstract_arrays",
     "abstract_params",
+    "default_dtype",
     "digest",
+    "dtype_of",
     "encode_params",
     "exported_parts",
     "fingerprint",
@@ -34,4 +37,5 @@ __all__ = [
     "save_safetensors",
     "split_fields",
     "split_over",
+    "with_dtype",
 ]

@@ -104,7 +104,10 @@ def feed_object(update: Update, value: object) -> None:
     elif isinstance(value, nn.Module):
         hidden = {"parent", "name"}
         fields = [f.name for f in dataclasses.fields(value) if f.name not in hidden]
-        feed(update, {name: getattr(value, name) for name in fields})
+        found = {name: getattr(value, name) for name in fields}
+        if found.get("dtype") == "float32":
+            del found["dtype"]  # as before networks had that field
+        feed(update, found)
     elif dataclasses.is_dataclass(value):
         feed(update, {f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
     elif hasattr(value, "__dict__"):

@@ -6,6 +6,7 @@ import argparse
 import logging
 from typing import TYPE_CHECKING, Any
 
+from qdit_jax.cli.numerics_option import add_dtype
 from qdit_jax.cli.options import (
     SubParsers,
     count,
@@ -76,6 +77,7 @@ def add_parser(subparsers: SubParsers) -> None:
         choices=("spread", "authors"),
         help="write inputs of the network, not statistics",
     )
+    add_dtype(parser.add_argument)
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.set_defaults(run=run, resumes=lambda args: args.collect is None)
 
@@ -95,7 +97,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     kind = "inputs" if args.collect else "statistics"
     check_free(args.out, args.force, kind, [args.checkpoint])
     checkpoint = full_precision_checkpoint(
-        args.checkpoint, "statistics are of full-precision inputs"
+        args.checkpoint, "statistics are of full-precision inputs", args.dtype
     )
     settings = qdit.CalibrationData(
         seed=args.seed,

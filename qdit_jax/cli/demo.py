@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from qdit_jax.cli.numerics_option import add_numerics
+from qdit_jax.cli.numerics_option import add_dtype, add_numerics
 from qdit_jax.cli.options import (
     SubParsers,
     finite_float,
@@ -53,12 +53,14 @@ def add_parser(subparsers: SubParsers) -> None:
     )
     add("--seed", type=seed_number, default=0, help="seed of the noise (%(default)s)")
     add_numerics(add, "simulated", "arithmetic of quantized layers, see qdit sample (%(default)s)")
+    add_dtype(add)
     parser.add_argument("--quick", action="store_true", help="20 samples, 10 steps, 4 settings")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs every stage; returns the figures of the comparison."""
+    from qdit_jax.checkpoint import default_dtype
     from qdit_jax.cli.progress import Bar
     from qdit_jax.demo import DemoSettings, run_demo
 
@@ -71,6 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         guidance=args.guidance,
         seed=args.seed,
         numerics=args.numerics,
+        dtype=args.dtype or default_dtype(),
         quick=args.quick,
     )
     return run_demo(args.out, settings, bar_fn=Bar)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from qdit_jax.cli.numerics_option import add_numerics
+from qdit_jax.cli.numerics_option import add_dtype, add_numerics
 from qdit_jax.cli.options import (
     AddArgument,
     SubParsers,
@@ -49,7 +49,7 @@ Only Inception's features give scores called FID, sFID, Inception Score and KID.
 # Options of one way to call the verb, None where they are not given; the other way refuses them.
 OF_CHECKPOINTS = (
     *("against", "compare", "num_samples", "steps", "sampler", "eta", "clip", "guidance"),
-    *("guidance_channels", "numerics", "vae", "range_samples"),
+    *("guidance_channels", "numerics", "dtype", "vae", "range_samples"),
 )
 OF_FILES = ("samples", "pictures")
 OF_SCORES = {
@@ -102,6 +102,7 @@ def add_checkpoint_options(add: AddArgument) -> None:
     )
     add_process(add)
     add_numerics(add, None, "arithmetic of quantized layers, see qdit sample (simulated)")
+    add_dtype(add)
     add("--vae", type=path_option, help="a converted autoencoder, for checkpoints without one")
     add(
         "--range-samples",
@@ -192,6 +193,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         seed=args.seed,
         batch_size=args.batch_size,
         numerics=given(args.numerics, "simulated"),
+        dtype=args.dtype,
         range_samples=given(args.range_samples, 4),
     )
     return evaluate_models(comparison, scoring, out=args.out, force=args.force)

@@ -66,12 +66,15 @@ class Comparison:
     seed: int
     batch_size: int | None
     numerics: str
+    dtype: str | None
     range_samples: int
 
     def contenders(self) -> list[Contender]:
         """Returns the checkpoints, the reference first, each with an autoencoder if one is known."""
         paths = [p for p in (self.against, self.checkpoint, self.compare) if p is not None]
-        found = [with_autoencoder(diffusion_checkpoint(path), self.vae) for path in paths]
+        found = [
+            with_autoencoder(diffusion_checkpoint(path, self.dtype), self.vae) for path in paths
+        ]
         check_all_numerics(found, self.numerics)
         known = next((c.vae for c in found if c.vae is not None), None)
         return [
@@ -272,7 +275,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     for model in summary["models"]:
         timed = "" if model["num_timings"] > 1 else ", one timing: noisy"
         print(
-            f"{model['title']}: {model['numerics']}, {model['bytes']:,} bytes "
+            f"{model['title']}: {model['numerics']} in {model['dtype']}, {model['bytes']:,} bytes "
             f"({first['bytes'] / model['bytes']:.2f}x smaller), "
             f"{model['seconds_per_sample']:.3g} s per sample{timed}"
         )

@@ -1,4 +1,4 @@
-"""`--numerics`: what quantized layers compute, an option of every verb that runs a network."""
+"""`--numerics` and `--dtype`: how a network computes, options of every verb that runs one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from qdit_jax.cli.options import AddArgument
 
 CHOICES = ("simulated", "integer")
+DTYPES = ("float32", "bfloat16")
 
 
 def add_numerics(add: AddArgument, default: str | None, help_text: str) -> None:
@@ -22,6 +23,16 @@ def add_numerics(add: AddArgument, default: str | None, help_text: str) -> None:
         default=argparse.SUPPRESS,
         action=EarlierName,
         help=argparse.SUPPRESS,
+    )
+
+
+def add_dtype(add: AddArgument) -> None:
+    """Adds `--dtype` by `add`, a parser's or group's `add_argument`."""
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="of products in full precision; norms, softmax, modulation, quantizers and the sampler "
+        "stay in float32 (bfloat16 on accelerators, else float32)",
     )
 
 

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from qdit_jax.cli.numerics_option import add_dtype
 from qdit_jax.cli.options import (
     count,
     finite_float,
@@ -140,6 +141,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         choices=STAGES,
         help="how much is rounded between two runs of the network (default block)",
     )
+    add_dtype(group.add_argument)
     parser.set_defaults(**OF_SAMPLING, **OF_FITTING)
 
 
@@ -230,7 +232,7 @@ def check_options(given: Mapping[str, Any], recipe: Any) -> None:
         )
     if not method.needs:
         reason = f"--method {given['method']} looks at no inputs"
-        refuse_inert(given, OF_FITTING | OF_SAMPLING, reason)
+        refuse_inert(given, OF_FITTING | OF_SAMPLING | {"dtype": None}, reason)
     if given["items"] is not None:
         refuse_inert(given, OF_SAMPLING, f"the inputs come from --items {given['items']}")
     if not any(spec.act for spec in specs):
@@ -251,6 +253,7 @@ def data_of(given: Mapping[str, Any]) -> Any:
     """Returns what the method learns from: files, or how to sample it."""
     import qdit_jax as qdit
     from qdit_jax.calibration import Items
+    from qdit_jax.checkpoint import default_dtype
 
     items, stats = given["items"], given["stats"]
     names = ("seed", "num_samples", "guidance", "batch_size", "holdout", "stages")
@@ -258,5 +261,6 @@ def data_of(given: Mapping[str, Any]) -> Any:
         items=None if items is None else Items.load(items),
         stats=None if stats is None else qdit.Stats.load(stats),
         num_steps=given["steps"],
+        dtype=given["dtype"] or default_dtype(),
         **{name: given[name] for name in names},
     )

@@ -7,7 +7,7 @@ import re
 import time
 from typing import TYPE_CHECKING, Any
 
-from qdit_jax.cli.numerics_option import add_numerics
+from qdit_jax.cli.numerics_option import add_dtype, add_numerics
 from qdit_jax.cli.options import (
     LARGEST_COUNT,
     SubParsers,
@@ -81,6 +81,7 @@ def add_parser(subparsers: SubParsers) -> None:
         "integer multiplies the stored codes and scales the result, which needs quantized inputs "
         "(%(default)s)",
     )
+    add_dtype(add)
     add("--vae", type=path_option, help="a converted autoencoder, for checkpoints without one")
     add("--columns", type=positive_int, help="pictures per row of the .png")
     add("--force", action="store_true", help="replace OUT if it exists")
@@ -90,13 +91,14 @@ def add_parser(subparsers: SubParsers) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Samples, decodes and writes; prints and returns what was written and how long it took."""
     from qdit_jax import sampling
+    from qdit_jax.checkpoint import dtype_of
     from qdit_jax.cli.checkpoints import diffusion_checkpoint, with_autoencoder
     from qdit_jax.cli.progress import Bar
     from qdit_jax.evaluation import SampleFile
 
     check_output(args.out, args.columns, args.force, [args.checkpoint, args.vae])
     process = Process.of(vars(args))
-    checkpoint = with_autoencoder(diffusion_checkpoint(args.checkpoint), args.vae)
+    checkpoint = with_autoencoder(diffusion_checkpoint(args.checkpoint, args.dtype), args.vae)
     classes = checkpoint.model.all_conditions()
     if classes is None:
         raise UserError(
@@ -136,10 +138,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "guidance": process.guidance,
         "seed": args.seed,
         "precision": precision(checkpoint, args.numerics),
+        "dtype": dtype_of(checkpoint),
     }
     print(
         f"{args.out}: {len(label)} samples, {settings['sampler']} {process.steps} steps, "
-        f"guidance {process.guidance:g}, {settings['precision']}, {seconds:.1f} s with compilation."
+        f"guidance {process.guidance:g}, {settings['precision']} in {settings['dtype']}, {seconds:.1f} s with compilation."
     )
     found = {"out": args.out, "num_samples": len(label), "labels": label}
     return {**found, **settings, "seconds_with_compilation": seconds}

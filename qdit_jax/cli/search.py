@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from qdit_jax.cli.numerics_option import add_dtype
 from qdit_jax.cli.options import (
     AddArgument,
     SubParsers,
@@ -159,6 +160,7 @@ def add_measuring(add: AddArgument) -> None:
         default=DEMO,
         help="for --objective frechet: `demo`, or `inception CKPT` (demo)",
     )
+    add_dtype(add)
     add(
         "--per-device",
         type=positive_int,
@@ -194,12 +196,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         from qdit_jax.files import renewed_path
 
         folder = renewed_path(args.out, args.force, "search")
-        return search_run.outcome(args.out, job.result(folder, is_first=False))
+        result = job.result(folder, is_first=False)
+        search_run.leave_others()
+        return search_run.outcome(args.out, result)
     from qdit_jax.files import renewed_folder
 
     with renewed_folder(args.out, args.force, "search", inputs) as folder:
         result = job.result(folder, is_first=True)
         search_run.write_result(folder, result)
+        search_run.leave_others()
     print(search_run.summary(result))
     recipe = args.out / "recipe.json"
     print(f"wrote {args.out}: next, qdit quantize {args.checkpoint} DIR --recipe {recipe}")

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from qdit_jax.allocation import (
     EvolutionSettings,
@@ -36,6 +37,8 @@ from qdit_jax.metrics import check_network, read_reference
 from qdit_jax.report import provenance
 from qdit_jax.sampling import fitting_guidance
 
+LOST_AFTER = 40  # seconds without a sign of life from another process
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -60,7 +63,7 @@ class Job:
             UserError: if the checkpoint is quantized, or an option does not fit it.
         """
         checkpoint = full_precision_checkpoint(
-            options["checkpoint"], "a search compares with full precision"
+            options["checkpoint"], "a search compares with full precision", options["dtype"]
         )
         guidance = guidance_of(checkpoint, options["guidance"])
         fitting_guidance(checkpoint.model, guidance)  # refuses before anything is computed
@@ -149,16 +152,26 @@ def outcome(out: AnyPath, result: SearchResult) -> dict[str, Any]:
 def join_others(
     coordinator: str | None, num_processes: int | None, process_id: int | None, distributed: bool
 ) -> None:
-    """Joins the other processes of a distributed search, if there are any."""
+    """Joins the other processes of a distributed search, if there are any.
+
+    One that is lost is noticed after `LOST_AFTER` seconds, and ends the others with a sentence.
+    """
     given = (coordinator, num_processes, process_id)
+    jax.config.update("jax_enable_recoverability", True)  # else JAX aborts the process
     if distributed:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=LOST_AFTER)
     elif any(value is not None for value in given):
         if any(value is None for value in given):
             raise UserError(
                 "--coordinator, --num-processes and --process-id must be given together."
             )
-        jax.distributed.initialize(*given)
+        jax.distributed.initialize(*given, heartbeat_timeout_seconds=LOST_AFTER)
+
+
+def leave_others() -> None:
+    """Waits for the other processes, which need the first one to the end."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the end of a search")
 
 
 def check_folder(out: AnyPath, force: bool, inputs: list[AnyPath]) -> None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from qdit_jax.cli.numerics_option import add_numerics
+from qdit_jax.cli.numerics_option import add_dtype, add_numerics
 from qdit_jax.cli.options import (
     AddArgument,
     SubParsers,
@@ -109,6 +109,7 @@ def add_measuring(add: AddArgument) -> None:
         help="samples per batch, and per timed call (16 per device, 4 on CPU)",
     )
     add_numerics(add, "simulated", "arithmetic of quantized layers (%(default)s)")
+    add_dtype(add)
     add("--no-timing", action="store_true", help="do not time network calls")
 
 
@@ -129,6 +130,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(
             f"--max-ms-ratio {args.max_ms_ratio:g} needs the time of a call; leave --no-timing out."
         )
+    from qdit_jax.checkpoint import default_dtype
     from qdit_jax.cli.output import plain
     from qdit_jax.cli.progress import Bar
     from qdit_jax.cli.verify_table import print_verification
@@ -149,6 +151,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             seed=args.seed,
             batch_size=args.batch_size,
             numerics=args.numerics,
+            dtype=args.dtype or default_dtype(),
             timing=not args.no_timing,
             progress_fn=bar.update,
         )

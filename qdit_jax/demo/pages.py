@@ -34,7 +34,8 @@ def write_summary(
     parts = [
         report.paragraph(
             f"{settings['num_samples']} samples per model, {settings['num_steps']} DDIM steps, "
-            f"guidance {settings['guidance']:g}, {settings['numerics']} numerics, the same noise "
+            f"guidance {settings['guidance']:g}, {settings['numerics']} numerics "
+            f"in {settings['dtype']}, the same noise "
             f"and labels for all, seed {settings['seed']}. Run on {made['device']}; "
             f"{report.provenance_text(made)}."
         ),

@@ -16,7 +16,7 @@ import numpy as np
 
 from qdit_jax import metrics
 from qdit_jax.calibration import Stats, calibrate, collect_items, default_sampler
-from qdit_jax.checkpoint import Checkpoint, load, save
+from qdit_jax.checkpoint import Checkpoint, load, save, with_dtype
 from qdit_jax.demo.pages import SHOWN, TIMING, write_pictures, write_summary
 from qdit_jax.evaluation import (
     Contender,
@@ -63,6 +63,7 @@ class DemoSettings:
     guidance: float = 1.5
     seed: int = 0
     numerics: str = "simulated"
+    dtype: str = "float32"
     quick: bool = False
 
 
@@ -122,7 +123,7 @@ def run_demo(
         temporary.write_text(json.dumps({"demonstration": dataclasses.asdict(settings)}))
     note = logging.getLogger(__name__).info
     note(f"1/5 convert: the packaged PyTorch-layout weights -> {out / 'model'}")
-    checkpoint = convert_packaged(out / "model")
+    checkpoint = with_dtype(convert_packaged(out / "model"), settings.dtype)
     note("2/5 calibrate: ranges of every layer's input, over timesteps, labels and the null class")
     stats = calibrate_packaged(checkpoint, settings, bar_fn)
     stats.save(out / "stats.npz")
@@ -202,7 +203,10 @@ def compare(
     checkpoints: dict[str, Checkpoint], settings: DemoSettings, bar_fn: BarFn
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     """Returns each checkpoint's numbers, compared with the first one, and its first pictures."""
-    contenders = [Contender(title, checkpoint) for title, checkpoint in checkpoints.items()]
+    contenders = [
+        Contender(title, with_dtype(checkpoint, settings.dtype))
+        for title, checkpoint in checkpoints.items()
+    ]
     first = contenders[0].checkpoint
     protocol = Protocol(
         default_sampler(first, settings.num_steps),

@@ -71,7 +71,7 @@ def write_evaluation(
 
 def protocol_text(summary: Mapping[str, Any]) -> str:
     s = summary["settings"]
-    models = "; ".join(f"{m['title']}: {m['numerics']}" for m in summary["models"])
+    models = "; ".join(f"{m['title']}: {m['numerics']} in {m['dtype']}" for m in summary["models"])
     return (
         f"{s['num_samples']:,} samples per model, {s['sampler']} with {s['steps']} steps, guidance "
         f"{s['guidance']:g} on {s['guidance_channels']} channels, seed {s['seed']}, labels "
@@ -192,6 +192,7 @@ def models_table(summary: Mapping[str, Any]) -> str:
         [
             m["title"],
             m["numerics"],
+            m["dtype"],
             m["recipe"] or "-",
             f"{m['bytes']:,}",
             f"{first['bytes'] / m['bytes']:.2f}x",
@@ -203,6 +204,7 @@ def models_table(summary: Mapping[str, Any]) -> str:
     head = [
         "model",
         "numerics",
+        "products in",
         "recipe",
         "bytes",
         "smaller by",

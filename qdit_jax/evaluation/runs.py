@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qdit_jax.checkpoint import Checkpoint, digest
+from qdit_jax.checkpoint import Checkpoint, digest, dtype_of
 from qdit_jax.errors import UserError
 from qdit_jax.evaluation.measures import first_of, pair_measures, probe
 from qdit_jax.evaluation.store import (
@@ -141,7 +141,9 @@ def inputs_of(model: Network) -> tuple[object, ...]:
 def settings_of(contenders: Sequence[Contender], protocol: Protocol) -> dict[str, Any]:
     """Returns the settings that determine every value of the run, in JSON's types."""
     channels = protocol.guidance_channels
+    dtypes = [dtype_of(contender.checkpoint) for contender in contenders]
     return {
+        **({} if set(dtypes) == {"float32"} else {"dtypes": dtypes}),
         "models": [content_of(c.checkpoint) for c in contenders],
         "sampler_content": digest(protocol.sampler),
         "conditions": None if protocol.conditions is None else digest(protocol.conditions),

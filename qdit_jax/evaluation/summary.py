@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from qdit_jax import metrics
+from qdit_jax.checkpoint import dtype_of
 from qdit_jax.evaluation.runs import Run
 from qdit_jax.evaluation.store import collect
 from qdit_jax.evaluation.trajectories import Contender
@@ -68,6 +69,7 @@ def model_facts(run: Run, table: Table, number: int, contender: Contender) -> di
         "title": contender.title,
         "recipe": None if checkpoint.recipe is None else checkpoint.recipe.name,
         "numerics": precision(contender, run.settings["numerics"]),
+        "dtype": dtype_of(checkpoint),
         "implementations": implementations(table, number),
         "bytes": num_bytes(checkpoint.params),
         "seconds_per_sample": float(np.median(seconds)) / batch,

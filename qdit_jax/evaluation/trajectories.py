@@ -19,7 +19,14 @@ from qdit_jax import diffusion
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.errors import UserError
 from qdit_jax.report import to_uint8
-from qdit_jax.sampling import PUBLISHED, Denoiser, decode, denoiser, initial_noise
+from qdit_jax.sampling import (
+    PUBLISHED,
+    Denoiser,
+    decode,
+    denoiser,
+    initial_noise,
+    running_params,
+)
 from qdit_jax.types import AnyArray, Condition
 
 # (x [B, H, W, C], timestep [B], condition) -> output; a pytree of its parameters.
@@ -149,7 +156,8 @@ def batch_sampler(checkpoint: Checkpoint, protocol: Protocol, mesh: Mesh) -> Bat
     whole = NamedSharding(mesh, PartitionSpec())
     model = checkpoint.model.clone(numerics=protocol.numerics)
     guidance, channels = protocol.guidance, protocol.guidance_channels
-    denoise_fn = denoiser(model, checkpoint.params, guidance, channels)
+    params = running_params(model, checkpoint.params)
+    denoise_fn = denoiser(model, params, guidance, channels)
     vae = checkpoint.vae
     if vae is not None:
         vae = dataclasses.replace(vae, params=jax.device_put(vae.params, whole))

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qdit_jax.checkpoint import Checkpoint, load, materialized
+from qdit_jax.checkpoint import Checkpoint, dtype_of, load, materialized, with_dtype
 from qdit_jax.errors import UserError, check_counts
 from qdit_jax.evaluation.layer_facts import layer_facts
 from qdit_jax.evaluation.limits import Layer, Limits, Outcome, outcomes
@@ -89,6 +89,7 @@ def verify(
     seed: int = 0,
     batch_size: int | None = None,
     numerics: str = "simulated",
+    dtype: str | None = None,
     conditions: Condition = None,
     timing: bool = True,
     progress_fn: Callable[[int], Any] | None = None,
@@ -110,6 +111,7 @@ def verify(
         guidance: of the samples; without effect on a network that has no null condition.
         batch_size: samples per batch, by default as in `generate`.
         numerics: what quantized layers compute, `"simulated"` or `"integer"`.
+        dtype: that both networks compute in; None leaves it to them.
         conditions: labels or prompts, cycled over the samples; every class by default.
         timing: whether calls of both networks are timed.
         progress_fn: called with the number of samples just done.
@@ -122,7 +124,10 @@ def verify(
     limits = Limits(min_db, min_layer_db, max_bytes, max_ms_ratio, implementation)
     if max_ms_ratio is not None and not timing:
         raise UserError(f"max_ms_ratio={max_ms_ratio} needs the time of a call; use timing=True.")
-    pair = contenders(checkpoint, against)
+    pair = [
+        dataclasses.replace(contender, checkpoint=with_dtype(contender.checkpoint, dtype))
+        for contender in contenders(checkpoint, against)
+    ]
     full, ours = (contender.checkpoint for contender in pair)
     check_numerics(ours.params, numerics)
     protocol = protocol_of(full, num_samples, steps, guidance, batch_size)
@@ -151,7 +156,7 @@ def verify(
         checkpoint=pair[1].title,
         against=pair[0].title,
         recipe=None if ours.recipe is None else ours.recipe.name,
-        settings=settings_of(protocol, steps),
+        settings={**settings_of(protocol, steps), "dtype": dtype_of(full)},
         layers=layers,
         failures=failures,
         limits=kept,

@@ -12,37 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
+from qdit_jax.kernels.attention_call import AttentionImplementation, AttentionShapes, WeightsFn
+from qdit_jax.kernels.cudnn_attention import CUDNN
+from qdit_jax.kernels.matmul import default_platform
+from qdit_jax.kernels.product import PLATFORMS
+from qdit_jax.kernels.splash_attention import SPLASH
+from qdit_jax.kernels.xla_attention import XLA
 from qdit_jax.types import AnyArray
-
-# Rounds or records the softmax `[B, H, Q, T]`, which a fused kernel never holds as an array.
-WeightsFn = Callable[[Array], Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionShapes:
-    """A call before it runs: shapes and static settings, no values.
-
-    Attributes:
-        q_shape, k_shape: `[B, Q, H, D]` and `[B, T, H, D]`.
-        mask_shape: None without a mask.
-        sees_weights: whether there is a `weights_fn`, which rounds or records the softmax.
-        dtype: name of the queries' dtype.
-    """
-
-    q_shape: tuple[int, ...]
-    k_shape: tuple[int, ...]
-    mask_shape: tuple[int, ...] | None
-    sees_weights: bool
-    dtype: str
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionImplementation:
-    """One row of the table; `run` takes `(q, k, v, mask, scale, weights_fn)`."""
-
-    name: str
-    run: Callable[[AnyArray, AnyArray, AnyArray, AnyArray | None, float, WeightsFn | None], Array]
-    unsupported_reason: Callable[[AttentionShapes], str | None]
 
 
 def attention(
@@ -64,7 +40,8 @@ def attention(
             look nowhere gets 0.
         scale: `D ** -0.5` by default.
         weights_fn: applied to the softmax `[B, H, Q, T]`, for example to round it.
-        implementation: a name in `ATTENTION_IMPLEMENTATIONS`; None takes the first that fits.
+        implementation: a name in `ATTENTION_IMPLEMENTATIONS`; None takes the first that fits, for
+            each platform that the program is compiled for.
 
     Raises:
         ValueError: if shapes do not fit, or the implementation does not.
@@ -77,18 +54,36 @@ def attention(
         k.shape,
         None if wide_mask is None else wide_mask.shape,
         weights_fn is not None,
-        jnp.dtype(q.dtype).name,
+        jnp.result_type(q, k, v).name,
+        default_platform(),
+        v.shape[-1],
     )
-    entry = chosen(shapes, implementation)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return entry.run(q, k, v, wide_mask, scale, weights_fn)
+
+    def run(entry: AttentionImplementation) -> Callable[..., Array]:
+        return lambda q, k, v, mask: entry.run(q, k, v, mask, scale, weights_fn)
+
+    if implementation is not None:
+        return run(named(shapes, implementation))(q, k, v, wide_mask)
+    by_platform = {
+        platform: first_that_fits(dataclasses.replace(shapes, platform=platform))
+        for platform in PLATFORMS
+    }
+    if all(entry is XLA for entry in by_platform.values()):
+        return XLA.run(q, k, v, wide_mask, scale, weights_fn)
+    branches = {name: run(entry) for name, entry in by_platform.items() if entry is not XLA}
+    return jax.lax.platform_dependent(q, k, v, wide_mask, default=run(XLA), **branches)
 
 
-def chosen(shapes: AttentionShapes, implementation: str | None) -> AttentionImplementation:
-    """Returns the named row of the table, or the first that fits; raises `ValueError`."""
+def first_that_fits(shapes: AttentionShapes) -> AttentionImplementation:
+    """Returns the first row of the table that computes a call."""
     table = ATTENTION_IMPLEMENTATIONS
-    if implementation is None:
-        return next(e for e in table.values() if e.unsupported_reason(shapes) is None)
+    return next(entry for entry in table.values() if entry.unsupported_reason(shapes) is None)
+
+
+def named(shapes: AttentionShapes, implementation: str) -> AttentionImplementation:
+    """Returns the named row of the table; raises `ValueError` if it does not fit."""
+    table = ATTENTION_IMPLEMENTATIONS
     if implementation not in table:
         raise ValueError(
             f"implementation={implementation!r} of attention is not known; use one of "
@@ -98,34 +93,6 @@ def chosen(shapes: AttentionShapes, implementation: str | None) -> AttentionImpl
     if reason is not None:
         raise ValueError(f"implementation={implementation!r} of attention: {reason}")
     return table[implementation]
-
-
-def xla_attention(
-    q: Float[AnyArray, "B Q H D"],
-    k: Float[AnyArray, "B T H D"],
-    v: Float[AnyArray, "B T H E"],
-    mask: Bool[AnyArray, "_ _ _ T"] | None,
-    scale: float,
-    weights_fn: WeightsFn | None,
-) -> Float[Array, "B Q H E"]:
-    """Returns the products as two einsums with all weights in memory; it supports every call."""
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide) * scale
-    if mask is None:
-        weights = jax.nn.softmax(logits, axis=-1)
-    else:
-        lowest = jnp.finfo(wide).min
-        weights = jax.nn.softmax(jnp.where(mask, logits, lowest), axis=-1)
-        weights = jnp.where(mask, weights, 0)  # a row without any key is 0, not their mean
-    weights = weights.astype(v.dtype)
-    if weights_fn is not None:
-        weights = weights_fn(weights)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
-
-
-def anything(shapes: AttentionShapes) -> None:
-    """Returns None: plain XLA supports every call."""
-    return None
 
 
 def check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> None:
@@ -154,7 +121,7 @@ def checked_mask(
     return mask
 
 
-# In order of preference.
+# In order of preference; the last one supports every call.
 ATTENTION_IMPLEMENTATIONS: dict[str, AttentionImplementation] = {
-    entry.name: entry for entry in (AttentionImplementation("xla", xla_attention, anything),)
+    entry.name: entry for entry in (CUDNN, SPLASH, XLA)
 }

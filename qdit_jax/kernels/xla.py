@@ -25,7 +25,12 @@ ONES = 8  # XLA:CPU has no int8 dot of a single row or column
 def simulated_matmul(
     x: Float[Array, "*lead K"], q: QTensor, act_quant: ActQuant | None
 ) -> Float[Array, "*lead N"]:
-    """Returns `act_quant(x) @ dequantize(q)` in float32 arithmetic, in the dtype of `x`."""
+    """Returns `act_quant(x) @ dequantize(q)` in float32 arithmetic, in the dtype of `x`.
+
+    An `x` of 16 bits that is not quantized is multiplied in 16 bits, sums in float32 (W4A16).
+    """
+    if act_quant is None and jnp.finfo(x.dtype).bits == 16:
+        return jnp.matmul(x, dequantize(q, x.dtype), preferred_element_type=x.dtype)
     wide = x.astype(jnp.float32)
     if act_quant is not None:
         wide = act_quant(wide)

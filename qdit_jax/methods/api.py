@@ -11,7 +11,7 @@ from typing import Any, overload
 
 import jax
 
-from qdit_jax.checkpoint import Checkpoint, load, materialized, open_checkpoint, save
+from qdit_jax.checkpoint import Checkpoint, load, materialized, open_checkpoint, save, with_dtype
 from qdit_jax.files import PathLike, as_path, check_free
 from qdit_jax.methods.data import CalibrationData
 from qdit_jax.methods.method import Method
@@ -116,7 +116,7 @@ def quantize_whole(
             metadata=metadata,
         )
         return load(out) if isinstance(source, Checkpoint) else written
-    whole = materialized(checkpoint)
+    whole = with_dtype(materialized(checkpoint), data.dtype)
     sampled = any(getattr(data, name) is None for name in method.needs)
     data = completed(method, whole, data)
     params = whole.params
@@ -126,7 +126,9 @@ def quantize_whole(
     params = method.apply(params, data=data, **given)
     told = data.to_json(fitted=bool(method.needs), sampled=sampled)
     metadata = metadata_of(checkpoint, method, recipe, told, report) | facts
-    result = dataclasses.replace(whole, params=params, recipe=recipe, metadata=metadata)
+    result = dataclasses.replace(
+        whole, model=checkpoint.model, params=params, recipe=recipe, metadata=metadata
+    )
     if out is not None:
         save(out, result, overwrite=overwrite)
     return result

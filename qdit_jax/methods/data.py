@@ -43,6 +43,7 @@ class CalibrationData:
             None is the method's own (0.25; 0 in the release).
         stages: how much is rounded between two runs of the network, `"block"` or `"layer"`; None is
             the method's own.
+        dtype: that the network computes in while inputs are sampled and fitted; None leaves it.
         unfinished: a folder where a method that learns block by block keeps finished blocks, to
             resume from; the caller deletes it.
     """
@@ -59,6 +60,7 @@ class CalibrationData:
     batch_size: int = 8
     holdout: float | int | None = None
     stages: str | None = None
+    dtype: str | None = None
     unfinished: PathLike | None = None
 
     def __post_init__(self) -> None:
@@ -82,6 +84,7 @@ class CalibrationData:
         """
         names = FIT * fitted + SAMPLE * sampled
         settings = {name: getattr(self, name) for name in names}
+        settings |= {"dtype": self.dtype} if fitted else {}
         if sampled:
             settings |= {"guidance": str(self.guidance)}
             settings |= {} if self.key is None else {"key": key_words(self.key)}

@@ -37,16 +37,21 @@ from qdit_jax.models.features import (
 from qdit_jax.models.inception import InceptionV3
 from qdit_jax.models.layers import (
     AttentionModule,
-    Layers,
-    Linear,
-    NetworkModule,
     TimestepEmbedder,
-    mapped_input,
-    optional,
-    quantized_input,
     sincos_positions,
     timestep_features,
 )
+from qdit_jax.models.linear import (
+    DTYPES,
+    Layers,
+    Linear,
+    NetworkModule,
+    check_dtype,
+    mapped_input,
+    optional,
+    quantized_input,
+)
+from qdit_jax.models.runs import RUNS, apply_blocks, with_runs
 from qdit_jax.models.taps import layers_in_order, rows_per_sample, seen_inputs, tapped
 from qdit_jax.models.vae import AutoencoderKL
 
@@ -54,9 +59,11 @@ __all__ = [
     "DEMO_SIZE",
     "DEMO_STATISTICS",
     "DEMO_WEIGHTS",
+    "DTYPES",
     "FAMILIES",
     "OPERANDS",
     "OPERANDS_OF",
+    "RUNS",
     "SIZES",
     "TABLE",
     "AttentionModule",
@@ -75,9 +82,11 @@ __all__ = [
     "Producer",
     "TimestepEmbedder",
     "abstract_params",
+    "apply_blocks",
     "as_condition",
     "asset",
     "build_model",
+    "check_dtype",
     "config_of",
     "demo_features_fn",
     "example_inputs",
@@ -99,4 +108,5 @@ __all__ = [
     "sincos_positions",
     "tapped",
     "timestep_features",
+    "with_runs",
 ]

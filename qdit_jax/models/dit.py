@@ -6,6 +6,7 @@ Dimensions: B batch, H and W latent rows and columns, C latent channels, T token
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,16 +20,15 @@ from qdit_jax.models.family import example_inputs
 from qdit_jax.models.layers import (
     Attention,
     LabelEmbedder,
-    Layers,
     Mlp,
-    NetworkModule,
     PatchEmbed,
     TimestepEmbedder,
     layer_norm,
     modulate,
     sincos_positions,
-    stored,
 )
+from qdit_jax.models.linear import Layers, NetworkModule, stored
+from qdit_jax.models.runs import apply_blocks
 from qdit_jax.types import Condition, Params
 
 # (depth, width, heads) of the published sizes.
@@ -48,7 +48,8 @@ class Block(nn.Module):
     def __call__(self, x: Float[Array, "B T D"], c: Float[Array, "B D"]) -> Float[Array, "B T D"]:
         d = x.shape[-1]
         zeros = nn.initializers.zeros_init()
-        modulation = self.layers.linear(6 * d, zeros, name="adaLN_modulation")(nn.silu(c))
+        adaln = self.layers.linear(6 * d, zeros, wide_output=True, name="adaLN_modulation")
+        modulation = adaln(nn.silu(c))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
         attention = Attention(self.num_heads, self.layers, name="attn")
         x = x + gate1[:, None] * attention(modulate(layer_norm(x), shift1, scale1))
@@ -66,10 +67,12 @@ class FinalLayer(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], c: Float[Array, "B D"]) -> Float[Array, "B T P"]:
         zeros = nn.initializers.zeros_init()
-        modulation = self.layers.linear(2 * x.shape[-1], zeros, name="adaLN_modulation")
+        modulation = self.layers.linear(
+            2 * x.shape[-1], zeros, wide_output=True, name="adaLN_modulation"
+        )
         shift, scale = jnp.split(modulation(nn.silu(c)), 2, axis=-1)
         hidden = modulate(layer_norm(x), shift, scale)
-        return self.layers.linear(self.features, zeros, name="linear")(hidden)
+        return self.layers.linear(self.features, zeros, wide_output=True, name="linear")(hidden)
 
 
 class DiT(NetworkModule):
@@ -102,6 +105,8 @@ class DiT(NetworkModule):
     noise_time: float = 0.0
     data_time: float = 1.0
 
+    scans_blocks = True
+
     @nn.compact
     def __call__(
         self,
@@ -132,14 +137,8 @@ class DiT(NetworkModule):
         )(timestep)
         num_rows = self.num_classes + int(self.null_class)
         c = c + LabelEmbedder(num_rows, self.hidden_size, name="y_embedder")(condition)
-        for i in range(self.depth):
-            tokens = Block(
-                self.num_heads,
-                self.mlp_ratio,
-                self.mlp_norm_eps,
-                self.layers,
-                name=f"blocks_{i}",
-            )(tokens, c)
+        make_fn = partial(Block, self.num_heads, self.mlp_ratio, self.mlp_norm_eps, self.layers)
+        tokens = apply_blocks(self, make_fn, "blocks", self.depth, tokens, c)
         channels = self.in_channels * (2 if self.learn_sigma else 1)
         p = self.patch_size
         out = FinalLayer(p * p * channels, self.layers, name="final_layer")(tokens, c)

@@ -88,7 +88,7 @@ FAMILIES: dict[str, Family] = {
     )
 }
 # Fields of a linen module, or of how it runs, that are no part of a stored configuration.
-NOT_CONFIG = {"parent", "name", "numerics", "implementation"}
+NOT_CONFIG = {"parent", "name", "numerics", "implementation", "dtype"}
 
 
 def family_named(name: str) -> Family:

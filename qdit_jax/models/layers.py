@@ -1,14 +1,11 @@
-"""The layers that every transformer here is built from.
+"""The parts that every transformer here is built from.
 
-`Linear` is the only place where a kernel leaf, array or `QTensor`, is consumed.
 Dimensions: B batch, T tokens, D width, K input channels, N output channels.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,138 +16,9 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Num
 
-from qdit_jax.kernels import attention, quantized_matmul
-from qdit_jax.quant import QTensor, Role, dequantize, select_columns, slots
-
-Initializer = Callable[..., Any]
-xavier: Initializer = nn.initializers.xavier_uniform()
-
-
-@dataclasses.dataclass(frozen=True)
-class Layers:
-    """What a network builds its layers with: how they compute is said here and nowhere else.
-
-    A network passes it on to its parts, which say `layers.linear(width, name="fc1")`.
-
-    Attributes:
-        numerics, implementation: of quantized products, see `kernels.quantized_matmul`.
-    """
-
-    numerics: str = "simulated"
-    implementation: str | None = None
-
-    def linear(
-        self,
-        features: int,
-        kernel_init: Initializer = xavier,
-        kernel_shape: tuple[int, ...] | None = None,
-        *,
-        name: str,
-    ) -> Linear:
-        """Returns a `Linear` that computes this way; the arguments are its fields."""
-        return Linear(
-            features, kernel_init, kernel_shape, self.numerics, self.implementation, name=name
-        )
-
-
-class NetworkModule(nn.Module, kw_only=True):
-    """A network with linear layers: how it runs is not part of the configuration it stores.
-
-    Attributes:
-        numerics: what quantized layers compute, `"simulated"` or `"integer"`.
-        implementation: who computes them, a name in `kernels.IMPLEMENTATIONS`; None: what fits.
-    """
-
-    numerics: str = "simulated"
-    implementation: str | None = None
-
-    @property
-    def layers(self) -> Layers:
-        """What the parts of the network are built with."""
-        return Layers(self.numerics, self.implementation)
-
-
-class Linear(nn.Module):
-    """Returns `x @ kernel + bias` over the last axis, full precision or quantized.
-
-    Params: `kernel` (array `[..., N]` whose leading axes flatten to K, or a `QTensor`), `bias [N]`,
-    and the slots of `quant.LEAVES` that are present: `act_quant` (an `ActQuant`) quantizes the input.
-    `numerics` is `"simulated"` (float arithmetic on the quantized grid) or `"integer"`, and
-    `implementation` who computes it; see `kernels.quantized_matmul`.
-    """
-
-    features: int
-    kernel_init: Initializer = xavier
-    kernel_shape: tuple[int, ...] | None = None
-    numerics: str = "simulated"
-    implementation: str | None = None
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch K"]) -> Float[Array, "*batch N"]:
-        shape = self.kernel_shape or (x.shape[-1], self.features)
-        kernel = stored(self, "kernel", self.kernel_init, shape)
-        bias = stored(self, "bias", nn.initializers.zeros_init(), (self.features,))
-        x = mapped_input(self, x)
-        if isinstance(kernel, QTensor):
-            act_quant = optional(self, "act_quant")
-            rest = input_left(self, x)
-            y = quantized_matmul(rest, kernel, act_quant, self.numerics, self.implementation)
-            return with_outputs(self, x, y + bias.astype(y.dtype))
-        seen = quantized_input(self, x)
-        # Two axes: on CPU the gradient of a product over [B, T, K] is twice as slow.
-        rows = seen.reshape(-1, x.shape[-1]) @ kernel.reshape(-1, self.features).astype(x.dtype)
-        y = (rows + bias.astype(x.dtype)).reshape(*x.shape[:-1], self.features)
-        return with_outputs(self, x, y)
-
-
-def mapped_input(module: nn.Module, x: Array) -> Array:
-    """Returns a layer's input after its input leaves, if it has any."""
-    for leaf in leaves_of(module, "input"):
-        x = leaf(x)
-    return x
-
-
-def input_left(module: nn.Module, x: Array) -> Array:
-    """Returns what the layer's output leaves leave of a mapped input to the kernel's product."""
-    for leaf in leaves_of(module, "output"):
-        x = leaf.rest(x)
-    return x
-
-
-def quantized_input(module: nn.Module, x: Array) -> Array:
-    """Returns what the kernel is multiplied with: of a mapped input, after the quantizer if any."""
-    x = input_left(module, x)
-    for leaf in leaves_of(module, "quantizer"):
-        x = leaf(x)
-    return x
-
-
-def with_outputs(module: nn.Module, x: Array, y: Array) -> Array:
-    """Returns a layer's output `y` with what its output leaves make of the mapped input added."""
-    for leaf in leaves_of(module, "output"):
-        y = y + leaf(x).astype(y.dtype)
-    return y
-
-
-def leaves_of(module: nn.Module, role: Role) -> list[Any]:
-    """Returns the leaves of that role that stand beside a layer's kernel, in the table's order."""
-    found = (optional(module, slot) for slot in slots(role))
-    return [leaf for leaf in found if leaf is not None]
-
-
-def stored(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...]) -> Any:
-    """Returns the param `name` as it is stored, whatever its type; creates it during `init`.
-
-    Differs from `module.param` in that a quantized leaf's shape is not compared with `shape`.
-    """
-    if module.has_variable("params", name):
-        return module.get_variable("params", name)
-    return module.param(name, init, shape)
-
-
-def optional(module: nn.Module, name: str) -> Any:
-    """Returns the entry `name` beside a layer's params, or None when it is absent."""
-    return module.get_variable("params", name) if module.has_variable("params", name) else None
+from qdit_jax.kernels import attention
+from qdit_jax.models.linear import Layers, optional, stored, xavier
+from qdit_jax.quant import QTensor, dequantize, select_columns
 
 
 class PatchEmbed(nn.Module):
@@ -168,6 +36,7 @@ class PatchEmbed(nn.Module):
             self.hidden_size,
             kernel_init=flat_xavier,
             kernel_shape=(p, p, c, self.hidden_size),
+            wide_output=True,
             name="proj",
         )(patches)
 
@@ -190,7 +59,8 @@ class TimestepEmbedder(nn.Module):
         init = nn.initializers.normal(0.02)
         hidden = timestep_features(timestep, frequency_shift=self.frequency_shift)
         hidden = self.layers.linear(self.hidden_size, init, name="mlp_0")(hidden)
-        return self.layers.linear(self.hidden_size, init, name="mlp_2")(nn.silu(hidden))
+        second = self.layers.linear(self.hidden_size, init, wide_output=True, name="mlp_2")
+        return second(nn.silu(hidden))
 
 
 def timestep_features(
@@ -257,7 +127,9 @@ class AttentionModule(nn.Module):
     def operand(self, name: str, x: Array) -> Array:
         """Returns an operand of a product, rounded where it has a quantizer."""
         quantizer = optional(self, f"{name}_quant")
-        return x if quantizer is None else quantizer(x)
+        if quantizer is None:
+            return x
+        return quantizer(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
 
     def sees_weights(self) -> bool:
         """Returns whether the softmax is rounded, or recorded by who intercepts this method."""
@@ -292,7 +164,8 @@ class Mlp(nn.Module):
 
 
 def layer_norm(x: Float[Array, "B T D"], eps: float = 1e-6) -> Float[Array, "B T D"]:
-    """Returns `x` normalized over its last axis, without affine parameters."""
+    """Returns `x` normalized over its last axis, without affine parameters; float32 or wider."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean = x.mean(-1, keepdims=True)
     variance = jnp.square(x - mean).mean(-1, keepdims=True)
     return (x - mean) * jax.lax.rsqrt(variance + eps)

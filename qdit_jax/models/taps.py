@@ -16,7 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from qdit_jax.models.family import OPERANDS_OF, Network, example_inputs
-from qdit_jax.models.layers import Linear, mapped_input, quantized_input
+from qdit_jax.models.linear import Linear, mapped_input, quantized_input
 
 # (path, layer, input, call) -> output, where `call()` is what the layer itself would return.
 LayerFn = Callable[[str, nn.Module, Array, Callable[[], Array]], Array]

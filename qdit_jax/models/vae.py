@@ -13,7 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from qdit_jax.kernels import attention
-from qdit_jax.models.layers import Linear
+from qdit_jax.models.linear import Linear
 from qdit_jax.types import AnyArray
 
 EPS = 1e-6

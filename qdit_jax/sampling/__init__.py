@@ -30,6 +30,7 @@ from qdit_jax.sampling.generation import (
     sampler_text,
     sampler_timesteps,
 )
+from qdit_jax.sampling.running import running_params
 
 __all__ = [
     "DEFAULT_GUIDANCE",
@@ -54,6 +55,7 @@ __all__ = [
     "num_guided_channels",
     "own_sampler",
     "own_scheduler",
+    "running_params",
     "sampler_text",
     "sampler_timesteps",
 ]

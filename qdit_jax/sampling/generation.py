@@ -30,6 +30,7 @@ from qdit_jax.sampling.checks import (
     num_guided_channels,
     sample_count,
 )
+from qdit_jax.sampling.running import running_params
 from qdit_jax.types import AnyArray, Condition, Key, Numbers, Params, Scalar
 
 
@@ -348,7 +349,8 @@ def generated_batches(
     split, whole = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
     model = checkpoint.model.clone(numerics=numerics)
     denoise_fn = jax.device_put(
-        denoiser(model, checkpoint.params, guidance, guidance_channels), whole
+        denoiser(model, running_params(model, checkpoint.params), guidance, guidance_channels),
+        whole,
     )
     vae = checkpoint.vae if decode_fn else None
     if vae is not None:

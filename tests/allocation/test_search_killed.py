@@ -26,10 +26,6 @@ OPTIONS = [
     "16",
     "32",
     "64",
-    "--population",
-    "6",
-    "--generations",
-    "5",
     "--steps",
     "2",
     "--num-batches",
@@ -37,6 +33,7 @@ OPTIONS = [
     "--batch-size",
     "2",
 ]
+EVOLUTION = ["--population", "6", "--generations", "5"]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +78,7 @@ def outcome(out: Path):
 
 @pytest.mark.parametrize("method", ["default", "nsga2", "qdit-paper"])
 def test_a_killed_search_goes_on_to_the_same_result(folder, tmp_path, method):
-    arguments = [*OPTIONS, "--method", method]
+    arguments = [*OPTIONS, "--method", method, *(EVOLUTION if method != "default" else ())]
     finished(started(folder, tmp_path / "whole", *arguments))
     for count in (1, 3):
         kill_after(
@@ -101,13 +98,13 @@ def free_port() -> int:
 def pair(folder, out):
     address = f"127.0.0.1:{free_port()}"
     together = ["--coordinator", address, "--num-processes", "2"]
-    arguments = [*OPTIONS, "--method", "qdit-paper", *together]
+    arguments = [*OPTIONS, *EVOLUTION, "--method", "qdit-paper", *together]
     return [started(folder, out, *arguments, "--process-id", str(i)) for i in range(2)]
 
 
 def test_after_a_lost_worker_the_same_commands_go_on(folder, tmp_path):
     alone = tmp_path / "alone"
-    finished(started(folder, alone, *OPTIONS, "--method", "qdit-paper"))
+    finished(started(folder, alone, *OPTIONS, *EVOLUTION, "--method", "qdit-paper"))
     out = tmp_path / "two"
     first, second = pair(folder, out)
     kill_after(second, out / "state", 2)

@@ -1,11 +1,15 @@
 """Attention in one place, against float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qdit_jax.kernels import ATTENTION_IMPLEMENTATIONS, attention
+from qdit_jax.kernels.attention_call import AttentionShapes
+from qdit_jax.kernels.splash_attention import splash_attention
 
 B, Q, T, H, D = 2, 5, 7, 3, 8
 
@@ -33,6 +37,13 @@ def expected(q, k, v, mask=None, scale=D**-0.5):
 @pytest.mark.parametrize("keys", [Q, T, 1])
 def test_self_and_cross_attention(name, keys):
     q, k, v = operands(keys)
+    shapes = AttentionShapes(
+        q.shape, k.shape, None, False, "float32", jax.default_backend(), v.shape[-1]
+    )
+    if reason := ATTENTION_IMPLEMENTATIONS[name].unsupported_reason(shapes):
+        with pytest.raises(ValueError, match=f"implementation='{name}' of attention"):
+            attention(q, k, v, implementation=name)
+        pytest.skip(reason)
     for scale in (None, 0.3):
         found = attention(q, k, v, scale=scale, implementation=name)
         np.testing.assert_allclose(found, expected(q, k, v, None, scale or D**-0.5), atol=2e-6)
@@ -94,3 +105,26 @@ def test_works_under_jit_and_grad():
     mask = jnp.ones((B, T), bool).at[0, 1:].set(False)
     grad = jax.jit(jax.grad(lambda q: attention(q, k, v, mask).sum()))(q)
     assert np.isfinite(grad).all()
+
+
+def test_fused_kernels_refuse_what_they_cannot_compute():
+    bf16 = AttentionShapes((2, 256, 3, 72), (2, 256, 3, 72), None, False, "bfloat16", "cuda", 72)
+    cudnn = ATTENTION_IMPLEMENTATIONS["cudnn"].unsupported_reason
+    splash = ATTENTION_IMPLEMENTATIONS["splash"].unsupported_reason
+    for changes, reason in (
+        ({"platform": "cpu"}, "NVIDIA GPUs only"),
+        ({"dtype": "float32"}, "these are float32"),
+        ({"sees_weights": True}, "never holds the softmax"),
+        ({"q_shape": (2, 256, 3, 71)}, "that 8 divides"),
+        ({"q_shape": (2, 256, 3, 136)}, "at most 128"),
+        ({"v_width": 64}, "one width"),
+    ):
+        assert reason in cudnn(dataclasses.replace(bf16, **changes))
+    assert "TPUs only" in splash(bf16)
+
+
+def test_the_splash_kernel_equals_the_products_of_its_operands():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 2, 72)), jnp.float32) for n in (128, 256, 256))
+    found = splash_attention(q, k, v, None, 72**-0.5, None, interpret=True)
+    np.testing.assert_allclose(found, expected(q, k, v, scale=72**-0.5), atol=2e-6)

@@ -1,0 +1,58 @@
+"""Parameters in the form in which a network runs longest: made once, before a sampling loop."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from qdit_jax.models import Family, family_of, rows_per_sample, with_runs
+from qdit_jax.quant import OVER_TIME, QTensor
+from qdit_jax.types import Params
+
+
+def running_params(model: nn.Module, params: Params) -> Params:
+    """Returns `params` of the same outputs, as a loop should take them.
+
+    Kernels that `model` multiplies in 16 bits are stored in 16 bits, which each call does otherwise,
+    and long runs of equal blocks are stacked, to compile in the time of one; see `with_runs`.
+    """
+    family = known_family(model)
+    if family is None:
+        return params
+    params = with_narrow_kernels(model, params)
+    # Bits over time name layers by their paths in the whole tree.
+    is_stackable = getattr(model, "scans_blocks", False) and OVER_TIME not in params
+    return with_runs(params, family.block) if is_stackable else params
+
+
+def with_narrow_kernels(model: nn.Module, params: Params) -> Params:
+    """Returns `params` with the kernels that `model` multiplies in 16 bits stored in 16 bits.
+
+    Quantized kernels, those of layers with a quantized input, biases and tables stay as they are.
+    """
+    dtype = getattr(model, "dtype", "float32")
+    if dtype == "float32":
+        return params
+    flat = dict(flatten_dict(params, sep="/"))
+    for path in rows_per_sample(model):
+        kernel = flat.get(f"{path}/kernel")
+        if kernel is None or isinstance(kernel, QTensor) or f"{path}/act_quant" in flat:
+            continue
+        flat[f"{path}/kernel"] = narrowed(jnp.asarray(kernel), dtype)
+    return unflatten_dict(flat, sep="/")
+
+
+@jax.jit(static_argnames="dtype")
+def narrowed(kernel: jax.Array, dtype: str) -> jax.Array:
+    """Returns a kernel in `dtype`."""
+    return kernel.astype(dtype)
+
+
+def known_family(model: nn.Module) -> Family | None:
+    """Returns the row of a network in the table of families; None for a caller's own network."""
+    try:
+        return family_of(model)
+    except TypeError:
+        return None

@@ -1,0 +1,166 @@
+"""Products in bfloat16: which they are, what stays in float32, and that the verbs say so."""
+
+import collections
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from tiny_models import random_params, tiny_checkpoint
+
+import qdit_jax as qdit
+from qdit_jax.calibration import collect_items
+from qdit_jax.checkpoint import digest, with_dtype
+from qdit_jax.checkpoint.fingerprint import feed
+from qdit_jax.models import FAMILIES, NetworkModule, build_model, config_of
+from qdit_jax.quant import ActQuant, QTensor
+from qdit_jax.sampling import running_params
+
+DENOISERS = [
+    pytest.param(row, config, id=f"{row.name}-{i}")
+    for row in FAMILIES.values()
+    for i, config in enumerate(row.examples)
+    if row.is_diffusion
+]
+
+
+class NoFields(NetworkModule):
+    """A network without fields of its own."""
+
+
+def dots(jaxpr, found=None):
+    """Returns how often each pair of operand dtypes is multiplied, inner programs included."""
+    found = collections.Counter() if found is None else found
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found[tuple(v.aval.dtype.name for v in equation.invars)] += 1
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                dots(inner, found)
+    return found
+
+
+def call(model, params, batch=2):
+    x = jax.random.normal(jax.random.key(1), (batch, *model.sample_shape()))
+    condition = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), model.example_condition(batch))
+    time = jnp.full((batch,), 0.4) if model.prediction == "velocity" else jnp.array([700.0, 20.0])
+    return model.apply({"params": params}, x, time, condition)
+
+
+@pytest.mark.parametrize(("row", "config"), DENOISERS)
+def test_every_product_of_full_precision_is_bfloat16_and_the_rest_is_not(row, config):
+    model = build_model(row.name, config)
+    params = random_params(model)
+    narrow = model.clone(dtype="bfloat16")
+    assert config_of(narrow) == config_of(model)
+    plain, found = (
+        dots(jax.make_jaxpr(lambda p, m=m: call(m, p))(params).jaxpr) for m in (model, narrow)
+    )
+    assert set(plain) == {("float32", "float32")}
+    assert set(found) == {("bfloat16", "bfloat16")}
+    assert sum(found.values()) == sum(plain.values())
+    exact, rounded = call(model, params), call(narrow, params)
+    assert rounded.dtype == jnp.float32
+    error = np.abs(rounded - exact).max() / np.abs(exact).max()
+    assert 1e-6 < error < 0.05
+
+
+def test_quantized_inputs_are_multiplied_as_ever():
+    full = tiny_checkpoint()
+    small = qdit.quantize(full, "rtn", qdit.Recipe.preset("w4a8", full, group_size=16))
+    narrow = full.model.clone(dtype="bfloat16")
+    found = dots(jax.make_jaxpr(lambda p: call(narrow, p))(small.params).jaxpr)
+    blocks = 4 * full.model.depth  # qkv, proj, fc1 and fc2
+    assert found["float32", "float32"]
+    assert found["float32", "float32"] % blocks == 0  # one for each platform's implementation
+    assert set(found) == {("float32", "float32"), ("bfloat16", "bfloat16")}
+    weights = qdit.quantize(full, "rtn", qdit.Recipe.preset("w4a16", full, group_size=16))
+    found = dots(jax.make_jaxpr(lambda p: call(narrow, p))(weights.params).jaxpr)
+    assert set(found) == {("bfloat16", "bfloat16")}
+
+
+def test_quantizers_see_float32():
+    full = tiny_checkpoint()
+    small = qdit.quantize(full, "rtn", qdit.Recipe.preset("w4a8", full, group_size=16))
+    seen = []
+
+    def quantizer(self, x, original=ActQuant.__call__):
+        seen.append(x.dtype)
+        return original(self, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ActQuant, "__call__", quantizer)
+        jax.clear_caches()
+        call(full.model.clone(dtype="bfloat16"), small.params)
+    jax.clear_caches()
+    assert seen
+    assert set(seen) == {jnp.dtype("float32")}
+
+
+def test_what_a_network_cannot_compute_in_is_refused():
+    full = tiny_checkpoint()
+    with pytest.raises(
+        ValueError, match="dtype='float16' is not supported; use one of float32, bf"
+    ):
+        with_dtype(full, "float16")
+    with pytest.raises(ValueError, match="dtype='int8' is not supported"):
+        full.model.clone(dtype="int8")
+
+
+def test_statistics_and_inputs_of_a_narrow_network_are_float32_and_close():
+    full = tiny_checkpoint()
+    narrow = with_dtype(full, "bfloat16")
+    sampler = qdit.ddim(3)
+    stats = [
+        qdit.calibrate(c, jax.random.key(0), 4, sampler=sampler, hessians=".*fc2", num_tokens=2)
+        for c in (full, narrow)
+    ]
+    for path in stats[0].low:
+        exact, rounded = (np.asarray(s.high[path]) for s in stats)
+        assert rounded.dtype == np.float32
+        np.testing.assert_allclose(rounded, exact, atol=0.1 * np.abs(exact).max() + 1e-3)
+    items = collect_items(narrow, jax.random.key(0), 4, sampler=sampler)
+    assert items.x.dtype == np.float32
+
+
+def test_a_checkpoint_is_the_same_however_it_runs(tmp_path):
+    full = tiny_checkpoint()
+    narrow = with_dtype(full, "bfloat16")
+    assert digest(full.model) != digest(narrow.model)
+    qdit.save(tmp_path / "out", narrow)
+    assert qdit.load(tmp_path / "out").model == full.model
+    items = collect_items(full, jax.random.key(0), 4, sampler=qdit.ddim(3))
+    data = qdit.CalibrationData(items=items, dtype="bfloat16")
+    small = qdit.quantize(full, "gptq", qdit.Recipe.preset("w4a8", full, group_size=16), data=data)
+    assert small.model == full.model
+    assert small.metadata["quantization"]["data"]["dtype"] == "bfloat16"
+
+
+def test_a_digest_of_float32_is_that_of_networks_before_the_choice():
+    model = NoFields()
+    kind = type(model)
+    expected = hashlib.sha256()
+    expected.update(f"{kind.__module__}.{kind.__qualname__}:".encode())
+    feed(expected.update, {"numerics": "simulated", "implementation": None})
+    assert digest(model) == expected.hexdigest()[:16]
+    assert digest(model.clone(dtype="bfloat16")) != digest(model)
+
+
+def test_kernels_are_cast_once_before_the_loop_and_nothing_changes():
+    full = with_dtype(tiny_checkpoint(), "bfloat16")
+    small = qdit.quantize(full, "rtn", qdit.Recipe.preset("w4a8", full, group_size=16))
+    for params in (full.params, small.params):
+        ran = running_params(full.model, params)
+        np.testing.assert_array_equal(call(full.model, ran), call(full.model, params))
+        flat = flatten_dict(ran, sep="/")
+        assert flat["blocks_0/adaLN_modulation/kernel"].dtype == jnp.bfloat16
+        assert flat["blocks_0/adaLN_modulation/bias"].dtype == jnp.float32
+        assert flat["y_embedder/embedding_table"].dtype == jnp.float32
+    assert isinstance(flat["blocks_0/mlp/fc1/kernel"], QTensor)
+    plain = tiny_checkpoint()
+    assert running_params(plain.model, plain.params) is plain.params
