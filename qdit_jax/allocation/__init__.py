@@ -3,6 +3,7 @@
 from qdit_jax.allocation.assigned import ChosenAct, assigned_params
 from qdit_jax.allocation.budget import Budget, parse_budget
 from qdit_jax.allocation.cost import (
+    FLOAT32_MAC,
     BitOps,
     Bytes,
     CpuCost,
@@ -56,6 +57,7 @@ from qdit_jax.allocation.strategies.nsga import offspring
 from qdit_jax.allocation.strategies.random_draw import random_children
 
 __all__ = [
+    "FLOAT32_MAC",
     "GROUP_SIZES",
     "STRATEGIES",
     "Allocate",
