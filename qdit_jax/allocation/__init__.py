@@ -1,7 +1,7 @@
 """The allocation: which group size (and bits) every layer gets under a budget."""
 
 from qdit_jax.allocation.assigned import ChosenAct, assigned_params
-from qdit_jax.allocation.budget import Budget, parse_budget
+from qdit_jax.allocation.budget import Budget, parse_budget, reference_spec
 from qdit_jax.allocation.cost import (
     FLOAT32_MAC,
     BitOps,
@@ -19,6 +19,7 @@ from qdit_jax.allocation.descent import additive_solution, corrected, descend
 from qdit_jax.allocation.evaluate import BadFitnessError, Evaluator, LostWorkerError
 from qdit_jax.allocation.journal import Journal
 from qdit_jax.allocation.knapsack import Solution, lagrangian_front, pareto, solve
+from qdit_jax.allocation.latency import Latency, LayerTime, choice_name
 from qdit_jax.allocation.objectives import (
     FeatureDistance,
     FunctionObjective,
@@ -79,6 +80,8 @@ __all__ = [
     "FunctionObjective",
     "HardwareCost",
     "Journal",
+    "Latency",
+    "LayerTime",
     "LostWorkerError",
     "MeanGroup",
     "Measured",
@@ -98,6 +101,7 @@ __all__ = [
     "additive_solution",
     "allocate",
     "assigned_params",
+    "choice_name",
     "choose_steps",
     "corrected",
     "cost_table",
@@ -118,6 +122,7 @@ __all__ = [
     "random_children",
     "rank_correlation",
     "recipe_of",
+    "reference_spec",
     "schedule_error",
     "search",
     "search_space",

@@ -35,6 +35,11 @@ class Budget:
     limit: float
     is_mean_group: bool = False
 
+    @property
+    def name(self) -> str:
+        """Returns the name of the cost."""
+        return self.text.partition("=")[0]
+
     def shown(self, cost: float) -> float:
         """Returns a total cost, or the limit, as people read it: never negative."""
         return -cost / len(self.table) if self.is_mean_group else cost

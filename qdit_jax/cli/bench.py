@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 from qdit_jax.cli.options import (
@@ -16,6 +17,7 @@ from qdit_jax.cli.options import (
     whole_number,
 )
 from qdit_jax.cli.paths import path_option
+from qdit_jax.cli.search import add_choices
 from qdit_jax.errors import UserError
 
 HELP = """\
@@ -27,6 +29,10 @@ Every network takes turns with the baseline, A B A B, so that what slows the mac
 the ratios, with the interval that holds their median in 95 of 100 runs. The baseline's ratio to
 itself shows how much of that is chance. The output's error is against float32 on the same inputs.
 
+With --table, every choice of a search is timed in each distinct shape of the network's layers, and
+written to latency.json for `qdit search --latency`. Choices are described as there; groups of 128 and
+per channel are always measured, for budgets are relative to them.
+
 Writes to OUT, if it is given: bench.json (everything, saved after each row: after an interruption,
 run the same command again to resume) and bench.png.
 
@@ -34,6 +40,8 @@ examples:
   qdit bench xl2
   qdit bench xl2 xl2-speed --recipes w4a8-g128 w4a8-g0 w8a8-g0 --batch 8
   qdit bench xl2-w4a8 --against xl2 --numerics integer
+  qdit bench xl2 xl2-times --table --batch 8 --group-sizes 32 64 128
+  qdit bench xl2 xl2-times --table --weight-bits 3 4 8 --sides separate --numerics integer
   qdit bench xl2 --recipes recipe.json --dry-run       # bytes and operations; runs nothing
 """
 
@@ -58,9 +66,11 @@ def add_parser(subparsers: SubParsers) -> None:
         type=path_option,
         help="of a quantized CKPT: the full-precision checkpoint that it is compared with",
     )
+    add("--table", action="store_true", help="time single layers, and write OUT/latency.json")
     add("--dry-run", action="store_true", help="print predicted bytes and operations, run nothing")
     add("--force", action="store_true", help="replace OUT, starting from scratch")
     add_measuring(parser.add_argument_group("how it is measured").add_argument)
+    add_choices(parser.add_argument_group("choices of --table").add_argument)
     # Programs from a cache would have no compile time.
     parser.set_defaults(run=run, uses_jax=False, resumes=lambda args: args.out is not None)
 
@@ -94,12 +104,39 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from qdit_jax.memory import give_back_freed_memory
 
     options = vars(args)
+    check_options(options)
     if args.dry_run:
-        refuse_inert(
-            options, {"out": None, "force": False, "against": None}, "--dry-run writes nothing"
-        )
         return bench_run.dry_run(options)
-    if args.force and args.out is None:
-        raise UserError("--force has no effect: without OUT nothing is written.")
     give_back_freed_memory()
-    return bench_run.measured(options)
+    return bench_run.tabulated(options) if args.table else bench_run.measured(options)
+
+
+# Options of the choices with what they are if they are not given.
+CHOICES = {
+    "weight_bits": None,
+    "act_bits": None,
+    "group_sizes": None,
+    "sides": None,
+    "layers": None,
+    "pin": [],
+    "exclude": [],
+}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises `UserError` for an option that has no effect beside the others."""
+    if options["dry_run"]:
+        inert = {"out": None, "force": False, "against": None, "table": False}
+        refuse_inert(options, inert, "--dry-run writes nothing")
+    if options["out"] is None:
+        refuse_inert(options, {"force": False}, "without OUT nothing is written")
+    if not options["table"]:
+        refuse_inert(options, CHOICES, "without --table no layer is timed alone")
+        return
+    if options["out"] is None:
+        raise UserError("--table needs OUT, the folder to write latency.json to.")
+    inert = {"recipes": None, "group_size": None, "against": None, "implementation": None}
+    refuse_inert(options, inert, "--table times layers, not recipes")
+    for name in ("batch", "numerics"):
+        if len(options[name] or ()) > 1:
+            raise UserError(f"--{name}: --table takes one, not {len(options[name])}.")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qdit_jax.allocation import Latency
 from qdit_jax.speed import Bench, Predicted, Row, Taken
 
 HEADER = (
     "batch", "network", "numerics", "computed by", "ms per step", "interval", "x of {}", "interval",
     "MB weights", "MB beside", "compile s", "error", "dB",
 )  # fmt: skip
-TEXTS = 4  # the first columns are text, apart from the batch
+TEXTS = {"network", "numerics", "computed by", "layer"}  # columns of text, to the left
 
 
 def bench_lines(found: Bench) -> list[str]:
@@ -63,11 +64,34 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     lines = []
     for row in rows:
         cells = [
-            f"{cell:{'<' if 0 < i < min(TEXTS, len(row) - 5) else '>'}{width}}"
+            f"{cell:{'<' if rows[0][i] in TEXTS else '>'}{width}}"
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def latency_lines(found: Latency) -> list[str]:
+    """Returns the times of layers as a table, with ratios to full precision in the same shape."""
+    lines = [("K", "layer", "computed by", "ms", "interval", "x of w16 a16")]
+    full = {layer.key[:3]: layer.own_ms for layer in found.layers if layer.choice == "w16 a16"}
+    for layer in found.layers:
+        base = full[layer.key[:3]]
+        lines.append(
+            (
+                str(layer.channels),
+                f"{layer.width} wide, {layer.rows} rows, {layer.choice}",
+                layer.implementation or "-",
+                f"{layer.ms:.4g}",
+                f"{layer.low:.3g} to {layer.high:.3g}",
+                f"{layer.own_ms / base:.2f}" if base else "-",
+            )
+        )
+    return [
+        *aligned(lines),
+        f"{found.numerics}, batch {found.batch}, {found.inputs} network inputs per step, on "
+        f"{found.made['device']}, jax {found.made['jax']}",
+    ]
 
 
 def predicted_lines(rows: Sequence[Predicted]) -> list[str]:

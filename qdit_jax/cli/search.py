@@ -18,6 +18,7 @@ from qdit_jax.cli.options import (
     whole_number,
 )
 from qdit_jax.cli.paths import path_option
+from qdit_jax.errors import UserError
 
 DEMO = ["demo"]
 BITS = whole_number(2, 16)
@@ -31,12 +32,14 @@ interruption, run the same command again to resume).
 
 A budget is the most that the model may cost: NAME=NUMBER, or NAME=1.0x-g128 for as much as group
 size 128 in every layer. NAME is bitops (bit operations per sample), bytes (of the packed weights),
-or gpu, tpu or cpu (estimated time). mean-group=128 is the rule of Q-DiT's published code: a mean
+gpu, tpu or cpu (estimated time), or latency (milliseconds measured on this machine by `qdit bench
+--table`, with --latency). mean-group=128 is the rule of Q-DiT's published code: a mean
 group size of 128 or more.
 
 examples:
   qdit search xl2 xl2-search --budget bitops=1.0x-g128
   qdit search xl2 out --budget bytes=351.3M --weight-bits 3 4 --group-sizes 32 64 128
+  qdit search xl2 out --latency latency.json --budget latency=1.0x-g128
   qdit search xl2 out --method qdit-paper --objective frechet --reference demo
   qdit search xl2 out --exclude 'blocks_0/.*' --pin '.*/fc2=64'
   qdit quantize xl2 xl2-small --recipe xl2-search/recipe.json
@@ -53,6 +56,7 @@ def add_parser(subparsers: SubParsers) -> None:
     add("checkpoint", metavar="CKPT", type=path_option, help="a full-precision checkpoint folder")
     add("out", metavar="OUT", type=path_option, help="the folder to write to")
     add("--budget", help="the most it may cost, such as bytes=351.3M (bitops=1.0x-g128)")
+    add("--latency", type=path_option, metavar="FILE", help="times from `qdit bench --table`")
     add(
         "--objective",
         choices=("paired", "predicted", "frechet"),
@@ -187,7 +191,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from qdit_jax.evaluation import scoring_inputs
 
     search_run.join_others(args.coordinator, args.num_processes, args.process_id, args.distributed)
-    inputs = [args.checkpoint, *scoring_inputs(args.reference, args.features)]
+    inputs = [args.checkpoint, args.latency, *scoring_inputs(args.reference, args.features)]
     search_run.check_folder(args.out, args.force, inputs)
     job = search_run.Job.of(options)
     if jax.process_index() != 0:
@@ -221,6 +225,11 @@ def check_options(options: Mapping[str, Any]) -> None:
             options,
             {"population": 50, "generations": 10},
             "--method default is not an evolution",
+        )
+    if options["latency"] is not None and not (options["budget"] or "").startswith("latency="):
+        raise UserError(
+            f"--latency {options['latency']} has no effect: no budget is of it; add --budget such as "
+            "latency=1.0x-w4a8-g0."
         )
     if options["objective"] != "frechet":
         refuse_inert(

@@ -15,6 +15,7 @@ import jax
 from qdit_jax.allocation import (
     EvolutionSettings,
     FeatureDistance,
+    Latency,
     LostWorkerError,
     Rollout,
     Rollouts,
@@ -51,6 +52,7 @@ class Job:
     seed: int
     reference: str | None
     features: tuple[str, ...]
+    latency: Latency | None = None
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Job:
@@ -64,6 +66,7 @@ class Job:
         )
         guidance = guidance_of(checkpoint, options["guidance"])
         fitting_guidance(checkpoint.model, guidance)  # refuses before anything is computed
+        latency = None if options["latency"] is None else Latency.read(options["latency"])
         method, settings = options["method"], None
         if method != "default":
             settings = EvolutionSettings(options["population"], options["generations"])
@@ -78,6 +81,7 @@ class Job:
                 **{name: options[name] for name in names},
             ),
             features=tuple(options["features"]),
+            latency=latency,
             **{
                 name: options[name]
                 for name in ("budget", "objective", "method", "seed", "reference")
@@ -101,6 +105,7 @@ class Job:
                 strategy=strategy_named(self.method, self.settings),
                 space=self.space,
                 rollouts=self.rollouts,
+                costs={} if self.latency is None else {"latency": self.latency},
                 state=folder / "state",
                 report_fn=progress,
             )
@@ -228,6 +233,12 @@ def summary(result: SearchResult) -> str:
         f"{len(history['measured'])} assignments measured, "
         f"{report['network_evaluations']:,} network evaluations, {history['seconds']:.0f} s",
     ]
+    if times := history.get("latency"):
+        lines.append(
+            f"a step of batch {times['batch']}: {cost:.4g} ms of these layers and "
+            f"{times['remainder_ms']:.4g} ms that no choice changes, measured on "
+            f"{times['made']['device']}"
+        )
     if "rank_correlation" in report:
         found = report["rank_correlation"]
         verdict = "passed" if report["passed"] else "below .9: chosen by measured errors"

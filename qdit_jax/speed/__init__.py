@@ -2,11 +2,13 @@
 
 from qdit_jax.speed.bench import BATCHES, NUM_ROUNDS, RECIPES, Bench, Row, bench
 from qdit_jax.speed.contenders import recipe_named
+from qdit_jax.speed.layers import BATCH, layer_table
 from qdit_jax.speed.predicted import Predicted, predicted
 from qdit_jax.speed.records import Records
 from qdit_jax.speed.timing import Call, Taken, TimeFn, interleaved, ratio, taken
 
 __all__ = [
+    "BATCH",
     "BATCHES",
     "NUM_ROUNDS",
     "RECIPES",
@@ -19,6 +21,7 @@ __all__ = [
     "TimeFn",
     "bench",
     "interleaved",
+    "layer_table",
     "predicted",
     "ratio",
     "recipe_named",

@@ -44,25 +44,28 @@ class Taken:
 def interleaved(
     calls: Sequence[Call], num_rounds: int, *, clock: Callable[[], float] = time.perf_counter
 ) -> Float[np.ndarray, "C R"]:
-    """Returns the seconds of every call in every round: A B A B, after one run of each.
+    """Returns the seconds of every call in every round: A B A B, after two runs of each.
 
-    A call shorter than `LEAST_SECONDS` runs several times per round; its mean counts. Compile before:
-    what a first run computes once is not excluded otherwise.
+    A call shorter than `LEAST_SECONDS` runs several times per round; the median of these counts, which
+    other processes of a shared machine disturb less than the mean.
     """
     repeats = []
     for call in calls:
         jax.block_until_ready(call.run())  # warms up
-        began = clock()
-        jax.block_until_ready(call.run())
-        repeats.append(repeats_of(clock() - began))
+        repeats.append(repeats_of(seconds_of(call, clock)))
     seconds = np.zeros((len(calls), num_rounds))
     for number in range(num_rounds):
         for i, call in enumerate(calls):
-            began = clock()
-            for _ in range(repeats[i]):
-                jax.block_until_ready(call.run())
-            seconds[i, number] = (clock() - began) / repeats[i]
+            each = [seconds_of(call, clock) for _ in range(repeats[i])]
+            seconds[i, number] = np.median(each)
     return seconds
+
+
+def seconds_of(call: Call, clock: Callable[[], float]) -> float:
+    """Returns how long a call takes until its arrays are there."""
+    began = clock()
+    jax.block_until_ready(call.run())
+    return clock() - began
 
 
 def repeats_of(seconds: float) -> int:
