@@ -53,9 +53,11 @@ from qdit_jax.allocation.space import (
 from qdit_jax.allocation.steps import ChosenSteps, ScheduleError, choose_steps, schedule_error
 from qdit_jax.allocation.strategies import STRATEGIES, strategy_named
 from qdit_jax.allocation.strategies.allocate import Allocate, AllocationSettings, allocate
+from qdit_jax.allocation.strategies.cheapest import Cheapest, CheapestSettings, cheapest
 from qdit_jax.allocation.strategies.evolution import EvolutionSettings, Evolve, evolve
 from qdit_jax.allocation.strategies.nsga import offspring
 from qdit_jax.allocation.strategies.random_draw import random_children
+from qdit_jax.allocation.within import Within
 
 __all__ = [
     "FLOAT32_MAC",
@@ -67,6 +69,8 @@ __all__ = [
     "BitOps",
     "Budget",
     "Bytes",
+    "Cheapest",
+    "CheapestSettings",
     "ChosenAct",
     "ChosenSteps",
     "CpuCost",
@@ -98,9 +102,11 @@ __all__ = [
     "Space",
     "Store",
     "Strategy",
+    "Within",
     "additive_solution",
     "allocate",
     "assigned_params",
+    "cheapest",
     "choice_name",
     "choose_steps",
     "corrected",

@@ -130,8 +130,9 @@ def search(
             objective such as `frechet_objective(...)`.
         strategy: a name in `STRATEGIES`: "default": sensitivities and the exact knapsack, verified;
             "qdit-paper" and "qdit-release": the published evolution, and what its published code
-            does; "nsga2": a measured front, begun from the predicted one; "random". Or an object
-            such as `Allocate(settings)` or `Evolve(settings)`.
+            does; "nsga2": a measured front, begun from the predicted one; "random"; "cheapest": the
+            least cost within an error. Or an object such as `Allocate(settings)`,
+            `Evolve(settings)`, or `Cheapest("bytes", within="0.5dB-of-g128")`.
         space: a `Space`, or settings of `search_space` as a dict
             (`{"weight_bits": 3, "sides": "separate"}`).
         rollouts: how candidates are sampled.
@@ -154,7 +155,8 @@ def search(
     space = space_of(checkpoint, strategy, space)
     budget = strategy.budget if budget is None else budget
     known = {**named_costs(), **(costs or {})}
-    limit = parse_budget(budget, space, known)
+    # A strategy that minimizes a cost has no limit of it.
+    limit = getattr(strategy, "budget_of", parse_budget)(budget, space, known)
     check_limiting(limit)
     times = latency_facts(known[limit.name], space, report_fn)
     if limit.leaves_no_choice:

@@ -110,9 +110,7 @@ def tabulated(options: Mapping[str, Any]) -> dict[str, Any]:
                 progress_fn=bar.update,
             )
         print(*latency_lines(found), sep="\n")
-        print(
-            f"a step: {found.step_ms:.4g} ms, {found.remainder(space):.4g} of it beside these layers"
-        )
+        print(remainder_text(found.step_ms, found.remainder(space)))
         with replaced_file(folder / "latency.json") as path:
             path.write_text(json.dumps(found.to_json(), indent=1) + "\n")
     print(

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from qdit_jax.allocation import (
+    Cheapest,
     EvolutionSettings,
     FeatureDistance,
     Latency,
@@ -20,6 +21,7 @@ from qdit_jax.allocation import (
     Rollout,
     Rollouts,
     SearchResult,
+    Strategy,
     frechet_objective,
     search,
     seeds,
@@ -46,7 +48,7 @@ class Job:
     budget: str | None
     objective: str
     method: str
-    settings: EvolutionSettings | None
+    strategy: Strategy
     space: dict[str, Any]
     rollouts: Rollouts
     seed: int
@@ -67,13 +69,10 @@ class Job:
         guidance = guidance_of(checkpoint, options["guidance"])
         fitting_guidance(checkpoint.model, guidance)  # refuses before anything is computed
         latency = None if options["latency"] is None else Latency.read(options["latency"])
-        method, settings = options["method"], None
-        if method != "default":
-            settings = EvolutionSettings(options["population"], options["generations"])
         names = ("num_batches", "batch_size", "per_device")
         return cls(
             checkpoint,
-            settings=settings,
+            strategy=strategy_of(options),
             space=space_settings(options),
             rollouts=Rollouts(
                 num_steps=options["steps"],
@@ -102,7 +101,7 @@ class Job:
                 jax.random.key(self.seed),
                 budget=self.budget,
                 objective=self.objective_fn(),
-                strategy=strategy_named(self.method, self.settings),
+                strategy=self.strategy,
                 space=self.space,
                 rollouts=self.rollouts,
                 costs={} if self.latency is None else {"latency": self.latency},
@@ -138,6 +137,17 @@ class Job:
         return frechet_objective(self.checkpoint, rollout, data, features_fn, reference.pool)
 
 
+def strategy_of(options: Mapping[str, Any]) -> Strategy:
+    """Returns the strategy that the options ask for."""
+    method = options["method"]
+    if options["minimize"] is not None or method == "cheapest":
+        names = {"budget": options["minimize"], "within": options["within"]}
+        return Cheapest(**{name: value for name, value in names.items() if value is not None})
+    if method == "default":
+        return strategy_named(method)
+    return strategy_named(method, EvolutionSettings(options["population"], options["generations"]))
+
+
 def outcome(out: AnyPath, result: SearchResult) -> dict[str, Any]:
     """Returns the outcome as JSON values."""
     history = result.history
@@ -148,6 +158,7 @@ def outcome(out: AnyPath, result: SearchResult) -> dict[str, Any]:
         "limit": result.budget.shown(history["limit"]),
         "measured": len(history["measured"]),
         **{name: history[name] for name in ("budget", "report", "seconds", "made")},
+        **({"latency": history["latency"]} if "latency" in history else {}),
     }
 
 
@@ -228,6 +239,12 @@ def summary(result: SearchResult) -> str:
     spent = f"cost {cost:.6g} of {limit:.6g} allowed by {history['budget']}"
     if result.budget.is_mean_group:
         spent = f"mean group size {cost:.6g}, at least {limit:.6g} asked by {history['budget']}"
+    if "within" in report:
+        reference = result.budget.shown(report["reference_cost"])
+        spent = (
+            f"{history['budget']} {cost:.6g}, {cost / reference:.3f}x of the uniform assignment's; error "
+            f"{report['error_db']:+.2f} dB of it ({report['within']} allowed)"
+        )
     lines = [
         spent,
         f"{len(history['measured'])} assignments measured, "
@@ -242,6 +259,8 @@ def summary(result: SearchResult) -> str:
     if "rank_correlation" in report:
         found = report["rank_correlation"]
         verdict = "passed" if report["passed"] else "below .9: chosen by measured errors"
+        if "within" in report:
+            verdict = "the higher one led the search"
         lines.append(
             f"rank correlation additive {found['additive']:.2f}, joint {found['joint']:.2f}: {verdict}"
         )
