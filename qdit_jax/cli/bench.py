@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 # Options of the choices with what they are if they are not given.
-CHOICES = {
+CHOICES: dict[str, Any] = {
     "weight_bits": None,
     "act_bits": None,
     "group_sizes": None,

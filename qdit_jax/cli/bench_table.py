@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
+
 from qdit_jax.allocation import Latency
 from qdit_jax.speed import Bench, Predicted, Row, Taken
 
@@ -19,8 +21,13 @@ def bench_lines(found: Bench) -> list[str]:
     header = tuple(name.format(found.baseline) for name in HEADER)
     rounds, guidance = found.settings["num_rounds"], found.settings["guidance"]
     guided = "not guided" if guidance in (None, 1) else f"guided by {guidance:g}"
+    cached = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     return [
         *aligned([header, *map(row_cells, found.rows)]),
+        *(
+            [f"compile times are those of the cache in {cached}, where it has a program"]
+            * bool(cached)
+        ),
         f"one step of the sampler, {guided}: medians of {rounds} rounds in turn with "
         f"{found.baseline}, 95% intervals of the median, on {found.made['device']}, jax "
         f"{found.made['jax']}",

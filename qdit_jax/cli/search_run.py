@@ -7,13 +7,13 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from qdit_jax.allocation import (
-    Cheapest,
+    STRATEGIES,
     EvolutionSettings,
     FeatureDistance,
     Latency,
@@ -142,7 +142,8 @@ def strategy_of(options: Mapping[str, Any]) -> Strategy:
     method = options["method"]
     if options["minimize"] is not None or method == "cheapest":
         names = {"budget": options["minimize"], "within": options["within"]}
-        return Cheapest(**{name: value for name, value in names.items() if value is not None})
+        given = {name: value for name, value in names.items() if value is not None}
+        return dataclasses.replace(STRATEGIES["cheapest"], **given)
     if method == "default":
         return strategy_named(method)
     return strategy_named(method, EvolutionSettings(options["population"], options["generations"]))
@@ -177,7 +178,7 @@ def join_others(
         jax.distributed.initialize(*given)
 
 
-def check_folder(out: AnyPath, force: bool, inputs: list[AnyPath]) -> None:
+def check_folder(out: AnyPath, force: bool, inputs: Sequence[AnyPath | None]) -> None:
     """Raises `UserError` if `out` holds other things, or a finished search and no `force`."""
     if (out / "recipe.json").exists() and not force:
         raise UserError(f"{out} holds a finished search; pass --force to replace it.")

@@ -14,7 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qdit_jax.allocation import Latency, LayerTime, SearchLayer, Space, choice_name, reference_spec
+from qdit_jax.allocation import (
+    Latency,
+    LayerTime,
+    SearchLayer,
+    Space,
+    choice_name,
+    reference_spec,
+    resized,
+)
 from qdit_jax.checkpoint import Checkpoint, digest
 from qdit_jax.errors import UserError, check_counts
 from qdit_jax.files import AnyPath
@@ -24,9 +32,9 @@ from qdit_jax.ptq import quantize_params
 from qdit_jax.recipes import LayerSpec, Recipe, Rule
 from qdit_jax.report import provenance
 from qdit_jax.sampling import DEFAULT_GUIDANCE, check_seed, fitting_guidance
-from qdit_jax.speed.bench import NUM_ROUNDS, Race, Row, entry_name, settings_of
 from qdit_jax.speed.contenders import Way, calls_per_sample, check_known, contenders_of
 from qdit_jax.speed.records import Records
+from qdit_jax.speed.steps import NUM_ROUNDS, Race, Row, entry_name, settings_of
 from qdit_jax.speed.timing import Call, TimeFn, interleaved, taken
 from qdit_jax.types import Params
 
@@ -120,11 +128,7 @@ def references(layer: SearchLayer) -> Iterator[LayerSpec]:
         for size in REFERENCES:
             one = dataclasses.replace(layer, choices=(spec, *layer.choices))
             yield reference_spec(one, size, None)
-            weight, act = (
-                side and dataclasses.replace(side, group_size=size)
-                for side in (spec.weight, spec.act)
-            )
-            yield LayerSpec(weight, act)
+            yield resized(spec, size)
 
 
 def side_bits(side: Any) -> int | None:

@@ -13,7 +13,7 @@ import numpy as np
 from qdit_jax.allocation import FLOAT32_MAC, BitOps, SearchLayer
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.ptq import plan
-from qdit_jax.quant import QTensor, WeightSpec
+from qdit_jax.quant import ActQuant, QTensor, WeightSpec
 from qdit_jax.recipes import LayerSpec, Recipe
 from qdit_jax.speed.contenders import (
     Contender,
@@ -116,4 +116,4 @@ def spec_of(layer: QuantizedLayer) -> LayerSpec:
     weight, act = layer.weight, layer.act
     if isinstance(weight, QTensor):
         weight = WeightSpec(weight.bits, weight.group_size, weight.symmetric)
-    return LayerSpec(weight, getattr(act, "spec", act))
+    return LayerSpec(weight, act.spec if isinstance(act, ActQuant) else act)

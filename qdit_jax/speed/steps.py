@@ -289,7 +289,7 @@ class Race:
         ours = base if is_base else self.compiled(contender, batch, way)
         calls = [Call(self.base.title, base.run), Call(contender.title, ours.run)]
         seconds = self.time_fn(calls, self.num_rounds)
-        error = {"relative_error": None, "db": None}
+        error: dict[str, float | None] = {"relative_error": None, "db": None}
         if self.base_way.numerics is None and not is_base:
             error = errors(base.run(), ours.run(), ours.inputs.x.shape[-1])
         row = Row(
