@@ -61,7 +61,7 @@ ALLOWED = {
     },
     "speed": {
         *("files", "quant", "kernels", "models", "recipes", "checkpoint", "sampling", "ptq"),
-        *("allocation", "report"),
+        *("calibration", "allocation", "report"),
     },
     "demo": {
         *("files", "convert", "metrics", "models", "recipes", "checkpoint", "sampling"),

@@ -27,7 +27,8 @@ implementation that applies. A quantized checkpoint is measured as it is.
 
 Every network takes turns with the baseline, A B A B, so that what slows the machine slows both: read
 the ratios, with the interval that holds their median in 95 of 100 runs. The baseline's ratio to
-itself shows how much of that is chance. The output's error is against float32 on the same inputs.
+itself shows how much of that is chance. The output's error is against float32 at four steps of the
+sampler, together.
 
 With --table, every choice of a search is timed in each distinct shape of the network's layers, and
 written to latency.json for `qdit search --latency`. Choices are described as there; groups of 128 and

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from qdit_jax.calibration import trajectory
 from qdit_jax.checkpoint import Checkpoint, digest, fingerprint, load
 from qdit_jax.errors import UserError, check_counts
 from qdit_jax.files import AnyPath, PathLike
@@ -48,6 +49,7 @@ from qdit_jax.speed.timing import Call, Taken, TimeFn, interleaved, ratio, taken
 from qdit_jax.types import Condition, Params
 
 NUM_ROUNDS = 21
+NUM_STEPS, NUM_SAMPLES = 4, 4  # of the trajectory on which errors are measured
 RECIPES, BATCHES = ("w4a8", "w8a8"), (1, 8, 32)
 
 
@@ -66,8 +68,9 @@ class Row:
         weight_bytes: that its parameters hold.
         temporary_bytes: that the compiled step needs beside them, as XLA plans it.
         compile_seconds: of tracing and compiling the step.
-        relative_error, db: of its output against full precision on the same inputs, as a share of the
-            output's norm and as signal to error; None without full precision to compare with.
+        relative_error, db: of its output against full precision on the same inputs, those of four steps
+            of the sampler in full precision, as a share of the output's norm and as signal to error;
+            None without full precision to compare with.
     """
 
     title: str
@@ -260,6 +263,7 @@ class Race:
         self.time_fn = time_fn
         self.baseline = cache(lambda batch: self.compiled(base, batch, base_way))
         self.held: dict[Contender, Params] = {}
+        self.seen: Inputs | None = None
 
     def params(self, contender: Contender) -> Params:
         """Returns a network's parameters on the first device; only the baseline's and these stay."""
@@ -282,6 +286,17 @@ class Race:
         held = None if memory is None else int(memory.temp_size_in_bytes)
         return Compiled(denoise_fn, inputs, call, seconds, held)
 
+    def path(self, denoise_fn: Callable[..., Array]) -> Inputs:
+        """Returns the inputs of a few steps of the baseline's sampler: x `[S, B, ...]`, timestep `[S]`."""
+        if self.seen is None:
+            checkpoint, index = self.base.checkpoint, np.arange(NUM_SAMPLES, dtype=np.int32)
+            sampler = checkpoint_sampler(checkpoint, NUM_STEPS)
+            condition = conditions_of(checkpoint, NUM_SAMPLES, self.seed)
+            key = jax.random.key(self.seed)
+            given = (denoise_fn, sampler, checkpoint.model, key, index, condition)
+            self.seen = Inputs(*trajectory(*given), condition)
+        return self.seen
+
     def row(self, contender: Contender, batch: int, way: Way) -> dict[str, Any]:
         """Returns a row in JSON's types, from the times of both, taken in turn."""
         base = self.baseline(batch)
@@ -291,7 +306,7 @@ class Race:
         seconds = self.time_fn(calls, self.num_rounds)
         error: dict[str, float | None] = {"relative_error": None, "db": None}
         if self.base_way.numerics is None and not is_base:
-            error = errors(base.run(), ours.run(), ours.inputs.x.shape[-1])
+            error = errors(base, ours, self.path(base.denoise_fn))
         row = Row(
             contender.title,
             batch,
@@ -316,15 +331,20 @@ def step(
 
 def inputs_of(checkpoint: Checkpoint, batch: int, seed: int) -> Inputs:
     """Returns the arguments of the sampler's first step: noise, and classes or random prompts."""
-    model, index = checkpoint.model, np.arange(batch, dtype=np.int32)
-    x, _ = initial_noise(jax.random.key(seed), jnp.asarray(index), model.sample_shape())
-    first = sampler_timesteps(checkpoint_sampler(checkpoint, 50))[0]
-    if model.all_conditions() is not None:
-        condition = cyclic_conditions(model, None, index)
-    else:
-        condition = random_condition(model.example_condition(batch), seed)
-    given = Inputs(x, jnp.full((batch,), first, jnp.float32), condition)
+    index = jnp.arange(batch, dtype=jnp.int32)
+    x, _ = initial_noise(jax.random.key(seed), index, checkpoint.model.sample_shape())
+    first = sampler_timesteps(checkpoint_sampler(checkpoint, NUM_STEPS))[0]
+    timestep = jnp.full((batch,), first, jnp.float32)
+    given = Inputs(x, timestep, conditions_of(checkpoint, batch, seed))
     return jax.device_put(given, jax.local_devices()[0])
+
+
+def conditions_of(checkpoint: Checkpoint, batch: int, seed: int) -> Condition:
+    """Returns the network's classes in turn, or random prompts."""
+    model = checkpoint.model
+    if model.all_conditions() is None:
+        return random_condition(model.example_condition(batch), seed)
+    return cyclic_conditions(model, None, np.arange(batch, dtype=np.int32))
 
 
 def random_condition(example: Condition, seed: int) -> Condition:
@@ -339,17 +359,30 @@ def random_condition(example: Condition, seed: int) -> Condition:
     return jax.tree.map(values, example)
 
 
-def errors(exact: Array, ours: Array, num_channels: int) -> dict[str, float | None]:
-    """Returns the relative error and decibels of an output; a learned variance does not count.
+def errors(base: Compiled, ours: Compiled, path: Inputs) -> dict[str, float | None]:
+    """Returns the relative error and decibels of outputs along a path, all steps together.
+
+    The path's samples fill the batch, again and again; a learned variance does not count.
 
     Raises:
         UserError: if an output is not finite.
     """
-    a, b = (np.asarray(out[..., :num_channels], np.float64) for out in (exact, ours))
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+    batch, num_channels = ours.inputs.x.shape[0], ours.inputs.x.shape[-1]
+    index = np.arange(batch) % NUM_SAMPLES
+    condition = jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], path.condition)
+    signal = noise = 0.0
+    for x, timestep in zip(path.x, path.timestep, strict=True):
+        given = (x[index], jnp.full((batch,), timestep, jnp.float32), condition)
+        a, b = (
+            np.asarray(one.call(one.denoise_fn, *given)[..., :num_channels], np.float64)
+            for one in (base, ours)
+        )
+        signal += float(np.square(a).sum())
+        noise += float(np.square(a - b).sum())
+    if not np.isfinite(signal + noise):
         raise UserError(
             "an output of the network is not finite; check the checkpoint, or give the recipe finer "
             "groups."
         )
-    share = float(np.linalg.norm(a - b) / np.linalg.norm(a))
+    share = float(np.sqrt(noise / signal))
     return {"relative_error": share, "db": None if share == 0 else -20 * float(np.log10(share))}
