@@ -156,8 +156,8 @@ def bench(
 
     A step is one call of the network as the sampler makes it: guided, on the samples and their null
     samples together. It is compiled with the parameters as arguments. Every network takes turns with
-    the baseline, round by round, so that what slows the machine slows both. The inputs are those of
-    the sampler's first step, noise.
+    the baseline, round by round, so that what slows the machine slows both. The timed
+    inputs are those of the sampler's first step, noise; the errors are of four steps of the sampler.
 
     Args:
         checkpoint: in full precision; or quantized, which is timed as it is.
@@ -294,7 +294,8 @@ class Race:
             condition = conditions_of(checkpoint, NUM_SAMPLES, self.seed)
             key = jax.random.key(self.seed)
             given = (denoise_fn, sampler, checkpoint.model, key, index, condition)
-            self.seen = Inputs(*trajectory(*given), condition)
+            x, timestep = trajectory(*given)
+            self.seen = Inputs(x, jnp.asarray(timestep), condition)
         return self.seen
 
     def row(self, contender: Contender, batch: int, way: Way) -> dict[str, Any]:
