@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from qdit_jax.recipes import Rule as Rule
     from qdit_jax.sampling import denoiser as denoiser
     from qdit_jax.sampling import generate as generate
+    from qdit_jax.speed import bench as bench
 
 __version__ = "0.1.0"
 
@@ -67,6 +68,7 @@ PUBLIC = {
     "quant": ("ActSpec", "QTensor", "WeightSpec", "dequantize", "quantize_array", "ranges"),
     "recipes": ("LayerSpec", "Recipe", "Rule"),
     "sampling": ("denoiser", "generate"),
+    "speed": ("bench",),
 }
 ROOM_OF = {name: room for room, names in PUBLIC.items() for name in names}
 

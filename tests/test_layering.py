@@ -59,6 +59,10 @@ ALLOWED = {
         *("files", "quant", "diffusion", "metrics", "kernels", "models", "recipes", "checkpoint"),
         *("sampling", "calibration", "report"),
     },
+    "speed": {
+        *("files", "quant", "kernels", "models", "recipes", "checkpoint", "sampling", "ptq"),
+        *("calibration", "allocation", "report"),
+    },
     "demo": {
         *("files", "convert", "metrics", "models", "recipes", "checkpoint", "sampling"),
         *("calibration", "ptq", "methods", "report", "evaluation"),
@@ -66,7 +70,7 @@ ALLOWED = {
     "cli": {
         *("files", "quant", "diffusion", "metrics", "kernels", "models", "recipes", "checkpoint"),
         *("convert", "sampling", "calibration", "ptq", "methods", "allocation", "report"),
-        *("evaluation", "demo", "memory"),
+        *("evaluation", "speed", "demo", "memory"),
     },
 }
 MAX_FUNCTION, MAX_KERNEL, MAX_FILE = 60, 120, 400

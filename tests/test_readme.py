@@ -62,7 +62,7 @@ def test_the_python_example_runs(folder):
 
 
 # These compute for more than a few seconds.
-LONG = ("python.md", "recipes.md")
+LONG = ("python.md", "recipes.md", "speed.md")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """The allocation: which group size (and bits) every layer gets under a budget."""
 
 from qdit_jax.allocation.assigned import ChosenAct, assigned_params
-from qdit_jax.allocation.budget import Budget, parse_budget
+from qdit_jax.allocation.budget import Budget, parse_budget, reference_spec
 from qdit_jax.allocation.cost import (
+    FLOAT32_MAC,
     BitOps,
     Bytes,
     CpuCost,
@@ -18,6 +19,7 @@ from qdit_jax.allocation.descent import additive_solution, corrected, descend
 from qdit_jax.allocation.evaluate import BadFitnessError, Evaluator, LostWorkerError
 from qdit_jax.allocation.journal import Journal
 from qdit_jax.allocation.knapsack import Solution, lagrangian_front, pareto, solve
+from qdit_jax.allocation.latency import Latency, LayerTime, choice_name
 from qdit_jax.allocation.objectives import (
     FeatureDistance,
     FunctionObjective,
@@ -43,6 +45,7 @@ from qdit_jax.allocation.space import (
     SearchLayer,
     Space,
     recipe_of,
+    resized,
     search_space,
     specs_of,
     uniform_assignment,
@@ -51,11 +54,14 @@ from qdit_jax.allocation.space import (
 from qdit_jax.allocation.steps import ChosenSteps, ScheduleError, choose_steps, schedule_error
 from qdit_jax.allocation.strategies import STRATEGIES, strategy_named
 from qdit_jax.allocation.strategies.allocate import Allocate, AllocationSettings, allocate
+from qdit_jax.allocation.strategies.cheapest import Cheapest, CheapestSettings, cheapest
 from qdit_jax.allocation.strategies.evolution import EvolutionSettings, Evolve, evolve
 from qdit_jax.allocation.strategies.nsga import offspring
 from qdit_jax.allocation.strategies.random_draw import random_children
+from qdit_jax.allocation.within import Within
 
 __all__ = [
+    "FLOAT32_MAC",
     "GROUP_SIZES",
     "STRATEGIES",
     "Allocate",
@@ -64,6 +70,8 @@ __all__ = [
     "BitOps",
     "Budget",
     "Bytes",
+    "Cheapest",
+    "CheapestSettings",
     "ChosenAct",
     "ChosenSteps",
     "CpuCost",
@@ -77,6 +85,8 @@ __all__ = [
     "FunctionObjective",
     "HardwareCost",
     "Journal",
+    "Latency",
+    "LayerTime",
     "LostWorkerError",
     "MeanGroup",
     "Measured",
@@ -93,9 +103,12 @@ __all__ = [
     "Space",
     "Store",
     "Strategy",
+    "Within",
     "additive_solution",
     "allocate",
     "assigned_params",
+    "cheapest",
+    "choice_name",
     "choose_steps",
     "corrected",
     "cost_table",
@@ -116,6 +129,8 @@ __all__ = [
     "random_children",
     "rank_correlation",
     "recipe_of",
+    "reference_spec",
+    "resized",
     "schedule_error",
     "search",
     "search_space",

@@ -35,6 +35,11 @@ class Budget:
     limit: float
     is_mean_group: bool = False
 
+    @property
+    def name(self) -> str:
+        """Returns the name of the cost."""
+        return self.text.partition("=")[0]
+
     def shown(self, cost: float) -> float:
         """Returns a total cost, or the limit, as people read it: never negative."""
         return -cost / len(self.table) if self.is_mean_group else cost
@@ -95,6 +100,23 @@ def parse_budget(text: str, space: Space, costs: Mapping[str, CostFn]) -> Budget
         limit = -limit * len(space.layers)
     is_mean_group = isinstance(costs[name], MeanGroup)
     return checked(Budget(text, tuple(cost_table(space, costs[name])), limit, is_mean_group))
+
+
+def whole_cost(text: str, space: Space, costs: Mapping[str, CostFn]) -> Budget:
+    """Returns the costs that `text` names, with a limit that allows every assignment.
+
+    Raises:
+        ValueError: if `text` is not a cost's name.
+    """
+    if text not in costs:
+        name = text.partition("=")[0]
+        more = "; a cost that is minimized has no limit" if name in costs else ""
+        raise ValueError(
+            f"minimize={text!r} is not a cost's name{more}: use one of {sorted(costs)}."
+        )
+    is_mean_group = isinstance(costs[text], MeanGroup)
+    budget = Budget(text, tuple(cost_table(space, costs[text])), 0.0, is_mean_group)
+    return dataclasses.replace(budget, limit=budget.most)
 
 
 def checked(budget: Budget) -> Budget:

@@ -18,6 +18,7 @@ from qdit_jax import diffusion
 from qdit_jax.allocation.budget import Budget, check_limiting, parse_budget
 from qdit_jax.allocation.cost import CostFn, named_costs
 from qdit_jax.allocation.evaluate import Evaluator, naming_lost_workers
+from qdit_jax.allocation.latency import Latency
 from qdit_jax.allocation.objectives import Objective, function_objective, paired_error
 from qdit_jax.allocation.problem import Found, Front, Problem, ReportFn, Strategy
 from qdit_jax.allocation.records import Store
@@ -129,12 +130,14 @@ def search(
             objective such as `frechet_objective(...)`.
         strategy: a name in `STRATEGIES`: "default": sensitivities and the exact knapsack, verified;
             "qdit-paper" and "qdit-release": the published evolution, and what its published code
-            does; "nsga2": a measured front, begun from the predicted one; "random". Or an object
-            such as `Allocate(settings)` or `Evolve(settings)`.
+            does; "nsga2": a measured front, begun from the predicted one; "random"; "cheapest": the
+            least cost within an error. Or an object such as `Allocate(settings)`,
+            `Evolve(settings)`, or `Cheapest("bytes", within="0.5dB-of-g128")`.
         space: a `Space`, or settings of `search_space` as a dict
             (`{"weight_bits": 3, "sides": "separate"}`).
         rollouts: how candidates are sampled.
-        costs: cost functions that the budget may name, beside `named_costs`.
+        costs: cost functions that the budget may name, beside `named_costs`, such as
+            `{"latency": Latency.read("latency.json")}`.
         state: a folder that keeps what was computed; the same call resumes from it.
         report_fn: called with a dict that has some of `text`, `total`, `items` (just measured) and
             `best`, whenever there is news.
@@ -151,8 +154,11 @@ def search(
     rollouts = Rollouts() if rollouts is None else rollouts
     space = space_of(checkpoint, strategy, space)
     budget = strategy.budget if budget is None else budget
-    limit = parse_budget(budget, space, {**named_costs(), **(costs or {})})
+    known = {**named_costs(), **(costs or {})}
+    # A strategy that minimizes a cost has no limit of it.
+    limit = getattr(strategy, "budget_of", parse_budget)(budget, space, known)
     check_limiting(limit)
+    times = latency_facts(known[limit.name], space, report_fn)
     if limit.leaves_no_choice:
         text = "nothing to search: only the cheapest assignment fits; allow more, or coarser sizes"
         report_fn({"text": f"{budget}: {text}"})
@@ -179,11 +185,21 @@ def search(
         **settings,
         **names,
         **record(space, limit, found),
+        **times,
         "report": report,
         "seconds": time.perf_counter() - began,
     }
     recipe = recipe_of(space, found.assignment, f"search-{strategy.name}-{budget}")
     return SearchResult(recipe, found.assignment, found.front, history, space, limit)
+
+
+def latency_facts(cost_fn: CostFn, space: Space, report_fn: ReportFn) -> dict[str, Any]:
+    """Returns what the history says of measured times, if the cost is one of those."""
+    if not isinstance(cost_fn, Latency):
+        return {}
+    if note := cost_fn.device_note():
+        report_fn({"text": note})
+    return {"latency": cost_fn.facts(space)}
 
 
 def check_network(checkpoint: Checkpoint) -> None:

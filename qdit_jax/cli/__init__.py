@@ -34,6 +34,7 @@ VERBS = {
     "export": "convert a checkpoint folder to one safetensors file, or back",
     "sample": "generate pictures",
     "evaluate": "compare a quantized model with full precision, or score samples",
+    "bench": "measure the time of a step and of layers",
     "verify": "check what a quantized checkpoint does, against limits",
     "demo": "run every stage on the packaged model",
     "completion": "print a completion script for the shell",
@@ -48,6 +49,7 @@ From a PyTorch checkpoint to a quantized model and pictures:
   qdit quantize xl2 xl2-w4a8 --recipe w4a8    # a smaller checkpoint
   qdit verify xl2-w4a8 --against xl2          # that every layer is what the recipe says
   qdit evaluate xl2-w4a8 --against xl2        # how much quality that cost
+  qdit bench xl2 --recipes w4a8 w8a8          # how fast it is on this machine
   qdit sample xl2-w4a8 --labels 207,360 --out grid.png
   qdit demo                                   # every stage, on the packaged model
 """
@@ -55,7 +57,7 @@ EPILOG = """\
 `qdit VERB --help` has examples; its parentheses hold the defaults of options. Every verb takes
 --json (one JSON object on stdout, everything else on stderr), --quiet, --verbose and --debug (the
 traceback of a failure). After an interruption, the same command resumes: calibrate, search,
-sample, evaluate.
+sample, evaluate, bench.
 """
 
 

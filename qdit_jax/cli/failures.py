@@ -26,6 +26,7 @@ ALIASES = {
     "mode": "act_mode",
     "strategy": "method",
     "conditions": "labels",
+    "recipe": "recipes",
 }
 # What a keyword's value is called on the command line.
 VALUES = {

@@ -19,6 +19,7 @@ from qdit_jax.cli.options import (
     whole_number,
 )
 from qdit_jax.cli.paths import path_option
+from qdit_jax.errors import UserError
 
 DEMO = ["demo"]
 BITS = whole_number(2, 16)
@@ -32,12 +33,16 @@ interruption, run the same command again to resume).
 
 A budget is the most that the model may cost: NAME=NUMBER, or NAME=1.0x-g128 for as much as group
 size 128 in every layer. NAME is bitops (bit operations per sample), bytes (of the packed weights),
-or gpu, tpu or cpu (estimated time). mean-group=128 is the rule of Q-DiT's published code: a mean
+gpu, tpu or cpu (estimated time), or latency (milliseconds measured on this machine by `qdit bench
+--table`, with --latency). mean-group=128 is the rule of Q-DiT's published code: a mean
 group size of 128 or more.
 
 examples:
   qdit search xl2 xl2-search --budget bitops=1.0x-g128
   qdit search xl2 out --budget bytes=351.3M --weight-bits 3 4 --group-sizes 32 64 128
+  qdit search xl2 out --latency latency.json --budget latency=1.0x-g128
+  qdit search xl2 out --latency latency.json --minimize latency --within 0.5dB-of-g128
+  qdit search xl2 out --minimize bytes --within 0dB-of-w4a8-g128 --weight-bits 4 3
   qdit search xl2 out --method qdit-paper --objective frechet --reference demo
   qdit search xl2 out --exclude 'blocks_0/.*' --pin '.*/fc2=64'
   qdit quantize xl2 xl2-small --recipe xl2-search/recipe.json
@@ -54,6 +59,12 @@ def add_parser(subparsers: SubParsers) -> None:
     add("checkpoint", metavar="CKPT", type=path_option, help="a full-precision checkpoint folder")
     add("out", metavar="OUT", type=path_option, help="the folder to write to")
     add("--budget", help="the most it may cost, such as bytes=351.3M (bitops=1.0x-g128)")
+    add("--minimize", metavar="NAME", help="the cost to minimize, such as latency, bytes or bitops")
+    add(
+        "--within",
+        help="with --minimize: the error allowed, in dB of a uniform size (0.5dB-of-g128)",
+    )
+    add("--latency", type=path_option, metavar="FILE", help="times from `qdit bench --table`")
     add(
         "--objective",
         choices=("paired", "predicted", "frechet"),
@@ -66,7 +77,8 @@ def add_parser(subparsers: SubParsers) -> None:
         "--method",
         default="default",
         help="default (sensitivities and an exact knapsack, verified), nsga2, qdit-paper (the "
-        "published evolution), qdit-release (the published code's) or random (%(default)s)",
+        "published evolution), qdit-release (the published code's), random, or cheapest, which "
+        "--minimize takes (%(default)s)",
     )
     add("--seed", type=seed_number, default=0, help="seed of everything random (%(default)s)")
     add("--force", action="store_true", help="replace OUT, starting from scratch")
@@ -189,7 +201,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from qdit_jax.evaluation import scoring_inputs
 
     search_run.join_others(args.coordinator, args.num_processes, args.process_id, args.distributed)
-    inputs = [args.checkpoint, *scoring_inputs(args.reference, args.features)]
+    inputs = [args.checkpoint, args.latency, *scoring_inputs(args.reference, args.features)]
     search_run.check_folder(args.out, args.force, inputs)
     job = search_run.Job.of(options)
     if jax.process_index() != 0:
@@ -221,12 +233,13 @@ def pin(text: str) -> tuple[str, int]:
 
 def check_options(options: Mapping[str, Any]) -> None:
     """Raises `UserError` for an option that has no effect beside the others."""
-    if options["method"] == "default":
+    if options["method"] in ("default", "cheapest"):
         refuse_inert(
             options,
             {"population": 50, "generations": 10},
-            "--method default is not an evolution",
+            f"--method {options['method']} is not an evolution",
         )
+    check_minimizing(options)
     if options["objective"] != "frechet":
         refuse_inert(
             options,
@@ -237,3 +250,28 @@ def check_options(options: Mapping[str, Any]) -> None:
         refuse_inert(options, {"per_device": 1}, "--objective predicted measures no candidates")
     if options["method"] == "qdit-release":
         refuse_inert(options, {"guidance": None}, "the release searches without guidance")
+
+
+def check_minimizing(options: Mapping[str, Any]) -> None:
+    """Raises `UserError` for a cost, an error or a budget that nothing uses."""
+    minimize, method = options["minimize"], options["method"]
+    minimizes = minimize is not None or method == "cheapest"
+    if minimize is not None and method not in ("default", "cheapest"):
+        raise UserError(
+            f"--minimize {minimize} does not go with --method {method}, which minimizes the error "
+            "within a budget; leave one of both out."
+        )
+    if minimizes:
+        refuse_inert(options, {"budget": None}, "a cost that is minimized has no limit")
+        if options["objective"] == "predicted":
+            raise UserError("--objective predicted measures no error to stay within; leave it out.")
+    else:
+        refuse_inert(options, {"within": None}, "it is the error allowed by --minimize")
+    name = minimize if minimizes else (options["budget"] or "").partition("=")[0]
+    if name == "latency" and options["latency"] is None:
+        raise UserError(
+            "the cost latency needs --latency FILE, from `qdit bench CKPT OUT --table`."
+        )
+    if name != "latency":
+        reason = "neither --budget nor --minimize names the cost latency"
+        refuse_inert(options, {"latency": None}, reason)

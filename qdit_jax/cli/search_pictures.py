@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -51,8 +53,15 @@ def draw_front(path: PathLike, result: SearchResult) -> None:
     chosen = by_assignment.get(tuple(result.history["assignment"]))
     if chosen is not None:
         axes.plot(shown(chosen["cost"]), chosen["fitness"], "*", color=INK, ms=13, label="chosen")
-    axes.axvline(shown(result.budget.limit), color=SOFT, lw=1, ls="--")
-    axes.set_xlabel(f"cost ({result.budget.text.partition('=')[0]}); dashed: the budget")
+    limit = result.history["report"].get("error_limit")
+    if limit is None:
+        axes.axvline(shown(result.budget.limit), color=SOFT, lw=1, ls="--")
+        dashed = "the budget"
+    else:
+        axes.axhline(limit, color=SOFT, lw=1, ls="--")
+        dashed = f"the error allowed, {result.history['report']['within']}"
+    unit = "latency, ms" if result.budget.name == "latency" else result.budget.name
+    axes.set_xlabel(f"cost ({unit}); dashed: {dashed}")
     axes.set_ylabel(f"error ({result.history['objective']})")
     if all(value > 0 for value in [*result.front.error, *(row["fitness"] for row in rows)]):
         axes.set_yscale("log")
@@ -65,8 +74,7 @@ def draw_map(path: PathLike, result: SearchResult) -> None:
     history = result.history
     labels = list(dict.fromkeys(name for choices in history["choices"] for name in choices))
     shares = np.zeros((len(history["layers"]), len(labels)))
-    rows = [row for row in history["measured"] if result.budget.allows(row["assignment"])]
-    best = sorted(rows, key=lambda row: row["fitness"])[:10]
+    best = ten_best(result)
     for row in best or [{"assignment": history["assignment"]}]:
         for layer, choice in enumerate(row["assignment"]):
             shares[layer, labels.index(history["choices"][layer][choice])] += 1
@@ -85,6 +93,15 @@ def draw_map(path: PathLike, result: SearchResult) -> None:
     axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8)
     axes.set_title("chosen (black); share among the ten best (blue)", fontsize=9)
     save(figure, path)
+
+
+def ten_best(result: SearchResult) -> list[dict[str, Any]]:
+    """Returns what was measured of least error within the budget, or of least cost within the error."""
+    rows = [r for r in result.history["measured"] if result.budget.allows(r["assignment"])]
+    by, limit = "fitness", result.history["report"].get("error_limit")
+    if limit is not None:
+        by, rows = "cost", [row for row in rows if row["fitness"] <= limit]
+    return sorted(rows, key=lambda row: row[by])[:10]
 
 
 def save(figure: Figure, path: PathLike) -> None:

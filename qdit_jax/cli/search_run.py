@@ -7,19 +7,22 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
 from qdit_jax.allocation import (
+    STRATEGIES,
     EvolutionSettings,
     FeatureDistance,
+    Latency,
     LostWorkerError,
     Rollout,
     Rollouts,
     SearchResult,
+    Strategy,
     frechet_objective,
     search,
     seeds,
@@ -48,12 +51,13 @@ class Job:
     budget: str | None
     objective: str
     method: str
-    settings: EvolutionSettings | None
+    strategy: Strategy
     space: dict[str, Any]
     rollouts: Rollouts
     seed: int
     reference: str | None
     features: tuple[str, ...]
+    latency: Latency | None = None
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Job:
@@ -67,13 +71,11 @@ class Job:
         )
         guidance = guidance_of(checkpoint, options["guidance"])
         fitting_guidance(checkpoint.model, guidance)  # refuses before anything is computed
-        method, settings = options["method"], None
-        if method != "default":
-            settings = EvolutionSettings(options["population"], options["generations"])
+        latency = None if options["latency"] is None else Latency.read(options["latency"])
         names = ("num_batches", "batch_size", "per_device")
         return cls(
             checkpoint,
-            settings=settings,
+            strategy=strategy_of(options),
             space=space_settings(options),
             rollouts=Rollouts(
                 num_steps=options["steps"],
@@ -81,6 +83,7 @@ class Job:
                 **{name: options[name] for name in names},
             ),
             features=tuple(options["features"]),
+            latency=latency,
             **{
                 name: options[name]
                 for name in ("budget", "objective", "method", "seed", "reference")
@@ -101,9 +104,10 @@ class Job:
                 jax.random.key(self.seed),
                 budget=self.budget,
                 objective=self.objective_fn(),
-                strategy=strategy_named(self.method, self.settings),
+                strategy=self.strategy,
                 space=self.space,
                 rollouts=self.rollouts,
+                costs={} if self.latency is None else {"latency": self.latency},
                 state=folder / "state",
                 report_fn=progress,
             )
@@ -136,6 +140,18 @@ class Job:
         return frechet_objective(self.checkpoint, rollout, data, features_fn, reference.pool)
 
 
+def strategy_of(options: Mapping[str, Any]) -> Strategy:
+    """Returns the strategy that the options ask for."""
+    method = options["method"]
+    if options["minimize"] is not None or method == "cheapest":
+        names = {"budget": options["minimize"], "within": options["within"]}
+        given = {name: value for name, value in names.items() if value is not None}
+        return dataclasses.replace(STRATEGIES["cheapest"], **given)
+    if method == "default":
+        return strategy_named(method)
+    return strategy_named(method, EvolutionSettings(options["population"], options["generations"]))
+
+
 def outcome(out: AnyPath, result: SearchResult) -> dict[str, Any]:
     """Returns the outcome as JSON values."""
     history = result.history
@@ -146,6 +162,7 @@ def outcome(out: AnyPath, result: SearchResult) -> dict[str, Any]:
         "limit": result.budget.shown(history["limit"]),
         "measured": len(history["measured"]),
         **{name: history[name] for name in ("budget", "report", "seconds", "made")},
+        **({"latency": history["latency"]} if "latency" in history else {}),
     }
 
 
@@ -174,7 +191,7 @@ def leave_others() -> None:
         multihost_utils.sync_global_devices("the end of a search")
 
 
-def check_folder(out: AnyPath, force: bool, inputs: list[AnyPath]) -> None:
+def check_folder(out: AnyPath, force: bool, inputs: Sequence[AnyPath | None]) -> None:
     """Raises `UserError` if `out` holds other things, or a finished search and no `force`."""
     if (out / "recipe.json").exists() and not force:
         raise UserError(f"{out} holds a finished search; pass --force to replace it.")
@@ -236,14 +253,28 @@ def summary(result: SearchResult) -> str:
     spent = f"cost {cost:.6g} of {limit:.6g} allowed by {history['budget']}"
     if result.budget.is_mean_group:
         spent = f"mean group size {cost:.6g}, at least {limit:.6g} asked by {history['budget']}"
+    if "within" in report:
+        reference = result.budget.shown(report["reference_cost"])
+        spent = (
+            f"{history['budget']} {cost:.6g}, {cost / reference:.3f}x of the uniform assignment's; error "
+            f"{report['error_db']:+.2f} dB of it ({report['within']} allowed)"
+        )
     lines = [
         spent,
         f"{len(history['measured'])} assignments measured, "
         f"{report['network_evaluations']:,} network evaluations, {history['seconds']:.0f} s",
     ]
+    if times := history.get("latency"):
+        lines.append(
+            f"a step of batch {times['batch']}: {cost:.4g} ms of these layers and "
+            f"{times['remainder_ms']:.4g} ms that no choice changes, measured on "
+            f"{times['made']['device']}"
+        )
     if "rank_correlation" in report:
         found = report["rank_correlation"]
         verdict = "passed" if report["passed"] else "below .9: chosen by measured errors"
+        if "within" in report:
+            verdict = "the higher one led the search"
         lines.append(
             f"rank correlation additive {found['additive']:.2f}, joint {found['joint']:.2f}: {verdict}"
         )

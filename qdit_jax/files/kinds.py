@@ -176,6 +176,11 @@ KINDS = {
         r"((reference_|compared_)?samples)\.npz",
         "run.json",
     ),
+    "bench": Kind(
+        "a bench",
+        inside("bench.json", json_with("settings", "entries")),
+        r"bench\.json|bench\.png|latency\.json",
+    ),
     "demonstration": Kind("a demonstration", inside("demo.json", json_with("demonstration")), ".*"),
     "export": Kind("an exported checkpoint", is_export),
     "statistics": Kind("a file of calibration statistics", archive_with("timesteps", "low/")),

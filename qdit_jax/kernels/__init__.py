@@ -5,7 +5,7 @@ from qdit_jax.kernels.matmul import implementation_of, quantized_matmul, unsuppo
 from qdit_jax.kernels.product import NUMERICS, PLATFORMS, Implementation, Numerics, Product
 from qdit_jax.kernels.segments import segments
 from qdit_jax.kernels.table import IMPLEMENTATIONS
-from qdit_jax.kernels.usage import implementations_used
+from qdit_jax.kernels.usage import implementations_used, quantized_layers
 
 __all__ = [
     "ATTENTION_IMPLEMENTATIONS",
@@ -18,6 +18,7 @@ __all__ = [
     "attention",
     "implementation_of",
     "implementations_used",
+    "quantized_layers",
     "quantized_matmul",
     "segments",
     "unsupported_reason",

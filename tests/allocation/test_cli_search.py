@@ -91,6 +91,22 @@ def test_a_search_writes_a_recipe_that_quantizes_and_pictures(folder, checkpoint
         (["--pin", "x"], "write PATTERN=SIZE"),
         (["--method", "luck"], "strategy='luck' is not known"),
         (["--objective", "frechet"], "needs --reference"),
+        (
+            ["--within", "1dB-of-g8"],
+            "--within 1dB-of-g8 has no effect: it is the error allowed by --mi",
+        ),
+        (["--minimize", "bytes", "--within", "1-of-g8"], "within='1-of-g8' cannot be read"),
+        (["--minimize", "bytes", "--within", "1dB-of-g64"], "needs the choice w4a8 g64"),
+        (["--minimize", "time", "--within", "1dB-of-g8"], "minimize='time' is not a cost's name"),
+        (["--minimize", "bytes", "--budget", "bytes=5M"], "--budget bytes=5M has no effect"),
+        (["--minimize", "bytes", "--method", "nsga2"], "does not go with --method nsga2"),
+        (["--minimize", "latency"], "the cost latency needs --latency FILE"),
+        (["--budget", "latency=1.0x-g8"], "the cost latency needs --latency FILE"),
+        (
+            ["--latency", "x.json"],
+            "--latency x.json has no effect: neither --budget nor --minimize",
+        ),
+        (["--latency", "absent.json", "--minimize", "latency"], "absent.json does not exist"),
         (["--process-id", "0"], "must be given together"),
     ],
 )

@@ -21,6 +21,10 @@ SEARCH = (
     "--steps", "2", "--num-batches", "1", "--batch-size", "2", "--group-sizes", "8", "16", "--method",
     "qdit-paper", "--population", "2", "--generations", "1", "--budget", "bitops=1.0x-g16",
 )  # fmt: skip
+BENCH = (
+    "--batch", "1", "--recipes", "w4a8-g16", "--repeats", "2", "--numerics", "simulated",
+    "--implementation", "xla",
+)  # fmt: skip
 QUANTIZE = ("--recipe", "w4a8", "--group-size", "16")
 # Verb, options; CKPT and OUT stand for paths.
 WRITERS = {
@@ -33,9 +37,10 @@ WRITERS = {
     "grid": ("sample", "CKPT", "--out", "OUT.png", *FAST, "--force"),
     "inspect": ("inspect", "CKPT", "--stats", "--out", "OUT", *FAST, "--force"),
     "evaluate": ("evaluate", "CKPT", "--out", "OUT", *FAST, "--force"),
+    "bench": ("bench", "CKPT", "OUT", *BENCH, "--force"),
     "verify": ("verify", "CKPT", "--against", "CKPT", "--out", "OUT.json", *FAST, "--force"),
 }
-FOLDERS = ("quantize", "search", "inspect", "evaluate")
+FOLDERS = ("quantize", "search", "inspect", "evaluate", "bench")
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,7 @@ VERBS = {
     "calibrate": ["calibrate", "{}", "out.npz", "--num-samples", "1", "--steps", "2"],
     "search": ["search", "{}", "out", "--steps", "2", "--num-batches", "1"],
     "evaluate": ["evaluate", "{}", "--num-samples", "2", "--steps", "2", "--out", "out"],
+    "bench": ["bench", "{}", "--batch", "1", "--repeats", "2"],
     "verify": ["verify", "{}", "--against", "{}", "--num-samples", "2"],
     "sample": ["sample", "{}", "--steps", "2", "--num-samples", "1", "--out", "x.npz"],
     "quantize": ["quantize", "{}", "out", "--recipe", "w4a8", "--layers", ".*"],

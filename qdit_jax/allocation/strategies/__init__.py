@@ -7,6 +7,7 @@ from typing import Any
 
 from qdit_jax.allocation.problem import Strategy
 from qdit_jax.allocation.strategies.allocate import Allocate
+from qdit_jax.allocation.strategies.cheapest import Cheapest
 from qdit_jax.allocation.strategies.evolution import Evolve
 from qdit_jax.allocation.strategies.nsga import offspring
 from qdit_jax.allocation.strategies.random_draw import random_children
@@ -19,6 +20,7 @@ STRATEGIES: dict[str, Any] = {
         Evolve(name="nsga2", draw_fn=offspring, begins_predicted=True),
         Evolve(),
         QDIT_RELEASE,
+        Cheapest(),
         Evolve(name="random", draw_fn=random_children),
     )
 }

@@ -158,6 +158,10 @@ class Run:
         batches = range(self.settings.rungs[0])
         fitness = self.fitness(rows, batches)
         self.measured = self.measured.extended(rows, fitness, self.budget.cost(rows))
+        self.tell()
+
+    def tell(self) -> None:
+        """Reports the best so far."""
         legal = self.legal()
         if len(legal):
             best = float(self.measured.fitness[legal].min())

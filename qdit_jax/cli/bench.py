@@ -1,0 +1,143 @@
+"""`qdit bench`: how long a step of the sampler takes, in full precision and quantized."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from qdit_jax.cli.options import (
+    AddArgument,
+    SubParsers,
+    finite_float,
+    positive_int,
+    refuse_inert,
+    seed_number,
+    verb_parser,
+    whole_number,
+)
+from qdit_jax.cli.paths import path_option
+from qdit_jax.cli.search import add_choices
+from qdit_jax.errors import UserError
+
+HELP = """\
+Measure the time of one step of the sampler (one call of the network, guided on twice the samples) on
+this machine: in float32, and rounded to nearest by each recipe, in every numerics and by every
+implementation that applies. A quantized checkpoint is measured as it is.
+
+Every network takes turns with the baseline, A B A B, so that what slows the machine slows both: read
+the ratios, with the interval that holds their median in 95 of 100 runs. The baseline's ratio to
+itself shows how much of that is chance. The output's error is against float32 at four steps of the
+sampler, together.
+
+With --table, every choice of a search is timed in each distinct shape of the network's layers, and
+written to latency.json for `qdit search --latency`. Choices are described as there; groups of 128 and
+per channel are always measured, for budgets are relative to them.
+
+Writes to OUT, if it is given: bench.json (everything, saved after each row: after an interruption,
+run the same command again to resume) and bench.png.
+
+examples:
+  qdit bench xl2
+  qdit bench xl2 xl2-speed --recipes w4a8-g128 w4a8-g0 w8a8-g0 --batch 8
+  qdit bench xl2-w4a8 --against xl2 --numerics integer
+  qdit bench xl2 xl2-times --table --batch 8 --group-sizes 32 64 128
+  qdit bench xl2 xl2-times --table --weight-bits 3 4 8 --sides separate --numerics integer
+  qdit bench xl2 --recipes recipe.json --dry-run       # bytes and operations; runs nothing
+"""
+
+
+def add_parser(subparsers: SubParsers) -> None:
+    """Adds the verb with its options."""
+    parser = verb_parser(subparsers, "bench", HELP)
+    add = parser.add_argument
+    add("checkpoint", metavar="CKPT", type=path_option, help="a checkpoint folder")
+    add("out", metavar="OUT", nargs="?", type=path_option, help="the folder to write to")
+    add(
+        "--recipes",
+        nargs="+",
+        metavar="RECIPE",
+        help="w4a8, w4a8-g32 (groups of 32), w8a8-g0 (per channel), ..., or files such as recipe.json "
+        "(w4a8 w8a8)",
+    )
+    add("--group-size", type=whole_number(0), help="of recipes that do not name one (128)")
+    add(
+        "--against",
+        metavar="REF",
+        type=path_option,
+        help="of a quantized CKPT: the full-precision checkpoint that it is compared with",
+    )
+    add("--table", action="store_true", help="time single layers, and write OUT/latency.json")
+    add("--dry-run", action="store_true", help="print predicted bytes and operations, run nothing")
+    add("--force", action="store_true", help="replace OUT, starting from scratch")
+    add_measuring(parser.add_argument_group("how it is measured").add_argument)
+    add_choices(parser.add_argument_group("choices of --table").add_argument)
+    # Programs from a cache would have no compile time.
+    parser.set_defaults(run=run, uses_jax=False, resumes=lambda args: args.out is not None)
+
+
+def add_measuring(add: AddArgument) -> None:
+    add("--batch", type=positive_int, nargs="+", help="samples per step (1 8 32)")
+    add(
+        "--guidance",
+        type=finite_float,
+        help="guidance scale; 1 calls the network once (1.5; 1 for models without a null class)",
+    )
+    add(
+        "--numerics",
+        nargs="+",
+        choices=("simulated", "integer"),
+        help="arithmetic of quantized layers (both, where they apply)",
+    )
+    add(
+        "--implementation",
+        nargs="+",
+        metavar="NAME",
+        help="who computes quantized layers, such as xla or xla_cpu (each that can)",
+    )
+    add("--repeats", type=whole_number(2), default=21, help="rounds of turns (%(default)s)")
+    add("--seed", type=seed_number, default=0, help="seed of the noise (%(default)s)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures, prints a table, and writes what was found."""
+    from qdit_jax.cli import bench_run
+    from qdit_jax.memory import give_back_freed_memory
+
+    options = vars(args)
+    check_options(options)
+    if args.dry_run:
+        return bench_run.dry_run(options)
+    give_back_freed_memory()
+    return bench_run.tabulated(options) if args.table else bench_run.measured(options)
+
+
+# Options of the choices with what they are if they are not given.
+CHOICES: dict[str, Any] = {
+    "weight_bits": None,
+    "act_bits": None,
+    "group_sizes": None,
+    "sides": None,
+    "layers": None,
+    "pin": [],
+    "exclude": [],
+}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises `UserError` for an option that has no effect beside the others."""
+    if options["dry_run"]:
+        inert = {"out": None, "force": False, "against": None, "table": False}
+        refuse_inert(options, inert, "--dry-run writes nothing")
+    if options["out"] is None:
+        refuse_inert(options, {"force": False}, "without OUT nothing is written")
+    if not options["table"]:
+        refuse_inert(options, CHOICES, "without --table no layer is timed alone")
+        return
+    if options["out"] is None:
+        raise UserError("--table needs OUT, the folder to write latency.json to.")
+    inert = {"recipes": None, "group_size": None, "against": None, "implementation": None}
+    refuse_inert(options, inert, "--table times layers, not recipes")
+    for name in ("batch", "numerics"):
+        if len(options[name] or ()) > 1:
+            raise UserError(f"--{name}: --table takes one, not {len(options[name])}.")

@@ -1,0 +1,122 @@
+"""What `qdit bench` prints: a row per network, way and batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+
+from qdit_jax.allocation import Latency
+from qdit_jax.speed import Bench, Predicted, Row, Taken
+
+HEADER = (
+    "batch", "network", "numerics", "computed by", "ms per step", "interval", "x of {}", "interval",
+    "MB weights", "MB beside", "compile s", "error", "dB",
+)  # fmt: skip
+TEXTS = {"network", "numerics", "computed by", "layer"}  # columns of text, to the left
+
+
+def bench_lines(found: Bench) -> list[str]:
+    """Returns the table and what is to be said of it."""
+    header = tuple(name.format(found.baseline) for name in HEADER)
+    rounds, guidance = found.settings["num_rounds"], found.settings["guidance"]
+    guided = "not guided" if guidance in (None, 1) else f"guided by {guidance:g}"
+    cached = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    return [
+        *aligned([header, *map(row_cells, found.rows)]),
+        *(
+            [f"compile times are those of the cache in {cached}, where it has a program"]
+            * bool(cached)
+        ),
+        f"one step of the sampler, {guided}: medians of {rounds} rounds in turn with "
+        f"{found.baseline}, 95% intervals of the median, on {found.made['device']}, jax "
+        f"{found.made['jax']}",
+    ]
+
+
+def row_cells(row: Row) -> tuple[str, ...]:
+    """Returns a row's cells."""
+    used = ", ".join(
+        name if len(row.implementations) == 1 else f"{name} {count}"
+        for name, count in row.implementations.items()
+    )
+    return (
+        str(row.batch),
+        row.title,
+        row.numerics or "-",
+        used or "-",
+        f"{row.milliseconds.median:.4g}",
+        interval_text(row.milliseconds),
+        f"{row.ratio.median:.2f}",
+        interval_text(row.ratio),
+        megabytes(row.weight_bytes),
+        megabytes(row.temporary_bytes),
+        f"{row.compile_seconds:.1f}",
+        "-" if row.relative_error is None else f"{row.relative_error:.2%}",
+        "-" if row.db is None else f"{row.db:.1f}",
+    )
+
+
+def interval_text(taken: Taken) -> str:
+    return f"{taken.low:.3g} to {taken.high:.3g}"
+
+
+def megabytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 1e6:.2f}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns rows as lines whose columns stand below each other, numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            f"{cell:{'<' if rows[0][i] in TEXTS else '>'}{width}}"
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def latency_lines(found: Latency) -> list[str]:
+    """Returns the times of layers as a table, with ratios to full precision in the same shape."""
+    lines = [("K", "layer", "computed by", "ms", "interval", "x of w16 a16")]
+    full = {layer.key[:3]: layer.own_ms for layer in found.layers if layer.choice == "w16 a16"}
+    for layer in found.layers:
+        base = full[layer.key[:3]]
+        lines.append(
+            (
+                str(layer.channels),
+                f"{layer.width} wide, {layer.rows} rows, {layer.choice}",
+                layer.implementation or "-",
+                f"{layer.ms:.4g}",
+                f"{layer.low:.3g} to {layer.high:.3g}",
+                f"{layer.own_ms / base:.2f}" if base else "-",
+            )
+        )
+    return [
+        *aligned(lines),
+        f"{found.numerics}, batch {found.batch}, {found.inputs} network inputs per step, on "
+        f"{found.made['device']}, jax {found.made['jax']}",
+    ]
+
+
+def predicted_lines(rows: Sequence[Predicted]) -> list[str]:
+    """Returns a table of what counting says, with ratios to the first network."""
+    lines = [("batch", "network", "MB weights", "x", "G multiply-adds", "T bit operations", "x")]
+    first = rows[0]
+    for row in rows:
+        if row.batch != first.batch:
+            first = row
+        lines.append(
+            (
+                str(row.batch),
+                row.title,
+                megabytes(row.weight_bytes),
+                f"{row.weight_bytes / first.weight_bytes:.3f}",
+                f"{row.multiply_adds / 1e9:.4g}",
+                f"{row.bit_operations / 1e12:.4g}",
+                f"{row.bit_operations / first.bit_operations:.3f}",
+            )
+        )
+    return [*aligned(lines), "predicted from shapes, linear layers of one step; nothing was run"]

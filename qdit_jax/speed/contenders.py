@@ -1,0 +1,218 @@
+"""What is timed side by side: a network in full precision, and quantized in several ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from qdit_jax.checkpoint import Checkpoint, digest
+from qdit_jax.errors import UserError
+from qdit_jax.kernels import (
+    IMPLEMENTATIONS,
+    NUMERICS,
+    implementation_of,
+    quantized_layers,
+    unsupported_reason,
+)
+from qdit_jax.models import rows_per_sample
+from qdit_jax.ptq import plan, quantize_params
+from qdit_jax.quant import ActQuant, ActSpec, QTensor, WeightSpec
+from qdit_jax.recipes import Recipe
+from qdit_jax.types import Params
+
+GROUPED = re.compile(r"(.+)-g(\d+)")
+FULL = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How a network's quantized products are computed; both None in full precision.
+
+    Attributes:
+        numerics: one of `NUMERICS`.
+        implementation: a name in the table of kernels, which computes all of them; None takes the
+            first that fits each.
+    """
+
+    numerics: str | None = None
+    implementation: str | None = None
+
+
+class QuantizedLayer(NamedTuple):
+    """A layer with packed weights: its path, input channels, and both operands or their specs."""
+
+    path: str
+    channels: int
+    weight: QTensor | WeightSpec
+    act: ActQuant | ActSpec | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Contender:
+    """A network whose parameters are made when they are needed.
+
+    Attributes:
+        title: what people call it, such as `w4a8-g128`.
+        checkpoint: its network, and what `make_fn` starts from.
+        layers: what its quantized products multiply; empty in full precision.
+        rows: of a layer per network input, by path.
+        make_fn: returns the parameters.
+    """
+
+    title: str
+    checkpoint: Checkpoint
+    layers: tuple[QuantizedLayer, ...]
+    rows: Mapping[str, int]
+    make_fn: Callable[[], Params]
+
+    def implementations(self, way: Way, batch: int) -> dict[str, int]:
+        """Returns how many layers each implementation computes; `batch` counts network inputs."""
+        if way.implementation is not None:
+            return {way.implementation: len(self.layers)}
+        found: Counter[str] = Counter()
+        for layer in self.layers:
+            found[implementation_of(*self.product(layer, batch), str(way.numerics))] += 1
+        return dict(found)
+
+    def product(
+        self, layer: QuantizedLayer, batch: int
+    ) -> tuple[tuple[int, int], QTensor | WeightSpec, ActQuant | ActSpec | None]:
+        """Returns a layer's input shape and operands, as the table of kernels takes them."""
+        # Without scales: an unpicked table would be refused, and its rows make no difference here.
+        act = ActQuant(layer.act.spec) if isinstance(layer.act, ActQuant) else layer.act
+        return (self.rows[layer.path] * batch, layer.channels), layer.weight, act
+
+    def why_not(self, layer: QuantizedLayer, batch: int, way: Way) -> str | None:
+        """Returns why a layer cannot be computed this way, one sentence, or None if it can."""
+        product = self.product(layer, batch)
+        reason = unsupported_reason(*product, str(way.numerics), way.implementation)
+        return None if reason is None else f"{layer.path}: {reason}"
+
+
+def contenders_of(
+    checkpoint: Checkpoint, recipes: Iterable[Recipe], against: Checkpoint | None = None
+) -> list[Contender]:
+    """Returns the network in full precision first, then rounded to nearest by each recipe.
+
+    A quantized checkpoint comes as it is, after `against` if that is given.
+
+    Raises:
+        UserError: if recipes are given for a quantized checkpoint.
+    """
+    recipes = list(recipes)
+    if checkpoint.recipe is None:
+        if against is not None:
+            raise UserError(
+                "against: the checkpoint is in full precision itself; leave it out, or bench a "
+                "quantized checkpoint."
+            )
+        return [as_it_is(FULL, checkpoint), *(rounded(checkpoint, recipe) for recipe in recipes)]
+    if recipes:
+        raise UserError(
+            f"the checkpoint is quantized already ({checkpoint.recipe.name}) and is benched as it "
+            f"is; leave recipes={recipes[0].name} out, or give the full-precision checkpoint."
+        )
+    ours = as_it_is(checkpoint.recipe.name, checkpoint)
+    if against is None:
+        return [ours]
+    if against.recipe is not None or type(against.model) is not type(checkpoint.model):
+        raise UserError(
+            "against: not the full-precision checkpoint of the same network; give the one that the "
+            "checkpoint was made from."
+        )
+    return [as_it_is(FULL, against), ours]
+
+
+def as_it_is(title: str, checkpoint: Checkpoint) -> Contender:
+    """Returns a checkpoint's own network."""
+    layers = tuple(
+        QuantizedLayer(path, kernel.shape[0], kernel, act)
+        for path, kernel, act in quantized_layers(checkpoint.params)
+    )
+    rows = rows_per_sample(checkpoint.model)
+    return Contender(title, checkpoint, layers, rows, lambda: checkpoint.params)
+
+
+def rounded(checkpoint: Checkpoint, recipe: Recipe) -> Contender:
+    """Returns a network rounded to nearest; raises `ValueError` if the recipe does not fit it."""
+    specs, rows = recipe.resolve(checkpoint.params), rows_per_sample(checkpoint.model)
+    layers = tuple(
+        QuantizedLayer(layer.path, layer.shape[0], layer.spec.weight, specs[layer.path].act)
+        for layer in plan(checkpoint.params, recipe)
+        if layer.spec.weight is not None and layer.path in rows  # not a label table
+    )
+    return Contender(
+        title_of(recipe),
+        checkpoint,
+        layers,
+        rows,
+        lambda: quantize_params(checkpoint.params, recipe=recipe),
+    )
+
+
+def title_of(recipe: Recipe) -> str:
+    """Returns a recipe's name, with a digest unless it is a preset's: others may share their name."""
+    if GROUPED.fullmatch(recipe.name) and recipe == recipe_named(recipe.name):
+        return recipe.name
+    return f"{recipe.name} ({digest(recipe.to_json())[:6]})"
+
+
+def ways_of(
+    contender: Contender, numerics: Sequence[str], implementations: Sequence[str], batch: int
+) -> list[Way]:
+    """Returns the ways in which a network can be computed: one, without any, in full precision.
+
+    For each of the numerics that fits, the implementations that the table takes, then every other one
+    that can compute all layers. `implementations` restricts them; empty is no restriction.
+
+    Raises:
+        UserError: if nothing fits.
+    """
+    if not contender.layers:
+        return [Way()]
+    found: dict[tuple[str, frozenset[str]], Way] = {}
+    reasons = []
+    for way in (Way(one, name) for one in numerics for name in (None, *IMPLEMENTATIONS)):
+        given = (contender.why_not(layer, batch, way) for layer in contender.layers)
+        reason = next(filter(None, given), None)
+        if reason is not None:
+            reasons.append(f"{way.numerics}: {reason}")
+            continue
+        used = frozenset(contender.implementations(way, batch))
+        if not implementations or used <= {*implementations}:
+            found.setdefault((str(way.numerics), used), way)
+    if not found:
+        reason = reasons[0] if reasons else f"not by {', '.join(implementations)} alone."
+        raise UserError(f"{contender.title} cannot be computed this way: {reason}")
+    return list(found.values())
+
+
+def calls_per_sample(guidance: object) -> int:
+    """Returns how many network inputs a sample makes: with guidance its null sample too."""
+    return 1 if guidance in (None, 1) else 2
+
+
+def recipe_named(text: str, group_size: int = 128) -> Recipe:
+    """Returns the recipe that a preset's name such as `w4a8` or `w4a8-g32` says, or a file holds.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if text.endswith(".json"):
+        return Recipe.from_json(text)
+    if match := GROUPED.fullmatch(text):
+        text, group_size = match[1], int(match[2])
+    return Recipe.preset(text, group_size=group_size)
+
+
+def check_known(numerics: Iterable[str], implementations: Iterable[str]) -> None:
+    """Raises `UserError` for numerics or an implementation that is not known."""
+    for word, names, known in (
+        ("numerics", numerics, NUMERICS),
+        ("implementation", implementations, tuple(IMPLEMENTATIONS)),
+    ):
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"{word}={unknown[0]!r} is not known; use {' or '.join(known)}.")

@@ -1,0 +1,389 @@
+"""`bench`: the time of one step of the sampler, in full precision and quantized, side by side.
+
+Dimensions: B samples, R rounds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from qdit_jax.calibration import trajectory
+from qdit_jax.checkpoint import Checkpoint, digest, fingerprint, load
+from qdit_jax.errors import UserError, check_counts
+from qdit_jax.files import AnyPath, PathLike
+from qdit_jax.kernels import NUMERICS
+from qdit_jax.recipes import Recipe
+from qdit_jax.report import provenance
+from qdit_jax.sampling import (
+    DEFAULT_GUIDANCE,
+    check_diffusion_model,
+    check_seed,
+    checkpoint_sampler,
+    cyclic_conditions,
+    denoiser,
+    fitting_guidance,
+    initial_noise,
+    sampler_timesteps,
+)
+from qdit_jax.speed.contenders import (
+    Contender,
+    Way,
+    calls_per_sample,
+    check_known,
+    contenders_of,
+    recipe_named,
+    ways_of,
+)
+from qdit_jax.speed.records import Records
+from qdit_jax.speed.timing import Call, Taken, TimeFn, interleaved, ratio, taken
+from qdit_jax.types import Condition, Params
+
+NUM_ROUNDS = 21
+NUM_STEPS, NUM_SAMPLES = 4, 4  # of the trajectory on which errors are measured
+RECIPES, BATCHES = ("w4a8", "w8a8"), (1, 8, 32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One network, computed one way, at one batch size.
+
+    Attributes:
+        title: what is timed, such as `float32` or `w4a8-g128`.
+        batch: samples of a step; guided, the network sees twice as many.
+        numerics: of quantized layers; None in full precision.
+        implementations: how many layers each computes.
+        milliseconds: of a step.
+        ratio: of its time to the baseline's, round by round; of the baseline to itself it shows how
+            much chance there is in the others.
+        weight_bytes: that its parameters hold.
+        temporary_bytes: that the compiled step needs beside them, as XLA plans it.
+        compile_seconds: of tracing and compiling the step.
+        relative_error, db: of its output against full precision on the same inputs, those of four steps
+            of the sampler in full precision, as a share of the output's norm and as signal to error;
+            None without full precision to compare with.
+    """
+
+    title: str
+    batch: int
+    numerics: str | None
+    implementations: Mapping[str, int]
+    milliseconds: Taken
+    ratio: Taken
+    weight_bytes: int
+    temporary_bytes: int | None
+    compile_seconds: float
+    relative_error: float | None
+    db: float | None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Row:
+        """Returns the row that `dataclasses.asdict` described."""
+        times = {name: Taken(**data[name]) for name in ("milliseconds", "ratio")}
+        return cls(**{**data, **times})
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What `bench` measured.
+
+    Attributes:
+        rows: by batch size, the baseline first.
+        baseline: the title of what the ratios are to.
+        settings: how it was measured, in JSON's types.
+        made: date, versions and device.
+    """
+
+    rows: list[Row]
+    baseline: str
+    settings: dict[str, Any]
+    made: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns everything in JSON's types."""
+        return dataclasses.asdict(self)
+
+
+class Inputs(NamedTuple):
+    """The arguments of one step, B samples."""
+
+    x: Float[Array, "B *shape"]
+    timestep: Float[Array, " B"]
+    condition: Condition
+
+
+class Compiled(NamedTuple):
+    """A step of one network, compiled for one batch size."""
+
+    denoise_fn: Callable[..., Array]
+    inputs: Inputs
+    call: Callable[..., Array]
+    seconds: float
+    temporary_bytes: int | None
+
+    def run(self) -> Array:
+        """Returns the output of a step."""
+        return self.call(self.denoise_fn, *self.inputs)
+
+
+def bench(
+    checkpoint: Checkpoint | PathLike,
+    recipes: Iterable[str | Recipe] | None = None,
+    *,
+    batches: Sequence[int] = BATCHES,
+    against: Checkpoint | PathLike | None = None,
+    group_size: int = 128,
+    numerics: Sequence[str] = NUMERICS,
+    implementations: Sequence[str] = (),
+    guidance: float | int | None = DEFAULT_GUIDANCE,
+    num_rounds: int = NUM_ROUNDS,
+    seed: int = 0,
+    state: AnyPath | None = None,
+    time_fn: TimeFn = interleaved,
+    total_fn: Callable[[int], object] = lambda total: None,
+    progress_fn: Callable[[int], object] = lambda count: None,
+) -> Bench:
+    """Returns the time of a step of the sampler in full precision and quantized, by batch size.
+
+    A step is one call of the network as the sampler makes it: guided, on the samples and their null
+    samples together. It is compiled with the parameters as arguments. Every network takes turns with
+    the baseline, round by round, so that what slows the machine slows both. The timed
+    inputs are those of the sampler's first step, noise; the errors are of four steps of the sampler.
+
+    Args:
+        checkpoint: in full precision; or quantized, which is timed as it is.
+        recipes: names such as `w4a8` or `w4a8-g32`, paths of recipe files, or recipes; the weights
+            are rounded to nearest. `RECIPES` by default.
+        batches: samples per step.
+        against: of a quantized checkpoint, the full-precision one that is the baseline; without it
+            the baseline is the checkpoint itself, the first way in which it is computed.
+        group_size: of recipes that do not name one.
+        numerics, implementations: which are timed, of those that apply; no implementation is all.
+        guidance: 1 or None calls the network once, without the null condition.
+        num_rounds: how often each is timed.
+        seed: of the noise.
+        state: a folder that keeps what was measured; the same call goes on from there.
+        time_fn: takes the times, see `interleaved`.
+        total_fn, progress_fn: called with the number of rows, and with how many are done.
+
+    Raises:
+        UserError: if a setting does not fit the checkpoint, or `state` holds other measurements.
+        ValueError: if a recipe cannot be read or matches nothing.
+    """
+    for batch in batches:
+        check_counts(batches=batch)
+    check_counts(2, num_rounds=num_rounds)
+    check_known(numerics, implementations)
+    ours, full = opened(checkpoint), None if against is None else opened(against)
+    if recipes is None:
+        recipes = () if ours.recipe is not None else RECIPES
+    wanted = [r if isinstance(r, Recipe) else recipe_named(r, group_size) for r in recipes]
+    entrants = contenders_of(ours, wanted, full)
+    guidance = fitting_guidance(ours.model, guidance)
+    settings = settings_of(entrants, guidance, num_rounds, check_seed(seed))
+    jobs = list(jobs_of(entrants, batches, numerics, implementations, guidance))
+    records = Records(state, settings)
+    race = Race(entrants[0], jobs[0][2], guidance, num_rounds, seed, time_fn)
+    total_fn(len(jobs))
+    rows = []
+    for job in jobs:
+        found = records.entry(entry_name(*job), partial(race.row, *job))
+        rows.append(Row.from_json(found))
+        progress_fn(1)
+    rows.sort(key=lambda row: batches.index(row.batch))
+    return Bench(rows, entrants[0].title, settings, provenance())
+
+
+def opened(source: Checkpoint | PathLike) -> Checkpoint:
+    """Returns a checkpoint of a network that denoises, read if it is a path."""
+    checkpoint = source if isinstance(source, Checkpoint) else load(source)
+    check_diffusion_model(checkpoint.model)
+    return dataclasses.replace(checkpoint, vae=None)
+
+
+def settings_of(
+    entrants: Sequence[Contender], guidance: object, num_rounds: int, seed: int
+) -> dict[str, Any]:
+    """Returns all that determines the measurements, beside what the entries' names say."""
+    made = provenance()
+    networks = {id(c.checkpoint): (c.checkpoint.model, c.checkpoint.params) for c in entrants}
+    return fingerprint(
+        network=digest(list(networks.values())),
+        guidance=None if guidance is None else float(guidance),  # type: ignore[arg-type]
+        num_rounds=num_rounds,
+        seed=seed,
+        machine=platform.node(),
+        **{name: made[name] for name in ("device", "jax", "qdit_jax")},
+    )
+
+
+def jobs_of(
+    entrants: Sequence[Contender],
+    batches: Sequence[int],
+    numerics: Sequence[str],
+    implementations: Sequence[str],
+    guidance: object,
+) -> Iterator[tuple[Contender, int, Way]]:
+    """Yields what is to be timed: one network after another, in every way that applies."""
+    for contender in entrants:
+        for batch in batches:
+            inputs = batch * calls_per_sample(guidance)
+            for way in ways_of(contender, numerics, implementations, inputs):
+                yield contender, batch, way
+
+
+def entry_name(contender: Contender, batch: int, way: Way) -> str:
+    """Returns the name of a row's entry."""
+    return f"step {batch}, {contender.title}, {way.numerics}, {way.implementation}"
+
+
+class Race:
+    """The baseline and what it is timed against: compiled steps, and rows of the result."""
+
+    def __init__(
+        self,
+        base: Contender,
+        base_way: Way,
+        guidance: float | int | None,
+        num_rounds: int,
+        seed: int,
+        time_fn: TimeFn,
+    ) -> None:
+        self.base, self.base_way = base, base_way
+        self.guidance, self.num_rounds, self.seed = guidance, num_rounds, seed
+        self.time_fn = time_fn
+        self.baseline = cache(lambda batch: self.compiled(base, batch, base_way))
+        self.held: dict[Contender, Params] = {}
+        self.seen: Inputs | None = None
+
+    def params(self, contender: Contender) -> Params:
+        """Returns a network's parameters on the first device; only the baseline's and these stay."""
+        if contender not in self.held:
+            self.held = {one: held for one, held in self.held.items() if one is self.base}
+            self.held[contender] = jax.device_put(contender.make_fn(), jax.local_devices()[0])
+        return self.held[contender]
+
+    def compiled(self, contender: Contender, batch: int, way: Way) -> Compiled:
+        """Returns a step of a network, compiled."""
+        model = contender.checkpoint.model
+        if way.numerics is not None:
+            model = model.clone(numerics=way.numerics, implementation=way.implementation)
+        denoise_fn = denoiser(model, self.params(contender), self.guidance)
+        inputs = inputs_of(contender.checkpoint, batch, self.seed)
+        began = time.perf_counter()
+        call = jax.jit(step).lower(denoise_fn, *inputs).compile()
+        seconds = time.perf_counter() - began
+        memory = call.memory_analysis()
+        held = None if memory is None else int(memory.temp_size_in_bytes)
+        return Compiled(denoise_fn, inputs, call, seconds, held)
+
+    def path(self, denoise_fn: Callable[..., Array]) -> Inputs:
+        """Returns the inputs of a few steps of the baseline's sampler: x `[S, B, ...]`, timestep `[S]`."""
+        if self.seen is None:
+            checkpoint, index = self.base.checkpoint, np.arange(NUM_SAMPLES, dtype=np.int32)
+            sampler = checkpoint_sampler(checkpoint, NUM_STEPS)
+            condition = conditions_of(checkpoint, NUM_SAMPLES, self.seed)
+            key = jax.random.key(self.seed)
+            given = (denoise_fn, sampler, checkpoint.model, key, index, condition)
+            x, timestep = trajectory(*given)
+            self.seen = Inputs(x, jnp.asarray(timestep), condition)
+        return self.seen
+
+    def row(self, contender: Contender, batch: int, way: Way) -> dict[str, Any]:
+        """Returns a row in JSON's types, from the times of both, taken in turn."""
+        base = self.baseline(batch)
+        is_base = contender is self.base and way == self.base_way
+        ours = base if is_base else self.compiled(contender, batch, way)
+        calls = [Call(self.base.title, base.run), Call(contender.title, ours.run)]
+        seconds = self.time_fn(calls, self.num_rounds)
+        error: dict[str, float | None] = {"relative_error": None, "db": None}
+        if self.base_way.numerics is None and not is_base:
+            error = errors(base, ours, self.path(base.denoise_fn))
+        row = Row(
+            contender.title,
+            batch,
+            way.numerics,
+            contender.implementations(way, batch * calls_per_sample(self.guidance)),
+            taken(1000 * seconds[1]),
+            ratio(seconds[1], seconds[0]),
+            sum(leaf.nbytes for leaf in jax.tree.leaves(self.params(contender))),
+            ours.temporary_bytes,
+            ours.seconds,
+            **error,
+        )
+        return dataclasses.asdict(row)
+
+
+def step(
+    denoise_fn: Callable[..., Array], x: Array, timestep: Array, condition: Condition
+) -> Array:
+    """Returns what the sampler gets of the network."""
+    return denoise_fn(x, timestep, condition)
+
+
+def inputs_of(checkpoint: Checkpoint, batch: int, seed: int) -> Inputs:
+    """Returns the arguments of the sampler's first step: noise, and classes or random prompts."""
+    index = jnp.arange(batch, dtype=jnp.int32)
+    x, _ = initial_noise(jax.random.key(seed), index, checkpoint.model.sample_shape())
+    first = sampler_timesteps(checkpoint_sampler(checkpoint, NUM_STEPS))[0]
+    timestep = jnp.full((batch,), first, jnp.float32)
+    given = Inputs(x, timestep, conditions_of(checkpoint, batch, seed))
+    return jax.device_put(given, jax.local_devices()[0])
+
+
+def conditions_of(checkpoint: Checkpoint, batch: int, seed: int) -> Condition:
+    """Returns the network's classes in turn, or random prompts."""
+    model = checkpoint.model
+    if model.all_conditions() is None:
+        return random_condition(model.example_condition(batch), seed)
+    return cyclic_conditions(model, None, np.arange(batch, dtype=np.int32))
+
+
+def random_condition(example: Condition, seed: int) -> Condition:
+    """Returns a condition of an example's shapes: normal numbers, zeros of whole ones, all True."""
+    rng = np.random.default_rng(seed)
+
+    def values(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            return rng.normal(size=leaf.shape).astype(leaf.dtype)
+        return np.full(leaf.shape, leaf.dtype == bool, leaf.dtype)
+
+    return jax.tree.map(values, example)
+
+
+def errors(base: Compiled, ours: Compiled, path: Inputs) -> dict[str, float | None]:
+    """Returns the relative error and decibels of outputs along a path, all steps together.
+
+    The path's samples fill the batch, again and again; a learned variance does not count.
+
+    Raises:
+        UserError: if an output is not finite.
+    """
+    batch, num_channels = ours.inputs.x.shape[0], ours.inputs.x.shape[-1]
+    index = np.arange(batch) % NUM_SAMPLES
+    condition = jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], path.condition)
+    signal = noise = 0.0
+    for x, timestep in zip(path.x, path.timestep, strict=True):
+        given = (x[index], jnp.full((batch,), timestep, jnp.float32), condition)
+        a, b = (
+            np.asarray(one.call(one.denoise_fn, *given)[..., :num_channels], np.float64)
+            for one in (base, ours)
+        )
+        signal += float(np.square(a).sum())
+        noise += float(np.square(a - b).sum())
+    if not np.isfinite(signal + noise):
+        raise UserError(
+            "an output of the network is not finite; check the checkpoint, or give the recipe finer "
+            "groups."
+        )
+    share = float(np.sqrt(noise / signal))
+    return {"relative_error": share, "db": None if share == 0 else -20 * float(np.log10(share))}

@@ -1,0 +1,122 @@
+"""`bench` on a tiny network: rows, ratios, errors, resuming, and what counting predicts."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny_models import tiny_checkpoint
+
+import qdit_jax as qdit
+from qdit_jax.checkpoint import num_bytes
+from qdit_jax.speed import bench, predicted
+
+SECONDS = {"float32": 2.0, "w4a8-g16": 1.0, "w8a8-g16": 3.0}
+FAST = {"batches": (2,), "numerics": ("simulated",), "implementations": ("xla",)}
+
+
+class FakeTimer:
+    """Runs every call once and returns times by name, drifting from round to round."""
+
+    def __init__(self):
+        self.timed = []
+
+    def __call__(self, calls, num_rounds):
+        for call in calls:
+            call.run()
+        self.timed.append(calls[1].name)
+        drift = np.linspace(1, 2, num_rounds)
+        return np.array([SECONDS[call.name] * drift for call in calls])
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return tiny_checkpoint(in_channels=1)
+
+
+@pytest.fixture(scope="module")
+def found(checkpoint):
+    recipes = ["w4a8-g16", "w8a8-g16"]
+    return bench(checkpoint, recipes, num_rounds=5, time_fn=FakeTimer(), **FAST)
+
+
+def test_ratios_are_of_rounds_side_by_side(found):
+    assert [row.title for row in found.rows] == list(SECONDS)
+    for row in found.rows:
+        assert row.ratio.median == row.ratio.low == row.ratio.high == SECONDS[row.title] / 2
+        assert row.milliseconds.median == 1500 * SECONDS[row.title]
+    assert found.baseline == "float32"
+
+
+def test_rows_say_bytes_error_and_who_computes(found, checkpoint):
+    full, four, eight = found.rows
+    assert full.weight_bytes == num_bytes(checkpoint)
+    assert four.weight_bytes < eight.weight_bytes < full.weight_bytes
+    assert full.db is None
+    assert four.db < eight.db
+    assert eight.relative_error == pytest.approx(10 ** (-eight.db / 20))
+    assert (full.implementations, four.implementations) == ({}, {"xla": 4})
+    json.dumps(found.to_json())
+
+
+def test_counting_predicts_the_bytes_that_are_held(found, checkpoint):
+    recipes = [qdit.Recipe.preset(name, group_size=16) for name in ("w4a8", "w8a8")]
+    rows = predicted(checkpoint, recipes, (2, 4), 1.5)
+    assert [row.weight_bytes for row in rows[:3]] == [row.weight_bytes for row in found.rows]
+    full, four, eight = rows[:3]
+    assert full.multiply_adds == four.multiply_adds
+    assert four.bit_operations < eight.bit_operations < full.bit_operations
+    assert rows[3].multiply_adds == 2 * full.multiply_adds
+
+
+def test_a_stopped_bench_goes_on_and_only_on_its_own(checkpoint, tmp_path):
+    class StoppedError(Exception):
+        pass
+
+    def stopping(calls, num_rounds):
+        if calls[1].name == "w8a8-g16":
+            raise StoppedError
+        return FakeTimer()(calls, num_rounds)
+
+    recipes = ["w4a8-g16", "w8a8-g16"]
+    with pytest.raises(StoppedError):
+        bench(checkpoint, recipes, num_rounds=5, state=tmp_path, time_fn=stopping, **FAST)
+    timer = FakeTimer()
+    bench(checkpoint, recipes, num_rounds=5, state=tmp_path, time_fn=timer, **FAST)
+    assert timer.timed == ["w8a8-g16"]
+    with pytest.raises(qdit.UserError, match="other settings: num_rounds was 5, now it is 6"):
+        bench(checkpoint, recipes, num_rounds=6, state=tmp_path, time_fn=timer, **FAST)
+    other = tiny_checkpoint(in_channels=1, depth=2)
+    with pytest.raises(qdit.UserError, match="other settings: network was"):
+        bench(other, recipes, num_rounds=5, state=tmp_path, time_fn=timer, **FAST)
+
+
+def test_a_quantized_checkpoint_is_timed_as_it_is(checkpoint):
+    recipe = qdit.Recipe.preset("w4a8", group_size=16)
+    params = qdit.quantize_params(checkpoint.params, recipe=recipe)
+    small = qdit.Checkpoint(checkpoint.model, params, recipe)
+    alone = bench(small, num_rounds=3, time_fn=FakeTimer(), **FAST)
+    assert [(row.title, row.db) for row in alone.rows] == [("w4a8-g16", None)]
+    paired = bench(small, against=checkpoint, num_rounds=3, time_fn=FakeTimer(), **FAST)
+    assert [row.ratio.median for row in paired.rows] == [1, 0.5]
+    assert paired.rows[1].db > 0
+    with pytest.raises(
+        qdit.UserError, match=r"quantized already \(w4a8-g16\) and is benched as it"
+    ):
+        bench(small, ["w8a8"], **FAST)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batches": (0,)}, "batches=0"),
+        ({"num_rounds": 1}, "num_rounds=1"),
+        ({"numerics": ("exact",)}, "numerics='exact' is not known"),
+        ({"implementations": ("magic",)}, "implementation='magic' is not known"),
+        ({"recipes": ["w9a9"]}, "bits=9"),
+        ({"recipes": ["fast"]}, "'fast' is not a preset"),
+        ({"recipes": ["w4a16"], "numerics": ("integer",)}, "cannot be computed this way: integer"),
+    ],
+)
+def test_errors_name_what_was_given(checkpoint, options, message):
+    with pytest.raises(ValueError, match=message):
+        bench(checkpoint, **{"recipes": ["w4a8"], **options})

@@ -1,0 +1,122 @@
+"""`layer_table`: what is timed, how often, and that a search can use it."""
+
+import jax
+import numpy as np
+import pytest
+from tiny_models import tiny_checkpoint
+
+import qdit_jax as qdit
+from qdit_jax.allocation import Rollouts, search, search_space
+from qdit_jax.models import rows_per_sample
+from qdit_jax.speed import layer_table
+
+FULL_MS, CALL_MS = 8.0, 0.25
+
+
+class FakeTimer:
+    """Runs every call, and takes longer for smaller groups of weights."""
+
+    def __init__(self):
+        self.names = []
+
+    def __call__(self, calls, num_rounds):
+        self.names += [call.name for call in calls]
+        ms = [self.ms(call) for call in calls]
+        return np.repeat(np.array(ms)[:, None] / 1000, num_rounds, axis=1)
+
+    def ms(self, call):
+        assert np.isfinite(np.asarray(call.run())).all()
+        if call.name == "float32":
+            return 100.0
+        if call.name.endswith("nothing"):
+            return CALL_MS
+        if call.name.endswith("w16 a16"):
+            return FULL_MS
+        size = int(call.name.split(" g")[1].split()[0]) or 64
+        return CALL_MS + 1 + 8 / size
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return tiny_checkpoint(in_channels=1)
+
+
+@pytest.fixture(scope="module")
+def space(checkpoint):
+    rows = rows_per_sample(checkpoint.model)
+    return search_space(checkpoint.params, rows=rows, group_sizes=(8, 16))
+
+
+@pytest.fixture(scope="module")
+def times(checkpoint, space):
+    return layer_table(checkpoint, space, batch=3, num_rounds=2, time_fn=FakeTimer())
+
+
+def test_every_shape_and_choice_is_timed_once_with_its_references(times, space):
+    shapes = {(*layer.shape, layer.rows * 6) for layer in space.layers}
+    assert {layer.key[:3] for layer in times.layers} == shapes
+    names = [layer.choice for layer in times.layers if layer.channels == 32 and layer.width == 32]
+    assert names == ["w16 a16", "w4 g8 a8 g8", "w4 g16 a8 g16", "w4 g0 a8 g0"]
+    wide = [layer.choice for layer in times.layers if layer.channels == 128]
+    assert wide[-2:] == ["w4 g0 a8 g0"] or "w4 g0 a8 g0" in wide
+    assert times.inputs == 6
+    assert all(layer.call_ms == CALL_MS for layer in times.layers)
+    assert times.layers[1].implementation == "xla_cpu" or jax.default_backend() != "cpu"
+    assert times.layers[0].implementation is None
+
+
+def test_costs_and_remainder_are_what_the_timer_said(times, space):
+    layer = space.layers[0]
+    assert times(layer, layer.choices[0]) == pytest.approx(2.0)
+    assert times(layer, layer.choices[1]) == pytest.approx(1.5)
+    assert times.remainder(space) == pytest.approx(100 - len(space.layers) * (FULL_MS - CALL_MS))
+
+
+def test_a_stopped_table_goes_on(checkpoint, space, tmp_path):
+    class StoppedError(Exception):
+        pass
+
+    first = FakeTimer()
+
+    def stopping(calls, num_rounds):
+        if len(first.names) > 8:
+            raise StoppedError
+        return first(calls, num_rounds)
+
+    options = {"batch": 3, "num_rounds": 2, "state": tmp_path}
+    with pytest.raises(StoppedError):
+        layer_table(checkpoint, space, time_fn=stopping, **options)
+    second = FakeTimer()
+    layer_table(checkpoint, space, time_fn=second, **options)
+    assert not set(first.names) & set(second.names)
+    third = FakeTimer()
+    layer_table(checkpoint, space, time_fn=third, **options)
+    assert third.names == []
+
+
+def test_a_search_at_the_speed_of_coarser_groups(checkpoint, times):
+    found = search(
+        checkpoint,
+        jax.random.key(0),
+        objective="predicted",
+        budget="latency=1.0x-g16",
+        space={"group_sizes": (8, 16)},
+        rollouts=Rollouts(num_steps=2, batch_size=2, num_calibration=1),
+        costs={"latency": times},
+    )
+    assert set(found.assignment.tolist()) == {1}
+    assert found.history["cost"] == pytest.approx(4 * 1.5)
+    assert found.history["latency"]["remainder_ms"] == times.remainder(found.space)
+
+
+def test_what_cannot_be_timed_is_refused_before_anything_runs(checkpoint, space):
+    rows = rows_per_sample(checkpoint.model)
+    weights_only = search_space(checkpoint.params, rows=rows, group_sizes=(8,), act_bits=16)
+    timer = FakeTimer()
+    with pytest.raises(qdit.UserError, match=r"w4 g8 a16 with numerics='integer'"):
+        layer_table(checkpoint, weights_only, numerics="integer", time_fn=timer)
+    assert timer.names == []
+    recipe = qdit.Recipe.preset("w4a8", group_size=16)
+    params = qdit.quantize_params(checkpoint.params, recipe=recipe)
+    with pytest.raises(qdit.UserError, match="quantized already"):
+        layer_table(qdit.Checkpoint(checkpoint.model, params, recipe), space)
