@@ -124,7 +124,9 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         "--num-samples", type=positive_int, help="trajectories sampled (default %(default)s)"
     )
     group.add_argument(
-        "--steps", type=positive_int, help="steps a trajectory (default %(default)s)"
+        "--steps",
+        type=positive_int,
+        help="steps of a trajectory, and those that --steps-at counts (default %(default)s)",
     )
     group.add_argument("--guidance", type=finite_float)
     group.add_argument("--seed", type=seed_number)
@@ -228,11 +230,13 @@ def check_options(given: Mapping[str, Any], recipe: Any) -> None:
             f"--stats {given['stats']} has no effect: no activation is static; add --act-mode static, "
             "or leave it out."
         )
+    counted = {"steps"} if given["steps_at"] else set()  # which has an effect by itself
+    of_sampling = {name: value for name, value in OF_SAMPLING.items() if name not in counted}
     if not method.needs:
         reason = f"--method {given['method']} looks at no inputs"
-        refuse_inert(given, OF_FITTING | OF_SAMPLING, reason)
+        refuse_inert(given, OF_FITTING | of_sampling, reason)
     if given["items"] is not None:
-        refuse_inert(given, OF_SAMPLING, f"the inputs come from --items {given['items']}")
+        refuse_inert(given, of_sampling, f"the inputs come from --items {given['items']}")
     if not any(spec.act for spec in specs):
         of_inputs = {"act_mode": None, "act_group_size": None}
         refuse_inert(given, of_inputs, "the recipe leaves every input as it is")

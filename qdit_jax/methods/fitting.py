@@ -17,6 +17,7 @@ from qdit_jax.ptq import (
     by_block,
     by_layer,
     num_batches,
+    num_passes,
     plan,
     round_params,
     weight_name,
@@ -57,6 +58,7 @@ def fit_rounding(
     rows = rows_per_sample(model)
     chosen = set(recipe.resolve(params))
     num_stages = sum(bool(chosen & set(stage)) for stage in stages_fn(list(rows), family_of(model)))
+    num_stages *= num_passes(params, recipe)
     report.total(num_batches(items, share, data.batch_size, num_stages))
     note_few_rows(params, recipe, rows, len(items.x) * (1 - share), report)
     rounded = round_params(
