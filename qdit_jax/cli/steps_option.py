@@ -78,4 +78,8 @@ def with_steps(
             f"{shown} has no effect on activations: the recipe leaves every input as it is; use one "
             "such as w4a4, or give bits of weights alone (w8)."
         )
+    if over_time.weight_bits is not None and not any(rule.spec.weight for rule in recipe.rules):
+        raise UserError(
+            f"{shown} has no effect on weights: the recipe leaves every weight as it is."
+        )
     return dataclasses.replace(recipe, over_time=over_time)
