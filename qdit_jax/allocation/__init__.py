@@ -30,6 +30,7 @@ from qdit_jax.allocation.objectives import (
 from qdit_jax.allocation.problem import Found, Front, Problem, Strategy
 from qdit_jax.allocation.records import Measured, Store
 from qdit_jax.allocation.rollouts import Rollout, frechet_objective, seeds
+from qdit_jax.allocation.schedule_error import ScheduleError, schedule_error
 from qdit_jax.allocation.searching import Rollouts, SearchResult, search
 from qdit_jax.allocation.sensitivity import (
     Effects,
@@ -48,7 +49,7 @@ from qdit_jax.allocation.space import (
     uniform_assignment,
     uniform_sizes,
 )
-from qdit_jax.allocation.steps import ChosenSteps, ScheduleError, choose_steps, schedule_error
+from qdit_jax.allocation.steps import ChosenSteps, MeasuredSchedule, choose_steps
 from qdit_jax.allocation.strategies import STRATEGIES, strategy_named
 from qdit_jax.allocation.strategies.allocate import Allocate, AllocationSettings, allocate
 from qdit_jax.allocation.strategies.evolution import EvolutionSettings, Evolve, evolve
@@ -80,6 +81,7 @@ __all__ = [
     "LostWorkerError",
     "MeanGroup",
     "Measured",
+    "MeasuredSchedule",
     "PairedError",
     "Prediction",
     "Problem",

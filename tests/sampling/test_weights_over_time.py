@@ -194,7 +194,9 @@ def test_a_checkpoint_with_a_kernel_of_another_shape_is_refused(small, tmp_path)
     entry = described["params"]["blocks_0/mlp/fc1/kernel_w16"]
     entry["shape"] = entry["shape"][::-1]
     file.write_text(json.dumps(described))
-    with pytest.raises(qdit.UserError, match=r"kernel_w16 has shape .* and blocks_0/mlp/fc1/kernel"):
+    with pytest.raises(
+        qdit.UserError, match=r"kernel_w16 has shape .* and blocks_0/mlp/fc1/kernel"
+    ):
         qdit.load(tmp_path / "saved")
 
 
