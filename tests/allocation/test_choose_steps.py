@@ -85,9 +85,7 @@ def test_a_stopped_search_goes_on_where_it_was(checkpoint, chosen, tmp_path, mon
     found = choose_steps(checkpoint, KEY, **given)
     assert len(calls) == 1 + STEPS + len(chosen.candidates)  # the fourth was asked for twice
     assert found.to_json() == chosen.to_json()
-    with pytest.raises(
-        qdit.UserError, match="another search: mean_bits was 9"
-    ):
+    with pytest.raises(qdit.UserError, match="another search: mean_bits was 9"):
         choose_steps(checkpoint, KEY, **{**given, "mean_bits": 9})
 
 

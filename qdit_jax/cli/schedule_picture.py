@@ -1,0 +1,57 @@
+"""The picture of `qdit schedule`: the error of every step, and the schedules that were measured."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from qdit_jax.allocation import ChosenSteps
+from qdit_jax.files import PathLike
+
+INK, SOFT, ACCENT, MARK = "#222222", "#9aa5b1", "#0b6e99", "#c2410c"
+
+
+def draw_schedule(path: PathLike, chosen: ChosenSteps) -> None:
+    """Draws the error of each step alone at each level, the chosen bits, and all candidates."""
+    figure = Figure(figsize=(7, 8), layout="constrained")
+    top, middle, bottom = figure.subplots(3, 1)
+    steps = np.arange(len(chosen.errors))
+    for number, bits in enumerate(chosen.levels):
+        column = chosen.errors[:, number]
+        if column.any():
+            label = "own bits" if bits is None else f"{bits} bits"
+            top.plot(steps, column, "o-", ms=3, lw=1, label=f"this step alone at {label}")
+    if (chosen.errors[chosen.errors != 0] > 0).any():
+        top.set_yscale("log")
+    top.set_ylabel("error of final latents")
+    top.legend(frameon=False, fontsize=9)
+    bits = chosen.over_time.act_bits
+    shown = list(dict.fromkeys(sorted(bits, key=lambda b: -1 if b is None else b)))
+    middle.step(steps, [shown.index(b) for b in bits], where="mid", color=INK)
+    middle.set_yticks(range(len(shown)), ["own" if b is None else str(b) for b in shown])
+    middle.set_ylim(-0.5, len(shown) - 0.5)
+    middle.set_ylabel(f"bits chosen (mean {chosen.mean_bits:.3g})")
+    middle.set_xlabel("sampling step")
+    draw_candidates(bottom, chosen)
+    FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
+
+
+def draw_candidates(axes, chosen: ChosenSteps) -> None:  # type: ignore[no-untyped-def]
+    """Draws predicted against measured errors; the chosen schedule is a star."""
+    for number, row in enumerate(chosen.candidates):
+        color = MARK if row.name == "least predicted" else SOFT
+        style = {"marker": "*", "ms": 13, "color": INK} if number == 0 else {"marker": "o", "ms": 5}
+        axes.plot(row.predicted, row.measured, ls="none", **{"color": color, **style})
+        if row.name != "two steps exchanged":
+            place = (row.predicted, row.measured)
+            axes.annotate(row.name, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
+    values = [value for row in chosen.candidates for value in (row.predicted, row.measured)]
+    if min(values) > 0:
+        ends = [min(values), max(values)]
+        axes.plot(ends, ends, "-", color=ACCENT, lw=1, label="measured as predicted")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.legend(frameon=False, fontsize=9)
+    axes.set_xlabel("predicted error (sum of its steps')")
+    axes.set_ylabel("measured error (star: chosen)")
