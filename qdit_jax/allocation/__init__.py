@@ -55,6 +55,7 @@ from qdit_jax.allocation.strategies.allocate import Allocate, AllocationSettings
 from qdit_jax.allocation.strategies.evolution import EvolutionSettings, Evolve, evolve
 from qdit_jax.allocation.strategies.nsga import offspring
 from qdit_jax.allocation.strategies.random_draw import random_children
+from qdit_jax.allocation.timestep_effects import measured_timestep_weights
 
 __all__ = [
     "GROUP_SIZES",
@@ -109,6 +110,7 @@ __all__ = [
     "function_objective",
     "gpu_cost",
     "lagrangian_front",
+    "measured_timestep_weights",
     "named_costs",
     "offspring",
     "paired_error",

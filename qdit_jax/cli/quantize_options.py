@@ -35,7 +35,13 @@ ROUNDINGS = {"nearest": "rtn", "gptq-authors": "qdit_release"}
 # Options of a method that learns from inputs, with their defaults: how they are sampled, ...
 OF_SAMPLING = {"num_samples": 32, "steps": 50, "guidance": 1.5, "seed": 0}
 # ... and how it is fitted to them.
-OF_FITTING = {"items": None, "batch_size": 8, "holdout": None, "stages": None}
+OF_FITTING = {
+    "items": None,
+    "batch_size": 8,
+    "holdout": None,
+    "stages": None,
+    "weight_timesteps": False,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +148,12 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         choices=STAGES,
         help="how much is rounded between two runs of the network (default block)",
     )
+    group.add_argument(
+        "--weight-timesteps",
+        action="store_true",
+        help="inputs count by how much rounding at their timestep changes the final sample, measured "
+        "first: one sampling of --steps for each of these steps (gptq, best and others like them)",
+    )
     parser.set_defaults(**OF_SAMPLING, **OF_FITTING)
 
 
@@ -230,11 +242,15 @@ def check_options(given: Mapping[str, Any], recipe: Any) -> None:
             f"--stats {given['stats']} has no effect: no activation is static; add --act-mode static, "
             "or leave it out."
         )
-    counted = {"steps"} if given["steps_at"] else set()  # which has an effect by itself
+    counted = {"steps"} if given["steps_at"] else set()  # what has an effect by itself
+    counted |= {"steps", "guidance", "seed"} if given["weight_timesteps"] else set()
     of_sampling = {name: value for name, value in OF_SAMPLING.items() if name not in counted}
     if not method.needs:
         reason = f"--method {given['method']} looks at no inputs"
         refuse_inert(given, OF_FITTING | of_sampling, reason)
+    if given["weight_timesteps"] and not method.weighs_timesteps:
+        reason = f"--method {given['method']} does not round by the Hessians of its inputs"
+        refuse_inert(given, {"weight_timesteps": False}, reason)
     if given["items"] is not None:
         refuse_inert(given, of_sampling, f"the inputs come from --items {given['items']}")
     if not any(spec.act for spec in specs):
@@ -251,8 +267,8 @@ def check_options(given: Mapping[str, Any], recipe: Any) -> None:
         raise UserError("static activations need --stats FILE from `qdit calibrate`.")
 
 
-def data_of(given: Mapping[str, Any]) -> Any:
-    """Returns what the method learns from: files, or how to sample it."""
+def data_of(given: Mapping[str, Any], timestep_weights: Any = None) -> Any:
+    """Returns what the method learns from: files, or how to sample it; and how much inputs count."""
     import qdit_jax as qdit
     from qdit_jax.calibration import Items
 
@@ -262,5 +278,6 @@ def data_of(given: Mapping[str, Any]) -> Any:
         items=None if items is None else Items.load(items),
         stats=None if stats is None else qdit.Stats.load(stats),
         num_steps=given["steps"],
+        timestep_weights=timestep_weights,
         **{name: given[name] for name in names},
     )

@@ -158,6 +158,11 @@ def check(method: Method, checkpoint: Checkpoint, recipe: Recipe, data: Calibrat
     specs = recipe.resolve(checkpoint.params)
     if method.learns_blocks:
         check_one_weight_format(checkpoint.params, recipe, f"method {method.name!r}")
+    if data.timestep_weights is not None and not method.weighs_timesteps:
+        raise ValueError(
+            f"method {method.name!r} does not weigh its inputs by timestep; leave timestep_weights "
+            "(--weight-timesteps) out, or use a method such as gptq or best."
+        )
     if method.check is not None:
         method.check(specs, data)
     check_stats(specs, data, method)
