@@ -169,6 +169,7 @@ def summarize(path: str, found: dict[str, Any]) -> dict[str, Any]:
     """Returns the family, configuration, counts, bytes by part, and recipe of a checkpoint."""
     from qdit_jax.models import family_named
     from qdit_jax.quant import kernel_of_other
+    from qdit_jax.recipes import OverTime
     from qdit_jax.report import part_of
 
     description = found["model"]
@@ -198,6 +199,8 @@ def summarize(path: str, found: dict[str, Any]) -> dict[str, Any]:
         summary["implementations"] = used
     if found.get("recipe"):
         summary["recipe"] = found["recipe"]
+        if (over_time := found["recipe"].get("over_time")) is not None:
+            summary["bits_over_time"] = OverTime.from_json(over_time).text
     if found.get("vae"):
         summary["vae"] = summarize(f"{path}/vae", found["vae"])
     return summary

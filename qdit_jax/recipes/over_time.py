@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -85,6 +86,20 @@ class OverTime:
     def other_weight_bits(self) -> list[int]:
         """The bits of weights beside the rules' own, the most first."""
         return sorted({bits for bits in self.weight_bits or () if bits is not None}, reverse=True)
+
+    @property
+    def text(self) -> str:
+        """The schedule in words: which bits from which timestep to which, in the given order."""
+        weights = self.weight_bits or (None,) * len(self.act_bits)
+        steps = list(zip(self.timesteps, weights, self.act_bits, strict=True))
+        parts = []
+        for level, group in itertools.groupby(steps, key=lambda step: step[1:]):
+            times = [f"{step[0]:g}" for step in group]
+            span = times[0] if len(times) == 1 else f"{times[0]} to {times[-1]}"
+            named = zip("wa", level, strict=True)
+            bits = "".join(f"{side}{bits}" for side, bits in named if bits is not None)
+            parts.append(f"{span}: {bits or 'as the rules say'}")
+        return "timesteps " + "; ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the schedule as JSON-serializable values."""

@@ -290,7 +290,10 @@ def test_quantize_takes_steps_by_number(full, tmp_path, capsys):
     )
     assert main(["inspect", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
-    assert "weight_bits" in printed
+    levels = ("w8a8", "a16", "as the rules say", "a16")
+    shown = zip(found.recipe.over_time.timesteps, levels, strict=True)
+    text = "; ".join(f"{timestep:g}: {level}" for timestep, level in shown)
+    assert f"bits_over_time: timesteps {text}" in printed
     assert f"\nvalues: {sum(leaf.size for leaf in jax.tree.leaves(full.params)):,}\n" in printed
     for wrong, message in (
         (["--steps-at", "4=16"], "'4' is not within the 4 steps 0 to 3"),
