@@ -106,12 +106,16 @@ def logical_shapes(manifest: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         if described["type"] == "QTensor":
             check_packing(path, described)
     shapes = {path: tuple(described["shape"]) for path, described in leaves.items()}
-    others = {path: own[0] for path in shapes if (own := kernel_of_other(path)) is not None}
+    others = {path: found[0] for path in shapes if (found := kernel_of_other(path)) is not None}
     for path, own in others.items():
-        sizes = [(math.prod(shape[:-1]), *shape[-1:]) for shape in (shapes[path], shapes[own])]
-        if sizes[0] != sizes[1]:
+        if as_matrix(shapes[path]) != as_matrix(shapes[own]):
             raise ValueError(f"{path} has shape {shapes[path]}, and {own} has {shapes[own]}")
     return {path: shape for path, shape in shapes.items() if path not in others}
+
+
+def as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of a kernel `[..., N]` as `(K, N)`."""
+    return (math.prod(shape[:-1]), *shape[-1:])
 
 
 def check_packing(path: str, described: dict[str, Any]) -> None:

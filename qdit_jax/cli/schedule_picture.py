@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -26,9 +27,9 @@ def draw_schedule(path: PathLike, chosen: ChosenSteps) -> None:
         top.set_yscale("log")
     top.set_ylabel("error of final latents")
     top.legend(frameon=False, fontsize=9)
-    bits = chosen.over_time.act_bits
-    shown = list(dict.fromkeys(sorted(bits, key=lambda b: -1 if b is None else b)))
-    middle.step(steps, [shown.index(b) for b in bits], where="mid", color=INK)
+    by_step = chosen.over_time.act_bits
+    shown = sorted(set(by_step), key=lambda b: -1 if b is None else b)
+    middle.step(steps, [shown.index(b) for b in by_step], where="mid", color=INK)
     middle.set_yticks(range(len(shown)), ["own" if b is None else str(b) for b in shown])
     middle.set_ylim(-0.5, len(shown) - 0.5)
     middle.set_ylabel(f"bits chosen (mean {chosen.mean_bits:.3g})")
@@ -37,12 +38,13 @@ def draw_schedule(path: PathLike, chosen: ChosenSteps) -> None:
     FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
 
 
-def draw_candidates(axes, chosen: ChosenSteps) -> None:  # type: ignore[no-untyped-def]
+def draw_candidates(axes: Axes, chosen: ChosenSteps) -> None:
     """Draws predicted against measured errors; the chosen schedule is a star."""
     for number, row in enumerate(chosen.candidates):
         color = MARK if row.name == "least predicted" else SOFT
-        style = {"marker": "*", "ms": 13, "color": INK} if number == 0 else {"marker": "o", "ms": 5}
-        axes.plot(row.predicted, row.measured, ls="none", **{"color": color, **style})
+        marker, size = ("*", 13) if number == 0 else ("o", 5)
+        color = INK if number == 0 else color
+        axes.plot(row.predicted, row.measured, marker, ms=size, color=color)
         if row.name != "two steps exchanged":
             place = (row.predicted, row.measured)
             axes.annotate(row.name, place, xytext=(5, 4), textcoords="offset points", fontsize=8)

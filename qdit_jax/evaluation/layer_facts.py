@@ -205,8 +205,9 @@ def other_kernel_facts(
     own = own_path(path)
     if path not in flat:
         facts = kernel_facts(flat, full, own, spec, num_rows, numerics, forced)
-        lacking = {"bytes_after": 0, "weights": None, "implementation": None}
-        facts = dataclasses.replace(facts, **lacking, problem=NOT_QUANTIZED)
+        facts = dataclasses.replace(
+            facts, bytes_after=0, weights=None, implementation=None, problem=NOT_QUANTIZED
+        )
     else:
         placed = {**flat, f"{own}/kernel": flat[path]}
         facts = kernel_facts(placed, full, own, spec, num_rows, numerics, forced)
