@@ -121,6 +121,12 @@ def schedule_error(
     Raises:
         ValueError: as `choose_steps`.
     """
+    table = checkpoint.params.get(OVER_TIME)
+    if table is not None and table.weight_bits is not None:
+        raise ValueError(
+            "the checkpoint's weights change over time, which a schedule of activations alone would "
+            "undo; take that away first: schedule_act_bits(checkpoint, None)."
+        )
     levels = tuple(dict.fromkeys(act_bits))
     for bits in levels:
         check_act_bits(bits)

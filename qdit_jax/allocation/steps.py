@@ -119,7 +119,8 @@ def choose_steps(
 
     Raises:
         ValueError: if there are fewer than two levels, no activation is quantized or one cannot
-            have these bits, the budget is below the fewest bits, or samples are not finite.
+            have these bits, the checkpoint's weights change over time, the budget is below the
+            fewest bits, or samples are not finite.
         UserError: if `state` holds another search; the first setting that differs is named.
     """
     check_counts(0, num_neighbors=num_neighbors)

@@ -35,7 +35,13 @@ def found_schedule(folder: AnyPath, args: argparse.Namespace) -> tuple[ChosenSte
             f"{args.checkpoint} is in full precision; first `qdit quantize {args.checkpoint} DIR "
             "--recipe w4a4`."
         )
-    checkpoint = schedule_act_bits(checkpoint, None)  # an earlier one
+    if checkpoint.recipe.over_time is not None:
+        if checkpoint.recipe.over_time.weight_bits is not None:
+            raise UserError(
+                f"the weights of {args.checkpoint} change over time, which a schedule of activations "
+                "alone would undo; give a checkpoint whose weights do not."
+            )
+        checkpoint = schedule_act_bits(checkpoint, None)  # another one is to be found
     if any((folder / "state").glob("[0-9]*")):
         logging.getLogger("qdit_jax").info("resuming from %s", folder / "state")
     rollouts = Rollouts(

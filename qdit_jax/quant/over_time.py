@@ -73,7 +73,16 @@ class BitsOverTime:
         return list(zip(weight_bits, self.bits, strict=True))
 
     def at(self, timestep: Numbers) -> Int[Array, "*batch"]:
-        """Returns the level at `timestep`, a number or one per sample `[B]`."""
+        """Returns the level at `timestep`, a number or one per sample `[B]`.
+
+        Raises:
+            ValueError: if it has more axes, such as one per token.
+        """
+        if jnp.ndim(timestep) > 1:
+            raise ValueError(
+                f"timestep has shape {jnp.shape(timestep)}; bits over time need one number per "
+                "sample, [B]."
+            )
         away = jnp.abs(jnp.asarray(timestep, jnp.float32)[..., None] - self.timesteps)
         return jnp.asarray(self.level)[jnp.argmin(away, axis=-1)]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from qdit_jax.allocation.schedule_error import final_latents
 from qdit_jax.allocation.step_candidates import candidates
 from qdit_jax.ptq import schedule_act_bits
 from qdit_jax.quant import OVER_TIME
+from qdit_jax.recipes import OverTime
 
 STEPS = 5
 ROLLOUTS = Rollouts(num_steps=STEPS, num_batches=2, batch_size=4)
@@ -125,5 +128,13 @@ def test_what_cannot_be_chosen_is_refused(checkpoint):
         choose_steps(checkpoint, KEY, mean_bits=3, rollouts=ROLLOUTS)
     with pytest.raises(ValueError, match="leave no choice"):
         choose_steps(checkpoint, KEY, mean_bits=8, act_bits=(8, 8), rollouts=ROLLOUTS)
+    recipe = dataclasses.replace(
+        qdit.Recipe.preset("w4a4", group_size=16), over_time=OverTime((900.0,), (None,), (8,))
+    )
+    scheduled = qdit.quantize(tiny_checkpoint(), "rtn", recipe)
+    with pytest.raises(
+        ValueError, match="weights change over time, which a schedule of activations"
+    ):
+        choose_steps(scheduled, KEY, mean_bits=8, rollouts=ROLLOUTS)
     with pytest.raises(ValueError, match="none is quantized"):
         choose_steps(tiny_checkpoint(), KEY, mean_bits=8, rollouts=ROLLOUTS)
