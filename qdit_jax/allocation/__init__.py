@@ -49,6 +49,7 @@ from qdit_jax.allocation.space import (
     uniform_assignment,
     uniform_sizes,
 )
+from qdit_jax.allocation.step_candidates import EXCHANGED
 from qdit_jax.allocation.steps import ChosenSteps, MeasuredSchedule, choose_steps
 from qdit_jax.allocation.strategies import STRATEGIES, strategy_named
 from qdit_jax.allocation.strategies.allocate import Allocate, AllocationSettings, allocate
@@ -58,6 +59,7 @@ from qdit_jax.allocation.strategies.random_draw import random_children
 from qdit_jax.allocation.timestep_effects import measured_timestep_weights
 
 __all__ = [
+    "EXCHANGED",
     "GROUP_SIZES",
     "STRATEGIES",
     "Allocate",

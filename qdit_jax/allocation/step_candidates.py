@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from qdit_jax.allocation.knapsack import solve
 
 Schedule = tuple[int, ...]
+EXCHANGED = "two steps exchanged"  # of a neighbor
 SLACK = 1e-9  # of a budget, for sums of floats
 
 
@@ -42,7 +43,7 @@ def candidates(
     best = solve(list(errors), table, float(limit), slack=SLACK).assignment
     found = {tuple(best.tolist()): "least predicted"}
     for schedule in neighbors(best, errors, num_neighbors):
-        found.setdefault(schedule, "two steps exchanged")
+        found.setdefault(schedule, EXCHANGED)
     for schedule, name in simple(num_steps, costs, limit):
         found.setdefault(schedule, name)
     return found

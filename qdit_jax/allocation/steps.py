@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from qdit_jax.allocation.journal import Journal
 from qdit_jax.allocation.records import Store
 from qdit_jax.allocation.schedule_error import ROLLOUTS, AnyLevel, ScheduleError, schedule_error
 from qdit_jax.allocation.searching import Rollouts
-from qdit_jax.allocation.step_candidates import candidates
+from qdit_jax.allocation.step_candidates import EXCHANGED, Schedule, candidates, neighbors
 from qdit_jax.checkpoint import Checkpoint, fingerprint
 from qdit_jax.errors import check_counts
 from qdit_jax.files import PathLike
@@ -95,6 +95,7 @@ def choose_steps(
     act_bits: Sequence[int | None] = (None, 16),
     rollouts: Rollouts = ROLLOUTS,
     num_neighbors: int = 4,
+    num_rounds: int = 3,
     state: PathLike | None = None,
     on_total: Callable[[int], Any] | None = None,
     progress_fn: Callable[[int], Any] | None = None,
@@ -104,6 +105,7 @@ def choose_steps(
     Measures each step alone at each lower precision, S (L - 1) rollouts, solves the knapsack of their
     sums exactly, and measures its solution, neighbors of it and simple schedules: one level
     throughout, and the more bits last, first, at both ends or in the middle, for every two levels.
+    Then it measures neighbors of the best measured, for as long as that is improved.
 
     Args:
         checkpoint: quantized, activations included; its weights stay as they are.
@@ -112,7 +114,8 @@ def choose_steps(
             `low` and `high` bits, a share `s` of low steps is `high - s * (high - low)`.
         act_bits: the levels; None are the checkpoint's own bits, 16 is no quantizer.
         rollouts: sampler and samples, one batch by default.
-        num_neighbors: of the predicted schedule, two steps exchanged, to measure.
+        num_neighbors: of a schedule, two steps exchanged, to measure; those of the least sums.
+        num_rounds: how often at most neighbors of the best measured schedule are measured.
         state: a folder that keeps what was measured; the same call resumes from it.
         on_total: called with the number of rollouts, each time that it is known better.
         progress_fn: called with 1 after every rollout, read from `state` or run.
@@ -123,7 +126,7 @@ def choose_steps(
             fewest bits, or samples are not finite.
         UserError: if `state` holds another search; the first setting that differs is named.
     """
-    check_counts(0, num_neighbors=num_neighbors)
+    check_counts(0, num_neighbors=num_neighbors, num_rounds=num_rounds)
     error_fn = schedule_error(checkpoint, key, act_bits=act_bits, rollouts=rollouts)
     costs = error_fn.costs
     if not np.isfinite(mean_bits) or mean_bits < min(costs):
@@ -137,19 +140,20 @@ def choose_steps(
         act_bits=list(error_fn.levels),
         mean_bits=mean_bits,
         num_neighbors=num_neighbors,
+        num_rounds=num_rounds,
     )
     with contextlib.ExitStack() as stack:
         store = None if state is None else stack.enter_context(Store(state, settings))
         measure = Measure(error_fn, Journal(store), on_total, progress_fn)
         errors = step_errors(measure)
-        found = candidates(errors, costs, float(mean_bits), num_neighbors)
-        measure.expect(len(found))
-        rows = []
-        for schedule, name in found.items():
-            chosen = tuple(error_fn.levels[i] for i in schedule)
-            predicted = float(errors[np.arange(len(errors)), list(schedule)].sum())
-            mean = float(np.mean([costs[i] for i in schedule]))
-            rows.append(MeasuredSchedule(chosen, name, predicted, measure(chosen), mean))  # type: ignore[arg-type]
+        first = candidates(errors, costs, float(mean_bits), num_neighbors)
+        measured = measured_schedules(measure, errors, first, num_neighbors, num_rounds)
+    rows = []
+    for schedule, (name, error) in measured.items():
+        chosen: Any = tuple(error_fn.levels[i] for i in schedule)
+        predicted = float(errors[np.arange(len(errors)), list(schedule)].sum())
+        mean = float(np.mean([costs[i] for i in schedule]))
+        rows.append(MeasuredSchedule(chosen, name, predicted, error, mean))
     rows.sort(key=lambda row: row.measured)  # of equal ones, the predicted one comes first
     best = rows[0]
     over_time = OverTime(error_fn.timesteps, best.act_bits)
@@ -157,6 +161,30 @@ def choose_steps(
     return ChosenSteps(
         over_time, levels, errors, best.predicted, best.measured, best.mean_bits, tuple(rows)
     )
+
+
+def measured_schedules(
+    measure: Measure,
+    errors: Float[np.ndarray, "S L"],
+    first: Mapping[Schedule, str],
+    num_neighbors: int,
+    num_rounds: int,
+) -> dict[Schedule, tuple[str, float]]:
+    """Returns what each schedule is and its error: of `first`, then of neighbors of the best."""
+    found: dict[Schedule, tuple[str, float]] = {}
+    wanted, best, levels = dict(first), np.inf, measure.error_fn.levels
+    for _ in range(num_rounds + 1):
+        measure.expect(len(wanted))
+        for schedule, name in wanted.items():
+            found[schedule] = (name, measure([levels[i] for i in schedule]))
+        center = min(found, key=lambda schedule: found[schedule][1])
+        if not found[center][1] < best:
+            break
+        best = found[center][1]
+        near = neighbors(np.array(center), errors, num_neighbors + len(found))
+        new = [schedule for schedule in near if schedule not in found][:num_neighbors]
+        wanted = dict.fromkeys(new, EXCHANGED)
+    return found
 
 
 class Measure:

@@ -6,8 +6,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from qdit_jax.allocation import ChosenSteps
+from qdit_jax.allocation import EXCHANGED, ChosenSteps
 from qdit_jax.files import PathLike
 
 INK, SOFT, ACCENT, MARK = "#222222", "#9aa5b1", "#0b6e99", "#c2410c"
@@ -25,6 +26,8 @@ def draw_schedule(path: PathLike, chosen: ChosenSteps) -> None:
             top.plot(steps, column, "o-", ms=3, lw=1, label=f"this step alone at {label}")
     if (chosen.errors[chosen.errors != 0] > 0).any():
         top.set_yscale("log")
+    for axes in (top, middle):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     top.set_ylabel("error of final latents")
     top.legend(frameon=False, fontsize=9)
     by_step = chosen.over_time.act_bits
@@ -45,7 +48,7 @@ def draw_candidates(axes: Axes, chosen: ChosenSteps) -> None:
         marker, size = ("*", 13) if number == 0 else ("o", 5)
         color = INK if number == 0 else color
         axes.plot(row.predicted, row.measured, marker, ms=size, color=color)
-        if row.name != "two steps exchanged":
+        if row.name != EXCHANGED:
             place = (row.predicted, row.measured)
             axes.annotate(row.name, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
     values = [value for row in chosen.candidates for value in (row.predicted, row.measured)]

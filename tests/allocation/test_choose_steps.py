@@ -71,6 +71,16 @@ def test_it_is_never_worse_than_the_simple_schedules(checkpoint, chosen):
     assert measured[0] == chosen.measured
 
 
+def test_it_goes_on_from_the_best_measured(checkpoint, chosen):
+    once = choose_steps(checkpoint, KEY, mean_bits=9.5, rollouts=ROLLOUTS, num_rounds=0)
+    assert {row.act_bits for row in once.candidates} < {row.act_bits for row in chosen.candidates}
+    assert chosen.measured <= once.measured
+    best = np.array([bits == 16 for bits in once.over_time.act_bits])
+    more = {row.act_bits for row in chosen.candidates} - {row.act_bits for row in once.candidates}
+    gaps = [sum(best != np.array([bits == 16 for bits in one])) for one in more]
+    assert 2 in gaps  # two steps exchanged
+
+
 def test_a_stopped_search_goes_on_where_it_was(checkpoint, chosen, tmp_path, monkeypatch):
     given = {"mean_bits": 9.5, "rollouts": ROLLOUTS, "state": tmp_path / "state"}
     calls = []
