@@ -17,6 +17,7 @@ from qdit_jax.cli.quantize_options import (
     recipe_of,
 )
 from qdit_jax.cli.steps_option import add_steps_at, with_steps
+from qdit_jax.cli.timestep_weights import timestep_weights
 
 HELP = """\
 Quantize a checkpoint's linear layers in groups of input channels.
@@ -94,7 +95,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         found = table.totals()
         print(*map(table.row, table.plans), totals_text(found), sep="\n")
         return found
-    data = data_of(given, timestep_weights(args, recipe) if args.weight_timesteps else None)
+    weights = None
+    if args.weight_timesteps:
+        weights = timestep_weights(
+            args.checkpoint,
+            recipe,
+            num_steps=args.steps,
+            guidance=args.guidance,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            stats=args.stats,
+        )
+    data = data_of(given, weights)
     with Bar(0, "batch", "rounding") as bar:
         written = qdit.quantize(
             args.checkpoint,
@@ -111,34 +123,3 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     found = table.totals(written.params, {"before": args.checkpoint, "after": args.out})
     print(f"{totals_text(found)}\nwrote {args.out}")
     return {"out": args.out, "method": args.method, **found}
-
-
-def timestep_weights(args: argparse.Namespace, recipe: Any) -> Any:
-    """Returns the measured weights of the timesteps, and prints their range."""
-    import jax
-
-    from qdit_jax.allocation import Rollouts, measured_timestep_weights
-    from qdit_jax.calibration import Stats
-    from qdit_jax.cli.checkpoints import diffusion_checkpoint
-    from qdit_jax.cli.progress import Bar
-
-    checkpoint = diffusion_checkpoint(args.checkpoint)
-    guidance = args.guidance if checkpoint.model.has_null else None
-    rollouts = Rollouts(
-        num_steps=args.steps, guidance=guidance, num_batches=1, batch_size=args.batch_size
-    )
-    with Bar(args.steps, "rollout", "measuring timesteps") as bar:
-        weights = measured_timestep_weights(
-            checkpoint,
-            jax.random.key(args.seed),
-            recipe=recipe,
-            rollouts=rollouts,
-            stats=None if args.stats is None else Stats.load(args.stats),
-            progress_fn=bar.update,
-        )
-    least, most = min(weights.weights), max(weights.weights)
-    print(
-        f"inputs count {least:.3g} to {most:.3g} by their timestep, the most at timestep "
-        f"{weights.timesteps[weights.weights.index(most)]:g}"
-    )
-    return weights

@@ -85,7 +85,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.write is not None:
         check_free(args.write, args.force, "checkpoint", [*inputs, args.out])
     with renewed_folder(args.out, args.force, "schedule", inputs) as folder:
-        chosen, checkpoint = found_schedule(folder, args)
+        chosen, checkpoint = found_schedule(
+            args.checkpoint,
+            folder,
+            mean_bits=args.mean_bits,
+            act_bits=args.act_bits,
+            num_steps=args.steps,
+            guidance=args.guidance,
+            num_batches=args.num_batches,
+            batch_size=args.batch_size,
+            seed=args.seed,
+        )
         write_result(folder, chosen, checkpoint)
     print(summary(chosen))
     if args.write is not None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -22,40 +22,54 @@ from qdit_jax.report import provenance
 SHOWN = 8  # candidates in the summary
 
 
-def found_schedule(folder: AnyPath, args: argparse.Namespace) -> tuple[ChosenSteps, Checkpoint]:
+def found_schedule(
+    source: AnyPath,
+    folder: AnyPath,
+    *,
+    mean_bits: float,
+    act_bits: Sequence[int],
+    num_steps: int,
+    guidance: float | None,
+    num_batches: int,
+    batch_size: int,
+    seed: int,
+) -> tuple[ChosenSteps, Checkpoint]:
     """Returns the chosen steps and the checkpoint that has them; `folder` keeps the state.
+
+    Args:
+        source: the quantized checkpoint's folder.
+        guidance: None for the model's default.
 
     Raises:
         UserError: if the checkpoint is in full precision.
         ValueError: as `choose_steps`.
     """
-    checkpoint = diffusion_checkpoint(args.checkpoint)
+    checkpoint = diffusion_checkpoint(source)
     if checkpoint.recipe is None:
         raise UserError(
-            f"{args.checkpoint} is in full precision; first `qdit quantize {args.checkpoint} DIR "
-            "--recipe w4a4`."
+            f"{source} is in full precision; first `qdit quantize {source} DIR --recipe w4a4`."
         )
     if checkpoint.recipe.over_time is not None:
         if checkpoint.recipe.over_time.weight_bits is not None:
             raise UserError(
-                f"the weights of {args.checkpoint} change over time, which a schedule of activations "
+                f"the weights of {source} change over time, which a schedule of activations "
                 "alone would undo; give a checkpoint whose weights do not."
             )
         checkpoint = schedule_act_bits(checkpoint, None)  # another one is to be found
     if any((folder / "state").glob("[0-9]*")):
         logging.getLogger("qdit_jax").info("resuming from %s", folder / "state")
     rollouts = Rollouts(
-        num_steps=args.steps,
-        guidance=guidance_of(checkpoint, args.guidance),
-        num_batches=args.num_batches,
-        batch_size=args.batch_size,
+        num_steps=num_steps,
+        guidance=guidance_of(checkpoint, guidance),
+        num_batches=num_batches,
+        batch_size=batch_size,
     )
     with Bar(0, "rollout", "measuring") as bar:
         chosen = choose_steps(
             checkpoint,
-            jax.random.key(args.seed),
-            mean_bits=args.mean_bits,
-            act_bits=args.act_bits,
+            jax.random.key(seed),
+            mean_bits=mean_bits,
+            act_bits=act_bits,
             rollouts=rollouts,
             state=folder / "state",
             on_total=bar.expect,

@@ -78,12 +78,13 @@ class BitsOverTime:
         Raises:
             ValueError: if it has more axes, such as one per token.
         """
-        if jnp.ndim(timestep) > 1:
+        timestep = jnp.asarray(timestep, jnp.float32)
+        if timestep.ndim > 1:
             raise ValueError(
-                f"timestep has shape {jnp.shape(timestep)}; bits over time need one number per "
+                f"timestep has shape {timestep.shape}; bits over time need one number per "
                 "sample, [B]."
             )
-        away = jnp.abs(jnp.asarray(timestep, jnp.float32)[..., None] - self.timesteps)
+        away = jnp.abs(timestep[..., None] - self.timesteps)
         return jnp.asarray(self.level)[jnp.argmin(away, axis=-1)]
 
 
