@@ -72,8 +72,8 @@ def quantize_linen(
 
     Raises:
         TypeError: if `model` is not a linen module, or `params` is not a dict.
-        ValueError: if a rule matches no layer that can be quantized, the layout of a kernel cannot
-            be told, the network cannot be called with the example, or with `strict`, as said there.
+        ValueError: if a rule matches no layer that can be quantized, the recipe changes bits over
+            time, the layout of a kernel cannot be told, the network cannot be called with the example, or with `strict`, as said there.
     """
     check_arguments(model, params, numerics)
     if not isinstance(example_args, tuple | list):
@@ -162,7 +162,15 @@ def is_kernel(path: Path, leaf: Any) -> bool:
 
 
 def check_unquantized(recipe: Recipe, kernels: Mapping[Path, Any]) -> None:
-    """Raises `ValueError` if the recipe matches a layer that is quantized already."""
+    """Raises `ValueError` if the recipe matches a layer that is quantized already.
+
+    Also if it changes bits over time: a network that is called by itself has no timestep.
+    """
+    if recipe.over_time is not None:
+        raise ValueError(
+            f"recipe {recipe.name!r} changes bits over time, which needs a network called by a "
+            "`Denoiser`; leave it out: dataclasses.replace(recipe, over_time=None)."
+        )
     for path, kernel in kernels.items():
         name = "/".join(path)
         if isinstance(kernel, QTensor) and recipe.get(name) is not None:

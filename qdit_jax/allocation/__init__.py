@@ -32,6 +32,7 @@ from qdit_jax.allocation.objectives import (
 from qdit_jax.allocation.problem import Found, Front, Problem, Strategy
 from qdit_jax.allocation.records import Measured, Store
 from qdit_jax.allocation.rollouts import Rollout, frechet_objective, seeds
+from qdit_jax.allocation.schedule_error import ScheduleError, schedule_error
 from qdit_jax.allocation.searching import Rollouts, SearchResult, search
 from qdit_jax.allocation.sensitivity import (
     Effects,
@@ -51,16 +52,19 @@ from qdit_jax.allocation.space import (
     uniform_assignment,
     uniform_sizes,
 )
-from qdit_jax.allocation.steps import ChosenSteps, ScheduleError, choose_steps, schedule_error
+from qdit_jax.allocation.step_candidates import EXCHANGED
+from qdit_jax.allocation.steps import ChosenSteps, MeasuredSchedule, choose_steps
 from qdit_jax.allocation.strategies import STRATEGIES, strategy_named
 from qdit_jax.allocation.strategies.allocate import Allocate, AllocationSettings, allocate
 from qdit_jax.allocation.strategies.cheapest import Cheapest, CheapestSettings, cheapest
 from qdit_jax.allocation.strategies.evolution import EvolutionSettings, Evolve, evolve
 from qdit_jax.allocation.strategies.nsga import offspring
 from qdit_jax.allocation.strategies.random_draw import random_children
+from qdit_jax.allocation.timestep_effects import measured_timestep_weights
 from qdit_jax.allocation.within import Within
 
 __all__ = [
+    "EXCHANGED",
     "FLOAT32_MAC",
     "GROUP_SIZES",
     "STRATEGIES",
@@ -90,6 +94,7 @@ __all__ = [
     "LostWorkerError",
     "MeanGroup",
     "Measured",
+    "MeasuredSchedule",
     "PairedError",
     "Prediction",
     "Problem",
@@ -120,6 +125,7 @@ __all__ = [
     "function_objective",
     "gpu_cost",
     "lagrangian_front",
+    "measured_timestep_weights",
     "named_costs",
     "offspring",
     "paired_error",

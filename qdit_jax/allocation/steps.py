@@ -1,33 +1,52 @@
-"""Which sampling steps get few bits: one step lowered at a time, then an exact knapsack.
+"""Which sampling steps get few bits: one step lowered at a time, a knapsack, then measurements.
 
 The error of final samples is close to the sum of what each lowered step alone does (TMPDiff,
-arXiv:2603.14062), so S paired rollouts per lower precision predict all schedules.
+arXiv:2603.14062), so S paired rollouts per lower precision predict all schedules. It is not the same,
+so the best predicted one is measured beside its neighbors and simple ones, and the best measured is
+returned.
 
-Dimensions: S steps, L levels (bits), J batches, B samples per batch, H, W, C one latent.
+Dimensions: S steps, L levels (bits).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-from qdit_jax.allocation.knapsack import solve
-from qdit_jax.allocation.objectives import taken
-from qdit_jax.allocation.rollouts import Rollout, Seeds, seeds
+from qdit_jax.allocation.journal import Journal
+from qdit_jax.allocation.records import Store
+from qdit_jax.allocation.schedule_error import ROLLOUTS, AnyLevel, ScheduleError, schedule_error
 from qdit_jax.allocation.searching import Rollouts
-from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.ptq import schedule_act_bits
-from qdit_jax.quant import OVER_TIME, ActQuant, bits_over_time
-from qdit_jax.recipes import OverTime, check_act_bits
-from qdit_jax.sampling import check_diffusion_model, sampler_timesteps
-from qdit_jax.types import Condition, Key, Params
+from qdit_jax.allocation.step_candidates import EXCHANGED, Schedule, candidates, neighbors
+from qdit_jax.checkpoint import Checkpoint, fingerprint
+from qdit_jax.errors import check_counts
+from qdit_jax.files import PathLike
+from qdit_jax.recipes import OverTime
+from qdit_jax.types import Key
 
-ROLLOUTS = Rollouts(num_batches=1)
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredSchedule:
+    """A schedule that was a candidate.
+
+    Attributes:
+        act_bits: one per step.
+        name: what it is, such as `"more bits last"`.
+        predicted: the sum of its steps' errors.
+        measured: its error.
+        mean_bits: per step.
+    """
+
+    act_bits: tuple[int | None, ...]
+    name: str
+    predicted: float
+    measured: float
+    mean_bits: float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,6 +63,7 @@ class ChosenSteps:
         predicted: sum of the chosen entries of `errors`.
         measured: the schedule's error, on the same samples.
         mean_bits: of the schedule, per step.
+        candidates: all that were measured, the chosen one among them, the best first.
     """
 
     over_time: OverTime
@@ -52,98 +72,19 @@ class ChosenSteps:
     predicted: float
     measured: float
     mean_bits: float
+    candidates: tuple[MeasuredSchedule, ...] = ()
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ScheduleError:
-    """`act_bits [S] -> error`: of a schedule against the most bits throughout, on fixed samples.
-
-    All schedules run in one compiled program: the level of every step is data.
-    """
-
-    rollout: Rollout
-    params: Params
-    levels: tuple[int | None, ...]
-    data: Seeds
-    reference: list[Float[np.ndarray, "B *shape"]] = dataclasses.field(default_factory=list)
-
-    @property
-    def timesteps(self) -> tuple[float, ...]:
-        """Returns the timesteps of the sampler, `[S]`."""
-        return sampler_timesteps(self.rollout.sampler)
-
-    @property
-    def costs(self) -> list[float]:
-        """Returns the bits of each level; for a quantizer's own, the mean over the tree's."""
-        nodes = jax.tree.leaves(self.params, is_leaf=lambda node: isinstance(node, ActQuant))
-        own = np.mean([node.spec.bits for node in nodes if isinstance(node, ActQuant)])
-        return [float(own if bits is None else bits) for bits in self.levels]
-
-    def finals(self, act_bits: Sequence[int | None]) -> list[Float[np.ndarray, "B *shape"]]:
-        """Returns the final latents of every batch under a schedule."""
-        table = bits_over_time(self.timesteps, act_bits, self.levels)
-        params = {**self.params, OVER_TIME: table}
-        batches = range(len(self.data[0]))
-        return [
-            np.asarray(final_latents(self.rollout, params, *taken(self.data, j))) for j in batches
-        ]
-
-    def __call__(self, act_bits: Sequence[int | None]) -> float:
-        """Returns the schedule's error.
-
-        Raises:
-            ValueError: if it is not finite.
-        """
-        if not self.reference:
-            most = self.levels[int(np.argmax(self.costs))]
-            self.reference.extend(self.finals([most] * len(self.timesteps)))
-        reference = np.stack(self.reference).astype(np.float64)
-        gap = np.square(np.stack(self.finals(act_bits)) - reference).mean()
-        error = float(gap / np.square(reference).mean())
-        if not np.isfinite(error):
-            raise ValueError(f"the samples at act_bits={list(act_bits)} are not finite.")
-        return error
-
-
-@jax.jit
-def final_latents(
-    rollout: Rollout, params: Params, noise: Array, condition: Condition, key: Key
-) -> Array:
-    """Returns the latents `[B, H, W, C]` after the last step."""
-    return rollout(params, noise, condition, key)
-
-
-def schedule_error(
-    checkpoint: Checkpoint,
-    key: Key,
-    *,
-    act_bits: Sequence[int | None] = (None, 16),
-    rollouts: Rollouts = ROLLOUTS,
-) -> ScheduleError:
-    """Returns the function that measures schedules of a quantized checkpoint; see `choose_steps`.
-
-    Raises:
-        ValueError: as `choose_steps`.
-    """
-    check_diffusion_model(checkpoint.model)
-    levels = tuple(dict.fromkeys(act_bits))
-    for bits in levels:
-        check_act_bits(bits)
-    if len(levels) < 2:
-        raise ValueError(f"act_bits={list(act_bits)} leave no choice; give two or more.")
-    rollout = rollouts.rollout(checkpoint, guided=checkpoint.model.has_null)
-    # Also checks that every quantizer can have these bits.
-    whole = OverTime(tuple(map(float, range(len(levels)))), levels)
-    params = schedule_act_bits(checkpoint, whole).params
-    data = seeds(
-        checkpoint.model,
-        key,
-        rollouts.num_batches,
-        rollouts.batch_size,
-        conditions=rollouts.conditions,
-    )
-    params = {name: entry for name, entry in params.items() if name != OVER_TIME}
-    return ScheduleError(rollout, params, levels, data)
+    def to_json(self) -> dict[str, Any]:
+        """Returns everything as JSON-able values."""
+        return {
+            "over_time": self.over_time.to_json(),
+            "levels": list(self.levels),
+            "errors": self.errors.tolist(),
+            "predicted": self.predicted,
+            "measured": self.measured,
+            "mean_bits": self.mean_bits,
+            "candidates": [dataclasses.asdict(one) for one in self.candidates],
+        }
 
 
 def choose_steps(
@@ -153,12 +94,18 @@ def choose_steps(
     mean_bits: float | int,
     act_bits: Sequence[int | None] = (None, 16),
     rollouts: Rollouts = ROLLOUTS,
+    num_neighbors: int = 4,
+    num_rounds: int = 3,
+    state: PathLike | None = None,
+    on_total: Callable[[int], Any] | None = None,
     progress_fn: Callable[[int], Any] | None = None,
 ) -> ChosenSteps:
-    """Returns the schedule of activation bits with the least summed error within a budget.
+    """Returns the schedule of activation bits with the least measured error within a budget.
 
-    Measures each step alone at each lower precision, S (L - 1) rollouts, and solves the knapsack
-    exactly; then measures the chosen schedule.
+    Measures each step alone at each lower precision, S (L - 1) rollouts, solves the knapsack of their
+    sums exactly, and measures its solution, neighbors of it and simple schedules: one level
+    throughout, and the more bits last, first, at both ends or in the middle, for every two levels.
+    Then it measures neighbors of the best measured, for as long as that is improved.
 
     Args:
         checkpoint: quantized, activations included; its weights stay as they are.
@@ -167,33 +114,118 @@ def choose_steps(
             `low` and `high` bits, a share `s` of low steps is `high - s * (high - low)`.
         act_bits: the levels; None are the checkpoint's own bits, 16 is no quantizer.
         rollouts: sampler and samples, one batch by default.
-        progress_fn: called with 1 after every rollout; there are `S (L - 1) + 2`.
+        num_neighbors: of a schedule, two steps exchanged, to measure; those of the least sums.
+        num_rounds: how often at most neighbors of the best measured schedule are measured.
+        state: a folder that keeps what was measured; the same call resumes from it.
+        on_total: called with the number of rollouts, each time that it is known better.
+        progress_fn: called with 1 after every rollout, read from `state` or run.
 
     Raises:
         ValueError: if there are fewer than two levels, no activation is quantized or one cannot
-            have these bits, the budget is below the fewest bits, or samples are not finite.
+            have these bits, the checkpoint's weights change over time, the budget is below the
+            fewest bits, or samples are not finite.
+        UserError: if `state` holds another search; the first setting that differs is named.
     """
+    check_counts(0, num_neighbors=num_neighbors, num_rounds=num_rounds)
     error_fn = schedule_error(checkpoint, key, act_bits=act_bits, rollouts=rollouts)
-    levels, costs, timesteps = error_fn.levels, error_fn.costs, error_fn.timesteps
+    costs = error_fn.costs
     if not np.isfinite(mean_bits) or mean_bits < min(costs):
         raise ValueError(f"mean_bits={mean_bits} is below the fewest bits, {min(costs):g}.")
-    report = progress_fn or (lambda count: None)
-    most = levels[int(np.argmax(costs))]
-    highest: list[int | None] = [most] * len(timesteps)
-    error_fn(highest)
-    report(1)
-    errors = np.zeros((len(timesteps), len(levels)))
-    for step in range(len(timesteps)):
-        for number, bits in enumerate(levels):
-            if bits == most:
+    settings = fingerprint(
+        params=error_fn.params,
+        model=checkpoint.model,
+        sampler=error_fn.rollout.sampler,
+        guidance=error_fn.rollout.guidance,
+        data=error_fn.data,
+        act_bits=list(error_fn.levels),
+        mean_bits=mean_bits,
+        num_neighbors=num_neighbors,
+        num_rounds=num_rounds,
+    )
+    with contextlib.ExitStack() as stack:
+        store = None if state is None else stack.enter_context(Store(state, settings))
+        measure = Measure(error_fn, Journal(store), on_total, progress_fn)
+        errors = step_errors(measure)
+        first = candidates(errors, costs, float(mean_bits), num_neighbors)
+        measured = measured_schedules(measure, errors, first, num_neighbors, num_rounds)
+    rows = []
+    for schedule, (name, error) in measured.items():
+        chosen: Any = tuple(error_fn.levels[i] for i in schedule)
+        predicted = float(errors[np.arange(len(errors)), list(schedule)].sum())
+        mean = float(np.mean([costs[i] for i in schedule]))
+        rows.append(MeasuredSchedule(chosen, name, predicted, error, mean))
+    rows.sort(key=lambda row: row.measured)  # of equal ones, the predicted one comes first
+    best = rows[0]
+    over_time = OverTime(error_fn.timesteps, best.act_bits)
+    levels: Any = error_fn.levels
+    return ChosenSteps(
+        over_time, levels, errors, best.predicted, best.measured, best.mean_bits, tuple(rows)
+    )
+
+
+def measured_schedules(
+    measure: Measure,
+    errors: Float[np.ndarray, "S L"],
+    first: Mapping[Schedule, str],
+    num_neighbors: int,
+    num_rounds: int,
+) -> dict[Schedule, tuple[str, float]]:
+    """Returns what each schedule is and its error: of `first`, then of neighbors of the best."""
+    found: dict[Schedule, tuple[str, float]] = {}
+    wanted, best, levels = dict(first), np.inf, measure.error_fn.levels
+    for _ in range(num_rounds + 1):
+        measure.expect(len(wanted))
+        for schedule, name in wanted.items():
+            found[schedule] = (name, measure([levels[i] for i in schedule]))
+        center = min(found, key=lambda schedule: found[schedule][1])
+        if not found[center][1] < best:
+            break
+        best = found[center][1]
+        near = neighbors(np.array(center), errors, num_neighbors + len(found))
+        new = [schedule for schedule in near if schedule not in found][:num_neighbors]
+        wanted = dict.fromkeys(new, EXCHANGED)
+    return found
+
+
+class Measure:
+    """A `ScheduleError` whose results are kept in a journal, and reported."""
+
+    def __init__(
+        self,
+        error_fn: ScheduleError,
+        journal: Journal | None = None,
+        on_total: Callable[[int], Any] | None = None,
+        progress_fn: Callable[[int], Any] | None = None,
+    ) -> None:
+        self.error_fn, self.journal = error_fn, Journal() if journal is None else journal
+        self.on_total, self.progress_fn = on_total, progress_fn
+        self.total = 0
+
+    def expect(self, count: int) -> None:
+        """Says that `count` more schedules will be measured."""
+        self.total += count
+        if self.on_total is not None:
+            self.on_total(self.total)
+
+    def __call__(self, chosen: Sequence[AnyLevel]) -> float:
+        """Returns the error of a schedule."""
+        found = self.journal.step("error", lambda: {"error": self.error_fn(chosen)})
+        if self.progress_fn is not None:
+            self.progress_fn(1)
+        return float(found["error"])
+
+
+def step_errors(measure: Measure) -> Float[np.ndarray, "S L"]:
+    """Returns the error of each step alone at each level, all others at the most bits."""
+    error_fn = measure.error_fn
+    num_steps, most = len(error_fn.timesteps), error_fn.most
+    measure.expect(num_steps * (len(error_fn.levels) - 1))
+    errors = np.zeros((num_steps, len(error_fn.levels)))
+    for step in range(num_steps):
+        for number, level in enumerate(error_fn.levels):
+            if level == most:
                 continue
-            errors[step, number] = error_fn([*highest[:step], bits, *highest[step + 1 :]])
-            report(1)
-    table = [np.array(costs)] * len(timesteps)
-    found = solve(list(errors), table, float(mean_bits * len(timesteps)), slack=1e-9)
-    chosen = tuple(levels[i] for i in found.assignment)
-    measured = error_fn(chosen)
-    report(1)
-    over_time = OverTime(timesteps, chosen)
-    mean = found.cost / len(timesteps)
-    return ChosenSteps(over_time, levels, errors, found.error, measured, mean)
+            chosen = [most] * num_steps
+            chosen[step] = level
+            errors[step, number] = measure(chosen)
+    return errors

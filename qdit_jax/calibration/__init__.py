@@ -11,11 +11,13 @@ from qdit_jax.calibration.recording import (
     trajectory,
 )
 from qdit_jax.calibration.statistics import Stats, check_layer
+from qdit_jax.calibration.timestep_weights import TimestepWeights
 
 __all__ = [
     "Items",
     "LayerInputs",
     "Stats",
+    "TimestepWeights",
     "authors_steps",
     "calibrate",
     "check_items",

@@ -6,6 +6,7 @@ A quantized leaf is a dataclass: its array fields become arrays, its static fiel
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -14,7 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qdit_jax.checkpoint.deferred import DeferredArray
-from qdit_jax.quant import LEAVES, Leaf, formats, num_groups, packing
+from qdit_jax.quant import LEAVES, Leaf, formats, kernel_of_other, num_groups, packing
 from qdit_jax.types import AnyArray, Params
 
 # One sharding for all arrays, a function `(path, shape) -> sharding`, or None for no device yet.
@@ -90,7 +91,12 @@ def abstract_params(manifest: dict[str, Any]) -> Params:
 
 
 def logical_shapes(manifest: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every parameter as the network sees it, quantized or not."""
+    """Returns the shape of every parameter as the network sees it, quantized or not.
+
+    Raises:
+        ValueError: if a `QTensor` is not what it says, or a kernel of other bits has another shape
+            than its layer's.
+    """
     leaves = {
         path: described
         for path, described in manifest.items()
@@ -99,7 +105,17 @@ def logical_shapes(manifest: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     for path, described in leaves.items():
         if described["type"] == "QTensor":
             check_packing(path, described)
-    return {path: tuple(described["shape"]) for path, described in leaves.items()}
+    shapes = {path: tuple(described["shape"]) for path, described in leaves.items()}
+    others = {path: found[0] for path in shapes if (found := kernel_of_other(path)) is not None}
+    for path, own in others.items():
+        if as_matrix(shapes[path]) != as_matrix(shapes[own]):
+            raise ValueError(f"{path} has shape {shapes[path]}, and {own} has {shapes[own]}")
+    return {path: shape for path, shape in shapes.items() if path not in others}
+
+
+def as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of a kernel `[..., N]` as `(K, N)`."""
+    return (math.prod(shape[:-1]), *shape[-1:])
 
 
 def check_packing(path: str, described: dict[str, Any]) -> None:

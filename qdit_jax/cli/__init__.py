@@ -30,6 +30,7 @@ VERBS = {
     "calibrate": "record statistics of activations",
     "search": "find the group size of every layer",
     "quantize": "quantize a checkpoint",
+    "schedule": "find the sampling steps that bear fewer bits",
     "methods": "list the methods of qdit quantize",
     "export": "convert a checkpoint folder to one safetensors file, or back",
     "sample": "generate pictures",
@@ -57,7 +58,7 @@ EPILOG = """\
 `qdit VERB --help` has examples; its parentheses hold the defaults of options. Every verb takes
 --json (one JSON object on stdout, everything else on stderr), --quiet, --verbose and --debug (the
 traceback of a failure). After an interruption, the same command resumes: calibrate, search,
-sample, evaluate, bench.
+schedule, sample, evaluate, bench.
 """
 
 

@@ -168,6 +168,8 @@ def print_outliers(summary: dict[str, Any]) -> None:
 def summarize(path: str, found: dict[str, Any]) -> dict[str, Any]:
     """Returns the family, configuration, counts, bytes by part, and recipe of a checkpoint."""
     from qdit_jax.models import family_named
+    from qdit_jax.quant import kernel_of_other
+    from qdit_jax.recipes import OverTime
     from qdit_jax.report import part_of
 
     description = found["model"]
@@ -176,7 +178,8 @@ def summarize(path: str, found: dict[str, Any]) -> dict[str, Any]:
     for name, leaf in description["params"].items():
         part = parts.setdefault(part_of(name, family), {"values": 0, "bytes": 0, "dtypes": {}})
         arrays = [leaf] if leaf["type"] == "array" else list(leaf["arrays"].values())
-        if "shape" in leaf:  # what stands beside parameters has none
+        # What stands beside parameters has no shape, or is a kernel's second form.
+        if "shape" in leaf and kernel_of_other(name) is None:
             part["values"] += product(leaf["shape"])
         for array in arrays:
             size = product(array["shape"]) * itemsize(array["dtype"])
@@ -196,6 +199,8 @@ def summarize(path: str, found: dict[str, Any]) -> dict[str, Any]:
         summary["implementations"] = used
     if found.get("recipe"):
         summary["recipe"] = found["recipe"]
+        if (over_time := found["recipe"].get("over_time")) is not None:
+            summary["bits_over_time"] = OverTime.from_json(over_time).text
     if found.get("vae"):
         summary["vae"] = summarize(f"{path}/vae", found["vae"])
     return summary

@@ -16,6 +16,8 @@ from qdit_jax.cli.quantize_options import (
     recipe_file,
     recipe_of,
 )
+from qdit_jax.cli.steps_option import add_steps_at, with_steps
+from qdit_jax.cli.timestep_weights import timestep_weights
 
 HELP = """\
 Quantize a checkpoint's linear layers in groups of input channels.
@@ -36,6 +38,7 @@ examples:
   qdit quantize xl2 out --recipe w4a8 --method qdit_release --adaln w4a16
   qdit quantize xl2 out --recipe w4a8 --adaln w8a8 --embedders w8a8 --final w8a8 --attention w16a8
   qdit quantize xl2 out --recipe w4a8 --act-mode static-per-timestep --stats stats.npz
+  qdit quantize xl2 out --recipe w4a4 --steps-at 0-3,last=a16 --steps 50   # those steps W4A16
 
 `qdit methods` describes the methods. Rounding to nearest (rtn) takes one layer after another from CKPT to OUT, and memory holds the
 largest layer, not the network. The other methods hold the network: they sample trajectories with
@@ -56,6 +59,7 @@ def add_parser(subparsers: Any) -> None:
         help="w4a8, w6a8, w8a8, ... (w<bits>a<bits>), w4a8-all for every layer, or a recipe.json",
     )
     add_preset_options(parser)
+    add_steps_at(parser.add_argument)
     parser.add_argument(
         "--stats", type=path_option, help="from `qdit calibrate`; static activations need it"
     )
@@ -83,6 +87,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     given = vars(args)
     recipe = recipe_of(args.recipe, PresetOptions.of(given), args.method, checkpoint.params)
     check_options(given, recipe)
+    recipe = with_steps(recipe, args.steps_at, checkpoint, args.steps)
     table = Table(checkpoint.params, recipe)
     learns = bool(method_named(args.method).needs) and not args.dry_run
     print(table.header("outputs" if learns else "weights"))
@@ -90,7 +95,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         found = table.totals()
         print(*map(table.row, table.plans), totals_text(found), sep="\n")
         return found
-    data = data_of(given)
+    weights = None
+    if args.weight_timesteps:
+        weights = timestep_weights(
+            args.checkpoint,
+            recipe,
+            num_steps=args.steps,
+            guidance=args.guidance,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            stats=args.stats,
+        )
+    data = data_of(given, weights)
     with Bar(0, "batch", "rounding") as bar:
         written = qdit.quantize(
             args.checkpoint,

@@ -36,7 +36,13 @@ ROUNDINGS = {"nearest": "rtn", "gptq-authors": "qdit_release"}
 # Options of a method that learns from inputs, with their defaults: how they are sampled, ...
 OF_SAMPLING = {"num_samples": 32, "steps": 50, "guidance": 1.5, "seed": 0}
 # ... and how it is fitted to them.
-OF_FITTING = {"items": None, "batch_size": 8, "holdout": None, "stages": None}
+OF_FITTING = {
+    "items": None,
+    "batch_size": 8,
+    "holdout": None,
+    "stages": None,
+    "weight_timesteps": False,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +131,9 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         "--num-samples", type=positive_int, help="trajectories sampled (default %(default)s)"
     )
     group.add_argument(
-        "--steps", type=positive_int, help="steps a trajectory (default %(default)s)"
+        "--steps",
+        type=positive_int,
+        help="steps of a trajectory, and those that --steps-at counts (default %(default)s)",
     )
     group.add_argument("--guidance", type=finite_float)
     group.add_argument("--seed", type=seed_number)
@@ -142,6 +150,12 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         help="how much is rounded between two runs of the network (default block)",
     )
     add_dtype(group.add_argument)
+    group.add_argument(
+        "--weight-timesteps",
+        action="store_true",
+        help="inputs count by how much rounding at their timestep changes the final sample, measured "
+        "first: one sampling of --steps for each of these steps (gptq, best and others like them)",
+    )
     parser.set_defaults(**OF_SAMPLING, **OF_FITTING)
 
 
@@ -230,11 +244,17 @@ def check_options(given: Mapping[str, Any], recipe: Any) -> None:
             f"--stats {given['stats']} has no effect: no activation is static; add --act-mode static, "
             "or leave it out."
         )
+    counted = {"steps"} if given["steps_at"] else set()  # what has an effect by itself
+    counted |= {"steps", "guidance", "seed"} if given["weight_timesteps"] else set()
+    of_sampling = {name: value for name, value in OF_SAMPLING.items() if name not in counted}
     if not method.needs:
         reason = f"--method {given['method']} looks at no inputs"
-        refuse_inert(given, OF_FITTING | OF_SAMPLING | {"dtype": None}, reason)
+        refuse_inert(given, OF_FITTING | of_sampling | {"dtype": None}, reason)
+    if given["weight_timesteps"] and not method.weighs_timesteps:
+        reason = f"--method {given['method']} does not round by the Hessians of its inputs"
+        refuse_inert(given, {"weight_timesteps": False}, reason)
     if given["items"] is not None:
-        refuse_inert(given, OF_SAMPLING, f"the inputs come from --items {given['items']}")
+        refuse_inert(given, of_sampling, f"the inputs come from --items {given['items']}")
     if not any(spec.act for spec in specs):
         of_inputs = {"act_mode": None, "act_group_size": None}
         refuse_inert(given, of_inputs, "the recipe leaves every input as it is")
@@ -249,8 +269,8 @@ def check_options(given: Mapping[str, Any], recipe: Any) -> None:
         raise UserError("static activations need --stats FILE from `qdit calibrate`.")
 
 
-def data_of(given: Mapping[str, Any]) -> Any:
-    """Returns what the method learns from: files, or how to sample it."""
+def data_of(given: Mapping[str, Any], timestep_weights: Any = None) -> Any:
+    """Returns what the method learns from: files, or how to sample it; and how much inputs count."""
     import qdit_jax as qdit
     from qdit_jax.calibration import Items
     from qdit_jax.checkpoint import default_dtype
@@ -262,5 +282,6 @@ def data_of(given: Mapping[str, Any]) -> Any:
         stats=None if stats is None else qdit.Stats.load(stats),
         num_steps=given["steps"],
         dtype=given["dtype"] or default_dtype(),
+        timestep_weights=timestep_weights,
         **{name: given[name] for name in names},
     )

@@ -23,9 +23,12 @@ from qdit_jax.quant import (
     WeightSpec,
     effective_group_size,
     entry_name,
+    kernel_of_other,
+    other_kernel,
     slots,
 )
-from qdit_jax.recipes import LayerSpec
+from qdit_jax.recipes import LayerSpec, Recipe, other_weights
+from qdit_jax.types import Params
 
 NOT_QUANTIZED = "not quantized"
 
@@ -102,7 +105,10 @@ def layer_facts(
     rows = rows_per_sample(checkpoint.model)
     recipe = checkpoint.recipe
     specs = {} if recipe is None else recipe.resolve(checkpoint.params)
+    if recipe is not None:
+        specs |= specs_over_time(reference.params, recipe)
     stored = [path for path in map(layer_of, flat) if is_quantized(flat, path)]
+    stored += [path for path in flat if kernel_of_other(path) is not None]
     paths = [*specs, *(path for path in dict.fromkeys(stored) if path not in specs)]
     if not paths:
         raise UserError(
@@ -116,9 +122,26 @@ def layer_facts(
         if OPERANDS_OF in path:
             found.append(operand_facts(flat, path, spec or LayerSpec()))
             continue
-        num_rows = rows.get(path, 0) * batch_size
-        found.append(kernel_facts(flat, full, path, spec, num_rows, numerics, forced))
+        num_rows = rows.get(own_path(path), 0) * batch_size
+        facts_fn = kernel_facts if path == own_path(path) else other_kernel_facts
+        found.append(facts_fn(flat, full, path, spec, num_rows, numerics, forced))
     return found
+
+
+def own_path(path: str) -> str:
+    """Returns the path of the layer that a row is about; of `fc1/kernel_w8`, `fc1`."""
+    own = kernel_of_other(path)
+    return path if own is None else own[0].removesuffix("/kernel")
+
+
+def specs_over_time(params: Params, recipe: Recipe) -> dict[str, LayerSpec]:
+    """Returns the specs of the kernels that a recipe has at other timesteps, by their paths."""
+    wanted = [] if recipe.over_time is None else recipe.over_time.other_weight_bits
+    return {
+        f"{path}/{other_kernel(bits)}": spec
+        for bits in wanted
+        for path, spec in other_weights(params, recipe, bits).items()
+    }
 
 
 def layer_of(name: str) -> str:
@@ -167,6 +190,29 @@ def kernel_facts(
         num_weights=num_weights,
         problem=None if spec is None else problem_of(spec, weights, inputs, channels),
     )
+
+
+def other_kernel_facts(
+    flat: Mapping[str, Any],
+    full: Mapping[str, Any],
+    path: str,
+    spec: LayerSpec | None,
+    num_rows: int,
+    numerics: str,
+    forced: str | None,
+) -> LayerFacts:
+    """Returns the facts of a layer's kernel of other bits, whose bytes come on top of its own."""
+    own = own_path(path)
+    if path not in flat:
+        facts = kernel_facts(flat, full, own, spec, num_rows, numerics, forced)
+        facts = dataclasses.replace(
+            facts, bytes_after=0, weights=None, implementation=None, problem=NOT_QUANTIZED
+        )
+    else:
+        placed = {**flat, f"{own}/kernel": flat[path]}
+        facts = kernel_facts(placed, full, own, spec, num_rows, numerics, forced)
+        facts = dataclasses.replace(facts, bytes_after=nbytes_of([flat[path]]))
+    return dataclasses.replace(facts, path=path, leaves=(), bytes_before=0, num_weights=0)
 
 
 def operand_facts(flat: Mapping[str, Any], path: str, spec: LayerSpec) -> LayerFacts:

@@ -27,7 +27,7 @@ from qdit_jax.evaluation.layer_facts import LayerFacts, is_quantized, operand_en
 from qdit_jax.evaluation.measures import first_of
 from qdit_jax.evaluation.trajectories import Trajectory
 from qdit_jax.models import TABLE, Network, family_of_params, layers_of, rows_per_sample, tapped
-from qdit_jax.quant import ActQuant, QTensor, dequantize, select_timestep
+from qdit_jax.quant import ActQuant, QTensor, dequantize, select_timestep, with_weight_bits
 from qdit_jax.sampling import Denoiser
 from qdit_jax.types import Condition, Params
 
@@ -135,10 +135,11 @@ def linears_alone(params: Params, reference: Params, model: Any) -> Params:
     """Returns `params` with everything quantized that is not a linear layer as in the reference.
 
     Label tables and attention operands are measured by themselves; here they would add their error
-    to the inputs of layers.
+    to the inputs of layers. Kernels of other bits are left out.
     """
     linear = rows_per_sample(model)
-    flat, full = (dict(flatten_dict(tree, sep="/")) for tree in (params, reference))
+    trees = (with_weight_bits(params, None), reference)
+    flat, full = (dict(flatten_dict(tree, sep="/")) for tree in trees)
     for name, leaf in list(flat.items()):
         if isinstance(leaf, QTensor) and name.removesuffix("/kernel") not in linear:
             flat[name] = full[name]

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from qdit_jax import metrics
-from qdit_jax.evaluation.layer_facts import LayerFacts, nbytes_of
+from qdit_jax.evaluation.layer_facts import LayerFacts, nbytes_of, own_path
 from qdit_jax.evaluation.layer_powers import (
     Folded,
     Items,
@@ -38,6 +38,7 @@ from qdit_jax.evaluation.trajectories import (
     batch_sampler,
     check_finite,
 )
+from qdit_jax.quant import kernel_of_other, other_kernel, with_weight_bits
 from qdit_jax.sampling import Denoiser, cyclic_conditions, device_mesh, filled_batch
 from qdit_jax.types import Condition, Params
 
@@ -102,23 +103,31 @@ def measured(
     given = jax.device_put((alone, operands, where.comparable, items), jax.local_devices()[0])
     outputs, powers = jax.device_get(call_powers(reference, other, *given))
     sums = {path: np.asarray(both, np.float64).sum(0) for path, both in powers.items()}
+    for bits in sorted({own[1] for layer in facts if (own := kernel_of_other(layer.path))}):
+        changed = linears_alone(with_weight_bits(other.params, bits), reference.params, model)
+        found = jax.device_get(call_powers(reference, other, changed, *given[1:]))[1]
+        for path, both in found.items():
+            sums[f"{path}/{other_kernel(bits)}"] = np.asarray(both, np.float64).sum(0)
     sums |= table_powers(other.params, reference.params, facts)
     rows = [with_decibels(layer, sums, where) for layer in facts]
-    named = {layer.path for layer in facts}
-    others = {path: both for path, both in sums.items() if path not in named | set(where.sources)}
+    left = {layer.path for layer in facts} | set(where.sources)
+    others = {p: both for p, both in sums.items() if p not in left and kernel_of_other(p) is None}
     return output_decibels(outputs, items), rows, differing(others)
 
 
 def with_decibels(layer: LayerFacts, sums: Mapping[str, np.ndarray], where: Folded) -> Layer:
     """Returns a layer with its decibels, and a note on what they leave out or count in."""
-    both, columns = sums.get(layer.path), where.columns.get(layer.path, [])
+    path = own_path(layer.path)
+    both, columns = sums.get(layer.path), where.columns.get(path, [])
     if both is None or (columns and both[0] == 0):
         reason = "folded, compared at the end" if columns else "not run alone, compared at the end"
         if layer.kind == "operand":
             reason = "not quantized"
         return Layer(**vars(layer), note=reason)
     notes = [f"without folded columns: {', '.join(columns)}"] if columns else []
-    if sources := where.sources.get(layer.path):
+    if path != layer.path:
+        notes.append("at other timesteps")
+    if sources := where.sources.get(path):
         notes.append(f"with the folded columns of {', '.join(sources)}")
     db = decibels_of(both)
     return Layer(**vars(layer), db=db, note="; ".join(notes) or None)

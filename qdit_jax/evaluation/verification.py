@@ -282,17 +282,19 @@ def failures_of(layers: list[Layer], final: np.ndarray) -> list[str]:
 
 
 def schedule_failures(ours: Checkpoint) -> list[str]:
-    """Returns a sentence if the recipe's activation bits over time are not those that are stored."""
+    """Returns a sentence if the recipe's bits over time are not those that are stored."""
     asked = None if ours.recipe is None else ours.recipe.over_time
     if asked is None:
         return []
     table = ours.params.get(OVER_TIME)
     if table is None:
-        return ["the recipe changes activation bits over time, and the checkpoint does not"]
-    stored = [table.bits[level] for level in np.asarray(table.level)]
+        return ["the recipe changes bits over time, and the checkpoint does not"]
+    stored = [table.levels[level] for level in np.asarray(table.level)]
+    weight_bits = asked.weight_bits or (None,) * len(asked.act_bits)
     wanted = np.asarray(asked.timesteps, np.float32)
-    if list(asked.act_bits) != stored or not np.array_equal(wanted, table.timesteps):
-        return ["the checkpoint changes activation bits over time otherwise than the recipe says"]
+    same = list(zip(weight_bits, asked.act_bits, strict=True)) == stored
+    if not same or not np.array_equal(wanted, table.timesteps):
+        return ["the checkpoint changes bits over time otherwise than the recipe says"]
     return []
 
 
@@ -301,8 +303,8 @@ def notes_on(ours: Checkpoint) -> list[str]:
     found = []
     if OVER_TIME in ours.params:
         found.append(
-            "activation bits change over time: samples follow that, while layers, single calls and "
-            "times are those of the layers' own bits"
+            "bits change over time: samples follow that, while layers, single calls and times are "
+            "those of the layers' own bits"
         )
     if ours.recipe is None:
         found.append("the checkpoint has no recipe, so no layer is known that should be quantized")

@@ -169,6 +169,11 @@ KINDS = {
         any_of(has_states, inside("history.json", json_with("method", "budget", "assignment"))),
         r"recipe\.json|history\.json|front\.png|map\.png|state",
     ),
+    "schedule": Kind(
+        "a schedule of bits",
+        any_of(has_states, inside("history.json", json_with("schedule"))),
+        r"recipe\.json|history\.json|schedule\.png|state",
+    ),
     "evaluation": Kind(
         "an evaluation",
         any_of(is_unbegun_evaluation, inside("run.json", json_with("num_samples", "seed"))),

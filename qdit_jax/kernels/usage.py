@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from qdit_jax.kernels.matmul import implementation_of
-from qdit_jax.quant import ActQuant, QTensor
+from qdit_jax.quant import ActQuant, QTensor, kernel_of_other
 from qdit_jax.types import Params
 
 
@@ -44,11 +44,15 @@ def implementations_used(
 def quantized_layers(
     params: object, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, QTensor, ActQuant | None]]:
-    """Yields path, kernel and activation quantizer of every layer with a quantized kernel."""
+    """Yields path, kernel and activation quantizer of every layer with a quantized kernel.
+
+    A kernel of other bits at some timesteps counts by itself, under the layer's path.
+    """
     if not isinstance(params, Mapping):
         return
-    kernel = params.get("kernel")
-    if isinstance(kernel, QTensor):
-        yield "/".join(path), kernel, params.get("act_quant")
+    for name, kernel in params.items():
+        is_kernel = name == "kernel" or kernel_of_other(name) is not None
+        if is_kernel and isinstance(kernel, QTensor):
+            yield "/".join(path), kernel, params.get("act_quant")
     for name, entry in params.items():
         yield from quantized_layers(entry, (*path, str(name)))

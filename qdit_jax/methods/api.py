@@ -17,7 +17,7 @@ from qdit_jax.methods.data import CalibrationData
 from qdit_jax.methods.method import Method
 from qdit_jax.methods.report import LayerReport, Report
 from qdit_jax.methods.table import method_named
-from qdit_jax.ptq import plan
+from qdit_jax.ptq import check_one_weight_format, plan
 from qdit_jax.quant import QTensor, WeightSpec, quantize_array
 from qdit_jax.recipes import LayerSpec, Recipe
 
@@ -158,6 +158,13 @@ def check(method: Method, checkpoint: Checkpoint, recipe: Recipe, data: Calibrat
     """Raises `ValueError` if the recipe or the data do not fit, before anything is computed."""
     plan(checkpoint.params, recipe)
     specs = recipe.resolve(checkpoint.params)
+    if method.learns_blocks:
+        check_one_weight_format(checkpoint.params, recipe, f"method {method.name!r}")
+    if data.timestep_weights is not None and not method.weighs_timesteps:
+        raise ValueError(
+            f"method {method.name!r} does not weigh its inputs by timestep; leave timestep_weights "
+            "(--weight-timesteps) out, or use a method such as gptq or best."
+        )
     if method.check is not None:
         method.check(specs, data)
     check_stats(specs, data, method)

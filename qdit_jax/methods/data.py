@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qdit_jax.calibration import Items, Stats, authors_steps, collect_items, default_sampler
+from qdit_jax.calibration import (
+    Items,
+    Stats,
+    TimestepWeights,
+    authors_steps,
+    collect_items,
+    default_sampler,
+)
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.diffusion import Sampler
 from qdit_jax.files import PathLike
@@ -44,6 +51,9 @@ class CalibrationData:
         stages: how much is rounded between two runs of the network, `"block"` or `"layer"`; None is
             the method's own.
         dtype: that the network computes in while inputs are sampled and fitted; None leaves it.
+        timestep_weights: how much items count by their timestep, for methods that round by Hessians
+            (gptq and those like it); all the same if None. `allocation.measured_timestep_weights`
+            measures them.
         unfinished: a folder where a method that learns block by block keeps finished blocks, to
             resume from; the caller deletes it.
     """
@@ -61,6 +71,7 @@ class CalibrationData:
     holdout: float | int | None = None
     stages: str | None = None
     dtype: str | None = None
+    timestep_weights: TimestepWeights | None = None
     unfinished: PathLike | None = None
 
     def __post_init__(self) -> None:
@@ -92,6 +103,8 @@ class CalibrationData:
                 settings |= {"sampler": type(self.sampler).__name__, "num_steps": None}
         if self.items is not None and fitted:
             settings |= {"num_items": len(self.items.x)}
+        if self.timestep_weights is not None:
+            settings |= {"timestep_weights": self.timestep_weights.to_json()}
         settings |= {"sampled": sampled, "stats": self.stats is not None}
         return {name: value for name, value in settings.items() if value is not None}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import linen as nn
@@ -17,12 +17,13 @@ from qdit_jax.ptq import (
     by_block,
     by_layer,
     num_batches,
+    num_passes,
     plan,
     round_params,
     weight_name,
 )
 from qdit_jax.quant import QTensor
-from qdit_jax.recipes import Recipe
+from qdit_jax.recipes import LayerSpec, Recipe
 
 STAGES: dict[str, StagesFn] = {"block": by_block, "layer": by_layer}
 # A layer is fitted well to this many inputs per channel; with fewer, gains may be illusory.
@@ -39,6 +40,7 @@ def fit_rounding(
     round_fn: Callable[..., QTensor],
     stages_fn: StagesFn | None = None,
     holdout: float | int = HOLDOUT,
+    note_fn: Callable[[Mapping[str, LayerSpec]], str | None] = lambda specs: None,
 ) -> Any:
     """Returns `params` with every kernel of `recipe` rounded by `round_fn` on the items of `data`.
 
@@ -46,6 +48,7 @@ def fit_rounding(
         round_fn: `(kernel [K, N], hessian [K, K], spec) -> QTensor`.
         stages_fn: the method's own stages; None lets `data.stages` choose.
         holdout: the method's own share, where `data.holdout` is None.
+        note_fn: what the method notes on the specs by path, if anything.
 
     Raises:
         ValueError: as `round_params`.
@@ -55,9 +58,13 @@ def fit_rounding(
     share = holdout if data.holdout is None else data.holdout
     stages_fn = chosen_stages(data.stages, stages_fn)
     rows = rows_per_sample(model)
-    chosen = set(recipe.resolve(params))
+    specs = recipe.resolve(params)
+    if (note := note_fn(specs)) is not None:
+        report.note(note)
+    chosen = set(specs)
     num_stages = sum(bool(chosen & set(stage)) for stage in stages_fn(list(rows), family_of(model)))
-    report.total(num_batches(items, share, data.batch_size, num_stages))
+    num_stages *= num_passes(params, recipe)
+    report.total(num_batches(items, share, data.batch_size, num_stages, data.timestep_weights))
     note_few_rows(params, recipe, rows, len(items.x) * (1 - share), report)
     rounded = round_params(
         model,
@@ -69,6 +76,7 @@ def fit_rounding(
         holdout=share,
         stats=data.stats,
         batch_size=data.batch_size,
+        timestep_weights=data.timestep_weights,
         on_layer=report.fitted,
         progress_fn=report.progress_fn,
     )

@@ -8,6 +8,8 @@ from typing import Any
 
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.methods.data import CalibrationData
+from qdit_jax.methods.fitting import fit_rounding
+from qdit_jax.methods.reconstruction import reconstruct_blocks
 from qdit_jax.methods.static_ranges import static_ranges
 from qdit_jax.quant import ranges
 from qdit_jax.recipes import LayerSpec, Recipe
@@ -63,6 +65,16 @@ class Method:
     def takes_own_ranges(self) -> bool:
         """Whether static activations get their ranges from the method's own inputs."""
         return static_ranges in self.prepare
+
+    @property
+    def learns_blocks(self) -> bool:
+        """Whether rounding is learned over whole blocks, for one format of the weights."""
+        return self.apply is reconstruct_blocks
+
+    @property
+    def weighs_timesteps(self) -> bool:
+        """Whether it rounds by Hessians, in which inputs may count more or less by their timestep."""
+        return getattr(self.apply, "func", self.apply) is fit_rounding
 
     def preset(self, name: str, params: Any = None, **options: Any) -> Recipe:
         """Returns `Recipe.preset(name, params, ...)` with this method's settings unless given."""

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-from flax import linen as nn
+from functools import partial
 
 from qdit_jax.methods.data import CalibrationData, spread_items
 from qdit_jax.methods.fitting import fit_rounding
 from qdit_jax.methods.method import Method
-from qdit_jax.methods.report import Report
 from qdit_jax.quant import gptq
-from qdit_jax.recipes import LayerSpec, Recipe
+from qdit_jax.recipes import LayerSpec
 
 
-def apply(
-    params: Any, *, model: nn.Module, recipe: Recipe, data: CalibrationData, report: Report
-) -> Any:
-    """Returns `params` rounded by GPTQ; notes if the recipe was not searched."""
-    weights = [spec.weight for spec in recipe.resolve(params).values() if spec.weight]
-    if len({spec.group_size for spec in weights}) == 1:
-        report.note(
-            "note: all layers have one group size; the paper searches one for each layer: bring a "
-            "recipe from `qdit search` (qdit.search)"
-        )
-    return fit_rounding(params, model=model, recipe=recipe, data=data, report=report, round_fn=gptq)
+def note_one_size(specs: Mapping[str, LayerSpec]) -> str | None:
+    """Returns a note if the recipe was not searched."""
+    weights = [spec.weight for spec in specs.values() if spec.weight]
+    if len({spec.group_size for spec in weights}) != 1:
+        return None
+    return (
+        "note: all layers have one group size; the paper searches one for each layer: bring a "
+        "recipe from `qdit search` (qdit.search)"
+    )
 
 
 def check(specs: Mapping[str, LayerSpec], data: CalibrationData) -> None:
@@ -48,5 +43,5 @@ METHOD = Method(
     runtime_cost="Minimum and maximum of every group of each token's channels, before each product.",
     needs={"items": spread_items},
     check=check,
-    apply=apply,
+    apply=partial(fit_rounding, round_fn=gptq, note_fn=note_one_size),
 )

@@ -1,7 +1,12 @@
 """Post-training quantization: the transform of a parameter tree into a quantized one."""
 
 from qdit_jax.ptq.block_learning import ReconstructionSettings
-from qdit_jax.ptq.over_time import schedule_act_bits, scheduled_params
+from qdit_jax.ptq.over_time import (
+    check_one_weight_format,
+    num_passes,
+    schedule_act_bits,
+    scheduled_params,
+)
 from qdit_jax.ptq.promises import Precision, precision_of, precision_warning
 from qdit_jax.ptq.reconstruction import num_reconstruction_batches, reconstruct_params
 from qdit_jax.ptq.rewriting import rewrite_layers, weight_name
@@ -38,11 +43,13 @@ __all__ = [
     "by_block",
     "by_block_authors",
     "by_layer",
+    "check_one_weight_format",
     "check_unquantized",
     "deferred_quantization",
     "held_out_items",
     "matrix_shape",
     "num_batches",
+    "num_passes",
     "num_reconstruction_batches",
     "plan",
     "precision_of",

@@ -30,6 +30,7 @@ from qdit_jax.ptq.block_learning import (
     rounded,
     started,
 )
+from qdit_jax.ptq.over_time import check_one_weight_format, scheduled_params
 from qdit_jax.ptq.rounding import batches_of, held_out_items
 from qdit_jax.ptq.sequential import RoundedLayer, only_tables
 from qdit_jax.ptq.transform import matrix_shape, rewrite_kernels
@@ -82,10 +83,12 @@ def reconstruct_params(
 
     Raises:
         ValueError: as `quantize_params` and `units_of`; also if an item or a block's output is not
-            finite, or `holdout` leaves nothing on one of the sides.
+            finite, `holdout` leaves nothing on one of the sides, or the recipe changes the bits of
+            weights over time.
         UserError: if `unfinished` was written with other settings.
     """
     check_items(items)
+    check_one_weight_format(params, recipe, "block reconstruction")
     settings = ReconstructionSettings() if settings is None else settings
     held_out = held_out_items(items, holdout)
     begun = rewrite_kernels(params, only_tables, recipe=recipe, stats=stats)
@@ -116,7 +119,7 @@ def reconstruct_params(
             q = flat[f"{path}/kernel"]
             layer = RoundedLayer(path, whole, q, result.nearest, result.learned, fell_back)
             on_layer(layer)
-    return unflatten_dict(flat, sep="/")
+    return scheduled_params(unflatten_dict(flat, sep="/"), recipe.over_time)
 
 
 def num_reconstruction_batches(items: Items, batch_size: int, num_units: int) -> int:

@@ -14,8 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
+from jaxtyping import Bool, Float
 
-from qdit_jax.calibration import Items, Stats, check_items, empty_hessians, input_hessians
+from qdit_jax.calibration import (
+    Items,
+    Stats,
+    TimestepWeights,
+    check_items,
+    empty_hessians,
+    input_hessians,
+)
 from qdit_jax.models import Family, family_of, layers_in_order
 from qdit_jax.ptq.sequential import RoundedLayer, RoundFn, by_block, quantize_in_order
 from qdit_jax.quant import gptq
@@ -37,6 +45,7 @@ def round_params(
     holdout: float | int = 0.25,
     stats: Stats | None = None,
     batch_size: int = 8,
+    timestep_weights: TimestepWeights | None = None,
     on_layer: Callable[[RoundedLayer], None] | None = None,
     progress_fn: Callable[[int], Any] | None = None,
 ) -> Any:
@@ -54,6 +63,8 @@ def round_params(
         holdout: the share of trajectories on whose items a layer's output error is compared with
             that of rounding to nearest, which is kept where it is better; 0 for no check.
         stats: calibration statistics, for static activation scales only.
+        timestep_weights: how much an item counts by its timestep, in the Hessians that layers are
+            fitted to and in those that check them; all the same if None.
         progress_fn: called with 1 after every batch; there are `num_batches(...)` of them.
 
     Raises:
@@ -61,16 +72,18 @@ def round_params(
             on one of the sides.
     """
     check_items(items)
-    held_out = held_out_items(items, holdout)
+    weights = item_weights(items, timestep_weights)
+    fitted, held_out = sides_of(items, holdout, weights)
     apply = partial(model.apply, {"params": params})
     stages = stages_fn(layers_in_order(apply, *model.example_inputs()), family_of(model))
 
     def hessians_fn(params: Any, paths: Sequence[str]) -> Any:
         denoise_fn = Denoiser(params, model)
-        found = hessians_of(denoise_fn, items, ~held_out, paths, batch_size, progress_fn)
+        given = (paths, batch_size, progress_fn, weights)
+        found = hessians_of(denoise_fn, items, fitted, *given)
         if not held_out.any():
             return found, None
-        return found, hessians_of(denoise_fn, items, held_out, paths, batch_size, progress_fn)
+        return found, hessians_of(denoise_fn, items, held_out, *given)
 
     return quantize_in_order(
         params,
@@ -103,6 +116,31 @@ def held_out_items(items: Items, share: float | int) -> np.ndarray:
     return held_out
 
 
+def item_weights(items: Items, timestep_weights: TimestepWeights | None) -> Float[np.ndarray, " I"]:
+    """Returns how much each item counts: 1 unless timesteps have weights."""
+    if timestep_weights is None:
+        return np.ones(len(items.sample), np.float32)
+    return timestep_weights.at(items.timestep)
+
+
+def sides_of(
+    items: Items, share: float | int, weights: Float[np.ndarray, " I"]
+) -> tuple[Bool[np.ndarray, " I"], Bool[np.ndarray, " I"]]:
+    """Returns which items are fitted to and which are held out; those of weight 0 are neither.
+
+    Raises:
+        ValueError: as `held_out_items`, or if one side has no weight.
+    """
+    held_out = held_out_items(items, share)
+    sides = (~held_out & (weights > 0), held_out & (weights > 0))
+    if not sides[0].any() or (held_out.any() and not sides[1].any()):
+        raise ValueError(
+            "timestep_weights leave no inputs to fit to, or none to check on; give more timesteps a "
+            "weight above 0."
+        )
+    return sides
+
+
 def hessians_of(
     denoise_fn: Denoiser,
     items: Items,
@@ -110,11 +148,16 @@ def hessians_of(
     paths: Sequence[str],
     batch_size: int,
     progress_fn: Callable[[int], Any] | None = None,
+    weights: Float[np.ndarray, " I"] | None = None,
 ) -> dict[str, jax.Array]:
-    """Returns the Hessian `[K, K]` of every path's inputs over the chosen items, float32."""
+    """Returns the Hessian `[K, K]` of every path's inputs over the chosen items, float32.
+
+    `weights` says how much each item counts; None is 1 for all.
+    """
+    weights = np.ones(len(items.sample), np.float32) if weights is None else weights
     sums = empty_hessians(flatten_dict(denoise_fn.params, sep="/"), paths)
     for batch, weight in batches_of(np.flatnonzero(chosen), batch_size):
-        sums = added(sums, denoise_fn, *items.taken(batch), weight)
+        sums = added(sums, denoise_fn, *items.taken(batch), weight * weights[batch])
         if progress_fn is not None:
             jax.block_until_ready(sums)
             progress_fn(1)
@@ -129,10 +172,16 @@ def batches_of(numbers: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarra
         yield numbers[filled_batch(start, size, len(numbers))], weight
 
 
-def num_batches(items: Items, holdout: float | int, batch_size: int, num_stages: int) -> int:
+def num_batches(
+    items: Items,
+    holdout: float | int,
+    batch_size: int,
+    num_stages: int,
+    timestep_weights: TimestepWeights | None = None,
+) -> int:
     """Returns how often `round_params` calls its `progress_fn`."""
-    held_out = int(held_out_items(items, holdout).sum())
-    counts = [n for n in (len(items.sample) - held_out, held_out) if n]
+    sides = sides_of(items, holdout, item_weights(items, timestep_weights))
+    counts = [n for n in (int(side.sum()) for side in sides) if n]
     return num_stages * sum(-(-n // min(batch_size, n)) for n in counts)
 
 

@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qdit_jax.calibration import Stats
 from qdit_jax.models import TABLE, Family
-from qdit_jax.ptq.over_time import scheduled_params
+from qdit_jax.ptq.over_time import NameFn, quantized_over_time
 from qdit_jax.ptq.transform import as_matrix, matrix_shape, rewrite_kernels
 from qdit_jax.quant import (
     GREATEST_WEIGHT,
@@ -71,7 +71,8 @@ def quantize_in_order(
 
     Beside the parameters, memory holds two float32 `[K, K]` per layer of one stage (one if nothing is
     held out) and a few float32 copies of the kernels being rounded: for a DiT-XL/2 block 0.2 GB
-    and as much again for its fc2.
+    and as much again for its fc2. Where the recipe's schedule gives weights other bits at some
+    timesteps, all of it is done once more with these.
 
     Args:
         hessians_fn: runs the network with the parameters given on the calibration inputs.
@@ -83,6 +84,28 @@ def quantize_in_order(
         ValueError: as `quantize_params`; also if the stages lack a layer of the recipe, or a
             Hessian is not finite.
     """
+    stages = [list(stage) for stage in stages]
+
+    def once(recipe: Recipe, name_fn: NameFn) -> Any:
+        def report(layer: RoundedLayer) -> None:
+            if on_layer is not None and (called := name_fn(layer.path)) is not None:
+                on_layer(dataclasses.replace(layer, path=called))
+
+        return quantize_stages(params, recipe, hessians_fn, round_fn, stages, stats, report)
+
+    return quantized_over_time(params, recipe, once)
+
+
+def quantize_stages(
+    params: Any,
+    recipe: Recipe,
+    hessians_fn: HessiansFn,
+    round_fn: RoundFn,
+    stages: Sequence[Sequence[str]],
+    stats: Stats | None,
+    on_layer: Callable[[RoundedLayer], None],
+) -> Any:
+    """Returns what `quantize_in_order` does, without the recipe's schedule."""
     specs = recipe.resolve(params)
     started = rewrite_kernels(params, only_tables, recipe=recipe, stats=stats)
     flat = dict(flatten_dict(started, sep="/"))
@@ -103,9 +126,8 @@ def quantize_in_order(
             inputs = hessians[path] if holdout is None else holdout[path]
             layer = checked(path, kernels[path], q, inputs, weight_specs[path], holdout is not None)
             flat[f"{path}/kernel"] = layer.q
-            if on_layer is not None:
-                on_layer(layer)
-    return scheduled_params(unflatten_dict(flat, sep="/"), recipe.over_time)
+            on_layer(layer)
+    return unflatten_dict(flat, sep="/")
 
 
 def only_tables(path: str, name: str, leaf: Any, spec: WeightSpec) -> Any:

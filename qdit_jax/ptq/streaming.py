@@ -17,7 +17,7 @@ from qdit_jax.calibration import Stats
 from qdit_jax.checkpoint import Checkpoint, DeferredArray, open_checkpoint, save, split_fields
 from qdit_jax.files import PathLike, check_free
 from qdit_jax.ptq.by_columns import quantize_by_columns
-from qdit_jax.ptq.over_time import scheduled_params
+from qdit_jax.ptq.over_time import NameFn, quantized_over_time
 from qdit_jax.ptq.transform import OnLayer, as_matrix, rewrite_kernels
 from qdit_jax.quant import GREATEST_WEIGHT, QTensor, WeightSpec, check_finite, quantize
 from qdit_jax.recipes import Recipe
@@ -84,23 +84,25 @@ def deferred_quantization(
         ValueError: as `quantize_params`.
     """
 
-    def defer(path: str, name: str, leaf: AbstractArray, spec: WeightSpec) -> QTensor:
-        def make() -> dict[str, Any]:
-            matrix = as_matrix(name, np.asarray(leaf))
-            check_finite(path, matrix, GREATEST_WEIGHT)
-            q = quantize_by_columns(matrix, spec)
-            if on_layer is not None:
-                on_layer(path, matrix, q)
-            return split_fields(q)[0]
+    def once(recipe: Recipe, name_fn: NameFn) -> Params:
+        def defer(path: str, name: str, leaf: AbstractArray, spec: WeightSpec) -> QTensor:
+            def make() -> dict[str, Any]:
+                matrix = as_matrix(name, np.asarray(leaf))
+                check_finite(path, matrix, GREATEST_WEIGHT)
+                q = quantize_by_columns(matrix, spec)
+                if on_layer is not None and (called := name_fn(path)) is not None:
+                    on_layer(called, matrix, q)
+                return split_fields(q)[0]
 
-        whole = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        q = jax.eval_shape(lambda w: quantize(as_matrix(name, w), spec), whole)
-        source = getattr(leaf, "source", None)
-        arrays = {
-            field: DeferredArray(array.shape, array.dtype, make, field, source)
-            for field, array in split_fields(q)[0].items()
-        }
-        return dataclasses.replace(q, **arrays)
+            whole = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            q = jax.eval_shape(lambda w: quantize(as_matrix(name, w), spec), whole)
+            source = getattr(leaf, "source", None)
+            arrays = {
+                field: DeferredArray(array.shape, array.dtype, make, field, source)
+                for field, array in split_fields(q)[0].items()
+            }
+            return dataclasses.replace(q, **arrays)
 
-    written = rewrite_kernels(params, defer, recipe=recipe, stats=stats)
-    return scheduled_params(written, recipe.over_time)
+        return rewrite_kernels(params, defer, recipe=recipe, stats=stats)
+
+    return quantized_over_time(params, recipe, once)

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from qdit_jax.calibration import Stats
 from qdit_jax.checkpoint import DeferredArray
 from qdit_jax.models import TABLE
-from qdit_jax.ptq.over_time import scheduled_params
+from qdit_jax.ptq.over_time import NameFn, bits_of_passes, quantized_over_time
 from qdit_jax.ptq.rewriting import rewrite_layers, weight_name
 from qdit_jax.ptq.static_acts import act_quantizer
 from qdit_jax.quant import (
@@ -23,10 +23,11 @@ from qdit_jax.quant import (
     QTensor,
     WeightSpec,
     check_finite,
+    other_kernel,
     packed_nbytes,
     quantize,
 )
-from qdit_jax.recipes import LayerSpec, Recipe
+from qdit_jax.recipes import LayerSpec, Recipe, other_weights
 from qdit_jax.types import AbstractArray, AnyArray, Params
 
 # Called with a layer's path, its kernel `[K, N]` and its `QTensor`.
@@ -36,7 +37,11 @@ Leaf = TypeVar("Leaf", jax.Array, np.ndarray)
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:
-    """What quantizing one layer does to its kernel `[K, N]`; bytes before and after."""
+    """What quantizing one layer does to its kernel `[K, N]`; bytes before and after.
+
+    A kernel of other bits at some timesteps is a row of its own, `path/kernel_w8`, with no bytes
+    before.
+    """
 
     path: str
     shape: tuple[int, int]
@@ -64,6 +69,15 @@ def plan(params: Params, recipe: Recipe) -> list[LayerPlan]:
         before = k * n * np.dtype(kernel.dtype).itemsize
         after = before if spec.weight is None else packed_nbytes(k, n, spec.weight)
         plans.append(LayerPlan(path, (k, n), spec, before, after))
+    shapes = {layer.path: layer for layer in plans}
+    for bits in bits_of_passes(recipe):
+        for path, spec in other_weights(params, recipe, bits).items():
+            own = shapes[path]
+            after = (
+                own.bytes_before if spec.weight is None else packed_nbytes(*own.shape, spec.weight)
+            )
+            name = f"{path}/{other_kernel(bits)}"
+            plans.append(LayerPlan(name, own.shape, spec, 0, after))
     return plans
 
 
@@ -79,8 +93,9 @@ def quantize_params(
 
     A layer whose input is quantized gains an `act_quant` entry; an operand `q` of an attention
     product gains `q_quant` beside `qkv`. A label table becomes a `QTensor` too, turned to `[D, rows]`
-    so that groups run along a row, always rounded to nearest. Nothing else changes and no array is
-    copied.
+    so that groups run along a row, always rounded to nearest. Where the recipe's schedule changes
+    the bits of weights, a layer gains a kernel for each of them (`kernel_w8`). Nothing else changes
+    and no array is copied.
 
     Args:
         recipe: which layers, and to what.
@@ -93,23 +108,25 @@ def quantize_params(
             holds NaN or infinity, or statistics are needed and absent.
     """
 
-    def quantized(
-        path: str, name: str, leaf: AnyArray | DeferredArray, spec: WeightSpec
-    ) -> QTensor:
-        kernel = jnp.asarray(leaf)  # one that is on disk is read once
-        check_finite(path, kernel, GREATEST_WEIGHT)
-        matrix = as_matrix(name, kernel)
-        q = (
-            quantize(matrix, spec)
-            if quantize_fn is None or name.endswith(TABLE)
-            else quantize_fn(path, matrix, spec)
-        )
-        if on_layer is not None:
-            on_layer(path, matrix, q)
-        return q
+    def once(recipe: Recipe, name_fn: NameFn) -> Params:
+        def quantized(
+            path: str, name: str, leaf: AnyArray | DeferredArray, spec: WeightSpec
+        ) -> QTensor:
+            kernel = jnp.asarray(leaf)  # one that is on disk is read once
+            check_finite(path, kernel, GREATEST_WEIGHT)
+            matrix = as_matrix(name, kernel)
+            q = (
+                quantize(matrix, spec)
+                if quantize_fn is None or name.endswith(TABLE)
+                else quantize_fn(path, matrix, spec)
+            )
+            if on_layer is not None and (called := name_fn(path)) is not None:
+                on_layer(called, matrix, q)
+            return q
 
-    written = rewrite_kernels(params, quantized, recipe=recipe, stats=stats)
-    return scheduled_params(written, recipe.over_time)
+        return rewrite_kernels(params, quantized, recipe=recipe, stats=stats)
+
+    return quantized_over_time(params, recipe, once)
 
 
 def rewrite_kernels(
@@ -122,7 +139,7 @@ def rewrite_kernels(
     """Returns `params` with activation quantizers, and `rewrite_fn` of each kernel to be quantized.
 
     `rewrite_fn` takes a layer's path, its leaf's name, the leaf and its spec. See `quantize_params`.
-    A schedule of bits over time is left to `scheduled_params`.
+    A schedule of bits over time is left to `quantized_over_time`.
     """
     specs = recipe.resolve(params)
 

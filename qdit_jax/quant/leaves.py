@@ -56,7 +56,7 @@ LEAVES: dict[str, Leaf] = {
     "InputMap": Leaf(InputMap, "input", "input_map"),
     "Rotation": Leaf(Rotation, "input", "rotation"),
     "LowRank": Leaf(LowRank, "output", "low_rank"),
-    "BitsOverTime": Leaf(BitsOverTime, "schedule", statics={"bits": tuple}),
+    "BitsOverTime": Leaf(BitsOverTime, "schedule", statics={"bits": tuple, "weight_bits": tuple}),
 }
 
 

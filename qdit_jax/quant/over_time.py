@@ -1,7 +1,8 @@
-"""Bits of activations that change over the sampling timesteps.
+"""Bits of activations and weights that change over the sampling timesteps.
 
-One entry at the root of a parameter tree says which bits the activation quantizers of the whole tree
-have at which timestep. Weights are shared: they do not change over time.
+One entry at the root of a parameter tree says which bits the activation quantizers and the kernels of
+the whole tree have at which timestep. A kernel of other bits than its own stands beside it, as
+`kernel_w8`; without such entries weights are shared by all timesteps.
 
 Dimensions: S entries of the table, L levels (different bits), B samples.
 """
@@ -9,6 +10,7 @@ Dimensions: S entries of the table, L levels (different bits), B samples.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -24,28 +26,65 @@ from qdit_jax.types import Numbers, Tree
 
 OVER_TIME = "act_bits_over_time"  # the entry's name in a parameter tree
 UNQUANTIZED = 16
+KERNEL = "kernel"
+OTHER_KERNEL = re.compile(rf"(.*?){KERNEL}_w(\d+)")
+# Bits of weights and of activations, None for a kernel's or quantizer's own.
+Level = tuple[int | None, int | None]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["timesteps", "level"], meta_fields=["bits"])
+def other_kernel(bits: int) -> str:
+    """Returns the name of the entry beside a layer's `kernel` that holds it at other bits."""
+    return f"{KERNEL}_w{bits}"
+
+
+def kernel_of_other(path: str) -> tuple[str, int] | None:
+    """Returns the path of the kernel that the entry `path` replaces, and its bits; else None."""
+    match = OTHER_KERNEL.fullmatch(path)
+    return None if match is None else (match[1] + KERNEL, int(match[2]))
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["timesteps", "level"],
+    meta_fields=["bits", "weight_bits"],
+)
 @dataclasses.dataclass(frozen=True)
 class BitsOverTime:
-    """Which bits activations have at which timestep; the nearest entry of the table decides.
+    """Which bits activations and weights have at which timestep; the nearest entry decides.
 
     Attributes:
         timesteps: `[S]` float32, as the network is given them.
         level: `[S]` int32, numbers of `bits`. Data: another schedule of the same length and levels
             does not recompile.
         bits: static, one per level: 2 to 8, 16 for no quantizer, None for each quantizer's own.
+        weight_bits: static, one per level; None where no level changes weights.
     """
 
     # Any: as in `ActQuant`.
     timesteps: Any
     level: Any
     bits: tuple[int | None, ...]
+    weight_bits: tuple[int | None, ...] | None = None
+
+    @property
+    def levels(self) -> list[Level]:
+        """The bits of weights and activations of every level."""
+        weight_bits = self.weight_bits or (None,) * len(self.bits)
+        return list(zip(weight_bits, self.bits, strict=True))
 
     def at(self, timestep: Numbers) -> Int[Array, "*batch"]:
-        """Returns the level at `timestep`, a number or one per sample `[B]`."""
-        away = jnp.abs(jnp.asarray(timestep, jnp.float32)[..., None] - self.timesteps)
+        """Returns the level at `timestep`, a number or one per sample `[B]`.
+
+        Raises:
+            ValueError: if it has more axes, such as one per token.
+        """
+        timestep = jnp.asarray(timestep, jnp.float32)
+        if timestep.ndim > 1:
+            raise ValueError(
+                f"timestep has shape {timestep.shape}; bits over time need one number per "
+                "sample, [B]."
+            )
+        away = jnp.abs(timestep[..., None] - self.timesteps)
         return jnp.asarray(self.level)[jnp.argmin(away, axis=-1)]
 
 
@@ -58,9 +97,25 @@ def bits_over_time(
 
     `levels` are the bits that may be chosen, by default those that occur.
     """
-    levels = tuple(dict.fromkeys(act_bits)) if levels is None else tuple(levels)
-    level = np.array([levels.index(bits) for bits in act_bits], np.int32)
-    return BitsOverTime(np.asarray(timesteps, np.float32), level, levels)
+    of_levels = None if levels is None else [(None, bits) for bits in levels]
+    return levels_over_time(timesteps, [(None, bits) for bits in act_bits], of_levels)
+
+
+def levels_over_time(
+    timesteps: Sequence[float | int],
+    chosen: Sequence[Level],
+    levels: Sequence[Level] | None = None,
+) -> BitsOverTime:
+    """Returns the table of one entry of `chosen` per timestep.
+
+    `levels` are those that may be chosen, by default those that occur.
+    """
+    levels = list(dict.fromkeys(chosen)) if levels is None else list(levels)
+    level = np.array([levels.index(one) for one in chosen], np.int32)
+    weight_bits, act_bits = zip(*levels, strict=True)
+    own = set(weight_bits) == {None}
+    times = np.asarray(timesteps, np.float32)
+    return BitsOverTime(times, level, act_bits, None if own else weight_bits)
 
 
 def with_bits(quantizer: ActQuant, bits: int) -> ActQuant:
@@ -119,20 +174,40 @@ def with_act_bits(tree: Tree, bits: int | None) -> Tree:
     return changed(tree)
 
 
+def with_weight_bits(tree: Tree, bits: int | None) -> Tree:
+    """Returns nested dicts with every kernel at other bits, where the tree holds it at those.
+
+    None leaves each kernel as it is. Entries of further kernels are left out.
+    """
+
+    def changed(node: Any) -> Any:
+        if not isinstance(node, Mapping):
+            return node
+        found = {n: changed(e) for n, e in node.items() if kernel_of_other(n) is None}
+        if bits is not None and (other := node.get(other_kernel(bits))) is not None:
+            found[KERNEL] = other
+        return found
+
+    return changed(tree)
+
+
 def applied_over_time(
     apply_fn: Callable[[Any, int | None], Array], params: Any, timestep: Numbers
 ) -> Array:  # [B, ...]
-    """Returns `apply_fn(params, bits)` with the activation bits that `params` say for `timestep`.
+    """Returns `apply_fn(params, bits)` with the bits that `params` say for `timestep`.
 
-    `apply_fn` takes parameters whose quantizers have those bits already, and returns an array with
-    the batch first; without a schedule the bits are None. Each level is a branch, of which those run that
+    `apply_fn` takes parameters whose quantizers and kernels have those bits already, and the bits of
+    activations, and returns an array with the batch first; without a schedule the bits are None. Each level is a branch, of which those run that
     a sample of the batch needs: one, where all samples have the same timestep.
     """
     table = params.get(OVER_TIME) if isinstance(params, Mapping) else None
     if table is None:
         return apply_fn(params, None)
     shared = {name: entry for name, entry in params.items() if name != OVER_TIME}
-    branches = [partial(apply_fn, with_act_bits(shared, bits), bits) for bits in table.bits]
+    branches = [
+        partial(apply_fn, with_act_bits(with_weight_bits(shared, weights), bits), bits)
+        for weights, bits in table.levels
+    ]
     if len(branches) == 1:
         return branches[0]()
     level = table.at(timestep)

@@ -1,7 +1,8 @@
 """Recipes: which layer of a network is quantized, and to what."""
 
 from qdit_jax.recipes.names import layer_paths, operand_paths, part_names, part_pattern
-from qdit_jax.recipes.over_time import OverTime, check_act_bits
+from qdit_jax.recipes.other_weights import at_weight_bits, other_weights
+from qdit_jax.recipes.over_time import OverTime, bits_named, check_act_bits
 from qdit_jax.recipes.recipe import Recipe
 from qdit_jax.recipes.rules import LayerSpec, Rule
 
@@ -10,9 +11,12 @@ __all__ = [
     "OverTime",
     "Recipe",
     "Rule",
+    "at_weight_bits",
+    "bits_named",
     "check_act_bits",
     "layer_paths",
     "operand_paths",
+    "other_weights",
     "part_names",
     "part_pattern",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from qdit_jax.adapters import quantize_linen
 from qdit_jax.adapters.linen_layout import of_einsum
 from qdit_jax.quant import ActSpec, QTensor, WeightSpec, dequantize, fake_quantize
-from qdit_jax.recipes import LayerSpec, Recipe, Rule
+from qdit_jax.recipes import LayerSpec, OverTime, Recipe, Rule
 
 WEIGHTS = Recipe((Rule(".*", LayerSpec(WeightSpec(4, 16), None)),), "weights")
 BOTH = Recipe((Rule(".*", LayerSpec(WeightSpec(4, 16), ActSpec(8, 16))),), "both")
@@ -277,6 +279,9 @@ def test_what_cannot_be_quantized_is_named():
     wrong = Recipe((Rule("block.*", LayerSpec(WeightSpec(), None)),), "wrong")
     with pytest.raises(ValueError, match=r"'block\.\*' matches no layer; the layers are dense"):
         quantize_linen(model, params, wrong, example_args=(x,))
+    scheduled = dataclasses.replace(BOTH, over_time=OverTime((900.0,), (16,)))
+    with pytest.raises(ValueError, match="changes bits over time, which needs a network called by"):
+        quantize_linen(model, params, scheduled, example_args=(x,))
     with pytest.raises(ValueError, match="quantized already"):
         quantize_linen(model, traced, Recipe((Rule("dense", BOTH.rules[0].spec),)))
     with pytest.raises(ValueError, match="numerics='fast' is not known"):

@@ -39,6 +39,7 @@ def folder(tmp_path_factory):
 VERBS = {
     "calibrate": ["calibrate", "{}", "out.npz", "--num-samples", "1", "--steps", "2"],
     "search": ["search", "{}", "out", "--steps", "2", "--num-batches", "1"],
+    "schedule": ["schedule", "{}", "out", "--act-bits", "4", "8", "--mean-bits", "6"],
     "evaluate": ["evaluate", "{}", "--num-samples", "2", "--steps", "2", "--out", "out"],
     "bench": ["bench", "{}", "--batch", "1", "--repeats", "2"],
     "verify": ["verify", "{}", "--against", "{}", "--num-samples", "2"],

@@ -29,7 +29,7 @@ from qdit_jax.quant import (
 from qdit_jax.quant.over_time import with_bits
 from qdit_jax.recipes import OverTime, Recipe
 from qdit_jax.recipes.over_time import step_numbers
-from qdit_jax.sampling import Denoiser, denoiser, sampler_timesteps
+from qdit_jax.sampling import Denoiser, checkpoint_sampler, denoiser, sampler_timesteps
 
 STEPS = 4
 SETTINGS = {"ddim": diffusion.ddim(STEPS), "ddpm": diffusion.ddpm(STEPS)}
@@ -89,6 +89,42 @@ def test_a_flow_follows_its_own_timesteps():
     samples = diffusion.sample(denoiser(found.model, found.params, None), sampler, *start())
     expected = by_hand(checkpoint, sampler, (16, 16, None, None), None)
     np.testing.assert_allclose(samples, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "velocity"),
+    [
+        ({"_class_name": "DPMSolverMultistepScheduler"}, False),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}, False),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, True),
+    ],
+)
+def test_a_checkpoints_own_scheduler_is_followed(scheduler, velocity):
+    full = tiny_checkpoint(velocity=velocity, learn_sigma=False)
+    full = dataclasses.replace(full, metadata={"scheduler": scheduler})
+    sampler = checkpoint_sampler(full, STEPS)
+    small = qdit.quantize(full, "rtn", Recipe.preset("w4a4", group_size=16))
+    found = scheduled(small, sampler, {"1": 16, "last": "a8"})
+    timesteps = jnp.asarray(sampler_timesteps(sampler))
+    level = jnp.array([0, 1, 0, 2])
+    networks = [Denoiser(with_act_bits(small.params, bits), full.model) for bits in (None, 16, 8)]
+
+    def by_hand(x, timestep, condition):  # all three, of which one is taken
+        outputs = jnp.stack([network(x, timestep, condition) for network in networks])
+        nearest = level[jnp.abs(timestep[0] - timesteps).argmin()]
+        return outputs[nearest]
+
+    samples = diffusion.sample(denoiser(full.model, found.params, None), sampler, *start())
+    expected = diffusion.sample(by_hand, sampler, *start())
+    plain = diffusion.sample(networks[0], sampler, *start())
+    away = [float(np.linalg.norm(np.asarray(other - expected))) for other in (samples, plain)]
+    assert away[0] < 0.1 * away[1]  # a value near a tie may round the other way
+
+
+def test_one_timestep_per_token_is_refused(checkpoint):
+    table = bits_over_time([900, 100], [16, None])
+    with pytest.raises(ValueError, match=r"timestep has shape \(2, 7\); .* one number per sample"):
+        table.at(jnp.zeros((2, 7)))
 
 
 @pytest.mark.parametrize("jitted", [False, True])

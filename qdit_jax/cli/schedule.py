@@ -1,0 +1,111 @@
+"""`qdit schedule`: find the sampling steps that bear fewer bits."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from qdit_jax.cli.options import (
+    SubParsers,
+    finite_float,
+    positive_int,
+    seed_number,
+    verb_parser,
+    whole_number,
+)
+from qdit_jax.cli.paths import path_option
+
+HELP = """\
+Find the bits of activations at every sampling step that give the least error within a budget, of a
+quantized checkpoint; its weights stay as they are. One step at a time is lowered, the schedule with
+the least sum of these errors is found exactly, and measured beside neighbors and simple schedules
+(more bits last, first, ...); the best measured is kept. Errors are those of final latents against
+the most bits throughout, from the same noise.
+
+Writes to OUT: recipe.json (the checkpoint's, with the schedule), schedule.png (the error of every
+step, the schedule, and what was measured), history.json, and state/ (after an interruption, run the
+same command again to resume). --write saves the checkpoint with the schedule as well.
+
+Bits by hand, at steps by number, are `qdit quantize --steps-at`.
+
+examples:
+  qdit schedule xl2-w4a4 found --act-bits 4 8 --mean-bits 6
+  qdit schedule xl2-w4a4 found --act-bits 4 16 --mean-bits 5 --steps 50 --write xl2-w4a4-scheduled
+"""
+
+
+def add_parser(subparsers: SubParsers) -> None:
+    """Adds the verb with its options."""
+    parser = verb_parser(subparsers, "schedule", HELP)
+    add = parser.add_argument
+    add("checkpoint", metavar="CKPT", type=path_option, help="a quantized checkpoint folder")
+    add("out", metavar="OUT", type=path_option, help="the folder to write to")
+    add(
+        "--mean-bits",
+        type=finite_float,
+        required=True,
+        help="at most so many bits of activations, on average over the steps",
+    )
+    add(
+        "--act-bits",
+        type=whole_number(2, 16),
+        nargs="+",
+        required=True,
+        help="the bits to choose from, two or more; 16 is no quantizer",
+    )
+    add("--write", metavar="CKPT2", type=path_option, help="write the scheduled checkpoint there")
+    add("--steps", type=positive_int, default=20, help="sampling steps (%(default)s)")
+    add(
+        "--guidance",
+        type=finite_float,
+        help="guidance scale; 1 turns it off (1.5; 1 for models without a null class)",
+    )
+    add(
+        "--num-batches",
+        type=positive_int,
+        default=1,
+        help="batches of samples to measure on (%(default)s)",
+    )
+    add("--batch-size", type=positive_int, default=16, help="samples per batch (%(default)s)")
+    add("--seed", type=seed_number, default=0, help="seed of the samples (%(default)s)")
+    add("--force", action="store_true", help="replace OUT (and CKPT2), starting from scratch")
+    parser.set_defaults(run=run, resumes=lambda args: True)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures, prints progress, and writes the schedule."""
+    from qdit_jax.cli.schedule_run import found_schedule, summary, write_result
+    from qdit_jax.errors import UserError
+    from qdit_jax.files import check_free, renewed_folder
+
+    inputs = [args.checkpoint]
+    if (args.out / "recipe.json").exists() and not args.force:
+        raise UserError(f"{args.out} holds a finished schedule; pass --force to replace it.")
+    check_free(args.out, True, "schedule", inputs)
+    if args.write is not None:
+        check_free(args.write, args.force, "checkpoint", [*inputs, args.out])
+    with renewed_folder(args.out, args.force, "schedule", inputs) as folder:
+        chosen, checkpoint = found_schedule(
+            args.checkpoint,
+            folder,
+            mean_bits=args.mean_bits,
+            act_bits=args.act_bits,
+            num_steps=args.steps,
+            guidance=args.guidance,
+            num_batches=args.num_batches,
+            batch_size=args.batch_size,
+            seed=args.seed,
+        )
+        write_result(folder, chosen, checkpoint)
+    print(summary(chosen))
+    if args.write is not None:
+        from qdit_jax.checkpoint import save
+
+        save(args.write, checkpoint, overwrite=args.force)
+        print(f"wrote {args.write}")
+    print(f"wrote {args.out}: next, qdit quantize CKPT DIR --recipe {args.out / 'recipe.json'}")
+    history = chosen.to_json()
+    return {"out": args.out, **{name: history[name] for name in SHOWN}}
+
+
+SHOWN = ("over_time", "predicted", "measured", "mean_bits")

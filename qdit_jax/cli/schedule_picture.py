@@ -1,0 +1,62 @@
+"""The picture of `qdit schedule`: the error of every step, and the schedules that were measured."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from qdit_jax.allocation import EXCHANGED, ChosenSteps
+from qdit_jax.files import PathLike
+
+INK, SOFT, ACCENT, MARK = "#222222", "#9aa5b1", "#0b6e99", "#c2410c"
+
+
+def draw_schedule(path: PathLike, chosen: ChosenSteps) -> None:
+    """Draws the error of each step alone at each level, the chosen bits, and all candidates."""
+    figure = Figure(figsize=(7, 8), layout="constrained")
+    top, middle, bottom = figure.subplots(3, 1)
+    steps = np.arange(len(chosen.errors))
+    for number, bits in enumerate(chosen.levels):
+        column = chosen.errors[:, number]
+        if column.any():
+            label = "own bits" if bits is None else f"{bits} bits"
+            top.plot(steps, column, "o-", ms=3, lw=1, label=f"this step alone at {label}")
+    if (chosen.errors[chosen.errors != 0] > 0).any():
+        top.set_yscale("log")
+    for axes in (top, middle):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    top.set_ylabel("error of final latents")
+    top.legend(frameon=False, fontsize=9)
+    by_step = chosen.over_time.act_bits
+    shown = sorted(set(by_step), key=lambda b: -1 if b is None else b)
+    middle.step(steps, [shown.index(b) for b in by_step], where="mid", color=INK)
+    middle.set_yticks(range(len(shown)), ["own" if b is None else str(b) for b in shown])
+    middle.set_ylim(-0.5, len(shown) - 0.5)
+    middle.set_ylabel(f"bits chosen (mean {chosen.mean_bits:.3g})")
+    middle.set_xlabel("sampling step")
+    draw_candidates(bottom, chosen)
+    FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
+
+
+def draw_candidates(axes: Axes, chosen: ChosenSteps) -> None:
+    """Draws predicted against measured errors; the chosen schedule is a star."""
+    for number, row in enumerate(chosen.candidates):
+        color = MARK if row.name == "least predicted" else SOFT
+        marker, size = ("*", 13) if number == 0 else ("o", 5)
+        color = INK if number == 0 else color
+        axes.plot(row.predicted, row.measured, marker, ms=size, color=color)
+        if row.name != EXCHANGED:
+            place = (row.predicted, row.measured)
+            axes.annotate(row.name, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
+    values = [value for row in chosen.candidates for value in (row.predicted, row.measured)]
+    if min(values) > 0:
+        ends = [min(values), max(values)]
+        axes.plot(ends, ends, "-", color=ACCENT, lw=1, label="measured as predicted")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.legend(frameon=False, fontsize=9)
+    axes.set_xlabel("predicted error (sum of its steps')")
+    axes.set_ylabel("measured error (star: chosen)")

@@ -1,0 +1,109 @@
+"""The work of `qdit schedule`, once its options are read."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from qdit_jax.allocation import ChosenSteps, Rollouts, choose_steps
+from qdit_jax.checkpoint import Checkpoint
+from qdit_jax.cli.checkpoints import diffusion_checkpoint, guidance_of
+from qdit_jax.cli.progress import Bar
+from qdit_jax.cli.schedule_picture import draw_schedule
+from qdit_jax.errors import UserError
+from qdit_jax.files import AnyPath, replaced_file
+from qdit_jax.ptq import schedule_act_bits
+from qdit_jax.report import provenance
+
+SHOWN = 8  # candidates in the summary
+
+
+def found_schedule(
+    source: AnyPath,
+    folder: AnyPath,
+    *,
+    mean_bits: float,
+    act_bits: Sequence[int],
+    num_steps: int,
+    guidance: float | None,
+    num_batches: int,
+    batch_size: int,
+    seed: int,
+) -> tuple[ChosenSteps, Checkpoint]:
+    """Returns the chosen steps and the checkpoint that has them; `folder` keeps the state.
+
+    Args:
+        source: the quantized checkpoint's folder.
+        guidance: None for the model's default.
+
+    Raises:
+        UserError: if the checkpoint is in full precision.
+        ValueError: as `choose_steps`.
+    """
+    checkpoint = diffusion_checkpoint(source)
+    if checkpoint.recipe is None:
+        raise UserError(
+            f"{source} is in full precision; first `qdit quantize {source} DIR --recipe w4a4`."
+        )
+    if checkpoint.recipe.over_time is not None:
+        if checkpoint.recipe.over_time.weight_bits is not None:
+            raise UserError(
+                f"the weights of {source} change over time, which a schedule of activations "
+                "alone would undo; give a checkpoint whose weights do not."
+            )
+        checkpoint = schedule_act_bits(checkpoint, None)  # another one is to be found
+    if any((folder / "state").glob("[0-9]*")):
+        logging.getLogger("qdit_jax").info("resuming from %s", folder / "state")
+    rollouts = Rollouts(
+        num_steps=num_steps,
+        guidance=guidance_of(checkpoint, guidance),
+        num_batches=num_batches,
+        batch_size=batch_size,
+    )
+    with Bar(0, "rollout", "measuring") as bar:
+        chosen = choose_steps(
+            checkpoint,
+            jax.random.key(seed),
+            mean_bits=mean_bits,
+            act_bits=act_bits,
+            rollouts=rollouts,
+            state=folder / "state",
+            on_total=bar.expect,
+            progress_fn=bar.update,
+        )
+    return chosen, schedule_act_bits(checkpoint, chosen.over_time)
+
+
+def write_result(out: AnyPath, chosen: ChosenSteps, checkpoint: Checkpoint) -> None:
+    """Writes history, picture and, last of all, recipe.json: where it exists, all is written."""
+    recipe = checkpoint.recipe
+    assert recipe is not None
+    with replaced_file(out / "history.json") as path:
+        history = {"schedule": chosen.to_json(), "made": provenance()}
+        path.write_text(json.dumps(history, indent=1))
+    with replaced_file(out / "schedule.png") as path:
+        draw_schedule(path, chosen)
+    with replaced_file(out / "recipe.json") as path:
+        path.write_text(json.dumps(recipe.to_json(), indent=1))
+
+
+def summary(chosen: ChosenSteps) -> str:
+    """Returns the schedule and the candidates beside it in a few lines."""
+    bits = chosen.over_time.act_bits
+    lines = [
+        f"bits by step: {' '.join(map(str, bits))} (mean {chosen.mean_bits:.4g})",
+        f"error: measured {chosen.measured:.4g}, predicted by the sum {chosen.predicted:.4g}",
+        f"best of {len(chosen.candidates)} candidates:",
+    ]
+    lines += [
+        f"  {row.measured:.4g}  {row.name} (mean {row.mean_bits:.4g} bits, predicted "
+        f"{row.predicted:.4g})"
+        for row in chosen.candidates[:SHOWN]
+    ]
+    if np.isclose(chosen.measured, 0):
+        lines.append("the most bits throughout fit the budget")
+    return "\n".join(lines)
