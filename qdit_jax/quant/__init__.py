@@ -30,14 +30,17 @@ from qdit_jax.quant.over_time import (
 )
 from qdit_jax.quant.qtensor import (
     QTensor,
+    cut_scales,
     dequantize,
     from_codes,
     integer_codes,
+    levels_of,
     nbytes,
     packed_nbytes,
     quantize,
     scale_values,
     select_columns,
+    with_codes,
 )
 from qdit_jax.quant.specs import ActSpec, WeightSpec
 from qdit_jax.quant.stored_scales import scale_value
@@ -72,6 +75,7 @@ __all__ = [
     "bits_over_time",
     "check_finite",
     "codes_of",
+    "cut_scales",
     "dequantize",
     "effective_group_size",
     "entry_name",
@@ -86,6 +90,7 @@ __all__ = [
     "grid_of_limits",
     "group_extremes",
     "integer_codes",
+    "levels_of",
     "map_groups",
     "nbytes",
     "num_groups",
@@ -107,5 +112,6 @@ __all__ = [
     "true_after",
     "whole_size",
     "with_act_bits",
+    "with_codes",
     "with_leaf",
 ]

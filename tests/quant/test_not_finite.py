@@ -46,14 +46,22 @@ ACTS = {
     "static shifted": static_act_quant(
         *group_extremes(X, 0), ActSpec(8, 0, mode="static", **SHIFTED)
     ),
-    **{name: ActSpec(fmt=fmt, group_size=32) for name, fmt in formats.FORMATS.items()},
+    **{
+        name: ActSpec(fmt=fmt, group_size=32)
+        for name, fmt in formats.FORMATS.items()
+        if not fmt.has_codebook
+    },
 }
 WEIGHTS = {
     "w4": WeightSpec(4, 32, scale_dtype="float16"),
     "w4 channel groups": WeightSpec(4, 32, channel_group=2, scale_dtype="bfloat16"),
     "mse": WeightSpec(4, 32, True, ranges.mse(3)),
     "percentile": WeightSpec(4, 0, range_fn=ranges.percentile(0.9)),
-    **{name: WeightSpec(fmt=fmt, group_size=32) for name, fmt in formats.FORMATS.items()},
+    **{
+        name: WeightSpec(fmt=fmt, group_size=32)
+        for name, fmt in formats.FORMATS.items()
+        if not fmt.has_codebook
+    },
 }
 
 
