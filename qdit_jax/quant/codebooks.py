@@ -49,8 +49,8 @@ def levels(
     return level_of(values, wide).astype(jnp.int8)
 
 
-def level_of(value: Float[Array, "*s"], step: Float[Array, "*#s"]) -> Float[Array, "*s"]:
-    """Returns the level of a codebook's value in a group, a whole number in float32."""
+def level_of(value: Float[Array, "..."], step: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns the levels of codebook values in groups, whole numbers in float32; both broadcast."""
     return jnp.clip(jnp.round(value * step), -TOP, TOP)
 
 
