@@ -87,17 +87,14 @@ def chosen_grid(
     Of a few steps and offsets around a group's limits, those with the least squared error are taken.
     Offset is None if symmetric. Channels with limits that are not finite have the scale NaN.
 
-    Quantizing with min-max limits is idempotent from 4 bits on: the greatest magnitude of a channel is
-    one of the levels ±127, or a group that needs all of its codes has the greatest step.
+    Quantizing with min-max limits is idempotent from 4 bits on: the greatest magnitude of a channel
+    keeps one of the levels ±127. Where a group reaches from one to the other, its codes may not: up to
+    14 levels, less than a step, are clipped at the other end.
     """
     most, codes = greatest_step(bits, symmetric), 2**bits - 1
     magnitude = jnp.max(jnp.maximum(-low, high), axis=0)
-    if symmetric:
-        scale = quotient_by_number(magnitude, (2 ** (bits - 1) - 1) * most)
-    else:
-        needed = quotient_by_number(jnp.max(high - low, axis=0), most * codes)
-        scale = jnp.maximum(quotient_by_number(magnitude, TOP), needed)
-    scale = channel_scale_of(scale)
+    reach = (2 ** (bits - 1) - 1) * most if symmetric else TOP
+    scale = channel_scale_of(quotient_by_number(magnitude, reach))
     low, high = (quotient(limit, jnp.broadcast_to(scale, limit.shape)) for limit in (low, high))
     levels = quotient(w, groups.expand_groups(scale[None], w.shape, 0))
     candidate_fn = _symmetric_candidate if symmetric else _candidate
@@ -144,7 +141,7 @@ def _candidate(
     place: Int[Array, ""],
     bits: int,
 ) -> Candidate:
-    """Returns a step, an offset, and whether the grid has the levels that made the channel's scale.
+    """Returns a step, an offset, and whether the grid has the level that made the channel's scale.
 
     The lowest, the highest or the middle codes lie on the limits, or a code lies on 0.
     """
@@ -161,11 +158,9 @@ def _candidate(
         -(below + 1) * step,
     )
     lowest = _moved_inside(jnp.round(lowest), step, span)
-    keeps_low = (low > 0.5 - TOP) | (lowest == -TOP)
-    keeps_high = (high < TOP - 0.5) | (lowest + span == TOP)
-    is_widest = high - low >= most * codes - 0.5
-    keeps_span = ~is_widest | ((step == most) & (lowest == jnp.round(low)))
-    return step, lowest + HALF, keeps_low & keeps_high & keeps_span
+    is_high, is_low = high >= TOP - 0.5, low <= 0.5 - TOP
+    fits = jnp.where(is_high, lowest + span == TOP, ~is_low | (lowest == -TOP))
+    return step, lowest + HALF, fits
 
 
 def _moved_inside(
