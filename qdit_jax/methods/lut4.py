@@ -1,4 +1,7 @@
-"""LUT4: weights as 16 learned values, rounded to int8 levels, times a scale per channel."""
+"""LUT4: weights as 16 learned values, rounded to int8 levels, times a scale per channel.
+
+The values are centroids of Lloyd's algorithm (k-means of one dimension), see `quant.codebooks`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from qdit_jax.methods.rtn import apply
 
 METHOD = Method(
     name="lut4",
-    paper="Least Squares Quantization in PCM (Lloyd, 1982), as the codebook of each kernel",
+    paper="",
     idea="Learns 16 values for each kernel and stores each weight as one of them times its group's whole "
     "number, rounded to 8-bit levels of the output channel; looks at no data.",
     runtime_cost="A table lookup per weight before the product.",

@@ -126,9 +126,12 @@ def _gptq(
 
 def nan_unless_finite(grid: QTensor, hessian: Num[Array, "K K"]) -> QTensor:
     """Returns `grid`, with NaN scales if `hessian`, traced and so not refused, is not finite."""
-    name = "channel_scale" if grid.has_levels else "scale"
-    scale = jnp.where(jnp.all(jnp.isfinite(hessian)), getattr(grid, name), jnp.nan)
-    return dataclasses.replace(grid, **{name: scale})
+    sound = jnp.all(jnp.isfinite(hessian))
+    if grid.has_levels:
+        return dataclasses.replace(
+            grid, channel_scale=jnp.where(sound, grid.channel_scale, jnp.nan)
+        )
+    return dataclasses.replace(grid, scale=jnp.where(sound, grid.scale, jnp.nan))
 
 
 def gptq_authors(

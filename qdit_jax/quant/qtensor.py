@@ -200,7 +200,8 @@ def grid_of(w: Float[Array, "K N"], spec: WeightSpec) -> QTensor:
         return low, jnp.where(is_finite, high, jnp.nan)
 
     low, high = groups.map_groups(limits, w, spec.group_size, spec.channel_group)
-    grid = QTensor(None, None, bits=spec.bits, group_size=spec.group_size, shape=w.shape)
+    shape = (w.shape[0], w.shape[1])
+    grid = QTensor(None, None, bits=spec.bits, group_size=spec.group_size, shape=shape)
     if spec.has_levels:
         channel_scale, step, offset = levels.chosen_grid(
             w, low, high, bits=spec.bits, symmetric=spec.symmetric, group_size=spec.group_size

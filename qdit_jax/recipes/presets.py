@@ -90,8 +90,9 @@ def fast_settings(name: str, weight_bits: int, settings: PresetSettings) -> Pres
         "scale_levels": 2 if levels else 1,
     }
     found: PresetSettings = {**default, **settings}
-    cut = {} if levels else {"group_size": found["group_size"]}
-    cut["act_group_size"] = found["act_group_size"]
+    cut = {"act_group_size": found["act_group_size"]}
+    if not levels:
+        cut["group_size"] = found["group_size"]
     for setting, value in cut.items():
         if value != 0:
             raise ValueError(
