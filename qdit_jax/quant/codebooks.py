@@ -25,7 +25,8 @@ ZERO = 7  # the entry that stays 0
 NUM_POINTS = 1 << 16  # of a larger kernel, so many weights drawn at random teach the codebook
 NUM_TURNS = 2  # of fitting the codebook and the steps
 NUM_ITERATIONS = 40  # of Lloyd's algorithm in a turn
-FACTORS = (0.85, 0.92, 1.08)  # steps tried beside those of least squares, as factors
+# Steps tried in turn, as factors of the best so far; 0 is least squares for the codes at hand.
+TRIED = (1.0, 0.0, 0.0, 0.85, 0.92, 1.08)
 
 
 class Fit(NamedTuple):
@@ -71,9 +72,14 @@ def learned(
     weight = jnp.where(jnp.isfinite(scale) & (absmax > 0), scale, 0)
     weight = jnp.square(quotient(weight, jnp.max(weight)))
     codebook = jnp.asarray(formats.nf4.values())
-    for _ in range(NUM_TURNS):
-        codebook = taught(codebook, targets, step, weight, group_size)
-        step = fitted_steps(targets, step, codebook, group_size)
+
+    def turn(
+        _: Int[Array, ""] | int, now: tuple[Float[Array, " E"], Float[Array, "G N"]]
+    ) -> tuple[Float[Array, " E"], Float[Array, "G N"]]:
+        codebook = taught(now[0], targets, now[1], weight, group_size)
+        return codebook, fitted_steps(targets, now[1], codebook, group_size)
+
+    codebook, step = jax.lax.fori_loop(0, NUM_TURNS, turn, (codebook, step))
     return scale, step.astype(jnp.uint8), codebook
 
 
@@ -133,9 +139,14 @@ def fitted_steps(
     codebook: Float[Array, " E"],
     group_size: int,
 ) -> Float[Array, "G N"]:
-    """Returns steps with no greater error: least squares for the codes at hand, and near by."""
+    """Returns steps with no greater error, those of `TRIED`."""
 
-    def better(best: Fit, step: Float[Array, "G N"]) -> Fit:
+    def better(i: Int[Array, ""] | int, best: Fit) -> Fit:
+        values = codebook[best.codes]
+        power = sums(jnp.square(values), group_size)
+        least_squares = sums(targets * values, group_size) / jnp.maximum(power, 1e-6)
+        factor = jnp.asarray(TRIED, jnp.float32)[i]
+        step = whole_step(jnp.where(factor > 0, best.step * factor, least_squares))
         found = fit(targets, step, codebook, group_size)
         wins = found.error < best.error
         wide = groups.expand_groups(wins, targets.shape, group_size)
@@ -145,18 +156,8 @@ def fitted_steps(
             jnp.where(wins, found.error, best.error),
         )
 
-    def by_least_squares(_: Int[Array, ""] | int, best: Fit) -> Fit:
-        values = codebook[best.codes]
-        power = sums(jnp.square(values), group_size)
-        product = sums(targets * values, group_size)
-        return better(best, whole_step(product / jnp.maximum(power, 1e-6)))
-
-    def by_factor(i: Int[Array, ""] | int, best: Fit) -> Fit:
-        return better(best, whole_step(best.step * jnp.asarray(FACTORS, jnp.float32)[i]))
-
-    best = fit(targets, step, codebook, group_size)
-    best = jax.lax.fori_loop(0, 2, by_least_squares, best)
-    return jax.lax.fori_loop(0, len(FACTORS), by_factor, best).step
+    nothing = Fit(step, jnp.zeros(targets.shape, jnp.uint8), jnp.full(step.shape, np.inf))
+    return jax.lax.fori_loop(0, len(TRIED), better, nothing).step
 
 
 def taught(

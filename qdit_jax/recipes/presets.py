@@ -77,7 +77,7 @@ def fast_settings(name: str, weight_bits: int, settings: PresetSettings) -> Pres
     """Returns the settings with which a layer's product is one int8 dot over all input channels.
 
     Inputs have one symmetric scale per token; weights of up to 6 bits two levels of scales and groups
-    of 32, others a scale per channel.
+    of 32, others a symmetric scale per channel.
 
     Raises:
         ValueError: if given settings cut the dot.
@@ -88,8 +88,10 @@ def fast_settings(name: str, weight_bits: int, settings: PresetSettings) -> Pres
         "act_group_size": 0,
         "act_symmetric": True,
         "scale_levels": 2 if levels else 1,
+        "symmetric": not levels,
     }
     found: PresetSettings = {**default, **settings}
+    found["act_group_size"] = found["act_group_size"] or 0
     cut = {"act_group_size": found["act_group_size"]}
     if not levels:
         cut["group_size"] = found["group_size"]

@@ -180,7 +180,7 @@ class Recipe:
         Args:
             name: such as `"w4a8"`; 16 bits leave that side as it is. `"w4a8-fast"` makes each product
                 one int8 dot: two levels of scales in groups of 32, inputs symmetric per token
-                (`"w8a8-fast"`: weights per channel). `"w4a8-all"` quantizes every layer and label
+                (`"w8a8-fast"`: weights symmetric per channel). `"w4a8-all"` quantizes every layer and label
                 table, the attention operands excepted.
             params: a `Checkpoint` or a parameter tree, which the recipe is bound to and checked
                 against. Without it the rule is `part:blocks`, bound to a family when it is used.

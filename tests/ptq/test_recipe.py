@@ -104,7 +104,7 @@ def test_16_bits_leave_a_side_as_it_is(name, weights, acts, params):
     [
         ("w4a8-fast", WeightSpec(4, 32, scale_dtype="float16", scale_levels=2), 8),
         ("w6a6-fast", WeightSpec(6, 32, scale_dtype="float16", scale_levels=2), 6),
-        ("w8a8-fast", WeightSpec(8, 0, scale_dtype="float16"), 8),
+        ("w8a8-fast", WeightSpec(8, 0, symmetric=True, scale_dtype="float16"), 8),
     ],
 )
 def test_a_fast_preset_is_one_dot_over_all_channels(name, weight, acts, params):
