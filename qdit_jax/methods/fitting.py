@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import linen as nn
@@ -22,7 +22,7 @@ from qdit_jax.ptq import (
     weight_name,
 )
 from qdit_jax.quant import QTensor
-from qdit_jax.recipes import Recipe
+from qdit_jax.recipes import LayerSpec, Recipe
 
 STAGES: dict[str, StagesFn] = {"block": by_block, "layer": by_layer}
 # A layer is fitted well to this many inputs per channel; with fewer, gains may be illusory.
@@ -75,6 +75,16 @@ def fit_rounding(
     report_tables(params, rounded, chosen, report)
     note_fallen(share, report)
     return rounded
+
+
+def refuse_levels(specs: Mapping[str, LayerSpec], data: CalibrationData) -> None:
+    """Raises `ValueError` if a layer has two levels of scales, which the Q-DiT release has not."""
+    for path, spec in specs.items():
+        if spec.weight is not None and spec.weight.has_levels:
+            raise ValueError(
+                f"{path} has two levels of scales, which the Q-DiT release has not; use method='gptq' "
+                "(--method gptq), or a recipe such as w4a8."
+            )
 
 
 def chosen_stages(name: str | None, own: StagesFn | None) -> StagesFn:
