@@ -127,7 +127,8 @@ def families_of(
 def is_traceable(spec: Spec | None) -> TypeGuard[Spec]:
     if spec is None or spec.fmt is not None or not spec.range_fn.from_extremes:
         return False
-    return getattr(spec, "channel_group", 1) == 1
+    # Two levels of scales are chosen by error, and so need a static size.
+    return not isinstance(spec, WeightSpec) or (spec.channel_group == 1 and not spec.has_levels)
 
 
 def kernel_branch(family: Sequence[WeightSpec | None]) -> Branch:

@@ -51,17 +51,22 @@ def total_cost(table: list[np.ndarray], assignment: Numbers) -> np.ndarray | np.
 
 
 def side_bits(spec: LayerSpec) -> tuple[int, int]:
-    """Returns `(b_w, b_a)`, 16 for a side that is left as it is."""
+    """Returns `(b_w, b_a)` as a product multiplies them, 16 for a side that is left as it is.
+
+    Two levels of scales multiply levels of 8 bits, however few bits are stored.
+    """
+    stored = spec.weight.bits if spec.weight else 16
     return (
-        spec.weight.bits if spec.weight else 16,
+        8 if spec.weight and spec.weight.has_levels else stored,
         spec.act.bits if spec.act else 16,
     )
 
 
 def segment_lengths(layer: SearchLayer, spec: LayerSpec) -> np.ndarray:
     """Returns the lengths of the pieces of K inside which neither side's scale changes, `[G]`."""
-    sizes = (0 if side is None else side.group_size for side in (spec.act, spec.weight))
-    return kernels.segments(layer.shape[0], *sizes).members
+    act_size = 0 if spec.act is None else spec.act.group_size
+    weight_size = 0 if spec.weight is None else spec.weight.product_group_size
+    return kernels.segments(layer.shape[0], act_size, weight_size).members
 
 
 def num_segments(layer: SearchLayer, spec: LayerSpec) -> int:
@@ -73,9 +78,11 @@ def num_corrections(spec: LayerSpec) -> int:
     """Returns the multiply-adds that add one segment's sum to the accumulator.
 
     1 symmetric by symmetric (the scale); 2 with one zero point; 3 with two: with the sums of codes
-    known, `s (c - z_x (sum w - G z_w)) - s z_w sum x` has one term per zero point.
+    known, `s (c - z_x (sum w - G z_w)) - s z_w sum x` has one term per zero point. Levels have none.
     """
-    return 1 + sum(side is not None and not side.symmetric for side in (spec.weight, spec.act))
+    weight, act = spec.weight, spec.act
+    has_zero = weight is not None and not weight.symmetric and not weight.has_levels
+    return 1 + has_zero + (act is not None and not act.symmetric)
 
 
 @dataclasses.dataclass(frozen=True)

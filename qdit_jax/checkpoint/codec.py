@@ -128,9 +128,13 @@ def check_packing(path: str, described: dict[str, Any]) -> None:
     wanted = {"codes": [packing.packed_rows(rows, bits), width], "scale": [count, blocks]}
     if "packed_zero_point" in arrays:
         wanted["packed_zero_point"] = [packing.packed_rows(count, bits), blocks]
+    more = {"channel_scale": [blocks], "offset": [count, blocks], "codebook": [2**bits]}
+    wanted |= {name: shape for name, shape in more.items() if name in arrays}
     for name, shape in wanted.items():
-        if arrays[name]["shape"][-2:] != shape:
+        if arrays[name]["shape"][-len(shape) :] != shape:
             raise ValueError(f"{path}/{name} is {arrays[name]['shape']}, its settings need {shape}")
+    if "channel_scale" in arrays and scale["dtype"] != "uint8":
+        raise ValueError(f"{path}/scale is {scale['dtype']}, two levels of scales need uint8")
     if width % blocks or codes["dtype"] != "uint8":
         raise ValueError(f"{path} holds {codes['dtype']} codes and {blocks} scales per row")
 

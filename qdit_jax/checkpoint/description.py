@@ -17,6 +17,7 @@ from qdit_jax.recipes import Recipe
 from qdit_jax.types import Params
 
 FORMAT_VERSION = 1
+LEVELS_VERSION = 2  # of a checkpoint with two levels of scales; all others are version 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +48,18 @@ def num_bytes(checkpoint: Checkpoint) -> int:
 def describe(checkpoint: Checkpoint, manifest: dict[str, Any]) -> dict[str, Any]:
     """Returns the content of `model.json`."""
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": version_of(manifest),
         "family": family_of(checkpoint.model).name,
         "config": config_of(checkpoint.model),
         "params": manifest,
         "metadata": checkpoint.metadata,
     }
+
+
+def version_of(manifest: dict[str, Any]) -> int:
+    """Returns the least format version that can say what a manifest does."""
+    has_levels = any("channel_scale" in leaf.get("arrays", {}) for leaf in manifest.values())
+    return LEVELS_VERSION if has_levels else FORMAT_VERSION
 
 
 def from_parts(
@@ -86,10 +93,10 @@ def check_description(description: Any, where: str) -> dict[str, Any]:
         family, config, params = (description[key] for key in ("family", "config", "params"))
     except (KeyError, TypeError) as error:
         raise UserError(f"{where} is damaged: {error!r}; write the checkpoint again.") from error
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, LEVELS_VERSION):
         raise UserError(
-            f"{where} has format version {version}; this qdit_jax reads version {FORMAT_VERSION}: "
-            "install the release that wrote it."
+            f"{where} has format version {version}; this qdit_jax reads versions {FORMAT_VERSION} and "
+            f"{LEVELS_VERSION}: install the release that wrote it."
         )
     if not isinstance(config, dict) or not isinstance(params, dict):
         raise UserError(f"{where} is damaged: config and params must be objects.")

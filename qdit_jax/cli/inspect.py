@@ -185,6 +185,7 @@ def summarize(path: str, found: dict[str, Any]) -> dict[str, Any]:
             size = product(array["shape"]) * itemsize(array["dtype"])
             part["bytes"] += size
             kind = f"{leaf['bits']}-bit" if leaf["type"] == "QTensor" else array["dtype"]
+            kind += " levels" if "channel_scale" in leaf.get("arrays", {}) else ""
             part["dtypes"][kind] = part["dtypes"].get(kind, 0) + size
     summary = {
         "path": path,

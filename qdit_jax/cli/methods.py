@@ -12,7 +12,8 @@ HELP = """\
 List the methods that `qdit quantize --method NAME` offers. For each: its idea in a sentence, its
 paper, the calibration data that it needs (an option of `qdit quantize`), and what it adds to the
 model's run time, the number formats that hardware needs, and the settings that a preset's name
-gets from it.
+gets from it. Presets are w<bits>a<bits>, such as w4a8; w4a8-fast and w8a8-fast make each product one
+int8 dot, and every method takes them, unless its own number format has no such dot.
 
 examples:
   qdit methods

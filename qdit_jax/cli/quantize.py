@@ -28,6 +28,7 @@ quantized while the network runs, per token and group. The new checkpoint needs 
 examples:
   qdit quantize xl2 xl2-w4a8 --recipe w4a8 --group-size 128
   qdit quantize xl2 xl2-w8a8 --recipe w8a8 --group-size 0       # one scale a channel
+  qdit quantize xl2 xl2-fast --recipe w4a8-fast                 # one int8 dot a layer
   qdit quantize xl2 xl2-all --recipe w4a8-all                   # every layer and label table
   qdit quantize xl2 out --recipe recipe.json                    # per-layer settings
   qdit quantize xl2 out --recipe w4a8 --dry-run                 # the plan only, writes nothing
@@ -56,7 +57,8 @@ def add_parser(subparsers: Any) -> None:
         "--recipe",
         "--bits",
         required=True,
-        help="w4a8, w6a8, w8a8, ... (w<bits>a<bits>), w4a8-all for every layer, or a recipe.json",
+        help="w4a8, w6a8, w8a8, ... (w<bits>a<bits>), w4a8-fast or w8a8-fast for one int8 dot a layer, "
+        "w4a8-all for every layer, or a recipe.json",
     )
     add_preset_options(parser)
     add_steps_at(parser.add_argument)

@@ -43,6 +43,7 @@ class Format:
         symmetric: whether there is no zero point.
         fmt: the name of a number format in place of integers; None for integers.
         mode: of inputs: `"dynamic"`, `"static"` or `"static-per-timestep"`; None for weights.
+        scale_levels: 2 where groups have whole-number scales on their output channel's scale.
     """
 
     bits: int
@@ -50,13 +51,15 @@ class Format:
     symmetric: bool
     fmt: str | None = None
     mode: str | None = None
+    scale_levels: int = 1
 
     @property
     def text(self) -> str:
         """The format in a few letters, such as `4b g32 static`."""
         bits = f"{self.bits}b" if self.fmt is None else self.fmt
         mode = "" if self.mode in (None, "dynamic") else f" {self.mode}"
-        return f"{bits} g{self.group_size}" + ("s" if self.symmetric else "") + mode
+        levels = "x2" if self.scale_levels == 2 else ""
+        return f"{bits} g{self.group_size}" + levels + ("s" if self.symmetric else "") + mode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +255,9 @@ def nbytes_of(leaves: list[Any]) -> int:
 def weight_format(q: QTensor) -> Format:
     """Returns the format that a kernel is stored in."""
     size = effective_group_size(q.shape[0], q.group_size)
-    return Format(q.bits, size, q.symmetric, None if q.fmt is None else q.fmt.name)
+    name = None if q.fmt is None else q.fmt.name
+    levels = 2 if q.fmt is None and q.has_levels else 1
+    return Format(q.bits, size, q.symmetric, name, scale_levels=levels)
 
 
 def act_format(act: ActQuant, channels: int | None) -> Format:
@@ -267,7 +272,8 @@ def spec_format(spec: WeightSpec | ActSpec, channels: int | None) -> Format:
     if isinstance(spec, ActSpec):
         mode = spec.mode + ("-per-timestep" if spec.per_timestep else "")
     fmt = None if spec.fmt is None else spec.fmt.name
-    return Format(spec.bits, size, spec.symmetric, fmt, mode)
+    levels = spec.scale_levels if isinstance(spec, WeightSpec) else 1
+    return Format(spec.bits, size, spec.symmetric, fmt, mode, levels)
 
 
 def problem_of(

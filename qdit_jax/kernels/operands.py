@@ -1,8 +1,8 @@
 """The operands of integer numerics, cut into segments.
 
 Integers and number formats have one equation: `value = (element - zero) * scale`. Integer codes,
-moved by `2**(bits-1)`, and the doubled elements of E2M1 are int8; FP8 elements are bfloat16, NF4's
-float32. Two int8 operands keep their zeros, which are subtracted from the int32 sums, exactly. In a wider
+moved by `2**(bits-1)`, the doubled elements of E2M1, and the levels of two levels of scales are int8;
+FP8 elements are bfloat16, NF4's float32. Two int8 operands keep their zeros, which are subtracted from the int32 sums, exactly. In a wider
 dtype each `element - zero` is exact, while a float32 sum would cancel; there the zero is subtracted
 first.
 
@@ -30,6 +30,7 @@ from qdit_jax.quant import (
     expand_to_channels,
     formats,
     integer_codes,
+    levels_of,
     packing,
     scale_value,
 )
@@ -46,7 +47,7 @@ class WeightSegment(NamedTuple):
     """A segment of the weights, or all of them with U as first axis.
 
     Attributes:
-        codes: what `stacked_codes` returns.
+        codes: what `stacked_codes` returns; int8 levels where there are two levels of scales.
         zero: uint8 `[B]`, None where it is 0.
         scale: `[B]`, as stored.
     """
@@ -123,6 +124,8 @@ def act_elements(
 
 def weight_operand(q: QTensor, dtype: np.dtype, segments: Segments) -> Operand[WeightSegment]:
     """Returns the operand of the kernel `q`, its elements in `dtype`; see `stacked_codes`."""
+    if q.has_levels:
+        return level_operand(q, dtype, segments)
     codes, unpacked = stacked_codes(q, segments)
     group = segments.group(q.group_size)
     half = 2 ** (q.bits - 1)
@@ -145,6 +148,19 @@ def weight_operand(q: QTensor, dtype: np.dtype, segments: Segments) -> Operand[W
         return (elements if zero is None else elements - zero).astype(dtype), None, scale
 
     return Operand(stacked, segment)
+
+
+def level_operand(q: QTensor, dtype: np.dtype, segments: Segments) -> Operand[WeightSegment]:
+    """Returns the operand of int8 levels, whose scale is that of the output channel."""
+    count, length = segments.rows.shape
+    levels = segments.cut(levels_of(q), 0).reshape(count, length, -1)
+    scale = jnp.broadcast_to(q.channel_scale, (count, q.channel_scale.shape[-1]))
+
+    def segment(one: WeightSegment) -> Elements:
+        elements = with_layout_constraint(one.codes, Layout(major_to_minor=(0, 1)))
+        return elements.astype(dtype), None, jnp.repeat(one.scale, q.channel_group)
+
+    return Operand(WeightSegment(levels, None, scale), segment)
 
 
 def row_scale(q: QTensor, scale: Num[AnyArray, " B"]) -> Float[Array, " B"]:

@@ -65,7 +65,7 @@ class Segments:
 
 
 def segments(num_channels: int, x_group_size: int, w_group_size: int) -> Segments:
-    """Returns the segments of operands with these group sizes."""
+    """Returns the segments of operands with these group sizes, `product_group_size` of kernels."""
     edges = {0, *range(0, num_channels, MAX_SEGMENT)}
     for size in (x_group_size, w_group_size):
         size = effective_group_size(num_channels, size)

@@ -50,7 +50,7 @@ def integer_matmul(
     dtype, (num_channels, width) = x.dtype, q.shape
     spec = act_quant.spec
     shift = spec.shift if spec.fmt is None else 0.0
-    cuts = segments(num_channels, spec.group_size, q.group_size)
+    cuts = segments(num_channels, spec.group_size, q.product_group_size)
     x = x.astype(jnp.float32) + shift
     exact = jnp.promote_types(element_dtype(spec.fmt), element_dtype(q.fmt))
     acts = act_operand(x, act_quant, exact, cuts)

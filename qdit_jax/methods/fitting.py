@@ -85,6 +85,16 @@ def fit_rounding(
     return rounded
 
 
+def refuse_levels(specs: Mapping[str, LayerSpec], data: CalibrationData) -> None:
+    """Raises `ValueError` if a layer has two levels of scales, which the Q-DiT release has not."""
+    for path, spec in specs.items():
+        if spec.weight is not None and spec.weight.has_levels:
+            raise ValueError(
+                f"{path} has two levels of scales, which the Q-DiT release has not; use method='gptq' "
+                "(--method gptq), or a recipe such as w4a8."
+            )
+
+
 def chosen_stages(name: str | None, own: StagesFn | None) -> StagesFn:
     """Returns the method's own stages, or those that `name` asks for."""
     return STAGES[name or "block"] if own is None else own

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from qdit_jax.methods.data import spread_items
-from qdit_jax.methods.fitting import fit_rounding
+from qdit_jax.methods.fitting import fit_rounding, refuse_levels
 from qdit_jax.methods.method import Method
 from qdit_jax.quant import gptq_authors, ranges
 
@@ -16,6 +16,7 @@ METHOD = Method(
     idea="Rounds with the GPTQ of the Q-DiT release, on the inputs and with the held-out check of "
     "gptq, to see what the rounding alone contributes.",
     runtime_cost="None: codes and scales are those of rtn.",
+    check=refuse_levels,
     needs={"items": spread_items},
     apply=partial(fit_rounding, round_fn=gptq_authors),
     settings={"range_fn": ranges.authors_gptq},

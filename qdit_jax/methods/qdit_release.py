@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from functools import partial
 
 from qdit_jax.methods.data import CalibrationData, authors_items
-from qdit_jax.methods.fitting import fit_rounding
+from qdit_jax.methods.fitting import fit_rounding, refuse_levels
 from qdit_jax.methods.method import Method
 from qdit_jax.ptq import by_block_authors
 from qdit_jax.quant import gptq_authors, ranges
@@ -20,7 +20,8 @@ from qdit_jax.recipes import LayerSpec
 
 
 def check(specs: Mapping[str, LayerSpec], data: CalibrationData) -> None:
-    """Raises `ValueError` if other stages are asked for than the release's."""
+    """Raises `ValueError` if other stages or scales are asked for than the release's."""
+    refuse_levels(specs, data)
     if data.stages is not None:
         raise ValueError(
             f"stages={data.stages!r}: method 'qdit_release' has the release's own stages; leave "

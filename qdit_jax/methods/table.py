@@ -34,6 +34,7 @@ METHODS = (
     "svdquant",
     "dirotq",
     "nf4",
+    "lut4",
 )
 
 

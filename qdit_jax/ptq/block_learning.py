@@ -31,9 +31,9 @@ from qdit_jax.quant import (
     WeightSpec,
     adaptive_rounding,
     dequantize,
-    from_codes,
     select_timestep,
     straight_through,
+    with_codes,
 )
 
 # A module's entries by path within it: arrays, quantizers and further leaves.
@@ -164,14 +164,14 @@ def own_costs(
     """
     moments = input_moments(form, entries, samples, index)
     costs = {}
-    for name, spec in form.specs:
+    for name, _ in form.specs:
         w, q = matrix(entries[name]), nearest[name]
         rounded = dequantize(q)
         other = {**entries, name: rounded.reshape(entries[name].shape)}
         moved = distance(form, entries, other, samples, index)
         moment = moments[name][:, None]
         own = jnp.maximum(jnp.sum(moment * jnp.square(rounded - w)), jnp.finfo(jnp.float32).tiny)
-        costs[name] = moment * jnp.square(grid(q, spec)[0]) * (moved / own)
+        costs[name] = moment * jnp.square(adaptive_rounding.wide_grid(q)[0]) * (moved / own)
     return costs
 
 
@@ -206,19 +206,16 @@ def matrix(kernel: Array) -> Float[Array, "K N"]:
     return jnp.asarray(kernel, jnp.float32).reshape(-1, kernel.shape[-1])
 
 
-def grid(q: QTensor, spec: WeightSpec) -> tuple[Float[Array, "K N"], Float[Array, "*s"]]:
-    """Returns the scale and the code of 0.0 of every weight."""
-    return adaptive_rounding.wide_grid(q.scale, q.zero_point, q.shape, spec.bits, spec.group_size)
-
-
 @partial(jax.jit, static_argnames=("form", "settings"))
 def started(
     form: Form, entries: Entries, nearest: dict[str, QTensor], settings: ReconstructionSettings
 ) -> State:
     """Returns the state before the first step: kernels and step sizes are as they are."""
     logits = {
-        name: adaptive_rounding.initial_logits(matrix(entries[name]), grid(nearest[name], spec)[0])
-        for name, spec in form.specs
+        name: adaptive_rounding.initial_logits(
+            matrix(entries[name]), *adaptive_rounding.wide_grid(nearest[name])
+        )
+        for name, _ in form.specs
     }
     steps = {
         name: jnp.zeros_like(entry.scale)
@@ -265,7 +262,7 @@ def learn(
     `unit` is the mean squared error of an item's output, which the loss is divided by.
     """
     weights = {name: matrix(entries[name]) for name, _ in form.specs}
-    grids = {name: grid(nearest[name], spec) for name, spec in form.specs}
+    grids = {name: adaptive_rounding.wide_grid(nearest[name]) for name, _ in form.specs}
 
     def loss(learned: Learned, index: Int[Array, " B"], progress: Array) -> Float[Array, ""]:
         kernels = {}
@@ -312,8 +309,8 @@ def rounded(
     found: dict[str, Any] = {}
     for name, spec in form.specs:
         q, v = nearest[name], adaptive_rounding.decided(learned["logits"][name])
-        scale, offset = grid(q, spec)
+        scale, offset = adaptive_rounding.wide_grid(q)
         codes = adaptive_rounding.soft_codes(matrix(entries[name]), v, scale, offset, spec.bits)
-        found[name] = from_codes(codes.astype(jnp.uint8), q.scale, q.zero_point, spec)
+        found[name] = with_codes(q, codes.astype(jnp.uint8))
     changed = with_steps(entries, learned, settings)
     return {**found, **{name: changed[name] for name in learned["steps"]}}

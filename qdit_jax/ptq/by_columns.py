@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from qdit_jax.quant import QTensor, WeightSpec, dequantize, quantize
+from qdit_jax.quant import QTensor, WeightSpec, cut_scales, dequantize, quantize
 from qdit_jax.types import AnyArray
 
 # Values per block, 6 MB in float32: a DiT-XL's largest kernel is six blocks of one shape.
@@ -34,13 +34,13 @@ def column_blocks(shape: tuple[int, ...], channel_group: int) -> list[slice]:
 def quantize_by_columns(w: Float[np.ndarray, "K N"], spec: WeightSpec) -> QTensor:
     """Returns `quantize(w, spec)` bit for bit, its arrays in NumPy.
 
-    A kernel in a format with a factor per tensor is quantized in one block.
+    A kernel in a format with a factor or a codebook per tensor is quantized in one block.
 
     Raises:
         TypeError, ValueError: see `quantize`.
     """
     blocks = [slice(None)]
-    if spec.fmt is None or not spec.fmt.has_tensor_scale:
+    if spec.fmt is None or not spec.fmt.needs_whole_tensor:
         blocks = column_blocks(w.shape, spec.channel_group)
     parts = [jax.tree.map(np.asarray, quantize(w[:, block], spec)) for block in blocks]
     if len(parts) == 1:
@@ -87,12 +87,9 @@ def decibels(signal: float, noise: float) -> float:
 def columns_of(q: QTensor, columns: slice) -> QTensor:
     """Returns the columns of `q`, still packed; the slice ends between channel groups."""
     start, stop = columns.start, columns.stop
-    group, zero_point = q.channel_group, q.packed_zero_point
-    blocks = slice(start // group, stop // group)
+    blocks = slice(start // q.channel_group, stop // q.channel_group)
     return dataclasses.replace(
-        q,
+        cut_scales(q, lambda array: array[..., blocks]),
         codes=q.codes[:, columns],
-        scale=q.scale[:, blocks],
-        packed_zero_point=None if zero_point is None else zero_point[:, blocks],
         shape=(q.shape[0], stop - start),
     )

@@ -22,7 +22,7 @@ from qdit_jax.types import AnyArray
 ALLOWANCE_DB = 6.0
 # Of formats, whose steps grow with the value: the signal-to-noise ratio in dB of each element, for
 # blocks whose values are within a few powers of two, less a margin.
-ELEMENT_DB = {"e4m3": 25.0, "e5m2": 19.0, "e2m1": 11.0, "nf4": 12.0}
+ELEMENT_DB = {"e4m3": 25.0, "e5m2": 19.0, "e2m1": 11.0, "nf4": 12.0, "codebook": 12.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Precision:
 def precision_of(w: Float[AnyArray, "K N"], q: QTensor) -> Precision:
     """Returns the measured precision of `q` against the kernel `w` `[K, N]`, and the expected one.
 
-    The expected noise of integers is step² / 12, with the step of each group's min-max grid.
+    The expected noise of integers is step² / 12, with the step of each group's min-max grid, with two
+    levels of scales a whole number of the channel's levels.
     """
     sums = [
         (signal, noise, promised_noise(part, signal, q))
@@ -58,6 +59,8 @@ def precision_warning(
 ) -> str | None:
     """Returns a warning if a kernel has lost more in `q` than its bits explain, else None."""
     kind = f"{q.bits} bits" if q.fmt is None else q.fmt.name
+    if q.fmt is None and q.has_levels:
+        kind += " with two levels of scales"
     if not precision.measured >= precision.promised - allowance_db:
         return f"{precision.measured:.1f} dB where {kind} promise {precision.promised:.1f}"
     if precision.num_lost:
@@ -83,5 +86,9 @@ def promised_noise(
     if q.channel_group > 1:
         blocks = span.reshape(len(starts), -1, q.channel_group).max(-1)
         span = np.repeat(blocks, q.channel_group, axis=-1)
+    steps = span / top
+    if q.has_levels:
+        level = np.maximum(np.abs(w).max(0), np.finfo(np.float32).tiny) / 127
+        steps = np.ceil(steps / level) * level
     members = np.minimum(starts + size, w.shape[0]) - starts
-    return (np.square(span / top) / 12 * members[:, None]).sum(0)
+    return (np.square(steps) / 12 * members[:, None]).sum(0)

@@ -35,14 +35,17 @@ from qdit_jax.quant.over_time import (
 )
 from qdit_jax.quant.qtensor import (
     QTensor,
+    cut_scales,
     dequantize,
     from_codes,
     integer_codes,
+    levels_of,
     nbytes,
     packed_nbytes,
     quantize,
     scale_values,
     select_columns,
+    with_codes,
 )
 from qdit_jax.quant.specs import ActSpec, WeightSpec
 from qdit_jax.quant.stored_scales import scale_value
@@ -78,6 +81,7 @@ __all__ = [
     "bits_over_time",
     "check_finite",
     "codes_of",
+    "cut_scales",
     "dequantize",
     "effective_group_size",
     "entry_name",
@@ -93,6 +97,7 @@ __all__ = [
     "group_extremes",
     "integer_codes",
     "kernel_of_other",
+    "levels_of",
     "levels_over_time",
     "map_groups",
     "nbytes",
@@ -116,6 +121,7 @@ __all__ = [
     "true_after",
     "whole_size",
     "with_act_bits",
+    "with_codes",
     "with_leaf",
     "with_weight_bits",
 ]

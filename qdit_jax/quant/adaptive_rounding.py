@@ -22,9 +22,15 @@ from qdit_jax.quant import groups
 from qdit_jax.quant.division import quotient
 from qdit_jax.quant.finite import check_finite
 from qdit_jax.quant.gptq_rounding import damped, nan_unless_finite
-from qdit_jax.quant.qtensor import QTensor, check_kernel, from_codes, scale_and_zero_point
+from qdit_jax.quant.qtensor import (
+    QTensor,
+    affine_map,
+    check_kernel,
+    code_at,
+    grid_of,
+    with_codes,
+)
 from qdit_jax.quant.specs import WeightSpec
-from qdit_jax.quant.stored_scales import scale_value
 from qdit_jax.types import Numbers
 
 # The rectified sigmoid's stretch (paper, equation 23).
@@ -55,9 +61,11 @@ def rectified_sigmoid(v: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return jnp.clip(jax.nn.sigmoid(v) * (_HIGH - _LOW) + _LOW, 0, 1)
 
 
-def initial_logits(w: Float[Array, "K N"], scale: Float[Array, "K N"]) -> Float[Array, "K N"]:
+def initial_logits(
+    w: Float[Array, "K N"], scale: Float[Array, "K N"], offset: Float[Array, "*#s"]
+) -> Float[Array, "K N"]:
     """Returns the v whose `soft_codes` stand for `w` itself, as far as the grid reaches."""
-    steps = quotient(w, scale)
+    steps = quotient(w, scale) + (offset - jnp.floor(offset))
     fraction = steps - jnp.floor(steps)
     return jax.scipy.special.logit((fraction - _LOW) / (_HIGH - _LOW))
 
@@ -73,7 +81,9 @@ def soft_codes(
 
     `scale` and `offset` (the code of 0.0) broadcast to `w`.
     """
-    return jnp.clip(jnp.floor(quotient(w, scale)) + rectified_sigmoid(v) + offset, 0, 2**bits - 1)
+    whole = jnp.floor(offset)  # with two levels of scales, the offset has a fraction
+    below = jnp.floor(quotient(w, scale) + (offset - whole))
+    return jnp.clip(below + rectified_sigmoid(v) + whole, 0, 2**bits - 1)
 
 
 def decided(v: Float[Array, "*s"]) -> Float[Array, "*s"]:
@@ -81,21 +91,10 @@ def decided(v: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return jnp.where(rectified_sigmoid(v) >= 0.5, jnp.inf, -jnp.inf)
 
 
-def wide_grid(
-    stored: Float[Array, "G B"],
-    zero_point: Num[Array, "G B"] | None,
-    shape: tuple[int, ...],
-    bits: int,
-    group_size: int,
-) -> tuple[Float[Array, "K N"], Float[Array, "*s"]]:
-    """Returns a kernel's scale, as stored, and its code of 0.0 for every weight.
-
-    The latter is one number where there is no zero point.
-    """
-    scale = groups.expand_groups(scale_value(stored), shape, group_size)
-    if zero_point is None:
-        return scale, jnp.float32(2 ** (bits - 1))
-    return scale, groups.expand_groups(zero_point, shape, group_size).astype(jnp.float32)
+def wide_grid(grid: QTensor) -> tuple[Float[Array, "K N"], Float[Array, "K N"]]:
+    """Returns a kernel's scale and its code of 0.0 for every weight, float32."""
+    scale, zero = (groups.expand_groups(a, grid.shape, grid.group_size) for a in affine_map(grid))
+    return scale, zero
 
 
 def ramp(progress: Float[Array, ""], warmup: float, cooldown: float) -> Float[Array, ""]:
@@ -146,19 +145,18 @@ def _adaround(
     w: Float[Array, "K N"], hessian: Num[Array, "K K"], spec: WeightSpec, settings: AdaRoundSettings
 ) -> QTensor:
     w, hessian = w.astype(jnp.float32), hessian.astype(jnp.float32)
-    stored, zero_point = scale_and_zero_point(w, spec)
-    stored = nan_unless_finite(stored, hessian)
+    grid = nan_unless_finite(grid_of(w, spec), hessian)
     positive, _, tries = damped(hessian, 0.01)
     # With an indefinite Hessian the error could be negative, and learning would seek just that.
     hessian = jnp.where(tries > 0, positive, hessian)
-    scale, offset = wide_grid(stored, zero_point, w.shape, spec.bits, spec.group_size)
+    scale, offset = wide_grid(grid)
 
     def channel_error(codes: Float[Array, "K N"]) -> Float[Array, " N"]:
         difference = (codes - offset) * scale - w  # [K, N]
         product = jnp.matmul(hessian, difference, precision=jax.lax.Precision.HIGHEST)
         return jnp.sum(difference * product, axis=0)
 
-    nearest = jnp.clip(jnp.round(quotient(w, scale)) + offset, 0, 2**spec.bits - 1)
+    nearest = code_at(quotient(w, scale), offset, spec.bits)
     base = channel_error(nearest)  # [N]
     # The error of rounding to nearest; `tiny` avoids a division by 0.
     unit = jnp.maximum(jnp.sum(base), jnp.finfo(jnp.float32).tiny)
@@ -169,10 +167,10 @@ def _adaround(
         pull = settings.strength * ramp(progress, settings.warmup, settings.cooldown)
         return (error + pull * polarization(v, cost)) / unit
 
-    v = _minimize(objective, initial_logits(w, scale), settings)
+    v = _minimize(objective, initial_logits(w, scale, offset), settings)
     learned = soft_codes(w, decided(v), scale, offset, spec.bits)
     codes = jnp.where(channel_error(learned) <= base, learned, nearest)
-    return from_codes(codes.astype(jnp.uint8), stored, zero_point, spec)
+    return with_codes(grid, codes.astype(jnp.uint8))
 
 
 def _minimize(

@@ -1,9 +1,9 @@
-"""Number formats other than integers: FP8, FP4, the block formats MXFP4, MXFP8, NVFP4, and NF4.
+"""Number formats other than integers: FP8, FP4, the block formats MXFP4, MXFP8, NVFP4, NF4, LUT4.
 
 A format is an element (a table with one value per code) and the scale of a block. Elements round
 to nearest, ties to even, and saturate; a block's codes are `element(x / scale)`. A product may sum
 elements before it multiplies by scales: they are whole numbers (E2M1, doubled) or exact in a dtype
-that has a dot.
+that has a dot. LUT4 has no table of its own: each kernel learns one, see `codebooks`.
 
 Dimensions: K channels, G groups (blocks), S members of a group.
 """
@@ -33,7 +33,7 @@ _DTYPES = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "e2m1": "float4_e2m1f
 # The dtype that holds an element exactly in a dot, and the unit: E2M1 is counted in halves.
 _OPERANDS = {
     "e2m1": ("int8", 0.5), "e4m3": ("bfloat16", 1.0), "e5m2": ("bfloat16", 1.0),
-    "nf4": ("float32", 1.0),
+    "nf4": ("float32", 1.0), "codebook": ("int8", 1.0),
 }  # fmt: skip
 
 
@@ -46,11 +46,12 @@ class Format:
 
     Attributes:
         name: what recipes call it.
-        element: "e4m3", "e5m2", "e2m1" or "nf4".
+        element: "e4m3", "e5m2", "e2m1", "nf4", or "codebook" for a table that each kernel learns.
         bits: bits per element.
         block_size: members of a block; 0 leaves the group size to the spec.
         block_scale: "float" (in the spec's scale dtype), "e8m0" (a power of two, one byte) or
-            "e4m3" (one byte, times one float32 factor for the whole tensor).
+            "e4m3" (one byte, times one float32 factor for the whole tensor) or "levels" (one
+            byte, a whole number of the output channel's levels).
     """
 
     name: str
@@ -65,12 +66,28 @@ class Format:
         return self.block_scale == "e4m3"
 
     @property
+    def has_codebook(self) -> bool:
+        """Whether a kernel learns the table of values, whose entries become int8 levels."""
+        return self.element == "codebook"
+
+    @property
+    def needs_whole_tensor(self) -> bool:
+        """Whether a block's codes depend on the rest of the tensor."""
+        return self.has_tensor_scale or self.has_codebook
+
+    @property
     def has_byte_scale(self) -> bool:
         """Whether a block's scale is stored as one byte."""
         return self.block_scale != "float"
 
     def values(self) -> np.ndarray:
-        """Returns the value of every code, float32 `[2**bits]`; FP8 holds NaN and infinities."""
+        """Returns the value of every code, float32 `[2**bits]`; FP8 holds NaN and infinities.
+
+        Raises:
+            ValueError: if the format has no table of its own.
+        """
+        if self.has_codebook:
+            raise ValueError(f"format {self.name!r} has a table per kernel; see QTensor.codebook.")
         if self.element == "nf4":
             return np.array(_NF4, np.float32)
         codes = np.arange(2**self.bits, dtype=np.uint8)
@@ -214,8 +231,9 @@ mxfp4 = Format("mxfp4", "e2m1", 4, block_size=32, block_scale="e8m0")
 mxfp8 = Format("mxfp8", "e4m3", 8, block_size=32, block_scale="e8m0")
 nvfp4 = Format("nvfp4", "e2m1", 4, block_size=16, block_scale="e4m3")
 nf4 = Format("nf4", "nf4", 4)
+lut4 = Format("lut4", "codebook", 4, block_scale="levels")
 
-FORMATS = {fmt.name: fmt for fmt in (fp8_e4m3, fp8_e5m2, fp4_e2m1, mxfp4, mxfp8, nvfp4, nf4)}
+FORMATS = {fmt.name: fmt for fmt in (fp8_e4m3, fp8_e5m2, fp4_e2m1, mxfp4, mxfp8, nvfp4, nf4, lut4)}
 
 
 def by_name(name: str) -> Format:

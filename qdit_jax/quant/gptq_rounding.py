@@ -10,6 +10,7 @@ blocks of `BLOCK` channels.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -22,14 +23,17 @@ from qdit_jax.quant.division import quotient
 from qdit_jax.quant.finite import check_finite
 from qdit_jax.quant.qtensor import (
     QTensor,
+    affine_map,
     check_kernel,
-    codes_on_grid,
+    code_at,
     dequantize,
     from_codes,
-    scale_and_zero_point,
+    grid_of,
+    nearest_codes,
+    with_codes,
 )
 from qdit_jax.quant.specs import WeightSpec
-from qdit_jax.quant.stored_scales import scale_value, stored_scale
+from qdit_jax.quant.stored_scales import stored_scale
 from qdit_jax.types import AnyArray, Numbers
 
 BLOCK = 128
@@ -94,21 +98,19 @@ def _gptq(
     num_channels = w.shape[0]
     alive = jnp.any(hessian != 0, axis=1)  # [K]
     order = jnp.argsort(-jnp.diagonal(hessian))  # [K], position -> channel
-    scale, zero_point = scale_and_zero_point(w, spec)
-    scale = nan_unless_finite(scale, hessian)  # [G, B]
-    grid = _grid(scale, zero_point, spec)
+    stored = nan_unless_finite(grid_of(w, spec), hessian)
+    grid = _wide_grid(stored)
     live = jnp.where(alive[:, None], w, 0)
     positive, factor, tries = damped(hessian[order][:, order], damping)
     size = groups.effective_group_size(num_channels, spec.group_size)
     # A channel keeps the group of its own index, wherever it is visited.
     codes, _ = _round_channels(live[order], factor, grid, (order // size), spec, None)
     codes = jnp.zeros_like(codes).at[order].set(codes)  # back in the order of the channels
-    nearest = codes_on_grid(live, scale, zero_point, spec)
+    nearest = nearest_codes(live, stored)
 
     def better_on(inputs: Num[Array, "K K"]) -> UInt8[Array, "K N"]:
         errors = [
-            channel_errors(w, from_codes(chosen, scale, zero_point, spec), inputs)
-            for chosen in (codes, nearest)
+            channel_errors(w, with_codes(stored, chosen), inputs) for chosen in (codes, nearest)
         ]
         return jnp.where(errors[0] <= errors[1], codes, nearest)
 
@@ -119,14 +121,17 @@ def _gptq(
         # GPTQ's codes have to prove better than the nearest ones.
         where = jnp.argsort(order)  # channel -> position
         codes = jax.lax.cond(tries > 0, lambda: better_on(positive[where][:, where]), lambda: codes)
-    return from_codes(codes, scale, zero_point, spec)
+    return with_codes(stored, codes)
 
 
-def nan_unless_finite(
-    scale: Float[Array, "G B"], hessian: Num[Array, "K K"]
-) -> Float[Array, "G B"]:
-    """Returns `scale`, or NaN if `hessian`, traced and so not refused, is not finite."""
-    return jnp.where(jnp.all(jnp.isfinite(hessian)), scale, jnp.nan)
+def nan_unless_finite(grid: QTensor, hessian: Num[Array, "K K"]) -> QTensor:
+    """Returns `grid`, with NaN scales if `hessian`, traced and so not refused, is not finite."""
+    sound = jnp.all(jnp.isfinite(hessian))
+    if grid.has_levels:
+        return dataclasses.replace(
+            grid, channel_scale=jnp.where(sound, grid.channel_scale, jnp.nan)
+        )
+    return dataclasses.replace(grid, scale=jnp.where(sound, grid.scale, jnp.nan))
 
 
 def gptq_authors(
@@ -143,9 +148,13 @@ def gptq_authors(
     is clamped, because packed zero points have as many bits as the codes.
 
     Raises:
-        TypeError, ValueError: as `gptq`.
+        TypeError, ValueError: as `gptq`; also if `spec` has two levels of scales.
     """
     w, hessian = _check(w, hessian, spec)
+    if spec.has_levels:
+        raise ValueError(
+            "scale_levels=2 is not in the release, whose GPTQ this is; use gptq, or scale_levels=1."
+        )
     return _gptq_authors(w, hessian, damping, spec=spec)
 
 
@@ -160,13 +169,13 @@ def _gptq_authors(
     num_channels = w.shape[0]
     size = groups.effective_group_size(num_channels, spec.group_size)
     dead = jnp.diagonal(hessian) == 0
-    grid = _grid(*scale_and_zero_point(w, spec), spec)
+    grid = _wide_grid(grid_of(w, spec))
     live = jnp.where(dead[:, None], 0, w)
     factor = inverse_factor(hessian, damping)
     starts = jnp.arange(0, num_channels, size, dtype=jnp.int32)  # [G], first channel of each group
 
     def refresh(running: Float[Array, "P N"], grid: Grid, first: Int[Array, ""]) -> Grid:
-        now = _grid(*scale_and_zero_point(running[:num_channels], spec), spec)
+        now = _wide_grid(grid_of(running[:num_channels], spec))
         inside = ((starts >= first) & (starts < first + BLOCK))[:, None]  # [G, 1]
         return jax.tree.map(lambda new, old: jnp.where(inside, new, old), now, grid)
 
@@ -179,21 +188,15 @@ def _gptq_authors(
     width = scale.shape[-1] // spec.channel_group
     scale = scale.reshape(-1, width, spec.channel_group)[..., 0]  # [G, B]
     offset = offset.reshape(-1, width, spec.channel_group)[..., 0]
-    scale = nan_unless_finite(stored_scale(scale, spec.scale_dtype), hessian)
-    return from_codes(codes, scale, None if spec.symmetric else offset, spec)
+    scale = stored_scale(scale, spec.scale_dtype)
+    q = from_codes(codes, scale, None if spec.symmetric else offset, spec)
+    return nan_unless_finite(q, hessian)
 
 
-def _grid(
-    scale: Float[Array, "G B"], zero_point: Float[Array, "G B"] | None, spec: WeightSpec
-) -> Grid:
+def _wide_grid(grid: QTensor) -> Grid:
     """Returns scale and code of 0.0, both float32 `[G, N]`; symmetric: the middle code."""
-    if zero_point is None:
-        zero_point = jnp.full(scale.shape, 2.0 ** (spec.bits - 1), jnp.float32)
-    repeat = spec.channel_group
-    return (
-        jnp.repeat(scale_value(scale), repeat, axis=-1),
-        jnp.repeat(zero_point, repeat, axis=-1),
-    )
+    scale, zero = (jnp.repeat(a, grid.channel_group, axis=-1) for a in affine_map(grid))
+    return scale, zero
 
 
 def inverse_factor(hessian: Float[Array, "K K"], damping: Numbers) -> Float[Array, "K K"]:
@@ -266,7 +269,6 @@ def _round_channels(
     added = jnp.arange(num_channels + pad, dtype=jnp.int32) >= num_channels
     factor = factor + jnp.diag(added.astype(jnp.float32))  # no division by 0 in padded channels
     group_of = jnp.pad(group_of, (0, pad), mode="edge")
-    top = 2**spec.bits - 1
     columns = jnp.arange(num_channels + pad, dtype=jnp.int32)
 
     def round_block(
@@ -286,7 +288,7 @@ def _round_channels(
             j: Int[Array, ""] | int, inner: tuple[Array, Array, Array]
         ) -> tuple[Array, Array, Array]:
             rows, codes, errors = inner
-            code = jnp.clip(jnp.round(quotient(rows[j], scale[j])) + offset[j], 0, top)
+            code = code_at(quotient(rows[j], scale[j]), offset[j], spec.bits)
             error = (rows[j] - (code - offset[j]) * scale[j]) / inside[j, j]
             # 0 in earlier channels: row j of an upper triangular factor starts at j.
             rows = rows - inside[j][:, None] * error

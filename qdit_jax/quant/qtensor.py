@@ -7,6 +7,7 @@ scales per row, R rows of packed bytes.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Integer, Num, UInt8
+from jaxtyping import Array, Float, Int8, Integer, Num, UInt8
 
-from qdit_jax.quant import finite, formats, groups, packing
+from qdit_jax.quant import codebooks, finite, formats, groups, levels, packing
 from qdit_jax.quant.division import quotient
 from qdit_jax.quant.specs import WeightSpec
 from qdit_jax.quant.stored_scales import scale_value, stored_scale
@@ -25,7 +26,10 @@ from qdit_jax.types import Numbers
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["codes", "scale", "packed_zero_point", "tensor_scale"],
+    data_fields=[
+        *("codes", "scale", "packed_zero_point", "tensor_scale"),
+        *("channel_scale", "offset", "codebook"),
+    ],
     meta_fields=["bits", "group_size", "shape", "fmt"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +41,20 @@ class QTensor:
     Without a zero point, codes are signed, `[-2**(bits-1), 2**(bits-1) - 1]`, and stored with
     `2**(bits-1)` added. With a number format `fmt`, `w = fmt.value(code) * scale_values(q)`.
 
+    With two levels of scales, `w = levels_of(q)[k, n] * channel_scale[n // c]`: a group's codes become
+    int8 levels by a step and an offset of one byte each, or through a codebook.
+
     Attributes:
         codes: uint8 `[..., packed_rows(K, bits), N]`, see `packing`.
         scale: `[..., G, B]`, as stored: `scale_values(q)` reads it, see `stored_scales`.
         packed_zero_point: uint8 `[..., packed_rows(G, bits), B]`, packed like the codes; None
             when symmetric.
         tensor_scale: float32 `[...]`, one factor per kernel, of formats that have one; else None.
+        channel_scale: float32 `[..., B]` where there are two levels of scales, else None; `scale` is
+            then uint8, a whole number of levels.
+        offset: uint8 `[..., G, B]`, the level of code 0, plus 128; None when symmetric, or with one
+            level of scales or a codebook.
+        codebook: float32 `[..., 16]`, of a format that learns one; else None.
         bits, group_size, shape, fmt: static; `shape` is the logical (K, N). Leading axes of the
             arrays are batch axes (layers stacked by vmap or scan).
     """
@@ -52,6 +64,9 @@ class QTensor:
     scale: Any
     packed_zero_point: Any = None
     tensor_scale: Any = None
+    channel_scale: Any = None
+    offset: Any = None
+    codebook: Any = None
     bits: int = 4
     group_size: int = 128
     shape: tuple[int, int] = (0, 0)
@@ -59,8 +74,18 @@ class QTensor:
 
     @property
     def symmetric(self) -> bool:
-        """Whether the codes have no zero point."""
-        return self.packed_zero_point is None
+        """Whether the codes have no zero point and no offset."""
+        return self.packed_zero_point is None and self.offset is None
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether there are two levels of scales, so that a product's operand is int8 levels."""
+        return self.channel_scale is not None
+
+    @property
+    def product_group_size(self) -> int:
+        """Input channels inside which a product has one scale; 0 is all."""
+        return 0 if self.has_levels else self.group_size
 
     @property
     def num_groups(self) -> int:
@@ -98,13 +123,19 @@ def packed_nbytes(num_rows: int, width: int, spec: WeightSpec) -> int:
     Codes: `packed_rows(K, bits) * N`; scales: `G * N / channel_group` of the scale's dtype;
     zero points (asymmetric): `packed_rows(G, bits) * N / channel_group`. `packed_rows` of n rows
     is `ceil(n * p / 8)` summed over the bit planes p of `bits` (2, 2+1, 4, 4+1, 4+2, 4+2+1, 8).
+    With two levels of scales, step and (asymmetric) offset take a byte each and a channel 4 bytes.
     """
     count = groups.num_groups(num_rows, spec.group_size)
     blocks = width // spec.channel_group
     scale_bytes = np.dtype(_scale_dtype(spec)).itemsize
     total = packing.packed_rows(num_rows, spec.bits) * width + count * blocks * scale_bytes
+    if spec.has_levels:
+        total += blocks * 4
     if spec.fmt is not None:
-        return total + (4 if spec.fmt.has_tensor_scale else 0)
+        codebook = 4 * 2**spec.bits if spec.fmt.has_codebook else 0
+        return total + codebook + (4 if spec.fmt.has_tensor_scale else 0)
+    if spec.has_levels:
+        return total + (0 if spec.symmetric else count * blocks)
     return total + (0 if spec.symmetric else packing.packed_rows(count, spec.bits) * blocks)
 
 
@@ -113,8 +144,8 @@ def quantize(w: Numbers, spec: WeightSpec) -> QTensor:
 
     Raises:
         TypeError: if `w` is not floating point.
-        ValueError: if `w` has not two axes, holds NaN or infinity (traced, its group becomes NaN),
-            or `spec.channel_group` does not divide N.
+        ValueError: if `w` has not two axes, holds NaN or infinity (traced, its group becomes NaN, with
+            two levels of scales its output channel), or `spec.channel_group` does not divide N.
     """
     w = check_kernel(w, spec)
     return _quantize(w, spec=spec)
@@ -144,36 +175,49 @@ def check_kernel(w: Numbers, spec: WeightSpec) -> Float[Array, "K N"]:
 @partial(jax.jit, static_argnames="spec")
 def _quantize(w: Float[Array, "K N"], spec: WeightSpec) -> QTensor:
     w = w.astype(jnp.float32)
+    if spec.fmt is not None and spec.fmt.has_codebook:
+        return _quantize_to_codebook(w, spec)
     if spec.fmt is not None:
         return _quantize_to_format(w, spec)
-    scale, zero_point = scale_and_zero_point(w, spec)
-    return from_codes(codes_on_grid(w, scale, zero_point, spec), scale, zero_point, spec)
+    grid = grid_of(w, spec)
+    return with_codes(grid, nearest_codes(w, grid))
 
 
-def scale_and_zero_point(
-    w: Float[Array, "K N"], spec: WeightSpec
-) -> tuple[Float[Array, "G B"], Float[Array, "G B"] | None]:
-    """Returns every group's step in weight units, as stored, and the code of 0.0.
+def grid_of(w: Float[Array, "K N"], spec: WeightSpec) -> QTensor:
+    """Returns the grid on which `spec` puts the integer codes of `w`: a `QTensor` without codes.
 
-    The scale has `spec.scale_dtype`, see `stored_scales`. The zero point (None when symmetric) is a
-    whole number in float32, computed with the scale as stored and clamped to the codes that exist.
-    A group with a value that is not finite has the scale NaN.
+    A scale has `spec.scale_dtype`, see `stored_scales`; a zero point is computed with the scale as
+    stored and clamped to the codes that exist. A group with a value that is not finite has the scale
+    NaN; with two levels of scales its output channels do, see `levels`.
     """
 
-    def of_groups(
+    def limits(
         members: Float[Array, "G S B"],
-    ) -> tuple[Float[Array, "G B"], Float[Array, "G B"] | None]:
+    ) -> tuple[Float[Array, "G B"], Float[Array, "G B"]]:
         low, high = spec.range_fn.limits(members, spec.bits, spec.symmetric, 1)
-        scale = spec.range_fn.scale(low, high, spec.bits, spec.symmetric)
         # A rule may ignore values that are not finite; the group must not.
         is_finite = jnp.all(jnp.isfinite(members), axis=1)
-        scale = stored_scale(jnp.where(is_finite, scale, jnp.nan), spec.scale_dtype)
-        if spec.symmetric:
-            return scale, None
-        return scale, zero_point_of(low, scale_value(scale), spec.bits)
+        return low, jnp.where(is_finite, high, jnp.nan)
 
-    scale, zero_point = groups.map_groups(of_groups, w, spec.group_size, spec.channel_group)
-    return scale, zero_point
+    low, high = groups.map_groups(limits, w, spec.group_size, spec.channel_group)
+    shape = (w.shape[0], w.shape[1])
+    grid = QTensor(None, None, bits=spec.bits, group_size=spec.group_size, shape=shape)
+    if spec.has_levels:
+        channel_scale, step, offset = levels.chosen_grid(
+            w, low, high, bits=spec.bits, symmetric=spec.symmetric, group_size=spec.group_size
+        )
+        return dataclasses.replace(grid, scale=step, channel_scale=channel_scale, offset=offset)
+    scale = spec.range_fn.scale(low, high, spec.bits, spec.symmetric)
+    scale = stored_scale(jnp.where(jnp.isfinite(high), scale, jnp.nan), spec.scale_dtype)
+    zero_point = None
+    if not spec.symmetric:
+        zero_point = packed_zeros(zero_point_of(low, scale_value(scale), spec.bits), spec.bits)
+    return dataclasses.replace(grid, scale=scale, packed_zero_point=zero_point)
+
+
+def packed_zeros(zero_point: Num[Array, "*lead G B"], bits: int) -> UInt8[Array, "*lead R B"]:
+    """Returns zero points packed like codes."""
+    return packing.pack(zero_point.astype(jnp.int32), bits)
 
 
 def zero_point_of(
@@ -183,22 +227,39 @@ def zero_point_of(
     return jnp.clip(jnp.round(quotient(-low, scale)), 0, 2**bits - 1)
 
 
-def codes_on_grid(
-    w: Float[Array, "K N"],
-    scale: Float[Array, "G B"],
-    zero_point: Float[Array, "G B"] | None,
-    spec: WeightSpec,
-) -> Integer[Array, "K N"]:
-    """Returns the nearest codes, `[0, 2**bits - 1]`, signed codes offset by `2**(bits - 1)`."""
-    wide = groups.expand_groups(scale_value(scale), w.shape, spec.group_size)
-    # XLA would turn a division by a broadcast array into a product with its reciprocal, which
-    # moves a quotient by one ulp now and then, and a tie with it.
-    steps = jnp.round(quotient(w, jax.lax.optimization_barrier(wide)))
+def affine_map(q: QTensor) -> tuple[Float[Array, "*lead G B"], Float[Array, "*lead G B"]]:
+    """Returns (step, zero) of integer codes: `w = (code - zero) * step`, float32.
+
+    Of two levels of scales `zero` is no whole number.
+    """
+    step = scale_values(q)
+    if q.channel_scale is not None and q.offset is not None:
+        return step, (levels.HALF - q.offset.astype(jnp.float32)) / q.scale.astype(jnp.float32)
+    zero_point = q.zero_point
     if zero_point is None:
-        offset = jnp.float32(2 ** (spec.bits - 1))
-    else:
-        offset = groups.expand_groups(zero_point, w.shape, spec.group_size)
-    return jnp.clip(steps + offset, 0, 2**spec.bits - 1).astype(jnp.uint8)
+        return step, jnp.full_like(step, 2 ** (q.bits - 1))
+    return step, zero_point.astype(jnp.float32)
+
+
+def nearest_codes(w: Float[Array, "K N"], grid: QTensor) -> UInt8[Array, "K N"]:
+    """Returns the codes of the grid points nearest to `w`; the codes of `grid` are not read."""
+    step, zero = (groups.expand_groups(a, w.shape, grid.group_size) for a in affine_map(grid))
+    # XLA computes `w / repeated scale` as `w * (1 / scale)` where it sees the repetition, which
+    # moves a quotient by one ulp now and then, and a tie with it.
+    steps = quotient(w, jax.lax.optimization_barrier(step))
+    return code_at(steps, zero, grid.bits).astype(jnp.uint8)
+
+
+def code_at(steps: Float[Array, "*s"], zero: Float[Array, "*#s"], bits: int) -> Float[Array, "*s"]:
+    """Returns the nearest codes of values counted in steps from 0.0, whose code is `zero`."""
+    whole = jnp.floor(zero)
+    # A whole zero is added after rounding, which keeps ties apart from it.
+    return jnp.clip(jnp.round(steps + (zero - whole)) + whole, 0, 2**bits - 1)
+
+
+def with_codes(grid: QTensor, codes: Integer[Array, "K N"]) -> QTensor:
+    """Returns the `QTensor` with these codes in `[0, 2**bits - 1]`, however they were rounded."""
+    return dataclasses.replace(grid, codes=packing.pack(codes, grid.bits))
 
 
 def from_codes(
@@ -207,12 +268,12 @@ def from_codes(
     zero_point: Num[Array, "*lead G B"] | None,
     spec: WeightSpec,
 ) -> QTensor:
-    """Returns the `QTensor` of codes in `[0, 2**bits - 1]`, however they were rounded.
+    """Returns the `QTensor` of codes in `[0, 2**bits - 1]` with one level of scales.
 
     `scale`, as `stored_scale` gives it, and `zero_point` are `[..., G, B]`; `zero_point` is None
     when symmetric.
     """
-    packed = None if zero_point is None else packing.pack(zero_point.astype(jnp.int32), spec.bits)
+    packed = None if zero_point is None else packed_zeros(zero_point, spec.bits)
     return QTensor(
         codes=packing.pack(codes, spec.bits),
         scale=scale,
@@ -234,6 +295,9 @@ def integer_codes(q: QTensor) -> Integer[Array, "*lead K N"]:
 def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "*lead K N"]:
     """Returns the kernel that `q` stands for, in `dtype` (the arithmetic is float32)."""
     codes = integer_codes(q)
+    if q.has_levels:
+        channel = groups.expand_groups(q.channel_scale[..., None, :], q.shape, 0)
+        return (levels_of(q).astype(jnp.float32) * channel).astype(dtype)
     scale = groups.expand_groups(scale_values(q), q.shape, q.group_size)
     if q.fmt is not None:
         return (q.fmt.value(codes) * scale).astype(dtype)
@@ -245,21 +309,42 @@ def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "*lea
     return ((codes.astype(jnp.float32) - offset) * scale).astype(dtype)
 
 
+@jax.jit
+def levels_of(q: QTensor) -> Int8[Array, "*lead K N"]:
+    """Returns the int8 levels that the codes of `q` stand for, where it has two levels of scales."""
+    codes = integer_codes(q)
+    if q.codebook is not None:
+        return codebooks.levels(codes, q.scale, q.codebook, q.group_size)
+    offset = levels.symmetric_offset(q.scale, q.bits) if q.offset is None else q.offset
+    step, offset = (groups.expand_groups(a, q.shape, q.group_size) for a in (q.scale, offset))
+    return levels.affine_levels(codes, step, offset)
+
+
 def select_columns(q: QTensor, index: Integer[Array, " M"]) -> QTensor:
     """Returns the columns `index` of `q`, `[K, M]`, still packed."""
     block = index // q.channel_group
-    zero_point = q.packed_zero_point
     return dataclasses.replace(
-        q,
+        cut_scales(q, lambda array: array[..., block]),
         codes=q.codes[..., index],
-        scale=q.scale[..., block],
-        packed_zero_point=None if zero_point is None else zero_point[..., block],
         shape=(q.shape[0], index.shape[0]),
     )
 
 
+def cut_scales(q: QTensor, cut: Callable[[Any], Any]) -> QTensor:
+    """Returns `q` with `cut` of each array whose last axis is the B scales of a row."""
+    names = ("scale", "packed_zero_point", "offset", "channel_scale")
+    held = {name: getattr(q, name) for name in names}
+    cuts = {name: cut(array) for name, array in held.items() if array is not None}
+    return dataclasses.replace(q, **cuts)
+
+
 def scale_values(q: QTensor) -> Float[Array, "*lead G B"]:
-    """Returns the scales in float32, a format's stored bytes decoded and its factor applied."""
+    """Returns the scales in float32, a format's stored bytes decoded and its factor applied.
+
+    With two levels of scales, the weight of one step: `scale * channel_scale`.
+    """
+    if q.has_levels:
+        return q.scale.astype(jnp.float32) * q.channel_scale[..., None, :]
     if q.fmt is None:
         return scale_value(q.scale)
     scale = q.fmt.scale_value(q.scale)
@@ -267,7 +352,7 @@ def scale_values(q: QTensor) -> Float[Array, "*lead G B"]:
 
 
 def _scale_dtype(spec: WeightSpec) -> np.dtype:
-    byte = spec.fmt is not None and spec.fmt.has_byte_scale
+    byte = spec.has_levels or (spec.fmt is not None and spec.fmt.has_byte_scale)
     return jnp.dtype("uint8" if byte else spec.scale_dtype)
 
 
@@ -283,3 +368,10 @@ def _quantize_to_format(w: Float[Array, "K N"], spec: WeightSpec) -> QTensor:
     wide = groups.expand_groups(scale, w.shape, spec.group_size)
     q = from_codes(fmt.code(formats.divide(w, wide)), stored, None, spec)
     return dataclasses.replace(q, tensor_scale=factor)
+
+
+def _quantize_to_codebook(w: Float[Array, "K N"], spec: WeightSpec) -> QTensor:
+    channel_scale, step, codebook = codebooks.learned(w, spec.group_size)
+    codes = codebooks.nearest_codes(w, channel_scale, step, codebook, spec.group_size)
+    q = from_codes(codes, step, None, spec)
+    return dataclasses.replace(q, channel_scale=channel_scale, codebook=codebook)

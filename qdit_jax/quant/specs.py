@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from qdit_jax.quant import formats, ranges
+from qdit_jax.quant import formats, levels, ranges
 
 MODES = ("dynamic", "static")
 SCALE_DTYPES = ("float32", "float16", "bfloat16")
@@ -44,6 +44,22 @@ def _check_range_fn(range_fn: object) -> None:
         )
 
 
+def _check_scale_levels(spec: WeightSpec) -> None:
+    if spec.scale_levels not in (1, 2):
+        raise ValueError(f"scale_levels={spec.scale_levels!r} is not supported; use 1 or 2.")
+    if spec.scale_levels == 1:
+        return
+    if spec.fmt is not None:
+        raise ValueError(
+            f"scale_levels=2 is for integers, not for the format {spec.fmt.name!r}; use 1."
+        )
+    if spec.bits not in levels.BITS:
+        raise ValueError(
+            f"scale_levels=2 with bits={spec.bits} is not supported: levels have 8 bits; use 2 to 6 "
+            "bits, or scale_levels=1 with group_size=0."
+        )
+
+
 def _adopt_format(spec: WeightSpec | ActSpec) -> None:
     """Sets the fields of `spec` that its number format fixes."""
     if spec.fmt is None:
@@ -67,6 +83,9 @@ class WeightSpec:
         channel_group: neighboring output channels that share a scale.
         fmt: a number format of `qdit_jax.quant.formats` in place of integers; it then fixes
             `bits`, `symmetric` and, if it has blocks, `group_size`.
+        scale_levels: 2 stores integers of 2 to 6 bits with a scale per output channel, float32, and
+            whole numbers of one byte per group, see `qdit_jax.quant.levels`: a product is then one
+            int8 dot over all of K. `scale_dtype` has no effect there.
     """
 
     # Any: `__post_init__` refuses wrong types with a remedy, and takes NumPy integers.
@@ -77,6 +96,7 @@ class WeightSpec:
     scale_dtype: str = "float32"
     channel_group: int = 1
     fmt: formats.Format | None = None
+    scale_levels: int = 1
 
     def __post_init__(self) -> None:
         _adopt_format(self)
@@ -84,6 +104,7 @@ class WeightSpec:
         _check_bits(self.bits)
         _check_group_size(self.group_size)
         _check_range_fn(self.range_fn)
+        _check_scale_levels(self)
         if self.scale_dtype not in SCALE_DTYPES:
             raise ValueError(
                 f"scale_dtype={self.scale_dtype!r} is not supported; use one of "
@@ -95,6 +116,16 @@ class WeightSpec:
             raise ValueError(
                 f"format {self.fmt.name!r} has a scale per channel; use channel_group=1."
             )
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether there are two levels of scales, so that a product's operand is int8 levels."""
+        return self.scale_levels == 2 or (self.fmt is not None and self.fmt.has_codebook)
+
+    @property
+    def product_group_size(self) -> int:
+        """Input channels inside which a product has one scale; 0 is all."""
+        return 0 if self.has_levels else int(self.group_size)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the settings as JSON-serializable values."""
@@ -157,6 +188,11 @@ class ActSpec:
                 f"format {self.fmt.name!r} is signed, unshifted and dynamic only; leave unsigned, "
                 "shift and mode at their defaults."
             )
+        if self.fmt is not None and self.fmt.has_codebook:
+            raise ValueError(
+                f"format {self.fmt.name!r} learns a table per kernel, which inputs have not; use "
+                "bits=8 or a format such as fp8_e4m3."
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Returns the settings as JSON-serializable values."""
@@ -179,6 +215,8 @@ def _to_json(spec: WeightSpec | ActSpec) -> dict[str, Any]:
     data = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
     data["range_fn"] = spec.range_fn.to_json()
     data["fmt"] = None if spec.fmt is None else spec.fmt.name
+    if data.get("scale_levels") == 1:
+        del data["scale_levels"]  # so that earlier releases read what they can compute
     return data
 
 

@@ -64,6 +64,14 @@ def scale_value(stored: Float[Any, "*s"]) -> Float[Array, "*s"]:
     return jnp.where(is_small | is_other, value, stored.astype(jnp.float32))
 
 
+def rounded_up(scale: Float[Array, "*s"], num_bits: int) -> Float[Array, "*s"]:
+    """Returns positive finite scales rounded up to `num_bits` bits of mantissa; never subnormal."""
+    bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
+    return jax.lax.bitcast_convert_type(
+        _ceil(jnp.clip(bits, _LEAST, _GREATEST), num_bits), jnp.float32
+    )
+
+
 def _float16_pattern(bits: Int[Array, "*s"]) -> Int[Array, "*s"]:
     """Returns the float16 patterns of positive float32 numbers, given by their bits."""
     plain = _ceil(bits, 10)

@@ -123,8 +123,10 @@ def group_table(
 
 
 def _check(spec: WeightSpec | ActSpec) -> None:
-    if spec.fmt is not None or not spec.range_fn.from_extremes:
+    levels = isinstance(spec, WeightSpec) and spec.has_levels
+    if levels or spec.fmt is not None or not spec.range_fn.from_extremes:
         what = spec.range_fn.name if spec.fmt is None else spec.fmt.name
+        what = "scale_levels=2" if levels and spec.fmt is None else what
         raise ValueError(
             f"{what!r} has no form with a traced group size; use a rule of least and greatest "
             "values, such as ranges.minmax, or a static size."

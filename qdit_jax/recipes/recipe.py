@@ -31,7 +31,7 @@ from qdit_jax.recipes.names import (
     table_paths,
 )
 from qdit_jax.recipes.over_time import OverTime
-from qdit_jax.recipes.presets import PresetSettings, preset_bits, preset_spec
+from qdit_jax.recipes.presets import PresetSettings, fast_settings, preset_bits, preset_spec
 from qdit_jax.recipes.rules import PART, LayerSpec, Rule
 from qdit_jax.types import Params
 
@@ -178,19 +178,23 @@ class Recipe:
         """Returns the uniform recipe `"w<bits>a<bits>"` for the linear layers of every block.
 
         Args:
-            name: such as `"w4a8"`; 16 bits leave that side as it is. `"w4a8-all"` quantizes every
-                layer and label table, the attention operands excepted.
+            name: such as `"w4a8"`; 16 bits leave that side as it is. `"w4a8-fast"` makes each product
+                one int8 dot: two levels of scales in groups of 32, inputs symmetric per token
+                (`"w8a8-fast"`: weights symmetric per channel). `"w4a8-all"` quantizes every layer and label
+                table, the attention operands excepted.
             params: a `Checkpoint` or a parameter tree, which the recipe is bound to and checked
                 against. Without it the rule is `part:blocks`, bound to a family when it is used.
             layers: the pattern of the layers to quantize; by default the part `"blocks"` of the
                 family. Parameters that no family claims need it.
             group_size: input channels that share a scale (128); 0 is the whole channel.
             symmetric: no zero points (False).
+            act_symmetric: no zero points of the activations; as `symmetric` when None.
             act_group_size: the activations' group size; the weights' when None.
             act_mode: `"dynamic"`, or `"static"` (needs calibration statistics).
             per_timestep: static activations have one range per calibrated timestep.
             range_fn, act_range_fn: of the weights and of the activations (`ranges.minmax`).
             scale_dtype: of the weights' scales, 16 bits each as the paper counts them.
+            scale_levels: of the weights' scales, 1 or 2, see `WeightSpec` (1).
             weight_format: a number format of `quant.formats` for the weights in place of integers,
                 such as `"nf4"` for `"w4a8"`; it may fix the group size.
 
@@ -198,14 +202,16 @@ class Recipe:
             ValueError: if the name is not a preset or leaves everything at 16 bits, or the pattern
                 cannot be read, matches no layer, or accompanies `-all`.
         """
-        weight_bits, act_bits, takes_all = preset_bits(name)
-        if takes_all and layers is not None:
+        preset = preset_bits(name)
+        if preset.is_fast:
+            settings = fast_settings(name, preset.weight_bits, settings)
+        if preset.takes_all and layers is not None:
             raise ValueError(
                 f"layers={layers!r} does not go with recipe={name!r}: give one of both."
             )
         if layers is None:
-            layers = EVERY_LAYER if takes_all else f"{PART}blocks"
-        spec = preset_spec(weight_bits, act_bits, **settings)
+            layers = EVERY_LAYER if preset.takes_all else f"{PART}blocks"
+        spec = preset_spec(preset.weight_bits, preset.act_bits, **settings)
         recipe = cls((Rule(layers, spec),), f"{name}-g{settings.get('group_size', 128)}")
         if params is not None:
             params = params.params if isinstance(params, HasParams) else params
@@ -231,11 +237,11 @@ class Recipe:
             raise ValueError(f"part={part!r} is not known; use one of {', '.join(known)}.")
         if part.endswith("attention"):
             options["act_group_size"] = 0
-            if preset_bits(name, part)[0] != 16:
+            if preset_bits(name, part).weight_bits != 16:
                 raise ValueError(
                     f"{part}={name!r}: attention operands have no weights; use 'w16a8' or the like."
                 )
-        if preset_bits(name, part)[2]:
+        if preset_bits(name, part).takes_all:
             raise ValueError(f"{part}={name!r}: -all belongs to a whole recipe; leave it out here.")
         added = Recipe.preset(name, layers=PART + part, **options)
         name = f"{self.name}-{part}-{name}"

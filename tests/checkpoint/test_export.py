@@ -28,6 +28,13 @@ RECIPE = Recipe(
     ),
     "mixed",
 )
+LEVELS = Recipe(
+    (
+        Rule(r"blocks_0/.*(qkv|fc1)", LayerSpec(WeightSpec(4, 32, scale_levels=2), ActSpec(8, 0))),
+        Rule(r"blocks_0/.*(proj|fc2)", LayerSpec(WeightSpec(fmt=formats.lut4, group_size=16))),
+    ),
+    "levels",
+)
 
 
 def network(config=SMALL, dtype=np.float32):
@@ -53,6 +60,22 @@ def same(found, wanted):
         np.testing.assert_array_equal(a, b)
 
     jax.tree.map(equal, found.params, wanted.params)
+
+
+def test_levels_and_codebooks_come_back_from_file_and_folder(tmp_path):
+    wanted = quantized(LEVELS)
+    for path in (tmp_path / "x.safetensors", tmp_path / "folder"):
+        save(path, wanted)
+        same(load(path), wanted)
+    description = json.loads((tmp_path / "folder/model.json").read_text())
+    assert description["format_version"] == 2  # earlier releases refuse it by its version
+    save(tmp_path / "old", quantized())
+    assert json.loads((tmp_path / "old/model.json").read_text())["format_version"] == 1
+    kernel = description["params"]["blocks_0/attn/qkv/kernel"]
+    kernel["arrays"]["offset"]["shape"][0] += 1
+    (tmp_path / "folder/model.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match=r"kernel/offset is \[3, 144\], its settings need \[2, 144\]"):
+        load(tmp_path / "folder")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -190,11 +190,13 @@ def test_unknown_methods_are_refused_with_the_known_ones(folder, capsys):
         ("svdquant", "w4a4", {"LowRank"}),
         ("convrot", "w8a8", {"Rotation"}),
         ("ptq4dm", "w8a8", set()),
+        ("rtn", "w4a8-fast", set()),
+        ("lut4", "w4a8", set()),
     ],
 )
 def test_a_method_goes_from_the_command_line_to_samples(folder, method, bits, leaves, capsys):
     layers = ["--layers", "blocks_0/mlp/fc2"]
-    few = [] if method == "convrot" else FEW[:4]
+    few = [] if method in ("convrot", "rtn", "lut4") else FEW[:4]
     assert quantize(folder, "--bits", bits, "--method", method, *layers, *few) == 0
     assert "wrote" in capsys.readouterr().out
     out = load(folder / "out")
@@ -216,6 +218,8 @@ def test_what_is_given_comes_before_the_method_s_own_settings(folder):
     dynamic = quantized_to(PresetOptions(act_mode="dynamic"), "tfmq_dm").act
     assert (dynamic.mode, dynamic.per_timestep) == ("dynamic", False)
     assert quantized_to(PresetOptions(), "nf4").weight.fmt.name == "nf4"
+    lut4 = quantized_to(PresetOptions(), "lut4")
+    assert (lut4.weight.fmt.name, lut4.weight.group_size, lut4.act.group_size) == ("lut4", 16, 0)
     parts = recipe_of("w4a8", PresetOptions(adaln="w8a8"), "nf4", tiny_checkpoint().params)
     assert [rule.spec.weight.bits for rule in parts.rules] == [4, 8]
 

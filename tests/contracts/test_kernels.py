@@ -62,6 +62,7 @@ class Case:
             static = " static" if getattr(spec, "mode", "") == "static" else ""
             signs = " symmetric" if spec.symmetric and not spec.fmt else ""
             signs += " unsigned" if getattr(spec, "unsigned", False) else ""
+            signs += " levels" if getattr(spec, "scale_levels", 1) == 2 else ""
             return f"{kind}{signs}{static} g{spec.group_size}"
 
         rows = " rows" if self.per_sample else ""
@@ -107,6 +108,16 @@ CASES = [
     Case(A(4, 33, **UNSIGNED), W(fmt=F.nf4, group_size=0), (77, 8)),
     Case(A(fmt=F.fp8_e4m3, group_size=0), W(fmt=F.nf4, group_size=32), (96, 8)),
     Case(A(fmt=F.nf4, group_size=32), W(fmt=F.mxfp8), (64, 8)),
+    # two levels of scales and learned codebooks: int8 levels, whatever the groups of the inputs
+    Case(A(8, 0, symmetric=True), W(4, 32, scale_levels=2), (100, 8)),
+    Case(A(8, 0), W(3, 48, scale_levels=2, channel_group=2), (77, 8), "bfloat16"),
+    Case(A(8, 33), W(6, 32, symmetric=True, scale_levels=2), (100, 8)),
+    Case(A(8, 0, mode="static", **UNSIGNED), W(2, 0, scale_levels=2), (96, 8), per_sample=True),
+    Case(A(fmt=F.fp8_e4m3, group_size=0), W(5, 32, scale_levels=2), (96, 8)),
+    Case(None, W(4, 32, scale_levels=2), (100, 8)),
+    Case(A(8, 0, symmetric=True), W(fmt=F.lut4, group_size=16), (100, 8)),
+    Case(A(4, 32, **UNSIGNED), W(fmt=F.lut4, group_size=32), (77, 8), "bfloat16"),
+    Case(A(fmt=F.fp4_e2m1, group_size=32), W(fmt=F.lut4, group_size=0), (96, 8)),
 ]
 
 

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qdit_jax.kernels import NUMERICS, quantized_matmul, segments, unsupported_reason
+from qdit_jax.kernels import NUMERICS, quantized_matmul, segments, unsupported_reason, xla
 from qdit_jax.quant import (
     ActQuant,
     ActSpec,
     WeightSpec,
+    dequantize,
+    fake_quantize,
     formats,
     quantize,
 )
@@ -78,6 +80,38 @@ def test_long_whole_channels_do_not_overflow():
     np.testing.assert_allclose(y, 39999, rtol=1e-5)
 
 
+def dots(jaxpr):
+    """Yields dtypes and shapes of operands and result of every dot, as often as a program runs it."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield [(v.aval.dtype.name, v.aval.shape) for v in (*equation.invars, *equation.outvars)]
+        for inner in equation.params.values():
+            if hasattr(inner, "jaxpr"):
+                yield from [*dots(inner.jaxpr)] * equation.params.get("length", 1)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [WeightSpec(4, 32, scale_levels=2), WeightSpec(fmt=formats.lut4, group_size=16)],
+    ids=["two levels", "lut4"],
+)
+def test_a_symmetric_token_times_levels_is_one_int8_dot(weight):
+    x, w = operands(96)
+    q, act = quantize(w, weight), ActSpec(8, 0, symmetric=True)
+    program = jax.make_jaxpr(lambda x, q: xla.integer_matmul(x, q, ActQuant(act)))(x, q)
+    assert [*dots(program.jaxpr)] == [[("int8", (6, 96)), ("int8", (96, N)), ("int32", (6, N))]]
+    exact = np.asarray(fake_quantize(x, act), np.float64) @ np.asarray(dequantize(q), np.float64)
+    found = quantized_matmul(x, q, act, numerics="integer")
+    np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5 * np.abs(exact).max())
+
+
+def test_long_channels_of_levels_do_not_overflow():
+    x = jnp.ones((1, 40000)).at[0, 0].set(0)
+    q = quantize(np.ones((40000, 2), np.float32), WeightSpec(4, 32, scale_levels=2))
+    y = quantized_matmul(x, q, ActSpec(8, 0), numerics="integer")
+    np.testing.assert_allclose(y, 39999, rtol=1e-4)
+
+
 def test_reasons_come_from_shapes_and_settings_alone():
     weight, act = WeightSpec(4, 32), ActSpec()
     q = jax.eval_shape(lambda w: quantize(w, weight), jnp.ones((96, N)))
@@ -85,7 +119,7 @@ def test_reasons_come_from_shapes_and_settings_alone():
     assert "x has 95 channels" in unsupported_reason((2, 95), q)
     assert "pass act" in unsupported_reason((2, 96), weight, numerics="integer")
     for fmt in formats.FORMATS.values():
-        of_format = (WeightSpec(fmt=fmt), ActSpec(fmt=fmt))
+        of_format = (WeightSpec(fmt=fmt), ActSpec() if fmt.has_codebook else ActSpec(fmt=fmt))
         assert unsupported_reason((2, 96), *of_format, numerics="integer") is None
     assert "use one of simulated, integer" in unsupported_reason((2, 96), q, numerics="fast")
     static = ActSpec(mode="static")

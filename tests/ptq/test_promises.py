@@ -19,6 +19,9 @@ SPECS = [
     WeightSpec(2, 0),
     WeightSpec(4, 32, channel_group=2),
     WeightSpec(3, 32, range_fn=ranges.mse(10)),
+    WeightSpec(4, 32, scale_levels=2),
+    WeightSpec(6, 0, scale_levels=2),
+    WeightSpec(3, 32, True, scale_levels=2, channel_group=2),
     *[WeightSpec(fmt=fmt, group_size=32) for fmt in formats.FORMATS.values()],
 ]
 

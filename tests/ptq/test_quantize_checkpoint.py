@@ -32,6 +32,8 @@ SPECS = {
     "mse": WeightSpec(4, 32, range_fn=ranges.mse(num_points=9)),
     "authors' mse": WeightSpec(4, 32, range_fn=ranges.authors_mse(num_points=9)),
     "percentile": WeightSpec(6, 16, range_fn=ranges.percentile(0.9)),
+    "two levels": WeightSpec(4, 32, scale_levels=2),
+    "two levels, channel groups": WeightSpec(5, 20, scale_levels=2, channel_group=2),
 } | {name: WeightSpec(fmt=fmt) for name, fmt in formats.FORMATS.items()}
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from qdit_jax.calibration import Stats
 from qdit_jax.ptq import plan, quantize_params
-from qdit_jax.quant import ActSpec, QTensor, WeightSpec, dequantize, nbytes
+from qdit_jax.quant import ActSpec, QTensor, WeightSpec, dequantize, formats, nbytes
 from qdit_jax.recipes import LayerSpec, Recipe, Rule, layer_paths
 from qdit_jax.recipes.recipe import GELU_SHIFT
 from qdit_jax.testing import realistic_dit
@@ -97,6 +97,46 @@ def test_16_bits_leave_a_side_as_it_is(name, weights, acts, params):
     assert (
         sum("act_quant" in b[p][n] for b in blocks for p in ("attn", "mlp") for n in b[p]) == acts
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "acts"),
+    [
+        ("w4a8-fast", WeightSpec(4, 32, scale_dtype="float16", scale_levels=2), 8),
+        ("w6a6-fast", WeightSpec(6, 32, scale_dtype="float16", scale_levels=2), 6),
+        ("w8a8-fast", WeightSpec(8, 0, symmetric=True, scale_dtype="float16"), 8),
+    ],
+)
+def test_a_fast_preset_is_one_dot_over_all_channels(name, weight, acts, params):
+    recipe = Recipe.preset(name, params)
+    (rule,) = recipe.rules
+    assert rule.spec == LayerSpec(weight, ActSpec(acts, 0, symmetric=True))
+    assert rule.spec.weight.product_group_size == 0
+    assert recipe.name == f"{name}-g{weight.group_size}"
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    found = quantize_params(params, recipe=recipe)["blocks_0"]["mlp"]["fc1"]["kernel"]
+    assert found.has_levels == (weight.bits < 8)
+
+
+def test_a_fast_preset_takes_settings_that_leave_its_dot_whole(params):
+    def spec(name="w4a8-fast", **settings):
+        return Recipe.preset(name, params, **settings).rules[0].spec
+
+    assert spec(group_size=64).weight.group_size == 64
+    assert spec(act_mode="static").act.mode == "static"
+    assert not spec(act_symmetric=False).act.symmetric
+    assert spec(weight_format="lut4").weight == WeightSpec(
+        fmt=formats.lut4, group_size=32, scale_dtype="float16"
+    )
+    assert Recipe.preset("w4a8-fast-all", params).rules[0].layers == ".*"
+    with pytest.raises(ValueError, match="act_group_size=64 does not go with recipe='w4a8-fast'"):
+        spec(act_group_size=64)
+    with pytest.raises(ValueError, match=r"group_size=32 does not go .*; use 0, or 'w8a8'"):
+        spec("w8a8-fast", group_size=32)
+    with pytest.raises(ValueError, match="not for the format 'nf4'"):
+        spec(weight_format="nf4")
+    with pytest.raises(ValueError, match=r"recipe='w4a16-fast' has no integer dot.*use w4a16"):
+        spec("w4a16-fast")
 
 
 def leaves(tree):

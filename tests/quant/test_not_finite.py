@@ -46,13 +46,19 @@ ACTS = {
     "static shifted": static_act_quant(
         *group_extremes(X, 0), ActSpec(8, 0, mode="static", **SHIFTED)
     ),
-    **{name: ActSpec(fmt=fmt, group_size=32) for name, fmt in formats.FORMATS.items()},
+    **{
+        name: ActSpec(fmt=fmt, group_size=32)
+        for name, fmt in formats.FORMATS.items()
+        if not fmt.has_codebook
+    },
 }
 WEIGHTS = {
     "w4": WeightSpec(4, 32, scale_dtype="float16"),
     "w4 channel groups": WeightSpec(4, 32, channel_group=2, scale_dtype="bfloat16"),
     "mse": WeightSpec(4, 32, True, ranges.mse(3)),
     "percentile": WeightSpec(4, 0, range_fn=ranges.percentile(0.9)),
+    "two levels": WeightSpec(4, 32, scale_levels=2),
+    "two levels symmetric": WeightSpec(4, 32, True, scale_levels=2, channel_group=2),
     **{name: WeightSpec(fmt=fmt, group_size=32) for name, fmt in formats.FORMATS.items()},
 }
 
@@ -119,13 +125,14 @@ def test_weights_whose_differences_overflow_are_refused():
         quantize(jnp.full((K, N), jnp.nan, jnp.bfloat16), WeightSpec())
 
 
-@pytest.mark.parametrize("name", ["w4", "w4 channel groups", *formats.FORMATS])
+@pytest.mark.parametrize("name", ["w4", "w4 channel groups", "two levels", *formats.FORMATS])
 def test_a_stored_scale_of_nan_stays_nan_in_both_numerics(name):
     q = quantize(W, WEIGHTS[name])
-    scale = np.array(q.scale)
+    field = "channel_scale" if q.has_levels else "scale"
+    scale = np.array(getattr(q, field))
     nan = {"e8m0": 255, "e4m3": 127}.get(q.fmt.block_scale if q.fmt else "", np.nan)
-    scale[0, 1] = nan
-    q = dataclasses.replace(q, scale=jnp.asarray(scale))
+    scale[..., 1] = nan
+    q = dataclasses.replace(q, **{field: jnp.asarray(scale)})
     columns = np.zeros(N, bool)
     columns[q.channel_group : 2 * q.channel_group] = True
     for act in (ACTS["asymmetric"], ACTS["static"], ACTS["nvfp4"]):

@@ -57,6 +57,7 @@ def test_group_sizes_of_numpy_are_whole_numbers_too():
             "'mxfp4' is signed, unshifted and dynamic",
         ),
         (lambda: ActSpec(fmt=formats.nf4, shift=0.5), "'nf4' is signed, unshifted and dynamic"),
+        (lambda: ActSpec(fmt=formats.lut4), "'lut4' learns a table per kernel"),
         (lambda: ranges.minmax(clip=0.0), "clip=0.0 is not a clip ratio"),
         (lambda: ranges.minmax(ratio=1), "has no setting 'ratio'; it has \\['clip'\\]"),
         (lambda: ranges.percentile(0.2), "p=0.2"),
