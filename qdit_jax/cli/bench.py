@@ -22,13 +22,14 @@ from qdit_jax.errors import UserError
 
 HELP = """\
 Measure the time of one step of the sampler (one call of the network, guided on twice the samples) on
-this machine: in float32, and rounded to nearest by each recipe, in every numerics and by every
-implementation that applies. A quantized checkpoint is measured as it is.
+this machine: in full precision (float32, bfloat16), and rounded to nearest by each recipe, in every
+numerics and by every implementation that applies. A quantized checkpoint is measured as it is.
 
 Every network takes turns with the baseline, A B A B, so that what slows the machine slows both: read
 the ratios, with the interval that holds their median in 95 of 100 runs. The baseline's ratio to
-itself shows how much of that is chance. The output's error is against float32 at four steps of the
-sampler, together.
+itself shows how much of that is chance. The baseline is full precision in the dtype of the platform:
+bfloat16 on accelerators, else float32. The output's error is against it at four steps of the sampler,
+together.
 
 With --table, every choice of a search is timed in each distinct shape of the network's layers, and
 written to latency.json for `qdit search --latency`. Choices are described as there; groups of 128 and

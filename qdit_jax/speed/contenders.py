@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from qdit_jax.checkpoint import Checkpoint, digest
+from qdit_jax.checkpoint import Checkpoint, default_dtype, digest, with_dtype
 from qdit_jax.errors import UserError
 from qdit_jax.kernels import (
     IMPLEMENTATIONS,
@@ -17,14 +17,13 @@ from qdit_jax.kernels import (
     quantized_layers,
     unsupported_reason,
 )
-from qdit_jax.models import rows_per_sample
+from qdit_jax.models import DTYPES, rows_per_sample
 from qdit_jax.ptq import plan, quantize_params
 from qdit_jax.quant import ActQuant, ActSpec, QTensor, WeightSpec
 from qdit_jax.recipes import Recipe
 from qdit_jax.types import Params
 
 GROUPED = re.compile(r"(.+)-g(\d+)")
-FULL = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +94,10 @@ class Contender:
 def contenders_of(
     checkpoint: Checkpoint, recipes: Iterable[Recipe], against: Checkpoint | None = None
 ) -> list[Contender]:
-    """Returns the network in full precision first, then rounded to nearest by each recipe.
+    """Returns the network in full precision first, in each dtype, then rounded by each recipe.
 
-    A quantized checkpoint comes as it is, after `against` if that is given.
+    The first dtype is the platform's own, in which the quantized networks compute as well. A
+    quantized checkpoint comes as it is, after `against` if that is given.
 
     Raises:
         UserError: if recipes are given for a quantized checkpoint.
@@ -109,13 +109,14 @@ def contenders_of(
                 "against: the checkpoint is in full precision itself; leave it out, or bench a "
                 "quantized checkpoint."
             )
-        return [as_it_is(FULL, checkpoint), *(rounded(checkpoint, recipe) for recipe in recipes)]
+        own = with_dtype(checkpoint, default_dtype())
+        return [*in_full_precision(checkpoint), *(rounded(own, recipe) for recipe in recipes)]
     if recipes:
         raise UserError(
             f"the checkpoint is quantized already ({checkpoint.recipe.name}) and is benched as it "
             f"is; leave recipes={recipes[0].name} out, or give the full-precision checkpoint."
         )
-    ours = as_it_is(checkpoint.recipe.name, checkpoint)
+    ours = as_it_is(checkpoint.recipe.name, with_dtype(checkpoint, default_dtype()))
     if against is None:
         return [ours]
     if against.recipe is not None or type(against.model) is not type(checkpoint.model):
@@ -123,7 +124,14 @@ def contenders_of(
             "against: not the full-precision checkpoint of the same network; give the one that the "
             "checkpoint was made from."
         )
-    return [as_it_is(FULL, against), ours]
+    return [*in_full_precision(against), ours]
+
+
+def in_full_precision(checkpoint: Checkpoint) -> list[Contender]:
+    """Returns the network in each dtype that it can compute in, the platform's own first."""
+    own = default_dtype()
+    others = [dtype for dtype in DTYPES if dtype != own and hasattr(checkpoint.model, "dtype")]
+    return [as_it_is(dtype, with_dtype(checkpoint, dtype)) for dtype in (own, *others)]
 
 
 def as_it_is(title: str, checkpoint: Checkpoint) -> Contender:

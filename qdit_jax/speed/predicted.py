@@ -29,7 +29,7 @@ class Predicted:
 
     Attributes:
         title, batch: as of `Row`.
-        weight_bytes: of all parameters.
+        weight_bytes: of all parameters, as they are stored.
         multiply_adds: of all linear layers in a step.
         bit_operations: of these, see `allocation.BitOps`; a layer in full precision counts 32 x 32
             bits. Attention products are the same in all networks and are not counted.
@@ -56,7 +56,8 @@ def predicted(
         UserError, ValueError: as `bench`.
     """
     recipes = list(recipes)
-    entrants = contenders_of(checkpoint, recipes)
+    first, *others = contenders_of(checkpoint, recipes)
+    entrants = [first, *(c for c in others if c.layers)]  # other dtypes count the same
     num_bytes = [nbytes(checkpoint.params)]
     if checkpoint.recipe is None:
         num_bytes += [bytes_after(checkpoint, recipe) for recipe in recipes]

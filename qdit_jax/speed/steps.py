@@ -33,6 +33,7 @@ from qdit_jax.sampling import (
     denoiser,
     fitting_guidance,
     initial_noise,
+    running_params,
     sampler_timesteps,
 )
 from qdit_jax.speed.contenders import (
@@ -58,7 +59,7 @@ class Row:
     """One network, computed one way, at one batch size.
 
     Attributes:
-        title: what is timed, such as `float32` or `w4a8-g128`.
+        title: what is timed, such as `float32`, `bfloat16` or `w4a8-g128`.
         batch: samples of a step; guided, the network sees twice as many.
         numerics: of quantized layers; None in full precision.
         implementations: how many layers each computes.
@@ -269,7 +270,8 @@ class Race:
         """Returns a network's parameters on the first device; only the baseline's and these stay."""
         if contender not in self.held:
             self.held = {one: held for one, held in self.held.items() if one is self.base}
-            self.held[contender] = jax.device_put(contender.make_fn(), jax.local_devices()[0])
+            params = running_params(contender.checkpoint.model, contender.make_fn())
+            self.held[contender] = jax.device_put(params, jax.local_devices()[0])
         return self.held[contender]
 
     def compiled(self, contender: Contender, batch: int, way: Way) -> Compiled:

@@ -74,7 +74,9 @@ def test_levels_and_codebooks_come_back_from_file_and_folder(tmp_path):
     kernel = description["params"]["blocks_0/attn/qkv/kernel"]
     kernel["arrays"]["offset"]["shape"][0] += 1
     (tmp_path / "folder/model.json").write_text(json.dumps(description))
-    with pytest.raises(UserError, match=r"kernel/offset is \[3, 144\], its settings need \[2, 144\]"):
+    with pytest.raises(
+        UserError, match=r"kernel/offset is \[3, 144\], its settings need \[2, 144\]"
+    ):
         load(tmp_path / "folder")
 
 

@@ -30,14 +30,17 @@ def test_a_bench_prints_a_table_and_writes_it(folder, tmp_path, capsys):
     out = tmp_path / "out"
     shown = printed(capsys, "bench", folder / "full", out, *FAST, *ROWS).out
     lines = [line.split() for line in shown.splitlines()]
-    assert [line[:4] for line in lines[1:3]] == [
+    assert [line[:4] for line in lines[1:4]] == [
         ["2", "float32", "-", "-"],
+        ["2", "bfloat16", "-", "-"],
         ["2", "w4a8-g16", "simulated", "xla"],
     ]
     assert "guided by 1.5: medians of 2 rounds in turn with float32" in shown
     assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
     saved = json.loads((out / "bench.json").read_text())
-    assert {entry["title"] for entry in saved["entries"].values()} == {"float32", "w4a8-g16"}
+    assert {entry["title"] for entry in saved["entries"].values()} == {
+        *("float32", "bfloat16", "w4a8-g16")
+    }
     assert main(["bench", str(folder / "full"), str(out), *FAST, *ROWS]) == 2
     assert "holds a finished bench; pass --force to replace it" in capsys.readouterr().err
     # Killed before the picture: the same command takes no time again.

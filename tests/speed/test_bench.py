@@ -10,7 +10,7 @@ import qdit_jax as qdit
 from qdit_jax.checkpoint import num_bytes
 from qdit_jax.speed import bench, predicted
 
-SECONDS = {"float32": 2.0, "w4a8-g16": 1.0, "w8a8-g16": 3.0}
+SECONDS = {"float32": 2.0, "bfloat16": 4.0, "w4a8-g16": 1.0, "w8a8-g16": 3.0}
 FAST = {"batches": (2,), "numerics": ("simulated",), "implementations": ("xla",)}
 
 
@@ -48,7 +48,9 @@ def test_ratios_are_of_rounds_side_by_side(found):
 
 
 def test_rows_say_bytes_error_and_who_computes(found, checkpoint):
-    full, four, eight = found.rows
+    full, narrow, four, eight = found.rows
+    assert narrow.weight_bytes < 0.75 * full.weight_bytes  # kernels in 16 bits
+    assert 30 < narrow.db < 80
     assert full.weight_bytes == num_bytes(checkpoint)
     assert four.weight_bytes < eight.weight_bytes < full.weight_bytes
     assert full.db is None
@@ -61,7 +63,8 @@ def test_rows_say_bytes_error_and_who_computes(found, checkpoint):
 def test_counting_predicts_the_bytes_that_are_held(found, checkpoint):
     recipes = [qdit.Recipe.preset(name, group_size=16) for name in ("w4a8", "w8a8")]
     rows = predicted(checkpoint, recipes, (2, 4), 1.5)
-    assert [row.weight_bytes for row in rows[:3]] == [row.weight_bytes for row in found.rows]
+    held = [row.weight_bytes for row in found.rows if row.title != "bfloat16"]
+    assert [row.weight_bytes for row in rows[:3]] == held
     full, four, eight = rows[:3]
     assert full.multiply_adds == four.multiply_adds
     assert four.bit_operations < eight.bit_operations < full.bit_operations
@@ -97,8 +100,8 @@ def test_a_quantized_checkpoint_is_timed_as_it_is(checkpoint):
     alone = bench(small, num_rounds=3, time_fn=FakeTimer(), **FAST)
     assert [(row.title, row.db) for row in alone.rows] == [("w4a8-g16", None)]
     paired = bench(small, against=checkpoint, num_rounds=3, time_fn=FakeTimer(), **FAST)
-    assert [row.ratio.median for row in paired.rows] == [1, 0.5]
-    assert paired.rows[1].db > 0
+    assert [row.ratio.median for row in paired.rows] == [1, 2, 0.5]
+    assert paired.rows[2].db > 0
     with pytest.raises(
         qdit.UserError, match=r"quantized already \(w4a8-g16\) and is benched as it"
     ):
