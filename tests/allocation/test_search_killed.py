@@ -73,6 +73,7 @@ def kill_after(process, state: Path, num_saved: int) -> None:
 def outcome(out: Path):
     history = json.loads((out / "history.json").read_text())
     history.pop("seconds")
+    history.pop("made")  # the date
     return history, json.loads((out / "recipe.json").read_text())
 
 
