@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qdit_jax.checkpoint import Checkpoint
+from qdit_jax.methods.choosing import ChooseTransforms
 from qdit_jax.methods.data import CalibrationData
 from qdit_jax.methods.static_ranges import static_ranges
 from qdit_jax.quant import ranges
@@ -63,6 +64,11 @@ class Method:
     def takes_own_ranges(self) -> bool:
         """Whether static activations get their ranges from the method's own inputs."""
         return static_ranges in self.prepare
+
+    @property
+    def makes_transforms(self) -> bool:
+        """Whether it makes the transforms and branches that a recipe asks for."""
+        return any(isinstance(step, ChooseTransforms) for step in self.prepare)
 
     def preset(self, name: str, params: Any = None, **options: Any) -> Recipe:
         """Returns `Recipe.preset(name, params, ...)` with this method's settings unless given."""

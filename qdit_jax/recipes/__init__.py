@@ -3,9 +3,10 @@
 from qdit_jax.recipes.names import layer_paths, operand_paths, part_names, part_pattern
 from qdit_jax.recipes.over_time import OverTime, check_act_bits
 from qdit_jax.recipes.recipe import Recipe
-from qdit_jax.recipes.rules import LayerSpec, Rule
+from qdit_jax.recipes.rules import TRANSFORMS, LayerSpec, Rule
 
 __all__ = [
+    "TRANSFORMS",
     "LayerSpec",
     "OverTime",
     "Recipe",

@@ -156,7 +156,10 @@ def rename_first(header):
         (lambda f: f.write_bytes(b""), "is not a whole safetensors file"),
         (lambda f: f.write_bytes(f.read_bytes()[:-5]), "is not a whole safetensors file"),
         (lambda f: f.write_bytes(b"PK" + f.read_bytes()), "is not a whole safetensors file"),
-        (lambda f: with_metadata(f, lambda h: h.pop("__metadata__")), "is not an exported checkpoint"),
+        (
+            lambda f: with_metadata(f, lambda h: h.pop("__metadata__")),
+            "is not an exported checkpoint",
+        ),
         (edit(lambda d: d.update(format_version=2)), "export format version 2"),
         (edit(lambda d: d["model"].update(format_version=9)), "format version 9"),
         (edit(lambda d: d["model"].update(family="unet")), "family='unet' is unknown"),
