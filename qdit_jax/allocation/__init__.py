@@ -2,6 +2,7 @@
 
 from qdit_jax.allocation.assigned import ChosenAct, assigned_params
 from qdit_jax.allocation.budget import Budget, parse_budget
+from qdit_jax.allocation.coordinates import Coordinates, coordinated_params
 from qdit_jax.allocation.cost import (
     BitOps,
     Bytes,
@@ -16,6 +17,8 @@ from qdit_jax.allocation.cost import (
 )
 from qdit_jax.allocation.descent import additive_solution, corrected, descend
 from qdit_jax.allocation.evaluate import BadFitnessError, Evaluator, LostWorkerError
+from qdit_jax.allocation.extra_work import ExtraWork, extra_work
+from qdit_jax.allocation.fitting import fitted_coordinates
 from qdit_jax.allocation.journal import Journal
 from qdit_jax.allocation.knapsack import Solution, lagrangian_front, pareto, solve
 from qdit_jax.allocation.objectives import (
@@ -42,6 +45,7 @@ from qdit_jax.allocation.space import (
     GROUP_SIZES,
     SearchLayer,
     Space,
+    describe,
     recipe_of,
     search_space,
     specs_of,
@@ -66,11 +70,13 @@ __all__ = [
     "Bytes",
     "ChosenAct",
     "ChosenSteps",
+    "Coordinates",
     "CpuCost",
     "Effects",
     "Evaluator",
     "EvolutionSettings",
     "Evolve",
+    "ExtraWork",
     "FeatureDistance",
     "Found",
     "Front",
@@ -97,12 +103,16 @@ __all__ = [
     "allocate",
     "assigned_params",
     "choose_steps",
+    "coordinated_params",
     "corrected",
     "cost_table",
     "descend",
+    "describe",
     "effects",
     "evolve",
+    "extra_work",
     "feature_distance",
+    "fitted_coordinates",
     "frechet_objective",
     "function_objective",
     "gpu_cost",

@@ -11,6 +11,7 @@ import numpy as np
 
 from qdit_jax.errors import check_pattern
 from qdit_jax.quant import ActSpec, WeightSpec
+from qdit_jax.types import UNSAID
 
 # Stands for a part of whatever family the parameters turn out to be, as in `part:blocks`.
 PART = "part:"
@@ -44,8 +45,8 @@ class LayerSpec:
     weight: WeightSpec | None = None
     act: ActSpec | None = None
     # Any: `__post_init__` refuses wrong types with a remedy, and takes NumPy integers.
-    transform: Any = None
-    rank: Any = None
+    transform: Any = dataclasses.field(default=None, metadata=UNSAID)
+    rank: Any = dataclasses.field(default=None, metadata=UNSAID)
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, np.integer):
