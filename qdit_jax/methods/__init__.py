@@ -13,8 +13,8 @@ from qdit_jax.methods.table import METHODS, method_named
 
 if TYPE_CHECKING:
     from qdit_jax.methods.api import quantize
+    from qdit_jax.methods.choice_fits import FittedChoice, fitted_choices
     from qdit_jax.methods.data import CalibrationData, authors_items, spread_items
-    from qdit_jax.methods.fitted_choices import FittedChoice, fitted_choices
     from qdit_jax.methods.fitting import fit_rounding
     from qdit_jax.methods.folds import fold_inputs, producers
     from qdit_jax.methods.method import Method
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LAZY = {
     "api": ("quantize",),
     "data": ("CalibrationData", "authors_items", "spread_items"),
-    "fitted_choices": ("FittedChoice", "fitted_choices"),
+    "choice_fits": ("FittedChoice", "fitted_choices"),
     "fitting": ("fit_rounding",),
     "folds": ("fold_inputs", "producers"),
     "method": ("Method",),
