@@ -19,7 +19,7 @@ from qdit_jax.methods import CalibrationData, method_named
 from qdit_jax.quant import ActSpec, WeightSpec
 from qdit_jax.recipes import LayerSpec
 
-NAMES = ("none", "smooth", "smooth+hadamard", "smooth+shift+pca")
+NAMES = ("none", "smooth+hadamard", "smooth+shift+pca")
 CHOICES = {"group_sizes": (8, 32), "transforms": NAMES, "ranks": (0, 3), "act_bits": 4}
 
 
@@ -46,9 +46,9 @@ def by_nearest():
 def test_the_choices_are_the_product_without_what_changes_nothing():
     params = small_model()[1]
     space = small_space(params, **CHOICES)
-    assert set(space.num_choices.tolist()) == {2 * 4 * 2}
+    assert set(space.num_choices.tolist()) == {2 * 3 * 2}
     names = [search.describe(spec) for spec in space.layers[0].choices]
-    assert len(set(names)) == 16
+    assert len(set(names)) == 12
     assert names[:3] == ["w4a4 g8", "w4a4 g32", "w4a4 g8 r3"]
     assert names[-1] == "w4a4 g32 smooth+shift+pca r3"
     assert all(spec.transform and spec.rank is not None for spec in space.layers[0].choices)
@@ -106,11 +106,11 @@ def test_no_choice_changes_the_function_in_full_precision(case):
 
     params = checkpoint.params
     expected = checkpoint.model.apply({"params": params}, x, timestep, label)
-    for choice in range(16):
+    for choice in range(12):
         found = traced(params, np.full(len(space.layers), choice), coordinates)
         assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
     assert traced._cache_size() == 1
-    kernel = flatten_dict(search.coordinated_params(params, space, np.full(4, 15), coordinates))
+    kernel = flatten_dict(search.coordinated_params(params, space, np.full(4, 11), coordinates))
     assert (
         np.abs(
             kernel[("blocks_0", "mlp", "fc2", "kernel")]
@@ -131,14 +131,19 @@ def test_an_assignment_is_what_best_makes_of_its_recipe(case):
         return checkpoint.model.apply({"params": chosen}, x, timestep, label)
 
     exact = checkpoint.model.apply({"params": checkpoint.params}, x, timestep, label)
-    for assignment in drawn_assignments(space, 3):
+    without = [i for i, spec in enumerate(space.layers[0].choices) if not spec.rank]
+    rng = np.random.default_rng(0)
+    for numbers, flips in ((without, 1e-6), (range(len(space.layers[0].choices)), 0.2)):
+        assignment = rng.choice(numbers, len(space.layers))
         recipe = search.recipe_of(space, assignment)
         made = qdit.quantize(checkpoint, by_nearest(), recipe, data=data)
         expected = checkpoint.model.apply({"params": made.params}, x, timestep, label)
         found = traced(checkpoint.params, assignment, coordinates)
-        lost = float(np.square(expected - exact).sum())
-        # Beside the error of quantizing, what rounding to the other side at ties changes.
-        assert np.square(found - expected).sum() < 0.02 * lost
+        lost, own = (float(np.square(a - exact).sum()) for a in (expected, found))
+        # A fold into a layer's outputs changes its branch, which is rounded to 16 bits once more:
+        # then what is left for the kernel rounds to another side here and there.
+        assert np.square(found - expected).sum() < flips * lost
+        assert own == pytest.approx(lost, rel=0.05)
     assert traced._cache_size() == 1
 
 
@@ -161,10 +166,10 @@ def test_measuring_and_predicting_see_the_choices_and_compile_once(case):
     base = predict_fn(assignments[0])
     assert base.joint(assignments[0])[0] == pytest.approx(measured[0], rel=1e-3)
     table = predict_fn(None).table
-    # A scale that lowers the error of the layer's output, by the prediction too.
+    # What lowers the error of the layers' outputs does so by the prediction too.
     names = [search.describe(spec) for spec in space.layers[0].choices]
-    plain, smooth = names.index("w4a4 g32"), names.index("w4a4 g32 smooth")
-    assert table[:, smooth].sum() < table[:, plain].sum()
+    plain, turned = names.index("w4a4 g32"), names.index("w4a4 g32 smooth+hadamard")
+    assert table[:, turned].sum() < table[:, plain].sum()
 
 
 def test_costs_count_what_transforms_and_branches_do():
