@@ -25,6 +25,7 @@ from qdit_jax.methods import FittedChoice
 from qdit_jax.quant import LowRank, Rotation
 from qdit_jax.types import AnyArray, Numbers, Params
 
+ARRAYS = ("scale", "shift", "matrix", "down", "up", "index")  # fields of `Coordinates`
 HIGHEST = jax.lax.Precision.HIGHEST
 NO_TURN = "none"
 KINDS = (NO_TURN, "regular", "dense")  # of rotations that a transform's name can ask for
@@ -97,7 +98,7 @@ class InCoordinates(NamedTuple):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["scale", "shift", "matrix", "down", "up", "index"],
+    data_fields=list(ARRAYS),
     meta_fields=["turns"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -147,8 +148,7 @@ class Coordinates:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Returns everything as arrays by name, to be stored; see `of_arrays`."""
-        names = ("scale", "shift", "matrix", "down", "up", "index")
-        found = {name: getattr(self, name) for name in names}
+        found = {name: getattr(self, name) for name in ARRAYS}
         found["turns"] = np.array([(KINDS.index(k), size) for k, size in self.turns], np.int32)
         return {name: np.asarray(array) for name, array in found.items() if array is not None}
 
@@ -156,8 +156,8 @@ class Coordinates:
     def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Coordinates:
         """Returns the coordinates that `arrays` described."""
         turns = tuple((KINDS[kind], int(size)) for kind, size in arrays["turns"])
-        names = ("scale", "shift", "matrix", "down", "up", "index")
-        return cls(*(arrays.get(name) for name in names), turns)
+        fields = {name: arrays.get(name) for name in ARRAYS}
+        return cls(**fields, turns=turns)
 
     @classmethod
     def of(cls, choices: Sequence[FittedChoice]) -> Coordinates:

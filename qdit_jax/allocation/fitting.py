@@ -63,7 +63,7 @@ def computed(
     every = fitted_choices(
         checkpoint.params, model=checkpoint.model, choices=choices, data=data, report=Report()
     )
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for number, (path, fitted) in enumerate(every, start=1):
         if path in asked:
             coordinates = Coordinates.of(fitted)

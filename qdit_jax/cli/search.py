@@ -71,7 +71,9 @@ def add_parser(subparsers: SubParsers) -> None:
     )
     add("--seed", type=seed_number, default=0, help="seed of everything random (%(default)s)")
     add("--force", action="store_true", help="replace OUT, starting from scratch")
-    add_choices(parser.add_argument_group("what may be chosen").add_argument)
+    choices = parser.add_argument_group("what may be chosen")
+    add_choices(choices.add_argument)
+    add_beside(choices.add_argument)
     add_measuring(parser.add_argument_group("how assignments are measured").add_argument)
     add_processes(parser.add_argument_group("several processes").add_argument)
     parser.set_defaults(run=run, resumes=lambda args: True)
@@ -91,32 +93,6 @@ def add_choices(add: AddArgument) -> None:
         type=whole_number(0),
         nargs="+",
         help="group sizes to choose from; 0 is the whole channel (32 64 128 192 288)",
-    )
-    add(
-        "--transforms",
-        nargs="+",
-        metavar="NAME",
-        help="input transforms to choose from: none, or smooth, shift, hadamard and pca joined by +, "
-        "such as smooth+hadamard (left to the method)",
-    )
-    add(
-        "--ranks",
-        type=whole_number(0),
-        nargs="+",
-        help="ranks of a 16-bit branch beside the kernel to choose from; 0 is none (left to the "
-        "method)",
-    )
-    add(
-        "--formats",
-        nargs="+",
-        metavar="NAME",
-        help="number formats of the weights to choose from: int, nf4, nvfp4, mxfp4, ... (int)",
-    )
-    add(
-        "--items",
-        type=path_option,
-        help="inputs from `qdit calibrate --collect spread` that transforms and branches are fitted "
-        "to; sampled now if absent",
     )
     add(
         "--sides",
@@ -145,6 +121,36 @@ def add_choices(add: AddArgument) -> None:
         default=[],
         metavar="REGEX",
         help="leave layers in full precision",
+    )
+
+
+def add_beside(add: AddArgument) -> None:
+    """Adds the options of number formats, transforms and branches among the choices."""
+    add(
+        "--transforms",
+        nargs="+",
+        metavar="NAME",
+        help="input transforms to choose from: none, or smooth, shift, hadamard and pca joined by +, "
+        "such as smooth+hadamard (left to the method)",
+    )
+    add(
+        "--ranks",
+        type=whole_number(0),
+        nargs="+",
+        help="ranks of a 16-bit branch beside the kernel to choose from; 0 is none (left to the "
+        "method)",
+    )
+    add(
+        "--formats",
+        nargs="+",
+        metavar="NAME",
+        help="number formats of the weights to choose from: int, nf4, nvfp4, mxfp4, ... (int)",
+    )
+    add(
+        "--items",
+        type=path_option,
+        help="inputs from `qdit calibrate --collect spread` that transforms and branches are fitted "
+        "to; sampled now if absent",
     )
 
 

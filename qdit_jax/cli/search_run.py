@@ -177,8 +177,10 @@ def check_folder(out: AnyPath, force: bool, inputs: Sequence[AnyPath | None]) ->
 
 def space_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the options that describe the space, those that were given."""
-    names = ("weight_bits", "act_bits", "group_sizes", "sides", "layers")
-    names += ("transforms", "ranks", "formats")
+    names = (
+        *("weight_bits", "act_bits", "group_sizes", "sides", "layers"),
+        *("transforms", "ranks", "formats"),
+    )
     found = {name: options[name] for name in names}
     found |= {"pinned": dict(options["pin"]), "excluded": options["exclude"]}
     return {name: value for name, value in found.items() if value}
