@@ -26,6 +26,7 @@ from qdit_jax.allocation.records import Store
 from qdit_jax.allocation.rollouts import Rollout, Seeds, Sensitivities, seeds
 from qdit_jax.allocation.space import (
     Space,
+    beside_of,
     describe,
     recipe_of,
     search_space,
@@ -263,10 +264,25 @@ def problem_of(
             per_device=rollouts.per_device,
             progress_fn=lambda count: report_fn({"items": count}),
         )
-    given = [uniform_assignment(space, size) for size in uniform_sizes(space)]
+    given = given_assignments(space, limit)
     seed = int(np.asarray(jax.random.key_data(key)).ravel()[-1])
     problem = Problem(space, limit, evaluator, predict_fn, seed, given, store, report_fn)
     return problem, predict_fn
+
+
+def given_assignments(space: Space, limit: Budget) -> list[np.ndarray]:
+    """Returns uniform assignments to measure in any case and to begin from.
+
+    They are those of every group size, and of every transform and rank the dearest within the
+    budget: in a network whose errors do not add up, transforms may help only together.
+    """
+    sizes = uniform_sizes(space)
+    given = [uniform_assignment(space, size) for size in sizes]
+    for beside in beside_of(space)[1:]:
+        drawn = (uniform_assignment(space, size, beside) for size in sizes)
+        if legal := [one for one in drawn if limit.allows(one)]:
+            given.append(max(legal, key=limit.cost))
+    return list({one.tobytes(): one for one in given}.values())
 
 
 def as_objective(

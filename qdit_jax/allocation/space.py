@@ -303,27 +303,42 @@ def specs_of(space: Space, assignment: Numbers) -> dict[str, LayerSpec]:
     return {layer.path: layer.choices[i] for layer, i in zip(space.layers, numbers, strict=True)}
 
 
-def uniform_assignment(space: Space, group_size: int) -> np.ndarray:
+def uniform_assignment(
+    space: Space, group_size: int, beside: tuple[str | None, int | None] | None = None
+) -> np.ndarray:
     """Returns the assignment with one group size throughout, at the first bits of every layer.
 
-    Pinned layers stay as they are.
+    Pinned layers stay as they are. `beside` is the transform and the rank of the layers that can
+    have both; the others, and all without it, have their first ones.
 
     Raises:
         ValueError: if a layer that has a choice has none of that size.
     """
-    numbers = [uniform_choice(layer, group_size) for layer in space.layers]
+    numbers = [uniform_choice(layer, group_size, beside) for layer in space.layers]
     return np.array(numbers, np.int32)
 
 
-def uniform_choice(layer: SearchLayer, group_size: int) -> int:
+def uniform_choice(
+    layer: SearchLayer, group_size: int, beside: tuple[str | None, int | None] | None = None
+) -> int:
     if len(layer.choices) == 1:
         return 0
     varies = len({spec.act.group_size for spec in layer.choices if spec.act}) > 1
+    found = []
     for number, spec in enumerate(layer.choices):
         sides = [spec.weight, spec.act if varies or spec.weight is None else None]
         if all(side is None or side.group_size == group_size for side in sides):
-            return number
-    raise ValueError(f"{layer.path} has no choice of group size {group_size}.")
+            found.append(number)
+    if not found:
+        raise ValueError(f"{layer.path} has no choice of group size {group_size}.")
+    asked = (n for n in found if (layer.choices[n].transform, layer.choices[n].rank) == beside)
+    return next(asked, found[0])
+
+
+def beside_of(space: Space) -> list[tuple[str | None, int | None]]:
+    """Returns every pair of a transform and a rank that a layer's choices have."""
+    pairs = ((spec.transform, spec.rank) for layer in space.layers for spec in layer.choices)
+    return list(dict.fromkeys(pairs))
 
 
 def uniform_sizes(space: Space) -> list[int]:

@@ -13,6 +13,7 @@ from search_models import batches_of_noise, search, small_model, small_rollout, 
 
 import qdit_jax as qdit
 from qdit_jax.allocation.rollouts import Sensitivities
+from qdit_jax.allocation.searching import given_assignments
 from qdit_jax.calibration import collect_items
 from qdit_jax.diffusion import ddim
 from qdit_jax.methods import CalibrationData, method_named
@@ -145,6 +146,26 @@ def test_an_assignment_is_what_best_makes_of_its_recipe(case):
         assert np.square(found - expected).sum() < flips * lost
         assert own == pytest.approx(lost, rel=0.05)
     assert traced._cache_size() == 1
+
+
+def test_a_search_begins_from_every_transform_in_all_layers_that_the_budget_allows():
+    space = small_space(small_model()[1], transforms=("none", "hadamard"), ranks=(0, 2))
+    budget = search.parse_budget("bytes=1.0x-g16", space, search.named_costs())
+    found = [
+        [search.describe(s) for s in search.specs_of(space, a).values()]
+        for a in given_assignments(space, budget)
+    ]
+    assert [set(one) for one in found] == [
+        *({f"w4a8 g{size}"} for size in (8, 16, 32, 64)),
+        {"w4a8 g32 r2"},
+        {"w4a8 g16 hadamard"},
+        {"w4a8 g32 hadamard r2"},
+    ]
+    plain = small_space(small_model()[1], weight_bits=(3, 4))
+    given = given_assignments(
+        plain, search.parse_budget("bytes=1.0x-g16", plain, search.named_costs())
+    )
+    assert len(given) == 4
 
 
 def test_choices_that_were_not_fitted_are_refused(case):
