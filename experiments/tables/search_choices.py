@@ -51,7 +51,7 @@ HEADS = 4
 SIZES = (32, 64, 128, 0)
 TRANSFORMS = ("none", "smooth", "smooth+hadamard")
 # (bits of activations, budget)
-SETTINGS = ((8, "bitops=1.0x-g128"), (8, "bytes=1.0x-g128"), (4, "bytes=1.0x-g128"))
+SETTINGS = ((8, "bitops=1.0x-g128"), (8, "bytes=1.0x-g128"))
 STEPS, FIRST_UNSEEN = 10, 10_000
 
 
