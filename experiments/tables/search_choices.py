@@ -9,7 +9,8 @@ alone. Each is measured on samples that no search saw, and its cost is counted f
 `best` adds maps, rotations and branches to (a) and (c) that no budget limited.
 
 A run with the same OUT goes on from what it had: searches from their state, rows from
-OUT/search_choices.json. About 10 minutes on 2 cores that do nothing else.
+OUT/search_choices.json. About 25 minutes on 2 cores with other work. Expected at bitops=1.0x-g128: 31.2 dB
+with transforms searched, 30.6 with sizes alone, 30.8 with groups of 128, 6.8 rounded to nearest.
 """
 
 from __future__ import annotations
