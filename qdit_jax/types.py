@@ -35,3 +35,10 @@ class AbstractArray(Protocol):
 
     @property
     def dtype(self) -> np.dtype: ...
+
+
+# `metadata` of a dataclass's field that is newer than what fingerprints of the class are kept: at its
+# default it does not count, so that a run begun before resumes.
+UNSAID = {"unsaid": True}
+# The same of a field that follows from others that count.
+DERIVED = {"derived": True}

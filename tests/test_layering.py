@@ -51,7 +51,7 @@ ALLOWED = {
     },
     "allocation": {
         *("files", "quant", "diffusion", "metrics", "kernels", "models", "recipes"),
-        *("checkpoint", "sampling", "calibration", "ptq"),
+        *("checkpoint", "sampling", "calibration", "ptq", "methods"),
     },
     "adapters": {"quant", "kernels", "recipes", "calibration", "ptq"},
     "report": {"files", "quant", "models", "recipes", "calibration"},

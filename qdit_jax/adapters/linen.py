@@ -24,7 +24,7 @@ from qdit_jax.adapters.linen_report import LinenReport, check_rules, other_param
 from qdit_jax.adapters.linen_trace import ExampleCall, Path, faults, layout_or_reason, sightings
 from qdit_jax.calibration import Stats
 from qdit_jax.kernels import NUMERICS
-from qdit_jax.ptq import act_quantizer, rewrite_layers
+from qdit_jax.ptq import act_quantizer, check_rounding_only, rewrite_layers
 from qdit_jax.quant import ActQuant, QTensor, WeightSpec, quantize
 from qdit_jax.recipes import LayerSpec, Recipe
 
@@ -102,6 +102,7 @@ def quantize_linen(
         if isinstance(layout := layouts.get(path), KernelLayout)
         and (spec := recipe.get(name := "/".join(path))) is not None
     }
+    check_rounding_only({name: layer.spec for name, layer in layers.items()})
     written = quantized_layers(variables["params"], layers, stats, quantize_fn)
     variables = variables | {"params": written}
     traced = bool(example_args or example_kwargs)

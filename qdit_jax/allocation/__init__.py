@@ -2,6 +2,7 @@
 
 from qdit_jax.allocation.assigned import ChosenAct, assigned_params
 from qdit_jax.allocation.budget import Budget, parse_budget, reference_spec
+from qdit_jax.allocation.coordinates import Coordinates, coordinated_params
 from qdit_jax.allocation.cost import (
     FLOAT32_MAC,
     BitOps,
@@ -17,6 +18,8 @@ from qdit_jax.allocation.cost import (
 )
 from qdit_jax.allocation.descent import additive_solution, corrected, descend
 from qdit_jax.allocation.evaluate import BadFitnessError, Evaluator, LostWorkerError
+from qdit_jax.allocation.extra_work import ExtraWork, extra_work
+from qdit_jax.allocation.fitting import fitted_coordinates
 from qdit_jax.allocation.journal import Journal
 from qdit_jax.allocation.knapsack import Solution, lagrangian_front, pareto, solve
 from qdit_jax.allocation.latency import Latency, LayerTime, choice_name
@@ -45,6 +48,7 @@ from qdit_jax.allocation.space import (
     GROUP_SIZES,
     SearchLayer,
     Space,
+    describe,
     recipe_of,
     resized,
     search_space,
@@ -78,11 +82,13 @@ __all__ = [
     "CheapestSettings",
     "ChosenAct",
     "ChosenSteps",
+    "Coordinates",
     "CpuCost",
     "Effects",
     "Evaluator",
     "EvolutionSettings",
     "Evolve",
+    "ExtraWork",
     "FeatureDistance",
     "Found",
     "Front",
@@ -115,12 +121,16 @@ __all__ = [
     "cheapest",
     "choice_name",
     "choose_steps",
+    "coordinated_params",
     "corrected",
     "cost_table",
     "descend",
+    "describe",
     "effects",
     "evolve",
+    "extra_work",
     "feature_distance",
+    "fitted_coordinates",
     "frechet_objective",
     "function_objective",
     "gpu_cost",

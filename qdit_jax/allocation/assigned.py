@@ -7,7 +7,7 @@ differences (bits, rules) are branches of a `lax.switch`, of which one runs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias, TypeGuard, TypeVar
 
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from qdit_jax.allocation.coordinates import Coordinates, coordinated_params
 from qdit_jax.allocation.space import Space
 from qdit_jax.ptq import rewrite_layers
 from qdit_jax.quant import (
@@ -66,12 +67,26 @@ def _straight_through_jvp(
     return primals[1], tangents[0]
 
 
-def assigned_params(params: Params, space: Space, assignment: Numbers) -> Params:
+def assigned_params(
+    params: Params,
+    space: Space,
+    assignment: Numbers,
+    coordinates: Mapping[str, Coordinates] | None = None,
+) -> Params:
     """Returns `params` quantized as `assignment` `[L]` says, for use inside jit.
 
     Kernels are the values that packed codes stand for, inputs have a `ChosenAct`. Equal to
     `quantize_params(params, recipe=recipe_of(space, assignment))` to float rounding.
+
+    Args:
+        coordinates: of the layers whose choices have transforms or branches, by path.
+
+    Raises:
+        ValueError: if those of a layer are absent.
     """
+    check_coordinates(space, coordinates or {})
+    if coordinates:
+        params = coordinated_params(params, space, assignment, coordinates)
     assignment = jnp.asarray(assignment)
     layers = {layer.path: layer for layer in space.layers}
     choices = {layer.path: assignment[number] for number, layer in enumerate(space.layers)}
@@ -88,6 +103,17 @@ def assigned_params(params: Params, space: Space, assignment: Numbers) -> Params
         return ChosenAct(choices[path], specs) if any(specs) else None
 
     return rewrite_layers(params, layers, weight_fn=weight_fn, act_fn=act_fn)
+
+
+def check_coordinates(space: Space, coordinates: Mapping[str, Coordinates]) -> None:
+    """Raises `ValueError` if a layer has choices with a transform or a branch that were not fitted."""
+    for layer in space.layers:
+        asked = next((spec.asks_for for spec in layer.choices if spec.asks_for), None)
+        if asked is not None and layer.path not in coordinates:
+            raise ValueError(
+                f"{layer.path} has choices with {asked}, which have to be fitted to its inputs "
+                "first: pass coordinates=fitted_coordinates(...)."
+            )
 
 
 def chosen(

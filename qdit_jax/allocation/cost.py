@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from qdit_jax import kernels
+from qdit_jax.allocation.extra_work import extra_work
 from qdit_jax.allocation.space import SearchLayer, Space
 from qdit_jax.quant import effective_group_size, packed_nbytes
 from qdit_jax.recipes import LayerSpec
@@ -23,9 +24,11 @@ from qdit_jax.types import Numbers
 CostFn = Callable[[SearchLayer, LayerSpec], float]
 
 FLOAT32_MAC = 1024  # bit operations: 32 x 32
+FLOAT16_MAC = 256
 # Clamping at both ends and rounding one value: three float32 operations of 32 bits, and the
 # multiplication by the reciprocal scale.
 ACT_QUANT_VALUE = 3 * 32 + FLOAT32_MAC
+RATE16 = 0.5  # of a matrix unit at 16 bits, 1 at 8
 ACT_QUANT_GROUP = 2 * FLOAT32_MAC  # the scale and the zero point of one token's group
 
 
@@ -89,11 +92,13 @@ def num_corrections(spec: LayerSpec) -> int:
 class BitOps:
     """Bit operations per sample, including the overhead of groups:
 
-    `T K N b_w b_a + T N G accumulator k + T K q_v + T ceil(K / g_a) q_g`
+    `T K N b_w b_a + T N G accumulator k + T K q_v + T ceil(K / g_a) q_g + T extra`
 
     with G segments of `k` corrections (`num_corrections`) in the accumulator's arithmetic, and
     q_v and q_g to quantize a value and a group of the input. Without the second term the budget
-    would not depend on the group size. A side left as it is counts 16 bits and no overhead.
+    would not depend on the group size. A side left as it is counts 16 bits and no overhead. `extra`
+    is what a transform and a branch do (`extra_work`): a float32 multiply-add per channel that no
+    fold takes, and the 16-bit ones of a rotation and of a branch.
 
     T is `layer.rows`, the rows of the layer's input per sample.
 
@@ -115,18 +120,22 @@ class BitOps:
             size = effective_group_size(num_channels, spec.act.group_size)
             groups = -(-num_channels // size)
             total += tokens * (num_channels * ACT_QUANT_VALUE + groups * ACT_QUANT_GROUP)
+        extra = extra_work(layer, spec)
+        total += tokens * (extra.mapped * FLOAT32_MAC + (extra.turned + extra.branch) * FLOAT16_MAC)
         return float(total)
 
 
 @dataclasses.dataclass(frozen=True)
 class Bytes:
-    """Bytes of the packed kernel: codes, scales and zero points as `QTensor` holds them."""
+    """Bytes of the packed kernel: codes, scales and zero points as `QTensor` holds them; and of what
+    stands beside it, a map, a dense rotation or a branch."""
 
     def __call__(self, layer: SearchLayer, spec: LayerSpec) -> float:
         num_channels, width = layer.shape
+        beside = extra_work(layer, spec).num_bytes
         if spec.weight is None:
-            return float(2 * num_channels * width)
-        return float(packed_nbytes(num_channels, width, spec.weight))
+            return float(2 * num_channels * width + beside)
+        return float(packed_nbytes(num_channels, width, spec.weight) + beside)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +155,13 @@ class MeanGroup:
 class HardwareCost:
     """Time of a layer in 8-bit multiply-adds of the machine's matrix unit:
 
-    `T N sum_segments(roundup(length, depth)) / rate + T N G k rescale + T K quantize`
+    `T N sum_segments(roundup(length, depth)) / rate + T N G k rescale + T K quantize + T extra`
 
     A segment shorter than the unit's depth fills it with zeros. `rate` is how much faster than
     8 bits the unit works at this width; `rescale` and `quantize` are float32 multiply-adds of the
-    vector unit, in 8-bit multiply-adds of the matrix unit.
+    vector unit, in 8-bit multiply-adds of the matrix unit. `extra` is what a transform and a branch
+    do: the vector unit scales channels, the matrix unit multiplies by a branch in 16 bits, and a
+    rotation is left to the one that is faster.
 
     Attributes:
         depth8, depth4: contraction depth of one step at 8 and at 4 bits.
@@ -168,7 +179,7 @@ class HardwareCost:
         tokens = layer.rows
         bits = max(side_bits(spec))
         depth = self.depth4 if bits <= 4 else self.depth8
-        rate = {4: self.rate4, 8: 1.0, 16: 0.5}[next(b for b in (4, 8, 16) if bits <= b)]
+        rate = {4: self.rate4, 8: 1.0, 16: RATE16}[next(b for b in (4, 8, 16) if bits <= b)]
         padded = sum(-(-length // depth) * depth for length in segment_lengths(layer, spec))
         total = tokens * width * padded / rate
         if spec.weight is not None and spec.act is not None:
@@ -176,7 +187,14 @@ class HardwareCost:
             total += tokens * width * segments * self.rescale
         if spec.act is not None:
             total += tokens * num_channels * self.rescale
-        return float(total)
+        return float(total + tokens * self.extra(layer, spec))
+
+    def extra(self, layer: SearchLayer, spec: LayerSpec) -> float:
+        """Returns the time of a transform and a branch per row of the input."""
+        work = extra_work(layer, spec)
+        padded = layer.shape[0] * -(-work.block // self.depth8) * self.depth8
+        turned = min(padded / RATE16, work.turned * self.rescale) if work.block > 1 else 0.0
+        return work.mapped * self.rescale + turned + work.branch / RATE16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,15 +202,18 @@ class CpuCost:
     """Time of a layer on a CPU, in float32 multiply-adds: `T K N (0.95 + 25 / length)`.
 
     Fitted to measured times of the scan over groups of int8 dots (AVX2, 512x1152x4608): 1.74, 1.20
-    and 1.04 of a float32 product at group sizes 32, 128 and 288. `length` is K / G.
+    and 1.04 of a float32 product at group sizes 32, 128 and 288. `length` is K / G. The
+    multiply-adds of a transform and of a branch are added (`extra_work`).
     """
 
     def __call__(self, layer: SearchLayer, spec: LayerSpec) -> float:
         num_channels, width = layer.shape
         macs = layer.rows * num_channels * width
+        work = extra_work(layer, spec)
+        extra = layer.rows * (work.mapped + work.turned + work.branch)
         if spec.weight is None or spec.act is None:
-            return float(macs)
-        return macs * (0.95 + 25.0 * num_segments(layer, spec) / num_channels)
+            return float(macs + extra)
+        return macs * (0.95 + 25.0 * num_segments(layer, spec) / num_channels) + extra
 
 
 def gpu_cost() -> HardwareCost:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -21,7 +21,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PyTree
 
-from qdit_jax.allocation.assigned import assigned_params
+from qdit_jax.allocation.assigned import assigned_params, check_coordinates
+from qdit_jax.allocation.coordinates import Coordinates
 from qdit_jax.allocation.objectives import Objective
 from qdit_jax.allocation.space import Space
 from qdit_jax.sampling import device_mesh, filled_batch
@@ -45,6 +46,7 @@ class Evaluator:
         space: static.
         params: the full-precision parameters; arguments of the compiled function.
         objective: see `objectives.Objective`; its arrays are arguments too.
+        coordinates: of the layers whose choices have transforms or branches; arguments too.
         mesh: of one axis; all devices of all processes by default.
         per_device: items a device measures in one call, one after another (`lax.map`).
         batch_size: how many of them at once (vmap); 1 is fastest on CPU.
@@ -57,6 +59,7 @@ class Evaluator:
         params: Params,
         objective: Objective,
         *,
+        coordinates: Mapping[str, Coordinates] | None = None,
         mesh: Mesh | None = None,
         per_device: int = 1,
         batch_size: int = 1,
@@ -70,7 +73,8 @@ class Evaluator:
         self.objective = objective
         self.mesh = device_mesh(jax.devices()) if mesh is None else mesh
         self.num_items = per_device * self.mesh.size
-        self.data = replicated((params, objective), self.mesh)
+        check_coordinates(space, coordinates or {})
+        self.data = replicated((params, dict(coordinates or {}), objective), self.mesh)
         self.measure = measurer(space, self.mesh, per_device, batch_size)
         self.progress_fn = progress_fn
         self.num_measured = 0
@@ -156,36 +160,53 @@ def naming_lost_workers() -> Iterator[None]:
 
 @runtime_checkable
 class Measurer(Protocol):
-    """A compiled `(params, objective, assignments [C, L], batches [C]) -> tree of [C, ...]`."""
+    """A compiled `(params, coordinates, objective, assignments [C, L], batches [C]) -> [C, ...]`."""
 
     def __call__(
-        self, params: Params, objective: Objective, assignments: AnyArray, batches: AnyArray
+        self,
+        params: Params,
+        coordinates: Mapping[str, Coordinates],
+        objective: Objective,
+        assignments: AnyArray,
+        batches: AnyArray,
     ) -> PyTree[Array]: ...
 
     def _cache_size(self) -> int: ...
 
 
 def measurer(space: Space, mesh: Mesh, per_device: int, batch_size: int) -> Measurer:
-    """Returns the compiled `(params, objective, assignments [C, L], batches [C]) -> measurements`."""
+    """Returns the compiled function that measures assignments, see `Measurer`."""
     whole = PartitionSpec()
     split = PartitionSpec(mesh.axis_names[0])
 
-    def one(params: Params, objective: Objective, item: tuple[Array, Array]) -> PyTree[Array]:
+    def one(
+        params: Params,
+        coordinates: Mapping[str, Coordinates],
+        objective: Objective,
+        item: tuple[Array, Array],
+    ) -> PyTree[Array]:
         assignment, batch = item
-        return objective.measure(assigned_params(params, space, assignment), batch)
+        return objective.measure(assigned_params(params, space, assignment, coordinates), batch)
 
     def local(
         params: Params,
+        coordinates: Mapping[str, Coordinates],
         objective: Objective,
         assignments: Int[Array, "C L"],
         batches: Int[Array, " C"],
     ) -> PyTree[Array]:
         return jax.lax.map(
-            partial(one, params, objective), (assignments, batches), batch_size=batch_size
+            partial(one, params, coordinates, objective),
+            (assignments, batches),
+            batch_size=batch_size,
         )
 
     mapped = jax.shard_map(
-        local, mesh=mesh, in_specs=(whole, whole, split, split), out_specs=split, check_vma=False
+        local,
+        mesh=mesh,
+        in_specs=(whole, whole, whole, split, split),
+        out_specs=split,
+        check_vma=False,
     )
     compiled: Any = jax.jit(mapped, out_shardings=NamedSharding(mesh, whole))
     return compiled  # JAX's types hide `_cache_size`

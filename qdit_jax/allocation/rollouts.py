@@ -6,7 +6,7 @@ Dimensions: J batches, B samples per batch, H, W, C one latent.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -17,6 +17,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, UInt8
 
 from qdit_jax import diffusion, metrics
+from qdit_jax.allocation.coordinates import Coordinates
 from qdit_jax.allocation.objectives import FeatureDistance, SampleFn, feature_distance, taken
 from qdit_jax.allocation.sensitivity import Prediction, effects, prediction
 from qdit_jax.allocation.space import Space
@@ -133,6 +134,7 @@ class Sensitivities:
     data: Seeds
     key: Key
     num_probes: int
+    coordinates: Mapping[str, Coordinates] = dataclasses.field(default_factory=dict)
 
     def __call__(self, base: np.ndarray | None) -> Prediction:
         """Returns the quadratic prediction at the assignment `base`, or at full precision."""
@@ -147,6 +149,7 @@ class Sensitivities:
                 taken(condition, i),
                 keys[i],
                 jax.random.fold_in(self.key, i),
+                dict(self.coordinates),
                 space=self.space,
                 num_steps=self.rollout.num_steps,
                 num_probes=self.num_probes,

@@ -16,8 +16,10 @@ import numpy as np
 
 from qdit_jax import diffusion
 from qdit_jax.allocation.budget import Budget, check_limiting, parse_budget
+from qdit_jax.allocation.coordinates import Coordinates
 from qdit_jax.allocation.cost import CostFn, named_costs
 from qdit_jax.allocation.evaluate import Evaluator, naming_lost_workers
+from qdit_jax.allocation.fitting import asks_for_fits, fitted_coordinates
 from qdit_jax.allocation.latency import Latency
 from qdit_jax.allocation.objectives import Objective, function_objective, paired_error
 from qdit_jax.allocation.problem import Found, Front, Problem, ReportFn, Strategy
@@ -25,6 +27,7 @@ from qdit_jax.allocation.records import Store
 from qdit_jax.allocation.rollouts import Rollout, Seeds, Sensitivities, seeds
 from qdit_jax.allocation.space import (
     Space,
+    beside_of,
     describe,
     recipe_of,
     search_space,
@@ -35,7 +38,8 @@ from qdit_jax.allocation.strategies import strategy_named
 from qdit_jax.calibration import default_sampler
 from qdit_jax.checkpoint import Checkpoint, fingerprint
 from qdit_jax.errors import check_counts
-from qdit_jax.files import PathLike
+from qdit_jax.files import PathLike, as_path
+from qdit_jax.methods import CalibrationData
 from qdit_jax.models import rows_per_sample
 from qdit_jax.recipes import Recipe
 from qdit_jax.sampling import check_diffusion_model
@@ -116,6 +120,7 @@ def search(
     space: Space | Mapping[str, Any] | None = None,
     rollouts: Rollouts | None = None,
     costs: Mapping[str, CostFn] | None = None,
+    data: CalibrationData | None = None,
     state: PathLike | None = None,
     report_fn: ReportFn = lambda event: None,
 ) -> SearchResult:
@@ -138,6 +143,8 @@ def search(
         rollouts: how candidates are sampled.
         costs: cost functions that the budget may name, beside `named_costs`, such as
             `{"latency": Latency.read("latency.json")}`.
+        data: what the transforms and branches of the space are fitted to, once at the start, as
+            `qdit.quantize(..., method="best", data=data)` fits them afterwards; sampled by default.
         state: a folder that keeps what was computed; the same call resumes from it.
         report_fn: called with a dict that has some of `text`, `total`, `items` (just measured) and
             `best`, whenever there is news.
@@ -174,10 +181,28 @@ def search(
         sampler=rollouts.rollout(checkpoint, strategy.guided).sampler,
         rollouts=dataclasses.replace(rollouts, sampler=None, per_device=1),
     )
+    if asks_for_fits(space):
+        settings |= fingerprint(data=data)
+    fits = {name: settings.get(name) for name in ("space", "params", "model", "data")}
     with naming_lost_workers(), contextlib.ExitStack() as stack:
         store = None if state is None else stack.enter_context(Store(state, settings))
+        fit_store = None
+        if state is not None:
+            fit_store = stack.enter_context(Store(as_path(state) / "fits", fits))
+        coordinates = fitted_coordinates(
+            checkpoint, space, data, store=fit_store, report_fn=report_fn
+        )
         problem, predict_fn = problem_of(
-            checkpoint, key, rollouts, strategy.guided, objective, space, limit, store, report_fn
+            checkpoint,
+            key,
+            rollouts,
+            strategy.guided,
+            objective,
+            space,
+            coordinates,
+            limit,
+            store,
+            report_fn,
         )
         found = strategy.run(problem)
     report = found.report | {"network_evaluations": evaluations(found, problem, predict_fn)}
@@ -229,6 +254,7 @@ def problem_of(
     guided: bool,
     objective: AnyObjective,
     space: Space,
+    coordinates: Mapping[str, Coordinates],
     limit: Budget,
     store: Store | None,
     report_fn: ReportFn,
@@ -240,7 +266,9 @@ def problem_of(
     first = rollouts.num_batches * rollouts.batch_size  # sensitivities have samples of their own
     size, conditions = rollouts.batch_size, rollouts.conditions
     calibration = seeds(model, noise_key, rollouts.num_calibration, size, first, conditions)
-    predict_fn = Sensitivities(rollout, space, params, calibration, probe_key, rollouts.num_probes)
+    predict_fn = Sensitivities(
+        rollout, space, params, calibration, probe_key, rollouts.num_probes, coordinates
+    )
     evaluator = None
     if objective != "predicted":
         data = seeds(model, noise_key, rollouts.num_batches, size, conditions=conditions)
@@ -248,13 +276,29 @@ def problem_of(
             space,
             params,
             as_objective(objective, rollout, params, data, noise_key),
+            coordinates=coordinates,
             per_device=rollouts.per_device,
             progress_fn=lambda count: report_fn({"items": count}),
         )
-    given = [uniform_assignment(space, size) for size in uniform_sizes(space)]
+    given = given_assignments(space, limit)
     seed = int(np.asarray(jax.random.key_data(key)).ravel()[-1])
     problem = Problem(space, limit, evaluator, predict_fn, seed, given, store, report_fn)
     return problem, predict_fn
+
+
+def given_assignments(space: Space, limit: Budget) -> list[np.ndarray]:
+    """Returns uniform assignments to measure in any case and to begin from.
+
+    They are those of every group size, and of every transform and rank the dearest within the
+    budget: in a network whose errors do not add up, transforms may help only together.
+    """
+    sizes = uniform_sizes(space)
+    given = [uniform_assignment(space, size) for size in sizes]
+    for beside in beside_of(space)[1:]:
+        drawn = (uniform_assignment(space, size, beside) for size in sizes)
+        if legal := [one for one in drawn if limit.allows(one)]:
+            given.append(max(legal, key=limit.cost))
+    return list({one.tobytes(): one for one in given}.values())
 
 
 def as_objective(

@@ -12,7 +12,7 @@ choices of a layer, R rows of a layer's input.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
@@ -23,7 +23,14 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, Int
 
-from qdit_jax.allocation.assigned import act_branch, assigned_params, chosen, kernel_branch
+from qdit_jax.allocation.assigned import (
+    act_branch,
+    assigned_params,
+    check_coordinates,
+    chosen,
+    kernel_branch,
+)
+from qdit_jax.allocation.coordinates import Coordinates
 from qdit_jax.allocation.space import SearchLayer, Space
 from qdit_jax.models import tapped
 from qdit_jax.ptq import matrix_shape
@@ -61,6 +68,7 @@ def effects(
     condition: Condition,
     key: Key,
     probe_key: Key,
+    coordinates: Mapping[str, Coordinates] | None = None,
     *,
     space: Space,
     num_steps: int,
@@ -71,8 +79,11 @@ def effects(
     Args:
         base: the assignment `[L]` to differentiate at and count changes from; None is full
             precision.
+        coordinates: of the layers whose choices have transforms or branches, by path.
     """
-    used = params if base is None else assigned_params(params, space, base)
+    coordinates = coordinates or {}
+    check_coordinates(space, coordinates)
+    used = params if base is None else assigned_params(params, space, base, coordinates)
     exact = step_inputs(step_fn, params, noise, condition, key, num_steps)[0]
     final, seen = step_inputs(step_fn, used, noise, condition, key, num_steps)
     error = final - exact
@@ -96,7 +107,12 @@ def effects(
         before, adjoint = jax.vmap(pull)(probes)  # [P (+ 1), B, ...], by path [P (+ 1), R, ..., N]
         change = [
             layer_change(
-                layer, params, inputs[layer.path], outputs[layer.path], adjoint[layer.path]
+                layer,
+                params,
+                coordinates.get(layer.path),
+                inputs[layer.path],
+                outputs[layer.path],
+                adjoint[layer.path],
             )
             for layer in space.layers
         ]
@@ -164,6 +180,7 @@ def tapped_step(
 def layer_change(
     layer: SearchLayer,
     params: Params,
+    coordinates: Coordinates | None,
     x: Float[Array, "R *tokens K"],
     y: Float[Array, "R *tokens N"],
     adjoint: Float[Array, "P R *tokens N"],
@@ -176,15 +193,21 @@ def layer_change(
     flat = flatten_dict(params, sep="/")
     kernel = flat[f"{layer.path}/kernel"]
     kernel = kernel.reshape(matrix_shape(kernel))
-    bias = flat.get(f"{layer.path}/bias", 0.0)
+    bias = flat.get(f"{layer.path}/bias")
     weights = tuple(spec.weight for spec in layer.choices)
     acts = tuple(spec.act for spec in layer.choices)
 
     def one(choice: Int[Array, ""]) -> Float[Array, "P R ..."]:
-        quantized = chosen(act_branch, acts, choice, x) @ chosen(
-            kernel_branch, weights, choice, kernel
+        seen, matrix, added = x, kernel, 0.0 if bias is None else bias
+        if coordinates is not None:
+            found = coordinates.at(choice, kernel, bias)
+            seen, matrix = found.input_map(x), found.kernel
+            added = 0.0 if found.bias is None else found.bias
+            added = added if found.low_rank is None else added + found.low_rank(seen)
+        quantized = chosen(act_branch, acts, choice, seen) @ chosen(
+            kernel_branch, weights, choice, matrix
         )
-        gap = (quantized + bias - y).astype(jnp.float32)
+        gap = (quantized + added - y).astype(jnp.float32)
         return jnp.einsum("p...n,...n->p...", adjoint, gap)  # [P, R, tokens]
 
     numbers = jnp.arange(len(layer.choices), dtype=jnp.int32)

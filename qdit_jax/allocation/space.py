@@ -9,34 +9,42 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from qdit_jax.errors import check_pattern
+from qdit_jax.methods import missing_for
+from qdit_jax.models import family_of_params
 from qdit_jax.ptq import check_unquantized, matrix_shape
 from qdit_jax.quant import ActSpec, WeightSpec, ranges
+from qdit_jax.quant import formats as number_formats
 from qdit_jax.recipes import LayerSpec, Recipe, Rule, layer_paths, part_pattern
-from qdit_jax.types import Numbers, Params
+from qdit_jax.types import DERIVED, Numbers, Params
 
 GROUP_SIZES = (32, 64, 128, 192, 288)
 UNQUANTIZED = 16
+INTEGERS = "int"  # the number format that is none of `quant.formats`
 Sides = Literal["both", "weights", "separate"]
+Item = TypeVar("Item", int, str)
 
 
 @dataclasses.dataclass(frozen=True)
 class SearchLayer:
     """One layer of a space: its path, its kernel's shape `(K, N)`, and what it may become.
 
-    `rows` is how many rows a sample sends through it, which costs are counted for.
+    `rows` is how many rows a sample sends through it, which costs are counted for; `folded` says
+    whether a scale and a shift of its input cost nothing at run time.
     """
 
     path: str
     shape: tuple[int, int]
     choices: tuple[LayerSpec, ...]
     rows: int = 1
+    folded: bool = dataclasses.field(default=False, metadata=DERIVED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +103,15 @@ def search_space(
     layers: str | None = None,
     pinned: Mapping[str, int | LayerSpec] | None = None,
     excluded: Sequence[str] = (),
+    transforms: Sequence[str] = ("none",),
+    ranks: Sequence[int] = (0,),
+    formats: Sequence[str] = (INTEGERS,),
 ) -> Space:
-    """Returns the space of a network's linear layers.
+    """Returns the space of a network's linear layers: the product of all that is given.
+
+    Choices that a layer cannot have (a rotation of channels that 4 does not divide, a rank above its
+    kernel's) are left out, and so are transforms of an input that several layers read, because
+    they have one transform in common.
 
     Args:
         rows: by layer path, how many rows a sample sends through it (`models.rows_per_sample`);
@@ -111,9 +126,14 @@ def search_space(
             linear layers of the family's blocks.
         pinned: by pattern, the group size or `LayerSpec` that a layer keeps.
         excluded: patterns of layers left in full precision.
+        transforms, ranks: names of `recipes.TRANSFORMS` and ranks of 16-bit branches. Where only
+            "none" and 0 are given, the recipe leaves both to the method.
+        formats: number formats of the weights, "int" or names of `quant.formats`; a format may fix
+            bits and group size.
 
     Raises:
-        ValueError: if a pattern matches no layer, or a list of choices is empty.
+        ValueError: if a pattern matches no layer, a list of choices is empty, a name is not known,
+            or a layer can have none of the choices.
     """
     every = layer_paths(params)
     pattern = part_pattern("blocks", params) if layers is None else layers
@@ -128,6 +148,8 @@ def search_space(
         sides,
         act_group_size,
         {"symmetric": symmetric, "range_fn": range_fn},
+        as_tuple(formats, "formats"),
+        beside_choices(transforms, ranks),
     )
     if choices == (LayerSpec(),):
         raise ValueError(
@@ -138,13 +160,46 @@ def search_space(
     for pattern, kept in (pinned or {}).items():
         spec = kept if isinstance(kept, LayerSpec) else resized(choices[0], kept)
         by_path |= dict.fromkeys(matching(pattern, every, "pinned"), (spec,))
+    family = family_of_params(params)
+    producers_of = {path: () if family is None else tuple(family.producers(path)) for path in every}
+    readers = Counter(producers_of.values())
     flat = flatten_dict(params, sep="/")
     found = []
     for path in sorted(by_path, key=natural_order):
         check_unquantized(path, flat[f"{path}/kernel"])
-        shape = matrix_shape(flat[f"{path}/kernel"])
-        found.append(SearchLayer(path, shape, by_path[path], (rows or {}).get(path, 1)))
+        folded = bool(producers_of[path])
+        is_shared = folded and readers[producers_of[path]] > 1
+        layer = SearchLayer(
+            path,
+            matrix_shape(flat[f"{path}/kernel"]),
+            by_path[path],
+            (rows or {}).get(path, 1),
+            folded,
+        )
+        found.append(possible(layer, f"{path}/bias" in flat, is_shared))
     return Space(tuple(found))
+
+
+def possible(layer: SearchLayer, has_bias: bool, is_shared: bool) -> SearchLayer:
+    """Returns the layer with those of its choices that it can have.
+
+    `is_shared` says that other layers read the same input, so that it keeps its coordinates.
+
+    Raises:
+        ValueError: if none is left.
+    """
+    why = {spec: missing_for(spec, layer.shape, has_bias) for spec in layer.choices}
+    if is_shared:
+        shared = "its input is read by other layers too, which a search cannot transform alone"
+        why |= {spec: shared for spec in layer.choices if spec.transform not in (None, "none")}
+    kept = tuple(spec for spec in layer.choices if why[spec] is None)
+    if not kept:
+        spec = layer.choices[0]
+        raise ValueError(
+            f"transform={spec.transform!r}, rank={spec.rank} of {layer.path}: {why[spec]}; offer "
+            "others as well."
+        )
+    return dataclasses.replace(layer, choices=kept)
 
 
 def natural_order(path: str) -> list[int | str]:
@@ -159,8 +214,11 @@ def layer_choices(
     sides: Sides,
     act_group_size: int,
     settings: dict[str, Any],
+    formats: tuple[str, ...] = (INTEGERS,),
+    beside: Sequence[tuple[str | None, int | None]] = ((None, None),),
 ) -> tuple[LayerSpec, ...]:
-    """Returns the choices of one layer, bits outermost, in the order of the arguments."""
+    """Returns the choices of one layer: bits outermost, then formats, transforms and ranks (pairs of
+    both in `beside`), and group sizes."""
     if sides == "both":
         pairs = [(size, size) for size in group_sizes]
     elif sides == "weights":
@@ -170,17 +228,44 @@ def layer_choices(
     else:
         raise ValueError(f"sides={sides!r} is not known; use 'both', 'weights' or 'separate'.")
     choices = []
-    for w_bits, a_bits, (w_size, a_size) in itertools.product(weight_bits, act_bits, pairs):
-        weight = None if w_bits == UNQUANTIZED else WeightSpec(w_bits, w_size, **settings)
+    for w_bits, fmt, a_bits, asked, (w_size, a_size) in itertools.product(
+        weight_bits, formats, act_bits, beside, pairs
+    ):
+        weight = None if w_bits == UNQUANTIZED else weight_spec(w_bits, w_size, fmt, settings)
         act = None if a_bits == UNQUANTIZED else ActSpec(a_bits, a_size, **settings)
-        choices.append(LayerSpec(weight, act))
-    return tuple(dict.fromkeys(choices))  # 16 bits make pairs that differ in nothing
+        choices.append(with_beside(LayerSpec(weight, act), *asked))
+    return tuple(dict.fromkeys(choices))  # 16 bits and formats make pairs that differ in nothing
 
 
-def as_tuple(value: int | Sequence[int], name: str) -> tuple[int, ...]:
-    values = (value,) if isinstance(value, int) else tuple(value)
+def weight_spec(bits: int, group_size: int, fmt: str, settings: dict[str, Any]) -> WeightSpec:
+    """Returns the spec of weights in a number format; a format has bits of its own."""
+    spec = WeightSpec(bits, group_size, **settings)
+    return spec if fmt == INTEGERS else dataclasses.replace(spec, fmt=number_formats.by_name(fmt))
+
+
+def with_beside(spec: LayerSpec, transform: str | None, rank: int | None) -> LayerSpec:
+    """Returns `spec` with a transform and a rank, where they could change something."""
+    if spec == LayerSpec():
+        return spec
+    rank = rank and (0 if spec.weight is None else rank)  # the kernel of a branch is rounded
+    return dataclasses.replace(spec, transform=transform, rank=rank)
+
+
+def beside_choices(
+    transforms: Sequence[str], ranks: Sequence[int]
+) -> list[tuple[str | None, int | None]]:
+    """Returns every pair of a transform and a rank; None for both where there is no choice."""
+    names, numbers = as_tuple(transforms, "transforms"), as_tuple(ranks, "ranks")
+    if names == ("none",) and numbers == (0,):
+        return [(None, None)]
+    return list(itertools.product(names, numbers))
+
+
+def as_tuple(value: Item | Sequence[Item], name: str) -> tuple[Item, ...]:
+    values: tuple[Any, ...] = (value,) if isinstance(value, int | str) else tuple(value)
     if not values or len(set(values)) < len(values):
-        raise ValueError(f"{name}={value!r} must be one or more different numbers.")
+        kind = "names" if any(isinstance(one, str) for one in values) else "numbers"
+        raise ValueError(f"{name}={value!r} must be one or more different {kind}.")
     return values
 
 
@@ -203,7 +288,7 @@ def resized(spec: LayerSpec, group_size: int) -> LayerSpec:
     """Returns `spec` with another group size on both sides."""
     weight = spec.weight and dataclasses.replace(spec.weight, group_size=group_size)
     act = spec.act and dataclasses.replace(spec.act, group_size=group_size)
-    return LayerSpec(weight, act)
+    return dataclasses.replace(spec, weight=weight, act=act)
 
 
 def recipe_of(space: Space, assignment: Numbers, name: str = "search") -> Recipe:
@@ -218,27 +303,42 @@ def specs_of(space: Space, assignment: Numbers) -> dict[str, LayerSpec]:
     return {layer.path: layer.choices[i] for layer, i in zip(space.layers, numbers, strict=True)}
 
 
-def uniform_assignment(space: Space, group_size: int) -> np.ndarray:
+def uniform_assignment(
+    space: Space, group_size: int, beside: tuple[str | None, int | None] | None = None
+) -> np.ndarray:
     """Returns the assignment with one group size throughout, at the first bits of every layer.
 
-    Pinned layers stay as they are.
+    Pinned layers stay as they are. `beside` is the transform and the rank of the layers that can
+    have both; the others, and all without it, have their first ones.
 
     Raises:
         ValueError: if a layer that has a choice has none of that size.
     """
-    numbers = [uniform_choice(layer, group_size) for layer in space.layers]
+    numbers = [uniform_choice(layer, group_size, beside) for layer in space.layers]
     return np.array(numbers, np.int32)
 
 
-def uniform_choice(layer: SearchLayer, group_size: int) -> int:
+def uniform_choice(
+    layer: SearchLayer, group_size: int, beside: tuple[str | None, int | None] | None = None
+) -> int:
     if len(layer.choices) == 1:
         return 0
     varies = len({spec.act.group_size for spec in layer.choices if spec.act}) > 1
+    found = []
     for number, spec in enumerate(layer.choices):
         sides = [spec.weight, spec.act if varies or spec.weight is None else None]
         if all(side is None or side.group_size == group_size for side in sides):
-            return number
-    raise ValueError(f"{layer.path} has no choice of group size {group_size}.")
+            found.append(number)
+    if not found:
+        raise ValueError(f"{layer.path} has no choice of group size {group_size}.")
+    asked = (n for n in found if (layer.choices[n].transform, layer.choices[n].rank) == beside)
+    return next(asked, found[0])
+
+
+def beside_of(space: Space) -> list[tuple[str | None, int | None]]:
+    """Returns every pair of a transform and a rank that a layer's choices have."""
+    pairs = ((spec.transform, spec.rank) for layer in space.layers for spec in layer.choices)
+    return list(dict.fromkeys(pairs))
 
 
 def uniform_sizes(space: Space) -> list[int]:
@@ -261,10 +361,17 @@ def uniform_sizes(space: Space) -> list[int]:
 
 
 def describe(spec: LayerSpec) -> str:
-    """Returns a choice in few letters: `w4 g64 a8 g128`, `w4a8 g64` where sizes agree."""
+    """Returns a choice in few letters: `w4 g64 a8 g128`, `w4a8 g64` where sizes agree.
+
+    A number format stands in place of its bits (`nf4 g64 a8 g64`); transform and rank follow where
+    there are any (`w4a8 g32 smooth+hadamard r16`).
+    """
     weight, act = spec.weight, spec.act
-    if weight and act and weight.group_size == act.group_size:
-        return f"w{weight.bits}a{act.bits} g{weight.group_size}"
-    parts = [f"w{weight.bits} g{weight.group_size}" if weight else "w16"]
+    asked = [] if spec.transform in (None, "none") else [spec.transform]
+    asked += [f"r{spec.rank}"] if spec.rank else []
+    if weight and act and weight.group_size == act.group_size and not weight.fmt:
+        return " ".join([f"w{weight.bits}a{act.bits} g{weight.group_size}", *asked])
+    name = "" if weight is None else weight.fmt.name if weight.fmt else f"w{weight.bits}"
+    parts = [f"{name} g{weight.group_size}" if weight else "w16"]
     parts.append(f"a{act.bits} g{act.group_size}" if act else "a16")
-    return " ".join(parts)
+    return " ".join([*parts, *asked])

@@ -18,6 +18,8 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from qdit_jax.types import DERIVED, UNSAID
+
 # Takes bytes, as the `update` of a hash does.
 Update = Callable[[bytes | memoryview], None]
 LENGTH = 16  # hexadecimal digits that are kept: 64 bits
@@ -109,7 +111,8 @@ def feed_object(update: Update, value: object) -> None:
             del found["dtype"]  # as before networks had that field
         feed(update, found)
     elif dataclasses.is_dataclass(value):
-        feed(update, {f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
+        said = [f for f in dataclasses.fields(value) if not is_unsaid(value, f)]
+        feed(update, {f.name: getattr(value, f.name) for f in said})
     elif hasattr(value, "__dict__"):
         feed(update, vars(value))
     elif callable(value) and hasattr(value, "__qualname__"):  # built in
@@ -182,3 +185,10 @@ def cell_is_set(cell: types.CellType) -> bool:
         return cell.cell_contents is not cell
     except ValueError:  # a name that has no value yet
         return False
+
+
+def is_unsaid(value: object, field: dataclasses.Field[Any]) -> bool:
+    """Returns whether a field does not count: it is `DERIVED`, or `UNSAID` and at its default."""
+    if DERIVED.items() <= field.metadata.items():
+        return True
+    return UNSAID.items() <= field.metadata.items() and getattr(value, field.name) == field.default

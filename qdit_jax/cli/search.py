@@ -1,4 +1,4 @@
-"""`qdit search`: find the group size (and bits) of every layer."""
+"""`qdit search`: find the group size (bits, format, transform, rank) of every layer."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from qdit_jax.errors import UserError
 DEMO = ["demo"]
 BITS = whole_number(2, 16)
 HELP = """\
-Find the group size (and bits) of every layer that give the least error within a budget. Needs a
-full-precision checkpoint.
+Find the group size (and bits, number format, input transform and rank of a branch, if several are
+offered) of every layer that give the least error within a budget. Needs a full-precision checkpoint.
 
 Writes to OUT: recipe.json (for `qdit quantize --recipe`), front.png (cost against error, uniform
 sizes marked), map.png (layers by choices), history.json, and state/ (intermediate results: after an
@@ -46,6 +46,8 @@ examples:
   qdit search xl2 out --method qdit-paper --objective frechet --reference demo
   qdit search xl2 out --exclude 'blocks_0/.*' --pin '.*/fc2=64'
   qdit quantize xl2 xl2-small --recipe xl2-search/recipe.json
+  qdit search xl2 out --transforms none smooth smooth+hadamard --ranks 0 16 --formats int nf4
+  qdit quantize xl2 xl2-small --recipe out/recipe.json --method best
 
 several processes (each with its own --process-id; on a TPU slice --distributed is enough):
   qdit search xl2 out --coordinator 10.0.0.1:9876 --num-processes 2 --process-id 0
@@ -82,7 +84,9 @@ def add_parser(subparsers: SubParsers) -> None:
     )
     add("--seed", type=seed_number, default=0, help="seed of everything random (%(default)s)")
     add("--force", action="store_true", help="replace OUT, starting from scratch")
-    add_choices(parser.add_argument_group("what may be chosen").add_argument)
+    choices = parser.add_argument_group("what may be chosen")
+    add_choices(choices.add_argument)
+    add_beside(choices.add_argument)
     add_measuring(parser.add_argument_group("how assignments are measured").add_argument)
     add_processes(parser.add_argument_group("several processes").add_argument)
     parser.set_defaults(run=run, resumes=lambda args: True)
@@ -130,6 +134,36 @@ def add_choices(add: AddArgument) -> None:
         default=[],
         metavar="REGEX",
         help="leave layers in full precision",
+    )
+
+
+def add_beside(add: AddArgument) -> None:
+    """Adds the options of number formats, transforms and branches among the choices."""
+    add(
+        "--transforms",
+        nargs="+",
+        metavar="NAME",
+        help="input transforms to choose from: none, or smooth, shift, hadamard and pca joined by +, "
+        "such as smooth+hadamard (left to the method)",
+    )
+    add(
+        "--ranks",
+        type=whole_number(0),
+        nargs="+",
+        help="ranks of a 16-bit branch beside the kernel to choose from; 0 is none (left to the "
+        "method)",
+    )
+    add(
+        "--formats",
+        nargs="+",
+        metavar="NAME",
+        help="number formats of the weights to choose from: int, nf4, nvfp4, mxfp4, ... (int)",
+    )
+    add(
+        "--items",
+        type=path_option,
+        help="inputs from `qdit calibrate --collect spread` that transforms and branches are fitted "
+        "to; sampled now if absent",
     )
 
 
@@ -201,7 +235,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from qdit_jax.evaluation import scoring_inputs
 
     search_run.join_others(args.coordinator, args.num_processes, args.process_id, args.distributed)
-    inputs = [args.checkpoint, args.latency, *scoring_inputs(args.reference, args.features)]
+    scoring = scoring_inputs(args.reference, args.features)
+    inputs = [args.checkpoint, args.latency, args.items, *scoring]
     search_run.check_folder(args.out, args.force, inputs)
     job = search_run.Job.of(options)
     if jax.process_index() != 0:
@@ -218,8 +253,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         search_run.write_result(folder, result)
         search_run.leave_others()
     print(search_run.summary(result))
-    recipe = args.out / "recipe.json"
-    print(f"wrote {args.out}: next, qdit quantize {args.checkpoint} DIR --recipe {recipe}")
+    print(search_run.closing(result, args.checkpoint, args.out, args.items))
     return search_run.outcome(args.out, result)
 
 
@@ -246,6 +280,8 @@ def check_options(options: Mapping[str, Any]) -> None:
             {"reference": None, "features": DEMO},
             f"--objective {options['objective']} compares no features",
         )
+    if not options["transforms"] and not options["ranks"]:
+        refuse_inert(options, {"items": None}, "without --transforms and --ranks nothing is fitted")
     if options["objective"] == "predicted":
         refuse_inert(options, {"per_device": 1}, "--objective predicted measures no candidates")
     if options["method"] == "qdit-release":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from qdit_jax.allocation import SearchResult, uniform_assignment, uniform_sizes
 from qdit_jax.files import PathLike
 
+MOST_COLUMNS = 16  # of the map, if all choices are shown
 INK, SOFT, ACCENT, MARK = "#222222", "#9aa5b1", "#0b6e99", "#c2410c"
 
 
@@ -70,23 +72,25 @@ def draw_front(path: PathLike, result: SearchResult) -> None:
 
 
 def draw_map(path: PathLike, result: SearchResult) -> None:
-    """Draws layers by choices: the choice in black, the ten best assignments' choices in blue."""
+    """Draws layers by choices: the choice in black, the ten best assignments' choices in blue.
+
+    Of many choices those that no such assignment has are left out.
+    """
     history = result.history
-    labels = list(dict.fromkeys(name for choices in history["choices"] for name in choices))
+    names = history["choices"]
+    best = ten_best(result) or [history]
+    labels = shown_labels(names, [row["assignment"] for row in [history, *best]])
     shares = np.zeros((len(history["layers"]), len(labels)))
-    best = ten_best(result)
-    for row in best or [{"assignment": history["assignment"]}]:
+    for row in best:
         for layer, choice in enumerate(row["assignment"]):
-            shares[layer, labels.index(history["choices"][layer][choice])] += 1
-    shares /= max(len(best), 1)
+            shares[layer, labels.index(names[layer][choice])] += 1 / len(best)
     figure = Figure(
         figsize=(3.2 + 0.45 * len(labels), 1.6 + 0.19 * len(shares)), layout="constrained"
     )
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.4, aspect="auto")
     chosen = [
-        labels.index(choices[i])
-        for choices, i in zip(history["choices"], history["assignment"], strict=True)
+        labels.index(choices[i]) for choices, i in zip(names, history["assignment"], strict=True)
     ]
     axes.plot(chosen, range(len(chosen)), "s", color=INK, ms=5)
     axes.set_yticks(range(len(shares)), history["layers"], fontsize=7)
@@ -102,6 +106,19 @@ def ten_best(result: SearchResult) -> list[dict[str, Any]]:
     if limit is not None:
         by, rows = "cost", [row for row in rows if row["fitness"] <= limit]
     return sorted(rows, key=lambda row: row[by])[:10]
+
+
+def shown_labels(names: Sequence[Sequence[str]], assignments: Sequence[Sequence[int]]) -> list[str]:
+    """Returns the columns of the map: all choices, or of many those that an assignment has.
+
+    Args:
+        names: of every layer's choices.
+    """
+    every = list(dict.fromkeys(name for choices in names for name in choices))
+    if len(every) <= MOST_COLUMNS:
+        return every
+    used = {names[layer][choice] for one in assignments for layer, choice in enumerate(one)}
+    return [name for name in every if name in used]
 
 
 def save(figure: Figure, path: PathLike) -> None:

@@ -28,7 +28,7 @@ from qdit_jax.allocation import (
     seeds,
     strategy_named,
 )
-from qdit_jax.calibration import default_sampler
+from qdit_jax.calibration import Items, default_sampler
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.cli.checkpoints import full_precision_checkpoint, guidance_of
 from qdit_jax.cli.progress import Bar, notes_are_shown
@@ -36,6 +36,7 @@ from qdit_jax.cli.search_pictures import draw_front, draw_map
 from qdit_jax.errors import UserError
 from qdit_jax.evaluation import named_features, reference_path
 from qdit_jax.files import AnyPath, check_free, replaced_file
+from qdit_jax.methods import CalibrationData
 from qdit_jax.metrics import check_network, read_reference
 from qdit_jax.report import provenance
 from qdit_jax.sampling import fitting_guidance
@@ -58,6 +59,7 @@ class Job:
     reference: str | None
     features: tuple[str, ...]
     latency: Latency | None = None
+    items: AnyPath | None = None
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Job:
@@ -86,7 +88,7 @@ class Job:
             latency=latency,
             **{
                 name: options[name]
-                for name in ("budget", "objective", "method", "seed", "reference")
+                for name in ("budget", "objective", "method", "seed", "reference", "items")
             },
         )
 
@@ -108,6 +110,7 @@ class Job:
                 space=self.space,
                 rollouts=self.rollouts,
                 costs={} if self.latency is None else {"latency": self.latency},
+                data=self.data(),
                 state=folder / "state",
                 report_fn=progress,
             )
@@ -119,6 +122,10 @@ class Job:
             progress.close()
         result.history["made"] = {**provenance(), "seed": self.seed}
         return result
+
+    def data(self) -> CalibrationData | None:
+        """Returns what transforms and branches are fitted to; None has it sampled."""
+        return None if self.items is None else CalibrationData(items=Items.load(self.items))
 
     def objective_fn(self) -> str | FeatureDistance:
         """Returns the objective's name, or the Fréchet distance from the reference given."""
@@ -200,7 +207,10 @@ def check_folder(out: AnyPath, force: bool, inputs: Sequence[AnyPath | None]) ->
 
 def space_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the options that describe the space, those that were given."""
-    names = ("weight_bits", "act_bits", "group_sizes", "sides", "layers")
+    names = (
+        *("weight_bits", "act_bits", "group_sizes", "sides", "layers"),
+        *("transforms", "ranks", "formats"),
+    )
     found = {name: options[name] for name in names}
     found |= {"pinned": dict(options["pin"]), "excluded": options["exclude"]}
     return {name: value for name, value in found.items() if value}
@@ -243,6 +253,15 @@ def write_result(out: AnyPath, result: SearchResult) -> None:
         draw_map(path, result)
     with replaced_file(out / "recipe.json") as path:
         path.write_text(json.dumps(result.recipe.to_json(), indent=1))
+
+
+def closing(result: SearchResult, checkpoint: AnyPath, out: AnyPath, items: AnyPath | None) -> str:
+    """Returns the last sentence: what was written, and the command that uses it."""
+    command = f"qdit quantize {checkpoint} DIR --recipe {out / 'recipe.json'}"
+    if any(rule.spec.plain != rule.spec for rule in result.recipe.rules):
+        command += " --method best" + (f" --items {items}" if items is not None else "")
+        command += ", which makes the transforms and branches that the recipe asks for"
+    return f"wrote {out}: next, {command}"
 
 
 def summary(result: SearchResult) -> str:

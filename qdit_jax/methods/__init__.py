@@ -13,19 +13,23 @@ from qdit_jax.methods.table import METHODS, method_named
 
 if TYPE_CHECKING:
     from qdit_jax.methods.api import quantize
+    from qdit_jax.methods.choice_fits import FittedChoice, fitted_choices
     from qdit_jax.methods.data import CalibrationData, authors_items, spread_items
     from qdit_jax.methods.fitting import fit_rounding
     from qdit_jax.methods.folds import fold_inputs, producers
     from qdit_jax.methods.method import Method
+    from qdit_jax.methods.named_transforms import missing_for
     from qdit_jax.methods.report import LayerReport, Report
 
 # File -> what it has for other rooms.
 LAZY = {
     "api": ("quantize",),
     "data": ("CalibrationData", "authors_items", "spread_items"),
+    "choice_fits": ("FittedChoice", "fitted_choices"),
     "fitting": ("fit_rounding",),
     "folds": ("fold_inputs", "producers"),
     "method": ("Method",),
+    "named_transforms": ("missing_for",),
     "report": ("LayerReport", "Report"),
 }
 FILE_OF = {name: file for file, names in LAZY.items() for name in names}
@@ -33,13 +37,16 @@ FILE_OF = {name: file for file, names in LAZY.items() for name in names}
 __all__ = [
     "METHODS",
     "CalibrationData",
+    "FittedChoice",
     "LayerReport",
     "Method",
     "Report",
     "authors_items",
     "fit_rounding",
+    "fitted_choices",
     "fold_inputs",
     "method_named",
+    "missing_for",
     "producers",
     "quantize",
     "spread_items",

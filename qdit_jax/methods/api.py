@@ -10,16 +10,20 @@ from importlib import import_module
 from typing import Any, overload
 
 import jax
+from flax.traverse_util import flatten_dict
 
 from qdit_jax.checkpoint import Checkpoint, load, materialized, open_checkpoint, save, with_dtype
 from qdit_jax.files import PathLike, as_path, check_free
 from qdit_jax.methods.data import CalibrationData
+from qdit_jax.methods.input_transforms import places
 from qdit_jax.methods.method import Method
+from qdit_jax.methods.named_transforms import check_named, check_shared
 from qdit_jax.methods.report import LayerReport, Report
 from qdit_jax.methods.table import method_named
 from qdit_jax.ptq import check_one_weight_format, plan
 from qdit_jax.quant import QTensor, WeightSpec, quantize_array
 from qdit_jax.recipes import LayerSpec, Recipe
+from qdit_jax.types import Params
 
 Source = Checkpoint | PathLike
 # How to get what `CalibrationData` lacks.
@@ -123,7 +127,8 @@ def quantize_whole(
     given = {"model": whole.model, "recipe": recipe, "report": report}
     for step in method.prepare:
         params, data = step(params, data=data, **given)
-    params = method.apply(params, data=data, **given)
+    rounded = {**given, "recipe": recipe.for_rounding()}
+    params = method.apply(params, data=data, **rounded)
     told = data.to_json(fitted=bool(method.needs), sampled=sampled)
     metadata = metadata_of(checkpoint, method, recipe, told, report) | facts
     result = dataclasses.replace(
@@ -165,6 +170,7 @@ def check(method: Method, checkpoint: Checkpoint, recipe: Recipe, data: Calibrat
             f"method {method.name!r} does not weigh its inputs by timestep; leave timestep_weights "
             "(--weight-timesteps) out, or use a method such as gptq or best."
         )
+    check_transforms(method, checkpoint.params, specs)
     if method.check is not None:
         method.check(specs, data)
     check_stats(specs, data, method)
@@ -185,6 +191,21 @@ def check(method: Method, checkpoint: Checkpoint, recipe: Recipe, data: Calibrat
                 f"data.items holds conditions {kinds[0]}, but the network takes {kinds[1]}; collect "
                 "them from this checkpoint."
             )
+
+
+def check_transforms(method: Method, params: Params, specs: Mapping[str, LayerSpec]) -> None:
+    """Raises `ValueError` if the method or a layer cannot have what the recipe asks for."""
+    asked = {path: spec for path, spec in specs.items() if spec.asks_for is not None}
+    if asked and not method.makes_transforms:
+        path, spec = next(iter(asked.items()))
+        raise ValueError(
+            f"method={method.name!r} makes no input transforms and no branches, but the recipe asks "
+            f"for {spec.asks_for} of {path}; use method 'best' (--method best), or leave transform "
+            "and rank out of the recipe."
+        )
+    flat = flatten_dict(params, sep="/")
+    check_named(asked, flat)
+    check_shared(places(params, [path for path in specs if f"{path}/kernel" in flat]), specs)
 
 
 def check_stats(specs: Mapping[str, LayerSpec], data: CalibrationData, method: Method) -> None:

@@ -52,7 +52,7 @@ class Bench:
         by_spec: dict[LayerSpec, list[str]] = {}
         for path in place.layers:
             if path in specs:
-                by_spec.setdefault(specs[path], []).append(path)
+                by_spec.setdefault(specs[path].plain, []).append(path)
         kernels = {spec: matrix_of(params, paths) for spec, paths in by_spec.items()}
         scored = {spec: some_columns(kernel, spec) for spec, kernel in kernels.items()}
         return cls(inputs[0], inputs[1].rows, kernels, scored)

@@ -5,6 +5,7 @@ Dimensions: M rows, K input channels, N output channels, R rank.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -94,6 +95,21 @@ def product_of(branch: LowRank) -> Float[np.ndarray, "K N"]:
     """Returns the product of a branch as stored, in float32."""
     down, up = (np.asarray(a, np.float32) for a in (branch.down, branch.up))
     return down @ up
+
+
+def with_folds(
+    branch: LowRank | None, before: Float[np.ndarray, "K N"], after: Float[np.ndarray, "K N"]
+) -> LowRank | None:
+    """Returns a branch of the kernel `before` for the kernel `after`, whose columns are multiples.
+
+    A fold into a layer's outputs multiplies columns of its kernel.
+    """
+    if branch is None or np.array_equal(before, after):
+        return branch
+    power = np.square(before).sum(axis=0)
+    factor = np.where(power > 0, (before * after).sum(axis=0) / np.maximum(power, 1e-30), 1.0)
+    up = np.asarray(branch.up, np.float32) * factor.astype(np.float32)
+    return dataclasses.replace(branch, up=sixteen_bits(up))
 
 
 def branch_error(

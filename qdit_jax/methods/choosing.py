@@ -3,7 +3,7 @@
 Each choice is made by the error of the layer's output on held-out inputs, with input and kernel both
 rounded to nearest; to leave a layer as it is is one of the candidates.
 
-Dimensions: M rows, K input channels, N output channels.
+Dimensions: M rows, H held-out rows, K input channels, N output channels.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Float
 
+from qdit_jax.calibration import LayerInputs
 from qdit_jax.methods.bench import Bench
-from qdit_jax.methods.branches import BranchFn, branch_error
+from qdit_jax.methods.branches import BranchFn, branch_error, with_folds
 from qdit_jax.methods.data import CalibrationData
 from qdit_jax.methods.input_transforms import (
     Place,
@@ -26,6 +27,7 @@ from qdit_jax.methods.input_transforms import (
     transformed,
     with_branch,
 )
+from qdit_jax.methods.named_transforms import named_branch, named_transform
 from qdit_jax.methods.network_inputs import fitted_and_held_out, linear_specs
 from qdit_jax.methods.report import Report
 from qdit_jax.methods.scales import ScalesFn
@@ -40,6 +42,8 @@ WORTH_IT = 0.95
 @dataclasses.dataclass(frozen=True)
 class ChooseTransforms:
     """Gives every layer that a recipe quantizes the input coordinates in which it loses least.
+
+    Where the recipe names a layer's transform or rank, the layer gets that instead.
 
     Attributes:
         scales: the candidate scales; None for no scaling.
@@ -70,38 +74,82 @@ class ChooseTransforms:
         specs = linear_specs(params, model, recipe)
         every = places(params, specs)
         inputs = fitted_and_held_out(params, model, [p.layers[0] for p in every], data, report)
-        changed = 0
+        whole, chosen, branches = params, {}, {}
         for place in every:
-            bench = Bench.of(params, place, specs, inputs[place.layers[0]])
-            chosen, before, after = self.best(bench, place.folded, data.seed)
-            report.transform(place, chosen, before, after)
-            if not chosen.is_identity:
-                params, changed = transformed(params, place, chosen), changed + 1
-            if self.branch is not None:
-                params = self.with_branches(params, place, specs, bench, chosen, report)
+            name = specs[place.layers[0]].transform
+            # What is asked for by name is fitted to the kernels as they were, whatever the other
+            # places have become: a search measures each layer's choices by themselves.
+            source = params if name is None else whole
+            bench = Bench.of(source, place, specs, inputs[place.layers[0]])
+            found, before, after = self.transform_of(name, bench, place.folded, data.seed)
+            report.transform(place, found, before, after)
+            for path in place.layers:
+                if specs[path].rank is not None:
+                    kernel = found.of_kernel(matrix_of(whole, [path]))
+                    branches[path] = named_branch(specs[path], kernel, bench, found)
+            if not found.is_identity:
+                params = transformed(params, place, found)
+            chosen[place] = found
+        # Last of all, because a fold changes the kernels of what makes an input.
+        for place, found in chosen.items():
+            params = self.with_branches(
+                params, whole, place, specs, inputs[place.layers[0]], found, branches, report
+            )
+        changed = sum(not found.is_identity for found in chosen.values())
         report.note(f"inputs have new coordinates at {changed} of {len(every)} places")
         return params, data
+
+    def transform_of(
+        self, name: str | None, bench: Bench, is_free: bool, seed: int
+    ) -> tuple[Transform, float, float]:
+        """Returns the transform of that name, or the best of the candidates, as `best` does."""
+        if name is None:
+            return self.best(bench, is_free, seed)
+        found = named_transform(name, bench, seed)
+        return found, bench.error(Transform()), bench.error(found)
 
     def with_branches(
         self,
         params: Params,
+        whole: Params,
         place: Place,
         specs: Mapping[str, LayerSpec],
-        bench: Bench,
+        inputs: tuple[LayerInputs, LayerInputs],
         chosen: Transform,
+        named: Mapping[str, LowRank | None],
         report: Report,
     ) -> Params:
-        """Returns `params`, transformed already, with a branch beside each layer of a place."""
-        assert self.branch is not None
-        rows, held_out = (chosen.of_rows(x) for x in (bench.inputs.rows, bench.rows))
+        """Returns `params`, transformed already, with a branch beside layers of a place.
+
+        Args:
+            whole: the parameters before any transform.
+            named: the branches of layers whose rank is asked for, of their kernels in `whole`.
+        """
+        rows, held_out = (chosen.of_rows(x.rows) for x in inputs)
         for path in place.layers:
-            kernel, spec = matrix_of(params, [path]), specs[path]
-            branch = self.branch(kernel, rows, held_out, spec)
-            if branch is None or not self.is_worth(branch, kernel, held_out, spec):
-                continue
-            params = with_branch(params, path, branch)
-            report.branch(place)
+            kernel, spec = matrix_of(params, [path]), specs[path].plain
+            if path in named:
+                before = chosen.of_kernel(matrix_of(whole, [path]))
+                branch = with_folds(named[path], before, kernel)
+            else:
+                branch = self.own_branch(kernel, rows, held_out, spec)
+            if branch is not None:
+                params = with_branch(params, path, branch)
+                report.branch(place)
         return params
+
+    def own_branch(
+        self,
+        kernel: Float[np.ndarray, "K N"],
+        rows: Float[np.ndarray, "M K"],
+        held_out: Float[np.ndarray, "H K"],
+        spec: LayerSpec,
+    ) -> LowRank | None:
+        """Returns the method's own branch, if it has one that is worth what it costs."""
+        branch = None if self.branch is None else self.branch(kernel, rows, held_out, spec)
+        if branch is None or not self.is_worth(branch, kernel, held_out, spec):
+            return None
+        return branch
 
     def is_worth(
         self,

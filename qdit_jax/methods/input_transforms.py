@@ -52,6 +52,13 @@ class Transform:
         scaled = moved if self.scale is None else moved / self.scale
         return scaled if self.rotation is None else np.asarray(self.rotation(jnp.asarray(scaled)))
 
+    def of_kernel(self, kernel: Float[np.ndarray, "K N"]) -> Float[np.ndarray, "K N"]:
+        """Returns a kernel for inputs in the new coordinates."""
+        scaled = kernel if self.scale is None else kernel * np.asarray(self.scale)[:, None]
+        if self.rotation is None:
+            return scaled
+        return np.asarray(self.rotation.of_kernel(jnp.asarray(scaled)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:

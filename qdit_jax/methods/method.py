@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qdit_jax.checkpoint import Checkpoint
+from qdit_jax.methods.choosing import ChooseTransforms
 from qdit_jax.methods.data import CalibrationData
 from qdit_jax.methods.fitting import fit_rounding
 from qdit_jax.methods.reconstruction import reconstruct_blocks
@@ -75,6 +76,11 @@ class Method:
     def weighs_timesteps(self) -> bool:
         """Whether it rounds by Hessians, in which inputs may count more or less by their timestep."""
         return getattr(self.apply, "func", self.apply) is fit_rounding
+
+    @property
+    def makes_transforms(self) -> bool:
+        """Whether it makes the transforms and branches that a recipe asks for."""
+        return any(isinstance(step, ChooseTransforms) for step in self.prepare)
 
     def preset(self, name: str, params: Any = None, **options: Any) -> Recipe:
         """Returns `Recipe.preset(name, params, ...)` with this method's settings unless given."""

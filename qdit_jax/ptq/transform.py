@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -105,7 +105,8 @@ def quantize_params(
 
     Raises:
         ValueError: if a rule of the recipe matches no layer, a layer is quantized already, a leaf
-            holds NaN or infinity, or statistics are needed and absent.
+            holds NaN or infinity, statistics are needed and absent, or the recipe asks for a
+            transform or a branch, which a method makes before rounding.
     """
 
     def once(recipe: Recipe, name_fn: NameFn) -> Params:
@@ -142,6 +143,7 @@ def rewrite_kernels(
     A schedule of bits over time is left to `quantized_over_time`.
     """
     specs = recipe.resolve(params)
+    check_rounding_only(specs)
 
     def weight_fn(path: str, name: str, leaf: AbstractArray | QTensor) -> AbstractArray | QTensor:
         spec = specs[path].weight
@@ -156,6 +158,17 @@ def rewrite_kernels(
 
     written = rewrite_layers(params, specs, weight_fn=weight_fn, act_fn=act_fn)
     return finite_where_kept(params, written)
+
+
+def check_rounding_only(specs: Mapping[str, LayerSpec]) -> None:
+    """Raises `ValueError` if a spec asks for a transform or a branch, which rounding cannot make."""
+    for path, spec in specs.items():
+        if spec.asks_for is not None:
+            raise ValueError(
+                f"the recipe asks for {spec.asks_for} of {path}, which is made before rounding: use "
+                "qdit.quantize(checkpoint, method='best', recipe=recipe), or round by "
+                "recipe.for_rounding(), which leaves it out."
+            )
 
 
 def finite_where_kept(params: Params, written: Params) -> dict[str, Any]:

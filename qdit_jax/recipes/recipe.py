@@ -96,7 +96,7 @@ class Recipe:
         """Returns the spec of every layer and operand of `params` that is quantized, by path.
 
         A label table, such as `y_embedder`, has no input: of a rule that matches it only the
-        weights' settings apply.
+        weights' settings apply. An operand of the attention products has no coordinates to change.
 
         Raises:
             ValueError: if a rule matches no layer, asks for weights where there are none, or the
@@ -139,7 +139,7 @@ class Recipe:
                 f"recipe {self.name!r}: the pattern {rule.layers!r} matches no layer; "
                 f"layers are named like {', '.join(shown)}."
             )
-        if rule.spec.weight is not None:
+        if rule.spec.weight is not None or rule.spec.asks_for:
             raise ValueError(
                 f"recipe {self.name!r}: {matched} is an operand of the attention products and has "
                 "no weights; give it an act spec only."
@@ -151,7 +151,7 @@ class Recipe:
         for rule, applies_to_layers in zip(reversed(self.rules), reversed(broad), strict=True):
             leaves = rule.spec == LayerSpec()
             if any(map(rule.matches, names)) and (leaves or not applies_to_layers):
-                return None if leaves else rule.spec
+                return None if leaves else rule.spec.plain
         return None
 
     def operands_left(self, params: Params) -> list[str]:
@@ -263,9 +263,11 @@ class Recipe:
         added = [
             Rule(
                 re.escape(path),
-                LayerSpec(
-                    spec.weight,
-                    dataclasses.replace(spec.act, symmetric=True, unsigned=True, shift=GELU_SHIFT),
+                dataclasses.replace(
+                    spec,
+                    act=dataclasses.replace(
+                        spec.act, symmetric=True, unsigned=True, shift=GELU_SHIFT
+                    ),
                 ),
             )
             for path, spec in self.resolve(params).items()
@@ -274,6 +276,11 @@ class Recipe:
             and spec.act.fmt is None
         ]
         return dataclasses.replace(self, rules=(*self.rules, *added), name=f"{self.name}-gelu")
+
+    def for_rounding(self) -> Recipe:
+        """Returns the recipe without transforms and ranks: for parameters that have them already."""
+        rules = tuple(dataclasses.replace(r, spec=r.spec.plain) for r in self.rules)
+        return dataclasses.replace(self, rules=rules)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the recipe as JSON-serializable values."""

@@ -12,6 +12,7 @@ from qdit_jax.recipes.over_time import OverTime
 from qdit_jax.recipes.rules import LayerSpec, Rule
 
 FORMAT_VERSION = 1
+ENTRIES = ("layers", "weight", "act", "transform", "rank")  # of a rule
 
 
 def to_json(rules: Sequence[Rule], name: str, over_time: OverTime | None = None) -> dict[str, Any]:
@@ -21,11 +22,18 @@ def to_json(rules: Sequence[Rule], name: str, over_time: OverTime | None = None)
             "layers": rule.layers,
             "weight": rule.spec.weight and rule.spec.weight.to_json(),
             "act": rule.spec.act and rule.spec.act.to_json(),
+            **beside_rounding(rule.spec),
         }
         for rule in rules
     ]
     schedule = {} if over_time is None else {"over_time": over_time.to_json()}
     return {"format_version": FORMAT_VERSION, "name": name, "rules": entries, **schedule}
+
+
+def beside_rounding(spec: LayerSpec) -> dict[str, Any]:
+    """Returns the transform and the rank that a spec asks for; nothing where the method decides."""
+    asked = {"transform": spec.transform, "rank": spec.rank}
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def from_json(
@@ -64,8 +72,8 @@ def read(path: PathLike) -> dict[str, Any]:
 
 
 def rule_from_json(data: dict[str, Any], where: str) -> Rule:
-    if unknown := sorted(set(data) - {"layers", "weight", "act"}):
-        raise ValueError(f"{where}: unknown entry {unknown[0]!r}; known: layers, weight, act.")
+    if unknown := sorted(set(data) - set(ENTRIES)):
+        raise ValueError(f"{where}: unknown entry {unknown[0]!r}; known: {', '.join(ENTRIES)}.")
     pattern = data.get("layers")
     if not isinstance(pattern, str):
         raise ValueError(f"{where}: layers={pattern!r} is not a regular expression.")
@@ -76,6 +84,8 @@ def rule_from_json(data: dict[str, Any], where: str) -> Rule:
         spec = LayerSpec(
             None if weight is None else WeightSpec.from_json(weight),
             None if act is None else ActSpec.from_json(act),
+            data.get("transform"),
+            data.get("rank"),
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error

@@ -20,9 +20,12 @@ from qdit_jax.allocation import (
     Rollouts,
     search,
 )
+from qdit_jax.calibration import collect_items
 from qdit_jax.cli import search as verb
 from qdit_jax.cli.options import Parser
 from qdit_jax.cli.output import set_up_logging
+from qdit_jax.cli.search_pictures import shown_labels
+from qdit_jax.diffusion import ddim
 
 CALLS: deque[int] = deque()  # no plain value, whose content would belong to an objective
 FAST = ["--steps", "2", "--num-batches", "2", "--batch-size", "2", "--group-sizes", "8", "32"]
@@ -107,12 +110,50 @@ def test_a_search_writes_a_recipe_that_quantizes_and_pictures(folder, checkpoint
             "--latency x.json has no effect: neither --budget nor --minimize",
         ),
         (["--latency", "absent.json", "--minimize", "latency"], "absent.json does not exist"),
+        (["--transforms", "none", "smoth"], "transform='smoth' is not known; use one of none"),
+        (["--formats", "int9"], "unknown format 'int9'"),
+        (["--ranks", "4096"], "rank=4096 of blocks_0/attn/proj: its kernel is 64x64"),
+        (["--items", "x.npz"], "--items x.npz has no effect: without --transforms and --ranks"),
         (["--process-id", "0"], "must be given together"),
     ],
 )
 def test_errors_are_one_sentence(folder, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         run(folder, tmp_path / "out", *FAST, *options)
+
+
+def test_a_search_over_transforms_names_the_command_that_makes_them(
+    folder, checkpoint, tmp_path, capsys
+):
+    items = collect_items(checkpoint, jax.random.key(7), 4, sampler=ddim(steps=2), batch_size=8)
+    items.save(tmp_path / "items.npz")
+    out = tmp_path / "out"
+    options = ["--objective", "predicted", "--transforms", "none", "smooth", "hadamard", "pca"]
+    options += [
+        "--ranks",
+        "0",
+        "2",
+        "--budget",
+        "bytes=1.2x-g32",
+        "--items",
+        tmp_path / "items.npz",
+    ]
+    run(folder, out, *options, *FAST)
+    printed = capsys.readouterr().out
+    assert "fitted transforms and branches of 4 of 4 layers" in printed
+    command = (
+        f"--recipe {out / 'recipe.json'} --method best --items {tmp_path / 'items.npz'}, which"
+    )
+    assert command in printed
+    recipe = qdit.Recipe.from_json(out / "recipe.json")
+    assert all(rule.spec.transform is not None for rule in recipe.rules)
+    assert (out / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_map_of_many_choices_shows_those_that_are_taken():
+    names = [[f"{letter}{i}" for i in range(20)] for letter in "ab"]
+    assert shown_labels(names, [[3, 4], [3, 5]]) == ["a3", "b4", "b5"]
+    assert shown_labels([["x", "y"], ["y", "z"]], [[0, 0]]) == ["x", "y", "z"]
 
 
 def test_a_fitness_that_is_no_number_loses_nothing(checkpoint, tmp_path):

@@ -322,3 +322,46 @@ def test_presets_that_do_not_fit_are_named(params):
 def test_a_bad_pattern_is_a_sentence(make):
     with pytest.raises(ValueError, match=r"layers='\(' is not a regular expression: missing \)"):
         make()
+
+
+def test_transforms_and_ranks_survive_json_and_are_absent_where_the_method_decides():
+    side = WeightSpec(4, 16)
+    asked = LayerSpec(side, None, "smooth+hadamard", np.int64(8))
+    recipe = Recipe((Rule("a", asked), Rule("b", LayerSpec(side)), Rule("c", LayerSpec())))
+    data = json.loads(json.dumps(recipe.to_json()))
+    assert Recipe.from_json(data) == recipe
+    assert (data["rules"][0]["transform"], data["rules"][0]["rank"]) == ("smooth+hadamard", 8)
+    assert set(data["rules"][1]) == {"layers", "weight", "act"}
+    assert recipe.for_rounding().rules[0].spec == LayerSpec(side)
+    off = LayerSpec(side, None, "none", 0)
+    assert Recipe.from_json(Recipe((Rule("a", off),)).to_json()).rules[0].spec == off
+    assert off.asks_for is None
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"transform": "smoth"}, "rule 0: transform='smoth' is not known; use one of none, smooth"),
+        ({"transform": 3}, "rule 0: transform=3 is not known"),
+        ({"rank": -1}, "rule 0: rank=-1 is not the rank of a branch"),
+        ({"rank": True}, "rule 0: rank=True is not"),
+        ({"rank": 1.5}, "rule 0: rank=1.5 is not"),
+        ({"weight": None, "rank": 4}, "rank=4 of a layer that is left in full precision"),
+        ({"transfrom": "none"}, "unknown entry 'transfrom'"),
+    ],
+)
+def test_transforms_and_ranks_that_do_not_exist_are_refused(entry, message):
+    rule = {"layers": "a", "weight": WeightSpec(4, 16).to_json(), **entry}
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_json({"rules": [rule]})
+
+
+def test_rounding_alone_refuses_what_a_method_makes_first(params):
+    spec = LayerSpec(WeightSpec(4, 16), None, "smooth")
+    recipe = Recipe((Rule("blocks_0/mlp/fc2", spec),))
+    with pytest.raises(ValueError, match=r"asks for transform='smooth' of blocks_0/mlp/fc2"):
+        quantize_params(params, recipe=recipe)
+    quantize_params(params, recipe=recipe.for_rounding())
+    operand = Recipe((Rule("blocks_0/attn/q", LayerSpec(None, ActSpec(8, 0), "smooth")),))
+    with pytest.raises(ValueError, match="is an operand of the attention products"):
+        operand.resolve(params)
