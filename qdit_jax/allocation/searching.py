@@ -183,12 +183,8 @@ def search(
     )
     if asks_for_fits(space):
         settings |= fingerprint(data=data)
-    fits = {name: settings.get(name) for name in ("space", "params", "model", "data")}
     with naming_lost_workers(), contextlib.ExitStack() as stack:
-        store = None if state is None else stack.enter_context(Store(state, settings))
-        fit_store = None
-        if state is not None:
-            fit_store = stack.enter_context(Store(as_path(state) / "fits", fits))
+        store, fit_store = stores(stack, state, settings)
         coordinates = fitted_coordinates(
             checkpoint, space, data, store=fit_store, report_fn=report_fn
         )
@@ -216,6 +212,18 @@ def search(
     }
     recipe = recipe_of(space, found.assignment, f"search-{strategy.name}-{budget}")
     return SearchResult(recipe, found.assignment, found.front, history, space, limit)
+
+
+def stores(
+    stack: contextlib.ExitStack, state: PathLike | None, settings: dict[str, Any]
+) -> tuple[Store | None, Store | None]:
+    """Returns what keeps the search and its fits in the folder `state`, closed with `stack`."""
+    if state is None:
+        return None, None
+    fits = {name: settings.get(name) for name in ("space", "params", "model", "data")}
+    folders = ((as_path(state), settings), (as_path(state) / "fits", fits))
+    search, fit = (stack.enter_context(Store(folder, of)) for folder, of in folders)
+    return search, fit
 
 
 def latency_facts(cost_fn: CostFn, space: Space, report_fn: ReportFn) -> dict[str, Any]:

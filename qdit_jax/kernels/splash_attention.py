@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from qdit_jax.kernels.attention_call import AttentionImplementation, AttentionShapes, WeightsFn
 from qdit_jax.types import AnyArray
@@ -22,7 +22,7 @@ def splash_attention(
     q: Float[AnyArray, "B Q H D"],
     k: Float[AnyArray, "B T H D"],
     v: Float[AnyArray, "B T H D"],
-    mask: None,
+    mask: Bool[AnyArray, "_ _ _ T"] | None,
     scale: float,
     weights_fn: WeightsFn | None,
     *,
@@ -36,9 +36,10 @@ def splash_attention(
 
     queries, keys = q.shape[1], k.shape[1]
     whole = masks.MultiHeadMask([masks.FullMask((queries, keys)) for _ in range(q.shape[2])])
-    sizes = kernels.BlockSizes(
-        block_q=block_of(queries), block_kv=block_of(keys), block_kv_compute=block_of(keys)
-    )
+    rows, columns = block_of(queries), block_of(keys)
+    assert rows is not None, "splash_reason refuses such numbers"
+    assert columns is not None, "splash_reason refuses such numbers"
+    sizes = kernels.BlockSizes(block_q=rows, block_kv=columns, block_kv_compute=columns)
     attend = kernels.make_splash_mha(
         whole, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret
     )

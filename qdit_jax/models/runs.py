@@ -41,7 +41,9 @@ def apply_blocks(
         x: what a block takes first and returns: a pytree.
         args: what every block takes beside it.
     """
-    runs = module.get_variable("params", RUNS) if module.has_variable("params", RUNS) else {}
+    runs: Params = (
+        module.get_variable("params", RUNS) if module.has_variable("params", RUNS) else {}
+    )
     number = 0
     while number < count:
         name = f"{prefix}_{number}"
@@ -105,7 +107,8 @@ def alike(first: Any, second: Any) -> bool:
 
     Trees with static scales are never alike: the row of a timestep is chosen before the network runs.
     """
-    if jax.tree.structure(first) != jax.tree.structure(second) or has_static(first):
+    structures = [jax.tree.structure(tree) for tree in (first, second)]
+    if len(set(structures)) > 1 or has_static(first):
         return False
     shapes = ([(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(t)] for t in (first, second))
     return next(shapes) == next(shapes)

@@ -19,7 +19,7 @@ from qdit_jax.models.family import OPERANDS_OF, Network, example_inputs
 from qdit_jax.models.linear import Linear, mapped_input, quantized_input
 
 # (path, layer, input, call) -> output, where `call()` is what the layer itself would return.
-LayerFn = Callable[[str, nn.Module, Array, Callable[[], Array]], Array]
+LayerFn = Callable[[str, Linear, Array, Callable[[], Array]], Array]
 # (path, value) of an operand of an attention product, such as `blocks_0/attn/operands/q`.
 OperandFn = Callable[[str, Array], None]
 
@@ -62,7 +62,7 @@ def seen_inputs(
     first, which is what its kernel is multiplied with.
     """
 
-    def look(path: str, module: nn.Module, x: Array, call: Callable[[], Array]) -> Array:
+    def look(path: str, module: Linear, x: Array, call: Callable[[], Array]) -> Array:
         seen_fn(path, quantized_input(module, mapped_input(module, x)) if quantized else x)
         return call()
 
