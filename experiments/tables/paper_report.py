@@ -47,7 +47,11 @@ def markdown(content: dict[str, Any]) -> str:
             for s in ordered(rows, "state")
             if any(r["state"] == s and r["bits"] == bits for r in rows)
         ]
-        lines += [f"**{bits.upper()}**: closeness in dB (95%), Fréchet distance", ""]
+        lines += [
+            f"**{bits.upper()}**: closeness in dB (95%), Fréchet distance (mean over seeds), mean "
+            "squared distance of paired features",
+            "",
+        ]
         lines += ["| method | " + " | ".join(states) + " | bytes | s to quantize |"]
         lines += ["|---" * (len(states) + 3) + "|"]
         full = [content["full"][state]["frechet_distance"] for state in states]
@@ -77,8 +81,9 @@ def cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
     near = row["closeness_db"]
-    distance = np.mean(row["frechet_distance"])
-    return f"{near['estimate']:.1f} ({near['low']:.1f} to {near['high']:.1f}), {distance:.2f}"
+    distance, paired = np.mean(row["frechet_distance"]), row["feature_distance"]["estimate"]
+    span = f"{near['low']:.1f} to {near['high']:.1f}"
+    return f"{near['estimate']:.1f} ({span}), {distance:.2f}, {paired:.2g}"
 
 
 def agreement(rows: Sequence[dict[str, Any]]) -> list[str]:
