@@ -61,7 +61,11 @@ def add_parser(subparsers: SubParsers) -> None:
         help="w4a8, w4a8-g32 (groups of 32), w8a8-g0 (per channel), ..., or files such as recipe.json "
         "(w4a8 w8a8)",
     )
-    add("--group-size", type=whole_number(0), help="of recipes that do not name one (128)")
+    add(
+        "--group-size",
+        type=whole_number(0),
+        help="of recipes that do not name one (the preset's own: 128, or 32 of w4a8-fast)",
+    )
     add(
         "--against",
         metavar="REF",

@@ -56,7 +56,7 @@ def recipes_of(options: Mapping[str, Any], checkpoint: Checkpoint) -> list[Recip
     names = given or (() if checkpoint.recipe is not None else RECIPES)
     if size is not None and not any(takes_group_size(name) for name in names):
         raise UserError(f"--group-size {size} has no effect: every recipe says its own.")
-    return [recipe_named(name, 128 if size is None else size) for name in names]
+    return [recipe_named(name, size) for name in names]
 
 
 def takes_group_size(name: str) -> bool:

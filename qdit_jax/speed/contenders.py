@@ -203,7 +203,7 @@ def calls_per_sample(guidance: object) -> int:
     return 1 if guidance in (None, 1) else 2
 
 
-def recipe_named(text: str, group_size: int = 128) -> Recipe:
+def recipe_named(text: str, group_size: int | None = None) -> Recipe:
     """Returns the recipe that a preset's name such as `w4a8` or `w4a8-g32` says, or a file holds.
 
     Raises:
@@ -213,7 +213,7 @@ def recipe_named(text: str, group_size: int = 128) -> Recipe:
         return Recipe.from_json(text)
     if match := GROUPED.fullmatch(text):
         text, group_size = match[1], int(match[2])
-    return Recipe.preset(text, group_size=group_size)
+    return Recipe.preset(text, **({} if group_size is None else {"group_size": group_size}))
 
 
 def check_known(numerics: Iterable[str], implementations: Iterable[str]) -> None:

@@ -142,7 +142,7 @@ def bench(
     *,
     batches: Sequence[int] = BATCHES,
     against: Checkpoint | PathLike | None = None,
-    group_size: int = 128,
+    group_size: int | None = None,
     numerics: Sequence[str] = NUMERICS,
     implementations: Sequence[str] = (),
     guidance: float | int | None = DEFAULT_GUIDANCE,
@@ -167,7 +167,7 @@ def bench(
         batches: samples per step.
         against: of a quantized checkpoint, the full-precision one that is the baseline; without it
             the baseline is the checkpoint itself, the first way in which it is computed.
-        group_size: of recipes that do not name one.
+        group_size: of recipes that do not name one; by default the preset's own.
         numerics, implementations: which are timed, of those that apply; no implementation is all.
         guidance: 1 or None calls the network once, without the null condition.
         num_rounds: how often each is timed.

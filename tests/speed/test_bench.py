@@ -8,7 +8,7 @@ from tiny_models import tiny_checkpoint
 
 import qdit_jax as qdit
 from qdit_jax.checkpoint import num_bytes
-from qdit_jax.speed import bench, predicted
+from qdit_jax.speed import bench, predicted, recipe_named
 
 SECONDS = {"float32": 2.0, "bfloat16": 4.0, "w4a8-g16": 1.0, "w8a8-g16": 3.0}
 FAST = {"batches": (2,), "numerics": ("simulated",), "implementations": ("xla",)}
@@ -69,6 +69,14 @@ def test_counting_predicts_the_bytes_that_are_held(found, checkpoint):
     assert full.multiply_adds == four.multiply_adds
     assert four.bit_operations < eight.bit_operations < full.bit_operations
     assert rows[3].multiply_adds == 2 * full.multiply_adds
+
+
+def test_a_preset_keeps_its_own_group_size_unless_one_is_given():
+    names = [
+        recipe_named(text).name for text in ("w4a8", "w4a8-fast", "w4a8-fast-g64", "w8a8-fast")
+    ]
+    assert names == ["w4a8-g128", "w4a8-fast-g32", "w4a8-fast-g64", "w8a8-fast-g0"]
+    assert recipe_named("w4a8", 16).name == "w4a8-g16"
 
 
 def test_a_stopped_bench_goes_on_and_only_on_its_own(checkpoint, tmp_path):
