@@ -58,3 +58,19 @@ def _halves(x: Float[Array, "*s"]) -> tuple[Float[Array, "*s"], Float[Array, "*s
     bits: Int[Array, "*s"] = jax.lax.bitcast_convert_type(x, jnp.int32)
     upper = jax.lax.bitcast_convert_type(bits & _UPPER_HALF, jnp.float32)
     return upper, x - upper
+
+
+def rounded_quotient(
+    x: Float[Array, "*lead K"], divisor: Float[Array, "*lead 1"], top: int
+) -> Float[Array, "*lead K"]:
+    """Returns `round(quotient(x, divisor))`, ties to even, with one positive divisor per row.
+
+    A third of the work: multiply by the reciprocal, round, and round once more with the remainder,
+    which is exact. In [-top - 1, top], `top` at most 127. Not so of a tie that is missed by less than
+    2**-24: it may go to the other side.
+    """
+    reciprocal = quotient(jnp.ones_like(divisor), divisor)
+    upper, lower = _halves(divisor)  # of 12 bits: times a whole number of 8 bits they are exact
+    near = jnp.clip(jnp.round(x * reciprocal), -top - 1, top)
+    rest = (x - near * upper) - near * lower
+    return jnp.clip(jnp.round(near + rest * reciprocal), -top - 1, top)
