@@ -105,15 +105,18 @@ def vmem_bytes(sizes: Sizes, blocks: Blocks) -> int:
 
 
 def chosen_blocks(sizes: Sizes) -> Blocks | None:
-    """Returns the blocks with the fewest panels that fit, and of these the largest; None if none do."""
+    """Returns the blocks with the fewest panels that fit, and of these the largest; None if none do.
+
+    Narrower blocks of columns are tried where even one such block is too much.
+    """
     tiles = sizes.column_tiles
-    columns = next(count for count in _COLUMNS if tiles % count == 0)
-    whole = tiles // columns  # blocks of columns
-    for panel in (count for count in range(whole, 0, -1) if whole % count == 0):
-        for most in _ROWS:
-            num_rows = -(-sizes.num_rows // most)
-            rows = rounded_up(-(-sizes.num_rows // num_rows), STRIP)
-            blocks = Blocks(rows, columns * TILE, num_rows, whole // panel, panel)
-            if vmem_bytes(sizes, blocks) <= VMEM_LIMIT:
-                return blocks
+    for columns in (count for count in _COLUMNS if tiles % count == 0):
+        whole = tiles // columns  # blocks of columns
+        for panel in (count for count in range(whole, 0, -1) if whole % count == 0):
+            for most in _ROWS:
+                num_rows = -(-sizes.num_rows // most)
+                rows = rounded_up(-(-sizes.num_rows // num_rows), STRIP)
+                blocks = Blocks(rows, columns * TILE, num_rows, whole // panel, panel)
+                if vmem_bytes(sizes, blocks) <= VMEM_LIMIT:
+                    return blocks
     return None

@@ -93,7 +93,7 @@ def size_reason(product: Product) -> str | None:
     num_channels = product.x_shape[-1]
     if num_channels > MOST_CHANNELS:
         return f"an int32 sum holds {MOST_CHANNELS} products of bytes, and K is {num_channels}."
-    itemsize = np.dtype(jnp.dtype(product.dtype)).itemsize
+    itemsize = jnp.dtype(product.dtype).itemsize
     sizes = sizes_of(product.x_shape, product.weight, itemsize)
     if sizes.num_rows > 0 and chosen_blocks(sizes) is None:
         return f"a block of K = {num_channels} needs more than {VMEM_LIMIT >> 20} MiB of VMEM."

@@ -65,12 +65,12 @@ def rounded_quotient(
 ) -> Float[Array, "*lead K"]:
     """Returns `round(quotient(x, divisor))`, ties to even, with one positive divisor per row.
 
-    A third of the work: multiply by the reciprocal, round, and round once more with the remainder,
-    which is exact. In [-top - 1, top], `top` at most 127. Not so of a tie that is missed by less than
-    2**-24: it may go to the other side.
+    In [-top - 1, top], `top` at most 127. Half of the work: the nearest half of a whole number, by the
+    reciprocal, and its remainder, which is exact, so that ties are those of the quotient in float32.
     """
     reciprocal = quotient(jnp.ones_like(divisor), divisor)
-    upper, lower = _halves(divisor)  # of 12 bits: times a whole number of 8 bits they are exact
-    near = jnp.clip(jnp.round(x * reciprocal), -top - 1, top)
-    rest = (x - near * upper) - near * lower
-    return jnp.clip(jnp.round(near + rest * reciprocal), -top - 1, top)
+    x = jnp.clip(x, -(top + 1) * divisor, top * divisor)
+    upper, lower = _halves(0.5 * divisor)  # 12 bits each: exact times a whole number of 9 bits
+    doubled = jnp.round(x * (2 * reciprocal))
+    rest = (x - doubled * upper) - doubled * lower
+    return jnp.round(0.5 * doubled + rest * reciprocal)
