@@ -167,9 +167,7 @@ def compiled(program: Program, sharding: SingleDeviceSharding) -> dict[str, Any]
     """Returns what the compiler says of a program."""
 
     def placed(leaf: Any) -> Any:
-        if not hasattr(leaf, "shape"):
-            leaf = np.asarray(leaf)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf), sharding=sharding)
 
     began = time.perf_counter()
     lowered = jax.jit(program.fn).lower(*jax.tree.map(placed, program.arguments))
