@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int8, Int32, UInt8
+from jaxtyping import Array, Float, Int32, UInt8
 
 from qdit_jax.kernels.product import Implementation
 from qdit_jax.kernels.tpu_blocks import (
@@ -44,7 +44,7 @@ from qdit_jax.quant import (
     effective_group_size,
     num_groups,
     packing,
-    rounded_quotient,
+    rounded_quotients,
     scale_value,
     step_and_offset,
 )
@@ -198,13 +198,40 @@ def _kernel(
 
 
 def quantize_rows(x: Any, x_codes: Any, x_scale: Any, spec: ActSpec) -> None:
-    """Writes codes and scales of a block of tokens, an int8 tile of rows at a time."""
+    """Writes codes and scales of a block of tokens, as `ActSpec` has them; not finite: NaN as scale.
+
+    An int8 tile at a time, which is read twice: a strip of all K does not fit into registers.
+    """
+    parts = [pl.ds(start, TILE) for start in range(0, x.shape[1], TILE)]
+    top = 2 ** (spec.bits - 1) - 1
 
     def quantize_strip(strip: Array, _: None) -> None:
         rows = pl.ds(pl.multiple_of(strip * STRIP, STRIP), STRIP)
-        x_codes[rows, :], x_scale[rows, :] = token_codes(x[rows, :].astype(jnp.float32), spec)
+        tiles = (x[rows, part].astype(jnp.float32) for part in parts)
+        most = functools.reduce(jnp.maximum, (magnitude_bits(tile) for tile in tiles))
+        divisor, x_scale[rows, :] = token_scale(jnp.max(most, axis=1, keepdims=True), spec)
+        codes_fn = rounded_quotients(divisor, top)
+        for part in parts:
+            x_codes[rows, part] = codes_fn(x[rows, part].astype(jnp.float32)).astype(jnp.int8)
 
     jax.lax.fori_loop(0, x.shape[0] // STRIP, quantize_strip, None)
+
+
+def magnitude_bits(x: Float[Array, "M K"]) -> Int32[Array, "M K"]:
+    """Returns whole numbers that are ordered as magnitudes are, NaN above infinity."""
+    return jax.lax.bitcast_convert_type(x, jnp.int32) & MAGNITUDE
+
+
+def token_scale(
+    most: Int32[Array, "M 1"], spec: ActSpec
+) -> tuple[Float[Array, "M 1"], Float[Array, "M 1"]]:
+    """Returns (what to divide by, scale), given the greatest of `magnitude_bits` of every token."""
+    high = jax.lax.bitcast_convert_type(most, jnp.float32)
+    limits = spec.range_fn.limits_from_extremes(-high, high, spec.bits, True)
+    scale = spec.range_fn.scale(*limits, spec.bits, True)
+    # What a TPU flushes to zero has no reciprocal.
+    divisor = jnp.where((most < INFINITY) & (scale >= LEAST_NORMAL), scale, 1.0)
+    return divisor, jnp.where(most < INFINITY, divisor, jnp.nan)
 
 
 def unpack_columns(
@@ -217,21 +244,6 @@ def unpack_columns(
         own_step, own_offset = (a[group : group + 1] for a in (steps, offsets))
         rows = pl.ds(index * packing.SUB_BLOCK, packing.SUB_BLOCK)
         levels[rows, :] = as_rows_of((word * own_step + own_offset) ^ SIGNS, jnp.int8)
-
-
-def token_codes(
-    x: Float[Array, "M K"], spec: ActSpec
-) -> tuple[Int8[Array, "M K"], Float[Array, "M 1"]]:
-    """Returns codes and scale of every token, as `ActSpec` has them; not finite: NaN as scale."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32) & MAGNITUDE  # ordered as the magnitudes are
-    most = jnp.max(bits, axis=1, keepdims=True)  # NaN is above infinity
-    high = jax.lax.bitcast_convert_type(most, jnp.float32)
-    limits = spec.range_fn.limits_from_extremes(-high, high, spec.bits, True)
-    scale = spec.range_fn.scale(*limits, spec.bits, True)
-    # What a TPU flushes to zero has no reciprocal.
-    divisor = jnp.where((most < INFINITY) & (scale >= LEAST_NORMAL), scale, 1.0)
-    codes = rounded_quotient(x, divisor, 2 ** (spec.bits - 1) - 1)
-    return codes.astype(jnp.int8), jnp.where(most < INFINITY, divisor, jnp.nan)
 
 
 def code_words(codes: Any, bits: int, index: int) -> Int32[Array, "8 C"]:

@@ -14,7 +14,7 @@ from qdit_jax.quant.act import (
 )
 from qdit_jax.quant.adaptive_rounding import AdaRoundSettings, adaround
 from qdit_jax.quant.branches import true_after
-from qdit_jax.quant.division import rounded_quotient
+from qdit_jax.quant.division import rounded_quotients
 from qdit_jax.quant.finite import GREATEST_WEIGHT, check_finite
 from qdit_jax.quant.gptq_rounding import accumulate_hessian, gptq, gptq_authors, output_error
 from qdit_jax.quant.groups import effective_group_size, map_groups, num_groups
@@ -112,7 +112,7 @@ __all__ = [
     "quantize_array",
     "ranges",
     "regular_size",
-    "rounded_quotient",
+    "rounded_quotients",
     "scale_value",
     "scale_values",
     "select_columns",

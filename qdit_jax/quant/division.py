@@ -7,6 +7,8 @@ on CPU; its code for GPUs is off by up to two units.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -61,21 +63,26 @@ def _halves(x: Float[Array, "*s"]) -> tuple[Float[Array, "*s"], Float[Array, "*s
     return upper, x - upper
 
 
-def rounded_quotient(
-    x: Float[Array, "*lead K"], divisor: Float[Array, "*lead 1"], top: int
-) -> Int[Array, "*lead K"]:
-    """Returns `round(quotient(x, divisor))`, ties to even, with one positive divisor per row.
+def rounded_quotients(
+    divisor: Float[Array, "M 1"], top: int
+) -> Callable[[Float[Array, "M K"]], Int[Array, "M K"]]:
+    """Returns the function `x -> round(quotient(x, divisor))`, ties to even, for one divisor per row.
 
-    In [-top - 1, top], `top` at most 127, as int32. Half of the work: the nearest half of a whole
-    number, by the reciprocal, and its remainder, which is exact, so that ties are those of the quotient
-    in float32.
+    Divisors are positive; results are in [-top - 1, top], `top` at most 127, as int32. Half of the work
+    of `quotient`: the nearest half of a whole number, by the reciprocal, and its remainder, which is
+    exact, so that ties are those of the quotient in float32.
     """
     reciprocal = quotient(jnp.ones_like(divisor), divisor)
-    x = jnp.clip(x, -(top + 1) * divisor, top * divisor)
+    least, most = -(top + 1) * divisor, top * divisor
     upper, lower = _halves(0.5 * divisor)  # 12 bits each: exact times a whole number of 9 bits
-    doubled = _nearest(x * (2 * reciprocal)).astype(jnp.float32)
-    rest = (x - doubled * upper) - doubled * lower
-    return _nearest(0.5 * doubled + rest * reciprocal)
+
+    def rounded(x: Float[Array, "M K"]) -> Int[Array, "M K"]:
+        x = jnp.clip(x, least, most)
+        doubled = _nearest(x * (2 * reciprocal)).astype(jnp.float32)
+        rest = (x - doubled * upper) - doubled * lower
+        return _nearest(0.5 * doubled + rest * reciprocal)
+
+    return rounded
 
 
 def _nearest(x: Float[Array, "*s"]) -> Int[Array, "*s"]:

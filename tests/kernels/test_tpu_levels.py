@@ -1,6 +1,7 @@
 """The Pallas kernel for TPUs, interpreted on CPU: the product of `xla`, by the same numbers."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 from qdit_jax.kernels import quantized_matmul
 from qdit_jax.kernels.tpu_blocks import Blocks
-from qdit_jax.kernels.tpu_levels import levels_matmul, token_codes
+from qdit_jax.kernels.tpu_levels import levels_matmul, magnitude_bits, token_scale
 from qdit_jax.quant import (
     ActQuant,
     ActSpec,
@@ -18,6 +19,7 @@ from qdit_jax.quant import (
     dequantize,
     quantize,
     ranges,
+    rounded_quotients,
 )
 
 TOKEN = ActSpec(8, 0, symmetric=True)
@@ -49,10 +51,13 @@ def compiled(fn):
     return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def interpreted(x, q, act):
-    return compiled(lambda x, q: levels_matmul(x, q, ActQuant(act), "integer", interpret=True))(
-        x, q
-    )
+@functools.partial(
+    jax.jit,
+    static_argnames="act",
+    compiler_options={"xla_backend_optimization_level": 0},
+)
+def interpreted(x, q, act=TOKEN):
+    return levels_matmul(x, q, ActQuant(act), "integer", interpret=True)
 
 
 def operands(sizes, seed=0):
@@ -97,9 +102,9 @@ def test_the_kernel_is_the_product_of_the_rounded_operands(weight, sizes, dtype,
 def test_a_token_that_is_not_finite_is_nan_and_touches_no_other():
     x, w = operands((12, 64, 24))
     q = quantize(w, W(4, 32, **LEVELS))
-    clean = interpreted(jnp.asarray(x, jnp.float32), q, TOKEN)
+    clean = interpreted(jnp.asarray(x, jnp.float32), q)
     x[6, 3], x[7, 60], x[8, 0], x[0, 5] = np.nan, np.inf, -np.inf, np.nan
-    found = np.asarray(interpreted(jnp.asarray(x, jnp.float32), q, TOKEN))
+    found = np.asarray(interpreted(jnp.asarray(x, jnp.float32), q))
     broken = [0, 6, 7, 8]
     assert np.isnan(found[broken]).all()
     np.testing.assert_array_equal(np.delete(found, broken, 0), np.delete(clean, broken, 0))
@@ -116,8 +121,13 @@ def test_codes_and_scales_are_those_of_the_quantizer():
     ties = np.pad(np.stack(beside), ((0, 0), (0, 512 - 254)), constant_values=1.7)
     x = jnp.concatenate([x, ties])
 
+    def codes_and_scales(x, spec):
+        most = jnp.max(magnitude_bits(x), axis=1, keepdims=True)
+        divisor, scale = token_scale(most, spec)
+        return rounded_quotients(divisor, 2 ** (spec.bits - 1) - 1)(x), scale
+
     for spec in (TOKEN, dataclasses.replace(TOKEN, bits=5, range_fn=ranges.minmax(clip=0.6))):
-        found = jax.jit(token_codes, static_argnums=1)(x, spec)
+        found = jax.jit(codes_and_scales, static_argnums=1)(x, spec)
         # Not compiled together: XLA would divide by multiplying with the reciprocal, see `division`.
         scale = ActQuant(spec).grid(x)[0]
         expected = codes_of(x, scale, None, spec), scale
@@ -130,21 +140,17 @@ def test_several_panels_rows_and_columns_share_what_they_hold(monkeypatch):
     blocks = Blocks(rows=32, columns=128, num_rows=3, panels=2, panel=2)
     monkeypatch.setattr("qdit_jax.kernels.tpu_levels.chosen_blocks", lambda sizes: blocks)
     by_xla = quantized_matmul(x, q, TOKEN, "integer", "xla")
-    np.testing.assert_array_equal(interpreted(x, q, TOKEN), by_xla)
+    np.testing.assert_array_equal(interpreted(x, q), by_xla)
 
 
-def test_works_under_vmap_and_scan():
+def test_works_under_vmap_inside_of_scan():
     x, w = operands((8, 32, 8))
-    x = jnp.asarray(x, jnp.float32)
+    x = jnp.asarray(np.stack([x, x[::-1]]), jnp.float32)
     q = jax.vmap(lambda w: quantize(w, W(4, 32, **LEVELS)))(jnp.stack([w, w[::-1]]))
-
-    def product(q):
-        return levels_matmul(x[None], q, ActQuant(TOKEN), "integer", interpret=True)
-
-    mapped = compiled(jax.vmap(product))(q)
-    scanned = compiled(lambda q: jax.lax.scan(lambda c, q: (c, product(q)), 0, q)[1])(q)
+    found = compiled(
+        lambda q: jax.lax.scan(lambda _, q: (_, jax.vmap(lambda x: interpreted(x, q))(x)), 0, q)[1]
+    )(q)
     for index in range(2):
         one = jax.tree.map(lambda leaf, index=index: leaf[index], q)
-        by_xla = quantized_matmul(x[None], one, TOKEN, "integer", "xla")
-        np.testing.assert_array_equal(mapped[index], by_xla)
-        np.testing.assert_array_equal(scanned[index], by_xla)
+        by_xla = quantized_matmul(x, one, TOKEN, "integer", "xla")
+        np.testing.assert_array_equal(found[index], by_xla)
