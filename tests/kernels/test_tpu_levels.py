@@ -1,7 +1,6 @@
 """The Pallas kernel for TPUs, interpreted on CPU: the product of `xla`, by the same numbers."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +13,16 @@ from qdit_jax.kernels.tpu_levels import levels_matmul, magnitude_bits, token_sca
 from qdit_jax.quant import (
     ActQuant,
     ActSpec,
+    QTensor,
     WeightSpec,
     codes_of,
     dequantize,
+    levels,
+    num_groups,
     quantize,
     ranges,
     rounded_quotients,
+    with_codes,
 )
 
 TOKEN = ActSpec(8, 0, symmetric=True)
@@ -51,13 +54,27 @@ def compiled(fn):
     return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames="act",
-    compiler_options={"xla_backend_optimization_level": 0},
-)
-def interpreted(x, q, act=TOKEN):
+def product(x, q, act=TOKEN):
     return levels_matmul(x, q, ActQuant(act), "integer", interpret=True)
+
+
+interpreted = compiled(product)
+
+
+def random_kernel(weight, num_channels, width):
+    """Returns any kernel of a spec: codes, steps and offsets that `quantize` may not choose."""
+    rng = np.random.default_rng(weight.bits)
+    shape, top = (num_channels, width), 2**weight.bits - 1
+    codes = rng.integers(0, top + 1, shape).astype(np.uint8)
+    q = QTensor(None, None, bits=weight.bits, group_size=weight.group_size, shape=shape)
+    scale = rng.uniform(0.5, 2, (1, width)).astype(np.float32)
+    if not weight.has_levels:
+        return dataclasses.replace(q, scale=scale), codes
+    rows = (num_groups(num_channels, weight.group_size), width)
+    step = rng.integers(1, levels.greatest_step(weight.bits, weight.symmetric) + 1, rows)
+    offset = None if weight.symmetric else rng.integers(0, 256 - top * step).astype(np.uint8)
+    step = step.astype(np.uint8)
+    return dataclasses.replace(q, scale=step, channel_scale=scale[0], offset=offset), codes
 
 
 def operands(sizes, seed=0):
@@ -81,16 +98,15 @@ def operands(sizes, seed=0):
 
 @pytest.mark.parametrize(("weight", "sizes", "dtype", "act"), CASES, ids=str)
 def test_the_kernel_is_the_product_of_the_rounded_operands(weight, sizes, dtype, act):
-    x, w = operands(sizes)
-    x = jnp.asarray(x, dtype)
+    x = jnp.asarray(operands(sizes)[0], dtype)
 
-    def products(x, w):
-        q, quantizer = quantize(w, weight), ActQuant(act)
-        found = levels_matmul(x, q, quantizer, "integer", interpret=True)
+    def products(x, grid, codes):
+        q, quantizer = with_codes(grid, codes), ActQuant(act)
+        found = product(x, q, act)
         by_xla = quantized_matmul(x, q, act, "integer", "xla")
         return found, by_xla, quantizer(x.astype(jnp.float32)), dequantize(q)
 
-    found, *others = compiled(products)(x, w)
+    found, *others = compiled(products)(x, *random_kernel(weight, *sizes[1:]))
     assert (found.shape, found.dtype) == ((sizes[0], sizes[2]), dtype)
     found, by_xla, wide, weights = (np.asarray(a, np.float64) for a in (found, *others))
     unit = np.abs(wide) @ np.abs(weights) + np.finfo(np.float32).tiny
@@ -148,7 +164,7 @@ def test_works_under_vmap_inside_of_scan():
     x = jnp.asarray(np.stack([x, x[::-1]]), jnp.float32)
     q = jax.vmap(lambda w: quantize(w, W(4, 32, **LEVELS)))(jnp.stack([w, w[::-1]]))
     found = compiled(
-        lambda q: jax.lax.scan(lambda _, q: (_, jax.vmap(lambda x: interpreted(x, q))(x)), 0, q)[1]
+        lambda q: jax.lax.scan(lambda _, q: (_, jax.vmap(lambda x: product(x, q))(x)), 0, q)[1]
     )(q)
     for index in range(2):
         one = jax.tree.map(lambda leaf, index=index: leaf[index], q)
