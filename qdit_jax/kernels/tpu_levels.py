@@ -37,6 +37,7 @@ from qdit_jax.kernels.tpu_blocks import (
     sizes_of,
 )
 from qdit_jax.kernels.tpu_reasons import levels_reason
+from qdit_jax.kernels.xla import integer_matmul
 from qdit_jax.quant import (
     ActQuant,
     ActSpec,
@@ -65,10 +66,18 @@ def levels_matmul(
 ) -> Float[Array, "*lead N"]:
     """Returns `act(x) @ q` in integer numerics; `interpret` runs it on any platform, slowly.
 
-    Equal to `xla.integer_matmul` to float rounding. A token that holds NaN or infinity gives NaN.
+    Equal to `xla.integer_matmul` to float rounding, whose derivative it has. A token that holds NaN or
+    infinity gives NaN.
     """
     assert act is not None, "levels_reason refuses it"
-    (num_channels, width), spec = q.shape, act.spec
+    return _product(x, q, act.spec, interpret)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _product(
+    x: Float[Array, "*lead K"], q: QTensor, spec: ActSpec, interpret: bool
+) -> Float[Array, "*lead N"]:
+    num_channels, width = q.shape
     sizes = sizes_of(x.shape, q, x.dtype.itemsize)
     blocks = chosen_blocks(sizes)
     assert blocks is not None, "levels_reason refuses it"
@@ -83,6 +92,14 @@ def levels_matmul(
     return y[: math.prod(x.shape[:-1]), :width].reshape(*x.shape[:-1], width)
 
 
+@_product.defjvp
+def _product_jvp(
+    spec: ActSpec, interpret: bool, primals: tuple[Any, Any], tangents: tuple[Any, Any]
+) -> tuple[Array, Array]:
+    _, tangent = jax.jvp(lambda x, q: integer_matmul(x, q, ActQuant(spec)), primals, tangents)
+    return _product(*primals, spec, interpret), tangent
+
+
 def padded(values: Array, rows: int, columns: int) -> Array:
     """Returns `[rows, columns]`, with zeros after `values`."""
     more = ((0, rows - values.shape[0]), (0, columns - values.shape[1]))
@@ -92,7 +109,7 @@ def padded(values: Array, rows: int, columns: int) -> Array:
 def whole_codes(q: QTensor, sizes: Sizes, columns: int) -> UInt8[Array, "R N"]:
     """Returns the packed codes with whole blocks of bytes in each plane.
 
-    As they are stored where K allows it: from 4 bits on multiples of 128, with 3 and 5 bits of 256.
+    As they are stored where K is a multiple of 128, with 3, 5 and 7 bits of 256.
     Others are unpacked and packed again in each call.
     """
     codes = q.codes

@@ -170,3 +170,14 @@ def test_works_under_vmap_inside_of_scan():
         one = jax.tree.map(lambda leaf, index=index: leaf[index], q)
         by_xla = quantized_matmul(x, one, TOKEN, "integer", "xla")
         np.testing.assert_array_equal(found[index], by_xla)
+
+
+def test_the_derivative_is_that_of_xla():
+    x, w = operands((6, 32, 8))
+    x, q = jnp.asarray(x, jnp.float32), quantize(w, W(4, 32, **LEVELS))
+
+    def derivatives(x):
+        ours = jax.grad(lambda x: product(x, q).sum())(x)
+        return ours, jax.grad(lambda x: quantized_matmul(x, q, TOKEN, "integer", "xla").sum())(x)
+
+    np.testing.assert_array_equal(*compiled(derivatives)(x))
