@@ -14,6 +14,7 @@ from qdit_jax.quant.act import (
 )
 from qdit_jax.quant.adaptive_rounding import AdaRoundSettings, adaround
 from qdit_jax.quant.branches import true_after
+from qdit_jax.quant.division import rounded_quotients
 from qdit_jax.quant.finite import GREATEST_WEIGHT, check_finite
 from qdit_jax.quant.gptq_rounding import accumulate_hessian, gptq, gptq_authors, output_error
 from qdit_jax.quant.groups import effective_group_size, map_groups, num_groups
@@ -45,6 +46,7 @@ from qdit_jax.quant.qtensor import (
     quantize,
     scale_values,
     select_columns,
+    step_and_offset,
     with_codes,
 )
 from qdit_jax.quant.specs import ActSpec, WeightSpec
@@ -110,6 +112,7 @@ __all__ = [
     "quantize_array",
     "ranges",
     "regular_size",
+    "rounded_quotients",
     "scale_value",
     "scale_values",
     "select_columns",
@@ -117,6 +120,7 @@ __all__ = [
     "slots",
     "static_act_quant",
     "static_act_quant_of_limits",
+    "step_and_offset",
     "straight_through",
     "true_after",
     "whole_size",

@@ -315,9 +315,17 @@ def levels_of(q: QTensor) -> Int8[Array, "*lead K N"]:
     codes = integer_codes(q)
     if q.codebook is not None:
         return codebooks.levels(codes, q.scale, q.codebook, q.group_size)
-    offset = levels.symmetric_offset(q.scale, q.bits) if q.offset is None else q.offset
-    step, offset = (groups.expand_groups(a, q.shape, q.group_size) for a in (q.scale, offset))
+    step, offset = (groups.expand_groups(a, q.shape, q.group_size) for a in step_and_offset(q))
     return levels.affine_levels(codes, step, offset)
+
+
+def step_and_offset(q: QTensor) -> tuple[UInt8[Array, "*lead G B"], UInt8[Array, "*lead G B"]]:
+    """Returns the bytes that make levels of codes, `level = code * step + offset - 128`.
+
+    Of two levels of scales without a codebook, or of symmetric codes, whose step is then 1.
+    """
+    step = jnp.asarray(q.scale) if q.has_levels else jnp.ones(q.scale.shape, jnp.uint8)
+    return step, levels.symmetric_offset(step, q.bits) if q.offset is None else q.offset
 
 
 def select_columns(q: QTensor, index: Integer[Array, " M"]) -> QTensor:

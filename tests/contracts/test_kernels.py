@@ -5,6 +5,7 @@ same for every row of `IMPLEMENTATIONS`; see `docs/adding-a-kernel.md`.
 """
 
 import dataclasses
+import itertools
 import re
 
 import jax
@@ -244,17 +245,20 @@ def test_a_row_with_nan_is_nan_and_touches_no_other(act):
 def test_reasons_need_no_values_and_names_are_their_own(name):
     entry = IMPLEMENTATIONS[name]
     assert entry.name == name
-    q = jax.eval_shape(lambda w: quantize(w, W(4, 32)), jnp.ones((96, 8)))
-    takes = {
-        (platform, numerics): unsupported_reason(
-            (2, 96), q, A(8, 32), numerics, name, platform=platform
-        )
-        for platform in PLATFORMS
-        for numerics in NUMERICS
-    }
-    assert None in takes.values(), "it never runs"
+    takes = {}
+    for act, weight in ((A(8, 32), W(4, 32)), (A(8, 0, symmetric=True), W(4, 32, scale_levels=2))):
+        q = jax.eval_shape(lambda w, spec=weight: quantize(w, spec), jnp.ones((96, 8)))
+        for platform, numerics in itertools.product(PLATFORMS, NUMERICS):
+            settings = {"numerics": numerics, "implementation": name, "platform": platform}
+            takes[weight, platform, numerics] = unsupported_reason((2, 96), q, act, **settings)
     for reason in takes.values():
         assert reason is None or reason.startswith(f"implementation={name!r}: ")
+    missing = [
+        reason
+        for reason in takes.values()
+        if reason and ("is not installed" in reason or "needs JAX" in reason)
+    ]
+    assert None in takes.values() or missing, "it never runs"
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)

@@ -1,0 +1,225 @@
+"""Compiles DiT-XL/2's layers and steps for a TPU or a GPU that is not here, and reads what the compiler says.
+
+    python experiments/accelerators/compile_ahead.py --targets v5e v6e --out runs/compile_ahead
+    python experiments/accelerators/compile_ahead.py --target-config h100.txtpb --out runs/compile_ahead
+
+Nothing runs, so nothing here is a time: seconds are those of the compiler, bytes and FLOPs what it
+counts, cycles what it estimates of each operation (TPUs; not of a Pallas kernel, nor where the compiler
+gives none). The layers are qkv, proj, fc1 and fc2 on 16 x 256 tokens; a step is one guided call of the
+network in bfloat16, compiled as the sampler compiles it.
+
+Needs an environment of its own, Python 3.12 or newer: `pip install "jax[tpu]>=0.12"` for TPUs, or
+`pip install "jax[cuda12]>=0.12"` for GPUs, and this package. `--target-config` is a file with XLA's
+description of a GPU (`GpuTargetConfigProto` as text).
+
+OUT/compile_ahead.json is saved after every program, and the same command goes on from there;
+OUT/compile_ahead.md is its table. Expected: about 5 minutes a TPU on 2 cores with other
+work; kernels of w4a8-fast and w8a8-fast in each of them, no temporaries in a layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Read when JAX looks for devices: the host's CPU, and no TPU to ask or to log to.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("TPU_LOG_DIR", "disabled")
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+import qdit_jax as qdit
+from qdit_jax.kernels import implementation_of, quantized_matmul
+from qdit_jax.models import DiT, published_config
+from qdit_jax.sampling import denoiser
+
+TOKENS = 16 * 256
+LAYERS = {"qkv": (1152, 3456), "proj": (1152, 1152), "fc1": (1152, 4608), "fc2": (4608, 1152)}
+PRESETS = ("w4a8-fast", "w8a8-fast")
+KERNEL = "tpu_levels"
+DTYPE = "bfloat16"
+
+
+class Program(NamedTuple):
+    """What is compiled: a function and the shapes of its arguments."""
+
+    name: str
+    fn: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    expects_kernel: bool
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--targets", nargs="*", default=[], help="TPUs: v5e, v5p, v6e")
+    parser.add_argument("--target-config", type=Path, help="a GPU's description")
+    parser.add_argument("--only", default="", help="part of the programs' names, such as layer")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8], help="samples of a step")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    if not args.targets and args.target_config is None:
+        parser.error("give --targets, --target-config or both")
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / "compile_ahead.json"
+    kept = json.loads(file.read_text())["programs"] if file.exists() else {}
+    for target in [*args.targets, *([args.target_config] if args.target_config else [])]:
+        sharding, is_tpu = device(target)
+        kind = getattr(target, "stem", target)
+        for program in programs(is_tpu, args.batches):
+            name = f"{kind} {program.name}"
+            if args.only in name and name not in kept:
+                kept[name] = {"target": kind, **compiled(program, sharding), "made": made()}
+                print(name, {k: v for k, v in kept[name].items() if k != "made"}, flush=True)
+                file.write_text(
+                    json.dumps({"note": "compiled, not run", "programs": kept}, indent=1)
+                )
+    (args.out / "compile_ahead.md").write_text(table(kept))
+
+
+def device(target: str | Path) -> tuple[SingleDeviceSharding, bool]:
+    """Returns a place on a device that is not here, and whether it is a TPU."""
+    if isinstance(target, Path):
+        config = target.read_text()
+        topology = topologies.get_topology_desc(
+            "", platform="cuda", topology="1x1x1", target_config=config
+        )
+    else:
+        topology = topologies.get_topology_desc(f"{target}:2x2", platform="tpu")
+    return SingleDeviceSharding(topology.devices[0]), isinstance(target, str)
+
+
+def programs(is_tpu: bool, batches: list[int]) -> Iterator[Program]:
+    """Yields the layers and the steps."""
+    for layer, (channels, width) in LAYERS.items():
+        for dtype in ("float32", DTYPE):
+            shapes = (shape((TOKENS, channels), dtype), shape((channels, width), dtype))
+            yield Program(f"layer {layer} {dtype}", jnp.matmul, shapes, False)
+        for preset in PRESETS:
+            yield from quantized(layer, preset, is_tpu)
+    for batch in batches:
+        for recipe in (None, *PRESETS):
+            fn, arguments = step(recipe, batch)
+            yield Program(f"step {batch} {recipe or DTYPE}", fn, arguments, is_tpu and bool(recipe))
+
+
+def quantized(layer: str, preset: str, is_tpu: bool) -> Iterator[Program]:
+    """Yields a layer by XLA's operations and, on a TPU, by the kernel."""
+    channels, width = LAYERS[layer]
+    spec = layer_spec(preset)
+    q = jax.eval_shape(lambda w: qdit.quantize(w, spec.weight), shape((channels, width), "float32"))
+    x = shape((TOKENS, channels), DTYPE)
+
+    def product(implementation: str | None) -> Callable[..., Any]:
+        return lambda x, q: quantized_matmul(x, q, spec.act, "integer", implementation)
+
+    yield Program(f"layer {layer} {preset} xla", product("xla"), (x, q), False)
+    if is_tpu:
+        # The kernel refuses what does not fit into VMEM, and cuts all else into at least one block.
+        assert implementation_of(x.shape, q, spec.act, "integer", "tpu", DTYPE) == KERNEL
+        yield Program(f"layer {layer} {preset} {KERNEL}", product(None), (x, q), True)
+
+
+def layer_spec(preset: str) -> Any:
+    """Returns the spec of every layer of a preset."""
+    return qdit.Recipe.preset(preset).rules[0].spec
+
+
+def step(recipe: str | None, batch: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Returns a guided step of DiT-XL/2 and the shapes of its arguments."""
+    model = DiT(**published_config("DiT-XL/2"), dtype=DTYPE)
+    params = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
+    if recipe is not None:
+        chosen = qdit.Recipe.preset(recipe)
+        params = jax.eval_shape(lambda params: qdit.quantize_params(params, recipe=chosen), params)
+        model = model.clone(numerics="integer")
+    denoise_fn = denoiser(model, params, 1.5)
+    x = shape((batch, *model.sample_shape()), "float32")
+    rest = (shape((batch,), "float32"), shape((batch,), "int32"))
+    return (lambda fn, *inputs: fn(*inputs)), (denoise_fn, x, *rest)
+
+
+def shape(size: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(size, jnp.dtype(dtype))
+
+
+def compiled(program: Program, sharding: SingleDeviceSharding) -> dict[str, Any]:
+    """Returns what the compiler says of a program."""
+
+    def placed(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf), sharding=sharding)
+
+    began = time.perf_counter()
+    lowered = jax.jit(program.fn).lower(*jax.tree.map(placed, program.arguments))
+    traced = time.perf_counter()
+    done = lowered.compile()
+    seconds = time.perf_counter() - traced
+    text, memory, costs = done.as_text(), done.memory_analysis(), done.cost_analysis() or {}
+    kernels = len(re.findall(rf'custom_call_target="tpu_custom_call".*{KERNEL}', text))
+    assert bool(kernels) == program.expects_kernel, f"{program.name}: {kernels} calls of {KERNEL}"
+    return {
+        "trace_seconds": round(traced - began, 2),
+        "compile_seconds": round(seconds, 2),
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "flops": costs.get("flops"),
+        "kernels": kernels,
+        "estimated_cycles": None if kernels else cycles(text),
+    }
+
+
+def cycles(text: str) -> int | None:
+    """Returns the sum of estimated cycles over the operations of the entry computation."""
+    found = re.findall(r'"estimated_cycles":"(\d+)"', text[text.index("\nENTRY") :])
+    return sum(map(int, found)) if found else None
+
+
+def made() -> dict[str, str]:
+    """Returns the date and the versions of what compiled."""
+    versions = {"date": date.today().isoformat()}
+    for package in ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def table(kept: dict[str, Any]) -> str:
+    """Returns the Markdown table."""
+    lines = [
+        "Compiled, not run.\n",
+        "| program | compile s | arguments MB | temporary MB | GFLOP | estimated kilocycles | kernels |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in kept.items():
+        numbers = (
+            f"{row['compile_seconds']:.1f}",
+            f"{row['argument_bytes'] / 1e6:.1f}",
+            f"{row['temporary_bytes'] / 1e6:.1f}",
+            f"{row['flops'] / 1e9:.0f}" if row["flops"] else "",
+            f"{row['estimated_cycles'] / 1e3:.0f}" if row["estimated_cycles"] else "",
+            str(row["kernels"]),
+        )
+        lines.append(f"| {name} | {' | '.join(numbers)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""How a product is cut into blocks that fit into a TPU's vector memory (VMEM).
+
+The kernel of `tpu_levels` runs over panels of output channels, blocks of rows, and blocks of output
+channels. A panel's int8 weights stay in VMEM while all rows pass; usually one panel is all of them.
+
+Dimensions: M rows, K input channels, N output channels, all padded; G groups along K.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from qdit_jax.quant import QTensor, WeightSpec, num_groups, packing
+
+TILE = 128  # lanes: channels are padded to multiples
+STRIP = 32  # rows of an int8 tile
+VMEM_LIMIT = 48 << 20  # bytes; a core of v5p has 64 MiB, of v5e and v6e 128
+_SPARE = 4 << 20  # for what the compiler keeps there itself
+_ROWS = (512, 256, 128)  # of a block, the most first
+_COLUMNS = (4, 3, 2, 1)  # tiles of a block
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """The grid of a product.
+
+    Attributes:
+        rows, columns: of a block.
+        num_rows: blocks of rows.
+        panels: of output channels, whose weights are unpacked at a time.
+        panel: blocks of columns of a panel.
+    """
+
+    rows: int
+    columns: int
+    num_rows: int
+    panels: int
+    panel: int
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(panels, blocks of rows, blocks of columns of a panel)."""
+        return self.panels, self.num_rows, self.panel
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What the bytes of a block depend on.
+
+    Attributes:
+        num_rows, num_channels, width: M, K, N, not padded.
+        bits: of the packed codes.
+        num_groups: G.
+        itemsize: bytes of a number of the input and the output.
+    """
+
+    num_rows: int
+    num_channels: int
+    width: int
+    bits: int
+    num_groups: int
+    itemsize: int
+
+    @property
+    def channels(self) -> int:
+        """K, padded to whole tiles."""
+        return rounded_up(self.num_channels, TILE)
+
+    @property
+    def code_channels(self) -> int:
+        """Rows of codes with which each plane of bits is cut into whole blocks, see `packing`."""
+        return rounded_up(self.channels, packing.SUB_BLOCK * 8 // min(packing.planes(self.bits)))
+
+    @property
+    def column_tiles(self) -> int:
+        """N in tiles."""
+        return rounded_up(self.width, TILE) // TILE
+
+
+def sizes_of(x_shape: tuple[int, ...], weight: QTensor | WeightSpec, itemsize: int) -> Sizes:
+    """Returns the sizes of a product; N is not known of a `WeightSpec` and taken to be a tile."""
+    num_channels = x_shape[-1]
+    width = weight.shape[1] if isinstance(weight, QTensor) else TILE
+    count = num_groups(num_channels, weight.group_size)
+    num_rows = math.prod(x_shape[:-1])
+    return Sizes(num_rows, num_channels, width, weight.bits, count, itemsize)
+
+
+def rounded_up(number: int, multiple: int) -> int:
+    """Returns the least multiple that is not less than `number`."""
+    return -(-number // multiple) * multiple
+
+
+def vmem_bytes(sizes: Sizes, blocks: Blocks) -> int:
+    """Returns the VMEM that a product needs: what is held, two blocks of what is streamed, sums."""
+    rows, columns, channels = blocks.rows, blocks.columns, sizes.channels
+    groups = rounded_up(sizes.num_groups, STRIP)
+    packed = packing.packed_rows(sizes.code_channels, sizes.bits)
+    streamed = (rows * channels + rows * columns) * sizes.itemsize
+    streamed += (packed + 2 * groups + 4 * 8) * columns
+    held = rows * channels + 4 * rows * TILE + blocks.panel * channels * columns
+    sums = 2 * 4 * rows * columns  # int32 and float32
+    return 2 * streamed + held + sums + _SPARE
+
+
+def chosen_blocks(sizes: Sizes) -> Blocks | None:
+    """Returns the blocks with the fewest panels that fit, and of these the largest; None if none do.
+
+    Narrower blocks of columns are tried where even one such block is too much.
+    """
+    tiles = sizes.column_tiles
+    for columns in (count for count in _COLUMNS if tiles % count == 0):
+        whole = tiles // columns  # blocks of columns
+        for panel in (count for count in range(whole, 0, -1) if whole % count == 0):
+            for most in _ROWS:
+                num_rows = -(-sizes.num_rows // most)
+                rows = rounded_up(-(-sizes.num_rows // num_rows), STRIP)
+                blocks = Blocks(rows, columns * TILE, num_rows, whole // panel, panel)
+                if vmem_bytes(sizes, blocks) <= VMEM_LIMIT:
+                    return blocks
+    return None
