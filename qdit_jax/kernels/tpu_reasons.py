@@ -44,11 +44,16 @@ def machine_reason(product: Product) -> str | None:
     kind = jax.devices()[0].device_kind
     if kind not in KINDS:
         return f"it was compiled for TPU v5e, v5p and v6e, and this is {kind}."
+    return split_reason()
+
+
+def split_reason() -> str | None:
+    """Returns why a Pallas kernel cannot run here, if XLA would have to split it over devices."""
     mesh = jax.sharding.get_abstract_mesh()
     is_on_one = bool(mesh.axis_names) and len(mesh.manual_axes) == len(mesh.axis_names)
-    if jax.device_count() > 1 and not is_on_one:
-        return "XLA cannot split it over several devices; use one device, or shard_map."
-    return None
+    if jax.default_backend() != "tpu" or jax.device_count() == 1 or is_on_one:
+        return None
+    return "XLA cannot split it over several devices; use one device, or shard_map."
 
 
 def input_reason(product: Product) -> str | None:
