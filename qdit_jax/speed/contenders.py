@@ -213,7 +213,7 @@ def recipe_named(text: str, group_size: int | None = None) -> Recipe:
         return Recipe.from_json(text)
     if match := GROUPED.fullmatch(text):
         text, group_size = match[1], int(match[2])
-    return Recipe.preset(text, **({} if group_size is None else {"group_size": group_size}))
+    return Recipe.preset(text) if group_size is None else Recipe.preset(text, group_size=group_size)
 
 
 def check_known(numerics: Iterable[str], implementations: Iterable[str]) -> None:
