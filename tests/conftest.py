@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import pytest
 from golden_files import GOLDEN_FOLDERS, IN_SHARED_ALONE, SHARED
 from jaxtyping import install_import_hook
 
 install_import_hook(["qdit_jax", "qdit_convert"], "beartype.beartype")
+
+MAPS = Path("/proc/self/maps")
+# Linux allows a process 65,530 maps of memory; each compiled program holds a few, and LLVM dies without.
+MOST_MAPS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs() -> Iterator[None]:
+    """Lets compiled programs go after a module, where there are very many."""
+    yield
+    if MAPS.exists() and len(MAPS.read_bytes().splitlines()) > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ the least sum of these errors is found exactly, and measured beside neighbors an
 the most bits throughout, from the same noise.
 
 Writes to OUT: recipe.json (the checkpoint's, with the schedule), schedule.png (the error of every
-step, the schedule, and what was measured), history.json, and state/ (after an interruption, run the
+step, the schedule, and what was measured), history.json, and steps/ (after an interruption, run the
 same command again to resume). --write saves the checkpoint with the schedule as well.
 
 Bits by hand, at steps by number, are `qdit quantize --steps-at`.

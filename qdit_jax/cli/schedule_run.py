@@ -56,8 +56,8 @@ def found_schedule(
                 "alone would undo; give a checkpoint whose weights do not."
             )
         checkpoint = schedule_act_bits(checkpoint, None)  # another one is to be found
-    if any((folder / "state").glob("[0-9]*")):
-        logging.getLogger("qdit_jax").info("resuming from %s", folder / "state")
+    if any((folder / "steps").glob("[0-9]*")):
+        logging.getLogger("qdit_jax").info("resuming from %s", folder / "steps")
     rollouts = Rollouts(
         num_steps=num_steps,
         guidance=guidance_of(checkpoint, guidance),
@@ -71,7 +71,7 @@ def found_schedule(
             mean_bits=mean_bits,
             act_bits=act_bits,
             rollouts=rollouts,
-            state=folder / "state",
+            state=folder / "steps",
             on_total=bar.expect,
             progress_fn=bar.update,
         )

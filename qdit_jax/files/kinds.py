@@ -138,14 +138,30 @@ def is_export(path: AnyPath) -> bool:
 
 
 def has_states(path: AnyPath) -> bool:
-    """Returns whether a folder holds numbered states of a search, maybe half-written ones."""
-    state = path / "state"
-    if not state.is_dir():
+    """Returns whether a folder holds what a search keeps in `state`: its own states, and its fits."""
+    return are_states(path / "state", "fits")
+
+
+def has_steps(path: AnyPath) -> bool:
+    """Returns whether a folder holds what `qdit schedule` keeps in `steps`."""
+    return are_states(path / "steps")
+
+
+def are_states(folder: AnyPath, inner: str | None = None) -> bool:
+    """Returns whether a folder holds numbered states and nothing else, maybe half-written ones.
+
+    `inner` is the name of a folder of the same kind that may lie beside them.
+    """
+    if not folder.is_dir():
         return False
-    names = [entry.name for entry in state.iterdir()]
+    names = [entry.name for entry in folder.iterdir()]
+    if inner in names:
+        names.remove(inner)
+        if not are_states(folder / inner):
+            return False
     whole = [name for name in names if re.fullmatch(r"\d+", name)]
     half = [name for name in names if re.fullmatch(r"\d+\.orbax-checkpoint-tmp.*", name)]
-    is_ours = all((state / name / "settings").is_dir() for name in whole)
+    is_ours = all((folder / name / "settings").is_dir() for name in whole)
     return is_ours and len(whole) + len(half) == len(names)
 
 
@@ -171,8 +187,8 @@ KINDS = {
     ),
     "schedule": Kind(
         "a schedule of bits",
-        any_of(has_states, inside("history.json", json_with("schedule"))),
-        r"recipe\.json|history\.json|schedule\.png|state",
+        any_of(has_steps, inside("history.json", json_with("schedule"))),
+        r"recipe\.json|history\.json|schedule\.png|steps",
     ),
     "evaluation": Kind(
         "an evaluation",

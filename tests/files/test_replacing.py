@@ -31,6 +31,18 @@ def make_search(folder):
     return folder
 
 
+def make_schedule(folder):
+    (folder / "steps/3/settings").mkdir(parents=True)
+    (folder / "history.json").write_text(json.dumps({"schedule": []}))
+    return folder
+
+
+def make_bench(folder):
+    folder.mkdir()
+    (folder / "bench.json").write_text(json.dumps({"settings": {}, "entries": {}}))
+    return folder
+
+
 def make_evaluation(folder):
     (folder / "shards").mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps({"num_samples": 4, "seed": 0}))
@@ -111,6 +123,8 @@ def make_foreign_json(path):
 MAKERS = {
     "checkpoint": make_checkpoint,
     "search": make_search,
+    "schedule": make_schedule,
+    "bench": make_bench,
     "evaluation": make_evaluation,
     "demonstration": make_demonstration,
     "export": make_export,
@@ -141,6 +155,23 @@ def test_a_thing_gives_way_to_its_own_kind_alone(tmp_path, kind, there):
         return
     with pytest.raises(UserError, match="only such is replaced"):
         check_free(path, True, kind)
+
+
+@pytest.mark.parametrize(("kind", "state"), [("search", "state"), ("schedule", "steps")])
+def test_what_an_unfinished_one_keeps_is_its_own(tmp_path, kind, state):
+    out = tmp_path / "out"
+    (out / state / "2/settings").mkdir(parents=True)
+    (out / state / "3.orbax-checkpoint-tmp-1").mkdir()
+    check_free(out, True, kind)
+    for other in {"search", "schedule"} - {kind}:
+        with pytest.raises(UserError, match="only such is replaced"):
+            check_free(out, True, other)
+    (out / state / "fits/1/settings").mkdir(parents=True)
+    if kind == "search":
+        check_free(out, True, kind)  # fits of a search with transforms
+    (out / state / "fits/notes").mkdir()
+    with pytest.raises(UserError, match="only such is replaced"):
+        check_free(out, True, kind)
 
 
 @pytest.mark.parametrize("kind", MAKERS)
