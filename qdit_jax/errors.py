@@ -10,7 +10,18 @@ from typing import SupportsIndex
 
 
 class UserError(ValueError):
-    """A bad input that the user can correct; the message names it and says how."""
+    """A bad input that the user can correct; the message names it and says how.
+
+    Names from a file may hold anything: what cannot be printed in a line is escaped.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message)))
+
+
+def one_line(text: str) -> str:
+    """Returns text with line ends and other characters that cannot be printed escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def check_counts(least: int = 1, **named: object) -> None:

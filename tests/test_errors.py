@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 
-from qdit_jax.errors import check_counts, check_finite, check_pattern
+from qdit_jax.errors import UserError, check_counts, check_finite, check_pattern
 
 
 def test_counts_name_the_first_that_is_wrong():
@@ -34,3 +36,9 @@ def test_patterns_name_the_argument_and_what_re_says():
         check_pattern("hessians", "(")
     with pytest.raises(TypeError, match="layers=3 is not supported; use a regular expression"):
         check_pattern("layers", 3)
+
+
+def test_a_message_is_one_line_whatever_a_file_calls_its_parts():
+    error = UserError("the storage model/data/\n\x00\u2028 is missing from é.pt.")
+    assert str(error) == "the storage model/data/\\n\\x00\\u2028 is missing from é.pt."
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
