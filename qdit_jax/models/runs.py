@@ -20,7 +20,7 @@ from qdit_jax.quant import ActQuant
 from qdit_jax.types import Params
 
 RUNS = "block_runs"  # the entry's name in a parameter tree
-# On CPU a scanned block takes about a tenth longer, for copies of its weights.
+# Fewer are compiled one by one: a scanned block copies its weights on CPU.
 LEAST = 8
 NUMBERED = re.compile(r"(.+)_(\d+)")
 
