@@ -85,7 +85,11 @@ def main() -> None:
         for program in programs(is_tpu, args.batches):
             name = f"{kind} {program.name}"
             if args.only in name and name not in kept:
-                kept[name] = {"target": kind, **compiled(program, sharding), "made": made()}
+                kept[name] = {
+                    "target": kind,
+                    **compiled(program, sharding),
+                    "made": versions_and_date(),
+                }
                 print(name, {k: v for k, v in kept[name].items() if k != "made"}, flush=True)
                 file.write_text(
                     json.dumps({"note": "compiled, not run", "programs": kept}, indent=1)
@@ -190,7 +194,7 @@ def cycles(text: str) -> int | None:
     return sum(map(int, found)) if found else None
 
 
-def made() -> dict[str, str]:
+def versions_and_date() -> dict[str, str]:
     """Returns the date and the versions of what compiled."""
     versions = {"date": date.today().isoformat()}
     for package in ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin"):

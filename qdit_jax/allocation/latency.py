@@ -71,7 +71,7 @@ class Latency:
         numerics: what was computed.
         step_ms: of a whole step in full precision.
         layers: the times.
-        made: date, versions and device.
+        provenance: date, versions and device.
         source: what messages call it.
     """
 
@@ -80,7 +80,7 @@ class Latency:
     numerics: str
     step_ms: float
     layers: tuple[LayerTime, ...]
-    made: Mapping[str, str]
+    provenance: Mapping[str, str]
     source: str = "the latency table"
 
     def __post_init__(self) -> None:
@@ -123,7 +123,7 @@ class Latency:
 
     def device_note(self) -> str | None:
         """Returns a sentence if this machine has another device than the one measured on."""
-        measured, here = self.made["device"].partition(" x ")[2], this_device()
+        measured, here = self.provenance["device"].partition(" x ")[2], this_device()
         if measured == here:
             return None
         return (
@@ -139,7 +139,7 @@ class Latency:
             "numerics": self.numerics,
             "step_ms": self.step_ms,
             "remainder_ms": self.remainder(space),
-            "made": dict(self.made),
+            "provenance": dict(self.provenance),
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -187,7 +187,7 @@ class Latency:
             found = cls(**rest, layers=layers, source=source)
             numbers = [found.step_ms, *(ms for layer in layers for ms in (layer.ms, layer.call_ms))]
             wrong = [ms for ms in numbers if not (math.isfinite(ms) and ms >= 0)]
-            found.made["device"]
+            found.provenance["device"]
         except (TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{source} is not a whole latency table: {error}.") from error
         if wrong:

@@ -29,8 +29,8 @@ def bench_lines(found: Bench) -> list[str]:
             * bool(cached)
         ),
         f"one step of the sampler, {guided}: medians of {rounds} rounds in turn with "
-        f"{found.baseline}, 95% intervals of the median, on {found.made['device']}, jax "
-        f"{found.made['jax']}",
+        f"{found.baseline}, 95% intervals of the median, on {found.provenance['device']}, jax "
+        f"{found.provenance['jax']}",
     ]
 
 
@@ -97,7 +97,7 @@ def latency_lines(found: Latency) -> list[str]:
     return [
         *aligned(lines),
         f"{found.numerics}, batch {found.batch}, {found.inputs} network inputs per step, on "
-        f"{found.made['device']}, jax {found.made['jax']}",
+        f"{found.provenance['device']}, jax {found.provenance['jax']}",
     ]
 
 

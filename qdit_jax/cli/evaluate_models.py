@@ -100,7 +100,7 @@ class Comparison:
             "clip": process.clip,
         }
         if (text := process.scheduler_text(first)) is not None:
-            record["walk"] = text
+            record["scheduler"] = text
             print(text)
         return Protocol(
             sampler,

@@ -287,7 +287,7 @@ def summary(result: SearchResult) -> str:
         lines.append(
             f"a step of batch {times['batch']}: {cost:.4g} ms of these layers and "
             f"{times['remainder_ms']:.4g} ms that no choice changes, measured on "
-            f"{times['made']['device']}"
+            f"{times['provenance']['device']}"
         )
     if "rank_correlation" in report:
         found = report["rank_correlation"]

@@ -30,14 +30,14 @@ def write_summary(
     path: AnyPath, content: Mapping[str, Any], pictures: Mapping[str, np.ndarray]
 ) -> None:
     """Writes the self-contained page: what ran, pictures, figures; `content` is metrics.json's."""
-    settings, made, models = (content[name] for name in ("settings", "made", "models"))
+    settings, facts, models = (content[name] for name in ("settings", "made", "models"))
     parts = [
         report.paragraph(
             f"{settings['num_samples']} samples per model, {settings['num_steps']} DDIM steps, "
             f"guidance {settings['guidance']:g}, {settings['numerics']} numerics "
             f"in {settings['dtype']}, the same noise "
-            f"and labels for all, seed {settings['seed']}. Run on {made['device']}; "
-            f"{report.provenance_text(made)}."
+            f"and labels for all, seed {settings['seed']}. Run on {facts['device']}; "
+            f"{report.provenance_text(facts)}."
         ),
         report.heading("The same noise and labels"),
         *(

@@ -25,7 +25,7 @@ from qdit_jax.files import GENERATOR, AnyPath, PathLike, is_remote, replaced_fil
 RUN_FILE = "run.json"
 SHARDS = "shards"
 SAMPLES = ("/images", "/latents")  # ends of the names of a shard's large arrays
-EARLIER_NAMES = {"execution": "numerics"}  # of settings in RUN_FILE
+EARLIER_NAMES = {"execution": "numerics", "walk": "scheduler"}  # of settings in RUN_FILE
 DAMAGE = (zipfile.BadZipFile, OSError, ValueError, KeyError, EOFError)
 
 

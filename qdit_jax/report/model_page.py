@@ -116,14 +116,14 @@ def check_report_folder(
         check_free(out / name, overwrite, kind)
 
 
-def protocol_text(protocol: Mapping[str, Any], stats: Stats, made: Mapping[str, str]) -> str:
+def protocol_text(protocol: Mapping[str, Any], stats: Stats, facts: Mapping[str, str]) -> str:
     halves = "conditions cycled"
     if "null" in stats.halves:
         halves += " and the null condition"
     told = ", ".join(f"{name} {value}" for name, value in protocol.items())
     return (
         f"Inputs recorded while sampling: {told}; {len(stats.timesteps)} timesteps, {halves}. "
-        f"Run on {made['device']}; {provenance_text(made)}."
+        f"Run on {facts['device']}; {provenance_text(facts)}."
     )
 
 

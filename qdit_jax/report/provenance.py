@@ -24,7 +24,7 @@ def provenance() -> dict[str, str]:
     }
 
 
-def provenance_text(made: Mapping[str, str]) -> str:
+def provenance_text(facts: Mapping[str, str]) -> str:
     """Returns date and versions in one line; the device stands beside the timings."""
     names = ("qdit_jax", "jax", "python")
-    return f"{made['date']}, " + ", ".join(f"{name} {made[name]}" for name in names)
+    return f"{facts['date']}, " + ", ".join(f"{name} {facts[name]}" for name in names)

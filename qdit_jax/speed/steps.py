@@ -101,13 +101,13 @@ class Bench:
         rows: by batch size, the baseline first.
         baseline: the title of what the ratios are to.
         settings: how it was measured, in JSON's types.
-        made: date, versions and device.
+        provenance: date, versions and device.
     """
 
     rows: list[Row]
     baseline: str
     settings: dict[str, Any]
-    made: dict[str, str]
+    provenance: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """Returns everything in JSON's types."""
@@ -215,7 +215,7 @@ def settings_of(
     entrants: Sequence[Contender], guidance: object, num_rounds: int, seed: int
 ) -> dict[str, Any]:
     """Returns all that determines the measurements, beside what the entries' names say."""
-    made = provenance()
+    facts = provenance()
     networks = {id(c.checkpoint): (c.checkpoint.model, c.checkpoint.params) for c in entrants}
     return fingerprint(
         network=digest(list(networks.values())),
@@ -223,7 +223,7 @@ def settings_of(
         num_rounds=num_rounds,
         seed=seed,
         machine=platform.node(),
-        **{name: made[name] for name in ("device", "jax", "qdit_jax")},
+        **{name: facts[name] for name in ("device", "jax", "qdit_jax")},
     )
 
 

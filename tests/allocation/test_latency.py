@@ -106,7 +106,9 @@ def test_a_name_says_all_that_time_may_depend_on():
 
 def test_another_device_is_said(space):
     assert table_of(space, by_segments).device_note() is None
-    other = dataclasses.replace(table_of(space, by_segments), made={"device": "1 x tpu (v5e, x)"})
+    other = dataclasses.replace(
+        table_of(space, by_segments), provenance={"device": "1 x tpu (v5e, x)"}
+    )
     assert "measured on tpu (v5e, x) and this machine has" in other.device_note()
 
 
@@ -118,7 +120,7 @@ def test_another_device_is_said(space):
         (lambda data: data | {"latency_version": 9}, "latency_version=9"),
         (lambda data: data | {"speed": 1}, "not a whole latency table.*speed"),
         (lambda data: data | {"layers": [{"rows": 1}]}, "not a whole latency table"),
-        (lambda data: data | {"made": {}}, "not a whole latency table: 'device'"),
+        (lambda data: data | {"provenance": {}}, "not a whole latency table: 'device'"),
         (lambda data: data | {"step_ms": -1.0}, "holds a time of -1.0 ms"),
         (lambda data: data | {"layers": data["layers"][:1] * 2}, "twice; measure it again"),
         (lambda data: data | {"layers": [data["layers"][0] | {"ms": float("nan")}]}, "of nan ms"),

@@ -16,19 +16,19 @@ def begun(folder, text):
     (folder / RUN_FILE).write_text(text)
 
 
-STORED = {"seed": 0, "execution": "integer", "batch_size": 4}
+STORED = {"seed": 0, "execution": "integer", "walk": "flow", "batch_size": 4}
 
 
 def test_a_run_with_the_earlier_name_goes_on(tmp_path):
     begun(tmp_path, json.dumps(STORED))
-    settings = {"seed": 0, "numerics": "integer", "batch_size": None}
+    settings = {"seed": 0, "numerics": "integer", "scheduler": "flow", "batch_size": None}
     found = open_run(tmp_path, settings, {"batch_size": 2})
-    assert found == {"seed": 0, "numerics": "integer", "batch_size": 4}
+    assert found == {"seed": 0, "numerics": "integer", "scheduler": "flow", "batch_size": 4}
 
 
 def test_other_settings_are_still_refused(tmp_path):
     begun(tmp_path, json.dumps(STORED))
-    settings = {"seed": 0, "numerics": "simulated", "batch_size": 4}
+    settings = {"seed": 0, "numerics": "simulated", "scheduler": "flow", "batch_size": 4}
     with pytest.raises(UserError, match="numerics integer, not simulated"):
         open_run(tmp_path, settings, {})
 
