@@ -23,8 +23,9 @@ from qdit_jax.models import (
     TimestepEmbedder,
     example_inputs,
 )
-from qdit_jax.models.layers import Attention, Mlp, layer_norm, modulate
+from qdit_jax.models.layers import Attention, Mlp, modulate
 from qdit_jax.models.linear import stored
+from qdit_jax.models.norms import layer_norm
 
 NORMAL = nn.initializers.normal(0.2)
 

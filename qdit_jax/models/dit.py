@@ -23,11 +23,11 @@ from qdit_jax.models.layers import (
     Mlp,
     PatchEmbed,
     TimestepEmbedder,
-    layer_norm,
     modulate,
     sincos_positions,
 )
 from qdit_jax.models.linear import Layers, NetworkModule, stored
+from qdit_jax.models.norms import layer_norm
 from qdit_jax.models.runs import apply_blocks
 from qdit_jax.types import Condition, Params
 

@@ -53,26 +53,44 @@ class TimestepEmbedder(nn.Module):
     hidden_size: int
     frequency_shift: int = 0
     layers: Layers = Layers()
+    width: int = 256
 
     @nn.compact
-    def __call__(self, timestep: Num[Array, " B"]) -> Float[Array, "B D"]:
-        init = nn.initializers.normal(0.02)
-        hidden = timestep_features(timestep, frequency_shift=self.frequency_shift)
-        hidden = self.layers.linear(self.hidden_size, init, name="mlp_0")(hidden)
-        second = self.layers.linear(self.hidden_size, init, wide_output=True, name="mlp_2")
-        return second(nn.silu(hidden))
+    def __call__(self, timestep: Num[Array, "*batch"]) -> Float[Array, "*batch D"]:
+        features = timestep_features(timestep, self.width, self.frequency_shift)
+        return silu_mlp(features, self.hidden_size, self.layers)
+
+
+class VectorEmbedder(nn.Module):
+    """Returns the conditioning vector of a vector, through a two-layer MLP with SiLU."""
+
+    hidden_size: int
+    layers: Layers = Layers()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch K"]) -> Float[Array, "*batch D"]:
+        return silu_mlp(x, self.hidden_size, self.layers)
+
+
+def silu_mlp(
+    x: Float[Array, "*batch K"], hidden_size: int, layers: Layers
+) -> Float[Array, "*batch D"]:
+    """Returns `mlp_2(silu(mlp_0(x)))`; the layers belong to the module that calls."""
+    init = nn.initializers.normal(0.02)
+    hidden = layers.linear(hidden_size, init, name="mlp_0")(x)
+    return layers.linear(hidden_size, init, wide_output=True, name="mlp_2")(nn.silu(hidden))
 
 
 def timestep_features(
-    timestep: Num[Array, " B"], width: int = 256, frequency_shift: int = 0
-) -> Float[Array, "B width"]:
+    timestep: Num[Array, "*batch"], width: int = 256, frequency_shift: int = 0
+) -> Float[Array, "*batch width"]:
     """Returns sinusoidal features, cosines first, with frequencies `1e4 ** (-i / (width/2 - shift))`.
 
     `frequency_shift` is 0 in the published DiT and 1 in the diffusers port.
     """
     half = width // 2
     exponent = -math.log(10_000) * np.arange(half, dtype=np.float32) / (half - frequency_shift)
-    angles = timestep.astype(jnp.float32)[:, None] * jnp.exp(jnp.asarray(exponent))
+    angles = timestep.astype(jnp.float32)[..., None] * jnp.exp(jnp.asarray(exponent))
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -152,23 +170,22 @@ class Attention(AttentionModule):
 
 
 class Mlp(nn.Module):
-    """Returns `fc2(gelu(fc1(x)))` with the tanh form of GELU."""
+    """Returns `fc2(gelu(fc1(x)))` with the tanh form of GELU.
+
+    `features` are the output's channels, by default the input's. `wide_output` as in `Linear`.
+    """
 
     hidden_size: int
     layers: Layers = Layers()
+    features: int | None = None
+    wide_output: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch N"]:
         hidden = nn.gelu(self.layers.linear(self.hidden_size, name="fc1")(x), approximate=True)
-        return self.layers.linear(x.shape[-1], name="fc2")(hidden)
-
-
-def layer_norm(x: Float[Array, "B T D"], eps: float = 1e-6) -> Float[Array, "B T D"]:
-    """Returns `x` normalized over its last axis, without affine parameters; float32 or wider."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean = x.mean(-1, keepdims=True)
-    variance = jnp.square(x - mean).mean(-1, keepdims=True)
-    return (x - mean) * jax.lax.rsqrt(variance + eps)
+        features = self.features or x.shape[-1]
+        second = self.layers.linear(features, wide_output=self.wide_output, name="fc2")
+        return second(hidden)
 
 
 def modulate(
