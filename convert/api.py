@@ -14,7 +14,7 @@ import numpy as np
 from qdit_convert.dit import Choices
 from qdit_convert.families import Layout, check_options, find_layout
 from qdit_convert.folders import is_pipeline, read_config, read_pipeline
-from qdit_convert.hub import is_hub_id, source
+from qdit_convert.hub import source
 from qdit_convert.names import select_network
 from qdit_convert.plan import Leaf, Params, Plan, build_params, check_plan, same
 from qdit_convert.readers import open_weights
@@ -22,6 +22,7 @@ from qdit_convert.tensors import StateDict, about, bfloat16
 from qdit_convert.wrappers import RAW
 from qdit_jax.diffusion import check_fit, read_scheduler
 from qdit_jax.errors import UserError
+from qdit_jax.files import is_hub_id
 
 if TYPE_CHECKING:
     from qdit_jax.checkpoint import Checkpoint

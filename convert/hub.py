@@ -1,100 +1,23 @@
-"""Checkpoints of the Hugging Face hub by their id: only the files that a conversion reads.
-
-`huggingface_hub` downloads, resumes, caches and takes the token from the environment (`HF_TOKEN`); it
-is imported here alone, the extra `[hub]`.
-"""
+"""Which files of a repository of the Hugging Face hub a conversion reads."""
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 from qdit_convert.folders import PIPELINE_INDEX
 from qdit_convert.readers import SHARD, SUFFIXES, usual_names
 from qdit_convert.tensors import listing
 from qdit_jax.errors import UserError
-from qdit_jax.files import local_copy
+from qdit_jax.files import HubId, PathLike, downloaded, is_hub_id, local_copy
 
-PREFIX = "hf:"
-ID = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/]+))?(/(?P<inside>.+?)/?)?")
 # The parts of a pipeline whose weights are read; of others nothing is.
 PARTS = ("transformer", "transformer_2", "vae")
 CONFIG = "config.json"
 
 
-class HubId(NamedTuple):
-    """What `hf:OWNER/NAME[@REVISION][/PATH]` says."""
-
-    repo: str
-    revision: str | None
-    inside: str
-
-
-def is_hub_id(src: str | os.PathLike) -> bool:
-    """Returns whether `src` is `hf:OWNER/NAME...`; `hf://` is a URL of a file system."""
-    text = os.fspath(src)
-    return text.startswith(PREFIX) and not text.startswith(f"{PREFIX}/") and not Path(text).exists()
-
-
-def parse(src: str | os.PathLike) -> HubId:
-    """Returns the parts of an id.
-
-    Raises:
-        UserError: if it is none.
-    """
-    found = ID.fullmatch(os.fspath(src))
-    if found is None:
-        raise UserError(
-            f"{src} is no id of the hub; write hf:OWNER/NAME, hf:OWNER/NAME@REVISION or "
-            "hf:OWNER/NAME/FILE."
-        )
-    return HubId(found["repo"], found["revision"], found["inside"] or "")
-
-
-def downloaded(src: str | os.PathLike) -> tuple[Path, str]:
-    """Returns the local file or folder of an id, downloaded where it is not cached, and its commit.
-
-    Raises:
-        UserError: if the package is missing, the hub does not have it or does not give it, or it is
-            not clear which of its files to read.
-    """
-    wanted = parse(src)
-    try:
-        import huggingface_hub as hub
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    except ImportError:
-        raise UserError(
-            f"{src} needs the package huggingface_hub: pip install 'qdit-jax[hub]', or "
-            "pip install huggingface_hub."
-        ) from None
-    try:
-        info = hub.HfApi().model_info(wanted.repo, revision=wanted.revision)
-        files = chosen_files([found.rfilename for found in info.siblings or ()], wanted, src)
-        folder = Path(
-            hub.snapshot_download(wanted.repo, revision=info.sha, allow_patterns=list(files))
-        )
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", "no")
-        raise UserError(
-            f"{src}: the hub answers {status} ({first_line(error)}). Check the name and the revision; "
-            "a private or gated repository needs HF_TOKEN."
-        ) from None
-    except (LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{src}: the hub cannot be reached ({first_line(error)}).") from None
-    single = [name for name in files if name.endswith(SUFFIXES)]
-    is_file = wanted.inside in files or (len(files) == 1 and len(single) == 1)
-    return folder / (single[0] if is_file else wanted.inside), f"{wanted.repo}@{info.sha}"
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-
-
-def chosen_files(names: Iterable[str], wanted: HubId, src: str | os.PathLike = "") -> list[str]:
+def chosen_files(names: Sequence[str], wanted: HubId) -> list[str]:
     """Returns which files of a repository a conversion reads.
 
     Of a pipeline, its settings and the weights of its transformers and its autoencoder; of a network's
@@ -103,7 +26,7 @@ def chosen_files(names: Iterable[str], wanted: HubId, src: str | os.PathLike = "
     Raises:
         UserError: if there are none, or several.
     """
-    names = sorted(names)
+    src = f"hf:{wanted.repo}"
     if wanted.inside in names:
         beside = str(PurePosixPath(wanted.inside).parent / CONFIG)
         shards = shards_of(wanted.inside, names) if ".index" in wanted.inside else []
@@ -162,10 +85,10 @@ def shards_of(index: str, names: Iterable[str]) -> list[str]:
 
 
 @contextmanager
-def source(src: str | os.PathLike) -> Iterator[tuple[Path, str | None]]:
+def source(src: PathLike) -> Iterator[tuple[Path, str | None]]:
     """Yields the local file or folder of a path, a URL or an id, and the commit of an id."""
     if is_hub_id(src):
-        yield downloaded(src)
+        yield downloaded(src, chosen_files)
         return
     with local_copy(src) as local:
         yield local, None

@@ -9,6 +9,7 @@ from qdit_jax.report.media import (
     side_by_side,
     to_uint8,
 )
+from qdit_jax.report.model_card import model_card
 from qdit_jax.report.model_page import check_report_folder, write_model_report
 from qdit_jax.report.model_stats import (
     GROUP_SIZE,
@@ -31,6 +32,7 @@ __all__ = [
     "image_grid",
     "input_ranges",
     "kernel_of",
+    "model_card",
     "paragraph",
     "part_of",
     "picture",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -20,7 +21,7 @@ def entry(folder: Path, name: str) -> dict[str, object]:
     return {"type": "file", "path": name, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
 
 
-def handler_of(repositories: dict[str, Path], asked: list[str], token: str | None):
+def handler_of(repositories: dict[str, Path], asked: list[str], token: str | None, store: Path):
     """Returns the class that answers for folders by their names."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -63,6 +64,37 @@ def handler_of(repositories: dict[str, Path], asked: list[str], token: str | Non
             headers = {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
             return self.respond(200, body, headers, send=send)
 
+        def do_POST(self):
+            """Creates a repository, or takes a commit whose files are in its text."""
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            path = unquote(urlparse(self.path).path).strip("/")
+            if self.headers.get("Authorization") != f"Bearer {token}":
+                return self.respond(401, b"{}", {}, send=True)
+            kind = {"Content-Type": "application/json"}
+            if path == "api/repos/create":
+                found = json.loads(body)
+                name = f"{found.get('organization') or 'someone'}/{found['name']}"
+                repositories[name] = store / name
+                answer: dict[str, object] = {"url": f"http://{self.headers['Host']}/{name}"}
+            elif path == "api/validate-yaml":
+                answer = {"errors": [], "warnings": []}
+            elif "/preupload/" in path:
+                files = json.loads(body)["files"]
+                kept = {"uploadMode": "regular", "shouldIgnore": False}
+                answer = {"files": [{"path": f["path"], **kept} for f in files]}
+            else:
+                name = "/".join(path.split("/")[2:4])
+                for line in map(json.loads, body.decode().splitlines()):
+                    if line["key"] == "file":
+                        file = repositories[name] / line["value"]["path"]
+                        file.parent.mkdir(parents=True, exist_ok=True)
+                        file.write_bytes(base64.b64decode(line["value"]["content"]))
+                answer = {
+                    "commitUrl": f"http://{self.headers['Host']}/{name}/commit/{COMMIT}",
+                    "commitOid": COMMIT,
+                }
+            self.respond(200, json.dumps(answer).encode(), kind, send=True)
+
         def do_GET(self):
             self.answer(send=True)
 
@@ -74,11 +106,14 @@ def handler_of(repositories: dict[str, Path], asked: list[str], token: str | Non
 
 @contextmanager
 def serving(
-    repositories: dict[str, Path], token: str | None = None
+    repositories: dict[str, Path], token: str | None = None, store: Path = Path()
 ) -> Iterator[tuple[str, list[str]]]:
-    """Yields the address of a server of these folders, and the list of files that it is asked for."""
+    """Yields the address of a server of these folders, and the list of files that it is asked for.
+
+    Repositories that are created lie in `store`.
+    """
     asked: list[str] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(repositories, asked, token))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(repositories, asked, token, store))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
