@@ -9,6 +9,7 @@ from typing import Any
 
 from qdit_convert.diffusers_dit import CLASS_NAMES, diffusers_example, diffusers_plan
 from qdit_convert.dit import PROJECTORS, Choices, facebook_example, facebook_plan, sit_example
+from qdit_convert.i3d import i3d_example, i3d_plan
 from qdit_convert.inception import inception_example, inception_plan
 from qdit_convert.plan import Example, Plan
 from qdit_convert.tensors import StateDict, listing
@@ -161,6 +162,14 @@ LAYOUTS = (
         re.compile(r"fc\.|(Conv2d_\d\w_\dx\d|Mixed_\d\w\.branch\w+)\.(conv|bn)\."),
         lambda state, *_: inception_plan(state),
         example=inception_example,
+    ),
+    Layout(
+        "i3d",
+        "I3D for FVD",
+        ("i3d",),
+        re.compile(r"logits\.conv3d\.|(Conv3d_\d\w_\dx\d|Mixed_\d\w\.b\d\w?)\.(conv3d|bn)\."),
+        lambda state, *_: i3d_plan(state),
+        example=i3d_example,
     ),
 )
 # One row for each set of names.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # help is printed without them
 
 DESCRIPTION = """\
 Convert PyTorch weights to a checkpoint, a folder that every other verb reads. Networks: DiT, SiT,
-AutoencoderKL, a whole DiTPipeline, or the InceptionV3 of FID. PyTorch is not needed.
+AutoencoderKL, a whole DiTPipeline, the InceptionV3 of FID, or the I3D of FVD. PyTorch is not needed.
 """
 EPILOG = """
 SRC may be
@@ -83,7 +83,7 @@ def add_network(parser: argparse.ArgumentParser) -> None:
     """Adds the options for what the weights alone do not tell about the network."""
     parser.add_argument(
         "--family",
-        choices=("dit", "sit", "vae", "inception"),
+        choices=("dit", "sit", "vae", "inception", "i3d"),
         help="the kind of network; needed for sit, whose tensors are named like dit's",
     )
     parser.add_argument(

@@ -44,7 +44,8 @@ examples:
       --out metrics.json --pictures compare.png
 
 Make inception_ckpt with `qdit convert pt_inception-2015-12-05-6726825d.pth inception_ckpt`.
-Only Inception's features give scores called FID, sFID, Inception Score and KID.
+Only Inception's features give scores called FID, sFID, Inception Score and KID, only I3D's FVD; videos are
+uint8 [N, T, H, W, C] in arr_0.
 """
 # Options of one way to call the verb, None where they are not given; the other way refuses them.
 OF_CHECKPOINTS = (
@@ -120,9 +121,9 @@ def add_score_options(add: AddArgument) -> None:
         "--features",
         nargs="+",
         default=OF_SCORES["features"],
-        metavar=("demo|inception", "CKPT"),
-        help="the feature network: `demo` (of digits, the default), or `inception` and its "
-        "converted checkpoint",
+        metavar=("demo|inception|i3d", "CKPT"),
+        help="the feature network: `demo` (of digits, the default), or `inception`, or for videos "
+        "`i3d`, and its converted checkpoint",
     )
     add(
         "--preprocessing",
@@ -213,7 +214,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name in others:
         if options[name] is not None:
             raise UserError(f"--{name.replace('_', '-')} is an option of evaluating {kind}.")
-    if options["features"][0] == "demo":
+    if options["features"][0] in ("demo", "i3d"):
         reason = "it is of Inception's input: --features inception"
         refuse_inert(options, {"preprocessing": "published"}, reason)
     if options["compare"] is not None and options["against"] is None:

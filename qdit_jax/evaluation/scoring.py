@@ -13,13 +13,15 @@ from qdit_jax import metrics
 from qdit_jax.checkpoint import load
 from qdit_jax.errors import UserError
 from qdit_jax.files import AnyPath, PathLike, as_path
-from qdit_jax.metrics import DEMO_FEATURES, INCEPTION_FEATURES
+from qdit_jax.metrics import DEMO_FEATURES, I3D_FEATURES, INCEPTION_FEATURES
 from qdit_jax.models import (
     DEMO_STATISTICS,
+    I3D,
     FeaturesFn,
     InceptionV3,
     asset,
     demo_features_fn,
+    i3d_features_fn,
     inception_features_fn,
 )
 
@@ -29,6 +31,13 @@ ERRORS = {
     "frechet_distance_infinity": "frechet_distance_infinity_error",
     "inception_score": "inception_score_std",
     "kernel_distance": "kernel_distance_error",
+}
+
+
+# The feature networks that are brought, and the usual names of their files.
+NETWORKS = {
+    INCEPTION_FEATURES: (InceptionV3, "pt_inception-2015-12-05-6726825d.pth"),
+    I3D_FEATURES: (I3D, "i3d_pretrained_400.pt"),
 }
 
 
@@ -43,7 +52,8 @@ class Scoring:
 
     Attributes:
         reference: an `.npz` of images or statistics, or `"demo"`, the packaged one of digits.
-        features: `("demo",)`, or `("inception", CKPT)` with the folder of a converted checkpoint.
+        features: `("demo",)`, or `("inception", CKPT)` or `("i3d", CKPT)`, of videos, with the folder
+            of a converted checkpoint.
         preprocessing: how Inception's input is prepared: `"published"` as in the published
             TensorFlow graph, `"port"` as in its common PyTorch port.
         settings: of the scores.
@@ -125,10 +135,14 @@ def reference_path(reference: PathLike) -> AnyPath:
 def check_features(features: Sequence[str]) -> None:
     """Raises `UserError` if `features` names no feature network."""
     kind, *rest = features
-    if kind not in (DEMO_FEATURES, INCEPTION_FEATURES):
-        raise UserError(f"--features {kind} is unknown; use `demo`, or `inception CKPT`.")
-    if len(rest) != (kind == INCEPTION_FEATURES):
-        raise UserError("--features takes `demo` alone, or `inception` and one checkpoint folder.")
+    if kind not in (DEMO_FEATURES, *NETWORKS):
+        raise UserError(
+            f"--features {kind} is unknown; use `demo`, `inception CKPT` or, for videos, `i3d CKPT`."
+        )
+    if len(rest) != (kind in NETWORKS):
+        raise UserError(
+            "--features takes `demo` alone, or `inception` or `i3d` and one checkpoint folder."
+        )
 
 
 def named_features(
@@ -138,25 +152,28 @@ def named_features(
     check_features(features)
     if features[0] == DEMO_FEATURES:
         return demo_features_fn(), DEMO_FEATURES
-    folder = features[1]
+    kind, folder = features
     checkpoint = load(folder)
-    if not isinstance(checkpoint.model, InceptionV3):
+    network, file = NETWORKS[kind]
+    if not isinstance(checkpoint.model, network):
         raise UserError(
-            f"{folder} holds a {type(checkpoint.model).__name__}, not the Inception network; make "
-            "one with `qdit convert pt_inception-2015-12-05-6726825d.pth OUT`."
+            f"{folder} holds a {type(checkpoint.model).__name__}, not {network.__name__}; make one "
+            f"with `qdit convert {file} OUT`."
         )
-    half_pixel = preprocessing == "port"
-    return inception_features_fn(checkpoint.params, half_pixel=half_pixel), INCEPTION_FEATURES
+    if kind == I3D_FEATURES:
+        return i3d_features_fn(checkpoint.params), kind
+    return inception_features_fn(checkpoint.params, half_pixel=preprocessing == "port"), kind
 
 
 def check_sizes(
     samples: tuple[int, ...], reference: tuple[int, ...], name: str, reference_name: PathLike
 ) -> None:
     """Raises `UserError` if samples and reference images differ in size."""
-    if samples[1:3] != reference[1:3]:
+    if samples[1:-1] != reference[1:-1]:
+        sizes = ("x".join(map(str, shape[1:-1])) for shape in (samples, reference))
         raise UserError(
-            f"{name} holds images of {samples[1]}x{samples[2]} and {reference_name} of "
-            f"{reference[1]}x{reference[2]}; scores compare images of one size."
+            f"{name} holds images of {next(sizes)} and {reference_name} of {next(sizes)}; scores "
+            "compare images, or videos, of one size."
         )
 
 

@@ -14,7 +14,13 @@ from qdit_jax.metrics.intervals import (
 )
 from qdit_jax.metrics.kernel_distance import kid, kid_of_subsets
 from qdit_jax.metrics.manifold import manifold_radii, precision_and_recall
-from qdit_jax.metrics.names import DEMO_FEATURES, DEMO_FRECHET_DISTANCE, INCEPTION_FEATURES, label
+from qdit_jax.metrics.names import (
+    DEMO_FEATURES,
+    DEMO_FRECHET_DISTANCE,
+    I3D_FEATURES,
+    INCEPTION_FEATURES,
+    label,
+)
 from qdit_jax.metrics.paired import cosine, decibels, psnr, signal_to_noise_db, ssim
 from qdit_jax.metrics.reference import (
     Reference,
@@ -31,6 +37,7 @@ from qdit_jax.metrics.suite import Features, ScoreSettings, check_num_samples, e
 __all__ = [
     "DEMO_FEATURES",
     "DEMO_FRECHET_DISTANCE",
+    "I3D_FEATURES",
     "INCEPTION_FEATURES",
     "Extrapolation",
     "Features",

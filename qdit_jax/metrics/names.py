@@ -1,9 +1,10 @@
-"""What scores are called in reports: only Inception's features may carry the published names."""
+"""What scores are called in reports: only Inception's and I3D's features carry the published names."""
 
 from __future__ import annotations
 
 DEMO_FEATURES = "demo"
 INCEPTION_FEATURES = "inception"
+I3D_FEATURES = "i3d"
 DEMO_FRECHET_DISTANCE = "Fréchet distance (demo features)"
 
 LABELS = {
@@ -27,11 +28,13 @@ GENERAL_LABELS = {
 
 
 def label(score: str, features: str) -> str:
-    """Returns the name of a score in reports, with the features it rests on unless Inception's.
+    """Returns the name of a score in reports, with the features it rests on unless they are a published score's.
 
     Raises:
         KeyError: for an unknown score.
     """
     if features == INCEPTION_FEATURES:
         return LABELS[score]
+    if features == I3D_FEATURES and score == "frechet_distance":
+        return "FVD"
     return f"{GENERAL_LABELS[score]} ({features} features)"

@@ -1,4 +1,4 @@
-"""Images in the `.npz` that evaluators of diffusion models share (`arr_0`, uint8, NHWC).
+"""Images in the `.npz` that evaluators of diffusion models share (`arr_0`, uint8, NHWC), or videos (NTHWC).
 
 Dimensions: N images, B images of a batch, H and W rows and columns, C channels.
 """
@@ -32,17 +32,17 @@ DAMAGE = (
 )
 
 
-def image_shape(path: PathLike) -> tuple[int, int, int, int]:
-    """Returns `(N, H, W, C)` of the images in an `.npz`, without reading them.
+def image_shape(path: PathLike) -> tuple[int, ...]:
+    """Returns `(N, H, W, C)` of the images in an `.npz`, `(N, T, H, W, C)` of videos, reading none.
 
     Raises:
-        ValueError: one sentence if the file has no `arr_0`, or it is not uint8 `[N, H, W, C]`.
+        ValueError: one sentence if the file has no `arr_0`, or it is not uint8 of such a shape.
     """
     with open_archive(path) as archive, open_images(archive, path) as stream:
         return read_header(stream, path)
 
 
-def image_batches(path: PathLike, batch_size: int) -> Iterator[UInt8[np.ndarray, "B H W C"]]:
+def image_batches(path: PathLike, batch_size: int) -> Iterator[UInt8[np.ndarray, "B *shape C"]]:
     """Yields the images of an `.npz` in order, one batch in memory at a time.
 
     Raises:
@@ -83,7 +83,7 @@ def open_images(archive: zipfile.ZipFile, path: PathLike) -> Stream:
         raise ValueError(f"{path}: arr_0 is damaged.") from None
 
 
-def read_header(stream: Stream, path: PathLike) -> tuple[int, int, int, int]:
+def read_header(stream: Stream, path: PathLike) -> tuple[int, ...]:
     """Returns the checked shape of the array whose data follow in `stream`."""
     try:
         version = np.lib.format.read_magic(stream)
@@ -94,12 +94,11 @@ def read_header(stream: Stream, path: PathLike) -> tuple[int, int, int, int]:
     check_kind(shape, dtype, path)
     if fortran_order:
         raise ValueError(f"{path}: arr_0 is in Fortran order; save it with np.ascontiguousarray.")
-    count, height, width, channels = shape
-    return count, height, width, channels
+    return tuple(int(size) for size in shape)
 
 
 def check_kind(shape: tuple[int, ...], dtype: np.dtype, path: PathLike) -> None:
-    """Raises `ValueError` unless shape and dtype are those of uint8 NHWC images."""
+    """Raises `ValueError` unless shape and dtype are those of uint8 NHWC images, or NTHWC videos."""
     if dtype != np.uint8:
         raise ValueError(
             f"{path}: arr_0 is {dtype}; images must be uint8 from 0 to 255 "
@@ -107,8 +106,11 @@ def check_kind(shape: tuple[int, ...], dtype: np.dtype, path: PathLike) -> None:
         )
     if len(shape) == 4 and shape[1] in (1, 3) and shape[3] not in (1, 3):
         raise ValueError(f"{path}: arr_0 has shape {shape}, channels first; transpose it to NHWC.")
-    if len(shape) != 4 or shape[3] not in (1, 3):
-        raise ValueError(f"{path}: arr_0 has shape {shape}; images must be [N, H, W, 1 or 3].")
+    if len(shape) not in (4, 5) or shape[-1] not in (1, 3):
+        raise ValueError(
+            f"{path}: arr_0 has shape {shape}; images must be [N, H, W, 1 or 3], videos "
+            "[N, T, H, W, 1 or 3]."
+        )
     if 0 in shape:
         raise ValueError(f"{path}: arr_0 has shape {shape}: there is no image in it.")
 

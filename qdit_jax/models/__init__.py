@@ -32,8 +32,11 @@ from qdit_jax.models.features import (
     FeaturesFn,
     asset,
     demo_features_fn,
+    i3d_features_fn,
     inception_features_fn,
 )
+from qdit_jax.models.i3d import BLOCKS as I3D_BLOCKS
+from qdit_jax.models.i3d import I3D
 from qdit_jax.models.inception import InceptionV3
 from qdit_jax.models.layers import (
     AttentionModule,
@@ -61,6 +64,8 @@ __all__ = [
     "DEMO_WEIGHTS",
     "DTYPES",
     "FAMILIES",
+    "I3D",
+    "I3D_BLOCKS",
     "OPERANDS",
     "OPERANDS_OF",
     "RUNS",
@@ -93,6 +98,7 @@ __all__ = [
     "family_named",
     "family_of",
     "family_of_params",
+    "i3d_features_fn",
     "inception_features_fn",
     "is_concrete",
     "layers_in_order",

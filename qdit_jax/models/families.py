@@ -85,6 +85,7 @@ FAMILIES: dict[str, Family] = {
             examples=({"block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4},),
         ),
         Family("inception", "qdit_jax.models.inception:InceptionV3", is_diffusion=False),
+        Family("i3d", "qdit_jax.models.i3d:I3D", is_diffusion=False),
     )
 }
 # Fields of a linen module, or of how it runs, that are no part of a stored configuration.

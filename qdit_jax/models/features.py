@@ -19,6 +19,7 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float
 from safetensors.numpy import load
 
+from qdit_jax.models.i3d import I3D, video_input
 from qdit_jax.models.inception import InceptionV3, preprocess
 from qdit_jax.types import AnyArray, Params
 
@@ -85,11 +86,22 @@ def inception_features_fn(params: Params, *, half_pixel: bool = False) -> Featur
     return lambda images: features(params, jnp.asarray(images))
 
 
+def i3d_features_fn(params: Params) -> FeaturesFn:
+    """Returns I3D's features as a function of uint8 videos `[B, T, H, W, 1 or 3]`, 9 frames or more."""
+
+    @jax.jit
+    def features(params: Params, videos: Array) -> dict[str, Array]:
+        found = I3D().apply({"params": params}, video_input(videos))
+        return cast(dict[str, Array], found)
+
+    return lambda videos: features(params, jnp.asarray(videos))
+
+
 def check_digits(images: np.ndarray) -> None:
     """Raises `ValueError` unless images are those that the packaged network was trained on."""
-    if images.shape[1:3] != (DEMO_SIZE, DEMO_SIZE):
+    if images.ndim != 4 or images.shape[1:3] != (DEMO_SIZE, DEMO_SIZE):
         raise ValueError(
-            f"images are {images.shape[1]}x{images.shape[2]}; the demo features take digits of "
+            f"images are {'x'.join(map(str, images.shape[1:-1]))}; the demo features take digits of "
             f"{DEMO_SIZE}x{DEMO_SIZE}; use Inception's features for other pictures."
         )
     if images.shape[-1] == 3 and (images != images[..., :1]).any():

@@ -264,16 +264,16 @@ def preprocess(
     return x / 127.5 - 1 if half_pixel else (x - 128) / 128
 
 
-def resize_matrix(size: int, half_pixel: bool) -> Float[np.ndarray, "299 size"]:
-    """Returns the weights of `size` pixels in each of the 299 samples of bilinear resizing."""
-    target = np.arange(INPUT_SIZE, dtype=np.float64)
-    position = (
-        (target + 0.5) * (size / INPUT_SIZE) - 0.5 if half_pixel else target * (size / INPUT_SIZE)
-    )
+def resize_matrix(
+    size: int, half_pixel: bool, to: int = INPUT_SIZE
+) -> Float[np.ndarray, "to size"]:
+    """Returns the weights of `size` pixels in each of the `to` samples of bilinear resizing."""
+    target = np.arange(to, dtype=np.float64)
+    position = (target + 0.5) * (size / to) - 0.5 if half_pixel else target * (size / to)
     position = np.clip(position, 0, size - 1)
     lower = np.minimum(np.floor(position).astype(int), max(size - 2, 0))
-    weights = np.zeros((INPUT_SIZE, size))
-    rows = np.arange(INPUT_SIZE)
+    weights = np.zeros((to, size))
+    rows = np.arange(to)
     weights[rows, lower] = 1 - (position - lower)
     weights[rows, np.minimum(lower + 1, size - 1)] += position - lower
     return weights.astype(np.float32)
