@@ -106,16 +106,16 @@ class I3D(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[AnyArray, "B T 224 224 3"]) -> dict[str, Array]:
-        x = Unit3D(64, 7, 2, name="Conv3d_1a_7x7")(jnp.asarray(x))
-        x = max_pool(x, (1, 3, 3), (1, 2, 2))
-        x = Unit3D(64, 1, name="Conv3d_2b_1x1")(x)
-        x = Unit3D(192, 3, name="Conv3d_2c_3x3")(x)
+        found: Array = Unit3D(64, 7, 2, name="Conv3d_1a_7x7")(jnp.asarray(x))
+        found = max_pool(found, (1, 3, 3), (1, 2, 2))
+        found = Unit3D(64, 1, name="Conv3d_2b_1x1")(found)
+        found = Unit3D(192, 3, name="Conv3d_2c_3x3")(found)
         for name, widths in BLOCKS.items():
             if name in POOLS:
-                x = max_pool(x, *POOLS[name])
-            x = Mixed(widths, name=name)(x)
-        x = nn.avg_pool(x, (2, 7, 7), strides=(1, 1, 1))
-        logits = LastUnit(self.num_classes, name="logits")(x)
+                found = max_pool(found, *POOLS[name])
+            found = Mixed(widths, name=name)(found)
+        found = nn.avg_pool(found, (2, 7, 7), strides=(1, 1, 1))
+        logits = LastUnit(self.num_classes, name="logits")(found)
         return {"pool": logits.mean((1, 2, 3))}
 
 
