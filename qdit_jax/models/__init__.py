@@ -1,6 +1,15 @@
 """The networks, and the table from a family's name to its class."""
 
 from qdit_jax.models.calls import Call, module_calls, recorded_calls
+from qdit_jax.models.conditions import (
+    ENTRIES,
+    NULL,
+    OF_PROMPT,
+    check_null_names,
+    null_condition_of,
+    null_entries,
+    without_null,
+)
 from qdit_jax.models.dit import SIZES, DiT, published_config
 from qdit_jax.models.families import (
     FAMILIES,
@@ -60,7 +69,10 @@ __all__ = [
     "DEMO_STATISTICS",
     "DEMO_WEIGHTS",
     "DTYPES",
+    "ENTRIES",
     "FAMILIES",
+    "NULL",
+    "OF_PROMPT",
     "OPERANDS",
     "OPERANDS_OF",
     "RUNS",
@@ -87,6 +99,7 @@ __all__ = [
     "asset",
     "build_model",
     "check_dtype",
+    "check_null_names",
     "config_of",
     "demo_features_fn",
     "example_inputs",
@@ -99,6 +112,8 @@ __all__ = [
     "layers_of",
     "mapped_input",
     "module_calls",
+    "null_condition_of",
+    "null_entries",
     "optional",
     "published_config",
     "quantized_input",
@@ -109,4 +124,5 @@ __all__ = [
     "tapped",
     "timestep_features",
     "with_runs",
+    "without_null",
 ]
