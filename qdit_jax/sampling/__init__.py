@@ -15,13 +15,16 @@ from qdit_jax.sampling.checks import (
     fitting_guidance,
     num_guided_channels,
 )
+from qdit_jax.sampling.condition_file import Conditions, read_conditions, write_conditions
 from qdit_jax.sampling.conditions import (
     check_call,
     check_entries,
+    check_takes,
     checked_conditions,
     cyclic_conditions,
     num_conditions,
     rows_of,
+    sample_rows,
     shape_of_sample,
 )
 from qdit_jax.sampling.decoding import decode, decodes_video
@@ -43,12 +46,14 @@ from qdit_jax.sampling.running import running_params
 __all__ = [
     "DEFAULT_GUIDANCE",
     "PUBLISHED",
+    "Conditions",
     "Denoiser",
     "check_call",
     "check_diffusion_model",
     "check_entries",
     "check_numerics",
     "check_seed",
+    "check_takes",
     "checked_batch_size",
     "checked_conditions",
     "checkpoint_sampler",
@@ -68,9 +73,12 @@ __all__ = [
     "num_guided_channels",
     "own_sampler",
     "own_scheduler",
+    "read_conditions",
     "rows_of",
     "running_params",
+    "sample_rows",
     "sampler_text",
     "sampler_timesteps",
     "shape_of_sample",
+    "write_conditions",
 ]

@@ -6,6 +6,7 @@ Dimensions: N conditions, B batch, L rows of text, H, W, C one latent, T frames.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,10 +20,13 @@ from qdit_jax.models import (
     NULL,
     OF_PROMPT,
     Network,
+    abstract_rows,
     as_condition,
     check_null_names,
+    example_inputs,
     is_concrete,
     null_entries,
+    rows_per_sample,
     without_null,
 )
 from qdit_jax.types import AnyArray, Condition
@@ -254,7 +258,7 @@ def check_call(denoise_fn: Callable[..., Any], shape: Shape, condition: Conditio
     """
     if not all(is_concrete(leaf) for leaf in jax.tree.leaves(condition)):
         return
-    given = jax.tree.map(abstract_rows, condition)
+    given = jax.tree.map(partial(abstract_rows, 2), condition)
     x = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
     timestep = jax.ShapeDtypeStruct((2,), jnp.float32)
     try:
@@ -274,9 +278,34 @@ def check_call(denoise_fn: Callable[..., Any], shape: Shape, condition: Conditio
         )
 
 
-def abstract_rows(leaf: AnyArray) -> jax.ShapeDtypeStruct:
-    is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return jax.ShapeDtypeStruct((2, *leaf.shape[1:]), jnp.float32 if is_float else leaf.dtype)
+def check_takes(
+    denoise_fn: Callable[..., Any],
+    model: Network,
+    shape: Sequence[int] | None,
+    conditions: Condition,
+) -> None:
+    """Checks by `check_call` what is not certain: another shape than the network's own, or a dict.
+
+    Raises:
+        ValueError: as `shape_of_sample`, `checked_conditions` and `check_call`.
+    """
+    size = shape_of_sample(model, shape)
+    if isinstance(conditions, Mapping):
+        check_call(denoise_fn, size, checked_conditions(model, conditions))
+    elif size != tuple(model.sample_shape()):
+        check_call(denoise_fn, size, cyclic_conditions(model, conditions, np.arange(1)))
+
+
+def sample_rows(
+    model: Network, shape: Sequence[int] | None, conditions: Condition
+) -> dict[str, int]:
+    """Returns `rows_per_sample` for samples of a shape, and embeddings of that length."""
+    given = without_null(conditions) if isinstance(conditions, Mapping) else None
+    if shape is None and given is None:
+        return rows_per_sample(model)
+    given = None if given is None else checked_conditions(model, given)
+    size = shape_of_sample(model, shape)
+    return rows_per_sample(model, example_inputs(model, 1, size, given))
 
 
 def shapes_text(condition: Mapping[str, Any]) -> str:

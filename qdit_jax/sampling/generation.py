@@ -37,7 +37,7 @@ from qdit_jax.sampling.checks import (
     sample_count,
 )
 from qdit_jax.sampling.conditions import (
-    check_call,
+    check_takes,
     checked_conditions,
     rows_of,
     shape_of_sample,
@@ -316,14 +316,14 @@ def generated_batches(
 ) -> Iterator[tuple[int, Float[np.ndarray, "B *shape"]]]:
     """Yields what `generate` returns batch by batch: the first sample's number, and the samples.
 
-    `starts` are the numbers of the batches' first samples. A batch has `batch_size` samples, the
-    last one the rest. A batch is computed when the iterator is asked for it.
+    `starts` are the numbers of the batches' first samples. Conditions are assigned cyclically to
+    `num_samples` samples, one per condition by default. A batch has `batch_size` samples, the last one the rest. A batch is computed when the iterator is asked for it.
     """
     check_diffusion_model(checkpoint.model)
     check_numerics(checkpoint.params, numerics)
     seed = check_seed(seed)
     condition = checked_conditions(checkpoint.model, condition)
-    num_samples = sample_count(condition, num_samples)
+    num_samples = num_samples or sample_count(condition, None)
     size = shape_of_sample(checkpoint.model, shape)
     mesh = device_mesh()
     split, whole = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
@@ -332,8 +332,7 @@ def generated_batches(
         denoiser(model, running_params(model, checkpoint.params), guidance, guidance_channels),
         whole,
     )
-    if shape is not None or isinstance(condition, Mapping):
-        check_call(denoise_fn, size, condition)
+    check_takes(denoise_fn, model, shape, condition)
     vae = checkpoint.vae if decode_fn else None
     if vae is not None:
         vae = dataclasses.replace(vae, params=jax.device_put(vae.params, whole))
