@@ -9,11 +9,14 @@ from qdit_jax.sampling.batches import (
 from qdit_jax.sampling.checks import (
     DEFAULT_GUIDANCE,
     PUBLISHED,
+    Guidance,
+    calls_per_step,
     check_diffusion_model,
     check_numerics,
     check_seed,
     fitting_guidance,
     num_guided_channels,
+    takes_embedded_guidance,
 )
 from qdit_jax.sampling.condition_file import Conditions, read_conditions, write_conditions
 from qdit_jax.sampling.conditions import (
@@ -30,12 +33,14 @@ from qdit_jax.sampling.conditions import (
 from qdit_jax.sampling.decoding import decode, decodes_video
 from qdit_jax.sampling.generation import (
     Denoiser,
-    checkpoint_sampler,
     denoiser,
-    fitting_samplers,
     generate,
     generated_batches,
     initial_noise,
+)
+from qdit_jax.sampling.own_samplers import (
+    checkpoint_sampler,
+    fitting_samplers,
     own_sampler,
     own_scheduler,
     sampler_text,
@@ -48,6 +53,8 @@ __all__ = [
     "PUBLISHED",
     "Conditions",
     "Denoiser",
+    "Guidance",
+    "calls_per_step",
     "check_call",
     "check_diffusion_model",
     "check_entries",
@@ -80,5 +87,6 @@ __all__ = [
     "sampler_text",
     "sampler_timesteps",
     "shape_of_sample",
+    "takes_embedded_guidance",
     "write_conditions",
 ]
