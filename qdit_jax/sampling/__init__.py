@@ -14,6 +14,7 @@ from qdit_jax.sampling.checks import (
     check_seed,
     fitting_guidance,
     num_guided_channels,
+    sample_count,
 )
 from qdit_jax.sampling.condition_file import Conditions, read_conditions, write_conditions
 from qdit_jax.sampling.conditions import (
@@ -42,6 +43,7 @@ from qdit_jax.sampling.generation import (
     sampler_timesteps,
 )
 from qdit_jax.sampling.running import running_params
+from qdit_jax.sampling.sizes import size_unit, sized_shape
 
 __all__ = [
     "DEFAULT_GUIDANCE",
@@ -76,9 +78,12 @@ __all__ = [
     "read_conditions",
     "rows_of",
     "running_params",
+    "sample_count",
     "sample_rows",
     "sampler_text",
     "sampler_timesteps",
     "shape_of_sample",
+    "size_unit",
+    "sized_shape",
     "write_conditions",
 ]
