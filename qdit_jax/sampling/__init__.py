@@ -16,6 +16,7 @@ from qdit_jax.sampling.checks import (
     check_seed,
     fitting_guidance,
     num_guided_channels,
+    sample_count,
     takes_embedded_guidance,
 )
 from qdit_jax.sampling.condition_file import Conditions, read_conditions, write_conditions
@@ -47,6 +48,7 @@ from qdit_jax.sampling.own_samplers import (
     sampler_timesteps,
 )
 from qdit_jax.sampling.running import running_params
+from qdit_jax.sampling.sizes import size_unit, sized_shape
 
 __all__ = [
     "DEFAULT_GUIDANCE",
@@ -83,10 +85,13 @@ __all__ = [
     "read_conditions",
     "rows_of",
     "running_params",
+    "sample_count",
     "sample_rows",
     "sampler_text",
     "sampler_timesteps",
     "shape_of_sample",
+    "size_unit",
+    "sized_shape",
     "takes_embedded_guidance",
     "write_conditions",
 ]
