@@ -226,7 +226,7 @@ def test_the_road_from_statistics_to_a_report(base, tmp_path, capsys):
     held = np.load(items)
     assert held["x"].shape[1:] == (2, 4, 6, 4)
     np.testing.assert_allclose(held["condition/text"][-1], prompts(1)["text"][0], rtol=1e-6)
-    recipe = ("--recipe", "w4a8", "--group-size", 16, "--method", "gptq")
+    recipe = ("--recipe", "w4a8", "--group-size", 16, "--method", "gptq", "--holdout", 0.5)
     assert run("quantize", base / "video", folder, *recipe, "--items", items) == 0
     assert run("verify", folder, "--against", base / "video", "--no-timing", *few, *embeds) == 0
     capsys.readouterr()
@@ -237,3 +237,23 @@ def test_the_road_from_statistics_to_a_report(base, tmp_path, capsys):
     assert np.load(report / "samples.npz")["prompts"].tolist() == list(TEXTS[:2])
     other = (*arguments[:-2], "--prompts-from", "1-2", "--out", report)
     assert "conditions" in refused(capsys, *other)
+
+
+def test_search_schedule_and_bench_take_them(base, tmp_path, capsys):
+    embeds, few = ("--embeds", base / "null.npz"), ("--steps", 2, "--batch-size", 2)
+    sizes = ("--group-sizes", 8, 16, "--layers", "layers_0/mlp/.*")
+    predicted = ("--budget", "bytes=1.0x-g16", "--objective", "predicted", "--size", "4x8")
+    found = tmp_path / "search"
+    assert run("search", base / "video", found, *embeds, *few, *sizes, *predicted) == 0
+    assert (found / "recipe.json").exists()
+    bits = ("--act-bits", 4, 8, "--mean-bits", 6, "--num-batches", 1)
+    assert run("schedule", base / "small", tmp_path / "bits", *embeds, *few, *bits) == 0
+    measured = ("--batch", 1, "--numerics", "simulated", "--repeats", 2, "--json")
+    capsys.readouterr()
+    assert run("bench", base / "small", *measured, *embeds) == 0
+    given = json.loads(capsys.readouterr().out)["settings"]
+    assert run("bench", base / "small", *measured) == 0
+    printed = capsys.readouterr()
+    assert "random embeddings" in printed.err
+    assert "conditions" in given
+    assert "conditions" not in json.loads(printed.out)["settings"]
