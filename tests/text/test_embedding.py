@@ -155,7 +155,7 @@ def test_the_command_writes_what_every_verb_takes(folders, tmp_path, toy, capsys
 
 def test_what_does_not_fit_is_refused(folders, tmp_path, toy, capsys):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(qdit.UserError, match="has no model_index.json that names a pipeline"):
+    with pytest.raises(qdit.UserError, match="that names a pipeline; say which"):
         embed_prompts(tmp_path / "empty", ["a"])
     with pytest.raises(qdit.UserError, match="empty/tokenizer is no folder"):
         embed_prompts(tmp_path / "empty", ["a"], pipeline="open-sora")
