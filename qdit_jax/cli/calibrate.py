@@ -139,7 +139,7 @@ def write_stats(
             checkpoint,
             jax.random.key(settings.seed),
             settings.num_samples,
-            sampler=default_sampler(checkpoint, settings.num_steps),
+            sampler=default_sampler(checkpoint, settings.num_steps, settings.shape),
             guidance=settings.guidance,
             batch_size=settings.batch_size,
             conditions=settings.conditions,

@@ -50,6 +50,7 @@ Only Inception's features give scores called FID, sFID, Inception Score and KID.
 # Options of one way to call the verb, None where they are not given; the other way refuses them.
 OF_CHECKPOINTS = (
     *("against", "compare", "num_samples", "steps", "sampler", "eta", "clip", "guidance"),
+    *("shift", "spacing"),
     *("guidance_channels", "numerics", "dtype", "vae", "range_samples"),
     *("embeds", "prompts_from", "size", "frames"),
 )

@@ -104,13 +104,8 @@ class Comparison:
         channels = num_guided_channels(first.model, process.channels)
         for contender in contenders:  # checked before the folder is created
             denoiser(contender.checkpoint.model, {}, process.guidance, channels)
-        sampler = process.sampler_of(first)
-        record = {
-            "sampler": type(sampler).__name__,
-            "steps": process.steps,
-            "eta": process.eta,
-            "clip": process.clip,
-        }
+        sampler = process.sampler_of(first, chosen.settings.get("shape"))
+        record = {"sampler": type(sampler).__name__, **process.settings}
         if (text := process.scheduler_text(first)) is not None:
             record["scheduler"] = text
             print(text)

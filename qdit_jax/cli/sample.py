@@ -128,14 +128,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     chosen = conditions_of(args, checkpoint)
     job = SampleFile(
         checkpoint,
-        process.sampler_of(checkpoint),
+        process.sampler_of(checkpoint, chosen.shape),
         chosen.conditions,
         seed=args.seed,
         guidance=process.guidance,
         guidance_channels=process.channels,
         numerics=args.numerics,
         batch_size=args.batch_size,
-        settings={"steps": process.steps, "eta": process.eta, "clip": process.clip},
+        settings=process.settings,
         num_samples=args.num_samples or default_count(chosen.conditions),
         prompts=chosen.prompts,
         shape=chosen.shape,

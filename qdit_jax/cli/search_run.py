@@ -19,7 +19,6 @@ from qdit_jax.allocation import (
     FeatureDistance,
     Latency,
     LostWorkerError,
-    Rollout,
     Rollouts,
     SearchResult,
     Strategy,
@@ -28,7 +27,7 @@ from qdit_jax.allocation import (
     seeds,
     strategy_named,
 )
-from qdit_jax.calibration import Items, default_sampler
+from qdit_jax.calibration import Items
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.cli.checkpoints import full_precision_checkpoint, guidance_of
 from qdit_jax.cli.progress import Bar, notes_are_shown
@@ -145,8 +144,7 @@ class Job:
             raise UserError(f"{path} holds no statistics (mu, sigma).")
         check_network(reference, self.features[0], reference.pool.mean.size, path)
         rollouts, model = self.rollouts, self.checkpoint.model
-        guidance = None if self.method == "qdit-release" else rollouts.guidance
-        rollout = Rollout.of(model, default_sampler(self.checkpoint, rollouts.num_steps), guidance)
+        rollout = rollouts.rollout(self.checkpoint, guided=self.method != "qdit-release")
         key = jax.random.split(jax.random.key(self.seed))[0]
         given = {"conditions": rollouts.conditions, "shape": rollouts.shape}
         data = seeds(model, key, rollouts.num_batches, rollouts.batch_size, **given)
