@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qdit_jax.cli.options import refuse_inert
 from qdit_jax.cli.progress import Bar
-from qdit_jax.cli.prompts_option import Inputs, shape_of
+from qdit_jax.cli.prompts_option import Inputs, fitted, shape_of
 from qdit_jax.errors import UserError
 from qdit_jax.files import PathLike
 from qdit_jax.text import Embedded, check_extra, embed_prompts, pipeline_of
@@ -35,8 +35,6 @@ def embedded_prompts(options: Mapping[str, Any], checkpoint: Checkpoint) -> Inpu
     Raises:
         UserError: if options lack or contradict each other, or the network takes no prompts.
     """
-    from qdit_jax.sampling import check_entries
-
     prompts, folder = options["prompt"], options["text_encoders"]
     if not prompts:
         refuse_inert(options, {"text_encoders": None}, "it embeds a --prompt")
@@ -52,5 +50,6 @@ def embedded_prompts(options: Mapping[str, Any], checkpoint: Checkpoint) -> Inpu
         )
     null = "" if checkpoint.model.has_null and options["guidance"] != 1 else None
     found = embedded(folder, prompts, null=null)
-    condition = check_entries(checkpoint.model, found.condition, f"--text-encoders {folder}")
-    return Inputs(condition, found.prompts, shape_of(options, checkpoint))
+    shape = shape_of(options, checkpoint)
+    condition = fitted(found.condition, checkpoint, shape, options, f"--text-encoders {folder}")
+    return Inputs(condition, found.prompts, shape)

@@ -10,9 +10,8 @@ from toy_family import ROW, ToyVideo
 
 import qdit_jax as qdit
 from qdit_jax.cli import main
-from qdit_jax.cli.embed_text import PIPELINE_NAMES
 from qdit_jax.models import FAMILIES
-from qdit_jax.text import PIPELINES, embed_prompts
+from qdit_jax.text import embed_prompts
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -170,7 +169,3 @@ def test_what_does_not_fit_is_refused(folders, tmp_path, toy, capsys):
     given = ["--prompt", "a", "--text-encoders", wide, "--out", str(tmp_path / "a.npz")]
     assert main(["sample", str(toy), *given]) == 2
     assert "text is 20 wide and the network takes 12" in capsys.readouterr().err
-
-
-def test_the_command_names_every_pipeline():
-    assert tuple(PIPELINES) == PIPELINE_NAMES
