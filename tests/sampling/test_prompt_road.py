@@ -54,8 +54,8 @@ def test_the_null_that_is_given_replaces_the_learned_one():
     timestep = np.full(3, 500.0, np.float32)
     both = {**GIVEN, **{n: np.repeat(e, 3, axis=0) for n, e in NULL.items()}}
     null = {name: np.repeat(GIVEN[name][1:2], 3, axis=0) for name in GIVEN}
-    x, timestep = jnp.asarray(x), jnp.asarray(timestep)
-    a, b = plain(x, timestep, GIVEN), plain(x, timestep, null)
+    x, timestep, given, null, both = jax.tree.map(jnp.asarray, (x, timestep, GIVEN, null, both))
+    a, b = plain(x, timestep, given), plain(x, timestep, null)
     np.testing.assert_allclose(denoise_fn(x, timestep, both), b + 3 * (a - b), rtol=1e-3, atol=1e-4)
     np.testing.assert_array_equal(plain(x, timestep, both), a)
     assert set(without_null(both)) == set(GIVEN)
