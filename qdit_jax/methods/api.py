@@ -12,6 +12,7 @@ from typing import Any, overload
 import jax
 from flax.traverse_util import flatten_dict
 
+from qdit_jax.calibration import Items
 from qdit_jax.checkpoint import Checkpoint, load, materialized, open_checkpoint, save, with_dtype
 from qdit_jax.files import PathLike, as_path, check_free
 from qdit_jax.methods.data import CalibrationData
@@ -177,7 +178,7 @@ def check(method: Method, checkpoint: Checkpoint, recipe: Recipe, data: Calibrat
     if data.items is not None and "items" in method.needs:
         found = tuple(data.items.x.shape[1:])
         wanted = tuple(checkpoint.model.sample_shape())
-        if found != wanted:
+        if found != wanted and not takes(checkpoint, data.items):
             raise ValueError(
                 f"data.items holds inputs {list(found)}, but the network takes {list(wanted)}; "
                 "collect them from this checkpoint."
@@ -186,11 +187,32 @@ def check(method: Method, checkpoint: Checkpoint, recipe: Recipe, data: Calibrat
             str(jax.tree.structure(condition))
             for condition in (data.items.condition, checkpoint.model.example_condition(1))
         ]
-        if kinds[0] != kinds[1]:
+        if kinds[0] != kinds[1] and not takes(checkpoint, data.items):
             raise ValueError(
                 f"data.items holds conditions {kinds[0]}, but the network takes {kinds[1]}; collect "
                 "them from this checkpoint."
             )
+
+
+def takes(checkpoint: Checkpoint, items: Items) -> bool:
+    """Returns whether the network takes inputs of another size, or without optional entries."""
+    inputs = items.taken(slice(0, 1))
+    x, _, condition = inputs
+    wanted = checkpoint.model.sample_shape()
+    if x.ndim - 1 != len(wanted) or x.shape[-1] != wanted[-1]:
+        return False
+    try:
+        checkpoint.model.check_condition(condition)
+        jax.eval_shape(
+            lambda params, *given: checkpoint.model.apply({"params": params}, *given),
+            jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), checkpoint.params
+            ),
+            *inputs,
+        )
+    except Exception:  # whatever it says, it does not take them
+        return False
+    return True
 
 
 def check_transforms(method: Method, params: Params, specs: Mapping[str, LayerSpec]) -> None:

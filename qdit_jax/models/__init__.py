@@ -1,6 +1,17 @@
 """The networks, and the table from a family's name to its class."""
 
 from qdit_jax.models.calls import Call, module_calls, recorded_calls
+from qdit_jax.models.conditions import (
+    ENTRIES,
+    NULL,
+    OF_PROMPT,
+    check_null_names,
+    embeds_guidance,
+    null_condition_of,
+    null_entries,
+    with_guidance,
+    without_null,
+)
 from qdit_jax.models.dit import SIZES, DiT, published_config
 from qdit_jax.models.families import (
     FAMILIES,
@@ -19,6 +30,7 @@ from qdit_jax.models.family import (
     Fold,
     Network,
     Producer,
+    abstract_rows,
     as_condition,
     example_inputs,
     is_concrete,
@@ -63,9 +75,12 @@ __all__ = [
     "DEMO_STATISTICS",
     "DEMO_WEIGHTS",
     "DTYPES",
+    "ENTRIES",
     "FAMILIES",
     "I3D",
     "I3D_BLOCKS",
+    "NULL",
+    "OF_PROMPT",
     "OPERANDS",
     "OPERANDS_OF",
     "RUNS",
@@ -87,13 +102,16 @@ __all__ = [
     "Producer",
     "TimestepEmbedder",
     "abstract_params",
+    "abstract_rows",
     "apply_blocks",
     "as_condition",
     "asset",
     "build_model",
     "check_dtype",
+    "check_null_names",
     "config_of",
     "demo_features_fn",
+    "embeds_guidance",
     "example_inputs",
     "family_named",
     "family_of",
@@ -105,6 +123,8 @@ __all__ = [
     "layers_of",
     "mapped_input",
     "module_calls",
+    "null_condition_of",
+    "null_entries",
     "optional",
     "published_config",
     "quantized_input",
@@ -114,5 +134,7 @@ __all__ = [
     "sincos_positions",
     "tapped",
     "timestep_features",
+    "with_guidance",
     "with_runs",
+    "without_null",
 ]
