@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
 
-from qdit_convert.dit import Choices
+from qdit_convert.dit import Choices, Told
 from qdit_convert.families import Layout, check_options, find_layout
-from qdit_convert.folders import is_pipeline, read_config, read_pipeline
+from qdit_convert.folders import is_pipeline, read_config
 from qdit_convert.hub import source
 from qdit_convert.names import select_network
+from qdit_convert.pipelines import Parts, read_pipeline
 from qdit_convert.plan import Leaf, Params, Plan, build_params, check_plan, same
 from qdit_convert.readers import open_weights
 from qdit_convert.tensors import StateDict, about, bfloat16
@@ -37,17 +38,11 @@ def convert(
     out: str | os.PathLike | None = None,
     *,
     family: str | None = None,
-    model: str | None = None,
-    num_heads: int | None = None,
-    num_classes: int | None = None,
-    input_size: int | tuple[int, int] | None = None,
-    noise_time: int | None = None,
-    scaling_factor: float | None = None,
-    shift_factor: float | None = None,
     weights: str | None = None,
     dtype: str | None = "float32",
     force: bool = False,
     progress: Progress | None = None,
+    **told: Unpack[Told],
 ) -> Checkpoint:
     """Returns the checkpoint of the PyTorch weights in `src`, and writes it to `out` if given.
 
@@ -71,17 +66,11 @@ def convert(
     read = read_model(
         src,
         family=family,
-        model=model,
-        num_heads=num_heads,
-        num_classes=num_classes,
-        input_size=input_size,
-        noise_time=noise_time,
-        scaling_factor=scaling_factor,
-        shift_factor=shift_factor,
         weights=weights,
         dtype=dtype,
         progress=progress,
         place=jnp.asarray,  # saving copies NumPy arrays, and device arrays not
+        **told,
     )
     checkpoint = to_checkpoint(read)
     if out is not None:
@@ -112,43 +101,28 @@ def read_model(
     src: str | os.PathLike,
     *,
     family: str | None = None,
-    model: str | None = None,
-    num_heads: int | None = None,
-    num_classes: int | None = None,
-    input_size: int | tuple[int, int] | None = None,
-    noise_time: int | None = None,
-    scaling_factor: float | None = None,
-    shift_factor: float | None = None,
     weights: str | None = None,
     dtype: str | None = "float32",
     progress: Progress | None = None,
     place: Callable[[np.ndarray], Any] = same,
+    **told: Unpack[Told],
 ) -> ReadModel:
     """Returns the network in `src`, of a file, a sharded index, a folder, or a whole pipeline.
 
     Args:
         src: a path, a URL, or an id of the Hugging Face hub, `hf:OWNER/NAME[@REVISION][/PATH]`.
-        family: `"dit"`, `"sit"`, `"vae"` or `"inception"`; None recognizes it by the names of the
-            tensors. Those of SiT are DiT's, so that `"sit"` must be given.
-        model: a published size such as `"DiT-XL/2"`, to be checked against the file.
-        num_heads: for sizes that are not published; no shape depends on it.
-        num_classes: without the null class; decides whether the label table ends with one.
-        input_size: rows and columns of the latent, where the file does not say.
-        noise_time: the time that a SiT was trained to see at pure noise, 0 (SiT) or 1 (REPA), where
-            the file does not say.
-        scaling_factor, shift_factor: of an autoencoder's latents, in place of what its config.json
-            says; needed where nothing says them and the latents have not 4 channels.
+        family: such as `"dit"`, `"pixart"` or `"vae"`; None recognizes it by the names of the tensors.
+            Those of SiT are DiT's, so that `"sit"` must be given.
         weights: `"ema"` or `"model"`; None prefers `"ema"` where a file has both.
         dtype: of all leaves: one of `DTYPES`, or None to keep that of the file.
         progress: called after each leaf.
         place: called with each leaf as soon as it is read, returns its replacement; NumPy by default.
+        told: what the file does not say of the network: the fields of `Choices`, as `num_heads=16`.
 
     Raises:
         UserError: with one sentence on what is wrong with the input.
     """
-    choices = Choices(
-        model, num_heads, num_classes, input_size, noise_time, scaling_factor, shift_factor
-    )
+    choices = Choices(**told)
     target = parse_dtype(dtype)
     with source(src) as (local, commit):
         networks, kept = open_source(local, family, choices, weights)
@@ -171,18 +145,18 @@ def open_source(
         network = open_network(src, family, choices, weights)
         _check_used(choices, [network])
         folder = src if src.is_dir() else src.parent
-        if network.plan.family == "dit" and is_pipeline(folder.absolute().parent):
+        if network.plan.family != "vae" and is_pipeline(folder.absolute().parent):
             note = "give the folder of the whole pipeline to use its scheduler"
             network = _noted(network, f"this is one part of a pipeline: {note}")
         return [network], {}
-    transformer, vae, kept = read_pipeline(src)
+    parts = read_pipeline(src)
     factors = Choices(scaling_factor=choices.scaling_factor, shift_factor=choices.shift_factor)
     own = replace(choices, scaling_factor=None, shift_factor=None)
-    networks = [_on_process(open_network(transformer, family, own, weights), kept)]
-    if vae is not None:
-        networks.append(open_network(vae, "vae", factors, weights))
+    networks = [_of_pipeline(open_network(parts.transformer, family, own, weights), parts)]
+    if parts.vae is not None:
+        networks.append(open_network(parts.vae, "vae", factors, weights))
     _check_used(choices, networks)
-    return networks, kept
+    return networks, parts.kept
 
 
 def _check_used(choices: Choices, networks: list[Network]) -> None:
@@ -202,27 +176,40 @@ def _check_used(choices: Choices, networks: list[Network]) -> None:
         )
 
 
-def _on_process(network: Network, kept: dict[str, Any]) -> Network:
-    """Returns the network of a pipeline, set to what its scheduler reads: a velocity for a flow.
+def _of_pipeline(network: Network, parts: Parts) -> Network:
+    """Returns the network of a pipeline, set to what its class and its scheduler say.
 
     Raises:
         UserError: if the network does not return what the scheduler reads.
     """
-    if "scheduler" not in kept:
-        note = "the pipeline has no scheduler: sampled as the published DiT, on linear betas"
+    config = {**network.plan.config, **parts.row.fields}
+    network = network._replace(plan=replace(network.plan, config=config))
+    if parts.left_out:
+        names = " and ".join(parts.left_out)
+        network = _noted(network, f"{names} left out: prompts are given as embeddings")
+    if "scheduler" not in parts.kept:
+        note = f"the pipeline has no scheduler: sampled as the published {parts.row.process}"
         return _noted(network, note)
-    scheduler = read_scheduler(kept["scheduler"])
+    return _on_process(network, parts.kept["scheduler"])
+
+
+def _on_process(network: Network, settings: dict[str, Any]) -> Network:
+    """Returns a network with what its scheduler reads: a DiT's velocity, for a flow."""
+    from qdit_jax.models import build_model
+
+    scheduler = read_scheduler(settings)
     config = network.plan.config
-    if scheduler.is_flow:
+    if scheduler.is_flow and "velocity" in config:
         # Time runs from 0 at the data to the number of timesteps at the noise.
         end = float(scheduler.settings["num_train_timesteps"])
         config = {**config, "velocity": True, "noise_time": end, "data_time": 0.0}
-    with about(network.label):
-        check_fit(config["velocity"], config["learn_sigma"], scheduler)
     network = network._replace(plan=replace(network.plan, config=config))
+    with about(network.label):
+        model: Any = build_model(network.plan.family, config)
+        check_fit(model.prediction == "velocity", model.learned_variance, scheduler)
     if not scheduler.ignored:
         return network
-    names = ", ".join(f"{name}={kept['scheduler'][name]!r}" for name in scheduler.ignored)
+    names = ", ".join(f"{name}={settings[name]!r}" for name in scheduler.ignored)
     return _noted(network, f"a {scheduler.class_name} has no {names}: not read, as by diffusers")
 
 

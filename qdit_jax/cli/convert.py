@@ -47,6 +47,12 @@ examples
   qdit convert ae.safetensors flux_vae --scaling-factor 0.3611 --shift-factor 0.1159
 """
 
+# Options of what the file does not say, but for --input-size, whose numbers are joined.
+NETWORK_OPTIONS = (
+    *("model", "num_heads", "num_classes", "noise_time", "scaling_factor", "shift_factor"),
+    *("interpolation_scale",),
+)
+
 
 def add_parser(subparsers: SubParsers) -> None:
     """Adds the verb `convert`."""
@@ -83,8 +89,9 @@ def add_network(parser: argparse.ArgumentParser) -> None:
     """Adds the options for what the weights alone do not tell about the network."""
     parser.add_argument(
         "--family",
-        choices=("dit", "sit", "vae", "inception", "i3d"),
-        help="the kind of network; needed for sit, whose tensors are named like dit's",
+        metavar="NAME",
+        help="the kind of network: dit, sit, pixart, vae, inception, ...; needed for sit, whose tensors "
+        "are named like dit's",
     )
     parser.add_argument(
         "--model",
@@ -117,6 +124,13 @@ def add_network(parser: argparse.ArgumentParser) -> None:
         help="the time at pure noise in a SiT's training: 0 in SiT's code, 1 in REPA's (default: "
         "what the file says, else 0)",
     )
+    parser.add_argument(
+        "--interpolation-scale",
+        type=finite_float,
+        metavar="X",
+        help="by which a PixArt's positions are divided (default: as published for its size, 0.5 for "
+        "256 pixels, 1 for 512, 2 for 1024)",
+    )
     for name, text in (("scaling", "scale"), ("shift", "shift")):
         parser.add_argument(
             f"--{name}-factor",
@@ -141,17 +155,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             args.src,
             args.out,
             family=args.family,
-            model=args.model,
-            num_heads=args.num_heads,
-            num_classes=args.num_classes,
-            input_size=size,
-            noise_time=args.noise_time,
-            scaling_factor=args.scaling_factor,
-            shift_factor=args.shift_factor,
             weights=args.weights,
             dtype=args.dtype,
             force=args.force,
             progress=bar.advance,
+            **{name: getattr(args, name) for name in NETWORK_OPTIONS},
+            input_size=size,
         )
     for title, part in (("", checkpoint), ("vae: ", checkpoint.vae)):
         if part is not None:
