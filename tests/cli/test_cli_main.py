@@ -7,6 +7,7 @@ import json
 import logging
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
@@ -175,7 +176,6 @@ def test_a_refusal_of_the_library_is_told_from_a_bug():
     ],
 )
 def test_an_interruption_says_whether_work_goes_on(monkeypatch, capsys, verb, more):
-    from importlib import import_module
 
     def run(args):
         raise KeyboardInterrupt

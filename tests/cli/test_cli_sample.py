@@ -70,6 +70,19 @@ def test_latents_alone_go_to_an_archive(folders, tmp_path):
     assert np.load(out)["latents"].shape == (1, 4, 4, 4)
 
 
+def test_multi_step_samplers_take_their_options(folders, tmp_path, capsys):
+    out, other = tmp_path / "a.npz", tmp_path / "b.npz"
+    few = ("--num-samples", 2, "--steps", 3, "--guidance", 1)
+    options = ("--sampler", "unipc", "--shift", 3, "--spacing", "wan")
+    run(folders / "velocity", *few, *options, "--out", out)
+    assert "2 samples, UniPC 3 steps" in capsys.readouterr().out
+    run(folders / "velocity", *few, *options[:-2], "--out", other)
+    difference = np.load(out)["latents"] - np.load(other)["latents"]
+    assert 1e-6 < np.abs(difference).max() < 1
+    run(folders / "gray", *few, "--sampler", "dpm-solver++", "--out", tmp_path / "c.png")
+    assert "DPMSolver 3 steps" in capsys.readouterr().out
+
+
 def test_labels_are_numbers_and_ranges_repeated_as_needed():
     assert chosen_labels("207,360", None, 1000).tolist() == [207, 360]
     assert chosen_labels("3, 7-9", 6, 10).tolist() == [3, 7, 8, 9, 3, 7]
@@ -103,6 +116,17 @@ def test_labels_are_numbers_and_ranges_repeated_as_needed():
         ("velocity", ("--eta", "1", "--out", "x.npz"), "is an option of ddim"),
         ("gray", ("--out", "grid.jpg"), "must end with .png or .npz"),
         ("gray", ("--out", "grid.gif"), "this model makes images"),
+        ("velocity", ("--shift", "3", "--out", "x.npz"), "--shift 3.0: .* of flow-euler and unipc"),
+        (
+            "gray",
+            ("--shift", "3"),
+            "--shift 3.0: shift=3.0 is an option of flow-euler and unipc, not",
+        ),
+        (
+            "velocity",
+            ("--sampler", "unipc", "--spacing", "karras", "--out", "x.npz"),
+            "spacing='karras' is not known; use one of uniform",
+        ),
         ("velocity", ("--sampler", "ddim"), "this model predicts a velocity; use flow"),
         ("velocity", ("--steps", "ddim25", "--out", "x.npz"), "flow takes a positive number"),
         ("latents", (), "holds no autoencoder"),
