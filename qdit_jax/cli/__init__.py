@@ -21,7 +21,7 @@ from qdit_jax.cli.failures import exit_status
 from qdit_jax.cli.options import Parser, VersionAction
 from qdit_jax.cli.output import json_on_stdout, set_up_logging
 
-__all__ = ["VERBS", "main"]
+__all__ = ["VERBS", "main", "module_of"]
 
 # Verb -> its line in `qdit --help`.
 VERBS = {

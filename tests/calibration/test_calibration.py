@@ -220,6 +220,7 @@ OTHER_SETTINGS = [
     ("conditions", {"conditions": np.array([1, 2])}),
     ("hessians", {"hessians": None}),
     ("num_tokens", {"num_tokens": 2}),
+    ("shape", {"shape": (8, 8, 4)}),
 ]
 
 

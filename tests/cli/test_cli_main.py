@@ -7,11 +7,12 @@ import json
 import logging
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
 from qdit_jax.checkpoint import Checkpoint, save
-from qdit_jax.cli import VERBS, failures, main, options, output
+from qdit_jax.cli import VERBS, failures, main, module_of, options, output
 from qdit_jax.errors import UserError
 from qdit_jax.testing import realistic_dit
 
@@ -175,7 +176,6 @@ def test_a_refusal_of_the_library_is_told_from_a_bug():
     ],
 )
 def test_an_interruption_says_whether_work_goes_on(monkeypatch, capsys, verb, more):
-    from importlib import import_module
 
     def run(args):
         raise KeyboardInterrupt
@@ -275,7 +275,7 @@ def test_a_bad_value_is_refused_by_its_option(capsys, arguments, message):
 def test_no_number_is_taken_unchecked(verb):
     """Every option of a number has a type that refuses; only seeds are any whole number."""
     subparsers = options.Parser(prog="qdit").add_subparsers()
-    __import__(f"qdit_jax.cli.{verb}", fromlist=["add_parser"]).add_parser(subparsers)
+    import_module(module_of(verb)).add_parser(subparsers)
     for action in subparsers.choices[verb]._actions:
         assert action.type is not float, action.dest
         assert action.type is not int or action.dest == "seed", action.dest

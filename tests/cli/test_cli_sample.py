@@ -114,6 +114,8 @@ def test_labels_are_numbers_and_ranges_repeated_as_needed():
         ("weights", ("--numerics", "integer"), "no layer quantizes its inputs as well"),
         ("velocity", ("--clip", "1", "--out", "x.npz"), "--clip 1.0 has no effect: flow"),
         ("velocity", ("--eta", "1", "--out", "x.npz"), "is an option of ddim"),
+        ("gray", ("--out", "grid.jpg"), "must end with .png or .npz"),
+        ("gray", ("--out", "grid.gif"), "this model makes images"),
         ("velocity", ("--shift", "3", "--out", "x.npz"), "--shift 3.0: .* of flow-euler and unipc"),
         (
             "gray",
@@ -125,7 +127,6 @@ def test_labels_are_numbers_and_ranges_repeated_as_needed():
             ("--sampler", "unipc", "--spacing", "karras", "--out", "x.npz"),
             "spacing='karras' is not known; use one of uniform",
         ),
-        ("gray", ("--out", "grid.gif"), "must end with .png or .npz"),
         ("velocity", ("--sampler", "ddim"), "this model predicts a velocity; use flow"),
         ("velocity", ("--steps", "ddim25", "--out", "x.npz"), "flow takes a positive number"),
         ("latents", (), "holds no autoencoder"),
