@@ -91,13 +91,19 @@ def in_option_words(text: str, args: argparse.Namespace) -> str:
         return text
     names = option_names(parser)
 
+    said = [(match[1], match[2]) for match in KEYWORD.finditer(text)]
+
     def option(keyword: str) -> str | None:
-        return next((k for k in (keyword, ALIASES.get(keyword)) if k in names), None)
+        known = [k for k in (keyword, ALIASES.get(keyword)) if k in names]
+        asked = (k for k in known if has_value(k, keyword))
+        return next(asked, known[0] if known else None)
+
+    def has_value(name: str, keyword: str) -> bool:
+        value = getattr(args, name, None)
+        return any(is_value(text, value) for mentioned, text in said if mentioned == keyword)
 
     given = {
-        match[1]
-        for match in KEYWORD.finditer(text)
-        if (name := option(match[1])) and is_value(match[2], getattr(args, name, None))
+        keyword for keyword, _ in said if (name := option(keyword)) and has_value(name, keyword)
     }
 
     def replaced(match: re.Match[str]) -> str:

@@ -288,7 +288,7 @@ def test_completion_knows_verbs_options_and_choices(capsys, tmp_path):
     for words, wanted in (
         ("qdit sam", "sample"),
         ("qdit sample --lab", "--labels"),
-        ("qdit sample --sampler d", "ddim ddpm"),
+        ("qdit sample --sampler d", "ddim ddpm dpm-solver++"),
         ("qdit search --obj", "--objective"),
     ):
         code = (

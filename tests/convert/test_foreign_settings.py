@@ -84,8 +84,8 @@ def command(*args):
             "variance_type='learned'; only",
         ),
         (
-            {"class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
-            "use_dynamic_shifting=True; only False is understood",
+            {"class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True},
+            "invert_sigmas=True; only False is understood",
         ),
     ],
 )
