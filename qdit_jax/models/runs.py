@@ -32,6 +32,7 @@ def apply_blocks(
     count: int,
     x: Any,
     *args: Any,
+    first: int = 0,
 ) -> Any:
     """Returns `x` after the blocks `prefix_0`, `prefix_1`, ..., those of a run scanned.
 
@@ -40,11 +41,13 @@ def apply_blocks(
         make_fn: makes a block: called with `name=` of one, or with `parent=None` for a run.
         x: what a block takes first and returns: a pytree.
         args: what every block takes beside it.
+        first: the number of the first block, where others than `make_fn`'s stand before it; `count`
+            is the number after the last.
     """
     runs: Params = (
         module.get_variable("params", RUNS) if module.has_variable("params", RUNS) else {}
     )
-    number = 0
+    number = first
     while number < count:
         name = f"{prefix}_{number}"
         if name not in runs:
