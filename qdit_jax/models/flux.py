@@ -231,7 +231,13 @@ class Flux(NetworkModule):
         angles = self.angles(given, text.shape[1], (rows, columns))
         sizes = (self.num_heads, int(d * self.mlp_ratio), layers)
         streams = apply_blocks(
-            self, partial(DoubleBlock, *sizes), "double_blocks", self.depth, (text, image), c, angles
+            self,
+            partial(DoubleBlock, *sizes),
+            "double_blocks",
+            self.depth,
+            (text, image),
+            c,
+            angles,
         )
         tokens = jnp.concatenate(streams, axis=1)
         tokens = apply_blocks(

@@ -3,7 +3,7 @@
 Source: MM-DiT, arXiv:2403.03206. Each stream has its own projections; queries, keys and values of both
 stand in one sequence.
 
-Dimensions: B batch, T tokens of both streams, N of one, H heads, D channels of a head, W width.
+Dimensions: B batch, N tokens of one stream, h heads, d channels of a head, W width of a stream.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qdit_jax.models.norms import layer_norm
 from qdit_jax.types import Condition
 
 # Queries, keys and values of a stream.
-Heads = tuple[Float[Array, "B N H D"], Float[Array, "B N H D"], Float[Array, "B N H D"]]
+Heads = tuple[Float[Array, "B N h d"], Float[Array, "B N h d"], Float[Array, "B N h d"]]
 
 
 class StreamAttention(AttentionModule):
@@ -52,18 +52,18 @@ class StreamAttention(AttentionModule):
         return q, k, v
 
     def normed(
-        self, q: Float[Array, "B N H D"], k: Float[Array, "B N H D"]
-    ) -> tuple[Float[Array, "B N H D"], Float[Array, "B N H D"]]:
+        self, q: Float[Array, "B N h d"], k: Float[Array, "B N h d"]
+    ) -> tuple[Float[Array, "B N h d"], Float[Array, "B N h d"]]:
         """Returns queries and keys after their norms, if there are any."""
         return q, k
 
-    def output(self, attended: Float[Array, "B N H D"]) -> Float[Array, "B N W"]:
+    def output(self, attended: Float[Array, "B N h d"]) -> Float[Array, "B N W"]:
         """Returns the output projection of the stream's rows of an attention."""
         return self.proj(rearrange(attended, "b t h d -> b t (h d)"))
 
 
-def joined(*streams: Heads) -> Heads:
-    """Returns the queries, keys and values of several streams in one sequence each."""
+def joined(*streams: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    """Returns the queries, keys and values `[B, N, h, d]` of streams in one sequence each."""
     q, k, v = (jnp.concatenate(parts, axis=1) for parts in zip(*streams, strict=True))
     return q, k, v
 

@@ -2,7 +2,7 @@
 
 Layer names follow the published checkpoints; a list index becomes `_i`.
 Dimensions: B batch, H and W latent rows and columns, C latent channels, N image tokens, L rows of text,
-D width, P channels of the pooled text, M side of the table of positions.
+D width, P channels of the pooled text, h heads, d channels of a head.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Attention(StreamAttention):
             self.ln_q, self.ln_k = RMSNorm(), RMSNorm()
 
     def normed(
-        self, q: Float[Array, "B N H d"], k: Float[Array, "B N H d"]
-    ) -> tuple[Float[Array, "B N H d"], Float[Array, "B N H d"]]:
+        self, q: Float[Array, "B N h d"], k: Float[Array, "B N h d"]
+    ) -> tuple[Float[Array, "B N h d"], Float[Array, "B N h d"]]:
         """Returns queries and keys after their norms, if there are any."""
         return (self.ln_q(q), self.ln_k(k)) if self.qk_norm else (q, k)
 
@@ -101,7 +101,7 @@ class Stream(nn.Module):
     def after(
         self,
         x: Float[Array, "B N D"],
-        attended: Float[Array, "B N H d"],
+        attended: Float[Array, "B N h d"],
         m: list[Float[Array, "B 1 D"]],
     ) -> Float[Array, "B N D"]:
         """Returns the stream's tokens after the block, from its rows of the shared attention."""
@@ -218,9 +218,7 @@ class SD3(NetworkModule):
                 stop == self.depth,
                 layers,
             )
-            streams = apply_blocks(
-                self, make_fn, "joint_blocks", stop, streams, c, first=first
-            )
+            streams = apply_blocks(self, make_fn, "joint_blocks", stop, streams, c, first=first)
         features = p * p * self.out_channels
         out = ModulatedOutput(features, layers, name="final_layer")(streams[1], c)
         return rearrange(out, "b (h w) (p q c) -> b (h p) (w q) c", h=rows, p=p, q=p)
@@ -297,9 +295,7 @@ class SD3(NetworkModule):
 
     def check_condition(self, condition: Condition) -> None:
         """Raises `ValueError` unless there are `text` and `pooled` of the right widths."""
-        check_entries(
-            condition, {"text": (None, self.text_width), "pooled": (self.pooled_width,)}
-        )
+        check_entries(condition, {"text": (None, self.text_width), "pooled": (self.pooled_width,)})
 
     def example_inputs(self, batch: int = 1) -> tuple[Any, ...]:
         """Returns abstract arguments of a call, to trace the network with."""
