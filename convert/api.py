@@ -43,6 +43,7 @@ def convert(
     noise_time: int | None = None,
     scaling_factor: float | None = None,
     shift_factor: float | None = None,
+    rope_axes: tuple[int, ...] | None = None,
     weights: str | None = None,
     dtype: str | None = "float32",
     force: bool = False,
@@ -78,6 +79,7 @@ def convert(
             noise_time=noise_time,
             scaling_factor=scaling_factor,
             shift_factor=shift_factor,
+            rope_axes=rope_axes,
             weights=weights,
             dtype=dtype,
             progress=progress,
@@ -119,6 +121,7 @@ def read_model(
     noise_time: int | None = None,
     scaling_factor: float | None = None,
     shift_factor: float | None = None,
+    rope_axes: tuple[int, ...] | None = None,
     weights: str | None = None,
     dtype: str | None = "float32",
     progress: Progress | None = None,
@@ -127,7 +130,7 @@ def read_model(
     """Returns the network in `src`, of a file, a sharded index, a folder, or a whole pipeline.
 
     Args:
-        family: `"dit"`, `"sit"`, `"vae"` or `"inception"`; None recognizes it by the names of the
+        family: `"dit"`, `"sit"`, `"sd3"`, `"flux"`, `"vae"` or `"inception"`; None recognizes it by the names of the
             tensors. Those of SiT are DiT's, so that `"sit"` must be given.
         model: a published size such as `"DiT-XL/2"`, to be checked against the file.
         num_heads: for sizes that are not published; no shape depends on it.
@@ -137,6 +140,8 @@ def read_model(
             the file does not say.
         scaling_factor, shift_factor: of an autoencoder's latents, in place of what its config.json
             says; needed where nothing says them and the latents have not 4 channels.
+        rope_axes: of a FLUX whose heads have not 128 channels: how many of them turn with each of a
+            position's three coordinates.
         weights: `"ema"` or `"model"`; None prefers `"ema"` where a file has both.
         dtype: of all leaves: one of `DTYPES`, or None to keep that of the file.
         progress: called after each leaf.
@@ -146,7 +151,14 @@ def read_model(
         UserError: with one sentence on what is wrong with the input.
     """
     choices = Choices(
-        model, num_heads, num_classes, input_size, noise_time, scaling_factor, shift_factor
+        model,
+        num_heads,
+        num_classes,
+        input_size,
+        noise_time,
+        scaling_factor,
+        shift_factor,
+        None if rope_axes is None else tuple(rope_axes),
     )
     target = parse_dtype(dtype)
     with local_copy(src) as local:

@@ -52,6 +52,7 @@ class Choices:
     noise_time: int | None = None
     scaling_factor: float | None = None
     shift_factor: float | None = None
+    rope_axes: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

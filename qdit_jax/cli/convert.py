@@ -80,7 +80,7 @@ def add_network(parser: argparse.ArgumentParser) -> None:
     """Adds the options for what the weights alone do not tell about the network."""
     parser.add_argument(
         "--family",
-        choices=("dit", "sit", "vae", "inception"),
+        choices=("dit", "sit", "sd3", "flux", "vae", "inception"),
         help="the kind of network; needed for sit, whose tensors are named like dit's",
     )
     parser.add_argument(
@@ -114,6 +114,14 @@ def add_network(parser: argparse.ArgumentParser) -> None:
         help="the time at pure noise in a SiT's training: 0 in SiT's code, 1 in REPA's (default: "
         "what the file says, else 0)",
     )
+    parser.add_argument(
+        "--rope-axes",
+        type=positive_int,
+        nargs=3,
+        metavar="N",
+        help="of a FLUX whose heads have not 128 channels: how many of them turn with each coordinate "
+        "of a position (default: 16 56 56, as published)",
+    )
     for name, text in (("scaling", "scale"), ("shift", "shift")):
         parser.add_argument(
             f"--{name}-factor",
@@ -145,6 +153,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             noise_time=args.noise_time,
             scaling_factor=args.scaling_factor,
             shift_factor=args.shift_factor,
+            rope_axes=args.rope_axes,
             weights=args.weights,
             dtype=args.dtype,
             force=args.force,
