@@ -193,7 +193,7 @@ def sizes_of(
         raise UserError(f"there are no blocks {prefixes[0 if not depth else 1]}0 and so on.")
     width, features = shape("img_in")
     out = shape("final_layer/linear")[0]
-    if out != features or features % PATCH**2:
+    if out % PATCH**2 or (features > out and features % PATCH**2 == 0):
         raise UserError(
             f"a token has {features} channels on the way in and {out} on the way out; a FLUX.1 that "
             "makes pictures from a prompt (dev, schnell) has as many of both, four latents' (its "
@@ -206,7 +206,7 @@ def sizes_of(
         depth=depth,
         single_depth=single_depth,
         width=width,
-        in_channels=features // PATCH**2,
+        in_channels=out // PATCH**2,
         out_channels=out // PATCH**2,
         mlp_width=shape("double_blocks_0/img_mlp_0")[0],
         text_width=shape("txt_in")[1],
