@@ -122,7 +122,11 @@ def test_sizes_that_are_no_square_must_be_said(pt, dit):
         ({}, {"num_classes": 5}, "label table has 11 rows, which num_classes=5 does not fit"),
         ({}, {"dtype": "int8"}, "'int8' is not known; use one of float32"),
         ({}, {"family": "vae"}, "are of a DiT in the facebook layout, not of family vae"),
-        ({}, {"family": "gan"}, "'gan' is not known; use one of dit, sit, vae, inception"),
+        (
+            {},
+            {"family": "gan"},
+            "'gan' is not known; use one of dit, sit, sd3, flux, vae, inception",
+        ),
         ({"pos_embed": None}, {}, "1 tensor is missing: pos_embed"),
         (
             {"blocks.1.attn.qkv.bias": None, "blocks.0.mlp.fc2.weight": None},
