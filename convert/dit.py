@@ -53,6 +53,7 @@ class Choices:
     scaling_factor: float | None = None
     shift_factor: float | None = None
     rope_axes: tuple[int, ...] | None = None
+    interpolation_scale: float | None = None
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,11 @@ from typing import Any
 
 from qdit_convert import flux, sd3
 from qdit_convert.diffusers_dit import CLASS_NAMES, diffusers_example, diffusers_plan
+from qdit_convert.diffusers_pixart import CLASS_NAMES as PIXART_NAMES
+from qdit_convert.diffusers_pixart import diffusers_pixart_example, diffusers_pixart_plan
 from qdit_convert.dit import PROJECTORS, Choices, facebook_example, facebook_plan, sit_example
 from qdit_convert.inception import inception_example, inception_plan
+from qdit_convert.pixart import pixart_example, pixart_plan
 from qdit_convert.plan import Example, Plan
 from qdit_convert.tensors import StateDict, listing
 from qdit_convert.training_args import read_arguments, says_sit
@@ -80,11 +83,7 @@ def is_sit(state: StateDict) -> bool:
 
 VAE_OPTIONS = ("scaling_factor", "shift_factor")
 VAE_TELLS = frozenset({"scaling_factor", "shift_factor", "latent_channels", "norm_num_groups"})
-DIFFUSERS_OPTIONS = tuple(
-    field.name
-    for field in fields(Choices)
-    if field.name not in (*VAE_OPTIONS, "noise_time", "rope_axes")
-)
+DIFFUSERS_OPTIONS = ("model", "num_heads", "num_classes", "input_size")
 DIT_OPTIONS = (*DIFFUSERS_OPTIONS, "noise_time")
 FACEBOOK = Layout(
     "dit-facebook",
@@ -144,6 +143,36 @@ LAYOUTS = (
         class_names=CLASS_NAMES,
         example=diffusers_example,
         tells=frozenset({"attention_head_dim", "num_embeds_ada_norm"}),
+    ),
+    # STDiT's names and those of Latte's text-to-video network hold all of PixArt's, which come first.
+    Layout(
+        "pixart",
+        "PixArt in the authors' layout",
+        ("pixart",),
+        re.compile(
+            r"pos_embed$|x_embedder\.proj\.|(t|csize|ar)_embedder\.mlp\.|t_block\.1\.|"
+            r"y_embedder\.(y_embedding$|y_proj\.fc[12]\.)|blocks\.\d+\.(scale_shift_table$|"
+            r"attn\.(qkv|proj|q_norm|k_norm|sr|norm)\.|cross_attn\.(q_linear|kv_linear|proj)\.|"
+            r"mlp\.fc[12]\.)|final_layer\.(scale_shift_table$|linear\.)"
+        ),
+        pixart_plan,
+        options=("num_heads", "input_size", "interpolation_scale"),
+        example=pixart_example,
+    ),
+    Layout(
+        "pixart-diffusers",
+        "PixArt in the diffusers layout",
+        ("pixart",),
+        re.compile(
+            r"pos_embed\.proj\.|adaln_single\.(linear\.|emb\.(timestep|resolution|aspect_ratio)_"
+            r"embedder\.linear_[12]\.)|caption_projection\.linear_[12]\.|scale_shift_table$|"
+            r"proj_out\.|transformer_blocks\.\d+\.(scale_shift_table$|"
+            r"attn[12]\.to_(q|k|v|out\.0)\.|ff\.net\.)"
+        ),
+        diffusers_pixart_plan,
+        class_names=PIXART_NAMES,
+        example=diffusers_pixart_example,
+        tells=frozenset({"attention_head_dim", "caption_channels"}),
     ),
     Layout(
         "sd3-stability",
@@ -232,7 +261,6 @@ UNSUPPORTED = (
     ("Latte (video, diffusers)", re.compile(r"temporal_transformer_blocks\.\d+\.")),
     ("STDiT3 (Open-Sora 1.2)", re.compile(r"(spatial|temporal)_blocks\.\d+\.")),
     ("STDiT (Open-Sora 1.0)", re.compile(r"blocks\.\d+\.attn_temp\.")),
-    ("PixArt", re.compile(r"blocks\.\d+\.cross_attn\.|caption_projection\.")),
     (
         "a U-Net (Stable Diffusion)",
         re.compile(r"(model\.diffusion_model\.)?(input_blocks|middle_block)\."),

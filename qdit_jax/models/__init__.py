@@ -1,6 +1,15 @@
 """The networks, and the table from a family's name to its class."""
 
 from qdit_jax.models.calls import Call, module_calls, recorded_calls
+from qdit_jax.models.conditions import (
+    ENTRIES,
+    NULL,
+    OF_PROMPT,
+    check_null_names,
+    null_condition_of,
+    null_entries,
+    without_null,
+)
 from qdit_jax.models.dit import SIZES, DiT, published_config
 from qdit_jax.models.families import (
     FAMILIES,
@@ -20,6 +29,7 @@ from qdit_jax.models.family import (
     Network,
     Producer,
     Segments,
+    abstract_rows,
     as_condition,
     example_inputs,
     is_concrete,
@@ -61,7 +71,10 @@ __all__ = [
     "DEMO_STATISTICS",
     "DEMO_WEIGHTS",
     "DTYPES",
+    "ENTRIES",
     "FAMILIES",
+    "NULL",
+    "OF_PROMPT",
     "OPERANDS",
     "OPERANDS_OF",
     "RUNS",
@@ -84,11 +97,13 @@ __all__ = [
     "Segments",
     "TimestepEmbedder",
     "abstract_params",
+    "abstract_rows",
     "apply_blocks",
     "as_condition",
     "asset",
     "build_model",
     "check_dtype",
+    "check_null_names",
     "config_of",
     "demo_features_fn",
     "example_inputs",
@@ -101,6 +116,8 @@ __all__ = [
     "layers_of",
     "mapped_input",
     "module_calls",
+    "null_condition_of",
+    "null_entries",
     "optional",
     "published_config",
     "quantized_input",
@@ -111,4 +128,5 @@ __all__ = [
     "tapped",
     "timestep_features",
     "with_runs",
+    "without_null",
 ]

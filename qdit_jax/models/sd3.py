@@ -218,7 +218,9 @@ class SD3(NetworkModule):
                 stop == self.depth,
                 layers,
             )
-            streams = apply_blocks(self, make_fn, "joint_blocks", stop, streams, c, first=first)
+            streams = apply_blocks(
+                self, make_fn, "joint_blocks", stop - first, streams, c, first=first
+            )
         features = p * p * self.out_channels
         out = ModulatedOutput(features, layers, name="final_layer")(streams[1], c)
         return rearrange(out, "b (h w) (p q c) -> b (h p) (w q) c", h=rows, p=p, q=p)
