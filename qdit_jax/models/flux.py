@@ -202,7 +202,8 @@ class Flux(NetworkModule):
     learned_variance = False
     has_null = False
     guided_channels = None
-    default_sampler = "flow"
+    default_sampler = "flow-euler"
+    flow_spacing = "uniform"
 
     @nn.compact
     def __call__(
@@ -298,6 +299,15 @@ class Flux(NetworkModule):
         size = self.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return height, width, self.in_channels
+
+    @property
+    def flow_shift(self) -> float | str:
+        """Returns the shift of the published schedules: by the image's tokens (dev), or none."""
+        return "tokens" if self.guidance_embed else 1.0
+
+    def num_tokens(self, shape: tuple[int, ...]) -> int:
+        """Returns how many tokens the image of a sample has."""
+        return (shape[-3] // PATCH) * (shape[-2] // PATCH)
 
     def example_condition(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns abstract embeddings of prompts, and guidance where it is embedded."""

@@ -185,7 +185,9 @@ class SD3(NetworkModule):
     learned_variance = False
     has_null = False
     guided_channels = None
-    default_sampler = "flow"
+    default_sampler = "flow-euler"
+    flow_shift = 3.0
+    flow_spacing = "trained"
 
     @nn.compact
     def __call__(
@@ -281,6 +283,10 @@ class SD3(NetworkModule):
         size = self.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return height, width, self.in_channels
+
+    def num_tokens(self, shape: tuple[int, ...]) -> int:
+        """Returns how many tokens the image of a sample has."""
+        return (shape[-3] // self.patch_size) * (shape[-2] // self.patch_size)
 
     def example_condition(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns abstract embeddings of prompts."""
