@@ -183,7 +183,7 @@ class SD3(NetworkModule):
     flow_times = (1000.0, 0.0)
     velocity_to = "noise"
     learned_variance = False
-    has_null = False
+    has_null = True
     guided_channels = None
     default_sampler = "flow-euler"
     flow_shift = 3.0
@@ -299,7 +299,7 @@ class SD3(NetworkModule):
         """Returns None: prompts cannot be listed."""
 
     def null_condition(self, condition: Condition, params: Params) -> None:
-        """Returns None: the empty prompt has embeddings that only the text encoders know."""
+        """Returns None: text encoders alone know the empty prompt; bring `null_text` and `null_pooled`."""
 
     def check_condition(self, condition: Condition) -> None:
         """Raises `ValueError` unless there are `text` and `pooled` of the right widths."""
