@@ -97,7 +97,7 @@ def test_positions_may_be_given(converted, case):
         assert np.abs(found - nhwc(out)).max() > 1e-2
 
 
-@pytest.mark.parametrize("case", (*SD3, *FLUX))
+@pytest.mark.parametrize("case", [*SD3, *FLUX])
 def test_loops_of_the_published_samplers(converted, case):
     checkpoint, folder = converted(case)
     loop = np.load(folder / "loop.npz")
