@@ -12,6 +12,7 @@ from typing import Any
 
 from qdit_convert.dit import Choices
 from qdit_convert.joint import (
+    TEXT_NOTE,
     Naming,
     checked_config,
     head_dim,
@@ -147,6 +148,7 @@ def plan_of(sizes: Sizes, choices: Choices, settings: Mapping[str, Any], naming:
         "pooled_width": sizes.pooled_width,
         "text_length": 512 if sizes.guidance else 256,
     }
+    notes.append(TEXT_NOTE.format(config["text_length"]))
     return Plan("flux", config, tuple(leaves_of(sizes, naming)), tuple(notes))
 
 

@@ -18,6 +18,7 @@ from qdit_jax.errors import UserError
 # From a layer's path to the names of its tensors in a file, without `.weight` and `.bias`; several
 # are joined along their first axis.
 Naming = Callable[[str], tuple[str, ...]]
+TEXT_NOTE = "examples and costs count {} rows of text, as published; texts of any length are taken"
 SAMPLE_SIZE = 128  # rows and columns of the published models' latents: 1024 pixels
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from qdit_convert.dit import Choices, out_channels
 from qdit_convert.joint import (
+    TEXT_NOTE,
     Naming,
     checked_config,
     head_dim,
@@ -28,6 +29,7 @@ from qdit_jax.errors import UserError
 
 CLASS_NAME = "SD3Transformer2DModel"
 HEAD_DIM = 64  # of every published size
+TEXT_LENGTH = 333  # rows of the published pipeline: 77 of CLIP, 256 of T5
 EMBEDDER = "time_text_embed"
 NORMS = re.compile(r"\.(ln_[qk]|norm_(added_)?[qk])\.weight$")
 # diffusers' names of a block's layers; those of the text's stream after the bar.
@@ -142,7 +144,9 @@ def plan_of(sizes: Sizes, choices: Choices, settings: Mapping[str, Any], naming:
         "pos_embed_max_size": sizes.side,
         "text_width": sizes.text_width,
         "pooled_width": sizes.pooled_width,
+        "text_length": TEXT_LENGTH,
     }
+    notes.append(TEXT_NOTE.format(TEXT_LENGTH))
     return Plan("sd3", config, tuple(leaves_of(sizes, naming)), tuple(notes))
 
 

@@ -147,7 +147,10 @@ def test_published_axes_of_published_heads_are_taken_with_a_note(tmp_path):
     assert found.config["rope_axes"] == (16, 56, 56)
     assert found.config["num_heads"] == 1
     assert not found.config["guidance_embed"]
-    assert found.metadata["notes"] == ["rope_axes taken to be (16, 56, 56), as published"]
+    assert found.metadata["notes"] == [
+        "rope_axes taken to be (16, 56, 56), as published",
+        "examples and costs count 256 rows of text, as published; texts of any length are taken",
+    ]
 
 
 def test_a_network_for_filling_is_refused_by_its_channels(tmp_path):
