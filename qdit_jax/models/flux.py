@@ -301,7 +301,7 @@ class Flux(NetworkModule):
         return height, width, self.in_channels
 
     @property
-    def flow_shift(self) -> float | str:
+    def flow_shift(self) -> float | str:  # type: ignore[override]
         """Returns the shift of the published schedules: by the image's tokens (dev), or none."""
         return "tokens" if self.guidance_embed else 1.0
 
