@@ -54,7 +54,7 @@ class Told(TypedDict, total=False):
     interpolation_scale: float | None
     space_scale: float | None
     time_scale: float | None
-    rope_axes: tuple[int, ...] | None
+    rope_axes: tuple[int, ...] | list[int] | None
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,15 @@ class Choices:
     noise_time: int | None = None
     scaling_factor: float | None = None
     shift_factor: float | None = None
+    rope_axes: tuple[int, ...] | list[int] | None = None
     interpolation_scale: float | None = None
     space_scale: float | None = None
     time_scale: float | None = None
-    rope_axes: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("input_size", "rope_axes"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from qdit_convert import flux, sd3
 from qdit_convert.diffusers_dit import CLASS_NAMES, diffusers_example, diffusers_plan
 from qdit_convert.diffusers_pixart import CLASS_NAMES as PIXART_NAMES
 from qdit_convert.diffusers_pixart import diffusers_pixart_example, diffusers_pixart_plan
@@ -98,6 +99,25 @@ FACEBOOK = Layout(
     options=DIT_OPTIONS,
     example=facebook_example,
 )
+SD3_OPTIONS = ("num_heads", "input_size")
+FLUX_OPTIONS = (*SD3_OPTIONS, "rope_axes")
+SD3_DIFFUSERS = Layout(
+    "sd3-diffusers",
+    "SD3 in the diffusers layout",
+    ("sd3",),
+    # FLUX's own names too: most are the same.
+    re.compile(
+        r"(single_)?transformer_blocks\.\d+\.(norm(1|1_context)?\.linear\.|"
+        r"attn2?\.(to_(q|k|v|out\.0|add_out)|add_[qkv]_proj|norm_(added_)?[qk])\.|"
+        r"ff(_context)?\.net\.|proj_(mlp|out)\.)|pos_embed\.(proj\.|pos_embed$)|"
+        r"(context|x)_embedder\.|time_text_embed\.|norm_out\.linear\.|proj_out\."
+    ),
+    sd3.diffusers_plan,
+    options=SD3_OPTIONS,
+    class_names=(sd3.CLASS_NAME,),
+    tells=frozenset({"joint_attention_dim"}),
+    example=sd3.diffusers_example,
+)
 # Of rows with the same names the first is taken, unless a file tells or the user says another.
 LAYOUTS = (
     FACEBOOK,
@@ -154,6 +174,43 @@ LAYOUTS = (
         class_names=PIXART_NAMES,
         example=diffusers_pixart_example,
         tells=frozenset({"attention_head_dim", "caption_channels"}),
+    ),
+    Layout(
+        "sd3-stability",
+        "SD3 in the Stability layout",
+        ("sd3",),
+        re.compile(
+            r"joint_blocks\.\d+\.(x|context)_block\.|context_embedder\.|pos_embed$|"
+            r"x_embedder\.proj\.|[ty]_embedder\.mlp\.|final_layer\.(adaLN_modulation\.1|linear)\."
+        ),
+        sd3.original_plan,
+        options=SD3_OPTIONS,
+        example=sd3.original_example,
+    ),
+    SD3_DIFFUSERS,
+    Layout(
+        "flux-bfl",
+        "FLUX in the Black Forest Labs layout",
+        ("flux",),
+        re.compile(
+            r"(double|single)_blocks\.\d+\.(((img|txt)_(mod|attn|mlp)|modulation|norm)\.|linear[12]\.)|"
+            r"(img|txt)_in\.|(time|vector|guidance)_in\.(in|out)_layer\.|"
+            r"final_layer\.(adaLN_modulation\.1|linear)\."
+        ),
+        flux.original_plan,
+        options=FLUX_OPTIONS,
+        example=flux.original_example,
+    ),
+    replace(
+        SD3_DIFFUSERS,
+        name="flux-diffusers",
+        title="FLUX in the diffusers layout",
+        families=("flux",),
+        plan=flux.diffusers_plan,
+        options=FLUX_OPTIONS,
+        class_names=(flux.CLASS_NAME,),
+        told=flux.is_flux,
+        example=flux.diffusers_example,
     ),
     Layout(
         "vae-diffusers",
@@ -214,10 +271,6 @@ UNSUPPORTED = (
     ("STDiT3 (Open-Sora 1.2)", re.compile(r"(spatial|temporal)_blocks\.\d+\.")),
     ("STDiT (Open-Sora 1.0)", re.compile(r"blocks\.\d+\.attn_temp\.")),
     (
-        "MM-DiT (SD3, Flux)",
-        re.compile(r"(joint_blocks|single_transformer_blocks|double_blocks)\.\d+\."),
-    ),
-    (
         "a U-Net (Stable Diffusion)",
         re.compile(r"(model\.diffusion_model\.)?(input_blocks|middle_block)\."),
     ),
@@ -244,15 +297,19 @@ def find_layout(state: StateDict, family: str | None = None) -> Layout:
             f"the names of its tensors are of no network that convert knows ({', '.join(FAMILIES)}): "
             f"{listing(keys, 4)}."
         )
-    if family is not None and family not in layout.families:
-        raise UserError(
-            f"the names of its tensors are of a {layout.title}, not of family {family}."
-        )
     same = [other for other in LAYOUTS if other.names is layout.names]
-    if family is not None:
-        serving = [other for other in same if family in other.families]
-        return min(serving, key=lambda other: other.families.index(family))
-    return next((other for other in same if other.told(state)), layout)
+    told = next((other for other in same if other.told(state)), layout)
+    if family is None:
+        return told
+    serving = [other for other in same if family in other.families]
+    if not serving:
+        raise UserError(f"the names of its tensors are of a {told.title}, not of family {family}.")
+    return min(serving, key=lambda other: other.families.index(family))
+
+
+def serves(layout: Layout, family: str) -> bool:
+    """Returns whether a file with the names of `layout` can be of `family`."""
+    return any(family in other.families for other in LAYOUTS if other.names is layout.names)
 
 
 def check_options(layout: Layout, choices: Choices) -> None:

@@ -51,6 +51,8 @@ PIXART = Pipeline(
     left_out=PROMPTS,
     process="PixArt, on linear betas",
 )
+# What a pipeline may have beside two prompts' encoders, for prompts of pictures.
+OF_PICTURES = ("image_encoder", "feature_extractor")
 PIPELINES: dict[str, Pipeline] = {
     "DiTPipeline": Pipeline(
         ("DiTTransformer2DModel", "Transformer2DModel"),
@@ -62,6 +64,16 @@ PIPELINES: dict[str, Pipeline] = {
     ),
     "PixArtSigmaPipeline": Pipeline(
         PIXART.transformer, PIXART.vae, PROMPTS, fields={"text_length": 300}, process=PIXART.process
+    ),
+    "StableDiffusion3Pipeline": Pipeline(
+        ("SD3Transformer2DModel",),
+        left_out=(*(f"{p}{n}" for p in PROMPTS for n in ("", "_2", "_3")), *OF_PICTURES),
+        process="SD3, with a shift of 3",
+    ),
+    "FluxPipeline": Pipeline(
+        ("FluxTransformer2DModel",),
+        left_out=(*(f"{p}{n}" for p in PROMPTS for n in ("", "_2")), *OF_PICTURES),
+        process="FLUX",
     ),
 }
 

@@ -50,7 +50,7 @@ examples
 # Options of what the file does not say, but for --input-size, whose numbers are joined.
 NETWORK_OPTIONS = (
     *("model", "num_heads", "num_classes", "noise_time", "scaling_factor", "shift_factor"),
-    *("interpolation_scale",),
+    *("interpolation_scale", "rope_axes"),
 )
 
 
@@ -123,6 +123,14 @@ def add_network(parser: argparse.ArgumentParser) -> None:
         metavar="0|1",
         help="the time at pure noise in a SiT's training: 0 in SiT's code, 1 in REPA's (default: "
         "what the file says, else 0)",
+    )
+    parser.add_argument(
+        "--rope-axes",
+        type=positive_int,
+        nargs=3,
+        metavar="N",
+        help="of a FLUX whose heads have not 128 channels: how many of them turn with each coordinate "
+        "of a position (default: 16 56 56, as published)",
     )
     parser.add_argument(
         "--interpolation-scale",

@@ -109,12 +109,13 @@ def folded(params: Params, reference: Params) -> Folded:
     if family is None:
         return found
     for reader in layers_of(flat):
-        for producer in family.producers(reader):
-            layer, width = producer.layer, full[f"{producer.layer}/kernel"].shape[-1]
-            columns = family.chunk(layer, producer.output, width)
+        fold = family.fold_of(reader)
+        for producer in () if fold is None else fold.producers:
+            layer, shape = producer.layer, full[f"{producer.layer}/kernel"].shape
+            columns = family.chunk(layer, producer.output, shape)
             if is_same(flat, full, layer, columns):
                 continue
-            found.comparable.setdefault(layer, np.ones(width, bool))[columns] = False
+            found.comparable.setdefault(layer, np.ones(shape[-1], bool))[columns] = False
             names = found.columns.setdefault(layer, [])
             if (name := producer.output or "all") not in names:
                 names.append(name)

@@ -49,8 +49,7 @@ def fitted_choices(
         data: has `items`.
     """
     every = places(params, [path for path in layer_paths(params) if path in choices])
-    first = [place.layers[0] for place in every]
-    inputs = fitted_and_held_out(params, model, first, data, report)
+    inputs = fitted_and_held_out(params, model, every, data, report)
     for place in every:
         for path in place.layers:
             own = Place((path,), place.folded)

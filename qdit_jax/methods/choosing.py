@@ -73,7 +73,7 @@ class ChooseTransforms:
         """Returns `params` of the same function in the coordinates chosen, and `data`."""
         specs = linear_specs(params, model, recipe)
         every = places(params, specs)
-        inputs = fitted_and_held_out(params, model, [p.layers[0] for p in every], data, report)
+        inputs = fitted_and_held_out(params, model, every, data, report)
         whole, chosen, branches = params, {}, {}
         for place in every:
             name = specs[place.layers[0]].transform

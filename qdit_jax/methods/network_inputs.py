@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from qdit_jax.calibration import Items, LayerInputs, layer_inputs
 from qdit_jax.methods.data import HOLDOUT, CalibrationData
+from qdit_jax.methods.input_transforms import Place
 from qdit_jax.methods.report import Report
 from qdit_jax.models import rows_per_sample
 from qdit_jax.ptq import held_out_items
@@ -37,11 +38,16 @@ def linear_specs(params: Params, model: nn.Module, recipe: Recipe) -> dict[str, 
 
 
 def fitted_and_held_out(
-    params: Params, model: nn.Module, paths: Sequence[str], data: CalibrationData, report: Report
+    params: Params,
+    model: nn.Module,
+    places: Sequence[Place],
+    data: CalibrationData,
+    report: Report,
 ) -> dict[str, tuple[LayerInputs, LayerInputs]]:
-    """Returns the inputs of layers on the items to fit to, and on those held out (all, if none is).
+    """Returns the inputs of places on the items to fit to, and on those held out (all, if none is).
 
-    They are the full-precision network's.
+    They are the full-precision network's, by the place's first layer. Of layers that share a map but
+    read different rows, as the outputs of a joint attention, the rows are joined.
     """
     items = data.items
     assert isinstance(items, Items)
@@ -55,11 +61,29 @@ def fitted_and_held_out(
             params,
             items,
             side,
-            paths,
+            [path for place in places for path in place.layers],
             num_rows=NUM_ROWS,
             batch_size=data.batch_size,
             progress_fn=report.progress_fn,
         )
         for side in sides
     ]
-    return {path: (found[0][path], found[-1][path]) for path in paths}
+    joined = [
+        {place.layers[0]: joined_inputs([side[path] for path in place.layers]) for place in places}
+        for side in found
+    ]
+    return {first: (joined[0][first], joined[-1][first]) for first in joined[0]}
+
+
+def joined_inputs(inputs: Sequence[LayerInputs]) -> LayerInputs:
+    """Returns the inputs of layers as of one; those that are the same count once."""
+    first = inputs[0]
+    different = [first, *(x for x in inputs[1:] if not np.array_equal(x.rows, first.rows))]
+    if len(different) == 1:
+        return first
+    return LayerInputs(
+        np.min([x.low for x in different], axis=0),
+        np.max([x.high for x in different], axis=0),
+        np.mean([x.mean_abs for x in different], axis=0),
+        np.concatenate([x.rows for x in different]),
+    )

@@ -33,7 +33,8 @@ def balance(
     folded = [place for place in places(params, paths) if place.folded]
     for place in folded:
         weights = np.abs(matrix_of(params, place.layers)).max(axis=1)
-        salience = weighted_salience(stats.absmax(place.layers[0]), weights)
+        largest = np.max([stats.absmax(path) for path in place.layers], axis=0)
+        salience = weighted_salience(largest, weights)
         scale = balanced(salience, weights, 0.5, 0.5)
         params = transformed(params, place, Transform(scale))
     report.note(f"salience is balanced at {len(folded)} places")

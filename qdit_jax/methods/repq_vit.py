@@ -24,7 +24,7 @@ def reparameterize(
     """Returns `params` whose foldable inputs have one range in all channels, and `data`."""
     specs = {p: s for p, s in linear_specs(params, model, recipe).items() if s.act}
     folded = [place for place in places(params, specs) if place.folded]
-    inputs = fitted_and_held_out(params, model, [p.layers[0] for p in folded], data, report)
+    inputs = fitted_and_held_out(params, model, folded, data, report)
     for place in folded:
         act = specs[place.layers[0]].act
         assert act is not None

@@ -10,10 +10,10 @@ import jax
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from qdit_jax.models.family import Family, Fold, Producer
+from qdit_jax.models.family import SHIFT_SCALE_GATE, Family, Fold, Producer, from_modulation
+from qdit_jax.models.joint_rows import JOINT_ROWS
 from qdit_jax.types import Params
 
-SHIFT_SCALE_GATE = ("shift", "scale", "gate")
 SMALL_DIT = {
     "input_size": 4,
     "patch_size": 2,
@@ -59,25 +59,16 @@ FAMILIES: dict[str, Family] = {
             folds=(
                 Fold(
                     r"(blocks_\d+)/attn/qkv",
-                    (
-                        Producer(r"\1/adaLN_modulation", "shift_attn"),
-                        Producer(r"\1/adaLN_modulation", "scale_attn", 1.0, shifted=False),
-                    ),
+                    from_modulation(r"\1/adaLN_modulation", "_attn"),
                 ),
                 Fold(
                     r"(blocks_\d+)/mlp/fc1",
-                    (
-                        Producer(r"\1/adaLN_modulation", "shift_mlp"),
-                        Producer(r"\1/adaLN_modulation", "scale_mlp", 1.0, shifted=False),
-                    ),
+                    from_modulation(r"\1/adaLN_modulation", "_mlp"),
                 ),
                 Fold(r"(blocks_\d+)/attn/proj", (Producer(r"\1/attn/qkv", "v"),)),
                 Fold(
                     r"(final_layer)/linear",
-                    (
-                        Producer(r"\1/adaLN_modulation", "shift"),
-                        Producer(r"\1/adaLN_modulation", "scale", 1.0, shifted=False),
-                    ),
+                    from_modulation(r"\1/adaLN_modulation"),
                 ),
             ),
             gelu_inputs=r"blocks_\d+/mlp/fc2",
@@ -87,6 +78,7 @@ FAMILIES: dict[str, Family] = {
                 {**SMALL_DIT, "velocity": True, "noise_time": 1.0, "data_time": 0.0},
             ),
         ),
+        *JOINT_ROWS,
         Family(
             name="pixart",
             network="qdit_jax.models.pixart:PixArt",

@@ -45,9 +45,12 @@ class Layers:
         kernel_shape: tuple[int, ...] | None = None,
         *,
         wide_output: bool = False,
-        name: str,
+        name: str | None,
     ) -> Linear:
-        """Returns a `Linear` that computes this way; the arguments are its fields."""
+        """Returns a `Linear` that computes this way; the arguments are its fields.
+
+        In a module's `setup` the name is None: the attribute names the layer.
+        """
         return Linear(
             features,
             kernel_init,

@@ -8,9 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from qdit_convert import read_model
+from qdit_convert.vae import latent_diffusion_names
 from qdit_jax import checkpoint
+from qdit_jax.errors import UserError
 from qdit_jax.models import AutoencoderKL, build_model
 
 TOLERANCE = 2e-5
@@ -193,3 +196,40 @@ def test_random_models_equal_the_torch_peer(tmp_path, changes):
 def settings_of(model: AutoencoderKL) -> dict:
     names = set(AutoencoderKL.__dataclass_fields__) - {"name", "parent", "shift_factor"}
     return {name: getattr(model, name) for name in names}
+
+
+@pytest.fixture(scope="module")
+def sixteen(golden):
+    folder = golden("families/flux/vae_16_channels")
+    return folder, np.load(folder / "io.npz")
+
+
+def check_sixteen(read, io):
+    model, params = build_model(read.family, read.config), read.params
+    assert (model.latent_channels, model.use_quant_conv, model.use_post_quant_conv) == (16, 0, 0)
+    assert (model.scaling_factor, model.shift_factor) == (0.3611, 0.1159)
+    decoded = model.apply({"params": params}, nhwc(io["z"]), method="decode")
+    moments = model.apply({"params": params}, nhwc(io["image"]), method="encode")
+    for found, name in zip((decoded, *moments), ("decoded", "mean", "logvar"), strict=True):
+        np.testing.assert_allclose(found, nhwc(io[name]), atol=TOLERANCE)
+
+
+def test_sixteen_channels_without_quant_convolutions(sixteen):
+    folder, io = sixteen
+    check_sixteen(read_model(folder), io)
+
+
+def test_sixteen_channels_under_the_names_of_latent_diffusion(sixteen, tmp_path):
+    folder, io = sixteen
+    arrays = load_file(folder / "diffusion_pytorch_model.safetensors")
+    named = {latent_diffusion_names(key, 2): array for key, array in arrays.items()}
+    factors = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+    (tmp_path / "config.json").write_text(json.dumps({"norm_num_groups": 4, **factors}))
+    save_file(named, tmp_path / "ae.safetensors")
+    check_sixteen(read_model(tmp_path / "ae.safetensors"), io)
+    (tmp_path / "config.json").write_text(json.dumps({"norm_num_groups": 4, "latent_channels": 16}))
+    with pytest.raises(UserError, match=r"1\.5305 and 0\.0609 of Stable Diffusion 3, 0\.3611 and"):
+        read_model(tmp_path / "ae.safetensors")
+    whole = {f"first_stage_model.{key}": array for key, array in named.items()}
+    save_file(whole, tmp_path / "sd3.safetensors")
+    check_sixteen(read_model(tmp_path / "sd3.safetensors", **factors), io)
