@@ -11,6 +11,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from qdit_jax.models.family import Family, Fold, Producer
+from qdit_jax.models.video_families import VIDEO_FAMILIES
 from qdit_jax.types import Params
 
 SHIFT_SCALE_GATE = ("shift", "scale", "gate")
@@ -78,6 +79,7 @@ FAMILIES: dict[str, Family] = {
                 {**SMALL_DIT, "velocity": True, "noise_time": 1.0, "data_time": 0.0},
             ),
         ),
+        *VIDEO_FAMILIES,
         Family(
             "vae",
             "qdit_jax.models.vae:AutoencoderKL",

@@ -183,7 +183,7 @@ class Attention(AttentionModule):
 
 
 class Mlp(nn.Module):
-    """Returns `fc2(gelu(fc1(x)))` with the tanh form of GELU.
+    """Returns `fc2(gelu(fc1(x)))` with the tanh form of GELU, or the `exact` one.
 
     `features` are the output's channels, by default the input's. `wide_output` as in `Linear`.
     """
@@ -192,10 +192,12 @@ class Mlp(nn.Module):
     layers: Layers = Layers()
     features: int | None = None
     wide_output: bool = False
+    exact: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch N"]:
-        hidden = nn.gelu(self.layers.linear(self.hidden_size, name="fc1")(x), approximate=True)
+        first = self.layers.linear(self.hidden_size, name="fc1")
+        hidden = nn.gelu(first(x), approximate=not self.exact)
         features = self.features or x.shape[-1]
         second = self.layers.linear(features, wide_output=self.wide_output, name="fc2")
         return second(hidden)
