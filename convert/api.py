@@ -39,10 +39,12 @@ def convert(
     model: str | None = None,
     num_heads: int | None = None,
     num_classes: int | None = None,
-    input_size: int | tuple[int, int] | None = None,
+    input_size: int | tuple[int, ...] | None = None,
     noise_time: int | None = None,
     scaling_factor: float | None = None,
     shift_factor: float | None = None,
+    space_scale: float | None = None,
+    time_scale: float | None = None,
     weights: str | None = None,
     dtype: str | None = "float32",
     force: bool = False,
@@ -78,6 +80,8 @@ def convert(
             noise_time=noise_time,
             scaling_factor=scaling_factor,
             shift_factor=shift_factor,
+            space_scale=space_scale,
+            time_scale=time_scale,
             weights=weights,
             dtype=dtype,
             progress=progress,
@@ -115,10 +119,12 @@ def read_model(
     model: str | None = None,
     num_heads: int | None = None,
     num_classes: int | None = None,
-    input_size: int | tuple[int, int] | None = None,
+    input_size: int | tuple[int, ...] | None = None,
     noise_time: int | None = None,
     scaling_factor: float | None = None,
     shift_factor: float | None = None,
+    space_scale: float | None = None,
+    time_scale: float | None = None,
     weights: str | None = None,
     dtype: str | None = "float32",
     progress: Progress | None = None,
@@ -132,11 +138,14 @@ def read_model(
         model: a published size such as `"DiT-XL/2"`, to be checked against the file.
         num_heads: for sizes that are not published; no shape depends on it.
         num_classes: without the null class; decides whether the label table ends with one.
-        input_size: rows and columns of the latent, where the file does not say.
+        input_size: rows and columns of the latent, of a video frames, rows and columns, where the
+            file does not say.
         noise_time: the time that a SiT was trained to see at pure noise, 0 (SiT) or 1 (REPA), where
             the file does not say.
         scaling_factor, shift_factor: of an autoencoder's latents, in place of what its config.json
             says; needed where nothing says them and the latents have not 4 channels.
+        space_scale, time_scale: by which STDiT's positions are divided, where they are not as
+            published for its size.
         weights: `"ema"` or `"model"`; None prefers `"ema"` where a file has both.
         dtype: of all leaves: one of `DTYPES`, or None to keep that of the file.
         progress: called after each leaf.
@@ -146,7 +155,15 @@ def read_model(
         UserError: with one sentence on what is wrong with the input.
     """
     choices = Choices(
-        model, num_heads, num_classes, input_size, noise_time, scaling_factor, shift_factor
+        model=model,
+        num_heads=num_heads,
+        num_classes=num_classes,
+        input_size=input_size,
+        noise_time=noise_time,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+        space_scale=space_scale,
+        time_scale=time_scale,
     )
     target = parse_dtype(dtype)
     with local_copy(src) as local:

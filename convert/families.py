@@ -10,7 +10,17 @@ from typing import Any
 from qdit_convert.diffusers_dit import CLASS_NAMES, diffusers_example, diffusers_plan
 from qdit_convert.dit import PROJECTORS, Choices, facebook_example, facebook_plan, sit_example
 from qdit_convert.inception import inception_example, inception_plan
+from qdit_convert.latte import is_latte, latte_example, latte_plan
+from qdit_convert.latte_t2v import LATTE_CLASSES, is_latte_t2v, latte_t2v_example, latte_t2v_plan
 from qdit_convert.plan import Example, Plan
+from qdit_convert.stdit import (
+    STDIT3_CLASS,
+    is_stdit,
+    stdit3_example,
+    stdit3_plan,
+    stdit_example,
+    stdit_plan,
+)
 from qdit_convert.tensors import StateDict, listing
 from qdit_convert.training_args import read_arguments, says_sit
 from qdit_convert.vae import (
@@ -79,22 +89,35 @@ def is_sit(state: StateDict) -> bool:
 
 VAE_OPTIONS = ("scaling_factor", "shift_factor")
 VAE_TELLS = frozenset({"scaling_factor", "shift_factor", "latent_channels", "norm_num_groups"})
-DIFFUSERS_OPTIONS = tuple(
-    field.name for field in fields(Choices) if field.name not in (*VAE_OPTIONS, "noise_time")
-)
+DIFFUSERS_OPTIONS = ("model", "num_heads", "num_classes", "input_size")
 DIT_OPTIONS = (*DIFFUSERS_OPTIONS, "noise_time")
 FACEBOOK = Layout(
     "dit-facebook",
     "DiT in the facebook layout",
     ("dit", "sit"),
     re.compile(
-        r"pos_embed$|x_embedder\.proj\.|t_embedder\.mlp\.|y_embedder\.embedding_table\.|"
+        r"(pos|temp)_embed$|x_embedder\.proj\.|t_embedder\.mlp\.|y_embedder\.embedding_table\.|"
         r"blocks\.\d+\.(adaLN_modulation\.1|attn\.(qkv|proj)|mlp\.fc[12])\.|"
         r"final_layer\.(adaLN_modulation\.1|linear)\.|projectors\.\d+\."
     ),
     _plan_dit,
     options=DIT_OPTIONS,
     example=facebook_example,
+)
+# The names of the authors' PixArt and STDiT, of which both have nearly all.
+AUTHORS_NAMES = re.compile(
+    r"pos_embed(_temporal)?$|x_embedder\.proj\.|(t|csize|ar)_embedder\.mlp\.|t_block\.1\.|"
+    r"y_embedder\.(y_embedding$|y_proj\.fc[12]\.)|blocks\.\d+\.(scale_shift_table$|"
+    r"(attn|attn_temp)\.(qkv|proj|q_norm|k_norm|sr|norm)\.|"
+    r"cross_attn\.(q_linear|kv_linear|proj)\.|mlp\.fc[12]\.)|"
+    r"final_layer\.(scale_shift_table$|linear\.)"
+)
+# Those of diffusers' PixArt and Latte-T2V.
+DIFFUSERS_NAMES = re.compile(
+    r"pos_embed\.proj\.|adaln_single\.(linear\.|emb\.(timestep|resolution|aspect_ratio)_"
+    r"embedder\.linear_[12]\.)|caption_projection\.linear_[12]\.|scale_shift_table$|"
+    r"proj_out\.|(temporal_)?transformer_blocks\.\d+\.(scale_shift_table$|"
+    r"attn[12]\.to_(q|k|v|out\.0)\.|ff\.net\.)"
 )
 # Of rows with the same names the first is taken, unless a file tells or the user says another.
 LAYOUTS = (
@@ -107,6 +130,55 @@ LAYOUTS = (
         plan=_plan_sit,
         told=is_sit,
         example=sit_example,
+    ),
+    replace(
+        FACEBOOK,
+        name="latte",
+        title="Latte in the authors' layout",
+        families=("latte",),
+        plan=latte_plan,
+        options=("num_heads", "num_classes", "input_size"),
+        told=is_latte,
+        example=latte_example,
+    ),
+    Layout(
+        "stdit",
+        "STDiT of Open-Sora 1.0",
+        ("stdit",),
+        AUTHORS_NAMES,
+        stdit_plan,
+        options=("num_heads", "input_size", "space_scale", "time_scale"),
+        told=is_stdit,
+        example=stdit_example,
+    ),
+    Layout(
+        "latte-t2v-diffusers",
+        "Latte-T2V in the diffusers layout",
+        ("latte_t2v",),
+        DIFFUSERS_NAMES,
+        latte_t2v_plan,
+        options=("num_heads", "input_size"),
+        class_names=LATTE_CLASSES,
+        told=is_latte_t2v,
+        example=latte_t2v_example,
+        tells=frozenset({"attention_head_dim", "video_length"}),
+    ),
+    Layout(
+        "stdit3",
+        "STDiT3 of Open-Sora 1.2",
+        ("stdit3",),
+        re.compile(
+            r"x_embedder\.proj\.|(t|fps)_embedder\.mlp\.|t_block\.1\.|rope\.freqs$|"
+            r"y_embedder\.(y_embedding$|y_proj\.fc[12]\.)|"
+            r"(spatial|temporal)_blocks\.\d+\.(scale_shift_table$|"
+            r"attn\.(qkv|proj|q_norm|k_norm)\.|cross_attn\.(q_linear|kv_linear|proj)\.|"
+            r"mlp\.fc[12]\.)|final_layer\.(scale_shift_table$|linear\.)"
+        ),
+        stdit3_plan,
+        options=("num_heads", "input_size"),
+        class_names=(STDIT3_CLASS,),
+        example=stdit3_example,
+        tells=frozenset({"input_sq_size", "model_max_length"}),
     ),
     Layout(
         "dit-diffusers",
@@ -169,11 +241,6 @@ FAMILIES = tuple(dict.fromkeys(name for layout in LAYOUTS for name in layout.fam
 
 # Networks that convert knows by a name that only they have, but does not convert.
 UNSUPPORTED = (
-    ("Latte (video)", re.compile(r"temp_embed$")),
-    ("Latte (video, diffusers)", re.compile(r"temporal_transformer_blocks\.\d+\.")),
-    ("STDiT3 (Open-Sora 1.2)", re.compile(r"(spatial|temporal)_blocks\.\d+\.")),
-    ("STDiT (Open-Sora 1.0)", re.compile(r"blocks\.\d+\.attn_temp\.")),
-    ("PixArt", re.compile(r"blocks\.\d+\.cross_attn\.|caption_projection\.")),
     (
         "MM-DiT (SD3, Flux)",
         re.compile(r"(joint_blocks|single_transformer_blocks|double_blocks)\.\d+\."),
@@ -205,15 +272,16 @@ def find_layout(state: StateDict, family: str | None = None) -> Layout:
             f"the names of its tensors are of no network that convert knows ({', '.join(FAMILIES)}): "
             f"{listing(keys, 4)}."
         )
-    if family is not None and family not in layout.families:
-        raise UserError(
-            f"the names of its tensors are of a {layout.title}, not of family {family}."
-        )
     same = [other for other in LAYOUTS if other.names is layout.names]
+    told = next((other for other in same if other.told(state)), layout)
     if family is not None:
         serving = [other for other in same if family in other.families]
+        if not serving:
+            raise UserError(
+                f"the names of its tensors are of a {told.title}, not of family {family}."
+            )
         return min(serving, key=lambda other: other.families.index(family))
-    return next((other for other in same if other.told(state)), layout)
+    return told
 
 
 def check_options(layout: Layout, choices: Choices) -> None:
