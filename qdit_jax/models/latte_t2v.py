@@ -77,7 +77,7 @@ class LatteBlock(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B F S D"],
-        m: Float[Array, "B one one_6D"],
+        m: Float[Array, "B 1 1 M"],
         text: Float[Array, "B L D"] | None = None,
         mask: Any = None,
     ) -> Float[Array, "B F S D"]:

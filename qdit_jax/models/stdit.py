@@ -53,10 +53,10 @@ class STDiTBlock(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B F S D"],
-        m: Float[Array, "B one one_6D"],
+        m: Float[Array, "B 1 1 M"],
         text: Float[Array, "B L D"],
         mask: Any,
-        times: Float[np.ndarray, "F one_D"] | None,
+        times: Float[np.ndarray, "F 1 D"] | None,
     ) -> Float[Array, "B F S D"]:
         """`mask` is True for the rows of text that count; `times` is added before looking at time."""
         d = x.shape[-1]

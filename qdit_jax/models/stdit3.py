@@ -70,7 +70,7 @@ class STDiT3Block(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B F S D"],
-        m: Float[Array, "B F_or_1 one_6D"],
+        m: Float[Array, "B N 1 M"],
         text: Float[Array, "B L D"],
         mask: Any,
         angles: Float[AnyArray, "F half"] | None = None,
@@ -202,7 +202,7 @@ class STDiT3(NetworkModule):
         timestep: Num[Array, " B"],
         fps: Float[Array, " B"],
         frame_mask: Bool[Array, "B F"] | None,
-    ) -> tuple[Float[Array, "B times D"], Float[Array, "B F_or_1 one_6D"]]:
+    ) -> tuple[Float[Array, "B times D"], Float[Array, "B N 1 M"]]:
         """Returns the embedding of the timestep (and of 0), and what all blocks add to their tables."""
         d = self.hidden_size
         times = [timestep] if frame_mask is None else [timestep, jnp.zeros_like(timestep)]
