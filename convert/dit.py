@@ -54,6 +54,7 @@ class Choices:
     shift_factor: float | None = None
     space_scale: float | None = None
     time_scale: float | None = None
+    interpolation_scale: float | None = None
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from qdit_convert.diffusers_dit import CLASS_NAMES, diffusers_example, diffusers_plan
+from qdit_convert.diffusers_pixart import CLASS_NAMES as PIXART_NAMES
+from qdit_convert.diffusers_pixart import diffusers_pixart_example, diffusers_pixart_plan
 from qdit_convert.dit import PROJECTORS, Choices, facebook_example, facebook_plan, sit_example
 from qdit_convert.inception import inception_example, inception_plan
 from qdit_convert.latte import is_latte, latte_example, latte_plan
 from qdit_convert.latte_t2v import LATTE_CLASSES, is_latte_t2v, latte_t2v_example, latte_t2v_plan
+from qdit_convert.pixart import pixart_example, pixart_plan
 from qdit_convert.plan import Example, Plan
 from qdit_convert.stdit import (
     STDIT3_CLASS,
@@ -140,6 +143,25 @@ LAYOUTS = (
         options=("num_heads", "num_classes", "input_size"),
         told=is_latte,
         example=latte_example,
+    ),
+    Layout(
+        "pixart",
+        "PixArt in the authors' layout",
+        ("pixart",),
+        AUTHORS_NAMES,
+        pixart_plan,
+        options=("num_heads", "input_size", "interpolation_scale"),
+        example=pixart_example,
+    ),
+    Layout(
+        "pixart-diffusers",
+        "PixArt in the diffusers layout",
+        ("pixart",),
+        DIFFUSERS_NAMES,
+        diffusers_pixart_plan,
+        class_names=PIXART_NAMES,
+        example=diffusers_pixart_example,
+        tells=frozenset({"attention_head_dim", "caption_channels"}),
     ),
     Layout(
         "stdit",

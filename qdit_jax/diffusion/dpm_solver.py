@@ -105,7 +105,9 @@ def dpm_solver_pp(
     if spacing is not None and spacing not in SPACINGS:
         raise ValueError(f"spacing={spacing!r} is not known; use one of {', '.join(SPACINGS)}.")
     if spacing is not None and not str(steps).strip().isdecimal():
-        raise ValueError(f"spacing={spacing!r} does not fit steps={steps!r}; give a number of steps.")
+        raise ValueError(
+            f"spacing={spacing!r} does not fit steps={steps!r}; give a number of steps."
+        )
     if spacing == "continuous":
         return continuous(process, len(visited), clip, predict_fn, limit_fn)
     if str(steps).strip().isdecimal() and len(visited) < process.num_timesteps:

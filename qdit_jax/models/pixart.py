@@ -175,7 +175,7 @@ class PixArt(NetworkModule):
     # Whether a learned null caption, or the caller's `null_text`: guidance needs one of them.
     has_null = True
     guided_channels = None
-    default_sampler = "ddim"
+    default_sampler = "dpm-solver++"
 
     @nn.compact
     def __call__(
@@ -297,17 +297,16 @@ class PixArt(NetworkModule):
         """Returns None: prompts cannot be listed."""
         return
 
-    def null_condition(self, condition: Mapping[str, Any], params: Params) -> dict[str, Any]:
+    def null_condition(self, condition: Mapping[str, Any], params: Params) -> dict[str, Any] | None:
         """Returns the condition with the learned null caption, under the mask of its prompt.
 
+        None for checkpoints without one, as those of diffusers: the caller brings `null_text`.
+
         Raises:
-            ValueError: if the checkpoint has none, as those of diffusers.
+            ValueError: if a text has more rows than the null caption.
         """
         if not self.null_caption:
-            raise ValueError(
-                "this PixArt came without a learned null caption, which guidance needs; give "
-                "null_text and null_text_mask, the embedding of an empty prompt, or use guidance=None."
-            )
+            return None
         text = null_text(params["y_embedder"]["y_embedding"], jnp.asarray(condition["text"]))
         return {**condition, "text": text}
 

@@ -77,12 +77,16 @@ def conditions(model, batch):
         return jax.tree.map(lambda leaf: jnp.asarray(leaf)[:batch], every)
     rng = np.random.default_rng(1)
 
-    def drawn(leaf):
+    def drawn(path, leaf):
+        name = path[-1].key if path else ""
         if leaf.dtype == bool:
             return jnp.asarray(np.arange(leaf.shape[-1]) < 2 + np.arange(batch)[:, None])
-        return jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype)
+        if name in ("height", "width"):  # one size for all: latents of a batch have one shape
+            return jnp.full(leaf.shape, {"height": 24.0, "width": 32.0}[name], leaf.dtype)
+        values = rng.standard_normal(leaf.shape)
+        return jnp.asarray(24 * np.exp(values) if name == "fps" else values, leaf.dtype)
 
-    return jax.tree.map(drawn, model.example_condition(batch))
+    return jax.tree_util.tree_map_with_path(drawn, model.example_condition(batch))
 
 
 def inputs_of(model, batch=3):
@@ -193,7 +197,8 @@ def test_a_call_is_a_function_of_each_sample_alone(row, config):
     assert relative(call(model, params, (x, timestep[::-1], condition)), out) > 1e-3
     for i, leaf in enumerate(jax.tree.leaves(condition)):
         leaves, tree = jax.tree.flatten(condition)
-        leaves[i] = leaf[::-1]
+        is_one_for_all = (leaf == leaf[:1]).all()
+        leaves[i] = leaf * 0.8 if is_one_for_all else leaf[::-1]
         changed = call(model, params, (x, timestep, jax.tree.unflatten(tree, leaves)))
         assert relative(changed, out) > 1e-4
 
