@@ -33,6 +33,7 @@ VERBS = {
     "schedule": "find the sampling steps that bear fewer bits",
     "methods": "list the methods of qdit quantize",
     "export": "convert a checkpoint folder to one safetensors file, or back",
+    "embed-text": "embed prompts by a pipeline's text encoders",
     "sample": "generate pictures",
     "evaluate": "compare a quantized model with full precision, or score samples",
     "bench": "measure the time of a step and of layers",
@@ -94,10 +95,15 @@ def parser_of(arguments: Sequence[str]) -> Parser:
     named = next((word for word in arguments if not word.startswith("-")), None)
     for verb, text in VERBS.items():
         if verb == named:
-            import_module(f"qdit_jax.cli.{verb}").add_parser(subparsers)
+            import_module(module_of(verb)).add_parser(subparsers)
         else:
             subparsers.add_parser(verb, help=text)
     return parser
+
+
+def module_of(verb: str) -> str:
+    """Returns the name of a verb's module."""
+    return f"qdit_jax.cli.{verb.replace('-', '_')}"
 
 
 def run_verb(args: argparse.Namespace) -> int:
