@@ -9,12 +9,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from qdit_convert.dit import Choices, out_channels
-from qdit_convert.plan import Example, Leaf, Plan, affine, block_count, convolution, linear, shape_of
+from qdit_convert.plan import (
+    Example,
+    Leaf,
+    Plan,
+    affine,
+    block_count,
+    convolution,
+    linear,
+    most_common,
+    shape_of,
+)
 from qdit_convert.settings import CONFIG, network_settings
 from qdit_convert.stdit import SMALL, unread
 from qdit_convert.tensors import StateDict
 from qdit_convert.training_args import unknown_note
 from qdit_convert.video import (
+    TEXT_WIDTH,
     VideoSizes,
     heads_of,
     mlp_ratio,
@@ -43,7 +54,7 @@ def latte_t2v_plan(state: StateDict, choices: Choices, config: Mapping[str, Any]
     settings = network_settings(config or {}, LATTE)
     if config is None:
         settings |= {"activation_fn": None, "norm_eps": 1e-6, "video_length": 16}
-    sizes, is_gated = t2v_sizes(state, settings["activation_fn"])
+    sizes, is_gated = t2v_sizes(state, settings)
     check_t2v(settings, sizes, config or {})
     said = settings["num_attention_heads"]
     heads = heads_of(sizes.depth, sizes.width, choices.num_heads, said)
@@ -78,8 +89,8 @@ def latte_t2v_plan(state: StateDict, choices: Choices, config: Mapping[str, Any]
     return Plan("latte_t2v", result, tuple(t2v_leaves(sizes, is_gated)), tuple(notes))
 
 
-def t2v_sizes(state: StateDict, activation: str | None) -> tuple[VideoSizes, bool]:
-    """Returns the sizes of the network, and whether its MLPs are gated; None goes by the shapes.
+def t2v_sizes(state: StateDict, settings: Mapping[str, Any]) -> tuple[VideoSizes, bool]:
+    """Returns the sizes of the network, and whether its MLPs are gated: by the shapes if unsaid.
 
     Raises:
         UserError: if the blocks over space and over time are not as many.
@@ -93,8 +104,10 @@ def t2v_sizes(state: StateDict, activation: str | None) -> tuple[VideoSizes, boo
         )
     width, channels, patch, _ = shape_of(tensors, "pos_embed.proj.weight", 4)
     features = shape_of(tensors, "proj_out.weight", 2)[0]
-    first = shape_of(tensors, f"{SPATIAL}.0.ff.net.0.proj.weight", 2)[0]
-    second = shape_of(tensors, f"{SPATIAL}.0.ff.net.2.weight", 2)[1]
+    blocks = [f"{kind}.{i}.ff.net" for kind in (SPATIAL, TEMPORAL) for i in range(depth)]
+    first = most_common([shape_of(tensors, f"{b}.0.proj.weight", 2)[0] for b in blocks])
+    second = most_common([shape_of(tensors, f"{b}.2.weight", 2)[1] for b in blocks])
+    activation = settings["activation_fn"]
     is_gated = first == 2 * second if activation is None else activation == "geglu"
     if first != second * (2 if is_gated else 1):
         raise UserError(
@@ -108,7 +121,8 @@ def t2v_sizes(state: StateDict, activation: str | None) -> tuple[VideoSizes, boo
         in_channels=channels,
         out_channels=out_channels(features, patch),
         mlp_width=second,
-        caption_channels=shape_of(tensors, "caption_projection.linear_1.weight", 2)[1],
+        caption_channels=settings["caption_channels"]
+        or shape_of(tensors, "caption_projection.linear_1.weight", 2)[1],
         caption_length=120,
     ), is_gated
 
@@ -125,7 +139,6 @@ def check_t2v(
         "patch_size": (settings["patch_size"], sizes.patch_size),
         "in_channels": (settings["in_channels"], sizes.in_channels),
         "out_channels": (settings["out_channels"], sizes.out_channels),
-        "caption_channels": (settings["caption_channels"], sizes.caption_channels),
     }
     for key, (says, found) in stated.items():
         if says is not None and says != found:
@@ -179,6 +192,7 @@ def latte_t2v_example() -> Example:
         "_class_name": LATTE_CLASSES[0],
         "num_attention_heads": 2,
         "attention_head_dim": SMALL.width // 2,
+        "caption_channels": TEXT_WIDTH,
         "sample_size": 4,
         "video_length": 3,
         "activation_fn": "gelu-approximate",

@@ -15,6 +15,7 @@ from qdit_convert.settings import CONFIG, network_settings
 from qdit_convert.tensors import StateDict, StoredTensor
 from qdit_convert.training_args import Arguments, unknown_note
 from qdit_convert.video import (
+    TEXT_WIDTH,
     VideoSizes,
     block_leaves,
     heads_of,
@@ -39,7 +40,7 @@ SMALL = VideoSizes(
     in_channels=4,
     out_channels=8,
     mlp_width=64,
-    caption_channels=12,
+    caption_channels=TEXT_WIDTH,
     caption_length=5,
 )
 STDIT3_CLASS = "STDiT3"

@@ -16,6 +16,9 @@ from qdit_convert.plan import Leaf, affine, most_common, shape_of
 from qdit_convert.tensors import StoredTensor, shape_text
 from qdit_jax.errors import UserError
 
+NULL = "y_embedder.y_embedding"  # the learned null caption
+TEXT_WIDTH = 4096  # of the published networks' text encoder, T5
+
 
 @dataclass(frozen=True)
 class VideoSizes:
@@ -38,6 +41,8 @@ class VideoSizes:
 def video_sizes(tensors: Mapping[str, StoredTensor], depth: int, block: str) -> VideoSizes:
     """Returns the sizes of a network in the authors' names; `block` is one block's prefix.
 
+    A single wrong shape is outvoted, to be named later.
+
     Raises:
         UserError: if a tensor that settles them is missing, or patches span several frames.
     """
@@ -46,7 +51,8 @@ def video_sizes(tensors: Mapping[str, StoredTensor], depth: int, block: str) -> 
         raise UserError(f"patches span {frames} frames; only patches of one frame are supported.")
     voters = ("t_embedder.mlp.2.weight", f"{block}.attn.proj.weight", "final_layer.linear.weight")
     votes = [tensors[k].shape[-1] for k in voters if k in tensors and tensors[k].shape]
-    rows, caption_channels = shape_of(tensors, "y_embedder.y_embedding", 2)
+    rows, _ = shape_of(tensors, NULL, 2)
+    texts = [shape_of(tensors, key, 2)[1] for key in (NULL, "y_embedder.y_proj.fc1.weight")]
     features = shape_of(tensors, "final_layer.linear.weight", 2)[0]
     return VideoSizes(
         depth=depth,
@@ -55,7 +61,7 @@ def video_sizes(tensors: Mapping[str, StoredTensor], depth: int, block: str) -> 
         in_channels=channels,
         out_channels=out_channels(features, patch),
         mlp_width=shape_of(tensors, f"{block}.mlp.fc1.weight", 2)[0],
-        caption_channels=caption_channels,
+        caption_channels=most_common([*texts, TEXT_WIDTH]),
         caption_length=rows,
     )
 
@@ -68,7 +74,6 @@ def frame_convolution(array: np.ndarray) -> np.ndarray:
 def outer_leaves(sizes: VideoSizes) -> list[Leaf]:
     """Returns the leaves outside of the blocks, in the authors' names."""
     D, p, K = sizes.width, sizes.patch_size, sizes.caption_channels
-    caption = "y_embedder.y_embedding"
     table = "final_layer.scale_shift_table"
     out = p * p * sizes.out_channels
     patches = (D, sizes.in_channels, 1, p, p)
@@ -77,7 +82,7 @@ def outer_leaves(sizes: VideoSizes) -> list[Leaf]:
         *affine("t_embedder/mlp_0", "t_embedder.mlp.0", (D, 256)),
         *affine("t_embedder/mlp_2", "t_embedder.mlp.2", (D, D)),
         *affine("t_block", "t_block.1", (6 * D, D)),
-        Leaf("y_embedder/y_embedding", (caption,), ((sizes.caption_length, K),)),
+        Leaf("y_embedder/y_embedding", (NULL,), ((sizes.caption_length, K),)),
         *affine("y_embedder/y_proj/fc1", "y_embedder.y_proj.fc1", (D, K)),
         *affine("y_embedder/y_proj/fc2", "y_embedder.y_proj.fc2", (D, D)),
         Leaf("final_layer/scale_shift_table", (table,), ((2, D),)),
