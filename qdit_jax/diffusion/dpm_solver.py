@@ -159,7 +159,7 @@ def solver_over(
         ValueError: if a model of the noise is evaluated where there is no signal.
     """
     prediction_rows(alphas_cumprod, predict_fn)  # checks that
-    shares = np.append(np.maximum(alphas_cumprod, LEAST_SIGNAL), 1.0)
+    shares = np.append(np.where(alphas_cumprod > 0, alphas_cumprod, LEAST_SIGNAL), 1.0)
     return solver(timesteps, shares, np.arange(len(timesteps)) < 1, clip, predict_fn, limit_fn)
 
 
