@@ -159,6 +159,7 @@ class STDiT3(NetworkModule):
     prediction = "velocity"
     flow_times = (1000.0, 0.0)  # at the noise, at the data
     velocity_to = "data"
+    flow_shift = "resolution"
     learned_variance = False
     has_null = True
     default_sampler = "flow-euler"
@@ -238,6 +239,15 @@ class STDiT3(NetworkModule):
     def sample_shape(self) -> tuple[int, int, int, int]:
         """Returns frames, rows, columns and channels of the latents."""
         return (*self.sample_size, self.in_channels)
+
+    def resolution_of(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """Returns rows, columns and frames in pixels that the published VAE makes of latents.
+
+        It makes 8 x 8 pixels of each, 17 frames of 5 and 4 of each of a rest; 1 frame of 1.
+        """
+        frames, height, width, _ = shape
+        decoded = 1 if frames == 1 else frames // 5 * 17 + frames % 5 * 4
+        return 8 * height, 8 * width, decoded
 
     def example_condition(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns abstract embeddings of prompts, their masks, and the video's rate and size."""

@@ -117,7 +117,7 @@ STDIT3 = Family(
     outputs={rf"{BLOCKS3}/attn/qkv": QKV, rf"{BLOCKS3}/cross_attn/kv_linear": KV},
     folds=(values(rf"({BLOCKS3}/attn)"), values(rf"({BLOCKS3}/cross_attn)", "kv_linear")),
     gelu_inputs=rf"{BLOCKS3}/mlp/fc2",
-    examples=({**SMALL_TEXT, "sample_size": [3, 3, 4], "input_sq_size": 32},),
+    examples=({**SMALL_TEXT, "sample_size": [5, 3, 4], "input_sq_size": 32},),
 )
 BLOCKS2 = r"(?:temporal_)?transformer_blocks_\d+"
 LATTE_T2V = Family(
