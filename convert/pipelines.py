@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from qdit_convert.json_file import read_json
 from qdit_convert.settings import INDEX, PIPELINE
-from qdit_convert.tensors import about, listing
+from qdit_convert.tensors import about
 from qdit_jax.diffusion import Setting, Table, read_scheduler, understood
 from qdit_jax.errors import UserError
 
@@ -90,9 +90,8 @@ def read_pipeline(path: Path) -> Parts:
         index = read_json(path / PIPELINE_INDEX)
         name = index.get("_class_name")
         if name not in PIPELINES:
-            raise UserError(
-                f"this is a {name}; of whole pipelines, convert reads {listing(PIPELINES, 9)} only."
-            )
+            known = ", ".join(PIPELINES)
+            raise UserError(f"this is a {name}; of whole pipelines, convert reads {known} only.")
         row = PIPELINES[name]
         # A part that is left out stands in the index as [null, null].
         listed = {key: value for key, value in index.items() if value != [None, None]}

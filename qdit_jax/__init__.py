@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qdit_jax import quant as quant
     from qdit_jax.adapters import quantize_linen as quantize_linen
+    from qdit_jax.adapters import quantize_nnx as quantize_nnx
     from qdit_jax.allocation import search as search
     from qdit_jax.calibration import Stats as Stats
     from qdit_jax.calibration import calibrate as calibrate
@@ -54,7 +55,7 @@ __version__ = "0.1.0"
 
 # Room -> the names that the package shows of it.
 PUBLIC = {
-    "adapters": ("quantize_linen",),
+    "adapters": ("quantize_linen", "quantize_nnx"),
     "allocation": ("search",),
     "calibration": ("Stats", "calibrate", "collect_items"),
     "checkpoint": (

@@ -94,7 +94,7 @@ class SampleFile:
         out: AnyPath,
         *,
         columns: int | None = None,
-        fps: float | None = None,
+        fps: float | int | None = None,
         force: bool = False,
         progress_fn: Callable[[int], Any] = lambda count: None,
     ) -> None:
@@ -127,7 +127,7 @@ class SampleFile:
             images = first_samples(folder, ranges, "images", self.count)
             assert images is not None, "the batches of a grid hold images"
             scale = -(-SMALLEST_CELL // images.shape[-3])
-            labels = self.captions()
+            labels: list[str] | None = self.captions()
             if out.suffix in CLIPS:
                 save_clip(out, images, fps=fps or FPS, columns=columns, labels=labels, scale=scale)
                 return

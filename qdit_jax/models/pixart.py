@@ -249,15 +249,15 @@ class PixArt(NetworkModule):
         """Returns the table of positions of a grid: the stored one, or one computed for its size."""
         base = self.sample_size // self.patch_size
 
-        def table(*size: int) -> Array:
-            rows, columns = (base / n / self.interpolation_scale for n in size)
-            return jnp.asarray(sincos_positions(self.hidden_size, size, (rows, columns)))[None]
+        def table(size: tuple[int, int]) -> Array:
+            steps = tuple(base / n / self.interpolation_scale for n in size)
+            return jnp.asarray(sincos_positions(self.hidden_size, size, (steps[0], steps[1])))[None]
 
         if not self.stored_positions:
-            return table(*grid)
+            return table(grid)
         shape = (1, base * base, self.hidden_size)
-        own = stored(self, "pos_embed", lambda key, shape: table(base, base), shape)
-        return jax.lax.stop_gradient(own) if grid == (base, base) else table(*grid)
+        own = stored(self, "pos_embed", lambda key, shape: table((base, base)), shape)
+        return jax.lax.stop_gradient(own) if grid == (base, base) else table(grid)
 
     def embedded_sizes(self, condition: Mapping[str, Any]) -> Float[Array, "B D"]:
         """Returns the embeddings of rows, columns and aspect ratio, side by side."""
@@ -297,7 +297,7 @@ class PixArt(NetworkModule):
         """Returns None: prompts cannot be listed."""
         return
 
-    def null_condition(self, condition: Mapping[str, Any], params: Params) -> dict[str, Any] | None:
+    def null_condition(self, condition: Condition, params: Params) -> Condition | None:
         """Returns the condition with the learned null caption, under the mask of its prompt.
 
         None for checkpoints without one, as those of diffusers: the caller brings `null_text`.
@@ -307,6 +307,7 @@ class PixArt(NetworkModule):
         """
         if not self.null_caption:
             return None
+        assert isinstance(condition, Mapping)
         text = null_text(params["y_embedder"]["y_embedding"], jnp.asarray(condition["text"]))
         return {**condition, "text": text}
 

@@ -174,7 +174,7 @@ def denoiser(
             f"guidance={guidance} needs a null class, which this model was trained without; "
             "use guidance=None."
         )
-    return diffusion.guided(plain, guidance, channels=channels)
+    return diffusion.guided(plain, cast(Any, guidance), channels=channels)
 
 
 @jax.jit(static_argnames=("shape",))

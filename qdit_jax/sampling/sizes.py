@@ -100,7 +100,7 @@ def with_sizes(
     checkpoint: Checkpoint,
     condition: Mapping[str, Any],
     shape: Sequence[int] | None = None,
-    fps: float | None = None,
+    fps: float | int | None = None,
 ) -> dict[str, Any]:
     """Returns a condition with the sizes that the network takes and the condition lacks.
 
@@ -148,7 +148,7 @@ def with_sizes(
     return found
 
 
-def same_rows(condition: Mapping[str, Any], values: Sequence[float]) -> np.ndarray:
+def same_rows(condition: Mapping[str, Any], values: Sequence[float | int]) -> np.ndarray:
     """Returns the values for each of the conditions, float32."""
     return np.tile(np.array(values, np.float32), (num_conditions(condition) or 1, 1))
 

@@ -59,7 +59,9 @@ def test_a_change_is_the_difference_that_one_layer_makes_to_the_final_latents(ca
 def test_the_weight_of_a_step_is_how_far_its_errors_grow(case):
     rollout, params, _, (noise, label, keys), found = case
     if rollout.start(noise).state is not None:
-        pytest.skip("an error of the latents alone is compared, for a sampler that remembers nothing")
+        pytest.skip(
+            "an error of the latents alone is compared, for a sampler that remembers nothing"
+        )
     state, weights = noise, []
     bump = 1e-3 * jax.random.normal(jax.random.key(9), noise.shape)
 
