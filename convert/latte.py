@@ -56,7 +56,10 @@ def latte_plan(state: StateDict, choices: Choices, _: Mapping[str, Any] | None) 
     check_process(said, velocity=False)
     notes = check_sizes(said, sizes, None)
     heads = heads_of(
-        sizes.depth, sizes.width, choices.num_heads, said_heads(said, choices.num_heads, sizes.width)
+        sizes.depth,
+        sizes.width,
+        choices.num_heads,
+        said_heads(said, choices.num_heads, sizes.width),
     )
     frames = shape_of(tensors, TEMPORAL, 3)[1]
     num_tokens = shape_of(tensors, "pos_embed", 3)[1]
@@ -72,7 +75,7 @@ def latte_plan(state: StateDict, choices: Choices, _: Mapping[str, Any] | None) 
 
 
 LATTE_FIELDS = frozenset(
-    "patch_size in_channels hidden_size depth num_heads mlp_ratio learn_sigma".split()
+    ["patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio", "learn_sigma"]
 )
 
 
@@ -89,7 +92,9 @@ def latte_sizes(tensors: Mapping[str, StoredTensor]) -> Sizes:
 def label_fields(sizes: Sizes, choices: Choices, said: int | None) -> dict[str, Any]:
     """Returns the number of classes, 0 without a label table, and whether there is a null class."""
     if sizes.table_rows:
-        return label_config(sizes.table_rows, said if choices.num_classes is None else choices.num_classes)
+        return label_config(
+            sizes.table_rows, said if choices.num_classes is None else choices.num_classes
+        )
     if choices.num_classes is not None:
         raise UserError(
             f"num_classes={choices.num_classes}, but the file has no label table; leave out --num-classes."

@@ -60,7 +60,9 @@ def latte_t2v_plan(state: StateDict, choices: Choices, config: Mapping[str, Any]
     heads = heads_of(sizes.depth, sizes.width, choices.num_heads, said)
     notes = overridden_heads(choices, said, CONFIG)
     if config is None:
-        assumed = f"video_length=16, norm_eps=1e-06 and {'geglu' if is_gated else 'gelu-approximate'}"
+        assumed = (
+            f"video_length=16, norm_eps=1e-06 and {'geglu' if is_gated else 'gelu-approximate'}"
+        )
         notes.append(f"{assumed}, as published: there is no config.json")
     size = settings["sample_size"]
     if size is None and choices.input_size is None:
@@ -127,9 +129,7 @@ def t2v_sizes(state: StateDict, settings: Mapping[str, Any]) -> tuple[VideoSizes
     ), is_gated
 
 
-def check_t2v(
-    settings: Mapping[str, Any], sizes: VideoSizes, config: Mapping[str, Any]
-) -> None:
+def check_t2v(settings: Mapping[str, Any], sizes: VideoSizes, config: Mapping[str, Any]) -> None:
     """Raises `UserError` if config.json contradicts the weights."""
     heads, each = settings["num_attention_heads"], settings["attention_head_dim"]
     stated = {

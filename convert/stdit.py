@@ -65,7 +65,9 @@ def stdit_plan(state: StateDict, choices: Choices, _: Mapping[str, Any] | None) 
     config |= scales(choices, size[1] * size[2] // sizes.patch_size**2, notes)
     stored = frozenset(key for key in TABLES if key in tensors)
     if stored:
-        notes.append(f"{' and '.join(sorted(stored))}: not read, positions are computed for each size")
+        notes.append(
+            f"{' and '.join(sorted(stored))}: not read, positions are computed for each size"
+        )
     notes += unknown_note(unread(state))
     return Plan("stdit", config, tuple(stdit_leaves(sizes)), tuple(notes), stored)
 
@@ -180,7 +182,9 @@ def check_stdit3(settings: Mapping[str, Any], sizes: VideoSizes) -> None:
             raise UserError(f"{CONFIG} {name} = {says}, but the weights have {value}.")
     ratio = settings["mlp_ratio"]
     if ratio is not None and int(sizes.width * ratio) != sizes.mlp_width:
-        raise UserError(f"{CONFIG} mlp_ratio = {ratio}, but the weights have {sizes.mlp_width} features.")
+        raise UserError(
+            f"{CONFIG} mlp_ratio = {ratio}, but the weights have {sizes.mlp_width} features."
+        )
 
 
 def stdit3_leaves(sizes: VideoSizes, head_width: int, normed: bool = True) -> list[Leaf]:

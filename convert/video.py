@@ -90,7 +90,9 @@ def outer_leaves(sizes: VideoSizes) -> list[Leaf]:
     ]
 
 
-def block_leaves(new: str, old: str, width: int, mlp: int, attentions: tuple[str, ...]) -> list[Leaf]:
+def block_leaves(
+    new: str, old: str, width: int, mlp: int, attentions: tuple[str, ...]
+) -> list[Leaf]:
     """Returns the leaves of one block; `attentions` are its self-attentions."""
     D = width
     leaves = [Leaf(f"{new}/scale_shift_table", (f"{old}.scale_shift_table",), ((6, D),))]

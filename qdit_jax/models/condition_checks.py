@@ -32,16 +32,22 @@ def check_entries(condition: Condition, entries: Mapping[str, Entry]) -> None:
     """Raises `ValueError`, naming the entry, unless `condition` has what `entries` describe."""
     needed = [name for name, entry in entries.items() if entry.required]
     further = [name for name in entries if name not in needed]
-    sentence = f"give {' and '.join(needed)}" + (f"; {', '.join(further)} too if you like" * bool(further))
+    sentence = f"give {' and '.join(needed)}" + (
+        f"; {', '.join(further)} too if you like" * bool(further)
+    )
     if not isinstance(condition, Mapping):
-        raise ValueError(f"condition is a {type(condition).__name__}, not a dict by name: {sentence}.")
+        raise ValueError(
+            f"condition is a {type(condition).__name__}, not a dict by name: {sentence}."
+        )
     if set(needed) - set(condition) or set(condition) - set(entries):
         raise ValueError(f"condition has {sorted(condition)}: {sentence}.")
     arrays = {name: np.asarray(value) for name, value in condition.items()}
     batch = {array.shape[:1] for array in arrays.values()}
     if len(batch) != 1 or batch <= {(), (0,)}:
         shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
-        raise ValueError(f"condition's entries have the shapes {shapes}; give one per sample of each.")
+        raise ValueError(
+            f"condition's entries have the shapes {shapes}; give one per sample of each."
+        )
     for name, array in arrays.items():
         check_entry(name, array, entries[name])
 

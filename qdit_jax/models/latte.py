@@ -88,9 +88,7 @@ class Latte(NetworkModule):
             tokens = over_time(block, tokens, c) if i % 2 else block(tokens, c)
         channels = self.in_channels * (2 if self.learn_sigma else 1)
         out = FinalLayer(p * p * channels, self.layers, name="final_layer")(tokens, c)
-        return rearrange(
-            out, "b f (h w) (p q c) -> b f (h p) (w q) c", h=x.shape[2] // p, p=p, q=p
-        )
+        return rearrange(out, "b f (h w) (p q c) -> b f (h p) (w q) c", h=x.shape[2] // p, p=p, q=p)
 
     @property
     def learned_variance(self) -> bool:

@@ -145,6 +145,7 @@ class LatteT2V(NetworkModule):
         `timestep` is 0 to 999. `condition` holds `text [B, L, K]` and, where texts differ in length,
         `text_mask [B, L]`, without which all rows count. A single frame has no position in time.
         """
+        condition = jax.tree.map(jnp.asarray, condition)
         frames, rows, columns = self.grid_size(x)
         d, p = self.hidden_size, self.patch_size
         tokens = PatchEmbed(d, p, self.layers, name="x_embedder")(x)  # [B, F, S, D]

@@ -36,7 +36,7 @@ from qdit_jax.models.layers import (
     sincos_positions,
 )
 from qdit_jax.models.linear import Layers, NetworkModule
-from qdit_jax.types import Condition, Params
+from qdit_jax.types import AnyArray, Condition, Params
 
 
 class STDiTBlock(nn.Module):
@@ -56,7 +56,7 @@ class STDiTBlock(nn.Module):
         m: Float[Array, "B 1 1 M"],
         text: Float[Array, "B L D"],
         mask: Any,
-        times: Float[np.ndarray, "F 1 D"] | None,
+        times: Float[AnyArray, "F 1 D"] | None,
     ) -> Float[Array, "B F S D"]:
         """`mask` is True for the rows of text that count; `times` is added before looking at time."""
         d = x.shape[-1]
@@ -108,6 +108,7 @@ class STDiT(NetworkModule):
         `timestep` is 0 to 999. `condition` holds `text [B, L, K]` and `text_mask [B, L]`, without
         which all rows of text count.
         """
+        condition = jax.tree.map(jnp.asarray, condition)
         frames, rows, columns = self.grid_size(x)
         d, p = self.hidden_size, self.patch_size
         tokens = PatchEmbed(d, p, self.layers, name="x_embedder")(x)  # [B, F, S, D]

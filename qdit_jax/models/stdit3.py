@@ -175,6 +175,7 @@ class STDiT3(NetworkModule):
         and `width [B]` in pixels, of which the first sample's count, as published. `frame_mask
         [B, F]`, where given, is False for frames that are clean already: they see timestep 0.
         """
+        condition = jax.tree.map(jnp.asarray, condition)
         _, frames, height, width, _ = self.checked_shape(x)
         d, p = self.hidden_size, self.patch_size
         odd = [(0, 0), (0, 0), (0, -height % p), (0, -width % p), (0, 0)]
@@ -295,5 +296,7 @@ class STDiT3(NetworkModule):
                 "which rotary positions cannot pair."
             )
         if x.shape[-1] != self.in_channels:
-            raise ValueError(f"x has shape {x.shape}; this model takes {self.in_channels} channels.")
+            raise ValueError(
+                f"x has shape {x.shape}; this model takes {self.in_channels} channels."
+            )
         return x.shape
