@@ -343,7 +343,7 @@ def label_config(rows: int, num_classes: int | None) -> dict[str, Any]:
 
 
 def input_size(
-    num_tokens: int, patch: int, stated: int | tuple[int, int] | None
+    num_tokens: int, patch: int, stated: int | tuple[int, ...] | None
 ) -> int | tuple[int, int]:
     """Returns the latent's rows and columns (one number when equal) for `num_tokens` patches."""
     if stated is None:
@@ -353,7 +353,12 @@ def input_size(
                 f"{num_tokens} positions make no square; pass --input-size ROWS COLUMNS of the latent."
             )
         return side * patch
-    rows, columns = (stated, stated) if isinstance(stated, int) else stated
+    numbers = (stated, stated) if isinstance(stated, int) else stated
+    if len(numbers) != 2:
+        raise UserError(
+            f"input_size={shape_text(numbers)} of a network for pictures; give ROWS COLUMNS."
+        )
+    rows, columns = numbers
     if (
         rows < 1
         or columns < 1

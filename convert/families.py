@@ -14,8 +14,18 @@ from qdit_convert.diffusers_pixart import diffusers_pixart_example, diffusers_pi
 from qdit_convert.dit import PROJECTORS, Choices, facebook_example, facebook_plan, sit_example
 from qdit_convert.i3d import i3d_example, i3d_plan
 from qdit_convert.inception import inception_example, inception_plan
+from qdit_convert.latte import is_latte, latte_example, latte_plan
+from qdit_convert.latte_t2v import LATTE_CLASSES, is_latte_t2v, latte_t2v_example, latte_t2v_plan
 from qdit_convert.pixart import pixart_example, pixart_plan
 from qdit_convert.plan import Example, Plan
+from qdit_convert.stdit import (
+    STDIT3_CLASS,
+    is_stdit,
+    stdit3_example,
+    stdit3_plan,
+    stdit_example,
+    stdit_plan,
+)
 from qdit_convert.tensors import StateDict, listing
 from qdit_convert.training_args import read_arguments, says_sit
 from qdit_convert.vae import (
@@ -91,7 +101,7 @@ FACEBOOK = Layout(
     "DiT in the facebook layout",
     ("dit", "sit"),
     re.compile(
-        r"pos_embed$|x_embedder\.proj\.|t_embedder\.mlp\.|y_embedder\.embedding_table\.|"
+        r"(pos|temp)_embed$|x_embedder\.proj\.|t_embedder\.mlp\.|y_embedder\.embedding_table\.|"
         r"blocks\.\d+\.(adaLN_modulation\.1|attn\.(qkv|proj)|mlp\.fc[12])\.|"
         r"final_layer\.(adaLN_modulation\.1|linear)\.|projectors\.\d+\."
     ),
@@ -118,6 +128,21 @@ SD3_DIFFUSERS = Layout(
     tells=frozenset({"joint_attention_dim"}),
     example=sd3.diffusers_example,
 )
+# The names of the authors' PixArt and STDiT, of which both have nearly all.
+AUTHORS_NAMES = re.compile(
+    r"pos_embed(_temporal)?$|x_embedder\.proj\.|(t|csize|ar)_embedder\.mlp\.|t_block\.1\.|"
+    r"y_embedder\.(y_embedding$|y_proj\.fc[12]\.)|blocks\.\d+\.(scale_shift_table$|"
+    r"(attn|attn_temp)\.(qkv|proj|q_norm|k_norm|sr|norm)\.|"
+    r"cross_attn\.(q_linear|kv_linear|proj)\.|mlp\.fc[12]\.)|"
+    r"final_layer\.(scale_shift_table$|linear\.)"
+)
+# Those of diffusers' PixArt and Latte-T2V.
+DIFFUSERS_NAMES = re.compile(
+    r"pos_embed\.proj\.|adaln_single\.(linear\.|emb\.(timestep|resolution|aspect_ratio)_"
+    r"embedder\.linear_[12]\.)|caption_projection\.linear_[12]\.|scale_shift_table$|"
+    r"proj_out\.|(temporal_)?transformer_blocks\.\d+\.(scale_shift_table$|"
+    r"attn[12]\.to_(q|k|v|out\.0)\.|ff\.net\.)"
+)
 # Of rows with the same names the first is taken, unless a file tells or the user says another.
 LAYOUTS = (
     FACEBOOK,
@@ -129,6 +154,74 @@ LAYOUTS = (
         plan=_plan_sit,
         told=is_sit,
         example=sit_example,
+    ),
+    replace(
+        FACEBOOK,
+        name="latte",
+        title="Latte in the authors' layout",
+        families=("latte",),
+        plan=latte_plan,
+        options=("num_heads", "num_classes", "input_size"),
+        told=is_latte,
+        example=latte_example,
+    ),
+    Layout(
+        "pixart",
+        "PixArt in the authors' layout",
+        ("pixart",),
+        AUTHORS_NAMES,
+        pixart_plan,
+        options=("num_heads", "input_size", "interpolation_scale"),
+        example=pixart_example,
+    ),
+    Layout(
+        "pixart-diffusers",
+        "PixArt in the diffusers layout",
+        ("pixart",),
+        DIFFUSERS_NAMES,
+        diffusers_pixart_plan,
+        class_names=PIXART_NAMES,
+        example=diffusers_pixart_example,
+        tells=frozenset({"attention_head_dim", "caption_channels"}),
+    ),
+    Layout(
+        "stdit",
+        "STDiT of Open-Sora 1.0",
+        ("stdit",),
+        AUTHORS_NAMES,
+        stdit_plan,
+        options=("num_heads", "input_size", "space_scale", "time_scale"),
+        told=is_stdit,
+        example=stdit_example,
+    ),
+    Layout(
+        "latte-t2v-diffusers",
+        "Latte-T2V in the diffusers layout",
+        ("latte_t2v",),
+        DIFFUSERS_NAMES,
+        latte_t2v_plan,
+        options=("num_heads", "input_size"),
+        class_names=LATTE_CLASSES,
+        told=is_latte_t2v,
+        example=latte_t2v_example,
+        tells=frozenset({"attention_head_dim", "video_length"}),
+    ),
+    Layout(
+        "stdit3",
+        "STDiT3 of Open-Sora 1.2",
+        ("stdit3",),
+        re.compile(
+            r"x_embedder\.proj\.|(t|fps)_embedder\.mlp\.|t_block\.1\.|rope\.freqs$|"
+            r"y_embedder\.(y_embedding$|y_proj\.fc[12]\.)|"
+            r"(spatial|temporal)_blocks\.\d+\.(scale_shift_table$|"
+            r"attn\.(qkv|proj|q_norm|k_norm)\.|cross_attn\.(q_linear|kv_linear|proj)\.|"
+            r"mlp\.fc[12]\.)|final_layer\.(scale_shift_table$|linear\.)"
+        ),
+        stdit3_plan,
+        options=("num_heads", "input_size"),
+        class_names=(STDIT3_CLASS,),
+        example=stdit3_example,
+        tells=frozenset({"input_sq_size", "model_max_length"}),
     ),
     Layout(
         "dit-diffusers",
@@ -144,36 +237,6 @@ LAYOUTS = (
         class_names=CLASS_NAMES,
         example=diffusers_example,
         tells=frozenset({"attention_head_dim", "num_embeds_ada_norm"}),
-    ),
-    # STDiT's names and those of Latte's text-to-video network hold all of PixArt's, which come first.
-    Layout(
-        "pixart",
-        "PixArt in the authors' layout",
-        ("pixart",),
-        re.compile(
-            r"pos_embed$|x_embedder\.proj\.|(t|csize|ar)_embedder\.mlp\.|t_block\.1\.|"
-            r"y_embedder\.(y_embedding$|y_proj\.fc[12]\.)|blocks\.\d+\.(scale_shift_table$|"
-            r"attn\.(qkv|proj|q_norm|k_norm|sr|norm)\.|cross_attn\.(q_linear|kv_linear|proj)\.|"
-            r"mlp\.fc[12]\.)|final_layer\.(scale_shift_table$|linear\.)"
-        ),
-        pixart_plan,
-        options=("num_heads", "input_size", "interpolation_scale"),
-        example=pixart_example,
-    ),
-    Layout(
-        "pixart-diffusers",
-        "PixArt in the diffusers layout",
-        ("pixart",),
-        re.compile(
-            r"pos_embed\.proj\.|adaln_single\.(linear\.|emb\.(timestep|resolution|aspect_ratio)_"
-            r"embedder\.linear_[12]\.)|caption_projection\.linear_[12]\.|scale_shift_table$|"
-            r"proj_out\.|transformer_blocks\.\d+\.(scale_shift_table$|"
-            r"attn[12]\.to_(q|k|v|out\.0)\.|ff\.net\.)"
-        ),
-        diffusers_pixart_plan,
-        class_names=PIXART_NAMES,
-        example=diffusers_pixart_example,
-        tells=frozenset({"attention_head_dim", "caption_channels"}),
     ),
     Layout(
         "sd3-stability",
@@ -266,10 +329,6 @@ FAMILIES = tuple(dict.fromkeys(name for layout in LAYOUTS for name in layout.fam
 
 # Networks that convert knows by a name that only they have, but does not convert.
 UNSUPPORTED = (
-    ("Latte (video)", re.compile(r"temp_embed$")),
-    ("Latte (video, diffusers)", re.compile(r"temporal_transformer_blocks\.\d+\.")),
-    ("STDiT3 (Open-Sora 1.2)", re.compile(r"(spatial|temporal)_blocks\.\d+\.")),
-    ("STDiT (Open-Sora 1.0)", re.compile(r"blocks\.\d+\.attn_temp\.")),
     (
         "a U-Net (Stable Diffusion)",
         re.compile(r"(model\.diffusion_model\.)?(input_blocks|middle_block)\."),

@@ -75,6 +75,9 @@ PIPELINES: dict[str, Pipeline] = {
         left_out=(*(f"{p}{n}" for p in PROMPTS for n in ("", "_2")), *OF_PICTURES),
         process="FLUX",
     ),
+    "LattePipeline": Pipeline(
+        ("LatteTransformer3DModel", "LatteT2V"), left_out=PROMPTS, process="Latte, on linear betas"
+    ),
 }
 
 

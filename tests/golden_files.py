@@ -15,4 +15,5 @@ IN_SHARED_ALONE = re.compile(
     r"|families/pixart/alpha_(diffusers_1024ms|original_pth)"
     r"|families/(sd3/(sd3_medium|sd35_medium_bf16|sd35_original_layout)|flux/dev_diffusers)"
     r"|families/eps_probe/(sd35|flux)"
+    r"|families/(latte/(class_pt|t2v_diffusers)|stdit/v10)|families/eps_probe/stdit3"
 )

@@ -32,6 +32,7 @@ both are missing:
   DiT or SiT              the tensors have the same names: --family sit for a SiT
   attention heads         known for the published sizes; --num-heads for others
   direction of SiT's time 0 is noise by default; for networks trained by REPA: --noise-time 1
+  Open-Sora 1.0           scales of positions, known for the published sizes: --space-scale, --time-scale
   scale of latents        of an autoencoder without config.json: --scaling-factor, --shift-factor
 
 A pipeline's scheduler_config.json is followed: prediction type, betas, spacing, clipping. A setting
@@ -50,7 +51,7 @@ examples
 # Options of what the file does not say, but for --input-size, whose numbers are joined.
 NETWORK_OPTIONS = (
     *("model", "num_heads", "num_classes", "noise_time", "scaling_factor", "shift_factor"),
-    *("interpolation_scale", "rope_axes"),
+    *("interpolation_scale", "space_scale", "time_scale", "rope_axes"),
 )
 
 
@@ -115,7 +116,8 @@ def add_network(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         nargs="+",
         metavar="N",
-        help="rows, or rows and columns, of the latent if the file does not say: 32 for 256 pixels",
+        help="rows, or rows and columns, of the latent if the file does not say: 32 for 256 pixels; of "
+        "a video also frames, rows and columns",
     )
     parser.add_argument(
         "--noise-time",
@@ -139,6 +141,17 @@ def add_network(parser: argparse.ArgumentParser) -> None:
         help="by which a PixArt's positions are divided (default: as published for its size, 0.5 for "
         "256 pixels, 1 for 512, 2 for 1024)",
     )
+    for name, text in (
+        ("space", "in space, 0.5 for 256 pixels, 1 for 512"),
+        ("time", "in time, 1"),
+    ):
+        parser.add_argument(
+            f"--{name}-scale",
+            type=finite_float,
+            metavar="X",
+            help=f"by which the positions of Open-Sora 1.0 are divided {text} (default: as published "
+            "for its size)",
+        )
     for name, text in (("scaling", "scale"), ("shift", "shift")):
         parser.add_argument(
             f"--{name}-factor",
@@ -154,8 +167,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from qdit_jax.errors import UserError
 
     size = args.input_size
-    if size is not None and len(size) > 2:
-        raise UserError(f"--input-size takes rows, or rows and columns; got {len(size)} numbers.")
+    if size is not None and len(size) > 3:
+        raise UserError(
+            f"--input-size takes rows, or rows and columns, or frames, rows and columns; got {len(size)} "
+            "numbers."
+        )
     if size is not None:
         size = size[0] if len(size) == 1 else tuple(size)
     with _ProgressBar() as bar:

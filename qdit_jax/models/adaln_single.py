@@ -24,28 +24,32 @@ TABLE_NAME = "scale_shift_table"  # as in the published files
 
 def table_rows(
     module: nn.Module, m: Float[Array, "B *N_RD"], rows: int = 6, name: str = TABLE_NAME
-) -> tuple[Float[Array, "B N D"], ...]:
+) -> tuple[Float[Array, "B *N D"], ...]:
     """Returns the rows of the module's table, each with its share of `m` added: `rows` arrays.
 
     In the published order: shift, scale and gate of the attention, then those of the MLP. The table
     `[rows, D]` is a parameter of `module`, which calls this in its compact method.
 
     Args:
-        m: `[B, R D]`, or `[B, N, R D]` where each token has its own.
+        m: `[B, R D]`, or `[B, N, R D]` where each token has its own; of a video's tokens
+            `[B, F, S, D]`, `[B, F or 1, 1, R D]`.
     """
     width = m.shape[-1] // rows
     init = nn.initializers.normal(width**-0.5)
     table = stored(module, name, init, (rows, width))
     m = m[:, None] if m.ndim == 2 else m
-    both = m.reshape(*m.shape[:2], rows, width) + table
-    return tuple(both[:, :, i] for i in range(rows))
+    both = m.reshape(*m.shape[:-1], rows, width) + table
+    return tuple(both[..., i, :] for i in range(rows))
 
 
 def modulated(
-    x: Float[Array, "B T D"], shift: Float[Array, "B N D"], scale: Float[Array, "B N D"]
-) -> Float[Array, "B T D"]:
+    x: Float[Array, "B *T D"],
+    shift: Float[Array, "B *N D"],
+    scale: Float[Array, "B *N D"],
+    eps: float = 1e-6,
+) -> Float[Array, "B *T D"]:
     """Returns `norm(x) * (1 + scale) + shift`, the norm without parameters; float32 or wider."""
-    return layer_norm(x) * (1 + scale) + shift
+    return layer_norm(x, eps) * (1 + scale) + shift
 
 
 class CrossAttention(AttentionModule):
@@ -114,8 +118,8 @@ def null_text(
 class TableOutput(nn.Module):
     """Returns the patches' values `[B, T, features]`: modulated by a table and the time embedding.
 
-    `t_emb` is the time embedding itself, `[B, D]` (or `[B, N, D]`): no SiLU and no linear. Give it the
-    published name, `final_layer`.
+    `t_emb` is the time embedding itself, `[B, D]` (or `[B, N, D]`, of a video's tokens `[B, F, S, D]`
+    one of `[B, 1, 1, D]`): no SiLU and no linear. Give it the published name, `final_layer`.
     """
 
     features: int
@@ -123,8 +127,8 @@ class TableOutput(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], t_emb: Float[Array, "B *N_D"]
-    ) -> Float[Array, "B T P"]:
+        self, x: Float[Array, "B *T D"], t_emb: Float[Array, "B *N_D"]
+    ) -> Float[Array, "B *T P"]:
         shift, scale = table_rows(self, jnp.concatenate([t_emb, t_emb], axis=-1), rows=2)
         hidden = modulated(x, shift, scale)
         return self.layers.linear(self.features, wide_output=True, name="linear")(hidden)

@@ -1,7 +1,8 @@
 """The class-conditional diffusion transformer (DiT, arXiv:2212.09748), also used by SiT.
 
 Layer names follow the published checkpoints; a list index becomes `_i`.
-Dimensions: B batch, H and W latent rows and columns, C latent channels, T tokens, D width.
+Dimensions: B batch, H and W latent rows and columns, C latent channels, T tokens, D width, G axes
+whose entries attend alone (the frames of a video).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from qdit_jax.models.layers import (
     PatchEmbed,
     TimestepEmbedder,
     modulate,
+    over_tokens,
     sincos_positions,
 )
 from qdit_jax.models.linear import Layers, NetworkModule, stored
@@ -45,27 +47,31 @@ class Block(nn.Module):
     layers: Layers
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], c: Float[Array, "B D"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B *G T D"], c: Float[Array, "B D"]
+    ) -> Float[Array, "B *G T D"]:
         d = x.shape[-1]
         zeros = nn.initializers.zeros_init()
         adaln = self.layers.linear(6 * d, zeros, wide_output=True, name="adaLN_modulation")
         modulation = adaln(nn.silu(c))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
         attention = Attention(self.num_heads, self.layers, name="attn")
-        x = x + gate1[:, None] * attention(modulate(layer_norm(x), shift1, scale1))
+        x = x + over_tokens(gate1, x) * attention(modulate(layer_norm(x), shift1, scale1))
         mlp = Mlp(int(d * self.mlp_ratio), self.layers, name="mlp")
         hidden = modulate(layer_norm(x, self.mlp_norm_eps), shift2, scale2)
-        return x + gate2[:, None] * mlp(hidden)
+        return x + over_tokens(gate2, x) * mlp(hidden)
 
 
 class FinalLayer(nn.Module):
-    """Returns the patches' values, `[B, T, features]`."""
+    """Returns the patches' values, `[B, *G, T, features]`."""
 
     features: int
     layers: Layers
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], c: Float[Array, "B D"]) -> Float[Array, "B T P"]:
+    def __call__(
+        self, x: Float[Array, "B *G T D"], c: Float[Array, "B D"]
+    ) -> Float[Array, "B *G T P"]:
         zeros = nn.initializers.zeros_init()
         modulation = self.layers.linear(
             2 * x.shape[-1], zeros, wide_output=True, name="adaLN_modulation"
@@ -201,15 +207,7 @@ class DiT(NetworkModule):
 
     def check_condition(self, condition: Condition) -> None:
         """Raises `ValueError` if there is no label, or one is out of range."""
-        labels = np.asarray(condition)
-        last = self.num_classes - 1 + self.null_class
-        if labels.ndim != 1 or not labels.size or not np.issubdtype(labels.dtype, np.integer):
-            raise ValueError(
-                f"labels={labels!r} is not a list of class numbers; give one per sample."
-            )
-        if bad := sorted({int(i) for i in labels if not 0 <= i <= last}):
-            null = f" ({last} is the null class)" if self.null_class else ""
-            raise ValueError(f"label {bad[0]} is out of range; this model knows 0 to {last}{null}.")
+        check_labels(condition, self.num_classes, self.null_class)
 
     def example_inputs(self, batch: int = 1) -> tuple[Any, ...]:
         """Returns abstract arguments of a call, to trace the network with."""
@@ -233,6 +231,17 @@ class DiT(NetworkModule):
         height, width, _ = self.sample_shape()
         grid = (height // self.patch_size, width // self.patch_size)
         return jnp.asarray(sincos_positions(shape[-1], grid))[None]
+
+
+def check_labels(condition: Condition, num_classes: int, null_class: bool) -> None:
+    """Raises `ValueError` if there is no label, or one is out of range."""
+    labels = np.asarray(condition)
+    last = num_classes - 1 + null_class
+    if labels.ndim != 1 or not labels.size or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"labels={labels!r} is not a list of class numbers; give one per sample.")
+    if bad := sorted({int(i) for i in labels if not 0 <= i <= last}):
+        null = f" ({last} is the null class)" if null_class else ""
+        raise ValueError(f"label {bad[0]} is out of range; this model knows 0 to {last}{null}.")
 
 
 def published_config(name: str) -> dict[str, int]:

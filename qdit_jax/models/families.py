@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from qdit_jax.models.family import SHIFT_SCALE_GATE, Family, Fold, Producer, from_modulation
 from qdit_jax.models.joint_rows import JOINT_ROWS
+from qdit_jax.models.video_families import VIDEO_FAMILIES
 from qdit_jax.types import Params
 
 SMALL_DIT = {
@@ -79,6 +80,7 @@ FAMILIES: dict[str, Family] = {
             ),
         ),
         *JOINT_ROWS,
+        *VIDEO_FAMILIES,
         Family(
             name="pixart",
             network="qdit_jax.models.pixart:PixArt",

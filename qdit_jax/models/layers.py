@@ -6,7 +6,7 @@ Dimensions: B batch, T tokens, D width, K input channels, N output channels.
 from __future__ import annotations
 
 import math
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,19 +19,23 @@ from jaxtyping import Array, Bool, Float, Num
 from qdit_jax.kernels import attention
 from qdit_jax.models.linear import Layers, optional, stored, xavier
 from qdit_jax.quant import QTensor, dequantize, select_columns
+from qdit_jax.types import AnyArray
 
 
 class PatchEmbed(nn.Module):
-    """Returns one token per `patch_size x patch_size` patch, row-major: `[B, T, D]`."""
+    """Returns one token per `patch_size x patch_size` patch, row-major: `[B, T, D]`.
+
+    Of a video `[B, F, H, W, C]` these are the tokens of every frame, `[B, F, T, D]`.
+    """
 
     hidden_size: int
     patch_size: int
     layers: Layers = Layers()
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B *F H W C"]) -> Float[Array, "B *F T D"]:
         p, c = self.patch_size, x.shape[-1]
-        patches = rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
+        patches = rearrange(x, "... (h p) (w q) c -> ... (h w) (p q c)", p=p, q=p)
         return self.layers.linear(
             self.hidden_size,
             kernel_init=flat_xavier,
@@ -129,18 +133,27 @@ class AttentionModule(nn.Module):
 
     def attend(
         self,
-        q: Float[Array, "B Q H D"],
-        k: Float[Array, "B T H D"],
-        v: Float[Array, "B T H D"],
+        q: Float[Array, "B *G Q H D"],
+        k: Float[Array, "B *G T H D"],
+        v: Float[Array, "B *G T H D"],
         mask: Bool[Array, "..."] | None = None,
-    ) -> Float[Array, "B Q H D"]:
+    ) -> Float[Array, "B *G Q H D"]:
         """Returns the attention of its operands, rounded where they have quantizers.
 
-        `mask` is True where a query may look, as in `kernels.attention`.
+        `mask` is True where a query may look, as in `kernels.attention`. Axes between the batch and
+        the positions, such as the frames of a video, are so many attentions without a mask.
         """
         q, k, v = (self.operand(name, a) for name, a in (("q", q), ("k", k), ("v", v)))
-        weights_fn = partial(self.operand, "softmax") if self.sees_weights() else None
-        return attention(q, k, v, mask, weights_fn=weights_fn)
+        lead, heads = q.shape[:-3], q.shape[-2]
+        one_by_one = (a.reshape(-1, *a.shape[-3:]) for a in (q, k, v))
+
+        def weights_fn(weights: Float[Array, "N H Q T"]) -> Float[Array, "N H Q T"]:
+            # A quantizer may have scales for each sample: the batch alone comes first.
+            by_sample = weights.reshape(*lead, heads, *weights.shape[-2:])
+            return self.operand("softmax", by_sample).reshape(weights.shape)
+
+        seen = weights_fn if self.sees_weights() else None
+        return attention(*one_by_one, mask, weights_fn=seen).reshape(*q.shape[:-1], v.shape[-1])
 
     def operand(self, name: str, x: Array) -> Array:
         """Returns an operand of a product, rounded where it has a quantizer."""
@@ -161,16 +174,16 @@ class Attention(AttentionModule):
     layers: Layers = Layers()
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B *G T D"]) -> Float[Array, "B *G T D"]:
         d = x.shape[-1]
         qkv = self.layers.linear(3 * d, name="qkv")(x)
-        q, k, v = rearrange(qkv, "b t (qkv h d) -> qkv b t h d", qkv=3, h=self.num_heads)
-        joined = rearrange(self.attend(q, k, v), "b t h d -> b t (h d)")
+        q, k, v = rearrange(qkv, "... t (qkv h d) -> qkv ... t h d", qkv=3, h=self.num_heads)
+        joined = rearrange(self.attend(q, k, v), "... h d -> ... (h d)")
         return self.layers.linear(d, name="proj")(joined)
 
 
 class Mlp(nn.Module):
-    """Returns `fc2(gelu(fc1(x)))` with the tanh form of GELU.
+    """Returns `fc2(gelu(fc1(x)))` with the tanh form of GELU, or the `exact` one.
 
     `features` are the output's channels, by default the input's. `wide_output` as in `Linear`.
     """
@@ -179,20 +192,41 @@ class Mlp(nn.Module):
     layers: Layers = Layers()
     features: int | None = None
     wide_output: bool = False
+    exact: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch N"]:
-        hidden = nn.gelu(self.layers.linear(self.hidden_size, name="fc1")(x), approximate=True)
+        first = self.layers.linear(self.hidden_size, name="fc1")
+        hidden = nn.gelu(first(x), approximate=not self.exact)
         features = self.features or x.shape[-1]
         second = self.layers.linear(features, wide_output=self.wide_output, name="fc2")
         return second(hidden)
 
 
 def modulate(
-    x: Float[Array, "B T D"], shift: Float[Array, "B D"], scale: Float[Array, "B D"]
-) -> Float[Array, "B T D"]:
+    x: Float[Array, "B *T D"], shift: Float[Array, "B D"], scale: Float[Array, "B D"]
+) -> Float[Array, "B *T D"]:
     """Returns `x * (1 + scale) + shift`, one shift and scale per sample and channel."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    return x * (1 + over_tokens(scale, x)) + over_tokens(shift, x)
+
+
+def over_tokens(values: Float[Array, "B D"], x: Float[Array, "B *T D"]) -> Float[Array, "B *one D"]:
+    """Returns one vector per sample with axes of length 1 for the token axes of `x`."""
+    return values.reshape(values.shape[0], *(1,) * (x.ndim - 2), values.shape[-1])
+
+
+def over_time(
+    module: Callable[..., Array], x: Float[Array, "B F S D"], *args: Any
+) -> Float[Array, "B F S D"]:
+    """Returns `module(x, *args)` with the frames as the axis that attends, one attention a position."""
+    return jnp.swapaxes(module(jnp.swapaxes(x, 1, 2), *args), 1, 2)
+
+
+def line_positions(width: int, positions: AnyArray) -> np.ndarray:
+    """Returns the 1-D sin-cos table `[T, width]` of `positions [T]`: sines, then cosines."""
+    frequencies = 10_000 ** -(np.arange(width // 2, dtype=np.float64) / (width / 2))
+    angles = np.asarray(positions, np.float64)[:, None] * frequencies
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
 
 def sincos_positions(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import cast
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -18,7 +19,8 @@ from qdit_jax.types import Params
 def decode(vae: Checkpoint, latents: Float[Array, "B *lead Z"]) -> Float[Array, "B *pixels C"]:
     """Returns the images of a diffusion model's latents, after undoing their scaling.
 
-    Latents of videos, `[B, T, h, w, Z]`, are decoded frame by frame by an autoencoder of images.
+    Latents of videos, `[B, T, h, w, Z]`, are decoded frame by frame by an autoencoder of images, in no
+    more memory than one frame of every sample needs.
     """
     return _decoded(vae.model, vae.params, latents)
 
@@ -28,11 +30,14 @@ def _decoded(
     model: nn.Module, params: Params, latents: Float[Array, "B *lead Z"]
 ) -> Float[Array, "B *pixels C"]:
     latents = latents / model.scaling_factor + model.shift_factor
-    frames = latents if decodes_video(model) else latents.reshape(-1, *latents.shape[-3:])
-    images = cast(Array, model.apply({"params": params}, frames, method="decode"))
-    if decodes_video(model):
-        return images
-    return images.reshape(*latents.shape[:-3], *images.shape[1:])
+
+    def images_of(latents: Float[Array, "B *lead Z"]) -> Float[Array, "B *pixels C"]:
+        return cast(Array, model.apply({"params": params}, latents, method="decode"))
+
+    if latents.ndim == 4 or decodes_video(model):
+        return images_of(latents)
+    # One frame of every sample at a time, so that memory is that of decoding so many images.
+    return jnp.moveaxis(jax.lax.map(images_of, jnp.moveaxis(latents, 1, 0)), 0, 1)
 
 
 def decodes_video(model: nn.Module) -> bool:

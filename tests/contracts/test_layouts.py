@@ -20,6 +20,7 @@ from qdit_convert.joint import swapped, swapped_linear
 from qdit_convert.names import select_network
 from qdit_convert.plan import build_params, check_plan, convolution, linear, same
 from qdit_convert.tensors import StateDict, StoredTensor
+from qdit_convert.video import frame_convolution
 from qdit_jax.errors import UserError
 from qdit_jax.models import FAMILIES, abstract_params, build_model
 
@@ -31,6 +32,7 @@ INVERSES = {
     convolution: lambda leaf: leaf.transpose(3, 2, 0, 1),
     swapped: swapped,
     swapped_linear: lambda leaf: swapped(leaf.T),
+    frame_convolution: lambda leaf: leaf.transpose(3, 2, 0, 1)[:, :, None],
 }
 OPTIONS = {
     "model": "DiT-XL/2",
@@ -42,6 +44,8 @@ OPTIONS = {
     "shift_factor": 0.1,
     "rope_axes": (2, 4, 2),
     "interpolation_scale": 2.0,
+    "space_scale": 0.5,
+    "time_scale": 1.0,
 }
 # Tensors that alone tell a size, the channels of a text: a wider one is of another network.
 ALONE = (

@@ -205,9 +205,8 @@ def test_an_unrelated_network_shows_its_names(pt):
 @pytest.mark.parametrize(
     ("key", "title"),
     [
-        ("temp_embed", "Latte"),
-        ("blocks.0.attn_temp.qkv.weight", "STDiT"),
-        ("spatial_blocks.0.attn.qkv.weight", "STDiT3"),
+        ("input_blocks.0.0.weight", "U-Net"),
+        ("up_blocks.0.resnets.0.norm1.weight", "U-Net"),
     ],
 )
 def test_networks_not_supported_yet_are_recognized(pt, dit, key, title):
