@@ -10,6 +10,7 @@ from typing import Any
 from qdit_convert.diffusers_dit import CLASS_NAMES, diffusers_example, diffusers_plan
 from qdit_convert.dit import PROJECTORS, Choices, facebook_example, facebook_plan, sit_example
 from qdit_convert.inception import inception_example, inception_plan
+from qdit_convert.lightningdit import is_lightning, lightning_example, lightning_plan
 from qdit_convert.plan import Example, Plan
 from qdit_convert.tensors import StateDict, listing
 from qdit_convert.training_args import read_arguments, says_sit
@@ -89,8 +90,8 @@ FACEBOOK = Layout(
     ("dit", "sit"),
     re.compile(
         r"pos_embed$|x_embedder\.proj\.|t_embedder\.mlp\.|y_embedder\.embedding_table\.|"
-        r"blocks\.\d+\.(adaLN_modulation\.1|attn\.(qkv|proj)|mlp\.fc[12])\.|"
-        r"final_layer\.(adaLN_modulation\.1|linear)\.|projectors\.\d+\."
+        r"blocks\.\d+\.(adaLN_modulation\.1|norm[12]|attn\.(qkv|proj|[qk]_norm)|mlp\.(fc[12]|w12|w3))\.|"
+        r"final_layer\.(adaLN_modulation\.1|linear|norm_final)\.|projectors\.\d+\.|feat_rope\."
     ),
     _plan_dit,
     options=DIT_OPTIONS,
@@ -107,6 +108,16 @@ LAYOUTS = (
         plan=_plan_sit,
         told=is_sit,
         example=sit_example,
+    ),
+    replace(
+        FACEBOOK,
+        name="lightningdit",
+        title="LightningDiT in the authors' layout",
+        families=("lightningdit",),
+        plan=lightning_plan,
+        options=("num_heads", "num_classes", "input_size"),
+        told=is_lightning,
+        example=lightning_example,
     ),
     Layout(
         "dit-diffusers",

@@ -24,6 +24,16 @@ SMALL_DIT = {
     "num_classes": 5,
 }
 
+SMALL_LIGHTNING = {
+    "input_size": 4,
+    "in_channels": 4,
+    "hidden_size": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "mlp_width": 24,
+    "num_classes": 5,
+}
+
 FAMILIES: dict[str, Family] = {
     row.name: row
     for row in (
@@ -77,6 +87,24 @@ FAMILIES: dict[str, Family] = {
                 {**SMALL_DIT, "input_size": [4, 8], "learn_sigma": False, "null_class": False},
                 {**SMALL_DIT, "velocity": True, "noise_time": 1.0, "data_time": 0.0},
             ),
+        ),
+        Family(
+            name="lightningdit",
+            network="qdit_jax.models.lightningdit:LightningDiT",
+            block=r"blocks_\d+",
+            parts={
+                "blocks": r"blocks_\d+/(attn/(qkv|proj)|mlp/(w12|w3|fc1|fc2))",
+                "adaln": r"(blocks_\d+|final_layer)/adaLN_modulation",
+                "embedders": r"x_embedder/proj|t_embedder/mlp_\d",
+                "final": r"final_layer/linear",
+            },
+            attention={"self_attention": r"blocks_\d+/attn"},
+            rounded_first="adaln",
+            outputs={r"blocks_\d+/attn/qkv": ("q", "k", "v")},
+            folds=(Fold(r"(blocks_\d+)/attn/proj", (Producer(r"\1/attn/qkv", "v"),)),),
+            gelu_inputs=r"blocks_\d+/mlp/fc2",
+            marks=(),
+            examples=(SMALL_LIGHTNING,),
         ),
         Family(
             "vae",
