@@ -41,7 +41,6 @@ class Shape:
     out_channels: int
     mlp_width: int
     table_rows: int
-    swiglu: bool
     rms_norm: bool
     qk_norm: bool
     shifts: bool
@@ -68,7 +67,6 @@ def lightning_plan(state: StateDict, choices: Choices, _: Mapping[str, Any] | No
         "num_heads": heads,
         "mlp_width": shape.mlp_width,
         "learn_sigma": shape.out_channels == 2 * shape.in_channels,
-        "swiglu": shape.swiglu,
         "rms_norm": shape.rms_norm,
         "rope": shape.rope,
         "qk_norm": shape.qk_norm,
@@ -88,11 +86,14 @@ def lightning_shape(tensors: Mapping[str, StoredTensor]) -> Shape:
         raise UserError("there are no blocks (blocks.0.attn.qkv.weight and so on).")
     _, channels, patch, _ = shape_of(tensors, "x_embedder.proj.weight", 4)
     block = "blocks.0"
-    swiglu = f"{block}.mlp.w12.weight" in tensors
+    if not any(".mlp.w12." in key for key in tensors):
+        raise UserError(
+            "its MLPs are not gated (no blocks.*.mlp.w12.*): a LightningDiT without SwiGLU, which was "
+            "never published, is not supported."
+        )
     widths = ("x_embedder.proj.weight", "t_embedder.mlp.2.weight", f"{block}.attn.proj.weight")
     width = most_common([tensors[key].shape[0] for key in widths if key in tensors])
-    ending = ".mlp.w12.weight" if swiglu else ".mlp.fc1.weight"
-    mlp = [t.shape[0] for key, t in tensors.items() if key.endswith(ending) and t.shape]
+    mlp = [t.shape[0] for k, t in tensors.items() if k.endswith(".mlp.w12.weight") and t.shape]
     adaln = [
         t.shape[0]
         for key, t in tensors.items()
@@ -107,7 +108,7 @@ def lightning_shape(tensors: Mapping[str, StoredTensor]) -> Shape:
     told = [
         tensors[key].shape[-1]
         for key in ("feat_rope.freqs_cos", "feat_rope.freqs_sin", f"{block}.attn.q_norm.weight")
-        if key in tensors and tensors[key].shape
+        if key in tensors and tensors[key].shape and width % tensors[key].shape[-1] == 0
     ]
     return Shape(
         depth=depth,
@@ -115,9 +116,8 @@ def lightning_shape(tensors: Mapping[str, StoredTensor]) -> Shape:
         patch_size=patch,
         in_channels=channels,
         out_channels=out,
-        mlp_width=most_common([*mlp, 4 * width]) // (2 if swiglu else 1),
+        mlp_width=most_common([*mlp, 4 * width]) // 2,
         table_rows=shape_of(tensors, "y_embedder.embedding_table.weight", 2)[0],
-        swiglu=swiglu,
         rms_norm=any(".norm1." in key for key in tensors),
         qk_norm=any(".attn.q_norm." in key for key in tensors),
         shifts=most_common([*adaln, 6 * width]) != 4 * width,
@@ -186,9 +186,8 @@ def block_leaves(shape: Shape, new: str, old: str, head_width: int, mlp: int) ->
         for name in ("q_norm", "k_norm"):
             leaves += scale(f"{new}/attn/{name}", f"{old}.attn.{name}", head_width)
     leaves += affine(f"{new}/attn/proj", f"{old}.attn.proj", (D, D))
-    first, second, inner = ("w12", "w3", 2 * mlp) if shape.swiglu else ("fc1", "fc2", mlp)
-    leaves += affine(f"{new}/mlp/{first}", f"{old}.mlp.{first}", (inner, D))
-    leaves += affine(f"{new}/mlp/{second}", f"{old}.mlp.{second}", (D, mlp))
+    leaves += affine(f"{new}/mlp/w12", f"{old}.mlp.w12", (2 * mlp, D))
+    leaves += affine(f"{new}/mlp/w3", f"{old}.mlp.w3", (D, mlp))
     return leaves
 
 
@@ -207,7 +206,6 @@ def lightning_example() -> Example:
         out_channels=4,
         mlp_width=24,
         table_rows=11,
-        swiglu=True,
         rms_norm=True,
         qk_norm=False,
         shifts=True,

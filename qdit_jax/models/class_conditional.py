@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,26 +12,19 @@ from jaxtyping import Array
 from qdit_jax.types import Condition, Params
 
 
-class HasClasses(Protocol):
-    """A network with a table of labels.
+class ClassConditional:
+    """The part of `models.Network` that is the same for all networks of class labels.
 
     Attributes:
         num_classes: without the null class.
-        null_class: whether the table ends with a row for "no label".
+        null_class: whether the table of labels ends with a row for "no label".
     """
 
-    @property
-    def num_classes(self) -> int: ...
+    num_classes: int
+    null_class: bool
 
     @property
-    def null_class(self) -> bool: ...
-
-
-class ClassConditional:
-    """The part of `models.Network` that is the same for all networks of class labels."""
-
-    @property
-    def has_null(self: HasClasses) -> bool:
+    def has_null(self) -> bool:
         """Returns whether the label table has a row for no label."""
         return self.null_class
 
@@ -39,17 +32,17 @@ class ClassConditional:
         """Returns abstract labels."""
         return jax.ShapeDtypeStruct((batch,), jnp.int32)
 
-    def all_conditions(self: HasClasses) -> np.ndarray:
+    def all_conditions(self) -> np.ndarray:
         """Returns the label of every class."""
         return np.arange(self.num_classes, dtype=np.int32)
 
-    def null_condition(self: HasClasses, condition: Condition, params: Params) -> Array | None:
+    def null_condition(self, condition: Condition, params: Params) -> Array | None:
         """Returns the null class for every label; None if the network was trained without one."""
         if not self.null_class:
             return None
         return jnp.full_like(jnp.asarray(condition), self.num_classes)
 
-    def check_condition(self: HasClasses, condition: Condition) -> None:
+    def check_condition(self, condition: Condition) -> None:
         """Raises `ValueError` if there is no label, or one is out of range."""
         labels: Any = np.asarray(condition)
         last = self.num_classes - 1 + self.null_class

@@ -93,7 +93,7 @@ FAMILIES: dict[str, Family] = {
             network="qdit_jax.models.lightningdit:LightningDiT",
             block=r"blocks_\d+",
             parts={
-                "blocks": r"blocks_\d+/(attn/(qkv|proj)|mlp/(w12|w3|fc1|fc2))",
+                "blocks": r"blocks_\d+/(attn/(qkv|proj)|mlp/(w12|w3))",
                 "adaln": r"(blocks_\d+|final_layer)/adaLN_modulation",
                 "embedders": r"x_embedder/proj|t_embedder/mlp_\d",
                 "final": r"final_layer/linear",
@@ -102,9 +102,14 @@ FAMILIES: dict[str, Family] = {
             rounded_first="adaln",
             outputs={r"blocks_\d+/attn/qkv": ("q", "k", "v")},
             folds=(Fold(r"(blocks_\d+)/attn/proj", (Producer(r"\1/attn/qkv", "v"),)),),
-            gelu_inputs=r"blocks_\d+/mlp/fc2",
-            marks=(),
-            examples=(SMALL_LIGHTNING,),
+            examples=(
+                SMALL_LIGHTNING,
+                {
+                    **SMALL_LIGHTNING,
+                    **dict.fromkeys(("rms_norm", "rope", "shifts"), False),
+                    **dict.fromkeys(("qk_norm", "learn_sigma"), True),
+                },
+            ),
         ),
         Family(
             "vae",

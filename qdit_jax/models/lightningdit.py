@@ -22,7 +22,6 @@ from qdit_jax.models.family import example_inputs
 from qdit_jax.models.layers import (
     AttentionModule,
     LabelEmbedder,
-    Mlp,
     PatchEmbed,
     TimestepEmbedder,
     sincos_positions,
@@ -32,8 +31,8 @@ from qdit_jax.models.norms import RMSNorm, layer_norm
 from qdit_jax.models.rotary import grid_positions, pairs_turned, rotary_angles
 from qdit_jax.models.runs import apply_blocks
 
-# cos and sin of every channel of a head, `[T, head channels]`, each pair's twice.
-Tables = tuple[Float[Array, "T D"], Float[Array, "T D"]]
+# cos and sin of every channel of a head, `[T, h]`, each pair's twice.
+Tables = tuple[Float[Array, "T h"], Float[Array, "T h"]]
 
 
 class SwiGLU(nn.Module):
@@ -75,7 +74,6 @@ class Kind:
 
     num_heads: int
     mlp_width: int
-    swiglu: bool
     rms_norm: bool
     qk_norm: bool
     shifts: bool
@@ -100,8 +98,7 @@ class Block(nn.Module):
         attention = RotaryAttention(kind.num_heads, kind.qk_norm, self.layers, name="attn")
         hidden = modulated(normed(x, kind.rms_norm, "norm1"), first[:-1])
         x = x + first[-1] * attention(hidden, tables)
-        make_mlp = SwiGLU if kind.swiglu else Mlp
-        mlp = make_mlp(kind.mlp_width, self.layers, name="mlp")
+        mlp = SwiGLU(kind.mlp_width, self.layers, name="mlp")
         return x + second[-1] * mlp(modulated(normed(x, kind.rms_norm, "norm2"), second[:-1]))
 
 
@@ -167,10 +164,9 @@ class LightningDiT(ClassConditional, NetworkModule):
 
     Attributes:
         input_size: rows and columns of the latent (one number when equal).
-        mlp_width: hidden channels of a block's MLP.
+        mlp_width: hidden channels of a block's gated MLP.
         null_class: whether the label table ends with a row for "no label".
         learn_sigma: whether the stored output has further channels, which are left out.
-        swiglu: whether the MLP is gated; else it has GELU, as DiT's.
         rms_norm: whether norms are RMS with a scale; else layer norms without parameters.
         rope: whether q and k are turned by stored tables, beside the added positions.
         qk_norm: whether q and k are normalized per head.
@@ -187,7 +183,6 @@ class LightningDiT(ClassConditional, NetworkModule):
     num_classes: int = 1000
     null_class: bool = True
     learn_sigma: bool = False
-    swiglu: bool = True
     rms_norm: bool = True
     rope: bool = True
     qk_norm: bool = False
