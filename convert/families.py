@@ -16,6 +16,7 @@ from qdit_convert.i3d import i3d_example, i3d_plan
 from qdit_convert.inception import inception_example, inception_plan
 from qdit_convert.latte import is_latte, latte_example, latte_plan
 from qdit_convert.latte_t2v import LATTE_CLASSES, is_latte_t2v, latte_t2v_example, latte_t2v_plan
+from qdit_convert.lightningdit import is_lightning, lightning_example, lightning_plan
 from qdit_convert.pixart import pixart_example, pixart_plan
 from qdit_convert.plan import Example, Plan
 from qdit_convert.stdit import (
@@ -102,8 +103,8 @@ FACEBOOK = Layout(
     ("dit", "sit"),
     re.compile(
         r"(pos|temp)_embed$|x_embedder\.proj\.|t_embedder\.mlp\.|y_embedder\.embedding_table\.|"
-        r"blocks\.\d+\.(adaLN_modulation\.1|attn\.(qkv|proj)|mlp\.fc[12])\.|"
-        r"final_layer\.(adaLN_modulation\.1|linear)\.|projectors\.\d+\."
+        r"blocks\.\d+\.(adaLN_modulation\.1|norm[12]|attn\.(qkv|proj|[qk]_norm)|mlp\.(fc[12]|w12|w3))\.|"
+        r"final_layer\.(adaLN_modulation\.1|linear|norm_final)\.|projectors\.\d+\.|feat_rope\."
     ),
     _plan_dit,
     options=DIT_OPTIONS,
@@ -222,6 +223,16 @@ LAYOUTS = (
         class_names=(STDIT3_CLASS,),
         example=stdit3_example,
         tells=frozenset({"input_sq_size", "model_max_length"}),
+    ),
+    replace(
+        FACEBOOK,
+        name="lightningdit",
+        title="LightningDiT in the authors' layout",
+        families=("lightningdit",),
+        plan=lightning_plan,
+        options=("num_heads", "num_classes", "input_size"),
+        told=is_lightning,
+        example=lightning_example,
     ),
     Layout(
         "dit-diffusers",

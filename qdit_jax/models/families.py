@@ -34,6 +34,16 @@ SMALL_PIXART = {
     "text_width": 16,
 }
 
+SMALL_LIGHTNING = {
+    "input_size": 4,
+    "in_channels": 4,
+    "hidden_size": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "mlp_width": 24,
+    "num_classes": 5,
+}
+
 FAMILIES: dict[str, Family] = {
     row.name: row
     for row in (
@@ -125,6 +135,29 @@ FAMILIES: dict[str, Family] = {
                     "qk_norm": True,
                     "kv_compression": [1, 2],
                     "learn_sigma": False,
+                },
+            ),
+        ),
+        Family(
+            name="lightningdit",
+            network="qdit_jax.models.lightningdit:LightningDiT",
+            block=r"blocks_\d+",
+            parts={
+                "blocks": r"blocks_\d+/(attn/(qkv|proj)|mlp/(w12|w3))",
+                "adaln": r"(blocks_\d+|final_layer)/adaLN_modulation",
+                "embedders": r"x_embedder/proj|t_embedder/mlp_\d",
+                "final": r"final_layer/linear",
+            },
+            attention={"self_attention": r"blocks_\d+/attn"},
+            rounded_first="adaln",
+            outputs={r"blocks_\d+/attn/qkv": ("q", "k", "v")},
+            folds=(Fold(r"(blocks_\d+)/attn/proj", (Producer(r"\1/attn/qkv", "v"),)),),
+            examples=(
+                SMALL_LIGHTNING,
+                {
+                    **SMALL_LIGHTNING,
+                    **dict.fromkeys(("rms_norm", "rope", "shifts"), False),
+                    **dict.fromkeys(("qk_norm", "learn_sigma"), True),
                 },
             ),
         ),

@@ -53,7 +53,16 @@ def rotated(
 
     The leading axes of `angles` broadcast: none where all samples have the same positions.
     """
-    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+    return pairs_turned(x, jnp.cos(angles), jnp.sin(angles))
+
+
+def pairs_turned(
+    x: Float[Array, "*batch T H D"],
+    cos: Float[Array, "... T half"],
+    sin: Float[Array, "... T half"],
+) -> Float[Array, "*batch T H D"]:
+    """Returns the same for given cosines and sines, such as those of a stored table."""
+    cos, sin = cos[..., None, :], sin[..., None, :]
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     a, b = wide[..., 0::2], wide[..., 1::2]
     turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
