@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,9 +23,9 @@ def test_a_converted_file_gives_the_recorded_output(network):
     checkpoint, recorded = network
     out = checkpoint.model.apply(
         {"params": checkpoint.params},
-        recorded["x"].transpose(0, 2, 3, 1),
-        recorded["t"],
-        recorded["y"],
+        jnp.asarray(recorded["x"].transpose(0, 2, 3, 1)),
+        jnp.asarray(recorded["t"]),
+        jnp.asarray(recorded["y"]),
     )
     expected = recorded["out"].transpose(0, 2, 3, 1)
     assert np.abs(out - expected).max() <= 3e-5 * (1 + np.abs(expected).max())
@@ -33,8 +34,8 @@ def test_a_converted_file_gives_the_recorded_output(network):
 def test_guidance_changes_the_first_three_channels(network):
     checkpoint, recorded = network
     denoise_fn = qdit.denoiser(checkpoint.model, checkpoint.params, guidance=3.0)
-    x = recorded["x"][:1].transpose(0, 2, 3, 1)
-    out = denoise_fn(x, np.array([0.3], np.float32), np.array([1]))
+    x = jnp.asarray(recorded["x"][:1].transpose(0, 2, 3, 1))
+    out = denoise_fn(x, jnp.array([0.3]), jnp.array([1]))
     expected = recorded["guided_t0p3"].transpose(0, 2, 3, 1)
     assert np.abs(out - expected).max() <= 3e-5 * (1 + np.abs(expected).max())
 
