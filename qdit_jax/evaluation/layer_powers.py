@@ -101,6 +101,8 @@ def folded(params: Params, reference: Params) -> Folded:
         return found
     for reader in layers_of(flat):
         for producer in family.producers(reader):
+            if producer.weight != "kernel":
+                continue  # a norm, which is no layer that is compared
             layer, width = producer.layer, full[f"{producer.layer}/kernel"].shape[-1]
             columns = family.chunk(layer, producer.output, width)
             if is_same(flat, full, layer, columns):

@@ -24,6 +24,19 @@ SMALL_DIT = {
     "num_classes": 5,
 }
 
+SMALL_WAN = {
+    "sample_size": [2, 4, 4],
+    "in_channels": 4,
+    "hidden_size": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "ffn_width": 48,
+    "freq_width": 32,
+    "text_width": 12,
+    "text_length": 6,
+}
+OF_EXPERT = "(?:(?:high|low)/)?"  # begins the paths of a network with two experts
+
 FAMILIES: dict[str, Family] = {
     row.name: row
     for row in (
@@ -79,6 +92,36 @@ FAMILIES: dict[str, Family] = {
             ),
         ),
         Family(
+            name="wan",
+            network="qdit_jax.models.wan:Wan",
+            block=rf"{OF_EXPERT}blocks_\d+",
+            parts={
+                "blocks": rf"{OF_EXPERT}blocks_\d+/(self_attn/(qkv|o)|cross_attn/(q|kv|o)|ffn_[02])",
+                "adaln": rf"{OF_EXPERT}time_projection_1",
+                "embedders": rf"{OF_EXPERT}(patch_embedding|(text|time)_embedding_[02])",
+                "final": rf"{OF_EXPERT}head/head",
+            },
+            attention={
+                "self_attention": rf"{OF_EXPERT}blocks_\d+/self_attn",
+                "cross_attention": rf"{OF_EXPERT}blocks_\d+/cross_attn",
+            },
+            rounded_first="adaln",
+            outputs={
+                rf"{OF_EXPERT}blocks_\d+/self_attn/qkv": ("q", "k", "v"),
+                rf"{OF_EXPERT}blocks_\d+/cross_attn/kv": ("k", "v"),
+            },
+            folds=(
+                Fold(rf"({OF_EXPERT}blocks_\d+)/self_attn/o", (Producer(r"\1/self_attn/qkv", "v"),)),
+                Fold(rf"({OF_EXPERT}blocks_\d+)/cross_attn/o", (Producer(r"\1/cross_attn/kv", "v"),)),
+                Fold(
+                    rf"({OF_EXPERT}blocks_\d+)/cross_attn/q",
+                    (Producer(r"\1/norm3", weight="scale"),),
+                ),
+            ),
+            gelu_inputs=rf"{OF_EXPERT}blocks_\d+/ffn_2",
+            examples=(SMALL_WAN, {**SMALL_WAN, "depth": 1, "boundary": 500.0}),
+        ),
+        Family(
             "vae",
             "qdit_jax.models.vae:AutoencoderKL",
             is_diffusion=False,
@@ -88,7 +131,7 @@ FAMILIES: dict[str, Family] = {
     )
 }
 # Fields of a linen module, or of how it runs, that are no part of a stored configuration.
-NOT_CONFIG = {"parent", "name", "numerics", "implementation", "dtype"}
+NOT_CONFIG = {"parent", "name", "numerics", "implementation", "dtype", "expert"}
 
 
 def family_named(name: str) -> Family:
