@@ -6,7 +6,7 @@ Dimensions: J batches, B samples per batch, H, W, C one latent.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -23,7 +23,13 @@ from qdit_jax.allocation.sensitivity import Prediction, effects, prediction
 from qdit_jax.allocation.space import Space
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.models import FeaturesFn
-from qdit_jax.sampling import cyclic_conditions, denoiser, fitting_guidance, initial_noise
+from qdit_jax.sampling import (
+    cyclic_conditions,
+    denoiser,
+    fitting_guidance,
+    initial_noise,
+    shape_of_sample,
+)
 from qdit_jax.types import AnyArray, Condition, Key, Params
 
 # Noise [J, B, H, W, C], conditions [J, B, ...] and keys [J, B].
@@ -109,14 +115,16 @@ def seeds(
     batch_size: int,
     first: int = 0,
     conditions: Condition = None,
+    shape: Sequence[int] | None = None,
 ) -> Seeds:
     """Returns noise `[J, B, H, W, C]`, conditions `[J, B, ...]` and keys `[J, B]`.
 
     Sample `first + i` depends on the key and its number alone; it gets condition number `first + i`
-    modulo how many `conditions` there are (by default every class of the network).
+    modulo how many `conditions` there are (by default every class of the network). `shape` is that of
+    one sample, the network's own by default.
     """
     index = first + np.arange(num_batches * batch_size)
-    noise, keys = initial_noise(key, jnp.asarray(index, jnp.int32), model.sample_shape())
+    noise, keys = initial_noise(key, jnp.asarray(index, jnp.int32), shape_of_sample(model, shape))
     condition = cyclic_conditions(model, conditions, index)
     return jax.tree.map(
         lambda leaf: jnp.asarray(leaf).reshape(num_batches, batch_size, *leaf.shape[1:]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from qdit_jax.errors import UserError, check_counts
 from qdit_jax.evaluation.layer_facts import layer_facts
 from qdit_jax.evaluation.limits import Layer, Limits, Outcome, outcomes
 from qdit_jax.evaluation.pair_measures import interval, measured, paired_samples, sizes, timed
-from qdit_jax.evaluation.runs import check_pairable
+from qdit_jax.evaluation.runs import check_inputs, check_pairable
 from qdit_jax.evaluation.trajectories import Contender, Protocol
 from qdit_jax.files import PathLike
 from qdit_jax.models import config_of, family_of
@@ -32,6 +32,7 @@ from qdit_jax.sampling import (
     checkpoint_sampler,
     fitting_guidance,
     num_guided_channels,
+    sample_rows,
 )
 from qdit_jax.types import Condition
 
@@ -91,6 +92,7 @@ def verify(
     numerics: str = "simulated",
     dtype: str | None = None,
     conditions: Condition = None,
+    shape: Sequence[int] | None = None,
     timing: bool = True,
     progress_fn: Callable[[int], Any] | None = None,
 ) -> Verification:
@@ -113,6 +115,7 @@ def verify(
         numerics: what quantized layers compute, `"simulated"` or `"integer"`.
         dtype: that both networks compute in; None leaves it to them.
         conditions: labels or prompts, cycled over the samples; every class by default.
+        shape: of one sample, channels last; the network's own by default.
         timing: whether calls of both networks are timed.
         progress_fn: called with the number of samples just done.
 
@@ -132,10 +135,12 @@ def verify(
     check_numerics(ours.params, numerics)
     protocol = protocol_of(full, num_samples, steps, guidance, batch_size)
     chosen = {"seed": check_seed(seed), "numerics": numerics, "conditions": conditions}
-    protocol = dataclasses.replace(protocol, **chosen)  # type: ignore[arg-type]
+    protocol = dataclasses.replace(protocol, **chosen, shape=shape)  # type: ignore[arg-type]
+    check_inputs(pair, protocol)
     # A guided call has the null samples as well.
     call_size = (protocol.batch_size or 1) * (1 if protocol.guidance == 1 else 2)
-    facts = layer_facts(ours, full, numerics=numerics, batch_size=call_size)
+    rows = sample_rows(full.model, shape, conditions)
+    facts = layer_facts(ours, full, numerics=numerics, batch_size=call_size, rows=rows)
     first, condition, final = paired_samples(pair, protocol, progress_fn)
     model = full.model.clone(numerics=numerics)
     denoise_fns = [Denoiser(tree, model) for tree in (full.params, ours.params)]
@@ -265,6 +270,7 @@ def settings_of(protocol: Protocol, steps: int | str) -> dict[str, Any]:
         "seed": protocol.seed,
         "batch_size": protocol.batch_size,
         "numerics": protocol.numerics,
+        **({} if protocol.shape is None else {"shape": list(protocol.shape)}),
     }
 
 

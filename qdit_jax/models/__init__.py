@@ -1,6 +1,15 @@
 """The networks, and the table from a family's name to its class."""
 
 from qdit_jax.models.calls import Call, module_calls, recorded_calls
+from qdit_jax.models.conditions import (
+    ENTRIES,
+    NULL,
+    OF_PROMPT,
+    check_null_names,
+    null_condition_of,
+    null_entries,
+    without_null,
+)
 from qdit_jax.models.dit import SIZES, DiT, published_config
 from qdit_jax.models.families import (
     FAMILIES,
@@ -19,6 +28,7 @@ from qdit_jax.models.family import (
     Fold,
     Network,
     Producer,
+    abstract_rows,
     as_condition,
     example_inputs,
     is_concrete,
@@ -60,7 +70,10 @@ __all__ = [
     "DEMO_STATISTICS",
     "DEMO_WEIGHTS",
     "DTYPES",
+    "ENTRIES",
     "FAMILIES",
+    "NULL",
+    "OF_PROMPT",
     "OPERANDS",
     "OPERANDS_OF",
     "RUNS",
@@ -82,11 +95,13 @@ __all__ = [
     "Producer",
     "TimestepEmbedder",
     "abstract_params",
+    "abstract_rows",
     "apply_blocks",
     "as_condition",
     "asset",
     "build_model",
     "check_dtype",
+    "check_null_names",
     "config_of",
     "demo_features_fn",
     "example_inputs",
@@ -99,6 +114,8 @@ __all__ = [
     "layers_of",
     "mapped_input",
     "module_calls",
+    "null_condition_of",
+    "null_entries",
     "optional",
     "published_config",
     "quantized_input",
@@ -109,4 +126,5 @@ __all__ = [
     "tapped",
     "timestep_features",
     "with_runs",
+    "without_null",
 ]

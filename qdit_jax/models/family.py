@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -240,14 +241,34 @@ def layers_of(flat: Mapping[str, Any]) -> list[str]:
     return [path.removesuffix("/kernel") for path in flat if path.endswith("/kernel")]
 
 
-def example_inputs(model: Network, batch: int = 1) -> tuple[Any, ...]:
-    """Returns abstract arguments of a call of a network that denoises, to trace it with."""
-    shape = (batch, *model.sample_shape())
+def example_inputs(
+    model: Network,
+    batch: int = 1,
+    shape: Sequence[int] | None = None,
+    conditions: Condition = None,
+) -> tuple[Any, ...]:
+    """Returns abstract arguments of a call of a network that denoises, to trace it with.
+
+    Args:
+        shape: of one sample; the network's own by default.
+        conditions: whose entries the arguments are like; the network's example by default.
+    """
+    size = model.sample_shape() if shape is None else shape
+    condition = model.example_condition(batch)
+    if conditions is not None:
+        condition = jax.tree.map(partial(abstract_rows, batch), conditions)
     return (
-        jax.ShapeDtypeStruct(shape, jnp.float32),
+        jax.ShapeDtypeStruct((batch, *size), jnp.float32),
         jax.ShapeDtypeStruct((batch,), jnp.float32),
-        model.example_condition(batch),
+        condition,
     )
+
+
+def abstract_rows(batch: int, leaf: AnyArray) -> jax.ShapeDtypeStruct:
+    """Returns `batch` rows of an array without their values; numbers of any width are float32."""
+    is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+    dtype = jnp.float32 if is_float else leaf.dtype
+    return jax.ShapeDtypeStruct((batch, *leaf.shape[1:]), dtype)
 
 
 def is_concrete(array: AnyArray | jax.ShapeDtypeStruct) -> bool:

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from qdit_jax.errors import check_counts, check_finite
 from qdit_jax.kernels import NUMERICS
-from qdit_jax.models import family_of
+from qdit_jax.models import family_of, without_null
 from qdit_jax.quant import QTensor
 from qdit_jax.types import Condition, Params
 
@@ -81,7 +81,7 @@ def sample_count(condition: Condition, num_samples: int | None) -> int:
     Raises:
         ValueError: if neither is given, or they differ.
     """
-    leaves = jax.tree.leaves(condition)
+    leaves = jax.tree.leaves(without_null(condition))
     if not leaves and num_samples is None:
         raise ValueError("condition=None does not say how many samples to make; give num_samples.")
     if num_samples is None:

@@ -6,7 +6,7 @@ Dimension letters: N = number of samples, B = batch, H, W, C = one latent or ima
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -18,7 +18,13 @@ from jaxtyping import Array, Float, Int, Num
 
 from qdit_jax import diffusion
 from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.models import as_condition, is_concrete
+from qdit_jax.models import (
+    NULL,
+    is_concrete,
+    null_condition_of,
+    null_entries,
+    without_null,
+)
 from qdit_jax.quant import UNQUANTIZED, applied_over_time, select_timestep
 from qdit_jax.sampling.batches import checked_batch_size, device_mesh, filled_batch
 from qdit_jax.sampling.checks import (
@@ -30,8 +36,15 @@ from qdit_jax.sampling.checks import (
     num_guided_channels,
     sample_count,
 )
+from qdit_jax.sampling.conditions import (
+    check_takes,
+    checked_conditions,
+    rows_of,
+    shape_of_sample,
+)
+from qdit_jax.sampling.decoding import decode
 from qdit_jax.sampling.running import running_params
-from qdit_jax.types import AnyArray, Condition, Key, Numbers, Params, Scalar
+from qdit_jax.types import Condition, Key, Numbers, Params, Scalar
 
 
 @jax.tree_util.register_dataclass
@@ -47,21 +60,26 @@ class Denoiser:
     ) -> Array:
         """Returns the network's output, with the static scales and bits of the nearest timestep.
 
+        `null_*` entries of the condition do not count here, see `null_condition`.
+
         Raises:
             ValueError: as `check_condition`; in a traced label, what is out of range gives NaN.
         """
         self.check_condition(condition)
-        return diffusion.in_auto_axes(_applied, x, timestep, condition, self)
+        return diffusion.in_auto_axes(_applied, x, timestep, without_null(condition), self)
 
     def check_condition(self, condition: Condition) -> None:
         """Raises `ValueError` for conditions unknown to the network, unless they are traced."""
         check = getattr(self.model, "check_condition", None)  # a function's stand-in has none
         if check is not None and all(is_concrete(leaf) for leaf in jax.tree.leaves(condition)):
-            check(condition)
+            check(without_null(condition))
 
     def null_condition(self, condition: Condition) -> Condition:
-        """Returns the null condition, see `models.Network`."""
-        return self.model.null_condition(condition, self.params)
+        """Returns the null condition, with the same entries; see `models.null_condition_of`."""
+        found = null_condition_of(self.model, self.params, condition)
+        if null := null_entries(condition):
+            return {**cast(dict, found), **{f"{NULL}{name}": null[name] for name in null}}
+        return found
 
 
 def _applied(
@@ -105,35 +123,6 @@ def denoiser(
             "use guidance=None."
         )
     return diffusion.guided(plain, guidance, channels=channels)
-
-
-def cyclic_conditions(
-    model: nn.Module, conditions: Condition, index: Int[AnyArray, " B"]
-) -> Condition:
-    """Returns the conditions of the samples `index`, assigned cyclically: entry `i % num_entries`.
-
-    `conditions` is a pytree with one entry per class or prompt, as numbers or NumPy arrays; None is
-    every condition that the network knows.
-
-    Raises:
-        ValueError: if it is None and the network's conditions cannot be listed, or a value of it
-            is out of range.
-    """
-    if conditions is None:
-        conditions = model.all_conditions()
-        if conditions is None:
-            example = model.example_condition(1)
-            if not jax.tree.leaves(example):
-                return example
-            raise ValueError(
-                "conditions=None: this model takes prompts, which cannot be listed; give the "
-                "embeddings of some."
-            )
-    else:
-        conditions = as_condition(conditions)
-        model.check_condition(conditions)
-    index = np.asarray(index)
-    return jax.tree.map(lambda leaf: leaf[index % leaf.shape[0]], conditions)
 
 
 def own_scheduler(metadata: Mapping[str, Any]) -> diffusion.Scheduler | None:
@@ -239,19 +228,6 @@ def initial_noise(
     return noise, keys[:, 1]
 
 
-def decode(vae: Checkpoint, latents: Float[Array, "B h w Z"]) -> Float[Array, "B H W C"]:
-    """Returns the images of a diffusion model's latents, after undoing their scaling."""
-    return _decoded(vae.model, vae.params, latents)
-
-
-@jax.jit(static_argnames=("model",))
-def _decoded(
-    model: nn.Module, params: Params, latents: Float[Array, "B h w Z"]
-) -> Float[Array, "B H W C"]:
-    latents = latents / model.scaling_factor + model.shift_factor
-    return cast(Array, model.apply({"params": params}, latents, method="decode"))
-
-
 @jax.jit(static_argnames=("shape",))
 def _generated(
     denoise_fn: Callable[..., Array],
@@ -276,6 +252,7 @@ def generate(
     guidance_channels: int | str | None = PUBLISHED,
     batch_size: int | None = None,
     numerics: str = "simulated",
+    shape: Sequence[int] | None = None,
     decode_fn: Callable[[Checkpoint, Array], Array] | None = decode,
     progress_fn: Callable[[int], object] | None = None,
 ) -> Float[np.ndarray, "N *shape"]:
@@ -288,16 +265,17 @@ def generate(
 
     Args:
         condition: class labels `[N]`, the family's dict of arrays with N first, or None for a
-            network that takes none.
+            network that takes none. A dict's `null_*` entries (N rows, or one) are the null condition of guidance in
+            place of the network's own.
         num_samples: how many; by default one per condition.
+        shape: of one sample of the network, channels last; `model.sample_shape()` by default.
 
     Raises:
         ValueError: if a label or the seed is out of range, there is no label, the batch size is not
-            positive, or `numerics` have no effect on the checkpoint.
+            positive, `numerics` have no effect on the checkpoint, or the network cannot take `shape`.
     """
     check_diffusion_model(checkpoint.model)
-    condition = as_condition(condition)
-    checkpoint.model.check_condition(condition)
+    condition = checked_conditions(checkpoint.model, condition)
     num_samples = sample_count(condition, num_samples)
     size = checked_batch_size(num_samples, batch_size)
     done = []
@@ -312,6 +290,7 @@ def generate(
         guidance=guidance,
         guidance_channels=guidance_channels,
         numerics=numerics,
+        shape=shape,
         decode_fn=decode_fn,
     ):
         done.append(images)
@@ -332,19 +311,20 @@ def generated_batches(
     guidance: Scalar | None = 1.5,
     guidance_channels: int | str | None = PUBLISHED,
     numerics: str = "simulated",
+    shape: Sequence[int] | None = None,
     decode_fn: Callable[[Checkpoint, Array], Array] | None = decode,
 ) -> Iterator[tuple[int, Float[np.ndarray, "B *shape"]]]:
     """Yields what `generate` returns batch by batch: the first sample's number, and the samples.
 
-    `starts` are the numbers of the batches' first samples. A batch has `batch_size` samples, the
-    last one the rest. A batch is computed when the iterator is asked for it.
+    `starts` are the numbers of the batches' first samples. Conditions are assigned cyclically to
+    `num_samples` samples, one per condition by default. A batch has `batch_size` samples, the last one the rest. A batch is computed when the iterator is asked for it.
     """
     check_diffusion_model(checkpoint.model)
     check_numerics(checkpoint.params, numerics)
     seed = check_seed(seed)
-    condition = as_condition(condition)
-    checkpoint.model.check_condition(condition)
-    num_samples = sample_count(condition, num_samples)
+    condition = checked_conditions(checkpoint.model, condition)
+    num_samples = num_samples or sample_count(condition, None)
+    size = shape_of_sample(checkpoint.model, shape)
     mesh = device_mesh()
     split, whole = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
     model = checkpoint.model.clone(numerics=numerics)
@@ -352,6 +332,7 @@ def generated_batches(
         denoiser(model, running_params(model, checkpoint.params), guidance, guidance_channels),
         whole,
     )
+    check_takes(denoise_fn, model, shape, condition)
     vae = checkpoint.vae if decode_fn else None
     if vae is not None:
         vae = dataclasses.replace(vae, params=jax.device_put(vae.params, whole))
@@ -359,11 +340,9 @@ def generated_batches(
     for start in starts:
         stop = min(start + batch_size, num_samples)
         index = filled_batch(start, padded, num_samples)
-        chosen = jax.tree.map(lambda leaf, index=index: leaf[index], condition)
+        chosen = rows_of(condition, index)
         numbers, chosen = jax.device_put((index.astype(np.int32), chosen), split)
-        out = _generated(
-            denoise_fn, sampler, jax.random.key(seed), numbers, chosen, model.sample_shape()
-        )
+        out = _generated(denoise_fn, sampler, jax.random.key(seed), numbers, chosen, size)
         if vae is not None and decode_fn is not None:
             out = decode_fn(vae, out)
         yield start, np.asarray(out)[: stop - start]
