@@ -39,7 +39,7 @@ def convert(
     model: str | None = None,
     num_heads: int | None = None,
     num_classes: int | None = None,
-    input_size: int | tuple[int, int] | None = None,
+    input_size: int | tuple[int, ...] | None = None,
     noise_time: int | None = None,
     scaling_factor: float | None = None,
     shift_factor: float | None = None,
@@ -115,7 +115,7 @@ def read_model(
     model: str | None = None,
     num_heads: int | None = None,
     num_classes: int | None = None,
-    input_size: int | tuple[int, int] | None = None,
+    input_size: int | tuple[int, ...] | None = None,
     noise_time: int | None = None,
     scaling_factor: float | None = None,
     shift_factor: float | None = None,
@@ -132,7 +132,8 @@ def read_model(
         model: a published size such as `"DiT-XL/2"`, to be checked against the file.
         num_heads: for sizes that are not published; no shape depends on it.
         num_classes: without the null class; decides whether the label table ends with one.
-        input_size: rows and columns of the latent, where the file does not say.
+        input_size: rows and columns of the latent, where the file does not say; frames, rows and
+            columns of a video's.
         noise_time: the time that a SiT was trained to see at pure noise, 0 (SiT) or 1 (REPA), where
             the file does not say.
         scaling_factor, shift_factor: of an autoencoder's latents, in place of what its config.json

@@ -48,7 +48,7 @@ class Choices:
     model: str | None = None
     num_heads: int | None = None
     num_classes: int | None = None
-    input_size: int | tuple[int, int] | None = None
+    input_size: int | tuple[int, ...] | None = None
     noise_time: int | None = None
     scaling_factor: float | None = None
     shift_factor: float | None = None
@@ -303,8 +303,20 @@ def label_config(rows: int, num_classes: int | None) -> dict[str, Any]:
     return {"num_classes": num_classes, "null_class": num_classes == rows - 1}
 
 
+def rows_and_columns(size: int | tuple[int, ...]) -> tuple[int, int]:
+    """Returns the rows and columns of a picture's latent; raises `UserError` for more numbers."""
+    if isinstance(size, int):
+        return size, size
+    if len(size) != 2:
+        raise UserError(
+            f"input_size={shape_text(size)} has {len(size)} numbers; this network takes rows, or "
+            "rows and columns."
+        )
+    return size[0], size[1]
+
+
 def input_size(
-    num_tokens: int, patch: int, stated: int | tuple[int, int] | None
+    num_tokens: int, patch: int, stated: int | tuple[int, ...] | None
 ) -> int | tuple[int, int]:
     """Returns the latent's rows and columns (one number when equal) for `num_tokens` patches."""
     if stated is None:
@@ -314,7 +326,7 @@ def input_size(
                 f"{num_tokens} positions make no square; pass --input-size ROWS COLUMNS of the latent."
             )
         return side * patch
-    rows, columns = (stated, stated) if isinstance(stated, int) else stated
+    rows, columns = rows_and_columns(stated)
     if (
         rows < 1
         or columns < 1

@@ -21,6 +21,15 @@ from qdit_convert.vae import (
     vae_example,
     vae_plan,
 )
+from qdit_convert.wan import (
+    AUTHORS_NAME,
+    DIFFUSERS_NAME,
+    diffusers_wan_example,
+    from_diffusers,
+    in_diffusers_names,
+    wan_example,
+    wan_plan,
+)
 from qdit_jax.errors import UserError
 
 Planner = Callable[[StateDict, Choices, Mapping[str, Any] | None], Plan]
@@ -82,6 +91,7 @@ VAE_TELLS = frozenset({"scaling_factor", "shift_factor", "latent_channels", "nor
 DIFFUSERS_OPTIONS = tuple(
     field.name for field in fields(Choices) if field.name not in (*VAE_OPTIONS, "noise_time")
 )
+WAN_OPTIONS = ("num_heads", "input_size")
 DIT_OPTIONS = (*DIFFUSERS_OPTIONS, "noise_time")
 FACEBOOK = Layout(
     "dit-facebook",
@@ -122,6 +132,38 @@ LAYOUTS = (
         class_names=CLASS_NAMES,
         example=diffusers_example,
         tells=frozenset({"attention_head_dim", "num_embeds_ada_norm"}),
+    ),
+    Layout(
+        "wan",
+        "Wan in the authors' layout",
+        ("wan",),
+        re.compile(
+            r"patch_embedding\.|(time|text)_embedding\.[02]\.|time_projection\.1\.|"
+            r"blocks\.\d+\.((self|cross)_attn\.(q|k|v|o|norm_q|norm_k)\.|ffn\.[02]\.|norm3\.|"
+            r"modulation$)|head\.(head\.|modulation$)"
+        ),
+        wan_plan,
+        options=WAN_OPTIONS,
+        class_names=(AUTHORS_NAME,),
+        example=wan_example,
+        tells=frozenset({"text_len", "num_heads"}),
+    ),
+    Layout(
+        "wan-diffusers",
+        "Wan in the diffusers layout",
+        ("wan",),
+        re.compile(
+            r"patch_embedding\.|condition_embedder\.((time|text)_embedder\.|time_proj\.)|"
+            r"blocks\.\d+\.(attn[12]\.(to_(q|k|v|out\.0)|norm_[qk])\.|ffn\.net\.|norm2\.|"
+            r"scale_shift_table$)|proj_out\.|scale_shift_table$"
+        ),
+        wan_plan,
+        options=WAN_OPTIONS,
+        class_names=(DIFFUSERS_NAME,),
+        rename=from_diffusers,
+        own_names=in_diffusers_names,
+        example=diffusers_wan_example,
+        tells=frozenset({"attention_head_dim", "text_dim"}),
     ),
     Layout(
         "vae-diffusers",
@@ -173,7 +215,7 @@ UNSUPPORTED = (
     ("Latte (video, diffusers)", re.compile(r"temporal_transformer_blocks\.\d+\.")),
     ("STDiT3 (Open-Sora 1.2)", re.compile(r"(spatial|temporal)_blocks\.\d+\.")),
     ("STDiT (Open-Sora 1.0)", re.compile(r"blocks\.\d+\.attn_temp\.")),
-    ("PixArt", re.compile(r"blocks\.\d+\.cross_attn\.|caption_projection\.")),
+    ("PixArt", re.compile(r"blocks\.\d+\.cross_attn\.(q_linear|kv_linear)\.|caption_projection\.")),
     (
         "MM-DiT (SD3, Flux)",
         re.compile(r"(joint_blocks|single_transformer_blocks|double_blocks)\.\d+\."),

@@ -105,7 +105,8 @@ def add_network(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         nargs="+",
         metavar="N",
-        help="rows, or rows and columns, of the latent if the file does not say: 32 for 256 pixels",
+        help="rows, or rows and columns, of the latent if the file does not say: 32 for 256 pixels; "
+        "frames, rows and columns of a video's",
     )
     parser.add_argument(
         "--noise-time",
@@ -129,8 +130,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from qdit_jax.errors import UserError
 
     size = args.input_size
-    if size is not None and len(size) > 2:
-        raise UserError(f"--input-size takes rows, or rows and columns; got {len(size)} numbers.")
+    if size is not None and len(size) > 3:
+        raise UserError(
+            "--input-size takes rows, or rows and columns, or frames, rows and columns; got "
+            f"{len(size)} numbers."
+        )
     if size is not None:
         size = size[0] if len(size) == 1 else tuple(size)
     with _ProgressBar() as bar:
