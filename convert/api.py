@@ -211,7 +211,7 @@ def _on_process(network: Network, kept: dict[str, Any]) -> Network:
         return _noted(network, note)
     scheduler = read_scheduler(kept["scheduler"])
     config = network.plan.config
-    if scheduler.sampler == "flow":
+    if scheduler.is_flow:
         # Time runs from 0 at the data to the number of timesteps at the noise.
         end = float(scheduler.settings["num_train_timesteps"])
         config = {**config, "velocity": True, "noise_time": end, "data_time": 0.0}
