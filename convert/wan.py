@@ -24,6 +24,7 @@ from qdit_convert.plan import (
     block_count,
     convolution3d,
     linear,
+    most_common,
     norm,
     shape_of,
 )
@@ -39,9 +40,11 @@ HEAD_WIDTH = 128  # of all published networks
 # 5B network 121 frames of 704 x 1280.
 PUBLISHED = ((30, 1536), (40, 5120), (30, 3072))
 SAMPLE_SIZES = {16: (21, 60, 104), 48: (31, 44, 80)}
-TIME_STEPS = 1000  # the timestep of pure noise
+PATCH_SIZE = (1, 2, 2)
 TEXT_LENGTH = 512
-BOUNDARY = 0.875  # of the authors' text-to-video A14B, whose files do not say it
+KNOWN = (
+    "convert reads the text-to-video networks of Wan 2.1 and 2.2 (T2V 1.3B, 14B and A14B, TI2V 5B)"
+)
 # Names that only networks with an image as a condition have, in either layout.
 OF_IMAGES = re.compile(
     r"img_emb\.|condition_embedder\.image_embedder\.|vace_|control_|"
@@ -65,9 +68,10 @@ class Sizes:
 def wan_plan(state: StateDict, choices: Choices, config: Mapping[str, Any] | None) -> Plan:
     """Returns the plan of one network under the authors' names; `config` is its config.json."""
     check_text_to_video(state)
-    sizes = wan_sizes(state)
+    said = settings_of(config or {})
+    sizes = wan_sizes(state, said)
+    check_settings(said, sizes)
     notes: list[str] = []
-    said = checked_config(config or {}, sizes)
     fields = {
         "patch_size": sizes.patch_size,
         "in_channels": sizes.channels,
@@ -90,13 +94,25 @@ def check_text_to_video(state: StateDict) -> None:
     if found:
         raise UserError(
             "these are weights of a Wan network that is conditioned on images or controls as well "
-            f"({listing(found, 2)}); convert reads the text-to-video networks of Wan 2.1 and 2.2 "
-            "(T2V 1.3B, 14B and A14B, TI2V 5B)."
+            f"({listing(found, 2)}); {KNOWN}."
         )
 
 
-def wan_sizes(state: StateDict) -> Sizes:
-    """Returns the sizes of the network from its shapes.
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a config.json of either layout says.
+
+    Raises:
+        UserError: if it is of another network, or says what is not understood.
+    """
+    name = config.get("_class_name", AUTHORS_NAME)
+    if name not in (AUTHORS_NAME, DIFFUSERS_NAME):
+        raise UserError(f"config.json is of a {name}, but the weights are of a {DIFFUSERS_NAME}.")
+    is_diffusers = name == DIFFUSERS_NAME or "num_attention_heads" in config
+    return network_settings(config, DIFFUSERS if is_diffusers else AUTHORS)
+
+
+def wan_sizes(state: StateDict, said: Mapping[str, Any]) -> Sizes:
+    """Returns the sizes of the network: those of one tensor alone as config.json has them, if it says.
 
     Raises:
         UserError: if it has other input channels than output channels, as image-to-video networks.
@@ -105,36 +121,31 @@ def wan_sizes(state: StateDict) -> Sizes:
     depth = block_count(tensors, "blocks.")
     if depth == 0:
         raise UserError("there are no blocks (blocks.0.self_attn.q.weight and so on).")
-    width, channels, *patch = shape_of(tensors, "patch_embedding.weight", 5)
+    patch = tuple(said.get("patch_size") or PATCH_SIZE)
+    if len(patch) != 3 or not all(type(n) is int and n > 0 for n in patch):
+        raise UserError(f"config.json says patch_size={list(patch)}; 3 whole numbers are needed.")
+    width, channels, *_ = shape_of(tensors, "patch_embedding.weight", 5)
     rows = shape_of(tensors, "head.head.weight", 2)[0]
-    if rows != channels * math.prod(patch):
+    if rows % math.prod(patch) == 0 and channels > rows // math.prod(patch):
         raise UserError(
-            f"patch_embedding takes {channels} channels and the output layer has {rows} rows, which "
-            f"is not {channels} channels of patches {patch}; image-to-video networks, which take "
-            "more channels than they return, are not supported."
+            f"the network takes {channels} channels and returns {rows // math.prod(patch)}, as "
+            f"image-to-video networks do; {KNOWN}."
         )
+    ffn = [t.shape[0] for key, t in tensors.items() if key.endswith(".ffn.0.weight") and t.shape]
+    shape_of(tensors, "blocks.0.ffn.0.weight", 2)
     return Sizes(
         depth=depth,
         width=width,
-        patch_size=tuple(patch),
+        patch_size=patch,
         channels=channels,
-        ffn_width=shape_of(tensors, "blocks.0.ffn.0.weight", 2)[0],
-        freq_width=shape_of(tensors, "time_embedding.0.weight", 2)[1],
-        text_width=shape_of(tensors, "text_embedding.0.weight", 2)[1],
+        ffn_width=most_common(ffn),
+        freq_width=said.get("freq_dim") or shape_of(tensors, "time_embedding.0.weight", 2)[1],
+        text_width=said.get("text_dim") or shape_of(tensors, "text_embedding.0.weight", 2)[1],
     )
 
 
-def checked_config(config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
-    """Returns the settings of a config.json of either layout that fits the weights.
-
-    Raises:
-        UserError: if it is of another network, contradicts the weights, or says what is not known.
-    """
-    name = config.get("_class_name", AUTHORS_NAME)
-    if name not in (AUTHORS_NAME, DIFFUSERS_NAME):
-        raise UserError(f"config.json is of a {name}, but the weights are of a {DIFFUSERS_NAME}.")
-    is_diffusers = name == DIFFUSERS_NAME or "num_attention_heads" in config
-    said = network_settings(config, DIFFUSERS if is_diffusers else AUTHORS)
+def check_settings(said: Mapping[str, Any], sizes: Sizes) -> None:
+    """Raises `UserError` if a config.json contradicts the weights."""
     heads, head_width = said.get("num_attention_heads"), said.get("attention_head_dim")
     stated = {
         "num_layers": (said.get("num_layers"), sizes.depth),
@@ -143,17 +154,13 @@ def checked_config(config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
             heads and head_width and heads * head_width,
             sizes.width,
         ),
-        "patch_size": (said.get("patch_size"), list(sizes.patch_size)),
         "ffn_dim": (said.get("ffn_dim"), sizes.ffn_width),
-        "freq_dim": (said.get("freq_dim"), sizes.freq_width),
-        "text_dim": (said.get("text_dim"), sizes.text_width),
     }
     for key in ("in_dim", "out_dim", "in_channels", "out_channels"):
         stated[key] = (said.get(key), sizes.channels)
     for key, (says, found) in stated.items():
         if says is not None and says != found:
             raise UserError(f"config.json says {key} = {says}, but the weights have {found}.")
-    return said
 
 
 def num_heads(said: Mapping[str, Any], choices: Choices, sizes: Sizes) -> int:
@@ -324,6 +331,7 @@ def wan_example() -> Example:
         "dim": SMALL.width,
         "ffn_dim": SMALL.ffn_width,
         "freq_dim": SMALL.freq_width,
+        "text_dim": SMALL.text_width,
         "num_heads": 2,
         "num_layers": SMALL.depth,
         "eps": 1e-6,
