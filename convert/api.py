@@ -12,10 +12,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from qdit_convert.dit import Choices
+from qdit_convert.experts import (
+    AUTHORS_BOUNDARY,
+    AUTHORS_FOLDERS,
+    as_experts,
+    is_pair,
+    one_of_a_pair,
+)
 from qdit_convert.families import Layout, check_options, find_layout
 from qdit_convert.folders import is_pipeline, read_config, read_pipeline
 from qdit_convert.names import select_network
-from qdit_convert.plan import Leaf, Params, Plan, build_params, check_plan, same
+from qdit_convert.opened import Network
+from qdit_convert.plan import Leaf, Params, build_params, check_plan, same
 from qdit_convert.readers import open_weights
 from qdit_convert.tensors import StateDict, about, bfloat16
 from qdit_convert.wrappers import RAW
@@ -26,6 +34,7 @@ from qdit_jax.files import local_copy
 if TYPE_CHECKING:
     from qdit_jax.checkpoint import Checkpoint
 
+MAIN = ("dit", "wan")  # families of networks that stand in a pipeline
 DTYPES = ("float32", "bfloat16", "float16")
 # Called with a network's name, the leaf just read, and the number of leaves in all.
 Progress = Callable[[str, Leaf, int], None]
@@ -99,15 +108,6 @@ class ReadModel(NamedTuple):
     vae: ReadModel | None = None
 
 
-class Network(NamedTuple):
-    """One network of a source, opened and planned, its values not yet read."""
-
-    label: str
-    state: StateDict
-    layout: Layout
-    plan: Plan
-
-
 def read_model(
     src: str | os.PathLike,
     *,
@@ -165,22 +165,42 @@ def open_source(
         raise UserError(f"{src} does not exist.")
     if (src / "model.json").is_file():
         raise UserError(f"{src} is a checkpoint of this library already.")
+    if not is_pipeline(src) and is_pair(src):
+        return [_open_pair(src, family, choices, weights)], {}
     if not is_pipeline(src):
         network = open_network(src, family, choices, weights)
         _check_used(choices, [network])
         folder = src if src.is_dir() else src.parent
-        if network.plan.family == "dit" and is_pipeline(folder.absolute().parent):
+        if network.plan.family in MAIN and is_pipeline(folder.absolute().parent):
             note = "give the folder of the whole pipeline to use its scheduler"
-            network = _noted(network, f"this is one part of a pipeline: {note}")
+            network = network.noted(f"this is one part of a pipeline: {note}")
+        elif one_of_a_pair(folder):
+            network = network.noted("this is one of two experts: give the folder that holds both")
         return [network], {}
-    transformer, vae, kept = read_pipeline(src)
+    pipeline = read_pipeline(src)
     factors = Choices(scaling_factor=choices.scaling_factor, shift_factor=choices.shift_factor)
     own = replace(choices, scaling_factor=None, shift_factor=None)
-    networks = [_on_process(open_network(transformer, family, own, weights), kept)]
-    if vae is not None:
-        networks.append(open_network(vae, "vae", factors, weights))
+    found = [open_network(folder, family, own, weights) for folder in pipeline.transformers]
+    network = found[0]
+    if pipeline.boundary is not None:
+        with about(src):
+            network = as_experts(str(src), found, pipeline.boundary)
+    networks = [_on_process(network, pipeline.kept)]
+    if pipeline.vae is not None:
+        networks.append(open_network(pipeline.vae, pipeline.vae_family, factors, weights))
     _check_used(choices, networks)
-    return networks, kept
+    return networks, pipeline.kept
+
+
+def _open_pair(src: Path, family: str | None, choices: Choices, weights: str | None) -> Network:
+    """Returns the authors' two networks in the folder `src` as one."""
+    found = [open_network(src / name, family, choices, weights) for name in AUTHORS_FOLDERS]
+    with about(src):
+        network = as_experts(str(src), found, AUTHORS_BOUNDARY)
+    return network.noted(
+        f"{AUTHORS_FOLDERS[0]} is run from timestep {AUTHORS_BOUNDARY:g} on, as the authors' "
+        "text-to-video network: no file says it"
+    )
 
 
 def _check_used(choices: Choices, networks: list[Network]) -> None:
@@ -206,9 +226,11 @@ def _on_process(network: Network, kept: dict[str, Any]) -> Network:
     Raises:
         UserError: if the network does not return what the scheduler reads.
     """
+    if network.plan.family != "dit":
+        return _on_own_process(network, kept)
     if "scheduler" not in kept:
         note = "the pipeline has no scheduler: sampled as the published DiT, on linear betas"
-        return _noted(network, note)
+        return network.noted(note)
     scheduler = read_scheduler(kept["scheduler"])
     config = network.plan.config
     if scheduler.is_flow:
@@ -217,15 +239,29 @@ def _on_process(network: Network, kept: dict[str, Any]) -> Network:
         config = {**config, "velocity": True, "noise_time": end, "data_time": 0.0}
     with about(network.label):
         check_fit(config["velocity"], config["learn_sigma"], scheduler)
-    network = network._replace(plan=replace(network.plan, config=config))
+    return _with_ignored(network._replace(plan=replace(network.plan, config=config)), kept)
+
+
+def _on_own_process(network: Network, kept: dict[str, Any]) -> Network:
+    """Returns a network whose class says what it predicts, checked against its scheduler."""
+    from qdit_jax.models import build_model
+
+    model = build_model(network.plan.family, network.plan.config)
+    if "scheduler" not in kept:
+        return network.noted(f"the pipeline has no scheduler: sampled by {model.default_sampler}")
+    is_velocity = model.prediction == "velocity"
+    with about(network.label):
+        check_fit(is_velocity, model.learned_variance, read_scheduler(kept["scheduler"]))
+    return _with_ignored(network, kept)
+
+
+def _with_ignored(network: Network, kept: dict[str, Any]) -> Network:
+    """Returns the network with a note on settings that its scheduler does not have."""
+    scheduler = read_scheduler(kept["scheduler"])
     if not scheduler.ignored:
         return network
     names = ", ".join(f"{name}={kept['scheduler'][name]!r}" for name in scheduler.ignored)
-    return _noted(network, f"a {scheduler.class_name} has no {names}: not read, as by diffusers")
-
-
-def _noted(network: Network, note: str) -> Network:
-    return network._replace(plan=replace(network.plan, notes=(*network.plan.notes, note)))
+    return network.noted(f"a {scheduler.class_name} has no {names}: not read, as by diffusers")
 
 
 def open_network(path: Path, family: str | None, choices: Choices, weights: str | None) -> Network:

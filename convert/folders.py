@@ -2,24 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qdit_convert.json_file import read_json
 from qdit_convert.settings import INDEX, PIPELINE
 from qdit_convert.tensors import about
-from qdit_jax.diffusion import read_scheduler, understood
+from qdit_convert.wan_settings import WAN_PIPELINE
+from qdit_jax.diffusion import Table, read_scheduler, understood
 from qdit_jax.errors import UserError
 
 PIPELINE_INDEX = "model_index.json"
-PIPELINES = ("DiTPipeline",)
 SCHEDULER = "scheduler_config.json"
-# The parts of a pipeline, and their classes; a scheduler's are checked by its own table.
-CLASSES = {
-    "transformer": ("DiTTransformer2DModel", "Transformer2DModel"),
-    "vae": ("AutoencoderKL",),
-    "scheduler": (),
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What convert knows of one of diffusers' pipelines.
+
+    Attributes:
+        settings: what its model_index.json may say.
+        classes: its parts that are read, and their classes; a scheduler's are checked by its own
+            table.
+        vae_family: of its autoencoder.
+    """
+
+    settings: Table
+    classes: Mapping[str, tuple[str, ...]]
+    vae_family: str = "vae"
+
+
+PIPELINES = {
+    "DiTPipeline": Pipeline(
+        PIPELINE,
+        {
+            "transformer": ("DiTTransformer2DModel", "Transformer2DModel"),
+            "vae": ("AutoencoderKL",),
+            "scheduler": (),
+        },
+    ),
+    "WanPipeline": Pipeline(
+        WAN_PIPELINE,
+        {
+            "transformer": ("WanTransformer3DModel",),
+            "transformer_2": ("WanTransformer3DModel",),
+            "vae": ("AutoencoderKLWan",),
+            "scheduler": (),
+        },
+        "wan-vae",
+    ),
 }
+
+
+class PipelineParts(NamedTuple):
+    """The folders of a pipeline's parts, and what else to keep.
+
+    Attributes:
+        transformers: one network, or two experts.
+        boundary: of two experts, the timestep from which on the first is run; else None.
+        vae: None where the pipeline has none.
+        vae_family: of the autoencoder.
+        kept: of the index and the scheduler, for the checkpoint's metadata.
+    """
+
+    transformers: tuple[Path, ...]
+    boundary: float | None
+    vae: Path | None
+    vae_family: str
+    kept: dict[str, Any]
 
 
 def is_pipeline(path: Path) -> bool:
@@ -48,8 +100,8 @@ def read_config(
     return config if own else None
 
 
-def read_pipeline(path: Path) -> tuple[Path, Path | None, dict[str, Any]]:
-    """Returns the folders of the transformer and of the VAE (or None), and what else to keep.
+def read_pipeline(path: Path) -> PipelineParts:
+    """Returns the folders of a pipeline's parts, and what else to keep.
 
     Raises:
         UserError: if it is another pipeline, a part that its index names is missing, or a setting
@@ -60,21 +112,47 @@ def read_pipeline(path: Path) -> tuple[Path, Path | None, dict[str, Any]]:
         name = index.get("_class_name")
         if name not in PIPELINES:
             raise UserError(
-                f"this is a {name}; of whole pipelines, convert reads {PIPELINES[0]} only."
+                f"this is a {name}; of whole pipelines, convert reads {' and '.join(PIPELINES)} only."
             )
+        known = PIPELINES[name]
         # A part that is left out stands in the index as [null, null].
         listed = {key: value for key, value in index.items() if value != [None, None]}
-        settings = understood(INDEX, listed, PIPELINE)
-        parts = {part: _part(path, settings, part) for part in CLASSES}
+        settings = understood(INDEX, listed, known.settings)
+        parts = {part: _part(path, settings, part, known.classes[part]) for part in known.classes}
         transformer = parts["transformer"]
         if transformer is None:
             raise UserError(f"{PIPELINE_INDEX} names no transformer.")
         kept: dict[str, Any] = {"pipeline": name}
         if parts["scheduler"] is not None:
             kept["scheduler"] = _scheduler(parts["scheduler"], settings["scheduler"][-1])
-        if settings["id2label"] is not None:
+        if settings.get("id2label") is not None:
             kept["id2label"] = settings["id2label"]
-    return transformer, parts["vae"], kept
+        second = parts.get("transformer_2")
+        boundary = _boundary(settings, kept, second is not None)
+    networks = (transformer,) if second is None else (transformer, second)
+    return PipelineParts(networks, boundary, parts["vae"], known.vae_family, kept)
+
+
+def _boundary(
+    settings: Mapping[str, Any], kept: Mapping[str, Any], has_two: bool
+) -> float | None:
+    """Returns the timestep from which on the first of two experts is run; None for one network.
+
+    Raises:
+        UserError: if there are two networks and no boundary, or the reverse.
+    """
+    ratio = settings.get("boundary_ratio")
+    if has_two != (ratio is not None):
+        parts = "two transformers" if has_two else "one transformer"
+        raise UserError(
+            f"{PIPELINE_INDEX} says boundary_ratio={ratio!r} for {parts}; two experts need a "
+            "boundary, and one network has none."
+        )
+    if ratio is None:
+        return None
+    scheduler = kept.get("scheduler")
+    count = read_scheduler(scheduler).settings["num_train_timesteps"] if scheduler else 1000
+    return float(ratio * count)
 
 
 def _scheduler(folder: Path, class_name: str) -> dict[str, Any]:
@@ -91,7 +169,9 @@ def _scheduler(folder: Path, class_name: str) -> dict[str, Any]:
     return config
 
 
-def _part(path: Path, index: dict[str, Any], part: str) -> Path | None:
+def _part(
+    path: Path, index: dict[str, Any], part: str, classes: tuple[str, ...]
+) -> Path | None:
     entry = index[part]
     if entry is None:
         return None
@@ -100,9 +180,9 @@ def _part(path: Path, index: dict[str, Any], part: str) -> Path | None:
             f"{PIPELINE_INDEX} says {part}={entry!r}; only a class of diffusers is understood, "
             f'["diffusers", NAME].'
         )
-    if CLASSES[part] and entry[1] not in CLASSES[part]:
+    if classes and entry[1] not in classes:
         raise UserError(
-            f"{PIPELINE_INDEX} says {part}={entry!r}; only {' or '.join(CLASSES[part])} is understood."
+            f"{PIPELINE_INDEX} says {part}={entry!r}; only {' or '.join(classes)} is understood."
         )
     if not (path / part).is_dir():
         raise UserError(

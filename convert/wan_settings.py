@@ -42,3 +42,13 @@ AUTHORS: Table = ABOUT | {
     "qk_norm": only("bool", True),
     "cross_attn_norm": only("bool", True),
 }
+WAN_PIPELINE: Table = ABOUT | {
+    "transformer": Setting("list", optional=True),
+    "transformer_2": Setting("list", optional=True),
+    "vae": Setting("list", optional=True),
+    "scheduler": Setting("list", optional=True),
+    "boundary_ratio": Setting("number", low=0, high=1, optional=True),
+    "expand_timesteps": HARMLESS,  # a timestep per token where a first frame is given, the same here
+    "text_encoder": HARMLESS,  # prompts are embedded outside
+    "tokenizer": HARMLESS,
+}

@@ -64,6 +64,7 @@ from qdit_jax.models.linear import (
 from qdit_jax.models.runs import RUNS, apply_blocks, with_runs
 from qdit_jax.models.taps import layers_in_order, rows_per_sample, seen_inputs, tapped
 from qdit_jax.models.vae import AutoencoderKL
+from qdit_jax.models.wan import EXPERTS, Wan
 
 __all__ = [
     "DEMO_SIZE",
@@ -71,6 +72,7 @@ __all__ = [
     "DEMO_WEIGHTS",
     "DTYPES",
     "ENTRIES",
+    "EXPERTS",
     "FAMILIES",
     "NULL",
     "OF_PROMPT",
@@ -94,6 +96,7 @@ __all__ = [
     "NetworkModule",
     "Producer",
     "TimestepEmbedder",
+    "Wan",
     "abstract_params",
     "abstract_rows",
     "apply_blocks",
