@@ -30,6 +30,15 @@ from qdit_convert.wan import (
     wan_example,
     wan_plan,
 )
+from qdit_convert.wan_vae import (
+    CLASS_NAME,
+    authors_vae_example,
+    from_authors,
+    in_authors_names,
+    residual_vae_example,
+    wan_vae_example,
+    wan_vae_plan,
+)
 from qdit_jax.errors import UserError
 
 Planner = Callable[[StateDict, Choices, Mapping[str, Any] | None], Plan]
@@ -106,6 +115,23 @@ FACEBOOK = Layout(
     options=DIT_OPTIONS,
     example=facebook_example,
 )
+# The convolutions of both autoencoders have the same names; Wan's norms have a gamma.
+VAE_NAMES = re.compile(
+    r"(post_)?quant_conv\.|(en|de)coder\.(conv_(in|out|norm_out)\.|norm_out\.gamma$|mid_block\.|"
+    r"down_blocks\.\d+\.(conv\d|conv_shortcut|norm\d|resample\.1|time_conv)\.|"
+    r"(down|up)_blocks\.\d+\.(resnets|(down|up)samplers?)\.)"
+)
+WAN_VAE = Layout(
+    "wan-vae",
+    "Wan's autoencoder in the diffusers layout",
+    ("wan-vae",),
+    VAE_NAMES,
+    wan_vae_plan,
+    class_names=(CLASS_NAME,),
+    told=lambda state: any(key.endswith(".gamma") for key in state.tensors),
+    example=wan_vae_example,
+    tells=frozenset({"latents_mean", "temperal_downsample"}),
+)
 # Of rows with the same names the first is taken, unless a file tells or the user says another.
 LAYOUTS = (
     FACEBOOK,
@@ -169,16 +195,34 @@ LAYOUTS = (
         "vae-diffusers",
         "AutoencoderKL in the diffusers layout",
         ("vae",),
-        re.compile(
-            r"(post_)?quant_conv\.|(en|de)coder\.(conv_(in|out|norm_out)\.|mid_block\.|"
-            r"(down|up)_blocks\.\d+\.(resnets|(down|up)samplers)\.)"
-        ),
+        VAE_NAMES,
         vae_plan,
         wants_config=True,
         options=VAE_OPTIONS,
         class_names=(AUTOENCODER_NAME,),
         example=vae_example,
         tells=VAE_TELLS,
+    ),
+    replace(
+        WAN_VAE,
+        name="wan-vae-residual",
+        title="Wan's 5B autoencoder in the diffusers layout",
+        told=lambda state: any(".downsampler." in key for key in state.tensors),
+        example=residual_vae_example,
+    ),
+    WAN_VAE,
+    Layout(
+        "wan-vae-authors",
+        "Wan 2.1's autoencoder in the authors' layout",
+        ("wan-vae",),
+        re.compile(
+            r"conv[12]\.|(en|de)coder\.(conv1\.|head\.[02]\.|middle\.[012]\.|"
+            r"(down|up)samples\.\d+\.)"
+        ),
+        wan_vae_plan,
+        rename=from_authors,
+        own_names=in_authors_names,
+        example=authors_vae_example,
     ),
     Layout(
         "vae-latent-diffusion",
@@ -247,15 +291,22 @@ def find_layout(state: StateDict, family: str | None = None) -> Layout:
             f"the names of its tensors are of no network that convert knows ({', '.join(FAMILIES)}): "
             f"{listing(keys, 4)}."
         )
-    if family is not None and family not in layout.families:
+    if family is not None and not serves(layout, family):
         raise UserError(
             f"the names of its tensors are of a {layout.title}, not of family {family}."
         )
     same = [other for other in LAYOUTS if other.names is layout.names]
     if family is not None:
         serving = [other for other in same if family in other.families]
-        return min(serving, key=lambda other: other.families.index(family))
+        return min(
+            serving, key=lambda other: (other.families.index(family), not other.told(state))
+        )
     return next((other for other in same if other.told(state)), layout)
+
+
+def serves(layout: Layout, family: str) -> bool:
+    """Returns whether a row with the names of `layout` is of `family`."""
+    return any(family in other.families for other in LAYOUTS if other.names is layout.names)
 
 
 def check_options(layout: Layout, choices: Choices) -> None:

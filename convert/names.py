@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import NamedTuple
 
-from qdit_convert.families import NAMINGS, Layout, unsupported_title
+from qdit_convert.families import NAMINGS, Layout, serves, unsupported_title
 from qdit_convert.tensors import StateDict, StoredTensor, listing
 from qdit_convert.wrappers import is_averaged
 from qdit_jax.errors import UserError
@@ -42,7 +42,7 @@ def select_network(
         UserError: if the file holds no such weights, or several that could be meant.
     """
     roots = _roots(list(state.tensors))
-    served = [root for root in roots if family is None or family in root.layout.families]
+    served = [root for root in roots if family is None or serves(root.layout, family)]
     if not served:
         _check_kind(state, [], weights)
         return state

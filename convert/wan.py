@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -293,12 +293,20 @@ RENAMED_BACK = (
 
 def from_diffusers(state: StateDict) -> StateDict:
     """Returns `state` under the authors' names instead of diffusers'."""
-    return replace(state, tensors={renamed(k, RENAMED): v for k, v in state.tensors.items()})
+    return with_names(state, lambda text: renamed(text, RENAMED))
 
 
 def in_diffusers_names(text: str, state: StateDict) -> str:
     """Returns `text` with diffusers' names instead of the authors'."""
     return renamed(text, RENAMED_BACK)
+
+
+def with_names(state: StateDict, rename: Callable[[str], str]) -> StateDict:
+    """Returns `state` with all names put through `rename`, which is given them line by line."""
+    if any("\n" in key for key in state.tensors):
+        return state  # of no network that is known
+    names = rename("\n".join(state.tensors)).split("\n")
+    return replace(state, tensors=dict(zip(names, state.tensors.values(), strict=True)))
 
 
 def renamed(text: str, names: tuple[tuple[str, str], ...]) -> str:
@@ -360,8 +368,14 @@ def diffusers_wan_example() -> Example:
         "rope_max_seq_len": 1024,
         "pos_embed_seq_len": None,
     }
-    leaves = [
-        replace(leaf, sources=tuple(renamed(key, RENAMED_BACK) for key in leaf.sources))
-        for leaf in wan_leaves(SMALL)
-    ]
+    leaves = with_sources(wan_leaves(SMALL), lambda text: renamed(text, RENAMED_BACK))
     return Example(tuple(leaves), {"input_size": (2, 4, 4)}, config)
+
+
+def with_sources(leaves: list[Leaf], rename: Callable[[str], str]) -> list[Leaf]:
+    """Returns leaves of tensors whose names are put through `rename`."""
+    lines = rename("\n".join("\t".join(leaf.sources) for leaf in leaves)).split("\n")
+    return [
+        replace(leaf, sources=tuple(line.split("\t")))
+        for leaf, line in zip(leaves, lines, strict=True)
+    ]

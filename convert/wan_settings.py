@@ -42,6 +42,25 @@ AUTHORS: Table = ABOUT | {
     "qk_norm": only("bool", True),
     "cross_attn_norm": only("bool", True),
 }
+AUTOENCODER: Table = ABOUT | {
+    "base_dim": POSITIVE,
+    "decoder_base_dim": POSITIVE,
+    "z_dim": POSITIVE,
+    "dim_mult": Setting("numbers"),
+    "num_res_blocks": POSITIVE,
+    "temperal_downsample": Setting("list"),
+    "in_channels": POSITIVE,
+    "out_channels": POSITIVE,
+    "is_residual": Setting("bool"),
+    "patch_size": POSITIVE,
+    "latents_mean": Setting("numbers"),
+    "latents_std": Setting("numbers"),
+    "attn_scales": only("any", []),
+    "clip_output": only("bool", True),
+    "dropout": HARMLESS,  # of training
+    "scale_factor_spatial": HARMLESS,  # these two follow from the levels
+    "scale_factor_temporal": HARMLESS,
+}
 WAN_PIPELINE: Table = ABOUT | {
     "transformer": Setting("list", optional=True),
     "transformer_2": Setting("list", optional=True),

@@ -65,6 +65,7 @@ from qdit_jax.models.runs import RUNS, apply_blocks, with_runs
 from qdit_jax.models.taps import layers_in_order, rows_per_sample, seen_inputs, tapped
 from qdit_jax.models.vae import AutoencoderKL
 from qdit_jax.models.wan import EXPERTS, Wan
+from qdit_jax.models.wan_vae import LATENTS_MEAN, LATENTS_STD, WanAutoencoder
 
 __all__ = [
     "DEMO_SIZE",
@@ -74,6 +75,8 @@ __all__ = [
     "ENTRIES",
     "EXPERTS",
     "FAMILIES",
+    "LATENTS_MEAN",
+    "LATENTS_STD",
     "NULL",
     "OF_PROMPT",
     "OPERANDS",
@@ -97,6 +100,7 @@ __all__ = [
     "Producer",
     "TimestepEmbedder",
     "Wan",
+    "WanAutoencoder",
     "abstract_params",
     "abstract_rows",
     "apply_blocks",

@@ -35,6 +35,23 @@ SMALL_WAN = {
     "text_width": 12,
     "text_length": 6,
 }
+SMALL_WAN_VAE = {
+    "base_dim": 4,
+    "decoder_base_dim": 4,
+    "z_dim": 2,
+    "dim_mult": [1, 2],
+    "num_res_blocks": 1,
+    "temporal_downsample": [True],
+    "latents_mean": [0.1, -0.2],
+    "latents_std": [1.5, 2.0],
+}
+RESIDUAL_WAN_VAE = {
+    "dim_mult": [2, 2],
+    "in_channels": 12,
+    "out_channels": 12,
+    "residual": True,
+    "patch_size": 2,
+}
 OF_EXPERT = "(?:(?:high|low)/)?"  # begins the paths of a network with two experts
 
 FAMILIES: dict[str, Family] = {
@@ -126,6 +143,12 @@ FAMILIES: dict[str, Family] = {
             "qdit_jax.models.vae:AutoencoderKL",
             is_diffusion=False,
             examples=({"block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4},),
+        ),
+        Family(
+            "wan-vae",
+            "qdit_jax.models.wan_vae:WanAutoencoder",
+            is_diffusion=False,
+            examples=(SMALL_WAN_VAE, {**SMALL_WAN_VAE, **RESIDUAL_WAN_VAE}),
         ),
         Family("inception", "qdit_jax.models.inception:InceptionV3", is_diffusion=False),
     )

@@ -18,6 +18,7 @@ from qdit_convert.families import LAYOUTS, NAMINGS, check_options, find_layout
 from qdit_convert.names import select_network
 from qdit_convert.plan import build_params, check_plan, convolution, convolution3d, linear, same
 from qdit_convert.tensors import StateDict, StoredTensor
+from qdit_convert.wan_vae import vector
 from qdit_jax.errors import UserError
 from qdit_jax.models import FAMILIES, abstract_params, build_model
 
@@ -27,6 +28,7 @@ INVERSES = {
     same: lambda leaf: leaf,
     linear: lambda leaf: leaf.T,
     convolution: lambda leaf: leaf.transpose(3, 2, 0, 1),
+    vector: lambda leaf: leaf,
     convolution3d: lambda leaf: leaf.transpose(4, 3, 0, 1, 2),
 }
 OPTIONS = {
