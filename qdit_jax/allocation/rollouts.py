@@ -19,16 +19,18 @@ from jaxtyping import Array, Float, Int, UInt8
 from qdit_jax import diffusion, metrics
 from qdit_jax.allocation.coordinates import Coordinates
 from qdit_jax.allocation.objectives import FeatureDistance, SampleFn, feature_distance, taken
-from qdit_jax.allocation.sensitivity import Prediction, effects, prediction
+from qdit_jax.allocation.sensitivity import Carried, Prediction, effects, prediction
 from qdit_jax.allocation.space import Space
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.models import FeaturesFn
 from qdit_jax.sampling import (
+    calls_per_step,
     cyclic_conditions,
     denoiser,
     fitting_guidance,
     initial_noise,
     shape_of_sample,
+    takes_embedded_guidance,
 )
 from qdit_jax.types import AnyArray, Condition, Key, Params
 
@@ -55,7 +57,7 @@ class Rollout:
             ValueError: if guidance other than the default is asked of a network without null class.
         """
         guidance = fitting_guidance(model, guidance)
-        if guidance is None or guidance == 1:
+        if guidance is None or (guidance == 1 and not takes_embedded_guidance(model)):
             return cls(sampler, None, model)
         return cls(sampler, float(guidance), model)
 
@@ -66,22 +68,28 @@ class Rollout:
         denoise_fn = denoiser(self.model, params, self.guidance)
         return diffusion.sample(denoise_fn, self.sampler, noise, condition, key)
 
+    def start(self, noise: Float[Array, "B *shape"]) -> Carried:
+        """Returns what the first step is given: the noise and what the sampler remembers."""
+        return Carried(noise, diffusion.initial_state(self.sampler, noise))
+
     def step(
         self,
         params: Params,
-        x: Float[Array, "B *shape"],
+        carried: Carried,
         condition: Condition,
         key: Key,
         step: Int[AnyArray, ""] | int,
-    ) -> Float[Array, "B *shape"]:
-        """Returns the latents after one step; all steps in order equal one whole call."""
+    ) -> Carried:
+        """Returns latents and state after one step; all in order, from `start`, equal one call."""
+        x, state = carried
         denoise_fn = denoiser(self.model, params, self.guidance)
         row = jax.tree.map(lambda a: jnp.asarray(a)[step], self.sampler.table)
         noise = None
         if self.sampler.stochastic:
             keys = jax.vmap(jax.random.fold_in, (0, None))(key, step)
             noise = jax.vmap(lambda one: jax.random.normal(one, x.shape[1:], x.dtype))(keys)
-        return self.sampler.step(denoise_fn, x, condition, row, noise).x_next
+        found = diffusion.take_step(self.sampler, denoise_fn, x, state, condition, row, noise)
+        return Carried(found.x_next.astype(x.dtype), found.state)
 
     @property
     def num_steps(self) -> int:
@@ -91,7 +99,7 @@ class Rollout:
     @property
     def evaluations(self) -> int:
         """Returns the network evaluations of one sample."""
-        return self.num_steps * (1 if self.guidance is None else 2)
+        return self.num_steps * calls_per_step(self.model, self.guidance)
 
 
 @jax.tree_util.register_dataclass
@@ -102,10 +110,10 @@ class OneStep:
     rollout: Rollout
 
     def __call__(
-        self, params: Params, x: Array, condition: Condition, key: Key, step: Array
-    ) -> Array:
-        """Returns the latents after one step."""
-        return self.rollout.step(params, x, condition, key, step)
+        self, params: Params, carried: Carried, condition: Condition, key: Key, step: Array
+    ) -> Carried:
+        """Returns latents and state after one step."""
+        return self.rollout.step(params, carried, condition, key, step)
 
 
 def seeds(
@@ -153,7 +161,7 @@ class Sensitivities:
                 OneStep(self.rollout),
                 self.params,
                 base,
-                noise[i],
+                self.rollout.start(noise[i]),
                 taken(condition, i),
                 keys[i],
                 jax.random.fold_in(self.key, i),

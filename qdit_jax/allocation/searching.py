@@ -88,7 +88,7 @@ class Rollouts:
         """Returns the checkpoint's sampler as a function of the parameters."""
         sampler = self.sampler
         if sampler is None:
-            sampler = default_sampler(checkpoint, self.num_steps)
+            sampler = default_sampler(checkpoint, self.num_steps, self.shape)
         return Rollout.of(checkpoint.model, sampler, self.guidance if guided else None)
 
 

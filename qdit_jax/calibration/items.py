@@ -19,9 +19,10 @@ from qdit_jax.calibration.recording import default_sampler, model_inputs
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.errors import UserError, check_counts
 from qdit_jax.files import PathLike, as_path, write_arrays
-from qdit_jax.models import null_condition_of, without_null
+from qdit_jax.models import null_condition_of, with_guidance, without_null
 from qdit_jax.quant import check_finite
 from qdit_jax.sampling import (
+    Guidance,
     check_diffusion_model,
     check_seed,
     check_takes,
@@ -31,7 +32,7 @@ from qdit_jax.sampling import (
     initial_noise,
     shape_of_sample,
 )
-from qdit_jax.types import Condition, Key, Scalar
+from qdit_jax.types import Condition, Key
 
 # `(sample numbers [B], S) -> steps [B, M]`: which iterations a trajectory's items come from.
 ChooseFn = Callable[[Int[np.ndarray, " B"], int], Int[np.ndarray, "B M"]]
@@ -143,7 +144,7 @@ def collect_items(
     *,
     conditions: Condition = None,
     sampler: diffusion.Sampler | None = None,
-    guidance: Scalar | None = 1.5,
+    guidance: Guidance | None = 1.5,
     batch_size: int = 16,
     shape: Sequence[int] | None = None,
     choose_fn: ChooseFn | None = None,
@@ -171,7 +172,7 @@ def collect_items(
     check_counts(num_samples=num_samples, batch_size=batch_size)
     model = checkpoint.model
     guidance = fitting_guidance(model, guidance)
-    sampler = default_sampler(checkpoint) if sampler is None else sampler
+    sampler = default_sampler(checkpoint, shape=shape) if sampler is None else sampler
     choose_fn = spread_steps() if choose_fn is None else choose_fn
     denoise_fn = denoiser(model, checkpoint.params, guidance)
     check_takes(denoise_fn, model, shape, conditions)
@@ -179,7 +180,7 @@ def collect_items(
     parts = []
     for start in range(0, num_samples, batch_size):
         index = np.arange(start, min(start + batch_size, num_samples))
-        condition = cyclic_conditions(model, conditions, index)
+        condition = with_guidance(model, cyclic_conditions(model, conditions, index), guidance)
         noise, keys = initial_noise(key, jnp.asarray(index, jnp.int32), size)
         parts.append(
             trajectory_items(denoise_fn, sampler, noise, condition, keys, index, choose_fn)

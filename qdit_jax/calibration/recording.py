@@ -25,10 +25,11 @@ from qdit_jax.calibration.statistics import HALVES, Stats, input_rows
 from qdit_jax.checkpoint import Checkpoint, fingerprint
 from qdit_jax.errors import check_counts, check_pattern
 from qdit_jax.files import PathLike
-from qdit_jax.models import null_condition_of, without_null
+from qdit_jax.models import null_condition_of, with_guidance, without_null
 from qdit_jax.quant import check_finite
 from qdit_jax.recipes import layer_paths
 from qdit_jax.sampling import (
+    Guidance,
     check_diffusion_model,
     check_takes,
     checkpoint_sampler,
@@ -38,7 +39,7 @@ from qdit_jax.sampling import (
     initial_noise,
     shape_of_sample,
 )
-from qdit_jax.types import AnyArray, Condition, Key, Params, Scalar
+from qdit_jax.types import AnyArray, Condition, Key, Params
 
 
 def calibrate(
@@ -48,7 +49,7 @@ def calibrate(
     *,
     conditions: Condition = None,
     sampler: diffusion.Sampler | None = None,
-    guidance: Scalar | None = 1.5,
+    guidance: Guidance | None = 1.5,
     batch_size: int = 16,
     shape: Sequence[int] | None = None,
     hessians: str | None = None,
@@ -87,7 +88,7 @@ def calibrate(
     guidance = fitting_guidance(model, guidance)
     if hessians is not None:
         check_hessians(hessians, params)
-    sampler = default_sampler(checkpoint) if sampler is None else sampler
+    sampler = default_sampler(checkpoint, shape=shape) if sampler is None else sampler
     settings = fingerprint(
         params=params,
         model=model,
@@ -109,7 +110,7 @@ def calibrate(
     observe = partial(observe_call, params, model=model, hessians=hessians, num_tokens=num_tokens)
     for start in range(state["num_done"], num_samples, batch_size):
         index = np.arange(start, min(start + batch_size, num_samples))
-        condition = cyclic_conditions(model, conditions, index)
+        condition = with_guidance(model, cyclic_conditions(model, conditions, index), guidance)
         x, timestep = trajectory(denoise_fn, sampler, model, key, index, condition, shape)
         halves = conditional_and_null(model, params, condition)
         state["timesteps"] = np.asarray(timestep)
@@ -136,9 +137,11 @@ def check_hessians(hessians: str, params: Params) -> None:
         )
 
 
-def default_sampler(checkpoint: Checkpoint, num_steps: int = 50) -> diffusion.Sampler:
-    """Returns the sampler of a checkpoint, see `checkpoint_sampler`."""
-    return checkpoint_sampler(checkpoint, num_steps)
+def default_sampler(
+    checkpoint: Checkpoint, num_steps: int = 50, shape: Sequence[int] | None = None
+) -> diffusion.Sampler:
+    """Returns the sampler of a checkpoint for samples of a shape, see `checkpoint_sampler`."""
+    return checkpoint_sampler(checkpoint, num_steps, shape=shape)
 
 
 def conditional_and_null(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         resolution_shift,
         shifted,
     )
-    from qdit_jax.diffusion.guidance import guided, guided_doubled
+    from qdit_jax.diffusion.guidance import SteppedScale, check_condition, guided, guided_doubled
     from qdit_jax.diffusion.loop import sample, sample_trajectory
     from qdit_jax.diffusion.posterior import (
         consistent_clip,
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from qdit_jax.diffusion.samplers import (
         DDIM,
         DDPM,
-        AnySampler,
         MultistepSampler,
         Sampler,
+        SingleStepSampler,
         Step,
         ddim,
         ddpm,
@@ -87,7 +87,7 @@ LAZY = {
         "resolution_shift",
         "shifted",
     ),
-    "guidance": ("guided", "guided_doubled"),
+    "guidance": ("SteppedScale", "check_condition", "guided", "guided_doubled"),
     "loop": ("sample", "sample_trajectory"),
     "posterior": (
         "consistent_clip",
@@ -104,9 +104,9 @@ LAZY = {
     "samplers": (
         "DDIM",
         "DDPM",
-        "AnySampler",
         "MultistepSampler",
         "Sampler",
+        "SingleStepSampler",
         "Step",
         "ddim",
         "ddpm",
@@ -145,7 +145,6 @@ __all__ = [
     "HARMLESS",
     "PREDICT_FNS",
     "SAMPLERS",
-    "AnySampler",
     "DPMSolver",
     "Flow",
     "MultistepSampler",
@@ -154,9 +153,12 @@ __all__ = [
     "Schedule",
     "Scheduler",
     "Setting",
+    "SingleStepSampler",
     "Step",
+    "SteppedScale",
     "Table",
     "UniPC",
+    "check_condition",
     "check_fit",
     "check_setting",
     "consistent_clip",

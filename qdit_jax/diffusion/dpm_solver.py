@@ -105,7 +105,9 @@ def dpm_solver_pp(
     if spacing is not None and spacing not in SPACINGS:
         raise ValueError(f"spacing={spacing!r} is not known; use one of {', '.join(SPACINGS)}.")
     if spacing is not None and not str(steps).strip().isdecimal():
-        raise ValueError(f"spacing={spacing!r} does not fit steps={steps!r}; give a number of steps.")
+        raise ValueError(
+            f"spacing={spacing!r} does not fit steps={steps!r}; give a number of steps."
+        )
     if spacing == "continuous":
         return continuous(process, len(visited), clip, predict_fn, limit_fn)
     if str(steps).strip().isdecimal() and len(visited) < process.num_timesteps:
@@ -157,7 +159,7 @@ def solver_over(
         ValueError: if a model of the noise is evaluated where there is no signal.
     """
     prediction_rows(alphas_cumprod, predict_fn)  # checks that
-    shares = np.append(np.maximum(alphas_cumprod, LEAST_SIGNAL), 1.0)
+    shares = np.append(np.where(alphas_cumprod > 0, alphas_cumprod, LEAST_SIGNAL), 1.0)
     return solver(timesteps, shares, np.arange(len(timesteps)) < 1, clip, predict_fn, limit_fn)
 
 

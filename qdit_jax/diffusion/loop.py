@@ -14,13 +14,13 @@ from jaxtyping import Array, Float, Int
 
 from qdit_jax.diffusion.guidance import as_pytree, check_condition
 from qdit_jax.diffusion.posterior import DenoiseFn
-from qdit_jax.diffusion.samplers import AnySampler, Step, initial_state, take_step
+from qdit_jax.diffusion.samplers import Sampler, Step, initial_state, take_step
 from qdit_jax.types import AnyArray, Condition, Key, Numbers
 
 
 def sample(
     denoise_fn: DenoiseFn,
-    sampler: AnySampler,
+    sampler: Sampler,
     noise: Numbers,
     condition: Condition,
     key: Key | None = None,
@@ -58,7 +58,7 @@ def whole_step(step: Step) -> Step:
 
 def sample_trajectory(
     denoise_fn: DenoiseFn,
-    sampler: AnySampler,
+    sampler: Sampler,
     noise: Numbers,
     condition: Condition,
     key: Key | None = None,
@@ -123,7 +123,7 @@ def _typed(key: Key, num_samples: int) -> Key:
 @jax.jit(static_argnames=("collect_fn",))
 def _sample_loop(
     denoise_fn: DenoiseFn,
-    sampler: AnySampler,
+    sampler: Sampler,
     noise: Float[Array, "B ..."],
     condition: Condition,
     key: Key | None,

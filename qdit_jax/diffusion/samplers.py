@@ -12,7 +12,7 @@ state as a sixth argument and returns the next one in `Step.state`; see `take_st
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ class Step(NamedTuple):
 
 
 @runtime_checkable
-class Sampler(Protocol[Row]):
+class SingleStepSampler(Protocol[Row]):
     """What the sampling loop needs of a sampler; `Row` is one row of its table."""
 
     @property
@@ -109,16 +109,16 @@ class MultistepSampler(Protocol[Row]):
         """Returns one iteration from `x` and `state`, the next state in it."""
 
 
-AnySampler = Sampler | MultistepSampler
+Sampler: TypeAlias = SingleStepSampler | MultistepSampler
 
 
-def initial_state(sampler: AnySampler, x: Latents) -> Tree | None:
+def initial_state(sampler: Sampler, x: Latents) -> Tree | None:
     """Returns what a sampler remembers before its first step from `x`; None if nothing ever."""
     return sampler.initial_state(x) if isinstance(sampler, MultistepSampler) else None
 
 
 def take_step(
-    sampler: AnySampler,
+    sampler: Sampler,
     denoise_fn: DenoiseFn,
     x: Latents,
     state: Tree | None,

@@ -15,7 +15,7 @@ from qdit_jax.diffusion import posterior
 from qdit_jax.diffusion.dpm_solver import multistep_timesteps, solver_over
 from qdit_jax.diffusion.flow_matching import dynamic_shift, flow_match_sigmas
 from qdit_jax.diffusion.posterior import Limit, LimitFn, VarianceFn
-from qdit_jax.diffusion.samplers import AnySampler, ddim_sampler, ddpm_sampler
+from qdit_jax.diffusion.samplers import Sampler, ddim_sampler, ddpm_sampler
 from qdit_jax.diffusion.scheduler_settings import SAYS, Scheduler
 from qdit_jax.diffusion.schedules import (
     Schedule,
@@ -115,7 +115,7 @@ def scheduler_sampler(
     num_tokens: int | None = None,
     flow_spacing: str | None = None,
     **given: Any,
-) -> AnySampler:
+) -> Sampler:
     """Returns the sampler that a scheduler describes: it draws the same samples as diffusers.
 
     Args:
@@ -153,7 +153,7 @@ def _flow_sampler(
     options: dict[str, Any],
     num_tokens: int | None,
     spacing: str | None,
-) -> AnySampler:
+) -> Sampler:
     settings = scheduler.settings
     if "sigmas" in options or "edges" in options:
         return row.make_fn(steps, **options)
@@ -208,7 +208,7 @@ def _sampler_of_betas(
     text: str,
     given: dict[str, Any],
     variance_fn: VarianceFn | None,
-) -> AnySampler:
+) -> Sampler:
     settings = scheduler.settings
     limit, limit_fn = limits(settings)
     if "clip" in given:

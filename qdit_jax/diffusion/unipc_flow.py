@@ -93,9 +93,7 @@ class UniPC:
             + row.past * (state.data_before - state.data)
             + row.new * (data - state.data)
         )
-        x_next = (
-            row.x_weight * corrected + row.m_weight * data + row.change * (state.data - data)
-        )
+        x_next = row.x_weight * corrected + row.m_weight * data + row.change * (state.data - data)
         output = velocity if self.velocity_to == "data" else -velocity
         after = UniPCState(corrected, data, state.data)
         after = jax.tree.map(lambda leaf: leaf.astype(x.dtype), after)
@@ -141,9 +139,7 @@ def unipc(
     return UniPC(in_sampling_order(table, backwards=False), velocity_to=velocity_to)
 
 
-def unipc_table(
-    timestep: Float[np.ndarray, " S"], sigmas: Float[np.ndarray, " S1"]
-) -> UniPCRow:
+def unipc_table(timestep: Float[np.ndarray, " S"], sigmas: Float[np.ndarray, " S1"]) -> UniPCRow:
     """Returns the rows of noise levels that descend from below 1 to 0."""
     # Float32 before anything else, as published: near 1 the rounding of the level matters.
     sigmas = sigmas.astype(np.float32).astype(np.float64)

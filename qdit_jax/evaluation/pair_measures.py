@@ -40,7 +40,7 @@ from qdit_jax.evaluation.trajectories import (
 )
 from qdit_jax.models import without_null
 from qdit_jax.quant import kernel_of_other, other_kernel, with_weight_bits
-from qdit_jax.sampling import Denoiser, cyclic_conditions, device_mesh, filled_batch
+from qdit_jax.sampling import Denoiser, device_mesh, filled_batch
 from qdit_jax.types import Condition, Params
 
 NUM_TIMESTEPS, NUM_SAMPLES = 4, 4  # of the single calls in which layers are measured
@@ -66,7 +66,7 @@ def paired_samples(
     for start in range(0, protocol.num_samples, size):
         count = min(size, protocol.num_samples - start)
         index = filled_batch(start, size, protocol.num_samples)
-        condition = cyclic_conditions(reference.model, protocol.conditions, index)
+        condition = protocol.condition_of(reference.model, index)
         exact, ours = (draw(index.astype(np.int32), condition).head(count) for draw in samplers)
         check_finite(exact, pair[0].title, start)
         found.append(decibels_of_finite(exact.final, ours.final))

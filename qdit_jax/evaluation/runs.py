@@ -39,7 +39,6 @@ from qdit_jax.models import Network
 from qdit_jax.sampling import (
     check_seed,
     check_takes,
-    cyclic_conditions,
     default_batch_size,
     denoiser,
     device_mesh,
@@ -197,7 +196,7 @@ def shards(
     }
     for start, stop in missing:
         index = filled_batch(start, padded, protocol.num_samples)
-        condition = cyclic_conditions(contenders[0].checkpoint.model, protocol.conditions, index)
+        condition = protocol.condition_of(contenders[0].checkpoint.model, index)
         arrays: dict[str, Any] = {"stop": stop, "device": place, **used}
         trajectories = []
         for i, (contender, sample_batch) in enumerate(zip(contenders, batch_samplers, strict=True)):

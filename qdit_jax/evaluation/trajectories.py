@@ -18,11 +18,12 @@ from jaxtyping import Int
 from qdit_jax import diffusion
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.errors import UserError
-from qdit_jax.models import Network
+from qdit_jax.models import Network, with_guidance
 from qdit_jax.report import to_uint8
 from qdit_jax.sampling import (
     PUBLISHED,
     Denoiser,
+    cyclic_conditions,
     decode,
     denoiser,
     initial_noise,
@@ -66,6 +67,10 @@ class Protocol:
     def shape_of(self, model: Network) -> tuple[int, ...]:
         """Returns the shape of one sample of a network."""
         return shape_of_sample(model, self.shape)
+
+    def condition_of(self, model: Network, index: Int[np.ndarray, " B"]) -> Condition:
+        """Returns the conditions of the samples `index`, with guidance where a network embeds it."""
+        return with_guidance(model, cyclic_conditions(model, self.conditions, index), self.guidance)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ from qdit_jax.sampling import (
     DEFAULT_GUIDANCE,
     PUBLISHED,
     Denoiser,
+    calls_per_step,
     check_diffusion_model,
     check_numerics,
     check_seed,
@@ -133,12 +134,12 @@ def verify(
     ]
     full, ours = (contender.checkpoint for contender in pair)
     check_numerics(ours.params, numerics)
-    protocol = protocol_of(full, num_samples, steps, guidance, batch_size)
+    protocol = protocol_of(full, num_samples, steps, guidance, batch_size, shape)
     chosen = {"seed": check_seed(seed), "numerics": numerics, "conditions": conditions}
     protocol = dataclasses.replace(protocol, **chosen, shape=shape)  # type: ignore[arg-type]
     check_inputs(pair, protocol)
     # A guided call has the null samples as well.
-    call_size = (protocol.batch_size or 1) * (1 if protocol.guidance == 1 else 2)
+    call_size = (protocol.batch_size or 1) * calls_per_step(full.model, protocol.guidance)
     rows = sample_rows(full.model, shape, conditions)
     facts = layer_facts(ours, full, numerics=numerics, batch_size=call_size, rows=rows)
     first, condition, final = paired_samples(pair, protocol, progress_fn)
@@ -246,12 +247,13 @@ def protocol_of(
     steps: int | str,
     guidance: float | int | None,
     batch_size: int | None,
+    shape: Sequence[int] | None,
 ) -> Protocol:
     """Returns how both are sampled; raises `ValueError` if a setting does not fit the network."""
     check_counts(2, num_samples=num_samples)
     guidance = fitting_guidance(full.model, guidance)
     return Protocol(
-        checkpoint_sampler(full, steps),
+        checkpoint_sampler(full, steps, shape=shape),
         {},
         num_samples,
         guidance=1.0 if guidance is None else float(guidance),

@@ -144,7 +144,7 @@ def sampled_items(
     """Returns items of the checkpoint's trajectories; `options` are of `collect_items`."""
     sampler, batch_size = data.sampler, data.batch_size
     if sampler is None:
-        sampler = default_sampler(checkpoint, data.num_steps)
+        sampler = default_sampler(checkpoint, data.num_steps, data.shape)
         batch_size = min(batch_size, data.num_steps)
     return collect_items(
         checkpoint,

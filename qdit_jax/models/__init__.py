@@ -6,8 +6,10 @@ from qdit_jax.models.conditions import (
     NULL,
     OF_PROMPT,
     check_null_names,
+    embeds_guidance,
     null_condition_of,
     null_entries,
+    with_guidance,
     without_null,
 )
 from qdit_jax.models.dit import SIZES, DiT, published_config
@@ -111,6 +113,7 @@ __all__ = [
     "check_null_names",
     "config_of",
     "demo_features_fn",
+    "embeds_guidance",
     "example_inputs",
     "family_named",
     "family_of",
@@ -132,6 +135,7 @@ __all__ = [
     "sincos_positions",
     "tapped",
     "timestep_features",
+    "with_guidance",
     "with_runs",
     "without_null",
 ]

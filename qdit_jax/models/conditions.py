@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qdit_jax.models.family import Network
 
 NULL = "null_"  # begins the name of a null entry
+GUIDANCE = "guidance"
 OF_PROMPT = ("text", "text_mask", "pooled")  # what an encoder makes of a prompt, null together
 # Every name that a condition's entry may have, with what it holds.
 ENTRIES = {
@@ -50,6 +51,29 @@ def null_entries(condition: Condition) -> dict[str, Any]:
     if not isinstance(condition, Mapping):
         return {}
     return {n.removeprefix(NULL): entry for n, entry in condition.items() if n.startswith(NULL)}
+
+
+def embeds_guidance(model: Network) -> bool:
+    """Returns whether a network takes the scale of guidance as an entry of its condition.
+
+    Guidance is then distilled into it and needs no second call (FLUX.1-dev).
+    """
+    example = model.example_condition(1)
+    return isinstance(example, Mapping) and GUIDANCE in example
+
+
+def with_guidance(model: Network, condition: Condition, guidance: Any) -> Condition:
+    """Returns a condition with `guidance` of every sample, where the network embeds it.
+
+    A condition that has the entry is returned as it is, and so is any with `guidance=None`.
+    """
+    if guidance is None or not isinstance(condition, Mapping) or GUIDANCE in condition:
+        return condition
+    if not embeds_guidance(model):
+        return condition
+    counts = [entry.shape[0] for name, entry in condition.items() if not name.startswith(NULL)]
+    scale = jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), (counts[0],))
+    return {**condition, GUIDANCE: scale}
 
 
 def null_condition_of(model: Network, params: Params, condition: Condition) -> Condition:

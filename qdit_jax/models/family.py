@@ -42,6 +42,11 @@ class Network(Protocol):
         has_null: whether there is a null condition, which guidance needs.
         guided_channels: how many channels guidance changes by default; None is all.
         default_sampler: a name in `diffusion.SAMPLERS`.
+        flow_times: of a velocity: the timestep that the network is called with at pure noise, and
+            at the data.
+        velocity_to: of a velocity: where it points, `"data"` or `"noise"`.
+
+    A `NetworkModule` has the last two, and what else it says of a flow, from its class.
     """
 
     @property
@@ -58,6 +63,12 @@ class Network(Protocol):
 
     @property
     def default_sampler(self) -> str: ...
+
+    @property
+    def flow_times(self) -> tuple[float, float]: ...
+
+    @property
+    def velocity_to(self) -> str: ...
 
     def sample_shape(self) -> tuple[int, ...]:
         """Returns the shape of one sample, channels last."""

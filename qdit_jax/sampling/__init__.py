@@ -9,11 +9,15 @@ from qdit_jax.sampling.batches import (
 from qdit_jax.sampling.checks import (
     DEFAULT_GUIDANCE,
     PUBLISHED,
+    Guidance,
+    calls_per_step,
     check_diffusion_model,
     check_numerics,
     check_seed,
     fitting_guidance,
     num_guided_channels,
+    sample_count,
+    takes_embedded_guidance,
 )
 from qdit_jax.sampling.condition_file import Conditions, read_conditions, write_conditions
 from qdit_jax.sampling.conditions import (
@@ -30,24 +34,29 @@ from qdit_jax.sampling.conditions import (
 from qdit_jax.sampling.decoding import decode, decodes_video
 from qdit_jax.sampling.generation import (
     Denoiser,
-    checkpoint_sampler,
     denoiser,
-    fitting_samplers,
     generate,
     generated_batches,
     initial_noise,
+)
+from qdit_jax.sampling.own_samplers import (
+    checkpoint_sampler,
+    fitting_samplers,
     own_sampler,
     own_scheduler,
     sampler_text,
     sampler_timesteps,
 )
 from qdit_jax.sampling.running import running_params
+from qdit_jax.sampling.sizes import size_unit, sized_shape
 
 __all__ = [
     "DEFAULT_GUIDANCE",
     "PUBLISHED",
     "Conditions",
     "Denoiser",
+    "Guidance",
+    "calls_per_step",
     "check_call",
     "check_diffusion_model",
     "check_entries",
@@ -76,9 +85,13 @@ __all__ = [
     "read_conditions",
     "rows_of",
     "running_params",
+    "sample_count",
     "sample_rows",
     "sampler_text",
     "sampler_timesteps",
     "shape_of_sample",
+    "size_unit",
+    "sized_shape",
+    "takes_embedded_guidance",
     "write_conditions",
 ]

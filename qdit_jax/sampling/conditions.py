@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from qdit_jax import diffusion
 from qdit_jax.errors import check_counts
 from qdit_jax.models import (
     ENTRIES,
@@ -27,6 +28,7 @@ from qdit_jax.models import (
     is_concrete,
     null_entries,
     rows_per_sample,
+    with_guidance,
     without_null,
 )
 from qdit_jax.types import AnyArray, Condition
@@ -44,7 +46,8 @@ def checked_conditions(model: Network, condition: Condition) -> Condition:
     condition = as_condition(condition)
     check_lengths(condition)
     check_null(model, condition)
-    model.check_condition(without_null(condition))
+    # Embedded guidance may come later, as guidance=.
+    model.check_condition(without_null(with_guidance(model, condition, 1.0)))
     return condition
 
 
@@ -291,7 +294,9 @@ def check_takes(
     """
     size = shape_of_sample(model, shape)
     if isinstance(conditions, Mapping):
-        check_call(denoise_fn, size, checked_conditions(model, conditions))
+        conditions = checked_conditions(model, conditions)
+        diffusion.check_condition(denoise_fn, conditions)
+        check_call(denoise_fn, size, conditions)
     elif size != tuple(model.sample_shape()):
         check_call(denoise_fn, size, cyclic_conditions(model, conditions, np.arange(1)))
 
@@ -304,6 +309,7 @@ def sample_rows(
     if shape is None and given is None:
         return rows_per_sample(model)
     given = None if given is None else checked_conditions(model, given)
+    given = with_guidance(model, given, 1.0)
     size = shape_of_sample(model, shape)
     return rows_per_sample(model, example_inputs(model, 1, size, given))
 

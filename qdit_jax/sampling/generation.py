@@ -23,18 +23,23 @@ from qdit_jax.models import (
     is_concrete,
     null_condition_of,
     null_entries,
+    with_guidance,
     without_null,
 )
 from qdit_jax.quant import UNQUANTIZED, applied_over_time, select_timestep
 from qdit_jax.sampling.batches import checked_batch_size, device_mesh, filled_batch
 from qdit_jax.sampling.checks import (
+    DEFAULT_GUIDANCE,
     PUBLISHED,
+    Guidance,
+    calls_per_step,
     check_diffusion_model,
     check_guidance,
     check_numerics,
     check_seed,
     num_guided_channels,
     sample_count,
+    takes_embedded_guidance,
 )
 from qdit_jax.sampling.conditions import (
     check_takes,
@@ -44,7 +49,7 @@ from qdit_jax.sampling.conditions import (
 )
 from qdit_jax.sampling.decoding import decode
 from qdit_jax.sampling.running import running_params
-from qdit_jax.types import Condition, Key, Numbers, Params, Scalar
+from qdit_jax.types import Condition, Key, Params
 
 
 @jax.tree_util.register_dataclass
@@ -96,16 +101,55 @@ def _applied(
     return applied_over_time(apply, params, timestep)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class EmbeddedGuidance:
+    """A denoiser whose network takes the scale of guidance as an entry: one call per step.
+
+    Samples whose condition has the entry `guidance` keep it.
+    """
+
+    denoise_fn: Denoiser
+    scale: Any
+
+    def __call__(
+        self, x: Float[Array, "B ..."], timestep: Num[Array, " B"], condition: Condition
+    ) -> Array:
+        """Returns the network's output; the scale is one number, or one per sample."""
+        return self.denoise_fn(x, timestep, self.filled(condition))
+
+    def filled(self, condition: Condition) -> Condition:
+        """Returns the condition with the scale."""
+        return with_guidance(self.denoise_fn.model, condition, self.scale)
+
+    def check_condition(self, condition: Condition) -> None:
+        """Raises `ValueError` as the network does, or if two different scales are given.
+
+        The scale that is the default everywhere does not count as given.
+        """
+        self.denoise_fn.check_condition(self.filled(condition))
+        given = condition.get("guidance") if isinstance(condition, Mapping) else None
+        known = isinstance(self.scale, int | float) and self.scale != DEFAULT_GUIDANCE
+        if given is not None and known and is_concrete(given) and (given != self.scale).any():
+            raise ValueError(
+                f"guidance={self.scale}, but the condition has an entry guidance of other values; "
+                "give one of both."
+            )
+
+
 def denoiser(
     model: nn.Module,
     params: Params,
-    guidance: Numbers | None = 1.5,
+    guidance: Guidance | None = 1.5,
     guidance_channels: int | str | None = PUBLISHED,
 ) -> Callable[..., Array]:
     """Returns the `denoise_fn` of a network, guided by its null condition.
 
     Parameters and `guidance` are arguments of a function that is compiled with it, not constants.
     `guidance=None`, or the number 1, calls the network once, without the null condition.
+    `guidance` is a number, one per sample, or a function of the timestep such as
+    `diffusion.SteppedScale`. A network that embeds guidance (FLUX.1-dev) is given the scale as an
+    entry of its condition and is called once, also at 1.
     `guidance_channels` counts the guided channels, at most all of the sample's: `"published"` for as
     many as the family's published sampler guides (3 of DiT's 4), None for all as diffusers does.
 
@@ -115,7 +159,13 @@ def denoiser(
     check_guidance(guidance)
     channels = num_guided_channels(model, guidance_channels)
     plain = Denoiser(params, model)
-    if guidance is None or (isinstance(guidance, int | float) and guidance == 1):
+    if guidance is not None and takes_embedded_guidance(model):
+        if callable(guidance):
+            raise ValueError(
+                "this network embeds guidance, which cannot change over time; use a number."
+            )
+        return EmbeddedGuidance(plain, guidance)
+    if calls_per_step(model, guidance) == 1:
         return plain
     if not model.has_null:
         raise ValueError(
@@ -123,95 +173,6 @@ def denoiser(
             "use guidance=None."
         )
     return diffusion.guided(plain, guidance, channels=channels)
-
-
-def own_scheduler(metadata: Mapping[str, Any]) -> diffusion.Scheduler | None:
-    """Returns the scheduler that a checkpoint came with, or None.
-
-    Raises:
-        UserError: naming the setting and its value, if it cannot be understood.
-    """
-    config = metadata.get("scheduler")
-    return diffusion.read_scheduler(config) if config else None
-
-
-def checkpoint_sampler(
-    checkpoint: Checkpoint,
-    steps: int | str = 50,
-    *,
-    sampler: str | None = None,
-    eta: float | int = 0.0,
-    clip: float | int | None = None,
-) -> diffusion.Sampler:
-    """Returns the sampler of a checkpoint: its own scheduler's, or the published one.
-
-    Without a scheduler that is the flow for a velocity model, else DDIM on DiT's schedule.
-
-    Args:
-        steps: a number, or a published spacing (`"ddim25"`) in place of the scheduler's own.
-        sampler: a row of `diffusion.SAMPLERS` that fits the network; None for its own.
-        eta: noise of DDIM.
-        clip: range of the predicted data, in place of the scheduler's own clipping.
-
-    Raises:
-        ValueError: if the options do not fit the network, its scheduler or each other.
-    """
-    model, scheduler = checkpoint.model, own_scheduler(checkpoint.metadata)
-    own = own_sampler(checkpoint)
-    name = sampler or own
-    row = diffusion.sampler_named(name)
-    if model.prediction not in row.predictions:
-        raise ValueError(f"sampler={name!r}: {fitting_samplers(model)}")
-    given = row.chosen(eta=eta or None, clip=clip)
-    variance_fn = diffusion.learned_range if model.learned_variance else diffusion.fixed_large
-    if scheduler is not None:
-        return diffusion.scheduler_sampler(
-            scheduler, steps, sampler=name, eta=eta, clip=clip, variance_fn=variance_fn
-        )
-    if not row.spacings:
-        if not str(steps).isdecimal():
-            raise ValueError(f"steps={steps!r}: {name} takes a positive number.")
-        return row.make_fn(int(steps), **given)
-    if "variance_fn" in row.options:
-        given["variance_fn"] = variance_fn
-    return row.make_fn(steps, predict_fn=diffusion.PREDICT_FNS[model.prediction], **given)
-
-
-def fitting_samplers(model: nn.Module) -> str:
-    """Returns a sentence that names the samplers that fit a network."""
-    what = model.prediction
-    kind = {"velocity": "a velocity", "epsilon": "noise"}.get(what, what)
-    return f"this model predicts {kind}; use {' or '.join(diffusion.samplers_of(what))}."
-
-
-def own_sampler(checkpoint: Checkpoint) -> str:
-    """Returns the name in `diffusion.SAMPLERS` of a checkpoint's own sampler.
-
-    Raises:
-        UserError: if the network does not return what its scheduler reads.
-    """
-    model, scheduler = checkpoint.model, own_scheduler(checkpoint.metadata)
-    if scheduler is None:
-        return model.default_sampler
-    is_flow = model.prediction == "velocity"
-    diffusion.check_fit(is_flow, model.learned_variance, scheduler)
-    return scheduler.sampler
-
-
-def sampler_timesteps(sampler: diffusion.Sampler) -> tuple[float, ...]:
-    """Returns the timesteps at which a sampler calls the network, one per step, in its order."""
-    return tuple(np.asarray(sampler.table.timestep, np.float32).tolist())
-
-
-def sampler_text(checkpoint: Checkpoint) -> str | None:
-    """Returns a description of the checkpoint's own scheduler, or None if it has none."""
-    scheduler = own_scheduler(checkpoint.metadata)
-    if scheduler is None:
-        return None
-    return (
-        f"{scheduler.class_name}: {diffusion.process_text(scheduler)}; "
-        f"sampler: {diffusion.sampling_text(scheduler)}"
-    )
 
 
 @jax.jit(static_argnames=("shape",))
@@ -248,7 +209,7 @@ def generate(
     *,
     num_samples: int | None = None,
     seed: int = 0,
-    guidance: Scalar | None = 1.5,
+    guidance: Guidance | None = 1.5,
     guidance_channels: int | str | None = PUBLISHED,
     batch_size: int | None = None,
     numerics: str = "simulated",
@@ -308,7 +269,7 @@ def generated_batches(
     batch_size: int,
     num_samples: int | None = None,
     seed: int = 0,
-    guidance: Scalar | None = 1.5,
+    guidance: Guidance | None = 1.5,
     guidance_channels: int | str | None = PUBLISHED,
     numerics: str = "simulated",
     shape: Sequence[int] | None = None,

@@ -13,7 +13,7 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import qdit_jax as qdit
-from qdit_jax.diffusion import guided_doubled
+from qdit_jax.diffusion import dpm_solver_pp, guided_doubled, unipc
 from tiny_models import tiny_checkpoint
 
 assert len(jax.devices()) == 4
@@ -24,6 +24,7 @@ qdit.save(path + ".safetensors", made)
 label = jnp.arange(8) % 5
 noise = jax.random.normal(jax.random.key(0), (8, 4, 4, 4))
 keys = jax.random.split(jax.random.key(1), 8)
+flow_fn = jax.tree_util.Partial(lambda x, timestep, label: jnp.cos(3 * timestep[0]) - x)
 for name in (path, path + ".safetensors"):
     loaded = qdit.load(name)
     plain = qdit.denoiser(loaded.model, loaded.params, guidance=None)
@@ -31,7 +32,8 @@ for name in (path, path + ".safetensors"):
     scales = qdit.denoiser(loaded.model, loaded.params, guidance=jnp.linspace(1, 2, 8))
     doubled = guided_doubled(plain, 1.5)
     cases = [(fn, qdit.ddim(2)) for fn in (guided, plain, scales, doubled)]
-    cases = [*cases, (guided, qdit.ddpm(2))] if name == path else cases[:1]
+    more = [(guided, qdit.ddpm(2)), (guided, dpm_solver_pp(3)), (flow_fn, unipc(3))]
+    cases = [*cases, *more] if name == path else cases[:1]
     for fn, sampler in cases:
         expected = np.asarray(qdit.sample(fn, sampler, noise, label, keys))
         for kind in (AxisType.Explicit, AxisType.Auto):
