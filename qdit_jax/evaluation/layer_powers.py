@@ -33,6 +33,7 @@ from qdit_jax.models import (
     layers_of,
     null_condition_of,
     rows_per_sample,
+    runs_layer,
     tapped,
     without_null,
 )
@@ -211,7 +212,9 @@ def call_powers(
             return jnp.where(mask, wanted, y)
 
         def add(path: str, signal: Array, error: Array) -> None:
-            both = jnp.stack([power(signal), power(error)])
+            # Of experts, the one of the item's timestep counts.
+            runs = runs_layer(reference.model, path, item.timestep).any()
+            both = jnp.where(runs, jnp.stack([power(signal), power(error)]), 0)
             powers[path] = powers[path] + both if path in powers else both
 
         def round_operand(path: str, x: Array) -> None:
