@@ -29,6 +29,7 @@ CONFIG = {
     "text_length": 6,
     "boundary": 600.0,
 }
+LAYERS = r"(high|low)/blocks_0/(ffn_0|cross_attn/q)"
 GUIDANCE = diffusion.SteppedScale(boundary=600.0, at_or_above=4.0, below=3.0)
 
 
@@ -146,26 +147,24 @@ def test_each_expert_is_calibrated_on_its_own_timesteps(full, prompts):
         qdit.calibrate(full, jax.random.key(0), 2, **{**options, "sampler": one_step})
 
 
-@pytest.mark.parametrize("method", ["gptq", "smoothquant", "svdquant"])
+@pytest.mark.parametrize("method", ["gptq", "smoothquant"])
 def test_each_expert_is_fitted_to_its_own_inputs(full, items, method):
     """What the other expert sees has no effect on how one is quantized."""
     data = qdit.CalibrationData(items=items, holdout=0.0)
-    quantized = qdit.quantize(full, method, "w4a8", data=data)
+    recipe = qdit.Recipe.preset("w4a8", full, layers=LAYERS, group_size=16)
+    quantized = qdit.quantize(full, method, recipe, data=data)
     layers = quantized_layers(quantized.params)
-    assert {path.split("/")[0] for path in layers} == {"high", "low"}
-    assert len(layers) == 2 * 7
+    assert layers == {f"{name}/blocks_0/{p}" for name in ("high", "low") for p in ("ffn_0", "cross_attn/q")}
     late = items.timestep < 600
     other = items._replace(x=np.where(late[:, None, None, None, None], 3 * items.x, items.x))
-    again = qdit.quantize(
-        full, method, "w4a8", data=dataclasses.replace(data, items=other)
-    )
+    again = qdit.quantize(full, method, recipe, data=dataclasses.replace(data, items=other))
     for name, same in (("high", True), ("low", False)):
         one, two = (
             jax.tree.leaves(found.params[name]) for found in (quantized, again)
         )
         assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True)) == same
     with pytest.raises(ValueError, match="expert 'high' runs at none of the"):
-        qdit.quantize(full, method, "w4a8", data=dataclasses.replace(data, items=items.only(late)))
+        qdit.quantize(full, method, recipe, data=dataclasses.replace(data, items=items.only(late)))
 
 
 def test_a_recipe_of_one_expert_leaves_the_other_as_it_is(full, items):
