@@ -67,7 +67,11 @@ def inputs(timesteps):
 
 
 def outputs(model, params, given):
-    return np.asarray(jax.jit(lambda p: model.apply({"params": p}, *given))(params))
+    run = jax.jit(
+        lambda p: model.apply({"params": p}, *given),
+        compiler_options={"xla_backend_optimization_level": 0},  # would take most of the time
+    )
+    return np.asarray(run(params))
 
 
 def test_every_sample_is_by_the_expert_of_its_timestep(full):
@@ -147,24 +151,23 @@ def test_each_expert_is_calibrated_on_its_own_timesteps(full, prompts):
         qdit.calibrate(full, jax.random.key(0), 2, **{**options, "sampler": one_step})
 
 
-@pytest.mark.parametrize("method", ["gptq", "smoothquant"])
-def test_each_expert_is_fitted_to_its_own_inputs(full, items, method):
+def test_each_expert_is_fitted_to_its_own_inputs(full, items):
     """What the other expert sees has no effect on how one is quantized."""
     data = qdit.CalibrationData(items=items, holdout=0.0)
     recipe = qdit.Recipe.preset("w4a8", full, layers=LAYERS, group_size=16)
-    quantized = qdit.quantize(full, method, recipe, data=data)
+    quantized = qdit.quantize(full, "gptq", recipe, data=data)
     layers = quantized_layers(quantized.params)
     assert layers == {f"{name}/blocks_0/{p}" for name in ("high", "low") for p in ("ffn_0", "cross_attn/q")}
     late = items.timestep < 600
     other = items._replace(x=np.where(late[:, None, None, None, None], 3 * items.x, items.x))
-    again = qdit.quantize(full, method, recipe, data=dataclasses.replace(data, items=other))
+    again = qdit.quantize(full, "gptq", recipe, data=dataclasses.replace(data, items=other))
     for name, same in (("high", True), ("low", False)):
         one, two = (
             jax.tree.leaves(found.params[name]) for found in (quantized, again)
         )
         assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True)) == same
     with pytest.raises(ValueError, match="expert 'high' runs at none of the"):
-        qdit.quantize(full, method, recipe, data=dataclasses.replace(data, items=items.only(late)))
+        qdit.quantize(full, "gptq", recipe, data=dataclasses.replace(data, items=items.only(late)))
 
 
 def test_a_recipe_of_one_expert_leaves_the_other_as_it_is(full, items):

@@ -56,7 +56,11 @@ def data(full, prompts):
 
 
 def call(model, params, x, timestep, condition):
-    return jax.jit(lambda p: model.apply({"params": p}, x, timestep, condition))(params)
+    run = jax.jit(
+        lambda p: model.apply({"params": p}, x, timestep, condition),
+        compiler_options={"xla_backend_optimization_level": 0},  # would take most of the time
+    )
+    return run(params)
 
 
 def latents(shape, seed=0):
