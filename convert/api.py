@@ -21,6 +21,7 @@ from qdit_convert.experts import (
 )
 from qdit_convert.families import Layout, check_options, find_layout
 from qdit_convert.folders import is_pipeline, read_config, read_pipeline
+from qdit_convert.hub import source
 from qdit_convert.names import select_network
 from qdit_convert.opened import Network
 from qdit_convert.plan import Leaf, Params, build_params, check_plan, same
@@ -29,7 +30,7 @@ from qdit_convert.tensors import StateDict, about, bfloat16
 from qdit_convert.wrappers import RAW
 from qdit_jax.diffusion import check_fit, read_scheduler
 from qdit_jax.errors import UserError
-from qdit_jax.files import local_copy
+from qdit_jax.files import is_hub_id
 
 if TYPE_CHECKING:
     from qdit_jax.checkpoint import Checkpoint
@@ -75,23 +76,22 @@ def convert(
 
     if out is not None:
         kind = "export" if as_path(out).suffix == ".safetensors" else "checkpoint"
-        check_free(out, force, kind, [src])
-    with local_copy(src) as local:
-        read = read_model(
-            local,
-            family=family,
-            model=model,
-            num_heads=num_heads,
-            num_classes=num_classes,
-            input_size=input_size,
-            noise_time=noise_time,
-            scaling_factor=scaling_factor,
-            shift_factor=shift_factor,
-            weights=weights,
-            dtype=dtype,
-            progress=progress,
-            place=jnp.asarray,  # saving copies NumPy arrays, and device arrays not
-        )
+        check_free(out, force, kind, [] if is_hub_id(src) else [src])
+    read = read_model(
+        src,
+        family=family,
+        model=model,
+        num_heads=num_heads,
+        num_classes=num_classes,
+        input_size=input_size,
+        noise_time=noise_time,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+        weights=weights,
+        dtype=dtype,
+        progress=progress,
+        place=jnp.asarray,  # saving copies NumPy arrays, and device arrays not
+    )
     checkpoint = to_checkpoint(read)
     if out is not None:
         save(out, checkpoint, overwrite=force)
@@ -127,6 +127,7 @@ def read_model(
     """Returns the network in `src`, of a file, a sharded index, a folder, or a whole pipeline.
 
     Args:
+        src: a path, a URL, or an id of the Hugging Face hub, `hf:OWNER/NAME[@REVISION][/PATH]`.
         family: `"dit"`, `"sit"`, `"vae"` or `"inception"`; None recognizes it by the names of the
             tensors. Those of SiT are DiT's, so that `"sit"` must be given.
         model: a published size such as `"DiT-XL/2"`, to be checked against the file.
@@ -150,8 +151,10 @@ def read_model(
         model, num_heads, num_classes, input_size, noise_time, scaling_factor, shift_factor
     )
     target = parse_dtype(dtype)
-    with local_copy(src) as local:
+    with source(src) as (local, commit):
         networks, kept = open_source(local, family, choices, weights)
+        if commit is not None:
+            kept = {**kept, "hub": commit}
         found = [_read_network(network, target, progress, place) for network in networks]
     main = found[0]._replace(metadata={**found[0].metadata, **kept})
     return main._replace(vae=found[1]) if len(found) > 1 else main

@@ -12,13 +12,13 @@ from qdit_convert.api import open_source
 from qdit_convert.dit import Choices
 from qdit_convert.families import find_layout
 from qdit_convert.folders import is_pipeline
+from qdit_convert.hub import source
 from qdit_convert.names import select_network
 from qdit_convert.opened import Network
 from qdit_convert.readers import open_weights
 from qdit_convert.tensors import StateDict, StoredTensor
 from qdit_jax.diffusion import process_text, read_scheduler, sampling_text
 from qdit_jax.errors import UserError
-from qdit_jax.files import local_copy
 
 
 def describe(src: str | os.PathLike, *, weights: str | None = None) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def describe(src: str | os.PathLike, *, weights: str | None = None) -> dict[str,
     Raises:
         UserError: if the file cannot be read at all.
     """
-    with local_copy(src) as path:
+    with source(src) as (path, _):
         if not path.exists():
             raise UserError(f"{src} does not exist.")
         return {"path": str(src), "command": f"qdit convert {src} OUT"} | _described(path, weights)

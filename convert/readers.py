@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from qdit_convert import sniff
@@ -44,14 +44,9 @@ def open_weights(path: Path, weights: str | None = None) -> StateDict:
 
 def weights_file(folder: Path) -> Path:
     """Returns the file of weights in `folder`: full precision before fp16, safetensors first."""
-    for stem in STEMS:
-        for variant in VARIANTS:
-            # diffusers writes model.fp16.safetensors, but model.safetensors.index.fp16.json.
-            *middle, suffix = variant[1:].split(".")
-            index = ".".join([stem, suffix, "index", *middle, "json"])
-            for name in (stem + variant, index, stem + variant + INDEX_SUFFIX):
-                if (folder / name).is_file():
-                    return folder / name
+    for name in usual_names():
+        if (folder / name).is_file():
+            return folder / name
     found = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file())
     if len(found) == 1:
         return found[0]
@@ -66,6 +61,16 @@ def weights_file(folder: Path) -> Path:
     raise UserError(
         f"{folder}: the folder holds no weights (.safetensors, .bin, .pt, or an index)."
     )
+
+
+def usual_names() -> Iterator[str]:
+    """Yields the names that weights have in folders of diffusers, the preferred first."""
+    for stem in STEMS:
+        for variant in VARIANTS:
+            # diffusers writes model.fp16.safetensors, but model.safetensors.index.fp16.json.
+            *middle, suffix = variant[1:].split(".")
+            index = ".".join([stem, suffix, "index", *middle, "json"])
+            yield from (stem + variant, index, stem + variant + INDEX_SUFFIX)
 
 
 def _open(path: Path, weights: str | None) -> StateDict:

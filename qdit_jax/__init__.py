@@ -10,8 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qdit_convert import convert as convert
     from qdit_jax import quant as quant
     from qdit_jax.adapters import quantize_linen as quantize_linen
+    from qdit_jax.adapters import quantize_nnx as quantize_nnx
     from qdit_jax.allocation import search as search
     from qdit_jax.calibration import Stats as Stats
     from qdit_jax.calibration import calibrate as calibrate
@@ -54,7 +56,7 @@ __version__ = "0.1.0"
 
 # Room -> the names that the package shows of it.
 PUBLIC = {
-    "adapters": ("quantize_linen",),
+    "adapters": ("quantize_linen", "quantize_nnx"),
     "allocation": ("search",),
     "calibration": ("Stats", "calibrate", "collect_items"),
     "checkpoint": (
@@ -74,7 +76,7 @@ PUBLIC = {
 }
 ROOM_OF = {name: room for room, names in PUBLIC.items() for name in names}
 
-__all__ = sorted(["quant", *ROOM_OF])
+__all__ = sorted(["convert", "quant", *ROOM_OF])
 
 
 def __getattr__(name: str) -> Any:
@@ -85,6 +87,8 @@ def __getattr__(name: str) -> Any:
         return value
     if name == "quant":
         return import_module("qdit_jax.quant")
+    if name == "convert":  # the package of readers stands above this one
+        return import_module("qdit_convert").convert
     raise AttributeError(f"module 'qdit_jax' has no attribute {name!r}")
 
 

@@ -54,7 +54,7 @@ ALLOWED = {
         *("checkpoint", "sampling", "calibration", "ptq", "methods"),
     },
     "adapters": {"quant", "kernels", "recipes", "calibration", "ptq"},
-    "report": {"files", "quant", "models", "recipes", "calibration"},
+    "report": {"files", "quant", "models", "recipes", "checkpoint", "calibration"},
     "evaluation": {
         *("files", "quant", "diffusion", "metrics", "kernels", "models", "recipes", "checkpoint"),
         *("sampling", "calibration", "report"),

@@ -18,13 +18,15 @@ import jax.numpy as jnp
 from flax import core, traverse_util
 from flax import linen as nn
 
-from qdit_jax.adapters.linen_layout import KernelLayout, layout_from_bias
-from qdit_jax.adapters.linen_product import KernelOrigin, interceptor
-from qdit_jax.adapters.linen_report import LinenReport, check_rules, other_parameters
+from qdit_jax.adapters.layout import KernelLayout
+from qdit_jax.adapters.linen_layout import layout_from_bias
+from qdit_jax.adapters.linen_product import interceptor
 from qdit_jax.adapters.linen_trace import ExampleCall, Path, faults, layout_or_reason, sightings
+from qdit_jax.adapters.product import KernelOrigin, input_quantizer, quantized_kernel, unfit
+from qdit_jax.adapters.report import NetworkReport, check_rules, other_parameters
 from qdit_jax.calibration import Stats
 from qdit_jax.kernels import NUMERICS
-from qdit_jax.ptq import act_quantizer, check_rounding_only, rewrite_layers
+from qdit_jax.ptq import check_rounding_only, rewrite_layers
 from qdit_jax.quant import ActQuant, QTensor, WeightSpec, quantize
 from qdit_jax.recipes import LayerSpec, Recipe
 
@@ -122,7 +124,7 @@ class LinenApply:
     model: nn.Module
     numerics: str
     traced: bool
-    report: LinenReport
+    report: NetworkReport
 
     def __call__(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
         """Returns what `model.apply` does; `rngs`, `mutable` and `method` are passed on."""
@@ -140,9 +142,7 @@ def check_arguments(model: Any, params: Any, numerics: str) -> None:
         kind = nnx.__name__ if isinstance(nnx, type) else type(nnx).__name__
         raise TypeError(
             f"quantize_linen takes a flax.linen module and a dict of arrays; this is an nnx.{kind}, "
-            "and NNX networks are not taken yet. If the network exists in linen too, pass that "
-            "module, with the arrays under the names that its init gives; otherwise quantize each "
-            "kernel with qdit_jax.quantize and multiply with qdit_jax.quantized_matmul."
+            "which qdit_jax.quantize_nnx takes: quantize_nnx(model, recipe)."
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r} is not a flax.linen module.")
@@ -198,15 +198,6 @@ def traced_layouts(
     return layouts | wrong, found.kinds
 
 
-def unfit(kernel: Any) -> str | None:
-    """Returns why no kernel of this dtype or size can be quantized, or None if it can."""
-    if isinstance(kernel, QTensor):
-        return None
-    if not jnp.issubdtype(kernel.dtype, jnp.floating):
-        return f"its kernel is {kernel.dtype}, not floating point"
-    return f"its kernel {tuple(kernel.shape)} is empty" if 0 in kernel.shape else None
-
-
 def guessed_layouts(
     flat: Mapping[Path, Any], kernels: Mapping[Path, Any], recipe: Recipe
 ) -> dict[Path, KernelLayout | str]:
@@ -240,7 +231,7 @@ def report_of(
     kernels: Mapping[Path, Any],
     layouts: Mapping[Path, KernelLayout | str],
     kinds: Mapping[Path, str],
-) -> LinenReport:
+) -> NetworkReport:
     """Returns which of the layers that the recipe matches are quantized.
 
     Raises:
@@ -252,7 +243,7 @@ def report_of(
     check_rules(recipe, list(names), reasons | others)
     matched = [name for name in names if recipe.get(name) is not None]
     left = {name: reasons[name] for name in matched if name in reasons} | others
-    return LinenReport(tuple(name for name in matched if name not in reasons), left)
+    return NetworkReport(tuple(name for name in matched if name not in reasons), left)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,15 +269,8 @@ def quantized_layers(
 
     def act_fn(name: str) -> ActQuant | None:
         layer = layers[name]
-        if layer.spec.act is None:
-            return None
         is_stack = len(layer.kernel.shape) > len(layer.layout.shape)
-        if is_stack and layer.spec.act.mode == "static":
-            raise ValueError(
-                f"{name} is a stack of layers, of which statistics cannot tell one from another; "
-                "use mode='dynamic' for its input."
-            )
-        return act_quantizer(name, layer.spec.act, stats)
+        return input_quantizer(name, layer.spec.act, is_stack, stats)
 
     def weight_fn(name: str, _: str, kernel: Any) -> Any:
         layer = layers[name]
@@ -306,15 +290,3 @@ def quantized_layers(
         return {"kernel_origin": KernelOrigin(layers[name].layout, str(dtype))}
 
     return rewrite_layers(params, layers, weight_fn=weight_fn, act_fn=act_fn, beside_fn=origin)
-
-
-def quantized_kernel(
-    kernel: Any, layout: KernelLayout, spec: WeightSpec, quantize_fn: Callable
-) -> QTensor:
-    """Returns a kernel as a `QTensor` `[K, N]`, stacked and batch axes leading."""
-    matrices = layout.matrices(kernel)
-    lead = matrices.shape[:-2]
-    if not lead:
-        return quantize_fn(matrices, spec)
-    parts = [quantize_fn(m, spec) for m in matrices.reshape(-1, *matrices.shape[-2:])]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves).reshape(*lead, *leaves[0].shape), *parts)

@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import errors
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
 
-from qdit_jax.adapters.linen_layout import LAYERS, Contraction, KernelLayout, contraction_of
-from qdit_jax.kernels import quantized_matmul
-from qdit_jax.quant import ActQuant, QTensor
+from qdit_jax.adapters.linen_layout import LAYERS, contraction_of
+from qdit_jax.adapters.product import KernelOrigin, MultiplyFn, multiplier
+from qdit_jax.quant import QTensor
 from qdit_jax.types import AnyArray
 
 ONLY = "only nn.Dense, nn.DenseGeneral and nn.Einsum can be quantized"
-# (rows [B, T, K], contraction) -> [B, T, N]
-MultiplyFn = Callable[[Array, Contraction], Array]
-Weights = TypeVar("Weights", Array, QTensor)
 WEIGHT_CHANGERS = (nn.WeightNorm, nn.SpectralNorm)
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class KernelOrigin:
-    """The axes of a quantized kernel before it was a matrix, and its dtype, for dtype promotion.
-
-    It stands beside the kernel as `kernel_origin`, a leaf without arrays.
-    """
-
-    layout: KernelLayout
-    dtype: str
 
 
 def is_layer(context: nn.module.InterceptorContext) -> bool:
@@ -84,7 +67,8 @@ def interceptor(numerics: str, traced: bool = True) -> Callable[..., Any]:
             return next_fun(*args, **kwargs)
         if is_layer(context):
             try:
-                multiply = multiplier(module, kernel, act, numerics)
+                layout = origin_of(module).layout if isinstance(kernel, QTensor) else None
+                multiply = multiplier(kernel, act, numerics, module.precision, layout)
                 return product(module, multiply, kernel_dtype(module, kernel), args, kwargs)
             except ValueError as error:
                 raise ValueError(f"{layer_name(module)}: {error}") from error
@@ -141,40 +125,6 @@ def origin_of(module: nn.Module) -> KernelOrigin:
             "give the layer all of its parameters, as quantize_linen returned them."
         )
     return origin
-
-
-def multiplier(
-    module: nn.Module, kernel: AnyArray | QTensor, act: ActQuant | None, numerics: str
-) -> MultiplyFn:
-    """Returns `(rows [B, T, K], contraction) -> [B, T, N]` with quantized parameters."""
-
-    def quantized(rows: Float[Array, "T K"], weight: QTensor) -> Float[Array, "T N"]:
-        return quantized_matmul(rows, weight, act, numerics=numerics)
-
-    def plain(rows: Float[Array, "T K"], weight: Float[Array, "K N"]) -> Float[Array, "T N"]:
-        assert act is not None
-        return jnp.matmul(act(rows), weight, precision=module.precision)
-
-    def multiply_all(rows: Float[Array, "B T K"], ways: Contraction) -> Float[Array, "B T N"]:
-        if isinstance(kernel, QTensor):
-            ways.check_kernel(kernel, rows.shape[-1], origin_of(module).layout)
-            return per_batch(quantized, rows, kernel, ways)
-        layout = KernelLayout(kernel.shape, ways.k_batch, ways.k_in, ways.k_out)
-        return per_batch(plain, rows, layout.matrices(kernel).astype(rows.dtype), ways)
-
-    return multiply_all
-
-
-def per_batch(
-    multiply_fn: Callable[[Array, Weights], Array],
-    rows: Float[Array, "B T K"],
-    weights: Weights,
-    ways: Contraction,
-) -> Float[Array, "B T N"]:
-    """Returns `multiply_fn(rows, weights)`, mapped over the batch axis if the kernel has one."""
-    if ways.k_batch:
-        return jax.vmap(multiply_fn)(rows, weights)
-    return multiply_fn(rows.reshape(rows.shape[1:]), weights)[None]
 
 
 def product(

@@ -17,7 +17,8 @@ from flax import linen as nn
 from flax import traverse_util
 from jaxtyping import Array, Shaped
 
-from qdit_jax.adapters.linen_layout import Contraction, KernelLayout, contraction_of
+from qdit_jax.adapters.layout import Contraction, KernelLayout
+from qdit_jax.adapters.linen_layout import contraction_of
 from qdit_jax.adapters.linen_product import (
     ONLY,
     first_line,

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from qdit_jax.checkpoint.description import Checkpoint
 from qdit_jax.checkpoint.folder import Placement, load_folder, save_folder
 from qdit_jax.checkpoint.single_file import load_safetensors, save_safetensors
-from qdit_jax.files import PathLike, as_path
+from qdit_jax.errors import UserError
+from qdit_jax.files import HubId, PathLike, as_path, downloaded, is_hub_id
 
 SUFFIX = ".safetensors"
 
 
 def load(path: PathLike, *, sharding: Placement = None) -> Checkpoint:
-    """Returns the checkpoint at `path`, a folder or an exported file, local or a URL.
+    """Returns the checkpoint at `path`: a folder or an exported file, local, a URL, or of the hub.
+
+    `hf:OWNER/NAME[@REVISION][/FILE]` is what `qdit push` wrote to the Hugging Face hub.
 
     Only what is stored is read: a quantized checkpoint stays packed.
 
@@ -24,7 +29,7 @@ def load(path: PathLike, *, sharding: Placement = None) -> Checkpoint:
         UserError: if nothing is there, or no checkpoint; if it is damaged or from a newer version; or
             if its parameters do not fit the network that it names.
     """
-    path = as_path(path)
+    path = downloaded(path, exported_file)[0] if is_hub_id(path) else as_path(path)
     is_file = path.suffix == SUFFIX and path.is_file()
     return (load_safetensors if is_file else load_folder)(path, sharding=sharding)
 
@@ -42,3 +47,21 @@ def save(path: PathLike, checkpoint: Checkpoint, *, overwrite: bool = False) -> 
     """
     writer = save_safetensors if as_path(path).suffix == SUFFIX else save_folder
     writer(path, checkpoint, overwrite=overwrite)
+
+
+def exported_file(names: Sequence[str], wanted: HubId) -> list[str]:
+    """Returns the one exported checkpoint among the files of a repository.
+
+    Raises:
+        UserError: if there is none, or several.
+    """
+    found = [name for name in names if name.endswith(SUFFIX)]
+    if wanted.inside:
+        found = [name for name in found if name == wanted.inside]
+    if len(found) != 1:
+        listed = ", ".join(found) or "none"
+        raise UserError(
+            f"hf:{wanted.repo} should hold one exported checkpoint ({SUFFIX}), or be given with its "
+            f"name; found: {listed}. Weights of others are converted: qdit convert hf:{wanted.repo} OUT."
+        )
+    return found

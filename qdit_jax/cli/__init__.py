@@ -33,6 +33,7 @@ VERBS = {
     "schedule": "find the sampling steps that bear fewer bits",
     "methods": "list the methods of qdit quantize",
     "export": "convert a checkpoint folder to one safetensors file, or back",
+    "push": "upload a checkpoint with a model card to the Hugging Face hub",
     "sample": "generate pictures",
     "evaluate": "compare a quantized model with full precision, or score samples",
     "bench": "measure the time of a step and of layers",

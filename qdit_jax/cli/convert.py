@@ -22,6 +22,8 @@ SRC may be
   a file         .pt, .pth, .bin, .ckpt (no code in it is run) or .safetensors
   an index       diffusion_pytorch_model.safetensors.index.json, with its shards beside it
   a folder       of diffusers: config.json and weights, fp16 variants included
+  hf:OWNER/NAME  a repository of the Hugging Face hub, of which only what is read is downloaded;
+                 hf:OWNER/NAME@REVISION, hf:OWNER/NAME/FILE; needs pip install 'qdit-jax[hub]'
   a pipeline     a DiTPipeline folder; its VAE and its scheduler's settings are converted too
 
 The kind of network is recognized by the names of its tensors and printed. What the tensors do not
@@ -40,6 +42,7 @@ examples
   qdit convert SiT-XL-2-256x256.pt sit_xl2 --family sit
   qdit convert my_training/0400000.pt mine --weights ema --num-heads 6
   qdit convert facebook_DiT-XL-2-256/ dit_pipeline --dtype bfloat16
+  qdit convert hf:facebook/DiT-XL-2-256 dit_pipeline
   qdit convert sd-vae-ft-mse/ vae
   qdit convert ae.safetensors flux_vae --scaling-factor 0.3611 --shift-factor 0.1159
 """
@@ -54,7 +57,7 @@ def add_parser(subparsers: SubParsers) -> None:
         epilog=textwrap.dedent(EPILOG),
     )
     parser.add_argument(
-        "src", type=path_option, metavar="SRC", help="file or folder of PyTorch weights"
+        "src", type=path_option, metavar="SRC", help="file, folder or hf: id of PyTorch weights"
     )
     parser.add_argument(
         "out", type=path_option, metavar="OUT", help="folder to write the checkpoint to"

@@ -6,6 +6,7 @@ lies, and after everything new has been written.
 
 from qdit_jax.files.archives import write_arrays
 from qdit_jax.files.disk import check_space, disk_errors_told
+from qdit_jax.files.hub import HubId, downloaded, hub_id, is_hub_id, uploaded
 from qdit_jax.files.json_text import read_once
 from qdit_jax.files.kinds import GENERATOR, KINDS, check_free
 from qdit_jax.files.locks import locked
@@ -31,13 +32,17 @@ __all__ = [
     "GENERATOR",
     "KINDS",
     "AnyPath",
+    "HubId",
     "PathLike",
     "as_path",
     "check_apart",
     "check_free",
     "check_space",
     "disk_errors_told",
+    "downloaded",
     "files_below",
+    "hub_id",
+    "is_hub_id",
     "is_remote",
     "local_copy",
     "locked",
@@ -48,5 +53,6 @@ __all__ = [
     "renewed_path",
     "replaced_file",
     "replaced_folder",
+    "uploaded",
     "write_arrays",
 ]

@@ -17,6 +17,7 @@ from qdit_jax.report.media import (
     side_by_side,
     to_uint8,
 )
+from qdit_jax.report.model_card import model_card
 from qdit_jax.report.model_page import check_report_folder, write_model_report
 from qdit_jax.report.model_stats import (
     GROUP_SIZE,
@@ -44,6 +45,7 @@ __all__ = [
     "input_ranges",
     "is_video",
     "kernel_of",
+    "model_card",
     "paragraph",
     "part_of",
     "picture",

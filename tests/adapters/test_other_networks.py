@@ -558,7 +558,7 @@ def test_networks_of_nnx_and_other_kinds_are_refused_by_sentence():
         (nn.Dense(4), state),
         (nn.Dense(4), {"params": {"kernel": net.linear.kernel}}),
     ):
-        with pytest.raises(TypeError, match=r"an nnx\..*NNX networks are not taken yet"):
+        with pytest.raises(TypeError, match=r"an nnx\..*which qdit_jax.quantize_nnx takes"):
             quantize_linen(model, params, WEIGHTS)
     for model, params, message in (
         (nn.Dense, {}, "is not a flax.linen module"),

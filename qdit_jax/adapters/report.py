@@ -1,4 +1,4 @@
-"""What `quantize_linen` quantized, what it left although a rule of the recipe matched, and why."""
+"""What of a network was quantized, what was left although a rule of the recipe matched, and why."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHOWN = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class LinenReport:
+class NetworkReport:
     """The layers that a recipe's rules matched.
 
     Attributes:
