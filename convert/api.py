@@ -20,10 +20,11 @@ from qdit_convert.experts import (
     one_of_a_pair,
 )
 from qdit_convert.families import Layout, check_options, find_layout
-from qdit_convert.folders import is_pipeline, read_config, read_pipeline
+from qdit_convert.folders import is_pipeline, read_config
 from qdit_convert.hub import source
 from qdit_convert.names import select_network
 from qdit_convert.opened import Network
+from qdit_convert.pipelines import Parts, read_pipeline
 from qdit_convert.plan import Leaf, Params, build_params, check_plan, same
 from qdit_convert.readers import open_weights
 from qdit_convert.tensors import StateDict, about, bfloat16
@@ -35,7 +36,7 @@ from qdit_jax.files import is_hub_id
 if TYPE_CHECKING:
     from qdit_jax.checkpoint import Checkpoint
 
-MAIN = ("dit", "wan")  # families of networks that stand in a pipeline
+AUTOENCODERS = ("vae", "wan-vae")
 DTYPES = ("float32", "bfloat16", "float16")
 # Called with a network's name, the leaf just read, and the number of leaves in all.
 Progress = Callable[[str, Leaf, int], None]
@@ -53,6 +54,7 @@ def convert(
     noise_time: int | None = None,
     scaling_factor: float | None = None,
     shift_factor: float | None = None,
+    interpolation_scale: float | None = None,
     weights: str | None = None,
     dtype: str | None = "float32",
     force: bool = False,
@@ -87,6 +89,7 @@ def convert(
         noise_time=noise_time,
         scaling_factor=scaling_factor,
         shift_factor=shift_factor,
+        interpolation_scale=interpolation_scale,
         weights=weights,
         dtype=dtype,
         progress=progress,
@@ -119,6 +122,7 @@ def read_model(
     noise_time: int | None = None,
     scaling_factor: float | None = None,
     shift_factor: float | None = None,
+    interpolation_scale: float | None = None,
     weights: str | None = None,
     dtype: str | None = "float32",
     progress: Progress | None = None,
@@ -128,8 +132,8 @@ def read_model(
 
     Args:
         src: a path, a URL, or an id of the Hugging Face hub, `hf:OWNER/NAME[@REVISION][/PATH]`.
-        family: `"dit"`, `"sit"`, `"vae"` or `"inception"`; None recognizes it by the names of the
-            tensors. Those of SiT are DiT's, so that `"sit"` must be given.
+        family: such as `"dit"`, `"pixart"` or `"vae"`; None recognizes it by the names of the tensors.
+            Those of SiT are DiT's, so that `"sit"` must be given.
         model: a published size such as `"DiT-XL/2"`, to be checked against the file.
         num_heads: for sizes that are not published; no shape depends on it.
         num_classes: without the null class; decides whether the label table ends with one.
@@ -139,6 +143,8 @@ def read_model(
             the file does not say.
         scaling_factor, shift_factor: of an autoencoder's latents, in place of what its config.json
             says; needed where nothing says them and the latents have not 4 channels.
+        interpolation_scale: by which a PixArt's positions are divided, where it is not as published
+            for its size.
         weights: `"ema"` or `"model"`; None prefers `"ema"` where a file has both.
         dtype: of all leaves: one of `DTYPES`, or None to keep that of the file.
         progress: called after each leaf.
@@ -148,7 +154,14 @@ def read_model(
         UserError: with one sentence on what is wrong with the input.
     """
     choices = Choices(
-        model, num_heads, num_classes, input_size, noise_time, scaling_factor, shift_factor
+        model=model,
+        num_heads=num_heads,
+        num_classes=num_classes,
+        input_size=input_size,
+        noise_time=noise_time,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+        interpolation_scale=interpolation_scale,
     )
     target = parse_dtype(dtype)
     with source(src) as (local, commit):
@@ -174,25 +187,25 @@ def open_source(
         network = open_network(src, family, choices, weights)
         _check_used(choices, [network])
         folder = src if src.is_dir() else src.parent
-        if network.plan.family in MAIN and is_pipeline(folder.absolute().parent):
+        if network.plan.family not in AUTOENCODERS and is_pipeline(folder.absolute().parent):
             note = "give the folder of the whole pipeline to use its scheduler"
             network = network.noted(f"this is one part of a pipeline: {note}")
         elif one_of_a_pair(folder):
             network = network.noted("this is one of two experts: give the folder that holds both")
         return [network], {}
-    pipeline = read_pipeline(src)
+    parts = read_pipeline(src)
     factors = Choices(scaling_factor=choices.scaling_factor, shift_factor=choices.shift_factor)
     own = replace(choices, scaling_factor=None, shift_factor=None)
-    found = [open_network(folder, family, own, weights) for folder in pipeline.transformers]
+    found = [open_network(folder, family, own, weights) for folder in parts.transformers]
     network = found[0]
-    if pipeline.boundary is not None:
+    if parts.boundary is not None:
         with about(src):
-            network = as_experts(str(src), found, pipeline.boundary)
-    networks = [_on_process(network, pipeline.kept)]
-    if pipeline.vae is not None:
-        networks.append(open_network(pipeline.vae, pipeline.vae_family, factors, weights))
+            network = as_experts(str(src), found, parts.boundary)
+    networks = [_of_pipeline(network, parts)]
+    if parts.vae is not None:
+        networks.append(open_network(parts.vae, parts.row.vae_family, factors, weights))
     _check_used(choices, networks)
-    return networks, pipeline.kept
+    return networks, parts.kept
 
 
 def _open_pair(src: Path, family: str | None, choices: Choices, weights: str | None) -> Network:
@@ -223,47 +236,40 @@ def _check_used(choices: Choices, networks: list[Network]) -> None:
         )
 
 
-def _on_process(network: Network, kept: dict[str, Any]) -> Network:
-    """Returns the network of a pipeline, set to what its scheduler reads: a velocity for a flow.
+def _of_pipeline(network: Network, parts: Parts) -> Network:
+    """Returns the network of a pipeline, set to what its class and its scheduler say.
 
     Raises:
         UserError: if the network does not return what the scheduler reads.
     """
-    if network.plan.family != "dit":
-        return _on_own_process(network, kept)
-    if "scheduler" not in kept:
-        note = "the pipeline has no scheduler: sampled as the published DiT, on linear betas"
+    config = {**network.plan.config, **parts.row.fields}
+    network = network._replace(plan=replace(network.plan, config=config))
+    if parts.left_out:
+        names = " and ".join(parts.left_out)
+        network = network.noted(f"{names} left out: prompts are given as embeddings")
+    if "scheduler" not in parts.kept:
+        note = f"the pipeline has no scheduler: sampled as the published {parts.row.process}"
         return network.noted(note)
-    scheduler = read_scheduler(kept["scheduler"])
+    return _on_process(network, parts.kept["scheduler"])
+
+
+def _on_process(network: Network, settings: dict[str, Any]) -> Network:
+    """Returns a network with what its scheduler reads: a DiT's velocity, for a flow."""
+    from qdit_jax.models import build_model
+
+    scheduler = read_scheduler(settings)
     config = network.plan.config
-    if scheduler.is_flow:
+    if scheduler.is_flow and "velocity" in config:
         # Time runs from 0 at the data to the number of timesteps at the noise.
         end = float(scheduler.settings["num_train_timesteps"])
         config = {**config, "velocity": True, "noise_time": end, "data_time": 0.0}
+    network = network._replace(plan=replace(network.plan, config=config))
     with about(network.label):
-        check_fit(config["velocity"], config["learn_sigma"], scheduler)
-    return _with_ignored(network._replace(plan=replace(network.plan, config=config)), kept)
-
-
-def _on_own_process(network: Network, kept: dict[str, Any]) -> Network:
-    """Returns a network whose class says what it predicts, checked against its scheduler."""
-    from qdit_jax.models import build_model
-
-    model = build_model(network.plan.family, network.plan.config)
-    if "scheduler" not in kept:
-        return network.noted(f"the pipeline has no scheduler: sampled by {model.default_sampler}")
-    is_velocity = model.prediction == "velocity"
-    with about(network.label):
-        check_fit(is_velocity, model.learned_variance, read_scheduler(kept["scheduler"]))
-    return _with_ignored(network, kept)
-
-
-def _with_ignored(network: Network, kept: dict[str, Any]) -> Network:
-    """Returns the network with a note on settings that its scheduler does not have."""
-    scheduler = read_scheduler(kept["scheduler"])
+        model: Any = build_model(network.plan.family, config)
+        check_fit(model.prediction == "velocity", model.learned_variance, scheduler)
     if not scheduler.ignored:
         return network
-    names = ", ".join(f"{name}={kept['scheduler'][name]!r}" for name in scheduler.ignored)
+    names = ", ".join(f"{name}={settings[name]!r}" for name in scheduler.ignored)
     return network.noted(f"a {scheduler.class_name} has no {names}: not read, as by diffusers")
 
 

@@ -54,7 +54,9 @@ def _described(path: Path, weights: str | None) -> dict[str, Any]:
 def _folders(path: Path) -> list[Path]:
     if not is_pipeline(path):
         return [path]
-    return [path / part for part in ("transformer", "transformer_2", "vae") if (path / part).is_dir()]
+    return [
+        path / part for part in ("transformer", "transformer_2", "vae") if (path / part).is_dir()
+    ]
 
 
 def _told(state: StateDict) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class Choices:
     noise_time: int | None = None
     scaling_factor: float | None = None
     shift_factor: float | None = None
+    interpolation_scale: float | None = None
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from qdit_convert.diffusers_dit import CLASS_NAMES, diffusers_example, diffusers_plan
+from qdit_convert.diffusers_pixart import CLASS_NAMES as PIXART_NAMES
+from qdit_convert.diffusers_pixart import diffusers_pixart_example, diffusers_pixart_plan
 from qdit_convert.dit import PROJECTORS, Choices, facebook_example, facebook_plan, sit_example
 from qdit_convert.inception import inception_example, inception_plan
+from qdit_convert.pixart import pixart_example, pixart_plan
 from qdit_convert.plan import Example, Plan
 from qdit_convert.tensors import StateDict, listing
 from qdit_convert.training_args import read_arguments, says_sit
@@ -97,10 +100,8 @@ def is_sit(state: StateDict) -> bool:
 
 VAE_OPTIONS = ("scaling_factor", "shift_factor")
 VAE_TELLS = frozenset({"scaling_factor", "shift_factor", "latent_channels", "norm_num_groups"})
-DIFFUSERS_OPTIONS = tuple(
-    field.name for field in fields(Choices) if field.name not in (*VAE_OPTIONS, "noise_time")
-)
 WAN_OPTIONS = ("num_heads", "input_size")
+DIFFUSERS_OPTIONS = ("model", "num_heads", "num_classes", "input_size")
 DIT_OPTIONS = (*DIFFUSERS_OPTIONS, "noise_time")
 FACEBOOK = Layout(
     "dit-facebook",
@@ -158,6 +159,36 @@ LAYOUTS = (
         class_names=CLASS_NAMES,
         example=diffusers_example,
         tells=frozenset({"attention_head_dim", "num_embeds_ada_norm"}),
+    ),
+    # STDiT's names and those of Latte's text-to-video network hold all of PixArt's, which come first.
+    Layout(
+        "pixart",
+        "PixArt in the authors' layout",
+        ("pixart",),
+        re.compile(
+            r"pos_embed$|x_embedder\.proj\.|(t|csize|ar)_embedder\.mlp\.|t_block\.1\.|"
+            r"y_embedder\.(y_embedding$|y_proj\.fc[12]\.)|blocks\.\d+\.(scale_shift_table$|"
+            r"attn\.(qkv|proj|q_norm|k_norm|sr|norm)\.|cross_attn\.(q_linear|kv_linear|proj)\.|"
+            r"mlp\.fc[12]\.)|final_layer\.(scale_shift_table$|linear\.)"
+        ),
+        pixart_plan,
+        options=("num_heads", "input_size", "interpolation_scale"),
+        example=pixart_example,
+    ),
+    Layout(
+        "pixart-diffusers",
+        "PixArt in the diffusers layout",
+        ("pixart",),
+        re.compile(
+            r"pos_embed\.proj\.|adaln_single\.(linear\.|emb\.(timestep|resolution|aspect_ratio)_"
+            r"embedder\.linear_[12]\.)|caption_projection\.linear_[12]\.|scale_shift_table$|"
+            r"proj_out\.|transformer_blocks\.\d+\.(scale_shift_table$|"
+            r"attn[12]\.to_(q|k|v|out\.0)\.|ff\.net\.)"
+        ),
+        diffusers_pixart_plan,
+        class_names=PIXART_NAMES,
+        example=diffusers_pixart_example,
+        tells=frozenset({"attention_head_dim", "caption_channels"}),
     ),
     Layout(
         "wan",
@@ -259,7 +290,6 @@ UNSUPPORTED = (
     ("Latte (video, diffusers)", re.compile(r"temporal_transformer_blocks\.\d+\.")),
     ("STDiT3 (Open-Sora 1.2)", re.compile(r"(spatial|temporal)_blocks\.\d+\.")),
     ("STDiT (Open-Sora 1.0)", re.compile(r"blocks\.\d+\.attn_temp\.")),
-    ("PixArt", re.compile(r"blocks\.\d+\.cross_attn\.(q_linear|kv_linear)\.|caption_projection\.")),
     (
         "MM-DiT (SD3, Flux)",
         re.compile(r"(joint_blocks|single_transformer_blocks|double_blocks)\.\d+\."),
@@ -298,9 +328,7 @@ def find_layout(state: StateDict, family: str | None = None) -> Layout:
     same = [other for other in LAYOUTS if other.names is layout.names]
     if family is not None:
         serving = [other for other in same if family in other.families]
-        return min(
-            serving, key=lambda other: (other.families.index(family), not other.told(state))
-        )
+        return min(serving, key=lambda other: (other.families.index(family), not other.told(state)))
     return next((other for other in same if other.told(state)), layout)
 
 

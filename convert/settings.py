@@ -73,12 +73,7 @@ AUTOENCODER: Table = ABOUT | {
     "force_upcast": HARMLESS,  # of half precision
     "sample_size": HARMLESS,  # of tiles
 }
-PIPELINE: Table = ABOUT | {
-    "transformer": Setting("list", optional=True),
-    "vae": Setting("list", optional=True),
-    "scheduler": Setting("list", optional=True),
-    "id2label": Setting("table", optional=True),
-}
+PIPELINE: Table = ABOUT  # of every class; `qdit_convert.pipelines` adds each one's own
 
 
 def network_settings(config: Mapping[str, Any], table: Table) -> dict[str, Any]:

@@ -61,13 +61,3 @@ AUTOENCODER: Table = ABOUT | {
     "scale_factor_spatial": HARMLESS,  # these two follow from the levels
     "scale_factor_temporal": HARMLESS,
 }
-WAN_PIPELINE: Table = ABOUT | {
-    "transformer": Setting("list", optional=True),
-    "transformer_2": Setting("list", optional=True),
-    "vae": Setting("list", optional=True),
-    "scheduler": Setting("list", optional=True),
-    "boundary_ratio": Setting("number", low=0, high=1, optional=True),
-    "expand_timesteps": HARMLESS,  # a timestep per token where a first frame is given, the same here
-    "text_encoder": HARMLESS,  # prompts are embedded outside
-    "tokenizer": HARMLESS,
-}

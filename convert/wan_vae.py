@@ -104,7 +104,9 @@ def fields_of(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) 
     }
     for key, has in stated.items():
         if settings[key] not in (None, has):
-            raise UserError(f"config.json says {key} = {settings[key]}, but the weights have {has}.")
+            raise UserError(
+                f"config.json says {key} = {settings[key]}, but the weights have {has}."
+            )
     if found["num_res_blocks"] < 1 or len(temporal) != len(mult) - 1 or not all(mult):
         raise UserError(
             f"an autoencoder with {found['num_res_blocks']} blocks in a level, dim_mult={list(mult)} "
@@ -149,11 +151,19 @@ def vae_leaves(fields: Mapping[str, Any]) -> list[Leaf]:
     number = 0
     for i, (before, after) in enumerate(zip(down, down[1:], strict=False)):
         for j in range(blocks):
-            key = f"encoder.down_blocks.{i}.resnets.{j}" if residual else f"encoder.down_blocks.{number}"
+            key = (
+                f"encoder.down_blocks.{i}.resnets.{j}"
+                if residual
+                else f"encoder.down_blocks.{number}"
+            )
             leaves += resnet(key, after if j else before, after)
             number += 1
         if i < len(mult) - 1:
-            key = f"encoder.down_blocks.{i}.downsampler" if residual else f"encoder.down_blocks.{number}"
+            key = (
+                f"encoder.down_blocks.{i}.downsampler"
+                if residual
+                else f"encoder.down_blocks.{number}"
+            )
             leaves += picture(f"{key}.resample.1", after, after)
             leaves += causal(f"{key}.time_conv", after, after, (3, 1, 1)) if temporal[i] else []
             number += 1
@@ -324,7 +334,14 @@ LIKE_5B = {
 
 def example_config(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the config.json of an example."""
-    same = ("base_dim", "decoder_base_dim", "z_dim", "num_res_blocks", "in_channels", "out_channels")
+    same = (
+        "base_dim",
+        "decoder_base_dim",
+        "z_dim",
+        "num_res_blocks",
+        "in_channels",
+        "out_channels",
+    )
     return {
         "_class_name": CLASS_NAME,
         **{name: fields[name] for name in same},

@@ -13,4 +13,5 @@ IN_SHARED_ALONE = re.compile(
     r"dit_B_.*|dit_diffusers(_io\.npz)?"
     r"|dit_A_q_(w4a8_(cand_ref|g0|mse_g32|static_g0|static_g32|sym_g32)|w6a8_g96)\.npz"
     r"|families/(wan/t2v_21(_original_layout)?|eps_probe/wan)"
+    r"|families/pixart/alpha_(diffusers_1024ms|original_pth)"
 )

@@ -280,7 +280,7 @@ def problem_of(
     noise_key, probe_key = jax.random.split(key)
     first = rollouts.num_batches * rollouts.batch_size  # sensitivities have samples of their own
     size = rollouts.batch_size
-    same = {"conditions": rollouts.conditions, "shape": rollouts.shape}
+    same: dict[str, Any] = {"conditions": rollouts.conditions, "shape": rollouts.shape}
     calibration = seeds(model, noise_key, rollouts.num_calibration, size, first, **same)
     predict_fn = Sensitivities(
         rollout, space, params, calibration, probe_key, rollouts.num_probes, coordinates

@@ -34,6 +34,7 @@ VERBS = {
     "methods": "list the methods of qdit quantize",
     "export": "convert a checkpoint folder to one safetensors file, or back",
     "push": "upload a checkpoint with a model card to the Hugging Face hub",
+    "embed-text": "embed prompts by a pipeline's text encoders",
     "sample": "generate pictures",
     "evaluate": "compare a quantized model with full precision, or score samples",
     "bench": "measure the time of a step and of layers",
@@ -95,10 +96,15 @@ def parser_of(arguments: Sequence[str]) -> Parser:
     named = next((word for word in arguments if not word.startswith("-")), None)
     for verb, text in VERBS.items():
         if verb == named:
-            import_module(f"qdit_jax.cli.{verb}").add_parser(subparsers)
+            import_module(module_of(verb)).add_parser(subparsers)
         else:
             subparsers.add_parser(verb, help=text)
     return parser
+
+
+def module_of(verb: str) -> str:
+    """Returns the name of a verb's module."""
+    return f"qdit_jax.cli.{verb.replace('-', '_')}"
 
 
 def run_verb(args: argparse.Namespace) -> int:

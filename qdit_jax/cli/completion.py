@@ -54,12 +54,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def bash_script() -> str:
     """Returns bash's completion of every verb that there is."""
-    from qdit_jax.cli import VERBS
+    from qdit_jax.cli import VERBS, module_of
 
     subparsers = argparse.ArgumentParser(prog="qdit").add_subparsers()
     choices, options = [], []
     for verb in VERBS:
-        import_module(f"qdit_jax.cli.{verb}").add_parser(subparsers)
+        import_module(module_of(verb)).add_parser(subparsers)
         parser = subparsers.choices[verb]
         for action in parser._actions:
             offered = shlex.quote(" ".join(map(str, action.choices or ())))

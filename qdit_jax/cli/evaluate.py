@@ -52,7 +52,7 @@ OF_CHECKPOINTS = (
     *("against", "compare", "num_samples", "steps", "sampler", "eta", "clip", "guidance"),
     *("shift", "spacing"),
     *("guidance_channels", "numerics", "dtype", "vae", "range_samples"),
-    *("embeds", "prompts_from", "size", "frames"),
+    *("embeds", "prompts_from", "size", "frames", "fps"),
 )
 OF_FILES = ("samples", "pictures")
 OF_SCORES = {

@@ -119,7 +119,8 @@ class Process:
         row, model = sampler_named(name), checkpoint.model
         if model.prediction not in row.predictions:
             raise UserError(f"--sampler {name}: {sampling.fitting_samplers(model)}")
-        given = {"eta": self.eta or None, "shift": self.shift, "spacing": self.spacing}
+        given: dict[str, Any] = {"shift": self.shift, "spacing": self.spacing}
+        given["eta"] = self.eta or None
         for option, value in given.items():
             try:
                 row.chosen(**{option: value})

@@ -8,7 +8,13 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from qdit_jax.cli.options import LARGEST_COUNT, AddArgument, positive_int, refuse_inert
+from qdit_jax.cli.options import (
+    LARGEST_COUNT,
+    AddArgument,
+    positive_float,
+    positive_int,
+    refuse_inert,
+)
 from qdit_jax.cli.paths import path_option
 from qdit_jax.errors import UserError
 from qdit_jax.files import PathLike
@@ -18,6 +24,7 @@ if TYPE_CHECKING:
     from qdit_jax.types import Condition
 
 WHOLE = re.compile("[0-9]+")
+CLIPS = (".gif", ".mp4")
 Size = tuple[int, int]
 
 
@@ -46,6 +53,11 @@ def add_size(add: AddArgument) -> None:
         "pixels), else of latents (the network's own)",
     )
     add("--frames", type=positive_int, help="frames of a video (the network's own)")
+    add(
+        "--fps",
+        type=positive_float,
+        help="frames per second: of clips (8), and for networks that take it beside the prompt",
+    )
 
 
 def size_option(text: str) -> Size:
@@ -93,14 +105,42 @@ class Inputs:
         if embeds is None:
             refuse_inert(options, {"prompts_from": None}, "it chooses prompts of --embeds")
             check_needs_no_embeds(checkpoint, path)
+            if not is_clip(options):
+                refuse_inert(
+                    {"fps": options.get("fps")}, {"fps": None}, "it goes with prompts or a clip"
+                )
             return cls(shape=shape)
         text = options["prompts_from"]
         rows = None if text is None else chosen_rows(text, "--prompts-from", "a row")
         try:
-            found = read_conditions(embeds, checkpoint.model, rows)
+            found = read_conditions(embeds, rows=rows)
         except UserError as error:
             raise UserError(f"--embeds {error}") from None
-        return cls(found.condition, found.prompts, shape)
+        condition = fitted(found.condition, checkpoint, shape, options, f"--embeds {embeds}")
+        return cls(condition, found.prompts, shape)
+
+
+def fitted(
+    condition: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    shape: tuple[int, ...] | None,
+    options: Mapping[str, Any],
+    source: str,
+) -> dict[str, Any]:
+    """Returns a condition with sizes where the network takes them, checked; `source` names it."""
+    from qdit_jax.sampling import check_entries, with_sizes
+
+    fps = options.get("fps")
+    if fps is not None and is_clip(options):
+        taken = checkpoint.model.example_condition(1)
+        takes = isinstance(taken, Mapping) and "fps" in taken and "fps" not in condition
+        fps = fps if takes else None  # it is the clip's
+    return check_entries(checkpoint.model, with_sizes(checkpoint, condition, shape, fps), source)
+
+
+def is_clip(options: Mapping[str, Any]) -> bool:
+    """Returns whether a clip is written."""
+    return getattr(options.get("out"), "suffix", None) in CLIPS
 
 
 def check_needs_no_embeds(checkpoint: Checkpoint, path: PathLike) -> None:

@@ -40,7 +40,7 @@ ROUNDINGS = {"nearest": "rtn", "gptq-authors": "qdit_release"}
 # Options of a method that learns from inputs, with their defaults: how they are sampled, ...
 OF_SAMPLING = {
     **{"num_samples": 32, "steps": 50, "guidance": 1.5, "seed": 0},
-    **{"embeds": None, "prompts_from": None, "size": None, "frames": None},
+    **{"embeds": None, "prompts_from": None, "size": None, "frames": None, "fps": None},
 }
 # ... and how it is fitted to them.
 OF_FITTING = {

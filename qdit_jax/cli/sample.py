@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qdit_jax.cli.numerics_option import add_dtype, add_numerics
 from qdit_jax.cli.options import (
     LARGEST_COUNT,
+    AddArgument,
     SubParsers,
     positive_int,
     refuse_inert,
@@ -20,7 +21,7 @@ from qdit_jax.cli.options import (
 )
 from qdit_jax.cli.paths import path_option
 from qdit_jax.cli.process import Process, add_process
-from qdit_jax.cli.prompts_option import Inputs, add_embeds, add_size
+from qdit_jax.cli.prompts_option import CLIPS, Inputs, add_embeds, add_size
 from qdit_jax.errors import UserError
 from qdit_jax.files import AnyPath
 
@@ -46,7 +47,6 @@ EXAMPLE = """examples:
   qdit sample pixart --prompt "a cat" --text-encoders PixArt-XL-2-512x512/
 """
 WHOLE = re.compile("[0-9]+")
-CLIPS = (".gif", ".mp4")
 DEFAULT_COUNT = 8
 
 
@@ -67,18 +67,7 @@ def add_parser(subparsers: SubParsers) -> None:
         help="a .png of all samples (of videos, a row of frames each), an .npz with arr_0, uint8 [N, H, "
         "W, C] or [N, T, H, W, C], or a clip of videos: .gif, .mp4 (%(default)s)",
     )
-    add(
-        "--labels",
-        help="classes such as 207,360 or 0-9, cycled over the samples (default: all classes)",
-    )
-    add_embeds(add)
-    add("--prompt", action="append", help="a prompt, embedded first; may be given several times")
-    add(
-        "--text-encoders",
-        type=path_option,
-        metavar="DIR",
-        help="of --prompt: the diffusers folder whose text encoders embed it (needs the extra [text])",
-    )
+    add_conditions(add)
     add(
         "--num-samples",
         type=positive_int,
@@ -115,6 +104,22 @@ def add_parser(subparsers: SubParsers) -> None:
     parser.set_defaults(run=run, resumes=lambda args: True)
 
 
+def add_conditions(add: AddArgument) -> None:
+    """Adds the options of what is sampled."""
+    add(
+        "--labels",
+        help="classes such as 207,360 or 0-9, cycled over the samples (default: all classes)",
+    )
+    add_embeds(add)
+    add("--prompt", action="append", help="a prompt, embedded first; may be given several times")
+    add(
+        "--text-encoders",
+        type=path_option,
+        metavar="DIR",
+        help="of --prompt: the diffusers folder whose text encoders embed it (needs the extra [text])",
+    )
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Samples, decodes and writes; prints and returns what was written and how long it took."""
     from qdit_jax.checkpoint import dtype_of
@@ -125,7 +130,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_output(args.out, args.columns, args.force, [args.checkpoint, args.vae, args.embeds])
     process = Process.of(vars(args))
     checkpoint = with_autoencoder(diffusion_checkpoint(args.checkpoint, args.dtype), args.vae)
-    chosen = conditions_of(args, checkpoint)
+    chosen = conditions_of(vars(args), checkpoint)
     job = SampleFile(
         checkpoint,
         process.sampler_of(checkpoint, chosen.shape),
@@ -146,7 +151,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(text)
     start = time.perf_counter()
     with Bar(count, "sample", "sampling", resumes=True) as bar:
-        job.write(args.out, columns=args.columns, force=args.force, progress_fn=bar.update)
+        job.write(
+            args.out, columns=args.columns, force=args.force, fps=args.fps, progress_fn=bar.update
+        )
     seconds = time.perf_counter() - start
     settings = {
         "sampler": type(job.sampler).__name__,
@@ -165,7 +172,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {**found, **settings, "seconds_with_compilation": seconds}
 
 
-def conditions_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Inputs:
+def conditions_of(options: Mapping[str, Any], checkpoint: Checkpoint) -> Inputs:
     """Returns what is sampled: labels, embeddings of a file or of prompts, or nothing; and its size.
 
     Raises:
@@ -173,19 +180,20 @@ def conditions_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Inputs:
     """
     import numpy as np
 
-    options, model = vars(args), checkpoint.model
+    path, model = options["checkpoint"], checkpoint.model
     classes = model.all_conditions()
     if classes is None:
-        reason = f"{args.checkpoint} takes no class labels"
+        reason = f"{path} takes no class labels"
         refuse_inert(options, {"labels": None}, reason)
-    if args.prompt or args.text_encoders is not None:
+    if options["prompt"] or options["text_encoders"] is not None:
         from qdit_jax.cli.embed_run import embedded_prompts
 
         return embedded_prompts(options, checkpoint)
-    found = Inputs.of(options, checkpoint, args.checkpoint)
+    found = Inputs.of(options, checkpoint, path)
     if found.conditions is not None or classes is None:
         return found
-    labels = chosen_labels(args.labels, args.num_samples, len(np.asarray(classes)))
+    given = (options["labels"], options["num_samples"])
+    labels = chosen_labels(*given, len(np.asarray(classes)))
     model.check_condition(labels)
     return dataclasses.replace(found, conditions=labels)
 

@@ -128,8 +128,10 @@ class Job:
         """Returns what transforms and branches are fitted to; None has it sampled."""
         if self.items is not None:
             return CalibrationData(items=Items.load(self.items))
-        given = {"conditions": self.rollouts.conditions, "shape": self.rollouts.shape}
-        return None if given == {"conditions": None, "shape": None} else CalibrationData(**given)
+        conditions, shape = self.rollouts.conditions, self.rollouts.shape
+        if conditions is None and shape is None:
+            return None
+        return CalibrationData(conditions=conditions, shape=shape)
 
     def objective_fn(self) -> str | FeatureDistance:
         """Returns the objective's name, or the Fréchet distance from the reference given."""
@@ -146,7 +148,7 @@ class Job:
         rollouts, model = self.rollouts, self.checkpoint.model
         rollout = rollouts.rollout(self.checkpoint, guided=self.method != "qdit-release")
         key = jax.random.split(jax.random.key(self.seed))[0]
-        given = {"conditions": rollouts.conditions, "shape": rollouts.shape}
+        given: dict[str, Any] = {"conditions": rollouts.conditions, "shape": rollouts.shape}
         data = seeds(model, key, rollouts.num_batches, rollouts.batch_size, **given)
         return frechet_objective(self.checkpoint, rollout, data, features_fn, reference.pool)
 

@@ -131,8 +131,8 @@ def multistep_timesteps(
     elif spacing == "leading":
         found = np.arange(steps, 0, -1) * (num_timesteps // (steps + 1)) + offset
     else:
-        found = np.arange(num_timesteps, 0, -num_timesteps / steps)[:steps]
-        found = found.round().astype(np.int64) - 1
+        falling = np.arange(num_timesteps, 0, -num_timesteps / steps)[:steps]
+        found = falling.round().astype(np.int64) - 1
     if found[0] >= num_timesteps:
         raise ValueError(
             f"steps={steps} with steps_offset={offset} lead to timestep {found[0]}, but the last is "

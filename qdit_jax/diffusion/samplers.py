@@ -40,7 +40,7 @@ from qdit_jax.diffusion.posterior import (
 )
 from qdit_jax.diffusion.respacing import respaced
 from qdit_jax.diffusion.schedules import Schedule, linear_betas
-from qdit_jax.types import AnyArray, Condition, Scalar, Tree
+from qdit_jax.types import AnyArray, Condition, Scalar
 
 Row = TypeVar("Row")  # a pytree of coefficients
 
@@ -56,7 +56,7 @@ class Step(NamedTuple):
     output: Array
     x0: Array
     x_next: Array
-    state: Tree | None = None
+    state: Any = None
 
 
 @runtime_checkable
@@ -94,7 +94,7 @@ class MultistepSampler(Protocol[Row]):
     def stochastic(self) -> bool:
         """Whether steps need noise."""
 
-    def initial_state(self, x: Latents) -> Tree:
+    def initial_state(self, x: Latents) -> Any:
         """Returns the state before the first step from `x`, of the shapes that every step has."""
 
     def step(
@@ -104,7 +104,7 @@ class MultistepSampler(Protocol[Row]):
         condition: Condition,
         row: Row,
         noise: Latents | None,
-        state: Tree,
+        state: Any,
     ) -> Step:
         """Returns one iteration from `x` and `state`, the next state in it."""
 
@@ -112,7 +112,7 @@ class MultistepSampler(Protocol[Row]):
 Sampler: TypeAlias = SingleStepSampler | MultistepSampler
 
 
-def initial_state(sampler: Sampler, x: Latents) -> Tree | None:
+def initial_state(sampler: Sampler, x: Latents) -> Any:
     """Returns what a sampler remembers before its first step from `x`; None if nothing ever."""
     return sampler.initial_state(x) if isinstance(sampler, MultistepSampler) else None
 
@@ -121,9 +121,9 @@ def take_step(
     sampler: Sampler,
     denoise_fn: DenoiseFn,
     x: Latents,
-    state: Tree | None,
+    state: Any,
     condition: Condition,
-    row: Tree,
+    row: Any,
     noise: Latents | None,
 ) -> Step:
     """Returns one iteration of any sampler from `x` and what it remembers, see `initial_state`."""

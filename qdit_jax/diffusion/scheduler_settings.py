@@ -117,13 +117,13 @@ FLOW = {
 MULTISTEP_SPACING = SPACING | {
     "timestep_spacing": Setting("text", ("leading", "trailing", "linspace"), default="linspace")
 }
-NO_SIGMAS = {
+NO_SIGMAS: dict[str, tuple[Any, ...]] = {
     name: (False,)
     for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 }
 # The settings of a solver that is kept, beside its class's defaults; diffusers takes the names of
 # other solvers' types for its own.
-DPM_SOLVER = NO_SIGMAS | {
+DPM_SOLVER: Mapping[str, tuple[Any, ...]] = NO_SIGMAS | {
     "algorithm_type": ("dpmsolver++", "deis"),
     "solver_order": (2,),
     "solver_type": ("midpoint", "logrho", "bh1", "bh2"),
@@ -131,7 +131,7 @@ DPM_SOLVER = NO_SIGMAS | {
     "lambda_min_clipped": (-math.inf, None),
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
 }
-UNIPC = NO_SIGMAS | {
+UNIPC: Mapping[str, tuple[Any, ...]] = NO_SIGMAS | {
     "solver_order": (2,),
     "solver_type": ("bh2", "midpoint", "heun", "logrho"),
     "predict_x0": (True,),

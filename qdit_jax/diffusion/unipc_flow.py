@@ -95,9 +95,8 @@ class UniPC:
         )
         x_next = row.x_weight * corrected + row.m_weight * data + row.change * (state.data - data)
         output = velocity if self.velocity_to == "data" else -velocity
-        after = UniPCState(corrected, data, state.data)
-        after = jax.tree.map(lambda leaf: leaf.astype(x.dtype), after)
-        return Step(x, row.timestep, output, data, x_next, after)
+        after = UniPCState(*(jnp.asarray(a, x.dtype) for a in (corrected, data, state.data)))
+        return Step(x, row.timestep, output, data, jnp.asarray(x_next), after)
 
 
 def unipc(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -21,17 +22,18 @@ from qdit_jax.diffusion.coefficients import FlowRow, in_sampling_order
 from qdit_jax.diffusion.posterior import DenoiseFn, Latents
 from qdit_jax.diffusion.samplers import Step, evaluated
 from qdit_jax.errors import check_counts
-from qdit_jax.types import AnyArray, Condition, Numbers
+from qdit_jax.types import Condition, Numbers
 
 # (velocity_fn, x, velocity, condition, row) -> x at the interval's end; velocity_fn and row in time
 # from 0 at noise to 1 at the data
 SolveFn = Callable[[DenoiseFn, Latents, Latents, Condition, FlowRow], Latents]
 FlowTimes = tuple[float, float]  # a network's time at noise, and at the data
+Times = TypeVar("Times", np.ndarray, Array)  # [S], or [B] in the loop
 SIT_TIMES: FlowTimes = (0.0, 1.0)
 DIRECTIONS = ("data", "noise")
 
 
-def timesteps_of(times: Float[AnyArray, " S"], flow_times: FlowTimes) -> Float[AnyArray, " S"]:
+def timesteps_of(times: Times, flow_times: FlowTimes) -> Times:
     """Returns a network's timesteps at `times`, which run from 0 at noise to 1 at the data."""
     at_noise, at_data = flow_times
     return at_noise + (at_data - at_noise) * times

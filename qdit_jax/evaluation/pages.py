@@ -101,17 +101,17 @@ def compared_pictures(run: Run, contenders: Sequence[Contender]) -> Image.Image 
         if found is None:
             return None
         images.append(found)
-    columns = None
+    columns: int | None = None
     if is_video(images[0]):
+        columns = len(frame_numbers(images[0].shape[1]))
         images = [frame_rows(videos[:NUM_VIDEOS])[0] for videos in images]
-        columns = len(frame_numbers(found.shape[1]))
     groups = {contenders[0].title: images[0]}
     for contender, shown in zip(contenders[1:], images[1:], strict=True):
         difference, gain = difference_images(images[0], shown)
         groups[contender.title] = shown
         of = f" ({contender.title})" if len(images) > 2 else ""
         groups[f"difference x{gain}{of}"] = difference
-    scale = max(1, 48 // images[0].shape[1])
+    scale = max(1, 48 // images[0].shape[-3])
     return side_by_side(groups, columns=columns, scale=scale)
 
 

@@ -30,7 +30,7 @@ from qdit_jax.evaluation.store import (
     write_shard,
 )
 from qdit_jax.files import AnyPath, check_space, is_remote, remove_folder
-from qdit_jax.report import CLIPS, frame_rows, is_video, save_clip, save_grid, to_uint8
+from qdit_jax.report import CLIPS, FPS, frame_rows, is_video, save_clip, save_grid, to_uint8
 from qdit_jax.sampling import (
     checked_batch_size,
     decode,
@@ -94,6 +94,7 @@ class SampleFile:
         out: AnyPath,
         *,
         columns: int | None = None,
+        fps: float | int | None = None,
         force: bool = False,
         progress_fn: Callable[[int], Any] = lambda count: None,
     ) -> None:
@@ -105,7 +106,8 @@ class SampleFile:
         A run that was stopped resumes from the folder `.NAME.unfinished`, removed on success.
 
         Args:
-            columns: pictures per row of the grid.
+            columns: pictures per row of the grid, videos per row of a clip.
+            fps: frames per second of a clip.
             force: start from scratch if the folder holds a run with other settings.
             progress_fn: called with the number of samples just done, first with those on disk.
 
@@ -125,9 +127,9 @@ class SampleFile:
             images = first_samples(folder, ranges, "images", self.count)
             assert images is not None, "the batches of a grid hold images"
             scale = -(-SMALLEST_CELL // images.shape[-3])
-            labels = self.captions()
+            labels: list[str] | None = self.captions()
             if out.suffix in CLIPS:
-                save_clip(out, images, columns=columns, labels=labels, scale=scale)
+                save_clip(out, images, fps=fps or FPS, columns=columns, labels=labels, scale=scale)
                 return
             if is_video(images):
                 images, columns, labels = frame_rows(images, labels)

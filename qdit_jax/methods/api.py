@@ -6,7 +6,6 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from functools import partial
 from importlib import import_module
 from typing import Any, overload
 
@@ -166,9 +165,7 @@ def applied(
         own = recipe.within(held)
         if own is not None:
             mine = items.only(numbers == number)
-            held = applied(
-                method, alone, held, own, dataclasses.replace(data, items=mine), report
-            )
+            held = applied(method, alone, held, own, dataclasses.replace(data, items=mine), report)
         parts.append(held)
     return merged(parts)
 
@@ -229,14 +226,20 @@ def check(method: Method, checkpoint: Checkpoint, recipe: Recipe, data: Calibrat
 
 def takes(checkpoint: Checkpoint, items: Items) -> bool:
     """Returns whether the network takes inputs of another size, or without optional entries."""
-    apply = partial(checkpoint.model.apply, {"params": checkpoint.params})
-    x, timestep, condition = items.taken(slice(0, 1))
+    inputs = items.taken(slice(0, 1))
+    x, _, condition = inputs
     wanted = checkpoint.model.sample_shape()
     if x.ndim - 1 != len(wanted) or x.shape[-1] != wanted[-1]:
         return False
     try:
         checkpoint.model.check_condition(condition)
-        jax.eval_shape(apply, x, timestep, condition)
+        jax.eval_shape(
+            lambda params, *given: checkpoint.model.apply({"params": params}, *given),
+            jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), checkpoint.params
+            ),
+            *inputs,
+        )
     except Exception:  # whatever it says, it does not take them
         return False
     return True

@@ -11,6 +11,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from qdit_jax.models.family import Family, Fold, Producer
+from qdit_jax.models.wan_families import WAN_FAMILIES
 from qdit_jax.types import Params
 
 SHIFT_SCALE_GATE = ("shift", "scale", "gate")
@@ -23,36 +24,15 @@ SMALL_DIT = {
     "num_heads": 2,
     "num_classes": 5,
 }
-
-SMALL_WAN = {
-    "sample_size": [2, 4, 4],
-    "in_channels": 4,
-    "hidden_size": 32,
+SMALL_PIXART = {
+    "sample_size": 4,
+    "hidden_size": 24,
     "depth": 2,
     "num_heads": 2,
-    "ffn_width": 48,
-    "freq_width": 32,
-    "text_width": 12,
+    "mlp_width": 48,
     "text_length": 6,
+    "text_width": 16,
 }
-SMALL_WAN_VAE = {
-    "base_dim": 4,
-    "decoder_base_dim": 4,
-    "z_dim": 2,
-    "dim_mult": [1, 2],
-    "num_res_blocks": 1,
-    "temporal_downsample": [True],
-    "latents_mean": [0.1, -0.2],
-    "latents_std": [1.5, 2.0],
-}
-RESIDUAL_WAN_VAE = {
-    "dim_mult": [2, 2],
-    "in_channels": 12,
-    "out_channels": 12,
-    "residual": True,
-    "patch_size": 2,
-}
-OF_EXPERT = "(?:(?:high|low)/)?"  # begins the paths of a network with two experts
 
 FAMILIES: dict[str, Family] = {
     row.name: row
@@ -109,34 +89,51 @@ FAMILIES: dict[str, Family] = {
             ),
         ),
         Family(
-            name="wan",
-            network="qdit_jax.models.wan:Wan",
-            block=rf"{OF_EXPERT}blocks_\d+",
+            name="pixart",
+            network="qdit_jax.models.pixart:PixArt",
+            block=r"blocks_\d+",
             parts={
-                "blocks": rf"{OF_EXPERT}blocks_\d+/(self_attn/(qkv|o)|cross_attn/(q|kv|o)|ffn_[02])",
-                "adaln": rf"{OF_EXPERT}time_projection_1",
-                "embedders": rf"{OF_EXPERT}(patch_embedding|(text|time)_embedding_[02])",
-                "final": rf"{OF_EXPERT}head/head",
+                "blocks": (
+                    r"blocks_\d+/(attn(_sr)?/(qkv|proj)|cross_attn/(q_linear|kv_linear|proj)|"
+                    r"mlp/(fc1|fc2))"
+                ),
+                "adaln": "t_block",
+                "embedders": (
+                    r"x_embedder/proj|(t|csize|ar)_embedder/mlp_\d|y_embedder/y_proj/fc\d"
+                ),
+                "final": r"final_layer/linear",
             },
             attention={
-                "self_attention": rf"{OF_EXPERT}blocks_\d+/self_attn",
-                "cross_attention": rf"{OF_EXPERT}blocks_\d+/cross_attn",
+                "self_attention": r"blocks_\d+/attn(_sr)?",
+                "cross_attention": r"blocks_\d+/cross_attn",
             },
             rounded_first="adaln",
             outputs={
-                rf"{OF_EXPERT}blocks_\d+/self_attn/qkv": ("q", "k", "v"),
-                rf"{OF_EXPERT}blocks_\d+/cross_attn/kv": ("k", "v"),
-            },
-            folds=(
-                Fold(rf"({OF_EXPERT}blocks_\d+)/self_attn/o", (Producer(r"\1/self_attn/qkv", "v"),)),
-                Fold(rf"({OF_EXPERT}blocks_\d+)/cross_attn/o", (Producer(r"\1/cross_attn/kv", "v"),)),
-                Fold(
-                    rf"({OF_EXPERT}blocks_\d+)/cross_attn/q",
-                    (Producer(r"\1/norm3", weight="scale"),),
+                "t_block": (
+                    *(f"{name}_attn" for name in SHIFT_SCALE_GATE),
+                    *(f"{name}_mlp" for name in SHIFT_SCALE_GATE),
                 ),
+                r"blocks_\d+/attn(_sr)?/qkv": ("q", "k", "v"),
+                r"blocks_\d+/cross_attn/kv_linear": ("k", "v"),
+            },
+            # The modulation is shared by all blocks, a compressed v is normalized, and q_linear reads
+            # the residual stream: nothing passes through those.
+            folds=(
+                Fold(r"(blocks_\d+)/attn/proj", (Producer(r"\1/attn/qkv", "v"),)),
+                Fold(r"(blocks_\d+)/cross_attn/proj", (Producer(r"\1/cross_attn/kv_linear", "v"),)),
             ),
-            gelu_inputs=rf"{OF_EXPERT}blocks_\d+/ffn_2",
-            examples=(SMALL_WAN, {**SMALL_WAN, "depth": 1, "boundary": 500.0}),
+            gelu_inputs=r"blocks_\d+/mlp/fc2",
+            examples=(
+                {**SMALL_PIXART, "stored_positions": True},
+                {**SMALL_PIXART, "size_conditions": True, "interpolation_scale": 2.0},
+                {
+                    **SMALL_PIXART,
+                    "sample_size": 8,
+                    "qk_norm": True,
+                    "kv_compression": [1, 2],
+                    "learn_sigma": False,
+                },
+            ),
         ),
         Family(
             "vae",
@@ -144,12 +141,7 @@ FAMILIES: dict[str, Family] = {
             is_diffusion=False,
             examples=({"block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4},),
         ),
-        Family(
-            "wan-vae",
-            "qdit_jax.models.wan_vae:WanAutoencoder",
-            is_diffusion=False,
-            examples=(SMALL_WAN_VAE, {**SMALL_WAN_VAE, **RESIDUAL_WAN_VAE}),
-        ),
+        *WAN_FAMILIES,
         Family("inception", "qdit_jax.models.inception:InceptionV3", is_diffusion=False),
     )
 }

@@ -79,9 +79,7 @@ class WanAutoencoder(nn.Module):
         temporal, residual = tuple(self.temporal_downsample), self.residual
         shared = (self.num_res_blocks, temporal)
         self.encoder = Encoder(down, *shared, 2 * self.z_dim, residual)
-        self.decoder = Decoder(
-            up, self.num_res_blocks, temporal[::-1], self.out_channels, residual
-        )
+        self.decoder = Decoder(up, self.num_res_blocks, temporal[::-1], self.out_channels, residual)
         self.quant_conv = Linear(2 * self.z_dim)
         self.post_quant_conv = Linear(self.z_dim)
 

@@ -87,7 +87,11 @@ class Recipe:
         self = self.bound(params)
         layers = layer_paths(params)
         operands = operand_names(operand_paths(params), layers)
-        names = [*layers, *table_paths(params), *(n for called in operands.values() for n in called)]
+        names = [
+            *layers,
+            *table_paths(params),
+            *(n for called in operands.values() for n in called),
+        ]
         kept = tuple(rule for rule in self.rules if any(map(rule.matches, names)))
         if all(rule.spec == LayerSpec() for rule in kept):
             return None

@@ -2,6 +2,7 @@
 
 from qdit_jax.report.clips import (
     CLIPS,
+    FPS,
     check_clip,
     frame_numbers,
     frame_rows,
@@ -33,6 +34,7 @@ from qdit_jax.report.provenance import provenance, provenance_text
 
 __all__ = [
     "CLIPS",
+    "FPS",
     "GROUP_SIZE",
     "block_layers",
     "check_clip",

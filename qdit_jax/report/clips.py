@@ -64,7 +64,7 @@ def save_clip(
     path: PathLike,
     videos: AnyArray,
     *,
-    fps: float = FPS,
+    fps: float | int = FPS,
     columns: int | None = None,
     labels: Sequence[str] | None = None,
     scale: int = 1,
@@ -96,7 +96,7 @@ def save_clip(
             write_mp4(temporary, pictures, fps)
 
 
-def write_mp4(path: PathLike, pictures: Sequence[Image.Image], fps: float) -> None:
+def write_mp4(path: PathLike, pictures: Sequence[Image.Image], fps: float | int) -> None:
     """Writes pictures as a film in H.264; its sides are cut to even numbers, as that needs."""
     import imageio.v2 as imageio
 

@@ -48,7 +48,7 @@ from qdit_jax.sampling.own_samplers import (
     sampler_timesteps,
 )
 from qdit_jax.sampling.running import running_params
-from qdit_jax.sampling.sizes import size_unit, sized_shape
+from qdit_jax.sampling.sizes import size_unit, sized_shape, with_sizes
 
 __all__ = [
     "DEFAULT_GUIDANCE",
@@ -93,5 +93,6 @@ __all__ = [
     "size_unit",
     "sized_shape",
     "takes_embedded_guidance",
+    "with_sizes",
     "write_conditions",
 ]

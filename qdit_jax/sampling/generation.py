@@ -129,8 +129,10 @@ class EmbeddedGuidance:
         """
         self.denoise_fn.check_condition(self.filled(condition))
         given = condition.get("guidance") if isinstance(condition, Mapping) else None
-        known = isinstance(self.scale, int | float) and self.scale != DEFAULT_GUIDANCE
-        if given is not None and known and is_concrete(given) and (given != self.scale).any():
+        if given is None or not all(is_concrete(jnp.asarray(a)) for a in (given, self.scale)):
+            return
+        scale = np.asarray(self.scale)
+        if (scale != DEFAULT_GUIDANCE).any() and (np.asarray(given) != scale).any():
             raise ValueError(
                 f"guidance={self.scale}, but the condition has an entry guidance of other values; "
                 "give one of both."
@@ -172,7 +174,7 @@ def denoiser(
             f"guidance={guidance} needs a null class, which this model was trained without; "
             "use guidance=None."
         )
-    return diffusion.guided(plain, guidance, channels=channels)
+    return diffusion.guided(plain, cast(Any, guidance), channels=channels)
 
 
 @jax.jit(static_argnames=("shape",))

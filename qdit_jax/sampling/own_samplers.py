@@ -79,7 +79,7 @@ def checkpoint_sampler(
     if not row.spacings:
         if not str(steps).isdecimal():
             raise ValueError(f"steps={steps!r}: {name} takes a positive number.")
-        return row.make_fn(int(steps), **(own_levels(model, row, size) | given))
+        return row.make_fn(int(steps), **own_levels(model, row, size, given), **given)
     if "variance_fn" in row.options:
         given["variance_fn"] = variance_fn
     return row.make_fn(steps, predict_fn=diffusion.PREDICT_FNS[model.prediction], **given)
@@ -114,15 +114,19 @@ def units_of(
 
 
 def own_levels(
-    model: nn.Module, row: diffusion.SamplerRow, shape: tuple[int, ...]
+    model: nn.Module, row: diffusion.SamplerRow, shape: tuple[int, ...], given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the shift and the spacing of noise levels that a network says, as options of `row`.
+    """Returns the shift and the spacing of noise levels that a network says, unless they are given.
 
     Raises:
         ValueError: if its shift follows from what it does not tell of a sample.
     """
     if "shift" not in row.options:
         return {}
+    spacing = {"spacing": getattr(model, "flow_spacing", None)}
+    found = {name: value for name, value in spacing.items() if name not in given}
+    if "shift" in given:
+        return found
     shift = getattr(model, "flow_shift", 1.0)
     if shift == "tokens":
         num_tokens = said(model, "num_tokens", shape)
@@ -135,7 +139,7 @@ def own_levels(
             f"this network's flow_shift={model.flow_shift!r} follows from a sample's size, which it "
             "does not tell; give shift."
         )
-    return {"shift": shift, "spacing": getattr(model, "flow_spacing", None)}
+    return {"shift": shift, **found}
 
 
 def said(model: nn.Module, name: str, shape: tuple[int, ...]) -> Any:

@@ -5,13 +5,25 @@ Dimensions: T frames, h, w, Z one latent, H, W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qdit_jax.checkpoint import Checkpoint
+from qdit_jax.sampling.conditions import num_conditions
 from qdit_jax.sampling.decoding import decode, decodes_video
 
 Size = tuple[int, int]
+SIZES = (
+    "size",
+    "aspect_ratio",
+    "height",
+    "width",
+    "fps",
+)  # entries that follow from a sample's size
 
 
 def sized_shape(
@@ -82,6 +94,63 @@ def latent_frames(checkpoint: Checkpoint, frames: int) -> int:
             f"{step} of each further one; use {one + step * max(0, round((frames - one) / step))}."
         )
     return 1 + (frames - one) // step
+
+
+def with_sizes(
+    checkpoint: Checkpoint,
+    condition: Mapping[str, Any],
+    shape: Sequence[int] | None = None,
+    fps: float | int | None = None,
+) -> dict[str, Any]:
+    """Returns a condition with the sizes that the network takes and the condition lacks.
+
+    They are those of what comes out, in pixels: `size` (rows, columns), `aspect_ratio` (rows by columns),
+    `height`, `width`; and `fps`, if it is given.
+
+    Args:
+        shape: of one sample of the network; its own by default.
+
+    Raises:
+        ValueError: if pixels are unknown, `fps` is missing, or it is given beside the condition's own or
+            to a network that takes none.
+    """
+    taken = checkpoint.model.example_condition(1)
+    wanted = [n for n in SIZES if isinstance(taken, Mapping) and n in taken and n not in condition]
+    if fps is not None and "fps" not in wanted:
+        why = "the conditions have their own" if "fps" in condition else "this network takes none"
+        raise ValueError(f"fps={fps:g} has no effect: {why}; leave it out.")
+    if not wanted:
+        return dict(condition)
+    found = dict(condition)
+    if "fps" in wanted:
+        if fps is None:
+            raise ValueError(
+                "fps=None: this network takes frames per second; give fps, such as 24."
+            )
+        found["fps"] = same_rows(condition, [fps])[:, 0]
+        wanted.remove("fps")
+    if wanted and checkpoint.vae is None:
+        raise ValueError(
+            f"the condition lacks {', '.join(wanted)}, of which pixels are counted, and the checkpoint has no "
+            "autoencoder that tells them; write them into the file of conditions, or give one (--vae)."
+        )
+    if wanted:
+        own = checkpoint.model.sample_shape() if shape is None else tuple(shape)
+        *_, rows, columns, _ = decoded_shape(checkpoint, own)
+        both = same_rows(condition, [rows, columns])
+        values = {
+            "size": both,
+            "aspect_ratio": both[:, :1] / both[:, 1:],
+            "height": both[:, 0],
+            "width": both[:, 1],
+        }
+        found |= {name: values[name] for name in wanted}
+    return found
+
+
+def same_rows(condition: Mapping[str, Any], values: Sequence[float | int]) -> np.ndarray:
+    """Returns the values for each of the conditions, float32."""
+    return np.tile(np.array(values, np.float32), (num_conditions(condition) or 1, 1))
 
 
 def decoded_shape(checkpoint: Checkpoint, shape: tuple[int, ...]) -> tuple[int, ...]:

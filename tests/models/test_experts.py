@@ -63,7 +63,11 @@ def inputs(timesteps):
     rng = np.random.default_rng(1)
     x = rng.standard_normal((len(timesteps), *Wan(**CONFIG).sample_shape()))
     text = rng.standard_normal((len(timesteps), 6, 12))
-    return jnp.asarray(x, jnp.float32), jnp.asarray(timesteps, jnp.float32), {"text": jnp.asarray(text)}
+    return (
+        jnp.asarray(x, jnp.float32),
+        jnp.asarray(timesteps, jnp.float32),
+        {"text": jnp.asarray(text)},
+    )
 
 
 def outputs(model, params, given):
@@ -157,14 +161,14 @@ def test_each_expert_is_fitted_to_its_own_inputs(full, items):
     recipe = qdit.Recipe.preset("w4a8", full, layers=LAYERS, group_size=16)
     quantized = qdit.quantize(full, "gptq", recipe, data=data)
     layers = quantized_layers(quantized.params)
-    assert layers == {f"{name}/blocks_0/{p}" for name in ("high", "low") for p in ("ffn_0", "cross_attn/q")}
+    assert layers == {
+        f"{name}/blocks_0/{p}" for name in ("high", "low") for p in ("ffn_0", "cross_attn/q")
+    }
     late = items.timestep < 600
     other = items._replace(x=np.where(late[:, None, None, None, None], 3 * items.x, items.x))
     again = qdit.quantize(full, "gptq", recipe, data=dataclasses.replace(data, items=other))
     for name, same in (("high", True), ("low", False)):
-        one, two = (
-            jax.tree.leaves(found.params[name]) for found in (quantized, again)
-        )
+        one, two = (jax.tree.leaves(found.params[name]) for found in (quantized, again))
         assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True)) == same
     with pytest.raises(ValueError, match="expert 'high' runs at none of the"):
         qdit.quantize(full, "gptq", recipe, data=dataclasses.replace(data, items=items.only(late)))

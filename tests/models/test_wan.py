@@ -129,7 +129,8 @@ def test_every_method_quantizes_its_blocks(full, data, method):
     }
     given = data.items.taken(slice(0, 4))
     exact, coarse = (
-        np.asarray(call(c.model, c.params, *jax.tree.map(jnp.asarray, given))) for c in (full, found)
+        np.asarray(call(c.model, c.params, *jax.tree.map(jnp.asarray, given)))
+        for c in (full, found)
     )
     assert 0 < np.linalg.norm(coarse - exact) / np.linalg.norm(exact) < 0.3
 

@@ -207,7 +207,10 @@ def test_the_autoencoder_is_the_original(pair, golden):
 
 
 def test_a_pipeline_generates_clips(pair):
-    condition = {"text": np.zeros((1, 6, 14), np.float32), "null_text": np.ones((1, 6, 14), np.float32)}
+    condition = {
+        "text": np.zeros((1, 6, 14), np.float32),
+        "null_text": np.ones((1, 6, 14), np.float32),
+    }
     clips = qdit.generate(pair, checkpoint_sampler(pair, 2), condition, guidance=4.0)
     assert clips.shape == (1, 1 + 4, 4 * 8, 6 * 8, 3)
     assert np.abs(clips).max() <= 1

@@ -9,8 +9,8 @@ import pytest
 from tiny_models import random_params
 
 import qdit_jax as qdit
-from qdit_jax.models import WanAutoencoder
-from qdit_jax.models.families import RESIDUAL_WAN_VAE, SMALL_WAN_VAE, build_model
+from qdit_jax.models import WanAutoencoder, build_model
+from qdit_jax.models.wan_families import RESIDUAL_WAN_VAE, SMALL_WAN_VAE
 
 KINDS = {"wan 2.1": {}, "wan 2.2 5B": RESIDUAL_WAN_VAE}
 
