@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,7 @@ def fields_of(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) 
         UserError: if a tensor that settles a size is missing, or config.json contradicts the shapes.
     """
     base, channels, *_ = shape_of(tensors, "encoder.conv_in.weight", 5)
-    widest, z_dim, *_ = shape_of(tensors, "decoder.conv_in.weight", 5)
+    _, z_dim, *_ = shape_of(tensors, "decoder.conv_in.weight", 5)
     out, finest, *_ = shape_of(tensors, "decoder.conv_out.weight", 5)
     mult, temporal = levels_of(tensors, settings, finest)
     decoder_base = settings["decoder_base_dim"] or finest // mult[0]
@@ -149,7 +150,7 @@ def vae_leaves(fields: Mapping[str, Any]) -> list[Leaf]:
         *ends("decoder", up[-1], fields["out_channels"]),
     ]
     number = 0
-    for i, (before, after) in enumerate(zip(down, down[1:], strict=False)):
+    for i, (before, after) in enumerate(pairwise(down)):
         for j in range(blocks):
             key = (
                 f"encoder.down_blocks.{i}.resnets.{j}"
@@ -167,7 +168,7 @@ def vae_leaves(fields: Mapping[str, Any]) -> list[Leaf]:
             leaves += picture(f"{key}.resample.1", after, after)
             leaves += causal(f"{key}.time_conv", after, after, (3, 1, 1)) if temporal[i] else []
             number += 1
-    for i, (before, after) in enumerate(zip(up, up[1:], strict=False)):
+    for i, (before, after) in enumerate(pairwise(up)):
         key = f"decoder.up_blocks.{i}"
         halved = before if residual or i == 0 else before // 2
         for j in range(blocks + 1):

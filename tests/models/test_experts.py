@@ -89,7 +89,7 @@ def test_every_sample_is_by_the_expert_of_its_timestep(full):
 
 
 def test_tokens_that_are_given_do_not_choose_the_expert(full):
-    x, timestep, text = inputs([900.0])
+    x, _, text = inputs([900.0])
     tokens = jnp.full((1, 8), 900.0).at[:, :4].set(0.0)
     out = outputs(full.model, full.params, (x, tokens, text))
     high = outputs(*expert_alone(full.model, full.params, "high"), (x, tokens, text))

@@ -199,7 +199,7 @@ def test_settings_that_contradict_the_weights_are_refused(tmp_path):
         with pytest.raises(qdit.UserError, match=told):
             convert(tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(qdit.UserError, match="not a published size.*--num-heads"):
+    with pytest.raises(qdit.UserError, match=r"not a published size.*--num-heads"):
         convert(file)
     checkpoint = convert(file, num_heads=2, input_size=(4, 8))
     assert checkpoint.model.sample_size == (21, 4, 8)
