@@ -304,7 +304,7 @@ class Wan(NetworkModule):
         denoised are at 0.
         """
         latest = timestep.reshape(len(timestep), -1).max(axis=1)
-        return (latest < self.boundary).astype(jnp.int32)
+        return (latest < (self.boundary or 0.0)).astype(jnp.int32)
 
     def padded_text(self, condition: Mapping[str, Array]) -> Float[Array, "B L E"]:
         """Returns the text with `text_length` rows, zeros where there is none."""
@@ -367,7 +367,7 @@ class Wan(NetworkModule):
                 "text_mask [B, L] where rows of it are padding."
             )
         assert isinstance(condition, Mapping)
-        text, mask = np.shape(condition["text"]), np.shape(condition.get("text_mask"))
+        text, mask = (np.shape(condition.get(name, ())) for name in ("text", "text_mask"))
         if len(text) != 3 or text[2] != self.text_width or not 0 < text[1] <= self.text_length:
             raise ValueError(
                 f"text has shape {text}; give [B, L, {self.text_width}] with L up to "
