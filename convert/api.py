@@ -12,12 +12,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 import numpy as np
 
 from qdit_convert.dit import Choices, Told
-from qdit_convert.families import Layout, check_options, find_layout
+from qdit_convert.experts import (
+    AUTHORS_BOUNDARY,
+    AUTHORS_FOLDERS,
+    as_experts,
+    is_pair,
+    one_of_a_pair,
+)
+from qdit_convert.families import check_options, find_layout
 from qdit_convert.folders import is_pipeline, read_config
 from qdit_convert.hub import source
+from qdit_convert.layout import Layout
 from qdit_convert.names import select_network
+from qdit_convert.opened import Network
 from qdit_convert.pipelines import Parts, read_pipeline
-from qdit_convert.plan import Leaf, Params, Plan, build_params, check_plan, same
+from qdit_convert.plan import Leaf, Params, build_params, check_plan, same
 from qdit_convert.readers import open_weights
 from qdit_convert.tensors import StateDict, about, bfloat16
 from qdit_convert.wrappers import RAW
@@ -28,6 +37,7 @@ from qdit_jax.files import is_hub_id
 if TYPE_CHECKING:
     from qdit_jax.checkpoint import Checkpoint
 
+AUTOENCODERS = ("vae", "wan-vae")
 DTYPES = ("float32", "bfloat16", "float16")
 # Called with a network's name, the leaf just read, and the number of leaves in all.
 Progress = Callable[[str, Leaf, int], None]
@@ -88,15 +98,6 @@ class ReadModel(NamedTuple):
     vae: ReadModel | None = None
 
 
-class Network(NamedTuple):
-    """One network of a source, opened and planned, its values not yet read."""
-
-    label: str
-    state: StateDict
-    layout: Layout
-    plan: Plan
-
-
 def read_model(
     src: str | os.PathLike,
     *,
@@ -141,22 +142,42 @@ def open_source(
         raise UserError(f"{src} does not exist.")
     if (src / "model.json").is_file():
         raise UserError(f"{src} is a checkpoint of this library already.")
+    if not is_pipeline(src) and is_pair(src):
+        return [_open_pair(src, family, choices, weights)], {}
     if not is_pipeline(src):
         network = open_network(src, family, choices, weights)
         _check_used(choices, [network])
         folder = src if src.is_dir() else src.parent
-        if network.plan.family != "vae" and is_pipeline(folder.absolute().parent):
+        if network.plan.family not in AUTOENCODERS and is_pipeline(folder.absolute().parent):
             note = "give the folder of the whole pipeline to use its scheduler"
-            network = _noted(network, f"this is one part of a pipeline: {note}")
+            network = network.noted(f"this is one part of a pipeline: {note}")
+        elif one_of_a_pair(folder):
+            network = network.noted("this is one of two experts: give the folder that holds both")
         return [network], {}
     parts = read_pipeline(src)
     factors = Choices(scaling_factor=choices.scaling_factor, shift_factor=choices.shift_factor)
     own = replace(choices, scaling_factor=None, shift_factor=None)
-    networks = [_of_pipeline(open_network(parts.transformer, family, own, weights), parts)]
+    found = [open_network(folder, family, own, weights) for folder in parts.transformers]
+    network = found[0]
+    if parts.boundary is not None:
+        with about(src):
+            network = as_experts(str(src), found, parts.boundary)
+    networks = [_of_pipeline(network, parts)]
     if parts.vae is not None:
-        networks.append(open_network(parts.vae, "vae", factors, weights))
+        networks.append(open_network(parts.vae, parts.row.vae_family, factors, weights))
     _check_used(choices, networks)
     return networks, parts.kept
+
+
+def _open_pair(src: Path, family: str | None, choices: Choices, weights: str | None) -> Network:
+    """Returns the authors' two networks in the folder `src` as one."""
+    found = [open_network(src / name, family, choices, weights) for name in AUTHORS_FOLDERS]
+    with about(src):
+        network = as_experts(str(src), found, AUTHORS_BOUNDARY)
+    return network.noted(
+        f"{AUTHORS_FOLDERS[0]} is run from timestep {AUTHORS_BOUNDARY:g} on, as the authors' "
+        "text-to-video network: no file says it"
+    )
 
 
 def _check_used(choices: Choices, networks: list[Network]) -> None:
@@ -186,10 +207,10 @@ def _of_pipeline(network: Network, parts: Parts) -> Network:
     network = network._replace(plan=replace(network.plan, config=config))
     if parts.left_out:
         names = " and ".join(parts.left_out)
-        network = _noted(network, f"{names} left out: prompts are given as embeddings")
+        network = network.noted(f"{names} left out: prompts are given as embeddings")
     if "scheduler" not in parts.kept:
         note = f"the pipeline has no scheduler: sampled as the published {parts.row.process}"
-        return _noted(network, note)
+        return network.noted(note)
     return _on_process(network, parts.kept["scheduler"])
 
 
@@ -210,11 +231,7 @@ def _on_process(network: Network, settings: dict[str, Any]) -> Network:
     if not scheduler.ignored:
         return network
     names = ", ".join(f"{name}={settings[name]!r}" for name in scheduler.ignored)
-    return _noted(network, f"a {scheduler.class_name} has no {names}: not read, as by diffusers")
-
-
-def _noted(network: Network, note: str) -> Network:
-    return network._replace(plan=replace(network.plan, notes=(*network.plan.notes, note)))
+    return network.noted(f"a {scheduler.class_name} has no {names}: not read, as by diffusers")
 
 
 def open_network(path: Path, family: str | None, choices: Choices, weights: str | None) -> Network:

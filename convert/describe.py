@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from qdit_convert.api import Network, open_source
+from qdit_convert.api import open_source
 from qdit_convert.dit import Choices
 from qdit_convert.families import find_layout
 from qdit_convert.folders import is_pipeline
 from qdit_convert.hub import source
 from qdit_convert.names import select_network
+from qdit_convert.opened import Network
 from qdit_convert.readers import open_weights
 from qdit_convert.tensors import StateDict, StoredTensor
 from qdit_jax.diffusion import process_text, read_scheduler, sampling_text
@@ -53,7 +54,9 @@ def _described(path: Path, weights: str | None) -> dict[str, Any]:
 def _folders(path: Path) -> list[Path]:
     if not is_pipeline(path):
         return [path]
-    return [path / part for part in ("transformer", "vae") if (path / part).is_dir()]
+    return [
+        path / part for part in ("transformer", "transformer_2", "vae") if (path / part).is_dir()
+    ]
 
 
 def _told(state: StateDict) -> dict[str, Any]:

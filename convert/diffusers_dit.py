@@ -23,6 +23,7 @@ from qdit_convert.dit import (
     label_config,
     num_heads,
     out_channels,
+    rows_and_columns,
 )
 from qdit_convert.plan import (
     Example,
@@ -63,7 +64,7 @@ def diffusers_plan(state: StateDict, choices: Choices, config: Mapping[str, Any]
         raise UserError(
             "this layout does not store the image size; pass --input-size, as 32 for 256 pixels."
         )
-    rows, columns = (size, size) if isinstance(size, int) else (*size, 0)[:2]
+    rows, columns = rows_and_columns(size)
     tokens = (rows // sizes.patch_size) * (columns // sizes.patch_size)
     result = dit_config(sizes, num_heads(sizes, choices))
     result |= {"frequency_shift": 1, "mlp_norm_eps": float(settings["norm_eps"])}

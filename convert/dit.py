@@ -342,6 +342,18 @@ def label_config(rows: int, num_classes: int | None) -> dict[str, Any]:
     return {"num_classes": num_classes, "null_class": num_classes == rows - 1}
 
 
+def rows_and_columns(size: int | tuple[int, ...]) -> tuple[int, int]:
+    """Returns the rows and columns of a picture's latent; raises `UserError` for more numbers."""
+    if isinstance(size, int):
+        return size, size
+    if len(size) != 2:
+        raise UserError(
+            f"input_size={shape_text(size)} has {len(size)} numbers; this network takes rows, or "
+            "rows and columns."
+        )
+    return size[0], size[1]
+
+
 def input_size(
     num_tokens: int, patch: int, stated: int | tuple[int, ...] | None
 ) -> int | tuple[int, int]:
@@ -353,12 +365,7 @@ def input_size(
                 f"{num_tokens} positions make no square; pass --input-size ROWS COLUMNS of the latent."
             )
         return side * patch
-    numbers = (stated, stated) if isinstance(stated, int) else stated
-    if len(numbers) != 2:
-        raise UserError(
-            f"input_size={shape_text(numbers)} of a network for pictures; give ROWS COLUMNS."
-        )
-    rows, columns = numbers
+    rows, columns = rows_and_columns(stated)
     if (
         rows < 1
         or columns < 1

@@ -10,7 +10,9 @@ from collections import Counter
 from dataclasses import replace
 from typing import NamedTuple
 
-from qdit_convert.families import NAMINGS, Layout, serves, unsupported_title
+from qdit_convert.families import serves, unsupported_title
+from qdit_convert.layout import Layout
+from qdit_convert.layouts import NAMINGS
 from qdit_convert.tensors import StateDict, StoredTensor, listing
 from qdit_convert.wrappers import is_averaged
 from qdit_jax.errors import UserError

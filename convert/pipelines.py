@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 from qdit_convert.json_file import read_json
 from qdit_convert.settings import INDEX, PIPELINE
 from qdit_convert.tensors import about
-from qdit_jax.diffusion import Setting, Table, read_scheduler, understood
+from qdit_jax.diffusion import HARMLESS, Setting, Table, read_scheduler, understood
 from qdit_jax.errors import UserError
 
 PIPELINE_INDEX = "model_index.json"
 SCHEDULER = "scheduler_config.json"
-NETWORKS = ("transformer", "vae", "scheduler")  # the parts that are read
+SECOND = "transformer_2"  # of two experts, the one of little noise
+NETWORKS = ("transformer", SECOND, "vae", "scheduler")  # the parts that are read
 PROMPTS = ("text_encoder", "tokenizer")  # what makes embeddings of prompts
 
 
@@ -29,6 +30,7 @@ class Pipeline:
         left_out: parts that are not read, such as text encoders: a note names those that are there.
         settings: what its index may say beside its parts.
         fields: fields of the network that the class settles.
+        vae_family: of its autoencoder.
         process: completes "the pipeline has no scheduler: sampled as the published ...".
     """
 
@@ -38,11 +40,13 @@ class Pipeline:
     settings: Table = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
     process: str = "network, on linear betas"
+    vae_family: str = "vae"
 
     @property
     def table(self) -> Table:
         """Returns the settings of its index."""
-        parts = {part: Setting("list", optional=True) for part in (*NETWORKS, *self.left_out)}
+        read = [part for part in NETWORKS if part != SECOND or "boundary_ratio" in self.settings]
+        parts = {part: Setting("list", optional=True) for part in (*read, *self.left_out)}
         return {**PIPELINE, **parts, **self.settings}
 
 
@@ -78,14 +82,30 @@ PIPELINES: dict[str, Pipeline] = {
     "LattePipeline": Pipeline(
         ("LatteTransformer3DModel", "LatteT2V"), left_out=PROMPTS, process="Latte, on linear betas"
     ),
+    "WanPipeline": Pipeline(
+        ("WanTransformer3DModel",),
+        ("AutoencoderKLWan",),
+        PROMPTS,
+        settings={
+            "boundary_ratio": Setting("number", low=0, high=1, optional=True),
+            # A timestep per token where a first frame is given; without one all are equal.
+            "expand_timesteps": HARMLESS,
+        },
+        process="Wan, by UniPC",
+        vae_family="wan-vae",
+    ),
 }
 
 
 class Parts(NamedTuple):
-    """What a pipeline's folder holds: its class, folders of networks, and what else to keep."""
+    """What a pipeline's folder holds: its class, folders of networks, and what else to keep.
+
+    `transformers` are one, or two experts, of which the first runs from the timestep `boundary` on.
+    """
 
     row: Pipeline
-    transformer: Path
+    transformers: tuple[Path, ...]
+    boundary: float | None
     vae: Path | None
     left_out: tuple[str, ...]
     kept: dict[str, Any]
@@ -108,7 +128,12 @@ def read_pipeline(path: Path) -> Parts:
         # A part that is left out stands in the index as [null, null].
         listed = {key: value for key, value in index.items() if value != [None, None]}
         settings = understood(INDEX, listed, row.table)
-        allowed = {"transformer": row.transformer, "vae": row.vae, "scheduler": ()}
+        allowed = {
+            "transformer": row.transformer,
+            SECOND: row.transformer,
+            "vae": row.vae,
+            "scheduler": (),
+        }
         parts = {part: folder_of(path, settings, part, allowed[part]) for part in NETWORKS}
         transformer = parts["transformer"]
         if transformer is None:
@@ -118,8 +143,33 @@ def read_pipeline(path: Path) -> Parts:
             kept["scheduler"] = scheduler_settings(parts["scheduler"], settings["scheduler"][-1])
         if settings.get("id2label") is not None:
             kept["id2label"] = settings["id2label"]
+        second = parts[SECOND]
+        boundary = boundary_of(settings, kept, second is not None)
     left_out = tuple(part for part in row.left_out if settings[part] is not None)
-    return Parts(row, transformer, parts["vae"], left_out, kept)
+    transformers = (transformer,) if second is None else (transformer, second)
+    return Parts(row, transformers, boundary, parts["vae"], left_out, kept)
+
+
+def boundary_of(
+    settings: Mapping[str, Any], kept: Mapping[str, Any], has_two: bool
+) -> float | None:
+    """Returns the timestep from which on the first of two experts is run; None for one network.
+
+    Raises:
+        UserError: if there are two networks and no boundary, or the reverse.
+    """
+    ratio = settings.get("boundary_ratio")
+    if has_two != (ratio is not None):
+        parts = "two transformers" if has_two else "one transformer"
+        raise UserError(
+            f"{PIPELINE_INDEX} says boundary_ratio={ratio!r} for {parts}; two experts need a "
+            "boundary, and one network has none."
+        )
+    if ratio is None:
+        return None
+    scheduler = kept.get("scheduler")
+    count = read_scheduler(scheduler).settings["num_train_timesteps"] if scheduler else 1000
+    return float(ratio * count)
 
 
 def scheduler_settings(folder: Path, class_name: str) -> dict[str, Any]:
@@ -140,7 +190,7 @@ def folder_of(
     path: Path, index: Mapping[str, Any], part: str, classes: tuple[str, ...]
 ) -> Path | None:
     """Returns the folder of a part of one of `classes` (of any, if empty); None if it has none."""
-    entry = index[part]
+    entry = index.get(part)
     if entry is None:
         return None
     if len(entry) != 2 or entry[0] != "diffusers" or not isinstance(entry[1], str):

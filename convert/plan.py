@@ -37,6 +37,11 @@ def convolution(array: np.ndarray) -> np.ndarray:
     return array.transpose(2, 3, 1, 0)
 
 
+def convolution3d(array: np.ndarray) -> np.ndarray:
+    """Returns the kernel DHWIO of torch's OIDHW."""
+    return array.transpose(2, 3, 4, 1, 0)
+
+
 @dataclass(frozen=True)
 class Leaf:
     """One leaf of the parameter tree.

@@ -12,6 +12,7 @@ GOLDEN_FOLDERS = (HERE / "goldens", SHARED)
 IN_SHARED_ALONE = re.compile(
     r"dit_B_.*|dit_diffusers(_io\.npz)?"
     r"|dit_A_q_(w4a8_(cand_ref|g0|mse_g32|static_g0|static_g32|sym_g32)|w6a8_g96)\.npz"
+    r"|families/(wan/t2v_21(_original_layout)?|eps_probe/wan)"
     r"|families/pixart/alpha_(diffusers_1024ms|original_pth)"
     r"|families/(sd3/(sd3_medium|sd35_medium_bf16|sd35_original_layout)|flux/dev_diffusers)"
     r"|families/eps_probe/(sd35|flux)"

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from qdit_jax.calibration.statistics import HALVES, Stats
 from qdit_jax.checkpoint import first_difference
@@ -96,8 +96,11 @@ def stats_of(state: State) -> Stats:
     sides: dict[str, dict[str, Any]] = {}
     for name, array in state.items():
         kind, _, path = name.partition("/")
-        if path:
+        if path and kind == "hessians":
             sides.setdefault(kind, {})[path] = array
+        elif path:
+            ran = np.isfinite(state[f"{HALVES[0]}.low/{path}"]).all(axis=1)
+            sides.setdefault(kind, {})[path] = array[nearest_of(ran)]
     halves = {
         half: Stats(timesteps, sides[f"{half}.low"], sides[f"{half}.high"])
         for half in HALVES
@@ -115,6 +118,12 @@ def stats_of(state: State) -> Stats:
     low = both("low", lambda parts: np.min(parts, axis=0))
     high = both("high", lambda parts: np.max(parts, axis=0))
     return Stats(timesteps, low, high, halves, hessians, sides.get("tokens", {}))
+
+
+def nearest_of(ran: Bool[np.ndarray, " S"]) -> Int[np.ndarray, " S"]:
+    """Returns the number of each step's nearest one where a layer ran: its own, where it did."""
+    steps, seen = np.arange(len(ran)), np.flatnonzero(ran)
+    return seen[np.abs(steps[:, None] - seen).argmin(axis=1)]
 
 
 def write_state(path: PathLike, state: State) -> None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from qdit_jax import diffusion
 from qdit_jax.calibration.recording import default_sampler, model_inputs
@@ -79,6 +79,10 @@ class Items(NamedTuple):
                 f"{path} holds no calibration inputs ({error}); write them with "
                 "`qdit calibrate CKPT FILE --collect spread`."
             ) from error
+
+    def only(self, chosen: Bool[np.ndarray, " I"]) -> Items:
+        """Returns the items that are chosen."""
+        return jax.tree.map(lambda leaf: leaf[chosen], self)
 
     def taken(self, index: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray, Condition]:
         """Returns x, timestep and condition of the items `index`, a slice or numbers."""

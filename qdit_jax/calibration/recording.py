@@ -25,7 +25,13 @@ from qdit_jax.calibration.statistics import HALVES, Stats, input_rows
 from qdit_jax.checkpoint import Checkpoint, fingerprint
 from qdit_jax.errors import check_counts, check_pattern
 from qdit_jax.files import PathLike
-from qdit_jax.models import null_condition_of, with_guidance, without_null
+from qdit_jax.models import (
+    at_timestep,
+    check_all_run,
+    null_condition_of,
+    with_guidance,
+    without_null,
+)
 from qdit_jax.quant import check_finite
 from qdit_jax.recipes import layer_paths
 from qdit_jax.sampling import (
@@ -37,6 +43,7 @@ from qdit_jax.sampling import (
     denoiser,
     fitting_guidance,
     initial_noise,
+    sampler_timesteps,
     shape_of_sample,
 )
 from qdit_jax.types import AnyArray, Condition, Key, Params
@@ -62,7 +69,8 @@ def calibrate(
     The full-precision sampler draws `num_samples` samples, conditions assigned cyclically; at each of its
     steps the network sees them with their condition and, where it has one, with the null condition
     (the release of Q-DiT, arXiv:2406.17343, records the conditional half only). Operands of attention products
-    are recorded as well. Memory holds the statistics and one batch's latents at all steps.
+    are recorded as well. A layer that runs at some timesteps only, as an expert's, has at the others
+    the ranges of the nearest one where it runs. Memory holds the statistics and one batch's latents at all steps.
 
     Args:
         key: used once; sample i starts from `fold_in(key, i)`.
@@ -78,7 +86,7 @@ def calibrate(
 
     Raises:
         ValueError: if a count is not positive, guidance does not fit the network, `hessians` is no
-            pattern or matches no layer, or a layer's input is not finite.
+            pattern or matches no layer, a layer's input is not finite, or an expert never runs.
         UserError: if `unfinished` was written with other settings.
     """
     check_diffusion_model(checkpoint.model)
@@ -107,7 +115,8 @@ def calibrate(
         progress_fn(state["num_done"])
     denoise_fn = denoiser(model, params, guidance)
     check_takes(denoise_fn, model, shape, conditions)
-    observe = partial(observe_call, params, model=model, hessians=hessians, num_tokens=num_tokens)
+    check_all_run(model, sampler_timesteps(sampler), "the sampler")
+    observe = partial(observe_call, hessians=hessians, num_tokens=num_tokens)
     for start in range(state["num_done"], num_samples, batch_size):
         index = np.arange(start, min(start + batch_size, num_samples))
         condition = with_guidance(model, cyclic_conditions(model, conditions, index), guidance)
@@ -115,8 +124,10 @@ def calibrate(
         halves = conditional_and_null(model, params, condition)
         state["timesteps"] = np.asarray(timestep)
         for step, at in enumerate(state["timesteps"]):
+            running, held = at_timestep(model, params, float(at))
             for i, (half, seen) in enumerate(halves.items()):
-                found = observe(x[step], jnp.full(len(index), at, jnp.float32), seen)
+                times = jnp.full(len(index), at, jnp.float32)
+                found = observe(held, x[step], times, seen, model=running)
                 call = start // batch_size * len(halves) + i
                 add_call(state, found, half, step, len(state["timesteps"]), call)
         state["num_done"] = start + len(index)

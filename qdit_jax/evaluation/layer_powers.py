@@ -33,6 +33,7 @@ from qdit_jax.models import (
     layers_of,
     null_condition_of,
     rows_per_sample,
+    runs_layer,
     tapped,
     without_null,
 )
@@ -111,6 +112,8 @@ def folded(params: Params, reference: Params) -> Folded:
     for reader in layers_of(flat):
         fold = family.fold_of(reader)
         for producer in () if fold is None else fold.producers:
+            if producer.weight != "kernel":
+                continue  # a norm, which is no layer that is compared
             layer, shape = producer.layer, full[f"{producer.layer}/kernel"].shape
             columns = family.chunk(layer, producer.output, shape)
             if is_same(flat, full, layer, columns):
@@ -210,7 +213,9 @@ def call_powers(
             return jnp.where(mask, wanted, y)
 
         def add(path: str, signal: Array, error: Array) -> None:
-            both = jnp.stack([power(signal), power(error)])
+            # Of experts, the one of the item's timestep counts.
+            runs = runs_layer(reference.model, path, item.timestep).any()
+            both = jnp.where(runs, jnp.stack([power(signal), power(error)]), 0)
             powers[path] = powers[path] + both if path in powers else both
 
         def round_operand(path: str, x: Array) -> None:

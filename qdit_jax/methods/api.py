@@ -21,6 +21,7 @@ from qdit_jax.methods.method import Method
 from qdit_jax.methods.named_transforms import check_named, check_shared
 from qdit_jax.methods.report import LayerReport, Report
 from qdit_jax.methods.table import method_named
+from qdit_jax.models import check_all_run, expert_alone, expert_numbers, experts_of, merged
 from qdit_jax.ptq import check_one_weight_format, plan
 from qdit_jax.quant import QTensor, WeightSpec, quantize_array
 from qdit_jax.recipes import LayerSpec, Recipe
@@ -124,12 +125,7 @@ def quantize_whole(
     whole = with_dtype(materialized(checkpoint), data.dtype)
     sampled = any(getattr(data, name) is None for name in method.needs)
     data = completed(method, whole, data)
-    params = whole.params
-    given = {"model": whole.model, "recipe": recipe, "report": report}
-    for step in method.prepare:
-        params, data = step(params, data=data, **given)
-    rounded = {**given, "recipe": recipe.for_rounding()}
-    params = method.apply(params, data=data, **rounded)
+    params = applied(method, whole.model, whole.params, recipe, data, report)
     told = data.to_json(fitted=bool(method.needs), sampled=sampled)
     metadata = metadata_of(checkpoint, method, recipe, told, report) | facts
     result = dataclasses.replace(
@@ -138,6 +134,40 @@ def quantize_whole(
     if out is not None:
         save(out, result, overwrite=overwrite)
     return result
+
+
+def applied(
+    method: Method,
+    model: Any,
+    params: Params,
+    recipe: Recipe,
+    data: CalibrationData,
+    report: Report,
+) -> Params:
+    """Returns quantized parameters; experts are fitted one by one, each on its own timesteps.
+
+    Raises:
+        ValueError: as `quantize`, or if an expert runs at none of the items' timesteps.
+    """
+    names = () if data.items is None else experts_of(model)
+    if not names:
+        given = {"model": model, "recipe": recipe, "report": report}
+        for step in method.prepare:
+            params, data = step(params, data=data, **given)
+        return method.apply(params, data=data, **{**given, "recipe": recipe.for_rounding()})
+    items = data.items
+    assert items is not None
+    check_all_run(model, items.timestep, "the calibration inputs")
+    numbers = expert_numbers(model, items.timestep)
+    parts = []
+    for number, name in enumerate(names):
+        alone, held = expert_alone(model, params, name)
+        own = recipe.within(held)
+        if own is not None:
+            mine = items.only(numbers == number)
+            held = applied(method, alone, held, own, dataclasses.replace(data, items=mine), report)
+        parts.append(held)
+    return merged(parts)
 
 
 def recipe_of(recipe: Any, method: Method, params: Any) -> Recipe:

@@ -6,8 +6,9 @@ the same function; only what a quantizer sees differs. With input `x [.., K]`, k
     x' = (x - shift) / scale,    W' = scale[:, None] * W,    b' = b + shift @ W
 
 An input that is `norm * (1 + gamma) + beta`, gamma and beta from a modulation, takes the map through
-the modulation's linear; an attention's output is a mean of v with weights that sum to 1, so that the
-map passes through v (in a joint attention through the v of both streams, and both outputs share it).
+the modulation's linear, one that is an affine norm through the norm's own scale and bias; an
+attention's output is a mean of v with weights that sum to 1, so that
+the map passes through v (in a joint attention through the v of both streams, and both outputs share it).
 `Family.folds` lists a network's places; one may reach a segment of an input only. An input that comes out of GELU lets
 nothing through: for it, shift inside the quantizer (`ActSpec.shift`).
 
@@ -52,7 +53,8 @@ def fold_inputs(params: Any, *, scale: Vectors | None = None, shift: Vectors | N
         sources = producers(path, family)
         assert family is not None  # else there would be no producers
         readers = [layer for layer in layers_of(flat) if made_by(layer, family) == sources]
-        for name in (*readers, *(source.layer for source in sources)):
+        made = [f"{source.layer}/{source.weight}" for source in sources]
+        for name in (*(f"{reader}/kernel" for reader in readers), *made):
             check_foldable(flat, path, name)
         s, z = shared_map(path, readers, scale, shift, flat[f"{path}/kernel"].shape[0])
         if s is None:
@@ -143,24 +145,25 @@ def rewrite_producer(
     scale: Float[Array, " K"],
     shift: Float[Array, " K"],
 ) -> None:
-    """Replaces the producer's kernel and bias in `flat`; arrays are not written to."""
-    kernel, bias = (jnp.asarray(flat[f"{producer.layer}/{name}"]) for name in ("kernel", "bias"))
-    columns = family.chunk(producer.layer, producer.output, kernel.shape)
+    """Replaces the producer's weight and bias in `flat`; arrays are not written to."""
+    names = [f"{producer.layer}/{name}" for name in (producer.weight, "bias")]
+    weight, bias = (jnp.asarray(flat[name]) for name in names)
+    columns = family.chunk(producer.layer, producer.output, weight.shape)
     taken = shift if producer.shifted else 0.0
     moved = (bias[columns] + producer.offset - taken) / scale - producer.offset
-    flat[f"{producer.layer}/bias"] = bias.at[columns].set(moved.astype(bias.dtype))
-    scaled = (kernel[:, columns] / scale).astype(kernel.dtype)
-    flat[f"{producer.layer}/kernel"] = kernel.at[:, columns].set(scaled)
+    flat[names[1]] = bias.at[columns].set(moved.astype(bias.dtype))
+    scaled = (weight[..., columns] / scale).astype(weight.dtype)
+    flat[names[0]] = weight.at[..., columns].set(scaled)
 
 
 def check_foldable(flat: Mapping[str, Any], path: str, name: str) -> None:
-    """Raises `ValueError` if the layer `name`, which a fold at `path` changes, cannot be changed."""
-    kernel = flat.get(f"{name}/kernel")
-    if kernel is None:
-        raise ValueError(f"the fold at {path!r} changes {name!r}, which the params lack.")
-    if isinstance(kernel, QTensor) or f"{name}/act_quant" in flat:
+    """Raises `ValueError` if the weight `name`, which a fold at `path` changes, cannot be changed."""
+    weight, layer = flat.get(name), name.rpartition("/")[0]
+    if weight is None:
+        raise ValueError(f"the fold at {path!r} changes {layer!r}, which the params lack.")
+    if isinstance(weight, QTensor) or f"{layer}/act_quant" in flat:
         raise ValueError(
-            f"the fold at {path!r} changes {name!r}, which is quantized; fold first, then quantize."
+            f"the fold at {path!r} changes {layer!r}, which is quantized; fold first, then quantize."
         )
 
 

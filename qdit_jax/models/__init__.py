@@ -13,6 +13,15 @@ from qdit_jax.models.conditions import (
     without_null,
 )
 from qdit_jax.models.dit import SIZES, DiT, published_config
+from qdit_jax.models.experts import (
+    at_timestep,
+    check_all_run,
+    expert_alone,
+    expert_numbers,
+    experts_of,
+    merged,
+    runs_layer,
+)
 from qdit_jax.models.families import (
     FAMILIES,
     abstract_params,
@@ -70,6 +79,8 @@ from qdit_jax.models.linear import (
 from qdit_jax.models.runs import RUNS, apply_blocks, with_runs
 from qdit_jax.models.taps import layers_in_order, rows_per_sample, seen_inputs, tapped
 from qdit_jax.models.vae import AutoencoderKL
+from qdit_jax.models.wan import EXPERTS, Wan
+from qdit_jax.models.wan_vae import LATENTS_MEAN, LATENTS_STD, WanAutoencoder
 
 __all__ = [
     "DEMO_SIZE",
@@ -77,9 +88,12 @@ __all__ = [
     "DEMO_WEIGHTS",
     "DTYPES",
     "ENTRIES",
+    "EXPERTS",
     "FAMILIES",
     "I3D",
     "I3D_BLOCKS",
+    "LATENTS_MEAN",
+    "LATENTS_STD",
     "NULL",
     "OF_PROMPT",
     "OPERANDS",
@@ -103,18 +117,25 @@ __all__ = [
     "Producer",
     "Segments",
     "TimestepEmbedder",
+    "Wan",
+    "WanAutoencoder",
     "abstract_params",
     "abstract_rows",
     "apply_blocks",
     "as_condition",
     "asset",
+    "at_timestep",
     "build_model",
+    "check_all_run",
     "check_dtype",
     "check_null_names",
     "config_of",
     "demo_features_fn",
     "embeds_guidance",
     "example_inputs",
+    "expert_alone",
+    "expert_numbers",
+    "experts_of",
     "family_named",
     "family_of",
     "family_of_params",
@@ -124,6 +145,7 @@ __all__ = [
     "layers_in_order",
     "layers_of",
     "mapped_input",
+    "merged",
     "module_calls",
     "null_condition_of",
     "null_entries",
@@ -132,6 +154,7 @@ __all__ = [
     "quantized_input",
     "recorded_calls",
     "rows_per_sample",
+    "runs_layer",
     "seen_inputs",
     "sincos_positions",
     "tapped",

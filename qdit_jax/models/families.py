@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 from qdit_jax.models.family import SHIFT_SCALE_GATE, Family, Fold, Producer, from_modulation
 from qdit_jax.models.joint_rows import JOINT_ROWS
 from qdit_jax.models.video_families import VIDEO_FAMILIES
+from qdit_jax.models.wan_families import WAN_FAMILIES
 from qdit_jax.types import Params
 
 SMALL_DIT = {
@@ -167,12 +168,13 @@ FAMILIES: dict[str, Family] = {
             is_diffusion=False,
             examples=({"block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4},),
         ),
+        *WAN_FAMILIES,
         Family("inception", "qdit_jax.models.inception:InceptionV3", is_diffusion=False),
         Family("i3d", "qdit_jax.models.i3d:I3D", is_diffusion=False),
     )
 }
 # Fields of a linen module, or of how it runs, that are no part of a stored configuration.
-NOT_CONFIG = {"parent", "name", "numerics", "implementation", "dtype"}
+NOT_CONFIG = {"parent", "name", "numerics", "implementation", "dtype", "expert"}
 
 
 def family_named(name: str) -> Family:

@@ -91,19 +91,22 @@ class Network(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Producer:
-    """Columns of a linear layer that produce another layer's input.
+    """Columns of a linear layer, or of a norm, that produce another layer's input.
 
     Attributes:
-        layer: path of the linear layer; `\\1` is the first group of the fold's pattern.
+        layer: path of the layer; `\\1` is the first group of the fold's pattern.
         output: the name of those columns in `Family.outputs`; empty for all of them.
         offset: added to those columns where they are used: 1 for a modulation's scale.
         shifted: whether a shift of the input is subtracted here.
+        weight: the parameter that multiplies, beside `bias`: a linear layer's kernel `[K, N]`, or a
+            norm's scale `[N]`.
     """
 
     layer: str
     output: str = ""
     offset: float = 0.0
     shifted: bool = True
+    weight: str = "kernel"
 
 
 @dataclasses.dataclass(frozen=True)

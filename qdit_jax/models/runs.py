@@ -64,15 +64,23 @@ def apply_blocks(
     return x
 
 
-def with_runs(params: Params, block: str) -> Params:
+def with_runs(params: Params, block: str, path: str = "") -> Params:
     """Returns `params` with runs of `LEAST` or more equal blocks stacked.
 
     Args:
-        block: pattern of the names of blocks, such as `Family.block`, at the root of the tree.
+        block: pattern of the paths of blocks, such as `Family.block`: at the root of the tree, or of
+            an entry that holds the blocks of an expert.
+        path: of `params`, with a slash at its end.
     """
     names = sorted(
-        (name for name in params if re.fullmatch(block, name)), key=lambda name: split(name)
+        (name for name in params if re.fullmatch(block, f"{path}{name}")),
+        key=lambda name: split(name),
     )
+    if not names and not path:
+        return {
+            name: with_runs(tree, block, f"{name}/") if isinstance(tree, Mapping) else tree
+            for name, tree in params.items()
+        }
     rest = {name: tree for name, tree in params.items() if name not in names}
     runs: dict[str, Params] = {}
     for group in equal_neighbors(params, names):

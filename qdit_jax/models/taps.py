@@ -26,7 +26,11 @@ OperandFn = Callable[[str, Array], None]
 
 @contextmanager
 def tapped(layer_fn: LayerFn, operand_fn: OperandFn | None = None) -> Iterator[None]:
-    """Calls `layer_fn` in place of every linear layer while the context lasts."""
+    """Calls `layer_fn` in place of every linear layer while the context lasts.
+
+    A network that chooses among experts by the timestep runs all of them, for what `layer_fn` sees
+    could not leave a branch. To watch an expert on its own timesteps, run it alone (`expert_alone`).
+    """
 
     def intercept(
         next_fn: Callable[..., Any],
@@ -42,6 +46,8 @@ def tapped(layer_fn: LayerFn, operand_fn: OperandFn | None = None) -> Iterator[N
             name, x = args
             operand_fn(f"{'/'.join(module.path)}{OPERANDS_OF}{name}", x)
         if operand_fn is not None and context.method_name == "sees_weights":
+            return True
+        if context.method_name == "runs_all_experts":
             return True
         return next_fn(*args, **kwargs)
 

@@ -78,6 +78,25 @@ class Recipe:
             return self
         return self.bound_to(family_claiming(params))
 
+    def within(self, params: Params) -> Recipe | None:
+        """Returns the rules that match something of `params`, a part of a network; None if none do.
+
+        Raises:
+            ValueError: as `bound`.
+        """
+        self = self.bound(params)
+        layers = layer_paths(params)
+        operands = operand_names(operand_paths(params), layers)
+        names = [
+            *layers,
+            *table_paths(params),
+            *(n for called in operands.values() for n in called),
+        ]
+        kept = tuple(rule for rule in self.rules if any(map(rule.matches, names)))
+        if all(rule.spec == LayerSpec() for rule in kept):
+            return None
+        return dataclasses.replace(self, rules=kept)
+
     def bound_to(self, family: Family) -> Recipe:
         """Returns the recipe with `part:` rules as patterns of `family`.
 

@@ -15,12 +15,14 @@ from safetensors.numpy import save_file
 from qdit_convert import read_model
 from qdit_convert.api import to_checkpoint
 from qdit_convert.dit import Choices
-from qdit_convert.families import LAYOUTS, NAMINGS, check_options, find_layout
+from qdit_convert.families import check_options, find_layout
 from qdit_convert.joint import swapped, swapped_linear
+from qdit_convert.layouts import LAYOUTS, NAMINGS
 from qdit_convert.names import select_network
-from qdit_convert.plan import build_params, check_plan, convolution, linear, same
+from qdit_convert.plan import build_params, check_plan, convolution, convolution3d, linear, same
 from qdit_convert.tensors import StateDict, StoredTensor
 from qdit_convert.video import frame_convolution
+from qdit_convert.wan_vae import vector
 from qdit_jax.errors import UserError
 from qdit_jax.models import FAMILIES, abstract_params, build_model
 
@@ -33,6 +35,8 @@ INVERSES = {
     swapped: swapped,
     swapped_linear: lambda leaf: swapped(leaf.T),
     frame_convolution: lambda leaf: leaf.transpose(3, 2, 0, 1)[:, :, None],
+    vector: lambda leaf: leaf,
+    convolution3d: lambda leaf: leaf.transpose(4, 3, 0, 1, 2),
 }
 OPTIONS = {
     "model": "DiT-XL/2",
