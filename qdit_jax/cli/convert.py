@@ -126,6 +126,11 @@ def add_network(parser: argparse.ArgumentParser) -> None:
         help="the time at pure noise in a SiT's training: 0 in SiT's code, 1 in REPA's (default: "
         "what the file says, else 0)",
     )
+    add_factors(parser)
+
+
+def add_factors(parser: argparse.ArgumentParser) -> None:
+    """Adds the options for scales of positions and of latents."""
     parser.add_argument(
         "--rope-axes",
         type=positive_int,

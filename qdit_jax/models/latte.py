@@ -71,6 +71,11 @@ class Latte(NetworkModule):
         None for a network without labels.
         """
         self.check_sizes(x)
+        if (condition is None) != (self.num_classes == 0):
+            raise ValueError(
+                f"condition={condition!r} of a network of {self.num_classes} classes: give labels where "
+                "there are classes, and None where there are none."
+            )
         d, p = self.hidden_size, self.patch_size
         tokens = PatchEmbed(d, p, self.layers, name="x_embedder")(x)  # [B, F, S, D]
         table = stored(self, "pos_embed", self.init_positions, (1, tokens.shape[2], d))
@@ -78,7 +83,7 @@ class Latte(NetworkModule):
         times = stored(self, "temp_embed", init_times, (1, self.num_frames, d))
         times = jax.lax.stop_gradient(times).astype(tokens.dtype)
         c = TimestepEmbedder(d, layers=self.layers, name="t_embedder")(timestep)
-        if self.num_classes:
+        if condition is not None and self.num_classes:
             rows = self.num_classes + int(self.null_class)
             c = c + LabelEmbedder(rows, d, name="y_embedder")(condition)
         for i in range(self.depth):

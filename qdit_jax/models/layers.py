@@ -145,7 +145,6 @@ class AttentionModule(nn.Module):
         """
         q, k, v = (self.operand(name, a) for name, a in (("q", q), ("k", k), ("v", v)))
         lead, heads = q.shape[:-3], q.shape[-2]
-        one_by_one = (a.reshape(-1, *a.shape[-3:]) for a in (q, k, v))
 
         def weights_fn(weights: Float[Array, "N H Q T"]) -> Float[Array, "N H Q T"]:
             # A quantizer may have scales for each sample: the batch alone comes first.
@@ -153,7 +152,9 @@ class AttentionModule(nn.Module):
             return self.operand("softmax", by_sample).reshape(weights.shape)
 
         seen = weights_fn if self.sees_weights() else None
-        return attention(*one_by_one, mask, weights_fn=seen).reshape(*q.shape[:-1], v.shape[-1])
+        one, other, third = (a.reshape(-1, *a.shape[-3:]) for a in (q, k, v))
+        found = attention(one, other, third, mask, weights_fn=seen)
+        return found.reshape(*q.shape[:-1], v.shape[-1])
 
     def operand(self, name: str, x: Array) -> Array:
         """Returns an operand of a product, rounded where it has a quantizer."""

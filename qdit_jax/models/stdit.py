@@ -154,7 +154,8 @@ class STDiT(NetworkModule):
 
     def null_condition(self, condition: Any, params: Params) -> Any:
         """Returns the learned null caption in place of every text, with the mask of its prompt."""
-        null = null_text(params["y_embedder"]["y_embedding"], condition["text"])
+        text = jnp.asarray(condition["text"])
+        null = null_text(params["y_embedder"]["y_embedding"], text)
         return {**condition, "text": null}
 
     def check_condition(self, condition: Condition) -> None:

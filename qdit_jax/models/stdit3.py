@@ -30,7 +30,7 @@ from qdit_jax.models.linear import Layers, NetworkModule, stored
 from qdit_jax.models.norms import RMSNorm
 from qdit_jax.models.rotary import rotated
 from qdit_jax.models.stdit import check_width, text_entries
-from qdit_jax.types import AnyArray, Condition, Params
+from qdit_jax.types import Condition, Params
 
 ROPE_BASE = 10_000.0
 
@@ -44,7 +44,7 @@ class NormedAttention(AttentionModule):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B *G T D"], angles: Float[AnyArray, "T half"] | None
+        self, x: Float[Array, "B *G T D"], angles: Float[Array, "T half"] | None
     ) -> Float[Array, "B *G T D"]:
         d = x.shape[-1]
         qkv = self.layers.linear(3 * d, name="qkv")(x)
@@ -73,7 +73,7 @@ class STDiT3Block(nn.Module):
         m: Float[Array, "B N 1 M"],
         text: Float[Array, "B L D"],
         mask: Any,
-        angles: Float[AnyArray, "F half"] | None = None,
+        angles: Float[Array, "F half"] | None = None,
     ) -> Float[Array, "B F S D"]:
         """`mask` is True for the rows of text that count."""
         d = x.shape[-1]
@@ -267,7 +267,8 @@ class STDiT3(NetworkModule):
 
     def null_condition(self, condition: Any, params: Params) -> Any:
         """Returns the learned null caption in place of every text, with the mask of its prompt."""
-        null = null_text(params["y_embedder"]["y_embedding"], condition["text"])
+        text = jnp.asarray(condition["text"])
+        null = null_text(params["y_embedder"]["y_embedding"], text)
         return {**condition, "text": null}
 
     def check_condition(self, condition: Condition) -> None:
