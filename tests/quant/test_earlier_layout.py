@@ -34,7 +34,9 @@ def test_codes_scales_and_values_are_those_recorded(case):
         if now is not None:
             bits = np.asarray(now.view(jnp.uint16) if now.dtype == jnp.bfloat16 else now)
             np.testing.assert_array_equal(bits if bits.ndim < 2 else bits.T, wanted)
-    held = sum(RECORDED[key].nbytes for key in RECORDED if key.startswith(f"{name}:") and is_held(key))
+    held = sum(
+        RECORDED[key].nbytes for key in RECORDED if key.startswith(f"{name}:") and is_held(key)
+    )
     assert q.nbytes == held == found["nbytes"]
     assert held == packed_nbytes(*found["shape"], WeightSpec.from_json(found["spec"]))
 
@@ -52,7 +54,9 @@ QFIELDS = (
 def test_products_are_those_recorded_to_float_rounding(case):
     name, q, found = case
     x = np.random.default_rng(1001 + found["seed"]).normal(size=(3, found["shape"][0]))
-    for key in (key for key in RECORDED if key.startswith((f"{name}:simulated", f"{name}:integer"))):
+    for key in (
+        key for key in RECORDED if key.startswith((f"{name}:simulated", f"{name}:integer"))
+    ):
         _, numerics, act = key.split(":")
         y = quantized_matmul(x.astype(np.float32), q, ACTS[act], numerics)
         wanted = RECORDED[key]
