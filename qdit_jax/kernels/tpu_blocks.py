@@ -99,7 +99,7 @@ def vmem_bytes(sizes: Sizes, blocks: Blocks) -> int:
     packed = packing.packed_bytes(sizes.code_channels, sizes.bits)
     streamed = (rows * channels + rows * columns) * sizes.itemsize
     streamed += (packed + 2 * groups + 4 * 8) * columns
-    held = rows * channels + 4 * rows * TILE + blocks.panel * channels * columns
+    held = rows * channels + 4 * rows * TILE + blocks.panel * channels * columns + packed * columns
     sums = 2 * 4 * rows * columns  # int32 and float32
     return 2 * streamed + held + sums + _SPARE
 

@@ -7,11 +7,11 @@ per output channel (`quant.levels`), or symmetric codes per channel. A block of 
 into VMEM, and packed codes become levels there once per call. So memory sees the inputs, the packed
 codes and the result, and nothing between.
 
-Codes are unpacked four at a time, in words of 32 bits. The fields of a byte lie 64, 32 or 16 channels
-apart (`packing`), so of codes with the channels as rows, 32 rows of bytes are 8 rows of words, each field
-of which is four whole codes. The map to levels, `(code * step + offset) ^ 128`, stays inside its byte:
-0 <= code * step + offset <= 255. Codes are stored with the channels as columns; XLA turns those of one
-layer, packed, before the kernel.
+Codes are unpacked four at a time, in words of 32 bits. A word of a TPU is four neighboring rows of bytes,
+and codes are stored a row per output channel: they are transposed first, packed, see `is_turned_inside`.
+The fields of a byte lie 64, 32 or 16 input channels apart (`packing`): then 32 rows of bytes are 8 rows
+of words, each field of which is four whole codes. The map to levels, `(code * step + offset) ^ 128`,
+stays inside its byte: 0 <= code * step + offset <= 255.
 
 Dimensions: M rows (tokens), K input channels, N output channels, G groups along K, R rows of packed
 bytes; J blocks of columns of a panel, L rows and C columns of a block (`tpu_blocks`).
@@ -87,10 +87,13 @@ def _product(
     tokens = padded(x.reshape(-1, num_channels), rows, sizes.channels)
     scale = q.channel_scale if q.has_levels else scale_value(q.scale)[:, 0]
     maps = (padded(a.T, a.shape[1], columns) for a in step_and_offset(q))
-    operands = (tokens, whole_codes(q, sizes, columns), *maps, padded(scale[None], 1, columns))
+    codes = whole_codes(q, sizes, columns)
+    inside = is_turned_inside(codes.shape[1])
+    codes = codes if inside else codes.T
+    operands = (tokens, codes, *maps, padded(scale[None], 1, columns))
     groups = groups_of_sub_blocks(sizes.channels, num_channels, q.group_size)
     kernel = functools.partial(_kernel, bits=q.bits, groups=groups, act_spec=spec)
-    y = _call(kernel, operands, blocks, interpret)
+    y = _call(kernel, operands, blocks, inside, interpret)
     return y[: math.prod(x.shape[:-1]), :width].reshape(*x.shape[:-1], width)
 
 
@@ -108,17 +111,26 @@ def padded(values: Array, rows: int, columns: int) -> Array:
     return jnp.pad(values, more) if any(after for _, after in more) else values
 
 
-def whole_codes(q: QTensor, sizes: Sizes, columns: int) -> UInt8[Array, "R N"]:
-    """Returns the packed codes with whole tiles of bytes in each plane, an output channel a column.
+def whole_codes(q: QTensor, sizes: Sizes, rows: int) -> UInt8[Array, "N R"]:
+    """Returns the packed codes of `rows` output channels, with whole tiles of bytes in each plane.
 
-    In the order in which they are stored where K is a multiple of 128, with 3, 5 and 7 bits of 256.
+    As they are stored where K is a multiple of 128, with 3, 5 and 7 bits of 256.
     Others are unpacked and packed again in each call.
     """
     codes = q.codes
     if sizes.code_channels != sizes.num_channels:
         loose = packing.unpack(codes, q.bits, sizes.num_channels)
         codes = packing.pack(padded(loose, loose.shape[0], sizes.code_channels), q.bits)
-    return padded(codes.T, codes.shape[1], columns)
+    return padded(codes, rows, codes.shape[1])
+
+
+def is_turned_inside(num_bytes: int) -> bool:
+    """Returns whether codes `[N, R]` are transposed in VMEM, rather than by XLA before the kernel.
+
+    A TPU keeps a matrix of bytes with that axis in its lanes which 128 divides. Where it does not
+    divide R, XLA's transpose is no work, and a kernel that wants rows would have them copied.
+    """
+    return num_bytes % TILE == 0
 
 
 def groups_of_sub_blocks(channels: int, num_channels: int, group_size: int) -> tuple[int, ...]:
@@ -128,8 +140,13 @@ def groups_of_sub_blocks(channels: int, num_channels: int, group_size: int) -> t
     return tuple(min(row // size, last) for row in range(0, channels, STRIP))
 
 
-def _call(kernel: Any, operands: tuple[Array, ...], blocks: Blocks, interpret: bool) -> Array:
-    """Returns the kernel's result `[M, N]`, padding included."""
+def _call(
+    kernel: Any, operands: tuple[Array, ...], blocks: Blocks, inside: bool, interpret: bool
+) -> Array:
+    """Returns the kernel's result `[M, N]`, padding included.
+
+    The codes among the operands are `[N, R]` where they are to be transposed `inside`, else `[R, N]`.
+    """
     from jax.experimental.pallas import tpu as pltpu
 
     tokens, codes, step, _, scale = operands
@@ -146,6 +163,11 @@ def _call(kernel: Any, operands: tuple[Array, ...], blocks: Blocks, interpret: b
         # Only the first block of rows reads them: after it, the last block stays where it is.
         return 0, p * panel + jnp.where(i == 0, j, panel - 1)
 
+    codes_block, turned = pl.BlockSpec((codes.shape[0], columns), once), []
+    if inside:
+        codes_block = pl.BlockSpec((columns, codes.shape[1]), lambda *at: once(*at)[::-1])
+        turned = [pltpu.VMEM((codes.shape[1], columns), jnp.uint8)]
+
     bytes_of_codes = sum(a.size * a.dtype.itemsize for a in operands[1:])
     bytes_of_rows = tokens.dtype.itemsize * rows * (blocks.panels * channels + width)
     return pl.pallas_call(
@@ -153,7 +175,8 @@ def _call(kernel: Any, operands: tuple[Array, ...], blocks: Blocks, interpret: b
         grid=blocks.grid,
         in_specs=[
             pl.BlockSpec((blocks.rows, channels), of_rows),
-            *(pl.BlockSpec((a.shape[0], columns), once) for a in (codes, step, step)),
+            codes_block,
+            *(pl.BlockSpec((step.shape[0], columns), once) for _ in range(2)),
             pl.BlockSpec((1, columns), of_columns),
         ],
         out_specs=pl.BlockSpec((blocks.rows, columns), lambda p, i, j: (i, p * panel + j)),
@@ -162,6 +185,7 @@ def _call(kernel: Any, operands: tuple[Array, ...], blocks: Blocks, interpret: b
             pltpu.VMEM((blocks.rows, channels), jnp.int8),
             pltpu.VMEM((blocks.rows, 1), jnp.float32),
             pltpu.VMEM((panel, channels, columns), jnp.int8),
+            *turned,
         ],
         cost_estimate=pl.CostEstimate(
             flops=2 * rows * channels * width,
@@ -187,7 +211,7 @@ def _kernel(
     x_codes: Any,
     x_scale: Any,
     levels: Any,
-    *,
+    *turned: Any,
     bits: int,
     groups: tuple[int, ...],
     act_spec: ActSpec,
@@ -195,7 +219,7 @@ def _kernel(
     """Writes one block `[L, C]` of the result, and what later blocks share.
 
     Shared are the codes `[L, K]` and scales `[L, 1]` of the rows, and the levels `[J, K, C]` of the
-    panel.
+    panel. Packed codes are `[R, C]`, or `[C, R]` where there is room to have them `turned`.
     """
     block = pl.program_id(2)
 
@@ -205,7 +229,10 @@ def _kernel(
 
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
-        unpack_columns(codes, step, offset, levels.at[block], bits, groups)
+        columns = turned[0] if turned else codes
+        if turned:
+            columns[...] = codes[...].T
+        unpack_columns(columns, step, offset, levels.at[block], bits, groups)
 
     sums = jnp.dot(
         x_codes[...],
