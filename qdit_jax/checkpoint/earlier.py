@@ -1,9 +1,9 @@
 """Packed kernels as format versions 1 and 2 stored them, brought into today's form as they are read.
 
-Until version 3 a kernel's arrays were `[K, N]`: packed codes `[..., R, N]`, scales, packed zero points
-and offsets `[..., G, B]`. In a plane of p bits, a block of 32 * 8/p codes along K took 32 bytes, and field
-i of a byte was of the block's i-th 32 codes; the codes after the last whole block were cut into 8/p
-parts of equal length. The bytes are as many as today.
+Until version 3 codes were a column of bytes per output channel, `[..., R, N]`. In a plane of p bits, a
+block of 32 * 8/p codes along K took 32 bytes, and field i of a byte was of the block's i-th 32 codes; the
+codes after the last whole block were cut into 8/p parts of equal length. Zero points were packed along G
+in the same way. The bytes are as many as today, and all other arrays are the same.
 
 Arrays are converted one at a time, on the host, in blocks of output channels.
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,40 +24,38 @@ from jaxtyping import UInt8
 from qdit_jax.quant import num_groups, packing
 
 VERSION = 3  # the first with a row of bytes per output channel
-TURNED = ("codes", "scale", "packed_zero_point", "offset")
 SUB_BLOCK = 32
 BLOCK = 1 << 22  # codes that are unpacked at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """What an array of the earlier form needs beside the exchange of its last two axes.
+    """What a packed array of the earlier form needs.
 
     Attributes:
-        bits: of the codes that it packs; None if it packs none.
+        bits: of a code.
         num_codes: how many a column holds.
+        by_row: whether a column becomes a row.
     """
 
-    bits: int | None = None
-    num_codes: int = 0
+    bits: int
+    num_codes: int
+    by_row: bool
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape in the file of an array that has `shape` today."""
-        return turned_shape(shape)
+        return turned_shape(shape) if self.by_row else shape
 
-    def apply(self, array: np.ndarray) -> np.ndarray:
+    def apply(self, array: UInt8[np.ndarray, "*lead R N"]) -> UInt8[np.ndarray, "..."]:
         """Returns the array in today's form."""
-        if self.bits is None:
-            return np.ascontiguousarray(np.swapaxes(array, -1, -2))
-        *lead, _, width = array.shape
-        size = packing.packed_bytes(self.num_codes, self.bits)
-        packed = np.empty((*lead, width, size), np.uint8)
+        *lead, size, width = array.shape
+        rows = np.empty((*lead, width, size), np.uint8)
         step = max(BLOCK // (self.num_codes * math.prod(lead)), 1)
         for start in range(0, width, step):
             codes = unpacked(array[..., start : start + step], self.bits, self.num_codes)
             turned = np.ascontiguousarray(np.swapaxes(codes, -1, -2))
-            packed[..., start : start + step, :] = packing.pack(turned, self.bits)
-        return packed
+            rows[..., start : start + step, :] = packing.pack(turned, self.bits)
+        return rows if self.by_row else np.ascontiguousarray(np.swapaxes(rows, -1, -2))
 
 
 def changes(description: Mapping[str, Any]) -> dict[str, Change]:
@@ -69,12 +67,10 @@ def changes(description: Mapping[str, Any]) -> dict[str, Change]:
         if leaf["type"] != "QTensor":
             continue
         num_channels, bits = leaf["shape"][0], leaf["bits"]
-        packs = {
-            "codes": Change(bits, num_channels),
-            "packed_zero_point": Change(bits, num_groups(num_channels, leaf["group_size"])),
-        }
-        for name in (name for name in leaf["arrays"] if name in TURNED):
-            found[f"{path}/{name}"] = packs.get(name, Change())
+        found[f"{path}/codes"] = Change(bits, num_channels, True)
+        if "packed_zero_point" in leaf["arrays"]:
+            count = num_groups(num_channels, leaf["group_size"])
+            found[f"{path}/packed_zero_point"] = Change(bits, count, False)
     return found
 
 
@@ -88,17 +84,14 @@ def leaf_as_today(leaf: Any) -> Any:
     if not isinstance(leaf, Mapping) or leaf.get("type") != "QTensor":
         return leaf
     arrays = leaf.get("arrays")
-    if not isinstance(arrays, Mapping):
+    codes = arrays.get("codes") if isinstance(arrays, Mapping) else None
+    if not isinstance(codes, Mapping) or not isinstance(codes.get("shape"), list):
         return leaf
-    turned = {
-        name: {**array, "shape": list(turned_shape(array["shape"]))}
-        for name, array in arrays.items()
-        if name in TURNED and isinstance(array, Mapping) and isinstance(array.get("shape"), list)
-    }
-    return {**leaf, "arrays": {**arrays, **turned}}
+    turned = {**codes, "shape": list(turned_shape(codes["shape"]))}
+    return {**leaf, "arrays": {**arrays, "codes": turned}}
 
 
-def turned_shape(shape: Any) -> tuple[int, ...]:
+def turned_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """Returns a shape with its last two axes exchanged."""
     return (*shape[:-2], *shape[-2:][::-1])
 

@@ -210,25 +210,19 @@ def split_over(
 ) -> Callable[[str, tuple[int, ...]], jax.sharding.NamedSharding]:
     """Returns the placement that cuts every array over all devices of `mesh`.
 
-    The last axis that their number divides is cut, of a packed kernel the output channels where it
+    The last axis that their number divides is cut, of packed codes the output channels where it
     divides them; an array without one is copied to all.
     """
 
     def place(path: str, shape: tuple[int, ...]) -> jax.sharding.NamedSharding:
         axes = [i for i, size in enumerate(shape) if size and size % mesh.size == 0]
         channels = len(shape) - 2
-        if channels in axes and is_of_rows(path):
+        if channels in axes and path.endswith("/codes"):
             axes = [channels]
         spec = [None] * (axes[-1] if axes else 0) + [mesh.axis_names] * bool(axes)
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
     return place
-
-
-def is_of_rows(path: str) -> bool:
-    """Returns whether an array is one of a packed kernel's that have a row per output channel."""
-    *_, parent, name = ("", *path.split("/"))
-    return name in earlier.TURNED and not parent.endswith("_quant")
 
 
 def read_description(folder: AnyPath) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -38,16 +39,33 @@ from qdit_jax.types import AnyArray
 # (elements, zero, scale) of a segment: `[T, L]`, `[T, 1]`, `[T, 1]` of activations and `[N, L]`,
 # `[N]`, `[N]` of weights. Zero is None where it is 0.
 Elements = tuple[Num[Array, "_ _"], Num[Array, "..."] | int | None, Float[Array, "..."]]
-# (number, group of channels) of a segment, or of all segments `[U]`.
-Segment = tuple[AnyArray, AnyArray]
+# (number, group) of a segment of the activations, or of all segments `[U]`.
+ActSegment = tuple[AnyArray, AnyArray]
+
+
+class WeightSegment(NamedTuple):
+    """A segment of the weights, or all of them with U as first axis.
+
+    Attributes:
+        number: of the segment.
+        zero: uint8 `[B]`, None where it is 0.
+        scale: `[B]`, as stored; that of the output channels where there are two levels of scales.
+    """
+
+    number: AnyArray
+    zero: AnyArray | None
+    scale: AnyArray
+
+
+Segment = TypeVar("Segment", ActSegment, WeightSegment)
 
 
 @dataclasses.dataclass(frozen=True)
-class Operand:
+class Operand(Generic[Segment]):
     """One operand, one segment at a time.
 
     Attributes:
-        stacked: a pair of arrays with U as first axis, which `lax.scan` iterates over.
+        stacked: a tree of arrays with U as first axis, which `lax.scan` iterates over.
         segment: returns the `Elements` of one entry of `stacked`.
     """
 
@@ -62,7 +80,7 @@ def element_dtype(fmt: formats.Format | None) -> np.dtype:
 
 def act_operand(
     x: Float[Array, "*lead K"], act_quant: ActQuant, dtype: np.dtype, segments: Segments
-) -> Operand:
+) -> Operand[ActSegment]:
     """Returns the operand of the activations `x` (shift added), its elements in `dtype`."""
     elements, zero, scale = act_elements(x, act_quant, dtype)
     elements = segments.cut(elements.reshape(-1, x.shape[-1]), 1)  # [T, U L]
@@ -71,7 +89,7 @@ def act_operand(
         values = jnp.broadcast_to(values, (*x.shape[:-1], values.shape[-1]))
         return column(values.reshape(-1, values.shape[-1]), group)
 
-    def segment(one: Segment) -> Elements:
+    def segment(one: ActSegment) -> Elements:
         index, group = one
         part = column(elements, index * segments.length, segments.length)
         one_zero = zero if zero is None or isinstance(zero, int) else of_token(zero, group)
@@ -104,41 +122,45 @@ def act_elements(
     return codes.astype(dtype), None, step
 
 
-def weight_operand(q: QTensor, dtype: np.dtype, segments: Segments) -> Operand:
+def weight_operand(q: QTensor, dtype: np.dtype, segments: Segments) -> Operand[WeightSegment]:
     """Returns the operand of the kernel `q`, its elements in `dtype`.
 
     With two levels of scales, elements are int8 levels, whose scale is that of the output channel.
     """
     codes_fn = segment_codes(q, segments)
+    group = segments.group(q.group_size)
     half = 2 ** (q.bits - 1)
-    zero_point = q.zero_point  # [B, G]
 
     def of_channel(values: Num[AnyArray, " B"]) -> Num[Array, " N"]:
         return jnp.repeat(values, q.channel_group)
 
-    def segment(one: Segment) -> Elements:
-        index, group = one
+    def segment(one: WeightSegment) -> Elements:
         # Otherwise XLA for GPUs may keep all codes in the layout that its int8 dot likes, as well.
-        codes = with_layout_constraint(codes_fn(index), Layout(major_to_minor=(0, 1)))
-        if q.channel_scale is not None:
-            return codes.astype(dtype), None, of_channel(q.channel_scale)
-        scale = of_channel(element_scale(q, column(q.scale, group)[:, 0]))
+        codes = with_layout_constraint(codes_fn(one.number), Layout(major_to_minor=(0, 1)))
+        if q.has_levels:
+            return codes.astype(dtype), None, of_channel(one.scale)
+        scale = of_channel(element_scale(q, one.scale))
         if q.fmt is not None:
             return q.fmt.operand(codes).astype(dtype), None, scale
         zero = None
-        if zero_point is not None:
-            zero = of_channel(column(zero_point, group)[:, 0].astype(jnp.int32)) - half
+        if one.zero is not None:
+            zero = of_channel(one.zero.astype(jnp.int32)) - half
         elements = (codes - jnp.uint8(half)).astype(jnp.int8)  # uint8 wraps to the signed code
         if dtype == jnp.int8:
             return elements, zero, scale
         return (elements if zero is None else elements - zero[:, None]).astype(dtype), None, scale
 
-    group = segments.group(q.group_size)
-    return Operand((np.arange(len(group)), group), segment)
+    if q.channel_scale is not None:
+        scale = jnp.broadcast_to(q.channel_scale, (len(group), q.channel_scale.shape[-1]))
+        return Operand(WeightSegment(np.arange(len(group)), None, scale), segment)
+    zero_point = q.zero_point  # [G, B]
+    zero = None if zero_point is None else take(zero_point, group)  # [U, B]
+    stacked = WeightSegment(np.arange(len(group)), zero, take(q.scale, group))
+    return Operand(stacked, segment)
 
 
 def element_scale(q: QTensor, scale: Num[AnyArray, " B"]) -> Float[Array, " B"]:
-    """Returns the entries of `q.scale` for one group as the float32 scales of elements."""
+    """Returns a row of `q.scale` as the float32 scales of elements."""
     if q.fmt is None:
         return scale_value(scale)
     values = q.fmt.scale_value(jnp.asarray(scale))
@@ -167,3 +189,9 @@ def column(
 ) -> Num[Array, "T L"]:
     # The scan's counter is never negative: no code for indices from the end.
     return jax.lax.dynamic_slice_in_dim(values, start, length, 1, allow_negative_indices=False)
+
+
+def take(values: Num[AnyArray, "G ..."], index: np.ndarray) -> Num[AnyArray, "U ..."]:
+    """Returns the rows `index` of `values`; `values` itself where these are all rows in order."""
+    same = np.array_equal(index, np.arange(values.shape[0]))
+    return values if same else jnp.take(values, index, axis=0)

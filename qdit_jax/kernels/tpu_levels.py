@@ -85,8 +85,8 @@ def _product(
     assert blocks is not None, "levels_reason refuses it"
     rows, columns = blocks.rows * blocks.num_rows, sizes.column_tiles * TILE
     tokens = padded(x.reshape(-1, num_channels), rows, sizes.channels)
-    scale = q.channel_scale if q.has_levels else scale_value(q.scale)[:, 0]
-    maps = (padded(a.T, a.shape[1], columns) for a in step_and_offset(q))
+    scale = q.channel_scale if q.has_levels else scale_value(q.scale)[0]
+    maps = (padded(a, a.shape[0], columns) for a in step_and_offset(q))
     codes = whole_codes(q, sizes, columns)
     inside = is_turned_inside(codes.shape[1])
     codes = codes if inside else codes.T

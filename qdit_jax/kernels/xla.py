@@ -14,7 +14,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
 from qdit_jax.kernels.operands import (
-    Segment,
+    ActSegment,
+    WeightSegment,
     act_operand,
     element_dtype,
     weight_operand,
@@ -60,7 +61,7 @@ def integer_matmul(
     weights = weight_operand(q, exact, cuts)
 
     def add_segment(
-        total: Float[Array, "T N"], one: tuple[Segment, Segment, AnyArray]
+        total: Float[Array, "T N"], one: tuple[ActSegment, WeightSegment, AnyArray]
     ) -> tuple[Float[Array, "T N"], Float[Array, " N"] | None]:
         act, weight, members = one
         left, zx, sx = acts.segment(act)

@@ -45,9 +45,10 @@ def quantize_by_columns(w: Float[np.ndarray, "K N"], spec: WeightSpec) -> QTenso
     parts = [jax.tree.map(np.asarray, quantize(w[:, block], spec)) for block in blocks]
     if len(parts) == 1:
         return parts[0]
-    alike = [dataclasses.replace(part, shape=w.shape) for part in parts]
-    # Of every array the output channels are the first axis.
-    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *alike)
+    codes = np.concatenate([part.codes for part in parts])  # a row per output channel
+    alike = [dataclasses.replace(part, codes=None, shape=w.shape) for part in parts]
+    whole = jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=-1), *alike)
+    return dataclasses.replace(whole, codes=codes)
 
 
 def squares_by_columns(

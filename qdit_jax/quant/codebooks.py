@@ -39,7 +39,7 @@ class Fit(NamedTuple):
 
 def levels(
     codes: UInt8[Array, "*lead N K"],
-    step: UInt8[Array, "*lead N G"],
+    step: UInt8[Array, "*lead G N"],
     codebook: Float[Array, "*lead E"],
     group_size: int,
 ) -> Int8[Array, "*lead N K"]:

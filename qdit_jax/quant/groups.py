@@ -71,13 +71,14 @@ def expand_groups(
 
 
 def expand_rows(
-    values: Shaped[Array, "*lead B G"], shape: tuple[int, ...], group_size: int
+    values: Shaped[Array, "*lead G B"], shape: tuple[int, ...], group_size: int
 ) -> Shaped[Array, "*lead N K"]:
-    """Returns `expand_groups` of a kernel `shape` (K, N) as `QTensor` stores it, a row per channel."""
+    """Returns `expand_groups` for a kernel `shape` (K, N) as products want it, a row per channel."""
     num_channels, width = shape
     size = effective_group_size(num_channels, group_size)
-    *lead, blocks, count = values.shape
+    *lead, count, blocks = values.shape
     wide = jnp.broadcast_to(
-        values[..., :, None, :, None], (*lead, blocks, width // blocks, count, size)
+        jnp.swapaxes(values, -1, -2)[..., :, None, :, None],
+        (*lead, blocks, width // blocks, count, size),
     )
     return wide.reshape(*lead, width, count * size)[..., :num_channels]

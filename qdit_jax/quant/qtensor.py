@@ -1,10 +1,11 @@
 """`QTensor`: one quantized kernel, packed; quantizing to it and back.
 
-A kernel is `[K, N]` to who reads or rounds it, and stored K-major: a row of bytes per output channel,
-a row of scales per output channel. Products contract the last axes, so nothing is transposed.
+A kernel is `[K, N]` to who reads or rounds it. Its codes are stored K-major, a row of bytes per output
+channel: products contract the last axes, and nothing is transposed. Its scales are stored a row per group,
+for products add up one group of all output channels after another.
 
 Dimensions: K input channels, N output channels, G groups along K, B = N // channel_group
-rows of scales, R packed bytes of a row.
+scales of a group, R packed bytes.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from qdit_jax.types import AnyArray, Numbers
 )
 @dataclasses.dataclass(frozen=True)
 class QTensor:
-    """A kernel `[K, N]` as packed codes, for g = group_size (K if 0) and c = N / scale.shape[-2]:
+    """A kernel `[K, N]` as packed codes, for g = group_size (K if 0) and c = N / scale.shape[-1]:
 
-    `w[k, n] = (code[k, n] - zero_point[n // c, k // g]) * scale_values(q)[n // c, k // g]`
+    `w[k, n] = (code[k, n] - zero_point[k // g, n // c]) * scale_values(q)[k // g, n // c]`
 
     Without a zero point, codes are signed, `[-2**(bits-1), 2**(bits-1) - 1]`, and stored with
     `2**(bits-1)` added. With a number format `fmt`, `w = fmt.value(code) * scale_values(q)`.
@@ -48,13 +49,13 @@ class QTensor:
 
     Attributes:
         codes: uint8 `[..., N, packed_bytes(K, bits)]`, see `packing`.
-        scale: `[..., B, G]`, as stored: `scale_values(q)` reads it, see `stored_scales`.
-        packed_zero_point: uint8 `[..., B, packed_bytes(G, bits)]`, packed like the codes; None
-            when symmetric.
+        scale: `[..., G, B]`, as stored: `scale_values(q)` reads it, see `stored_scales`.
+        packed_zero_point: uint8 `[..., packed_bytes(G, bits), B]`, packed along G like the codes
+            along K; None when symmetric.
         tensor_scale: float32 `[...]`, one factor per kernel, of formats that have one; else None.
         channel_scale: float32 `[..., B]` where there are two levels of scales, else None; `scale` is
             then uint8, a whole number of levels.
-        offset: uint8 `[..., B, G]`, the level of code 0, plus 128; None when symmetric, or with one
+        offset: uint8 `[..., G, B]`, the level of code 0, plus 128; None when symmetric, or with one
             level of scales or a codebook.
         codebook: float32 `[..., 16]`, of a format that learns one; else None.
         bits, group_size, shape, fmt: static; `shape` is the logical (K, N). Leading axes of the
@@ -97,14 +98,15 @@ class QTensor:
     @property
     def channel_group(self) -> int:
         """Neighboring output channels that share a scale."""
-        return self.shape[1] // self.scale.shape[-2]
+        return self.shape[1] // self.scale.shape[-1]
 
     @property
-    def zero_point(self) -> UInt8[Array, "*lead B G"] | None:
-        """The code of 0.0 of every group, uint8 `[..., B, G]`; None when symmetric."""
+    def zero_point(self) -> UInt8[Array, "*lead G B"] | None:
+        """The code of 0.0 of every group, uint8 `[..., G, B]`; None when symmetric."""
         if self.packed_zero_point is None:
             return None
-        return packing.unpack(jnp.asarray(self.packed_zero_point), self.bits, self.num_groups)
+        packed = transposed(jnp.asarray(self.packed_zero_point))
+        return transposed(packing.unpack(packed, self.bits, self.num_groups))
 
     @property
     def nbytes(self) -> int:
@@ -208,19 +210,18 @@ def grid_of(w: Float[Array, "K N"], spec: WeightSpec) -> QTensor:
         channel_scale, step, offset = levels.chosen_grid(
             w, low, high, bits=spec.bits, symmetric=spec.symmetric, group_size=spec.group_size
         )
-        offset = None if offset is None else offset.T
-        return dataclasses.replace(grid, scale=step.T, channel_scale=channel_scale, offset=offset)
+        return dataclasses.replace(grid, scale=step, channel_scale=channel_scale, offset=offset)
     scale = spec.range_fn.scale(low, high, spec.bits, spec.symmetric)
     scale = stored_scale(jnp.where(jnp.isfinite(high), scale, jnp.nan), spec.scale_dtype)
     zero_point = None
     if not spec.symmetric:
         zero_point = packed_zeros(zero_point_of(low, scale_value(scale), spec.bits), spec.bits)
-    return dataclasses.replace(grid, scale=scale.T, packed_zero_point=zero_point)
+    return dataclasses.replace(grid, scale=scale, packed_zero_point=zero_point)
 
 
-def packed_zeros(zero_point: Num[Array, "*lead G B"], bits: int) -> UInt8[Array, "*lead B R"]:
-    """Returns zero points packed like codes."""
-    return packing.pack(transposed(zero_point).astype(jnp.int32), bits)
+def packed_zeros(zero_point: Num[Array, "*lead G B"], bits: int) -> UInt8[Array, "*lead R B"]:
+    """Returns zero points packed along G, like codes along K."""
+    return transposed(packing.pack(transposed(zero_point).astype(jnp.int32), bits))
 
 
 def zero_point_of(
@@ -231,7 +232,7 @@ def zero_point_of(
 
 
 def affine_map(q: QTensor) -> tuple[Float[Array, "*lead G B"], Float[Array, "*lead G B"]]:
-    """Returns (step, zero) of integer codes: `w = (code - zero) * step`, float32, for who rounds `[K, N]`.
+    """Returns (step, zero) of integer codes: `w = (code - zero) * step`, float32.
 
     Of two levels of scales `zero` is no whole number.
     """
@@ -242,7 +243,7 @@ def affine_map(q: QTensor) -> tuple[Float[Array, "*lead G B"], Float[Array, "*le
         zero = jnp.full_like(step, 2 ** (q.bits - 1))
     else:
         zero = zero_point.astype(jnp.float32)
-    return transposed(step), transposed(zero)
+    return step, zero
 
 
 def nearest_codes(w: Float[Array, "K N"], grid: QTensor) -> UInt8[Array, "K N"]:
@@ -280,7 +281,7 @@ def from_codes(
     packed = None if zero_point is None else packed_zeros(zero_point, spec.bits)
     shape = (codes.shape[-2], codes.shape[-1])
     grid = QTensor(
-        *(None, transposed(scale), packed),
+        *(None, scale, packed),
         bits=spec.bits,
         group_size=spec.group_size,
         shape=shape,
@@ -290,7 +291,7 @@ def from_codes(
 
 
 def transposed(values: Num[Array, "*lead A B"]) -> Num[Array, "*lead B A"]:
-    """Returns `values` with their last two axes exchanged: from how it is stored, or to it."""
+    """Returns `values` with their last two axes exchanged, to how codes are stored or from it."""
     return jnp.swapaxes(values, -1, -2)
 
 
@@ -314,7 +315,7 @@ def code_rows(q: QTensor) -> UInt8[Array, "*lead N K"]:
 def weight_rows(q: QTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "*lead N K"]:
     """Returns `dequantize(q, dtype)` as products want it, a row per output channel."""
     if q.has_levels:
-        channel = groups.expand_rows(q.channel_scale[..., None], q.shape, 0)
+        channel = groups.expand_rows(q.channel_scale[..., None, :], q.shape, 0)
         return (level_rows(q).astype(jnp.float32) * channel).astype(dtype)
     codes = code_rows(q)
     scale = groups.expand_rows(scale_values(q), q.shape, q.group_size)
@@ -338,7 +339,7 @@ def level_rows(q: QTensor) -> Int8[Array, "*lead N K"]:
     return levels.affine_levels(codes, step, offset)
 
 
-def step_and_offset(q: QTensor) -> tuple[UInt8[Array, "*lead B G"], UInt8[Array, "*lead B G"]]:
+def step_and_offset(q: QTensor) -> tuple[UInt8[Array, "*lead G B"], UInt8[Array, "*lead G B"]]:
     """Returns the bytes that make levels of codes, `level = code * step + offset - 128`.
 
     Of two levels of scales without a codebook, or of symmetric codes, whose step is then 1.
@@ -357,20 +358,19 @@ def select_columns(q: QTensor, index: Integer[AnyArray, " M"] | slice) -> QTenso
         count, block = index.stop - index.start, slice(index.start // size, index.stop // size)
     else:
         count, block = index.shape[0], index // size
-    held = {name: getattr(q, name) for name in ("scale", "packed_zero_point", "offset")}
-    cuts = {name: array[..., block, :] for name, array in held.items() if array is not None}
-    if q.channel_scale is not None:
-        cuts["channel_scale"] = q.channel_scale[..., block]
+    names = ("scale", "packed_zero_point", "offset", "channel_scale")
+    held = {name: getattr(q, name) for name in names}
+    cuts = {name: array[..., block] for name, array in held.items() if array is not None}
     return dataclasses.replace(q, codes=q.codes[..., index, :], shape=(q.shape[0], count), **cuts)
 
 
-def scale_values(q: QTensor) -> Float[Array, "*lead B G"]:
+def scale_values(q: QTensor) -> Float[Array, "*lead G B"]:
     """Returns the scales in float32, a format's stored bytes decoded and its factor applied.
 
     With two levels of scales, the weight of one step: `scale * channel_scale`.
     """
     if q.has_levels:
-        return q.scale.astype(jnp.float32) * q.channel_scale[..., None]
+        return q.scale.astype(jnp.float32) * q.channel_scale[..., None, :]
     if q.fmt is None:
         return scale_value(q.scale)
     scale = q.fmt.scale_value(q.scale)

@@ -120,8 +120,10 @@ def test_arrays_are_converted_in_blocks_of_channels(bits, monkeypatch):
     for count in (1, 33, 100, 256):
         codes = np.random.default_rng(bits).integers(0, 2**bits, (2, count, 7)).astype(np.uint8)
         stored = earlier_pack(codes, bits)
-        found = earlier.Change(bits, count).apply(stored)
-        np.testing.assert_array_equal(found, packing.pack(np.swapaxes(codes, -1, -2), bits))
+        rows = packing.pack(np.swapaxes(codes, -1, -2), bits)
+        np.testing.assert_array_equal(earlier.Change(bits, count, True).apply(stored), rows)
+        found = earlier.Change(bits, count, False).apply(stored)
+        np.testing.assert_array_equal(found, np.swapaxes(rows, -1, -2))
 
 
 def earlier_pack(codes, bits):

@@ -56,9 +56,9 @@ def kernel(seed=0, std=1.0):
 
 
 def wide(values, group_size):
-    """Returns one value per weight `[K, N]` from one per channel group and group, in float64."""
+    """Returns one value per weight from one per group and channel group, in float64."""
     size = min(group_size or K, K)
-    rows = np.repeat(np.asarray(values, np.float64).T, size, axis=0)[:K]
+    rows = np.repeat(np.asarray(values, np.float64), size, axis=0)[:K]
     return np.repeat(rows, N // rows.shape[1], axis=1)
 
 
