@@ -36,20 +36,16 @@ from qdit_jax.quant.over_time import (
 )
 from qdit_jax.quant.qtensor import (
     QTensor,
-    code_rows,
-    dequantize,
     from_codes,
-    integer_codes,
-    level_rows,
     nbytes,
     packed_nbytes,
     quantize,
     scale_values,
     select_columns,
     step_and_offset,
-    weight_rows,
     with_codes,
 )
+from qdit_jax.quant.rows import code_rows, dequantize, integer_codes, level_rows, weight_rows
 from qdit_jax.quant.specs import ActSpec, WeightSpec
 from qdit_jax.quant.stored_scales import scale_value
 from qdit_jax.quant.straight_through import StraightThrough, straight_through

@@ -107,6 +107,14 @@ def unpack_slice(
     return codes if covered == length else _dynamic_slice(codes, start - first, length)
 
 
+def unpack_fields(packed: UInt8[AnyArray, "..."], plane: int, axis: int) -> UInt8[AnyArray, "..."]:
+    """Returns the fields of bytes with `plane` bits each, one after the other along `axis`."""
+    xp = np if isinstance(packed, np.ndarray) else jnp
+    mask = (1 << plane) - 1
+    parts = [(packed >> (plane * i)) & mask for i in range(8 // plane)]
+    return parts[0] if len(parts) == 1 else xp.concatenate(parts, axis=axis)
+
+
 def _dynamic_slice(values: Array, start: Int[AnyArray, ""], length: int) -> Array:
     # Never negative: no code for indices from the end.
     return jax.lax.dynamic_slice_in_dim(values, start, length, -1, allow_negative_indices=False)
@@ -152,15 +160,11 @@ def _unpack_plane(
         return packed
     xp = np if isinstance(packed, np.ndarray) else jnp
 
-    def split(part: UInt8[AnyArray, "*lead S"]) -> UInt8[AnyArray, "*lead F S"]:
-        mask = (1 << plane) - 1
-        return xp.stack([(part >> (plane * i)) & mask for i in range(fields)], axis=-2)
-
     *lead, _ = packed.shape
     whole = num_codes - num_codes % run
     head = packed[..., : whole // fields].reshape(*lead, whole // run, run // fields)
-    codes = split(head).reshape(*lead, whole)
+    codes = unpack_fields(head[..., None, :], plane, -2).reshape(*lead, whole)
     if whole == num_codes:
         return codes
-    tail = split(packed[..., whole // fields :]).reshape(*lead, -1)
+    tail = unpack_fields(packed[..., None, whole // fields :], plane, -2).reshape(*lead, -1)
     return xp.concatenate([codes, tail], axis=-1)[..., :num_codes]  # without the tail's padding

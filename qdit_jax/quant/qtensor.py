@@ -17,8 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int8, Integer, Num, UInt8
+from jaxtyping import Array, Float, Integer, Num, UInt8
 
 from qdit_jax.quant import codebooks, finite, formats, groups, levels, packing
 from qdit_jax.quant.division import quotient
@@ -293,50 +292,6 @@ def from_codes(
 def transposed(values: Num[Array, "*lead A B"]) -> Num[Array, "*lead B A"]:
     """Returns `values` with their last two axes exchanged, to how codes are stored or from it."""
     return jnp.swapaxes(values, -1, -2)
-
-
-@jax.jit
-def integer_codes(q: QTensor) -> Integer[Array, "*lead K N"]:
-    """Returns the codes unpacked, uint8; signed codes still carry their `2**(bits - 1)`."""
-    return transposed(code_rows(q))
-
-
-@partial(jax.jit, static_argnames="dtype")
-def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "*lead K N"]:
-    """Returns the kernel that `q` stands for, in `dtype` (the arithmetic is float32)."""
-    return transposed(weight_rows(q, dtype))
-
-
-def code_rows(q: QTensor) -> UInt8[Array, "*lead N K"]:
-    """Returns `integer_codes(q)` as stored, a row per output channel."""
-    return packing.unpack(jnp.asarray(q.codes), q.bits, q.shape[0])
-
-
-def weight_rows(q: QTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "*lead N K"]:
-    """Returns `dequantize(q, dtype)` as products want it, a row per output channel."""
-    if q.has_levels:
-        channel = groups.expand_rows(q.channel_scale[..., None, :], q.shape, 0)
-        return (level_rows(q).astype(jnp.float32) * channel).astype(dtype)
-    codes = code_rows(q)
-    scale = groups.expand_rows(scale_values(q), q.shape, q.group_size)
-    if q.fmt is not None:
-        return (q.fmt.value(codes) * scale).astype(dtype)
-    zero_point = q.zero_point
-    if zero_point is None:
-        offset = jnp.float32(2 ** (q.bits - 1))
-    else:
-        offset = groups.expand_rows(zero_point, q.shape, q.group_size).astype(jnp.float32)
-    return ((codes.astype(jnp.float32) - offset) * scale).astype(dtype)
-
-
-@jax.jit
-def level_rows(q: QTensor) -> Int8[Array, "*lead N K"]:
-    """Returns the int8 levels that the codes of `q` stand for, where it has two levels of scales."""
-    codes = code_rows(q)
-    if q.codebook is not None:
-        return codebooks.levels(codes, q.scale, q.codebook, q.group_size)
-    step, offset = (groups.expand_rows(a, q.shape, q.group_size) for a in step_and_offset(q))
-    return levels.affine_levels(codes, step, offset)
 
 
 def step_and_offset(q: QTensor) -> tuple[UInt8[Array, "*lead G B"], UInt8[Array, "*lead G B"]]:
