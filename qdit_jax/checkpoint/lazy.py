@@ -51,7 +51,9 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
         check_stored(folder, params, unflatten_dict(earlier.as_stored(target, changes), sep="/"))
 
     def deferred(name: str, leaf: jax.ShapeDtypeStruct) -> DeferredArray:
-        make = partial(read_array, folder, name, changes.get(name))
+        make = partial(read_array, folder, name)
+        if name in changes:
+            make = partial(read_changed, folder, name, changes[name])
         return DeferredArray(leaf.shape, leaf.dtype, make, name, folder)
 
     stored = {name: deferred(name, leaf) for name, leaf in target.items()}
@@ -65,10 +67,13 @@ def is_no_chunk(name: str) -> bool:
     return not re.fullmatch(r"[\d.]+", name.rpartition("/")[2])
 
 
-def read_array(
-    folder: AnyPath, name: str, change: earlier.Change | None = None
-) -> dict[str, np.ndarray]:
-    """Returns one array of a checkpoint folder, under its name; `change` brings it into today's form.
+def read_changed(folder: AnyPath, name: str, change: earlier.Change) -> dict[str, np.ndarray]:
+    """Returns one array of an earlier version, see `read_array`, in today's form."""
+    return {name: change.apply(read_array(folder, name)[name])}
+
+
+def read_array(folder: AnyPath, name: str) -> dict[str, np.ndarray]:
+    """Returns one array of a checkpoint folder, under its name.
 
     Raises:
         UserError: if it is absent or damaged.
@@ -81,10 +86,9 @@ def read_array(
                 "fill_missing_data_reads": False,
             }
             # As Orbax would, which reads the description of all arrays again for each.
-            array = tensorstore.open(spec, open=True, read=True).result().read().result()
+            return {name: tensorstore.open(spec, open=True, read=True).result().read().result()}
     except Exception as error:  # It raises many kinds.
         raise damaged(folder, error) from error
-    return {name: array if change is None else change.apply(array)}
 
 
 @overload
