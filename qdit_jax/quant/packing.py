@@ -94,17 +94,27 @@ def unpack_slice(
 ) -> UInt8[Array, "*lead L"]:
     """Returns `length` of the codes from `start` on, a multiple of `length` that may be traced.
 
-    Only the bytes of the runs that hold them are read. See `can_slice`.
+    Only the bytes of the runs that hold them are read, or of the field. See `can_slice`.
     """
+    if length == num_codes:
+        return unpack(packed, bits, num_codes)
     run = run_length(num_codes)
     covered = max(run, length)  # whole runs
     first = start // covered * covered
     parts = []
     for plane, at, shift in _placed_planes(bits, num_codes):
-        held = _dynamic_slice(packed, at + first // 8 * plane, covered // 8 * plane)
-        parts.append(_unpack_plane(held, plane, covered, run) << shift)
-    codes = reduce(operator.or_, parts)
-    return codes if covered == length else _dynamic_slice(codes, start - first, length)
+        span = run * plane // 8  # bytes of a run
+        if span % length == 0:  # the codes are in one field
+            byte = at + start // run * span + start % span
+            field = jnp.asarray(start % run // span, jnp.uint8)
+            held = _dynamic_slice(packed, byte, length) >> (jnp.uint8(plane) * field)
+            codes = held & ((1 << plane) - 1)
+        else:
+            held = _dynamic_slice(packed, at + first // 8 * plane, covered // 8 * plane)
+            codes = _unpack_plane(held, plane, covered, run)
+            codes = codes if covered == length else _dynamic_slice(codes, start - first, length)
+        parts.append(codes << shift)
+    return reduce(operator.or_, parts)
 
 
 def unpack_fields(packed: UInt8[AnyArray, "..."], plane: int, axis: int) -> UInt8[AnyArray, "..."]:

@@ -36,12 +36,15 @@ class Axes(NamedTuple):
 
 
 def axes_of(q: QTensor) -> Axes | None:
-    """Returns the axes in which groups and fields nest; None if groups have not the same length."""
+    """Returns the axes in which groups and fields nest; None if one axis is all that there is.
+
+    So it is where the last group is shorter, and faster where K is a single run.
+    """
     num_channels = q.shape[0]
     size = groups.effective_group_size(num_channels, q.group_size)
-    if num_channels % size:
-        return None
     run, fields = packing.run_length(num_channels), 8 // q.bits
+    if num_channels % size or num_channels == run:
+        return None
     if packing.planes(q.bits) == (q.bits,) and num_channels % run == 0:
         span = run // fields  # bytes of a run
         if size % run == 0:

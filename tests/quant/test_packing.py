@@ -1,5 +1,8 @@
 """Packed codes come back, in the bytes that the formula says."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,3 +95,15 @@ def test_675_million_weights_in_4_bits_take_351_megabytes():
     )
     weights = 28 * (1152 * (3456 + 1152 + 2 * 4608)) + 29 * 1152 * 6912
     assert total / weights * 675e6 == pytest.approx(351e6, rel=0.01)
+
+
+def test_the_reader_of_the_documentation_reads_what_is_packed():
+    page = (Path(__file__).parents[2] / "docs/formats.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {}
+    exec(block, names)
+    for bits in range(2, 9):
+        for count in COUNTS:
+            codes = np.random.default_rng(bits).integers(0, 2**bits, (3, count)).astype(np.uint8)
+            found = names["unpack"](packing.pack(codes, bits), bits, count)
+            np.testing.assert_array_equal(found, codes)
