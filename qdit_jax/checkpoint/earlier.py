@@ -84,7 +84,9 @@ def leaf_as_today(leaf: Any) -> Any:
     if not isinstance(leaf, Mapping) or leaf.get("type") != "QTensor":
         return leaf
     arrays = leaf.get("arrays")
-    codes = arrays.get("codes") if isinstance(arrays, Mapping) else None
+    if not isinstance(arrays, Mapping):
+        return leaf
+    codes = arrays.get("codes")
     if not isinstance(codes, Mapping) or not isinstance(codes.get("shape"), list):
         return leaf
     turned = {**codes, "shape": list(turned_shape(codes["shape"]))}

@@ -19,6 +19,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from functools import reduce
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ import numpy as np
 from jaxtyping import Array, Int, Integer, UInt8
 
 from qdit_jax.types import AnyArray
+
+Bytes = TypeVar("Bytes", jax.Array, np.ndarray)  # what comes in NumPy is returned in NumPy
 
 RUN, SHORT_RUN = 128, 32
 _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
@@ -53,7 +56,7 @@ def packed_bytes(num_codes: int, bits: int) -> int:
     return sum(plane_bytes(num_codes, plane) for plane in planes(bits))
 
 
-def pack(codes: Integer[AnyArray, "*lead K"], bits: int) -> UInt8[AnyArray, "*lead R"]:
+def pack(codes: Integer[Bytes, "*lead K"], bits: int) -> UInt8[Bytes, "*lead R"]:
     """Returns codes in `[0, 2**bits - 1]` packed along their last axis; of NumPy, in NumPy."""
     codes = codes.astype(np.uint8)
     packed, shift = [], 0
@@ -64,9 +67,7 @@ def pack(codes: Integer[AnyArray, "*lead K"], bits: int) -> UInt8[AnyArray, "*le
     return xp.concatenate(packed, axis=-1)
 
 
-def unpack(
-    packed: UInt8[AnyArray, "*lead R"], bits: int, num_codes: int
-) -> UInt8[AnyArray, "*lead K"]:
+def unpack(packed: UInt8[Bytes, "*lead R"], bits: int, num_codes: int) -> UInt8[Bytes, "*lead K"]:
     """Returns the `num_codes` codes that `pack` packed; of NumPy, in NumPy."""
     run = run_length(num_codes)
     parts = [
@@ -117,7 +118,7 @@ def unpack_slice(
     return reduce(operator.or_, parts)
 
 
-def unpack_fields(packed: UInt8[AnyArray, "..."], plane: int, axis: int) -> UInt8[AnyArray, "..."]:
+def unpack_fields(packed: UInt8[Bytes, "..."], plane: int, axis: int) -> UInt8[Bytes, "..."]:
     """Returns the fields of bytes with `plane` bits each, one after the other along `axis`."""
     xp = np if isinstance(packed, np.ndarray) else jnp
     mask = (1 << plane) - 1
@@ -138,7 +139,7 @@ def _placed_planes(bits: int, num_codes: int) -> Iterator[tuple[int, int, int]]:
         start, shift = start + plane_bytes(num_codes, plane), shift + plane
 
 
-def _pack_plane(codes: UInt8[AnyArray, "*lead K"], plane: int) -> UInt8[AnyArray, "*lead R"]:
+def _pack_plane(codes: UInt8[Bytes, "*lead K"], plane: int) -> UInt8[Bytes, "*lead R"]:
     fields = 8 // plane
     if fields == 1:
         return codes
@@ -156,15 +157,15 @@ def _pack_plane(codes: UInt8[AnyArray, "*lead K"], plane: int) -> UInt8[AnyArray
     return xp.concatenate([head, tail], axis=-1)
 
 
-def _join(fields: UInt8[AnyArray, "*lead F S"], plane: int) -> UInt8[AnyArray, "*lead S"]:
+def _join(fields: UInt8[Bytes, "*lead F S"], plane: int) -> UInt8[Bytes, "*lead S"]:
     """Returns bytes with field i in bits `plane * i` and up."""
     parts = [fields[..., i, :] << (plane * i) for i in range(8 // plane)]
     return reduce(operator.or_, parts)
 
 
 def _unpack_plane(
-    packed: UInt8[AnyArray, "*lead R"], plane: int, num_codes: int, run: int
-) -> UInt8[AnyArray, "*lead K"]:
+    packed: UInt8[Bytes, "*lead R"], plane: int, num_codes: int, run: int
+) -> UInt8[Bytes, "*lead K"]:
     fields = 8 // plane
     if fields == 1:
         return packed

@@ -309,6 +309,7 @@ def select_columns(q: QTensor, index: Integer[AnyArray, " M"] | slice) -> QTenso
     A slice starts and ends between channel groups.
     """
     size = q.channel_group
+    block: AnyArray | slice
     if isinstance(index, slice):
         count, block = index.stop - index.start, slice(index.start // size, index.stop // size)
     else:
