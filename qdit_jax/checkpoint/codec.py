@@ -125,9 +125,9 @@ def check_packing(path: str, described: dict[str, Any]) -> None:
     count = num_groups(rows, described["group_size"])
     codes, scale = arrays["codes"], arrays["scale"]
     blocks = scale["shape"][-1]
-    wanted = {"codes": [packing.packed_rows(rows, bits), width], "scale": [count, blocks]}
+    wanted = {"codes": [width, packing.packed_bytes(rows, bits)], "scale": [count, blocks]}
     if "packed_zero_point" in arrays:
-        wanted["packed_zero_point"] = [packing.packed_rows(count, bits), blocks]
+        wanted["packed_zero_point"] = [packing.packed_bytes(count, bits), blocks]
     more = {"channel_scale": [blocks], "offset": [count, blocks], "codebook": [2**bits]}
     wanted |= {name: shape for name, shape in more.items() if name in arrays}
     for name, shape in wanted.items():
@@ -136,7 +136,7 @@ def check_packing(path: str, described: dict[str, Any]) -> None:
     if "channel_scale" in arrays and scale["dtype"] != "uint8":
         raise ValueError(f"{path}/scale is {scale['dtype']}, two levels of scales need uint8")
     if width % blocks or codes["dtype"] != "uint8":
-        raise ValueError(f"{path} holds {codes['dtype']} codes and {blocks} scales per row")
+        raise ValueError(f"{path} holds {codes['dtype']} codes and {blocks} scales per group")
 
 
 def split_fields(leaf: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -6,7 +6,7 @@ FP8 elements are bfloat16, NF4's float32. Two int8 operands keep their zeros, wh
 dtype each `element - zero` is exact, while a float32 sum would cancel; there the zero is subtracted
 first.
 
-Dimensions: T tokens, K input channels, N output channels, B scales of a row, U segments of K,
+Dimensions: T tokens, K input channels, N output channels, B scales of a group, U segments of K,
 L channels of a segment.
 """
 
@@ -20,23 +20,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Float, Int, Num, UInt8
+from jaxtyping import Array, Float, Int, Num
 
 from qdit_jax.kernels.segments import Segments
 from qdit_jax.quant import (
     ActQuant,
     QTensor,
+    code_rows,
     codes_of,
     expand_to_channels,
     formats,
-    integer_codes,
-    levels_of,
+    level_rows,
     packing,
     scale_value,
 )
 from qdit_jax.types import AnyArray
 
-# (elements, zero, scale) of a segment: `[T, L]`, `[T, 1]`, `[T, 1]` of activations and `[L, N]`,
+# (elements, zero, scale) of a segment: `[T, L]`, `[T, 1]`, `[T, 1]` of activations and `[N, L]`,
 # `[N]`, `[N]` of weights. Zero is None where it is 0.
 Elements = tuple[Num[Array, "_ _"], Num[Array, "..."] | int | None, Float[Array, "..."]]
 # (number, group) of a segment of the activations, or of all segments `[U]`.
@@ -47,12 +47,12 @@ class WeightSegment(NamedTuple):
     """A segment of the weights, or all of them with U as first axis.
 
     Attributes:
-        codes: what `stacked_codes` returns; int8 levels where there are two levels of scales.
+        number: of the segment.
         zero: uint8 `[B]`, None where it is 0.
-        scale: `[B]`, as stored.
+        scale: `[B]`, as stored; that of the output channels where there are two levels of scales.
     """
 
-    codes: Array
+    number: AnyArray
     zero: AnyArray | None
     scale: AnyArray
 
@@ -123,47 +123,43 @@ def act_elements(
 
 
 def weight_operand(q: QTensor, dtype: np.dtype, segments: Segments) -> Operand[WeightSegment]:
-    """Returns the operand of the kernel `q`, its elements in `dtype`; see `stacked_codes`."""
-    if q.has_levels:
-        return level_operand(q, dtype, segments)
-    codes, unpacked = stacked_codes(q, segments)
+    """Returns the operand of the kernel `q`, its elements in `dtype`.
+
+    With two levels of scales, elements are int8 levels, whose scale is that of the output channel.
+    """
+    codes_fn = segment_codes(q, segments)
     group = segments.group(q.group_size)
     half = 2 ** (q.bits - 1)
-    zero_point = q.zero_point  # [G, B]
-    zero = None if zero_point is None else take(zero_point, group)  # [U, B]
-    stacked = WeightSegment(codes, zero, take(q.scale, group))
+
+    def of_channel(values: Num[AnyArray, " B"]) -> Num[Array, " N"]:
+        return jnp.repeat(values, q.channel_group)
 
     def segment(one: WeightSegment) -> Elements:
-        # Otherwise XLA for GPUs, whose int8 dot takes columns, keeps all codes transposed as well.
-        codes = with_layout_constraint(unpacked(one.codes), Layout(major_to_minor=(0, 1)))
-        scale = jnp.repeat(row_scale(q, one.scale), q.channel_group)  # [N]
+        # Otherwise XLA for GPUs may keep all codes in the layout that its int8 dot likes, as well.
+        codes = with_layout_constraint(codes_fn(one.number), Layout(major_to_minor=(0, 1)))
+        if q.has_levels:
+            return codes.astype(dtype), None, of_channel(one.scale)
+        scale = of_channel(element_scale(q, one.scale))
         if q.fmt is not None:
             return q.fmt.operand(codes).astype(dtype), None, scale
         zero = None
         if one.zero is not None:
-            zero = jnp.repeat(one.zero.astype(jnp.int32), q.channel_group) - half  # [N]
+            zero = of_channel(one.zero.astype(jnp.int32)) - half
         elements = (codes - jnp.uint8(half)).astype(jnp.int8)  # uint8 wraps to the signed code
         if dtype == jnp.int8:
             return elements, zero, scale
-        return (elements if zero is None else elements - zero).astype(dtype), None, scale
+        return (elements if zero is None else elements - zero[:, None]).astype(dtype), None, scale
 
+    if q.channel_scale is not None:
+        scale = jnp.broadcast_to(q.channel_scale, (len(group), q.channel_scale.shape[-1]))
+        return Operand(WeightSegment(np.arange(len(group)), None, scale), segment)
+    zero_point = q.zero_point  # [G, B]
+    zero = None if zero_point is None else take(zero_point, group)  # [U, B]
+    stacked = WeightSegment(np.arange(len(group)), zero, take(q.scale, group))
     return Operand(stacked, segment)
 
 
-def level_operand(q: QTensor, dtype: np.dtype, segments: Segments) -> Operand[WeightSegment]:
-    """Returns the operand of int8 levels, whose scale is that of the output channel."""
-    count, length = segments.rows.shape
-    levels = segments.cut(levels_of(q), 0).reshape(count, length, -1)
-    scale = jnp.broadcast_to(q.channel_scale, (count, q.channel_scale.shape[-1]))
-
-    def segment(one: WeightSegment) -> Elements:
-        elements = with_layout_constraint(one.codes, Layout(major_to_minor=(0, 1)))
-        return elements.astype(dtype), None, jnp.repeat(one.scale, q.channel_group)
-
-    return Operand(WeightSegment(levels, None, scale), segment)
-
-
-def row_scale(q: QTensor, scale: Num[AnyArray, " B"]) -> Float[Array, " B"]:
+def element_scale(q: QTensor, scale: Num[AnyArray, " B"]) -> Float[Array, " B"]:
     """Returns a row of `q.scale` as the float32 scales of elements."""
     if q.fmt is None:
         return scale_value(scale)
@@ -171,27 +167,25 @@ def row_scale(q: QTensor, scale: Num[AnyArray, " B"]) -> Float[Array, " B"]:
     return (values if q.tensor_scale is None else values * q.tensor_scale) * q.fmt.unit
 
 
-def stacked_codes(
-    q: QTensor, segments: Segments
-) -> tuple[UInt8[Array, "U ..."], Callable[[Array], Array]]:
-    """Returns an array to scan over, and a function from one of its rows to codes, uint8 `[L, N]`.
+def segment_codes(q: QTensor, segments: Segments) -> Callable[[AnyArray], Array]:
+    """Returns a function from the number of a segment to its codes `[N, L]`, uint8, or int8 levels.
 
-    Where no byte holds codes of two segments, the array is the packed codes, unpacked one segment
-    at a time. Otherwise it is the unpacked codes of the whole layer.
+    Packed codes are unpacked one segment at a time where the bytes allow it; otherwise, and where they
+    become levels, those of the whole layer before.
     """
-    count, length = segments.rows.shape
-    fields = 8 // q.bits
-    # A segment of whole blocks of bytes (`packing`) in one plane is a run of rows of bytes.
-    whole = segments.are_equal and length % (packing.SUB_BLOCK * fields) == 0
-    if whole and packing.planes(q.bits) == (q.bits,):
-        packed = q.codes.reshape(count, length // fields, -1)  # [U, L / fields, N]
-        return packed, lambda one: packing.unpack(one, q.bits, length)
-    codes = segments.cut(integer_codes(q), 0)  # [U L, N]
-    return codes.reshape(count, length, -1), lambda one: one
+    length = segments.length
+    num_channels = q.shape[0]
+    if not q.has_levels and segments.are_equal and packing.can_slice(num_channels, length):
+        packed = jnp.asarray(q.codes)
+        return lambda index: packing.unpack_slice(
+            packed, q.bits, num_channels, index * length, length
+        )
+    whole = segments.cut(level_rows(q) if q.has_levels else code_rows(q), 1)  # [N, U L]
+    return lambda index: column(whole, index * length, length)
 
 
 def column(
-    values: Num[Array, "T M"], start: Int[AnyArray, ""], length: int = 1
+    values: Num[AnyArray, "T M"], start: Int[AnyArray, ""], length: int = 1
 ) -> Num[Array, "T L"]:
     # The scan's counter is never negative: no code for indices from the end.
     return jax.lax.dynamic_slice_in_dim(values, start, length, 1, allow_negative_indices=False)

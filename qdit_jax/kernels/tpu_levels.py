@@ -7,9 +7,11 @@ per output channel (`quant.levels`), or symmetric codes per channel. A block of 
 into VMEM, and packed codes become levels there once per call. So memory sees the inputs, the packed
 codes and the result, and nothing between.
 
-Codes are unpacked four at a time, in words of 32 bits: the fields of a byte lie 32 rows apart
-(`packing`), so 32 rows of bytes are 8 rows of words, each field of which is four whole codes. The map to
-levels, `(code * step + offset) ^ 128`, stays inside its byte: 0 <= code * step + offset <= 255.
+Codes are unpacked four at a time, in words of 32 bits. A word of a TPU is four neighboring rows of bytes,
+and codes are stored a row per output channel: they are transposed first, packed, see `is_turned_inside`.
+The fields of a byte lie 64, 32 or 16 input channels apart (`packing`): then 32 rows of bytes are 8 rows
+of words, each field of which is four whole codes. The map to levels, `(code * step + offset) ^ 128`,
+stays inside its byte: 0 <= code * step + offset <= 255.
 
 Dimensions: M rows (tokens), K input channels, N output channels, G groups along K, R rows of packed
 bytes; J blocks of columns of a panel, L rows and C columns of a block (`tpu_blocks`).
@@ -85,10 +87,13 @@ def _product(
     tokens = padded(x.reshape(-1, num_channels), rows, sizes.channels)
     scale = q.channel_scale if q.has_levels else scale_value(q.scale)[0]
     maps = (padded(a, a.shape[0], columns) for a in step_and_offset(q))
-    operands = (tokens, whole_codes(q, sizes, columns), *maps, padded(scale[None], 1, columns))
+    codes = whole_codes(q, sizes, columns)
+    inside = is_turned_inside(codes.shape[1])
+    codes = codes if inside else codes.T
+    operands = (tokens, codes, *maps, padded(scale[None], 1, columns))
     groups = groups_of_sub_blocks(sizes.channels, num_channels, q.group_size)
     kernel = functools.partial(_kernel, bits=q.bits, groups=groups, act_spec=spec)
-    y = _call(kernel, operands, blocks, interpret)
+    y = _call(kernel, operands, blocks, inside, interpret)
     return y[: math.prod(x.shape[:-1]), :width].reshape(*x.shape[:-1], width)
 
 
@@ -106,8 +111,8 @@ def padded(values: Array, rows: int, columns: int) -> Array:
     return jnp.pad(values, more) if any(after for _, after in more) else values
 
 
-def whole_codes(q: QTensor, sizes: Sizes, columns: int) -> UInt8[Array, "R N"]:
-    """Returns the packed codes with whole blocks of bytes in each plane.
+def whole_codes(q: QTensor, sizes: Sizes, rows: int) -> UInt8[Array, "N R"]:
+    """Returns the packed codes of `rows` output channels, with whole tiles of bytes in each plane.
 
     As they are stored where K is a multiple of 128, with 3, 5 and 7 bits of 256.
     Others are unpacked and packed again in each call.
@@ -115,19 +120,33 @@ def whole_codes(q: QTensor, sizes: Sizes, columns: int) -> UInt8[Array, "R N"]:
     codes = q.codes
     if sizes.code_channels != sizes.num_channels:
         loose = packing.unpack(codes, q.bits, sizes.num_channels)
-        codes = packing.pack(padded(loose, sizes.code_channels, loose.shape[1]), q.bits)
-    return padded(codes, codes.shape[0], columns)
+        codes = packing.pack(padded(loose, loose.shape[0], sizes.code_channels), q.bits)
+    return padded(codes, rows, codes.shape[1])
+
+
+def is_turned_inside(num_bytes: int) -> bool:
+    """Returns whether codes `[N, R]` are transposed in VMEM, rather than by XLA before the kernel.
+
+    A TPU keeps a matrix of bytes with that axis in its lanes which 128 divides. Where it does not
+    divide R, XLA's transpose is no work, and a kernel that wants rows would have them copied.
+    """
+    return num_bytes % TILE == 0
 
 
 def groups_of_sub_blocks(channels: int, num_channels: int, group_size: int) -> tuple[int, ...]:
     """Returns the group of every 32 of `channels`, those of padding in the last one."""
     size = effective_group_size(num_channels, group_size)
     last = num_groups(num_channels, group_size) - 1
-    return tuple(min(row // size, last) for row in range(0, channels, packing.SUB_BLOCK))
+    return tuple(min(row // size, last) for row in range(0, channels, STRIP))
 
 
-def _call(kernel: Any, operands: tuple[Array, ...], blocks: Blocks, interpret: bool) -> Array:
-    """Returns the kernel's result `[M, N]`, padding included."""
+def _call(
+    kernel: Any, operands: tuple[Array, ...], blocks: Blocks, inside: bool, interpret: bool
+) -> Array:
+    """Returns the kernel's result `[M, N]`, padding included.
+
+    The codes among the operands are `[N, R]` where they are to be transposed `inside`, else `[R, N]`.
+    """
     from jax.experimental.pallas import tpu as pltpu
 
     tokens, codes, step, _, scale = operands
@@ -144,6 +163,11 @@ def _call(kernel: Any, operands: tuple[Array, ...], blocks: Blocks, interpret: b
         # Only the first block of rows reads them: after it, the last block stays where it is.
         return 0, p * panel + jnp.where(i == 0, j, panel - 1)
 
+    codes_block, turned = pl.BlockSpec((codes.shape[0], columns), once), []
+    if inside:
+        codes_block = pl.BlockSpec((columns, codes.shape[1]), lambda *at: once(*at)[::-1])
+        turned = [pltpu.VMEM((codes.shape[1], columns), jnp.uint8)]
+
     bytes_of_codes = sum(a.size * a.dtype.itemsize for a in operands[1:])
     bytes_of_rows = tokens.dtype.itemsize * rows * (blocks.panels * channels + width)
     return pl.pallas_call(
@@ -151,7 +175,8 @@ def _call(kernel: Any, operands: tuple[Array, ...], blocks: Blocks, interpret: b
         grid=blocks.grid,
         in_specs=[
             pl.BlockSpec((blocks.rows, channels), of_rows),
-            *(pl.BlockSpec((a.shape[0], columns), once) for a in (codes, step, step)),
+            codes_block,
+            *(pl.BlockSpec((step.shape[0], columns), once) for _ in range(2)),
             pl.BlockSpec((1, columns), of_columns),
         ],
         out_specs=pl.BlockSpec((blocks.rows, columns), lambda p, i, j: (i, p * panel + j)),
@@ -160,6 +185,7 @@ def _call(kernel: Any, operands: tuple[Array, ...], blocks: Blocks, interpret: b
             pltpu.VMEM((blocks.rows, channels), jnp.int8),
             pltpu.VMEM((blocks.rows, 1), jnp.float32),
             pltpu.VMEM((panel, channels, columns), jnp.int8),
+            *turned,
         ],
         cost_estimate=pl.CostEstimate(
             flops=2 * rows * channels * width,
@@ -185,7 +211,7 @@ def _kernel(
     x_codes: Any,
     x_scale: Any,
     levels: Any,
-    *,
+    *turned: Any,
     bits: int,
     groups: tuple[int, ...],
     act_spec: ActSpec,
@@ -193,7 +219,7 @@ def _kernel(
     """Writes one block `[L, C]` of the result, and what later blocks share.
 
     Shared are the codes `[L, K]` and scales `[L, 1]` of the rows, and the levels `[J, K, C]` of the
-    panel.
+    panel. Packed codes are `[R, C]`, or `[C, R]` where there is room to have them `turned`.
     """
     block = pl.program_id(2)
 
@@ -203,7 +229,10 @@ def _kernel(
 
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
-        unpack_columns(codes, step, offset, levels.at[block], bits, groups)
+        columns = turned[0] if turned else codes
+        if turned:
+            columns[...] = codes[...].T
+        unpack_columns(columns, step, offset, levels.at[block], bits, groups)
 
     sums = jnp.dot(
         x_codes[...],
@@ -259,7 +288,7 @@ def unpack_columns(
     for index, group in enumerate(groups):
         word = code_words(codes, bits, index)
         own_step, own_offset = (a[group : group + 1] for a in (steps, offsets))
-        rows = pl.ds(index * packing.SUB_BLOCK, packing.SUB_BLOCK)
+        rows = pl.ds(index * STRIP, STRIP)
         levels[rows, :] = as_rows_of((word * own_step + own_offset) ^ SIGNS, jnp.int8)
 
 
@@ -267,15 +296,39 @@ def code_words(codes: Any, bits: int, index: int) -> Int32[Array, "8 C"]:
     """Returns the `index`-th 32 rows of codes, four neighboring rows in a word."""
     first, shift, words = 0, 0, []
     for plane in packing.planes(bits):
-        fields = 8 // plane
-        row = first + index // fields * packing.SUB_BLOCK
-        word = as_rows_of(codes[pl.ds(row, packing.SUB_BLOCK), :], jnp.int32)
-        if fields > 1:
-            word = (word >> (plane * (index % fields))) & ((2**plane - 1) * EACH_BYTE)
-        words.append(word << shift)
-        first += codes.shape[0] * plane // bits  # each plane holds all rows, in whole blocks
+        words.append(plane_words(codes, first, plane, index) << shift)
+        first += codes.shape[0] * plane // bits  # each plane holds all rows, in whole tiles
         shift += plane
     return functools.reduce(jnp.bitwise_or, words)
+
+
+def plane_words(codes: Any, first: int, plane: int, index: int) -> Int32[Array, "8 C"]:
+    """Returns what the plane of bits from row `first` on has of the `index`-th 32 rows of codes."""
+    run, place = divmod(index * STRIP, packing.RUN)
+    size = packing.RUN * plane // 8  # rows of bytes of a run, and rows of codes between two fields
+    field, row = divmod(place, size)
+    row += first + run * size
+
+    def bits_of(words: Int32[Array, "8 C"], field: int) -> Int32[Array, "8 C"]:
+        return (words >> (plane * field)) & ((2**plane - 1) * EACH_BYTE)
+
+    if size >= STRIP:
+        words = as_rows_of(codes[pl.ds(row, STRIP), :], jnp.int32)
+        return words if plane == 8 else bits_of(words, field)
+    # A plane of one bit: 16 rows have two fields of a run, and a tile has the bytes of two runs.
+    words = as_rows_of(codes[pl.ds(row - row % STRIP, STRIP), :], jnp.int32)
+    low, high = bits_of(words, field), bits_of(words, field + 1)
+    is_first = jax.lax.broadcasted_iota(jnp.int32, words.shape, 0) < words.shape[0] // 2
+    if row % STRIP:
+        return jnp.where(is_first, half_turned(low), high)
+    return jnp.where(is_first, low, half_turned(high))
+
+
+def half_turned(words: Int32[Array, "8 C"]) -> Int32[Array, "8 C"]:
+    """Returns the two halves of the rows exchanged."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    return pltpu.roll(words, words.shape[0] // 2, 0)
 
 
 def as_rows_of(values: Array, dtype: Any) -> Array:

@@ -95,6 +95,7 @@ def reconstruct_params(
     flat = dict(flatten_dict(begun, sep="/"))
     facts = {"params": begun, "model": model, "items": items, "recipe": recipe.to_json()}
     facts |= {"settings": settings, "holdout": holdout, "batch_size": batch_size}
+    facts |= {"layout": "K-major"}  # of the packed codes that are kept, [K, N] in earlier releases
     kept = None if unfinished is None else Unfinished(unfinished, fingerprint(**facts))
     for number, unit in enumerate(units_of(model, params, recipe)):
         nearest = nearest_kernels(unit, flat)

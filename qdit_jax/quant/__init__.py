@@ -36,11 +36,7 @@ from qdit_jax.quant.over_time import (
 )
 from qdit_jax.quant.qtensor import (
     QTensor,
-    cut_scales,
-    dequantize,
     from_codes,
-    integer_codes,
-    levels_of,
     nbytes,
     packed_nbytes,
     quantize,
@@ -49,6 +45,7 @@ from qdit_jax.quant.qtensor import (
     step_and_offset,
     with_codes,
 )
+from qdit_jax.quant.rows import code_rows, dequantize, integer_codes, level_rows, weight_rows
 from qdit_jax.quant.specs import ActSpec, WeightSpec
 from qdit_jax.quant.stored_scales import scale_value
 from qdit_jax.quant.straight_through import StraightThrough, straight_through
@@ -82,8 +79,8 @@ __all__ = [
     "applied_over_time",
     "bits_over_time",
     "check_finite",
+    "code_rows",
     "codes_of",
-    "cut_scales",
     "dequantize",
     "effective_group_size",
     "entry_name",
@@ -99,7 +96,7 @@ __all__ = [
     "group_extremes",
     "integer_codes",
     "kernel_of_other",
-    "levels_of",
+    "level_rows",
     "levels_over_time",
     "map_groups",
     "nbytes",
@@ -123,6 +120,7 @@ __all__ = [
     "step_and_offset",
     "straight_through",
     "true_after",
+    "weight_rows",
     "whole_size",
     "with_act_bits",
     "with_codes",

@@ -26,12 +26,12 @@ from qdit_jax.quant.qtensor import (
     affine_map,
     check_kernel,
     code_at,
-    dequantize,
     from_codes,
     grid_of,
     nearest_codes,
     with_codes,
 )
+from qdit_jax.quant.rows import dequantize
 from qdit_jax.quant.specs import WeightSpec
 from qdit_jax.quant.stored_scales import stored_scale
 from qdit_jax.types import AnyArray, Numbers

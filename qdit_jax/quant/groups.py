@@ -68,3 +68,17 @@ def expand_groups(
         values[..., :, None, :, None], (*lead, count, size, blocks, width // blocks)
     )
     return wide.reshape(*lead, count * size, width)[..., :num_channels, :]
+
+
+def expand_rows(
+    values: Shaped[Array, "*lead G B"], shape: tuple[int, ...], group_size: int
+) -> Shaped[Array, "*lead N K"]:
+    """Returns `expand_groups` for a kernel `shape` (K, N) as products want it, a row per channel."""
+    num_channels, width = shape
+    size = effective_group_size(num_channels, group_size)
+    *lead, count, blocks = values.shape
+    wide = jnp.broadcast_to(
+        jnp.swapaxes(values, -1, -2)[..., :, None, :, None],
+        (*lead, blocks, width // blocks, count, size),
+    )
+    return wide.reshape(*lead, width, count * size)[..., :num_channels]

@@ -1,27 +1,29 @@
 """`QTensor`: one quantized kernel, packed; quantizing to it and back.
 
+A kernel is `[K, N]` to who reads or rounds it. Its codes are stored K-major, a row of bytes per output
+channel: products contract the last axes, and nothing is transposed. Its scales are stored a row per group,
+for products add up one group of all output channels after another.
+
 Dimensions: K input channels, N output channels, G groups along K, B = N // channel_group
-scales per row, R rows of packed bytes.
+scales of a group, R packed bytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int8, Integer, Num, UInt8
+from jaxtyping import Array, Float, Integer, Num, UInt8
 
 from qdit_jax.quant import codebooks, finite, formats, groups, levels, packing
 from qdit_jax.quant.division import quotient
 from qdit_jax.quant.specs import WeightSpec
 from qdit_jax.quant.stored_scales import scale_value, stored_scale
-from qdit_jax.types import Numbers
+from qdit_jax.types import AnyArray, Numbers
 
 
 @partial(
@@ -41,14 +43,14 @@ class QTensor:
     Without a zero point, codes are signed, `[-2**(bits-1), 2**(bits-1) - 1]`, and stored with
     `2**(bits-1)` added. With a number format `fmt`, `w = fmt.value(code) * scale_values(q)`.
 
-    With two levels of scales, `w = levels_of(q)[k, n] * channel_scale[n // c]`: a group's codes become
+    With two levels of scales, `w[k, n] = level_rows(q)[n, k] * channel_scale[n // c]`: a group's codes become
     int8 levels by a step and an offset of one byte each, or through a codebook.
 
     Attributes:
-        codes: uint8 `[..., packed_rows(K, bits), N]`, see `packing`.
+        codes: uint8 `[..., N, packed_bytes(K, bits)]`, see `packing`.
         scale: `[..., G, B]`, as stored: `scale_values(q)` reads it, see `stored_scales`.
-        packed_zero_point: uint8 `[..., packed_rows(G, bits), B]`, packed like the codes; None
-            when symmetric.
+        packed_zero_point: uint8 `[..., packed_bytes(G, bits), B]`, packed along G like the codes
+            along K; None when symmetric.
         tensor_scale: float32 `[...]`, one factor per kernel, of formats that have one; else None.
         channel_scale: float32 `[..., B]` where there are two levels of scales, else None; `scale` is
             then uint8, a whole number of levels.
@@ -102,7 +104,8 @@ class QTensor:
         """The code of 0.0 of every group, uint8 `[..., G, B]`; None when symmetric."""
         if self.packed_zero_point is None:
             return None
-        return packing.unpack(jnp.asarray(self.packed_zero_point), self.bits, self.num_groups)
+        packed = transposed(jnp.asarray(self.packed_zero_point))
+        return transposed(packing.unpack(packed, self.bits, self.num_groups))
 
     @property
     def nbytes(self) -> int:
@@ -120,15 +123,15 @@ def nbytes(q: QTensor) -> int:
 def packed_nbytes(num_rows: int, width: int, spec: WeightSpec) -> int:
     """Returns the bytes that a `[num_rows, width]` kernel takes once quantized to `spec`.
 
-    Codes: `packed_rows(K, bits) * N`; scales: `G * N / channel_group` of the scale's dtype;
-    zero points (asymmetric): `packed_rows(G, bits) * N / channel_group`. `packed_rows` of n rows
-    is `ceil(n * p / 8)` summed over the bit planes p of `bits` (2, 2+1, 4, 4+1, 4+2, 4+2+1, 8).
+    Codes: `packed_bytes(K, bits) * N`; scales: `G * N / channel_group` of the scale's dtype;
+    zero points (asymmetric): `packed_bytes(G, bits) * N / channel_group`. `packed_bytes` of n
+    codes is `ceil(n * p / 8)` summed over the bit planes p of `bits` (2, 2+1, 4, 4+1, 4+2, 4+2+1, 8).
     With two levels of scales, step and (asymmetric) offset take a byte each and a channel 4 bytes.
     """
     count = groups.num_groups(num_rows, spec.group_size)
     blocks = width // spec.channel_group
     scale_bytes = np.dtype(_scale_dtype(spec)).itemsize
-    total = packing.packed_rows(num_rows, spec.bits) * width + count * blocks * scale_bytes
+    total = packing.packed_bytes(num_rows, spec.bits) * width + count * blocks * scale_bytes
     if spec.has_levels:
         total += blocks * 4
     if spec.fmt is not None:
@@ -136,7 +139,7 @@ def packed_nbytes(num_rows: int, width: int, spec: WeightSpec) -> int:
         return total + codebook + (4 if spec.fmt.has_tensor_scale else 0)
     if spec.has_levels:
         return total + (0 if spec.symmetric else count * blocks)
-    return total + (0 if spec.symmetric else packing.packed_rows(count, spec.bits) * blocks)
+    return total + (0 if spec.symmetric else packing.packed_bytes(count, spec.bits) * blocks)
 
 
 def quantize(w: Numbers, spec: WeightSpec) -> QTensor:
@@ -216,8 +219,8 @@ def grid_of(w: Float[Array, "K N"], spec: WeightSpec) -> QTensor:
 
 
 def packed_zeros(zero_point: Num[Array, "*lead G B"], bits: int) -> UInt8[Array, "*lead R B"]:
-    """Returns zero points packed like codes."""
-    return packing.pack(zero_point.astype(jnp.int32), bits)
+    """Returns zero points packed along G, like codes along K."""
+    return transposed(packing.pack(transposed(zero_point).astype(jnp.int32), bits))
 
 
 def zero_point_of(
@@ -232,13 +235,14 @@ def affine_map(q: QTensor) -> tuple[Float[Array, "*lead G B"], Float[Array, "*le
 
     Of two levels of scales `zero` is no whole number.
     """
-    step = scale_values(q)
+    step, zero_point = scale_values(q), q.zero_point
     if q.channel_scale is not None and q.offset is not None:
-        return step, (levels.HALF - q.offset.astype(jnp.float32)) / q.scale.astype(jnp.float32)
-    zero_point = q.zero_point
-    if zero_point is None:
-        return step, jnp.full_like(step, 2 ** (q.bits - 1))
-    return step, zero_point.astype(jnp.float32)
+        zero = (levels.HALF - q.offset.astype(jnp.float32)) / q.scale.astype(jnp.float32)
+    elif zero_point is None:
+        zero = jnp.full_like(step, 2 ** (q.bits - 1))
+    else:
+        zero = zero_point.astype(jnp.float32)
+    return step, zero
 
 
 def nearest_codes(w: Float[Array, "K N"], grid: QTensor) -> UInt8[Array, "K N"]:
@@ -257,9 +261,9 @@ def code_at(steps: Float[Array, "*s"], zero: Float[Array, "*#s"], bits: int) -> 
     return jnp.clip(jnp.round(steps + (zero - whole)) + whole, 0, 2**bits - 1)
 
 
-def with_codes(grid: QTensor, codes: Integer[Array, "K N"]) -> QTensor:
+def with_codes(grid: QTensor, codes: Integer[Array, "*lead K N"]) -> QTensor:
     """Returns the `QTensor` with these codes in `[0, 2**bits - 1]`, however they were rounded."""
-    return dataclasses.replace(grid, codes=packing.pack(codes, grid.bits))
+    return dataclasses.replace(grid, codes=packing.pack(transposed(codes), grid.bits))
 
 
 def from_codes(
@@ -274,49 +278,20 @@ def from_codes(
     when symmetric.
     """
     packed = None if zero_point is None else packed_zeros(zero_point, spec.bits)
-    return QTensor(
-        codes=packing.pack(codes, spec.bits),
-        scale=scale,
-        packed_zero_point=packed,
+    shape = (codes.shape[-2], codes.shape[-1])
+    grid = QTensor(
+        *(None, scale, packed),
         bits=spec.bits,
         group_size=spec.group_size,
-        shape=(codes.shape[-2], codes.shape[-1]),
+        shape=shape,
         fmt=spec.fmt,
     )
+    return with_codes(grid, codes)
 
 
-@jax.jit
-def integer_codes(q: QTensor) -> Integer[Array, "*lead K N"]:
-    """Returns the codes unpacked, uint8; signed codes still carry their `2**(bits - 1)`."""
-    return packing.unpack(q.codes, q.bits, q.shape[0])
-
-
-@partial(jax.jit, static_argnames="dtype")
-def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "*lead K N"]:
-    """Returns the kernel that `q` stands for, in `dtype` (the arithmetic is float32)."""
-    codes = integer_codes(q)
-    if q.has_levels:
-        channel = groups.expand_groups(q.channel_scale[..., None, :], q.shape, 0)
-        return (levels_of(q).astype(jnp.float32) * channel).astype(dtype)
-    scale = groups.expand_groups(scale_values(q), q.shape, q.group_size)
-    if q.fmt is not None:
-        return (q.fmt.value(codes) * scale).astype(dtype)
-    zero_point = q.zero_point
-    if zero_point is None:
-        offset = jnp.float32(2 ** (q.bits - 1))
-    else:
-        offset = groups.expand_groups(zero_point, q.shape, q.group_size).astype(jnp.float32)
-    return ((codes.astype(jnp.float32) - offset) * scale).astype(dtype)
-
-
-@jax.jit
-def levels_of(q: QTensor) -> Int8[Array, "*lead K N"]:
-    """Returns the int8 levels that the codes of `q` stand for, where it has two levels of scales."""
-    codes = integer_codes(q)
-    if q.codebook is not None:
-        return codebooks.levels(codes, q.scale, q.codebook, q.group_size)
-    step, offset = (groups.expand_groups(a, q.shape, q.group_size) for a in step_and_offset(q))
-    return levels.affine_levels(codes, step, offset)
+def transposed(values: Num[Array, "*lead A B"]) -> Num[Array, "*lead B A"]:
+    """Returns `values` with their last two axes exchanged, to how codes are stored or from it."""
+    return jnp.swapaxes(values, -1, -2)
 
 
 def step_and_offset(q: QTensor) -> tuple[UInt8[Array, "*lead G B"], UInt8[Array, "*lead G B"]]:
@@ -328,22 +303,21 @@ def step_and_offset(q: QTensor) -> tuple[UInt8[Array, "*lead G B"], UInt8[Array,
     return step, levels.symmetric_offset(step, q.bits) if q.offset is None else q.offset
 
 
-def select_columns(q: QTensor, index: Integer[Array, " M"]) -> QTensor:
-    """Returns the columns `index` of `q`, `[K, M]`, still packed."""
-    block = index // q.channel_group
-    return dataclasses.replace(
-        cut_scales(q, lambda array: array[..., block]),
-        codes=q.codes[..., index],
-        shape=(q.shape[0], index.shape[0]),
-    )
+def select_columns(q: QTensor, index: Integer[AnyArray, " M"] | slice) -> QTensor:
+    """Returns the columns `index` of `q`, `[K, M]`, still packed.
 
-
-def cut_scales(q: QTensor, cut: Callable[[Any], Any]) -> QTensor:
-    """Returns `q` with `cut` of each array whose last axis is the B scales of a row."""
+    A slice starts and ends between channel groups.
+    """
+    size = q.channel_group
+    block: AnyArray | slice
+    if isinstance(index, slice):
+        count, block = index.stop - index.start, slice(index.start // size, index.stop // size)
+    else:
+        count, block = index.shape[0], index // size
     names = ("scale", "packed_zero_point", "offset", "channel_scale")
     held = {name: getattr(q, name) for name in names}
-    cuts = {name: cut(array) for name, array in held.items() if array is not None}
-    return dataclasses.replace(q, **cuts)
+    cuts = {name: array[..., block] for name, array in held.items() if array is not None}
+    return dataclasses.replace(q, codes=q.codes[..., index, :], shape=(q.shape[0], count), **cuts)
 
 
 def scale_values(q: QTensor) -> Float[Array, "*lead G B"]:

@@ -213,7 +213,7 @@ def test_stacked_layers_are_quantized_one_by_one():
     model.apply({"params": params}, x)  # compiled before: must not be taken for the quantized one
     apply_fn, quantized = quantize_linen(model, params, BOTH, example_args=(x,))
     kernel = quantized["blocks"]["linear"]["kernel"]
-    assert kernel.codes.shape == (3, 16, 32)
+    assert kernel.codes.shape == (3, 32, 16)
     weights = dequantize(kernel)
     wanted = x
     for i in range(3):

@@ -68,9 +68,9 @@ def test_levels_and_codebooks_come_back_from_file_and_folder(tmp_path):
         save(path, wanted)
         same(load(path), wanted)
     description = json.loads((tmp_path / "folder/model.json").read_text())
-    assert description["format_version"] == 2  # earlier releases refuse it by its version
-    save(tmp_path / "old", quantized())
-    assert json.loads((tmp_path / "old/model.json").read_text())["format_version"] == 1
+    assert description["format_version"] == 3  # earlier releases refuse it by its version
+    save(tmp_path / "plain", Checkpoint(*network()))
+    assert json.loads((tmp_path / "plain/model.json").read_text())["format_version"] == 1
     kernel = description["params"]["blocks_0/attn/qkv/kernel"]
     kernel["arrays"]["offset"]["shape"][0] += 1
     (tmp_path / "folder/model.json").write_text(json.dumps(description))

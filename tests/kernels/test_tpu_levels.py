@@ -33,6 +33,7 @@ W = WeightSpec
 CASES = [
     (W(4, 32, **LEVELS), (40, 64, 130), "float32", TOKEN),
     (W(4, 64, symmetric=True, **LEVELS), (9, 96, 8), "bfloat16", TOKEN),
+    (W(4, 64, **LEVELS), (8, 256, 20), "float32", TOKEN),  # transposed in the kernel
     (W(4, 96, **LEVELS), (8, 160, 128), "float32", ActSpec(4, 0, symmetric=True)),
     (W(2, 0, **LEVELS), (7, 77, 1), "float32", TOKEN),
     (W(3, 32, symmetric=True, **LEVELS), (33, 64, 20), "bfloat16", TOKEN),
