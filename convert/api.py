@@ -13,8 +13,9 @@ import numpy as np
 
 from qdit_convert.dit import Choices
 from qdit_convert.families import Layout, check_options, find_layout
-from qdit_convert.folders import is_pipeline, read_config, read_pipeline
+from qdit_convert.folders import is_pipeline, read_config
 from qdit_convert.names import select_network
+from qdit_convert.pipelines import Parts, read_pipeline
 from qdit_convert.plan import Leaf, Params, Plan, build_params, check_plan, same
 from qdit_convert.readers import open_weights
 from qdit_convert.tensors import StateDict, about, bfloat16
@@ -43,6 +44,8 @@ def convert(
     noise_time: int | None = None,
     scaling_factor: float | None = None,
     shift_factor: float | None = None,
+    rope_axes: tuple[int, ...] | None = None,
+    interpolation_scale: float | None = None,
     weights: str | None = None,
     dtype: str | None = "float32",
     force: bool = False,
@@ -78,6 +81,8 @@ def convert(
             noise_time=noise_time,
             scaling_factor=scaling_factor,
             shift_factor=shift_factor,
+            rope_axes=rope_axes,
+            interpolation_scale=interpolation_scale,
             weights=weights,
             dtype=dtype,
             progress=progress,
@@ -119,6 +124,8 @@ def read_model(
     noise_time: int | None = None,
     scaling_factor: float | None = None,
     shift_factor: float | None = None,
+    rope_axes: tuple[int, ...] | None = None,
+    interpolation_scale: float | None = None,
     weights: str | None = None,
     dtype: str | None = "float32",
     progress: Progress | None = None,
@@ -127,8 +134,8 @@ def read_model(
     """Returns the network in `src`, of a file, a sharded index, a folder, or a whole pipeline.
 
     Args:
-        family: `"dit"`, `"sit"`, `"vae"` or `"inception"`; None recognizes it by the names of the
-            tensors. Those of SiT are DiT's, so that `"sit"` must be given.
+        family: such as `"dit"`, `"pixart"` or `"vae"`; None recognizes it by the names of the tensors.
+            Those of SiT are DiT's, so that `"sit"` must be given.
         model: a published size such as `"DiT-XL/2"`, to be checked against the file.
         num_heads: for sizes that are not published; no shape depends on it.
         num_classes: without the null class; decides whether the label table ends with one.
@@ -137,6 +144,10 @@ def read_model(
             the file does not say.
         scaling_factor, shift_factor: of an autoencoder's latents, in place of what its config.json
             says; needed where nothing says them and the latents have not 4 channels.
+        rope_axes: of a FLUX whose heads have not 128 channels: how many of them turn with each of a
+            position's three coordinates.
+        interpolation_scale: by which a PixArt's positions are divided, where it is not as published
+            for its size.
         weights: `"ema"` or `"model"`; None prefers `"ema"` where a file has both.
         dtype: of all leaves: one of `DTYPES`, or None to keep that of the file.
         progress: called after each leaf.
@@ -146,7 +157,15 @@ def read_model(
         UserError: with one sentence on what is wrong with the input.
     """
     choices = Choices(
-        model, num_heads, num_classes, input_size, noise_time, scaling_factor, shift_factor
+        model=model,
+        num_heads=num_heads,
+        num_classes=num_classes,
+        input_size=input_size,
+        noise_time=noise_time,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+        interpolation_scale=interpolation_scale,
+        rope_axes=None if rope_axes is None else tuple(rope_axes),
     )
     target = parse_dtype(dtype)
     with local_copy(src) as local:
@@ -168,18 +187,18 @@ def open_source(
         network = open_network(src, family, choices, weights)
         _check_used(choices, [network])
         folder = src if src.is_dir() else src.parent
-        if network.plan.family == "dit" and is_pipeline(folder.absolute().parent):
+        if network.plan.family != "vae" and is_pipeline(folder.absolute().parent):
             note = "give the folder of the whole pipeline to use its scheduler"
             network = _noted(network, f"this is one part of a pipeline: {note}")
         return [network], {}
-    transformer, vae, kept = read_pipeline(src)
+    parts = read_pipeline(src)
     factors = Choices(scaling_factor=choices.scaling_factor, shift_factor=choices.shift_factor)
     own = replace(choices, scaling_factor=None, shift_factor=None)
-    networks = [_on_process(open_network(transformer, family, own, weights), kept)]
-    if vae is not None:
-        networks.append(open_network(vae, "vae", factors, weights))
+    networks = [_of_pipeline(open_network(parts.transformer, family, own, weights), parts)]
+    if parts.vae is not None:
+        networks.append(open_network(parts.vae, "vae", factors, weights))
     _check_used(choices, networks)
-    return networks, kept
+    return networks, parts.kept
 
 
 def _check_used(choices: Choices, networks: list[Network]) -> None:
@@ -199,27 +218,40 @@ def _check_used(choices: Choices, networks: list[Network]) -> None:
         )
 
 
-def _on_process(network: Network, kept: dict[str, Any]) -> Network:
-    """Returns the network of a pipeline, set to what its scheduler reads: a velocity for a flow.
+def _of_pipeline(network: Network, parts: Parts) -> Network:
+    """Returns the network of a pipeline, set to what its class and its scheduler say.
 
     Raises:
         UserError: if the network does not return what the scheduler reads.
     """
-    if "scheduler" not in kept:
-        note = "the pipeline has no scheduler: sampled as the published DiT, on linear betas"
+    config = {**network.plan.config, **parts.row.fields}
+    network = network._replace(plan=replace(network.plan, config=config))
+    if parts.left_out:
+        names = " and ".join(parts.left_out)
+        network = _noted(network, f"{names} left out: prompts are given as embeddings")
+    if "scheduler" not in parts.kept:
+        note = f"the pipeline has no scheduler: sampled as the published {parts.row.process}"
         return _noted(network, note)
-    scheduler = read_scheduler(kept["scheduler"])
+    return _on_process(network, parts.kept["scheduler"])
+
+
+def _on_process(network: Network, settings: dict[str, Any]) -> Network:
+    """Returns a network with what its scheduler reads: a DiT's velocity, for a flow."""
+    from qdit_jax.models import build_model
+
+    scheduler = read_scheduler(settings)
     config = network.plan.config
-    if scheduler.sampler == "flow":
+    if scheduler.is_flow and "velocity" in config:
         # Time runs from 0 at the data to the number of timesteps at the noise.
         end = float(scheduler.settings["num_train_timesteps"])
         config = {**config, "velocity": True, "noise_time": end, "data_time": 0.0}
-    with about(network.label):
-        check_fit(config["velocity"], config["learn_sigma"], scheduler)
     network = network._replace(plan=replace(network.plan, config=config))
+    with about(network.label):
+        model: Any = build_model(network.plan.family, config)
+        check_fit(model.prediction == "velocity", model.learned_variance, scheduler)
     if not scheduler.ignored:
         return network
-    names = ", ".join(f"{name}={kept['scheduler'][name]!r}" for name in scheduler.ignored)
+    names = ", ".join(f"{name}={settings[name]!r}" for name in scheduler.ignored)
     return _noted(network, f"a {scheduler.class_name} has no {names}: not read, as by diffusers")
 
 

@@ -52,6 +52,8 @@ class Choices:
     noise_time: int | None = None
     scaling_factor: float | None = None
     shift_factor: float | None = None
+    rope_axes: tuple[int, ...] | None = None
+    interpolation_scale: float | None = None
 
 
 @dataclass(frozen=True)

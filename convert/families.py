@@ -7,9 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from qdit_convert import flux, sd3
 from qdit_convert.diffusers_dit import CLASS_NAMES, diffusers_example, diffusers_plan
+from qdit_convert.diffusers_pixart import CLASS_NAMES as PIXART_NAMES
+from qdit_convert.diffusers_pixart import diffusers_pixart_example, diffusers_pixart_plan
 from qdit_convert.dit import PROJECTORS, Choices, facebook_example, facebook_plan, sit_example
 from qdit_convert.inception import inception_example, inception_plan
+from qdit_convert.pixart import pixart_example, pixart_plan
 from qdit_convert.plan import Example, Plan
 from qdit_convert.tensors import StateDict, listing
 from qdit_convert.training_args import read_arguments, says_sit
@@ -79,9 +83,7 @@ def is_sit(state: StateDict) -> bool:
 
 VAE_OPTIONS = ("scaling_factor", "shift_factor")
 VAE_TELLS = frozenset({"scaling_factor", "shift_factor", "latent_channels", "norm_num_groups"})
-DIFFUSERS_OPTIONS = tuple(
-    field.name for field in fields(Choices) if field.name not in (*VAE_OPTIONS, "noise_time")
-)
+DIFFUSERS_OPTIONS = ("model", "num_heads", "num_classes", "input_size")
 DIT_OPTIONS = (*DIFFUSERS_OPTIONS, "noise_time")
 FACEBOOK = Layout(
     "dit-facebook",
@@ -95,6 +97,25 @@ FACEBOOK = Layout(
     _plan_dit,
     options=DIT_OPTIONS,
     example=facebook_example,
+)
+SD3_OPTIONS = ("num_heads", "input_size")
+FLUX_OPTIONS = (*SD3_OPTIONS, "rope_axes")
+SD3_DIFFUSERS = Layout(
+    "sd3-diffusers",
+    "SD3 in the diffusers layout",
+    ("sd3",),
+    # FLUX's own names too: most are the same.
+    re.compile(
+        r"(single_)?transformer_blocks\.\d+\.(norm(1|1_context)?\.linear\.|"
+        r"attn2?\.(to_(q|k|v|out\.0|add_out)|add_[qkv]_proj|norm_(added_)?[qk])\.|"
+        r"ff(_context)?\.net\.|proj_(mlp|out)\.)|pos_embed\.(proj\.|pos_embed$)|"
+        r"(context|x)_embedder\.|time_text_embed\.|norm_out\.linear\.|proj_out\."
+    ),
+    sd3.diffusers_plan,
+    options=SD3_OPTIONS,
+    class_names=(sd3.CLASS_NAME,),
+    tells=frozenset({"joint_attention_dim"}),
+    example=sd3.diffusers_example,
 )
 # Of rows with the same names the first is taken, unless a file tells or the user says another.
 LAYOUTS = (
@@ -122,6 +143,73 @@ LAYOUTS = (
         class_names=CLASS_NAMES,
         example=diffusers_example,
         tells=frozenset({"attention_head_dim", "num_embeds_ada_norm"}),
+    ),
+    # STDiT's names and those of Latte's text-to-video network hold all of PixArt's, which come first.
+    Layout(
+        "pixart",
+        "PixArt in the authors' layout",
+        ("pixart",),
+        re.compile(
+            r"pos_embed$|x_embedder\.proj\.|(t|csize|ar)_embedder\.mlp\.|t_block\.1\.|"
+            r"y_embedder\.(y_embedding$|y_proj\.fc[12]\.)|blocks\.\d+\.(scale_shift_table$|"
+            r"attn\.(qkv|proj|q_norm|k_norm|sr|norm)\.|cross_attn\.(q_linear|kv_linear|proj)\.|"
+            r"mlp\.fc[12]\.)|final_layer\.(scale_shift_table$|linear\.)"
+        ),
+        pixart_plan,
+        options=("num_heads", "input_size", "interpolation_scale"),
+        example=pixart_example,
+    ),
+    Layout(
+        "pixart-diffusers",
+        "PixArt in the diffusers layout",
+        ("pixart",),
+        re.compile(
+            r"pos_embed\.proj\.|adaln_single\.(linear\.|emb\.(timestep|resolution|aspect_ratio)_"
+            r"embedder\.linear_[12]\.)|caption_projection\.linear_[12]\.|scale_shift_table$|"
+            r"proj_out\.|transformer_blocks\.\d+\.(scale_shift_table$|"
+            r"attn[12]\.to_(q|k|v|out\.0)\.|ff\.net\.)"
+        ),
+        diffusers_pixart_plan,
+        class_names=PIXART_NAMES,
+        example=diffusers_pixart_example,
+        tells=frozenset({"attention_head_dim", "caption_channels"}),
+    ),
+    Layout(
+        "sd3-stability",
+        "SD3 in the Stability layout",
+        ("sd3",),
+        re.compile(
+            r"joint_blocks\.\d+\.(x|context)_block\.|context_embedder\.|pos_embed$|"
+            r"x_embedder\.proj\.|[ty]_embedder\.mlp\.|final_layer\.(adaLN_modulation\.1|linear)\."
+        ),
+        sd3.original_plan,
+        options=SD3_OPTIONS,
+        example=sd3.original_example,
+    ),
+    SD3_DIFFUSERS,
+    Layout(
+        "flux-bfl",
+        "FLUX in the Black Forest Labs layout",
+        ("flux",),
+        re.compile(
+            r"(double|single)_blocks\.\d+\.(((img|txt)_(mod|attn|mlp)|modulation|norm)\.|linear[12]\.)|"
+            r"(img|txt)_in\.|(time|vector|guidance)_in\.(in|out)_layer\.|"
+            r"final_layer\.(adaLN_modulation\.1|linear)\."
+        ),
+        flux.original_plan,
+        options=FLUX_OPTIONS,
+        example=flux.original_example,
+    ),
+    replace(
+        SD3_DIFFUSERS,
+        name="flux-diffusers",
+        title="FLUX in the diffusers layout",
+        families=("flux",),
+        plan=flux.diffusers_plan,
+        options=FLUX_OPTIONS,
+        class_names=(flux.CLASS_NAME,),
+        told=flux.is_flux,
+        example=flux.diffusers_example,
     ),
     Layout(
         "vae-diffusers",
@@ -173,11 +261,6 @@ UNSUPPORTED = (
     ("Latte (video, diffusers)", re.compile(r"temporal_transformer_blocks\.\d+\.")),
     ("STDiT3 (Open-Sora 1.2)", re.compile(r"(spatial|temporal)_blocks\.\d+\.")),
     ("STDiT (Open-Sora 1.0)", re.compile(r"blocks\.\d+\.attn_temp\.")),
-    ("PixArt", re.compile(r"blocks\.\d+\.cross_attn\.|caption_projection\.")),
-    (
-        "MM-DiT (SD3, Flux)",
-        re.compile(r"(joint_blocks|single_transformer_blocks|double_blocks)\.\d+\."),
-    ),
     (
         "a U-Net (Stable Diffusion)",
         re.compile(r"(model\.diffusion_model\.)?(input_blocks|middle_block)\."),
@@ -205,15 +288,19 @@ def find_layout(state: StateDict, family: str | None = None) -> Layout:
             f"the names of its tensors are of no network that convert knows ({', '.join(FAMILIES)}): "
             f"{listing(keys, 4)}."
         )
-    if family is not None and family not in layout.families:
-        raise UserError(
-            f"the names of its tensors are of a {layout.title}, not of family {family}."
-        )
     same = [other for other in LAYOUTS if other.names is layout.names]
-    if family is not None:
-        serving = [other for other in same if family in other.families]
-        return min(serving, key=lambda other: other.families.index(family))
-    return next((other for other in same if other.told(state)), layout)
+    told = next((other for other in same if other.told(state)), layout)
+    if family is None:
+        return told
+    serving = [other for other in same if family in other.families]
+    if not serving:
+        raise UserError(f"the names of its tensors are of a {told.title}, not of family {family}.")
+    return min(serving, key=lambda other: other.families.index(family))
+
+
+def serves(layout: Layout, family: str) -> bool:
+    """Returns whether a file with the names of `layout` can be of `family`."""
+    return any(family in other.families for other in LAYOUTS if other.names is layout.names)
 
 
 def check_options(layout: Layout, choices: Choices) -> None:

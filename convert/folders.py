@@ -6,20 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from qdit_convert.json_file import read_json
-from qdit_convert.settings import INDEX, PIPELINE
+from qdit_convert.pipelines import PIPELINE_INDEX
 from qdit_convert.tensors import about
-from qdit_jax.diffusion import read_scheduler, understood
-from qdit_jax.errors import UserError
-
-PIPELINE_INDEX = "model_index.json"
-PIPELINES = ("DiTPipeline",)
-SCHEDULER = "scheduler_config.json"
-# The parts of a pipeline, and their classes; a scheduler's are checked by its own table.
-CLASSES = {
-    "transformer": ("DiTTransformer2DModel", "Transformer2DModel"),
-    "vae": ("AutoencoderKL",),
-    "scheduler": (),
-}
 
 
 def is_pipeline(path: Path) -> bool:
@@ -46,66 +34,3 @@ def read_config(
     name = config.get("_class_name")
     own = own or name in class_names or (name is None and not tells.isdisjoint(config))
     return config if own else None
-
-
-def read_pipeline(path: Path) -> tuple[Path, Path | None, dict[str, Any]]:
-    """Returns the folders of the transformer and of the VAE (or None), and what else to keep.
-
-    Raises:
-        UserError: if it is another pipeline, a part that its index names is missing, or a setting
-            of the index or of the scheduler is not understood.
-    """
-    with about(path):
-        index = read_json(path / PIPELINE_INDEX)
-        name = index.get("_class_name")
-        if name not in PIPELINES:
-            raise UserError(
-                f"this is a {name}; of whole pipelines, convert reads {PIPELINES[0]} only."
-            )
-        # A part that is left out stands in the index as [null, null].
-        listed = {key: value for key, value in index.items() if value != [None, None]}
-        settings = understood(INDEX, listed, PIPELINE)
-        parts = {part: _part(path, settings, part) for part in CLASSES}
-        transformer = parts["transformer"]
-        if transformer is None:
-            raise UserError(f"{PIPELINE_INDEX} names no transformer.")
-        kept: dict[str, Any] = {"pipeline": name}
-        if parts["scheduler"] is not None:
-            kept["scheduler"] = _scheduler(parts["scheduler"], settings["scheduler"][-1])
-        if settings["id2label"] is not None:
-            kept["id2label"] = settings["id2label"]
-    return transformer, parts["vae"], kept
-
-
-def _scheduler(folder: Path, class_name: str) -> dict[str, Any]:
-    """Returns the scheduler's settings unchanged, after checking that all are understood."""
-    if not (folder / SCHEDULER).is_file():
-        raise UserError(f"the folder scheduler lacks its {SCHEDULER}.")
-    config = {"_class_name": class_name} | read_json(folder / SCHEDULER)
-    if config["_class_name"] != class_name:
-        raise UserError(
-            f"{PIPELINE_INDEX} names a {class_name}, but {SCHEDULER} is of a "
-            f"{config['_class_name']}; make them one."
-        )
-    read_scheduler(config)
-    return config
-
-
-def _part(path: Path, index: dict[str, Any], part: str) -> Path | None:
-    entry = index[part]
-    if entry is None:
-        return None
-    if len(entry) != 2 or entry[0] != "diffusers" or not isinstance(entry[1], str):
-        raise UserError(
-            f"{PIPELINE_INDEX} says {part}={entry!r}; only a class of diffusers is understood, "
-            f'["diffusers", NAME].'
-        )
-    if CLASSES[part] and entry[1] not in CLASSES[part]:
-        raise UserError(
-            f"{PIPELINE_INDEX} says {part}={entry!r}; only {' or '.join(CLASSES[part])} is understood."
-        )
-    if not (path / part).is_dir():
-        raise UserError(
-            f"{PIPELINE_INDEX} names the part {part}, but the folder {part} is missing."
-        )
-    return path / part

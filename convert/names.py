@@ -10,13 +10,14 @@ from collections import Counter
 from dataclasses import replace
 from typing import NamedTuple
 
-from qdit_convert.families import NAMINGS, Layout, unsupported_title
+from qdit_convert.families import NAMINGS, Layout, serves, unsupported_title
 from qdit_convert.tensors import StateDict, StoredTensor, listing
 from qdit_convert.wrappers import is_averaged
 from qdit_jax.errors import UserError
 
 MANY = 64  # prefixes that are tried
 FEW = 8  # fewer names of a layout than this are a coincidence, unless the file holds little else
+BESIDE = ("vae", "inception")  # networks that a file holds beside the one that is meant
 
 
 class Root(NamedTuple):
@@ -42,7 +43,7 @@ def select_network(
         UserError: if the file holds no such weights, or several that could be meant.
     """
     roots = _roots(list(state.tensors))
-    served = [root for root in roots if family is None or family in root.layout.families]
+    served = [root for root in roots if family is None or serves(root.layout, family)]
     if not served:
         _check_kind(state, [], weights)
         return state
@@ -109,8 +110,9 @@ def _chosen(roots: list[Root]) -> Root:
     """Returns the one network of `roots`."""
     most = {layout: max(r.num_names for r in roots if r.layout is layout) for _, layout, _ in roots}
     roots = [root for root in roots if 2 * root.num_names > most[root.layout]]
-    if len(roots) == 1:
-        return roots[0]
+    mains = [root for root in roots if root.layout.families[0] not in BESIDE]
+    if len(roots) == 1 or len(mains) == 1:
+        return (mains or roots)[0]
     found = listing([f'"{root.prefix}" ({root.layout.title})' for root in roots])
     families = dict.fromkeys(root.layout.families[0] for root in roots)
     remedy = "save the one that is meant alone"
@@ -138,7 +140,8 @@ def _only(state: StateDict, root: Root, roots: list[Root], family: str | None) -
     ]
     left = sorted(set(state.tensors) - set(own))
     if root.prefix and family is None:
-        _refuse_main_network(left, root)
+        known = tuple(other.prefix for other in roots if other.prefix and other != root)
+        _refuse_main_network([key for key in left if not key.startswith(known)], root)
     others = {
         key.removeprefix(root.prefix): kind
         for key, kind in state.others.items()
@@ -147,6 +150,11 @@ def _only(state: StateDict, root: Root, roots: list[Root], family: str | None) -
     notes = [f'stripped "{root.prefix}"'] if root.prefix else []
     if left:
         notes.append(f"left out {len(left)} tensors: {_summary(left)}")
+    notes += [
+        f"the {other.layout.title} in the file is read with --family {other.layout.families[0]}"
+        for other in roots
+        if family is None and other.layout.families[0] in BESIDE and other.layout is not root.layout
+    ]
     return replace(
         state,
         tensors={key.removeprefix(root.prefix): state.tensors[key] for key in own},

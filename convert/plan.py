@@ -47,6 +47,7 @@ class Leaf:
         shapes: the shapes that each source may have.
         copies: further tensors that must equal the first source.
         values: computes the leaf where the file does not store it.
+        each: the shape of every source, where they differ; `shapes` is then not read.
     """
 
     path: str
@@ -55,6 +56,14 @@ class Leaf:
     transform: Transform = same
     copies: tuple[str, ...] = ()
     values: Callable[[], np.ndarray] | None = None
+    each: tuple[Shape, ...] = ()
+
+    @property
+    def expected(self) -> dict[str, tuple[Shape, ...]]:
+        """Returns the shapes that each tensor of the file may have, copies included."""
+        if self.each:
+            return {key: (shape,) for key, shape in zip(self.sources, self.each, strict=True)}
+        return dict.fromkeys((*self.sources, *self.copies), self.shapes)
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ def norm(path: str, key: str, width: int) -> list[Leaf]:
 
 def check_plan(plan: Plan, state: StateDict) -> None:
     """Raises `UserError` unless the file has exactly the tensors that `plan` needs."""
-    expected = {key: leaf.shapes for leaf in plan.leaves for key in (*leaf.sources, *leaf.copies)}
+    expected = {key: shapes for leaf in plan.leaves for key, shapes in leaf.expected.items()}
     missing = [f"{k} {_shapes_text(s)}" for k, s in expected.items() if k not in state.tensors]
     unexpected = [
         f"{key} {shape_text(tensor.shape)}"

@@ -20,7 +20,7 @@ ABOUT = {
 }
 
 
-def _only(kind: str, *values: object, optional: bool = False) -> Setting:
+def only(kind: str, *values: object, optional: bool = False) -> Setting:
     """Returns a setting that must have one of `values`: our networks compute no other case."""
     return Setting(kind, values, optional=optional, used=False)
 
@@ -36,19 +36,19 @@ TRANSFORMER: Table = ABOUT | {
     "patch_size": POSITIVE,
     "sample_size": POSITIVE,
     "norm_eps": Setting("number", low=0, high=1, default=1e-5),
-    "activation_fn": _only("text", "gelu-approximate"),
-    "attention_bias": _only("bool", True),
-    "attention_type": _only("text", "default"),
+    "activation_fn": only("text", "gelu-approximate"),
+    "attention_bias": only("bool", True),
+    "attention_type": only("text", "default"),
     "caption_channels": NULL,
     "cross_attention_dim": NULL,
-    "double_self_attention": _only("bool", False),
+    "double_self_attention": only("bool", False),
     "interpolation_scale": NULL,
-    "norm_elementwise_affine": _only("bool", False),
-    "norm_type": _only("text", "ada_norm_zero"),
+    "norm_elementwise_affine": only("bool", False),
+    "norm_type": only("text", "ada_norm_zero"),
     "num_vector_embeds": NULL,
-    "only_cross_attention": _only("bool", False),
-    "use_additional_conditions": _only("bool", False, optional=True),
-    "use_linear_projection": _only("bool", False),
+    "only_cross_attention": only("bool", False),
+    "use_additional_conditions": only("bool", False, optional=True),
+    "use_linear_projection": only("bool", False),
     "dropout": HARMLESS,  # of training
     "norm_num_groups": HARMLESS,  # of a norm that a network of patches does not have
     "upcast_attention": HARMLESS,
@@ -65,7 +65,7 @@ AUTOENCODER: Table = ABOUT | {
     "shift_factor": Setting("number", optional=True),
     "use_post_quant_conv": Setting("bool", optional=True),
     "use_quant_conv": Setting("bool", optional=True),
-    "act_fn": _only("text", "silu"),
+    "act_fn": only("text", "silu"),
     "down_block_types": Setting("any", used=False),  # checked one by one
     "up_block_types": Setting("any", used=False),
     "latents_mean": NULL,
@@ -73,12 +73,7 @@ AUTOENCODER: Table = ABOUT | {
     "force_upcast": HARMLESS,  # of half precision
     "sample_size": HARMLESS,  # of tiles
 }
-PIPELINE: Table = ABOUT | {
-    "transformer": Setting("list", optional=True),
-    "vae": Setting("list", optional=True),
-    "scheduler": Setting("list", optional=True),
-    "id2label": Setting("table", optional=True),
-}
+PIPELINE: Table = ABOUT  # of every class; `qdit_convert.pipelines` adds each one's own
 
 
 def network_settings(config: Mapping[str, Any], table: Table) -> dict[str, Any]:

@@ -95,8 +95,9 @@ def _factors(
         elif latent_channels != 4:
             raise UserError(
                 f"nothing says the {name} of these {latent_channels}-channel latents, and such "
-                f"autoencoders differ; pass --scaling-factor and --shift-factor (0 if it has none), "
-                f"or put its config.json beside it: {option} is missing."
+                f"autoencoders differ; pass --scaling-factor and --shift-factor (0 if it has none; "
+                f"1.5305 and 0.0609 of Stable Diffusion 3, 0.3611 and 0.1159 of FLUX.1), or put its "
+                f"config.json beside it: {option} is missing."
             )
         elif name == "scaling_factor" and (said["shift_factor"] or choices.shift_factor):
             raise UserError(

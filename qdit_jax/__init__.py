@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from qdit_jax.recipes import Rule as Rule
     from qdit_jax.sampling import denoiser as denoiser
     from qdit_jax.sampling import generate as generate
+    from qdit_jax.sampling import read_conditions as read_conditions
+    from qdit_jax.sampling import write_conditions as write_conditions
     from qdit_jax.speed import bench as bench
 
 __version__ = "0.1.0"
@@ -68,7 +70,7 @@ PUBLIC = {
     "ptq": ("plan", "quantize_checkpoint", "quantize_params", "round_params"),
     "quant": ("ActSpec", "QTensor", "WeightSpec", "dequantize", "quantize_array", "ranges"),
     "recipes": ("LayerSpec", "Recipe", "Rule"),
-    "sampling": ("denoiser", "generate"),
+    "sampling": ("denoiser", "generate", "read_conditions", "write_conditions"),
     "speed": ("bench",),
 }
 ROOM_OF = {name: room for room, names in PUBLIC.items() for name in names}

@@ -12,4 +12,5 @@ GOLDEN_FOLDERS = (HERE / "goldens", SHARED)
 IN_SHARED_ALONE = re.compile(
     r"dit_B_.*|dit_diffusers(_io\.npz)?"
     r"|dit_A_q_(w4a8_(cand_ref|g0|mse_g32|static_g0|static_g32|sym_g32)|w6a8_g96)\.npz"
+    r"|families/pixart/alpha_(diffusers_1024ms|original_pth)"
 )

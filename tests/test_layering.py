@@ -41,7 +41,7 @@ ALLOWED = {
     "recipes": {"files", "quant", "models"},
     "checkpoint": {"files", "quant", "models", "recipes"},
     "convert": {"files", "diffusion", "models", "checkpoint"},
-    "sampling": {"quant", "diffusion", "kernels", "models", "checkpoint"},
+    "sampling": {"files", "quant", "diffusion", "kernels", "models", "checkpoint"},
     "calibration": {
         *("files", "quant", "diffusion", "models", "recipes", "checkpoint", "sampling"),
     },

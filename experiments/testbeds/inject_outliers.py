@@ -116,7 +116,7 @@ def channel_size(modulation: np.ndarray, path: str) -> np.ndarray:
     """Returns the root mean square `[S, D]` of a layer's modulated input: the norm's is 1."""
     family = FAMILIES["dit"]
     parts = [
-        modulation[:, family.chunk(p.layer, p.output, modulation.shape[1])] + p.offset
+        modulation[:, family.chunk(p.layer, p.output, modulation.shape)] + p.offset
         for p in producers(path, family)
     ]
     return np.sqrt(sum(np.square(part) for part in parts)) + 1e-3

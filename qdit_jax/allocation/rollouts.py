@@ -6,7 +6,7 @@ Dimensions: J batches, B samples per batch, H, W, C one latent.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -19,11 +19,19 @@ from jaxtyping import Array, Float, Int, UInt8
 from qdit_jax import diffusion, metrics
 from qdit_jax.allocation.coordinates import Coordinates
 from qdit_jax.allocation.objectives import FeatureDistance, SampleFn, feature_distance, taken
-from qdit_jax.allocation.sensitivity import Prediction, effects, prediction
+from qdit_jax.allocation.sensitivity import Carried, Prediction, effects, prediction
 from qdit_jax.allocation.space import Space
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.models import FeaturesFn
-from qdit_jax.sampling import cyclic_conditions, denoiser, fitting_guidance, initial_noise
+from qdit_jax.sampling import (
+    calls_per_step,
+    cyclic_conditions,
+    denoiser,
+    fitting_guidance,
+    initial_noise,
+    shape_of_sample,
+    takes_embedded_guidance,
+)
 from qdit_jax.types import AnyArray, Condition, Key, Params
 
 # Noise [J, B, H, W, C], conditions [J, B, ...] and keys [J, B].
@@ -49,7 +57,7 @@ class Rollout:
             ValueError: if guidance other than the default is asked of a network without null class.
         """
         guidance = fitting_guidance(model, guidance)
-        if guidance is None or guidance == 1:
+        if guidance is None or (guidance == 1 and not takes_embedded_guidance(model)):
             return cls(sampler, None, model)
         return cls(sampler, float(guidance), model)
 
@@ -60,22 +68,28 @@ class Rollout:
         denoise_fn = denoiser(self.model, params, self.guidance)
         return diffusion.sample(denoise_fn, self.sampler, noise, condition, key)
 
+    def start(self, noise: Float[Array, "B *shape"]) -> Carried:
+        """Returns what the first step is given: the noise and what the sampler remembers."""
+        return Carried(noise, diffusion.initial_state(self.sampler, noise))
+
     def step(
         self,
         params: Params,
-        x: Float[Array, "B *shape"],
+        carried: Carried,
         condition: Condition,
         key: Key,
         step: Int[AnyArray, ""] | int,
-    ) -> Float[Array, "B *shape"]:
-        """Returns the latents after one step; all steps in order equal one whole call."""
+    ) -> Carried:
+        """Returns latents and state after one step; all in order, from `start`, equal one call."""
+        x, state = carried
         denoise_fn = denoiser(self.model, params, self.guidance)
         row = jax.tree.map(lambda a: jnp.asarray(a)[step], self.sampler.table)
         noise = None
         if self.sampler.stochastic:
             keys = jax.vmap(jax.random.fold_in, (0, None))(key, step)
             noise = jax.vmap(lambda one: jax.random.normal(one, x.shape[1:], x.dtype))(keys)
-        return self.sampler.step(denoise_fn, x, condition, row, noise).x_next
+        found = diffusion.take_step(self.sampler, denoise_fn, x, state, condition, row, noise)
+        return Carried(found.x_next.astype(x.dtype), found.state)
 
     @property
     def num_steps(self) -> int:
@@ -85,7 +99,7 @@ class Rollout:
     @property
     def evaluations(self) -> int:
         """Returns the network evaluations of one sample."""
-        return self.num_steps * (1 if self.guidance is None else 2)
+        return self.num_steps * calls_per_step(self.model, self.guidance)
 
 
 @jax.tree_util.register_dataclass
@@ -96,10 +110,10 @@ class OneStep:
     rollout: Rollout
 
     def __call__(
-        self, params: Params, x: Array, condition: Condition, key: Key, step: Array
-    ) -> Array:
-        """Returns the latents after one step."""
-        return self.rollout.step(params, x, condition, key, step)
+        self, params: Params, carried: Carried, condition: Condition, key: Key, step: Array
+    ) -> Carried:
+        """Returns latents and state after one step."""
+        return self.rollout.step(params, carried, condition, key, step)
 
 
 def seeds(
@@ -109,14 +123,16 @@ def seeds(
     batch_size: int,
     first: int = 0,
     conditions: Condition = None,
+    shape: Sequence[int] | None = None,
 ) -> Seeds:
     """Returns noise `[J, B, H, W, C]`, conditions `[J, B, ...]` and keys `[J, B]`.
 
     Sample `first + i` depends on the key and its number alone; it gets condition number `first + i`
-    modulo how many `conditions` there are (by default every class of the network).
+    modulo how many `conditions` there are (by default every class of the network). `shape` is that of
+    one sample, the network's own by default.
     """
     index = first + np.arange(num_batches * batch_size)
-    noise, keys = initial_noise(key, jnp.asarray(index, jnp.int32), model.sample_shape())
+    noise, keys = initial_noise(key, jnp.asarray(index, jnp.int32), shape_of_sample(model, shape))
     condition = cyclic_conditions(model, conditions, index)
     return jax.tree.map(
         lambda leaf: jnp.asarray(leaf).reshape(num_batches, batch_size, *leaf.shape[1:]),
@@ -145,7 +161,7 @@ class Sensitivities:
                 OneStep(self.rollout),
                 self.params,
                 base,
-                noise[i],
+                self.rollout.start(noise[i]),
                 taken(condition, i),
                 keys[i],
                 jax.random.fold_in(self.key, i),

@@ -159,6 +159,7 @@ def error_of_levels(
         rollouts.num_batches,
         rollouts.batch_size,
         conditions=rollouts.conditions,
+        shape=rollouts.shape,
     )
     params = {name: entry for name, entry in params.items() if name != OVER_TIME}
     return ScheduleError(rollout, params, levels, data)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -40,10 +40,9 @@ from qdit_jax.checkpoint import Checkpoint, fingerprint
 from qdit_jax.errors import check_counts
 from qdit_jax.files import PathLike, as_path
 from qdit_jax.methods import CalibrationData
-from qdit_jax.models import rows_per_sample
 from qdit_jax.recipes import Recipe
-from qdit_jax.sampling import check_diffusion_model
-from qdit_jax.types import Condition, Key, Numbers, Params
+from qdit_jax.sampling import check_diffusion_model, check_takes, denoiser, sample_rows
+from qdit_jax.types import UNSAID, Condition, Key, Numbers, Params
 
 # "paired" or "predicted", an objective, or a traced `(params, key) -> scalar`.
 AnyObjective: TypeAlias = str | Objective | Callable[[Params, Key], Numbers]
@@ -61,6 +60,7 @@ class Rollouts:
         num_calibration: batches for the sensitivities; their samples are different ones.
         num_probes: random directions per sample in which sensitivities are measured.
         per_device: items a device measures in one call.
+        shape: of one sample, channels last; the network's own by default. Costs are of that size.
     """
 
     sampler: diffusion.Sampler | None = None
@@ -72,6 +72,7 @@ class Rollouts:
     num_calibration: int = 2
     num_probes: int = 8
     per_device: int = 1
+    shape: Sequence[int] | None = dataclasses.field(default=None, metadata=UNSAID)
 
     def __post_init__(self) -> None:
         check_counts(
@@ -87,7 +88,7 @@ class Rollouts:
         """Returns the checkpoint's sampler as a function of the parameters."""
         sampler = self.sampler
         if sampler is None:
-            sampler = default_sampler(checkpoint, self.num_steps)
+            sampler = default_sampler(checkpoint, self.num_steps, self.shape)
         return Rollout.of(checkpoint.model, sampler, self.guidance if guided else None)
 
 
@@ -159,7 +160,8 @@ def search(
     strategy = strategy_named(strategy)
     names = {"method": strategy.name, "objective": name_of(objective)}
     rollouts = Rollouts() if rollouts is None else rollouts
-    space = space_of(checkpoint, strategy, space)
+    rows = sample_rows(checkpoint.model, rollouts.shape, rollouts.conditions)
+    space = space_of(checkpoint, strategy, space, rows)
     budget = strategy.budget if budget is None else budget
     known = {**named_costs(), **(costs or {})}
     # A strategy that minimizes a cost has no limit of it.
@@ -246,13 +248,16 @@ def check_network(checkpoint: Checkpoint) -> None:
 
 
 def space_of(
-    checkpoint: Checkpoint, strategy: Strategy, space: Space | Mapping[str, Any] | None
+    checkpoint: Checkpoint,
+    strategy: Strategy,
+    space: Space | Mapping[str, Any] | None,
+    rows: Mapping[str, int],
 ) -> Space:
     """Returns the given space, or the one of the given settings, which override the strategy's."""
     if isinstance(space, Space):
         return space
     settings = {**strategy.space, **(space or {})}
-    return search_space(checkpoint.params, rows=rows_per_sample(checkpoint.model), **settings)
+    return search_space(checkpoint.params, rows=rows, **settings)
 
 
 def problem_of(
@@ -270,16 +275,19 @@ def problem_of(
     """Returns the problem for a strategy, and the sensitivities that predictions use."""
     model, params = checkpoint.model, checkpoint.params
     rollout = rollouts.rollout(checkpoint, guided)
+    denoise_fn = denoiser(model, params, rollout.guidance)
+    check_takes(denoise_fn, model, rollouts.shape, rollouts.conditions)
     noise_key, probe_key = jax.random.split(key)
     first = rollouts.num_batches * rollouts.batch_size  # sensitivities have samples of their own
-    size, conditions = rollouts.batch_size, rollouts.conditions
-    calibration = seeds(model, noise_key, rollouts.num_calibration, size, first, conditions)
+    size = rollouts.batch_size
+    same = {"conditions": rollouts.conditions, "shape": rollouts.shape}
+    calibration = seeds(model, noise_key, rollouts.num_calibration, size, first, **same)
     predict_fn = Sensitivities(
         rollout, space, params, calibration, probe_key, rollouts.num_probes, coordinates
     )
     evaluator = None
     if objective != "predicted":
-        data = seeds(model, noise_key, rollouts.num_batches, size, conditions=conditions)
+        data = seeds(model, noise_key, rollouts.num_batches, size, **same)
         evaluator = Evaluator(
             space,
             params,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,19 @@ from qdit_jax.models import tapped
 from qdit_jax.ptq import matrix_shape
 from qdit_jax.types import AnyArray, Condition, Key, Numbers, Params
 
-# (params, x [B, H, W, C], condition, key [B], step) -> x after that step; a pytree, see objectives.
-StepFn: TypeAlias = Callable[[Params, Array, Condition, Key, Array], Array]
+
+class Carried(NamedTuple):
+    """What one step hands to the next: latents `x [B, ...]`, and what the sampler remembers.
+
+    `state` is a pytree of floating-point arrays, None if that is nothing.
+    """
+
+    x: Array
+    state: Any
+
+
+# (params, carried, condition, key [B], step) -> carried after that step; a pytree, see objectives.
+StepFn: TypeAlias = Callable[[Params, Carried, Condition, Key, Array], Carried]
 
 
 class Effects(NamedTuple):
@@ -49,7 +60,8 @@ class Effects(NamedTuple):
         base_error: `[B]`, `|r|^2`.
         signal: `[B]`, `|final|^2` at full precision.
         step_weight: `[S]`, mean of `|J_s^T v|^2 / |v|^2`: how far an error made just after step s
-            is magnified on its way to the end.
+            is magnified on its way to the end. An error of the latents that the next step is given,
+            not of what a sampler remembers beside them.
     """
 
     change: AnyArray
@@ -64,7 +76,7 @@ def effects(
     step_fn: StepFn,
     params: Params,
     base: Int[Array, " L"] | None,
-    noise: Float[Array, "B *shape"],
+    start: Carried,
     condition: Condition,
     key: Key,
     probe_key: Key,
@@ -74,9 +86,10 @@ def effects(
     num_steps: int,
     num_probes: int,
 ) -> Effects:
-    """Returns the effects of every choice on trajectories from `noise`.
+    """Returns the effects of every choice on trajectories from `start`.
 
     Args:
+        start: the noise `[B, ...]`, and the sampler's first state.
         base: the assignment `[L]` to differentiate at and count changes from; None is full
             precision.
         coordinates: of the layers whose choices have transforms or branches, by path.
@@ -84,8 +97,9 @@ def effects(
     coordinates = coordinates or {}
     check_coordinates(space, coordinates)
     used = params if base is None else assigned_params(params, space, base, coordinates)
-    exact = step_inputs(step_fn, params, noise, condition, key, num_steps)[0]
-    final, seen = step_inputs(step_fn, used, noise, condition, key, num_steps)
+    exact = step_inputs(step_fn, params, start, condition, key, num_steps)[0].x
+    end, seen = step_inputs(step_fn, used, start, condition, key, num_steps)
+    final = end.x
     error = final - exact
     probes = jax.random.normal(probe_key, (num_probes, *final.shape), jnp.float32)  # [P, B, ...]
     if base is not None:
@@ -93,18 +107,18 @@ def effects(
         probes = jnp.concatenate([probes, error[None]])  # [P + 1, B, ...]
 
     def backward(
-        carry: tuple[Array, Array], scanned: tuple[Array, Array]
-    ) -> tuple[tuple[Array, Array], Array]:
-        probes, total = carry  # [P (+ 1), B, ...] after this step, [P (+ 1), B, L, C]
-        x, step = scanned
+        carry: tuple[Carried, Array], scanned: tuple[Carried, Array]
+    ) -> tuple[tuple[Carried, Array], Array]:
+        after, total = carry  # [P (+ 1), B, ...] of what this step returns, [P (+ 1), B, L, C]
+        given, step = scanned
         run = partial(tapped_step, step_fn, used, condition, key, step)
         # Zeros added to the outputs of layers; their cotangents are the adjoints u.
-        taps = jax.eval_shape(partial(run, taps=None), x)[1][1]
+        taps = jax.eval_shape(partial(run, taps=None), given)[1][1]
         taps = {path: jnp.zeros(y.shape, y.dtype) for path, y in taps.items()}
         _, pull, (inputs, outputs) = jax.vjp(
-            lambda x, taps: run(x, taps=taps), x, taps, has_aux=True
+            lambda given, taps: run(given, taps=taps), given, taps, has_aux=True
         )
-        before, adjoint = jax.vmap(pull)(probes)  # [P (+ 1), B, ...], by path [P (+ 1), R, ..., N]
+        before, adjoint = jax.vmap(pull)(after)  # [P (+ 1), B, ...], by path [P (+ 1), R, ..., N]
         change = [
             layer_change(
                 layer,
@@ -117,13 +131,14 @@ def effects(
             for layer in space.layers
         ]
         # The growth of |J^T v|^2 over this step, of random probes alone.
-        weight = jnp.square(before[:num_probes]).mean() / jnp.square(carry[0][:num_probes]).mean()
-        return (before, total + padded(change, len(x), space)), weight
+        weight = jnp.square(before.x[:num_probes]).mean() / jnp.square(after.x[:num_probes]).mean()
+        return (before, total + padded(change, len(given.x), space)), weight
 
-    count = (len(probes), noise.shape[0], len(space.layers), int(space.num_choices.max()))
-    start = (probes, jnp.zeros(count, jnp.float32))
+    count = (len(probes), len(final), len(space.layers), int(space.num_choices.max()))
+    unread = jax.tree.map(lambda leaf: jnp.zeros((len(probes), *leaf.shape), leaf.dtype), end.state)
+    last = (Carried(probes, unread), jnp.zeros(count, jnp.float32))
     steps = (seen, jnp.arange(num_steps, dtype=jnp.int32))
-    (_, total), ratio = jax.lax.scan(backward, start, steps, reverse=True)
+    (_, total), ratio = jax.lax.scan(backward, last, steps, reverse=True)
     total = jnp.moveaxis(total, 0, 1)  # [B, P (+ 1), L, C]
     along = jnp.zeros_like(total[:, 0]) if base is None else total[:, -1]
     # ratio[s] is the growth over step s; an error made just after s passes the later steps only.
@@ -141,17 +156,17 @@ def effects(
 def step_inputs(
     step_fn: StepFn,
     params: Params,
-    noise: Float[Array, "B *shape"],
+    start: Carried,
     condition: Condition,
     key: Key,
     num_steps: int,
-) -> tuple[Float[Array, "B *shape"], Float[Array, "S B *shape"]]:
-    """Returns the final latents and the latents before every step, `[S, B, ...]`."""
+) -> tuple[Carried, Carried]:
+    """Returns what the last step returns, and what every step is given, stacked: `[S, B, ...]`."""
 
-    def body(x: Array, step: Array) -> tuple[Array, Array]:
-        return step_fn(params, x, condition, key, step).astype(x.dtype), x
+    def body(carried: Carried, step: Array) -> tuple[Carried, Carried]:
+        return step_fn(params, carried, condition, key, step), carried
 
-    return jax.lax.scan(body, noise, jnp.arange(num_steps, dtype=jnp.int32))
+    return jax.lax.scan(body, start, jnp.arange(num_steps, dtype=jnp.int32))
 
 
 def tapped_step(
@@ -160,10 +175,10 @@ def tapped_step(
     condition: Condition,
     key: Key,
     step: Int[Array, ""],
-    x: Float[Array, "B *shape"],
+    carried: Carried,
     *,
     taps: dict[str, Array] | None,
-) -> tuple[Array, tuple[dict[str, Array], dict[str, Array]]]:
+) -> tuple[Carried, tuple[dict[str, Array], dict[str, Array]]]:
     """Returns a step's result with `taps` added to the layers' outputs, and their inputs and outputs."""
     inputs: dict[str, Array] = {}
     outputs: dict[str, Array] = {}
@@ -173,7 +188,7 @@ def tapped_step(
         return outputs[path] if taps is None else outputs[path] + taps[path]
 
     with tapped(tap):
-        result = step_fn(params, x, condition, key, step)
+        result = step_fn(params, carried, condition, key, step)
     return result, (inputs, outputs)
 
 

@@ -19,16 +19,20 @@ from qdit_jax.calibration.recording import default_sampler, model_inputs
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.errors import UserError, check_counts
 from qdit_jax.files import PathLike, as_path, write_arrays
+from qdit_jax.models import null_condition_of, with_guidance, without_null
 from qdit_jax.quant import check_finite
 from qdit_jax.sampling import (
+    Guidance,
     check_diffusion_model,
     check_seed,
+    check_takes,
     cyclic_conditions,
     denoiser,
     fitting_guidance,
     initial_noise,
+    shape_of_sample,
 )
-from qdit_jax.types import Condition, Key, Scalar
+from qdit_jax.types import Condition, Key
 
 # `(sample numbers [B], S) -> steps [B, M]`: which iterations a trajectory's items come from.
 ChooseFn = Callable[[Int[np.ndarray, " B"], int], Int[np.ndarray, "B M"]]
@@ -140,8 +144,9 @@ def collect_items(
     *,
     conditions: Condition = None,
     sampler: diffusion.Sampler | None = None,
-    guidance: Scalar | None = 1.5,
+    guidance: Guidance | None = 1.5,
     batch_size: int = 16,
+    shape: Sequence[int] | None = None,
     choose_fn: ChooseFn | None = None,
     null: bool = True,
     progress_fn: Callable[[int], object] | None = None,
@@ -156,6 +161,7 @@ def collect_items(
         key: used once; sample i starts from `fold_in(key, i)`.
         conditions: labels or prompts, assigned to the samples cyclically; every class by default.
         sampler: of the trajectories, see `calibrate`.
+        shape: of one sample, channels last; the network's own by default.
         choose_fn: 4 steps of each trajectory, evenly spread, by default.
         progress_fn: called with the number of samples finished, batch by batch.
 
@@ -166,24 +172,28 @@ def collect_items(
     check_counts(num_samples=num_samples, batch_size=batch_size)
     model = checkpoint.model
     guidance = fitting_guidance(model, guidance)
-    sampler = default_sampler(checkpoint) if sampler is None else sampler
+    sampler = default_sampler(checkpoint, shape=shape) if sampler is None else sampler
     choose_fn = spread_steps() if choose_fn is None else choose_fn
     denoise_fn = denoiser(model, checkpoint.params, guidance)
+    check_takes(denoise_fn, model, shape, conditions)
+    size = shape_of_sample(model, shape)
     parts = []
     for start in range(0, num_samples, batch_size):
         index = np.arange(start, min(start + batch_size, num_samples))
-        condition = cyclic_conditions(model, conditions, index)
-        noise, keys = initial_noise(key, jnp.asarray(index, jnp.int32), model.sample_shape())
+        condition = with_guidance(model, cyclic_conditions(model, conditions, index), guidance)
+        noise, keys = initial_noise(key, jnp.asarray(index, jnp.int32), size)
         parts.append(
             trajectory_items(denoise_fn, sampler, noise, condition, keys, index, choose_fn)
         )
         if progress_fn is not None:
             progress_fn(len(index))
     items = joined(parts)
+    given = items.condition
+    items = items._replace(condition=without_null(given))
     check_items(items)
     if not (null and model.has_null):
         return items
-    found = model.null_condition(items.condition, checkpoint.params)
+    found = null_condition_of(model, checkpoint.params, given)
     return joined([items, items._replace(condition=jax.tree.map(np.asarray, found))])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -25,17 +25,21 @@ from qdit_jax.calibration.statistics import HALVES, Stats, input_rows
 from qdit_jax.checkpoint import Checkpoint, fingerprint
 from qdit_jax.errors import check_counts, check_pattern
 from qdit_jax.files import PathLike
+from qdit_jax.models import null_condition_of, with_guidance, without_null
 from qdit_jax.quant import check_finite
 from qdit_jax.recipes import layer_paths
 from qdit_jax.sampling import (
+    Guidance,
     check_diffusion_model,
+    check_takes,
     checkpoint_sampler,
     cyclic_conditions,
     denoiser,
     fitting_guidance,
     initial_noise,
+    shape_of_sample,
 )
-from qdit_jax.types import AnyArray, Condition, Key, Params, Scalar
+from qdit_jax.types import AnyArray, Condition, Key, Params
 
 
 def calibrate(
@@ -45,8 +49,9 @@ def calibrate(
     *,
     conditions: Condition = None,
     sampler: diffusion.Sampler | None = None,
-    guidance: Scalar | None = 1.5,
+    guidance: Guidance | None = 1.5,
     batch_size: int = 16,
+    shape: Sequence[int] | None = None,
     hessians: str | None = None,
     num_tokens: int = 0,
     unfinished: PathLike | None = None,
@@ -64,6 +69,7 @@ def calibrate(
         conditions: labels or prompts, assigned to the samples cyclically; every class by default.
         sampler: 50 steps of the checkpoint's own sampler by default, see `checkpoint_sampler`.
         guidance: of the trajectories; the default is none without a null condition.
+        shape: of one sample, channels last; the network's own by default.
         hessians: a pattern of layer paths whose mean `x xᵀ` to keep, float32 `[K, K]` each.
         num_tokens: inputs to keep of every layer from each call of the network.
         unfinished: a file that is written after every batch; where it exists, the calibration
@@ -82,7 +88,7 @@ def calibrate(
     guidance = fitting_guidance(model, guidance)
     if hessians is not None:
         check_hessians(hessians, params)
-    sampler = default_sampler(checkpoint) if sampler is None else sampler
+    sampler = default_sampler(checkpoint, shape=shape) if sampler is None else sampler
     settings = fingerprint(
         params=params,
         model=model,
@@ -94,16 +100,18 @@ def calibrate(
         conditions=conditions,
         hessians=hessians,
         num_tokens=num_tokens,
+        **({} if shape is None else {"shape": tuple(shape)}),
     )
     state = empty_state(settings) if unfinished is None else read_state(unfinished, settings)
     if state["num_done"] and progress_fn is not None:
         progress_fn(state["num_done"])
     denoise_fn = denoiser(model, params, guidance)
+    check_takes(denoise_fn, model, shape, conditions)
     observe = partial(observe_call, params, model=model, hessians=hessians, num_tokens=num_tokens)
     for start in range(state["num_done"], num_samples, batch_size):
         index = np.arange(start, min(start + batch_size, num_samples))
-        condition = cyclic_conditions(model, conditions, index)
-        x, timestep = trajectory(denoise_fn, sampler, model, key, index, condition)
+        condition = with_guidance(model, cyclic_conditions(model, conditions, index), guidance)
+        x, timestep = trajectory(denoise_fn, sampler, model, key, index, condition, shape)
         halves = conditional_and_null(model, params, condition)
         state["timesteps"] = np.asarray(timestep)
         for step, at in enumerate(state["timesteps"]):
@@ -129,18 +137,20 @@ def check_hessians(hessians: str, params: Params) -> None:
         )
 
 
-def default_sampler(checkpoint: Checkpoint, num_steps: int = 50) -> diffusion.Sampler:
-    """Returns the sampler of a checkpoint, see `checkpoint_sampler`."""
-    return checkpoint_sampler(checkpoint, num_steps)
+def default_sampler(
+    checkpoint: Checkpoint, num_steps: int = 50, shape: Sequence[int] | None = None
+) -> diffusion.Sampler:
+    """Returns the sampler of a checkpoint for samples of a shape, see `checkpoint_sampler`."""
+    return checkpoint_sampler(checkpoint, num_steps, shape=shape)
 
 
 def conditional_and_null(
     model: nn.Module, params: Params, condition: Condition
 ) -> dict[str, Condition]:
     """Returns the condition, and the null condition where the network has one, keyed by half (`"conditional"`, `"null"`)."""
-    halves = {HALVES[0]: condition}
+    halves = {HALVES[0]: without_null(condition)}
     if model.has_null:
-        halves[HALVES[1]] = model.null_condition(condition, params)
+        halves[HALVES[1]] = null_condition_of(model, params, condition)
     return halves
 
 
@@ -151,13 +161,17 @@ def trajectory(
     key: Key,
     index: Int[np.ndarray, " B"],
     condition: Condition,
+    shape: Sequence[int] | None = None,
 ) -> tuple[Array, AnyArray]:
     """Returns the network's inputs `[S, B, ...]` and timesteps `[S]` of samples `index`.
+
+    `shape` is that of one sample, the network's own if None.
 
     Raises:
         ValueError: if the samples are not finite.
     """
-    noise, keys = initial_noise(key, jnp.asarray(index, jnp.int32), model.sample_shape())
+    size = shape_of_sample(model, shape)
+    noise, keys = initial_noise(key, jnp.asarray(index, jnp.int32), size)
     final, (x, timestep) = diffusion.sample_trajectory(
         denoise_fn, sampler, noise, condition, keys, collect_fn=model_inputs
     )

@@ -17,6 +17,7 @@ from qdit_jax.cli.options import (
     whole_number,
 )
 from qdit_jax.cli.paths import path_option
+from qdit_jax.cli.prompts_option import add_embeds
 from qdit_jax.cli.search import add_choices
 from qdit_jax.errors import UserError
 
@@ -100,6 +101,7 @@ def add_measuring(add: AddArgument) -> None:
         metavar="NAME",
         help="who computes quantized layers, such as xla or xla_cpu (each that can)",
     )
+    add_embeds(add)
     add("--repeats", type=whole_number(2), default=21, help="rounds of turns (%(default)s)")
     add("--seed", type=seed_number, default=0, help="seed of the noise (%(default)s)")
 
@@ -134,6 +136,8 @@ def check_options(options: Mapping[str, Any]) -> None:
     if options["dry_run"]:
         inert = {"out": None, "force": False, "against": None, "table": False}
         refuse_inert(options, inert, "--dry-run writes nothing")
+        of_embeds = {"embeds": None, "prompts_from": None}
+        refuse_inert(options, of_embeds, "--dry-run runs nothing")
     if options["out"] is None:
         refuse_inert(options, {"force": False}, "without OUT nothing is written")
     if not options["table"]:

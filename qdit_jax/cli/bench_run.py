@@ -14,14 +14,15 @@ from qdit_jax.checkpoint import Checkpoint, load, open_checkpoint
 from qdit_jax.cli.bench_pictures import draw_bench
 from qdit_jax.cli.bench_table import bench_lines, latency_lines, predicted_lines
 from qdit_jax.cli.checkpoints import full_precision_checkpoint, guidance_of
+from qdit_jax.cli.options import refuse_inert
 from qdit_jax.cli.progress import Bar
+from qdit_jax.cli.prompts_option import Inputs
 from qdit_jax.cli.search_run import space_settings
 from qdit_jax.errors import UserError
 from qdit_jax.files import AnyPath, check_free, renewed_folder, replaced_file
 from qdit_jax.kernels import NUMERICS
-from qdit_jax.models import rows_per_sample
 from qdit_jax.recipes import Recipe
-from qdit_jax.sampling import check_diffusion_model, fitting_guidance
+from qdit_jax.sampling import check_diffusion_model, fitting_guidance, sample_rows
 from qdit_jax.speed import (
     BATCH,
     BATCHES,
@@ -32,6 +33,7 @@ from qdit_jax.speed import (
     predicted,
     recipe_named,
 )
+from qdit_jax.types import Condition
 
 
 def dry_run(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def takes_group_size(name: str) -> bool:
 def measured(options: Mapping[str, Any]) -> dict[str, Any]:
     """Measures, prints, writes to OUT if there is one, and returns everything."""
     out, force = options["out"], options["force"]
-    inputs = [options["checkpoint"], options["against"]]
+    inputs = [options["checkpoint"], options["against"], options["embeds"]]
     if out is not None:
         check_folder(out, force, inputs)
     with contextlib.ExitStack() as stack:
@@ -88,12 +90,14 @@ def measured(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def tabulated(options: Mapping[str, Any]) -> dict[str, Any]:
     """Times single layers, prints and writes the table, and returns it."""
-    out, force, inputs = options["out"], options["force"], [options["checkpoint"]]
+    out, force = options["out"], options["force"]
+    inputs = [options["checkpoint"], options["embeds"]]
     check_folder(out, force, inputs)
     with renewed_folder(out, force, "bench", inputs) as folder:
         told_to_resume(folder)
         checkpoint = full_precision_checkpoint(options["checkpoint"], "layers are timed in it")
-        rows = rows_per_sample(checkpoint.model)
+        conditions = conditions_of(options, checkpoint)
+        rows = sample_rows(checkpoint.model, None, conditions)
         space = search_space(checkpoint.params, rows=rows, **space_settings(options))
         [batch], [numerics] = options["batch"] or [BATCH], options["numerics"] or NUMERICS[:1]
         with Bar(0, "time", "measuring") as bar:
@@ -105,6 +109,7 @@ def tabulated(options: Mapping[str, Any]) -> dict[str, Any]:
                 guidance=guidance_of(checkpoint, options["guidance"]),
                 num_rounds=options["repeats"],
                 seed=options["seed"],
+                conditions=conditions,
                 state=folder,
                 total_fn=bar.expect,
                 progress_fn=bar.update,
@@ -146,12 +151,23 @@ def check_folder(out: AnyPath, force: bool, inputs: Sequence[AnyPath | None]) ->
     check_free(out, True, "bench", inputs)
 
 
+def conditions_of(options: Mapping[str, Any], checkpoint: Checkpoint) -> Condition:
+    """Returns the conditions of `--embeds`; None without, which takes classes or random prompts."""
+    if options["embeds"] is None:
+        refuse_inert(options, {"prompts_from": None}, "it chooses prompts of --embeds")
+        if isinstance(checkpoint.model.example_condition(1), Mapping):
+            print("prompts: random embeddings of the network's own length, as no --embeds is given")
+        return None
+    return Inputs.of(options, checkpoint, options["checkpoint"]).conditions
+
+
 def timed(options: Mapping[str, Any], folder: AnyPath | None) -> Bench:
     """Returns the times of steps, with a bar of the rows that are done."""
     if folder is not None:
         told_to_resume(folder)
     checkpoint = load(options["checkpoint"])
     check_diffusion_model(checkpoint.model, options["checkpoint"])
+    conditions = conditions_of(options, checkpoint)
     with Bar(0, "row", "measuring") as bar:
         return bench(
             checkpoint,
@@ -163,6 +179,7 @@ def timed(options: Mapping[str, Any], folder: AnyPath | None) -> Bench:
             guidance=guidance_of(checkpoint, options["guidance"]),
             num_rounds=options["repeats"],
             seed=options["seed"],
+            conditions=conditions,
             state=folder,
             total_fn=bar.expect,
             progress_fn=bar.update,

@@ -17,6 +17,7 @@ from qdit_jax.cli.options import (
     verb_parser,
 )
 from qdit_jax.cli.paths import path_option
+from qdit_jax.cli.prompts_option import Inputs, add_embeds, add_size
 from qdit_jax.files import AnyPath
 
 if TYPE_CHECKING:  # help is printed without them
@@ -34,6 +35,7 @@ examples:
   qdit calibrate xl2 stats.npz --num-samples 64 --steps 50
   qdit calibrate xl2 stats.npz --hessians 'blocks_0/.*' --tokens 8
   qdit calibrate xl2 items.npz --collect spread --num-samples 64    # for qdit quantize --items
+  qdit calibrate pixart stats.npz --embeds prompts.npz --size 512x512
 
 --collect writes inputs of the network instead of statistics, for methods that calibrate on them
 (GPTQ, AdaRound). `spread` takes 4 steps of every trajectory, with its label and with the null
@@ -52,6 +54,8 @@ def add_parser(subparsers: SubParsers) -> None:
     add(
         "--num-samples", type=positive_int, default=256, help="number of trajectories (%(default)s)"
     )
+    add_embeds(add)
+    add_size(add)
     add("--batch-size", type=positive_int, default=16, help="trajectories at once (%(default)s)")
     add("--steps", type=positive_int, default=50, help="steps per trajectory (%(default)s)")
     add(
@@ -95,7 +99,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "--hessians and --tokens are options of statistics; leave out --collect."
         )
     kind = "inputs" if args.collect else "statistics"
-    check_free(args.out, args.force, kind, [args.checkpoint])
+    check_free(args.out, args.force, kind, [args.checkpoint, args.embeds])
     checkpoint = full_precision_checkpoint(
         args.checkpoint, "statistics are of full-precision inputs", args.dtype
     )
@@ -105,6 +109,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         num_steps=args.steps,
         guidance=guidance_of(checkpoint, args.guidance),
         batch_size=args.batch_size,
+        **Inputs.of(vars(args), checkpoint, args.checkpoint).settings,
     )
     if args.collect:
         return write_items(args.out, checkpoint, settings, args.collect)
@@ -134,9 +139,11 @@ def write_stats(
             checkpoint,
             jax.random.key(settings.seed),
             settings.num_samples,
-            sampler=default_sampler(checkpoint, settings.num_steps),
+            sampler=default_sampler(checkpoint, settings.num_steps, settings.shape),
             guidance=settings.guidance,
             batch_size=settings.batch_size,
+            conditions=settings.conditions,
+            shape=settings.shape,
             hessians=hessians,
             num_tokens=num_tokens,
             unfinished=unfinished,

@@ -7,7 +7,7 @@ import dataclasses
 from qdit_jax.checkpoint import Checkpoint, default_dtype, load, with_dtype
 from qdit_jax.errors import UserError
 from qdit_jax.files import PathLike
-from qdit_jax.sampling import DEFAULT_GUIDANCE, check_diffusion_model
+from qdit_jax.sampling import DEFAULT_GUIDANCE, check_diffusion_model, takes_embedded_guidance
 
 
 def diffusion_checkpoint(path: PathLike, dtype: str | None = None) -> Checkpoint:
@@ -66,7 +66,8 @@ def with_autoencoder(checkpoint: Checkpoint, path: PathLike | None) -> Checkpoin
 
 
 def guidance_of(checkpoint: Checkpoint, given: float | None) -> float:
-    """Returns the guidance that was given, else the model's default: 1 without a null class."""
+    """Returns the guidance that was given, else the default: 1 for a model that takes none."""
     if given is not None:
         return given
-    return DEFAULT_GUIDANCE if checkpoint.model.has_null else 1.0
+    model = checkpoint.model
+    return DEFAULT_GUIDANCE if model.has_null or takes_embedded_guidance(model) else 1.0

@@ -80,7 +80,7 @@ def add_network(parser: argparse.ArgumentParser) -> None:
     """Adds the options for what the weights alone do not tell about the network."""
     parser.add_argument(
         "--family",
-        choices=("dit", "sit", "vae", "inception"),
+        choices=("dit", "sit", "pixart", "sd3", "flux", "vae", "inception"),
         help="the kind of network; needed for sit, whose tensors are named like dit's",
     )
     parser.add_argument(
@@ -114,6 +114,21 @@ def add_network(parser: argparse.ArgumentParser) -> None:
         help="the time at pure noise in a SiT's training: 0 in SiT's code, 1 in REPA's (default: "
         "what the file says, else 0)",
     )
+    parser.add_argument(
+        "--rope-axes",
+        type=positive_int,
+        nargs=3,
+        metavar="N",
+        help="of a FLUX whose heads have not 128 channels: how many of them turn with each coordinate "
+        "of a position (default: 16 56 56, as published)",
+    )
+    parser.add_argument(
+        "--interpolation-scale",
+        type=finite_float,
+        metavar="X",
+        help="by which a PixArt's positions are divided (default: as published for its size, 0.5 for "
+        "256 pixels, 1 for 512, 2 for 1024)",
+    )
     for name, text in (("scaling", "scale"), ("shift", "shift")):
         parser.add_argument(
             f"--{name}-factor",
@@ -143,8 +158,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             num_classes=args.num_classes,
             input_size=size,
             noise_time=args.noise_time,
+            interpolation_scale=args.interpolation_scale,
             scaling_factor=args.scaling_factor,
             shift_factor=args.shift_factor,
+            rope_axes=args.rope_axes,
             weights=args.weights,
             dtype=args.dtype,
             force=args.force,

@@ -19,6 +19,7 @@ from qdit_jax.cli.options import (
 )
 from qdit_jax.cli.paths import path_option
 from qdit_jax.cli.process import Process, add_process
+from qdit_jax.cli.prompts_option import add_embeds, add_size
 from qdit_jax.errors import UserError
 
 Value = TypeVar("Value")
@@ -49,7 +50,9 @@ Only Inception's features give scores called FID, sFID, Inception Score and KID.
 # Options of one way to call the verb, None where they are not given; the other way refuses them.
 OF_CHECKPOINTS = (
     *("against", "compare", "num_samples", "steps", "sampler", "eta", "clip", "guidance"),
+    *("shift", "spacing"),
     *("guidance_channels", "numerics", "dtype", "vae", "range_samples"),
+    *("embeds", "prompts_from", "size", "frames"),
 )
 OF_FILES = ("samples", "pictures")
 OF_SCORES = {
@@ -98,8 +101,10 @@ def add_checkpoint_options(add: AddArgument) -> None:
     add(
         "--num-samples",
         type=whole_number(2),
-        help="number of samples, cycling through the classes (100)",
+        help="number of samples, cycling through the classes or prompts (100)",
     )
+    add_embeds(add)
+    add_size(add)
     add_process(add)
     add_numerics(add, None, "arithmetic of quantized layers, see qdit sample (simulated)")
     add_dtype(add)
@@ -195,6 +200,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         numerics=given(args.numerics, "simulated"),
         dtype=args.dtype,
         range_samples=given(args.range_samples, 4),
+        options=vars(args),
     )
     return evaluate_models(comparison, scoring, out=args.out, force=args.force)
 

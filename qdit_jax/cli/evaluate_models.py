@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from qdit_jax.cli.checkpoints import diffusion_checkpoint, with_autoencoder
 from qdit_jax.cli.evaluate_files import watched
 from qdit_jax.cli.process import Process
 from qdit_jax.cli.progress import Bar
+from qdit_jax.cli.prompts_option import Inputs
 from qdit_jax.errors import UserError
 from qdit_jax.evaluation import (
     MEASURES,
@@ -24,6 +26,7 @@ from qdit_jax.evaluation import (
     Protocol,
     Run,
     Scoring,
+    check_inputs,
     compared_pictures,
     labeled,
     merge,
@@ -45,9 +48,9 @@ from qdit_jax.sampling import (
     check_numerics,
     cyclic_conditions,
     denoiser,
+    num_conditions,
     num_guided_channels,
 )
-from qdit_jax.types import Condition
 
 DEFAULT_OUT = "qdit-evaluate"
 PAGES = {"metrics.json": "figures", "pictures.png": "picture", "report.html": "report"}
@@ -55,7 +58,10 @@ PAGES = {"metrics.json": "figures", "pictures.png": "picture", "report.html": "r
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Which checkpoints are sampled and how: the options of `qdit evaluate CKPT`."""
+    """Which checkpoints are sampled and how: the options of `qdit evaluate CKPT`.
+
+    `options` are those of conditions and sizes, see `Inputs`.
+    """
 
     checkpoint: AnyPath
     against: AnyPath | None
@@ -68,6 +74,7 @@ class Comparison:
     numerics: str
     dtype: str | None
     range_samples: int
+    options: Mapping[str, Any]
 
     def contenders(self) -> list[Contender]:
         """Returns the checkpoints, the reference first, each with an autoencoder if one is known."""
@@ -82,7 +89,12 @@ class Comparison:
             for title, c in zip(titles(paths), found, strict=True)
         ]
 
-    def protocol(self, contenders: list[Contender]) -> Protocol:
+    def inputs(self, contenders: list[Contender]) -> Inputs:
+        """Returns what samples are made from, checked against the first network."""
+        path = self.checkpoint if self.against is None else self.against
+        return Inputs.of(self.options, contenders[0].checkpoint, path)
+
+    def protocol(self, contenders: list[Contender], chosen: Inputs) -> Protocol:
         """Returns how all of them are sampled, with the first one's scheduler.
 
         Raises:
@@ -92,13 +104,8 @@ class Comparison:
         channels = num_guided_channels(first.model, process.channels)
         for contender in contenders:  # checked before the folder is created
             denoiser(contender.checkpoint.model, {}, process.guidance, channels)
-        sampler = process.sampler_of(first)
-        record = {
-            "sampler": type(sampler).__name__,
-            "steps": process.steps,
-            "eta": process.eta,
-            "clip": process.clip,
-        }
+        sampler = process.sampler_of(first, chosen.settings.get("shape"))
+        record = {"sampler": type(sampler).__name__, **process.settings}
         if (text := process.scheduler_text(first)) is not None:
             record["scheduler"] = text
             print(text)
@@ -111,6 +118,7 @@ class Comparison:
             guidance_channels=channels,
             numerics=self.numerics,
             batch_size=self.batch_size,
+            **chosen.settings,
         )
 
 
@@ -128,20 +136,23 @@ def evaluate_models(
     if out.suffix in (".json", ".html", ".npz", ".png"):
         raise UserError(f"--out {out}: of checkpoints, it is a folder for all results.")
     given = [comparison.checkpoint, comparison.against, comparison.compare, comparison.vae]
+    given.append(comparison.options["embeds"])
     inputs = [*given, *(scoring.inputs if scoring else ())]
     check_apart(out, inputs)
     for name, kind in PAGES.items():
         check_free(out / name, True, kind)
     contenders = comparison.contenders()
-    protocol = comparison.protocol(contenders)
+    chosen = comparison.inputs(contenders)
+    protocol = comparison.protocol(contenders, chosen)
+    check_inputs(contenders, protocol)
     judge = None
     if scoring is not None:
         name = str(comparison.checkpoint)
         judge = scoring.judge(
-            (comparison.num_samples, *image_shape(contenders[0].checkpoint)), name
+            (comparison.num_samples, *image_shape(contenders[0].checkpoint, chosen.shape)), name
         )
     with renewed_folder(out, force, "evaluation", inputs) as folder:
-        run, files, scores = measured(contenders, protocol, judge, folder)
+        run, files, scores = measured(contenders, protocol, judge, folder, chosen.prompts)
         summary = summarize(run, contenders, scores)
         if scoring is not None and judge is not None:
             summary["settings"]["reference"] = str(scoring.reference)
@@ -157,15 +168,18 @@ def evaluate_models(
 
 
 def measured(
-    contenders: list[Contender], protocol: Protocol, judge: Judge | None, out: AnyPath
+    contenders: list[Contender],
+    protocol: Protocol,
+    judge: Judge | None,
+    out: AnyPath,
+    prompts: Sequence[str] | None,
 ) -> tuple[Run, list[AnyPath], dict[str, Any]]:
     """Returns the samples' measures, the files of samples in the folder `out`, and their scores."""
     if (out / "shards").exists():
         logging.getLogger("qdit_jax").info("resuming from %s", out)
     with Bar(protocol.num_samples, "sample", "sampling", resumes=True) as bar:
         run = run_evaluation(contenders, protocol, out, bar.update)
-    model = contenders[0].checkpoint.model
-    files = merged(run, contenders, cyclic_conditions(model, None, np.arange(protocol.num_samples)))
+    files = merged(run, contenders, named_conditions(contenders[0].checkpoint, protocol, prompts))
     if judge is None:
         return run, files, {}
     found = judge.scores(files, watched)
@@ -195,7 +209,21 @@ def titles(paths: list[AnyPath]) -> list[str]:
     return [f"{name} ({i})" for i, name in enumerate(names, 1)]
 
 
-def image_shape(checkpoint: Checkpoint) -> tuple[int, ...]:
+def named_conditions(
+    checkpoint: Checkpoint, protocol: Protocol, prompts: Sequence[str] | None
+) -> dict[str, np.ndarray]:
+    """Returns what stands beside the samples in files: classes, or the rows and texts of prompts."""
+    index = np.arange(protocol.num_samples)
+    if protocol.conditions is None:
+        found = cyclic_conditions(checkpoint.model, None, index)
+        return {} if found is None else {"label": np.asarray(found)}
+    rows = index % (num_conditions(protocol.conditions) or 1)
+    return {"row": rows, **({} if prompts is None else {"prompts": np.array(prompts)[rows]})}
+
+
+def image_shape(
+    checkpoint: Checkpoint, latents_shape: Sequence[int] | None = None
+) -> tuple[int, ...]:
     """Returns rows, columns and channels of a checkpoint's images.
 
     Raises:
@@ -206,7 +234,13 @@ def image_shape(checkpoint: Checkpoint) -> tuple[int, ...]:
             "the models make latents and no autoencoder is known; give --vae CHECKPOINT to score "
             "images against --reference."
         )
-    return sample_shape(checkpoint)
+    shape = sample_shape(checkpoint, latents_shape)
+    if len(shape) != 3:
+        raise UserError(
+            "--reference scores images, and these models make videos; leave it out, or score frames as "
+            "--samples."
+        )
+    return shape
 
 
 def decodes(checkpoint: Checkpoint) -> bool:
@@ -214,7 +248,7 @@ def decodes(checkpoint: Checkpoint) -> bool:
     return checkpoint.vae is not None or checkpoint.model.sample_shape()[-1] in (1, 3)
 
 
-def merged(run: Run, contenders: list[Contender], condition: Condition) -> list[AnyPath]:
+def merged(run: Run, contenders: list[Contender], named: Mapping[str, np.ndarray]) -> list[AnyPath]:
     """Writes the samples of each contender and returns the files, in their order.
 
     `samples.npz` is the checkpoint under evaluation.
@@ -222,13 +256,12 @@ def merged(run: Run, contenders: list[Contender], condition: Condition) -> list[
     names = ["samples.npz"]
     if len(contenders) > 1:
         names = ["reference_samples.npz", "samples.npz", "compared_samples.npz"]
-    labels = {} if condition is None else {"label": np.asarray(condition)}
     files = []
     for i, (contender, name) in enumerate(zip(contenders, names, strict=False)):
         is_image = decodes(contender.checkpoint)
         array, member = ("images", "arr_0") if is_image else ("latents", "latents")
         file = run.folder / name
-        merge(run.folder, run.ranges, f"{i}/{array}", file, member, **labels)
+        merge(run.folder, run.ranges, f"{i}/{array}", file, member, **named)
         files.append(file)
     return files
 
@@ -249,6 +282,8 @@ def range_stats(
         sampler=protocol.sampler,
         guidance=protocol.guidance,
         batch_size=count,
+        conditions=protocol.conditions,
+        shape=protocol.shape,
     )
     stats.save(file)
     return stats

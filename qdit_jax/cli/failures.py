@@ -25,7 +25,8 @@ ALIASES = {
     "excluded": "exclude",
     "mode": "act_mode",
     "strategy": "method",
-    "conditions": "labels",
+    "conditions": "embeds",
+    "shape": "size",
     "recipe": "recipes",
 }
 # What a keyword's value is called on the command line.

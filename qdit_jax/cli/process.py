@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qdit_jax.cli.options import (
@@ -26,13 +26,25 @@ def add_process(add: AddArgument) -> None:
     add(
         "--sampler",
         choices=tuple(SAMPLERS),
-        help="the sampler (default: that of the checkpoint's scheduler, else flow for models that "
-        "predict a velocity and ddim for others)",
+        help="the sampler (default: that of the checkpoint's scheduler, else the model's own: ddim for "
+        "DiT, flow for SiT)",
     )
     add(
         "--steps",
         help="number of steps, spaced as by the checkpoint's scheduler if it has one; or a spacing as "
         "OpenAI's guided-diffusion writes it: ddim25 or 10,15,20 (50)",
+    )
+    add(
+        "--shift",
+        type=positive_float,
+        help="of flow-euler and unipc: how far noise levels are moved toward the noise, 1 for not at "
+        "all (default: the scheduler's or the model's own)",
+    )
+    add(
+        "--spacing",
+        help="how steps are spaced, in place of the scheduler's or the model's own: of flow-euler and "
+        "unipc uniform, trained, unipc or wan; of dpm-solver++ linspace, leading, trailing or "
+        "continuous (as PixArt's authors)",
     )
     add("--eta", type=finite_float, help="noise of ddim: 0 for none, 1 for as much as ddpm (0)")
     add(
@@ -62,6 +74,8 @@ class Process:
     steps: str = "50"
     eta: float = 0.0
     clip: float | None = None
+    shift: float | None = None
+    spacing: str | None = None
     guidance: float = 1.5
     guidance_channels: int | str = "published"
 
@@ -84,8 +98,17 @@ class Process:
         """How many channels are guided, as the library takes it: None for all."""
         return None if self.guidance_channels == "all" else self.guidance_channels
 
-    def sampler_of(self, checkpoint: Checkpoint) -> Sampler:
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What records of a run say of the sampler; of later options those that were given."""
+        later = {"shift": self.shift, "spacing": self.spacing}
+        given = {name: value for name, value in later.items() if value is not None}
+        return {"steps": self.steps, "eta": self.eta, "clip": self.clip, **given}
+
+    def sampler_of(self, checkpoint: Checkpoint, shape: Sequence[int] | None = None) -> Sampler:
         """Returns the sampler, on the schedule that the checkpoint was trained on.
+
+        `shape` is that of one sample, the network's own if None.
 
         Raises:
             UserError: if it does not fit what the network predicts, or the number of steps.
@@ -96,16 +119,23 @@ class Process:
         row, model = sampler_named(name), checkpoint.model
         if model.prediction not in row.predictions:
             raise UserError(f"--sampler {name}: {sampling.fitting_samplers(model)}")
-        try:
-            row.chosen(eta=self.eta or None)
-        except ValueError as error:
-            raise UserError(f"--eta {self.eta}: {error}") from None
+        given = {"eta": self.eta or None, "shift": self.shift, "spacing": self.spacing}
+        for option, value in given.items():
+            try:
+                row.chosen(**{option: value})
+            except ValueError as error:
+                raise UserError(f"--{option} {value}: {error}") from None
         if "clip" not in row.options:
             refuse_inert(vars(self), {"clip": None}, f"{name} predicts no data to clip")
         if not row.spacings and not (self.steps.isdecimal() and int(self.steps) > 0):
             raise UserError(f"--steps {self.steps}: {name} takes a positive number.")
         return sampling.checkpoint_sampler(
-            checkpoint, self.steps, sampler=name, eta=self.eta, clip=self.clip
+            checkpoint,
+            self.steps,
+            sampler=name,
+            clip=self.clip,
+            shape=shape,
+            **given | {"eta": self.eta},
         )
 
     def scheduler_text(self, checkpoint: Checkpoint) -> str | None:
@@ -118,5 +148,7 @@ class Process:
         changes = [f"--sampler {self.sampler}"] if self.sampler is not None else []
         changes += [] if self.steps.isdecimal() else [f"--steps {self.steps}"]
         changes += [] if self.clip is None else [f"--clip {self.clip:g}"]
+        changes += [] if self.shift is None else [f"--shift {self.shift:g}"]
+        changes += [] if self.spacing is None else [f"--spacing {self.spacing}"]
         ending = f"; changed by {', '.join(changes)}" if changes else ""
         return f"sampling as the checkpoint's scheduler says: {text}{ending}"

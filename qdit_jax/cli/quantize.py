@@ -13,6 +13,7 @@ from qdit_jax.cli.quantize_options import (
     add_preset_options,
     check_options,
     data_of,
+    inputs_of,
     recipe_file,
     recipe_of,
 )
@@ -37,6 +38,7 @@ examples:
   qdit quantize xl2 out --recipe w4a4 --method svdquant
   qdit quantize xl2 out --recipe w4a8 --method gptq --range mse --num-samples 64
   qdit quantize xl2 out --recipe w4a8 --method qdit_release --adaln w4a16
+  qdit quantize pixart out --recipe w4a8 --method gptq --embeds prompts.npz
   qdit quantize xl2 out --recipe w4a8 --adaln w8a8 --embedders w8a8 --final w8a8 --attention w16a8
   qdit quantize xl2 out --recipe w4a8 --act-mode static-per-timestep --stats stats.npz
   qdit quantize xl2 out --recipe w4a4 --steps-at 0-3,last=a16 --steps 50   # those steps W4A16
@@ -82,7 +84,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from qdit_jax.sampling import check_diffusion_model
 
     if not args.dry_run:
-        inputs = [args.checkpoint, args.stats, args.items, recipe_file(args.recipe)]
+        inputs = [
+            *(args.checkpoint, args.stats, args.items, args.embeds),
+            recipe_file(args.recipe),
+        ]
         check_free(args.out, args.force, "checkpoint", inputs)
     checkpoint = open_checkpoint(args.checkpoint)  # which reads no array
     check_diffusion_model(checkpoint.model, args.checkpoint)
@@ -97,7 +102,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         found = table.totals()
         print(*map(table.row, table.plans), totals_text(found), sep="\n")
         return found
-    weights = None
+    weights, chosen = None, inputs_of(given, checkpoint)
     if args.weight_timesteps:
         weights = timestep_weights(
             args.checkpoint,
@@ -107,8 +112,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             seed=args.seed,
             batch_size=args.batch_size,
             stats=args.stats,
+            **chosen.settings,
         )
-    data = data_of(given, weights)
+    data = data_of(given, weights, chosen)
     with Bar(0, "batch", "rounding") as bar:
         written = qdit.quantize(
             args.checkpoint,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qdit_jax.cli.numerics_option import add_dtype
 from qdit_jax.cli.options import (
@@ -21,9 +21,13 @@ from qdit_jax.cli.options import (
     share,
 )
 from qdit_jax.cli.paths import path_option
+from qdit_jax.cli.prompts_option import Inputs, add_embeds, add_size
 from qdit_jax.errors import UserError
 from qdit_jax.files import AnyPath, as_path
 from qdit_jax.methods import METHODS, method_named
+
+if TYPE_CHECKING:
+    from qdit_jax.checkpoint import Checkpoint
 
 SHIFTED_GELU_HELP = "unsigned codes for the inputs of fc2, after GELU"
 STAGES = ("block", "layer")
@@ -34,7 +38,10 @@ PARTS = ("adaln", "embedders", "final", "attention")
 # What `--rounding` called the methods.
 ROUNDINGS = {"nearest": "rtn", "gptq-authors": "qdit_release"}
 # Options of a method that learns from inputs, with their defaults: how they are sampled, ...
-OF_SAMPLING = {"num_samples": 32, "steps": 50, "guidance": 1.5, "seed": 0}
+OF_SAMPLING = {
+    **{"num_samples": 32, "steps": 50, "guidance": 1.5, "seed": 0},
+    **{"embeds": None, "prompts_from": None, "size": None, "frames": None},
+}
 # ... and how it is fitted to them.
 OF_FITTING = {
     "items": None,
@@ -135,6 +142,8 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         help="steps of a trajectory, and those that --steps-at counts (default %(default)s)",
     )
+    add_embeds(group.add_argument)
+    add_size(group.add_argument)
     group.add_argument("--guidance", type=finite_float)
     group.add_argument("--seed", type=seed_number)
     group.add_argument("--batch-size", type=positive_int)
@@ -245,7 +254,8 @@ def check_options(given: Mapping[str, Any], recipe: Any) -> None:
             "or leave it out."
         )
     counted = {"steps"} if given["steps_at"] else set()  # what has an effect by itself
-    counted |= {"steps", "guidance", "seed"} if given["weight_timesteps"] else set()
+    if given["weight_timesteps"]:
+        counted |= set(OF_SAMPLING) - {"num_samples"}
     of_sampling = {name: value for name, value in OF_SAMPLING.items() if name not in counted}
     if not method.needs:
         reason = f"--method {given['method']} looks at no inputs"
@@ -269,7 +279,21 @@ def check_options(given: Mapping[str, Any], recipe: Any) -> None:
         raise UserError("static activations need --stats FILE from `qdit calibrate`.")
 
 
-def data_of(given: Mapping[str, Any], timestep_weights: Any = None) -> Any:
+def inputs_of(given: Mapping[str, Any], checkpoint: Checkpoint) -> Inputs:
+    """Returns what samples are made from, where the method samples any.
+
+    Raises:
+        UserError: if the network takes prompts and none are given.
+    """
+    samples = "items" in method_named(given["method"]).needs and given["items"] is None
+    if not samples and not given["weight_timesteps"]:
+        return Inputs()
+    return Inputs.of(given, checkpoint, given["checkpoint"])
+
+
+def data_of(
+    given: Mapping[str, Any], timestep_weights: Any = None, chosen: Inputs | None = None
+) -> Any:
     """Returns what the method learns from: files, or how to sample it; and how much inputs count."""
     import qdit_jax as qdit
     from qdit_jax.calibration import Items
@@ -283,5 +307,6 @@ def data_of(given: Mapping[str, Any], timestep_weights: Any = None) -> Any:
         num_steps=given["steps"],
         dtype=given["dtype"] or default_dtype(),
         timestep_weights=timestep_weights,
+        **(chosen or Inputs()).settings,
         **{name: given[name] for name in names},
     )

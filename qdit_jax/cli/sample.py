@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qdit_jax.cli.numerics_option import add_dtype, add_numerics
@@ -18,6 +20,7 @@ from qdit_jax.cli.options import (
 )
 from qdit_jax.cli.paths import path_option
 from qdit_jax.cli.process import Process, add_process
+from qdit_jax.cli.prompts_option import Inputs, add_embeds, add_size
 from qdit_jax.errors import UserError
 from qdit_jax.files import AnyPath
 
@@ -25,16 +28,26 @@ if TYPE_CHECKING:  # help is printed without them
     import numpy as np
 
     from qdit_jax.checkpoint import Checkpoint
+    from qdit_jax.evaluation import SampleFile
+    from qdit_jax.types import Condition
 
 HELP = """\
-Sample images (or latents) from a full-precision or quantized checkpoint. A run that was stopped
+Sample images, videos or latents from a full-precision or quantized checkpoint. A run that was stopped
 resumes: finished batches are kept beside OUT, in the folder .OUT.unfinished.
+
+Networks that take prompts need --embeds, an .npz of prepared conditions (`qdit embed-text`, or your
+own), or --prompt with --text-encoders.
 """
 EXAMPLE = """examples:
   qdit sample ckpt_dir --labels 207,360 --steps 50 --guidance 1.5 --seed 0 --out grid.png
   qdit sample ckpt_dir --num-samples 10000 --sampler ddpm --steps 250 --out samples.npz
+  qdit sample pixart --embeds prompts.npz --size 1024x1024 --out grid.png
+  qdit sample wan --embeds prompts.npz --prompts-from 0-3 --size 480x832 --frames 81 --out clip.gif
+  qdit sample pixart --prompt "a cat" --text-encoders PixArt-XL-2-512x512/
 """
 WHOLE = re.compile("[0-9]+")
+CLIPS = (".gif", ".mp4")
+DEFAULT_COUNT = 8
 
 
 def add_parser(subparsers: SubParsers) -> None:
@@ -51,17 +64,27 @@ def add_parser(subparsers: SubParsers) -> None:
         "--out",
         type=path_option,
         default="grid.png",
-        help="a .png of all samples, or an .npz with arr_0, uint8 [N, H, W, C] (%(default)s)",
+        help="a .png of all samples (of videos, a row of frames each), an .npz with arr_0, uint8 [N, H, "
+        "W, C] or [N, T, H, W, C], or a clip of videos: .gif, .mp4 (%(default)s)",
     )
     add(
         "--labels",
         help="classes such as 207,360 or 0-9, cycled over the samples (default: all classes)",
     )
+    add_embeds(add)
+    add("--prompt", action="append", help="a prompt, embedded first; may be given several times")
+    add(
+        "--text-encoders",
+        type=path_option,
+        metavar="DIR",
+        help="of --prompt: the diffusers folder whose text encoders embed it (needs the extra [text])",
+    )
     add(
         "--num-samples",
         type=positive_int,
-        help="number of samples (default: one per label of --labels, else 8)",
+        help="number of samples (default: one per label or prompt, else 8)",
     )
+    add_size(add)
     add_process(add)
     add(
         "--seed",
@@ -83,53 +106,46 @@ def add_parser(subparsers: SubParsers) -> None:
     )
     add_dtype(add)
     add("--vae", type=path_option, help="a converted autoencoder, for checkpoints without one")
-    add("--columns", type=positive_int, help="pictures per row of the .png")
+    add(
+        "--columns",
+        type=positive_int,
+        help="pictures per row of the .png, videos per row of a clip",
+    )
     add("--force", action="store_true", help="replace OUT if it exists")
     parser.set_defaults(run=run, resumes=lambda args: True)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Samples, decodes and writes; prints and returns what was written and how long it took."""
-    from qdit_jax import sampling
     from qdit_jax.checkpoint import dtype_of
     from qdit_jax.cli.checkpoints import diffusion_checkpoint, with_autoencoder
     from qdit_jax.cli.progress import Bar
     from qdit_jax.evaluation import SampleFile
 
-    check_output(args.out, args.columns, args.force, [args.checkpoint, args.vae])
+    check_output(args.out, args.columns, args.force, [args.checkpoint, args.vae, args.embeds])
     process = Process.of(vars(args))
     checkpoint = with_autoencoder(diffusion_checkpoint(args.checkpoint, args.dtype), args.vae)
-    classes = checkpoint.model.all_conditions()
-    if classes is None:
-        raise UserError(
-            f"{args.checkpoint} takes no class labels, which --labels and --num-samples choose; "
-            "give its conditions to qdit_jax.generate in Python."
-        )
-    label = chosen_labels(args.labels, args.num_samples, len(classes))
+    chosen = conditions_of(args, checkpoint)
     job = SampleFile(
         checkpoint,
-        process.sampler_of(checkpoint),
-        label,
+        process.sampler_of(checkpoint, chosen.shape),
+        chosen.conditions,
         seed=args.seed,
         guidance=process.guidance,
         guidance_channels=process.channels,
         numerics=args.numerics,
         batch_size=args.batch_size,
-        settings={"steps": process.steps, "eta": process.eta, "clip": process.clip},
+        settings=process.settings,
+        num_samples=args.num_samples or default_count(chosen.conditions),
+        prompts=chosen.prompts,
+        shape=chosen.shape,
     )
-    if job.is_latent and args.out.suffix == ".png":
-        raise UserError(
-            f"the model's {checkpoint.model.sample_shape()[-1]} channels are latents and "
-            f"{args.checkpoint} holds no autoencoder; give --vae CHECKPOINT, or --out latents.npz."
-        )
-    checkpoint.model.check_condition(label)
-    # These raise their errors before anything is computed.
-    sampling.denoiser(checkpoint.model, checkpoint.params, process.guidance, process.channels)
-    sampling.check_numerics(checkpoint.params, args.numerics)
+    check_job(job, args.out, args.columns)
+    count = job.count
     if (text := process.scheduler_text(checkpoint)) is not None:
         print(text)
     start = time.perf_counter()
-    with Bar(len(label), "sample", "sampling", resumes=True) as bar:
+    with Bar(count, "sample", "sampling", resumes=True) as bar:
         job.write(args.out, columns=args.columns, force=args.force, progress_fn=bar.update)
     seconds = time.perf_counter() - start
     settings = {
@@ -137,15 +153,68 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "steps": process.steps,
         "guidance": process.guidance,
         "seed": args.seed,
-        "precision": precision(checkpoint, args.numerics),
+        "precision": precision(job),
         "dtype": dtype_of(checkpoint),
     }
     print(
-        f"{args.out}: {len(label)} samples, {settings['sampler']} {process.steps} steps, "
+        f"{args.out}: {count} samples, {settings['sampler']} {process.steps} steps, "
         f"guidance {process.guidance:g}, {settings['precision']} in {settings['dtype']}, {seconds:.1f} s with compilation."
     )
-    found = {"out": args.out, "num_samples": len(label), "labels": label}
+    named = {"prompts" if isinstance(chosen.conditions, Mapping) else "labels": labels_of(job)}
+    found = {"out": args.out, "num_samples": count, **named}
     return {**found, **settings, "seconds_with_compilation": seconds}
+
+
+def conditions_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Inputs:
+    """Returns what is sampled: labels, embeddings of a file or of prompts, or nothing; and its size.
+
+    Raises:
+        UserError: if options do not fit the network or each other.
+    """
+    import numpy as np
+
+    options, model = vars(args), checkpoint.model
+    classes = model.all_conditions()
+    if classes is None:
+        reason = f"{args.checkpoint} takes no class labels"
+        refuse_inert(options, {"labels": None}, reason)
+    if args.prompt or args.text_encoders is not None:
+        from qdit_jax.cli.embed_run import embedded_prompts
+
+        return embedded_prompts(options, checkpoint)
+    found = Inputs.of(options, checkpoint, args.checkpoint)
+    if found.conditions is not None or classes is None:
+        return found
+    labels = chosen_labels(args.labels, args.num_samples, len(np.asarray(classes)))
+    model.check_condition(labels)
+    return dataclasses.replace(found, conditions=labels)
+
+
+def default_count(conditions: Condition) -> int:
+    """Returns the number of samples if none is given."""
+    from qdit_jax.sampling import num_conditions
+
+    return num_conditions(conditions) or DEFAULT_COUNT
+
+
+def check_job(job: SampleFile, out: AnyPath, columns: int | None) -> None:
+    """Raises if the samples cannot be made, or not be written to `out`, before anything is computed."""
+    from qdit_jax import sampling
+
+    checkpoint, model = job.checkpoint, job.checkpoint.model
+    is_video = len(model.sample_shape()) == 4
+    if out.suffix in CLIPS and not is_video:
+        raise UserError(f"--out {out}: this model makes images; give a name with .png or .npz.")
+    if is_video and out.suffix == ".png":
+        refuse_inert({"columns": columns}, {"columns": None}, "a .png of videos has a row for each")
+    if job.is_latent and out.suffix != ".npz":
+        raise UserError(
+            f"the model's {model.sample_shape()[-1]} channels are latents and the checkpoint "
+            "holds no autoencoder; give --vae CHECKPOINT, or --out latents.npz."
+        )
+    denoise_fn = sampling.denoiser(model, checkpoint.params, job.guidance, job.guidance_channels)
+    sampling.check_numerics(checkpoint.params, job.numerics)
+    sampling.check_takes(denoise_fn, model, job.shape, job.condition)
 
 
 def check_output(
@@ -154,21 +223,34 @@ def check_output(
     """Raises `UserError` if what is to be written cannot be."""
     from qdit_jax.files import check_free
 
-    if out.suffix not in (".png", ".npz"):
-        raise UserError(f"--out {out}: the name must end with .png or .npz.")
+    if out.suffix not in (".png", ".npz", *CLIPS):
+        raise UserError(f"--out {out}: the name must end with .png or .npz, or for videos .gif.")
+    if out.suffix in CLIPS:
+        from qdit_jax.report import check_clip
+
+        check_clip(out)
     if out.suffix == ".npz":
         refuse_inert({"columns": columns}, {"columns": None}, "an .npz has no grid")
-    check_free(out, force, "picture" if out.suffix == ".png" else "samples", inputs)
+    check_free(out, force, "samples" if out.suffix == ".npz" else "picture", inputs)
 
 
-def precision(checkpoint: Checkpoint, numerics: str) -> str:
+def labels_of(job: SampleFile) -> list[Any]:
+    """Returns what the samples were made from: classes, or the texts of prompts, or their rows."""
+    named = job.named()
+    found = named.get("label", named.get("prompts", named.get("row")))
+    return [] if found is None else found.tolist()
+
+
+def precision(job: SampleFile) -> str:
     """Returns how the numbers were computed and by what, in words."""
     from qdit_jax.kernels import implementations_used
-    from qdit_jax.models import rows_per_sample
+    from qdit_jax.sampling import sample_rows
 
+    checkpoint, numerics = job.checkpoint, job.numerics
     if checkpoint.recipe is None:
         return "full precision"
-    used = implementations_used(checkpoint.params, numerics, rows=rows_per_sample(checkpoint.model))
+    rows = sample_rows(checkpoint.model, job.shape, job.condition)
+    used = implementations_used(checkpoint.params, numerics, rows=rows)
     names = ", ".join(f"{name} ({count} layers)" for name, count in used.items())
     return f"quantized, {numerics} numerics" + (f" by {names}" if names else "")
 
@@ -182,7 +264,7 @@ def chosen_labels(text: str | None, num_samples: int | None, num_classes: int) -
     import numpy as np
 
     if text is None:
-        return np.arange(num_samples or 8) % num_classes
+        return np.arange(num_samples or DEFAULT_COUNT) % num_classes
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = (piece.strip() for piece in part.partition("-"))

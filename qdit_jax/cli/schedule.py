@@ -14,6 +14,7 @@ from qdit_jax.cli.options import (
     whole_number,
 )
 from qdit_jax.cli.paths import path_option
+from qdit_jax.cli.prompts_option import add_embeds, add_size
 
 HELP = """\
 Find the bits of activations at every sampling step that give the least error within a budget, of a
@@ -69,6 +70,8 @@ def add_parser(subparsers: SubParsers) -> None:
     add("--batch-size", type=positive_int, default=16, help="samples per batch (%(default)s)")
     add("--seed", type=seed_number, default=0, help="seed of the samples (%(default)s)")
     add("--force", action="store_true", help="replace OUT (and CKPT2), starting from scratch")
+    add_embeds(add)
+    add_size(add)
     parser.set_defaults(run=run, resumes=lambda args: True)
 
 
@@ -78,7 +81,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from qdit_jax.errors import UserError
     from qdit_jax.files import check_free, renewed_folder
 
-    inputs = [args.checkpoint]
+    inputs = [args.checkpoint, args.embeds]
     if (args.out / "recipe.json").exists() and not args.force:
         raise UserError(f"{args.out} holds a finished schedule; pass --force to replace it.")
     check_free(args.out, True, "schedule", inputs)
@@ -95,6 +98,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             num_batches=args.num_batches,
             batch_size=args.batch_size,
             seed=args.seed,
+            options=vars(args),
         )
         write_result(folder, chosen, checkpoint)
     print(summary(chosen))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from qdit_jax.allocation import ChosenSteps, Rollouts, choose_steps
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.cli.checkpoints import diffusion_checkpoint, guidance_of
 from qdit_jax.cli.progress import Bar
+from qdit_jax.cli.prompts_option import Inputs
 from qdit_jax.cli.schedule_picture import draw_schedule
 from qdit_jax.errors import UserError
 from qdit_jax.files import AnyPath, replaced_file
@@ -33,12 +35,14 @@ def found_schedule(
     num_batches: int,
     batch_size: int,
     seed: int,
+    options: Mapping[str, Any],
 ) -> tuple[ChosenSteps, Checkpoint]:
     """Returns the chosen steps and the checkpoint that has them; `folder` keeps the state.
 
     Args:
         source: the quantized checkpoint's folder.
         guidance: None for the model's default.
+        options: those of conditions and sizes, see `Inputs`.
 
     Raises:
         UserError: if the checkpoint is in full precision.
@@ -63,6 +67,7 @@ def found_schedule(
         guidance=guidance_of(checkpoint, guidance),
         num_batches=num_batches,
         batch_size=batch_size,
+        **Inputs.of(options, checkpoint, source).settings,
     )
     with Bar(0, "rollout", "measuring") as bar:
         chosen = choose_steps(

@@ -19,6 +19,7 @@ from qdit_jax.cli.options import (
     whole_number,
 )
 from qdit_jax.cli.paths import path_option
+from qdit_jax.cli.prompts_option import add_embeds, add_size
 from qdit_jax.errors import UserError
 
 DEMO = ["demo"]
@@ -206,6 +207,8 @@ def add_measuring(add: AddArgument) -> None:
         default=DEMO,
         help="for --objective frechet: `demo`, or `inception CKPT` (demo)",
     )
+    add_embeds(add)
+    add_size(add)
     add_dtype(add)
     add(
         "--per-device",
@@ -236,7 +239,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     search_run.join_others(args.coordinator, args.num_processes, args.process_id, args.distributed)
     scoring = scoring_inputs(args.reference, args.features)
-    inputs = [args.checkpoint, args.latency, args.items, *scoring]
+    inputs = [args.checkpoint, args.latency, args.items, args.embeds, *scoring]
     search_run.check_folder(args.out, args.force, inputs)
     job = search_run.Job.of(options)
     if jax.process_index() != 0:

@@ -19,7 +19,6 @@ from qdit_jax.allocation import (
     FeatureDistance,
     Latency,
     LostWorkerError,
-    Rollout,
     Rollouts,
     SearchResult,
     Strategy,
@@ -28,10 +27,11 @@ from qdit_jax.allocation import (
     seeds,
     strategy_named,
 )
-from qdit_jax.calibration import Items, default_sampler
+from qdit_jax.calibration import Items
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.cli.checkpoints import full_precision_checkpoint, guidance_of
 from qdit_jax.cli.progress import Bar, notes_are_shown
+from qdit_jax.cli.prompts_option import Inputs
 from qdit_jax.cli.search_pictures import draw_front, draw_map
 from qdit_jax.errors import UserError
 from qdit_jax.evaluation import named_features, reference_path
@@ -83,6 +83,7 @@ class Job:
                 num_steps=options["steps"],
                 guidance=guidance,
                 **{name: options[name] for name in names},
+                **Inputs.of(options, checkpoint, options["checkpoint"]).settings,
             ),
             features=tuple(options["features"]),
             latency=latency,
@@ -125,7 +126,10 @@ class Job:
 
     def data(self) -> CalibrationData | None:
         """Returns what transforms and branches are fitted to; None has it sampled."""
-        return None if self.items is None else CalibrationData(items=Items.load(self.items))
+        if self.items is not None:
+            return CalibrationData(items=Items.load(self.items))
+        given = {"conditions": self.rollouts.conditions, "shape": self.rollouts.shape}
+        return None if given == {"conditions": None, "shape": None} else CalibrationData(**given)
 
     def objective_fn(self) -> str | FeatureDistance:
         """Returns the objective's name, or the Fréchet distance from the reference given."""
@@ -140,10 +144,10 @@ class Job:
             raise UserError(f"{path} holds no statistics (mu, sigma).")
         check_network(reference, self.features[0], reference.pool.mean.size, path)
         rollouts, model = self.rollouts, self.checkpoint.model
-        guidance = None if self.method == "qdit-release" else rollouts.guidance
-        rollout = Rollout.of(model, default_sampler(self.checkpoint, rollouts.num_steps), guidance)
+        rollout = rollouts.rollout(self.checkpoint, guided=self.method != "qdit-release")
         key = jax.random.split(jax.random.key(self.seed))[0]
-        data = seeds(model, key, rollouts.num_batches, rollouts.batch_size)
+        given = {"conditions": rollouts.conditions, "shape": rollouts.shape}
+        data = seeds(model, key, rollouts.num_batches, rollouts.batch_size, **given)
         return frechet_objective(self.checkpoint, rollout, data, features_fn, reference.pool)
 
 

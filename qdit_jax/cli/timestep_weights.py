@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qdit_jax.files import PathLike
@@ -9,6 +10,7 @@ from qdit_jax.files import PathLike
 if TYPE_CHECKING:
     from qdit_jax.calibration import TimestepWeights
     from qdit_jax.recipes import Recipe
+    from qdit_jax.types import Condition
 
 
 def timestep_weights(
@@ -20,6 +22,8 @@ def timestep_weights(
     seed: int,
     batch_size: int,
     stats: PathLike | None,
+    conditions: Condition = None,
+    shape: Sequence[int] | None = None,
 ) -> TimestepWeights:
     """Returns the measured weights of the timesteps, and prints their range.
 
@@ -27,6 +31,7 @@ def timestep_weights(
         path: of the full-precision checkpoint.
         guidance: ignored without a null class.
         stats: a file of statistics, which static activations need.
+        conditions, shape: of the samples, see `Rollouts`.
     """
     import jax
 
@@ -41,6 +46,8 @@ def timestep_weights(
         guidance=guidance if checkpoint.model.has_null else None,
         num_batches=1,
         batch_size=batch_size,
+        conditions=conditions,
+        shape=shape,
     )
     with Bar(num_steps, "rollout", "measuring timesteps") as bar:
         weights = measured_timestep_weights(

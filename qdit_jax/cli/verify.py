@@ -19,6 +19,7 @@ from qdit_jax.cli.options import (
     whole_number,
 )
 from qdit_jax.cli.paths import path_option
+from qdit_jax.cli.prompts_option import Inputs, add_embeds, add_size
 from qdit_jax.errors import UserError
 
 HELP = """\
@@ -102,6 +103,8 @@ def add_measuring(add: AddArgument) -> None:
         type=finite_float,
         help="guidance scale of the samples; 1 turns it off (1.5; 1 for models without a null class)",
     )
+    add_embeds(add)
+    add_size(add)
     add("--seed", type=seed_number, default=0, help="seed of the noise (%(default)s)")
     add(
         "--batch-size",
@@ -131,6 +134,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"--max-ms-ratio {args.max_ms_ratio:g} needs the time of a call; leave --no-timing out."
         )
     from qdit_jax.checkpoint import default_dtype
+    from qdit_jax.cli.checkpoints import diffusion_checkpoint
     from qdit_jax.cli.output import plain
     from qdit_jax.cli.progress import Bar
     from qdit_jax.cli.verify_table import print_verification
@@ -139,7 +143,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from qdit_jax.sampling import DEFAULT_GUIDANCE
 
     if args.out is not None:
-        check_free(args.out, args.force, "figures", [args.checkpoint, args.against])
+        inputs = [args.checkpoint, args.against, args.embeds]
+        check_free(args.out, args.force, "figures", inputs)
+    against = diffusion_checkpoint(args.against, args.dtype)
+    chosen = Inputs.of(vars(args), against, args.against)
     with Bar(args.num_samples, "sample", "sampling") as bar:
         found = verify(
             args.checkpoint,
@@ -154,6 +161,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             dtype=args.dtype or default_dtype(),
             timing=not args.no_timing,
             progress_fn=bar.update,
+            **chosen.settings,
         )
     print_verification(found, OPTIONS)
     result = found.to_json()

@@ -12,8 +12,15 @@ from typing import TYPE_CHECKING
 from qdit_jax.diffusion.table import SAMPLERS, SamplerRow, sampler_named, samplers_of
 
 if TYPE_CHECKING:
-    from qdit_jax.diffusion.flow_matching import flow_match, flow_match_sigmas
-    from qdit_jax.diffusion.guidance import guided, guided_doubled
+    from qdit_jax.diffusion.dpm_solver import DPMSolver, dpm_solver_pp
+    from qdit_jax.diffusion.flow_matching import (
+        dynamic_shift,
+        flow_euler,
+        flow_match_sigmas,
+        resolution_shift,
+        shifted,
+    )
+    from qdit_jax.diffusion.guidance import SteppedScale, check_condition, guided, guided_doubled
     from qdit_jax.diffusion.loop import sample, sample_trajectory
     from qdit_jax.diffusion.posterior import (
         consistent_clip,
@@ -30,15 +37,15 @@ if TYPE_CHECKING:
     from qdit_jax.diffusion.samplers import (
         DDIM,
         DDPM,
-        Flow,
+        MultistepSampler,
         Sampler,
+        SingleStepSampler,
         Step,
         ddim,
         ddpm,
-        euler,
-        flow,
-        heun,
+        initial_state,
         reverse_ddim,
+        take_step,
     )
     from qdit_jax.diffusion.scheduler_sampling import (
         PREDICT_FNS,
@@ -67,11 +74,20 @@ if TYPE_CHECKING:
         understood,
     )
     from qdit_jax.diffusion.sharded import in_auto_axes
+    from qdit_jax.diffusion.unipc_flow import UniPC, unipc
+    from qdit_jax.diffusion.velocity_flow import Flow, euler, flow, heun
 
 # File -> its public names.
 LAZY = {
-    "flow_matching": ("flow_match", "flow_match_sigmas"),
-    "guidance": ("guided", "guided_doubled"),
+    "dpm_solver": ("DPMSolver", "dpm_solver_pp"),
+    "flow_matching": (
+        "dynamic_shift",
+        "flow_euler",
+        "flow_match_sigmas",
+        "resolution_shift",
+        "shifted",
+    ),
+    "guidance": ("SteppedScale", "check_condition", "guided", "guided_doubled"),
     "loop": ("sample", "sample_trajectory"),
     "posterior": (
         "consistent_clip",
@@ -88,15 +104,15 @@ LAZY = {
     "samplers": (
         "DDIM",
         "DDPM",
-        "Flow",
+        "MultistepSampler",
         "Sampler",
+        "SingleStepSampler",
         "Step",
         "ddim",
         "ddpm",
-        "euler",
-        "flow",
-        "heun",
+        "initial_state",
         "reverse_ddim",
+        "take_step",
     ),
     "scheduler_settings": ("Scheduler", "check_fit", "read_scheduler"),
     "scheduler_sampling": (
@@ -118,6 +134,8 @@ LAZY = {
     ),
     "settings": ("HARMLESS", "Setting", "Table", "check_setting", "shown", "understood"),
     "sharded": ("in_auto_axes",),
+    "unipc_flow": ("UniPC", "unipc"),
+    "velocity_flow": ("Flow", "euler", "flow", "heun"),
 }
 FILE_OF = {name: file for file, names in LAZY.items() for name in names}
 
@@ -127,14 +145,20 @@ __all__ = [
     "HARMLESS",
     "PREDICT_FNS",
     "SAMPLERS",
+    "DPMSolver",
     "Flow",
+    "MultistepSampler",
     "Sampler",
     "SamplerRow",
     "Schedule",
     "Scheduler",
     "Setting",
+    "SingleStepSampler",
     "Step",
+    "SteppedScale",
     "Table",
+    "UniPC",
+    "check_condition",
     "check_fit",
     "check_setting",
     "consistent_clip",
@@ -142,23 +166,27 @@ __all__ = [
     "data_clip",
     "ddim",
     "ddpm",
+    "dpm_solver_pp",
+    "dynamic_shift",
     "dynamic_threshold",
     "eps_prediction",
     "euler",
     "fixed_large",
     "fixed_small",
     "flow",
-    "flow_match",
+    "flow_euler",
     "flow_match_sigmas",
     "guided",
     "guided_doubled",
     "heun",
     "in_auto_axes",
+    "initial_state",
     "learned_range",
     "linear_betas",
     "noised",
     "process_text",
     "read_scheduler",
+    "resolution_shift",
     "respaced",
     "reverse_ddim",
     "sample",
@@ -170,10 +198,13 @@ __all__ = [
     "scheduler_process",
     "scheduler_sampler",
     "scheduler_timesteps",
+    "shifted",
     "shown",
     "sigmoid_betas",
     "spaced_timesteps",
+    "take_step",
     "understood",
+    "unipc",
     "v_prediction",
     "x0_prediction",
     "zero_snr_betas",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ from jaxtyping import Array, Float, Num
 from qdit_jax.diffusion.posterior import DenoiseFn, Latents
 from qdit_jax.diffusion.sharded import in_auto_axes
 from qdit_jax.types import Condition, Numbers
+
+ScaleFn = Callable[[Array], Array]  # timesteps [B] -> the scale of every sample [B]
 
 
 def as_pytree(denoise_fn: DenoiseFn) -> DenoiseFn:
@@ -24,6 +27,26 @@ def as_pytree(denoise_fn: DenoiseFn) -> DenoiseFn:
     leaves = jax.tree.leaves(denoise_fn)
     is_plain = len(leaves) == 1 and leaves[0] is denoise_fn
     return jax.tree_util.Partial(denoise_fn) if is_plain else denoise_fn
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class SteppedScale:
+    """A scale of guidance that changes at a timestep: `(timestep [B]) -> [B]`.
+
+    Wan 2.2 A14B guides its expert of high noise by 4 and that of low noise by 3:
+    `SteppedScale(boundary=875.0, at_or_above=4.0, below=3.0)`. Any function of the timesteps `[B]`,
+    in the network's unit, may stand in its place; see `guided`.
+    """
+
+    boundary: Any
+    at_or_above: Any
+    below: Any
+
+    def __call__(self, timestep: Num[Array, " B"]) -> Float[Array, " B"]:
+        """Returns every sample's scale."""
+        above = jnp.asarray(self.at_or_above, jnp.float32)
+        return jnp.where(timestep >= self.boundary, above, self.below)
 
 
 def check_condition(denoise_fn: DenoiseFn, condition: Condition) -> None:
@@ -58,7 +81,8 @@ class Guided:
             jnp.repeat(timestep, 2, axis=0),
             jax.tree.map(_side_by_side, condition, self.null_of(condition)),
         )
-        return _combined(output[0::2], output[1::2], self.scale, self.channels, x.shape[-1])
+        scale = self.scale(timestep) if callable(self.scale) else self.scale
+        return _combined(output[0::2], output[1::2], scale, self.channels, x.shape[-1])
 
     def null_of(self, condition: Condition) -> Condition:
         """Returns the null condition of every sample."""
@@ -135,13 +159,18 @@ def _combined(
 
 
 def guided(
-    denoise_fn: DenoiseFn, scale: Numbers, *, null: Condition = None, channels: int | None = 3
+    denoise_fn: DenoiseFn,
+    scale: Numbers | ScaleFn,
+    *,
+    null: Condition = None,
+    channels: int | None = 3,
 ) -> Guided:
     """Returns `denoise_fn` with guidance: `null + scale (conditional - null)`.
 
     `channels=3` guides the first three channels as the published DiT does, `None` all channels of
     the latents as diffusers does.  Channels that are not guided, such as the variance's, come from
-    the conditional output.  `scale` is a number or one number per sample; it may be traced.
+    the conditional output.  `scale` is a number or one number per sample; it may be traced. A
+    function `(timestep [B]) -> [B]`, a pytree such as `SteppedScale`, scales by the timestep.
     The model is called once, on twice the batch: sample i conditional, then sample i null.
 
     Args:
@@ -150,6 +179,7 @@ def guided(
     """
     if channels is not None and channels < 1:
         raise ValueError(f"channels={channels} is not supported; use 1 or more, or None for all.")
+    scale = as_pytree(scale) if callable(scale) else scale
     return Guided(as_pytree(denoise_fn), scale, null, channels)
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from qdit_jax.diffusion.guidance import as_pytree, check_condition
 from qdit_jax.diffusion.posterior import DenoiseFn
-from qdit_jax.diffusion.samplers import Sampler, Step
+from qdit_jax.diffusion.samplers import Sampler, Step, initial_state, take_step
 from qdit_jax.types import AnyArray, Condition, Key, Numbers
 
 
@@ -132,15 +132,19 @@ def _sample_loop(
 ) -> tuple[Float[Array, "B ..."], Tree]:
     num_steps = jax.tree.leaves(sampler.table)[0].shape[0]
 
-    def body(x: Array, scanned: tuple[Any, Array, Array | None]) -> tuple[Array, Tree]:
-        row, index, recorded = scanned
+    def body(
+        carry: tuple[Array, Any], scanned: tuple[Any, Array, Array | None]
+    ) -> tuple[tuple[Array, Any], Tree]:
+        (x, state), (row, index, recorded) = carry, scanned
         drawn = recorded if key is None else _drawn(key, index, x)
-        step = sampler.step(denoise_fn, x, condition, row, drawn)
-        return step.x_next.astype(x.dtype), collect_fn(step)
+        step = take_step(sampler, denoise_fn, x, state, condition, row, drawn)
+        after = step.x_next.astype(x.dtype), step.state
+        return after, collect_fn(step._replace(state=None))
 
-    return jax.lax.scan(
-        body, noise, (sampler.table, jnp.arange(num_steps, dtype=jnp.int32), step_noise)
-    )
+    start = noise, initial_state(sampler, noise)
+    rows = sampler.table, jnp.arange(num_steps, dtype=jnp.int32), step_noise
+    (final, _), collected = jax.lax.scan(body, start, rows)
+    return final, collected
 
 
 def _drawn(key: Key, index: Int[Array, ""], x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:

@@ -5,13 +5,14 @@ Dimension letters: S = number of steps, B, H, W, C = a batch of latents.
 A sampler's arrays are data: another `eta`, schedule or clipping range of the same length does not
 recompile.  Rows are in sampling order.  Every `step` has one signature:
 `step(denoise_fn, x, condition, row, noise) -> Step`, with `noise=None` if `stochastic` is False.
+A sampler that remembers earlier steps has `initial_state(x)` as well, and its `step` takes the
+state as a sixth argument and returns the next one in `Step.state`; see `take_step`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,6 @@ from qdit_jax.diffusion import posterior
 from qdit_jax.diffusion.coefficients import (
     DDIMRow,
     DDPMRow,
-    FlowRow,
     ddim_table,
     ddpm_table,
     in_sampling_order,
@@ -40,26 +40,27 @@ from qdit_jax.diffusion.posterior import (
 )
 from qdit_jax.diffusion.respacing import respaced
 from qdit_jax.diffusion.schedules import Schedule, linear_betas
-from qdit_jax.errors import check_counts
-from qdit_jax.types import AnyArray, Condition, Numbers, Scalar
+from qdit_jax.types import AnyArray, Condition, Scalar, Tree
 
 Row = TypeVar("Row")  # a pytree of coefficients
-# (denoise_fn, x, velocity, condition, row) -> x at the interval's end
-SolveFn = Callable[[DenoiseFn, Latents, Latents, Condition, FlowRow], Latents]
 
 
 class Step(NamedTuple):
-    """One iteration: the model's input and output, the predicted data, and the next `x`."""
+    """One iteration: the model's input and output, the predicted data, and the next `x`.
+
+    `state` is what the sampler remembers for the next iteration, None if nothing.
+    """
 
     x: Array
     timestep: AnyArray
     output: Array
     x0: Array
     x_next: Array
+    state: Tree | None = None
 
 
 @runtime_checkable
-class Sampler(Protocol[Row]):
+class SingleStepSampler(Protocol[Row]):
     """What the sampling loop needs of a sampler; `Row` is one row of its table."""
 
     @property
@@ -79,6 +80,56 @@ class Sampler(Protocol[Row]):
         noise: Latents | None,
     ) -> Step:
         """Returns one iteration from `x` with the coefficients `row`."""
+
+
+@runtime_checkable
+class MultistepSampler(Protocol[Row]):
+    """A sampler that remembers earlier steps, in a pytree of arrays beside `x`."""
+
+    @property
+    def table(self) -> Row:
+        """Coefficients, one row per step."""
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps need noise."""
+
+    def initial_state(self, x: Latents) -> Tree:
+        """Returns the state before the first step from `x`, of the shapes that every step has."""
+
+    def step(
+        self,
+        denoise_fn: DenoiseFn,
+        x: Latents,
+        condition: Condition,
+        row: Row,
+        noise: Latents | None,
+        state: Tree,
+    ) -> Step:
+        """Returns one iteration from `x` and `state`, the next state in it."""
+
+
+Sampler: TypeAlias = SingleStepSampler | MultistepSampler
+
+
+def initial_state(sampler: Sampler, x: Latents) -> Tree | None:
+    """Returns what a sampler remembers before its first step from `x`; None if nothing ever."""
+    return sampler.initial_state(x) if isinstance(sampler, MultistepSampler) else None
+
+
+def take_step(
+    sampler: Sampler,
+    denoise_fn: DenoiseFn,
+    x: Latents,
+    state: Tree | None,
+    condition: Condition,
+    row: Tree,
+    noise: Latents | None,
+) -> Step:
+    """Returns one iteration of any sampler from `x` and what it remembers, see `initial_state`."""
+    if isinstance(sampler, MultistepSampler):
+        return sampler.step(denoise_fn, x, condition, row, noise, state)
+    return sampler.step(denoise_fn, x, condition, row, noise)
 
 
 def evaluated(denoise_fn: DenoiseFn, x: Latents, timestep: Scalar, condition: Condition) -> Array:
@@ -157,51 +208,6 @@ class DDPM:
         return mean, self.variance_fn(x, output, row.log_variance), x0
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class Flow:
-    """The probability-flow ODE of a model that predicts the velocity `x_data - x_noise`."""
-
-    table: FlowRow
-    solve_fn: SolveFn = dataclasses.field(metadata={"static": True})
-    stochastic: bool = dataclasses.field(default=False, metadata={"static": True})
-
-    def step(
-        self,
-        denoise_fn: DenoiseFn,
-        x: Latents,
-        condition: Condition,
-        row: FlowRow,
-        noise: Latents | None,
-    ) -> Step:
-        """Returns one iteration from `x` over the interval `row`."""
-        velocity = evaluated(denoise_fn, x, row.timestep, condition)
-        if velocity.shape != x.shape:
-            raise ValueError(
-                f"the model returned {velocity.shape} for latents {x.shape}; a flow needs a "
-                "velocity of the same shape."
-            )
-        velocity = velocity.astype(x.dtype)
-        x_next = self.solve_fn(denoise_fn, x, velocity, condition, row)
-        return Step(x, row.timestep, velocity, x + velocity * (1 - row.timestep), x_next)
-
-
-def euler(
-    denoise_fn: DenoiseFn, x: Latents, velocity: Latents, condition: Condition, row: FlowRow
-) -> Latents:
-    """Returns `x` at the interval's end by Euler's rule: first order, one evaluation."""
-    return x + velocity * (row.timestep_next - row.timestep)
-
-
-def heun(
-    denoise_fn: DenoiseFn, x: Latents, velocity: Latents, condition: Condition, row: FlowRow
-) -> Latents:
-    """Returns `x` at the interval's end by Heun's rule: second order, two evaluations."""
-    guess = euler(denoise_fn, x, velocity, condition, row)
-    end = evaluated(denoise_fn, guess, row.timestep_next, condition).astype(x.dtype)
-    return x + (velocity + end) * (row.timestep_next - row.timestep) / 2
-
-
 def ddim(
     steps: int | str = 50,
     eta: float | int = 0.0,
@@ -251,7 +257,7 @@ def ddim_sampler(
     sigma = eta * np.sqrt((1 - target) / (1 - now)) * np.sqrt(1 - now / target)
     table = ddim_table(timesteps, prediction_rows(now, predict_fn), target, sigma)
     rows = in_sampling_order(table, backwards=True)
-    return DDIM(rows, _clip(clip), predict_fn, eta > 0, limit_fn)
+    return DDIM(rows, limit_array(clip), predict_fn, eta > 0, limit_fn)
 
 
 def reverse_ddim(
@@ -276,7 +282,7 @@ def reverse_ddim(
         np.zeros(process.num_timesteps),
     )
     rows = in_sampling_order(table, backwards=False)
-    return DDIM(rows, _clip(clip), predict_fn, stochastic=False)
+    return DDIM(rows, limit_array(clip), predict_fn, stochastic=False)
 
 
 def ddpm(
@@ -299,7 +305,7 @@ def ddpm(
     log_variance = log_variances(process)
     table = ddpm_table(process, prediction_rows(process.alphas_cumprod, predict_fn), log_variance)
     rows = in_sampling_order(table._replace(noise_weight=adds_noise), backwards=True)
-    return DDPM(rows, _clip(clip), predict_fn, variance_fn, limit_fn=limit_fn)
+    return DDPM(rows, limit_array(clip), predict_fn, variance_fn, limit_fn=limit_fn)
 
 
 def ddpm_sampler(
@@ -320,35 +326,10 @@ def ddpm_sampler(
     log_variance = LogVariance(variance, betas, betas)
     table = ddpm_table(process, prediction_rows(process.alphas_cumprod, predict_fn), log_variance)
     rows = in_sampling_order(table._replace(noise_weight=adds_noise), backwards=True)
-    return DDPM(rows, _clip(clip), predict_fn, variance_fn, limit_fn=limit_fn)
+    return DDPM(rows, limit_array(clip), predict_fn, variance_fn, limit_fn=limit_fn)
 
 
-def flow(steps: int = 50, *, solve_fn: SolveFn = euler, edges: Numbers | None = None) -> Flow:
-    """Returns the sampler of a velocity model, `steps` equal intervals of time from 0 to 1.
-
-    Time is 0 at noise and 1 at data and reaches the model unscaled, as in SiT (arXiv:2401.08740).
-    `edges`, ascending from 0 to 1, are the ends of the intervals in place of equal ones.
-
-    Differs from SiT's script, whose number of steps counts the ends of the intervals: its fixed
-    grid of N points is `flow(N - 1)`.
-
-    Raises:
-        TypeError: if `steps` is not a whole number.
-        ValueError: if `steps` is not positive, or does not fit `edges`.
-    """
-    check_counts(steps=steps)
-    times = np.linspace(0.0, 1.0, steps + 1) if edges is None else np.asarray(edges, np.float64)
-    if (
-        times.shape != (steps + 1,)
-        or times[0] != 0
-        or times[-1] != 1
-        or (np.diff(times) <= 0).any()
-    ):
-        raise ValueError(f"edges={edges} do not ascend from 0 to 1 in steps={steps} intervals.")
-    return Flow(in_sampling_order(FlowRow(times[:-1], times[1:]), backwards=False), solve_fn)
-
-
-def _clip(clip: Limit | None) -> np.float32 | tuple[np.float32, ...] | None:
+def limit_array(clip: Limit | None) -> np.float32 | tuple[np.float32, ...] | None:
     if clip is not None and not np.all(np.asarray(clip) > 0):
         raise ValueError(f"clip={clip} is not supported; use a positive range, or None.")
     return jax.tree.map(np.float32, clip)

@@ -12,10 +12,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from qdit_jax.diffusion import posterior
-from qdit_jax.diffusion.flow_matching import flow_match
+from qdit_jax.diffusion.dpm_solver import multistep_timesteps, solver_over
+from qdit_jax.diffusion.flow_matching import dynamic_shift, flow_match_sigmas
 from qdit_jax.diffusion.posterior import Limit, LimitFn, VarianceFn
 from qdit_jax.diffusion.samplers import Sampler, ddim_sampler, ddpm_sampler
-from qdit_jax.diffusion.scheduler_settings import Scheduler
+from qdit_jax.diffusion.scheduler_settings import SAYS, Scheduler
 from qdit_jax.diffusion.schedules import (
     Schedule,
     cosine_betas,
@@ -24,7 +25,8 @@ from qdit_jax.diffusion.schedules import (
     sigmoid_betas,
     zero_snr_betas,
 )
-from qdit_jax.diffusion.table import sampler_named
+from qdit_jax.diffusion.table import SamplerRow, sampler_named
+from qdit_jax.errors import UserError
 
 PREDICT_FNS = {
     "epsilon": posterior.eps_prediction,
@@ -39,13 +41,22 @@ VARIANCE_FNS = {
 }
 
 
+TITLES = {
+    "ddim": "DDIM",
+    "ddpm": "DDPM",
+    "dpm-solver++": "DPM-Solver++ (2M)",
+    "flow-euler": "Euler's rule",
+    "unipc": "UniPC (order 2)",
+}
+
+
 def scheduler_process(scheduler: Scheduler) -> Schedule:
     """Returns the process that the network was trained on.
 
     Raises:
         ValueError: if it is a flow, which has no betas.
     """
-    if scheduler.sampler == "flow":
+    if scheduler.is_flow:
         raise ValueError(
             f"a {scheduler.class_name} describes a flow, which has no schedule of betas."
         )
@@ -100,9 +111,10 @@ def scheduler_sampler(
     steps: int | str = 50,
     *,
     sampler: str | None = None,
-    eta: float | int = 0.0,
-    clip: float | int | None = None,
     variance_fn: VarianceFn | None = None,
+    num_tokens: int | None = None,
+    flow_spacing: str | None = None,
+    **given: Any,
 ) -> Sampler:
     """Returns the sampler that a scheduler describes: it draws the same samples as diffusers.
 
@@ -110,45 +122,116 @@ def scheduler_sampler(
         steps: how many, at the scheduler's own spacing; or a published spacing (`"ddim25"`,
             `"10,15,20"`) in place of its own.
         sampler: a row of `SAMPLERS` in place of the scheduler's own, on the same process.
-        clip: range of the predicted data in place of the scheduler's own clipping; `eps` is
-            recomputed from the clipped data.
         variance_fn: of an ancestral sampler, where the scheduler names no variance.
+        num_tokens: of a sample: tokens of its image, from which a dynamic shift is computed.
+        flow_spacing: of a flow's noise levels, as the pipeline of the network spaces them where
+            the scheduler alone does not say; see `flow_match_sigmas`.
+        given: options of the sampler in place of the scheduler's, those that are None left out.
+            `clip` replaces the scheduler's own clipping; `eps` is recomputed from the clipped data.
 
     Raises:
         ValueError: if the steps or `sampler` do not fit the scheduler, or an option does not fit
             the sampler.
+        UserError: if the scheduler's shift depends on the number of tokens, which is not known.
     """
-    settings, row = scheduler.settings, sampler_named(sampler or scheduler.sampler)
-    if row.is_flow != (scheduler.sampler == "flow"):
+    row = sampler_named(sampler or scheduler.sampler)
+    if row.is_flow != scheduler.is_flow:
         raise ValueError(f"sampler={row.name!r} does not fit a {scheduler.class_name}.")
     text = str(steps).strip()
     if not row.spacings and not text.isdecimal():
         raise ValueError(f"steps={steps!r} is not supported; {row.name} takes a positive number.")
-    given = row.chosen(eta=eta or None, clip=clip)
+    options = row.chosen(**given | {"eta": given.get("eta") or None})
     if row.is_flow:
-        return flow_match(int(text), make_fn=row.make_fn, **settings)
-    limit, limit_fn = limits(settings) if clip is None else (clip, posterior.consistent_clip)
+        return _flow_sampler(scheduler, row, int(text), options, num_tokens, flow_spacing)
+    return _sampler_of_betas(scheduler, row, text, options, variance_fn)
+
+
+def _flow_sampler(
+    scheduler: Scheduler,
+    row: SamplerRow,
+    steps: int,
+    options: dict[str, Any],
+    num_tokens: int | None,
+    spacing: str | None,
+) -> Sampler:
+    settings = scheduler.settings
+    if "sigmas" in options or "edges" in options:
+        return row.make_fn(steps, **options)
+    shift = options.pop("shift", None)
+    sigmas = flow_match_sigmas(
+        steps,
+        shift=scheduler_shift(settings, num_tokens) if shift is None else shift,
+        spacing=options.pop("spacing", None) or spacing or scheduler_spacing(scheduler),
+        num_train_timesteps=settings["num_train_timesteps"],
+        shift_terminal=settings["shift_terminal"],
+    )
+    levels = {"sigmas": sigmas} if "sigmas" in row.options else {"edges": 1 - sigmas}
+    return row.make_fn(steps, **levels, **options)
+
+
+def scheduler_shift(settings: Mapping[str, Any], num_tokens: int | None) -> float:
+    """Returns the shift of a flow's noise levels.
+
+    Raises:
+        UserError: if it depends on the number of tokens and there is none.
+    """
+    if not settings["use_dynamic_shifting"]:
+        return float(settings["shift"])
+    if num_tokens is None:
+        raise UserError(
+            f"{SAYS} use_dynamic_shifting=True: its shift depends on the number of image tokens, "
+            "which the network does not tell; give the shift."
+        )
+    return dynamic_shift(
+        num_tokens,
+        base_shift=settings["base_shift"],
+        max_shift=settings["max_shift"],
+        base_tokens=settings["base_image_seq_len"],
+        max_tokens=settings["max_image_seq_len"],
+        kind=settings["time_shift_type"],
+    )
+
+
+def scheduler_spacing(scheduler: Scheduler) -> str:
+    """Returns how a flow's noise levels are spaced before the shift, see `flow_match_sigmas`.
+
+    Pipelines with a dynamic shift give their scheduler evenly spaced levels down to `1 / steps`.
+    """
+    if scheduler.sampler == "unipc":
+        return "unipc"
+    return "uniform" if scheduler.settings["use_dynamic_shifting"] else "trained"
+
+
+def _sampler_of_betas(
+    scheduler: Scheduler,
+    row: SamplerRow,
+    text: str,
+    given: dict[str, Any],
+    variance_fn: VarianceFn | None,
+) -> Sampler:
+    settings = scheduler.settings
+    limit, limit_fn = limits(settings)
+    if "clip" in given:
+        limit_fn = posterior.consistent_clip
     process = scheduler_process(scheduler)
-    options: dict[str, Any] = {
-        **given,
-        "clip": limit,
-        "limit_fn": limit_fn,
-        "predict_fn": PREDICT_FNS[settings["prediction_type"]],
-    }
+    predict_fn = PREDICT_FNS[settings["prediction_type"]]
+    options = {"clip": limit, "limit_fn": limit_fn, "predict_fn": predict_fn, **given}
     if "variance_fn" in row.options:
         options["variance_fn"] = chosen_variance(settings, variance_fn)
-    if scheduler.replaced or not text.isdecimal():
+    if scheduler.replaced or "spacing" in given or not text.isdecimal():
         return row.make_fn(text, schedule=process, **options)
-    visited = scheduler_timesteps(
-        process.num_timesteps, int(text), settings["timestep_spacing"], settings["steps_offset"]
-    )[::-1]
+    count, spaced = process.num_timesteps, (settings["timestep_spacing"], settings["steps_offset"])
+    if row.name == scheduler.sampler == "dpm-solver++":
+        visited = multistep_timesteps(count, int(text), *spaced)
+        return solver_over(visited, process.alphas_cumprod[visited], **options)
+    visited = scheduler_timesteps(count, int(text), *spaced)[::-1]
     if row.name != "ddim":
         between = _between(process, visited)
         if row.name == "ddpm":
             return ddpm_sampler(between, visited > 0, **options)
         return row.make_fn(between.num_timesteps, schedule=between, **options)
     # diffusers' step arrives one integer stride away, even where the next step starts elsewhere.
-    arrived = visited - process.num_timesteps // int(text)
+    arrived = visited - count // int(text)
     last = 1.0 if settings.get("set_alpha_to_one", True) else process.alphas_cumprod[0]
     target = np.where(arrived >= 0, process.alphas_cumprod[np.maximum(arrived, 0)], last)
     return ddim_sampler(visited, process.alphas_cumprod[visited], target, **options)
@@ -180,7 +263,7 @@ def chosen_variance(settings: Mapping[str, Any], otherwise: VarianceFn | None) -
 def process_text(scheduler: Scheduler) -> str:
     """Returns the process in words."""
     settings = scheduler.settings
-    if scheduler.sampler == "flow":
+    if scheduler.is_flow:
         return f"a flow with times up to {settings['num_train_timesteps']}"
     if settings["trained_betas"] is not None:
         betas = f"{len(settings['trained_betas'])} betas of its own"
@@ -197,13 +280,17 @@ def process_text(scheduler: Scheduler) -> str:
 
 def sampling_text(scheduler: Scheduler) -> str:
     """Returns in words how samples are drawn."""
-    settings = scheduler.settings
-    instead = f" (in place of {scheduler.class_name}'s own)" if scheduler.replaced else ""
-    if scheduler.sampler == "flow":
+    settings, title = scheduler.settings, TITLES[scheduler.sampler]
+    because = f" with {' and '.join(scheduler.because)}" if scheduler.because else ""
+    instead = f" (in place of {scheduler.class_name}'s own{because})" if scheduler.replaced else ""
+    if scheduler.is_flow:
         end = settings["shift_terminal"]
         ending = "" if end is None else f", the last noise level {end:g}"
-        return f"Euler's rule{instead}, shift {settings['shift']:g}{ending}"
-    parts = [f"{scheduler.sampler.upper()}{instead}"]
+        shift = f"shift {settings['shift']:g}"
+        if settings["use_dynamic_shifting"]:
+            shift = "shift by the number of image tokens"
+        return f"{title}{instead}, {shift}{ending}"
+    parts = [f"{title}{instead}"]
     if scheduler.replaced:
         parts.append("steps evenly spaced from first to last")
     else:

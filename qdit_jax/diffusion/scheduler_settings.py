@@ -2,17 +2,20 @@
 
 A scheduler's file describes two things: the process that the network was trained on (betas, what
 the network predicts), and how samples are drawn (the solver, its timesteps, what is clipped). The
-process must be understood. The solver is kept if it is DDIM, DDPM or Euler's rule of a flow; any
-other one is replaced by one of these on the same process.
+process must be understood. The solver is kept if it is DDIM, DDPM, DPM-Solver++ (2M), Euler's rule of
+a flow or UniPC (order 2) of a flow; any other one is replaced by DDIM or Euler's rule on the same
+process, and `Scheduler.because` says which settings made it another one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from qdit_jax.diffusion.settings import HARMLESS, Setting, check_setting, shown, understood
+from qdit_jax.diffusion.settings import HARMLESS, Setting, shown, understood
+from qdit_jax.diffusion.table import sampler_named
 from qdit_jax.errors import UserError
 
 SAYS = "scheduler_config.json says"
@@ -94,14 +97,13 @@ FLOW = {
     "num_train_timesteps": PROCESS["num_train_timesteps"],
     "shift": Setting("number", low=1e-6, default=1.0),
     "shift_terminal": Setting("number", low=1e-9, high=1 - 1e-9, optional=True),
-    "use_dynamic_shifting": Setting(
-        "bool",
-        (False,),
-        default=False,
-        used=False,
-        remedy="its shift is computed by the pipeline, not said by the file: set it to false and "
-        "give the shift",
-    ),
+    # The shift of an image by its number of tokens; without it nothing reads the others.
+    "use_dynamic_shifting": Setting("bool", default=False),
+    "base_image_seq_len": Setting("whole", low=1, default=256),
+    "max_image_seq_len": Setting("whole", low=1, default=4096),
+    "base_shift": Setting("number", default=0.5),
+    "max_shift": Setting("number", default=1.15),
+    "time_shift_type": Setting("text", ("exponential", "linear"), default="exponential"),
 } | {
     name: Setting("bool", (False,), default=False, used=False, remedy=NO_FLAG)
     for name in (
@@ -112,16 +114,32 @@ FLOW = {
         "use_karras_sigmas",
     )
 }
-# With dynamic shifting off, nothing reads these.
-FLOW |= {
-    name: HARMLESS
-    for name in (
-        "base_image_seq_len",
-        "base_shift",
-        "max_image_seq_len",
-        "max_shift",
-        "time_shift_type",
-    )
+MULTISTEP_SPACING = SPACING | {
+    "timestep_spacing": Setting("text", ("leading", "trailing", "linspace"), default="linspace")
+}
+NO_SIGMAS = {
+    name: (False,)
+    for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+}
+# The settings of a solver that is kept, beside its class's defaults; diffusers takes the names of
+# other solvers' types for its own.
+DPM_SOLVER = NO_SIGMAS | {
+    "algorithm_type": ("dpmsolver++", "deis"),
+    "solver_order": (2,),
+    "solver_type": ("midpoint", "logrho", "bh1", "bh2"),
+    "final_sigmas_type": ("zero",),
+    "lambda_min_clipped": (-math.inf, None),
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+}
+UNIPC = NO_SIGMAS | {
+    "solver_order": (2,),
+    "solver_type": ("bh2", "midpoint", "heun", "logrho"),
+    "predict_x0": (True,),
+    "lower_order_final": (True,),
+    "disable_corrector": ([],),
+    "solver_p": (None,),
+    "final_sigmas_type": ("zero",),
+    "thresholding": (False,),
 }
 
 
@@ -130,14 +148,18 @@ class SchedulerClass:
     """One class of schedulers: its sampler and its settings.
 
     Attributes:
-        sampler: `"ddim"`, `"ddpm"` or `"flow"`.
+        sampler: a name in `SAMPLERS`.
         table: its settings.
         replaced: whether `sampler` replaces a solver that this package does not have.
+        kept: the values of the solver's settings with which it is not replaced, but is `own`.
+        own: a name in `SAMPLERS`, empty for none: of betas or of a flow, as that sampler takes them.
     """
 
     sampler: str
     table: dict[str, Setting]
     replaced: bool = False
+    kept: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    own: str = ""
 
 
 DDIM_TABLE = ABOUT | PROCESS | SPACING | CLIPPING | THRESHOLDING | FINAL_ALPHA
@@ -159,12 +181,14 @@ CLASSES: dict[str, SchedulerClass] = {
     "DDIMParallelScheduler": SchedulerClass("ddim", DDIM_TABLE),
     "DDPMScheduler": SchedulerClass("ddpm", DDPM_TABLE),
     "DDPMParallelScheduler": SchedulerClass("ddpm", DDPM_TABLE),
-    "FlowMatchEulerDiscreteScheduler": SchedulerClass("flow", ABOUT | FLOW),
-    "FlowMatchHeunDiscreteScheduler": SchedulerClass("flow", ABOUT | FLOW, replaced=True),
-    "DPMSolverMultistepScheduler": MULTISTEP,
+    "FlowMatchEulerDiscreteScheduler": SchedulerClass("flow-euler", ABOUT | FLOW),
+    "FlowMatchHeunDiscreteScheduler": SchedulerClass("flow-euler", ABOUT | FLOW, replaced=True),
+    "DPMSolverMultistepScheduler": SchedulerClass(
+        "ddim", MULTISTEP.table | MULTISTEP_SPACING, True, DPM_SOLVER, "dpm-solver++"
+    ),
     "DPMSolverSinglestepScheduler": MULTISTEP,
     "DEISMultistepScheduler": MULTISTEP,
-    "UniPCMultistepScheduler": MULTISTEP,
+    "UniPCMultistepScheduler": SchedulerClass("ddim", MULTISTEP.table, True, UNIPC, "unipc"),
     "EulerDiscreteScheduler": PLAIN,
     "EulerAncestralDiscreteScheduler": PLAIN,
     "LMSDiscreteScheduler": PLAIN,
@@ -183,10 +207,11 @@ class Scheduler:
 
     Attributes:
         class_name: its class in diffusers.
-        sampler: `"ddim"`, `"ddpm"` or `"flow"`.
+        sampler: a name in `SAMPLERS`.
         replaced: whether that sampler replaces a solver that this package does not have.
         settings: every used setting of its class, defaults filled in.
         ignored: settings in the file that are of other classes, which this one does not read.
+        because: settings, with their values, for which a solver that this package has is replaced.
     """
 
     class_name: str
@@ -194,6 +219,12 @@ class Scheduler:
     replaced: bool
     settings: Mapping[str, Any]
     ignored: tuple[str, ...] = ()
+    because: tuple[str, ...] = ()
+
+    @property
+    def is_flow(self) -> bool:
+        """Returns whether it describes the flow of a velocity, which has no betas."""
+        return sampler_named(self.sampler).is_flow
 
 
 def read_scheduler(config: Mapping[str, Any]) -> Scheduler:
@@ -212,18 +243,38 @@ def read_scheduler(config: Mapping[str, Any]) -> Scheduler:
     ignored = tuple(k for k in config if k not in row.table and k in ANYWHERE)
     own = {key: value for key, value in config.items() if key not in ignored}
     settings = understood(SAYS, own, row.table)
-    if row.sampler == "ddim" and is_flow(settings):
-        settings = {
-            "num_train_timesteps": settings["num_train_timesteps"],
-            "shift": settings["flow_shift"],
-            "shift_terminal": config.get("shift_terminal"),
-        }
-        check_setting(SAYS, "shift_terminal", settings["shift_terminal"], FLOW["shift_terminal"])
-        return Scheduler(name, "flow", True, settings, ignored)
-    if row.sampler != "flow":
-        check_betas(settings, "num_train_timesteps" in config)
-        check_signal(settings, row.replaced)
-    return Scheduler(name, row.sampler, row.replaced, settings, ignored)
+    if row.sampler == "flow-euler":
+        return Scheduler(name, row.sampler, row.replaced, settings, ignored)
+    flow = row.sampler == "ddim" and is_flow(settings)
+    kept = bool(row.own) and sampler_named(row.own).is_flow == flow
+    because = other_settings(own, row.kept) if kept else ()
+    kept = kept and not because
+    if flow:
+        settings = flow_settings(settings, config)
+        sampler = row.own if kept else "flow-euler"
+        return Scheduler(name, sampler, not kept, settings, ignored, because)
+    check_betas(settings, "num_train_timesteps" in config)
+    check_signal(settings, row.replaced)
+    sampler = row.own if kept else row.sampler
+    return Scheduler(name, sampler, row.replaced and not kept, settings, ignored, because)
+
+
+def flow_settings(settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a multi-step solver's flow as `FLOW` names them."""
+    given = {
+        "num_train_timesteps": settings["num_train_timesteps"],
+        "shift": settings["flow_shift"],
+        "shift_terminal": config.get("shift_terminal"),
+    }
+    return understood(SAYS, given, FLOW)
+
+
+def other_settings(
+    config: Mapping[str, Any], kept: Mapping[str, tuple[Any, ...]]
+) -> tuple[str, ...]:
+    """Returns the settings, with their values, with which a file has another solver than ours."""
+    found = {name: config[name] for name in kept if name in config}
+    return tuple(f"{k}={shown(v)}" for k, v in found.items() if v not in kept[k])
 
 
 def is_flow(settings: Mapping[str, Any]) -> bool:
@@ -265,8 +316,8 @@ def check_signal(settings: Mapping[str, Any], replaced: bool) -> None:
 def check_fit(velocity: bool, learns_variance: bool, scheduler: Scheduler) -> None:
     """Raises `UserError` if a network does not return what its scheduler reads."""
     name = scheduler.class_name
-    if velocity != (scheduler.sampler == "flow"):
-        kinds = ("noise", "a velocity") if scheduler.sampler == "flow" else ("a velocity", "noise")
+    if velocity != scheduler.is_flow:
+        kinds = ("noise", "a velocity") if scheduler.is_flow else ("a velocity", "noise")
         raise UserError(
             f"the network predicts {kinds[0]}, but a {name} reads {kinds[1]}; convert the pipeline again."
         )

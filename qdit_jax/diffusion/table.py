@@ -23,7 +23,8 @@ class SamplerRow:
     Attributes:
         name: its name for `--sampler`.
         make: `module:function` of `make(steps, **options) -> Sampler`. A sampler for `NOISE` has
-            the option `schedule`, one for a velocity the option `edges`.
+            the option `schedule`; one for a velocity has `edges` (times from 0 at noise to 1 at the
+            data) or `sigmas` (noise levels from 1 to 0), and `OF_VELOCITY`.
         predictions: the outputs of networks that it samples with (`models.Network.prediction`).
         options: the arguments of `make` beside the number of steps.
         spacings: whether steps may be a published spacing such as `"ddim25"`.
@@ -47,7 +48,7 @@ class SamplerRow:
 
     @property
     def is_flow(self) -> bool:
-        """Returns whether it follows a velocity, from time 0 at noise to time 1 at the data."""
+        """Returns whether it follows a velocity from noise to the data."""
         return VELOCITY in self.predictions
 
     def chosen(self, **given: object) -> dict[str, Any]:
@@ -67,6 +68,7 @@ class SamplerRow:
         return chosen
 
 
+OF_VELOCITY = ("flow_times", "velocity_to")
 OF_NOISE = ("schedule", "clip", "predict_fn", "limit_fn")
 SAMPLERS: dict[str, SamplerRow] = {
     row.name: row
@@ -90,13 +92,40 @@ SAMPLERS: dict[str, SamplerRow] = {
             paper="Denoising Diffusion Probabilistic Models, arXiv:2006.11239",
         ),
         SamplerRow(
+            "dpm-solver++",
+            "qdit_jax.diffusion.dpm_solver:dpm_solver_pp",
+            NOISE,
+            ("spacing", *OF_NOISE),
+            spacings=True,
+            idea="Extrapolates the predicted data from two steps, in the half logarithmic SNR.",
+            paper="DPM-Solver++, arXiv:2211.01095",
+        ),
+        SamplerRow(
             "flow",
-            "qdit_jax.diffusion.samplers:flow",
+            "qdit_jax.diffusion.velocity_flow:flow",
             (VELOCITY,),
-            ("solve_fn", "edges"),
+            ("solve_fn", "edges", *OF_VELOCITY),
             spacings=False,
             idea="Follows the velocity over intervals of time by Euler's or Heun's rule.",
             paper="SiT, arXiv:2401.08740",
+        ),
+        SamplerRow(
+            "flow-euler",
+            "qdit_jax.diffusion.flow_matching:flow_euler",
+            (VELOCITY,),
+            ("shift", "spacing", "sigmas", *OF_VELOCITY),
+            spacings=False,
+            idea="Follows the velocity by Euler's rule over noise levels shifted toward the noise.",
+            paper="Scaling Rectified Flow Transformers, arXiv:2403.03206",
+        ),
+        SamplerRow(
+            "unipc",
+            "qdit_jax.diffusion.unipc_flow:unipc",
+            (VELOCITY,),
+            ("shift", "spacing", "sigmas", *OF_VELOCITY),
+            spacings=False,
+            idea="Predicts with the data of two steps, then corrects by the next step's prediction.",
+            paper="UniPC, arXiv:2302.04867",
         ),
     )
 }

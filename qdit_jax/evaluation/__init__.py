@@ -3,7 +3,7 @@
 from qdit_jax.evaluation.layer_facts import Format
 from qdit_jax.evaluation.limits import Layer, Limits, Outcome, most_bytes
 from qdit_jax.evaluation.pages import compared_pictures, write_evaluation
-from qdit_jax.evaluation.runs import Run, run_evaluation
+from qdit_jax.evaluation.runs import Run, check_inputs, run_evaluation
 from qdit_jax.evaluation.sample_file import SampleFile, sample_shape
 from qdit_jax.evaluation.scoring import (
     Judge,
@@ -33,6 +33,7 @@ __all__ = [
     "Scoring",
     "Verification",
     "check_features",
+    "check_inputs",
     "compared_pictures",
     "labeled",
     "locked",

@@ -93,11 +93,17 @@ class LayerFacts:
 
 
 def layer_facts(
-    checkpoint: Checkpoint, reference: Checkpoint, *, numerics: str, batch_size: int
+    checkpoint: Checkpoint,
+    reference: Checkpoint,
+    *,
+    numerics: str,
+    batch_size: int,
+    rows: Mapping[str, int] | None = None,
 ) -> list[LayerFacts]:
     """Returns the facts of every layer that the recipe names or that is quantized, in order.
 
-    `batch_size` is that of one network call; it may decide who computes a product.
+    `batch_size` is that of one network call, `rows` those of one sample in each layer (`rows_per_sample`); they may
+    decide who computes a product.
 
     Raises:
         UserError: if the checkpoint has no recipe and nothing in it is quantized, or a layer
@@ -105,7 +111,7 @@ def layer_facts(
     """
     flat = dict(flatten_dict(checkpoint.params, sep="/"))
     full = dict(flatten_dict(reference.params, sep="/"))
-    rows = rows_per_sample(checkpoint.model)
+    rows = rows_per_sample(checkpoint.model) if rows is None else rows
     recipe = checkpoint.recipe
     specs = {} if recipe is None else recipe.resolve(checkpoint.params)
     if recipe is not None:

@@ -26,7 +26,16 @@ from jaxtyping import Array, Bool
 from qdit_jax.evaluation.layer_facts import LayerFacts, is_quantized, operand_entry
 from qdit_jax.evaluation.measures import first_of
 from qdit_jax.evaluation.trajectories import Trajectory
-from qdit_jax.models import TABLE, Network, family_of_params, layers_of, rows_per_sample, tapped
+from qdit_jax.models import (
+    TABLE,
+    Network,
+    family_of_params,
+    layers_of,
+    null_condition_of,
+    rows_per_sample,
+    tapped,
+    without_null,
+)
 from qdit_jax.quant import ActQuant, QTensor, dequantize, select_timestep, with_weight_bits
 from qdit_jax.sampling import Denoiser
 from qdit_jax.types import Condition, Params
@@ -73,9 +82,9 @@ def items_of(
     at = np.unique(np.linspace(0, steps - 1, min(steps, num_timesteps)).round().astype(int))
     count = min(num_samples, trajectory.x.shape[1])
     condition = jax.tree.map(jnp.asarray, first_of(condition, count))
-    rows = [condition]
+    rows = [without_null(condition)]
     if model.has_null:
-        rows.append(model.null_condition(condition, params))
+        rows.append(null_condition_of(model, params, condition))
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *rows)  # [B, R, ...]
     repeated = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * len(at)), stacked)
     x = trajectory.x[at][:, :count].reshape(-1, *trajectory.x.shape[2:])
@@ -100,12 +109,13 @@ def folded(params: Params, reference: Params) -> Folded:
     if family is None:
         return found
     for reader in layers_of(flat):
-        for producer in family.producers(reader):
-            layer, width = producer.layer, full[f"{producer.layer}/kernel"].shape[-1]
-            columns = family.chunk(layer, producer.output, width)
+        fold = family.fold_of(reader)
+        for producer in () if fold is None else fold.producers:
+            layer, shape = producer.layer, full[f"{producer.layer}/kernel"].shape
+            columns = family.chunk(layer, producer.output, shape)
             if is_same(flat, full, layer, columns):
                 continue
-            found.comparable.setdefault(layer, np.ones(width, bool))[columns] = False
+            found.comparable.setdefault(layer, np.ones(shape[-1], bool))[columns] = False
             names = found.columns.setdefault(layer, [])
             if (name := producer.output or "all") not in names:
                 names.append(name)

@@ -32,8 +32,9 @@ def pair_measures(reference: Trajectory, other: Trajectory) -> dict[str, np.ndar
         found["image_snr_db"] = metrics.signal_to_noise_db(a, b)
         found["image_psnr_db"] = metrics.psnr(a, b)
         found["image_cosine"] = metrics.cosine(a, b)
-        if min(a.shape[1:3]) >= 11:  # the window of SSIM
-            found["image_ssim"] = metrics.ssim(a, b)
+        if min(a.shape[-3:-1]) >= 11:  # the window of SSIM
+            frames = [images.reshape(-1, *images.shape[-3:]) for images in (a, b)]
+            found["image_ssim"] = metrics.ssim(*frames).reshape(len(a), -1).mean(1)
     after = [
         metrics.signal_to_noise_db(x, y)
         for x, y in zip(

@@ -22,7 +22,10 @@ from qdit_jax.metrics import signal_to_noise_db
 from qdit_jax.models import family_of
 from qdit_jax.report import (
     block_layers,
+    frame_numbers,
+    frame_rows,
     input_ranges,
+    is_video,
     kernel_of,
     part_of,
     range_histograms,
@@ -31,6 +34,7 @@ from qdit_jax.report import (
 )
 
 NUM_SHOWN = 16
+NUM_VIDEOS = 4
 MAX_GAIN = 16
 
 
@@ -45,7 +49,7 @@ def write_evaluation(
     parts = [report.paragraph(protocol_text(summary))]
     if pictures is not None:
         parts += [
-            report.heading("The same noise and labels"),
+            report.heading("The same noise and conditions"),
             report.picture(pictures, caption(contenders)),
         ]
     if summary["paired"]:
@@ -74,8 +78,8 @@ def protocol_text(summary: Mapping[str, Any]) -> str:
     models = "; ".join(f"{m['title']}: {m['numerics']} in {m['dtype']}" for m in summary["models"])
     return (
         f"{s['num_samples']:,} samples per model, {s['sampler']} with {s['steps']} steps, guidance "
-        f"{s['guidance']:g} on {s['guidance_channels']} channels, seed {s['seed']}, labels "
-        f"cycled; the same noise, labels and steps for all. {models}. Run on "
+        f"{s['guidance']:g} on {s['guidance_channels']} channels, seed {s['seed']}, "
+        f"conditions cycled; the same noise, conditions and steps for all. {models}. Run on "
         f"{', '.join(s['device'])}; {report.provenance_text(summary['made'])}."
     )
 
@@ -87,13 +91,20 @@ def caption(contenders: Sequence[Contender]) -> str:
 
 
 def compared_pictures(run: Run, contenders: Sequence[Contender]) -> Image.Image | None:
-    """Returns the first samples of each contender with differences; None for latents."""
+    """Returns the first samples of each contender with differences; None for latents.
+
+    A video is a row of frames.
+    """
     images = []
     for i in range(len(contenders)):
         found = first_samples(run.folder, run.ranges, f"{i}/images", NUM_SHOWN)
         if found is None:
             return None
         images.append(found)
+    columns = None
+    if is_video(images[0]):
+        images = [frame_rows(videos[:NUM_VIDEOS])[0] for videos in images]
+        columns = len(frame_numbers(found.shape[1]))
     groups = {contenders[0].title: images[0]}
     for contender, shown in zip(contenders[1:], images[1:], strict=True):
         difference, gain = difference_images(images[0], shown)
@@ -101,7 +112,7 @@ def compared_pictures(run: Run, contenders: Sequence[Contender]) -> Image.Image 
         of = f" ({contender.title})" if len(images) > 2 else ""
         groups[f"difference x{gain}{of}"] = difference
     scale = max(1, 48 // images[0].shape[1])
-    return side_by_side(groups, scale=scale)
+    return side_by_side(groups, columns=columns, scale=scale)
 
 
 def difference_images(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, int]:

@@ -38,8 +38,9 @@ from qdit_jax.evaluation.trajectories import (
     batch_sampler,
     check_finite,
 )
+from qdit_jax.models import without_null
 from qdit_jax.quant import kernel_of_other, other_kernel, with_weight_bits
-from qdit_jax.sampling import Denoiser, cyclic_conditions, device_mesh, filled_batch
+from qdit_jax.sampling import Denoiser, device_mesh, filled_batch
 from qdit_jax.types import Condition, Params
 
 NUM_TIMESTEPS, NUM_SAMPLES = 4, 4  # of the single calls in which layers are measured
@@ -65,7 +66,7 @@ def paired_samples(
     for start in range(0, protocol.num_samples, size):
         count = min(size, protocol.num_samples - start)
         index = filled_batch(start, size, protocol.num_samples)
-        condition = cyclic_conditions(reference.model, protocol.conditions, index)
+        condition = protocol.condition_of(reference.model, index)
         exact, ours = (draw(index.astype(np.int32), condition).head(count) for draw in samplers)
         check_finite(exact, pair[0].title, start)
         found.append(decibels_of_finite(exact.final, ours.final))
@@ -198,7 +199,7 @@ def timed(
     """
     x, device = trajectory.x[0], jax.local_devices()[0]
     timestep = np.full(len(x), trajectory.timestep[0], np.float32)
-    given = jax.device_put(Items(x, timestep, condition), device)
+    given = jax.device_put(Items(x, timestep, without_null(condition)), device)
     compiled = [one_call.lower(fn, given).compile() for fn in denoise_fns]
     seconds: list[list[float]] = [[], []]
     for repeat in range(NUM_TIMINGS + 1):

@@ -35,13 +35,15 @@ from qdit_jax.evaluation.trajectories import (
 )
 from qdit_jax.files import AnyPath, PathLike, as_path
 from qdit_jax.kernels import implementations_used
-from qdit_jax.models import Network, rows_per_sample
+from qdit_jax.models import Network
 from qdit_jax.sampling import (
     check_seed,
-    cyclic_conditions,
+    check_takes,
     default_batch_size,
+    denoiser,
     device_mesh,
     filled_batch,
+    sample_rows,
 )
 
 NUM_PROBED = 16  # samples whose single network calls are compared as well
@@ -79,6 +81,7 @@ def run_evaluation(
         raise UserError(f"batch_size={protocol.batch_size} must be at least 1.")
     check_seed(protocol.seed)
     check_pairable(contenders)
+    check_inputs(contenders, protocol)
     folder = as_path(folder)
     with locked(folder), unless_unbegun(folder):
         default = {"batch_size": default_batch_size()}
@@ -123,6 +126,14 @@ def check_pairable(contenders: Sequence[Contender]) -> None:
             )
 
 
+def check_inputs(contenders: Sequence[Contender], protocol: Protocol) -> None:
+    """Raises `ValueError` if a network cannot take the conditions, or samples of that shape."""
+    for contender in contenders:
+        model, params = contender.checkpoint.model, contender.checkpoint.params
+        denoise_fn = denoiser(model, params, protocol.guidance, protocol.guidance_channels)
+        check_takes(denoise_fn, model, protocol.shape, protocol.conditions)
+
+
 INPUTS = ("sample shape", "prediction", "condition", "conditions in all", "null condition")
 
 
@@ -147,6 +158,7 @@ def settings_of(contenders: Sequence[Contender], protocol: Protocol) -> dict[str
         "models": [content_of(c.checkpoint) for c in contenders],
         "sampler_content": digest(protocol.sampler),
         "conditions": None if protocol.conditions is None else digest(protocol.conditions),
+        **({} if protocol.shape is None else {"shape": list(protocol.shape)}),
         **protocol.record,
         "num_samples": protocol.num_samples,
         "seed": protocol.seed,
@@ -179,12 +191,12 @@ def shards(
     device = jax.local_devices()[0]
     place = f"{mesh.size} x {device.platform} ({device.device_kind})"
     used = {
-        f"{i}/implementations": json.dumps(used_by(c.checkpoint, protocol.numerics, padded))
+        f"{i}/implementations": json.dumps(used_by(c.checkpoint, protocol, padded))
         for i, c in enumerate(contenders)
     }
     for start, stop in missing:
         index = filled_batch(start, padded, protocol.num_samples)
-        condition = cyclic_conditions(contenders[0].checkpoint.model, protocol.conditions, index)
+        condition = protocol.condition_of(contenders[0].checkpoint.model, index)
         arrays: dict[str, Any] = {"stop": stop, "device": place, **used}
         trajectories = []
         for i, (contender, sample_batch) in enumerate(zip(contenders, batch_samplers, strict=True)):
@@ -207,7 +219,8 @@ def shards(
         yield start, arrays
 
 
-def used_by(checkpoint: Checkpoint, numerics: str, batch_size: int) -> dict[str, int]:
+def used_by(checkpoint: Checkpoint, protocol: Protocol, batch_size: int) -> dict[str, int]:
     """Returns how many quantized layers each implementation computes, by its name."""
-    rows = {path: n * batch_size for path, n in rows_per_sample(checkpoint.model).items()}
-    return implementations_used(checkpoint.params, numerics, rows=rows)
+    found = sample_rows(checkpoint.model, protocol.shape, protocol.conditions)
+    rows = {path: n * batch_size for path, n in found.items()}
+    return implementations_used(checkpoint.params, protocol.numerics, rows=rows)

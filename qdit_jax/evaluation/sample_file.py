@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,16 @@ from qdit_jax.evaluation.store import (
     write_shard,
 )
 from qdit_jax.files import AnyPath, check_space, is_remote, remove_folder
-from qdit_jax.report import save_grid, to_uint8
-from qdit_jax.sampling import checked_batch_size, decode, generated_batches
+from qdit_jax.report import CLIPS, frame_rows, is_video, save_clip, save_grid, to_uint8
+from qdit_jax.sampling import (
+    checked_batch_size,
+    decode,
+    generated_batches,
+    num_conditions,
+    sample_count,
+    shape_of_sample,
+)
+from qdit_jax.types import Condition
 
 REMEDY = "use the same to resume, another --out, or --force to start from scratch"
 SMALLEST_CELL = 64  # pixels; smaller pictures are enlarged in a grid
@@ -46,18 +54,34 @@ class SampleFile:
     """What to sample: everything that determines the samples.
 
     `settings` are recorded too in the unfinished folder; a run with other ones is not resumed.
+    `condition` are labels, a dict of embeddings, or None of a network that takes none; they are
+    assigned cyclically to `num_samples` samples, one per condition by default. `prompts` are texts for
+    captions, one per condition. `shape` is that of one sample, the network's own by default.
     `batch_size` None takes that of an unfinished run, or the device's default.
     """
 
     checkpoint: Checkpoint
     sampler: Sampler
-    label: np.ndarray
+    condition: Condition
     seed: int = 0
     guidance: float = 1.5
     guidance_channels: int | str | None = "published"
     numerics: str = "simulated"
     batch_size: int | None = None
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    num_samples: int | None = None
+    prompts: Sequence[str] | None = None
+    shape: Sequence[int] | None = None
+
+    @property
+    def count(self) -> int:
+        """How many samples there are."""
+        return self.num_samples or sample_count(self.condition, None)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The number of each sample's condition, `[N]`."""
+        return np.arange(self.count) % (num_conditions(self.condition) or self.count)
 
     @property
     def is_latent(self) -> bool:
@@ -73,7 +97,10 @@ class SampleFile:
         force: bool = False,
         progress_fn: Callable[[int], Any] = lambda count: None,
     ) -> None:
-        """Samples and writes `out`: a `.png` grid with captions, or an `.npz` archive.
+        """Samples and writes `out`: a `.png` grid with captions, an `.npz` archive, or a clip.
+
+        A grid of videos has a row of frames per video; a clip is a `.gif`, or an `.mp4` where the package
+        for it is installed.
 
         A run that was stopped resumes from the folder `.NAME.unfinished`, removed on success.
 
@@ -87,28 +114,49 @@ class SampleFile:
                 or the disk is too small.
         """
         itemsize = 4 if self.is_latent else 1
-        check_room(out, sample_shape(self.checkpoint), len(self.label), itemsize)
+        shape = sample_shape(self.checkpoint, self.shape)
+        check_room(out, shape, self.count, itemsize)
         with unfinished_folder(out) as folder:
             ranges = self.make_shards(folder, progress_fn, force=force)
             if out.suffix == ".npz":
                 name, member = ("latents",) * 2 if self.is_latent else ("images", "arr_0")
-                merge(folder, ranges, name, out, member, label=self.label)
+                merge(folder, ranges, name, out, member, **self.named())
                 return
-            images = first_samples(folder, ranges, "images", len(self.label))
+            images = first_samples(folder, ranges, "images", self.count)
             assert images is not None, "the batches of a grid hold images"
-            scale = -(-SMALLEST_CELL // images.shape[1])
-            save_grid(out, images, columns=columns, labels=self.captions(), scale=scale)
+            scale = -(-SMALLEST_CELL // images.shape[-3])
+            labels = self.captions()
+            if out.suffix in CLIPS:
+                save_clip(out, images, columns=columns, labels=labels, scale=scale)
+                return
+            if is_video(images):
+                images, columns, labels = frame_rows(images, labels)
+            save_grid(out, images, columns=columns, labels=labels, scale=scale)
+
+    def named(self) -> dict[str, np.ndarray]:
+        """Returns what stands beside the samples of an archive: labels, or the rows of prompts."""
+        if self.condition is None:
+            return {}
+        if not isinstance(self.condition, Mapping):
+            return {"label": np.asarray(self.condition)[self.rows]}
+        texts = {} if self.prompts is None else {"prompts": np.array(self.prompts)[self.rows]}
+        return {"row": self.rows, **texts}
 
     def captions(self) -> list[str]:
-        """Returns the class name of each sample, or its number."""
+        """Returns the prompt or the class name of each sample, or its number."""
+        if self.prompts is not None:
+            return [self.prompts[i] for i in self.rows]
+        if self.condition is None or isinstance(self.condition, Mapping):
+            return [str(i) for i in self.rows]
         names = self.checkpoint.metadata.get("id2label", {})
-        return [str(names.get(str(i), i)).partition(",")[0] for i in self.label]
+        labels = np.asarray(self.condition)[self.rows]
+        return [str(names.get(str(i), i)).partition(",")[0] for i in labels]
 
     def make_shards(
         self, folder: AnyPath, progress_fn: Callable[[int], Any], *, force: bool
     ) -> list[tuple[int, int]]:
         """Samples the batches that `folder` lacks and returns the range of samples of each."""
-        count = len(self.label)
+        count = self.count
         size = self.begun(folder, force)["batch_size"]
         ranges = shard_ranges(count, size)
         missing = missing_shards(folder, ranges)
@@ -119,13 +167,15 @@ class SampleFile:
         batches = generated_batches(
             self.checkpoint,
             self.sampler,
-            self.label,
+            self.condition,
             [start for start, _ in missing],
             batch_size=size,
+            num_samples=count,
             seed=self.seed,
             guidance=self.guidance,
             guidance_channels=self.guidance_channels,
             numerics=self.numerics,
+            shape=self.shape,
         )
         for start, images in batches:
             check_finite(images, start, count)
@@ -137,7 +187,7 @@ class SampleFile:
     def begun(self, folder: AnyPath, force: bool) -> dict[str, Any]:
         """Returns the settings of the run in `folder`: those of an earlier run, or these."""
         settings = self.all_settings()
-        default = {"batch_size": checked_batch_size(len(self.label), None)}
+        default = {"batch_size": checked_batch_size(self.count, None)}
         try:
             return open_run(folder, settings, default, REMEDY)
         except UserError:
@@ -149,20 +199,25 @@ class SampleFile:
     def all_settings(self) -> dict[str, Any]:
         """Returns what determines every sample, in JSON's types; a batch size of None is open."""
         size, vae = self.batch_size, self.checkpoint.vae
+        is_labels = not isinstance(self.condition, Mapping) and self.condition is not None
+        conditions = np.asarray(self.condition)[self.rows] if is_labels else self.condition
+        texts = None if self.prompts is None else list(self.prompts)
         return {
             **fingerprint(
                 model=(self.checkpoint.model, self.checkpoint.params),
                 vae=vae and (vae.model, vae.params),
                 sampler=self.sampler,
-                labels=self.label,
+                **{"labels" if is_labels else "conditions": conditions},
+                **({} if texts is None else {"prompts": texts}),
+                **({} if self.shape is None else {"shape": tuple(self.shape)}),
             ),
             **self.settings,
-            "num_samples": len(self.label),
+            "num_samples": self.count,
             "guidance": self.guidance,
             "guidance_channels": self.guidance_channels or "all",
             "seed": self.seed,
             "numerics": self.numerics,
-            "batch_size": None if size is None else checked_batch_size(len(self.label), size),
+            "batch_size": None if size is None else checked_batch_size(self.count, size),
         }
 
 
@@ -183,13 +238,17 @@ def unfinished_folder(out: AnyPath) -> Iterator[AnyPath]:
     remove_folder(folder)
 
 
-def sample_shape(checkpoint: Checkpoint) -> tuple[int, ...]:
+def sample_shape(
+    checkpoint: Checkpoint, latents_shape: Sequence[int] | None = None
+) -> tuple[int, ...]:
     """Returns the shape of one sample: rows, columns and channels of an image or a latent.
+
+    Videos have frames first. `latents_shape` is what the network samples, its own shape by default.
 
     Raises:
         ValueError: if the autoencoder does not fit the model's latents.
     """
-    shape, vae = checkpoint.model.sample_shape(), checkpoint.vae
+    shape, vae = shape_of_sample(checkpoint.model, latents_shape), checkpoint.vae
     if vae is None:
         return shape
     try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -18,16 +18,19 @@ from jaxtyping import Int
 from qdit_jax import diffusion
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.errors import UserError
+from qdit_jax.models import Network, with_guidance
 from qdit_jax.report import to_uint8
 from qdit_jax.sampling import (
     PUBLISHED,
     Denoiser,
+    cyclic_conditions,
     decode,
     denoiser,
     initial_noise,
     running_params,
+    shape_of_sample,
 )
-from qdit_jax.types import AnyArray, Condition
+from qdit_jax.types import UNSAID, AnyArray, Condition
 
 # (x [B, H, W, C], timestep [B], condition) -> output; a pytree of its parameters.
 DenoiseFn: TypeAlias = Callable[[jax.Array, jax.Array, Condition], jax.Array]
@@ -46,7 +49,8 @@ class Protocol:
     """How every contender is sampled: everything that a sample depends on beside the network.
 
     `record` says in JSON which sampler it is; `batch_size` None takes the device's default;
-    `conditions` are labels or prompts, cycled over the samples; every class by default.
+    `conditions` are labels or prompts, cycled over the samples; every class by default. `shape` is
+    that of one sample, the network's own by default.
     """
 
     sampler: diffusion.Sampler
@@ -58,6 +62,15 @@ class Protocol:
     numerics: str = "simulated"
     batch_size: int | None = None
     conditions: Condition = None
+    shape: Sequence[int] | None = dataclasses.field(default=None, metadata=UNSAID)
+
+    def shape_of(self, model: Network) -> tuple[int, ...]:
+        """Returns the shape of one sample of a network."""
+        return shape_of_sample(model, self.shape)
+
+    def condition_of(self, model: Network, index: Int[np.ndarray, " B"]) -> Condition:
+        """Returns the conditions of the samples `index`, with guidance where a network embeds it."""
+        return with_guidance(model, cyclic_conditions(model, self.conditions, index), self.guidance)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +128,9 @@ class BatchSampler:
         given = (self.denoise_fn, self.protocol.sampler, key, numbers, condition)
         compile_seconds, began = 0.0, time.perf_counter()
         if self.compiled is None:
-            self.compiled = compiled_trajectory.lower(*given, shape=model.sample_shape()).compile()
+            self.compiled = compiled_trajectory.lower(
+                *given, shape=self.protocol.shape_of(model)
+            ).compile()
             compile_seconds = time.perf_counter() - began
         began = time.perf_counter()
         found = jax.block_until_ready(self.compiled(*given))

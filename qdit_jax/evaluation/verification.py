@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from qdit_jax.errors import UserError, check_counts
 from qdit_jax.evaluation.layer_facts import layer_facts
 from qdit_jax.evaluation.limits import Layer, Limits, Outcome, outcomes
 from qdit_jax.evaluation.pair_measures import interval, measured, paired_samples, sizes, timed
-from qdit_jax.evaluation.runs import check_pairable
+from qdit_jax.evaluation.runs import check_inputs, check_pairable
 from qdit_jax.evaluation.trajectories import Contender, Protocol
 from qdit_jax.files import PathLike
 from qdit_jax.models import config_of, family_of
@@ -25,6 +25,7 @@ from qdit_jax.sampling import (
     DEFAULT_GUIDANCE,
     PUBLISHED,
     Denoiser,
+    calls_per_step,
     check_diffusion_model,
     check_numerics,
     check_seed,
@@ -32,6 +33,7 @@ from qdit_jax.sampling import (
     checkpoint_sampler,
     fitting_guidance,
     num_guided_channels,
+    sample_rows,
 )
 from qdit_jax.types import Condition
 
@@ -91,6 +93,7 @@ def verify(
     numerics: str = "simulated",
     dtype: str | None = None,
     conditions: Condition = None,
+    shape: Sequence[int] | None = None,
     timing: bool = True,
     progress_fn: Callable[[int], Any] | None = None,
 ) -> Verification:
@@ -113,6 +116,7 @@ def verify(
         numerics: what quantized layers compute, `"simulated"` or `"integer"`.
         dtype: that both networks compute in; None leaves it to them.
         conditions: labels or prompts, cycled over the samples; every class by default.
+        shape: of one sample, channels last; the network's own by default.
         timing: whether calls of both networks are timed.
         progress_fn: called with the number of samples just done.
 
@@ -130,12 +134,14 @@ def verify(
     ]
     full, ours = (contender.checkpoint for contender in pair)
     check_numerics(ours.params, numerics)
-    protocol = protocol_of(full, num_samples, steps, guidance, batch_size)
+    protocol = protocol_of(full, num_samples, steps, guidance, batch_size, shape)
     chosen = {"seed": check_seed(seed), "numerics": numerics, "conditions": conditions}
-    protocol = dataclasses.replace(protocol, **chosen)  # type: ignore[arg-type]
+    protocol = dataclasses.replace(protocol, **chosen, shape=shape)  # type: ignore[arg-type]
+    check_inputs(pair, protocol)
     # A guided call has the null samples as well.
-    call_size = (protocol.batch_size or 1) * (1 if protocol.guidance == 1 else 2)
-    facts = layer_facts(ours, full, numerics=numerics, batch_size=call_size)
+    call_size = (protocol.batch_size or 1) * calls_per_step(full.model, protocol.guidance)
+    rows = sample_rows(full.model, shape, conditions)
+    facts = layer_facts(ours, full, numerics=numerics, batch_size=call_size, rows=rows)
     first, condition, final = paired_samples(pair, protocol, progress_fn)
     model = full.model.clone(numerics=numerics)
     denoise_fns = [Denoiser(tree, model) for tree in (full.params, ours.params)]
@@ -241,12 +247,13 @@ def protocol_of(
     steps: int | str,
     guidance: float | int | None,
     batch_size: int | None,
+    shape: Sequence[int] | None,
 ) -> Protocol:
     """Returns how both are sampled; raises `ValueError` if a setting does not fit the network."""
     check_counts(2, num_samples=num_samples)
     guidance = fitting_guidance(full.model, guidance)
     return Protocol(
-        checkpoint_sampler(full, steps),
+        checkpoint_sampler(full, steps, shape=shape),
         {},
         num_samples,
         guidance=1.0 if guidance is None else float(guidance),
@@ -265,6 +272,7 @@ def settings_of(protocol: Protocol, steps: int | str) -> dict[str, Any]:
         "seed": protocol.seed,
         "batch_size": protocol.batch_size,
         "numerics": protocol.numerics,
+        **({} if protocol.shape is None else {"shape": list(protocol.shape)}),
     }
 
 

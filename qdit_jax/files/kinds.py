@@ -206,6 +206,7 @@ KINDS = {
     "export": Kind("an exported checkpoint", is_export),
     "statistics": Kind("a file of calibration statistics", archive_with("timesteps", "low/")),
     "inputs": Kind("a file of calibration inputs", archive_with("x", "timestep", "sample")),
+    "conditions": Kind("a file of conditions", archive_with("text")),
     "samples": Kind("a file of samples from here", marked),
     "picture": Kind("a picture from here", marked),
     "report": Kind("a report from here", marked),

@@ -6,12 +6,14 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from importlib import import_module
 from typing import Any, overload
 
 import jax
 from flax.traverse_util import flatten_dict
 
+from qdit_jax.calibration import Items
 from qdit_jax.checkpoint import Checkpoint, load, materialized, open_checkpoint, save, with_dtype
 from qdit_jax.files import PathLike, as_path, check_free
 from qdit_jax.methods.data import CalibrationData
@@ -177,7 +179,7 @@ def check(method: Method, checkpoint: Checkpoint, recipe: Recipe, data: Calibrat
     if data.items is not None and "items" in method.needs:
         found = tuple(data.items.x.shape[1:])
         wanted = tuple(checkpoint.model.sample_shape())
-        if found != wanted:
+        if found != wanted and not takes(checkpoint, data.items):
             raise ValueError(
                 f"data.items holds inputs {list(found)}, but the network takes {list(wanted)}; "
                 "collect them from this checkpoint."
@@ -186,11 +188,26 @@ def check(method: Method, checkpoint: Checkpoint, recipe: Recipe, data: Calibrat
             str(jax.tree.structure(condition))
             for condition in (data.items.condition, checkpoint.model.example_condition(1))
         ]
-        if kinds[0] != kinds[1]:
+        if kinds[0] != kinds[1] and not takes(checkpoint, data.items):
             raise ValueError(
                 f"data.items holds conditions {kinds[0]}, but the network takes {kinds[1]}; collect "
                 "them from this checkpoint."
             )
+
+
+def takes(checkpoint: Checkpoint, items: Items) -> bool:
+    """Returns whether the network takes inputs of another size, or without optional entries."""
+    apply = partial(checkpoint.model.apply, {"params": checkpoint.params})
+    x, timestep, condition = items.taken(slice(0, 1))
+    wanted = checkpoint.model.sample_shape()
+    if x.ndim - 1 != len(wanted) or x.shape[-1] != wanted[-1]:
+        return False
+    try:
+        checkpoint.model.check_condition(condition)
+        jax.eval_shape(apply, x, timestep, condition)
+    except Exception:  # whatever it says, it does not take them
+        return False
+    return True
 
 
 def check_transforms(method: Method, params: Params, specs: Mapping[str, LayerSpec]) -> None:

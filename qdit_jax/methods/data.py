@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,9 +18,10 @@ from qdit_jax.calibration import (
     collect_items,
     default_sampler,
 )
-from qdit_jax.checkpoint import Checkpoint
+from qdit_jax.checkpoint import Checkpoint, digest
 from qdit_jax.diffusion import Sampler
 from qdit_jax.files import PathLike
+from qdit_jax.types import UNSAID
 
 # Called with the number of samples finished, batch by batch.
 ProgressFn = Callable[[int], Any] | None
@@ -41,6 +42,7 @@ class CalibrationData:
         key: of the trajectories; None makes it from `seed`.
         seed: also of the steps that the Q-DiT release draws.
         conditions: labels or prompts that the samples take in turn; None is every class.
+        shape: of one sample, channels last; None is the network's own.
         num_samples: trajectories to sample.
         num_steps: of a trajectory, where `sampler` is None: DDIM, or the flow of a velocity model.
         sampler: of the trajectories.
@@ -73,6 +75,7 @@ class CalibrationData:
     dtype: str | None = None
     timestep_weights: TimestepWeights | None = None
     unfinished: PathLike | None = None
+    shape: Sequence[int] | None = dataclasses.field(default=None, metadata=UNSAID)
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for a setting that cannot be."""
@@ -98,6 +101,8 @@ class CalibrationData:
         settings |= {"dtype": self.dtype} if fitted else {}
         if sampled:
             settings |= {"guidance": str(self.guidance)}
+            settings |= {} if self.shape is None else {"shape": list(self.shape)}
+            settings |= {} if self.conditions is None else {"conditions": digest(self.conditions)}
             settings |= {} if self.key is None else {"key": key_words(self.key)}
             if self.sampler is not None:
                 settings |= {"sampler": type(self.sampler).__name__, "num_steps": None}
@@ -139,7 +144,7 @@ def sampled_items(
     """Returns items of the checkpoint's trajectories; `options` are of `collect_items`."""
     sampler, batch_size = data.sampler, data.batch_size
     if sampler is None:
-        sampler = default_sampler(checkpoint, data.num_steps)
+        sampler = default_sampler(checkpoint, data.num_steps, data.shape)
         batch_size = min(batch_size, data.num_steps)
     return collect_items(
         checkpoint,
@@ -149,6 +154,7 @@ def sampled_items(
         sampler=sampler,
         guidance=data.guidance,
         batch_size=batch_size,
+        shape=data.shape,
         progress_fn=progress_fn,
         **options,
     )

@@ -7,7 +7,8 @@ the same function; only what a quantizer sees differs. With input `x [.., K]`, k
 
 An input that is `norm * (1 + gamma) + beta`, gamma and beta from a modulation, takes the map through
 the modulation's linear; an attention's output is a mean of v with weights that sum to 1, so that the
-map passes through v. `Family.folds` lists a network's places. An input that comes out of GELU lets
+map passes through v (in a joint attention through the v of both streams, and both outputs share it).
+`Family.folds` lists a network's places; one may reach a segment of an input only. An input that comes out of GELU lets
 nothing through: for it, shift inside the quantizer (`ActSpec.shift`).
 
 Dimensions: K input channels, N output channels.
@@ -37,7 +38,8 @@ def fold_inputs(params: Any, *, scale: Vectors | None = None, shift: Vectors | N
     Args:
         scale, shift: `[K]` by layer path, such as `blocks_3/mlp/fc1`; a layer that one of the two
             leaves out has scale 1 or shift 0. Layers that read the same input share the map: name
-            one of them, or give all that are named the same.
+            one of them, or give all that are named the same. Where a fold reaches a segment of the
+            input only, the scale is 1 and the shift 0 in all other channels.
 
     Raises:
         ValueError: if a path is not a layer that a fold reaches, a vector does not fit or holds a
@@ -49,14 +51,16 @@ def fold_inputs(params: Any, *, scale: Vectors | None = None, shift: Vectors | N
     for path in sorted({*scale, *shift}):
         sources = producers(path, family)
         assert family is not None  # else there would be no producers
-        readers = [layer for layer in layers_of(flat) if family.producers(layer) == sources]
+        readers = [layer for layer in layers_of(flat) if made_by(layer, family) == sources]
         for name in (*readers, *(source.layer for source in sources)):
             check_foldable(flat, path, name)
         s, z = shared_map(path, readers, scale, shift, flat[f"{path}/kernel"].shape[0])
         if s is None:
             continue
+        covered = family.covered(path, flat[f"{path}/kernel"].shape)
+        check_covered(path, covered, s, z)
         for source in sources:
-            rewrite_producer(flat, family, source, s, z)
+            rewrite_producer(flat, family, source, s[covered], z[covered])
         for reader in readers:
             rewrite_reader(flat, reader, s, z)
     return unflatten_dict(flat, sep="/")
@@ -103,7 +107,7 @@ def rewrite_reader(
 
 def producers(path: str, family: Family | None) -> list[Producer]:
     """Returns the columns that make the input of the layer `path`."""
-    found = [] if family is None else family.producers(path)
+    found = [] if family is None else made_by(path, family)
     if not found:
         known = "" if family is None else f"; it has: {', '.join(f.layers for f in family.folds)}"
         raise ValueError(
@@ -111,6 +115,25 @@ def producers(path: str, family: Family | None) -> list[Producer]:
             f"folds name{known}."
         )
     return found
+
+
+def made_by(path: str, family: Family) -> list[Producer]:
+    """Returns the columns that make the input of a layer, or a segment of it; empty if none do."""
+    fold = family.fold_of(path)
+    return [] if fold is None else list(fold.producers)
+
+
+def check_covered(
+    path: str, covered: slice, scale: Float[Array, " K"], shift: Float[Array, " K"]
+) -> None:
+    """Raises `ValueError` if a map changes channels that the fold of `path` does not reach."""
+    outside = np.ones(scale.shape, bool)
+    outside[covered] = False
+    if np.any(np.asarray(scale)[outside] != 1) or np.any(np.asarray(shift)[outside]):
+        raise ValueError(
+            f"the fold of {path!r} reaches its input channels {covered.start} to {covered.stop - 1} "
+            "only; give the scale 1 and the shift 0 in all others."
+        )
 
 
 def rewrite_producer(
@@ -122,7 +145,7 @@ def rewrite_producer(
 ) -> None:
     """Replaces the producer's kernel and bias in `flat`; arrays are not written to."""
     kernel, bias = (jnp.asarray(flat[f"{producer.layer}/{name}"]) for name in ("kernel", "bias"))
-    columns = family.chunk(producer.layer, producer.output, kernel.shape[1])
+    columns = family.chunk(producer.layer, producer.output, kernel.shape)
     taken = shift if producer.shifted else 0.0
     moved = (bias[columns] + producer.offset - taken) / scale - producer.offset
     flat[f"{producer.layer}/bias"] = bias.at[columns].set(moved.astype(bias.dtype))

@@ -106,6 +106,8 @@ class DiT(NetworkModule):
     data_time: float = 1.0
 
     scans_blocks = True
+    flow_times = (0.0, 1.0)  # as seen from outside
+    velocity_to = "data"
 
     @nn.compact
     def __call__(
@@ -178,6 +180,10 @@ class DiT(NetworkModule):
         size = self.input_size
         height, width = (size, size) if isinstance(size, int) else size
         return height, width, self.in_channels
+
+    def num_tokens(self, shape: tuple[int, ...]) -> int:
+        """Returns the number of patches."""
+        return shape[0] * shape[1] // self.patch_size**2
 
     def example_condition(self, batch: int) -> jax.ShapeDtypeStruct:
         """Returns abstract labels."""

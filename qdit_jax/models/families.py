@@ -10,10 +10,10 @@ import jax
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from qdit_jax.models.family import Family, Fold, Producer
+from qdit_jax.models.family import SHIFT_SCALE_GATE, Family, Fold, Producer, from_modulation
+from qdit_jax.models.joint_rows import JOINT_ROWS
 from qdit_jax.types import Params
 
-SHIFT_SCALE_GATE = ("shift", "scale", "gate")
 SMALL_DIT = {
     "input_size": 4,
     "patch_size": 2,
@@ -22,6 +22,15 @@ SMALL_DIT = {
     "depth": 2,
     "num_heads": 2,
     "num_classes": 5,
+}
+SMALL_PIXART = {
+    "sample_size": 4,
+    "hidden_size": 24,
+    "depth": 2,
+    "num_heads": 2,
+    "mlp_width": 48,
+    "text_length": 6,
+    "text_width": 16,
 }
 
 FAMILIES: dict[str, Family] = {
@@ -50,25 +59,16 @@ FAMILIES: dict[str, Family] = {
             folds=(
                 Fold(
                     r"(blocks_\d+)/attn/qkv",
-                    (
-                        Producer(r"\1/adaLN_modulation", "shift_attn"),
-                        Producer(r"\1/adaLN_modulation", "scale_attn", 1.0, shifted=False),
-                    ),
+                    from_modulation(r"\1/adaLN_modulation", "_attn"),
                 ),
                 Fold(
                     r"(blocks_\d+)/mlp/fc1",
-                    (
-                        Producer(r"\1/adaLN_modulation", "shift_mlp"),
-                        Producer(r"\1/adaLN_modulation", "scale_mlp", 1.0, shifted=False),
-                    ),
+                    from_modulation(r"\1/adaLN_modulation", "_mlp"),
                 ),
                 Fold(r"(blocks_\d+)/attn/proj", (Producer(r"\1/attn/qkv", "v"),)),
                 Fold(
                     r"(final_layer)/linear",
-                    (
-                        Producer(r"\1/adaLN_modulation", "shift"),
-                        Producer(r"\1/adaLN_modulation", "scale", 1.0, shifted=False),
-                    ),
+                    from_modulation(r"\1/adaLN_modulation"),
                 ),
             ),
             gelu_inputs=r"blocks_\d+/mlp/fc2",
@@ -76,6 +76,54 @@ FAMILIES: dict[str, Family] = {
                 SMALL_DIT,
                 {**SMALL_DIT, "input_size": [4, 8], "learn_sigma": False, "null_class": False},
                 {**SMALL_DIT, "velocity": True, "noise_time": 1.0, "data_time": 0.0},
+            ),
+        ),
+        *JOINT_ROWS,
+        Family(
+            name="pixart",
+            network="qdit_jax.models.pixart:PixArt",
+            block=r"blocks_\d+",
+            parts={
+                "blocks": (
+                    r"blocks_\d+/(attn(_sr)?/(qkv|proj)|cross_attn/(q_linear|kv_linear|proj)|"
+                    r"mlp/(fc1|fc2))"
+                ),
+                "adaln": "t_block",
+                "embedders": (
+                    r"x_embedder/proj|(t|csize|ar)_embedder/mlp_\d|y_embedder/y_proj/fc\d"
+                ),
+                "final": r"final_layer/linear",
+            },
+            attention={
+                "self_attention": r"blocks_\d+/attn(_sr)?",
+                "cross_attention": r"blocks_\d+/cross_attn",
+            },
+            rounded_first="adaln",
+            outputs={
+                "t_block": (
+                    *(f"{name}_attn" for name in SHIFT_SCALE_GATE),
+                    *(f"{name}_mlp" for name in SHIFT_SCALE_GATE),
+                ),
+                r"blocks_\d+/attn(_sr)?/qkv": ("q", "k", "v"),
+                r"blocks_\d+/cross_attn/kv_linear": ("k", "v"),
+            },
+            # The modulation is shared by all blocks, a compressed v is normalized, and q_linear reads
+            # the residual stream: nothing passes through those.
+            folds=(
+                Fold(r"(blocks_\d+)/attn/proj", (Producer(r"\1/attn/qkv", "v"),)),
+                Fold(r"(blocks_\d+)/cross_attn/proj", (Producer(r"\1/cross_attn/kv_linear", "v"),)),
+            ),
+            gelu_inputs=r"blocks_\d+/mlp/fc2",
+            examples=(
+                {**SMALL_PIXART, "stored_positions": True},
+                {**SMALL_PIXART, "size_conditions": True, "interpolation_scale": 2.0},
+                {
+                    **SMALL_PIXART,
+                    "sample_size": 8,
+                    "qk_norm": True,
+                    "kv_compression": [1, 2],
+                    "learn_sigma": False,
+                },
             ),
         ),
         Family(

@@ -11,8 +11,10 @@ Dimensions: B batch, K input channels of a layer.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -28,6 +30,8 @@ from qdit_jax.types import AnyArray, Condition, Params
 # named `<attention>/operands/q`, so that a layer may be called `<attention>/q`.
 OPERANDS = ("q", "k", "v", "softmax")
 OPERANDS_OF = "/operands/"
+# What a modulation's columns do, in the order in which the published networks have them.
+SHIFT_SCALE_GATE = ("shift", "scale", "gate")
 TABLE = "/embedding_table"  # ends the path of a label table; its rows are vectors
 
 
@@ -41,6 +45,11 @@ class Network(Protocol):
         has_null: whether there is a null condition, which guidance needs.
         guided_channels: how many channels guidance changes by default; None is all.
         default_sampler: a name in `diffusion.SAMPLERS`.
+        flow_times: of a velocity: the timestep that the network is called with at pure noise, and
+            at the data.
+        velocity_to: of a velocity: where it points, `"data"` or `"noise"`.
+
+    A `NetworkModule` has the last two, and what else it says of a flow, from its class.
     """
 
     @property
@@ -57,6 +66,12 @@ class Network(Protocol):
 
     @property
     def default_sampler(self) -> str: ...
+
+    @property
+    def flow_times(self) -> tuple[float, float]: ...
+
+    @property
+    def velocity_to(self) -> str: ...
 
     def sample_shape(self) -> tuple[int, ...]:
         """Returns the shape of one sample, channels last."""
@@ -98,10 +113,45 @@ class Fold:
     Attributes:
         layers: pattern of the layers that read the input; those of one match share the map.
         producers: what produces the input.
+        inputs: the name in `Family.inputs` of the channels that these produce, where the rest of the
+            input comes from elsewhere; empty for all of them.
     """
 
     layers: str
     producers: tuple[Producer, ...]
+    inputs: str = ""
+
+
+def from_modulation(layer: str, branch: str = "") -> tuple[Producer, ...]:
+    """Returns the producers of an input that a layer's columns `shift` and `scale` modulate."""
+    return (
+        Producer(layer, f"shift{branch}"),
+        Producer(layer, f"scale{branch}", 1.0, shifted=False),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """Names of runs of a layer's input or output channels, in their order.
+
+    A run is as wide as the narrower side of the layer's kernel. A layer may have fewer runs than names.
+
+    Attributes:
+        names: of runs, from the first channel on.
+        rest: of the channels after those, of whatever number; empty if there are none.
+    """
+
+    names: tuple[str, ...]
+    rest: str = ""
+
+    def find(self, name: str, shape: tuple[int, ...], width: int) -> slice | None:
+        """Returns the channels called `name` among `width` of a layer with a kernel of `shape`."""
+        size = min(math.prod(shape[:-1]), shape[-1])
+        if name and name == self.rest:
+            return slice(len(self.names) * size, width)
+        if name not in self.names or (first := self.names.index(name) * size) + size > width:
+            return None
+        return slice(first, first + size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +170,8 @@ class Family:
         attention: name -> pattern of attention modules, whose operands can be quantized.
         rounded_first: the part whose layers see the condition only, which sequential rounding
             takes before the blocks.
-        outputs: pattern -> names of the equal chunks of a layer's columns.
+        outputs: pattern -> names of the equal chunks of a layer's columns, or `Segments`.
+        inputs: pattern -> segments of the input of a layer that reads several outputs side by side.
         folds: where input transforms cost nothing at run time.
         gelu_inputs: pattern of layers whose input is a GELU's output.
         marks: parameters that a tree of this family has beside its layers; they distinguish
@@ -136,7 +187,8 @@ class Family:
     parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     attention: Mapping[str, str] = dataclasses.field(default_factory=dict)
     rounded_first: str = ""
-    outputs: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    outputs: Mapping[str, tuple[str, ...] | Segments] = dataclasses.field(default_factory=dict)
+    inputs: Mapping[str, Segments] = dataclasses.field(default_factory=dict)
     folds: tuple[Fold, ...] = ()
     gelu_inputs: str = "(?!)"
     marks: tuple[str, ...] = ()
@@ -203,23 +255,56 @@ class Family:
         found = [m for m in modules if any(re.fullmatch(p, m) for p in patterns)]
         return [f"{module}{OPERANDS_OF}{name}" for module in found for name in OPERANDS]
 
-    def chunk(self, layer: str, output: str, width: int) -> slice:
-        """Returns the columns of a layer that `outputs` calls `output`; all of them if empty."""
+    def chunk(self, layer: str, output: str, shape: tuple[int, ...]) -> slice:
+        """Returns the columns of a layer that `outputs` calls `output`; all of them if empty.
+
+        Args:
+            shape: of the layer's kernel, `[..., N]`.
+        """
+        width = shape[-1]
         if not output:
             return slice(0, width)
         for pattern, names in self.outputs.items():
-            if re.fullmatch(pattern, layer) and output in names:
+            if not re.fullmatch(pattern, layer):
+                continue
+            if isinstance(names, Segments):
+                if (found := names.find(output, shape, width)) is not None:
+                    return found
+            elif output in names:
                 size = width // len(names)
                 first = names.index(output) * size
                 return slice(first, first + size)
         raise ValueError(f"family {self.name!r}: {layer} has no output {output!r}.")
 
-    def producers(self, layer: str) -> list[Producer]:
-        """Returns what produces the input of a layer; empty if it has no fold."""
+    def covered(self, layer: str, shape: tuple[int, ...]) -> slice:
+        """Returns the input channels of a layer that its fold reaches: all, or a segment.
+
+        Args:
+            shape: of the layer's kernel, `[..., N]`.
+        """
+        fold, width = self.fold_of(layer), math.prod(shape[:-1])
+        if fold is None or not fold.inputs:
+            return slice(0, width)
+        for pattern, segments in self.inputs.items():
+            found = segments.find(fold.inputs, shape, width)
+            if re.fullmatch(pattern, layer) and found is not None:
+                return found
+        raise ValueError(f"family {self.name!r}: {layer} has no input {fold.inputs!r}.")
+
+    def fold_of(self, layer: str) -> Fold | None:
+        """Returns the fold of a layer's input, or of a segment of it, with its producers' paths."""
         for fold in self.folds:
             if match := re.fullmatch(fold.layers, layer):
-                return [dataclasses.replace(p, layer=match.expand(p.layer)) for p in fold.producers]
-        return []
+                found = (
+                    dataclasses.replace(p, layer=match.expand(p.layer)) for p in fold.producers
+                )
+                return dataclasses.replace(fold, producers=tuple(found))
+        return None
+
+    def producers(self, layer: str) -> list[Producer]:
+        """Returns what produces the whole input of a layer; empty if it has no such fold."""
+        fold = self.fold_of(layer)
+        return [] if fold is None or fold.inputs else list(fold.producers)
 
     def claims(self, params: Params) -> bool:
         """Returns whether a tree's layers are this family's: each belongs to one of its parts."""
@@ -237,14 +322,34 @@ def layers_of(flat: Mapping[str, Any]) -> list[str]:
     return [path.removesuffix("/kernel") for path in flat if path.endswith("/kernel")]
 
 
-def example_inputs(model: Network, batch: int = 1) -> tuple[Any, ...]:
-    """Returns abstract arguments of a call of a network that denoises, to trace it with."""
-    shape = (batch, *model.sample_shape())
+def example_inputs(
+    model: Network,
+    batch: int = 1,
+    shape: Sequence[int] | None = None,
+    conditions: Condition = None,
+) -> tuple[Any, ...]:
+    """Returns abstract arguments of a call of a network that denoises, to trace it with.
+
+    Args:
+        shape: of one sample; the network's own by default.
+        conditions: whose entries the arguments are like; the network's example by default.
+    """
+    size = model.sample_shape() if shape is None else shape
+    condition = model.example_condition(batch)
+    if conditions is not None:
+        condition = jax.tree.map(partial(abstract_rows, batch), conditions)
     return (
-        jax.ShapeDtypeStruct(shape, jnp.float32),
+        jax.ShapeDtypeStruct((batch, *size), jnp.float32),
         jax.ShapeDtypeStruct((batch,), jnp.float32),
-        model.example_condition(batch),
+        condition,
     )
+
+
+def abstract_rows(batch: int, leaf: AnyArray) -> jax.ShapeDtypeStruct:
+    """Returns `batch` rows of an array without their values; numbers of any width are float32."""
+    is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+    dtype = jnp.float32 if is_float else leaf.dtype
+    return jax.ShapeDtypeStruct((batch, *leaf.shape[1:]), dtype)
 
 
 def is_concrete(array: AnyArray | jax.ShapeDtypeStruct) -> bool:

@@ -195,10 +195,15 @@ def modulate(
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def sincos_positions(width: int, height_width: tuple[int, int]) -> np.ndarray:
-    """Returns the 2-D sin-cos table `[T, D]`: first half the column, second the row; tokens row-major."""
+def sincos_positions(
+    width: int, height_width: tuple[int, int], steps: tuple[float, float] = (1.0, 1.0)
+) -> np.ndarray:
+    """Returns the 2-D sin-cos table `[T, D]`: first half the column, second the row; tokens row-major.
+
+    `steps` are the distances of neighboring rows and columns, for grids that are stretched.
+    """
     rows, columns = np.meshgrid(
-        *(np.arange(n, dtype=np.float64) for n in height_width), indexing="ij"
+        *(np.arange(n) * step for n, step in zip(height_width, steps, strict=True)), indexing="ij"
     )
     frequencies = 10_000 ** -(np.arange(width // 4, dtype=np.float64) / (width / 4))
     halves = []

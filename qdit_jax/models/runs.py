@@ -32,20 +32,24 @@ def apply_blocks(
     count: int,
     x: Any,
     *args: Any,
+    first: int = 0,
 ) -> Any:
-    """Returns `x` after the blocks `prefix_0`, `prefix_1`, ..., those of a run scanned.
+    """Returns `x` after `count` blocks `prefix_0`, `prefix_1`, ..., those of a run scanned.
 
     Args:
         module: whose params hold the blocks, inside its compact method.
         make_fn: makes a block: called with `name=` of one, or with `parent=None` for a run.
         x: what a block takes first and returns: a pytree.
         args: what every block takes beside it.
+        first: the number of the first one. A network whose blocks are not all made alike calls this
+            for each neighborhood of equal ones; their parameters must differ from their neighbors'
+            in shape or name, so that no run holds both.
     """
     runs: Params = (
         module.get_variable("params", RUNS) if module.has_variable("params", RUNS) else {}
     )
-    number = 0
-    while number < count:
+    number = first
+    while number < first + count:
         name = f"{prefix}_{number}"
         if name not in runs:
             x, number = make_fn(name=name)(x, *args), number + 1

@@ -81,17 +81,21 @@ def layers_in_order(apply: Callable[..., Any], *args: object) -> list[str]:
     return list(dict.fromkeys(paths))
 
 
-def rows_per_sample(model: Network) -> dict[str, int]:
+def rows_per_sample(model: Network, inputs: tuple[Any, ...] | None = None) -> dict[str, int]:
     """Returns how many rows one sample has in every layer, from a trace of the network.
 
     The rows of all calls of a layer are added.
+
+    Args:
+        inputs: abstract arguments of a call with one sample, of another size or text than the network's example;
+            see `example_inputs`.
     """
     rows: dict[str, int] = {}
 
     def count(path: str, x: Array) -> None:
         rows[path] = rows.get(path, 0) + math.prod(x.shape[:-1])
 
-    inputs = example_inputs(model)
+    inputs = example_inputs(model) if inputs is None else inputs
     with seen_inputs(count):
         jax.eval_shape(model.init, jax.random.key(0), *inputs)  # type: ignore[attr-defined]
     return rows

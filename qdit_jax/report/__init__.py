@@ -1,5 +1,13 @@
 """Pages, pictures and charts."""
 
+from qdit_jax.report.clips import (
+    CLIPS,
+    check_clip,
+    frame_numbers,
+    frame_rows,
+    is_video,
+    save_clip,
+)
 from qdit_jax.report.figures import range_histograms
 from qdit_jax.report.html import heading, paragraph, picture, table, write_report
 from qdit_jax.report.media import (
@@ -23,13 +31,18 @@ from qdit_jax.report.model_stats import (
 from qdit_jax.report.provenance import provenance, provenance_text
 
 __all__ = [
+    "CLIPS",
     "GROUP_SIZE",
     "block_layers",
+    "check_clip",
     "check_report_folder",
+    "frame_numbers",
+    "frame_rows",
     "group_text",
     "heading",
     "image_grid",
     "input_ranges",
+    "is_video",
     "kernel_of",
     "paragraph",
     "part_of",
@@ -37,6 +50,7 @@ __all__ = [
     "provenance",
     "provenance_text",
     "range_histograms",
+    "save_clip",
     "save_grid",
     "save_picture",
     "shown_group_sizes",

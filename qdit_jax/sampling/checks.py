@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import jax
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from qdit_jax.errors import check_counts, check_finite
+from qdit_jax import diffusion
+from qdit_jax.errors import check_counts
 from qdit_jax.kernels import NUMERICS
-from qdit_jax.models import family_of
+from qdit_jax.models import embeds_guidance, family_of, without_null
 from qdit_jax.quant import QTensor
-from qdit_jax.types import Condition, Params
+from qdit_jax.types import Condition, Params, Scalar
 
 DEFAULT_GUIDANCE = 1.5
 PUBLISHED = "published"  # guides as many channels as the published sampler
-Guidance = TypeVar("Guidance")  # a number, an array or None
+Given = TypeVar("Given")  # a number, an array, a scale over time or None
+# A number, one per sample, or a function of the timesteps [B].
+Guidance: TypeAlias = Scalar | diffusion.SteppedScale
 
 
 def check_diffusion_model(model: object, name: object = "the checkpoint") -> None:
@@ -38,15 +41,27 @@ def check_diffusion_model(model: object, name: object = "the checkpoint") -> Non
     )
 
 
-def fitting_guidance(model: nn.Module, guidance: Guidance) -> Guidance | None:
+def takes_embedded_guidance(model: nn.Module) -> bool:
+    """Returns whether a network, or a function's stand-in, takes guidance in its condition."""
+    return hasattr(model, "example_condition") and embeds_guidance(model)  # type: ignore[arg-type]
+
+
+def calls_per_step(model: nn.Module, guidance: object) -> int:
+    """Returns how many samples the network computes for one in a step: 2 with a null condition."""
+    if guidance is None or takes_embedded_guidance(model):
+        return 1
+    return 1 if isinstance(guidance, int | float) and guidance == 1 else 2
+
+
+def fitting_guidance(model: nn.Module, guidance: Given) -> Given | None:
     """Returns the guidance a network is sampled with: None without a null condition.
 
     Raises:
         ValueError: if the guidance is not finite, or is given, other than the default, for a
             network without a null class.
     """
-    check_finite(guidance=guidance)
-    if model.has_null or guidance is None:
+    check_guidance(guidance)
+    if model.has_null or guidance is None or takes_embedded_guidance(model):
         return guidance
     if not isinstance(guidance, int | float) or guidance not in (1, DEFAULT_GUIDANCE):
         raise ValueError(
@@ -81,7 +96,7 @@ def sample_count(condition: Condition, num_samples: int | None) -> int:
     Raises:
         ValueError: if neither is given, or they differ.
     """
-    leaves = jax.tree.leaves(condition)
+    leaves = jax.tree.leaves(without_null(condition))
     if not leaves and num_samples is None:
         raise ValueError("condition=None does not say how many samples to make; give num_samples.")
     if num_samples is None:
@@ -95,13 +110,13 @@ def sample_count(condition: Condition, num_samples: int | None) -> int:
 
 
 def check_guidance(guidance: object) -> None:
-    """Raises if `guidance` is not a finite number, nor an array of such; a traced one is not checked.
+    """Raises if `guidance` is no finite number, array of such or function; a traced one is not checked.
 
     Raises:
         TypeError: if it is of another type.
         ValueError: if it is NaN or infinite.
     """
-    if guidance is None or isinstance(guidance, jax.core.Tracer):
+    if guidance is None or callable(guidance) or isinstance(guidance, jax.core.Tracer):
         return
     if isinstance(guidance, str) or not np.issubdtype(np.asarray(guidance).dtype, np.number):
         raise TypeError(

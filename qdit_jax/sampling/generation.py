@@ -6,7 +6,7 @@ Dimension letters: N = number of samples, B = batch, H, W, C = one latent or ima
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -18,20 +18,38 @@ from jaxtyping import Array, Float, Int, Num
 
 from qdit_jax import diffusion
 from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.models import as_condition, is_concrete
+from qdit_jax.models import (
+    NULL,
+    is_concrete,
+    null_condition_of,
+    null_entries,
+    with_guidance,
+    without_null,
+)
 from qdit_jax.quant import UNQUANTIZED, applied_over_time, select_timestep
 from qdit_jax.sampling.batches import checked_batch_size, device_mesh, filled_batch
 from qdit_jax.sampling.checks import (
+    DEFAULT_GUIDANCE,
     PUBLISHED,
+    Guidance,
+    calls_per_step,
     check_diffusion_model,
     check_guidance,
     check_numerics,
     check_seed,
     num_guided_channels,
     sample_count,
+    takes_embedded_guidance,
 )
+from qdit_jax.sampling.conditions import (
+    check_takes,
+    checked_conditions,
+    rows_of,
+    shape_of_sample,
+)
+from qdit_jax.sampling.decoding import decode
 from qdit_jax.sampling.running import running_params
-from qdit_jax.types import AnyArray, Condition, Key, Numbers, Params, Scalar
+from qdit_jax.types import Condition, Key, Params
 
 
 @jax.tree_util.register_dataclass
@@ -47,21 +65,26 @@ class Denoiser:
     ) -> Array:
         """Returns the network's output, with the static scales and bits of the nearest timestep.
 
+        `null_*` entries of the condition do not count here, see `null_condition`.
+
         Raises:
             ValueError: as `check_condition`; in a traced label, what is out of range gives NaN.
         """
         self.check_condition(condition)
-        return diffusion.in_auto_axes(_applied, x, timestep, condition, self)
+        return diffusion.in_auto_axes(_applied, x, timestep, without_null(condition), self)
 
     def check_condition(self, condition: Condition) -> None:
         """Raises `ValueError` for conditions unknown to the network, unless they are traced."""
         check = getattr(self.model, "check_condition", None)  # a function's stand-in has none
         if check is not None and all(is_concrete(leaf) for leaf in jax.tree.leaves(condition)):
-            check(condition)
+            check(without_null(condition))
 
     def null_condition(self, condition: Condition) -> Condition:
-        """Returns the null condition, see `models.Network`."""
-        return self.model.null_condition(condition, self.params)
+        """Returns the null condition, with the same entries; see `models.null_condition_of`."""
+        found = null_condition_of(self.model, self.params, condition)
+        if null := null_entries(condition):
+            return {**cast(dict, found), **{f"{NULL}{name}": null[name] for name in null}}
+        return found
 
 
 def _applied(
@@ -78,16 +101,55 @@ def _applied(
     return applied_over_time(apply, params, timestep)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class EmbeddedGuidance:
+    """A denoiser whose network takes the scale of guidance as an entry: one call per step.
+
+    Samples whose condition has the entry `guidance` keep it.
+    """
+
+    denoise_fn: Denoiser
+    scale: Any
+
+    def __call__(
+        self, x: Float[Array, "B ..."], timestep: Num[Array, " B"], condition: Condition
+    ) -> Array:
+        """Returns the network's output; the scale is one number, or one per sample."""
+        return self.denoise_fn(x, timestep, self.filled(condition))
+
+    def filled(self, condition: Condition) -> Condition:
+        """Returns the condition with the scale."""
+        return with_guidance(self.denoise_fn.model, condition, self.scale)
+
+    def check_condition(self, condition: Condition) -> None:
+        """Raises `ValueError` as the network does, or if two different scales are given.
+
+        The scale that is the default everywhere does not count as given.
+        """
+        self.denoise_fn.check_condition(self.filled(condition))
+        given = condition.get("guidance") if isinstance(condition, Mapping) else None
+        known = isinstance(self.scale, int | float) and self.scale != DEFAULT_GUIDANCE
+        if given is not None and known and is_concrete(given) and (given != self.scale).any():
+            raise ValueError(
+                f"guidance={self.scale}, but the condition has an entry guidance of other values; "
+                "give one of both."
+            )
+
+
 def denoiser(
     model: nn.Module,
     params: Params,
-    guidance: Numbers | None = 1.5,
+    guidance: Guidance | None = 1.5,
     guidance_channels: int | str | None = PUBLISHED,
 ) -> Callable[..., Array]:
     """Returns the `denoise_fn` of a network, guided by its null condition.
 
     Parameters and `guidance` are arguments of a function that is compiled with it, not constants.
     `guidance=None`, or the number 1, calls the network once, without the null condition.
+    `guidance` is a number, one per sample, or a function of the timestep such as
+    `diffusion.SteppedScale`. A network that embeds guidance (FLUX.1-dev) is given the scale as an
+    entry of its condition and is called once, also at 1.
     `guidance_channels` counts the guided channels, at most all of the sample's: `"published"` for as
     many as the family's published sampler guides (3 of DiT's 4), None for all as diffusers does.
 
@@ -97,7 +159,13 @@ def denoiser(
     check_guidance(guidance)
     channels = num_guided_channels(model, guidance_channels)
     plain = Denoiser(params, model)
-    if guidance is None or (isinstance(guidance, int | float) and guidance == 1):
+    if guidance is not None and takes_embedded_guidance(model):
+        if callable(guidance):
+            raise ValueError(
+                "this network embeds guidance, which cannot change over time; use a number."
+            )
+        return EmbeddedGuidance(plain, guidance)
+    if calls_per_step(model, guidance) == 1:
         return plain
     if not model.has_null:
         raise ValueError(
@@ -105,124 +173,6 @@ def denoiser(
             "use guidance=None."
         )
     return diffusion.guided(plain, guidance, channels=channels)
-
-
-def cyclic_conditions(
-    model: nn.Module, conditions: Condition, index: Int[AnyArray, " B"]
-) -> Condition:
-    """Returns the conditions of the samples `index`, assigned cyclically: entry `i % num_entries`.
-
-    `conditions` is a pytree with one entry per class or prompt, as numbers or NumPy arrays; None is
-    every condition that the network knows.
-
-    Raises:
-        ValueError: if it is None and the network's conditions cannot be listed, or a value of it
-            is out of range.
-    """
-    if conditions is None:
-        conditions = model.all_conditions()
-        if conditions is None:
-            example = model.example_condition(1)
-            if not jax.tree.leaves(example):
-                return example
-            raise ValueError(
-                "conditions=None: this model takes prompts, which cannot be listed; give the "
-                "embeddings of some."
-            )
-    else:
-        conditions = as_condition(conditions)
-        model.check_condition(conditions)
-    index = np.asarray(index)
-    return jax.tree.map(lambda leaf: leaf[index % leaf.shape[0]], conditions)
-
-
-def own_scheduler(metadata: Mapping[str, Any]) -> diffusion.Scheduler | None:
-    """Returns the scheduler that a checkpoint came with, or None.
-
-    Raises:
-        UserError: naming the setting and its value, if it cannot be understood.
-    """
-    config = metadata.get("scheduler")
-    return diffusion.read_scheduler(config) if config else None
-
-
-def checkpoint_sampler(
-    checkpoint: Checkpoint,
-    steps: int | str = 50,
-    *,
-    sampler: str | None = None,
-    eta: float | int = 0.0,
-    clip: float | int | None = None,
-) -> diffusion.Sampler:
-    """Returns the sampler of a checkpoint: its own scheduler's, or the published one.
-
-    Without a scheduler that is the flow for a velocity model, else DDIM on DiT's schedule.
-
-    Args:
-        steps: a number, or a published spacing (`"ddim25"`) in place of the scheduler's own.
-        sampler: a row of `diffusion.SAMPLERS` that fits the network; None for its own.
-        eta: noise of DDIM.
-        clip: range of the predicted data, in place of the scheduler's own clipping.
-
-    Raises:
-        ValueError: if the options do not fit the network, its scheduler or each other.
-    """
-    model, scheduler = checkpoint.model, own_scheduler(checkpoint.metadata)
-    own = own_sampler(checkpoint)
-    name = sampler or own
-    row = diffusion.sampler_named(name)
-    if model.prediction not in row.predictions:
-        raise ValueError(f"sampler={name!r}: {fitting_samplers(model)}")
-    given = row.chosen(eta=eta or None, clip=clip)
-    variance_fn = diffusion.learned_range if model.learned_variance else diffusion.fixed_large
-    if scheduler is not None:
-        return diffusion.scheduler_sampler(
-            scheduler, steps, sampler=name, eta=eta, clip=clip, variance_fn=variance_fn
-        )
-    if not row.spacings:
-        if not str(steps).isdecimal():
-            raise ValueError(f"steps={steps!r}: {name} takes a positive number.")
-        return row.make_fn(int(steps), **given)
-    if "variance_fn" in row.options:
-        given["variance_fn"] = variance_fn
-    return row.make_fn(steps, predict_fn=diffusion.PREDICT_FNS[model.prediction], **given)
-
-
-def fitting_samplers(model: nn.Module) -> str:
-    """Returns a sentence that names the samplers that fit a network."""
-    what = model.prediction
-    kind = {"velocity": "a velocity", "epsilon": "noise"}.get(what, what)
-    return f"this model predicts {kind}; use {' or '.join(diffusion.samplers_of(what))}."
-
-
-def own_sampler(checkpoint: Checkpoint) -> str:
-    """Returns the name in `diffusion.SAMPLERS` of a checkpoint's own sampler.
-
-    Raises:
-        UserError: if the network does not return what its scheduler reads.
-    """
-    model, scheduler = checkpoint.model, own_scheduler(checkpoint.metadata)
-    if scheduler is None:
-        return model.default_sampler
-    is_flow = model.prediction == "velocity"
-    diffusion.check_fit(is_flow, model.learned_variance, scheduler)
-    return scheduler.sampler
-
-
-def sampler_timesteps(sampler: diffusion.Sampler) -> tuple[float, ...]:
-    """Returns the timesteps at which a sampler calls the network, one per step, in its order."""
-    return tuple(np.asarray(sampler.table.timestep, np.float32).tolist())
-
-
-def sampler_text(checkpoint: Checkpoint) -> str | None:
-    """Returns a description of the checkpoint's own scheduler, or None if it has none."""
-    scheduler = own_scheduler(checkpoint.metadata)
-    if scheduler is None:
-        return None
-    return (
-        f"{scheduler.class_name}: {diffusion.process_text(scheduler)}; "
-        f"sampler: {diffusion.sampling_text(scheduler)}"
-    )
 
 
 @jax.jit(static_argnames=("shape",))
@@ -237,19 +187,6 @@ def initial_noise(
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(index)
     noise = jax.vmap(lambda one: jax.random.normal(one, shape, jnp.float32))(keys[:, 0])
     return noise, keys[:, 1]
-
-
-def decode(vae: Checkpoint, latents: Float[Array, "B h w Z"]) -> Float[Array, "B H W C"]:
-    """Returns the images of a diffusion model's latents, after undoing their scaling."""
-    return _decoded(vae.model, vae.params, latents)
-
-
-@jax.jit(static_argnames=("model",))
-def _decoded(
-    model: nn.Module, params: Params, latents: Float[Array, "B h w Z"]
-) -> Float[Array, "B H W C"]:
-    latents = latents / model.scaling_factor + model.shift_factor
-    return cast(Array, model.apply({"params": params}, latents, method="decode"))
 
 
 @jax.jit(static_argnames=("shape",))
@@ -272,10 +209,11 @@ def generate(
     *,
     num_samples: int | None = None,
     seed: int = 0,
-    guidance: Scalar | None = 1.5,
+    guidance: Guidance | None = 1.5,
     guidance_channels: int | str | None = PUBLISHED,
     batch_size: int | None = None,
     numerics: str = "simulated",
+    shape: Sequence[int] | None = None,
     decode_fn: Callable[[Checkpoint, Array], Array] | None = decode,
     progress_fn: Callable[[int], object] | None = None,
 ) -> Float[np.ndarray, "N *shape"]:
@@ -288,16 +226,17 @@ def generate(
 
     Args:
         condition: class labels `[N]`, the family's dict of arrays with N first, or None for a
-            network that takes none.
+            network that takes none. A dict's `null_*` entries (N rows, or one) are the null condition of guidance in
+            place of the network's own.
         num_samples: how many; by default one per condition.
+        shape: of one sample of the network, channels last; `model.sample_shape()` by default.
 
     Raises:
         ValueError: if a label or the seed is out of range, there is no label, the batch size is not
-            positive, or `numerics` have no effect on the checkpoint.
+            positive, `numerics` have no effect on the checkpoint, or the network cannot take `shape`.
     """
     check_diffusion_model(checkpoint.model)
-    condition = as_condition(condition)
-    checkpoint.model.check_condition(condition)
+    condition = checked_conditions(checkpoint.model, condition)
     num_samples = sample_count(condition, num_samples)
     size = checked_batch_size(num_samples, batch_size)
     done = []
@@ -312,6 +251,7 @@ def generate(
         guidance=guidance,
         guidance_channels=guidance_channels,
         numerics=numerics,
+        shape=shape,
         decode_fn=decode_fn,
     ):
         done.append(images)
@@ -329,22 +269,23 @@ def generated_batches(
     batch_size: int,
     num_samples: int | None = None,
     seed: int = 0,
-    guidance: Scalar | None = 1.5,
+    guidance: Guidance | None = 1.5,
     guidance_channels: int | str | None = PUBLISHED,
     numerics: str = "simulated",
+    shape: Sequence[int] | None = None,
     decode_fn: Callable[[Checkpoint, Array], Array] | None = decode,
 ) -> Iterator[tuple[int, Float[np.ndarray, "B *shape"]]]:
     """Yields what `generate` returns batch by batch: the first sample's number, and the samples.
 
-    `starts` are the numbers of the batches' first samples. A batch has `batch_size` samples, the
-    last one the rest. A batch is computed when the iterator is asked for it.
+    `starts` are the numbers of the batches' first samples. Conditions are assigned cyclically to
+    `num_samples` samples, one per condition by default. A batch has `batch_size` samples, the last one the rest. A batch is computed when the iterator is asked for it.
     """
     check_diffusion_model(checkpoint.model)
     check_numerics(checkpoint.params, numerics)
     seed = check_seed(seed)
-    condition = as_condition(condition)
-    checkpoint.model.check_condition(condition)
-    num_samples = sample_count(condition, num_samples)
+    condition = checked_conditions(checkpoint.model, condition)
+    num_samples = num_samples or sample_count(condition, None)
+    size = shape_of_sample(checkpoint.model, shape)
     mesh = device_mesh()
     split, whole = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
     model = checkpoint.model.clone(numerics=numerics)
@@ -352,6 +293,7 @@ def generated_batches(
         denoiser(model, running_params(model, checkpoint.params), guidance, guidance_channels),
         whole,
     )
+    check_takes(denoise_fn, model, shape, condition)
     vae = checkpoint.vae if decode_fn else None
     if vae is not None:
         vae = dataclasses.replace(vae, params=jax.device_put(vae.params, whole))
@@ -359,11 +301,9 @@ def generated_batches(
     for start in starts:
         stop = min(start + batch_size, num_samples)
         index = filled_batch(start, padded, num_samples)
-        chosen = jax.tree.map(lambda leaf, index=index: leaf[index], condition)
+        chosen = rows_of(condition, index)
         numbers, chosen = jax.device_put((index.astype(np.int32), chosen), split)
-        out = _generated(
-            denoise_fn, sampler, jax.random.key(seed), numbers, chosen, model.sample_shape()
-        )
+        out = _generated(denoise_fn, sampler, jax.random.key(seed), numbers, chosen, size)
         if vae is not None and decode_fn is not None:
             out = decode_fn(vae, out)
         yield start, np.asarray(out)[: stop - start]

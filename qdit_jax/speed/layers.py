@@ -36,7 +36,7 @@ from qdit_jax.speed.contenders import Way, calls_per_sample, check_known, conten
 from qdit_jax.speed.records import Records
 from qdit_jax.speed.steps import NUM_ROUNDS, Race, Row, entry_name, settings_of
 from qdit_jax.speed.timing import Call, TimeFn, interleaved, taken
-from qdit_jax.types import Params
+from qdit_jax.types import Condition, Params
 
 BATCH = 8
 # Budgets are written relative to these: groups of 128, and one group per channel.
@@ -54,6 +54,7 @@ def layer_table(
     guidance: float | int | None = DEFAULT_GUIDANCE,
     num_rounds: int = NUM_ROUNDS,
     seed: int = 0,
+    conditions: Condition = None,
     state: AnyPath | None = None,
     time_fn: TimeFn = interleaved,
     total_fn: Callable[[int], object] = lambda total: None,
@@ -70,7 +71,7 @@ def layer_table(
         space: whose layers, with their rows per sample.
         batch, guidance: of a step; guided, layers see twice the samples.
         numerics: of quantized products.
-        num_rounds, seed, state, time_fn: as in `bench`.
+        num_rounds, seed, conditions, state, time_fn: as in `bench`.
         total_fn, progress_fn: called with the number of times to take, and how many were just taken.
 
     Raises:
@@ -87,13 +88,14 @@ def layer_table(
         )
     entrants = contenders_of(checkpoint, ())
     guidance = fitting_guidance(checkpoint.model, guidance)
-    records = Records(state, settings_of(entrants, guidance, num_rounds, check_seed(seed)))
+    settings = settings_of(entrants, guidance, num_rounds, check_seed(seed), conditions)
+    records = Records(state, settings)
     inputs = batch * calls_per_sample(guidance)
     shapes = choices_by_shape(space, inputs)
     check_computable(shapes, numerics)
     total_fn(1 + sum(map(len, shapes.values())))
     job = (entrants[0], batch, Way())
-    race = Race(entrants[0], Way(), guidance, num_rounds, seed, time_fn)
+    race = Race(entrants[0], Way(), guidance, num_rounds, seed, time_fn, conditions)
     step_row = Row.from_json(records.entry(entry_name(*job), partial(race.row, *job)))
     progress_fn(1)
     layers: list[LayerTime] = []

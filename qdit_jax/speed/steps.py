@@ -29,13 +29,13 @@ from qdit_jax.sampling import (
     check_diffusion_model,
     check_seed,
     checkpoint_sampler,
-    cyclic_conditions,
     denoiser,
     fitting_guidance,
     initial_noise,
     running_params,
     sampler_timesteps,
 )
+from qdit_jax.speed.conditions import conditions_of
 from qdit_jax.speed.contenders import (
     Contender,
     Way,
@@ -148,6 +148,7 @@ def bench(
     guidance: float | int | None = DEFAULT_GUIDANCE,
     num_rounds: int = NUM_ROUNDS,
     seed: int = 0,
+    conditions: Condition = None,
     state: AnyPath | None = None,
     time_fn: TimeFn = interleaved,
     total_fn: Callable[[int], object] = lambda total: None,
@@ -172,6 +173,7 @@ def bench(
         guidance: 1 or None calls the network once, without the null condition.
         num_rounds: how often each is timed.
         seed: of the noise.
+        conditions: labels or prompts that samples take in turn; by default every class, or random prompts.
         state: a folder that keeps what was measured; the same call goes on from there.
         time_fn: takes the times, see `interleaved`.
         total_fn, progress_fn: called with the number of rows, and with how many are done.
@@ -190,10 +192,10 @@ def bench(
     wanted = [r if isinstance(r, Recipe) else recipe_named(r, group_size) for r in recipes]
     entrants = contenders_of(ours, wanted, full)
     guidance = fitting_guidance(ours.model, guidance)
-    settings = settings_of(entrants, guidance, num_rounds, check_seed(seed))
+    settings = settings_of(entrants, guidance, num_rounds, check_seed(seed), conditions)
     jobs = list(jobs_of(entrants, batches, numerics, implementations, guidance))
     records = Records(state, settings)
-    race = Race(entrants[0], jobs[0][2], guidance, num_rounds, seed, time_fn)
+    race = Race(entrants[0], jobs[0][2], guidance, num_rounds, seed, time_fn, conditions)
     total_fn(len(jobs))
     rows = []
     for job in jobs:
@@ -212,7 +214,11 @@ def opened(source: Checkpoint | PathLike) -> Checkpoint:
 
 
 def settings_of(
-    entrants: Sequence[Contender], guidance: object, num_rounds: int, seed: int
+    entrants: Sequence[Contender],
+    guidance: object,
+    num_rounds: int,
+    seed: int,
+    conditions: Condition = None,
 ) -> dict[str, Any]:
     """Returns all that determines the measurements, beside what the entries' names say."""
     facts = provenance()
@@ -223,6 +229,7 @@ def settings_of(
         num_rounds=num_rounds,
         seed=seed,
         machine=platform.node(),
+        **({} if conditions is None else {"conditions": conditions}),
         **{name: facts[name] for name in ("device", "jax", "qdit_jax")},
     )
 
@@ -258,10 +265,11 @@ class Race:
         num_rounds: int,
         seed: int,
         time_fn: TimeFn,
+        conditions: Condition = None,
     ) -> None:
         self.base, self.base_way = base, base_way
         self.guidance, self.num_rounds, self.seed = guidance, num_rounds, seed
-        self.time_fn = time_fn
+        self.time_fn, self.conditions = time_fn, conditions
         self.baseline = cache(lambda batch: self.compiled(base, batch, base_way))
         self.held: dict[Contender, Params] = {}
         self.seen: Inputs | None = None
@@ -280,7 +288,7 @@ class Race:
         if way.numerics is not None:
             model = model.clone(numerics=way.numerics, implementation=way.implementation)
         denoise_fn = denoiser(model, self.params(contender), self.guidance)
-        inputs = inputs_of(contender.checkpoint, batch, self.seed)
+        inputs = inputs_of(contender.checkpoint, batch, self.seed, self.conditions)
         began = time.perf_counter()
         call = jax.jit(step).lower(denoise_fn, *inputs).compile()
         seconds = time.perf_counter() - began
@@ -293,7 +301,7 @@ class Race:
         if self.seen is None:
             checkpoint, index = self.base.checkpoint, np.arange(NUM_SAMPLES, dtype=np.int32)
             sampler = checkpoint_sampler(checkpoint, NUM_STEPS)
-            condition = conditions_of(checkpoint, NUM_SAMPLES, self.seed)
+            condition = conditions_of(checkpoint, NUM_SAMPLES, self.seed, self.conditions)
             key = jax.random.key(self.seed)
             given = (denoise_fn, sampler, checkpoint.model, key, index, condition)
             x, timestep = trajectory(*given)
@@ -332,34 +340,16 @@ def step(
     return denoise_fn(x, timestep, condition)
 
 
-def inputs_of(checkpoint: Checkpoint, batch: int, seed: int) -> Inputs:
-    """Returns the arguments of the sampler's first step: noise, and classes or random prompts."""
+def inputs_of(
+    checkpoint: Checkpoint, batch: int, seed: int, conditions: Condition = None
+) -> Inputs:
+    """Returns the arguments of the sampler's first step: noise, and conditions (`conditions_of`)."""
     index = jnp.arange(batch, dtype=jnp.int32)
     x, _ = initial_noise(jax.random.key(seed), index, checkpoint.model.sample_shape())
     first = sampler_timesteps(checkpoint_sampler(checkpoint, NUM_STEPS))[0]
     timestep = jnp.full((batch,), first, jnp.float32)
-    given = Inputs(x, timestep, conditions_of(checkpoint, batch, seed))
+    given = Inputs(x, timestep, conditions_of(checkpoint, batch, seed, conditions))
     return jax.device_put(given, jax.local_devices()[0])
-
-
-def conditions_of(checkpoint: Checkpoint, batch: int, seed: int) -> Condition:
-    """Returns the network's classes in turn, or random prompts."""
-    model = checkpoint.model
-    if model.all_conditions() is None:
-        return random_condition(model.example_condition(batch), seed)
-    return cyclic_conditions(model, None, np.arange(batch, dtype=np.int32))
-
-
-def random_condition(example: Condition, seed: int) -> Condition:
-    """Returns a condition of an example's shapes: normal numbers, zeros of whole ones, all True."""
-    rng = np.random.default_rng(seed)
-
-    def values(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            return rng.normal(size=leaf.shape).astype(leaf.dtype)
-        return np.full(leaf.shape, leaf.dtype == bool, leaf.dtype)
-
-    return jax.tree.map(values, example)
 
 
 def errors(base: Compiled, ours: Compiled, path: Inputs) -> dict[str, float | None]:

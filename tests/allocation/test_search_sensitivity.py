@@ -26,7 +26,8 @@ def case():
         OneStep(rollout),
         params,
         None,
-        *data,
+        rollout.start(data[0]),
+        *data[1:],
         jax.random.key(2),
         space=space,
         num_steps=NUM_STEPS,
@@ -60,12 +61,12 @@ def test_the_weight_of_a_step_is_how_far_its_errors_grow(case):
     @jax.jit
     def rest(x, step):
         for later in range(NUM_STEPS):
-            moved = rollout.step(params, x, label, keys, later)
+            moved = rollout.step(params, rollout.start(x), label, keys, later).x
             x = jax.numpy.where(later > step, moved, x)
         return x
 
     for step in range(NUM_STEPS):
-        state = rollout.step(params, state, label, keys, step)
+        state = rollout.step(params, rollout.start(state), label, keys, step).x
         gap = rest(state + bump, step) - rest(state, step)
         weights.append(np.square(gap).sum() / np.square(bump).sum())
     # Two noisy estimates of one trace, from 3 probes and from one bump.

@@ -209,9 +209,11 @@ def test_every_layer_belongs_to_one_part_and_every_pattern_to_a_layer(row, confi
     for layer, part in parts.items():
         assert part != "blocks" or row.block_of(layer)
     assert row.rounded_first in ("", *row.parts)
-    patterns = [*row.outputs, row.gelu_inputs, *(fold.layers for fold in row.folds)]
+    # A family has several kinds of networks, and some layers are of one kind only.
+    every = {p for c in row.examples for p in layers_of(abstract_params(network(row, c)))}
+    patterns = [*row.outputs, *row.inputs, row.gelu_inputs, *(fold.layers for fold in row.folds)]
     for pattern in patterns:
-        assert pattern == "(?!)" or any(re.fullmatch(pattern, layer) for layer in layers), pattern
+        assert pattern == "(?!)" or any(re.fullmatch(pattern, layer) for layer in every), pattern
     assert len(row.operands(layers)) >= 4 * len(row.attention)
     assert row.claims(params)
     assert family_of_params(params) is row
@@ -248,14 +250,23 @@ def test_folds_leave_the_function_as_it_is(row, config):
     params, inputs = params_of(model), inputs_of(model)
     flat = flatten_dict(params, sep="/")
     rng = np.random.default_rng(2)
-    reached = [layer for layer in layers_of(flat) if row.producers(layer)]
+    reached = [layer for layer in layers_of(flat) if row.fold_of(layer)]
     assert bool(reached) == bool(row.folds)
     for layer in reached:
-        width = flat[f"{layer}/kernel"].shape[0]
-        scale = {layer: np.exp(0.5 * rng.standard_normal(width))}
-        shift = {layer: rng.standard_normal(width)}
+        shape = flat[f"{layer}/kernel"].shape
+        covered = row.covered(layer, shape)
+        some = np.zeros(shape[0])
+        some[covered] = 1
+        scale = {layer: np.exp(0.5 * some * rng.standard_normal(shape[0]))}
+        shift = {layer: some * rng.standard_normal(shape[0])}
         folded = fold_inputs(params, scale=scale, shift=shift)
         assert relative(call(model, folded, inputs), call(model, params, inputs)) < 1e-5, layer
+        if not some.all():
+            assert not row.producers(layer)
+            with pytest.raises(
+                ValueError, match=rf"channels {covered.start} to {covered.stop - 1} only"
+            ):
+                fold_inputs(params, scale={layer: np.full(shape[0], 2.0)})
         changed = flatten_dict(folded, sep="/")[f"{layer}/kernel"]
         assert relative(np.asarray(changed), np.asarray(flat[f"{layer}/kernel"])) > 0.1
 

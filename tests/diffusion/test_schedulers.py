@@ -23,7 +23,7 @@ def sampled(config, steps):
     sampler = scheduler_sampler(scheduler, steps)
     drawn = nhwc(noises(steps))
     count = scheduler.settings["num_train_timesteps"]
-    is_flow = scheduler.sampler == "flow"
+    is_flow = scheduler.is_flow
 
     def denoise_fn(x, timestep, label):
         timestep = timestep[0]
@@ -74,26 +74,15 @@ RECORDED = FILE.with_name("schedules.npz")
 def outputs_in_turn(sampler, outputs, x):
     """Returns `x` after every step of a network that returns `outputs`, whatever it is given."""
     found, x = [], jnp.asarray(x)
+    state = diffusion.initial_state(sampler, x)
     for i, output in enumerate(outputs):
         row = jax.tree.map(lambda a, i=i: a[i], sampler.table)
-        x = sampler.step(lambda *_, output=output: jnp.asarray(output), x, None, row, None).x_next
+        step = diffusion.take_step(
+            sampler, lambda *_, output=output: jnp.asarray(output), x, state, None, row, None
+        )
+        x, state = step.x_next, step.state
         found.append(x)
     return np.stack(found)
-
-
-@pytest.mark.parametrize(("steps", "shift"), [(5, 3), (28, 3), (1, 3), (50, 1)])
-def test_noise_levels_of_flow_matching_are_the_recorded_ones(steps, shift):
-    recorded, name = np.load(RECORDED), f"flow_euler_n{steps}_shift{shift}"
-    sigmas = diffusion.flow_match_sigmas(steps, shift=shift)
-    np.testing.assert_allclose(sigmas, recorded[f"{name}_sigmas"], atol=2e-7)
-    sampler = diffusion.flow_match(steps, shift=shift)
-    np.testing.assert_allclose(
-        1000 * (1 - sampler.table.timestep), recorded[f"{name}_timesteps"], atol=1e-4
-    )
-    if f"{name}_samples" in recorded:
-        # Recorded velocities point toward the noise, ours toward the data.
-        found = outputs_in_turn(sampler, -recorded["model_outputs"][:steps], recorded["x"])
-        np.testing.assert_allclose(found, recorded[f"{name}_samples"], atol=2e-6)
 
 
 @pytest.mark.parametrize("steps", [5, 50])
@@ -164,25 +153,27 @@ def test_a_multi_step_solver_is_replaced_by_ddim_on_its_betas():
     assert found.clip is None
     for a, b in zip(found.table[2:], expected.table[2:], strict=True):
         np.testing.assert_array_equal(a, b)
-    assert "DDIM (in place of DPMSolverMultistepScheduler's own)" in diffusion.sampling_text(
-        scheduler
-    )
+    text = "DDIM (in place of DPMSolverMultistepScheduler's own with use_karras_sigmas=True and solver_order=3)"
+    assert scheduler.because == ("use_karras_sigmas=True", "solver_order=3")
+    assert text in diffusion.sampling_text(scheduler)
 
 
-@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "DPMSolverMultistepScheduler"])
-def test_a_solver_set_to_a_flow_is_replaced_by_eulers_rule(name):
-    config = {
-        "_class_name": name,
-        "prediction_type": "flow_prediction",
-        "use_flow_sigmas": True,
-        "flow_shift": 3.0,
-    }
-    scheduler = read_scheduler(config)
-    expected = diffusion.flow_match(6, shift=3.0)
+TO_A_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("UniPCMultistepScheduler", {"solver_order": 3}), ("DPMSolverMultistepScheduler", {})],
+)
+def test_a_solver_set_to_a_flow_is_replaced_by_eulers_rule(name, why):
+    scheduler = read_scheduler({"_class_name": name} | TO_A_FLOW | why)
+    expected = diffusion.flow_euler(6, shift=3.0, spacing="trained")
     np.testing.assert_array_equal(
         scheduler_sampler(scheduler, 6).table.timestep, expected.table.timestep
     )
-    assert f"Euler's rule (in place of {name}'s own), shift 3" in diffusion.sampling_text(scheduler)
+    because = " with solver_order=3" if why else ""
+    text = f"Euler's rule (in place of {name}'s own{because}), shift 3"
+    assert text in diffusion.sampling_text(scheduler)
     with pytest.raises(ValueError, match="no schedule of betas"):
         scheduler_process(scheduler)
 
@@ -230,7 +221,9 @@ REFUSED = [
     (DDPM | {"variance_type": "learned"}, "variance_type='learned'; only 'fixed_small'"),
     (DDPM | {"variance_type": "fixed_large_log"}, "variance_type='fixed_large_log'"),
     (FLOW | {"shift": "3"}, "shift='3', which is not a number"),
-    (FLOW | {"use_dynamic_shifting": True}, "use_dynamic_shifting=True.*give the shift"),
+    (FLOW | {"use_dynamic_shifting": "yes"}, "use_dynamic_shifting='yes', which is neither"),
+    (FLOW | {"base_shift": None}, "base_shift=None"),
+    (FLOW | {"time_shift_type": "quadratic"}, "time_shift_type='quadratic'; only 'exponential'"),
     (FLOW | {"use_karras_sigmas": True}, "use_karras_sigmas=True"),
     (FLOW | {"invert_sigmas": True}, "invert_sigmas=True"),
     (FLOW | {"stochastic_sampling": True}, "stochastic_sampling=True"),

@@ -68,10 +68,13 @@ OTHER_JOBS = {
         "checkpoint": with_vae(FULL, with_model(tiny_vae(), scaling_factor=0.2))
     },
     "sampler, kind": {"sampler": qdit.ddpm(2)},
-    "label, values": {"label": np.array([0, 1, 2, 4])},
-    "label, order": {"label": LABELS[::-1].copy()},
-    "label, count": {"label": LABELS[:3]},
+    "condition, values": {"condition": np.array([0, 1, 2, 4])},
+    "condition, order": {"condition": LABELS[::-1].copy()},
+    "condition, count": {"condition": LABELS[:3]},
     "settings": {"settings": {"steps": "ddim2"}},
+    "num_samples": {"num_samples": 5},
+    "prompts": {"prompts": ("a", "b", "c", "d")},
+    "shape": {"shape": (4, 4, 4)},
 }
 PROTOCOL = Protocol(qdit.ddim(2), {"steps": 2}, num_samples=4, batch_size=2)
 CONTENDERS = (Contender("a", FULL), Contender("b", last_value_changed(FULL)))
@@ -80,6 +83,7 @@ OTHER_PROTOCOLS = {
     "record": {"record": {"steps": 3}},
     "num_samples": {"num_samples": 6},
     "conditions": {"conditions": np.array([1, 2])},
+    "shape": {"shape": (4, 4, 4)},
 }
 OTHER_CONTENDERS = {
     "one value": (CONTENDERS[0], Contender("b", FULL)),

@@ -1,0 +1,155 @@
+"""What the layouts of networks with joint attention share (Stable Diffusion 3, FLUX.1)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qdit_convert.plan import Leaf, Shape, linear, most_common
+from qdit_convert.settings import network_settings
+from qdit_convert.tensors import StoredTensor, shape_text
+from qdit_jax.diffusion import Table
+from qdit_jax.errors import UserError
+
+# From a layer's path to the names of its tensors in a file, without `.weight` and `.bias`; several
+# are joined along their first axis.
+Naming = Callable[[str], tuple[str, ...]]
+SAMPLE_SIZE = 128  # rows and columns of the published models' latents: 1024 pixels
+
+
+def swapped(array: np.ndarray) -> np.ndarray:
+    """Returns the two halves of the first axis, the second first.
+
+    diffusers' `AdaLayerNormContinuous` has scale, then shift; the authors have shift, then scale.
+    """
+    return np.concatenate(np.split(array, 2)[::-1])
+
+
+def swapped_linear(array: np.ndarray) -> np.ndarray:
+    """Returns the kernel of a linear layer whose halves of outputs are swapped."""
+    return linear(swapped(array))
+
+
+def layer(
+    path: str, keys: Sequence[str], shape: Shape, parts: Sequence[int] = (), swap: bool = False
+) -> list[Leaf]:
+    """Returns the leaves of a linear layer.
+
+    Args:
+        keys: of its tensors, joined along their first axis.
+        shape: of the whole weight, `[out, in]`.
+        parts: the rows of each tensor where they differ; else they are equal.
+        swap: whether the file has the two halves of the rows in the other order.
+    """
+    rows = parts if len(parts) == len(keys) else [shape[0] // len(keys)] * len(keys)
+    weights, biases = (tuple(f"{key}.{name}" for key in keys) for name in ("weight", "bias"))
+    each = tuple((n, *shape[1:]) for n in rows)
+    return [
+        Leaf(f"{path}/kernel", weights, (), swapped_linear if swap else linear, each=each),
+        Leaf(
+            f"{path}/bias",
+            biases,
+            (),
+            *([swapped] if swap else []),
+            each=tuple(shape[:1] for shape in each),
+        ),
+    ]
+
+
+def mlp_ratio(mlp_width: int, width: int) -> float:
+    """Returns a ratio of which the network makes exactly `mlp_width`."""
+    ratio = mlp_width / width
+    return ratio if int(width * ratio) == mlp_width else math.nextafter(ratio, math.inf)
+
+
+def num_heads(
+    width: int, stated: int | None, head_dim: int | None, published: int, notes: list[str]
+) -> int:
+    """Returns the number of heads; `notes` say what is assumed.
+
+    Args:
+        stated: by the user, or by config.json.
+        head_dim: channels of a head, where the file has norms of queries.
+        published: channels of a head in every published size.
+    """
+    if head_dim is not None:
+        if width % head_dim or stated not in (None, width // head_dim):
+            raise UserError(
+                f"num_heads={stated or '?'} does not fit the width {width} and the norms of queries, "
+                f"which have {head_dim} channels a head."
+            )
+        return width // head_dim
+    if stated is not None:
+        if width % stated:
+            raise UserError(f"the width {width} must be divisible by num_heads={stated}.")
+        return stated
+    if width % published:
+        raise UserError(
+            f"the width {width} is not a multiple of {published}, the channels of a head in every "
+            "published size, and shapes cannot tell the number of attention heads; pass --num-heads."
+        )
+    heads = width // published
+    notes.append(f"num_heads taken to be {heads}: heads of {published} channels, as published")
+    return heads
+
+
+def sample_size(
+    chosen: int | tuple[int, ...] | None, stated: object, limit: int, unit: int, notes: list[str]
+) -> int | tuple[int, int]:
+    """Returns the rows and columns of latents that are sampled by default; `notes` say an assumption.
+
+    Args:
+        chosen: by the user.
+        stated: by config.json.
+        limit: the most that the network takes.
+        unit: which must divide them.
+    """
+    size: Any = chosen if chosen is not None else stated
+    if size is None:
+        size = min(SAMPLE_SIZE, limit)
+        notes.append(f"sample_size taken to be {size}: the network takes others (--input-size)")
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or any(n < 1 or n % unit or n > limit for n in sides):
+        raise UserError(
+            f"input_size={shape_text(sides)} must be rows, or rows and columns, of latents, multiples "
+            f"of {unit} up to {limit}."
+        )
+    return sides[0] if sides[0] == sides[1] else sides
+
+
+def checked_config(
+    config: Mapping[str, Any] | None, class_name: str, table: Table, found: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the settings of a config.json that fits the weights; empty if there is none.
+
+    Args:
+        found: of some settings, what the weights have.
+
+    Raises:
+        UserError: if it is of another class, is not understood, or contradicts the weights.
+    """
+    if config is None:
+        return {}
+    name = config.get("_class_name", class_name)
+    if name != class_name:
+        raise UserError(f"config.json is of a {name}, but the weights are of a {class_name}.")
+    settings = network_settings(config, table)
+    heads, head_dim = settings["num_attention_heads"], settings["attention_head_dim"]
+    said = settings | {
+        "num_attention_heads * attention_head_dim": heads and head_dim and heads * head_dim
+    }
+    for key, has in found.items():
+        says = list(said[key]) if isinstance(said[key], tuple) else said[key]
+        if says is not None and says != has:
+            raise UserError(f"config.json says {key} = {says}, but the weights have {has}.")
+    return settings
+
+
+def head_dim(tensors: Mapping[str, StoredTensor], norms: re.Pattern[str]) -> int | None:
+    """Returns the channels of a head, of most norms of queries and keys; None if there are none."""
+    found = [t.shape[0] for key, t in tensors.items() if norms.search(key) and len(t.shape) == 1]
+    return most_common(found) if found else None
