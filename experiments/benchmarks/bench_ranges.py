@@ -117,7 +117,7 @@ def compare_with_torch(kernels: dict[str, jax.Array], limit: float) -> dict[str,
     for name in names:
         codes, scale = authors_search(torch.from_numpy(np.array(kernels[name].T)))
         q = quantize(kernels[name], spec_of(qdit.ranges.authors_mse))
-        same_scale.append(np.isclose(np.asarray(q.scale).T, scale.numpy(), rtol=1e-6).mean())
+        same_scale.append(np.isclose(np.asarray(q.scale), scale.numpy(), rtol=1e-6).mean())
         same_codes.append((codes.numpy() == np.asarray(integer_codes(q)).T).mean())
         print(f"  {name}: equal scales {same_scale[-1]:.4%}, equal codes {same_codes[-1]:.4%}")
     equal = {"equal_scales": min(same_scale), "equal_codes": min(same_codes)}

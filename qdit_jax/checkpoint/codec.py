@@ -124,11 +124,11 @@ def check_packing(path: str, described: dict[str, Any]) -> None:
     (rows, width), bits = described["shape"], described["bits"]
     count = num_groups(rows, described["group_size"])
     codes, scale = arrays["codes"], arrays["scale"]
-    blocks = scale["shape"][-1]
-    wanted = {"codes": [packing.packed_rows(rows, bits), width], "scale": [count, blocks]}
+    blocks = scale["shape"][-2]
+    wanted = {"codes": [width, packing.packed_bytes(rows, bits)], "scale": [blocks, count]}
     if "packed_zero_point" in arrays:
-        wanted["packed_zero_point"] = [packing.packed_rows(count, bits), blocks]
-    more = {"channel_scale": [blocks], "offset": [count, blocks], "codebook": [2**bits]}
+        wanted["packed_zero_point"] = [blocks, packing.packed_bytes(count, bits)]
+    more = {"channel_scale": [blocks], "offset": [blocks, count], "codebook": [2**bits]}
     wanted |= {name: shape for name, shape in more.items() if name in arrays}
     for name, shape in wanted.items():
         if arrays[name]["shape"][-len(shape) :] != shape:
@@ -136,7 +136,7 @@ def check_packing(path: str, described: dict[str, Any]) -> None:
     if "channel_scale" in arrays and scale["dtype"] != "uint8":
         raise ValueError(f"{path}/scale is {scale['dtype']}, two levels of scales need uint8")
     if width % blocks or codes["dtype"] != "uint8":
-        raise ValueError(f"{path} holds {codes['dtype']} codes and {blocks} scales per row")
+        raise ValueError(f"{path} holds {codes['dtype']} codes and {blocks} rows of scales")
 
 
 def split_fields(leaf: Any) -> tuple[dict[str, Any], dict[str, Any]]:

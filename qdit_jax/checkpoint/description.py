@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from qdit_jax.checkpoint import earlier
 from qdit_jax.checkpoint.codec import decode_params, logical_shapes
 from qdit_jax.errors import UserError
 from qdit_jax.files import AnyPath
@@ -16,8 +17,8 @@ from qdit_jax.models import TABLE, abstract_params, build_model, config_of, fami
 from qdit_jax.recipes import Recipe
 from qdit_jax.types import Params
 
-FORMAT_VERSION = 1
-LEVELS_VERSION = 2  # of a checkpoint with two levels of scales; all others are version 1
+PLAIN_VERSION = 1  # of a checkpoint that holds no packed kernel
+NEWEST_VERSION = earlier.VERSION  # of all others; 1 and 2 stored packed kernels as `earlier` says
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +59,8 @@ def describe(checkpoint: Checkpoint, manifest: dict[str, Any]) -> dict[str, Any]
 
 def version_of(manifest: dict[str, Any]) -> int:
     """Returns the least format version that can say what a manifest does."""
-    has_levels = any("channel_scale" in leaf.get("arrays", {}) for leaf in manifest.values())
-    return LEVELS_VERSION if has_levels else FORMAT_VERSION
+    is_packed = any(leaf["type"] == "QTensor" for leaf in manifest.values())
+    return NEWEST_VERSION if is_packed else PLAIN_VERSION
 
 
 def from_parts(
@@ -87,21 +88,27 @@ def from_parts(
 
 
 def check_description(description: Any, where: str) -> dict[str, Any]:
-    """Returns the content of a `model.json`; raises `UserError` if it is damaged or newer."""
+    """Returns the content of a `model.json`, the shapes of packed kernels those of today's form.
+
+    Raises:
+        UserError: if it is damaged or newer.
+    """
     try:
         version = description["format_version"]
         family, config, params = (description[key] for key in ("family", "config", "params"))
     except (KeyError, TypeError) as error:
         raise UserError(f"{where} is damaged: {error!r}; write the checkpoint again.") from error
-    if version not in (FORMAT_VERSION, LEVELS_VERSION):
+    if version not in range(PLAIN_VERSION, NEWEST_VERSION + 1):
         raise UserError(
-            f"{where} has format version {version}; this qdit_jax reads versions {FORMAT_VERSION} and "
-            f"{LEVELS_VERSION}: install the release that wrote it."
+            f"{where} has format version {version}; this qdit_jax reads versions {PLAIN_VERSION} to "
+            f"{NEWEST_VERSION}: install the release that wrote it."
         )
     if not isinstance(config, dict) or not isinstance(params, dict):
         raise UserError(f"{where} is damaged: config and params must be objects.")
     if not isinstance(family, str) or not all(isinstance(leaf, dict) for leaf in params.values()):
         raise UserError(f"{where} is damaged: every entry of params must be an object.")
+    if version < earlier.VERSION:
+        return {**description, "params": earlier.as_today(params)}
     return description
 
 

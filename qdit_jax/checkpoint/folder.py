@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from qdit_jax.checkpoint import earlier
 from qdit_jax.checkpoint.codec import Placement, abstract_arrays, encode_params
 from qdit_jax.checkpoint.deferred import DeferredArray, on_device, save_arrays
 from qdit_jax.checkpoint.description import (
@@ -97,30 +98,39 @@ def load_folder(path: PathLike, *, sharding: Placement = None) -> Checkpoint:
     check_network(f"{folder}/model.json", description)
     target = abstract_arrays(description["params"], sharding)
     with local_params(folder) as params:
-        arrays = read_arrays(folder, params, target)
+        arrays = read_arrays(folder, params, target, earlier.changes(description))
     vae = load_folder(folder / "vae", sharding=sharding) if (folder / "vae").is_dir() else None
     return from_parts(folder, description, arrays, read_recipe(folder), vae)
 
 
-def read_arrays(folder: AnyPath, params: Path, target: Params) -> dict[str, Any]:
+def read_arrays(
+    folder: AnyPath, params: Path, target: Params, changes: Mapping[str, earlier.Change]
+) -> dict[str, Any]:
     """Returns the arrays in `params` that the nested dicts `target` describe, placed as they say.
 
-    `folder` is the checkpoint that is named where something is wrong.
+    `folder` is the checkpoint that is named where something is wrong; `changes` are applied to arrays
+    of an earlier form, by name.
 
     Raises:
         UserError: if an array is absent, damaged, or of another shape or dtype.
     """
-    check_stored(folder, params, target)
+    wanted = flatten_dict(target, sep="/")
+    stored = unflatten_dict(earlier.as_stored(wanted, changes), sep="/")
+    check_stored(folder, params, stored)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            arrays = checkpointer.restore(params.resolve(), jax.tree.map(on_host_or_placed, target))
+            arrays = checkpointer.restore(params.resolve(), jax.tree.map(on_host_or_placed, stored))
     except Exception as error:  # Orbax and its storage layer raise many kinds.
         raise damaged(folder, error) from error
-    flat = flatten_dict(arrays)
+    flat = flatten_dict(arrays, sep="/")
     del arrays
-    for path in flat:  # one at a time, so that at most one array is held twice
-        flat[path] = on_device(flat[path])
-    return unflatten_dict(flat)
+    for name in flat:  # one at a time, so that at most one array is held twice
+        if name in changes:
+            array = changes[name].apply(np.asarray(flat[name]))
+            flat[name] = jax.device_put(array, wanted[name].sharding)
+        else:
+            flat[name] = on_device(flat[name])
+    return unflatten_dict(flat, sep="/")
 
 
 def on_host_or_placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct | np.ndarray:
@@ -200,15 +210,25 @@ def split_over(
 ) -> Callable[[str, tuple[int, ...]], jax.sharding.NamedSharding]:
     """Returns the placement that cuts every array over all devices of `mesh`.
 
-    The last axis that their number divides is cut; an array without one is copied to all.
+    The last axis that their number divides is cut, of a packed kernel the output channels where it
+    divides them; an array without one is copied to all.
     """
 
     def place(path: str, shape: tuple[int, ...]) -> jax.sharding.NamedSharding:
         axes = [i for i, size in enumerate(shape) if size and size % mesh.size == 0]
+        channels = len(shape) - 2
+        if channels in axes and is_of_rows(path):
+            axes = [channels]
         spec = [None] * (axes[-1] if axes else 0) + [mesh.axis_names] * bool(axes)
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
     return place
+
+
+def is_of_rows(path: str) -> bool:
+    """Returns whether an array is one of a packed kernel's that have a row per output channel."""
+    *_, parent, name = ("", *path.split("/"))
+    return name in earlier.TURNED and not parent.endswith("_quant")
 
 
 def read_description(folder: AnyPath) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 import tensorstore
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from qdit_jax.checkpoint import earlier
 from qdit_jax.checkpoint.codec import abstract_arrays
 from qdit_jax.checkpoint.deferred import DeferredArray
 from qdit_jax.checkpoint.description import Checkpoint, check_network, from_parts
@@ -44,13 +45,16 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
         return load_safetensors(folder)
     description = read_description(folder)
     check_network(f"{folder}/model.json", description)
-    target = abstract_arrays(description["params"])
+    target = flatten_dict(abstract_arrays(description["params"]), sep="/")
+    changes = earlier.changes(description)
     with local_params(folder, is_no_chunk) as params:
-        check_stored(folder, params, target)
-    stored = {
-        name: DeferredArray(leaf.shape, leaf.dtype, partial(read_array, folder, name), name, folder)
-        for name, leaf in flatten_dict(target, sep="/").items()
-    }
+        check_stored(folder, params, unflatten_dict(earlier.as_stored(target, changes), sep="/"))
+
+    def deferred(name: str, leaf: jax.ShapeDtypeStruct) -> DeferredArray:
+        make = partial(read_array, folder, name, changes.get(name))
+        return DeferredArray(leaf.shape, leaf.dtype, make, name, folder)
+
+    stored = {name: deferred(name, leaf) for name, leaf in target.items()}
     vae = open_checkpoint(folder / "vae") if (folder / "vae").is_dir() else None
     arrays = unflatten_dict(stored, sep="/")
     return from_parts(folder, description, arrays, read_recipe(folder), vae)
@@ -61,8 +65,10 @@ def is_no_chunk(name: str) -> bool:
     return not re.fullmatch(r"[\d.]+", name.rpartition("/")[2])
 
 
-def read_array(folder: AnyPath, name: str) -> dict[str, np.ndarray]:
-    """Returns one array of a checkpoint folder, under its name.
+def read_array(
+    folder: AnyPath, name: str, change: earlier.Change | None = None
+) -> dict[str, np.ndarray]:
+    """Returns one array of a checkpoint folder, under its name; `change` brings it into today's form.
 
     Raises:
         UserError: if it is absent or damaged.
@@ -75,9 +81,10 @@ def read_array(folder: AnyPath, name: str) -> dict[str, np.ndarray]:
                 "fill_missing_data_reads": False,
             }
             # As Orbax would, which reads the description of all arrays again for each.
-            return {name: tensorstore.open(spec, open=True, read=True).result().read().result()}
+            array = tensorstore.open(spec, open=True, read=True).result().read().result()
     except Exception as error:  # It raises many kinds.
         raise damaged(folder, error) from error
+    return {name: array if change is None else change.apply(array)}
 
 
 @overload

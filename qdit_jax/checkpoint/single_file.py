@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from qdit_jax.checkpoint import earlier
 from qdit_jax.checkpoint.codec import Placement, abstract_arrays, encode_params
 from qdit_jax.checkpoint.description import (
     Checkpoint,
@@ -123,20 +124,29 @@ def read_metadata(path: AnyPath, metadata: dict[str, str] | None) -> dict[str, A
             f"{path} has export format version {version}; this qdit_jax reads version "
             f"{FORMAT_VERSION}: install the release that wrote it."
         )
-    return description
+    return checked_parts(description, f"{path}, metadata")
+
+
+def checked_parts(description: dict[str, Any], where: str) -> dict[str, Any]:
+    """Returns the metadata with the description of every network checked, see `check_description`."""
+    checked = {**description, "model": check_description(description.get("model"), where)}
+    if (vae := description.get("vae")) is not None:
+        checked["vae"] = checked_parts(vae, where)
+    return checked
 
 
 def build(
     path: AnyPath, file: safe_open, description: dict[str, Any], prefix: str, sharding: Placement
 ) -> Checkpoint:
     """Returns the checkpoint whose arrays stand under `prefix`, read one at a time."""
-    model = check_description(description.get("model"), f"{path}, metadata")
+    model = description["model"]
     check_network(f"{path}, metadata", model)
     wanted = flatten_dict(abstract_arrays(model["params"], sharding), sep="/")
-    stored = set(file.keys())
-    arrays = {}
-    for name, abstract in wanted.items():
-        if prefix + name not in stored:
+    changes = earlier.changes(model)
+    stored = earlier.as_stored(wanted, changes)
+    found, arrays = set(file.keys()), {}
+    for name, abstract in stored.items():
+        if prefix + name not in found:
             raise UserError(f"{path} lacks the array {prefix + name}; export it again.")
         array = file.get_tensor(prefix + name)
         if array.shape != abstract.shape or array.dtype != abstract.dtype:
@@ -144,7 +154,9 @@ def build(
                 f"{path}: {prefix + name} is {array.dtype} {array.shape}, its metadata says "
                 f"{abstract.dtype} {abstract.shape}; export it again."
             )
-        arrays[name] = jax.device_put(array, abstract.sharding)
+        if name in changes:
+            array = changes[name].apply(array)
+        arrays[name] = jax.device_put(array, wanted[name].sharding)
     vae = description.get("vae")
     return from_parts(
         path,

@@ -6,7 +6,7 @@ FP8 elements are bfloat16, NF4's float32. Two int8 operands keep their zeros, wh
 dtype each `element - zero` is exact, while a float32 sum would cancel; there the zero is subtracted
 first.
 
-Dimensions: T tokens, K input channels, N output channels, B scales of a row, U segments of K,
+Dimensions: T tokens, K input channels, N output channels, B scales of a group, U segments of K,
 L channels of a segment.
 """
 
@@ -14,58 +14,40 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Float, Int, Num, UInt8
+from jaxtyping import Array, Float, Int, Num
 
 from qdit_jax.kernels.segments import Segments
 from qdit_jax.quant import (
     ActQuant,
     QTensor,
+    code_rows,
     codes_of,
     expand_to_channels,
     formats,
-    integer_codes,
-    levels_of,
+    level_rows,
     packing,
     scale_value,
 )
 from qdit_jax.types import AnyArray
 
-# (elements, zero, scale) of a segment: `[T, L]`, `[T, 1]`, `[T, 1]` of activations and `[L, N]`,
+# (elements, zero, scale) of a segment: `[T, L]`, `[T, 1]`, `[T, 1]` of activations and `[N, L]`,
 # `[N]`, `[N]` of weights. Zero is None where it is 0.
 Elements = tuple[Num[Array, "_ _"], Num[Array, "..."] | int | None, Float[Array, "..."]]
-# (number, group) of a segment of the activations, or of all segments `[U]`.
-ActSegment = tuple[AnyArray, AnyArray]
-
-
-class WeightSegment(NamedTuple):
-    """A segment of the weights, or all of them with U as first axis.
-
-    Attributes:
-        codes: what `stacked_codes` returns; int8 levels where there are two levels of scales.
-        zero: uint8 `[B]`, None where it is 0.
-        scale: `[B]`, as stored.
-    """
-
-    codes: Array
-    zero: AnyArray | None
-    scale: AnyArray
-
-
-Segment = TypeVar("Segment", ActSegment, WeightSegment)
+# (number, group of channels) of a segment, or of all segments `[U]`.
+Segment = tuple[AnyArray, AnyArray]
 
 
 @dataclasses.dataclass(frozen=True)
-class Operand(Generic[Segment]):
+class Operand:
     """One operand, one segment at a time.
 
     Attributes:
-        stacked: a tree of arrays with U as first axis, which `lax.scan` iterates over.
+        stacked: a pair of arrays with U as first axis, which `lax.scan` iterates over.
         segment: returns the `Elements` of one entry of `stacked`.
     """
 
@@ -80,7 +62,7 @@ def element_dtype(fmt: formats.Format | None) -> np.dtype:
 
 def act_operand(
     x: Float[Array, "*lead K"], act_quant: ActQuant, dtype: np.dtype, segments: Segments
-) -> Operand[ActSegment]:
+) -> Operand:
     """Returns the operand of the activations `x` (shift added), its elements in `dtype`."""
     elements, zero, scale = act_elements(x, act_quant, dtype)
     elements = segments.cut(elements.reshape(-1, x.shape[-1]), 1)  # [T, U L]
@@ -89,7 +71,7 @@ def act_operand(
         values = jnp.broadcast_to(values, (*x.shape[:-1], values.shape[-1]))
         return column(values.reshape(-1, values.shape[-1]), group)
 
-    def segment(one: ActSegment) -> Elements:
+    def segment(one: Segment) -> Elements:
         index, group = one
         part = column(elements, index * segments.length, segments.length)
         one_zero = zero if zero is None or isinstance(zero, int) else of_token(zero, group)
@@ -122,82 +104,66 @@ def act_elements(
     return codes.astype(dtype), None, step
 
 
-def weight_operand(q: QTensor, dtype: np.dtype, segments: Segments) -> Operand[WeightSegment]:
-    """Returns the operand of the kernel `q`, its elements in `dtype`; see `stacked_codes`."""
-    if q.has_levels:
-        return level_operand(q, dtype, segments)
-    codes, unpacked = stacked_codes(q, segments)
-    group = segments.group(q.group_size)
-    half = 2 ** (q.bits - 1)
-    zero_point = q.zero_point  # [G, B]
-    zero = None if zero_point is None else take(zero_point, group)  # [U, B]
-    stacked = WeightSegment(codes, zero, take(q.scale, group))
+def weight_operand(q: QTensor, dtype: np.dtype, segments: Segments) -> Operand:
+    """Returns the operand of the kernel `q`, its elements in `dtype`.
 
-    def segment(one: WeightSegment) -> Elements:
-        # Otherwise XLA for GPUs, whose int8 dot takes columns, keeps all codes transposed as well.
-        codes = with_layout_constraint(unpacked(one.codes), Layout(major_to_minor=(0, 1)))
-        scale = jnp.repeat(row_scale(q, one.scale), q.channel_group)  # [N]
+    With two levels of scales, elements are int8 levels, whose scale is that of the output channel.
+    """
+    codes_fn = segment_codes(q, segments)
+    half = 2 ** (q.bits - 1)
+    zero_point = q.zero_point  # [B, G]
+
+    def of_channel(values: Num[AnyArray, " B"]) -> Num[Array, " N"]:
+        return jnp.repeat(values, q.channel_group)
+
+    def segment(one: Segment) -> Elements:
+        index, group = one
+        # Otherwise XLA for GPUs may keep all codes in the layout that its int8 dot likes, as well.
+        codes = with_layout_constraint(codes_fn(index), Layout(major_to_minor=(0, 1)))
+        if q.channel_scale is not None:
+            return codes.astype(dtype), None, of_channel(q.channel_scale)
+        scale = of_channel(element_scale(q, column(q.scale, group)[:, 0]))
         if q.fmt is not None:
             return q.fmt.operand(codes).astype(dtype), None, scale
         zero = None
-        if one.zero is not None:
-            zero = jnp.repeat(one.zero.astype(jnp.int32), q.channel_group) - half  # [N]
+        if zero_point is not None:
+            zero = of_channel(column(zero_point, group)[:, 0].astype(jnp.int32)) - half
         elements = (codes - jnp.uint8(half)).astype(jnp.int8)  # uint8 wraps to the signed code
         if dtype == jnp.int8:
             return elements, zero, scale
-        return (elements if zero is None else elements - zero).astype(dtype), None, scale
+        return (elements if zero is None else elements - zero[:, None]).astype(dtype), None, scale
 
-    return Operand(stacked, segment)
-
-
-def level_operand(q: QTensor, dtype: np.dtype, segments: Segments) -> Operand[WeightSegment]:
-    """Returns the operand of int8 levels, whose scale is that of the output channel."""
-    count, length = segments.rows.shape
-    levels = segments.cut(levels_of(q), 0).reshape(count, length, -1)
-    scale = jnp.broadcast_to(q.channel_scale, (count, q.channel_scale.shape[-1]))
-
-    def segment(one: WeightSegment) -> Elements:
-        elements = with_layout_constraint(one.codes, Layout(major_to_minor=(0, 1)))
-        return elements.astype(dtype), None, jnp.repeat(one.scale, q.channel_group)
-
-    return Operand(WeightSegment(levels, None, scale), segment)
+    group = segments.group(q.group_size)
+    return Operand((np.arange(len(group)), group), segment)
 
 
-def row_scale(q: QTensor, scale: Num[AnyArray, " B"]) -> Float[Array, " B"]:
-    """Returns a row of `q.scale` as the float32 scales of elements."""
+def element_scale(q: QTensor, scale: Num[AnyArray, " B"]) -> Float[Array, " B"]:
+    """Returns the entries of `q.scale` for one group as the float32 scales of elements."""
     if q.fmt is None:
         return scale_value(scale)
     values = q.fmt.scale_value(jnp.asarray(scale))
     return (values if q.tensor_scale is None else values * q.tensor_scale) * q.fmt.unit
 
 
-def stacked_codes(
-    q: QTensor, segments: Segments
-) -> tuple[UInt8[Array, "U ..."], Callable[[Array], Array]]:
-    """Returns an array to scan over, and a function from one of its rows to codes, uint8 `[L, N]`.
+def segment_codes(q: QTensor, segments: Segments) -> Callable[[AnyArray], Array]:
+    """Returns a function from the number of a segment to its codes `[N, L]`, uint8, or int8 levels.
 
-    Where no byte holds codes of two segments, the array is the packed codes, unpacked one segment
-    at a time. Otherwise it is the unpacked codes of the whole layer.
+    Packed codes are unpacked one segment at a time where the bytes allow it; otherwise, and where they
+    become levels, those of the whole layer before.
     """
-    count, length = segments.rows.shape
-    fields = 8 // q.bits
-    # A segment of whole blocks of bytes (`packing`) in one plane is a run of rows of bytes.
-    whole = segments.are_equal and length % (packing.SUB_BLOCK * fields) == 0
-    if whole and packing.planes(q.bits) == (q.bits,):
-        packed = q.codes.reshape(count, length // fields, -1)  # [U, L / fields, N]
-        return packed, lambda one: packing.unpack(one, q.bits, length)
-    codes = segments.cut(integer_codes(q), 0)  # [U L, N]
-    return codes.reshape(count, length, -1), lambda one: one
+    length = segments.length
+    num_channels = q.shape[0]
+    if not q.has_levels and segments.are_equal and packing.can_slice(num_channels, length):
+        packed = jnp.asarray(q.codes)
+        return lambda index: packing.unpack_slice(
+            packed, q.bits, num_channels, index * length, length
+        )
+    whole = segments.cut(level_rows(q) if q.has_levels else code_rows(q), 1)  # [N, U L]
+    return lambda index: column(whole, index * length, length)
 
 
 def column(
-    values: Num[Array, "T M"], start: Int[AnyArray, ""], length: int = 1
+    values: Num[AnyArray, "T M"], start: Int[AnyArray, ""], length: int = 1
 ) -> Num[Array, "T L"]:
     # The scan's counter is never negative: no code for indices from the end.
     return jax.lax.dynamic_slice_in_dim(values, start, length, 1, allow_negative_indices=False)
-
-
-def take(values: Num[AnyArray, "G ..."], index: np.ndarray) -> Num[AnyArray, "U ..."]:
-    """Returns the rows `index` of `values`; `values` itself where these are all rows in order."""
-    same = np.array_equal(index, np.arange(values.shape[0]))
-    return values if same else jnp.take(values, index, axis=0)

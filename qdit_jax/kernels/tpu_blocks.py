@@ -69,8 +69,8 @@ class Sizes:
 
     @property
     def code_channels(self) -> int:
-        """Rows of codes with which each plane of bits is cut into whole blocks, see `packing`."""
-        return rounded_up(self.channels, packing.SUB_BLOCK * 8 // min(packing.planes(self.bits)))
+        """K with which each plane of bits has whole tiles of bytes, see `packing`."""
+        return rounded_up(self.channels, STRIP * 8 // min(packing.planes(self.bits)))
 
     @property
     def column_tiles(self) -> int:
@@ -96,7 +96,7 @@ def vmem_bytes(sizes: Sizes, blocks: Blocks) -> int:
     """Returns the VMEM that a product needs: what is held, two blocks of what is streamed, sums."""
     rows, columns, channels = blocks.rows, blocks.columns, sizes.channels
     groups = rounded_up(sizes.num_groups, STRIP)
-    packed = packing.packed_rows(sizes.code_channels, sizes.bits)
+    packed = packing.packed_bytes(sizes.code_channels, sizes.bits)
     streamed = (rows * channels + rows * columns) * sizes.itemsize
     streamed += (packed + 2 * groups + 4 * 8) * columns
     held = rows * channels + 4 * rows * TILE + blocks.panel * channels * columns

@@ -7,9 +7,11 @@ per output channel (`quant.levels`), or symmetric codes per channel. A block of 
 into VMEM, and packed codes become levels there once per call. So memory sees the inputs, the packed
 codes and the result, and nothing between.
 
-Codes are unpacked four at a time, in words of 32 bits: the fields of a byte lie 32 rows apart
-(`packing`), so 32 rows of bytes are 8 rows of words, each field of which is four whole codes. The map to
-levels, `(code * step + offset) ^ 128`, stays inside its byte: 0 <= code * step + offset <= 255.
+Codes are unpacked four at a time, in words of 32 bits. The fields of a byte lie 64, 32 or 16 channels
+apart (`packing`), so of codes with the channels as rows, 32 rows of bytes are 8 rows of words, each field
+of which is four whole codes. The map to levels, `(code * step + offset) ^ 128`, stays inside its byte:
+0 <= code * step + offset <= 255. Codes are stored with the channels as columns; XLA turns those of one
+layer, packed, before the kernel.
 
 Dimensions: M rows (tokens), K input channels, N output channels, G groups along K, R rows of packed
 bytes; J blocks of columns of a panel, L rows and C columns of a block (`tpu_blocks`).
@@ -83,8 +85,8 @@ def _product(
     assert blocks is not None, "levels_reason refuses it"
     rows, columns = blocks.rows * blocks.num_rows, sizes.column_tiles * TILE
     tokens = padded(x.reshape(-1, num_channels), rows, sizes.channels)
-    scale = q.channel_scale if q.has_levels else scale_value(q.scale)[0]
-    maps = (padded(a, a.shape[0], columns) for a in step_and_offset(q))
+    scale = q.channel_scale if q.has_levels else scale_value(q.scale)[:, 0]
+    maps = (padded(a.T, a.shape[1], columns) for a in step_and_offset(q))
     operands = (tokens, whole_codes(q, sizes, columns), *maps, padded(scale[None], 1, columns))
     groups = groups_of_sub_blocks(sizes.channels, num_channels, q.group_size)
     kernel = functools.partial(_kernel, bits=q.bits, groups=groups, act_spec=spec)
@@ -107,23 +109,23 @@ def padded(values: Array, rows: int, columns: int) -> Array:
 
 
 def whole_codes(q: QTensor, sizes: Sizes, columns: int) -> UInt8[Array, "R N"]:
-    """Returns the packed codes with whole blocks of bytes in each plane.
+    """Returns the packed codes with whole tiles of bytes in each plane, an output channel a column.
 
-    As they are stored where K is a multiple of 128, with 3, 5 and 7 bits of 256.
+    In the order in which they are stored where K is a multiple of 128, with 3, 5 and 7 bits of 256.
     Others are unpacked and packed again in each call.
     """
     codes = q.codes
     if sizes.code_channels != sizes.num_channels:
         loose = packing.unpack(codes, q.bits, sizes.num_channels)
-        codes = packing.pack(padded(loose, sizes.code_channels, loose.shape[1]), q.bits)
-    return padded(codes, codes.shape[0], columns)
+        codes = packing.pack(padded(loose, loose.shape[0], sizes.code_channels), q.bits)
+    return padded(codes.T, codes.shape[1], columns)
 
 
 def groups_of_sub_blocks(channels: int, num_channels: int, group_size: int) -> tuple[int, ...]:
     """Returns the group of every 32 of `channels`, those of padding in the last one."""
     size = effective_group_size(num_channels, group_size)
     last = num_groups(num_channels, group_size) - 1
-    return tuple(min(row // size, last) for row in range(0, channels, packing.SUB_BLOCK))
+    return tuple(min(row // size, last) for row in range(0, channels, STRIP))
 
 
 def _call(kernel: Any, operands: tuple[Array, ...], blocks: Blocks, interpret: bool) -> Array:
@@ -259,7 +261,7 @@ def unpack_columns(
     for index, group in enumerate(groups):
         word = code_words(codes, bits, index)
         own_step, own_offset = (a[group : group + 1] for a in (steps, offsets))
-        rows = pl.ds(index * packing.SUB_BLOCK, packing.SUB_BLOCK)
+        rows = pl.ds(index * STRIP, STRIP)
         levels[rows, :] = as_rows_of((word * own_step + own_offset) ^ SIGNS, jnp.int8)
 
 
@@ -267,15 +269,39 @@ def code_words(codes: Any, bits: int, index: int) -> Int32[Array, "8 C"]:
     """Returns the `index`-th 32 rows of codes, four neighboring rows in a word."""
     first, shift, words = 0, 0, []
     for plane in packing.planes(bits):
-        fields = 8 // plane
-        row = first + index // fields * packing.SUB_BLOCK
-        word = as_rows_of(codes[pl.ds(row, packing.SUB_BLOCK), :], jnp.int32)
-        if fields > 1:
-            word = (word >> (plane * (index % fields))) & ((2**plane - 1) * EACH_BYTE)
-        words.append(word << shift)
-        first += codes.shape[0] * plane // bits  # each plane holds all rows, in whole blocks
+        words.append(plane_words(codes, first, plane, index) << shift)
+        first += codes.shape[0] * plane // bits  # each plane holds all rows, in whole tiles
         shift += plane
     return functools.reduce(jnp.bitwise_or, words)
+
+
+def plane_words(codes: Any, first: int, plane: int, index: int) -> Int32[Array, "8 C"]:
+    """Returns what the plane of bits from row `first` on has of the `index`-th 32 rows of codes."""
+    run, place = divmod(index * STRIP, packing.RUN)
+    size = packing.RUN * plane // 8  # rows of bytes of a run, and rows of codes between two fields
+    field, row = divmod(place, size)
+    row += first + run * size
+
+    def bits_of(words: Int32[Array, "8 C"], field: int) -> Int32[Array, "8 C"]:
+        return (words >> (plane * field)) & ((2**plane - 1) * EACH_BYTE)
+
+    if size >= STRIP:
+        words = as_rows_of(codes[pl.ds(row, STRIP), :], jnp.int32)
+        return words if plane == 8 else bits_of(words, field)
+    # A plane of one bit: 16 rows have two fields of a run, and a tile has the bytes of two runs.
+    words = as_rows_of(codes[pl.ds(row - row % STRIP, STRIP), :], jnp.int32)
+    low, high = bits_of(words, field), bits_of(words, field + 1)
+    is_first = jax.lax.broadcasted_iota(jnp.int32, words.shape, 0) < words.shape[0] // 2
+    if row % STRIP:
+        return jnp.where(is_first, half_turned(low), high)
+    return jnp.where(is_first, low, half_turned(high))
+
+
+def half_turned(words: Int32[Array, "8 C"]) -> Int32[Array, "8 C"]:
+    """Returns the two halves of the rows exchanged."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    return pltpu.roll(words, words.shape[0] // 2, 0)
 
 
 def as_rows_of(values: Array, dtype: Any) -> Array:

@@ -1,5 +1,8 @@
 """Both numerics in plain XLA: the fallback on every platform, and the reference in tests.
 
+Weights are multiplied as they are stored, `[N, K]`: every dot contracts the last axes of both operands,
+so that no compiler has to transpose codes or dequantized weights.
+
 Dimensions: T tokens, K input channels, N output channels, L channels of a segment.
 """
 
@@ -7,17 +10,17 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
 from qdit_jax.kernels.operands import (
-    ActSegment,
-    WeightSegment,
+    Segment,
     act_operand,
     element_dtype,
     weight_operand,
 )
 from qdit_jax.kernels.segments import segments
-from qdit_jax.quant import ActQuant, QTensor, dequantize
+from qdit_jax.quant import ActQuant, QTensor, weight_rows
 
 ONES = 8  # XLA:CPU has no int8 dot of a single row or column
 
@@ -30,11 +33,11 @@ def simulated_matmul(
     An `x` of 16 bits that is not quantized is multiplied in 16 bits, sums in float32 (W4A16).
     """
     if act_quant is None and jnp.finfo(x.dtype).bits == 16:
-        return jnp.matmul(x, dequantize(q, x.dtype), preferred_element_type=x.dtype)
+        return by_rows(x, weight_rows(q, x.dtype), preferred_element_type=x.dtype)
     wide = x.astype(jnp.float32)
     if act_quant is not None:
         wide = act_quant(wide)
-    product = jnp.matmul(wide, dequantize(q), precision=jax.lax.Precision.HIGHEST)
+    product = by_rows(wide, weight_rows(q), precision=jax.lax.Precision.HIGHEST)
     return product.astype(x.dtype)
 
 
@@ -57,14 +60,14 @@ def integer_matmul(
     weights = weight_operand(q, exact, cuts)
 
     def add_segment(
-        total: Float[Array, "T N"], one: tuple[ActSegment, WeightSegment, AnyArray]
+        total: Float[Array, "T N"], one: tuple[Segment, Segment, AnyArray]
     ) -> tuple[Float[Array, "T N"], Float[Array, " N"] | None]:
         act, weight, members = one
         left, zx, sx = acts.segment(act)
         right, zw, sw = weights.segment(weight)
         product = dot_of_differences(left, zx, right, zw, members)
         total = total + product.astype(jnp.float32) * sx * sw
-        sums = column_sums(right, zw, members).astype(jnp.float32) * sw if shift else None
+        sums = channel_sums(right, zw, members).astype(jnp.float32) * sw if shift else None
         return total, sums
 
     total = jnp.zeros((x.size // num_channels, width), jnp.float32)
@@ -80,11 +83,11 @@ def integer_matmul(
 def dot_of_differences(
     left: Num[Array, "T L"],
     zx: Num[Array, "T 1"] | int | None,
-    right: Num[Array, "L N"],
+    right: Num[Array, "N L"],
     zw: Num[Array, " N"] | int | None,
     members: Int[AnyArray, ""],
 ) -> Num[Array, "T N"]:
-    """Returns `(left - zx) @ (right - zw)` over the first `members` channels.
+    """Returns `(left - zx) @ (right - zw).T` over the first `members` channels.
 
     `sum (cx - zx)(cw - zw) = sum cx cw - zx sum cw - zw sum (cx - zx)`. Zeros are integers, of
     integer operands only, or None; `left` is 0 in the channels after `members`. The sums are computed
@@ -92,29 +95,47 @@ def dot_of_differences(
     """
     product = dot(left, right)
     if zx is not None:
-        product = product - zx * column_sums(right, None, members)
+        product = product - zx * channel_sums(right, None, members)
     if zw is not None:
-        row_sums = dot(left, jnp.ones((left.shape[1], ONES), left.dtype))[:, :1]
+        row_sums = dot(left, jnp.ones((ONES, left.shape[1]), left.dtype))[:, :1]
         product = product - zw * (row_sums if zx is None else row_sums - members * zx)
     return product
 
 
-def column_sums(
-    right: Num[Array, "L N"], zw: Num[Array, " N"] | int | None, members: Int[AnyArray, ""]
+def channel_sums(
+    right: Num[Array, "N L"], zw: Num[Array, " N"] | int | None, members: Int[AnyArray, ""]
 ) -> Num[Array, " N"]:
     """Returns the sums of `right - zw` over the first `members` channels."""
-    present = jnp.arange(right.shape[0], dtype=jnp.int32) < members
-    ones = jnp.broadcast_to(present.astype(right.dtype), (ONES, right.shape[0]))
+    present = jnp.arange(right.shape[1], dtype=jnp.int32) < members
+    ones = jnp.broadcast_to(present.astype(right.dtype), (ONES, right.shape[1]))
     sums = dot(ones, right)[0]
     return sums if zw is None else sums - members * zw
 
 
-def dot(left: Num[Array, "T L"], right: Num[Array, "L N"]) -> Num[Array, "T N"]:
-    """Returns the product, summed in int32 or float32; rows by columns, as XLA:CPU wants int8."""
+def dot(left: Num[Array, "T L"], right: Num[Array, "N L"]) -> Num[Array, "T N"]:
+    """Returns the product, summed in int32 or float32."""
     whole = left.dtype == jnp.int8
-    return jnp.matmul(
+    return by_rows(
         left,
         right,
         precision=None if whole else jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.int32 if whole else jnp.float32,
+    )
+
+
+def by_rows(
+    left: Num[Array, "*lead K"],
+    right: Num[Array, "N K"],
+    *,
+    precision: jax.lax.Precision | None = None,
+    preferred_element_type: DTypeLike | None = None,
+) -> Num[Array, "*lead N"]:
+    """Returns `left @ right.T`, the products of rows with rows."""
+    contracted = ((left.ndim - 1,), (1,))
+    return jax.lax.dot_general(
+        left,
+        right,
+        (contracted, ((), ())),
+        precision=precision,
+        preferred_element_type=preferred_element_type,
     )

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Num
 
 from qdit_jax.kernels import attention
 from qdit_jax.models.linear import Layers, optional, stored, xavier
-from qdit_jax.quant import QTensor, dequantize, select_columns
+from qdit_jax.quant import QTensor, select_columns, weight_rows
 
 
 class PatchEmbed(nn.Module):
@@ -114,7 +114,7 @@ class LabelEmbedder(nn.Module):
             raise ValueError(f"label {label} is out of range; rows are 0 to {self.num_rows - 1}.")
         row = jnp.clip(label, 0, self.num_rows - 1)
         if isinstance(table, QTensor):
-            found = dequantize(select_columns(table, row)).T
+            found = weight_rows(select_columns(table, row))
         else:
             found = jnp.asarray(table)[row]
         return jnp.where(is_row[:, None], found, jnp.nan)

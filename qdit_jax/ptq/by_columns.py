@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from qdit_jax.quant import QTensor, WeightSpec, cut_scales, dequantize, quantize
+from qdit_jax.quant import QTensor, WeightSpec, dequantize, quantize, select_columns
 from qdit_jax.types import AnyArray
 
 # Values per block, 6 MB in float32: a DiT-XL's largest kernel is six blocks of one shape.
@@ -46,7 +46,8 @@ def quantize_by_columns(w: Float[np.ndarray, "K N"], spec: WeightSpec) -> QTenso
     if len(parts) == 1:
         return parts[0]
     alike = [dataclasses.replace(part, shape=w.shape) for part in parts]
-    return jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=-1), *alike)
+    # Of every array the output channels are the first axis.
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *alike)
 
 
 def squares_by_columns(
@@ -61,7 +62,7 @@ def squares_by_columns(
     for columns in column_blocks(w.shape, q.channel_group):
         part = np.asarray(w[:, columns]).astype(np.float32) / unit
         # A sum inside of jit would unpack the codes again for every few values.
-        error = np.asarray(dequantize(columns_of(q, columns))) / unit - part
+        error = np.asarray(dequantize(select_columns(q, columns))) / unit - part
         yield part, sum_of_squares(part), sum_of_squares(error)
 
 
@@ -82,14 +83,3 @@ def decibels(signal: float, noise: float) -> float:
         return -math.inf
     ratio = signal / noise if noise else (1e30 if signal else 1.0)
     return 10 * math.log10(min(max(ratio, 1e-30), 1e30))
-
-
-def columns_of(q: QTensor, columns: slice) -> QTensor:
-    """Returns the columns of `q`, still packed; the slice ends between channel groups."""
-    start, stop = columns.start, columns.stop
-    blocks = slice(start // q.channel_group, stop // q.channel_group)
-    return dataclasses.replace(
-        cut_scales(q, lambda array: array[..., blocks]),
-        codes=q.codes[:, columns],
-        shape=(q.shape[0], stop - start),
-    )

@@ -38,15 +38,16 @@ class Fit(NamedTuple):
 
 
 def levels(
-    codes: UInt8[Array, "*lead K N"],
-    step: UInt8[Array, "*lead G N"],
+    codes: UInt8[Array, "*lead N K"],
+    step: UInt8[Array, "*lead N G"],
     codebook: Float[Array, "*lead E"],
     group_size: int,
-) -> Int8[Array, "*lead K N"]:
-    """Returns the int8 levels of codes; leading axes have a codebook each."""
+) -> Int8[Array, "*lead N K"]:
+    """Returns the int8 levels of codes as stored; leading axes have a codebook each."""
     index = codes.reshape(*codebook.shape[:-1], -1).astype(jnp.int32)
     values = jnp.take_along_axis(codebook, index, axis=-1).reshape(codes.shape)
-    wide = groups.expand_groups(step.astype(jnp.float32), codes.shape[-2:], group_size)
+    *_, width, num_channels = codes.shape
+    wide = groups.expand_rows(step.astype(jnp.float32), (num_channels, width), group_size)
     return level_of(values, wide).astype(jnp.int8)
 
 

@@ -68,3 +68,16 @@ def expand_groups(
         values[..., :, None, :, None], (*lead, count, size, blocks, width // blocks)
     )
     return wide.reshape(*lead, count * size, width)[..., :num_channels, :]
+
+
+def expand_rows(
+    values: Shaped[Array, "*lead B G"], shape: tuple[int, ...], group_size: int
+) -> Shaped[Array, "*lead N K"]:
+    """Returns `expand_groups` of a kernel `shape` (K, N) as `QTensor` stores it, a row per channel."""
+    num_channels, width = shape
+    size = effective_group_size(num_channels, group_size)
+    *lead, blocks, count = values.shape
+    wide = jnp.broadcast_to(
+        values[..., :, None, :, None], (*lead, blocks, width // blocks, count, size)
+    )
+    return wide.reshape(*lead, width, count * size)[..., :num_channels]

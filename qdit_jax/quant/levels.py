@@ -61,8 +61,8 @@ def channel_scale_of(scale: Float[Array, "*s"]) -> Float[Array, "*s"]:
 
 
 def affine_levels(
-    codes: UInt8[Array, "*lead K N"], step: UInt8[Array, "*lead K N"], offset: UInt8[Array, "*#s"]
-) -> Int8[Array, "*lead K N"]:
+    codes: UInt8[Array, "*s"], step: UInt8[Array, "*s"], offset: UInt8[Array, "*#s"]
+) -> Int8[Array, "*s"]:
     """Returns the levels of codes: one multiply-add and one exclusive or, all in bytes."""
     return jax.lax.bitcast_convert_type((codes * step + offset) ^ jnp.uint8(HALF), jnp.int8)
 

@@ -1,13 +1,15 @@
 """`QTensor`: one quantized kernel, packed; quantizing to it and back.
 
+A kernel is `[K, N]` to who reads or rounds it, and stored K-major: a row of bytes per output channel,
+a row of scales per output channel. Products contract the last axes, so nothing is transposed.
+
 Dimensions: K input channels, N output channels, G groups along K, B = N // channel_group
-scales per row, R rows of packed bytes.
+rows of scales, R packed bytes of a row.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,7 +23,7 @@ from qdit_jax.quant import codebooks, finite, formats, groups, levels, packing
 from qdit_jax.quant.division import quotient
 from qdit_jax.quant.specs import WeightSpec
 from qdit_jax.quant.stored_scales import scale_value, stored_scale
-from qdit_jax.types import Numbers
+from qdit_jax.types import AnyArray, Numbers
 
 
 @partial(
@@ -34,25 +36,25 @@ from qdit_jax.types import Numbers
 )
 @dataclasses.dataclass(frozen=True)
 class QTensor:
-    """A kernel `[K, N]` as packed codes, for g = group_size (K if 0) and c = N / scale.shape[-1]:
+    """A kernel `[K, N]` as packed codes, for g = group_size (K if 0) and c = N / scale.shape[-2]:
 
-    `w[k, n] = (code[k, n] - zero_point[k // g, n // c]) * scale_values(q)[k // g, n // c]`
+    `w[k, n] = (code[k, n] - zero_point[n // c, k // g]) * scale_values(q)[n // c, k // g]`
 
     Without a zero point, codes are signed, `[-2**(bits-1), 2**(bits-1) - 1]`, and stored with
     `2**(bits-1)` added. With a number format `fmt`, `w = fmt.value(code) * scale_values(q)`.
 
-    With two levels of scales, `w = levels_of(q)[k, n] * channel_scale[n // c]`: a group's codes become
+    With two levels of scales, `w[k, n] = level_rows(q)[n, k] * channel_scale[n // c]`: a group's codes become
     int8 levels by a step and an offset of one byte each, or through a codebook.
 
     Attributes:
-        codes: uint8 `[..., packed_rows(K, bits), N]`, see `packing`.
-        scale: `[..., G, B]`, as stored: `scale_values(q)` reads it, see `stored_scales`.
-        packed_zero_point: uint8 `[..., packed_rows(G, bits), B]`, packed like the codes; None
+        codes: uint8 `[..., N, packed_bytes(K, bits)]`, see `packing`.
+        scale: `[..., B, G]`, as stored: `scale_values(q)` reads it, see `stored_scales`.
+        packed_zero_point: uint8 `[..., B, packed_bytes(G, bits)]`, packed like the codes; None
             when symmetric.
         tensor_scale: float32 `[...]`, one factor per kernel, of formats that have one; else None.
         channel_scale: float32 `[..., B]` where there are two levels of scales, else None; `scale` is
             then uint8, a whole number of levels.
-        offset: uint8 `[..., G, B]`, the level of code 0, plus 128; None when symmetric, or with one
+        offset: uint8 `[..., B, G]`, the level of code 0, plus 128; None when symmetric, or with one
             level of scales or a codebook.
         codebook: float32 `[..., 16]`, of a format that learns one; else None.
         bits, group_size, shape, fmt: static; `shape` is the logical (K, N). Leading axes of the
@@ -95,11 +97,11 @@ class QTensor:
     @property
     def channel_group(self) -> int:
         """Neighboring output channels that share a scale."""
-        return self.shape[1] // self.scale.shape[-1]
+        return self.shape[1] // self.scale.shape[-2]
 
     @property
-    def zero_point(self) -> UInt8[Array, "*lead G B"] | None:
-        """The code of 0.0 of every group, uint8 `[..., G, B]`; None when symmetric."""
+    def zero_point(self) -> UInt8[Array, "*lead B G"] | None:
+        """The code of 0.0 of every group, uint8 `[..., B, G]`; None when symmetric."""
         if self.packed_zero_point is None:
             return None
         return packing.unpack(jnp.asarray(self.packed_zero_point), self.bits, self.num_groups)
@@ -120,15 +122,15 @@ def nbytes(q: QTensor) -> int:
 def packed_nbytes(num_rows: int, width: int, spec: WeightSpec) -> int:
     """Returns the bytes that a `[num_rows, width]` kernel takes once quantized to `spec`.
 
-    Codes: `packed_rows(K, bits) * N`; scales: `G * N / channel_group` of the scale's dtype;
-    zero points (asymmetric): `packed_rows(G, bits) * N / channel_group`. `packed_rows` of n rows
-    is `ceil(n * p / 8)` summed over the bit planes p of `bits` (2, 2+1, 4, 4+1, 4+2, 4+2+1, 8).
+    Codes: `packed_bytes(K, bits) * N`; scales: `G * N / channel_group` of the scale's dtype;
+    zero points (asymmetric): `packed_bytes(G, bits) * N / channel_group`. `packed_bytes` of n
+    codes is `ceil(n * p / 8)` summed over the bit planes p of `bits` (2, 2+1, 4, 4+1, 4+2, 4+2+1, 8).
     With two levels of scales, step and (asymmetric) offset take a byte each and a channel 4 bytes.
     """
     count = groups.num_groups(num_rows, spec.group_size)
     blocks = width // spec.channel_group
     scale_bytes = np.dtype(_scale_dtype(spec)).itemsize
-    total = packing.packed_rows(num_rows, spec.bits) * width + count * blocks * scale_bytes
+    total = packing.packed_bytes(num_rows, spec.bits) * width + count * blocks * scale_bytes
     if spec.has_levels:
         total += blocks * 4
     if spec.fmt is not None:
@@ -136,7 +138,7 @@ def packed_nbytes(num_rows: int, width: int, spec: WeightSpec) -> int:
         return total + codebook + (4 if spec.fmt.has_tensor_scale else 0)
     if spec.has_levels:
         return total + (0 if spec.symmetric else count * blocks)
-    return total + (0 if spec.symmetric else packing.packed_rows(count, spec.bits) * blocks)
+    return total + (0 if spec.symmetric else packing.packed_bytes(count, spec.bits) * blocks)
 
 
 def quantize(w: Numbers, spec: WeightSpec) -> QTensor:
@@ -206,18 +208,19 @@ def grid_of(w: Float[Array, "K N"], spec: WeightSpec) -> QTensor:
         channel_scale, step, offset = levels.chosen_grid(
             w, low, high, bits=spec.bits, symmetric=spec.symmetric, group_size=spec.group_size
         )
-        return dataclasses.replace(grid, scale=step, channel_scale=channel_scale, offset=offset)
+        offset = None if offset is None else offset.T
+        return dataclasses.replace(grid, scale=step.T, channel_scale=channel_scale, offset=offset)
     scale = spec.range_fn.scale(low, high, spec.bits, spec.symmetric)
     scale = stored_scale(jnp.where(jnp.isfinite(high), scale, jnp.nan), spec.scale_dtype)
     zero_point = None
     if not spec.symmetric:
         zero_point = packed_zeros(zero_point_of(low, scale_value(scale), spec.bits), spec.bits)
-    return dataclasses.replace(grid, scale=scale, packed_zero_point=zero_point)
+    return dataclasses.replace(grid, scale=scale.T, packed_zero_point=zero_point)
 
 
-def packed_zeros(zero_point: Num[Array, "*lead G B"], bits: int) -> UInt8[Array, "*lead R B"]:
+def packed_zeros(zero_point: Num[Array, "*lead G B"], bits: int) -> UInt8[Array, "*lead B R"]:
     """Returns zero points packed like codes."""
-    return packing.pack(zero_point.astype(jnp.int32), bits)
+    return packing.pack(transposed(zero_point).astype(jnp.int32), bits)
 
 
 def zero_point_of(
@@ -228,17 +231,18 @@ def zero_point_of(
 
 
 def affine_map(q: QTensor) -> tuple[Float[Array, "*lead G B"], Float[Array, "*lead G B"]]:
-    """Returns (step, zero) of integer codes: `w = (code - zero) * step`, float32.
+    """Returns (step, zero) of integer codes: `w = (code - zero) * step`, float32, for who rounds `[K, N]`.
 
     Of two levels of scales `zero` is no whole number.
     """
-    step = scale_values(q)
+    step, zero_point = scale_values(q), q.zero_point
     if q.channel_scale is not None and q.offset is not None:
-        return step, (levels.HALF - q.offset.astype(jnp.float32)) / q.scale.astype(jnp.float32)
-    zero_point = q.zero_point
-    if zero_point is None:
-        return step, jnp.full_like(step, 2 ** (q.bits - 1))
-    return step, zero_point.astype(jnp.float32)
+        zero = (levels.HALF - q.offset.astype(jnp.float32)) / q.scale.astype(jnp.float32)
+    elif zero_point is None:
+        zero = jnp.full_like(step, 2 ** (q.bits - 1))
+    else:
+        zero = zero_point.astype(jnp.float32)
+    return transposed(step), transposed(zero)
 
 
 def nearest_codes(w: Float[Array, "K N"], grid: QTensor) -> UInt8[Array, "K N"]:
@@ -257,9 +261,9 @@ def code_at(steps: Float[Array, "*s"], zero: Float[Array, "*#s"], bits: int) -> 
     return jnp.clip(jnp.round(steps + (zero - whole)) + whole, 0, 2**bits - 1)
 
 
-def with_codes(grid: QTensor, codes: Integer[Array, "K N"]) -> QTensor:
+def with_codes(grid: QTensor, codes: Integer[Array, "*lead K N"]) -> QTensor:
     """Returns the `QTensor` with these codes in `[0, 2**bits - 1]`, however they were rounded."""
-    return dataclasses.replace(grid, codes=packing.pack(codes, grid.bits))
+    return dataclasses.replace(grid, codes=packing.pack(transposed(codes), grid.bits))
 
 
 def from_codes(
@@ -274,52 +278,67 @@ def from_codes(
     when symmetric.
     """
     packed = None if zero_point is None else packed_zeros(zero_point, spec.bits)
-    return QTensor(
-        codes=packing.pack(codes, spec.bits),
-        scale=scale,
-        packed_zero_point=packed,
+    shape = (codes.shape[-2], codes.shape[-1])
+    grid = QTensor(
+        *(None, transposed(scale), packed),
         bits=spec.bits,
         group_size=spec.group_size,
-        shape=(codes.shape[-2], codes.shape[-1]),
+        shape=shape,
         fmt=spec.fmt,
     )
+    return with_codes(grid, codes)
+
+
+def transposed(values: Num[Array, "*lead A B"]) -> Num[Array, "*lead B A"]:
+    """Returns `values` with their last two axes exchanged: from how it is stored, or to it."""
+    return jnp.swapaxes(values, -1, -2)
 
 
 @jax.jit
 def integer_codes(q: QTensor) -> Integer[Array, "*lead K N"]:
     """Returns the codes unpacked, uint8; signed codes still carry their `2**(bits - 1)`."""
-    return packing.unpack(q.codes, q.bits, q.shape[0])
+    return transposed(code_rows(q))
 
 
 @partial(jax.jit, static_argnames="dtype")
 def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "*lead K N"]:
     """Returns the kernel that `q` stands for, in `dtype` (the arithmetic is float32)."""
-    codes = integer_codes(q)
+    return transposed(weight_rows(q, dtype))
+
+
+def code_rows(q: QTensor) -> UInt8[Array, "*lead N K"]:
+    """Returns `integer_codes(q)` as stored, a row per output channel."""
+    return packing.unpack(jnp.asarray(q.codes), q.bits, q.shape[0])
+
+
+def weight_rows(q: QTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "*lead N K"]:
+    """Returns `dequantize(q, dtype)` as products want it, a row per output channel."""
     if q.has_levels:
-        channel = groups.expand_groups(q.channel_scale[..., None, :], q.shape, 0)
-        return (levels_of(q).astype(jnp.float32) * channel).astype(dtype)
-    scale = groups.expand_groups(scale_values(q), q.shape, q.group_size)
+        channel = groups.expand_rows(q.channel_scale[..., None], q.shape, 0)
+        return (level_rows(q).astype(jnp.float32) * channel).astype(dtype)
+    codes = code_rows(q)
+    scale = groups.expand_rows(scale_values(q), q.shape, q.group_size)
     if q.fmt is not None:
         return (q.fmt.value(codes) * scale).astype(dtype)
     zero_point = q.zero_point
     if zero_point is None:
         offset = jnp.float32(2 ** (q.bits - 1))
     else:
-        offset = groups.expand_groups(zero_point, q.shape, q.group_size).astype(jnp.float32)
+        offset = groups.expand_rows(zero_point, q.shape, q.group_size).astype(jnp.float32)
     return ((codes.astype(jnp.float32) - offset) * scale).astype(dtype)
 
 
 @jax.jit
-def levels_of(q: QTensor) -> Int8[Array, "*lead K N"]:
+def level_rows(q: QTensor) -> Int8[Array, "*lead N K"]:
     """Returns the int8 levels that the codes of `q` stand for, where it has two levels of scales."""
-    codes = integer_codes(q)
+    codes = code_rows(q)
     if q.codebook is not None:
         return codebooks.levels(codes, q.scale, q.codebook, q.group_size)
-    step, offset = (groups.expand_groups(a, q.shape, q.group_size) for a in step_and_offset(q))
+    step, offset = (groups.expand_rows(a, q.shape, q.group_size) for a in step_and_offset(q))
     return levels.affine_levels(codes, step, offset)
 
 
-def step_and_offset(q: QTensor) -> tuple[UInt8[Array, "*lead G B"], UInt8[Array, "*lead G B"]]:
+def step_and_offset(q: QTensor) -> tuple[UInt8[Array, "*lead B G"], UInt8[Array, "*lead B G"]]:
     """Returns the bytes that make levels of codes, `level = code * step + offset - 128`.
 
     Of two levels of scales without a codebook, or of symmetric codes, whose step is then 1.
@@ -328,31 +347,30 @@ def step_and_offset(q: QTensor) -> tuple[UInt8[Array, "*lead G B"], UInt8[Array,
     return step, levels.symmetric_offset(step, q.bits) if q.offset is None else q.offset
 
 
-def select_columns(q: QTensor, index: Integer[Array, " M"]) -> QTensor:
-    """Returns the columns `index` of `q`, `[K, M]`, still packed."""
-    block = index // q.channel_group
-    return dataclasses.replace(
-        cut_scales(q, lambda array: array[..., block]),
-        codes=q.codes[..., index],
-        shape=(q.shape[0], index.shape[0]),
-    )
+def select_columns(q: QTensor, index: Integer[AnyArray, " M"] | slice) -> QTensor:
+    """Returns the columns `index` of `q`, `[K, M]`, still packed.
+
+    A slice starts and ends between channel groups.
+    """
+    size = q.channel_group
+    if isinstance(index, slice):
+        count, block = index.stop - index.start, slice(index.start // size, index.stop // size)
+    else:
+        count, block = index.shape[0], index // size
+    held = {name: getattr(q, name) for name in ("scale", "packed_zero_point", "offset")}
+    cuts = {name: array[..., block, :] for name, array in held.items() if array is not None}
+    if q.channel_scale is not None:
+        cuts["channel_scale"] = q.channel_scale[..., block]
+    return dataclasses.replace(q, codes=q.codes[..., index, :], shape=(q.shape[0], count), **cuts)
 
 
-def cut_scales(q: QTensor, cut: Callable[[Any], Any]) -> QTensor:
-    """Returns `q` with `cut` of each array whose last axis is the B scales of a row."""
-    names = ("scale", "packed_zero_point", "offset", "channel_scale")
-    held = {name: getattr(q, name) for name in names}
-    cuts = {name: cut(array) for name, array in held.items() if array is not None}
-    return dataclasses.replace(q, **cuts)
-
-
-def scale_values(q: QTensor) -> Float[Array, "*lead G B"]:
+def scale_values(q: QTensor) -> Float[Array, "*lead B G"]:
     """Returns the scales in float32, a format's stored bytes decoded and its factor applied.
 
     With two levels of scales, the weight of one step: `scale * channel_scale`.
     """
     if q.has_levels:
-        return q.scale.astype(jnp.float32) * q.channel_scale[..., None, :]
+        return q.scale.astype(jnp.float32) * q.channel_scale[..., None]
     if q.fmt is None:
         return scale_value(q.scale)
     scale = q.fmt.scale_value(q.scale)

@@ -69,11 +69,12 @@ def random_kernel(weight, num_channels, width):
     q = QTensor(None, None, bits=weight.bits, group_size=weight.group_size, shape=shape)
     scale = rng.uniform(0.5, 2, (1, width)).astype(np.float32)
     if not weight.has_levels:
-        return dataclasses.replace(q, scale=scale), codes
+        return dataclasses.replace(q, scale=scale.T), codes
     rows = (num_groups(num_channels, weight.group_size), width)
     step = rng.integers(1, levels.greatest_step(weight.bits, weight.symmetric) + 1, rows)
     offset = None if weight.symmetric else rng.integers(0, 256 - top * step).astype(np.uint8)
-    step = step.astype(np.uint8)
+    offset = None if offset is None else offset.T
+    step = step.astype(np.uint8).T
     return dataclasses.replace(q, scale=step, channel_scale=scale[0], offset=offset), codes
 
 

@@ -139,7 +139,7 @@ def test_gptq_of_every_block_equals_the_authors(golden):
         if flips == 0:
             equal.add(path)
         if not path.endswith("fc2"):
-            np.testing.assert_allclose(layer.q.scale, scale, rtol=1e-6)
+            np.testing.assert_allclose(layer.q.scale.T, scale, rtol=1e-6)
         assert flips <= max(4 * floor, 0.0025), path
         assert layer.rounded == pytest.approx(error, rel=0.05), path
         assert layer.rounded < 0.3 * layer.nearest

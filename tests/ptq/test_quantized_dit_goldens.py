@@ -89,12 +89,12 @@ def check_codes(params, data, depth, searched):
             q = params[f"blocks_{i}"][layer][name]["kernel"]
             codes = integer_codes(q).astype(np.int32) - (2 ** (q.bits - 1) if q.symmetric else 0)
             np.testing.assert_array_equal(codes, data[f"code__{key}"].T, err_msg=key)
-            off = np.abs(np.asarray(q.scale) / data[f"scale__{key}"].T - 1)
+            off = np.abs(np.asarray(q.scale) / data[f"scale__{key}"] - 1)
             # The search for the least error may settle on the neighboring shrink factor at a tie.
             assert (off > 3e-7).mean() <= (0.01 if searched else 0)
             assert off.max() < 2e-3
             if f"zero__{key}" in data:
-                np.testing.assert_array_equal(q.zero_point, data[f"zero__{key}"].T)
+                np.testing.assert_array_equal(q.zero_point, data[f"zero__{key}"])
 
 
 def check_internals(params, data, depth):

@@ -73,10 +73,10 @@ def hard_kernel(key: int = 0) -> np.ndarray:
 
 def steps_of(q, spec):
     """Returns each weight's scale, and its grid's least and greatest value, from the fields."""
-    scale = groups.expand_groups(jnp.float32(q.scale), q.shape, q.group_size)
+    scale = groups.expand_groups(jnp.float32(q.scale.T), q.shape, q.group_size)
     offset = 2 ** (spec.bits - 1)
     if not q.symmetric:
-        offset = groups.expand_groups(q.zero_point, q.shape, q.group_size).astype(jnp.float32)
+        offset = groups.expand_groups(q.zero_point.T, q.shape, q.group_size).astype(jnp.float32)
     return scale, -offset * scale, (2**spec.bits - 1 - offset) * scale
 
 

@@ -18,7 +18,7 @@ from qdit_jax.quant import (
     gptq,
     gptq_authors,
     integer_codes,
-    levels_of,
+    level_rows,
     output_error,
     quantize,
     ranges,
@@ -56,9 +56,9 @@ def kernel(seed=0, std=1.0):
 
 
 def wide(values, group_size):
-    """Returns one value per weight from one per group and channel group, in float64."""
+    """Returns one value per weight `[K, N]` from one per channel group and group, in float64."""
     size = min(group_size or K, K)
-    rows = np.repeat(np.asarray(values, np.float64), size, axis=0)[:K]
+    rows = np.repeat(np.asarray(values, np.float64).T, size, axis=0)[:K]
     return np.repeat(rows, N // rows.shape[1], axis=1)
 
 
@@ -92,7 +92,7 @@ def test_values_are_levels_of_a_byte_times_the_scale_of_the_channel(name):
     assert q.scale.dtype == jnp.uint8
     assert np.asarray(q.scale).min() >= 1
     level = np.take_along_axis(table, np.asarray(integer_codes(q), int)[None], axis=0)[0]
-    np.testing.assert_array_equal(levels_of(q), level)
+    np.testing.assert_array_equal(level_rows(q).T, level)
     np.testing.assert_array_equal(np.asarray(dequantize(q), np.float64), level * unit(q))
 
 
@@ -102,7 +102,7 @@ def test_every_weight_takes_the_nearest_level_of_its_group(name):
     q = quantize(w, SPECS[name])
     targets = w.astype(np.float64) / unit(q)
     least = np.abs(targets - entries(q)).min(axis=0)
-    found = np.abs(targets - np.asarray(levels_of(q)))
+    found = np.abs(targets - np.asarray(level_rows(q).T))
     # A tie may fall either way, a few units in the last place apart.
     np.testing.assert_allclose(found, least, rtol=1e-4, atol=1e-4)
 
@@ -121,7 +121,7 @@ def test_steps_and_offsets_are_nearly_the_best():
     w = np.random.default_rng(3).normal(size=(256, 4)).astype(np.float32)
     q = quantize(w, WeightSpec(4, 32, scale_levels=2))
     targets = w / np.asarray(q.channel_scale, np.float64)
-    found = np.square(targets - np.asarray(levels_of(q))).reshape(8, 32, 4).sum(1)
+    found = np.square(targets - np.asarray(level_rows(q).T)).reshape(8, 32, 4).sum(1)
     groups = targets.reshape(8, 32, 4)
     best = [[least_error(groups[g, :, n], 15, 16) for n in range(4)] for g in range(8)]
     assert (found >= np.array(best) - 1e-3).all()

@@ -131,7 +131,7 @@ def test_a_stored_scale_of_nan_stays_nan_in_both_numerics(name):
     field = "channel_scale" if q.has_levels else "scale"
     scale = np.array(getattr(q, field))
     nan = {"e8m0": 255, "e4m3": 127}.get(q.fmt.block_scale if q.fmt else "", np.nan)
-    scale[..., 1] = nan
+    scale[1] = nan  # of all groups
     q = dataclasses.replace(q, **{field: jnp.asarray(scale)})
     columns = np.zeros(N, bool)
     columns[q.channel_group : 2 * q.channel_group] = True

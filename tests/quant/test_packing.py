@@ -7,30 +7,58 @@ import pytest
 
 from qdit_jax.quant import WeightSpec, packed_nbytes, packing, quantize
 
-ROWS = (1, 33, 100, 288)
+COUNTS = (1, 33, 100, 128, 288)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_codes_come_back_for_any_number_of_rows(bits):
+def test_any_number_of_codes_comes_back_with_jax_and_with_numpy(bits):
     rng = np.random.default_rng(bits)
-    for rows in ROWS:
-        codes = rng.integers(0, 2**bits, (2, rows, 5)).astype(np.uint8)
+    for count in COUNTS:
+        codes = rng.integers(0, 2**bits, (2, 5, count)).astype(np.uint8)
         packed = jax.jit(packing.pack, static_argnums=1)(codes, bits)
-        assert packed.shape == (2, packing.packed_rows(rows, bits), 5)
-        restored = jax.jit(packing.unpack, static_argnums=(1, 2))(packed, bits, rows)
+        assert packed.shape == (2, 5, packing.packed_bytes(count, bits))
+        restored = jax.jit(packing.unpack, static_argnums=(1, 2))(packed, bits, count)
         np.testing.assert_array_equal(restored, codes)
+        on_host = packing.pack(codes, bits)
+        assert isinstance(on_host, np.ndarray)
+        np.testing.assert_array_equal(on_host, packed)
+        np.testing.assert_array_equal(packing.unpack(on_host, bits, count), codes)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_a_slice_is_unpacked_from_the_bytes_of_its_runs(bits):
+    rng = np.random.default_rng(bits)
+    sliced = jax.jit(packing.unpack_slice, static_argnums=(1, 2, 4))
+    for count, length in ((256, 128), (256, 64), (96, 96), (96, 32), (64, 16)):
+        codes = rng.integers(0, 2**bits, (3, count)).astype(np.uint8)
+        packed = packing.pack(codes, bits)
+        assert packing.can_slice(count, length)
+        for start in range(0, count, length):
+            found = sliced(packed, bits, count, start, length)
+            np.testing.assert_array_equal(found, codes[:, start : start + length])
+    assert not packing.can_slice(256, 48)
+    assert not packing.can_slice(48, 16)  # the bytes of the last codes are no whole run
 
 
 @pytest.mark.parametrize(("bits", "planes"), [(2, [2]), (3, [2, 1]), (6, [4, 2]), (7, [4, 2, 1])])
-def test_rows_are_the_bits_rounded_up_to_bytes(bits, planes):
-    for rows in ROWS:
-        assert packing.packed_rows(rows, bits) == sum(-(-rows * p // 8) for p in planes)
+def test_bytes_are_the_bits_rounded_up(bits, planes):
+    for count in COUNTS:
+        assert packing.packed_bytes(count, bits) == sum(-(-count * p // 8) for p in planes)
 
 
-def test_neighboring_sub_blocks_of_32_rows_share_bytes():
-    codes = jnp.arange(128, dtype=jnp.uint8)[:, None] // 32 + 1  # 1, 2, 3, 4 by sub-block
-    np.testing.assert_array_equal(packing.pack(codes, 4)[:, 0], [0x21] * 32 + [0x43] * 32)
-    np.testing.assert_array_equal(packing.pack(codes - 1, 2)[:, 0], [0b11100100] * 32)
+def test_a_byte_holds_codes_of_one_run_as_far_apart_as_its_plane_is_long():
+    quarters = np.arange(128) // 32  # 0, 1, 2, 3
+    np.testing.assert_array_equal(packing.pack(quarters + 1, 4), [0x31] * 32 + [0x42] * 32)
+    np.testing.assert_array_equal(packing.pack(quarters, 2), [0b11100100] * 32)
+    eighths = np.arange(32) // 4  # K is no multiple of 128: runs of 32
+    np.testing.assert_array_equal(
+        packing.pack(eighths, 4), [0x40] * 4 + [0x51] * 4 + [0x62] * 4 + [0x73] * 4
+    )
+    # With 3 bits the low two of the 32 codes come first, then their high bit.
+    low, high = [0b10001000] * 4 + [0b11011101] * 4, [0b11110000] * 4
+    np.testing.assert_array_equal(packing.pack(eighths, 3), low + high)
+    # The shorter run after the last whole one: three codes in two bytes.
+    np.testing.assert_array_equal(packing.pack(np.arange(35) % 16, 4)[16:], [0x20, 0x01])
 
 
 def test_bits_out_of_range_are_named():

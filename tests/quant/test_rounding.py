@@ -56,8 +56,8 @@ def check_release_case(reference, case):
     q = gptq_authors(w, 2 / 8 * hessian_of(x), spec, damping=damping)
     flips = np.mean(reference[f"code__{case}"] != np.asarray(integer_codes(q)).T)
     assert flips <= 0.0025
-    scale = reference[f"scale__{case}"].reshape(q.scale.T.shape)
-    np.testing.assert_allclose(q.scale.T, scale, rtol=2e-5)
+    scale = reference[f"scale__{case}"].reshape(q.scale.shape)
+    np.testing.assert_allclose(q.scale, scale, rtol=2e-5)
     error = np.sum((x.astype(np.float64) @ (w - np.asarray(dequantize(q)))) ** 2)
     np.testing.assert_allclose(error, reference[f"err_gptq__{case}"], rtol=2e-3)
     return flips
@@ -111,8 +111,8 @@ def test_gptq_is_a_sequential_solution_in_float64():
     damped = hessian + 0.01 * np.mean(np.diag(hessian)) * np.eye(K)
     order = np.argsort(-np.diag(hessian), kind="stable")
     grid = quantize(w, spec)
-    scale = np.repeat(np.asarray(grid.scale, np.float64), 32, axis=0)[order]
-    zero_point = np.repeat(np.asarray(grid.zero_point, np.float64), 32, axis=0)[order]
+    scale = np.repeat(np.asarray(grid.scale.T, np.float64), 32, axis=0)[order]
+    zero_point = np.repeat(np.asarray(grid.zero_point.T, np.float64), 32, axis=0)[order]
     rest, remaining = w[order].astype(np.float64), damped[np.ix_(order, order)]
     codes = np.zeros((K, N))
     for i in range(K):

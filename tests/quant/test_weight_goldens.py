@@ -22,19 +22,19 @@ def check(reference, case):
     symmetric, bits, group_size, (method, clip) = parse(case)
     rule = ranges.authors_mse if method == "mse" else ranges.authors(clip=float(clip[1:]))
     q = quantize(reference["W"].T, WeightSpec(bits, group_size, symmetric, range_fn=rule))
-    decided = np.ones(q.scale.T.shape, bool)
+    decided = np.ones(q.scale.shape, bool)
     if method == "mse":  # where two ratios score the same, either may win
         decided = reference[f"margin__{case}"].reshape(decided.shape) > 1e-6
     codes = np.asarray(integer_codes(q)).T.astype(int) - (2 ** (bits - 1) if symmetric else 0)
     of_decided = np.repeat(decided, group_size or codes.shape[1], axis=1)
     np.testing.assert_array_equal(codes[of_decided], reference[f"code__{case}"][of_decided])
     scale = reference[f"scale__{case}"].reshape(decided.shape)
-    np.testing.assert_allclose(np.asarray(q.scale.T)[decided], scale[decided], rtol=1.2e-7)
+    np.testing.assert_allclose(np.asarray(q.scale)[decided], scale[decided], rtol=1.2e-7)
     if method == "max":
-        np.testing.assert_array_equal(q.scale.T, scale)
+        np.testing.assert_array_equal(q.scale, scale)
     if not symmetric:
         zero_point = reference[f"zero__{case}"].reshape(decided.shape)
-        np.testing.assert_array_equal(q.zero_point.T, zero_point)
+        np.testing.assert_array_equal(q.zero_point, zero_point)
 
 
 def cases(method, bits):
@@ -80,5 +80,5 @@ def test_channel_groups_equal_the_release_s(reference):
             bits, group_size, symmetric, ranges.authors, channel_group=int(channels[2:])
         )
         q = quantize(reference["W"].T, spec)
-        np.testing.assert_array_equal(q.scale.T, reference[f"scalecg__{case}"])
+        np.testing.assert_array_equal(q.scale, reference[f"scalecg__{case}"])
         np.testing.assert_array_equal(dequantize(q).T, reference[f"deqcg__{case}"])
