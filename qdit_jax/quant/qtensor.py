@@ -53,7 +53,7 @@ class QTensor:
             when symmetric.
         tensor_scale: float32 `[...]`, one factor per kernel, of formats that have one; else None.
         channel_scale: float32 `[..., B]` where there are two levels of scales, else None; `scale` is
-            then uint8, a whole number of levels.
+            then uint8, a whole number of levels (E4M3 in `lut4_e4m3`).
         offset: uint8 `[..., B, G]`, the level of code 0, plus 128; None when symmetric, or with one
             level of scales or a codebook.
         codebook: float32 `[..., 16]`, of a format that learns one; else None.
@@ -333,7 +333,7 @@ def level_rows(q: QTensor) -> Int8[Array, "*lead N K"]:
     """Returns the int8 levels that the codes of `q` stand for, where it has two levels of scales."""
     codes = code_rows(q)
     if q.codebook is not None:
-        return codebooks.levels(codes, q.scale, q.codebook, q.group_size)
+        return codebooks.levels(codes, q.fmt.step_value(q.scale), q.codebook, q.group_size)
     step, offset = (groups.expand_rows(a, q.shape, q.group_size) for a in step_and_offset(q))
     return levels.affine_levels(codes, step, offset)
 
@@ -370,7 +370,8 @@ def scale_values(q: QTensor) -> Float[Array, "*lead B G"]:
     With two levels of scales, the weight of one step: `scale * channel_scale`.
     """
     if q.has_levels:
-        return q.scale.astype(jnp.float32) * q.channel_scale[..., None]
+        step = q.scale.astype(jnp.float32) if q.fmt is None else q.fmt.step_value(q.scale)
+        return step * q.channel_scale[..., None]
     if q.fmt is None:
         return scale_value(q.scale)
     scale = q.fmt.scale_value(q.scale)
@@ -397,7 +398,6 @@ def _quantize_to_format(w: Float[Array, "K N"], spec: WeightSpec) -> QTensor:
 
 
 def _quantize_to_codebook(w: Float[Array, "K N"], spec: WeightSpec) -> QTensor:
-    channel_scale, step, codebook = codebooks.learned(w, spec.group_size)
-    codes = codebooks.nearest_codes(w, channel_scale, step, codebook, spec.group_size)
-    q = from_codes(codes, step, None, spec)
-    return dataclasses.replace(q, channel_scale=channel_scale, codebook=codebook)
+    found = codebooks.quantized(w, spec)
+    q = from_codes(found.codes, found.step, None, spec)
+    return dataclasses.replace(q, channel_scale=found.channel_scale, codebook=found.codebook)
