@@ -178,7 +178,9 @@ def check_kernel(w: Numbers, spec: WeightSpec) -> Float[Array, "K N"]:
 def _quantize(w: Float[Array, "K N"], spec: WeightSpec) -> QTensor:
     w = w.astype(jnp.float32)
     if spec.fmt is not None and spec.fmt.has_codebook:
-        return _quantize_to_codebook(w, spec)
+        found = codebooks.quantized(w, spec)
+        q = from_codes(found.codes, found.step, None, spec)
+        return dataclasses.replace(q, channel_scale=found.channel_scale, codebook=found.codebook)
     if spec.fmt is not None:
         return _quantize_to_format(w, spec)
     grid = grid_of(w, spec)
@@ -395,9 +397,3 @@ def _quantize_to_format(w: Float[Array, "K N"], spec: WeightSpec) -> QTensor:
     wide = groups.expand_groups(scale, w.shape, spec.group_size)
     q = from_codes(fmt.code(formats.divide(w, wide)), stored, None, spec)
     return dataclasses.replace(q, tensor_scale=factor)
-
-
-def _quantize_to_codebook(w: Float[Array, "K N"], spec: WeightSpec) -> QTensor:
-    found = codebooks.quantized(w, spec)
-    q = from_codes(found.codes, found.step, None, spec)
-    return dataclasses.replace(q, channel_scale=found.channel_scale, codebook=found.codebook)
