@@ -11,10 +11,17 @@ from qdit_convert import flux, sd3
 from qdit_convert.diffusers_dit import CLASS_NAMES, diffusers_example, diffusers_plan
 from qdit_convert.diffusers_pixart import CLASS_NAMES as PIXART_NAMES
 from qdit_convert.diffusers_pixart import diffusers_pixart_example, diffusers_pixart_plan
-from qdit_convert.dit import PROJECTORS, Choices, facebook_example, facebook_plan, sit_example
+from qdit_convert.dit import (
+    PROJECTORS,
+    Choices,
+    facebook_example,
+    facebook_plan,
+    facebook_written,
+    sit_example,
+)
 from qdit_convert.inception import inception_example, inception_plan
 from qdit_convert.pixart import pixart_example, pixart_plan
-from qdit_convert.plan import Example, Plan
+from qdit_convert.plan import Example, Leaf, Plan
 from qdit_convert.tensors import StateDict, listing
 from qdit_convert.training_args import read_arguments, says_sit
 from qdit_convert.vae import (
@@ -49,6 +56,8 @@ class Layout:
         own_names: returns a message about renamed tensors with the file's own names.
         told: whether the file says that it has this layout, of several with the same names.
         example: a small network in it, for the contract tests.
+        written: returns the leaves of a network with these fields, to write it in this layout; None
+            where that is not done.
     """
 
     name: str
@@ -65,6 +74,7 @@ class Layout:
     own_names: Callable[[str, StateDict], str] = lambda text, state: text
     told: Callable[[StateDict], bool] = lambda state: False
     example: Callable[[], Example] = lambda: Example(())
+    written: Callable[[Mapping[str, Any]], list[Leaf]] | None = None
 
 
 def _plan_dit(state: StateDict, choices: Choices, _: Mapping[str, Any] | None) -> Plan:
@@ -97,6 +107,7 @@ FACEBOOK = Layout(
     _plan_dit,
     options=DIT_OPTIONS,
     example=facebook_example,
+    written=facebook_written,
 )
 SD3_OPTIONS = ("num_heads", "input_size")
 FLUX_OPTIONS = (*SD3_OPTIONS, "rope_axes")
@@ -199,6 +210,7 @@ LAYOUTS = (
         flux.original_plan,
         options=FLUX_OPTIONS,
         example=flux.original_example,
+        written=flux.original_written,
     ),
     replace(
         SD3_DIFFUSERS,

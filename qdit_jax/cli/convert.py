@@ -194,11 +194,26 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
     facts = {
         "family": family_of(checkpoint.model).name,
         "config": config_of(checkpoint.model),
-        "values": sum(leaf.size for leaf in leaves),
+        "values": num_values(checkpoint),
         "bytes": sum(leaf.nbytes for leaf in leaves),
         "metadata": checkpoint.metadata,
     }
     return facts if checkpoint.vae is None else {**facts, "vae": _facts(checkpoint.vae)}
+
+
+def num_values(checkpoint: Checkpoint) -> int:
+    """Returns the values that a network has; a quantized kernel counts as the weight that it stands for."""
+    import math
+
+    import jax
+
+    from qdit_jax.quant import QTensor
+
+    def is_kernel(node: object) -> bool:
+        return isinstance(node, QTensor)
+
+    leaves = jax.tree.leaves(checkpoint.params, is_leaf=is_kernel)
+    return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def _summary(checkpoint: Checkpoint) -> str:
@@ -208,13 +223,12 @@ def _summary(checkpoint: Checkpoint) -> str:
     from qdit_jax.models import config_of, family_of
 
     leaves = jax.tree.leaves(checkpoint.params)
-    num_values = sum(leaf.size for leaf in leaves)
     config = ", ".join(f"{name}={value}" for name, value in config_of(checkpoint.model).items())
     weights = checkpoint.metadata["weights"]
     return (
         f"family {checkpoint.metadata['source_family']} ({checkpoint.metadata['layout']}"
         f"{'' if weights == 'flat' else f', {weights} weights'}), stored as "
-        f"{family_of(checkpoint.model).name}: {num_values:,} values, "
+        f"{family_of(checkpoint.model).name}: {num_values(checkpoint):,} values, "
         f"{sum(leaf.nbytes for leaf in leaves):,} bytes\n  {config}"
     )
 
