@@ -32,10 +32,10 @@ E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 NVFP4 = "nvfp4"
 INT8_INPUT = ActSpec(8, 0, True)
 FIT = {
-    INT8: "qdit quantize --recipe w8a8 --group-size 0 --symmetric, with --method convrot for rotations",
-    LUT: "qdit quantize --method convrot --recipe w4a8 --weight-format lut4_e4m3 --group-size 16 "
-    "--act-group-size 0 --act-symmetric",
-    NVFP4: "qdit quantize --recipe w4a16 --weight-format nvfp4",
+    INT8: "qdit quantize --recipe w8a8-fast, with --method convrot for rotations",
+    LUT: 'method "convrot" and Recipe.preset("w4a8", weight_format="lut4_e4m3", group_size=16, '
+    "act_group_size=0, act_symmetric=True)",
+    NVFP4: 'Recipe.preset("w4a16", weight_format="nvfp4")',
 }
 
 
