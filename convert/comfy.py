@@ -86,7 +86,9 @@ def stored_kernel(layer: StoredLayer, name: str) -> tuple[Shape, StoredKernel]:
         return replace(kernel, inverse_scale=layer.finite("pre_quant_scale").reshape(-1))
 
     nbytes = sum(tensor.nbytes for tensor in layer.parts.values())
-    return shape, StoredKernel(name, read, nbytes, rotation(layer, shape), tuple(notes(layer, name)))
+    return shape, StoredKernel(
+        name, read, nbytes, rotation(layer, shape), tuple(notes(layer, name))
+    )
 
 
 def notes(layer: StoredLayer, name: str) -> list[str]:

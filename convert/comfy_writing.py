@@ -188,6 +188,4 @@ def parts_of_rows(
     tensors: Mapping[str, np.ndarray], first: int, last: int
 ) -> dict[str, np.ndarray]:
     """Returns the tensors of some of a layer's output channels."""
-    return {
-        part: array if part in SHARED else array[first:last] for part, array in tensors.items()
-    }
+    return {part: array if part in SHARED else array[first:last] for part, array in tensors.items()}

@@ -50,7 +50,9 @@ def with_quantized(state: StateDict, metadata: Mapping[str, str]) -> StateDict:
         parts = children[name]
         if name in said:
             settings = said[name]
-            layer = StoredLayer(name, settings, _known(parts, comfy.FORMATS.get(settings["format"])))
+            layer = StoredLayer(
+                name, settings, _known(parts, comfy.FORMATS.get(settings["format"]))
+            )
             shape, kernel = comfy.stored_kernel(layer, settings["format"])
         else:
             layer = StoredLayer(name, {}, {k: v for k, v in parts.items() if k != "bias"})

@@ -7,8 +7,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import quantized_samples as made
-from convert_samples import diffusers_arrays, diffusers_config, dit_shapes, flat, random_arrays
-from convert_samples import write_folder
+from convert_samples import (
+    diffusers_arrays,
+    diffusers_config,
+    dit_shapes,
+    flat,
+    random_arrays,
+    write_folder,
+)
 
 from qdit_convert import convert
 from qdit_jax.errors import UserError

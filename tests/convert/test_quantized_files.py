@@ -211,7 +211,9 @@ def spoiled(arrays, format_name, changes):
     """Returns a file in which qkv is quantized and some of its tensors are others, or absent."""
     stored, _ = quantized(arrays, FORMATS[format_name], [QKV])
     stored |= {f"{QKV}.{part}": value for part, value in changes.items() if value is not None}
-    return {k: v for k, v in stored.items() if changes.get(k.removeprefix(f"{QKV}."), 0) is not None}
+    return {
+        k: v for k, v in stored.items() if changes.get(k.removeprefix(f"{QKV}."), 0) is not None
+    }
 
 
 MISTAKES = {
@@ -271,11 +273,7 @@ MISTAKES = {
     ),
     "a size without rotation": (
         "int8_tensorwise",
-        {
-            "comfy_quant": made.marker(
-                format="int8_tensorwise", convrot=True, convrot_groupsize=32
-            )
-        },
+        {"comfy_quant": made.marker(format="int8_tensorwise", convrot=True, convrot_groupsize=32)},
         "convrot_groupsize=32 is no power of 4",
     ),
     "a rotation that the format has not": (

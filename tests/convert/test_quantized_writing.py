@@ -10,13 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quantized_samples as made
-from convert_samples import diffusers_arrays, diffusers_config, dit_shapes, flat, random_arrays
-from convert_samples import write_folder
-from safetensors.numpy import load_file
+from convert_samples import (
+    diffusers_arrays,
+    diffusers_config,
+    dit_shapes,
+    flat,
+    random_arrays,
+    write_folder,
+)
 
 import qdit_jax as qdit
-from qdit_convert import comfy_writing, convert, export
+from qdit_convert import comfy_writing, convert, export, flux, read_model
 from qdit_convert.comfy_writing import Layer
+from qdit_convert.safetensors_file import read_safetensors
 from qdit_jax.checkpoint import Checkpoint, load, save
 from qdit_jax.cli import main
 from qdit_jax.errors import UserError
@@ -55,6 +61,11 @@ def of(weight=None, act=None):
     return Recipe((Rule(".*/attn/.*|.*/fc[12]", LayerSpec(weight, act)),))
 
 
+def stored_in(path):
+    """Returns the tensors of a safetensors file."""
+    return {key: tensor.read() for key, tensor in read_safetensors(path).items()}
+
+
 NAMES = ("blocks.0.attn.qkv", "blocks.1.mlp.fc2", "final_layer.linear")
 STORED = {
     "int8_tensorwise": lambda w: made.int8(w, 256),
@@ -72,7 +83,7 @@ def test_what_was_read_is_written_bit_for_bit(case, arrays, tmp_path):
     source, out = made.write(tmp_path / "theirs.safetensors", stored), tmp_path / "ours.safetensors"
     written = export(convert(source, num_heads=4), out, format=name)
     assert (written.quantized, written.kept) == (3, len(arrays) - 3)
-    found = load_file(out)
+    found = stored_in(out)
     assert set(found) == set(stored)
     for key, array in stored.items():
         if key.endswith("comfy_quant"):
@@ -98,7 +109,7 @@ def test_our_own_quantization_is_read_back_with_its_rotations(network, tmp_path)
     assert theirs["blocks_1/mlp/fc2/rotation"].size == 256
     assert jax.tree.structure(quantized.params) == jax.tree.structure(again.params)
     jax.tree.map(np.testing.assert_array_equal, quantized.params, again.params)
-    marker = json.loads(load_file(out)["blocks.0.attn.qkv.comfy_quant"].tobytes())
+    marker = json.loads(stored_in(out)["blocks.0.attn.qkv.comfy_quant"].tobytes())
     assert marker == {
         "format": "int8_tensorwise",
         "per_row": True,
@@ -198,10 +209,14 @@ def test_a_checkpoint_without_such_weights_or_names_is_refused(network, tmp_path
     with pytest.raises(UserError, match=r"frequency_shift=1 .*they would compute something else"):
         export(from_diffusers, out, format="int8_tensorwise")
     inputs = qdit.quantize(network, "rtn", of(None, ActSpec(8, 0, True)))
-    with pytest.raises(UserError, match=r"has blocks_0/attn/proj/act_quant \(ActQuant\), for which"):
+    with pytest.raises(
+        UserError, match=r"has blocks_0/attn/proj/act_quant \(ActQuant\), for which"
+    ):
         export(inputs, out, format="int8_tensorwise")
     pixart = build_model("vae", {})
-    with pytest.raises(UserError, match=r"family vae cannot be written .*; those of dit, flux can"):
+    with pytest.raises(
+        UserError, match=r"family vae cannot be written .*; those of dit, sit, flux can"
+    ):
         export(Checkpoint(pixart, {}), out, format="int8_tensorwise")
 
 
@@ -260,7 +275,11 @@ def test_tensors_that_are_one_layer_are_joined_along_the_output_channels(narrow,
     ("format_fn", "names", "message"),
     [
         (made.nvfp4, "qkv", r"to_v\.weight are one layer here, .*: scales of the whole tensor;"),
-        (made.int8, "qk", r"to_q\.weight is stored quantized .* and .*to_v\.weight is not, but both"),
+        (
+            made.int8,
+            "qk",
+            r"to_q\.weight is stored quantized .* and .*to_v\.weight is not, but both",
+        ),
     ],
 )
 def test_tensors_that_one_kernel_cannot_hold_are_refused(
@@ -270,3 +289,59 @@ def test_tensors_that_one_kernel_cannot_hold_are_refused(
     layers = {name: format_fn(arrays[f"{name}.weight"])[0] for name in parts_of(names)}
     with pytest.raises(UserError, match=message):
         joined(tmp_path, narrow, layers)
+
+
+def flux_arrays(example):
+    shapes = {key: sizes[0] for leaf in example.leaves for key, sizes in leaf.expected.items()}
+    return random_arrays(shapes)
+
+
+def test_a_flux_is_read_and_written_in_its_authors_names(tmp_path):
+    example = flux.original_example()
+    arrays = flux_arrays(example)
+    kernels = [
+        key.removesuffix(".weight") for key in arrays if "blocks." in key and ".norm." not in key
+    ]
+    kernels = [
+        key for key in kernels if key.endswith((".qkv", ".proj", ".0", "linear1", "linear2"))
+    ]
+    both = {key: made.int8(arrays[f"{key}.weight"], 16) for key in kernels}
+    stored = made.with_layers(arrays, {key: parts for key, (parts, _) in both.items()})
+    prefixed = {f"model.diffusion_model.{key}": array for key, array in stored.items()}
+    source = made.write(tmp_path / "theirs.safetensors", prefixed)
+    checkpoint = convert(source, **example.choices)
+    kernel = flat(checkpoint.params)["single_blocks_1/linear1/kernel"]
+    weight = made.turned(both["single_blocks.1.linear1"][1], 16)
+    np.testing.assert_allclose(dequantize(kernel), weight.T, atol=1e-7)
+    out = tmp_path / "ours.safetensors"
+    written = export(checkpoint, out, format="int8_tensorwise")
+    assert (written.layout, written.quantized) == (
+        "FLUX in the Black Forest Labs layout",
+        len(kernels),
+    )
+    found = stored_in(out)
+    assert set(found) == set(stored)
+    for key, array in stored.items():
+        if not key.endswith("comfy_quant"):
+            np.testing.assert_array_equal(found[key], array, key)
+
+
+def test_rows_that_a_layout_exchanges_are_exchanged_in_quantized_weights_too(tmp_path):
+    example = flux.diffusers_example()
+    arrays = flux_arrays(example)
+    names = ("norm_out.linear", "single_transformer_blocks.0.proj_mlp")
+    names += tuple(f"single_transformer_blocks.0.attn.to_{part}" for part in "qkv")
+    both = {name: made.int8(arrays[f"{name}.weight"]) for name in names}
+    decoded = {f"{name}.weight": w.astype(np.float32) for name, (_, w) in both.items()}
+    files = {
+        "plain": arrays | decoded,
+        "quantized": made.with_layers(arrays, {name: parts for name, (parts, _) in both.items()}),
+    }
+    read = {}
+    for kind, tensors in files.items():
+        folder = write_folder(tmp_path / kind, {}, example.config)
+        made.write(folder / "diffusion_pytorch_model.safetensors", tensors)
+        read[kind] = flat(read_model(folder, **example.choices).params)
+    for path in ("final_layer/adaLN_modulation", "single_blocks_0/linear1"):
+        kernel = dequantize(read["quantized"][f"{path}/kernel"])
+        np.testing.assert_allclose(kernel, read["plain"][f"{path}/kernel"], rtol=1e-6)
