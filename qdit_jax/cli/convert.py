@@ -32,6 +32,10 @@ both are missing:
   direction of SiT's time 0 is noise by default; for networks trained by REPA: --noise-time 1
   scale of latents        of an autoencoder without config.json: --scaling-factor, --shift-factor
 
+Weights that the file stores quantized stay as they are, bit for bit: ComfyUI's int8_tensorwise (with
+ConvRot), float8_e4m3fn, float8_e5m2, nvfp4 and asym_w4a8_int8, and diffusers' nunchaku_lite. Other
+formats are refused by name.
+
 A pipeline's scheduler_config.json is followed: prediction type, betas, spacing, clipping. A setting
 that is not supported is an error that names it and its value.
 

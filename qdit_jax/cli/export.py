@@ -7,6 +7,7 @@ from typing import Any
 
 from qdit_jax.cli.options import SubParsers, verb_parser
 from qdit_jax.cli.paths import path_option
+from qdit_jax.files import AnyPath
 
 HELP = """\
 Write a checkpoint, quantized or not, as one .safetensors file; or write such a file as a checkpoint
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from qdit_jax.files import check_free, num_bytes
 
     if args.format is not None:
-        return write_weights(args)
+        return write_weights(args.source, args.out, args.format, args.force)
     if (args.source.suffix == SUFFIX) == (args.out.suffix == SUFFIX):
         raise UserError(
             f"{args.source} and {args.out}: one of them must be a {SUFFIX} file, the other a "
@@ -81,23 +82,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"out": args.out}
 
 
-def write_weights(args: argparse.Namespace) -> dict[str, Any]:
+def write_weights(source: AnyPath, out: AnyPath, format: str, force: bool) -> dict[str, Any]:
     """Writes OUT in a format of others; raises `UserError` if its name or a layer does not fit."""
     from qdit_convert import export
     from qdit_jax import checkpoint
     from qdit_jax.errors import UserError
     from qdit_jax.files import check_free, num_bytes
 
-    if args.out.suffix != SUFFIX:
-        raise UserError(f"{args.out} must be a {SUFFIX} file to be written with --format.")
-    check_free(args.out, args.force, "weights", [args.source])
-    loaded = checkpoint.load(args.source)
-    written = export(loaded, args.out, format=args.format, overwrite=args.force)
-    size = num_bytes(args.out)
+    if out.suffix != SUFFIX:
+        raise UserError(f"{out} must be a {SUFFIX} file to be written with --format.")
+    check_free(out, force, "weights", [source])
+    loaded = checkpoint.load(source)
+    written = export(loaded, out, format=format, overwrite=force)
+    size = num_bytes(out)
     print(
-        f"wrote {args.out}, {size:,} bytes: {written.layout}, {written.quantized} weights in "
-        f"{args.format}, {written.kept} tensors as they were"
+        f"wrote {out}, {size:,} bytes: {written.layout}, {written.quantized} weights in {format}, "
+        f"{written.kept} tensors as they were"
     )
     if loaded.vae is not None:
         print("the autoencoder is not in it: ComfyUI loads that from a file of its own")
-    return {"out": args.out, "bytes": size, **written._asdict()}
+    return {"out": out, "bytes": size, **written._asdict()}

@@ -129,9 +129,7 @@ def chosen_sigmas(
     check_counts(steps=steps)
     if sigmas is None:
         shift = 1.0 if shift is None else shift
-        return flow_match_sigmas(
-            steps, shift=shift, spacing=default if spacing is None else spacing
-        )
+        return flow_match_sigmas(steps, shift=shift, spacing=default if spacing is None else spacing)
     levels = np.asarray(sigmas, np.float64)
     if (
         levels.shape != (steps + 1,)

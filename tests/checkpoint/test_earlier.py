@@ -86,9 +86,7 @@ def test_placed_arrays_are_converted_and_placed(folder, recorded):
     check_kernels(checkpoint.params, recorded)
 
 
-def test_what_is_written_again_is_of_the_newest_version(
-    folder, version, recorded, tmp_path, capsys
-):
+def test_what_is_written_again_is_of_the_newest_version(folder, version, recorded, tmp_path, capsys):
     assert json.loads((folder / "model.json").read_text())["format_version"] == version
     save(tmp_path / "lazy", open_checkpoint(folder))
     assert main(["export", str(folder), str(tmp_path / "x.safetensors")]) == 0
@@ -108,9 +106,7 @@ def test_a_newer_version_is_refused_in_one_sentence(folder, tmp_path):
     save(tmp_path / "ckpt", open_checkpoint(folder))
     file = tmp_path / "ckpt/model.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 4}))
-    with pytest.raises(
-        UserError, match="format version 4; this qdit_jax reads versions 1 to 3: install"
-    ):
+    with pytest.raises(UserError, match="format version 4; this qdit_jax reads versions 1 to 3: install"):
         load(tmp_path / "ckpt")
 
 
