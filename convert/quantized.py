@@ -111,7 +111,8 @@ def _in_metadata(
     try:
         content = json.loads(metadata[METADATA])
         layers = content["layers"]
-        said = {name: dict(settings) for name, settings in layers.items()}
+        prefix = _prefix(tensors, next(iter(layers), ""))
+        said = {prefix + name: dict(settings) for name, settings in layers.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the file's {METADATA} is not understood ({error!r}).") from None
     absent = [name for name in said if f"{name}.weight" not in tensors]
@@ -120,6 +121,13 @@ def _in_metadata(
             f"the file's {METADATA} names {len(absent)} layers that the file lacks: {listing(absent)}."
         )
     return said
+
+
+def _prefix(tensors: Mapping[str, StoredTensor], name: str) -> str:
+    """Returns what stands before a layer's name in the file, where its metadata leaves that out."""
+    end = f"{name}.weight"
+    found = [key for key in tensors if key.endswith(f".{end}")]
+    return found[0].removesuffix(end) if end not in tensors and len(found) == 1 else ""
 
 
 def _children(

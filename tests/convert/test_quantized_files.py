@@ -12,7 +12,7 @@ import pytest
 import quantized_samples as made
 from convert_samples import dit_shapes, flat, random_arrays
 
-from qdit_convert import read_model
+from qdit_convert import describe, read_model
 from qdit_convert.bits import from_tiles, in_tiles, nibbles, packed_nibbles
 from qdit_jax.checkpoint import load
 from qdit_jax.cli import convert as verb
@@ -26,6 +26,7 @@ PATHS = {
     "blocks.0.mlp.fc2": "blocks_0/mlp/fc2",
     "blocks.1.adaLN_modulation.1": "blocks_1/adaLN_modulation",
 }
+NVFP4 = ("weight", "weight_scale", "weight_scale_2")
 FORMATS = {
     "int8_tensorwise": lambda w: made.int8(w),
     "int8 rotated": lambda w: made.int8(w, 256),
@@ -156,6 +157,11 @@ def test_the_metadata_of_the_file_says_the_format_as_well(arrays, tmp_path):
     kernel = layer_of(params, "blocks_0/attn/qkv")["kernel"]
     expected = weights["blocks.0.attn.qkv"].T
     np.testing.assert_allclose(dequantize(kernel), expected, atol=1e-7)
+    prefixed = {f"model.diffusion_model.{key}": array for key, array in bare.items()}
+    same = layer_of(read(tmp_path, prefixed, {"layers": layers}).params, "blocks_0/attn/qkv")
+    np.testing.assert_array_equal(dequantize(same["kernel"]), dequantize(kernel))
+    (network,) = describe(tmp_path / "model.safetensors")["networks"]
+    assert network["dtypes"]["nvfp4"] == sum(bare[f"{k}.{p}"].nbytes for k in PATHS for p in NVFP4)
     layers["blocks.9.attn.qkv"] = {"format": "nvfp4"}
     with pytest.raises(UserError, match=r"names 1 layers that the file lacks: blocks\.9"):
         read(tmp_path, bare, {"layers": layers})
