@@ -1,6 +1,19 @@
-"""From PyTorch weights to a checkpoint of this library, without torch or running code in files."""
+"""From PyTorch weights to a checkpoint of this library, and quantized back to files of others.
+
+No torch is needed, and no code in a file runs.
+"""
 
 from qdit_convert.api import ReadModel, convert, read_model
 from qdit_convert.describe import describe, description_text
+from qdit_convert.writing import FORMATS, Written, export
 
-__all__ = ["ReadModel", "convert", "describe", "description_text", "read_model"]
+__all__ = [
+    "FORMATS",
+    "ReadModel",
+    "Written",
+    "convert",
+    "describe",
+    "description_text",
+    "export",
+    "read_model",
+]

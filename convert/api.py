@@ -22,11 +22,18 @@ from qdit_convert.experts import (
 from qdit_convert.families import check_options, find_layout
 from qdit_convert.folders import is_pipeline, read_config
 from qdit_convert.hub import source
+from qdit_convert.kernels import recipe_of
 from qdit_convert.layout import Layout
 from qdit_convert.names import select_network
 from qdit_convert.opened import Network
 from qdit_convert.pipelines import Parts, read_pipeline
 from qdit_convert.plan import Leaf, Params, build_params, check_plan, same
+from qdit_convert.quantized import (
+    check_places,
+    formats_of,
+    quantized_leaves,
+    quantized_notes,
+)
 from qdit_convert.readers import open_weights
 from qdit_convert.tensors import StateDict, about, bfloat16
 from qdit_convert.wrappers import RAW
@@ -250,6 +257,8 @@ def open_network(path: Path, family: str | None, choices: Choices, weights: str 
         with _in_own_names(layout, state):
             plan = layout.plan(state, choices, config)
             check_plan(plan, state)
+            check_places(plan, state.tensors)
+    plan = replace(plan, notes=(*plan.notes, *quantized_notes(plan, state.tensors)))
     return Network(str(path), state, layout, plan)
 
 
@@ -300,7 +309,9 @@ def _read_network(
     renamed = _in_own_names(network.layout, network.state)
     with about(network.label), _suggesting_raw(network.state), renamed:
         try:
-            params = build_params(plan, network.state.tensors, dtype, on_leaf, place)
+            params = build_params(
+                plan, network.state.tensors, dtype, on_leaf, place, quantized_leaves
+            )
         except OSError as error:
             raise UserError(f"{error.strerror or error}.") from None
     metadata: dict[str, Any] = {
@@ -313,17 +324,24 @@ def _read_network(
         metadata["names"] = list(network.state.notes)
     if plan.notes:
         metadata["notes"] = list(plan.notes)
+    found = formats_of(plan, network.state.tensors)
+    if found:
+        metadata["quantized"] = found
     return ReadModel(plan.family, plan.config, params, metadata)
 
 
 def to_checkpoint(read: ReadModel) -> Checkpoint:
     """Returns the checkpoint of a network that was read, with its VAE."""
+    from flax.traverse_util import flatten_dict
+
     from qdit_jax.checkpoint import Checkpoint
     from qdit_jax.models import build_model
 
+    formats = read.metadata.get("quantized", ())
     return Checkpoint(
         model=build_model(read.family, read.config),
         params=read.params,
+        recipe=recipe_of(flatten_dict(read.params, sep="/"), "+".join(formats)),
         metadata=read.metadata,
         vae=None if read.vae is None else to_checkpoint(read.vae),
     )

@@ -91,9 +91,14 @@ def _state(state: StateDict) -> dict[str, Any]:
         "num_tensors": len(tensors),
         "num_values": sum(math.prod(t.shape) for t in tensors.values()),
         "bytes": sum(t.nbytes for t in tensors.values()),
-        "dtypes": _bytes_by((str(t.dtype), t) for t in tensors.values()),
+        "dtypes": _bytes_by((_kind(t), t) for t in tensors.values()),
         "parts": _bytes_by((key.split(".")[0], t) for key, t in tensors.items()),
     }
+
+
+def _kind(tensor: StoredTensor) -> str:
+    """Returns the dtype of a tensor, or the format of a quantized weight."""
+    return str(tensor.dtype) if tensor.quantized is None else tensor.quantized.format
 
 
 def _bytes_by(named: Iterable[tuple[str, StoredTensor]]) -> dict[str, int]:

@@ -11,7 +11,14 @@ from qdit_convert import flux, sd3
 from qdit_convert.diffusers_dit import CLASS_NAMES, diffusers_example, diffusers_plan
 from qdit_convert.diffusers_pixart import CLASS_NAMES as PIXART_NAMES
 from qdit_convert.diffusers_pixart import diffusers_pixart_example, diffusers_pixart_plan
-from qdit_convert.dit import PROJECTORS, Choices, facebook_example, facebook_plan, sit_example
+from qdit_convert.dit import (
+    PROJECTORS,
+    Choices,
+    facebook_example,
+    facebook_plan,
+    facebook_written,
+    sit_example,
+)
 from qdit_convert.i3d import i3d_example, i3d_plan
 from qdit_convert.inception import inception_example, inception_plan
 from qdit_convert.latte import is_latte, latte_example, latte_plan
@@ -89,6 +96,7 @@ FACEBOOK = Layout(
     _plan_dit,
     options=DIT_OPTIONS,
     example=facebook_example,
+    written=facebook_written,
 )
 SD3_OPTIONS = ("num_heads", "input_size")
 FLUX_OPTIONS = (*SD3_OPTIONS, "rope_axes")
@@ -271,6 +279,7 @@ LAYOUTS = (
         flux.original_plan,
         options=FLUX_OPTIONS,
         example=flux.original_example,
+        written=flux.original_written,
     ),
     replace(
         SD3_DIFFUSERS,

@@ -27,6 +27,11 @@ def same(array: np.ndarray) -> np.ndarray:
     return array
 
 
+def plain(leaf: Leaf, tensors: Mapping[str, StoredTensor]) -> Mapping[str, Any]:
+    """Returns no quantized leaves: every tensor is in full precision."""
+    return {}
+
+
 def linear(array: np.ndarray) -> np.ndarray:
     """Returns the kernel `[in, out]` of torch's `[out, in]`, also of a 1x1 convolution's."""
     return array.reshape(array.shape[:2]).T
@@ -172,7 +177,8 @@ def _check_dtypes(expected: Iterable[str], tensors: Mapping[str, StoredTensor]) 
                 f"tensors are {what}".replace("an 8-bit float", "8-bit floats"),
             )
             + f"{listing(wrong)}; convert reads weights "
-            "in float64, float32, float16 or bfloat16, not ones that are quantized already."
+            "in float64, float32, float16 or bfloat16, and quantized ones only where the file says their "
+            "format and scales (docs/formats-of-others.md)."
         )
 
 
@@ -182,6 +188,7 @@ def build_params(
     dtype: np.dtype | None,
     on_leaf: Callable[[Leaf], None],
     place: Callable[[np.ndarray], Any] = same,
+    quantized_fn: Callable[[Leaf, Mapping[str, StoredTensor]], Mapping[str, Any]] = plain,
 ) -> Params:
     """Returns the parameter tree, read from the file one leaf at a time.
 
@@ -189,6 +196,7 @@ def build_params(
         dtype: of every leaf; None keeps that of the file (float64 becomes float32).
         on_leaf: called after each leaf, for a progress display.
         place: what each leaf is replaced by as soon as it is read, such as an array on a device.
+        quantized_fn: returns the leaves, by path, of one that the file stores quantized; none of others.
 
     Raises:
         UserError: naming the tensors with NaN or inf, and copies that differ.
@@ -196,6 +204,12 @@ def build_params(
     params: Params = {}
     bad: list[str] = []
     for leaf in plan.leaves:
+        quantized = quantized_fn(leaf, tensors)
+        for path, value in quantized.items():
+            _insert(params, path, value)
+        if quantized:
+            on_leaf(leaf)
+            continue
         arrays = _read(leaf, tensors)
         bad += [text for key, array in arrays if (text := _not_finite(key, array))]
         whole = np.concatenate([a for _, a in arrays]) if len(arrays) > 1 else arrays[0][1]

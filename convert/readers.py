@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from qdit_convert import sniff
-from qdit_convert.safetensors_file import read_safetensors
+from qdit_convert.quantized import with_quantized
+from qdit_convert.safetensors_file import read_file_metadata, read_safetensors
 from qdit_convert.shards import read_shards
 from qdit_convert.tensors import StateDict, about, listing
 from qdit_convert.torch_legacy import read_torch_legacy
@@ -74,11 +75,20 @@ def usual_names() -> Iterator[str]:
 
 
 def _open(path: Path, weights: str | None) -> StateDict:
+    said: dict[str, str] = {}
+
+    def saved(file: Path) -> object:
+        if sniff.sniff(file) == sniff.SAFETENSORS:
+            said.update(read_file_metadata(file))
+        return _saved(file)
+
     if sniff.sniff(path) != sniff.JSON:
-        return unwrap(_saved(path), str(path), weights)
-    if ".index" not in path.name:
+        content = saved(path)
+    elif ".index" not in path.name:
         raise UserError("this is a JSON file, not weights; give the folder or the weights file.")
-    return unwrap(read_shards(path, _saved), str(path), weights)
+    else:
+        content = read_shards(path, saved)
+    return with_quantized(unwrap(content, str(path), weights), said)
 
 
 def _saved(path: Path) -> object:

@@ -52,6 +52,12 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     }
 
 
+def read_file_metadata(path: Path) -> dict[str, str]:
+    """Returns what the header of a safetensors file says beside its tensors; strings by name."""
+    said = _header(path)[0].get("__metadata__")
+    return dict(said) if isinstance(said, dict) else {}
+
+
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     size = path.stat().st_size
     with path.open("rb") as file:

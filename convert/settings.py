@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from qdit_jax.diffusion import HARMLESS, Setting, Table, understood
+from qdit_jax.errors import UserError
 
 CONFIG = "config.json says"
 INDEX = "model_index.json says"
+QUANTIZATION = "quantization_config"
 POSITIVE = Setting("whole", low=1, high=10_000_000, optional=True)
 ABOUT = {
     name: HARMLESS
@@ -82,4 +84,24 @@ def network_settings(config: Mapping[str, Any], table: Table) -> dict[str, Any]:
     Raises:
         UserError: naming a setting and its value, if it is not understood.
     """
-    return understood(CONFIG, config, table)
+    check_quantization(config.get(QUANTIZATION))
+    plain = {name: value for name, value in config.items() if name != QUANTIZATION}
+    return understood(CONFIG, plain, table)
+
+
+def check_quantization(said: object) -> None:
+    """Raises `UserError` for weights that a config.json says are quantized in a way that is not read.
+
+    What is read, the tensors tell by themselves.
+    """
+    if said is None:
+        return
+    method = said.get("quant_method") if isinstance(said, Mapping) else said
+    if not isinstance(said, Mapping) or method != "nunchaku_lite":
+        raise UserError(
+            f"{CONFIG} the weights are quantized by {method!r}, which convert does not read; it reads "
+            "nunchaku_lite's and ComfyUI's (docs/formats-of-others.md)."
+        )
+    layers = said.get("svdq_w4a4")
+    if isinstance(layers, Mapping) and layers.get("act_unsigned"):
+        raise UserError(f"{CONFIG} act_unsigned=True of svdq_w4a4, which convert does not read.")

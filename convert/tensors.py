@@ -8,10 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qdit_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from qdit_convert.kernels import StoredKernel
 
 CHUNK = 1 << 22
 
@@ -20,16 +24,22 @@ CHUNK = 1 << 22
 class StoredTensor:
     """A tensor of a file: its shape and dtype at once, its values when `read` is called.
 
-    `problem` says what it is if it is not an array of numbers, such as a sparse tensor.
+    Attributes:
+        problem: what it is if it is not an array of numbers, such as a sparse tensor.
+        quantized: the weight as the file stores it, if that is quantized; `shape` is that of the
+            weight then, and it has no plain values to read.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
     problem: str = ""
+    quantized: StoredKernel | None = None
 
     @property
     def nbytes(self) -> int:
+        if self.quantized is not None:
+            return self.quantized.nbytes
         return math.prod(self.shape) * self.dtype.itemsize
 
 

@@ -40,7 +40,7 @@ ALLOWED = {
     "testing": {"models"},
     "recipes": {"files", "quant", "models"},
     "checkpoint": {"files", "quant", "models", "recipes"},
-    "convert": {"files", "diffusion", "models", "checkpoint"},
+    "convert": {"files", "quant", "diffusion", "models", "recipes", "checkpoint"},
     "sampling": {"files", "quant", "diffusion", "kernels", "models", "checkpoint"},
     "calibration": {
         *("files", "quant", "diffusion", "models", "recipes", "checkpoint", "sampling"),

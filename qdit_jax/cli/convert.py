@@ -35,6 +35,10 @@ both are missing:
   Open-Sora 1.0           scales of positions, known for the published sizes: --space-scale, --time-scale
   scale of latents        of an autoencoder without config.json: --scaling-factor, --shift-factor
 
+Weights that the file stores quantized stay as they are, bit for bit: ComfyUI's int8_tensorwise (with
+ConvRot), float8_e4m3fn, float8_e5m2, nvfp4 and asym_w4a8_int8, and diffusers' nunchaku_lite. Other
+formats are refused by name.
+
 A pipeline's scheduler_config.json is followed: prediction type, betas, spacing, clipping. A setting
 that is not supported is an error that names it and its value.
 
@@ -218,11 +222,26 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
     facts = {
         "family": family_of(checkpoint.model).name,
         "config": config_of(checkpoint.model),
-        "values": sum(leaf.size for leaf in leaves),
+        "values": num_values(checkpoint),
         "bytes": sum(leaf.nbytes for leaf in leaves),
         "metadata": checkpoint.metadata,
     }
     return facts if checkpoint.vae is None else {**facts, "vae": _facts(checkpoint.vae)}
+
+
+def num_values(checkpoint: Checkpoint) -> int:
+    """Returns the values that a network has; a quantized kernel counts as the weight that it stands for."""
+    import math
+
+    import jax
+
+    from qdit_jax.quant import QTensor
+
+    def is_kernel(node: object) -> bool:
+        return isinstance(node, QTensor)
+
+    leaves = jax.tree.leaves(checkpoint.params, is_leaf=is_kernel)
+    return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def _summary(checkpoint: Checkpoint) -> str:
@@ -232,13 +251,12 @@ def _summary(checkpoint: Checkpoint) -> str:
     from qdit_jax.models import config_of, family_of
 
     leaves = jax.tree.leaves(checkpoint.params)
-    num_values = sum(leaf.size for leaf in leaves)
     config = ", ".join(f"{name}={value}" for name, value in config_of(checkpoint.model).items())
     weights = checkpoint.metadata["weights"]
     return (
         f"family {checkpoint.metadata['source_family']} ({checkpoint.metadata['layout']}"
         f"{'' if weights == 'flat' else f', {weights} weights'}), stored as "
-        f"{family_of(checkpoint.model).name}: {num_values:,} values, "
+        f"{family_of(checkpoint.model).name}: {num_values(checkpoint):,} values, "
         f"{sum(leaf.nbytes for leaf in leaves):,} bytes\n  {config}"
     )
 

@@ -126,15 +126,19 @@ def marked(path: AnyPath) -> bool:
         return False
 
 
-def is_export(path: AnyPath) -> bool:
-    """Returns whether a path holds a safetensors file that describes a checkpoint."""
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size)) if size < 1 << 30 else {}
-        return "qdit_jax" in header.get("__metadata__", {})
-    except (OSError, ValueError, AttributeError, TypeError):
-        return False
+def safetensors_saying(key: str) -> Callable[[AnyPath], bool]:
+    """Returns whether a path holds a safetensors file with this entry in its metadata."""
+
+    def found_at(path: AnyPath) -> bool:
+        try:
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size)) if size < 1 << 30 else {}
+            return key in header.get("__metadata__", {})
+        except (OSError, ValueError, AttributeError, TypeError):
+            return False
+
+    return found_at
 
 
 def has_states(path: AnyPath) -> bool:
@@ -203,7 +207,8 @@ KINDS = {
         r"bench\.json|bench\.png|latency\.json",
     ),
     "demonstration": Kind("a demonstration", inside("demo.json", json_with("demonstration")), ".*"),
-    "export": Kind("an exported checkpoint", is_export),
+    "export": Kind("an exported checkpoint", safetensors_saying("qdit_jax")),
+    "weights": Kind("weights that qdit export wrote", safetensors_saying("qdit_jax_weights")),
     "statistics": Kind("a file of calibration statistics", archive_with("timesteps", "low/")),
     "inputs": Kind("a file of calibration inputs", archive_with("x", "timestep", "sample")),
     "conditions": Kind("a file of conditions", archive_with("text")),

@@ -1,7 +1,7 @@
-"""A codebook of 16 values per kernel, learned, whose entries become int8 levels: the format `lut4`.
+"""A codebook of 16 values per kernel, learned, whose entries become int8 levels: the formats `lut4`.
 
-`level = clip(round(codebook[code] * step), -127, 127)` with a whole step per group of one byte, and
-`w = level * channel_scale`, as in `levels`. The codebook is the centroids of Lloyd's algorithm
+`level = clip(round(codebook[code] * step), -127, 127)` with a step per group of one byte (a whole
+number, or E4M3 in `lut4_e4m3`), and `w = level * channel_scale`, as in `levels`. The codebook is the centroids of Lloyd's algorithm
 (weighted k-means of one dimension) on weights divided by their group's step; steps and codebook
 are fitted in turns. Entry 7 stays 0, so that zeros stay zeros. Deterministic.
 
@@ -15,11 +15,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int8, Num, UInt8
+from jaxtyping import Array, Float, Int, Int8, UInt8
 
 from qdit_jax.quant import formats, groups
 from qdit_jax.quant.division import quotient, quotient_by_number
 from qdit_jax.quant.levels import TOP, channel_scale_of
+from qdit_jax.quant.specs import WeightSpec
 
 ZERO = 7  # the entry that stays 0
 NUM_POINTS = 1 << 16  # of a larger kernel, so many weights drawn at random teach the codebook
@@ -37,9 +38,18 @@ class Fit(NamedTuple):
     error: Float[Array, "G N"]
 
 
+class Quantized(NamedTuple):
+    """A kernel in codes, and what they stand for; steps as stored."""
+
+    codes: UInt8[Array, "K N"]
+    channel_scale: Float[Array, " N"]
+    step: UInt8[Array, "G N"]
+    codebook: Float[Array, " E"]
+
+
 def levels(
     codes: UInt8[Array, "*lead N K"],
-    step: UInt8[Array, "*lead G N"],
+    step: Float[Array, "*lead G N"],
     codebook: Float[Array, "*lead E"],
     group_size: int,
 ) -> Int8[Array, "*lead N K"]:
@@ -47,8 +57,17 @@ def levels(
     index = codes.reshape(*codebook.shape[:-1], -1).astype(jnp.int32)
     values = jnp.take_along_axis(codebook, index, axis=-1).reshape(codes.shape)
     *_, width, num_channels = codes.shape
-    wide = groups.expand_rows(step.astype(jnp.float32), (num_channels, width), group_size)
+    wide = groups.expand_rows(step, (num_channels, width), group_size)
     return level_of(values, wide).astype(jnp.int8)
+
+
+def quantized(w: Float[Array, "K N"], spec: WeightSpec) -> Quantized:
+    """Returns `w` with the codebook and steps that it teaches, in the groups and format of `spec`."""
+    assert spec.fmt is not None
+    channel_scale, step, codebook = learned(w, spec.group_size, spec.fmt)
+    targets = quotient(w, jnp.broadcast_to(channel_scale, w.shape))
+    codes = codes_of(targets, spec.fmt.step_value(step), codebook, spec.group_size)
+    return Quantized(codes, channel_scale, step, codebook)
 
 
 def level_of(value: Float[Array, "..."], step: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -57,9 +76,9 @@ def level_of(value: Float[Array, "..."], step: Float[Array, "..."]) -> Float[Arr
 
 
 def learned(
-    w: Float[Array, "K N"], group_size: int
+    w: Float[Array, "K N"], group_size: int, fmt: formats.Format
 ) -> tuple[Float[Array, " N"], UInt8[Array, "G N"], Float[Array, " E"]]:
-    """Returns (channel scale, step, codebook) for the kernel `w`.
+    """Returns (channel scale, step as `fmt` stores it, codebook) for the kernel `w`.
 
     A channel with a value that is not finite has the scale NaN.
     """
@@ -68,7 +87,7 @@ def learned(
     targets = quotient(w, jnp.broadcast_to(scale, w.shape))  # in levels
     targets = jnp.where(jnp.isfinite(targets), targets, 0)
     peak = groups.map_groups(lambda m: jnp.max(jnp.abs(m), axis=1), targets, group_size)
-    step = whole_step(peak)
+    step = rounded_step(peak, fmt)
     # What an error of one level weighs, its square below float32's range left out.
     weight = jnp.where(jnp.isfinite(scale) & (absmax > 0), scale, 0)
     weight = jnp.square(quotient(weight, jnp.max(weight)))
@@ -78,27 +97,15 @@ def learned(
         _: Int[Array, ""] | int, now: tuple[Float[Array, " E"], Float[Array, "G N"]]
     ) -> tuple[Float[Array, " E"], Float[Array, "G N"]]:
         codebook = taught(now[0], targets, now[1], weight, group_size)
-        return codebook, fitted_steps(targets, now[1], codebook, group_size)
+        return codebook, fitted_steps(targets, now[1], codebook, group_size, fmt)
 
     codebook, step = jax.lax.fori_loop(0, NUM_TURNS, turn, (codebook, step))
-    return scale, step.astype(jnp.uint8), codebook
+    return scale, fmt.stored_step(step), codebook
 
 
-def whole_step(step: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """Returns steps as stored: whole numbers of levels in one byte."""
-    return jnp.clip(jnp.round(step), 1, 255)
-
-
-def nearest_codes(
-    w: Float[Array, "K N"],
-    channel_scale: Float[Array, " N"],
-    step: Num[Array, "G N"],
-    codebook: Float[Array, " E"],
-    group_size: int,
-) -> UInt8[Array, "K N"]:
-    """Returns the codes whose levels are nearest to `w`."""
-    targets = quotient(w, jnp.broadcast_to(channel_scale, w.shape))
-    return codes_of(targets, step.astype(jnp.float32), codebook, group_size)
+def rounded_step(step: Float[Array, "*s"], fmt: formats.Format) -> Float[Array, "*s"]:
+    """Returns the steps that `fmt` can store, in levels."""
+    return fmt.step_value(fmt.stored_step(step))
 
 
 def codes_of(
@@ -139,6 +146,7 @@ def fitted_steps(
     step: Float[Array, "G N"],
     codebook: Float[Array, " E"],
     group_size: int,
+    fmt: formats.Format,
 ) -> Float[Array, "G N"]:
     """Returns steps with no greater error, those of `TRIED`."""
 
@@ -147,7 +155,7 @@ def fitted_steps(
         power = sums(jnp.square(values), group_size)
         least_squares = sums(targets * values, group_size) / jnp.maximum(power, 1e-6)
         factor = jnp.asarray(TRIED, jnp.float32)[i]
-        step = whole_step(jnp.where(factor > 0, best.step * factor, least_squares))
+        step = rounded_step(jnp.where(factor > 0, best.step * factor, least_squares), fmt)
         found = fit(targets, step, codebook, group_size)
         wins = found.error < best.error
         wide = groups.expand_groups(wins, targets.shape, group_size)

@@ -38,6 +38,7 @@ _OPERANDS = {
 
 
 _E8M0_NAN = 255
+_LEAST_STEP = 2.0**-6  # the least normal number of E4M3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Format:
         block_size: members of a block; 0 leaves the group size to the spec.
         block_scale: "float" (in the spec's scale dtype), "e8m0" (a power of two, one byte) or
             "e4m3" (one byte, times one float32 factor for the whole tensor) or "levels" (one
-            byte, a whole number of the output channel's levels).
+            byte, a whole number of the output channel's levels) or "e4m3_levels" (one byte, in those
+            levels too, as ComfyUI's `asym_w4a8_int8` stores it).
     """
 
     name: str
@@ -134,6 +136,18 @@ class Format:
         sign = jnp.signbit(x).astype(jnp.uint8) << (self.bits - 1)
         magnitudes = self.values()[: 2 ** (self.bits - 1)]
         return _count_above(jnp.abs(x), magnitudes, ties_to_even=True) | sign
+
+    def step_value(self, stored: Num[Array, "*s"]) -> Float[Array, "*s"]:
+        """Returns the steps of a codebook's groups in levels, float32, from the bytes stored."""
+        if self.block_scale == "e4m3_levels":
+            return fp8_e4m3.value(stored)
+        return stored.astype(jnp.float32)
+
+    def stored_step(self, step: Float[Array, "*s"]) -> UInt8[Array, "*s"]:
+        """Returns the bytes of a codebook's steps; none is 0."""
+        if self.block_scale == "e4m3_levels":
+            return _byte_of(jnp.maximum(step, _LEAST_STEP), "e4m3")
+        return jnp.clip(jnp.round(step), 1, 255).astype(jnp.uint8)
 
     def scale_value(self, stored: Num[Array, "*s"]) -> Float[Array, "*s"]:
         """Returns block scales in float32 from what is stored, without the tensor's factor."""
@@ -232,8 +246,12 @@ mxfp8 = Format("mxfp8", "e4m3", 8, block_size=32, block_scale="e8m0")
 nvfp4 = Format("nvfp4", "e2m1", 4, block_size=16, block_scale="e4m3")
 nf4 = Format("nf4", "nf4", 4)
 lut4 = Format("lut4", "codebook", 4, block_scale="levels")
+lut4_e4m3 = Format("lut4_e4m3", "codebook", 4, block_scale="e4m3_levels")
 
-FORMATS = {fmt.name: fmt for fmt in (fp8_e4m3, fp8_e5m2, fp4_e2m1, mxfp4, mxfp8, nvfp4, nf4, lut4)}
+FORMATS = {
+    fmt.name: fmt
+    for fmt in (fp8_e4m3, fp8_e5m2, fp4_e2m1, mxfp4, mxfp8, nvfp4, nf4, lut4, lut4_e4m3)
+}
 
 
 def by_name(name: str) -> Format:

@@ -53,7 +53,7 @@ class QTensor:
             along K; None when symmetric.
         tensor_scale: float32 `[...]`, one factor per kernel, of formats that have one; else None.
         channel_scale: float32 `[..., B]` where there are two levels of scales, else None; `scale` is
-            then uint8, a whole number of levels.
+            then uint8, a whole number of levels (E4M3 in `lut4_e4m3`).
         offset: uint8 `[..., G, B]`, the level of code 0, plus 128; None when symmetric, or with one
             level of scales or a codebook.
         codebook: float32 `[..., 16]`, of a format that learns one; else None.
@@ -179,7 +179,9 @@ def check_kernel(w: Numbers, spec: WeightSpec) -> Float[Array, "K N"]:
 def _quantize(w: Float[Array, "K N"], spec: WeightSpec) -> QTensor:
     w = w.astype(jnp.float32)
     if spec.fmt is not None and spec.fmt.has_codebook:
-        return _quantize_to_codebook(w, spec)
+        found = codebooks.quantized(w, spec)
+        q = from_codes(found.codes, found.step, None, spec)
+        return dataclasses.replace(q, channel_scale=found.channel_scale, codebook=found.codebook)
     if spec.fmt is not None:
         return _quantize_to_format(w, spec)
     grid = grid_of(w, spec)
@@ -326,7 +328,8 @@ def scale_values(q: QTensor) -> Float[Array, "*lead G B"]:
     With two levels of scales, the weight of one step: `scale * channel_scale`.
     """
     if q.has_levels:
-        return q.scale.astype(jnp.float32) * q.channel_scale[..., None, :]
+        step = q.scale.astype(jnp.float32) if q.fmt is None else q.fmt.step_value(q.scale)
+        return step * q.channel_scale[..., None, :]
     if q.fmt is None:
         return scale_value(q.scale)
     scale = q.fmt.scale_value(q.scale)
@@ -350,10 +353,3 @@ def _quantize_to_format(w: Float[Array, "K N"], spec: WeightSpec) -> QTensor:
     wide = groups.expand_groups(scale, w.shape, spec.group_size)
     q = from_codes(fmt.code(formats.divide(w, wide)), stored, None, spec)
     return dataclasses.replace(q, tensor_scale=factor)
-
-
-def _quantize_to_codebook(w: Float[Array, "K N"], spec: WeightSpec) -> QTensor:
-    channel_scale, step, codebook = codebooks.learned(w, spec.group_size)
-    codes = codebooks.nearest_codes(w, channel_scale, step, codebook, spec.group_size)
-    q = from_codes(codes, step, None, spec)
-    return dataclasses.replace(q, channel_scale=channel_scale, codebook=codebook)

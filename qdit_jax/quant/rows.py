@@ -93,7 +93,9 @@ def weight_rows(q: QTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "*le
 def level_rows(q: QTensor) -> Int8[Array, "*lead N K"]:
     """Returns the int8 levels that the codes of `q` stand for, where it has two levels of scales."""
     if q.codebook is not None:
-        return codebooks.levels(code_rows(q), q.scale, q.codebook, q.group_size)
+        assert q.fmt is not None
+        step = q.fmt.step_value(q.scale)
+        return codebooks.levels(code_rows(q), step, q.codebook, q.group_size)
     axes = axes_of(q)
     step, offset = (spread(values, q, axes) for values in step_and_offset(q))
     return joined(levels.affine_levels(spread_codes(q, axes), step, offset), q)

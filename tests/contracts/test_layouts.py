@@ -24,7 +24,7 @@ from qdit_convert.tensors import StateDict, StoredTensor
 from qdit_convert.video import frame_convolution
 from qdit_convert.wan_vae import vector
 from qdit_jax.errors import UserError
-from qdit_jax.models import FAMILIES, abstract_params, build_model
+from qdit_jax.models import FAMILIES, abstract_params, build_model, config_of
 
 # What turns a leaf back into the tensor of its file. A layout with another transform has no round
 # trip in this file, until its inverse is here.
@@ -156,6 +156,16 @@ def test_every_tensor_is_read_once_and_every_leaf_is_of_the_network(layout):
     for leaf in params.values():
         assert leaf.dtype == np.float32
         assert leaf.flags.c_contiguous
+
+
+@pytest.mark.parametrize(
+    "layout", [row for row in LAYOUTS if row.written is not None], ids=lambda layout: layout.name
+)
+def test_a_layout_that_is_written_has_the_leaves_of_its_plan(layout):
+    _, plan = planned(layout, state_of(layout))
+    fields = config_of(build_model(plan.family, json.loads(json.dumps(plan.config))))
+    found = {leaf.path: (leaf.expected, leaf.transform) for leaf in layout.written(fields)}
+    assert found == {leaf.path: (leaf.expected, leaf.transform) for leaf in plan.leaves}
 
 
 @every_layout

@@ -60,6 +60,11 @@ def make_export(path):
     return path
 
 
+def make_weights(path):
+    save_file({"a": np.zeros(2)}, path, metadata={"qdit_jax_weights": "1"})
+    return path
+
+
 def make_foreign_safetensors(path):
     save_file({"a": np.zeros(2)}, path, metadata={"format": "pt"})
     return path
@@ -128,6 +133,7 @@ MAKERS = {
     "evaluation": make_evaluation,
     "demonstration": make_demonstration,
     "export": make_export,
+    "weights": make_weights,
     "statistics": make_statistics,
     "inputs": make_inputs,
     "samples": make_samples,
