@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
 
-from qdit_convert.dit import Choices, Told
+from qdit_convert.choices import Choices, Told
 from qdit_convert.experts import (
     AUTHORS_BOUNDARY,
     AUTHORS_FOLDERS,

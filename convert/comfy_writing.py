@@ -124,7 +124,7 @@ def int8_tensors(layer: Layer) -> dict[str, np.ndarray]:
         raise layer.refuse(INT8, f"has {weights_in_words(q)}, not a scale per output channel")
     return {
         "weight": (np.asarray(code_rows(q)) ^ np.uint8(128)).view(np.int8),
-        "weight_scale": np.asarray(scale_values(q), np.float32),
+        "weight_scale": np.asarray(scale_values(q), np.float32).T,
         MARKER: marked(layer, INT8, per_row=True),
     }
 
@@ -140,7 +140,7 @@ def lut_tensors(layer: Layer) -> dict[str, np.ndarray]:
     size = q.group_size
     if not size or num_channels % size or num_channels % 16:
         raise layer.refuse(LUT, f"has {num_channels} input channels in groups of {size}")
-    steps = np.asarray(q.fmt.step_value(q.scale))
+    steps = np.asarray(q.fmt.step_value(q.scale)).T
     stored = steps.astype(E4M3)
     if (stored.astype(np.float32) != steps).any():
         raise layer.refuse(LUT, "has whole steps of levels that E4M3 does not hold")
@@ -162,7 +162,7 @@ def nvfp4_tensors(layer: Layer) -> dict[str, np.ndarray]:
         raise layer.refuse(NVFP4, f"has {q.shape[0]} input channels, no multiple of 16")
     return {
         "weight": packed_nibbles(np.asarray(code_rows(q)), high_first=True),
-        "weight_scale": in_tiles(np.asarray(q.scale)).view(E4M3),
+        "weight_scale": in_tiles(np.asarray(q.scale).T).view(E4M3),
         "weight_scale_2": np.asarray(q.tensor_scale, np.float32),
         MARKER: marked(layer, NVFP4),
     }

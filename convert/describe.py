@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qdit_convert.api import open_source
-from qdit_convert.dit import Choices
+from qdit_convert.choices import Choices
 from qdit_convert.families import find_layout
 from qdit_convert.folders import is_pipeline
 from qdit_convert.hub import source

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from qdit_convert.choices import Choices
 from qdit_convert.dit import (
     SMALL,
-    Choices,
     Sizes,
     check_model,
     dit_config,

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qdit_convert.dit import Choices, out_channels
+from qdit_convert.choices import Choices
+from qdit_convert.dit import out_channels
 from qdit_convert.pixart import Sizes, has, pixart_config
 from qdit_convert.pixart_settings import PIXART
 from qdit_convert.plan import (

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import fields
 
-from qdit_convert.dit import Choices
+from qdit_convert.choices import Choices
 from qdit_convert.layout import Layout
 from qdit_convert.layouts import FAMILIES, LAYOUTS, NAMINGS
 from qdit_convert.tensors import StateDict, listing

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qdit_convert.dit import Choices
+from qdit_convert.choices import Choices
 from qdit_convert.joint import (
     TEXT_NOTE,
     Naming,

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from qdit_convert.choices import Choices
 from qdit_convert.dit import (
     SMALL,
-    Choices,
     Sizes,
     dit_config,
     facebook_leaves,

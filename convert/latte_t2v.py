@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qdit_convert.dit import Choices, out_channels
+from qdit_convert.choices import Choices
+from qdit_convert.dit import out_channels
 from qdit_convert.plan import (
     Example,
     Leaf,

@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from qdit_convert import flux, sd3
+from qdit_convert.choices import Choices
 from qdit_convert.diffusers_dit import CLASS_NAMES, diffusers_example, diffusers_plan
 from qdit_convert.diffusers_pixart import CLASS_NAMES as PIXART_NAMES
 from qdit_convert.diffusers_pixart import diffusers_pixart_example, diffusers_pixart_plan
 from qdit_convert.dit import (
     PROJECTORS,
-    Choices,
     facebook_example,
     facebook_plan,
     facebook_written,
@@ -170,6 +170,7 @@ LAYOUTS = (
         options=("num_heads", "num_classes", "input_size"),
         told=is_latte,
         example=latte_example,
+        written=None,
     ),
     Layout(
         "pixart",
@@ -238,6 +239,7 @@ LAYOUTS = (
         options=("num_heads", "num_classes", "input_size"),
         told=is_lightning,
         example=lightning_example,
+        written=None,
     ),
     Layout(
         "dit-diffusers",

@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qdit_convert.dit import SMALL, Choices, input_size, label_config, out_channels
+from qdit_convert.choices import Choices
+from qdit_convert.dit import (
+    SMALL,
+    input_size,
+    label_config,
+    out_channels,
+)
 from qdit_convert.plan import (
     Example,
     Leaf,

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qdit_convert.dit import Choices, out_channels
+from qdit_convert.choices import Choices
+from qdit_convert.dit import out_channels
 from qdit_convert.joint import (
     TEXT_NOTE,
     Naming,

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from qdit_convert.dit import Choices
+from qdit_convert.choices import Choices
 from qdit_convert.plan import Example, Leaf, Plan, affine, block_count, shape_of
 from qdit_convert.settings import CONFIG, network_settings
 from qdit_convert.tensors import StateDict, StoredTensor

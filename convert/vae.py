@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from qdit_convert.dit import Choices
+from qdit_convert.choices import Choices
 from qdit_convert.plan import (
     Example,
     Leaf,

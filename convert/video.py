@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from qdit_convert.dit import PUBLISHED, Choices, out_channels
+from qdit_convert.choices import Choices
+from qdit_convert.dit import PUBLISHED, out_channels
 from qdit_convert.plan import Leaf, affine, most_common, shape_of
 from qdit_convert.tensors import StoredTensor, shape_text
 from qdit_jax.errors import UserError

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qdit_convert.dit import Choices
+from qdit_convert.choices import Choices
 from qdit_convert.plan import (
     Example,
     Leaf,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qdit_convert.dit import Choices
+from qdit_convert.choices import Choices
 from qdit_convert.plan import (
     Example,
     Leaf,

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from qdit_convert import read_model
 from qdit_convert.api import to_checkpoint
-from qdit_convert.dit import Choices
+from qdit_convert.choices import Choices
 from qdit_convert.families import check_options, find_layout
 from qdit_convert.joint import swapped, swapped_linear
 from qdit_convert.layouts import LAYOUTS, NAMINGS

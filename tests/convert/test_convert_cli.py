@@ -143,7 +143,7 @@ def test_a_kill_leaves_the_old_or_the_new_checkpoint(tmp_path):
 def test_every_choice_of_a_user_is_an_option_and_a_keyword():
     from dataclasses import fields
 
-    from qdit_convert.dit import Choices, Told
+    from qdit_convert.choices import Choices, Told
     from qdit_jax.cli.convert import NETWORK_OPTIONS
 
     names = {field.name for field in fields(Choices)}

@@ -12,8 +12,8 @@ import pytest
 from convert_samples import VAE_CONFIG, flat, random_arrays, vae_arrays, write_folder
 
 from qdit_convert import convert, describe, read_model
+from qdit_convert.choices import Choices
 from qdit_convert.diffusers_pixart import diffusers_pixart_example
-from qdit_convert.dit import Choices
 from qdit_convert.pixart import SMALL, pixart_heads, pixart_leaves
 from qdit_jax.errors import UserError
 from qdit_jax.sampling import sampler_text
