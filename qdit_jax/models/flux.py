@@ -18,11 +18,11 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float, Num
 
+from qdit_jax.models.condition_checks import Entry, check_entries
 from qdit_jax.models.family import example_inputs
 from qdit_jax.models.joint import (
     ModulatedOutput,
     StreamAttention,
-    check_entries,
     chunks,
     joined,
     modulated,
@@ -327,17 +327,19 @@ class Flux(NetworkModule):
 
     def check_condition(self, condition: Condition) -> None:
         """Raises `ValueError` unless the entries fit, `guidance` where it is embedded and only there."""
-        required: dict[str, tuple[int | None, ...]] = {
-            "text": (None, self.text_width),
-            "pooled": (self.pooled_width,),
+        entries = {
+            "text": Entry((None, self.text_width)),
+            "pooled": Entry((self.pooled_width,)),
+            "position_ids": Entry((None, 3), required=False),
+            "text_ids": Entry((None, 3), required=False),
         }
         if self.guidance_embed:
-            required["guidance"] = ()
+            entries["guidance"] = Entry(())
         elif "guidance" in (condition if isinstance(condition, dict) else ()):
             raise ValueError(
                 "this network embeds no guidance (guidance_embed=False, as schnell); leave out guidance."
             )
-        check_entries(condition, required, {"position_ids": (None, 3), "text_ids": (None, 3)})
+        check_entries(condition, entries)
 
     def example_inputs(self, batch: int = 1) -> tuple[Any, ...]:
         """Returns abstract arguments of a call, to trace the network with."""

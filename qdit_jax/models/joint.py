@@ -8,10 +8,7 @@ Dimensions: B batch, N tokens of one stream, h heads, d channels of a head, W wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float
@@ -19,7 +16,6 @@ from jaxtyping import Array, Float
 from qdit_jax.models.layers import AttentionModule
 from qdit_jax.models.linear import Layers
 from qdit_jax.models.norms import layer_norm
-from qdit_jax.types import Condition
 
 # Queries, keys and values of a stream.
 Heads = tuple[Float[Array, "B N h d"], Float[Array, "B N h d"], Float[Array, "B N h d"]]
@@ -98,38 +94,3 @@ class ModulatedOutput(nn.Module):
         shift, scale = chunks(adaln(nn.silu(c)), 2)
         final = self.layers.linear(self.features, zeros, wide_output=True, name="linear")
         return final(modulated(layer_norm(x), shift, scale))
-
-
-def check_entries(
-    condition: Condition,
-    required: Mapping[str, Sequence[int | None]],
-    optional: Mapping[str, Sequence[int | None]] | None = None,
-) -> None:
-    """Raises `ValueError` unless a condition has the entries that a network takes.
-
-    Args:
-        required, optional: name -> shape of one sample's entry; None where any size will do.
-    """
-    shapes = {**required, **(optional or {})}
-    if not isinstance(condition, Mapping):
-        raise ValueError(
-            f"condition={condition!r} is no dict; this network takes {', '.join(shapes)}."
-        )
-    if missing := sorted(set(required) - set(condition)):
-        raise ValueError(f"the condition lacks {', '.join(missing)}, which this network takes.")
-    if unknown := sorted(set(condition) - set(shapes)):
-        raise ValueError(
-            f"the condition has {', '.join(unknown)}; this network takes {', '.join(shapes)}."
-        )
-    batches = {name: np.shape(entry)[:1] for name, entry in condition.items()}
-    if len(set(batches.values())) > 1 or () in batches.values():
-        raise ValueError(f"the condition's entries differ in their number of samples: {batches}.")
-    for name, entry in condition.items():
-        found, wanted = np.shape(entry)[1:], tuple(shapes[name])
-        if len(found) != len(wanted) or any(
-            size not in (None, n) for size, n in zip(wanted, found, strict=True)
-        ):
-            sizes = ", ".join("any" if n is None else str(n) for n in ("B", *wanted))
-            raise ValueError(f"{name} has shape {np.shape(entry)}; this network takes [{sizes}].")
-        if not np.isfinite(np.asarray(entry)).all():
-            raise ValueError(f"{name} holds values that are not finite.")

@@ -17,12 +17,12 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float, Num
 
+from qdit_jax.models.condition_checks import Entry, check_entries
 from qdit_jax.models.family import example_inputs
 from qdit_jax.models.joint import (
     Heads,
     ModulatedOutput,
     StreamAttention,
-    check_entries,
     chunks,
     joined,
     modulated,
@@ -303,7 +303,8 @@ class SD3(NetworkModule):
 
     def check_condition(self, condition: Condition) -> None:
         """Raises `ValueError` unless there are `text` and `pooled` of the right widths."""
-        check_entries(condition, {"text": (None, self.text_width), "pooled": (self.pooled_width,)})
+        pooled = Entry((self.pooled_width,))
+        check_entries(condition, {"text": Entry((None, self.text_width)), "pooled": pooled})
 
     def example_inputs(self, batch: int = 1) -> tuple[Any, ...]:
         """Returns abstract arguments of a call, to trace the network with."""

@@ -102,8 +102,8 @@ def test_conditions_that_do_not_fit_are_named(flux):
     bad = [
         (model, {"guidance": jnp.ones((2, 1))}, r"guidance has shape \(2, 1\); .* takes \[B\]"),
         (model, {"pooled": jnp.ones((2, 5))}, r"pooled has shape \(2, 5\); .* takes \[B, 6\]"),
-        (model, {"pooled": jnp.ones((3, 6))}, "differ in their number of samples"),
-        (model, {"text": condition["text"] * jnp.nan}, "text holds values that are not finite"),
+        (model, {"pooled": jnp.ones((3, 6))}, "give one per sample of each"),
+        (model, {"text": condition["text"] * jnp.nan}, "text has values that are NaN or infinite"),
         (model, {"text_ids": jnp.ones((2, 5, 2))}, r"takes \[B, any, 3\]"),
         (schnell, {}, "embeds no guidance"),
     ]
