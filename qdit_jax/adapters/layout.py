@@ -109,7 +109,7 @@ class Contraction:
                 f"input axes {layout.inputs}, but the layer multiplies by {expected} with input "
                 f"axes {self.k_in}; pass example_args=(x, ...) to quantize_linen."
             )
-        if kernel.codes.dtype != jnp.uint8 or kernel.scale.shape[-1] != kernel.num_groups:
+        if kernel.codes.dtype != jnp.uint8 or kernel.scale.shape[-2] != kernel.num_groups:
             raise ValueError(
                 "its quantized kernel was changed on the way to it (cast, normalized, transposed); "
                 "leave the layer out with a recipe's rule that has no spec."
