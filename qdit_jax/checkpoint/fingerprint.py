@@ -61,7 +61,7 @@ def feed(update: Update, value: object) -> None:
         update(f"{type(value).__name__}:{value!r};".encode())
     elif isinstance(value, bytes):
         update(b"bytes:" + value)
-    elif hasattr(value, "dtype") and hasattr(value, "shape"):
+    elif is_array(value):
         feed_array(update, value)
     elif isinstance(value, Mapping):
         update(f"map {len(value)}:".encode())
@@ -75,6 +75,12 @@ def feed(update: Update, value: object) -> None:
             feed(update, item)
     else:
         feed_object(update, value)
+
+
+def is_array(value: object) -> bool:
+    """Returns whether a value can be read as an array; settings may have a dtype and a shape, too."""
+    named = hasattr(value, "dtype") and hasattr(value, "shape")
+    return named and (hasattr(value, "__array__") or hasattr(value, "__jax_array__"))
 
 
 def feed_array(update: Update, array: object) -> None:

@@ -125,7 +125,7 @@ def quantize_whole(
     whole = with_dtype(materialized(checkpoint), data.dtype)
     sampled = any(getattr(data, name) is None for name in method.needs)
     data = completed(method, whole, data)
-    params = applied(method, whole.model, whole.params, recipe, data, report)
+    params, data = applied(method, whole.model, whole.params, recipe, data, report)
     told = data.to_json(fitted=bool(method.needs), sampled=sampled)
     metadata = metadata_of(checkpoint, method, recipe, told, report) | facts
     result = dataclasses.replace(
@@ -143,8 +143,10 @@ def applied(
     recipe: Recipe,
     data: CalibrationData,
     report: Report,
-) -> Params:
-    """Returns quantized parameters; experts are fitted one by one, each on its own timesteps.
+) -> tuple[Params, CalibrationData]:
+    """Returns quantized parameters, and the data with what was collected on the way.
+
+    Experts are fitted one by one, each on its own timesteps.
 
     Raises:
         ValueError: as `quantize`, or if an expert runs at none of the items' timesteps.
@@ -154,20 +156,22 @@ def applied(
         given = {"model": model, "recipe": recipe, "report": report}
         for step in method.prepare:
             params, data = step(params, data=data, **given)
-        return method.apply(params, data=data, **{**given, "recipe": recipe.for_rounding()})
+        return method.apply(params, data=data, **{**given, "recipe": recipe.for_rounding()}), data
     items = data.items
     assert items is not None
     check_all_run(model, items.timestep, "the calibration inputs")
     numbers = expert_numbers(model, items.timestep)
-    parts = []
+    parts, collected = [], data.stats
     for number, name in enumerate(names):
         alone, held = expert_alone(model, params, name)
         own = recipe.within(held)
         if own is not None:
             mine = items.only(numbers == number)
-            held = applied(method, alone, held, own, dataclasses.replace(data, items=mine), report)
+            given = dataclasses.replace(data, items=mine)
+            held, used = applied(method, alone, held, own, given, report)
+            collected = used.stats if collected is None else collected
         parts.append(held)
-    return merged(parts)
+    return merged(parts), dataclasses.replace(data, stats=collected)
 
 
 def recipe_of(recipe: Any, method: Method, params: Any) -> Recipe:

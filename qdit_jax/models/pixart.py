@@ -67,7 +67,7 @@ class Compression(nn.Module):
         image = x.astype(jnp.float32).reshape(len(x), rows, columns, -1)
         image = image[:, : rows // k * k, : columns // k * k]
         windows = rearrange(image, "b (h p) (w q) d -> b (h w) p q d", p=k, q=k)
-        return jnp.einsum("btpqd,pqd->btd", windows, weights[:, :, 0]) + bias
+        return (windows * weights[:, :, 0]).sum((2, 3)) + bias
 
 
 class SelfAttention(AttentionModule):

@@ -82,6 +82,12 @@ def make_inputs(path):
     return path
 
 
+def make_conditions(path):
+    with open(path, "wb") as file:
+        np.savez(file, text=np.zeros((1, 2, 3)))
+    return path
+
+
 def make_samples(path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.comment = files.GENERATOR.encode()
@@ -136,6 +142,7 @@ MAKERS = {
     "weights": make_weights,
     "statistics": make_statistics,
     "inputs": make_inputs,
+    "conditions": make_conditions,
     "samples": make_samples,
     "picture": make_picture,
     "report": make_report,

@@ -47,7 +47,7 @@ def dots(jaxpr, found=None):
 
 def call(model, params, batch=2):
     x = jax.random.normal(jax.random.key(1), (batch, *model.sample_shape()))
-    condition = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), model.example_condition(batch))
+    condition = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), model.example_condition(batch))
     time = jnp.full((batch,), 0.4) if model.prediction == "velocity" else jnp.array([700.0, 20.0])
     return model.apply({"params": params}, x, time, condition)
 
