@@ -167,8 +167,8 @@ def applied(
         own = recipe.within(held)
         if own is not None:
             mine = items.only(numbers == number)
-            given = dataclasses.replace(data, items=mine)
-            held, used = applied(method, alone, held, own, given, report)
+            its = dataclasses.replace(data, items=mine)
+            held, used = applied(method, alone, held, own, its, report)
             collected = used.stats if collected is None else collected
         parts.append(held)
     return merged(parts), dataclasses.replace(data, stats=collected)
