@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qdit_jax.diffusion import flow as flow
     from qdit_jax.diffusion import sample as sample
     from qdit_jax.errors import UserError as UserError
+    from qdit_jax.evaluation import evaluate as evaluate
     from qdit_jax.evaluation import verify as verify
     from qdit_jax.kernels import quantized_matmul as quantized_matmul
     from qdit_jax.methods import CalibrationData as CalibrationData
@@ -65,7 +66,7 @@ PUBLIC = {
     ),
     "diffusion": ("ddim", "ddpm", "flow", "sample"),
     "errors": ("UserError",),
-    "evaluation": ("verify",),
+    "evaluation": ("evaluate", "verify"),
     "kernels": ("quantized_matmul",),
     "methods": ("CalibrationData", "quantize"),
     "ptq": ("plan", "quantize_checkpoint", "quantize_params", "round_params"),

@@ -1,5 +1,13 @@
 """Sampling checkpoints in pairs and measuring how far they are apart; scores of their samples."""
 
+from qdit_jax.evaluation.evaluating import (
+    check_results,
+    evaluate,
+    evaluated,
+    judge_of,
+    titles,
+    with_known_autoencoder,
+)
 from qdit_jax.evaluation.layer_facts import Format
 from qdit_jax.evaluation.limits import Layer, Limits, Outcome, most_bytes
 from qdit_jax.evaluation.pages import compared_pictures, write_evaluation
@@ -34,7 +42,11 @@ __all__ = [
     "Verification",
     "check_features",
     "check_inputs",
+    "check_results",
     "compared_pictures",
+    "evaluate",
+    "evaluated",
+    "judge_of",
     "labeled",
     "locked",
     "merge",
@@ -46,6 +58,8 @@ __all__ = [
     "sample_shape",
     "scoring_inputs",
     "summarize",
+    "titles",
     "verify",
+    "with_known_autoencoder",
     "write_evaluation",
 ]

@@ -89,7 +89,8 @@ class Scoring:
         blank = features_fn(np.zeros((size, *shape[1:]), np.uint8))["pool"]
         metrics.check_network(reference, features, blank.shape[1], path)
         metrics.check_num_samples(shape[0], blank.shape[1], self.settings)
-        return Judge(features_fn, features, path, reference, self.settings, self.batch_size)
+        given = str(self.reference)
+        return Judge(features_fn, features, path, reference, self.settings, self.batch_size, given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,7 @@ class Judge:
     reference: metrics.Reference
     settings: metrics.ScoreSettings
     batch_size: int
+    reference_name: str  # as it was given
 
     def scores(self, paths: Sequence[AnyPath], watch: Watch = unwatched) -> list[dict[str, Any]]:
         """Returns the scores of the images in each file, by the names of `metrics.names`."""
