@@ -21,6 +21,7 @@ from qdit_convert.plan import (
     most_common,
     shape_of,
 )
+from qdit_convert.sizes import check_channels, check_heads, mlp_ratio, voted_width
 from qdit_convert.tensors import StateDict, StoredTensor, shape_text
 from qdit_convert.training_args import (
     SAYS,
@@ -141,8 +142,7 @@ def facebook_sizes(tensors: Mapping[str, StoredTensor]) -> Sizes:
         "pos_embed": (2, 3),
         "blocks.0.attn.proj.weight": (0, 2),
     }
-    found = {k: tensors[k].shape for k in votes if k in tensors}
-    width = most_common([found[k][a] for k, (a, n) in votes.items() if len(found.get(k, ())) == n])
+    width = voted_width(tensors, votes)
     mlp = [t.shape[0] for k, t in tensors.items() if k.endswith(".mlp.fc1.weight") and t.shape]
     return Sizes(
         depth=depth,
@@ -224,22 +224,15 @@ def sit_example() -> Example:
 def dit_config(sizes: Sizes, heads: int) -> dict[str, Any]:
     """Returns the fields of the model that follow from `sizes`."""
     C, out = sizes.in_channels, sizes.out_channels
-    if out not in (C, 2 * C):
-        raise UserError(
-            f"the network has {out} output channels for {C} input channels; {C} or {2 * C} are known."
-        )
-    if sizes.width % heads or sizes.width % 4:
-        raise UserError(f"the width {sizes.width} must be divisible by num_heads={heads} and by 4.")
-    ratio = sizes.mlp_width / sizes.width
-    if int(sizes.width * ratio) != sizes.mlp_width:
-        ratio = math.nextafter(ratio, math.inf)
+    check_channels(C, out)
+    check_heads(sizes.width, heads)
     return {
         "patch_size": sizes.patch_size,
         "in_channels": C,
         "hidden_size": sizes.width,
         "depth": sizes.depth,
         "num_heads": heads,
-        "mlp_ratio": ratio,
+        "mlp_ratio": mlp_ratio(sizes.mlp_width, sizes.width),
         "learn_sigma": out == 2 * C,
         "frequency_shift": 0,
         "mlp_norm_eps": 1e-6,

@@ -17,12 +17,12 @@ from qdit_convert.joint import (
     checked_config,
     head_dim,
     layer,
-    mlp_ratio,
     num_heads,
     sample_size,
 )
 from qdit_convert.joint_settings import FLUX
 from qdit_convert.plan import Example, Leaf, Plan, block_count, shape_of
+from qdit_convert.sizes import mlp_ratio
 from qdit_convert.tensors import StateDict, StoredTensor
 from qdit_jax.errors import UserError
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -59,12 +58,6 @@ def layer(
             each=tuple(shape[:1] for shape in each),
         ),
     ]
-
-
-def mlp_ratio(mlp_width: int, width: int) -> float:
-    """Returns a ratio of which the network makes exactly `mlp_width`."""
-    ratio = mlp_width / width
-    return ratio if int(width * ratio) == mlp_width else math.nextafter(ratio, math.inf)
 
 
 def num_heads(

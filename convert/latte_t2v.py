@@ -22,6 +22,7 @@ from qdit_convert.plan import (
     shape_of,
 )
 from qdit_convert.settings import CONFIG, network_settings
+from qdit_convert.sizes import mlp_ratio
 from qdit_convert.stdit import SMALL, unread
 from qdit_convert.tensors import StateDict
 from qdit_convert.training_args import unknown_note
@@ -29,7 +30,6 @@ from qdit_convert.video import (
     TEXT_WIDTH,
     VideoSizes,
     heads_of,
-    mlp_ratio,
     overridden_heads,
     video_config,
     video_size,

@@ -23,6 +23,7 @@ from qdit_convert.plan import (
     most_common,
     shape_of,
 )
+from qdit_convert.sizes import check_channels
 from qdit_convert.tensors import StateDict, StoredTensor
 from qdit_convert.training_args import Arguments, unknown_note
 from qdit_jax.diffusion import shown
@@ -106,11 +107,7 @@ def lightning_shape(tensors: Mapping[str, StoredTensor]) -> Shape:
         if key.startswith("blocks.") and key.endswith(".adaLN_modulation.1.weight") and t.shape
     ]
     out = out_channels(shape_of(tensors, "final_layer.linear.weight", 2)[0], patch)
-    if out not in (channels, 2 * channels):
-        raise UserError(
-            f"the network has {out} output channels for {channels} input channels; {channels} or "
-            f"{2 * channels} are known."
-        )
+    check_channels(channels, out)
     told = [
         tensors[key].shape[-1]
         for key in ("feat_rope.freqs_cos", "feat_rope.freqs_sin", f"{block}.attn.q_norm.weight")

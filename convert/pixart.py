@@ -24,6 +24,7 @@ from qdit_convert.plan import (
     norm,
     shape_of,
 )
+from qdit_convert.sizes import check_channels, voted_width
 from qdit_convert.tensors import StateDict, StoredTensor
 from qdit_convert.training_args import Arguments, unknown_note
 from qdit_jax.diffusion import shown
@@ -96,8 +97,7 @@ def pixart_sizes(tensors: Mapping[str, StoredTensor]) -> Sizes:
         "t_block.1.weight": (1, 2),
         "blocks.0.attn.proj.weight": (0, 2),
     }
-    found = {k: tensors[k].shape for k in votes if k in tensors}
-    width = most_common([found[k][a] for k, (a, n) in votes.items() if len(found.get(k, ())) == n])
+    width = voted_width(tensors, votes)
     mlp = [t.shape[0] for k, t in tensors.items() if k.endswith(".mlp.fc1.weight") and t.shape]
     texts = [shape_of(tensors, k, 2)[1] for k in ("y_embedder.y_proj.fc1.weight", NULL)]
     return Sizes(
@@ -206,10 +206,7 @@ def pixart_config(sizes: Sizes, heads: int) -> dict[str, Any]:
         UserError: if they make no network.
     """
     C, D, out = sizes.in_channels, sizes.width, sizes.out_channels
-    if out not in (C, 2 * C):
-        raise UserError(
-            f"the network has {out} output channels for {C} input channels; {C} or {2 * C} are known."
-        )
+    check_channels(C, out)
     if D % heads or D % 4 or (sizes.size_conditions and D % 3):
         raise UserError(
             f"the width {D} must be divisible by num_heads={heads}, by 4 for the positions and by 3 "

@@ -22,9 +22,15 @@ ABOUT = {
 }
 
 
-def only(kind: str, *values: object, optional: bool = False) -> Setting:
+def only(
+    kind: str,
+    *values: object,
+    default: object = None,
+    optional: bool = False,
+    used: bool = False,
+) -> Setting:
     """Returns a setting that must have one of `values`: our networks compute no other case."""
-    return Setting(kind, values, optional=optional, used=False)
+    return Setting(kind, values, default=default, optional=optional, used=used)
 
 
 NULL = Setting("any", (None,), used=False)

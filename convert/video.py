@@ -14,6 +14,7 @@ import numpy as np
 from qdit_convert.choices import Choices
 from qdit_convert.dit import PUBLISHED, out_channels
 from qdit_convert.plan import Leaf, affine, most_common, shape_of
+from qdit_convert.sizes import check_channels, check_heads, mlp_ratio
 from qdit_convert.tensors import StoredTensor, shape_text
 from qdit_jax.errors import UserError
 
@@ -113,12 +114,8 @@ def video_config(sizes: VideoSizes, heads: int) -> dict[str, Any]:
         UserError: if channels or heads do not fit.
     """
     C, out = sizes.in_channels, sizes.out_channels
-    if out not in (C, 2 * C):
-        raise UserError(
-            f"the network has {out} output channels for {C} input channels; {C} or {2 * C} are known."
-        )
-    if sizes.width % heads or sizes.width % 4:
-        raise UserError(f"the width {sizes.width} must be divisible by num_heads={heads} and by 4.")
+    check_channels(C, out)
+    check_heads(sizes.width, heads)
     return {
         "patch_size": sizes.patch_size,
         "in_channels": C,
@@ -130,12 +127,6 @@ def video_config(sizes: VideoSizes, heads: int) -> dict[str, Any]:
         "caption_length": sizes.caption_length,
         "learn_sigma": out == 2 * C,
     }
-
-
-def mlp_ratio(mlp_width: int, width: int) -> float:
-    """Returns the ratio that gives `mlp_width` when multiplied with `width` and truncated."""
-    ratio = mlp_width / width
-    return ratio if int(width * ratio) == mlp_width else float(np.nextafter(ratio, np.inf))
 
 
 def heads_of(depth: int, width: int, *stated: int | None) -> int:

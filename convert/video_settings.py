@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from qdit_convert.settings import ABOUT, NULL, POSITIVE
+from qdit_convert.settings import ABOUT, NULL, POSITIVE, only
 from qdit_jax.diffusion import HARMLESS, Setting, Table
-
-
-def one_of(kind: str, *values: object, default: object = None, used: bool = False) -> Setting:
-    """Returns a setting that must have one of `values`: our networks compute no other case."""
-    return Setting(kind, values, default=default, used=used)
-
 
 # Of diffusers' LatteTransformer3DModel.
 LATTE: Table = ABOUT | {
@@ -24,17 +18,15 @@ LATTE: Table = ABOUT | {
     "caption_channels": POSITIVE,
     "cross_attention_dim": POSITIVE,
     "norm_eps": Setting("number", low=0, high=1, default=1e-5),
-    "activation_fn": one_of(
-        "text", "geglu", "gelu-approximate", "gelu", default="geglu", used=True
-    ),
-    "attention_bias": one_of("bool", True),
-    "norm_type": one_of("text", "ada_norm_single"),
-    "norm_elementwise_affine": one_of("bool", False),
-    "attention_type": one_of("text", "default"),
-    "double_self_attention": one_of("bool", False),
-    "only_cross_attention": one_of("bool", False),
+    "activation_fn": only("text", "geglu", "gelu-approximate", "gelu", default="geglu", used=True),
+    "attention_bias": only("bool", True),
+    "norm_type": only("text", "ada_norm_single"),
+    "norm_elementwise_affine": only("bool", False),
+    "attention_type": only("text", "default"),
+    "double_self_attention": only("bool", False),
+    "only_cross_attention": only("bool", False),
     "num_vector_embeds": NULL,
-    "use_linear_projection": one_of("bool", False),
+    "use_linear_projection": only("bool", False),
     "dropout": HARMLESS,  # of training
     "num_embeds_ada_norm": HARMLESS,  # of a norm that adaLN-single does not have
     "norm_num_groups": HARMLESS,
@@ -50,7 +42,7 @@ STDIT3: Table = (
     ABOUT
     | dict.fromkeys(WITHOUT_BEARING.split(), HARMLESS)
     | {
-        "model_type": one_of("text", "STDiT3"),
+        "model_type": only("text", "STDiT3"),
         "depth": POSITIVE,
         "hidden_size": POSITIVE,
         "num_heads": POSITIVE,
@@ -63,6 +55,6 @@ STDIT3: Table = (
         "input_sq_size": Setting("whole", low=1, high=1_000_000, default=512),
         "pred_sigma": Setting("bool", optional=True),
         "qk_norm": Setting("bool", optional=True),
-        "skip_y_embedder": one_of("bool", False),
+        "skip_y_embedder": only("bool", False),
     }
 )

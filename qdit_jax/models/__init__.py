@@ -70,12 +70,12 @@ from qdit_jax.models.linear import (
     DTYPES,
     Layers,
     Linear,
-    NetworkModule,
     check_dtype,
     mapped_input,
     optional,
     quantized_input,
 )
+from qdit_jax.models.network import NetworkModule
 from qdit_jax.models.runs import RUNS, apply_blocks, with_runs
 from qdit_jax.models.taps import layers_in_order, rows_per_sample, seen_inputs, tapped
 from qdit_jax.models.vae import AutoencoderKL

@@ -10,6 +10,9 @@ or 1 where all tokens of a sample are modulated alike.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
@@ -18,6 +21,7 @@ from jaxtyping import Array, Bool, Float
 from qdit_jax.models.layers import AttentionModule, Mlp
 from qdit_jax.models.linear import Layers, stored
 from qdit_jax.models.norms import layer_norm
+from qdit_jax.types import Condition, Params
 
 TABLE_NAME = "scale_shift_table"  # as in the published files
 
@@ -113,6 +117,17 @@ def null_text(
             f"most {rows}, padding left out."
         )
     return jnp.broadcast_to(jnp.asarray(y_embedding[:length], text.dtype), text.shape)
+
+
+def learned_null(condition: Condition, params: Params) -> dict[str, Any]:
+    """Returns the condition with the learned null caption, under the mask of its prompt.
+
+    Raises:
+        ValueError: if a text has more rows than the null caption.
+    """
+    assert isinstance(condition, Mapping)
+    text = jnp.asarray(condition["text"])
+    return {**condition, "text": null_text(params["y_embedder"]["y_embedding"], text)}
 
 
 class TableOutput(nn.Module):

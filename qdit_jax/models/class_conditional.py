@@ -28,11 +28,11 @@ class ClassConditional:
         """Returns whether the label table has a row for no label."""
         return self.null_class
 
-    def example_condition(self, batch: int) -> jax.ShapeDtypeStruct:
+    def example_condition(self, batch: int) -> jax.ShapeDtypeStruct | None:
         """Returns abstract labels."""
         return jax.ShapeDtypeStruct((batch,), jnp.int32)
 
-    def all_conditions(self) -> np.ndarray:
+    def all_conditions(self) -> np.ndarray | None:
         """Returns the label of every class."""
         return np.arange(self.num_classes, dtype=np.int32)
 

@@ -8,16 +8,14 @@ whose entries attend alone (the frames of a video).
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Num
 
-from qdit_jax.models.family import example_inputs
+from qdit_jax.models.class_conditional import ClassConditional
 from qdit_jax.models.layers import (
     Attention,
     LabelEmbedder,
@@ -28,10 +26,10 @@ from qdit_jax.models.layers import (
     over_tokens,
     sincos_positions,
 )
-from qdit_jax.models.linear import Layers, NetworkModule, stored
+from qdit_jax.models.linear import Layers, stored
+from qdit_jax.models.network import NetworkModule
 from qdit_jax.models.norms import layer_norm
 from qdit_jax.models.runs import apply_blocks
-from qdit_jax.types import Condition, Params
 
 # (depth, width, heads) of the published sizes.
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -81,7 +79,7 @@ class FinalLayer(nn.Module):
         return self.layers.linear(self.features, zeros, wide_output=True, name="linear")(hidden)
 
 
-class DiT(NetworkModule):
+class DiT(ClassConditional, NetworkModule):
     """A diffusion transformer; its fields are the configuration that a checkpoint stores.
 
     Attributes:
@@ -167,11 +165,6 @@ class DiT(NetworkModule):
         return self.learn_sigma and not self.velocity
 
     @property
-    def has_null(self) -> bool:
-        """Returns whether the label table has a row for no label."""
-        return self.null_class
-
-    @property
     def guided_channels(self) -> int:
         """Returns 3, as published, or all channels where there are fewer."""
         return min(3, self.in_channels)
@@ -191,28 +184,6 @@ class DiT(NetworkModule):
         """Returns the number of patches."""
         return shape[0] * shape[1] // self.patch_size**2
 
-    def example_condition(self, batch: int) -> jax.ShapeDtypeStruct:
-        """Returns abstract labels."""
-        return jax.ShapeDtypeStruct((batch,), jnp.int32)
-
-    def all_conditions(self) -> np.ndarray:
-        """Returns the label of every class."""
-        return np.arange(self.num_classes, dtype=np.int32)
-
-    def null_condition(self, condition: Condition, params: Params) -> Array | None:
-        """Returns the null class for every label; None if the network was trained without one."""
-        if not self.null_class:
-            return None
-        return jnp.full_like(jnp.asarray(condition), self.num_classes)
-
-    def check_condition(self, condition: Condition) -> None:
-        """Raises `ValueError` if there is no label, or one is out of range."""
-        check_labels(condition, self.num_classes, self.null_class)
-
-    def example_inputs(self, batch: int = 1) -> tuple[Any, ...]:
-        """Returns abstract arguments of a call, to trace the network with."""
-        return example_inputs(self, batch)
-
     def grid_size(self, x: Float[Array, "B H W C"]) -> tuple[int, int]:
         """Returns the rows and columns of tokens; raises `ValueError` for another input size."""
         *expected, channels = self.sample_shape()
@@ -231,17 +202,6 @@ class DiT(NetworkModule):
         height, width, _ = self.sample_shape()
         grid = (height // self.patch_size, width // self.patch_size)
         return jnp.asarray(sincos_positions(shape[-1], grid))[None]
-
-
-def check_labels(condition: Condition, num_classes: int, null_class: bool) -> None:
-    """Raises `ValueError` if there is no label, or one is out of range."""
-    labels = np.asarray(condition)
-    last = num_classes - 1 + null_class
-    if labels.ndim != 1 or not labels.size or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"labels={labels!r} is not a list of class numbers; give one per sample.")
-    if bad := sorted({int(i) for i in labels if not 0 <= i <= last}):
-        null = f" ({last} is the null class)" if null_class else ""
-        raise ValueError(f"label {bad[0]} is out of range; this model knows 0 to {last}{null}.")
 
 
 def published_config(name: str) -> dict[str, int]:

@@ -19,7 +19,6 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Num
 
 from qdit_jax.models.condition_checks import Entry, check_entries
-from qdit_jax.models.family import example_inputs
 from qdit_jax.models.joint import (
     ModulatedOutput,
     StreamAttention,
@@ -28,7 +27,8 @@ from qdit_jax.models.joint import (
     modulated,
 )
 from qdit_jax.models.layers import AttentionModule, timestep_features
-from qdit_jax.models.linear import Layers, NetworkModule
+from qdit_jax.models.linear import Layers
+from qdit_jax.models.network import NetworkModule
 from qdit_jax.models.norms import RMSNorm, layer_norm
 from qdit_jax.models.rotary import grid_positions, rotary_angles, rotated
 from qdit_jax.models.runs import apply_blocks
@@ -319,9 +319,6 @@ class Flux(NetworkModule):
             shapes["guidance"] = (batch,)
         return {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in shapes.items()}
 
-    def all_conditions(self) -> None:
-        """Returns None: prompts cannot be listed."""
-
     def null_condition(self, condition: Condition, params: Params) -> None:
         """Returns None: guidance is distilled into the network, by no second call."""
 
@@ -340,7 +337,3 @@ class Flux(NetworkModule):
                 "this network embeds no guidance (guidance_embed=False, as schnell); leave out guidance."
             )
         check_entries(condition, entries)
-
-    def example_inputs(self, batch: int = 1) -> tuple[Any, ...]:
-        """Returns abstract arguments of a call, to trace the network with."""
-        return example_inputs(self, batch)

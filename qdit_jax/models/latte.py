@@ -8,8 +8,6 @@ frame, D width.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +15,8 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Num
 
-from qdit_jax.models.dit import Block, FinalLayer, check_labels
-from qdit_jax.models.family import example_inputs
+from qdit_jax.models.class_conditional import ClassConditional
+from qdit_jax.models.dit import Block, FinalLayer
 from qdit_jax.models.layers import (
     LabelEmbedder,
     PatchEmbed,
@@ -27,11 +25,12 @@ from qdit_jax.models.layers import (
     over_time,
     sincos_positions,
 )
-from qdit_jax.models.linear import NetworkModule, stored
+from qdit_jax.models.linear import stored
+from qdit_jax.models.network import NetworkModule
 from qdit_jax.types import Condition, Params
 
 
-class Latte(NetworkModule):
+class Latte(ClassConditional, NetworkModule):
     """A video diffusion transformer; its fields are the configuration that a checkpoint stores.
 
     Attributes:
@@ -118,26 +117,22 @@ class Latte(NetworkModule):
 
     def example_condition(self, batch: int) -> jax.ShapeDtypeStruct | None:
         """Returns abstract labels; None for a network without labels."""
-        return jax.ShapeDtypeStruct((batch,), jnp.int32) if self.num_classes else None
+        return super().example_condition(batch) if self.num_classes else None
 
     def all_conditions(self) -> np.ndarray | None:
         """Returns the label of every class; None for a network without labels."""
-        return np.arange(self.num_classes, dtype=np.int32) if self.num_classes else None
+        return super().all_conditions() if self.num_classes else None
 
     def null_condition(self, condition: Condition, params: Params) -> Array | None:
         """Returns the null class for every label; None if there is none."""
-        return jnp.full_like(jnp.asarray(condition), self.num_classes) if self.has_null else None
+        return super().null_condition(condition, params) if self.num_classes else None
 
     def check_condition(self, condition: Condition) -> None:
         """Raises `ValueError` if a label is missing, out of range, or given to a network of none."""
         if self.num_classes:
-            check_labels(condition, self.num_classes, self.null_class)
+            super().check_condition(condition)
         elif condition is not None:
             raise ValueError(f"condition={condition!r}: this network was trained without labels.")
-
-    def example_inputs(self, batch: int = 1) -> tuple[Any, ...]:
-        """Returns abstract arguments of a call, to trace the network with."""
-        return example_inputs(self, batch)
 
     def check_sizes(self, x: Float[Array, "B F H W C"]) -> None:
         """Raises `ValueError` for fields or latents that do not fit each other."""

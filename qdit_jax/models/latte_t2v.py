@@ -26,7 +26,6 @@ from qdit_jax.models.adaln_single import (
     table_rows,
 )
 from qdit_jax.models.condition_checks import Entry, check_entries
-from qdit_jax.models.family import example_inputs
 from qdit_jax.models.layers import (
     Attention,
     Mlp,
@@ -36,7 +35,8 @@ from qdit_jax.models.layers import (
     over_time,
     sincos_positions,
 )
-from qdit_jax.models.linear import Layers, NetworkModule
+from qdit_jax.models.linear import Layers
+from qdit_jax.models.network import NetworkModule
 from qdit_jax.models.stdit import check_width
 from qdit_jax.types import Condition, Params
 
@@ -190,9 +190,6 @@ class LatteT2V(NetworkModule):
         shape = (batch, self.caption_length, self.caption_channels)
         return {"text": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
-    def all_conditions(self) -> None:
-        """Returns None: prompts cannot be listed."""
-
     def null_condition(self, condition: Condition, params: Params) -> None:
         """Returns None: the files hold no null caption, the caller gives the embedding of one."""
 
@@ -226,7 +223,3 @@ class LatteT2V(NetworkModule):
                 f"{self.video_length}."
             )
         return frames, height // p, width // p
-
-    def example_inputs(self, batch: int = 1) -> tuple[Any, ...]:
-        """Returns abstract arguments of a call, to trace the network with."""
-        return example_inputs(self, batch)

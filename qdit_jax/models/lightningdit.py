@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,6 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Num
 
 from qdit_jax.models.class_conditional import ClassConditional
-from qdit_jax.models.family import example_inputs
 from qdit_jax.models.layers import (
     AttentionModule,
     LabelEmbedder,
@@ -26,7 +24,8 @@ from qdit_jax.models.layers import (
     TimestepEmbedder,
     sincos_positions,
 )
-from qdit_jax.models.linear import Layers, NetworkModule, stored
+from qdit_jax.models.linear import Layers, stored
+from qdit_jax.models.network import NetworkModule
 from qdit_jax.models.norms import RMSNorm, layer_norm
 from qdit_jax.models.rotary import grid_positions, pairs_turned, rotary_angles
 from qdit_jax.models.runs import apply_blocks
@@ -228,10 +227,6 @@ class LightningDiT(ClassConditional, NetworkModule):
         size = self.input_size
         height, width = (size, size) if isinstance(size, int) else size
         return height, width, self.in_channels
-
-    def example_inputs(self, batch: int = 1) -> tuple[Any, ...]:
-        """Returns abstract arguments of a call, to trace the network with."""
-        return example_inputs(self, batch)
 
     def grid_size(self, x: Float[Array, "B H W C"]) -> tuple[int, int]:
         """Returns the rows and columns of tokens.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -61,55 +61,6 @@ class Layers:
             wide_output,
             name=name,
         )
-
-
-class NetworkModule(nn.Module, kw_only=True):
-    """A network with linear layers: how it runs is not part of the configuration it stores.
-
-    Attributes:
-        numerics: what quantized layers compute, `"simulated"` or `"integer"`.
-        implementation: who computes them, a name in `kernels.IMPLEMENTATIONS`; None: what fits.
-        dtype: of products of full-precision operands, one of `DTYPES`. Norms, softmax, modulation,
-            time features, scales and what the network returns are float32 in both.
-
-    A class that predicts a velocity says of it, where it differs from these:
-
-    Attributes:
-        flow_times: the timestep that it is called with at pure noise, and at the data.
-        velocity_to: where the velocity points, `"data"` or `"noise"`.
-        flow_shift: of the noise levels of its published sampler: a number, `"tokens"` (by
-            `num_tokens`, as FLUX) or `"resolution"` (by `resolution_of`, as Open-Sora v1.2). A
-            scheduler that comes with a checkpoint goes before it.
-        flow_spacing: how its published pipeline spaces them before the shift, a name of
-            `diffusion.flow_match_sigmas`; None for as the sampler or the scheduler does.
-    """
-
-    numerics: str = "simulated"
-    implementation: str | None = None
-    dtype: str = "float32"
-
-    scans_blocks: ClassVar[bool] = False  # whether it applies its blocks by `apply_blocks`
-    flow_times: ClassVar[tuple[float, float]] = (0.0, 1.0)
-    velocity_to: ClassVar[str] = "data"
-    flow_shift: ClassVar[float | str] = 1.0
-    flow_spacing: ClassVar[str | None] = None
-
-    def __post_init__(self) -> None:
-        check_dtype(self.dtype)
-        super().__post_init__()
-
-    @property
-    def layers(self) -> Layers:
-        """What the parts of the network are built with."""
-        return Layers(self.numerics, self.implementation, self.dtype)
-
-    def num_tokens(self, shape: tuple[int, ...]) -> int | None:
-        """Returns the tokens of a sample of `shape`, channels last; None if that is not said."""
-        return None
-
-    def resolution_of(self, shape: tuple[int, ...]) -> tuple[int, int, int] | None:
-        """Returns rows and columns in pixels, and frames, of a sample; None if that is not said."""
-        return None
 
 
 class Linear(nn.Module):

@@ -25,11 +25,10 @@ from qdit_jax.models.adaln_single import (
     CaptionEmbedder,
     CrossAttention,
     TableOutput,
+    learned_null,
     modulated,
-    null_text,
     table_rows,
 )
-from qdit_jax.models.family import example_inputs
 from qdit_jax.models.layers import (
     AttentionModule,
     Mlp,
@@ -37,7 +36,8 @@ from qdit_jax.models.layers import (
     TimestepEmbedder,
     sincos_positions,
 )
-from qdit_jax.models.linear import Layers, NetworkModule, stored
+from qdit_jax.models.linear import Layers, stored
+from qdit_jax.models.network import NetworkModule
 from qdit_jax.models.norms import LayerNorm
 from qdit_jax.models.runs import apply_blocks
 from qdit_jax.types import Condition, Params
@@ -293,10 +293,6 @@ class PixArt(NetworkModule):
             for name, (shape, dtype) in shapes.items()
         }
 
-    def all_conditions(self) -> None:
-        """Returns None: prompts cannot be listed."""
-        return
-
     def null_condition(self, condition: Condition, params: Params) -> Condition | None:
         """Returns the condition with the learned null caption, under the mask of its prompt.
 
@@ -305,11 +301,7 @@ class PixArt(NetworkModule):
         Raises:
             ValueError: if a text has more rows than the null caption.
         """
-        if not self.null_caption:
-            return None
-        assert isinstance(condition, Mapping)
-        text = null_text(params["y_embedder"]["y_embedding"], jnp.asarray(condition["text"]))
-        return {**condition, "text": text}
+        return learned_null(condition, params) if self.null_caption else None
 
     def check_condition(self, condition: Condition) -> None:
         """Raises `ValueError` for a missing or further entry, or one of a wrong shape or dtype."""
@@ -334,10 +326,6 @@ class PixArt(NetworkModule):
                 raise ValueError(
                     f"{name} has shape {arrays[name].shape}; give {SIZES[name]} for {len(text)} texts."
                 )
-
-    def example_inputs(self, batch: int = 1) -> tuple[Any, ...]:
-        """Returns abstract arguments of a call, to trace the network with."""
-        return example_inputs(self, batch)
 
 
 def required(condition: Mapping[str, Any], name: str) -> Array:

@@ -18,7 +18,6 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Num
 
 from qdit_jax.models.condition_checks import Entry, check_entries
-from qdit_jax.models.family import example_inputs
 from qdit_jax.models.joint import (
     Heads,
     ModulatedOutput,
@@ -34,7 +33,8 @@ from qdit_jax.models.layers import (
     VectorEmbedder,
     sincos_positions,
 )
-from qdit_jax.models.linear import Layers, NetworkModule, stored
+from qdit_jax.models.linear import Layers, stored
+from qdit_jax.models.network import NetworkModule
 from qdit_jax.models.norms import RMSNorm, layer_norm
 from qdit_jax.models.runs import apply_blocks
 from qdit_jax.types import Condition, Params
@@ -295,9 +295,6 @@ class SD3(NetworkModule):
             "pooled": jax.ShapeDtypeStruct((batch, self.pooled_width), jnp.float32),
         }
 
-    def all_conditions(self) -> None:
-        """Returns None: prompts cannot be listed."""
-
     def null_condition(self, condition: Condition, params: Params) -> None:
         """Returns None: text encoders alone know the empty prompt; bring `null_text` and `null_pooled`."""
 
@@ -305,7 +302,3 @@ class SD3(NetworkModule):
         """Raises `ValueError` unless there are `text` and `pooled` of the right widths."""
         pooled = Entry((self.pooled_width,))
         check_entries(condition, {"text": Entry((None, self.text_width)), "pooled": pooled})
-
-    def example_inputs(self, batch: int = 1) -> tuple[Any, ...]:
-        """Returns abstract arguments of a call, to trace the network with."""
-        return example_inputs(self, batch)

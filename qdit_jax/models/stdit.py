@@ -20,12 +20,11 @@ from qdit_jax.models.adaln_single import (
     CaptionEmbedder,
     CrossAttention,
     TableOutput,
+    learned_null,
     modulated,
-    null_text,
     table_rows,
 )
 from qdit_jax.models.condition_checks import Entry, check_entries
-from qdit_jax.models.family import example_inputs
 from qdit_jax.models.layers import (
     Attention,
     Mlp,
@@ -35,7 +34,8 @@ from qdit_jax.models.layers import (
     over_time,
     sincos_positions,
 )
-from qdit_jax.models.linear import Layers, NetworkModule
+from qdit_jax.models.linear import Layers
+from qdit_jax.models.network import NetworkModule
 from qdit_jax.types import AnyArray, Condition, Params
 
 
@@ -149,22 +149,13 @@ class STDiT(NetworkModule):
             "text_mask": jax.ShapeDtypeStruct(shape, jnp.bool_),
         }
 
-    def all_conditions(self) -> None:
-        """Returns None: prompts cannot be listed."""
-
-    def null_condition(self, condition: Any, params: Params) -> Any:
+    def null_condition(self, condition: Condition, params: Params) -> Condition:
         """Returns the learned null caption in place of every text, with the mask of its prompt."""
-        text = jnp.asarray(condition["text"])
-        null = null_text(params["y_embedder"]["y_embedding"], text)
-        return {**condition, "text": null}
+        return learned_null(condition, params)
 
     def check_condition(self, condition: Condition) -> None:
         """Raises `ValueError` unless there are embeddings of prompts, with their masks."""
         check_entries(condition, text_entries(self.caption_length, self.caption_channels))
-
-    def example_inputs(self, batch: int = 1) -> tuple[Any, ...]:
-        """Returns abstract arguments of a call, to trace the network with."""
-        return example_inputs(self, batch)
 
     def grid_size(self, x: Float[Array, "B F H W C"]) -> tuple[int, int, int]:
         """Returns frames, and rows and columns of tokens; raises `ValueError` if there are none."""

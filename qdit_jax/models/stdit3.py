@@ -19,14 +19,14 @@ from jaxtyping import Array, Bool, Float, Num
 from qdit_jax.models.adaln_single import (
     CaptionEmbedder,
     CrossAttention,
+    learned_null,
     modulated,
-    null_text,
     table_rows,
 )
 from qdit_jax.models.condition_checks import Entry, check_entries
-from qdit_jax.models.family import example_inputs
 from qdit_jax.models.layers import AttentionModule, Mlp, PatchEmbed, TimestepEmbedder, over_time
-from qdit_jax.models.linear import Layers, NetworkModule, stored
+from qdit_jax.models.linear import Layers, stored
+from qdit_jax.models.network import NetworkModule
 from qdit_jax.models.norms import RMSNorm
 from qdit_jax.models.rotary import rotated
 from qdit_jax.models.stdit import check_width, text_entries
@@ -262,14 +262,9 @@ class STDiT3(NetworkModule):
             **numbers,
         }
 
-    def all_conditions(self) -> None:
-        """Returns None: prompts cannot be listed."""
-
-    def null_condition(self, condition: Any, params: Params) -> Any:
+    def null_condition(self, condition: Condition, params: Params) -> Condition:
         """Returns the learned null caption in place of every text, with the mask of its prompt."""
-        text = jnp.asarray(condition["text"])
-        null = null_text(params["y_embedder"]["y_embedding"], text)
-        return {**condition, "text": null}
+        return learned_null(condition, params)
 
     def check_condition(self, condition: Condition) -> None:
         """Raises `ValueError` unless prompts, rate and size are there, the size of all samples one."""
@@ -283,10 +278,6 @@ class STDiT3(NetworkModule):
                 raise ValueError(
                     f"{name}={values}: the network goes by the first sample's; give one size per call."
                 )
-
-    def example_inputs(self, batch: int = 1) -> tuple[Any, ...]:
-        """Returns abstract arguments of a call, to trace the network with."""
-        return example_inputs(self, batch)
 
     def checked_shape(self, x: Float[Array, "B F H W C"]) -> tuple[int, ...]:
         """Returns the shape of `x`; raises `ValueError` if its channels or the fields do not fit."""

@@ -17,7 +17,6 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +25,9 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float, Num
 
-from qdit_jax.models.family import example_inputs
 from qdit_jax.models.layers import AttentionModule, flat_xavier, timestep_features
-from qdit_jax.models.linear import Layers, NetworkModule, stored
+from qdit_jax.models.linear import Layers, stored
+from qdit_jax.models.network import NetworkModule
 from qdit_jax.models.norms import LayerNorm, RMSNorm, layer_norm
 from qdit_jax.models.rotary import grid_positions, rotary_angles, rotated
 from qdit_jax.models.runs import apply_blocks
@@ -351,9 +350,6 @@ class Wan(NetworkModule):
         shape = (batch, self.text_length, self.text_width)
         return {"text": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
-    def all_conditions(self) -> None:
-        """Returns None: texts cannot be listed."""
-
     def null_condition(self, condition: Condition, params: Params) -> None:
         """Returns None: the published null is an encoded text, which the caller brings."""
 
@@ -375,10 +371,6 @@ class Wan(NetworkModule):
             )
         if "text_mask" in condition and mask != text[:2]:
             raise ValueError(f"text_mask has shape {mask}; give {text[:2]}, as text has.")
-
-    def example_inputs(self, batch: int = 1) -> tuple[Any, ...]:
-        """Returns abstract arguments of a call, to trace the network with."""
-        return example_inputs(self, batch)
 
 
 def with_expert(name: str, module: Wan, out: Array, chosen: Array, *inputs: Array) -> Array:
