@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from demo_data import load_digits
-from facebook_layout import write_facebook
+from published_layout import write_published
 from testbed_measures import read_checkpoint
 from train_digits import State, loss_fn, save_preview, train_steps
 
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = "".join(f"{step},{value:.6f}\n" for step, value in curve)
     args.out.with_suffix(".csv").write_text(rows)
     save_preview(args.out.with_suffix(".png"), model, state.ema)
-    write_facebook(args.out, state.ema)
+    write_published(args.out, state.ema)
     print(f"wrote {args.out}, .csv and .png; noise error {began:.5f} -> {curve[-1][1]:.5f}")
 
 

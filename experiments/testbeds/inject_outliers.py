@@ -46,7 +46,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from facebook_layout import write_facebook
+from published_layout import write_published
 from testbed_measures import read_checkpoint
 
 import qdit_jax as qdit
@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     params = inject(checkpoint, settings)
     print(f"largest change of the output: {largest_change(checkpoint, params):.1e}")
     if args.out.suffix == ".safetensors":
-        write_facebook(args.out, params, dtype=np.dtype(args.dtype))
+        write_published(args.out, params, dtype=np.dtype(args.dtype))
     else:
         qdit.save(args.out, dataclasses.replace(checkpoint, params=params))
     print(f"wrote {args.out}")
