@@ -42,6 +42,12 @@ def all_captions() -> list[str]:
     return [caption(digit, size, position, tint) for tint, (size, position), digit in kinds]
 
 
+def mixed_captions() -> list[str]:
+    """Returns `all_captions` in an order whose first few are of every kind, ten of ten digits."""
+    captions = all_captions()
+    return [captions[37 * i % len(captions)] for i in range(len(captions))]
+
+
 @functools.cache
 def word_vectors() -> dict[str, Float[np.ndarray, " E"]]:
     """Returns the packaged vector of every word."""
