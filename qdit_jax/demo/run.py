@@ -5,34 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib import resources
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
 from qdit_jax import metrics
 from qdit_jax.calibration import Stats, calibrate, collect_items, default_sampler
 from qdit_jax.checkpoint import Checkpoint, load, save, with_dtype
-from qdit_jax.demo.pages import SHOWN, TIMING, write_pictures, write_summary
-from qdit_jax.evaluation import (
-    Contender,
-    Protocol,
-    Scoring,
-    merge,
-    run_evaluation,
-    sample_shape,
-    summarize,
-)
+from qdit_jax.evaluation import PAGES, Scoring, evaluate
 from qdit_jax.files import AnyPath, PathLike, as_path, check_free, replaced_file
 from qdit_jax.methods import CalibrationData, quantize
 from qdit_jax.models import asset
 from qdit_jax.ptq import quantize_params
 from qdit_jax.recipes import Recipe
-from qdit_jax.report import provenance
 from qdit_jax.sampling import check_seed
 from qdit_jax.types import Params
 
@@ -45,12 +36,12 @@ BATCH_SIZE = 10  # one of each digit
 # What the method `best` makes: title -> group size.
 BEST = {"W4A8, groups of 32, best": 32, "W4A8, per channel, best": 0}
 NUM_FITTED, BATCH_FITTED = 32, 32  # trajectories that `best` looks at, inputs per call
-RESULTS = {
-    "stats.npz": "statistics",
-    "metrics.json": "figures",
-    "pictures.png": "picture",
-    "report.html": "report",
-}
+RESULTS = {"stats.npz": "statistics", **PAGES}
+TITLE = "A diffusion transformer in 4 to 8 bits"
+TIMING = (
+    "Seconds are those of all samples, by the median batch of one run on a machine that may have "
+    "been busy: noisy."
+)
 MARKER = "demo.json"  # says that the folder is a demonstration, and of which settings
 
 
@@ -122,37 +113,26 @@ def run_demo(
     with replaced_file(out / MARKER) as temporary:
         temporary.write_text(json.dumps({"demonstration": dataclasses.asdict(settings)}))
     note = logging.getLogger(__name__).info
-    note(f"1/5 convert: the packaged PyTorch-layout weights -> {out / 'model'}")
+    note(f"1/4 convert: the packaged PyTorch-layout weights -> {out / 'model'}")
     checkpoint = with_dtype(convert_packaged(out / "model"), settings.dtype)
-    note("2/5 calibrate: ranges of every layer's input, over timesteps, labels and the null class")
+    note("2/4 calibrate: ranges of every layer's input, over timesteps, labels and the null class")
     stats = calibrate_packaged(checkpoint, settings, bar_fn)
     stats.save(out / "stats.npz")
-    note("3/5 quantize: one checkpoint per recipe")
-    checkpoints = {"full precision": checkpoint}
+    note("3/4 quantize: one checkpoint per recipe")
+    checkpoints = {}
     for title, recipe in recipes(checkpoint.params, settings.quick).items():
         folder = out / recipe_folder(recipe)
         params = quantize_params(checkpoint.params, recipe=recipe, stats=stats)
         save(folder, dataclasses.replace(checkpoint, params=params, recipe=recipe), overwrite=True)
         checkpoints[title] = load(folder)
     if not settings.quick:
-        note("3/5 quantize: two of them by the method best, which looks at the network's inputs")
+        note("3/4 quantize: two of them by the method best, which looks at the network's inputs")
         checkpoints |= fitted(checkpoint, settings, out)
-    note("4/5 sample: the same noise and labels with each")
-    models, pictures = compare(checkpoints, settings, bar_fn)
-    note("5/5 report")
-    content = {
-        "settings": dataclasses.asdict(settings),
-        "made": provenance(),
-        "models": models,
-        "timing": TIMING,
-    }
-    with replaced_file(out / "metrics.json", "figures") as temporary:
-        temporary.write_text(json.dumps(content, indent=1))
-    write_pictures(out / "pictures.png", pictures)
-    write_summary(out / "report.html", content, pictures)
-    say(table_of(models))
+    note("4/4 compare: the same noise and labels with each")
+    summary = compare(checkpoint, checkpoints, settings, out, bar_fn)
+    say(table_of(summary))
     say(f"wrote {out / 'report.html'}, {out / 'pictures.png'} and {out / 'metrics.json'}")
-    return content
+    return summary
 
 
 def fitted(checkpoint: Checkpoint, settings: DemoSettings, out: AnyPath) -> dict[str, Checkpoint]:
@@ -200,67 +180,56 @@ def calibrate_packaged(checkpoint: Checkpoint, settings: DemoSettings, bar_fn: B
 
 
 def compare(
-    checkpoints: dict[str, Checkpoint], settings: DemoSettings, bar_fn: BarFn
-) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-    """Returns each checkpoint's numbers, compared with the first one, and its first pictures."""
-    contenders = [
-        Contender(title, with_dtype(checkpoint, settings.dtype))
-        for title, checkpoint in checkpoints.items()
-    ]
-    first = contenders[0].checkpoint
-    protocol = Protocol(
-        default_sampler(first, settings.num_steps),
-        {"steps": settings.num_steps},
-        num_samples=settings.num_samples,
-        seed=settings.seed,
-        guidance=settings.guidance,
-        numerics=settings.numerics,
-        batch_size=BATCH_SIZE,
-    )
+    checkpoint: Checkpoint,
+    quantized: Mapping[str, Checkpoint],
+    settings: DemoSettings,
+    out: AnyPath,
+    bar_fn: BarFn,
+) -> dict[str, Any]:
+    """Compares each checkpoint with full precision; writes figures, pictures and page to `out`.
+
+    Returns the figures, as `qdit.evaluate` does.
+    """
     few = metrics.ScoreSettings(min_samples=2)
-    scoring = Scoring("demo", settings=few, batch_size=settings.num_samples)
-    judge = scoring.judge((settings.num_samples, *sample_shape(first)), "demo")
-    with tempfile.TemporaryDirectory() as folder:
-        with bar_fn(settings.num_samples, "sample", "sampling") as bar:
-            run = run_evaluation(contenders, protocol, folder, bar.update, num_probed=0)
-        files = [run.folder / f"{i}.npz" for i in range(len(contenders))]
-        for i, file in enumerate(files):
-            merge(run.folder, run.ranges, f"{i}/images", file, "arr_0")
-        summary, scores = summarize(run, contenders), judge.scores(files)
-        pictures = {
-            contender.title: next(metrics.image_batches(file, SHOWN))
-            for contender, file in zip(contenders, files, strict=True)
-        }
-    models = [  # the samples of this network are images already: its latents are the pictures
-        {
-            "title": model["title"],
-            "bytes": model["bytes"],
-            "seconds": (seconds := settings.num_samples * model["seconds_per_sample"]),
-            "seconds_with_compilation": seconds + model["compile_seconds"],
-            "closeness_db": summary["paired"].get(model["title"], {}).get("latent_snr_db"),
-            metrics.DEMO_FRECHET_DISTANCE: found["frechet_distance"],
-        }
-        for model, found in zip(summary["models"], scores, strict=True)
-    ]
-    return models, pictures
+    bar = bar_fn(settings.num_samples, "sample", "sampling")
+    with tempfile.TemporaryDirectory() as folder, bar as shown:
+        summary = evaluate(
+            {title: with_dtype(found, settings.dtype) for title, found in quantized.items()},
+            against=checkpoint,
+            num_samples=settings.num_samples,
+            sampler=default_sampler(checkpoint, settings.num_steps),
+            scoring=Scoring("demo", settings=few, batch_size=settings.num_samples),
+            out=folder,
+            title=TITLE,
+            progress_fn=shown.update,
+            seed=settings.seed,
+            guidance=settings.guidance,
+            numerics=settings.numerics,
+            batch_size=BATCH_SIZE,
+            num_probed=0,
+        )
+        for name, kind in PAGES.items():
+            with replaced_file(out / name, kind) as temporary:
+                shutil.copyfile(Path(folder) / name, temporary)
+    return summary
 
 
-def table_of(models: Sequence[Mapping[str, Any]]) -> str:
+def table_of(summary: Mapping[str, Any]) -> str:
     """Returns the comparison as lines of text."""
-    lines = [
-        f"{'model':28} {'bytes':>10} {'closeness, dB (95%)':>24} {'Fréchet*':>9} {'seconds':>8}"
-    ]
-    for m in models:
-        near = "-" if m["closeness_db"] is None else interval_text(m["closeness_db"])
-        distance = m[metrics.DEMO_FRECHET_DISTANCE]
+    head = ("model", "bytes", "closeness, dB (95%)", "Fréchet*", "seconds")
+    lines = ["{:28} {:>10} {:>24} {:>9} {:>8}".format(*head)]
+    for model in summary["models"]:
+        title = model["title"]
+        paired, score = summary["paired"].get(title), summary["scores"][title]
+        near = "-"
+        if paired is not None:
+            near = "{estimate:.1f} ({low:.1f} to {high:.1f})".format(**paired["latent_snr_db"])
+        distance = score["frechet_distance"]["value"]
+        seconds = model["seconds_per_sample"] * summary["settings"]["num_samples"]
         lines.append(
-            f"{m['title']:28} {m['bytes']:>10,} {near:>24} {distance:>9.2f} {m['seconds']:>8.2f}"
+            f"{title:28} {model['bytes']:>10,} {near:>24} {distance:>9.2f} {seconds:>8.2f}"
         )
     return "\n".join([*lines, f"* {metrics.DEMO_FRECHET_DISTANCE}", TIMING])
-
-
-def interval_text(interval: Mapping[str, float]) -> str:
-    return "{estimate:.1f} ({low:.1f} to {high:.1f})".format(**interval)
 
 
 def recipe_folder(recipe: Recipe) -> str:

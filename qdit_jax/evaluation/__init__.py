@@ -1,6 +1,7 @@
 """Sampling checkpoints in pairs and measuring how far they are apart; scores of their samples."""
 
 from qdit_jax.evaluation.evaluating import (
+    PAGES,
     check_results,
     evaluate,
     evaluated,
@@ -29,6 +30,7 @@ from qdit_jax.evaluation.verification import Verification, verify
 
 __all__ = [
     "MEASURES",
+    "PAGES",
     "Contender",
     "Format",
     "Judge",

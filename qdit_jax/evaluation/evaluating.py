@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -30,11 +30,11 @@ from qdit_jax.sampling import cyclic_conditions, num_conditions
 
 PAGES = {"metrics.json": "figures", "pictures.png": "picture", "report.html": "report"}
 SAMPLES = ("reference_samples.npz", "samples.npz", "compared_samples.npz")
-Source = Checkpoint | PathLike
+Source: TypeAlias = Checkpoint | PathLike
 
 
 def evaluate(
-    checkpoint: Source,
+    checkpoint: Source | Mapping[str, Source],
     *,
     against: Source | None = None,
     compare: Source | None = None,
@@ -44,6 +44,7 @@ def evaluate(
     range_samples: int = 0,
     out: PathLike | None = None,
     overwrite: bool = False,
+    title: str | None = None,
     progress_fn: Callable[[int], object] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def evaluate(
     `scores`, and with `compare` the paired tests `comparison`; it is what `metrics.json` holds.
 
     Args:
-        checkpoint: a `Checkpoint`, or the path of one.
+        checkpoint: a `Checkpoint`, or the path of one; or several by their titles.
         against: the reference, such as full precision; without it, only the times and scores of
             `checkpoint` are measured.
         compare: another checkpoint beside the first, against the same reference.
@@ -64,9 +65,10 @@ def evaluate(
         out: a folder for all results and pictures, in which a stopped call resumes; by default
             nothing is kept.
         overwrite: begin anew in a folder that holds another evaluation.
+        title: of the report.
         progress_fn: called with the number of samples just done.
         settings: further fields of `Protocol`: `seed`, `guidance`, `guidance_channels`, `numerics`,
-            `batch_size`, `conditions`, `shape`.
+            `batch_size`, `conditions`, `shape`, `num_probed`.
 
     Raises:
         UserError: if the checkpoints cannot be paired, or `out` holds something else.
@@ -74,12 +76,9 @@ def evaluate(
     """
     if compare is not None and against is None:
         raise ValueError("compare needs against=REFERENCE: both are compared with it.")
-    sources = [source for source in (against, checkpoint, compare) if source is not None]
+    sources = named_sources(checkpoint, against, compare)
     contenders = with_known_autoencoder(
-        [
-            Contender(name, loaded(source))
-            for name, source in zip(titles(sources), sources, strict=True)
-        ]
+        [Contender(title, loaded(source)) for title, source in sources.items()]
     )
     first = contenders[0].checkpoint
     chosen = sampler or default_sampler(first, shape=settings.get("shape"))
@@ -90,13 +89,33 @@ def evaluate(
     protocol = Protocol(chosen, record, num_samples, **settings)
     check_inputs(contenders, protocol)
     judge = None if scoring is None else judge_of(scoring, contenders, protocol)
-    inputs = [as_path(source) for source in sources if not isinstance(source, Checkpoint)]
+    paths = [source for source in sources.values() if not isinstance(source, Checkpoint)]
+    inputs = [as_path(path) for path in paths]
     inputs += scoring.inputs if scoring else []
     with results_folder(out, overwrite, inputs) as folder:
         summary, _ = evaluated(
-            contenders, protocol, folder, judge, range_samples, progress_fn=progress_fn
+            contenders,
+            protocol,
+            folder,
+            judge,
+            range_samples,
+            title=title,
+            progress_fn=progress_fn,
         )
     return summary
+
+
+def named_sources(
+    checkpoint: Source | Mapping[str, Source], against: Source | None, compare: Source | None
+) -> dict[str, Source]:
+    """Returns the checkpoints by their titles, the reference first."""
+    given: dict[str, Source] = dict(checkpoint) if isinstance(checkpoint, Mapping) else {}
+    others = [against, None if given else checkpoint, compare]
+    rest = [source for source in others if not (source is None or isinstance(source, Mapping))]
+    named = dict(zip(titles(rest), rest, strict=True))
+    if same := set(named) & set(given):
+        raise ValueError(f"two checkpoints are called {min(same)!r}; give another title.")
+    return {**named, **given} if against is not None else {**given, **named}
 
 
 def loaded(source: Source) -> Checkpoint:
@@ -143,6 +162,7 @@ def evaluated(
     range_samples: int = 0,
     *,
     prompts: Sequence[str] | None = None,
+    title: str | None = None,
     progress_fn: Callable[[int], object] | None = None,
     watch: Watch = unwatched,
 ) -> tuple[dict[str, Any], list[AnyPath]]:
@@ -152,6 +172,7 @@ def evaluated(
 
     Args:
         prompts: the texts of the conditions, which are kept beside the samples.
+        title: of the page.
         watch: wraps the batches of files that are scored, to show progress.
     """
     first = contenders[0].checkpoint
@@ -163,7 +184,8 @@ def evaluated(
         summary["settings"]["reference"] = judge.reference_name
         summary["settings"]["features"] = judge.features
     stats = range_stats(first, protocol, range_samples, folder)
-    write_results(folder, run, contenders, summary, stats)
+    title = title or "Evaluation of " + contenders[-1 if len(contenders) < 3 else 1].title
+    write_results(folder, title, run, contenders, summary, stats)
     return summary, files
 
 
@@ -243,12 +265,12 @@ def merged(run: Run, contenders: list[Contender], named: Mapping[str, np.ndarray
 
     `samples.npz` is the checkpoint under evaluation.
     """
-    names = SAMPLES if len(contenders) > 1 else SAMPLES[1:]
+    names = [*SAMPLES, *(f"samples_{i}.npz" for i in range(len(SAMPLES), len(contenders)))]
     files = []
-    for i, (contender, name) in enumerate(zip(contenders, names, strict=False)):
+    for i, contender in enumerate(contenders):
         is_image = decodes(contender.checkpoint)
         array, member = ("images", "arr_0") if is_image else ("latents", "latents")
-        file = run.folder / name
+        file = run.folder / names[i + (len(contenders) == 1)]
         merge(run.folder, run.ranges, f"{i}/{array}", file, member, **named)
         files.append(file)
     return files
@@ -279,6 +301,7 @@ def range_stats(
 
 def write_results(
     out: AnyPath,
+    title: str,
     run: Run,
     contenders: list[Contender],
     summary: dict[str, Any],
@@ -290,4 +313,4 @@ def write_results(
     pictures = compared_pictures(run, contenders)
     if pictures is not None:
         save_picture(out / "pictures.png", pictures)
-    write_evaluation(out / "report.html", summary, contenders, pictures, stats)
+    write_evaluation(out / "report.html", title, summary, contenders, pictures, stats)

@@ -36,10 +36,12 @@ from qdit_jax.report import (
 NUM_SHOWN = 16
 NUM_VIDEOS = 4
 MAX_GAIN = 16
+MOST_DETAILED = 3  # models up to which the page shows differences and the ranges of single layers
 
 
 def write_evaluation(
     path: PathLike,
+    title: str,
     summary: Mapping[str, Any],
     contenders: Sequence[Contender],
     pictures: Image.Image | None,
@@ -54,6 +56,9 @@ def write_evaluation(
         ]
     if summary["paired"]:
         parts += [report.heading("Closeness, sample by sample"), paired_table(summary)]
+    if len(summary["paired"]) > 1:
+        text = "Bytes against closeness, with 95% intervals"
+        parts.append(report.picture(closeness_figure(summary), text))
     if "comparison" in summary:
         parts.append(comparison_table(summary["comparison"]))
     if summary["trajectory"]:
@@ -67,10 +72,9 @@ def write_evaluation(
     if summary["scores"]:
         parts += [report.heading("Distribution scores"), scores_table(summary)]
     parts += [report.heading("Size and time"), models_table(summary), bytes_table(contenders)]
-    parts += ranges_parts(contenders, stats)
-    report.write_report(
-        path, "Evaluation of " + contenders[-1 if len(contenders) < 3 else 1].title, parts
-    )
+    if len(contenders) <= MOST_DETAILED:
+        parts += ranges_parts(contenders, stats)
+    report.write_report(path, title, parts)
 
 
 def protocol_text(summary: Mapping[str, Any]) -> str:
@@ -85,7 +89,7 @@ def protocol_text(summary: Mapping[str, Any]) -> str:
 
 
 def caption(contenders: Sequence[Contender]) -> str:
-    if len(contenders) == 1:
+    if not 1 < len(contenders) <= MOST_DETAILED:
         return "The first samples"
     return f"{contenders[0].title}, then each other model with its difference from it, enlarged"
 
@@ -107,8 +111,10 @@ def compared_pictures(run: Run, contenders: Sequence[Contender]) -> Image.Image 
         images = [frame_rows(videos[:NUM_VIDEOS])[0] for videos in images]
     groups = {contenders[0].title: images[0]}
     for contender, shown in zip(contenders[1:], images[1:], strict=True):
-        difference, gain = difference_images(images[0], shown)
         groups[contender.title] = shown
+        if len(images) > MOST_DETAILED:
+            continue
+        difference, gain = difference_images(images[0], shown)
         of = f" ({contender.title})" if len(images) > 2 else ""
         groups[f"difference x{gain}{of}"] = difference
     scale = max(1, 48 // images[0].shape[-3])
@@ -142,7 +148,34 @@ def paired_table(summary: Mapping[str, Any]) -> str:
         for n in names
     ]
     note = f"Against {summary['models'][0]['title']}: mean over samples and its bootstrap 95% interval."
-    return report.table(["measure (more is closer)", *titles], rows, note)
+    return readable_table(["measure (more is closer)", *titles], rows, note)
+
+
+def readable_table(head: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
+    """Returns a table with a column per model, or with a row per model where they are many."""
+    if len(head) > MOST_DETAILED + 1:
+        turned = list(zip(head, *rows, strict=True))
+        head, rows = turned[0], turned[1:]
+    return report.table(head, rows, note)
+
+
+def closeness_figure(summary: Mapping[str, Any]) -> Figure:
+    """Returns a chart of bytes against the closeness of final latents, one point per model."""
+    first = summary["models"][0]["title"]
+    with matplotlib.rc_context({"font.size": 9}):
+        chart = Figure(figsize=(8.5, 4), layout="constrained")
+        axes = chart.subplots()
+        for model in summary["models"][1:]:
+            near = summary["paired"][model["title"]]["latent_snr_db"]
+            middle = near["estimate"]
+            spread = [[middle - near["low"]], [near["high"] - middle]]
+            at = model["bytes"] / 1e6
+            axes.errorbar(at, middle, spread, fmt="o", capsize=3, label=model["title"])
+        axes.set(xlabel="megabytes of parameters", ylabel=f"closeness to {first}, dB")
+        axes.margins(0.1)
+        axes.grid(alpha=0.3)
+        chart.legend(loc="outside right center", frameon=False)  # names beside points overlap
+    return chart
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> str:
@@ -194,7 +227,8 @@ def scores_table(summary: Mapping[str, Any]) -> str:
         label = next(entry["label"] for entry in entries if entry)
         rows.append([label, *map(cell, entries)])
     reference = summary["settings"].get("reference", "")
-    return report.table(["score", *titles], rows, f"Reference: {reference}" if reference else "")
+    note = f"Reference: {reference}" if reference else ""
+    return readable_table(["score", *titles], rows, note)
 
 
 def models_table(summary: Mapping[str, Any]) -> str:
@@ -247,7 +281,9 @@ def bytes_table(contenders: Sequence[Contender]) -> str:
             parts[part] = parts.get(part, 0) + num_bytes(leaf)
         found.append(parts)
     rows = [[part, *(f"{f.get(part, 0):,}" for f in found)] for part in sorted(found[0])]
-    return report.table(["layers", *(c.title for c in contenders)], rows, "Bytes by kind of layer")
+    return readable_table(
+        ["layers", *(c.title for c in contenders)], rows, "Bytes by kind of layer"
+    )
 
 
 def ranges_parts(contenders: Sequence[Contender], stats: Stats | None) -> list[str]:

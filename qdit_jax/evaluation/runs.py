@@ -28,6 +28,7 @@ from qdit_jax.evaluation.store import (
     write_shard,
 )
 from qdit_jax.evaluation.trajectories import (
+    NUM_PROBED,
     Contender,
     Protocol,
     batch_sampler,
@@ -46,8 +47,6 @@ from qdit_jax.sampling import (
     sample_rows,
 )
 
-NUM_PROBED = 16  # samples whose single network calls are compared as well
-
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -63,13 +62,10 @@ def run_evaluation(
     protocol: Protocol,
     folder: PathLike,
     progress_fn: Callable[[int], Any] | None = None,
-    num_probed: int = NUM_PROBED,
 ) -> Run:
     """Samples what `folder` lacks and returns the finished run.
 
     `progress_fn` is called with the number of samples just done, first with those on disk.
-    `num_probed` is of how many samples single network calls are compared as well; 0 leaves
-    `output_db` out and saves one more compiled program per contender.
 
     Raises:
         UserError: if the contenders cannot be paired, the folder holds another run, or a sample
@@ -91,7 +87,7 @@ def run_evaluation(
         report = progress_fn or (lambda count: None)
         report(protocol.num_samples - sum(stop - start for start, stop in missing))
         size = settings["batch_size"]
-        for start, arrays in shards(contenders, protocol, missing, size, num_probed):
+        for start, arrays in shards(contenders, protocol, missing, size):
             write_shard(folder, start, arrays)
             report(int(arrays["stop"]) - start)
     return Run(folder, ranges, settings)
@@ -159,6 +155,7 @@ def settings_of(contenders: Sequence[Contender], protocol: Protocol) -> dict[str
         "sampler_content": digest(protocol.sampler),
         "conditions": None if protocol.conditions is None else digest(protocol.conditions),
         **({} if protocol.shape is None else {"shape": list(protocol.shape)}),
+        **({} if protocol.num_probed == NUM_PROBED else {"num_probed": protocol.num_probed}),
         **protocol.record,
         "num_samples": protocol.num_samples,
         "seed": protocol.seed,
@@ -180,7 +177,6 @@ def shards(
     protocol: Protocol,
     missing: Sequence[tuple[int, int]],
     batch_size: int,
-    num_probed: int,
 ) -> Iterable[tuple[int, dict[str, Any]]]:
     """Yields the first sample and the arrays of every shard that is missing."""
     if not missing:
@@ -208,7 +204,7 @@ def shards(
             arrays |= {
                 f"{i}/{name}": v for name, v in pair_measures(trajectories[0], other).items()
             }
-            if start < num_probed:
+            if start < protocol.num_probed:
                 probed = probe(
                     batch_samplers[0],
                     batch_samplers[i],

@@ -32,6 +32,7 @@ from qdit_jax.sampling import (
 )
 from qdit_jax.types import UNSAID, AnyArray, Condition
 
+NUM_PROBED = 16
 # (x [B, H, W, C], timestep [B], condition) -> output; a pytree of its parameters.
 DenoiseFn: TypeAlias = Callable[[jax.Array, jax.Array, Condition], jax.Array]
 
@@ -50,7 +51,8 @@ class Protocol:
 
     `record` says in JSON which sampler it is; `batch_size` None takes the device's default;
     `conditions` are labels or prompts, cycled over the samples; every class by default. `shape` is
-    that of one sample, the network's own by default.
+    that of one sample, the network's own by default. `num_probed` is of how many samples single
+    network calls are compared as well; 0 saves one more compiled program per contender.
     """
 
     sampler: diffusion.Sampler
@@ -63,6 +65,7 @@ class Protocol:
     batch_size: int | None = None
     conditions: Condition = None
     shape: Sequence[int] | None = dataclasses.field(default=None, metadata=UNSAID)
+    num_probed: int = dataclasses.field(default=NUM_PROBED, metadata=UNSAID)
 
     def shape_of(self, model: Network) -> tuple[int, ...]:
         """Returns the shape of one sample of a network."""

@@ -84,6 +84,7 @@ OTHER_PROTOCOLS = {
     "num_samples": {"num_samples": 6},
     "conditions": {"conditions": np.array([1, 2])},
     "shape": {"shape": (4, 4, 4)},
+    "num_probed": {"num_probed": 0},
 }
 OTHER_CONTENDERS = {
     "one value": (CONTENDERS[0], Contender("b", FULL)),
