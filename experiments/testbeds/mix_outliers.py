@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from published_layout import write_published
 from flax.traverse_util import flatten_dict, unflatten_dict
 from inject_outliers import largest_change
+from published_layout import write_published
 from testbed_measures import read_checkpoint
 
 

@@ -106,7 +106,9 @@ def measure(checkpoint: qdit.Checkpoint, seen: dict[str, dict[str, np.ndarray]])
     flat = flatten_dict(checkpoint.params, sep="/")
     found: list[Property] = []
     for kind, suffix in KINDS.items():
-        paths = [path for path in seen if path.startswith("blocks_") and path.endswith(f"/{suffix}")]
+        paths = [
+            path for path in seen if path.startswith("blocks_") and path.endswith(f"/{suffix}")
+        ]
         modulated = kind in ("qkv", "fc1")
         kernels = [np.asarray(flat[f"{path}/kernel"], np.float32) for path in paths]
         found += activation_properties(kind, [seen[path] for path in paths], modulated)

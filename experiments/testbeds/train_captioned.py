@@ -1,6 +1,6 @@
 """Trains a small PixArt on digits under captions: the packaged text model.
 
-    python experiments/testbeds/train_captioned.py --data mnist_t10k.npz --out runs/text
+python experiments/testbeds/train_captioned.py --data mnist_t10k.npz --out runs/text
 """
 
 from __future__ import annotations

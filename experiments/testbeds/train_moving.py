@@ -1,6 +1,6 @@
 """Trains a small Latte on moving digits: the packaged video model.
 
-    python experiments/testbeds/train_moving.py --data mnist_t10k.npz --out runs/video
+python experiments/testbeds/train_moving.py --data mnist_t10k.npz --out runs/video
 """
 
 from __future__ import annotations
