@@ -40,14 +40,13 @@ from qdit_convert.wrappers import RAW
 from qdit_jax.diffusion import check_fit, read_scheduler
 from qdit_jax.errors import UserError
 from qdit_jax.files import is_hub_id
+from qdit_jax.types import Progress, ProgressFn, untold
 
 if TYPE_CHECKING:
     from qdit_jax.checkpoint import Checkpoint
 
 AUTOENCODERS = ("vae", "wan-vae")
 DTYPES = ("float32", "bfloat16", "float16")
-# Called with a network's name, the leaf just read, and the number of leaves in all.
-Progress = Callable[[str, Leaf, int], None]
 
 
 def convert(
@@ -58,7 +57,7 @@ def convert(
     weights: str | None = None,
     dtype: str | None = "float32",
     force: bool = False,
-    progress: Progress | None = None,
+    progress_fn: ProgressFn = untold,
     **told: Unpack[Told],
 ) -> Checkpoint:
     """Returns the checkpoint of the PyTorch weights in `src`, and writes it to `out` if given.
@@ -85,7 +84,7 @@ def convert(
         family=family,
         weights=weights,
         dtype=dtype,
-        progress=progress,
+        progress_fn=progress_fn,
         place=jnp.asarray,  # saving copies NumPy arrays, and device arrays not
         **told,
     )
@@ -111,7 +110,7 @@ def read_model(
     family: str | None = None,
     weights: str | None = None,
     dtype: str | None = "float32",
-    progress: Progress | None = None,
+    progress_fn: ProgressFn = untold,
     place: Callable[[np.ndarray], Any] = same,
     **told: Unpack[Told],
 ) -> ReadModel:
@@ -123,7 +122,7 @@ def read_model(
             Those of SiT are DiT's, so that `"sit"` must be given.
         weights: `"ema"` or `"model"`; None prefers `"ema"` where a file has both.
         dtype: of all leaves: one of `DTYPES`, or None to keep that of the file.
-        progress: called after each leaf.
+        progress_fn: told of each leaf read, of the network that is read as `stage`, and its `total`.
         place: called with each leaf as soon as it is read, returns its replacement; NumPy by default.
         told: what the file does not say of the network: the fields of `Choices`, as `num_heads=16`.
 
@@ -136,7 +135,7 @@ def read_model(
         networks, kept = open_source(local, family, choices, weights)
         if commit is not None:
             kept = {**kept, "hub": commit}
-        found = [_read_network(network, target, progress, place) for network in networks]
+        found = [_read_network(network, target, progress_fn, place) for network in networks]
     main = found[0]._replace(metadata={**found[0].metadata, **kept})
     return main._replace(vae=found[1]) if len(found) > 1 else main
 
@@ -297,14 +296,13 @@ def _check_config_needed(layout: Layout, choices: Choices) -> None:
 def _read_network(
     network: Network,
     dtype: np.dtype | None,
-    progress: Progress | None,
+    progress_fn: ProgressFn,
     place: Callable[[np.ndarray], Any],
 ) -> ReadModel:
     plan, total = network.plan, len(network.plan.leaves)
 
     def on_leaf(leaf: Leaf) -> None:
-        if progress is not None:
-            progress(plan.family, leaf, total)
+        progress_fn(Progress(1, total=total, stage=f"reading {plan.family}"))
 
     renamed = _in_own_names(network.layout, network.state)
     with about(network.label), _suggesting_raw(network.state), renamed:

@@ -32,7 +32,7 @@ from qdit_jax.sampling import (
     initial_noise,
     shape_of_sample,
 )
-from qdit_jax.types import Condition, Key
+from qdit_jax.types import Condition, Key, Progress, ProgressFn, untold
 
 # `(sample numbers [B], S) -> steps [B, M]`: which iterations a trajectory's items come from.
 ChooseFn = Callable[[Int[np.ndarray, " B"], int], Int[np.ndarray, "B M"]]
@@ -153,7 +153,7 @@ def collect_items(
     shape: Sequence[int] | None = None,
     choose_fn: ChooseFn | None = None,
     null: bool = True,
-    progress_fn: Callable[[int], object] | None = None,
+    progress_fn: ProgressFn = untold,
 ) -> Items:
     """Returns items of the full-precision sampler's trajectories, `num_samples` of them.
 
@@ -189,8 +189,7 @@ def collect_items(
         parts.append(
             trajectory_items(denoise_fn, sampler, noise, condition, keys, index, choose_fn)
         )
-        if progress_fn is not None:
-            progress_fn(len(index))
+        progress_fn(Progress(len(index)))
     items = joined(parts)
     given = items.condition
     items = items._replace(condition=without_null(given))

@@ -46,7 +46,7 @@ from qdit_jax.sampling import (
     sampler_timesteps,
     shape_of_sample,
 )
-from qdit_jax.types import AnyArray, Condition, Key, Params
+from qdit_jax.types import AnyArray, Condition, Key, Params, Progress, ProgressFn, untold
 
 
 def calibrate(
@@ -62,7 +62,7 @@ def calibrate(
     hessians: str | None = None,
     num_tokens: int = 0,
     unfinished: PathLike | None = None,
-    progress_fn: Callable[[int], object] | None = None,
+    progress_fn: ProgressFn = untold,
 ) -> Stats:
     """Returns the range of every linear layer's input, per channel, at every timestep sampled.
 
@@ -111,8 +111,8 @@ def calibrate(
         **({} if shape is None else {"shape": tuple(shape)}),
     )
     state = empty_state(settings) if unfinished is None else read_state(unfinished, settings)
-    if state["num_done"] and progress_fn is not None:
-        progress_fn(state["num_done"])
+    if state["num_done"]:
+        progress_fn(Progress(state["num_done"]))
     denoise_fn = denoiser(model, params, guidance)
     check_takes(denoise_fn, model, shape, conditions)
     check_all_run(model, sampler_timesteps(sampler), "the sampler")
@@ -133,8 +133,7 @@ def calibrate(
         state["num_done"] = start + len(index)
         if unfinished is not None:
             write_state(unfinished, state)
-        if progress_fn is not None:
-            progress_fn(len(index))
+        progress_fn(Progress(len(index)))
     return stats_of(state)
 
 

@@ -112,7 +112,7 @@ def tabulated(options: Mapping[str, Any]) -> dict[str, Any]:
                 conditions=conditions,
                 state=folder,
                 total_fn=bar.expect,
-                progress_fn=bar.update,
+                progress_fn=bar.tell,
             )
         print(*latency_lines(found), sep="\n")
         print(remainder_text(found.step_ms, found.remainder(space)))
@@ -182,5 +182,5 @@ def timed(options: Mapping[str, Any], folder: AnyPath | None) -> Bench:
             conditions=conditions,
             state=folder,
             total_fn=bar.expect,
-            progress_fn=bar.update,
+            progress_fn=bar.tell,
         )

@@ -147,7 +147,7 @@ def write_stats(
             hessians=hessians,
             num_tokens=num_tokens,
             unfinished=unfinished,
-            progress_fn=bar.update,
+            progress_fn=bar.tell,
         )
     stats.save(out)
     # A killed run also leaves what it was writing at that moment.
@@ -172,7 +172,7 @@ def write_items(
     count = settings.num_samples
     collect_fn = authors_items if choice == "authors" else spread_items
     with Bar(count, "sample", "collecting") as bar:
-        items = collect_fn(checkpoint, settings, bar.update)
+        items = collect_fn(checkpoint, settings, bar.tell)
     items.save(out)
     print(f"wrote {out}: {len(items.sample)} inputs of {count} trajectories")
     return {"out": out, "inputs": len(items.sample), "num_samples": count}

@@ -138,7 +138,7 @@ def evaluate_models(
                 judge,
                 comparison.range_samples,
                 prompts=chosen.prompts,
-                progress_fn=bar.update,
+                progress_fn=bar.tell,
                 watch=watched,
             )
     print_summary(summary)

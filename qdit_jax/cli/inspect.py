@@ -138,7 +138,7 @@ def draw_stats(
             sampler=sampler,
             guidance=guidance,
             batch_size=min(batch_size, num_samples),
-            progress_fn=bar.update,
+            progress_fn=bar.tell,
         )
     protocol = {
         "sampler": type(sampler).__name__,

@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import qdit_jax as qdit
     from qdit_jax.checkpoint import open_checkpoint
     from qdit_jax.cli.progress import Bar
-    from qdit_jax.cli.quantize_table import Table, errors, totals_text
+    from qdit_jax.cli.quantize_table import Table, totals_text
     from qdit_jax.files import check_free
     from qdit_jax.methods import method_named
     from qdit_jax.sampling import check_diffusion_model
@@ -123,10 +123,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             data=data,
             out=args.out,
             overwrite=args.force,
-            on_layer=lambda layer: print(table.row(layer.path, errors(layer)), flush=True),
-            on_note=print,
-            on_total=bar.expect,
-            progress_fn=bar.update,
+            progress_fn=lambda event: bar.tell(table.told(event)),
         )
     found = table.totals(written.params, {"before": args.checkpoint, "after": args.out})
     print(f"{totals_text(found)}\nwrote {args.out}")

@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     with Bar(count, "sample", "sampling", resumes=True) as bar:
         job.write(
-            args.out, columns=args.columns, force=args.force, fps=args.fps, progress_fn=bar.update
+            args.out, columns=args.columns, force=args.force, fps=args.fps, progress_fn=bar.tell
         )
     seconds = time.perf_counter() - start
     settings = {

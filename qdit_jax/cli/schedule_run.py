@@ -77,8 +77,7 @@ def found_schedule(
             act_bits=act_bits,
             rollouts=rollouts,
             state=folder / "steps",
-            on_total=bar.expect,
-            progress_fn=bar.update,
+            progress_fn=bar.tell,
         )
     return chosen, schedule_act_bits(checkpoint, chosen.over_time)
 

@@ -19,6 +19,7 @@ from qdit_jax.allocation import (
     FeatureDistance,
     Latency,
     LostWorkerError,
+    Priced,
     Rollouts,
     SearchResult,
     Strategy,
@@ -100,29 +101,31 @@ class Job:
         """
         if is_first and any((folder / "state").glob("[0-9]*")):
             logging.getLogger("qdit_jax").info("resuming from %s", folder / "state")
-        progress = Progress(is_first)
+        bar = Bar(0, "rollout", "searching", silent=not (is_first and notes_are_shown()))
         try:
             result = search(
                 self.checkpoint,
                 jax.random.key(self.seed),
-                budget=self.budget,
+                budget=self.priced(),
                 objective=self.objective_fn(),
                 strategy=self.strategy,
                 space=self.space,
-                rollouts=self.rollouts,
-                costs={} if self.latency is None else {"latency": self.latency},
-                data=self.data(),
+                rollouts=dataclasses.replace(self.rollouts, data=self.data()),
                 state=folder / "state",
-                report_fn=progress,
+                progress_fn=bar.tell,
             )
         except LostWorkerError as error:
             # A normal exit would wait for the lost process at JAX's barrier, and abort with a dump.
             print(f"\nqdit: error: {error}", file=sys.stderr, flush=True)
             os._exit(2)
         finally:
-            progress.close()
+            bar.close()
         result.history["made"] = {**provenance(), "seed": self.seed}
         return result
+
+    def priced(self) -> Priced:
+        """Returns the budget, which may name measured times."""
+        return Priced(self.budget, {} if self.latency is None else {"latency": self.latency})
 
     def data(self) -> CalibrationData | None:
         """Returns what transforms and branches are fitted to; None has it sampled."""
@@ -220,33 +223,6 @@ def space_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: options[name] for name in names}
     found |= {"pinned": dict(options["pin"]), "excluded": options["exclude"]}
     return {name: value for name, value in found.items() if value}
-
-
-class Progress:
-    """A bar with the best so far and the time left, and lines of text above it.
-
-    It appears at the first rollout; until then the search may change the expected number.
-    """
-
-    def __init__(self, is_first: bool) -> None:
-        self.bar = Bar(0, "rollout", "searching")
-        self.bar.shown = self.bar.shown and is_first
-        self.is_told = is_first and notes_are_shown()
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        """Shows what happened."""
-        if event.get("total") is not None:
-            self.bar.expect(event["total"])
-        if event.get("best") is not None:
-            self.bar.note(best=f"{event['best']:.5g}")
-        if event.get("items"):
-            self.bar.update(event["items"])
-        if event.get("text") and self.is_told:
-            self.bar.write(event["text"])
-
-    def close(self) -> None:
-        """Ends the bar."""
-        self.bar.close()
 
 
 def write_result(out: AnyPath, result: SearchResult) -> None:

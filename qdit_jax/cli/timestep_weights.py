@@ -56,7 +56,7 @@ def timestep_weights(
             recipe=recipe,
             rollouts=rollouts,
             stats=None if stats is None else Stats.load(stats),
-            progress_fn=bar.update,
+            progress_fn=bar.tell,
         )
     least, most = min(weights.weights), max(weights.weights)
     print(

@@ -160,7 +160,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             numerics=args.numerics,
             dtype=args.dtype or default_dtype(),
             timing=not args.no_timing,
-            progress_fn=bar.update,
+            progress_fn=bar.tell,
             **chosen.settings,
         )
     print_verification(found, OPTIONS)

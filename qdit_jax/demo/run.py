@@ -8,7 +8,6 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -25,10 +24,7 @@ from qdit_jax.models import asset
 from qdit_jax.ptq import quantize_params
 from qdit_jax.recipes import Recipe
 from qdit_jax.sampling import check_seed
-from qdit_jax.types import Params
-
-# `(total, unit, text)` -> a context whose value has `update(count)`.
-BarFn = Callable[[int, str, str], AbstractContextManager[Any]]
+from qdit_jax.types import Params, Progress, ProgressFn, untold
 
 WEIGHTS = "demo_dit.safetensors"
 NUM_HEADS = 4
@@ -78,28 +74,16 @@ def recipes(params: Params, quick: bool) -> dict[str, Recipe]:
     return {title: chosen[title] for title in kept} if quick else chosen
 
 
-@dataclasses.dataclass(frozen=True)
-class NoBar:
-    """A bar that shows nothing."""
-
-    def update(self, count: int) -> None:
-        """Shows nothing."""
-
-
-def no_bar(total: int, unit: str, text: str) -> AbstractContextManager[Any]:
-    return nullcontext(NoBar())
-
-
 def run_demo(
     out: PathLike,
     settings: DemoSettings,
     say: Callable[[str], None] = print,
-    bar_fn: BarFn = no_bar,
+    progress_fn: ProgressFn = untold,
 ) -> dict[str, Any]:
     """Runs every stage and writes its results to the folder `out`; an earlier demonstration is renewed.
 
     Returns what metrics.json holds. `say` gets the results as text, the log the current stage;
-    `bar_fn` returns progress bars.
+    `progress_fn` is told of the samples of every stage.
 
     Raises:
         UserError: if `out` exists and is not an earlier demonstration.
@@ -116,7 +100,7 @@ def run_demo(
     note(f"1/4 convert: the packaged PyTorch-layout weights -> {out / 'model'}")
     checkpoint = with_dtype(convert_packaged(out / "model"), settings.dtype)
     note("2/4 calibrate: ranges of every layer's input, over timesteps, labels and the null class")
-    stats = calibrate_packaged(checkpoint, settings, bar_fn)
+    stats = calibrate_packaged(checkpoint, settings, progress_fn)
     stats.save(out / "stats.npz")
     note("3/4 quantize: one checkpoint per recipe")
     checkpoints = {}
@@ -129,7 +113,7 @@ def run_demo(
         note("3/4 quantize: two of them by the method best, which looks at the network's inputs")
         checkpoints |= fitted(checkpoint, settings, out)
     note("4/4 compare: the same noise and labels with each")
-    summary = compare(checkpoint, checkpoints, settings, out, bar_fn)
+    summary = compare(checkpoint, checkpoints, settings, out, progress_fn)
     say(table_of(summary))
     say(f"wrote {out / 'report.html'}, {out / 'pictures.png'} and {out / 'metrics.json'}")
     return summary
@@ -163,20 +147,22 @@ def convert_packaged(folder: AnyPath) -> Checkpoint:
     return load(folder)
 
 
-def calibrate_packaged(checkpoint: Checkpoint, settings: DemoSettings, bar_fn: BarFn) -> Stats:
+def calibrate_packaged(
+    checkpoint: Checkpoint, settings: DemoSettings, progress_fn: ProgressFn
+) -> Stats:
     """Returns statistics of 20 trajectories, two of each digit (10 when quick)."""
     num_samples = 10 if settings.quick else 20
     key = jax.random.fold_in(jax.random.key(settings.seed), 1)
-    with bar_fn(num_samples, "sample", "calibrating") as bar:
-        return calibrate(
-            checkpoint,
-            key,
-            num_samples,
-            sampler=default_sampler(checkpoint, settings.num_steps),
-            guidance=settings.guidance,
-            batch_size=num_samples,
-            progress_fn=bar.update,
-        )
+    progress_fn(Progress(total=num_samples, stage="calibrating"))
+    return calibrate(
+        checkpoint,
+        key,
+        num_samples,
+        sampler=default_sampler(checkpoint, settings.num_steps),
+        guidance=settings.guidance,
+        batch_size=num_samples,
+        progress_fn=progress_fn,
+    )
 
 
 def compare(
@@ -184,15 +170,15 @@ def compare(
     quantized: Mapping[str, Checkpoint],
     settings: DemoSettings,
     out: AnyPath,
-    bar_fn: BarFn,
+    progress_fn: ProgressFn,
 ) -> dict[str, Any]:
     """Compares each checkpoint with full precision; writes figures, pictures and page to `out`.
 
     Returns the figures, as `qdit.evaluate` does.
     """
     few = metrics.ScoreSettings(min_samples=2)
-    bar = bar_fn(settings.num_samples, "sample", "sampling")
-    with tempfile.TemporaryDirectory() as folder, bar as shown:
+    progress_fn(Progress(stage="sampling"))
+    with tempfile.TemporaryDirectory() as folder:
         summary = evaluate(
             {title: with_dtype(found, settings.dtype) for title, found in quantized.items()},
             against=checkpoint,
@@ -201,7 +187,7 @@ def compare(
             scoring=Scoring("demo", settings=few, batch_size=settings.num_samples),
             out=folder,
             title=TITLE,
-            progress_fn=shown.update,
+            progress_fn=progress_fn,
             seed=settings.seed,
             guidance=settings.guidance,
             numerics=settings.numerics,

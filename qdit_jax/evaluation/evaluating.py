@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,6 +27,7 @@ from qdit_jax.evaluation.trajectories import Contender, Protocol
 from qdit_jax.files import AnyPath, PathLike, as_path, check_free, renewed_folder, replaced_file
 from qdit_jax.report import save_picture
 from qdit_jax.sampling import cyclic_conditions, num_conditions
+from qdit_jax.types import ProgressFn, untold
 
 PAGES = {"metrics.json": "figures", "pictures.png": "picture", "report.html": "report"}
 SAMPLES = ("reference_samples.npz", "samples.npz", "compared_samples.npz")
@@ -45,7 +46,7 @@ def evaluate(
     out: PathLike | None = None,
     overwrite: bool = False,
     title: str | None = None,
-    progress_fn: Callable[[int], object] | None = None,
+    progress_fn: ProgressFn = untold,
     **settings: Any,
 ) -> dict[str, Any]:
     """Returns how far a checkpoint's samples are from a reference's, and their scores.
@@ -163,7 +164,7 @@ def evaluated(
     *,
     prompts: Sequence[str] | None = None,
     title: str | None = None,
-    progress_fn: Callable[[int], object] | None = None,
+    progress_fn: ProgressFn = untold,
     watch: Watch = unwatched,
 ) -> tuple[dict[str, Any], list[AnyPath]]:
     """Samples, measures and scores in a folder, and writes the pages there.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from qdit_jax.sampling import (
     sample_count,
     shape_of_sample,
 )
-from qdit_jax.types import Condition
+from qdit_jax.types import Condition, Progress, ProgressFn, untold
 
 REMEDY = "use the same to resume, another --out, or --force to start from scratch"
 SMALLEST_CELL = 64  # pixels; smaller pictures are enlarged in a grid
@@ -96,7 +96,7 @@ class SampleFile:
         columns: int | None = None,
         fps: float | int | None = None,
         force: bool = False,
-        progress_fn: Callable[[int], Any] = lambda count: None,
+        progress_fn: ProgressFn = untold,
     ) -> None:
         """Samples and writes `out`: a `.png` grid with captions, an `.npz` archive, or a clip.
 
@@ -155,7 +155,7 @@ class SampleFile:
         return [str(names.get(str(i), i)).partition(",")[0] for i in labels]
 
     def make_shards(
-        self, folder: AnyPath, progress_fn: Callable[[int], Any], *, force: bool
+        self, folder: AnyPath, progress_fn: ProgressFn, *, force: bool
     ) -> list[tuple[int, int]]:
         """Samples the batches that `folder` lacks and returns the range of samples of each."""
         count = self.count
@@ -165,7 +165,7 @@ class SampleFile:
         done = count - sum(stop - start for start, stop in missing)
         if done:
             print(f"resuming from {done:,} of {count:,} samples", flush=True)
-            progress_fn(done)
+            progress_fn(Progress(done))
         batches = generated_batches(
             self.checkpoint,
             self.sampler,
@@ -183,7 +183,7 @@ class SampleFile:
             check_finite(images, start, count)
             kept = {"latents": images} if self.is_latent else {"images": to_uint8(images)}
             write_shard(folder, start, kept)
-            progress_fn(len(images))
+            progress_fn(Progress(len(images)))
         return ranges
 
     def begun(self, folder: AnyPath, force: bool) -> dict[str, Any]:

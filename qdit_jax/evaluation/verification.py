@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,7 +35,7 @@ from qdit_jax.sampling import (
     num_guided_channels,
     sample_rows,
 )
-from qdit_jax.types import Condition
+from qdit_jax.types import Condition, ProgressFn, untold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ def verify(
     conditions: Condition = None,
     shape: Sequence[int] | None = None,
     timing: bool = True,
-    progress_fn: Callable[[int], Any] | None = None,
+    progress_fn: ProgressFn = untold,
 ) -> Verification:
     """Returns whether a quantized checkpoint does what its recipe says, and how close it stays.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,10 +21,9 @@ from qdit_jax.calibration import (
 from qdit_jax.checkpoint import Checkpoint, digest
 from qdit_jax.diffusion import Sampler
 from qdit_jax.files import PathLike
-from qdit_jax.types import UNSAID
+from qdit_jax.types import UNSAID, ProgressFn, untold
 
 # Called with the number of samples finished, batch by batch.
-ProgressFn = Callable[[int], Any] | None
 HOLDOUT = 0.25  # the share of trajectories that are held out by default
 STAGE_NAMES = ("block", "layer")
 # Plain settings of how a method is fitted, and of how its data are sampled.
@@ -121,14 +120,14 @@ def key_words(key: Any) -> list[int]:
 
 
 def spread_items(
-    checkpoint: Checkpoint, data: CalibrationData, progress_fn: ProgressFn = None
+    checkpoint: Checkpoint, data: CalibrationData, progress_fn: ProgressFn = untold
 ) -> Items:
     """Returns items of evenly spread steps of each trajectory, conditional and null."""
     return sampled_items(checkpoint, data, {}, progress_fn)
 
 
 def authors_items(
-    checkpoint: Checkpoint, data: CalibrationData, progress_fn: ProgressFn = None
+    checkpoint: Checkpoint, data: CalibrationData, progress_fn: ProgressFn = untold
 ) -> Items:
     """Returns the items of the Q-DiT release: one step per sample, never the null class."""
     options = {"choose_fn": authors_steps(data.seed), "null": False}

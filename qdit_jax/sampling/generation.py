@@ -49,7 +49,7 @@ from qdit_jax.sampling.conditions import (
 )
 from qdit_jax.sampling.decoding import decode
 from qdit_jax.sampling.running import running_params
-from qdit_jax.types import Condition, Key, Params
+from qdit_jax.types import Condition, Key, Params, Progress, ProgressFn, untold
 
 
 @jax.tree_util.register_dataclass
@@ -217,7 +217,7 @@ def generate(
     numerics: str = "simulated",
     shape: Sequence[int] | None = None,
     decode_fn: Callable[[Checkpoint, Array], Array] | None = decode,
-    progress_fn: Callable[[int], object] | None = None,
+    progress_fn: ProgressFn = untold,
 ) -> Float[np.ndarray, "N *shape"]:
     """Returns one sample per condition, from full-precision or quantized parameters; about [-1, 1].
 
@@ -257,8 +257,7 @@ def generate(
         decode_fn=decode_fn,
     ):
         done.append(images)
-        if progress_fn is not None:
-            progress_fn(len(images))
+        progress_fn(Progress(len(images)))
     return np.concatenate(done)
 
 

@@ -36,7 +36,7 @@ from qdit_jax.speed.contenders import Way, calls_per_sample, check_known, conten
 from qdit_jax.speed.records import Records
 from qdit_jax.speed.steps import NUM_ROUNDS, Race, Row, entry_name, settings_of
 from qdit_jax.speed.timing import Call, TimeFn, interleaved, taken
-from qdit_jax.types import Condition, Params
+from qdit_jax.types import Condition, Params, Progress, ProgressFn, untold
 
 BATCH = 8
 # Budgets are written relative to these: groups of 128, and one group per channel.
@@ -58,7 +58,7 @@ def layer_table(
     state: AnyPath | None = None,
     time_fn: TimeFn = interleaved,
     total_fn: Callable[[int], object] = lambda total: None,
-    progress_fn: Callable[[int], object] = lambda count: None,
+    progress_fn: ProgressFn = untold,
 ) -> Latency:
     """Returns the time of every choice of every distinct shape of a space's layers.
 
@@ -97,13 +97,13 @@ def layer_table(
     job = (entrants[0], batch, Way())
     race = Race(entrants[0], Way(), guidance, num_rounds, seed, time_fn, conditions)
     step_row = Row.from_json(records.entry(entry_name(*job), partial(race.row, *job)))
-    progress_fn(1)
+    progress_fn(Progress(1))
     layers: list[LayerTime] = []
     for shape, choices in shapes.items():
         name = f"layers {shape}, {numerics}, {digest(list(choices))}"
         measure_fn = partial(times_of, shape, choices, numerics, num_rounds, seed, time_fn)
         layers += [LayerTime(**entry) for entry in records.entry(name, measure_fn)["layers"]]
-        progress_fn(len(choices))
+        progress_fn(Progress(len(choices)))
     return Latency(
         batch, inputs, numerics, step_row.milliseconds.median, tuple(layers), provenance()
     )

@@ -47,7 +47,7 @@ from qdit_jax.speed.contenders import (
 )
 from qdit_jax.speed.records import Records
 from qdit_jax.speed.timing import Call, Taken, TimeFn, interleaved, ratio, taken
-from qdit_jax.types import Condition, Params
+from qdit_jax.types import Condition, Params, Progress, ProgressFn, untold
 
 NUM_ROUNDS = 21
 NUM_STEPS, NUM_SAMPLES = 4, 4  # of the trajectory on which errors are measured
@@ -152,7 +152,7 @@ def bench(
     state: AnyPath | None = None,
     time_fn: TimeFn = interleaved,
     total_fn: Callable[[int], object] = lambda total: None,
-    progress_fn: Callable[[int], object] = lambda count: None,
+    progress_fn: ProgressFn = untold,
 ) -> Bench:
     """Returns the time of a step of the sampler in full precision and quantized, by batch size.
 
@@ -201,7 +201,7 @@ def bench(
     for job in jobs:
         found = records.entry(entry_name(*job), partial(race.row, *job))
         rows.append(Row.from_json(found))
-        progress_fn(1)
+        progress_fn(Progress(1))
     rows.sort(key=lambda row: batches.index(row.batch))
     return Bench(rows, entrants[0].title, settings, provenance())
 
