@@ -11,7 +11,8 @@ from qdit_jax.evaluation.evaluating import (
 )
 from qdit_jax.evaluation.layer_facts import Format
 from qdit_jax.evaluation.limits import Layer, Limits, Outcome, most_bytes
-from qdit_jax.evaluation.pages import compared_pictures, write_evaluation
+from qdit_jax.evaluation.pages import write_evaluation
+from qdit_jax.evaluation.pictures import CLIP, compared_pictures
 from qdit_jax.evaluation.runs import Run, check_inputs, run_evaluation
 from qdit_jax.evaluation.sample_file import SampleFile, sample_shape
 from qdit_jax.evaluation.scoring import (
@@ -29,6 +30,7 @@ from qdit_jax.evaluation.trajectories import Contender, Protocol
 from qdit_jax.evaluation.verification import Verification, verify
 
 __all__ = [
+    "CLIP",
     "MEASURES",
     "PAGES",
     "Contender",

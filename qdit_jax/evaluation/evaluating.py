@@ -17,7 +17,8 @@ from qdit_jax import diffusion
 from qdit_jax.calibration import Stats, calibrate, default_sampler
 from qdit_jax.checkpoint import Checkpoint, load
 from qdit_jax.errors import UserError
-from qdit_jax.evaluation.pages import compared_pictures, write_evaluation
+from qdit_jax.evaluation.pages import write_evaluation
+from qdit_jax.evaluation.pictures import compared_pictures, save_compared_clip
 from qdit_jax.evaluation.runs import Run, check_inputs, run_evaluation
 from qdit_jax.evaluation.sample_file import sample_shape
 from qdit_jax.evaluation.scoring import Judge, Scoring, Watch, labeled, unwatched
@@ -46,6 +47,7 @@ def evaluate(
     out: PathLike | None = None,
     overwrite: bool = False,
     title: str | None = None,
+    prompts: Sequence[str] | None = None,
     progress_fn: ProgressFn = untold,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -67,6 +69,8 @@ def evaluate(
             nothing is kept.
         overwrite: begin anew in a folder that holds another evaluation.
         title: of the report.
+        prompts: the texts of `conditions`, one each: they stand over the pictures, and beside the
+            samples in files.
         progress_fn: called with the number of samples just done.
         settings: further fields of `Protocol`: `seed`, `guidance`, `guidance_channels`, `numerics`,
             `batch_size`, `conditions`, `shape`, `num_probed`.
@@ -89,6 +93,11 @@ def evaluate(
     }
     protocol = Protocol(chosen, record, num_samples, **settings)
     check_inputs(contenders, protocol)
+    if prompts is not None and len(prompts) != num_conditions(protocol.conditions):
+        raise ValueError(
+            f"{len(prompts)} prompts for {num_conditions(protocol.conditions) or 'no'} conditions; give "
+            "the text of each."
+        )
     judge = None if scoring is None else judge_of(scoring, contenders, protocol)
     paths = [source for source in sources.values() if not isinstance(source, Checkpoint)]
     inputs = [as_path(path) for path in paths]
@@ -100,6 +109,7 @@ def evaluate(
             folder,
             judge,
             range_samples,
+            prompts=prompts,
             title=title,
             progress_fn=progress_fn,
         )
@@ -186,7 +196,7 @@ def evaluated(
         summary["settings"]["features"] = judge.features
     stats = range_stats(first, protocol, range_samples, folder)
     title = title or "Evaluation of " + contenders[-1 if len(contenders) < 3 else 1].title
-    write_results(folder, title, run, contenders, summary, stats)
+    write_results(folder, title, run, contenders, summary, stats, prompts)
     return summary, files
 
 
@@ -307,11 +317,13 @@ def write_results(
     contenders: list[Contender],
     summary: dict[str, Any],
     stats: Stats | None,
+    prompts: Sequence[str] | None = None,
 ) -> None:
-    """Writes metrics.json, pictures.png and report.html."""
+    """Writes metrics.json, pictures.png and report.html, and of videos clips.gif."""
     with replaced_file(out / "metrics.json", "figures") as temporary:
         temporary.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-    pictures = compared_pictures(run, contenders)
+    pictures = compared_pictures(run, contenders, prompts)
     if pictures is not None:
         save_picture(out / "pictures.png", pictures)
-    write_evaluation(out / "report.html", title, summary, contenders, pictures, stats)
+    clip = save_compared_clip(out, run, contenders)
+    write_evaluation(out / "report.html", title, summary, contenders, pictures, stats, clip)

@@ -6,15 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
-import numpy as np
 from flax.traverse_util import flatten_dict
 from matplotlib.figure import Figure
 from PIL import Image
 
 from qdit_jax import report
 from qdit_jax.calibration import Stats
-from qdit_jax.evaluation.runs import Run
-from qdit_jax.evaluation.store import first_samples
+from qdit_jax.evaluation.pictures import MOST_DETAILED
 from qdit_jax.evaluation.summary import MEASURES, TRAJECTORY, num_bytes
 from qdit_jax.evaluation.trajectories import Contender
 from qdit_jax.files import PathLike
@@ -22,21 +20,12 @@ from qdit_jax.metrics import signal_to_noise_db
 from qdit_jax.models import family_of
 from qdit_jax.report import (
     block_layers,
-    frame_numbers,
-    frame_rows,
     input_ranges,
-    is_video,
     kernel_of,
     part_of,
     range_histograms,
-    side_by_side,
     weight_ranges,
 )
-
-NUM_SHOWN = 16
-NUM_VIDEOS = 4
-MAX_GAIN = 16
-MOST_DETAILED = 3  # models up to which the page shows differences and the ranges of single layers
 
 
 def write_evaluation(
@@ -46,14 +35,21 @@ def write_evaluation(
     contenders: Sequence[Contender],
     pictures: Image.Image | None,
     stats: Stats | None,
+    clip: bytes | None = None,
 ) -> None:
-    """Writes the page of a finished evaluation; what was not measured is left out."""
+    """Writes the page of a finished evaluation; what was not measured is left out.
+
+    Args:
+        clip: a GIF of videos side by side.
+    """
     parts = [report.paragraph(protocol_text(summary))]
     if pictures is not None:
         parts += [
             report.heading("The same noise and conditions"),
             report.picture(pictures, caption(contenders)),
         ]
+    if clip is not None:
+        parts.append(report.animation(clip, "The first videos of each model, moving"))
     if summary["paired"]:
         parts += [report.heading("Closeness, sample by sample"), paired_table(summary)]
     if len(summary["paired"]) > 1:
@@ -92,42 +88,6 @@ def caption(contenders: Sequence[Contender]) -> str:
     if not 1 < len(contenders) <= MOST_DETAILED:
         return "The first samples"
     return f"{contenders[0].title}, then each other model with its difference from it, enlarged"
-
-
-def compared_pictures(run: Run, contenders: Sequence[Contender]) -> Image.Image | None:
-    """Returns the first samples of each contender with differences; None for latents.
-
-    A video is a row of frames.
-    """
-    images = []
-    for i in range(len(contenders)):
-        found = first_samples(run.folder, run.ranges, f"{i}/images", NUM_SHOWN)
-        if found is None:
-            return None
-        images.append(found)
-    columns: int | None = None
-    if is_video(images[0]):
-        columns = len(frame_numbers(images[0].shape[1]))
-        images = [frame_rows(videos[:NUM_VIDEOS])[0] for videos in images]
-    groups = {contenders[0].title: images[0]}
-    for contender, shown in zip(contenders[1:], images[1:], strict=True):
-        groups[contender.title] = shown
-        if len(images) > MOST_DETAILED:
-            continue
-        difference, gain = difference_images(images[0], shown)
-        of = f" ({contender.title})" if len(images) > 2 else ""
-        groups[f"difference x{gain}{of}"] = difference
-    scale = max(1, 48 // images[0].shape[-3])
-    return side_by_side(groups, columns=columns, scale=scale)
-
-
-def difference_images(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, int]:
-    """Returns absolute differences times a power of two that just uses the range, and that gain."""
-    difference = np.abs(a.astype(int) - b)
-    gain = 1
-    while gain < MAX_GAIN and 2 * gain * np.quantile(difference, 0.999) <= 255:
-        gain *= 2
-    return np.minimum(difference * gain, 255).astype(np.uint8), gain
 
 
 def with_interval(entry: Mapping[str, float], digits: int) -> str:

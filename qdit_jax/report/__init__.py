@@ -10,7 +10,7 @@ from qdit_jax.report.clips import (
     save_clip,
 )
 from qdit_jax.report.figures import range_histograms
-from qdit_jax.report.html import heading, paragraph, picture, table, write_report
+from qdit_jax.report.html import animation, heading, paragraph, picture, table, write_report
 from qdit_jax.report.media import (
     image_grid,
     save_grid,
@@ -36,6 +36,7 @@ __all__ = [
     "CLIPS",
     "FPS",
     "GROUP_SIZE",
+    "animation",
     "block_layers",
     "check_clip",
     "check_report_folder",
