@@ -20,6 +20,7 @@ from qdit_convert.dit import (
     sit_example,
 )
 from qdit_convert.i3d import i3d_example, i3d_plan
+from qdit_convert.image_layouts import FLUX_OPTIONS, IMAGE_LAYOUTS, SD3_OPTIONS
 from qdit_convert.inception import inception_example, inception_plan
 from qdit_convert.latte import is_latte, latte_example, latte_plan
 from qdit_convert.latte_t2v import LATTE_CLASSES, is_latte_t2v, latte_t2v_example, latte_t2v_plan
@@ -98,8 +99,6 @@ FACEBOOK = Layout(
     example=facebook_example,
     written=facebook_written,
 )
-SD3_OPTIONS = ("num_heads", "input_size")
-FLUX_OPTIONS = (*SD3_OPTIONS, "rope_axes")
 SD3_DIFFUSERS = Layout(
     "sd3-diffusers",
     "SD3 in the diffusers layout",
@@ -269,20 +268,7 @@ LAYOUTS = (
         example=sd3.original_example,
     ),
     SD3_DIFFUSERS,
-    Layout(
-        "flux-bfl",
-        "FLUX in the Black Forest Labs layout",
-        ("flux",),
-        re.compile(
-            r"(double|single)_blocks\.\d+\.(((img|txt)_(mod|attn|mlp)|modulation|norm)\.|linear[12]\.)|"
-            r"(img|txt)_in\.|(time|vector|guidance)_in\.(in|out)_layer\.|"
-            r"final_layer\.(adaLN_modulation\.1|linear)\."
-        ),
-        flux.original_plan,
-        options=FLUX_OPTIONS,
-        example=flux.original_example,
-        written=flux.original_written,
-    ),
+    *IMAGE_LAYOUTS,
     replace(
         SD3_DIFFUSERS,
         name="flux-diffusers",

@@ -37,13 +37,13 @@ def add_process(add: AddArgument) -> None:
     add(
         "--shift",
         type=positive_float,
-        help="of flow-euler and unipc: how far noise levels are moved toward the noise, 1 for not at "
+        help="of flow-euler, flow-dpm-solver++ and unipc: how far noise levels are moved toward the noise, 1 for not at "
         "all (default: the scheduler's or the model's own)",
     )
     add(
         "--spacing",
-        help="how steps are spaced, in place of the scheduler's or the model's own: of flow-euler and "
-        "unipc uniform, trained, unipc or wan; of dpm-solver++ linspace, leading, trailing or "
+        help="how steps are spaced, in place of the scheduler's or the model's own: of flow-euler, "
+        "flow-dpm-solver++ and unipc uniform, trained, unipc, wan or dpm; of dpm-solver++ linspace, leading, trailing or "
         "continuous (as PixArt's authors)",
     )
     add("--eta", type=finite_float, help="noise of ddim: 0 for none, 1 for as much as ddpm (0)")

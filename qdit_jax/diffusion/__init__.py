@@ -13,8 +13,10 @@ from qdit_jax.diffusion.table import SAMPLERS, SamplerRow, sampler_named, sample
 
 if TYPE_CHECKING:
     from qdit_jax.diffusion.dpm_solver import DPMSolver, dpm_solver_pp
+    from qdit_jax.diffusion.dpm_solver_flow import FlowSolver, flow_dpm_solver_pp
     from qdit_jax.diffusion.flow_matching import (
         dynamic_shift,
+        empirical_shift,
         flow_euler,
         flow_match_sigmas,
         resolution_shift,
@@ -80,8 +82,10 @@ if TYPE_CHECKING:
 # File -> its public names.
 LAZY = {
     "dpm_solver": ("DPMSolver", "dpm_solver_pp"),
+    "dpm_solver_flow": ("FlowSolver", "flow_dpm_solver_pp"),
     "flow_matching": (
         "dynamic_shift",
+        "empirical_shift",
         "flow_euler",
         "flow_match_sigmas",
         "resolution_shift",
@@ -147,6 +151,7 @@ __all__ = [
     "SAMPLERS",
     "DPMSolver",
     "Flow",
+    "FlowSolver",
     "MultistepSampler",
     "Sampler",
     "SamplerRow",
@@ -169,11 +174,13 @@ __all__ = [
     "dpm_solver_pp",
     "dynamic_shift",
     "dynamic_threshold",
+    "empirical_shift",
     "eps_prediction",
     "euler",
     "fixed_large",
     "fixed_small",
     "flow",
+    "flow_dpm_solver_pp",
     "flow_euler",
     "flow_match_sigmas",
     "guided",

@@ -29,8 +29,8 @@ class NetworkModule(nn.Module, kw_only=True):
         flow_times: the timestep that it is called with at pure noise, and at the data.
         velocity_to: where the velocity points, `"data"` or `"noise"`.
         flow_shift: of the noise levels of its published sampler: a number, `"tokens"` (by
-            `num_tokens`, as FLUX) or `"resolution"` (by `resolution_of`, as Open-Sora v1.2). A
-            scheduler that comes with a checkpoint goes before it.
+            `num_tokens`, as FLUX), `"tokens and steps"` (FLUX.2) or `"resolution"` (by
+            `resolution_of`, as Open-Sora v1.2). A scheduler that comes with a checkpoint goes before it.
         flow_spacing: how its published pipeline spaces them before the shift, a name of
             `diffusion.flow_match_sigmas`; None for as the sampler or the scheduler does.
     """
