@@ -16,7 +16,6 @@ from qdit_convert.dit import (
     PROJECTORS,
     facebook_example,
     facebook_plan,
-    facebook_written,
     sit_example,
 )
 from qdit_convert.i3d import i3d_example, i3d_plan
@@ -97,7 +96,7 @@ FACEBOOK = Layout(
     _plan_dit,
     options=DIT_OPTIONS,
     example=facebook_example,
-    written=facebook_written,
+    writes="dit",
 )
 SD3_DIFFUSERS = Layout(
     "sd3-diffusers",
@@ -169,7 +168,7 @@ LAYOUTS = (
         options=("num_heads", "num_classes", "input_size"),
         told=is_latte,
         example=latte_example,
-        written=None,
+        writes="latte",
     ),
     Layout(
         "pixart",
@@ -179,6 +178,7 @@ LAYOUTS = (
         pixart_plan,
         options=("num_heads", "input_size", "interpolation_scale"),
         example=pixart_example,
+        writes="pixart",
     ),
     Layout(
         "pixart-diffusers",
@@ -199,6 +199,7 @@ LAYOUTS = (
         options=("num_heads", "input_size", "space_scale", "time_scale"),
         told=is_stdit,
         example=stdit_example,
+        writes="stdit",
     ),
     Layout(
         "latte-t2v-diffusers",
@@ -227,6 +228,7 @@ LAYOUTS = (
         options=("num_heads", "input_size"),
         class_names=(STDIT3_CLASS,),
         example=stdit3_example,
+        writes="stdit3",
         tells=frozenset({"input_sq_size", "model_max_length"}),
     ),
     replace(
@@ -238,7 +240,7 @@ LAYOUTS = (
         options=("num_heads", "num_classes", "input_size"),
         told=is_lightning,
         example=lightning_example,
-        written=None,
+        writes="lightningdit",
     ),
     Layout(
         "dit-diffusers",
@@ -266,6 +268,7 @@ LAYOUTS = (
         sd3.original_plan,
         options=SD3_OPTIONS,
         example=sd3.original_example,
+        writes="sd3",
     ),
     SD3_DIFFUSERS,
     *IMAGE_LAYOUTS,
@@ -293,6 +296,7 @@ LAYOUTS = (
         options=WAN_OPTIONS,
         class_names=(AUTHORS_NAME,),
         example=wan_example,
+        writes="wan",
         tells=frozenset({"text_len", "num_heads"}),
     ),
     Layout(

@@ -171,7 +171,7 @@ def add_factors(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Converts, and prints what was found and written."""
-    from qdit_convert import convert
+    from qdit_convert import convert_checkpoint
     from qdit_jax.cli.progress import Stages
     from qdit_jax.errors import UserError
 
@@ -184,7 +184,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if size is not None:
         size = size[0] if len(size) == 1 else tuple(size)
     with Stages("tensor") as stages:
-        checkpoint = convert(
+        checkpoint = convert_checkpoint(
             args.src,
             args.out,
             family=args.family,

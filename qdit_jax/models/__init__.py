@@ -76,8 +76,16 @@ from qdit_jax.models.linear import (
     quantized_input,
 )
 from qdit_jax.models.network import NetworkModule
+from qdit_jax.models.published import PUBLISHED, Published, published_named
 from qdit_jax.models.runs import RUNS, apply_blocks, with_runs
-from qdit_jax.models.taps import layers_in_order, rows_per_sample, seen_inputs, tapped
+from qdit_jax.models.taps import (
+    AttentionCall,
+    attention_calls,
+    layers_in_order,
+    rows_per_sample,
+    seen_inputs,
+    tapped,
+)
 from qdit_jax.models.vae import AutoencoderKL
 from qdit_jax.models.wan import EXPERTS, Wan
 from qdit_jax.models.wan_vae import LATENTS_MEAN, LATENTS_STD, WanAutoencoder
@@ -98,9 +106,11 @@ __all__ = [
     "OF_PROMPT",
     "OPERANDS",
     "OPERANDS_OF",
+    "PUBLISHED",
     "RUNS",
     "SIZES",
     "TABLE",
+    "AttentionCall",
     "AttentionModule",
     "AutoencoderKL",
     "Call",
@@ -115,6 +125,7 @@ __all__ = [
     "Network",
     "NetworkModule",
     "Producer",
+    "Published",
     "Segments",
     "TimestepEmbedder",
     "Wan",
@@ -125,6 +136,7 @@ __all__ = [
     "as_condition",
     "asset",
     "at_timestep",
+    "attention_calls",
     "build_model",
     "check_all_run",
     "check_dtype",
@@ -151,6 +163,7 @@ __all__ = [
     "null_entries",
     "optional",
     "published_config",
+    "published_named",
     "quantized_input",
     "recorded_calls",
     "rows_per_sample",
