@@ -40,8 +40,18 @@ from qdit_jax.checkpoint import Checkpoint, fingerprint
 from qdit_jax.errors import check_counts
 from qdit_jax.files import PathLike, as_path
 from qdit_jax.methods import CalibrationData
+from qdit_jax.models import check_all_run, step_shares
 from qdit_jax.recipes import Recipe
-from qdit_jax.sampling import check_diffusion_model, check_takes, denoiser, sample_rows
+from qdit_jax.sampling import (
+    PUBLISHED,
+    Guidance,
+    check_diffusion_model,
+    check_takes,
+    chosen_guidance,
+    denoiser,
+    sample_rows,
+    sampler_timesteps,
+)
 from qdit_jax.types import UNSAID, Condition, Key, Numbers, Params
 
 # "paired" or "predicted", an objective, or a traced `(params, key) -> scalar`.
@@ -54,6 +64,7 @@ class Rollouts:
 
     Attributes:
         sampler: of the rollouts; `num_steps` of the checkpoint's default one if None.
+        guidance: of the rollouts; the network's own by default, see `sampling.own_guidance`.
         conditions: labels or prompts, cycled over the samples; every class by default.
         num_batches, batch_size: samples on which an assignment can be measured. The default
             strategy uses few for most and all of them for finalists; the others use all.
@@ -65,7 +76,7 @@ class Rollouts:
 
     sampler: diffusion.Sampler | None = None
     num_steps: int = 20
-    guidance: float | None = 1.5
+    guidance: Guidance | None = PUBLISHED
     conditions: Condition = None
     num_batches: int = 16
     batch_size: int = 16
@@ -160,8 +171,11 @@ def search(
     strategy = strategy_named(strategy)
     names = {"method": strategy.name, "objective": name_of(objective)}
     rollouts = Rollouts() if rollouts is None else rollouts
+    guidance = chosen_guidance(checkpoint.model, rollouts.guidance)
+    rollouts = dataclasses.replace(rollouts, guidance=guidance)
     rows = sample_rows(checkpoint.model, rollouts.shape, rollouts.conditions)
-    space = space_of(checkpoint, strategy, space, rows)
+    sampler = rollouts.rollout(checkpoint, strategy.guided).sampler
+    space = space_of(checkpoint, strategy, space, rows, sampler_timesteps(sampler))
     budget = strategy.budget if budget is None else budget
     known = {**named_costs(), **(costs or {})}
     # A strategy that minimizes a cost has no limit of it.
@@ -180,7 +194,7 @@ def search(
         space=space,
         params=checkpoint.params,
         model=checkpoint.model,
-        sampler=rollouts.rollout(checkpoint, strategy.guided).sampler,
+        sampler=sampler,
         rollouts=dataclasses.replace(rollouts, sampler=None, per_device=1),
     )
     if asks_for_fits(space):
@@ -252,12 +266,19 @@ def space_of(
     strategy: Strategy,
     space: Space | Mapping[str, Any] | None,
     rows: Mapping[str, int],
+    timesteps: Sequence[float],
 ) -> Space:
-    """Returns the given space, or the one of the given settings, which override the strategy's."""
+    """Returns the given space, or the one of the given settings, which override the strategy's.
+
+    Raises:
+        ValueError: if an expert runs at none of the timesteps.
+    """
+    check_all_run(checkpoint.model, timesteps, "the rollouts' sampler")
     if isinstance(space, Space):
         return space
     settings = {**strategy.space, **(space or {})}
-    return search_space(checkpoint.params, rows=rows, **settings)
+    shares = step_shares(checkpoint.model, rows, timesteps)
+    return search_space(checkpoint.params, rows=rows, shares=shares, **settings)
 
 
 def problem_of(

@@ -6,6 +6,8 @@ Videos are `[N, T, H, W, C]` in `[-1, 1]`, C = 1 (gray) or 3 (RGB), or already u
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -101,13 +103,14 @@ def write_mp4(path: PathLike, pictures: Sequence[Image.Image], fps: float | int)
     import imageio.v2 as imageio
 
     height, width = (side - side % 2 for side in np.asarray(pictures[0]).shape[:2])
-    with imageio.get_writer(
-        path,
+    writer: Any = imageio.get_writer(
+        Path(path),
         format="FFMPEG",
         fps=fps,
         codec="libx264",
         macro_block_size=1,
         output_params=["-metadata", f"comment={GENERATOR}"],
-    ) as writer:
+    )
+    with writer:
         for picture in pictures:
             writer.append_data(np.asarray(picture)[:height, :width])

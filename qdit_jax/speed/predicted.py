@@ -12,13 +12,14 @@ import numpy as np
 
 from qdit_jax.allocation import FLOAT32_MAC, BitOps, SearchLayer
 from qdit_jax.checkpoint import Checkpoint
+from qdit_jax.models import experts_of
 from qdit_jax.ptq import plan
 from qdit_jax.quant import ActQuant, QTensor, WeightSpec
 from qdit_jax.recipes import LayerSpec, Recipe
+from qdit_jax.sampling import Guidance, calls_per_step
 from qdit_jax.speed.contenders import (
     Contender,
     QuantizedLayer,
-    calls_per_sample,
     contenders_of,
 )
 
@@ -46,7 +47,7 @@ def predicted(
     checkpoint: Checkpoint,
     recipes: Iterable[Recipe],
     batches: Sequence[int],
-    guidance: float | int | None,
+    guidance: Guidance | None,
 ) -> list[Predicted]:
     """Returns what counting says of each network, by batch size; nothing is computed.
 
@@ -63,7 +64,7 @@ def predicted(
         num_bytes += [bytes_after(checkpoint, recipe) for recipe in recipes]
     found = []
     for batch in batches:
-        inputs = batch * calls_per_sample(guidance)
+        inputs = batch * calls_per_step(checkpoint.model, guidance)
         for contender, size in zip(entrants, num_bytes, strict=True):
             macs, operations = counted(contender)
             found.append(
@@ -86,17 +87,23 @@ def bytes_after(checkpoint: Checkpoint, recipe: Recipe) -> int:
 
 
 def counted(contender: Contender) -> tuple[int, float]:
-    """Returns multiply-adds and bit operations of a network's linear layers, of one input."""
+    """Returns multiply-adds and bit operations of a network's linear layers, of one input.
+
+    Of experts, which have one form, one runs at a time: each layer counts its share of them.
+    """
     by_path = {layer.path: layer for layer in contender.layers}
     cost, macs, operations = BitOps(), 0, 0.0
+    experts = experts_of(contender.checkpoint.model)
     for path, shape in shapes_of(contender).items():
         rows = contender.rows[path]
-        macs += rows * math.prod(shape)
+        is_expert = path.split("/")[0] in experts
+        share = 1 / len(experts) if is_expert else 1.0
+        macs += round(share * rows * math.prod(shape))
         if path in by_path:
             spec = spec_of(by_path[path])
-            operations += cost(SearchLayer(path, shape, (spec,), rows), spec)
+            operations += cost(SearchLayer(path, shape, (spec,), rows, share=share), spec)
         else:
-            operations += rows * math.prod(shape) * FLOAT32_MAC
+            operations += share * rows * math.prod(shape) * FLOAT32_MAC
     return macs, operations
 
 
