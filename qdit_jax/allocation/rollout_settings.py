@@ -11,6 +11,7 @@ from qdit_jax.calibration import default_sampler
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.errors import check_counts
 from qdit_jax.methods import CalibrationData
+from qdit_jax.sampling import PUBLISHED, Guidance
 from qdit_jax.types import UNSAID, Condition
 
 
@@ -21,6 +22,7 @@ class Rollouts:
     Attributes:
         sampler: of the rollouts; `num_steps` of the checkpoint's default one if None.
         conditions: labels or prompts, cycled over the samples; every class by default.
+        guidance: of the rollouts; the network's own by default, see `sampling.own_guidance`.
         num_batches, batch_size: samples on which an assignment can be measured. The default
             strategy uses few for most and all of them for finalists; the others use all.
         num_calibration: batches for the sensitivities; their samples are different ones.
@@ -33,7 +35,7 @@ class Rollouts:
 
     sampler: diffusion.Sampler | None = None
     num_steps: int = 20
-    guidance: float | None = 1.5
+    guidance: Guidance | None = PUBLISHED
     conditions: Condition = None
     num_batches: int = 16
     batch_size: int = 16

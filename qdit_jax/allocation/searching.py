@@ -32,8 +32,9 @@ from qdit_jax.allocation.space import (
 from qdit_jax.allocation.strategies import strategy_named
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.files import PathLike, as_path
+from qdit_jax.models import check_all_run, step_shares
 from qdit_jax.recipes import Recipe
-from qdit_jax.sampling import check_diffusion_model, sample_rows
+from qdit_jax.sampling import check_diffusion_model, chosen_guidance, sample_rows, sampler_timesteps
 from qdit_jax.types import Key, Progress, ProgressFn, untold
 
 ROLLOUTS = Rollouts()
@@ -99,8 +100,11 @@ def search(
     began = time.perf_counter()
     check_network(checkpoint)
     strategy = strategy_named(strategy)
+    guidance = chosen_guidance(checkpoint.model, rollouts.guidance)
+    rollouts = dataclasses.replace(rollouts, guidance=guidance)
     rows = sample_rows(checkpoint.model, rollouts.shape, rollouts.conditions)
-    space = space_of(checkpoint, strategy, space, rows)
+    sampler = rollouts.rollout(checkpoint, strategy.guided).sampler
+    space = space_of(checkpoint, strategy, space, rows, sampler_timesteps(sampler))
     priced = Priced.of(budget, strategy.budget)
     limit = limit_of(strategy, priced, space, progress_fn)
     times = latency_facts(priced.costs[limit.name], space, progress_fn)
@@ -176,12 +180,19 @@ def space_of(
     strategy: Strategy,
     space: Space | Mapping[str, Any] | None,
     rows: Mapping[str, int],
+    timesteps: Sequence[float],
 ) -> Space:
-    """Returns the given space, or the one of the given settings, which override the strategy's."""
+    """Returns the given space, or the one of the given settings, which override the strategy's.
+
+    Raises:
+        ValueError: if an expert runs at none of the timesteps.
+    """
+    check_all_run(checkpoint.model, timesteps, "the rollouts' sampler")
     if isinstance(space, Space):
         return space
     settings = {**strategy.space, **(space or {})}
-    return search_space(checkpoint.params, rows=rows, **settings)
+    shares = step_shares(checkpoint.model, rows, timesteps)
+    return search_space(checkpoint.params, rows=rows, shares=shares, **settings)
 
 
 def evaluations(found: Found, problem: Problem, predict_fn: Sensitivities) -> int:

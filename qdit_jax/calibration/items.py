@@ -22,6 +22,7 @@ from qdit_jax.files import PathLike, as_path, write_arrays
 from qdit_jax.models import null_condition_of, with_guidance, without_null
 from qdit_jax.quant import check_finite
 from qdit_jax.sampling import (
+    PUBLISHED,
     Guidance,
     check_diffusion_model,
     check_seed,
@@ -148,7 +149,7 @@ def collect_items(
     *,
     conditions: Condition = None,
     sampler: diffusion.Sampler | None = None,
-    guidance: Guidance | None = 1.5,
+    guidance: Guidance | None = PUBLISHED,
     batch_size: int = 16,
     shape: Sequence[int] | None = None,
     choose_fn: ChooseFn | None = None,

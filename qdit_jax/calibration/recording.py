@@ -35,6 +35,7 @@ from qdit_jax.models import (
 from qdit_jax.quant import check_finite
 from qdit_jax.recipes import layer_paths
 from qdit_jax.sampling import (
+    PUBLISHED,
     Guidance,
     check_diffusion_model,
     check_takes,
@@ -56,7 +57,7 @@ def calibrate(
     *,
     conditions: Condition = None,
     sampler: diffusion.Sampler | None = None,
-    guidance: Guidance | None = 1.5,
+    guidance: Guidance | None = PUBLISHED,
     batch_size: int = 16,
     shape: Sequence[int] | None = None,
     hessians: str | None = None,
@@ -76,7 +77,7 @@ def calibrate(
         key: used once; sample i starts from `fold_in(key, i)`.
         conditions: labels or prompts, assigned to the samples cyclically; every class by default.
         sampler: 50 steps of the checkpoint's own sampler by default, see `checkpoint_sampler`.
-        guidance: of the trajectories; the default is none without a null condition.
+        guidance: of the trajectories; the network's own by default, none without a null condition.
         shape: of one sample, channels last; the network's own by default.
         hessians: a pattern of layer paths whose mean `x xᵀ` to keep, float32 `[K, K]` each.
         num_tokens: inputs to keep of every layer from each call of the network.

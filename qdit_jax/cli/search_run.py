@@ -30,15 +30,21 @@ from qdit_jax.allocation import (
 )
 from qdit_jax.calibration import Items
 from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.cli.checkpoints import full_precision_checkpoint, guidance_of
+from qdit_jax.cli.checkpoints import full_precision_checkpoint
+from qdit_jax.cli.guidance_option import guidance_of
 from qdit_jax.cli.progress import Bar, notes_are_shown
 from qdit_jax.cli.prompts_option import Inputs
 from qdit_jax.cli.search_pictures import draw_front, draw_map
 from qdit_jax.errors import UserError
-from qdit_jax.evaluation import named_features, reference_path
+from qdit_jax.evaluation import (
+    batch_size_of,
+    check_kind,
+    named_features,
+    reference_statistics,
+    sample_shape,
+)
 from qdit_jax.files import AnyPath, check_free, replaced_file
 from qdit_jax.methods import CalibrationData
-from qdit_jax.metrics import check_network, read_reference
 from qdit_jax.report import provenance
 from qdit_jax.sampling import fitting_guidance
 
@@ -142,18 +148,17 @@ class Job:
             return self.objective
         if self.reference is None:
             raise UserError("--objective frechet needs --reference, an .npz or `demo`.")
-        features_fn, _ = named_features(self.features)
-        path = reference_path(self.reference)
-        reference = read_reference(path)
-        if reference.pool is None:
-            raise UserError(f"{path} holds no statistics (mu, sigma).")
-        check_network(reference, self.features[0], reference.pool.mean.size, path)
         rollouts, model = self.rollouts, self.checkpoint.model
+        shape = (rollouts.batch_size, *sample_shape(self.checkpoint, rollouts.shape))
+        check_kind(self.features, shape, "the checkpoint")
+        features_fn, _ = named_features(self.features)
+        reference = reference_statistics(self.reference, self.features, features_fn)
         rollout = rollouts.rollout(self.checkpoint, guided=self.method != "qdit-release")
         key = jax.random.split(jax.random.key(self.seed))[0]
         given: dict[str, Any] = {"conditions": rollouts.conditions, "shape": rollouts.shape}
         data = seeds(model, key, rollouts.num_batches, rollouts.batch_size, **given)
-        return frechet_objective(self.checkpoint, rollout, data, features_fn, reference.pool)
+        size = batch_size_of(self.features)
+        return frechet_objective(self.checkpoint, rollout, data, features_fn, reference, size)
 
 
 def strategy_of(options: Mapping[str, Any]) -> Strategy:

@@ -18,10 +18,13 @@ from qdit_jax.evaluation.sample_file import SampleFile, sample_shape
 from qdit_jax.evaluation.scoring import (
     Judge,
     Scoring,
+    batch_size_of,
     check_features,
+    check_kind,
     labeled,
     named_features,
     reference_path,
+    reference_statistics,
     scoring_inputs,
 )
 from qdit_jax.evaluation.store import locked, merge, open_run
@@ -44,8 +47,10 @@ __all__ = [
     "SampleFile",
     "Scoring",
     "Verification",
+    "batch_size_of",
     "check_features",
     "check_inputs",
+    "check_kind",
     "check_results",
     "compared_pictures",
     "evaluate",
@@ -58,6 +63,7 @@ __all__ = [
     "named_features",
     "open_run",
     "reference_path",
+    "reference_statistics",
     "run_evaluation",
     "sample_shape",
     "scoring_inputs",

@@ -247,23 +247,17 @@ def named_conditions(
 def image_shape(
     checkpoint: Checkpoint, latents_shape: Sequence[int] | None = None
 ) -> tuple[int, ...]:
-    """Returns rows, columns and channels of a checkpoint's images.
+    """Returns rows, columns and channels of a checkpoint's images; of videos, the frames first.
 
     Raises:
-        UserError: if it makes latents that nothing decodes, or videos.
+        UserError: if it makes latents that nothing decodes.
     """
     if not decodes(checkpoint):
         raise UserError(
             "the models make latents and no autoencoder is known; give --vae CHECKPOINT to score "
             "images against --reference."
         )
-    shape = sample_shape(checkpoint, latents_shape)
-    if len(shape) != 3:
-        raise UserError(
-            "--reference scores images, and these models make videos; leave it out, or score frames as "
-            "--samples."
-        )
-    return shape
+    return sample_shape(checkpoint, latents_shape)
 
 
 def decodes(checkpoint: Checkpoint) -> bool:

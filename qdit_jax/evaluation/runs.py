@@ -44,6 +44,7 @@ from qdit_jax.sampling import (
     denoiser,
     device_mesh,
     filled_batch,
+    guidance_record,
     sample_rows,
 )
 from qdit_jax.types import Progress, ProgressFn, untold
@@ -78,6 +79,7 @@ def run_evaluation(
         raise UserError(f"batch_size={protocol.batch_size} must be at least 1.")
     check_seed(protocol.seed)
     check_pairable(contenders)
+    protocol = protocol.resolved(contenders[0].checkpoint.model)
     check_inputs(contenders, protocol)
     folder = as_path(folder)
     with locked(folder), unless_unbegun(folder):
@@ -160,7 +162,7 @@ def settings_of(contenders: Sequence[Contender], protocol: Protocol) -> dict[str
         **protocol.record,
         "num_samples": protocol.num_samples,
         "seed": protocol.seed,
-        "guidance": protocol.guidance,
+        "guidance": guidance_record(protocol.guidance),
         "guidance_channels": "all" if channels is None else channels,
         "numerics": protocol.numerics,
         "batch_size": protocol.batch_size,

@@ -32,9 +32,13 @@ from qdit_jax.evaluation.store import (
 from qdit_jax.files import AnyPath, check_space, is_remote, remove_folder
 from qdit_jax.report import CLIPS, FPS, frame_rows, is_video, save_clip, save_grid, to_uint8
 from qdit_jax.sampling import (
+    PUBLISHED,
+    Guidance,
     checked_batch_size,
+    chosen_guidance,
     decode,
     generated_batches,
+    guidance_record,
     num_conditions,
     sample_count,
     shape_of_sample,
@@ -57,21 +61,23 @@ class SampleFile:
     `condition` are labels, a dict of embeddings, or None of a network that takes none; they are
     assigned cyclically to `num_samples` samples, one per condition by default. `prompts` are texts for
     captions, one per condition. `shape` is that of one sample, the network's own by default.
-    `batch_size` None takes that of an unfinished run, or the device's default.
+    `batch_size` None takes that of an unfinished run, or the device's default. `first_frames` are latents
+    that videos begin with, see `sampling.generate`.
     """
 
     checkpoint: Checkpoint
     sampler: Sampler
     condition: Condition
     seed: int = 0
-    guidance: float = 1.5
-    guidance_channels: int | str | None = "published"
+    guidance: Guidance | None = PUBLISHED
+    guidance_channels: int | str | None = PUBLISHED
     numerics: str = "simulated"
     batch_size: int | None = None
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     num_samples: int | None = None
     prompts: Sequence[str] | None = None
     shape: Sequence[int] | None = None
+    first_frames: np.ndarray | None = None
 
     @property
     def count(self) -> int:
@@ -178,6 +184,7 @@ class SampleFile:
             guidance_channels=self.guidance_channels,
             numerics=self.numerics,
             shape=self.shape,
+            first_frames=self.first_frames,
         )
         for start, images in batches:
             check_finite(images, start, count)
@@ -212,10 +219,11 @@ class SampleFile:
                 **{"labels" if is_labels else "conditions": conditions},
                 **({} if texts is None else {"prompts": texts}),
                 **({} if self.shape is None else {"shape": tuple(self.shape)}),
+                **({} if self.first_frames is None else {"first_frames": self.first_frames}),
             ),
             **self.settings,
             "num_samples": self.count,
-            "guidance": self.guidance,
+            "guidance": guidance_record(chosen_guidance(self.checkpoint.model, self.guidance)),
             "guidance_channels": self.guidance_channels or "all",
             "seed": self.seed,
             "numerics": self.numerics,

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from qdit_jax.calibration import Items
 from qdit_jax.checkpoint import Checkpoint, load, materialized, open_checkpoint, save, with_dtype
 from qdit_jax.files import PathLike, as_path, check_free
-from qdit_jax.methods.data import CalibrationData
+from qdit_jax.methods.data import CalibrationData, with_own_guidance
 from qdit_jax.methods.input_transforms import places
 from qdit_jax.methods.method import Method
 from qdit_jax.methods.named_transforms import check_named, check_shared
@@ -100,7 +100,7 @@ def quantize_whole(
         check_free(out, overwrite)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     recipe = recipe_of(recipe, method, checkpoint.params)
-    data = CalibrationData() if data is None else data
+    data = with_own_guidance(checkpoint, CalibrationData() if data is None else data)
     check(method, checkpoint, recipe, data)
     report = Report(progress_fn)
     facts = {} if isinstance(source, Checkpoint) else {"quantized_from": str(source)}

@@ -11,12 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from qdit_jax.calibration import (
+    PUBLISHED,
     Items,
     Stats,
     TimestepWeights,
     authors_steps,
     collect_items,
     default_sampler,
+    guidance_record,
+    own_guidance,
 )
 from qdit_jax.checkpoint import Checkpoint, digest
 from qdit_jax.diffusion import Sampler
@@ -45,7 +48,7 @@ class CalibrationData:
         num_samples: trajectories to sample.
         num_steps: of a trajectory, where `sampler` is None: DDIM, or the flow of a velocity model.
         sampler: of the trajectories.
-        guidance: of the trajectories; ignored without a null class.
+        guidance: of the trajectories; `"published"` is the network's own; ignored without a null class.
         batch_size: samples and items in one call of the network.
         holdout: the share of trajectories on which each layer is compared with rounding to nearest;
             None is the method's own (0.25; 0 in the release).
@@ -67,7 +70,7 @@ class CalibrationData:
     num_samples: int = 32
     num_steps: int = 50
     sampler: Sampler | None = None
-    guidance: Any = 1.5
+    guidance: Any = PUBLISHED
     batch_size: int = 8
     holdout: float | int | None = None
     stages: str | None = None
@@ -99,7 +102,7 @@ class CalibrationData:
         settings = {name: getattr(self, name) for name in names}
         settings |= {"dtype": self.dtype} if fitted else {}
         if sampled:
-            settings |= {"guidance": str(self.guidance)}
+            settings |= {"guidance": str(guidance_record(self.guidance))}
             settings |= {} if self.shape is None else {"shape": list(self.shape)}
             settings |= {} if self.conditions is None else {"conditions": digest(self.conditions)}
             settings |= {} if self.key is None else {"key": key_words(self.key)}
@@ -111,6 +114,13 @@ class CalibrationData:
             settings |= {"timestep_weights": self.timestep_weights.to_json()}
         settings |= {"sampled": sampled, "stats": self.stats is not None}
         return {name: value for name, value in settings.items() if value is not None}
+
+
+def with_own_guidance(checkpoint: Checkpoint, data: CalibrationData) -> CalibrationData:
+    """Returns data with the network's own guidance, where it is left to that."""
+    if data.guidance != PUBLISHED:
+        return data
+    return dataclasses.replace(data, guidance=own_guidance(checkpoint.model))
 
 
 def key_words(key: Any) -> list[int]:

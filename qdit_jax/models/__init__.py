@@ -21,6 +21,7 @@ from qdit_jax.models.experts import (
     experts_of,
     merged,
     runs_layer,
+    step_shares,
 )
 from qdit_jax.models.families import (
     FAMILIES,
@@ -170,6 +171,7 @@ __all__ = [
     "runs_layer",
     "seen_inputs",
     "sincos_positions",
+    "step_shares",
     "tapped",
     "timestep_features",
     "with_guidance",

@@ -206,11 +206,6 @@ def ways_of(
     return list(found.values())
 
 
-def calls_per_sample(guidance: object) -> int:
-    """Returns how many network inputs a sample makes: with guidance its null sample too."""
-    return 1 if guidance in (None, 1) else 2
-
-
 def recipe_named(text: str, group_size: int | None = None) -> Recipe:
     """Returns the recipe that a preset's name such as `w4a8` or `w4a8-g32` says, or a file holds.
 

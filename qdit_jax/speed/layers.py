@@ -31,8 +31,8 @@ from qdit_jax.models import Linear
 from qdit_jax.ptq import quantize_params
 from qdit_jax.recipes import LayerSpec, Recipe, Rule
 from qdit_jax.report import provenance
-from qdit_jax.sampling import DEFAULT_GUIDANCE, check_seed, fitting_guidance
-from qdit_jax.speed.contenders import Way, calls_per_sample, check_known, contenders_of
+from qdit_jax.sampling import PUBLISHED, Guidance, calls_per_step, check_seed, fitting_guidance
+from qdit_jax.speed.contenders import Way, check_known, contenders_of
 from qdit_jax.speed.records import Records
 from qdit_jax.speed.steps import NUM_ROUNDS, Race, Row, entry_name, settings_of
 from qdit_jax.speed.timing import Call, TimeFn, interleaved, taken
@@ -51,7 +51,7 @@ def layer_table(
     *,
     batch: int = BATCH,
     numerics: str = "simulated",
-    guidance: float | int | None = DEFAULT_GUIDANCE,
+    guidance: Guidance | None = PUBLISHED,
     num_rounds: int = NUM_ROUNDS,
     seed: int = 0,
     conditions: Condition = None,
@@ -90,7 +90,7 @@ def layer_table(
     guidance = fitting_guidance(checkpoint.model, guidance)
     settings = settings_of(entrants, guidance, num_rounds, check_seed(seed), conditions)
     records = Records(state, settings)
-    inputs = batch * calls_per_sample(guidance)
+    inputs = batch * calls_per_step(checkpoint.model, guidance)
     shapes = choices_by_shape(space, inputs)
     check_computable(shapes, numerics)
     total_fn(1 + sum(map(len, shapes.values())))

@@ -25,7 +25,8 @@ from qdit_jax.models import (
 from qdit_jax.ptq import plan
 from qdit_jax.quant import ActQuant, QTensor, WeightSpec
 from qdit_jax.recipes import LayerSpec, Recipe
-from qdit_jax.speed.contenders import Contender, QuantizedLayer, calls_per_sample, contenders_of
+from qdit_jax.sampling import Guidance, calls_per_step
+from qdit_jax.speed.contenders import Contender, QuantizedLayer, contenders_of
 from qdit_jax.speed.devices import Device
 from qdit_jax.speed.roofline import Step
 
@@ -79,7 +80,7 @@ def predicted(
     checkpoint: Checkpoint,
     recipes: Iterable[Recipe],
     batches: Sequence[int],
-    guidance: float | int | None,
+    guidance: Guidance | None,
     *,
     devices: Sequence[Device] = (),
     dtype: str | None = None,
@@ -108,7 +109,7 @@ def predicted(
     shared = Counted(checkpoint)
     found = []
     for batch in batches:
-        inputs = batch * calls_per_sample(guidance)
+        inputs = batch * calls_per_step(checkpoint.model, guidance)
         for contender, size in zip(entrants, num_bytes, strict=True):
             macs, operations = counted(contender, shared)
             step = shared.step(contender, inputs)
@@ -173,9 +174,9 @@ def counted(contender: Contender, shared: Counted) -> tuple[int, float]:
         macs += rows * math.prod(shape)
         if path in by_path:
             spec = spec_of(by_path[path])
-            operations += cost(SearchLayer(path, shape, (spec,), rows), spec)
+            operations += cost(SearchLayer(path, shape, (spec,), rows, share=share), spec)
         else:
-            operations += rows * math.prod(shape) * FLOAT32_MAC
+            operations += share * rows * math.prod(shape) * FLOAT32_MAC
     return macs, operations
 
 

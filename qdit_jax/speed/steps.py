@@ -25,12 +25,15 @@ from qdit_jax.kernels import NUMERICS
 from qdit_jax.recipes import Recipe
 from qdit_jax.report import provenance
 from qdit_jax.sampling import (
-    DEFAULT_GUIDANCE,
+    PUBLISHED,
+    Guidance,
+    calls_per_step,
     check_diffusion_model,
     check_seed,
     checkpoint_sampler,
     denoiser,
     fitting_guidance,
+    guidance_record,
     initial_noise,
     running_params,
     sampler_timesteps,
@@ -39,7 +42,6 @@ from qdit_jax.speed.conditions import conditions_of
 from qdit_jax.speed.contenders import (
     Contender,
     Way,
-    calls_per_sample,
     check_known,
     contenders_of,
     recipe_named,
@@ -145,7 +147,7 @@ def bench(
     group_size: int | None = None,
     numerics: Sequence[str] = NUMERICS,
     implementations: Sequence[str] = (),
-    guidance: float | int | None = DEFAULT_GUIDANCE,
+    guidance: Guidance | None = PUBLISHED,
     num_rounds: int = NUM_ROUNDS,
     seed: int = 0,
     conditions: Condition = None,
@@ -170,7 +172,7 @@ def bench(
             the baseline is the checkpoint itself, the first way in which it is computed.
         group_size: of recipes that do not name one; by default the preset's own.
         numerics, implementations: which are timed, of those that apply; no implementation is all.
-        guidance: 1 or None calls the network once, without the null condition.
+        guidance: the network's own by default; 1 or None calls it once, without the null condition.
         num_rounds: how often each is timed.
         seed: of the noise.
         conditions: labels or prompts that samples take in turn; by default every class, or random prompts.
@@ -225,7 +227,7 @@ def settings_of(
     networks = {id(c.checkpoint): (c.checkpoint.model, c.checkpoint.params) for c in entrants}
     return fingerprint(
         network=digest(list(networks.values())),
-        guidance=None if guidance is None else float(guidance),  # type: ignore[arg-type]
+        guidance=guidance_record(float(guidance) if isinstance(guidance, int) else guidance),
         num_rounds=num_rounds,
         seed=seed,
         machine=platform.node(),
@@ -244,7 +246,7 @@ def jobs_of(
     """Yields what is to be timed: one network after another, in every way that applies."""
     for contender in entrants:
         for batch in batches:
-            inputs = batch * calls_per_sample(guidance)
+            inputs = batch * calls_per_step(contender.checkpoint.model, guidance)
             for way in ways_of(contender, numerics, implementations, inputs):
                 yield contender, batch, way
 
@@ -261,7 +263,7 @@ class Race:
         self,
         base: Contender,
         base_way: Way,
-        guidance: float | int | None,
+        guidance: Guidance | None,
         num_rounds: int,
         seed: int,
         time_fn: TimeFn,
@@ -322,7 +324,9 @@ class Race:
             contender.title,
             batch,
             way.numerics,
-            contender.implementations(way, batch * calls_per_sample(self.guidance)),
+            contender.implementations(
+                way, batch * calls_per_step(contender.checkpoint.model, self.guidance)
+            ),
             taken(1000 * seconds[1]),
             ratio(seconds[1], seconds[0]),
             sum(leaf.nbytes for leaf in jax.tree.leaves(self.params(contender))),
