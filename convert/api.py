@@ -242,6 +242,8 @@ def _of_pipeline(network: Network, parts: Parts) -> Network:
     if parts.left_out:
         names = " and ".join(parts.left_out)
         network = network.noted(f"{names} left out: prompts are given as embeddings")
+    for note in parts.notes:
+        network = network.noted(note)
     if "scheduler" not in parts.kept:
         note = f"the pipeline has no scheduler: sampled as the published {parts.row.process}"
         return network.noted(note)

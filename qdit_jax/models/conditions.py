@@ -34,8 +34,8 @@ ENTRIES = {
     "height": "rows in pixels, [N]",
     "width": "columns in pixels, [N]",
     "frame_mask": "True where a frame is denoised, [N, T]",
-    "position_ids": "positions of tokens, [N, tokens, 3]",
-    "text_ids": "positions of text tokens, [N, L, 3]",
+    "position_ids": "positions of tokens, [N, tokens, 3 or 4]",
+    "text_ids": "positions of text tokens, [N, L, 3 or 4]",
 }
 
 
