@@ -89,6 +89,14 @@ def add_parser(subparsers: SubParsers) -> None:
         type=positive_int,
         help="samples per batch, over all devices (default: 16 per device, 4 on CPU)",
     )
+    add(
+        "--shard-tokens",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="devices that share each sample: each holds its part of the activations, for samples longer "
+        "than one device's memory; N divides the devices, and the tokens (%(default)s)",
+    )
     add_numerics(
         add,
         "simulated",
@@ -150,6 +158,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         prompts=chosen.prompts,
         shape=chosen.shape,
         first_frames=first_frames_of(vars(args), checkpoint, chosen.shape),
+        shard_tokens=args.shard_tokens,
     )
     check_job(job, args.out, args.columns)
     count = job.count

@@ -62,7 +62,7 @@ class SampleFile:
     assigned cyclically to `num_samples` samples, one per condition by default. `prompts` are texts for
     captions, one per condition. `shape` is that of one sample, the network's own by default.
     `batch_size` None takes that of an unfinished run, or the device's default. `first_frames` are latents
-    that videos begin with, see `sampling.generate`.
+    that videos begin with; `shard_tokens` devices share each sample: see `sampling.generate`.
     """
 
     checkpoint: Checkpoint
@@ -78,6 +78,7 @@ class SampleFile:
     prompts: Sequence[str] | None = None
     shape: Sequence[int] | None = None
     first_frames: np.ndarray | None = None
+    shard_tokens: int = 1
 
     @property
     def count(self) -> int:
@@ -185,6 +186,7 @@ class SampleFile:
             numerics=self.numerics,
             shape=self.shape,
             first_frames=self.first_frames,
+            shard_tokens=self.shard_tokens,
         )
         for start, images in batches:
             check_finite(images, start, count)
@@ -196,7 +198,7 @@ class SampleFile:
     def begun(self, folder: AnyPath, force: bool) -> dict[str, Any]:
         """Returns the settings of the run in `folder`: those of an earlier run, or these."""
         settings = self.all_settings()
-        default = {"batch_size": checked_batch_size(self.count, None)}
+        default = {"batch_size": checked_batch_size(self.count, None, self.shard_tokens)}
         try:
             return open_run(folder, settings, default, REMEDY)
         except UserError:
@@ -227,7 +229,9 @@ class SampleFile:
             "guidance_channels": self.guidance_channels or "all",
             "seed": self.seed,
             "numerics": self.numerics,
-            "batch_size": None if size is None else checked_batch_size(self.count, size),
+            "batch_size": None
+            if size is None
+            else checked_batch_size(self.count, size, self.shard_tokens),
         }
 
 

@@ -5,6 +5,7 @@ from qdit_jax.sampling.batches import (
     default_batch_size,
     device_mesh,
     filled_batch,
+    token_mesh,
 )
 from qdit_jax.sampling.checks import (
     calls_per_step,
@@ -109,6 +110,7 @@ __all__ = [
     "sized_shape",
     "takes_embedded_guidance",
     "takes_first_frames",
+    "token_mesh",
     "with_sizes",
     "write_conditions",
 ]

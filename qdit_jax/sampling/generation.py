@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Num
 
 from qdit_jax import diffusion
@@ -27,7 +27,7 @@ from qdit_jax.models import (
     without_null,
 )
 from qdit_jax.quant import UNQUANTIZED, applied_over_time, select_timestep
-from qdit_jax.sampling.batches import checked_batch_size, device_mesh, filled_batch
+from qdit_jax.sampling.batches import checked_batch_size, device_mesh, filled_batch, token_mesh
 from qdit_jax.sampling.checks import (
     calls_per_step,
     check_diffusion_model,
@@ -53,6 +53,7 @@ from qdit_jax.sampling.own_guidance import (
     takes_embedded_guidance,
 )
 from qdit_jax.sampling.running import running_params
+from qdit_jax.sampling.token_sharding import split_tokens
 from qdit_jax.types import AnyArray, Condition, Key, Params, Progress, ProgressFn, untold
 
 
@@ -63,6 +64,8 @@ class Denoiser:
 
     params: Params
     model: nn.Module = dataclasses.field(metadata={"static": True})
+    # Whose axis `tokens` a sample's tokens are split over.
+    mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __call__(
         self, x: Float[Array, "B ..."], timestep: Num[Array, "B *moments"], condition: Condition
@@ -104,7 +107,8 @@ def _applied(
         model = denoise_fn.model
         if bits == UNQUANTIZED and getattr(model, "numerics", "simulated") != "simulated":
             model = model.clone(numerics="simulated")  # integers need quantized activations
-        return cast(Array, model.apply({"params": params}, x, timestep, condition))
+        with split_tokens(denoise_fn.mesh):
+            return cast(Array, model.apply({"params": params}, x, timestep, condition))
 
     return applied_over_time(apply, params, of_samples)
 
@@ -154,6 +158,7 @@ def denoiser(
     params: Params,
     guidance: Guidance | None = PUBLISHED,
     guidance_channels: int | str | None = PUBLISHED,
+    mesh: Mesh | None = None,
 ) -> Callable[..., Array]:
     """Returns the `denoise_fn` of a network, guided by its null condition.
 
@@ -165,6 +170,7 @@ def denoiser(
     entry of its condition and is called once, also at 1.
     `guidance_channels` counts the guided channels, at most all of the sample's: `"published"` for as
     many as the family's published sampler guides (3 of DiT's 4), None for all as diffusers does.
+    `mesh` has the axes `batch` and `tokens` (`token_mesh`), over which activations are then split.
 
     Raises:
         ValueError: if the network has no null condition, or a sample fewer channels.
@@ -172,7 +178,7 @@ def denoiser(
     guidance = chosen_guidance(model, guidance)
     check_guidance(guidance)
     channels = num_guided_channels(model, guidance_channels)
-    plain = Denoiser(params, model)
+    plain = Denoiser(params, model, mesh)
     if guidance is not None and takes_embedded_guidance(model):
         if callable(guidance):
             raise ValueError(
@@ -229,6 +235,7 @@ def generate(
     numerics: str = "simulated",
     shape: Sequence[int] | None = None,
     first_frames: AnyArray | None = None,
+    shard_tokens: int = 1,
     decode_fn: Callable[[Checkpoint, Array], Array] | None = decode,
     progress_fn: ProgressFn = untold,
 ) -> Float[np.ndarray, "N *shape"]:
@@ -247,6 +254,8 @@ def generate(
         shape: of one sample of the network, channels last; `model.sample_shape()` by default.
         first_frames: latents `[N, F, h, w, Z]` that a video begins with and that stay as they are, one
             clip per sample or cycled; the network sees them as clean. See `diffusion.keeping_frames`.
+        shard_tokens: how many devices share each sample, a number that divides that of the devices; each
+            then holds its share of the activations and all parameters. Autoencoders decode whole samples.
 
     Raises:
         ValueError: if a label or the seed is out of range, there is no label, the batch size is not
@@ -255,7 +264,7 @@ def generate(
     check_diffusion_model(checkpoint.model)
     condition = checked_conditions(checkpoint.model, condition)
     num_samples = sample_count(condition, num_samples)
-    size = checked_batch_size(num_samples, batch_size)
+    size = checked_batch_size(num_samples, batch_size, shard_tokens)
     done = []
     for _, images in generated_batches(
         checkpoint,
@@ -270,6 +279,7 @@ def generate(
         numerics=numerics,
         shape=shape,
         first_frames=first_frames,
+        shard_tokens=shard_tokens,
         decode_fn=decode_fn,
     ):
         done.append(images)
@@ -291,6 +301,7 @@ def generated_batches(
     numerics: str = "simulated",
     shape: Sequence[int] | None = None,
     first_frames: AnyArray | None = None,
+    shard_tokens: int = 1,
     decode_fn: Callable[[Checkpoint, Array], Array] | None = decode,
 ) -> Iterator[tuple[int, Float[np.ndarray, "B *shape"]]]:
     """Yields what `generate` returns batch by batch: the first sample's number, and the samples.
@@ -304,20 +315,20 @@ def generated_batches(
     condition = checked_conditions(checkpoint.model, condition)
     num_samples = num_samples or sample_count(condition, None)
     size = shape_of_sample(checkpoint.model, shape)
-    mesh = device_mesh()
+    mesh = device_mesh() if shard_tokens == 1 else token_mesh(shard_tokens)
     split, whole = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
     model = checkpoint.model.clone(numerics=numerics)
-    denoise_fn = jax.device_put(
-        denoiser(model, running_params(model, checkpoint.params), guidance, guidance_channels),
-        whole,
-    )
+    params, shared = running_params(model, checkpoint.params), None if shard_tokens == 1 else mesh
+    denoise_fn = denoiser(model, params, guidance, guidance_channels, shared)
+    denoise_fn = jax.device_put(denoise_fn, whole)
     check_takes(denoise_fn, model, shape, condition)
     if first_frames is not None:
         first_frames = checked_first_frames(model, first_frames, size)
     vae = checkpoint.vae if decode_fn else None
     if vae is not None:
         vae = dataclasses.replace(vae, params=jax.device_put(vae.params, whole))
-    padded = -(-batch_size // mesh.size) * mesh.size
+    parts = mesh.shape["batch"]
+    padded = -(-batch_size // parts) * parts
     for start in starts:
         stop = min(start + batch_size, num_samples)
         index = filled_batch(start, padded, num_samples)
