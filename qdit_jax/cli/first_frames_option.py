@@ -98,6 +98,7 @@ def encoded(
     Raises:
         UserError: if there is no autoencoder, or it does not take such clips.
     """
+    import jax.numpy as jnp
     import numpy as np
 
     from qdit_jax.sampling import encode
@@ -108,6 +109,6 @@ def encoded(
             return pixels
         raise UserError(f"{source} holds pixels, which only an autoencoder encodes; give --vae.")
     try:
-        return np.asarray(encode(checkpoint.vae, pixels))
+        return np.asarray(encode(checkpoint.vae, jnp.asarray(pixels)))
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None

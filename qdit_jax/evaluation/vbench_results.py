@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -48,9 +49,9 @@ def read_vbench_results(paths: PathLike | Sequence[PathLike]) -> dict[str, VBenc
     Raises:
         UserError: if a file is something else, or two hold the same dimension.
     """
-    single = isinstance(paths, str) or not isinstance(paths, Sequence)
+    given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     found: dict[str, VBenchScore] = {}
-    for path in [paths] if single else paths:  # type: ignore[list-item]
+    for path in given:
         for name, score in read_one(path).items():
             if name in found:
                 raise UserError(f"{path} holds {name} once more; give each dimension once.")
@@ -146,11 +147,12 @@ def vbench_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for name, entry in summary["dimensions"].items():
         minimum = "-" if entry["minimum"] is None else f"{entry['minimum']:.4f}"
         cells = (name, f"{entry['score']:.4f}", minimum, entry["worst"] or "-")
-        row = (*cells, str(entry["num_clips"] or "-"))
+        row: tuple[str, ...] = (*cells, str(entry["num_clips"] or "-"))
         if "changes" in summary:
             other = summary["against"].get(name)
             change = summary["changes"].get(name)
-            row += (
+            row = (
+                *row,
                 "-" if other is None else f"{other['score']:.4f}",
                 "-" if change is None else f"{change:+.4f}",
             )

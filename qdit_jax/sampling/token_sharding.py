@@ -109,7 +109,8 @@ class Shards:
         params = dict(module.variables.get("params", {}))
 
         def run(params: Params, *parts: Array) -> Array:
-            return alone.apply({"params": params}, *parts, method=method)
+            found: Any = alone.apply({"params": params}, *parts, method=method)
+            return found
 
         call = jax.shard_map(
             run,

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +99,7 @@ def this_cpu() -> Device:
         def product(a: jax.Array, b: jax.Array, sums: str = sums) -> jax.Array:
             return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=sums)
 
-        rates[dtype] = 2 * SIDE**3 / least_seconds(lambda a=left, f=product: f(a, a))
+        rates[dtype] = 2 * SIDE**3 / least_seconds(partial(product, left, left))
     values = jnp.ones(32 * SIDE**2, jnp.float32)
     negated = jax.jit(jnp.negative)
     copied = 2 * values.nbytes / least_seconds(lambda: negated(values))
