@@ -72,7 +72,7 @@ def add_parser(subparsers: SubParsers) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs every stage; returns the figures of the comparison."""
     from qdit_jax.checkpoint import default_dtype
-    from qdit_jax.cli.progress import Bar
+    from qdit_jax.cli.progress import Stages
     from qdit_jax.demo import DemoSettings, run_demo
 
     if args.quick:
@@ -88,4 +88,5 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         dtype=args.dtype or default_dtype(),
         quick=args.quick,
     )
-    return run_demo(args.out, settings, bar_fn=Bar)
+    with Stages("sample") as stages:
+        return run_demo(args.out, settings, progress_fn=stages.tell)

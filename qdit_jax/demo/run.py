@@ -8,7 +8,6 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +23,7 @@ from qdit_jax.methods import CalibrationData, quantize
 from qdit_jax.ptq import quantize_params
 from qdit_jax.recipes import Recipe
 from qdit_jax.sampling import check_seed
-from qdit_jax.types import Params
-
-# `(total, unit, text)` -> a context whose value has `update(count)`.
-BarFn = Callable[[int, str, str], AbstractContextManager[Any]]
+from qdit_jax.types import Params, Progress, ProgressFn, untold
 
 BATCH_SIZE = 10  # one of each digit
 NUM_FITTED, BATCH_FITTED = 32, 32  # trajectories that `best` looks at, inputs per call
@@ -99,28 +95,16 @@ def recipes(params: Params, sizes: tuple[int, int], quick: bool) -> dict[str, Re
     return kept | ({} if quick else more) | last
 
 
-@dataclasses.dataclass(frozen=True)
-class NoBar:
-    """A bar that shows nothing."""
-
-    def update(self, count: int) -> None:
-        """Shows nothing."""
-
-
-def no_bar(total: int, unit: str, text: str) -> AbstractContextManager[Any]:
-    return nullcontext(NoBar())
-
-
 def run_demo(
     out: PathLike,
     settings: DemoSettings,
     say: Callable[[str], None] = print,
-    bar_fn: BarFn = no_bar,
+    progress_fn: ProgressFn = untold,
 ) -> dict[str, Any]:
     """Runs every stage and writes its results to the folder `out`; an earlier demonstration is renewed.
 
     Returns what metrics.json holds. `say` gets the results as text, the log the current stage;
-    `bar_fn` returns progress bars.
+    `progress_fn` is told of the samples of every stage.
 
     Raises:
         UserError: if `out` exists and is not an earlier demonstration.
@@ -140,7 +124,7 @@ def run_demo(
     note(
         "2/4 calibrate: ranges of every layer's input, over timesteps, conditions and the null one"
     )
-    stats = calibrate_packaged(checkpoint, settings, bar_fn)
+    stats = calibrate_packaged(checkpoint, settings, progress_fn)
     stats.save(out / "stats.npz")
     note("3/4 quantize: one checkpoint per recipe")
     checkpoints = {}
@@ -153,7 +137,7 @@ def run_demo(
         note("3/4 quantize: two of them by the method best, which looks at the network's inputs")
         checkpoints |= fitted(checkpoint, settings, out)
     note("4/4 compare: the same noise and conditions with each")
-    summary = compare(checkpoint, checkpoints, settings, out, bar_fn)
+    summary = compare(checkpoint, checkpoints, settings, out, progress_fn)
     say(table_of(summary))
     say(f"wrote {out / 'report.html'}, {out / 'pictures.png'} and {out / 'metrics.json'}")
     return summary
@@ -180,21 +164,23 @@ def fitted(checkpoint: Checkpoint, settings: DemoSettings, out: AnyPath) -> dict
     return found
 
 
-def calibrate_packaged(checkpoint: Checkpoint, settings: DemoSettings, bar_fn: BarFn) -> Stats:
+def calibrate_packaged(
+    checkpoint: Checkpoint, settings: DemoSettings, progress_fn: ProgressFn
+) -> Stats:
     """Returns statistics of 20 trajectories, two of each digit (10 when quick)."""
     num_samples = 10 if settings.quick else 20
     key = jax.random.fold_in(jax.random.key(settings.seed), 1)
-    with bar_fn(num_samples, "sample", "calibrating") as bar:
-        return calibrate(
-            checkpoint,
-            key,
-            num_samples,
-            conditions=settings.packaged.conditions(),
-            sampler=default_sampler(checkpoint, settings.steps),
-            guidance=settings.guidance,
-            batch_size=num_samples,
-            progress_fn=bar.update,
-        )
+    progress_fn(Progress(total=num_samples, stage="calibrating"))
+    return calibrate(
+        checkpoint,
+        key,
+        num_samples,
+        conditions=settings.packaged.conditions(),
+        sampler=default_sampler(checkpoint, settings.steps),
+        guidance=settings.guidance,
+        batch_size=num_samples,
+        progress_fn=progress_fn,
+    )
 
 
 def compare(
@@ -202,7 +188,7 @@ def compare(
     quantized: Mapping[str, Checkpoint],
     settings: DemoSettings,
     out: AnyPath,
-    bar_fn: BarFn,
+    progress_fn: ProgressFn,
 ) -> dict[str, Any]:
     """Compares each checkpoint with full precision; writes figures, pictures and page to `out`.
 
@@ -211,8 +197,8 @@ def compare(
     packaged, num_samples = settings.packaged, settings.samples
     few = metrics.ScoreSettings(min_samples=2)
     scoring = Scoring("demo", settings=few, batch_size=num_samples) if packaged.scored else None
-    bar = bar_fn(num_samples, "sample", "sampling")
-    with tempfile.TemporaryDirectory() as folder, bar as shown:
+    progress_fn(Progress(stage="sampling"))
+    with tempfile.TemporaryDirectory() as folder:
         summary = evaluate(
             {title: with_dtype(found, settings.dtype) for title, found in quantized.items()},
             against=checkpoint,
@@ -222,7 +208,7 @@ def compare(
             out=folder,
             title=packaged.title,
             prompts=packaged.prompts(),
-            progress_fn=shown.update,
+            progress_fn=progress_fn,
             conditions=packaged.conditions(),
             seed=settings.seed,
             guidance=settings.guidance,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -28,6 +28,7 @@ from qdit_jax.evaluation.trajectories import Contender, Protocol
 from qdit_jax.files import AnyPath, PathLike, as_path, check_free, renewed_folder, replaced_file
 from qdit_jax.report import save_picture
 from qdit_jax.sampling import cyclic_conditions, num_conditions
+from qdit_jax.types import ProgressFn, untold
 
 PAGES = {"metrics.json": "figures", "pictures.png": "picture", "report.html": "report"}
 SAMPLES = ("reference_samples.npz", "samples.npz", "compared_samples.npz")
@@ -47,7 +48,7 @@ def evaluate(
     overwrite: bool = False,
     title: str | None = None,
     prompts: Sequence[str] | None = None,
-    progress_fn: Callable[[int], object] | None = None,
+    progress_fn: ProgressFn = untold,
     **settings: Any,
 ) -> dict[str, Any]:
     """Returns how far a checkpoint's samples are from a reference's, and their scores.
@@ -173,7 +174,7 @@ def evaluated(
     *,
     prompts: Sequence[str] | None = None,
     title: str | None = None,
-    progress_fn: Callable[[int], object] | None = None,
+    progress_fn: ProgressFn = untold,
     watch: Watch = unwatched,
 ) -> tuple[dict[str, Any], list[AnyPath]]:
     """Samples, measures and scores in a folder, and writes the pages there.
@@ -246,23 +247,17 @@ def named_conditions(
 def image_shape(
     checkpoint: Checkpoint, latents_shape: Sequence[int] | None = None
 ) -> tuple[int, ...]:
-    """Returns rows, columns and channels of a checkpoint's images.
+    """Returns rows, columns and channels of a checkpoint's images; of videos, the frames first.
 
     Raises:
-        UserError: if it makes latents that nothing decodes, or videos.
+        UserError: if it makes latents that nothing decodes.
     """
     if not decodes(checkpoint):
         raise UserError(
             "the models make latents and no autoencoder is known; give --vae CHECKPOINT to score "
             "images against --reference."
         )
-    shape = sample_shape(checkpoint, latents_shape)
-    if len(shape) != 3:
-        raise UserError(
-            "--reference scores images, and these models make videos; leave it out, or score frames as "
-            "--samples."
-        )
-    return shape
+    return sample_shape(checkpoint, latents_shape)
 
 
 def decodes(checkpoint: Checkpoint) -> bool:

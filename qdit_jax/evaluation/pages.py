@@ -12,6 +12,7 @@ from PIL import Image
 
 from qdit_jax import report
 from qdit_jax.calibration import Stats
+from qdit_jax.evaluation.frame_pages import frame_parts
 from qdit_jax.evaluation.pictures import MOST_DETAILED
 from qdit_jax.evaluation.summary import MEASURES, TRAJECTORY, num_bytes
 from qdit_jax.evaluation.trajectories import Contender
@@ -26,6 +27,7 @@ from qdit_jax.report import (
     range_histograms,
     weight_ranges,
 )
+from qdit_jax.sampling import guidance_text
 
 
 def write_evaluation(
@@ -55,6 +57,7 @@ def write_evaluation(
     if len(summary["paired"]) > 1:
         text = "Bytes against closeness, with 95% intervals"
         parts.append(report.picture(closeness_figure(summary), text))
+    parts += frame_parts(summary)
     if "comparison" in summary:
         parts.append(comparison_table(summary["comparison"]))
     if summary["trajectory"]:
@@ -78,7 +81,7 @@ def protocol_text(summary: Mapping[str, Any]) -> str:
     models = "; ".join(f"{m['title']}: {m['numerics']} in {m['dtype']}" for m in summary["models"])
     return (
         f"{s['num_samples']:,} samples per model, {s['sampler']} with {s['steps']} steps, guidance "
-        f"{s['guidance']:g} on {s['guidance_channels']} channels, seed {s['seed']}, "
+        f"{guidance_text(s['guidance'])} on {s['guidance_channels']} channels, seed {s['seed']}, "
         f"conditions cycled; the same noise, conditions and steps for all. {models}. Run on "
         f"{', '.join(s['device'])}; {report.provenance_text(summary['made'])}."
     )
@@ -103,12 +106,21 @@ def digits_of(name: str) -> int:
 def paired_table(summary: Mapping[str, Any]) -> str:
     titles = list(summary["paired"])
     names = [name for name in MEASURES if name in summary["paired"][titles[0]]]
-    rows = [
-        [MEASURES[n], *(with_interval(summary["paired"][t][n], digits_of(n)) for t in titles)]
-        for n in names
-    ]
-    note = f"Against {summary['models'][0]['title']}: mean over samples and its bootstrap 95% interval."
-    return readable_table(["measure (more is closer)", *titles], rows, note)
+
+    def cells(entry: Mapping[str, float], digits: int) -> list[str]:
+        worst = f"{entry['worst']:.{digits}f} (sample {entry['worst_sample']})"
+        return [with_interval(entry, digits), worst]
+
+    rows = []
+    for name in names:
+        found = (cells(summary["paired"][t][name], digits_of(name)) for t in titles)
+        rows.append([MEASURES[name], *(cell for pair in found for cell in pair)])
+    note = (
+        f"Against {summary['models'][0]['title']}: mean over samples, its bootstrap 95% interval, and the "
+        "worst sample: a mean hides failures."
+    )
+    head = [text for title in titles for text in (title, f"{title}, worst")]
+    return readable_table(["measure (more is closer)", *head], rows, note)
 
 
 def readable_table(head: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,8 +44,10 @@ from qdit_jax.sampling import (
     denoiser,
     device_mesh,
     filled_batch,
+    guidance_record,
     sample_rows,
 )
+from qdit_jax.types import Progress, ProgressFn, untold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +63,11 @@ def run_evaluation(
     contenders: Sequence[Contender],
     protocol: Protocol,
     folder: PathLike,
-    progress_fn: Callable[[int], Any] | None = None,
+    progress_fn: ProgressFn = untold,
 ) -> Run:
     """Samples what `folder` lacks and returns the finished run.
 
-    `progress_fn` is called with the number of samples just done, first with those on disk.
+    `progress_fn` is told the number of samples just done, first of those on disk.
 
     Raises:
         UserError: if the contenders cannot be paired, the folder holds another run, or a sample
@@ -77,6 +79,7 @@ def run_evaluation(
         raise UserError(f"batch_size={protocol.batch_size} must be at least 1.")
     check_seed(protocol.seed)
     check_pairable(contenders)
+    protocol = protocol.resolved(contenders[0].checkpoint.model)
     check_inputs(contenders, protocol)
     folder = as_path(folder)
     with locked(folder), unless_unbegun(folder):
@@ -84,12 +87,12 @@ def run_evaluation(
         settings = open_run(folder, settings_of(contenders, protocol), default)
         ranges = shard_ranges(protocol.num_samples, settings["batch_size"])
         missing = missing_shards(folder, ranges)
-        report = progress_fn or (lambda count: None)
-        report(protocol.num_samples - sum(stop - start for start, stop in missing))
+        done = protocol.num_samples - sum(stop - start for start, stop in missing)
+        progress_fn(Progress(done, total=protocol.num_samples))
         size = settings["batch_size"]
         for start, arrays in shards(contenders, protocol, missing, size):
             write_shard(folder, start, arrays)
-            report(int(arrays["stop"]) - start)
+            progress_fn(Progress(int(arrays["stop"]) - start))
     return Run(folder, ranges, settings)
 
 
@@ -159,7 +162,7 @@ def settings_of(contenders: Sequence[Contender], protocol: Protocol) -> dict[str
         **protocol.record,
         "num_samples": protocol.num_samples,
         "seed": protocol.seed,
-        "guidance": protocol.guidance,
+        "guidance": guidance_record(protocol.guidance),
         "guidance_channels": "all" if channels is None else channels,
         "numerics": protocol.numerics,
         "batch_size": protocol.batch_size,

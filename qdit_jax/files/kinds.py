@@ -201,6 +201,12 @@ KINDS = {
         r"((reference_|compared_)?samples|samples_\d+)\.npz",
         "run.json",
     ),
+    "vbench": Kind(
+        "a folder for VBench",
+        inside("vbench.json", json_with("vbench", "clips")),
+        r"vbench\.json|prompts\.json|videos",
+        "vbench.json",
+    ),
     "bench": Kind(
         "a bench",
         inside("bench.json", json_with("settings", "entries")),

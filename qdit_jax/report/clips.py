@@ -98,7 +98,9 @@ def save_clip(
             write_mp4(temporary, pictures, fps)
 
 
-def write_mp4(path: PathLike, pictures: Sequence[Image.Image], fps: float | int) -> None:
+def write_mp4(
+    path: PathLike, pictures: Sequence[Image.Image | np.ndarray], fps: float | int
+) -> None:
     """Writes pictures as a film in H.264; its sides are cut to even numbers, as that needs."""
     import imageio.v2 as imageio
 
