@@ -6,7 +6,7 @@ A video is 8 frames of 16x16 gray pixels: one digit of 10x10 that moves at a con
 pixels per frame and bounces (`placed_digits.py`).
 
 About 38 minutes on one free core: 12,500 steps of 16 videos of 0.185 s, 11,000 tokens per second (128
-tokens, width 96, depth 6, 1.1M values); measured 66 minutes on a core shared with other work. A killed
+tokens, width 96, depth 6, 1.1M values); measured 60 minutes on a core shared with other work. A killed
 run continues where it last saved, also with other `--steps`. As `train_digits.py`, it writes
 `curve.csv`, `samples.png` (a video of each digit, 30 DDIM steps, guidance 1.5) and the averaged
 weights, `demo_latte.safetensors`, in the authors' layout at half precision. Expected: a noise error
