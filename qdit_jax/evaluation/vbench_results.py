@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -48,9 +48,9 @@ def read_vbench_results(paths: PathLike | Sequence[PathLike]) -> dict[str, VBenc
     Raises:
         UserError: if a file is something else, or two hold the same dimension.
     """
-    single = isinstance(paths, str) or not isinstance(paths, Sequence)
+    files: Sequence[PathLike] = paths if isinstance(paths, list | tuple) else [cast(Any, paths)]
     found: dict[str, VBenchScore] = {}
-    for path in [paths] if single else paths:  # type: ignore[list-item]
+    for path in files:
         for name, score in read_one(path).items():
             if name in found:
                 raise UserError(f"{path} holds {name} once more; give each dimension once.")
@@ -146,7 +146,7 @@ def vbench_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for name, entry in summary["dimensions"].items():
         minimum = "-" if entry["minimum"] is None else f"{entry['minimum']:.4f}"
         cells = (name, f"{entry['score']:.4f}", minimum, entry["worst"] or "-")
-        row = (*cells, str(entry["num_clips"] or "-"))
+        row: tuple[str, ...] = (*cells, str(entry["num_clips"] or "-"))
         if "changes" in summary:
             other = summary["against"].get(name)
             change = summary["changes"].get(name)
