@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import random_params
@@ -45,7 +46,7 @@ def test_each_expert_has_its_own():
     assert isinstance(found, diffusion.SteppedScale)
     assert (found.boundary, found.at_or_above, found.below) == (model.boundary, 4.0, 3.0)
     assert sampling.own_guidance(model.clone(expert="low")) == 3.0
-    np.testing.assert_array_equal(found(np.array([500.0, 499.0])), [4, 3])
+    np.testing.assert_array_equal(found(jnp.array([500.0, 499.0])), [4, 3])
     record = sampling.guidance_record(guidance_for(model, (6.0, 2.0)))
     assert record == "6 from timestep 500, 2 below"
     assert sampling.guidance_text(1.5) == "1.5"
