@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import method_pages
+import preset_page
 import pytest
 
 import qdit_jax as qdit
@@ -30,6 +31,12 @@ def test_the_reference_has_every_public_name():
 def test_the_pages_of_methods_are_those_of_the_table():
     written = {page.name: page.read_text() for page in (DOCS / "methods").iterdir()}
     assert written == method_pages.pages(), "run experiments/tables/method_pages.py"
+
+
+def test_the_page_of_presets_is_that_of_the_table():
+    assert preset_page.PAGE.read_text() == preset_page.page(), (
+        "run experiments/tables/preset_page.py"
+    )
 
 
 def test_every_notebook_is_a_page():

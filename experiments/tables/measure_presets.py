@@ -2,7 +2,7 @@
 
     python experiments/tables/measure_presets.py
 
-About 5 minutes on 2 free cores. Writes `qdit_jax/assets/presets.json`, which `qdit recipes` reads: closeness of the
+About 3 minutes on 2 free cores. Writes `qdit_jax/assets/presets.json`, which `qdit recipes` reads: closeness of the
 final latents to full precision from the same noise and labels, in dB with its 95% interval over samples (DDIM,
 guidance 1.5), and the bytes of all parameters. A preset that is there already is not measured again; remove the
 file to measure all.
@@ -26,7 +26,7 @@ from qdit_jax.recipes import NAMED, NamedPreset
 from qdit_jax.report import provenance
 
 OUT = Path(qdit.__file__).parent / "assets" / "presets.json"
-SETTINGS = {"num_samples": 40, "steps": 25, "guidance": 1.5, "seed": 0, "num_items": 32}
+SETTINGS = {"num_samples": 20, "steps": 20, "guidance": 1.5, "seed": 0, "num_items": 16}
 
 
 def latents(checkpoint: Checkpoint) -> np.ndarray:

@@ -95,7 +95,7 @@ def text_of_entry(entry: dict[str, Any]) -> str:
     figures, here = entry["measured"], entry["here"]
     lines = {"": entry["idea"], "product:": entry["hardware"], "method:": entry["method"]}
     if figures is None:
-        lines["measured:"] = "not yet"
+        lines["measured:"] = "no"
     else:
         db = figures["closeness_db"]
         lines["measured:"] = (

@@ -8,7 +8,6 @@ from browser import Browser, chromium
 from qdit_jax import report
 from qdit_jax.checkpoint import Checkpoint, save
 from qdit_jax.cli import main
-from qdit_jax.demo import convert_packaged
 from qdit_jax.testing import realistic_dit
 
 LEAST_CONTRAST = 4.5  # of WCAG 2.2 AA for text
