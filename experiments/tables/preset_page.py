@@ -11,8 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qdit_jax.cli.recipes import footnote, measured
-from qdit_jax.recipes import NAMED
+from qdit_jax.recipes import NAMED, NamedPreset, measured_presets
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "ready-recipes.md"
 TOP = """\
@@ -33,7 +32,8 @@ qdit quantize xl2 xl2-fast --recipe w4a8-fast --method smoothquant
 """
 BOTTOM = """\
 
-{footnote} Full precision has 7,492,736 bytes. Twenty samples separate presets that are several dB apart, no others,
+Measured on the packaged digit model by `experiments/tables/measure_presets.py` ({day}, {machine}, jax {jax};
+{num_samples} samples, {steps} DDIM steps, guidance {guidance}, {num_items} trajectories to calibrate on). Full precision has 7,492,736 bytes. Twenty samples separate presets that are several dB apart, no others,
 and how they rank on this model is no promise for yours: [evaluation](evaluation.md).
 
 Beside these there is `w<bits>a<bits>`, 2 to 8 bits a side or 16, with `-fast` and `-all`:
@@ -50,12 +50,19 @@ They name layers of that model, so they show what a search finds rather than ser
 
 def page() -> str:
     """Returns the text of the page."""
-    figures = measured()
+    figures = measured_presets()
+    made = figures["made"]
     rows = "".join(map(line, NAMED.values(), [figures["rows"].get(name) for name in NAMED]))
-    return TOP + rows + BOTTOM.format(footnote=footnote(figures))
+    return (
+        TOP
+        + rows
+        + BOTTOM.format(
+            **figures["settings"], day=made["date"][:10], machine=made["machine"], jax=made["jax"]
+        )
+    )
 
 
-def line(preset: Any, row: dict[str, Any] | None) -> str:
+def line(preset: NamedPreset, row: dict[str, Any] | None) -> str:
     """Returns a preset's line of the table."""
     shown = "not measured | "
     if row is not None:

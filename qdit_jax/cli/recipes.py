@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import textwrap
 from typing import Any
 
@@ -24,7 +23,6 @@ examples:
   qdit recipes xl2
   qdit quantize xl2 xl2-fast --recipe w4a8-fast --method smoothquant
 """
-FIGURES = "presets.json"
 
 
 def add_parser(subparsers: SubParsers) -> None:
@@ -42,9 +40,9 @@ def add_parser(subparsers: SubParsers) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prints every preset of the table, and returns them."""
-    from qdit_jax.recipes import NAMED
+    from qdit_jax.recipes import NAMED, measured_presets
 
-    figures = measured()
+    figures = measured_presets()
     found: list[dict[str, Any]] = []
     params = None
     if args.checkpoint is not None:
@@ -65,14 +63,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print("\n\n".join(map(text_of_entry, found)))
     print("\n" + footnote(figures))
     return {"recipes": found, "settings": figures["settings"], "made": figures["made"]}
-
-
-def measured() -> dict[str, Any]:
-    """Returns what `experiments/tables/measure_presets.py` found on the packaged model."""
-    from qdit_jax.models import asset
-
-    found: dict[str, Any] = json.loads(asset(FIGURES).read_text())
-    return found
 
 
 def cost(name: str, params: Any) -> dict[str, Any]:

@@ -11,11 +11,10 @@ from flax.traverse_util import unflatten_dict
 
 import qdit_jax as qdit
 from qdit_jax.cli import main
-from qdit_jax.cli.recipes import measured
 from qdit_jax.kernels import unsupported_reason
 from qdit_jax.methods import METHODS
 from qdit_jax.models import FAMILIES, abstract_params, build_model
-from qdit_jax.recipes import NAMED, layer_paths, part_pattern
+from qdit_jax.recipes import NAMED, layer_paths, measured_presets, part_pattern
 
 ROWS = (*FAMILIES.values(), toy_family.ROW, toy_painter.ROW)
 NETWORKS = [
@@ -52,7 +51,7 @@ def test_every_layer_of_every_family_is_understood(row, config):
 
 
 def test_what_was_measured_is_of_the_table():
-    rows = measured()["rows"]
+    rows = measured_presets()["rows"]
     assert {"w8a8-fast", "w4a8-fast", "w4a8-best", "nvfp4"} <= set(rows) <= set(NAMED)
     for name, row in rows.items():
         assert row["method"] == NAMED[name].method
