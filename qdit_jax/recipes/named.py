@@ -36,9 +36,9 @@ class NamedPreset:
 
 
 def block_format(fmt: str, bits: str, idea: str, hardware: str, **settings: Any) -> NamedPreset:
-    """Returns a preset whose weights and inputs are of one number format."""
+    """Returns a preset whose weights and inputs are of one number format, which GPTQ cannot round to."""
     both = {"weight_format": fmt, "act_format": fmt, **settings}
-    return NamedPreset(fmt, bits, idea, hardware, settings=both)
+    return NamedPreset(fmt, bits, idea, hardware, "smoothquant", both)
 
 
 ROWS = (

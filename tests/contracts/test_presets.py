@@ -15,6 +15,7 @@ from qdit_jax.kernels import unsupported_reason
 from qdit_jax.methods import METHODS
 from qdit_jax.models import FAMILIES, abstract_params, build_model
 from qdit_jax.recipes import NAMED, layer_paths, measured_presets, part_pattern
+from qdit_jax.testing import realistic_dit
 
 ROWS = (*FAMILIES.values(), toy_family.ROW, toy_painter.ROW)
 NETWORKS = [
@@ -59,6 +60,16 @@ def test_what_was_measured_is_of_the_table():
         assert low <= middle <= high
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMED)
+def test_its_method_makes_it(name):
+    checkpoint = qdit.Checkpoint(*realistic_dit(0))
+    data = qdit.CalibrationData(num_samples=4, num_steps=2, holdout=0.5)
+    method = NAMED[name].method
+    small = qdit.quantize(checkpoint, method=method, recipe=name, data=data)
+    assert qdit.verify(small, against=checkpoint, num_samples=2, steps=2, timing=False).passed
+
+
 def test_a_setting_that_is_given_comes_before_the_presets_own():
     (rule,) = qdit.Recipe.preset("w4a8-best", group_size=64).rules
     assert rule.spec.weight.group_size == 64
@@ -79,8 +90,6 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
 
 
 def test_the_verb_lists_them_and_counts_bits(tmp_path, capsys):
-    from qdit_jax.testing import realistic_dit
-
     model, params = realistic_dit(0)
     qdit.save(tmp_path / "net", qdit.Checkpoint(model, params))
     assert main(["recipes", str(tmp_path / "net")]) == 0
