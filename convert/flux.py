@@ -18,6 +18,7 @@ from qdit_convert.joint import (
     head_dim,
     layer,
     num_heads,
+    rope_axes,
     sample_size,
 )
 from qdit_convert.joint_settings import FLUX
@@ -29,7 +30,7 @@ from qdit_jax.errors import UserError
 CLASS_NAME = "FluxTransformer2DModel"
 SINGLE = "single_transformer_blocks."  # only FLUX's files have them, beside `transformer_blocks.`
 HEAD_DIM = 128  # of every published size
-ROPE_AXES = (16, 56, 56)  # of heads of 128 channels
+ROPE_AXES = (16, 56, 56)  # as published, of heads of 128 channels
 PATCH = 2  # rows and columns of latents in one token
 LARGEST = 2**16  # more latents than anything fits
 EMBEDDER = "time_text_embed"
@@ -143,43 +144,15 @@ def plan_of(sizes: Sizes, choices: Choices, settings: Mapping[str, Any], naming:
         "num_heads": num_heads(sizes.width, stated, sizes.head_dim, HEAD_DIM, notes),
         "mlp_ratio": mlp_ratio(sizes.mlp_width, sizes.width),
         "guidance_embed": sizes.guidance,
-        "rope_axes": rope_axes(sizes.head_dim, choices, settings, notes),
+        "rope_axes": rope_axes(
+            sizes.head_dim, ROPE_AXES, choices.rope_axes or settings.get("axes_dims_rope"), notes
+        ),
         "text_width": sizes.text_width,
         "pooled_width": sizes.pooled_width,
         "text_length": 512 if sizes.guidance else 256,
     }
     notes.append(TEXT_NOTE.format(config["text_length"]))
     return Plan("flux", config, tuple(leaves_of(sizes, naming)), tuple(notes))
-
-
-def rope_axes(
-    channels: int, choices: Choices, settings: Mapping[str, Any], notes: list[str]
-) -> tuple[int, ...]:
-    """Returns how many channels of a head turn with each coordinate of a position.
-
-    Args:
-        channels: of a head.
-
-    Raises:
-        UserError: if nothing says them, or they do not make a head.
-    """
-    said = choices.rope_axes or settings.get("axes_dims_rope")
-    if said is None and channels != HEAD_DIM:
-        raise UserError(
-            f"heads of {channels} channels are not those of a published size, and shapes cannot tell "
-            "which of them turn with each coordinate; pass --rope-axes, as 16 56 56 in FLUX.1."
-        )
-    if said is None:
-        said = ROPE_AXES
-        notes.append(f"rope_axes taken to be {ROPE_AXES}, as published")
-    axes = tuple(said)
-    if len(axes) != 3 or any(type(n) is not int or n < 1 or n % 2 for n in axes):
-        raise UserError(f"rope_axes={list(axes)} must be three even numbers of channels.")
-    if sum(axes) != channels:
-        raise UserError(
-            f"rope_axes={list(axes)} make {sum(axes)} channels, but a head has {channels}."
-        )
-    return axes
 
 
 def sizes_of(
@@ -256,24 +229,6 @@ def leaves_of(sizes: Sizes, naming: Naming) -> list[Leaf]:
     add("final_layer/adaLN_modulation", 2 * D, swap=foreign)
     add("final_layer/linear", sizes.out_channels * PATCH**2)
     return leaves
-
-
-def original_written(config: Mapping[str, Any]) -> list[Leaf]:
-    """Returns the leaves of a network with these fields, in Black Forest Labs' layout."""
-    width = config["hidden_size"]
-    sizes = Sizes(
-        depth=config["depth"],
-        single_depth=config["single_depth"],
-        width=width,
-        in_channels=config["in_channels"],
-        out_channels=config["out_channels"],
-        mlp_width=int(width * config["mlp_ratio"]),
-        text_width=config["text_width"],
-        pooled_width=config["pooled_width"],
-        head_dim=width // config["num_heads"],
-        guidance=config["guidance_embed"],
-    )
-    return leaves_of(sizes, in_original)
 
 
 SMALL = Sizes(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,18 @@ def swapped_linear(array: np.ndarray) -> np.ndarray:
     return linear(swapped(array))
 
 
+def no_bias(path: str, rows: int) -> Leaf:
+    """Returns the bias of a layer that has none in its file: zeros."""
+    return Leaf(f"{path}/bias", (), (), values=partial(np.zeros, rows, np.float32))
+
+
 def layer(
-    path: str, keys: Sequence[str], shape: Shape, parts: Sequence[int] = (), swap: bool = False
+    path: str,
+    keys: Sequence[str],
+    shape: Shape,
+    parts: Sequence[int] = (),
+    swap: bool = False,
+    bias: bool = True,
 ) -> list[Leaf]:
     """Returns the leaves of a linear layer.
 
@@ -44,12 +55,16 @@ def layer(
         shape: of the whole weight, `[out, in]`.
         parts: the rows of each tensor where they differ; else they are equal.
         swap: whether the file has the two halves of the rows in the other order.
+        bias: whether the file has one.
     """
     rows = parts if len(parts) == len(keys) else [shape[0] // len(keys)] * len(keys)
     weights, biases = (tuple(f"{key}.{name}" for key in keys) for name in ("weight", "bias"))
     each = tuple((n, *shape[1:]) for n in rows)
+    kernel = Leaf(f"{path}/kernel", weights, (), swapped_linear if swap else linear, each=each)
+    if not bias:
+        return [kernel, no_bias(path, shape[0])]
     return [
-        Leaf(f"{path}/kernel", weights, (), swapped_linear if swap else linear, each=each),
+        kernel,
         Leaf(
             f"{path}/bias",
             biases,
@@ -113,6 +128,39 @@ def sample_size(
             f"of {unit} up to {limit}."
         )
     return sides[0] if sides[0] == sides[1] else sides
+
+
+def rope_axes(
+    channels: int, published: tuple[int, ...], said: Sequence[int] | None, notes: list[str]
+) -> tuple[int, ...]:
+    """Returns how many channels of a head turn with each coordinate of a position.
+
+    Args:
+        channels: of a head.
+        published: those of every published size.
+        said: by the user, or by config.json.
+
+    Raises:
+        UserError: if nothing says them, or they do not make a head.
+    """
+    if said is None and channels != sum(published):
+        raise UserError(
+            f"heads of {channels} channels are not those of a published size, and shapes cannot tell "
+            "which of them turn with each coordinate; pass --rope-axes, as "
+            f"{' '.join(map(str, published))} in the published ones."
+        )
+    if said is None:
+        said = published
+        notes.append(f"rope_axes taken to be {published}, as published")
+    axes = tuple(said)
+    if len(axes) != len(published) or any(type(n) is not int or n < 1 or n % 2 for n in axes):
+        count = {3: "three", 4: "four"}[len(published)]
+        raise UserError(f"rope_axes={list(axes)} must be {count} even numbers of channels.")
+    if sum(axes) != channels:
+        raise UserError(
+            f"rope_axes={list(axes)} make {sum(axes)} channels, but a head has {channels}."
+        )
+    return axes
 
 
 def checked_config(

@@ -16,10 +16,10 @@ from qdit_convert.dit import (
     PROJECTORS,
     facebook_example,
     facebook_plan,
-    facebook_written,
     sit_example,
 )
 from qdit_convert.i3d import i3d_example, i3d_plan
+from qdit_convert.image_layouts import FLUX_OPTIONS, IMAGE_LAYOUTS, SD3_OPTIONS
 from qdit_convert.inception import inception_example, inception_plan
 from qdit_convert.latte import is_latte, latte_example, latte_plan
 from qdit_convert.latte_t2v import LATTE_CLASSES, is_latte_t2v, latte_t2v_example, latte_t2v_plan
@@ -96,10 +96,8 @@ FACEBOOK = Layout(
     _plan_dit,
     options=DIT_OPTIONS,
     example=facebook_example,
-    written=facebook_written,
+    writes="dit",
 )
-SD3_OPTIONS = ("num_heads", "input_size")
-FLUX_OPTIONS = (*SD3_OPTIONS, "rope_axes")
 SD3_DIFFUSERS = Layout(
     "sd3-diffusers",
     "SD3 in the diffusers layout",
@@ -170,7 +168,7 @@ LAYOUTS = (
         options=("num_heads", "num_classes", "input_size"),
         told=is_latte,
         example=latte_example,
-        written=None,
+        writes="latte",
     ),
     Layout(
         "pixart",
@@ -180,6 +178,7 @@ LAYOUTS = (
         pixart_plan,
         options=("num_heads", "input_size", "interpolation_scale"),
         example=pixart_example,
+        writes="pixart",
     ),
     Layout(
         "pixart-diffusers",
@@ -200,6 +199,7 @@ LAYOUTS = (
         options=("num_heads", "input_size", "space_scale", "time_scale"),
         told=is_stdit,
         example=stdit_example,
+        writes="stdit",
     ),
     Layout(
         "latte-t2v-diffusers",
@@ -228,6 +228,7 @@ LAYOUTS = (
         options=("num_heads", "input_size"),
         class_names=(STDIT3_CLASS,),
         example=stdit3_example,
+        writes="stdit3",
         tells=frozenset({"input_sq_size", "model_max_length"}),
     ),
     replace(
@@ -239,7 +240,7 @@ LAYOUTS = (
         options=("num_heads", "num_classes", "input_size"),
         told=is_lightning,
         example=lightning_example,
-        written=None,
+        writes="lightningdit",
     ),
     Layout(
         "dit-diffusers",
@@ -267,22 +268,10 @@ LAYOUTS = (
         sd3.original_plan,
         options=SD3_OPTIONS,
         example=sd3.original_example,
+        writes="sd3",
     ),
     SD3_DIFFUSERS,
-    Layout(
-        "flux-bfl",
-        "FLUX in the Black Forest Labs layout",
-        ("flux",),
-        re.compile(
-            r"(double|single)_blocks\.\d+\.(((img|txt)_(mod|attn|mlp)|modulation|norm)\.|linear[12]\.)|"
-            r"(img|txt)_in\.|(time|vector|guidance)_in\.(in|out)_layer\.|"
-            r"final_layer\.(adaLN_modulation\.1|linear)\."
-        ),
-        flux.original_plan,
-        options=FLUX_OPTIONS,
-        example=flux.original_example,
-        written=flux.original_written,
-    ),
+    *IMAGE_LAYOUTS,
     replace(
         SD3_DIFFUSERS,
         name="flux-diffusers",
@@ -307,6 +296,7 @@ LAYOUTS = (
         options=WAN_OPTIONS,
         class_names=(AUTHORS_NAME,),
         example=wan_example,
+        writes="wan",
         tells=frozenset({"text_len", "num_heads"}),
     ),
     Layout(

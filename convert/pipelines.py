@@ -27,19 +27,23 @@ class Pipeline:
     Attributes:
         transformer, vae: the classes that these parts may have; a scheduler's are checked by its own
             table.
+        vae_left: classes of autoencoders that are not supported: a note says that samples are latents.
         left_out: parts that are not read, such as text encoders: a note names those that are there.
         settings: what its index may say beside its parts.
         fields: fields of the network that the class settles.
+        notes: setting of its index -> what is said where it is true.
         vae_family: of its autoencoder.
         process: completes "the pipeline has no scheduler: sampled as the published ...".
     """
 
     transformer: tuple[str, ...]
     vae: tuple[str, ...] = ("AutoencoderKL",)
+    vae_left: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     settings: Table = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
     process: str = "network, on linear betas"
+    notes: Mapping[str, str] = field(default_factory=dict)
     vae_family: str = "vae"
 
     @property
@@ -57,6 +61,8 @@ PIXART = Pipeline(
 )
 # What a pipeline may have beside two prompts' encoders, for prompts of pictures.
 OF_PICTURES = ("image_encoder", "feature_extractor")
+FLUX2_VAE = ("AutoencoderKLFlux2",)
+DISTILLED = "distilled to few steps: the published pipeline samples it without guidance, in 4 steps"
 PIPELINES: dict[str, Pipeline] = {
     "DiTPipeline": Pipeline(
         ("DiTTransformer2DModel", "Transformer2DModel"),
@@ -64,10 +70,10 @@ PIPELINES: dict[str, Pipeline] = {
         process="DiT, on linear betas",
     ),
     "PixArtAlphaPipeline": Pipeline(
-        PIXART.transformer, PIXART.vae, PROMPTS, fields={"text_length": 120}, process=PIXART.process
+        PIXART.transformer, left_out=PROMPTS, fields={"text_length": 120}, process=PIXART.process
     ),
     "PixArtSigmaPipeline": Pipeline(
-        PIXART.transformer, PIXART.vae, PROMPTS, fields={"text_length": 300}, process=PIXART.process
+        PIXART.transformer, left_out=PROMPTS, fields={"text_length": 300}, process=PIXART.process
     ),
     "StableDiffusion3Pipeline": Pipeline(
         ("SD3Transformer2DModel",),
@@ -79,13 +85,33 @@ PIPELINES: dict[str, Pipeline] = {
         left_out=(*(f"{p}{n}" for p in PROMPTS for n in ("", "_2")), *OF_PICTURES),
         process="FLUX",
     ),
+    "SanaPipeline": Pipeline(
+        ("SanaTransformer2DModel",),
+        vae_left=("AutoencoderDC",),
+        left_out=PROMPTS,
+        process="Sana, with a shift of 3",
+    ),
+    "ZImagePipeline": Pipeline(
+        ("ZImageTransformer2DModel",), left_out=PROMPTS, process="Z-Image, with a shift of 3"
+    ),
+    "Flux2KleinPipeline": Pipeline(
+        ("Flux2Transformer2DModel",),
+        vae_left=FLUX2_VAE,
+        left_out=PROMPTS,
+        settings={"is_distilled": Setting("bool", default=False, optional=True)},
+        process="FLUX.2",
+        notes={"is_distilled": DISTILLED},
+    ),
+    "Flux2Pipeline": Pipeline(
+        ("Flux2Transformer2DModel",), vae_left=FLUX2_VAE, left_out=PROMPTS, process="FLUX.2"
+    ),
     "LattePipeline": Pipeline(
         ("LatteTransformer3DModel", "LatteT2V"), left_out=PROMPTS, process="Latte, on linear betas"
     ),
     "WanPipeline": Pipeline(
         ("WanTransformer3DModel",),
         ("AutoencoderKLWan",),
-        PROMPTS,
+        left_out=PROMPTS,
         settings={
             "boundary_ratio": Setting("number", low=0, high=1, optional=True),
             # A timestep per token where a first frame is given; without one all are equal.
@@ -109,6 +135,7 @@ class Parts(NamedTuple):
     vae: Path | None
     left_out: tuple[str, ...]
     kept: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def read_pipeline(path: Path) -> Parts:
@@ -131,10 +158,16 @@ def read_pipeline(path: Path) -> Parts:
         allowed = {
             "transformer": row.transformer,
             SECOND: row.transformer,
-            "vae": row.vae,
+            "vae": (*row.vae, *row.vae_left),
             "scheduler": (),
         }
         parts = {part: folder_of(path, settings, part, allowed[part]) for part in NETWORKS}
+        notes = [text for name, text in row.notes.items() if settings[name]]
+        if parts["vae"] is not None and settings["vae"][1] in row.vae_left:
+            parts["vae"] = None
+            notes.append(
+                f"vae left out: an {settings['vae'][1]} is not supported, samples are latents"
+            )
         transformer = parts["transformer"]
         if transformer is None:
             raise UserError(f"{PIPELINE_INDEX} names no transformer.")
@@ -147,7 +180,7 @@ def read_pipeline(path: Path) -> Parts:
         boundary = boundary_of(settings, kept, second is not None)
     left_out = tuple(part for part in row.left_out if settings[part] is not None)
     transformers = (transformer,) if second is None else (transformer, second)
-    return Parts(row, transformers, boundary, parts["vae"], left_out, kept)
+    return Parts(row, transformers, boundary, parts["vae"], left_out, kept, tuple(notes))
 
 
 def boundary_of(

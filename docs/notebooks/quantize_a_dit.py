@@ -27,12 +27,12 @@ from pathlib import Path
 import jax
 
 import qdit_jax as qdit
-from qdit_jax.demo import convert_packaged
+from qdit_jax.demo import PACKAGED
 from qdit_jax.metrics import signal_to_noise_db
 from qdit_jax.report import image_grid
 
 folder = Path(tempfile.mkdtemp())
-ckpt = convert_packaged(folder / "digits")
+ckpt = PACKAGED["digits"].convert(folder / "digits")
 ckpt.model
 
 # %% [markdown]

@@ -25,9 +25,9 @@ import matplotlib.pyplot as plt
 
 import qdit_jax as qdit
 from qdit_jax.allocation import Allocate, AllocationSettings, Rollouts
-from qdit_jax.demo import convert_packaged
+from qdit_jax.demo import PACKAGED
 
-ckpt = convert_packaged(Path(tempfile.mkdtemp()) / "digits")
+ckpt = PACKAGED["digits"].convert(Path(tempfile.mkdtemp()) / "digits")
 found = qdit.search(
     ckpt,
     jax.random.key(0),

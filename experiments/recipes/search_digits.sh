@@ -11,8 +11,8 @@ here="$(dirname "$0")" work="$1"
 mkdir -p "$work"
 [ -e "$work/digits" ] || python -c "
 import sys
-from qdit_jax.demo import convert_packaged
-convert_packaged(sys.argv[1])" "$work/digits"
+from qdit_jax.demo import PACKAGED
+PACKAGED['digits'].convert(sys.argv[1])" "$work/digits"
 
 search() { # NAME, options of qdit search
   name="$1"; shift

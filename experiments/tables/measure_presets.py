@@ -21,7 +21,7 @@ import qdit_jax as qdit
 from qdit_jax import metrics
 from qdit_jax.calibration import Items
 from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.demo import convert_packaged
+from qdit_jax.demo import PACKAGED
 from qdit_jax.recipes import NAMED, NamedPreset
 from qdit_jax.report import provenance
 
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/presets"))
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    checkpoint = convert_packaged(args.work / "digits")
+    checkpoint = PACKAGED["digits"].convert(args.work / "digits")
     full, items = references(checkpoint, args.work)
     for name in args.names or NAMED:
         rows = json.loads(OUT.read_text())["rows"] if OUT.exists() else {}

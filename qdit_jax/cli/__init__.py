@@ -37,6 +37,7 @@ VERBS = {
     "push": "upload a checkpoint with a model card to the Hugging Face hub",
     "embed-text": "embed prompts by a pipeline's text encoders",
     "sample": "generate pictures",
+    "export-vbench": "lay out clips for VBench, and read its results",
     "evaluate": "compare a quantized model with full precision, or score samples",
     "bench": "measure the time of a step and of layers",
     "verify": "check what a quantized checkpoint does, against limits",

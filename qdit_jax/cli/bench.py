@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from qdit_jax.cli.guidance_option import add_guidance
 from qdit_jax.cli.options import (
     AddArgument,
     SubParsers,
-    finite_float,
     positive_int,
     refuse_inert,
     seed_number,
@@ -84,11 +84,7 @@ def add_parser(subparsers: SubParsers) -> None:
 
 def add_measuring(add: AddArgument) -> None:
     add("--batch", type=positive_int, nargs="+", help="samples per step (1 8 32)")
-    add(
-        "--guidance",
-        type=finite_float,
-        help="guidance scale; 1 calls the network once (1.5; 1 for models without a null class)",
-    )
+    add_guidance(add)
     add(
         "--numerics",
         nargs="+",

@@ -13,7 +13,8 @@ from qdit_jax.allocation import search_space
 from qdit_jax.checkpoint import Checkpoint, load, open_checkpoint
 from qdit_jax.cli.bench_pictures import draw_bench
 from qdit_jax.cli.bench_table import bench_lines, latency_lines, predicted_lines
-from qdit_jax.cli.checkpoints import full_precision_checkpoint, guidance_of
+from qdit_jax.cli.checkpoints import full_precision_checkpoint
+from qdit_jax.cli.guidance_option import guidance_of
 from qdit_jax.cli.options import refuse_inert
 from qdit_jax.cli.progress import Bar
 from qdit_jax.cli.prompts_option import Inputs
@@ -112,7 +113,7 @@ def tabulated(options: Mapping[str, Any]) -> dict[str, Any]:
                 conditions=conditions,
                 state=folder,
                 total_fn=bar.expect,
-                progress_fn=bar.update,
+                progress_fn=bar.tell,
             )
         print(*latency_lines(found), sep="\n")
         print(remainder_text(found.step_ms, found.remainder(space)))
@@ -182,5 +183,5 @@ def timed(options: Mapping[str, Any], folder: AnyPath | None) -> Bench:
             conditions=conditions,
             state=folder,
             total_fn=bar.expect,
-            progress_fn=bar.update,
+            progress_fn=bar.tell,
         )

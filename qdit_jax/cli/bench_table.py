@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 
 from qdit_jax.allocation import Latency
+from qdit_jax.sampling import guidance_text
 from qdit_jax.speed import Bench, Predicted, Row, Taken
 
 HEADER = (
@@ -20,7 +21,7 @@ def bench_lines(found: Bench) -> list[str]:
     """Returns the table and what is to be said of it."""
     header = tuple(name.format(found.baseline) for name in HEADER)
     rounds, guidance = found.settings["num_rounds"], found.settings["guidance"]
-    guided = "not guided" if guidance in (None, 1) else f"guided by {guidance:g}"
+    guided = "not guided" if guidance in (None, 1) else f"guided by {guidance_text(guidance)}"
     cached = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     return [
         *aligned([header, *map(row_cells, found.rows)]),

@@ -9,11 +9,16 @@ from qdit_jax.cli.options import SubParsers, positive_int, verb_parser
 from qdit_jax.cli.paths import path_option
 from qdit_jax.errors import UserError
 
-PIPELINE_NAMES = ("pixart-alpha", "pixart-sigma", "latte", "open-sora", "sd3", "flux", "wan")
+PIPELINE_NAMES = (
+    *("pixart-alpha", "pixart-sigma", "latte", "open-sora", "sd3", "flux"),
+    *("flux2-klein", "z-image", "wan"),
+)
 HELP = """\
 Embed prompts by the text encoders of a diffusers pipeline's folder, as its published pipeline does:
 T5 (PixArt 120 tokens, Sigma 300, Latte 120; with a mask), both CLIPs and T5 (SD3: 77 + 256, no
-mask), CLIP's pooled vector and T5 (FLUX: 512; schnell 256), UMT5 (Wan: 512, zero-padded).
+mask), CLIP's pooled vector and T5 (FLUX: 512; schnell 256), Qwen3 behind its chat
+template (FLUX.2 klein: 512, three layers side by side; Z-Image: 512, with a mask), UMT5 (Wan: 512,
+zero-padded).
 
 Writes OUT, an .npz of conditions that every verb takes as --embeds. Needs the extra [text] (torch and
 transformers); nothing else does. One encoder is in memory at a time: T5-XXL takes 19 GB in float32.

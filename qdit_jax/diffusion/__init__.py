@@ -13,14 +13,23 @@ from qdit_jax.diffusion.table import SAMPLERS, SamplerRow, sampler_named, sample
 
 if TYPE_CHECKING:
     from qdit_jax.diffusion.dpm_solver import DPMSolver, dpm_solver_pp
+    from qdit_jax.diffusion.dpm_solver_flow import FlowSolver, flow_dpm_solver_pp
     from qdit_jax.diffusion.flow_matching import (
         dynamic_shift,
+        empirical_shift,
         flow_euler,
         flow_match_sigmas,
         resolution_shift,
         shifted,
     )
-    from qdit_jax.diffusion.guidance import SteppedScale, check_condition, guided, guided_doubled
+    from qdit_jax.diffusion.guidance import (
+        SteppedScale,
+        check_condition,
+        guided,
+        guided_doubled,
+        of_samples,
+    )
+    from qdit_jax.diffusion.kept_frames import KeepsFrames, keeping_frames
     from qdit_jax.diffusion.loop import sample, sample_trajectory
     from qdit_jax.diffusion.posterior import (
         consistent_clip,
@@ -80,14 +89,17 @@ if TYPE_CHECKING:
 # File -> its public names.
 LAZY = {
     "dpm_solver": ("DPMSolver", "dpm_solver_pp"),
+    "dpm_solver_flow": ("FlowSolver", "flow_dpm_solver_pp"),
     "flow_matching": (
         "dynamic_shift",
+        "empirical_shift",
         "flow_euler",
         "flow_match_sigmas",
         "resolution_shift",
         "shifted",
     ),
-    "guidance": ("SteppedScale", "check_condition", "guided", "guided_doubled"),
+    "guidance": ("SteppedScale", "check_condition", "guided", "guided_doubled", "of_samples"),
+    "kept_frames": ("KeepsFrames", "keeping_frames"),
     "loop": ("sample", "sample_trajectory"),
     "posterior": (
         "consistent_clip",
@@ -147,6 +159,8 @@ __all__ = [
     "SAMPLERS",
     "DPMSolver",
     "Flow",
+    "FlowSolver",
+    "KeepsFrames",
     "MultistepSampler",
     "Sampler",
     "SamplerRow",
@@ -169,11 +183,13 @@ __all__ = [
     "dpm_solver_pp",
     "dynamic_shift",
     "dynamic_threshold",
+    "empirical_shift",
     "eps_prediction",
     "euler",
     "fixed_large",
     "fixed_small",
     "flow",
+    "flow_dpm_solver_pp",
     "flow_euler",
     "flow_match_sigmas",
     "guided",
@@ -181,9 +197,11 @@ __all__ = [
     "heun",
     "in_auto_axes",
     "initial_state",
+    "keeping_frames",
     "learned_range",
     "linear_betas",
     "noised",
+    "of_samples",
     "process_text",
     "read_scheduler",
     "resolution_shift",

@@ -17,7 +17,7 @@ from qdit_jax.errors import check_counts
 from qdit_jax.types import Numbers
 
 # Noise levels before the shift, see `flow_match_sigmas`.
-SPACINGS = ("uniform", "trained", "unipc", "wan")
+SPACINGS = ("uniform", "trained", "unipc", "wan", "dpm")
 
 
 def shifted(sigmas: Float[np.ndarray, " S"], shift: float | int) -> Float[np.ndarray, " S"]:
@@ -49,6 +49,29 @@ def dynamic_shift(
     shift = math.exp(mu) if kind == "exponential" else mu
     if not shift > 0:
         raise ValueError(f"num_tokens={num_tokens} gives a shift of {shift:g}; give shift.")
+    return shift
+
+
+def empirical_shift(num_tokens: int, steps: int, kind: str = "exponential") -> float:
+    """Returns the shift of an image of `num_tokens` tokens in `steps` steps: FLUX.2's, by fits.
+
+    A number mu is linear in the tokens at 10 and at 200 steps, and linear in the steps between and
+    beyond them; above 4300 tokens it is that of 200 steps. The shift is `e**mu`, or mu itself if
+    `kind` is `"linear"`.
+
+    Raises:
+        ValueError: if the numbers are not positive, or the shift would not be.
+    """
+    check_counts(num_tokens=num_tokens, steps=steps)
+    mu = at_200 = 0.00016927 * num_tokens + 0.45666666
+    if num_tokens <= 4300:
+        at_10 = 8.73809524e-05 * num_tokens + 1.89833333
+        mu = at_200 + (at_200 - at_10) / 190 * (steps - 200)
+    shift = math.exp(mu) if kind == "exponential" else mu
+    if not shift > 0:
+        raise ValueError(
+            f"num_tokens={num_tokens} in steps={steps} gives a shift of {shift:g}; give shift."
+        )
     return shift
 
 
@@ -87,7 +110,8 @@ def flow_match_sigmas(
       (diffusers' `FlowMatchEulerDiscreteScheduler`, SD3);
     - `"unipc"`: from 1 toward `1 / num_train_timesteps`, which is left out (diffusers'
       `UniPCMultistepScheduler`);
-    - `"wan"`: from `1 - 1 / num_train_timesteps` toward 0, which is left out (Wan's authors).
+    - `"wan"`: from `1 - 1 / num_train_timesteps` toward 0, which is left out (Wan's authors);
+    - `"dpm"`: the same, rounded as diffusers' `DPMSolverMultistepScheduler` does (Sana).
 
     `shift_terminal` is the last level before 0.
 
@@ -106,6 +130,7 @@ def flow_match_sigmas(
         "trained": lambda: np.linspace(1.0, shifted(np.array([smallest]), shift)[0], steps),
         "unipc": lambda: np.linspace(1.0, smallest, steps + 1)[:-1],
         "wan": lambda: np.linspace(1.0 - smallest, 0.0, steps + 1)[:-1],
+        "dpm": lambda: 1.0 - np.linspace(1.0, smallest, steps + 1)[:0:-1],
     }
     if spacing not in bases:
         raise ValueError(f"spacing={spacing!r} is not known; use one of {', '.join(SPACINGS)}.")

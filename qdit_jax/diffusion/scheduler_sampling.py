@@ -46,8 +46,11 @@ TITLES = {
     "ddpm": "DDPM",
     "dpm-solver++": "DPM-Solver++ (2M)",
     "flow-euler": "Euler's rule",
+    "flow-dpm-solver++": "DPM-Solver++ (2M)",
     "unipc": "UniPC (order 2)",
 }
+# How diffusers spaces the noise levels of a flow's solvers that have a way of their own.
+SPACING_OF = {"unipc": "unipc", "flow-dpm-solver++": "dpm"}
 
 
 def scheduler_process(scheduler: Scheduler) -> Schedule:
@@ -197,8 +200,8 @@ def scheduler_spacing(scheduler: Scheduler) -> str:
 
     Pipelines with a dynamic shift give their scheduler evenly spaced levels down to `1 / steps`.
     """
-    if scheduler.sampler == "unipc":
-        return "unipc"
+    if scheduler.sampler in SPACING_OF:
+        return SPACING_OF[scheduler.sampler]
     return "uniform" if scheduler.settings["use_dynamic_shifting"] else "trained"
 
 

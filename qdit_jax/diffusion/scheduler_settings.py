@@ -2,8 +2,8 @@
 
 A scheduler's file describes two things: the process that the network was trained on (betas, what
 the network predicts), and how samples are drawn (the solver, its timesteps, what is clipped). The
-process must be understood. The solver is kept if it is DDIM, DDPM, DPM-Solver++ (2M), Euler's rule of
-a flow or UniPC (order 2) of a flow; any other one is replaced by DDIM or Euler's rule on the same
+process must be understood. The solver is kept if it is DDIM, DDPM, DPM-Solver++ (2M, also of a flow),
+Euler's rule of a flow or UniPC (order 2) of a flow; any other one is replaced by DDIM or Euler's rule on the same
 process, and `Scheduler.because` says which settings made it another one.
 """
 
@@ -152,14 +152,14 @@ class SchedulerClass:
         table: its settings.
         replaced: whether `sampler` replaces a solver that this package does not have.
         kept: the values of the solver's settings with which it is not replaced, but is `own`.
-        own: a name in `SAMPLERS`, empty for none: of betas or of a flow, as that sampler takes them.
+        own: names in `SAMPLERS`: of betas, of a flow, or one of each.
     """
 
     sampler: str
     table: dict[str, Setting]
     replaced: bool = False
     kept: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    own: str = ""
+    own: tuple[str, ...] = ()
 
 
 DDIM_TABLE = ABOUT | PROCESS | SPACING | CLIPPING | THRESHOLDING | FINAL_ALPHA
@@ -184,11 +184,15 @@ CLASSES: dict[str, SchedulerClass] = {
     "FlowMatchEulerDiscreteScheduler": SchedulerClass("flow-euler", ABOUT | FLOW),
     "FlowMatchHeunDiscreteScheduler": SchedulerClass("flow-euler", ABOUT | FLOW, replaced=True),
     "DPMSolverMultistepScheduler": SchedulerClass(
-        "ddim", MULTISTEP.table | MULTISTEP_SPACING, True, DPM_SOLVER, "dpm-solver++"
+        "ddim",
+        MULTISTEP.table | MULTISTEP_SPACING,
+        True,
+        DPM_SOLVER,
+        ("dpm-solver++", "flow-dpm-solver++"),
     ),
     "DPMSolverSinglestepScheduler": MULTISTEP,
     "DEISMultistepScheduler": MULTISTEP,
-    "UniPCMultistepScheduler": SchedulerClass("ddim", MULTISTEP.table, True, UNIPC, "unipc"),
+    "UniPCMultistepScheduler": SchedulerClass("ddim", MULTISTEP.table, True, UNIPC, ("unipc",)),
     "EulerDiscreteScheduler": PLAIN,
     "EulerAncestralDiscreteScheduler": PLAIN,
     "LMSDiscreteScheduler": PLAIN,
@@ -246,16 +250,16 @@ def read_scheduler(config: Mapping[str, Any]) -> Scheduler:
     if row.sampler == "flow-euler":
         return Scheduler(name, row.sampler, row.replaced, settings, ignored)
     flow = row.sampler == "ddim" and is_flow(settings)
-    kept = bool(row.own) and sampler_named(row.own).is_flow == flow
-    because = other_settings(own, row.kept) if kept else ()
-    kept = kept and not because
+    solver = next((name for name in row.own if sampler_named(name).is_flow == flow), "")
+    because = other_settings(own, row.kept) if solver else ()
+    kept = bool(solver) and not because
     if flow:
         settings = flow_settings(settings, config)
-        sampler = row.own if kept else "flow-euler"
+        sampler = solver if kept else "flow-euler"
         return Scheduler(name, sampler, not kept, settings, ignored, because)
     check_betas(settings, "num_train_timesteps" in config)
     check_signal(settings, row.replaced)
-    sampler = row.own if kept else row.sampler
+    sampler = solver if kept else row.sampler
     return Scheduler(name, sampler, row.replaced and not kept, settings, ignored, because)
 
 

@@ -60,10 +60,12 @@ class SamplerRow:
         chosen = {name: value for name, value in given.items() if value is not None}
         for name, value in chosen.items():
             if name not in self.options:
-                having = [row.name for row in SAMPLERS.values() if name in row.options]
+                *others, last = [row.name for row in SAMPLERS.values() if name in row.options] or [
+                    "no sampler"
+                ]
+                having = f"{', '.join(others)} and {last}" if others else last
                 raise ValueError(
-                    f"{name}={value} is an option of {' and '.join(having) or 'no sampler'}, not "
-                    f"of {self.name}; leave it out."
+                    f"{name}={value} is an option of {having}, not of {self.name}; leave it out."
                 )
         return chosen
 
@@ -117,6 +119,15 @@ SAMPLERS: dict[str, SamplerRow] = {
             spacings=False,
             idea="Follows the velocity by Euler's rule over noise levels shifted toward the noise.",
             paper="Scaling Rectified Flow Transformers, arXiv:2403.03206",
+        ),
+        SamplerRow(
+            "flow-dpm-solver++",
+            "qdit_jax.diffusion.dpm_solver_flow:flow_dpm_solver_pp",
+            (VELOCITY,),
+            ("shift", "spacing", "sigmas", *OF_VELOCITY),
+            spacings=False,
+            idea="Extrapolates the predicted data from two steps, in a flow's half logarithmic SNR.",
+            paper="DPM-Solver++, arXiv:2211.01095",
         ),
         SamplerRow(
             "unipc",

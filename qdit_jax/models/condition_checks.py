@@ -52,6 +52,19 @@ def check_entries(condition: Condition, entries: Mapping[str, Entry]) -> None:
         check_entry(name, array, entries[name])
 
 
+def check_text_mask(condition: Condition) -> None:
+    """Raises `ValueError` if `text_mask` has other rows than `text`, or keeps none of one; it may lack."""
+    assert isinstance(condition, Mapping)
+    if "text_mask" not in condition:
+        return
+    rows, mask = np.shape(condition["text"])[:2], np.asarray(condition["text_mask"])
+    if mask.shape != rows or not mask.any(axis=1).all():
+        raise ValueError(
+            f"text_mask has shape {mask.shape}; give booleans {rows}, True for at least one row of "
+            "each text."
+        )
+
+
 def check_entry(name: str, array: np.ndarray, entry: Entry) -> None:
     """Raises `ValueError` unless an array has the axes and the values of its entry."""
     if array.ndim != 1 + len(entry.shape) or not all(map(fits, array.shape[1:], entry.shape)):

@@ -34,8 +34,8 @@ ENTRIES = {
     "height": "rows in pixels, [N]",
     "width": "columns in pixels, [N]",
     "frame_mask": "True where a frame is denoised, [N, T]",
-    "position_ids": "positions of tokens, [N, tokens, 3]",
-    "text_ids": "positions of text tokens, [N, L, 3]",
+    "position_ids": "positions of tokens, [N, tokens, 3 or 4]",
+    "text_ids": "positions of text tokens, [N, L, 3 or 4]",
 }
 
 
@@ -65,7 +65,8 @@ def embeds_guidance(model: Network) -> bool:
 def with_guidance(model: Network, condition: Condition, guidance: Any) -> Condition:
     """Returns a condition with `guidance` of every sample, where the network embeds it.
 
-    A condition that has the entry is returned as it is, and so is any with `guidance=None`.
+    A condition that has the entry is returned as it is, and so is any with `guidance=None`. A network
+    that embeds other numbers than the scale says by what it is multiplied, as `guidance_unit`.
     """
     if guidance is None or not isinstance(condition, Mapping) or GUIDANCE in condition:
         return condition
@@ -73,7 +74,7 @@ def with_guidance(model: Network, condition: Condition, guidance: Any) -> Condit
         return condition
     counts = [entry.shape[0] for name, entry in condition.items() if not name.startswith(NULL)]
     scale = jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), (counts[0],))
-    return {**condition, GUIDANCE: scale}
+    return {**condition, GUIDANCE: getattr(model, "guidance_unit", 1.0) * scale}
 
 
 def null_condition_of(model: Network, params: Params, condition: Condition) -> Condition:

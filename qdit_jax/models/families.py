@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from qdit_jax.models.family import SHIFT_SCALE_GATE, Family, Fold, Producer, from_modulation
 from qdit_jax.models.joint_rows import JOINT_ROWS
+from qdit_jax.models.text_to_image_rows import TEXT_TO_IMAGE_ROWS
 from qdit_jax.models.video_families import VIDEO_FAMILIES
 from qdit_jax.models.wan_families import WAN_FAMILIES
 from qdit_jax.types import Params
@@ -91,6 +92,7 @@ FAMILIES: dict[str, Family] = {
             ),
         ),
         *JOINT_ROWS,
+        *TEXT_TO_IMAGE_ROWS,
         *VIDEO_FAMILIES,
         Family(
             name="pixart",

@@ -84,6 +84,7 @@ class ModulatedOutput(nn.Module):
 
     features: int
     layers: Layers
+    eps: float = 1e-6
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N W"], c: Float[Array, "B W"]) -> Float[Array, "B N F"]:
@@ -93,4 +94,4 @@ class ModulatedOutput(nn.Module):
         )
         shift, scale = chunks(adaln(nn.silu(c)), 2)
         final = self.layers.linear(self.features, zeros, wide_output=True, name="linear")
-        return final(modulated(layer_norm(x), shift, scale))
+        return final(modulated(layer_norm(x, self.eps), shift, scale))

@@ -61,10 +61,19 @@ def picture(image: Image.Image | Figure, caption: str) -> str:
         image.savefig(buffer, format="png", dpi=110)
     else:
         image.save(buffer, format="png")
-    data = base64.b64encode(buffer.getvalue()).decode()
+    return embedded(buffer.getvalue(), "png", caption)
+
+
+def animation(data: bytes, caption: str) -> str:
+    """Returns a figure with a GIF inside."""
+    return embedded(data, "gif", caption)
+
+
+def embedded(data: bytes, kind: str, caption: str) -> str:
+    encoded = base64.b64encode(data).decode()
     text = html.escape(caption)
     return (
-        f'<figure><img alt="{text}" src="data:image/png;base64,{data}">'
+        f'<figure><img alt="{text}" src="data:image/{kind};base64,{encoded}">'
         f"<figcaption>{text}</figcaption></figure>"
     )
 

@@ -13,6 +13,7 @@ from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.errors import UserError
 
 # What a sampler of a velocity takes by default: the units of SiT.
+BY_STEPS = "tokens and steps"  # a network's `flow_shift`
 OF_SIT: dict[str, Any] = {"flow_times": (0.0, 1.0), "velocity_to": "data"}
 
 
@@ -67,6 +68,8 @@ def checkpoint_sampler(
         given |= units_of(model, row, scheduler)
     variance_fn = diffusion.learned_range if model.learned_variance else diffusion.fixed_large
     if scheduler is not None:
+        if "shift" in row.options and scheduler.settings.get("use_dynamic_shifting"):
+            given = shift_by_steps(model, size, steps, scheduler.settings) | given
         return diffusion.scheduler_sampler(
             scheduler,
             steps,
@@ -79,7 +82,7 @@ def checkpoint_sampler(
     if not row.spacings:
         if not str(steps).isdecimal():
             raise ValueError(f"steps={steps!r}: {name} takes a positive number.")
-        return row.make_fn(int(steps), **own_levels(model, row, size, given), **given)
+        return row.make_fn(int(steps), **own_levels(model, row, size, steps, given), **given)
     if "variance_fn" in row.options:
         given["variance_fn"] = variance_fn
     return row.make_fn(steps, predict_fn=diffusion.PREDICT_FNS[model.prediction], **given)
@@ -105,7 +108,8 @@ def units_of(
         return {}
     span = abs(units["flow_times"][0] - units["flow_times"][1])
     count = None if scheduler is None else scheduler.settings["num_train_timesteps"]
-    if span > 1 and count not in (None, span):
+    counted = span / getattr(model, "timestep_scale", 1.0)  # Sana's pipeline multiplies timesteps
+    if span > 1 and count not in (None, counted):
         raise UserError(
             f"scheduler_config.json says num_train_timesteps={count}, but the network's time at noise "
             f"is {units['flow_times'][0]:g}; convert the pipeline again."
@@ -113,8 +117,23 @@ def units_of(
     return units
 
 
+def shift_by_steps(
+    model: nn.Module, shape: tuple[int, ...], steps: int | str, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the shift by a sample's tokens and the steps, where a network has such a one."""
+    num_tokens = said(model, "num_tokens", shape)
+    if getattr(model, "flow_shift", None) != BY_STEPS or num_tokens is None:
+        return {}
+    kind = settings.get("time_shift_type", "exponential")
+    return {"shift": diffusion.empirical_shift(num_tokens, int(steps), kind)}
+
+
 def own_levels(
-    model: nn.Module, row: diffusion.SamplerRow, shape: tuple[int, ...], given: Mapping[str, Any]
+    model: nn.Module,
+    row: diffusion.SamplerRow,
+    shape: tuple[int, ...],
+    steps: int | str,
+    given: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Returns the shift and the spacing of noise levels that a network says, unless they are given.
 
@@ -131,6 +150,8 @@ def own_levels(
     if shift == "tokens":
         num_tokens = said(model, "num_tokens", shape)
         shift = None if num_tokens is None else diffusion.dynamic_shift(num_tokens)
+    elif shift == BY_STEPS:
+        shift = shift_by_steps(model, shape, steps, {}).get("shift")
     elif shift == "resolution":
         resolution = said(model, "resolution_of", shape)
         shift = None if resolution is None else diffusion.resolution_shift(*resolution)

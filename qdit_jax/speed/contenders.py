@@ -92,31 +92,40 @@ class Contender:
 
 
 def contenders_of(
-    checkpoint: Checkpoint, recipes: Iterable[Recipe], against: Checkpoint | None = None
+    checkpoint: Checkpoint,
+    recipes: Iterable[Recipe],
+    against: Checkpoint | None = None,
+    dtype: str | None = None,
 ) -> list[Contender]:
     """Returns the network in full precision first, in each dtype, then rounded by each recipe.
 
     The first dtype is the platform's own, in which the quantized networks compute as well. A
     quantized checkpoint comes as it is, after `against` if that is given.
 
+    Args:
+        dtype: in place of the platform's own.
+
     Raises:
         UserError: if recipes are given for a quantized checkpoint.
     """
-    recipes = list(recipes)
+    recipes, dtype = list(recipes), dtype or default_dtype()
     if checkpoint.recipe is None:
         if against is not None:
             raise UserError(
                 "against: the checkpoint is in full precision itself; leave it out, or bench a "
                 "quantized checkpoint."
             )
-        own = with_dtype(checkpoint, default_dtype())
-        return [*in_full_precision(checkpoint), *(rounded(own, recipe) for recipe in recipes)]
+        own = with_dtype(checkpoint, dtype)
+        return [
+            *in_full_precision(checkpoint, dtype),
+            *(rounded(own, recipe) for recipe in recipes),
+        ]
     if recipes:
         raise UserError(
             f"the checkpoint is quantized already ({checkpoint.recipe.name}) and is benched as it "
             f"is; leave recipes={recipes[0].name} out, or give the full-precision checkpoint."
         )
-    ours = as_it_is(checkpoint.recipe.name, with_dtype(checkpoint, default_dtype()))
+    ours = as_it_is(checkpoint.recipe.name, with_dtype(checkpoint, dtype))
     if against is None:
         return [ours]
     if against.recipe is not None or type(against.model) is not type(checkpoint.model):
@@ -124,12 +133,11 @@ def contenders_of(
             "against: not the full-precision checkpoint of the same network; give the one that the "
             "checkpoint was made from."
         )
-    return [*in_full_precision(against), ours]
+    return [*in_full_precision(against, dtype), ours]
 
 
-def in_full_precision(checkpoint: Checkpoint) -> list[Contender]:
-    """Returns the network in each dtype that it can compute in, the platform's own first."""
-    own = default_dtype()
+def in_full_precision(checkpoint: Checkpoint, own: str) -> list[Contender]:
+    """Returns the network in each dtype that it can compute in, `own` first."""
     others = [dtype for dtype in DTYPES if dtype != own and hasattr(checkpoint.model, "dtype")]
     return [as_it_is(dtype, with_dtype(checkpoint, dtype)) for dtype in (own, *others)]
 
@@ -196,11 +204,6 @@ def ways_of(
         reason = reasons[0] if reasons else f"not by {', '.join(implementations)} alone."
         raise UserError(f"{contender.title} cannot be computed this way: {reason}")
     return list(found.values())
-
-
-def calls_per_sample(guidance: object) -> int:
-    """Returns how many network inputs a sample makes: with guidance its null sample too."""
-    return 1 if guidance in (None, 1) else 2
 
 
 def recipe_named(text: str, group_size: int | None = None) -> Recipe:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qdit_jax.errors import UserError
+from qdit_jax.types import Progress, ProgressFn
 
 CLIP_LENGTH = 77
 
@@ -34,7 +35,9 @@ class TextEncoder:
         network: name of the class in transformers.
         takes_mask: whether the pipeline passes the attention mask on.
         pooled: the output that is the pooled vector; None for none.
-        layer: of the hidden states that are the tokens; None for the last, normed output.
+        layers: of the hidden states that are the tokens, side by side; empty for the last, normed output.
+        chat: of a model that chats: whether the template that prompts are put in lets it think first;
+            None for prompts as they are.
         length: tokens that it always has; None for as many as are asked for.
     """
 
@@ -43,7 +46,8 @@ class TextEncoder:
     network: str
     takes_mask: bool = False
     pooled: str | None = None
-    layer: int | None = None
+    layers: tuple[int, ...] = ()
+    chat: bool | None = None
     length: int | None = None
 
     def encode(
@@ -55,7 +59,7 @@ class TextEncoder:
         dtype: str,
         batch_size: int,
         note_fn: Callable[[str], object],
-        progress_fn: Callable[[int], object],
+        progress_fn: ProgressFn,
     ) -> Encoded:
         """Returns the encoder's output for all prompts, padded or cut to `length` tokens.
 
@@ -68,15 +72,16 @@ class TextEncoder:
 
         length = self.length or length
         tokenizer = loaded(folder / self.tokenizer, "AutoTokenizer")
-        told_of_cuts(tokenizer, prompts, length, self.tokenizer, note_fn)
+        texts = self.templated(tokenizer, prompts)
+        told_of_cuts(tokenizer, prompts, texts, length, self.tokenizer, note_fn)
         network = loaded(folder / self.encoder, self.network, dtype=getattr(torch, dtype)).eval()
         network.to("cuda" if torch.cuda.is_available() else "cpu")
         parts = []
         with torch.no_grad():
-            for start in range(0, len(prompts), batch_size):
-                texts = list(prompts[start : start + batch_size])
-                parts.append(self.batch(tokenizer, network, texts, length))
-                progress_fn(len(texts))
+            for start in range(0, len(texts), batch_size):
+                some = texts[start : start + batch_size]
+                parts.append(self.batch(tokenizer, network, some, length))
+                progress_fn(Progress(len(some)))
         found = Encoded(*(np.concatenate(fields) for fields in zip(*parts, strict=True)))
         if not np.isfinite(found.text).all():
             raise UserError(
@@ -84,8 +89,18 @@ class TextEncoder:
             )
         return found
 
+    def templated(self, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+        """Returns the texts that are split into tokens: prompts, as the messages of a user in a chat."""
+        if self.chat is None:
+            return list(prompts)
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": self.chat}
+        messages = ([{"role": "user", "content": prompt}] for prompt in prompts)
+        return [tokenizer.apply_chat_template(one, **options) for one in messages]
+
     def batch(self, tokenizer: Any, network: Any, texts: list[str], length: int) -> Encoded:
         """Returns the output for one batch."""
+        import torch
+
         tokens = tokenizer(
             texts,
             padding="max_length",
@@ -96,8 +111,10 @@ class TextEncoder:
             return_tensors="pt",
         ).to(network.device)
         mask = {"attention_mask": tokens.attention_mask} if self.takes_mask else {}
-        out = network(tokens.input_ids, **mask, output_hidden_states=self.layer is not None)
-        text = out.last_hidden_state if self.layer is None else out.hidden_states[self.layer]
+        out = network(tokens.input_ids, **mask, output_hidden_states=bool(self.layers))
+        text = out.last_hidden_state
+        if self.layers:
+            text = torch.cat([out.hidden_states[layer] for layer in self.layers], dim=-1)
         pooled = np.zeros((len(texts), 0), np.float32)
         if self.pooled is not None:
             pooled = as_numpy(out[self.pooled])
@@ -131,12 +148,13 @@ def loaded(folder: Path, name: str, **options: Any) -> Any:
 def told_of_cuts(
     tokenizer: Any,
     prompts: Sequence[str],
+    texts: Sequence[str],
     length: int,
     name: str,
     note_fn: Callable[[str], object],
 ) -> None:
-    """Says which prompts have more tokens than are kept."""
-    for i, prompt in enumerate(prompts):
-        count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+    """Says which prompts have more tokens than are kept, as the `texts` that they are put in."""
+    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        count = len(tokenizer(text, truncation=False, verbose=False).input_ids)
         if count > length:
             note_fn(f"{name}: prompt {i} ({prompt[:40]!r}) is cut from {count} tokens to {length}")

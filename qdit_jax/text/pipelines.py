@@ -63,6 +63,12 @@ def masked(found: Mapping[str, Encoded], length: int, folder: Path) -> dict[str,
     return {"text": one.text, "text_mask": one.mask}
 
 
+def unmasked(found: Mapping[str, Encoded], length: int, folder: Path) -> dict[str, np.ndarray]:
+    """Returns the tokens of one encoder, padding included: the network attends to all."""
+    (one,) = found.values()
+    return {"text": one.text}
+
+
 def zero_padded(found: Mapping[str, Encoded], length: int, folder: Path) -> dict[str, np.ndarray]:
     """Returns the tokens of one encoder, zero beyond the prompt's end: no mask follows."""
     (one,) = found.values()
@@ -103,6 +109,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 SD3_OTHERS = ("text_encoder_2", "text_encoder_3")
+QWEN = TextEncoder("tokenizer", "text_encoder", "Qwen3Model", takes_mask=True, chat=False)
 T5 = TextEncoder("tokenizer", "text_encoder", "T5EncoderModel", takes_mask=True)
 LOWERED = (
     "prompts are lowercased and stripped; they are not cleaned of HTML and links, as the pipeline does "
@@ -123,13 +130,13 @@ PIPELINES = {
             TextEncoder(
                 *("tokenizer", "text_encoder", "CLIPTextModelWithProjection"),
                 pooled="text_embeds",
-                layer=-2,
+                layers=(-2,),
                 length=CLIP_LENGTH,
             ),
             TextEncoder(
                 *("tokenizer_2", "text_encoder_2", "CLIPTextModelWithProjection"),
                 pooled="text_embeds",
-                layer=-2,
+                layers=(-2,),
                 length=CLIP_LENGTH,
             ),
             TextEncoder("tokenizer_3", "text_encoder_3", "T5EncoderModel"),
@@ -139,7 +146,7 @@ PIPELINES = {
         optional=("text_encoder_3",),
     ),
     "flux": Pipeline(
-        "Flux.*Pipeline",
+        "Flux(?!2).*Pipeline",
         (
             TextEncoder(
                 *("tokenizer", "text_encoder", "CLIPTextModel"),
@@ -150,6 +157,15 @@ PIPELINES = {
         ),
         512,
         t5_and_pooled,
+    ),
+    "flux2-klein": Pipeline(
+        "Flux2Klein.*Pipeline", (dataclasses.replace(QWEN, layers=(9, 18, 27)),), 512, unmasked
+    ),
+    "z-image": Pipeline(
+        "ZImage(?!Omni).*Pipeline",
+        (dataclasses.replace(QWEN, layers=(-2,), chat=True),),
+        512,
+        masked,
     ),
     "wan": Pipeline(
         "Wan.*Pipeline",

@@ -197,7 +197,8 @@ def test_levels_are_given_or_computed():
     sampler = scheduler_sampler(scheduler, 2, sigmas=sigmas)
     assert sampler.table.timestep.tolist() == [0.0, np.float32(0.6)]
     with pytest.raises(
-        ValueError, match="shift=2 is an option of flow-euler and unipc, not of flow"
+        ValueError,
+        match=r"shift=2 is an option of flow-euler, flow-dpm-solver\+\+ and unipc, not of flow",
     ):
         scheduler_sampler(scheduler, 2, sampler="flow", shift=2)
     heun = diffusion.flow(2, solve_fn=diffusion.heun, **SD3)
@@ -213,6 +214,7 @@ def test_levels_are_given_or_computed():
     np.testing.assert_allclose(*ends, rtol=1e-6)
 
 
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 OTHER_SOLVERS = [
     ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     ("DPMSolverMultistepScheduler", {"solver_order": 3}),
@@ -221,6 +223,7 @@ OTHER_SOLVERS = [
     ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}),
     ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}),
     ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -5.1}),
+    ("DPMSolverMultistepScheduler", FLOW | {"solver_type": "heun"}),
     ("UniPCMultistepScheduler", UNIPC | {"solver_type": "bh1"}),
     ("UniPCMultistepScheduler", UNIPC | {"predict_x0": False}),
     ("UniPCMultistepScheduler", UNIPC | {"disable_corrector": [0]}),

@@ -24,6 +24,8 @@ KINDS = {
     "StableDiffusion3Pipeline": 77 + 256,
     "FluxPipeline": 512,
     "WanPipeline": 512,
+    "Flux2KleinPipeline": 512,
+    "ZImagePipeline": 512,
 }
 
 
@@ -46,6 +48,7 @@ def published(kind, folder):
     del parts["self"]
     parts = {name: None for name in parts if not name.startswith(("boundary", "expand", "is_"))}
     index = {"PixArt": "T5EncoderModel", "Wan": "UMT5EncoderModel"}
+    index |= {"Flux2": "Qwen3ForCausalLM", "ZImage": "Qwen3Model"}
     for path in folder.iterdir():
         if path.name.startswith("tokenizer"):
             parts[path.name] = transformers.AutoTokenizer.from_pretrained(path)
@@ -67,6 +70,14 @@ def published(kind, folder):
     elif kind.startswith("Stable"):
         found = pipe.encode_prompt(**options, prompt_2=None, prompt_3=None)
         names = ("text", "null_text", "pooled", "null_pooled")
+    elif kind.startswith("Flux2"):
+        found = pipe.encode_prompt(**options)[:1]
+        names = ("text",)
+    elif kind.startswith("ZImage"):
+        texts, nulls = pipe.encode_prompt(**options)
+        found = [padded(texts), padded(nulls)]
+        found = [found[0][0], found[0][1], found[1][0], found[1][1]]
+        names = ("text", "text_mask", "null_text", "null_text_mask")
     elif kind.startswith("Flux"):
         found = pipe.encode_prompt(**options, prompt_2=None)[:2]
         names = ("text", "pooled")
@@ -76,6 +87,17 @@ def published(kind, folder):
     return {name: a.detach().numpy() for name, a in zip(names, found, strict=True)}
 
 
+def padded(texts):
+    """Returns lists of rows as one array with a mask, as our conditions are."""
+    import torch
+
+    rows = KINDS["ZImagePipeline"]
+    whole = torch.zeros(len(texts), rows, texts[0].shape[-1])
+    for one, text in zip(whole, texts, strict=True):
+        one[: len(text)] = text
+    return whole, torch.arange(rows) < torch.tensor([[len(text)] for text in texts])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_they_are_those_of_the_published_pipeline(folders, kind):
     null = None if kind.startswith("Flux") else ""
@@ -83,6 +105,9 @@ def test_they_are_those_of_the_published_pipeline(folders, kind):
     assert found["text"].shape[:2] == (3, KINDS[kind])
     expected = published(kind, folders[kind])
     assert set(found) == set(expected)
+    if kind.startswith("ZImage"):  # whose pipeline leaves out what the mask leaves out
+        for name in ("text", "null_text"):
+            found[name] = found[name] * found[f"{name}_mask"][..., None]
     for name, array in expected.items():
         np.testing.assert_allclose(found[name], array[: len(found[name])], atol=1e-5, err_msg=name)
 

@@ -53,6 +53,35 @@ def save_t5(folder, width=16, kind="T5"):
     getattr(transformers, f"{kind}EncoderModel")(config).save_pretrained(folder)
 
 
+TEMPLATE = (
+    "{% for message in messages %}a {{ message['content'] }} and {% endfor %}"
+    "{% if add_generation_prompt %}two{% endif %}{% if not enable_thinking %} tree under{% endif %}"
+)
+
+
+def save_qwen(folder, causal):
+    """Writes a tiny Qwen3, as FLUX.2 and Z-Image have one, with a chat template beside its words."""
+    import torch
+    import transformers
+
+    torch.manual_seed(3)
+    config = transformers.Qwen3Config(
+        vocab_size=32,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=28 if causal else 3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+    )
+    cls = transformers.Qwen3ForCausalLM if causal else transformers.Qwen3Model
+    cls(config).save_pretrained(folder / "text_encoder")
+    save_tokenizer(folder / "tokenizer", "t5")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "tokenizer")
+
+
 def save_clip(folder, width, *, projected):
     import torch
     import transformers
@@ -81,6 +110,9 @@ def save_pipeline(folder, kind):
     if kind.startswith(("PixArt", "Wan", "Latte")):
         save_tokenizer(folder / "tokenizer", "t5")
         save_t5(folder / "text_encoder", 12, "UMT5" if kind.startswith("Wan") else "T5")
+        return folder
+    if kind.startswith(("Flux2", "ZImage")):
+        save_qwen(folder, causal=kind.startswith("Flux2"))
         return folder
     is_sd3 = kind.startswith("Stable")
     save_tokenizer(folder / "tokenizer", "clip")
