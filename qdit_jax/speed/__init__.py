@@ -1,7 +1,7 @@
 """Time: of a step of the sampler and of single layers, measured on this machine."""
 
 from qdit_jax.speed.conditions import random_condition
-from qdit_jax.speed.contenders import recipe_named
+from qdit_jax.speed.contenders import calls_per_sample, recipe_named
 from qdit_jax.speed.devices import DEVICES, HERE, Device, devices_named
 from qdit_jax.speed.layers import BATCH, layer_table
 from qdit_jax.speed.predicted import Predicted, abstract_checkpoint, predicted
@@ -26,6 +26,7 @@ __all__ = [
     "TimeFn",
     "abstract_checkpoint",
     "bench",
+    "calls_per_sample",
     "devices_named",
     "interleaved",
     "layer_table",
