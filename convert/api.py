@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
@@ -22,32 +22,33 @@ from qdit_convert.experts import (
 from qdit_convert.families import check_options, find_layout
 from qdit_convert.folders import is_pipeline, read_config
 from qdit_convert.hub import source
-from qdit_convert.kernels import recipe_of
 from qdit_convert.layout import Layout
 from qdit_convert.names import select_network
 from qdit_convert.opened import Network
 from qdit_convert.pipelines import Parts, read_pipeline
-from qdit_convert.plan import Leaf, Params, build_params, check_plan, same
-from qdit_convert.quantized import (
-    check_places,
-    formats_of,
-    quantized_leaves,
-    quantized_notes,
-)
+from qdit_convert.plan import check_plan, same
+from qdit_convert.quantized import check_places, quantized_notes
 from qdit_convert.readers import open_weights
-from qdit_convert.tensors import StateDict, about, bfloat16
-from qdit_convert.wrappers import RAW
+from qdit_convert.reading import (
+    ReadModel,
+    at_once,
+    in_own_names,
+    read_network,
+    suggesting_raw,
+    to_checkpoint,
+    when_used,
+)
+from qdit_convert.tensors import about, bfloat16
 from qdit_jax.diffusion import check_fit, read_scheduler
 from qdit_jax.errors import UserError
 from qdit_jax.files import is_hub_id
+from qdit_jax.types import ProgressFn, untold
 
 if TYPE_CHECKING:
     from qdit_jax.checkpoint import Checkpoint
 
 AUTOENCODERS = ("vae", "wan-vae")
 DTYPES = ("float32", "bfloat16", "float16")
-# Called with a network's name, the leaf just read, and the number of leaves in all.
-Progress = Callable[[str, Leaf, int], None]
 
 
 def convert(
@@ -58,7 +59,7 @@ def convert(
     weights: str | None = None,
     dtype: str | None = "float32",
     force: bool = False,
-    progress: Progress | None = None,
+    progress_fn: ProgressFn = untold,
     **told: Unpack[Told],
 ) -> Checkpoint:
     """Returns the checkpoint of the PyTorch weights in `src`, and writes it to `out` if given.
@@ -72,37 +73,53 @@ def convert(
     Raises:
         UserError: if the input cannot be converted, or `out` exists; nothing is written then.
     """
-    import jax.numpy as jnp
+    from qdit_jax.checkpoint import load
 
-    from qdit_jax.checkpoint import save
+    given: Any = {
+        "family": family,
+        "weights": weights,
+        "dtype": dtype,
+        "progress_fn": progress_fn,
+        **told,
+    }
+    if out is None:
+        return to_checkpoint(read_model(src, **given))
+    convert_checkpoint(src, out, force=force, **given)
+    return load(out)
+
+
+def convert_checkpoint(
+    src: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    family: str | None = None,
+    weights: str | None = None,
+    dtype: str | None = "float32",
+    force: bool = False,
+    progress_fn: ProgressFn = untold,
+    **told: Unpack[Told],
+) -> Checkpoint:
+    """Writes the checkpoint of the PyTorch weights in `src` to `out`, one array at a time.
+
+    Beside the runtime, memory holds a few copies of the largest array (all of them, if `out` is one
+    file). The arguments are those of `convert`, and so is what is written.
+
+    Returns:
+        The new checkpoint as `open_checkpoint` reads it.
+
+    Raises:
+        UserError: as `convert`.
+    """
+    from qdit_jax.checkpoint import open_checkpoint, save
     from qdit_jax.files import as_path, check_free
 
-    if out is not None:
-        kind = "export" if as_path(out).suffix == ".safetensors" else "checkpoint"
-        check_free(out, force, kind, [] if is_hub_id(src) else [src])
-    read = read_model(
-        src,
-        family=family,
-        weights=weights,
-        dtype=dtype,
-        progress=progress,
-        place=jnp.asarray,  # saving copies NumPy arrays, and device arrays not
-        **told,
-    )
-    checkpoint = to_checkpoint(read)
-    if out is not None:
-        save(out, checkpoint, overwrite=force)
-    return checkpoint
-
-
-class ReadModel(NamedTuple):
-    """A network read from PyTorch weights: the content of a `Checkpoint`."""
-
-    family: str
-    config: dict[str, Any]
-    params: Params
-    metadata: dict[str, Any]
-    vae: ReadModel | None = None
+    kind = "export" if as_path(out).suffix == ".safetensors" else "checkpoint"
+    check_free(out, force, kind, [] if is_hub_id(src) else [src])
+    target = parse_dtype(dtype)
+    with opened(src, family, Choices(**told), weights) as (networks, kept):
+        read = [read_network(network, when_used(target), progress_fn) for network in networks]
+        save(out, to_checkpoint(whole_of(read, kept)), overwrite=force)
+    return open_checkpoint(out)
 
 
 def read_model(
@@ -111,7 +128,7 @@ def read_model(
     family: str | None = None,
     weights: str | None = None,
     dtype: str | None = "float32",
-    progress: Progress | None = None,
+    progress_fn: ProgressFn = untold,
     place: Callable[[np.ndarray], Any] = same,
     **told: Unpack[Told],
 ) -> ReadModel:
@@ -123,20 +140,30 @@ def read_model(
             Those of SiT are DiT's, so that `"sit"` must be given.
         weights: `"ema"` or `"model"`; None prefers `"ema"` where a file has both.
         dtype: of all leaves: one of `DTYPES`, or None to keep that of the file.
-        progress: called after each leaf.
+        progress_fn: told of each leaf read, of the network that is read as `stage`, and its `total`.
         place: called with each leaf as soon as it is read, returns its replacement; NumPy by default.
         told: what the file does not say of the network: the fields of `Choices`, as `num_heads=16`.
 
     Raises:
         UserError: with one sentence on what is wrong with the input.
     """
-    choices = Choices(**told)
-    target = parse_dtype(dtype)
+    params_fn = at_once(parse_dtype(dtype), place)
+    with opened(src, family, Choices(**told), weights) as (networks, kept):
+        return whole_of([read_network(n, params_fn, progress_fn) for n in networks], kept)
+
+
+@contextmanager
+def opened(
+    src: str | os.PathLike, family: str | None, choices: Choices, weights: str | None
+) -> Iterator[tuple[list[Network], dict[str, Any]]]:
+    """Yields the networks in `src` (see `open_source`), whose files are there for so long."""
     with source(src) as (local, commit):
         networks, kept = open_source(local, family, choices, weights)
-        if commit is not None:
-            kept = {**kept, "hub": commit}
-        found = [_read_network(network, target, progress, place) for network in networks]
+        yield networks, kept if commit is None else {**kept, "hub": commit}
+
+
+def whole_of(found: list[ReadModel], kept: dict[str, Any]) -> ReadModel:
+    """Returns the first network with the second as its autoencoder, and what else to keep."""
     main = found[0]._replace(metadata={**found[0].metadata, **kept})
     return main._replace(vae=found[1]) if len(found) > 1 else main
 
@@ -246,42 +273,22 @@ def _on_process(network: Network, settings: dict[str, Any]) -> Network:
 def open_network(path: Path, family: str | None, choices: Choices, weights: str | None) -> Network:
     """Returns the network at `path`, its names and shapes checked."""
     state = open_weights(path, weights)
-    with about(path), _suggesting_raw(state):
+    with about(path), suggesting_raw(state):
         state = select_network(state, family, weights)
-    with about(path), _suggesting_raw(state):
+    with about(path), suggesting_raw(state):
         layout = find_layout(state, family)
         check_options(layout, choices)
     config = read_config(path, layout.class_names, layout.tells)
-    with about(path), _suggesting_raw(state):
+    with about(path), suggesting_raw(state):
         if layout.wants_config and config is None and path.is_dir():
             _check_config_needed(layout, choices)
         state = layout.rename(state)
-        with _in_own_names(layout, state):
+        with in_own_names(layout, state):
             plan = layout.plan(state, choices, config)
             check_plan(plan, state)
             check_places(plan, state.tensors)
     plan = replace(plan, notes=(*plan.notes, *quantized_notes(plan, state.tensors)))
     return Network(str(path), state, layout, plan)
-
-
-@contextmanager
-def _suggesting_raw(state: StateDict) -> Iterator[None]:
-    """Adds to errors about averaged weights that the file holds the raw ones too."""
-    try:
-        yield
-    except UserError as error:
-        if not state.raw or RAW in str(error):
-            raise
-        raise UserError(f"{str(error).removesuffix('.')} (in the averaged weights{RAW}).") from None
-
-
-@contextmanager
-def _in_own_names(layout: Layout, state: StateDict) -> Iterator[None]:
-    """Has errors name the tensors as the file does, not as they were renamed."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(layout.own_names(str(error), state)) from None
 
 
 def _check_config_needed(layout: Layout, choices: Choices) -> None:
@@ -294,59 +301,6 @@ def _check_config_needed(layout: Layout, choices: Choices) -> None:
             "the folder has no config.json, which says what shapes cannot; pass --num-heads and "
             "--input-size in its place."
         )
-
-
-def _read_network(
-    network: Network,
-    dtype: np.dtype | None,
-    progress: Progress | None,
-    place: Callable[[np.ndarray], Any],
-) -> ReadModel:
-    plan, total = network.plan, len(network.plan.leaves)
-
-    def on_leaf(leaf: Leaf) -> None:
-        if progress is not None:
-            progress(plan.family, leaf, total)
-
-    renamed = _in_own_names(network.layout, network.state)
-    with about(network.label), _suggesting_raw(network.state), renamed:
-        try:
-            params = build_params(
-                plan, network.state.tensors, dtype, on_leaf, place, quantized_leaves
-            )
-        except OSError as error:
-            raise UserError(f"{error.strerror or error}.") from None
-    metadata: dict[str, Any] = {
-        "source": Path(network.label).name,
-        "layout": network.layout.title,
-        "weights": network.state.weights,
-        "source_family": network.layout.families[0],
-    }
-    if network.state.notes:
-        metadata["names"] = list(network.state.notes)
-    if plan.notes:
-        metadata["notes"] = list(plan.notes)
-    found = formats_of(plan, network.state.tensors)
-    if found:
-        metadata["quantized"] = found
-    return ReadModel(plan.family, plan.config, params, metadata)
-
-
-def to_checkpoint(read: ReadModel) -> Checkpoint:
-    """Returns the checkpoint of a network that was read, with its VAE."""
-    from flax.traverse_util import flatten_dict
-
-    from qdit_jax.checkpoint import Checkpoint
-    from qdit_jax.models import build_model
-
-    formats = read.metadata.get("quantized", ())
-    return Checkpoint(
-        model=build_model(read.family, read.config),
-        params=read.params,
-        recipe=recipe_of(flatten_dict(read.params, sep="/"), "+".join(formats)),
-        metadata=read.metadata,
-        vae=None if read.vae is None else to_checkpoint(read.vae),
-    )
 
 
 def parse_dtype(dtype: str | None) -> np.dtype | None:

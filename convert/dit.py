@@ -179,32 +179,6 @@ def facebook_leaves(sizes: Sizes, num_tokens: int) -> list[Leaf]:
     return leaves
 
 
-def facebook_written(config: Mapping[str, Any]) -> list[Leaf]:
-    """Returns the leaves of a network with these fields, to write it in this layout.
-
-    Raises:
-        UserError: if it computes what files of this layout cannot say.
-    """
-    for name, published in (("frequency_shift", 0), ("mlp_norm_eps", 1e-6)):
-        if config[name] != published:
-            raise UserError(
-                f"the network has {name}={config[name]} (it came from diffusers' layout), which readers of "
-                f"the authors' layout take to be {published}: they would compute something else."
-            )
-    side, p, C = config["input_size"], config["patch_size"], config["in_channels"]
-    rows, columns = (side, side) if isinstance(side, int) else side
-    sizes = Sizes(
-        depth=config["depth"],
-        width=config["hidden_size"],
-        patch_size=p,
-        in_channels=C,
-        out_channels=C * (2 if config["learn_sigma"] else 1),
-        mlp_width=int(config["hidden_size"] * config["mlp_ratio"]),
-        table_rows=config["num_classes"] + config["null_class"],
-    )
-    return facebook_leaves(sizes, rows * columns // p**2)
-
-
 SMALL = Sizes(
     depth=2, width=16, patch_size=2, in_channels=4, out_channels=8, mlp_width=64, table_rows=11
 )

@@ -231,24 +231,6 @@ def leaves_of(sizes: Sizes, naming: Naming) -> list[Leaf]:
     return leaves
 
 
-def original_written(config: Mapping[str, Any]) -> list[Leaf]:
-    """Returns the leaves of a network with these fields, in Black Forest Labs' layout."""
-    width = config["hidden_size"]
-    sizes = Sizes(
-        depth=config["depth"],
-        single_depth=config["single_depth"],
-        width=width,
-        in_channels=config["in_channels"],
-        out_channels=config["out_channels"],
-        mlp_width=int(width * config["mlp_ratio"]),
-        text_width=config["text_width"],
-        pooled_width=config["pooled_width"],
-        head_dim=width // config["num_heads"],
-        guidance=config["guidance_embed"],
-    )
-    return leaves_of(sizes, in_original)
-
-
 SMALL = Sizes(
     depth=1,
     single_depth=2,

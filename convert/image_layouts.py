@@ -25,7 +25,7 @@ FLUX_BFL = Layout(
     flux.original_plan,
     options=FLUX_OPTIONS,
     example=flux.original_example,
-    written=flux.original_written,
+    writes="flux",
 )
 Z_BLOCK = r"(noise_refiner|context_refiner|layers)\.\d+\."
 Z_NAMES = (
@@ -43,7 +43,7 @@ IMAGE_LAYOUTS = (
         plan=flux2.original_plan,
         told=flux2.is_flux2,
         example=flux2.original_example,
-        written=None,
+        writes="",
     ),
     Layout(
         "flux2-diffusers",

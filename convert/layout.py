@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qdit_convert.choices import Choices
-from qdit_convert.plan import Example, Leaf, Plan
+from qdit_convert.plan import Example, Plan
 from qdit_convert.tensors import StateDict
 
 Planner = Callable[[StateDict, Choices, Mapping[str, Any] | None], Plan]
@@ -33,8 +33,7 @@ class Layout:
         own_names: returns a message about renamed tensors with the file's own names.
         told: whether the file says that it has this layout, of several with the same names.
         example: a small network in it, for the contract tests.
-        written: returns the leaves of a network with these fields, to write it in this layout; None
-            where that is not done.
+        writes: the family whose networks are written under these names (`inverse`); empty for none.
     """
 
     name: str
@@ -51,4 +50,4 @@ class Layout:
     own_names: Callable[[str, StateDict], str] = lambda text, state: text
     told: Callable[[StateDict], bool] = lambda state: False
     example: Callable[[], Example] = lambda: Example(())
-    written: Callable[[Mapping[str, Any]], list[Leaf]] | None = None
+    writes: str = ""

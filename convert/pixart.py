@@ -282,6 +282,7 @@ SMALL = Sizes(
     out_channels=8,
     mlp_width=96,
     text_width=TEXT_WIDTH,
+    size_conditions=True,
     qk_norm=True,
     compression=(1, 2),
 )

@@ -206,20 +206,40 @@ def build_params(
     for leaf in plan.leaves:
         quantized = quantized_fn(leaf, tensors)
         for path, value in quantized.items():
-            _insert(params, path, value)
-        if quantized:
-            on_leaf(leaf)
-            continue
-        arrays = _read(leaf, tensors)
-        bad += [text for key, array in arrays if (text := _not_finite(key, array))]
-        whole = np.concatenate([a for _, a in arrays]) if len(arrays) > 1 else arrays[0][1]
-        _insert(params, leaf.path, place(_cast(leaf, leaf.transform(whole), dtype)))
+            inserted(params, path, value)
+        if not quantized:
+            array, problems = read_leaf(leaf, tensors, dtype)
+            inserted(params, leaf.path, place(array))
+            bad += problems
         on_leaf(leaf)
     if bad:
-        raise UserError(
-            f"{_count(len(bad), 'tensor is not finite', 'tensors are not finite')}{listing(bad)}."
-        )
+        raise not_finite_error(bad)
     return params
+
+
+def not_finite_error(bad: list[str]) -> UserError:
+    """Returns the error that names tensors with NaN or inf."""
+    counted = _count(len(bad), "tensor is not finite", "tensors are not finite")
+    return UserError(f"{counted}{listing(bad)}.")
+
+
+def read_leaf(
+    leaf: Leaf, tensors: Mapping[str, StoredTensor], dtype: np.dtype | None
+) -> tuple[np.ndarray, list[str]]:
+    """Returns a leaf's array, and which of its tensors are not finite."""
+    arrays = _read(leaf, tensors)
+    bad = [text for key, array in arrays if (text := _not_finite(key, array))]
+    whole = np.concatenate([a for _, a in arrays]) if len(arrays) > 1 else arrays[0][1]
+    return _cast(leaf, leaf.transform(whole), dtype), bad
+
+
+def problems_of(plan: Plan, tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """Returns which tensors of a whole file are not finite, reading one at a time."""
+    plain_leaves = [
+        leaf for leaf in plan.leaves if all(tensors[key].quantized is None for key in leaf.sources)
+    ]
+    arrays = (pair for leaf in plain_leaves for pair in _read(leaf, tensors))
+    return [text for key, array in arrays if (text := _not_finite(key, array))]
 
 
 def _read(leaf: Leaf, tensors: Mapping[str, StoredTensor]) -> list[tuple[str, np.ndarray]]:
@@ -257,7 +277,8 @@ def _cast(leaf: Leaf, array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
     return out
 
 
-def _insert(params: Params, path: str, leaf: object) -> None:
+def inserted(params: Params, path: str, leaf: object) -> None:
+    """Puts a leaf into nested dicts, by its path."""
     *parents, name = path.split("/")
     for parent in parents:
         params = params.setdefault(parent, {})

@@ -6,12 +6,12 @@ The inverse of a layout's plan: its leaves say which tensors each parameter come
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from qdit_convert.families import LAYOUTS, Layout
+from qdit_convert.inverse import written_in
 from qdit_convert.plan import Leaf, Transform, linear, same
 from qdit_convert.quantized import row_order
 from qdit_jax.errors import UserError
@@ -52,37 +52,17 @@ def export(
     check_free(out, overwrite, "weights")
     if format not in FORMATS:
         raise UserError(f"format={format!r} is not known; use one of {', '.join(FORMATS)}.")
-    layout, leaves = layout_of(checkpoint)
-    arrays, quantized = tensors_of(checkpoint.params, leaves, format)
+    layout, plan = written_in(checkpoint.model)
+    arrays, quantized = tensors_of(checkpoint.params, plan.leaves, format)
     check_space(out, sum(array.nbytes for array in arrays.values()))
     with replaced_file(out, "weights") as file:
         save_file(arrays, file, metadata=WRITTEN_BY)
-    sources = sum(len(leaf.sources) for leaf in leaves)
+    sources = sum(len(leaf.sources) for leaf in plan.leaves)
     return Written(layout.title, quantized, sources - quantized)
 
 
-def layout_of(checkpoint: Checkpoint) -> tuple[Layout, list[Leaf]]:
-    """Returns the layout in which a checkpoint's family is written, and the leaves of this network.
-
-    Raises:
-        UserError: if there is none, or the network has what the layout's files cannot say.
-    """
-    from qdit_jax.models import config_of, family_of
-
-    family = family_of(checkpoint.model).name
-    rows = [layout for layout in LAYOUTS if layout.written is not None]
-    for layout in rows:
-        if family in layout.families and layout.written is not None:
-            return layout, layout.written(config_of(checkpoint.model))
-    known = ", ".join(dict.fromkeys(layout.families[0] for layout in rows))
-    raise UserError(
-        f"a network of family {family} cannot be written with its authors' names yet; those of "
-        f"{known} can. Export without --format."
-    )
-
-
 def tensors_of(
-    params: Params, leaves: list[Leaf], format: str
+    params: Params, leaves: Sequence[Leaf], format: str
 ) -> tuple[dict[str, np.ndarray], int]:
     """Returns the tensors of a file by name, and how many of its weights are quantized."""
     from flax.traverse_util import flatten_dict

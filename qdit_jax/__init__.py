@@ -53,7 +53,9 @@ if TYPE_CHECKING:
     from qdit_jax.sampling import write_conditions as write_conditions
     from qdit_jax.speed import bench as bench
 
-__version__ = "0.1.0"
+    __version__: str
+
+SOURCE_VERSION = "0.1.0"  # of a tree that is not installed; installed, the tag's number counts
 
 # Room -> the names that the package shows of it.
 PUBLIC = {
@@ -86,11 +88,23 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(f"qdit_jax.{ROOM_OF[name]}"), name)
         globals()[name] = value
         return value
+    if name == "__version__":
+        return installed_version()
     if name == "quant":
         return import_module("qdit_jax.quant")
     if name == "convert":  # the package of readers stands above this one
         return import_module("qdit_convert").convert
     raise AttributeError(f"module 'qdit_jax' has no attribute {name!r}")
+
+
+def installed_version() -> str:
+    """Returns the version of the installed package, else that of the source tree."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("qdit-jax")
+    except PackageNotFoundError:
+        return SOURCE_VERSION
 
 
 def __dir__() -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import jax
@@ -42,3 +43,31 @@ class AbstractArray(Protocol):
 UNSAID = {"unsaid": True}
 # The same of a field that follows from others that count.
 DERIVED = {"derived": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """News of a long computation: what every `progress_fn` is called with.
+
+    Attributes:
+        done: units finished since the last news; those that an earlier run left are news as well.
+        total: how many there are in all, where that is news.
+        stage: what begins to be done, such as `"reading vae"`.
+        text: a line that a person should read.
+        best: the least error, or cost, that a search has measured so far.
+        layer: what became of a layer just finished, such as a `LayerReport`.
+    """
+
+    done: int = 0
+    total: int | None = None
+    stage: str | None = None
+    text: str | None = None
+    best: float | None = None
+    layer: object = None
+
+
+ProgressFn: TypeAlias = Callable[[Progress], object]
+
+
+def untold(event: Progress) -> None:
+    """Tells nobody: the default of every `progress_fn`."""

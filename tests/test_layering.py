@@ -66,7 +66,7 @@ ALLOWED = {
     },
     "demo": {
         *("files", "convert", "metrics", "models", "recipes", "checkpoint", "sampling"),
-        *("calibration", "ptq", "methods", "report", "evaluation"),
+        *("calibration", "ptq", "methods", "evaluation"),
     },
     "cli": {
         *("files", "quant", "diffusion", "metrics", "kernels", "models", "recipes", "checkpoint"),

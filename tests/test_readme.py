@@ -15,7 +15,7 @@ from qdit_jax.testing import realistic_dit
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 LINKED = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
 # A fenced block; one right below this comment is a fragment.
 NOT_RUN = "<!-- not run -->"
@@ -62,7 +62,7 @@ def test_the_python_example_runs(folder):
 
 
 # These compute for more than a few seconds.
-LONG = ("python.md", "recipes.md", "speed.md")
+LONG = ("evaluation.md", "python.md", "recipes.md", "search.md", "speed.md")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_every_command_is_a_verb_and_ci_runs_the_test_command():
     assert tests in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
-@pytest.mark.parametrize("page", LINKED, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", LINKED, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_link_and_picture_exists(page):
     missing = [target for target in links(page) if not (page.parent / target).exists()]
     assert not missing, f"{page.name} links to {missing}"

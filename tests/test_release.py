@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import tarfile
+import tomllib
 import venv
 import zipfile
 from email import message_from_string
 from pathlib import Path
+from shutil import copy, which
 
 import pytest
 from test_packaging import package_folders
@@ -70,11 +73,52 @@ def test_the_source_archive_builds_the_same(built):
     assert {"pyproject.toml", "README.md", "LICENSE", "convert/api.py"} <= names
 
 
-def test_it_runs_in_a_bare_environment(built, tmp_path):
+def interpreter(version: str) -> str | None:
+    """Returns a Python of that version which runs; None if there is none."""
+    pyenv = sorted((Path.home() / ".pyenv" / "versions").glob(f"{version}*/bin/python"))
+    for found in (which(f"python{version}"), *map(str, pyenv)):
+        if (
+            found
+            and not subprocess.run([found, "-c", "import venv"], capture_output=True).returncode
+        ):
+            return found
+    return None
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+def test_it_runs_in_a_bare_environment(built, tmp_path, version):
     (wheel,) = built.glob("*.whl")
-    venv.create(tmp_path / "bare", with_pip=True)
+    if (base := interpreter(version)) is None:
+        pytest.skip(f"there is no Python {version} here.")
+    run(base, "-m", "venv", tmp_path / "bare", cwd=tmp_path)
     python = tmp_path / "bare/bin/python"
     run(python, "-m", "pip", "install", "-q", wheel, cwd=tmp_path)
+    assert version in run(tmp_path / "bare/bin/qdit", "--version", cwd=tmp_path)
     assert "qdit" in run(tmp_path / "bare/bin/qdit", "--version", cwd=tmp_path)
     assert "best" in run(tmp_path / "bare/bin/qdit", "methods", cwd=tmp_path)
     assert run(python, "-c", "import sys, qdit_jax; print('jax' in sys.modules)", cwd=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def versions(built):
+    """Returns what tells the version of a tree."""
+    tools = built.parent / "tools/bin/python"
+    run(tools, "-m", "pip", "install", "-q", "setuptools", "setuptools-scm", cwd=built)
+    return lambda tree: run(tools, "-m", "setuptools_scm", cwd=tree).strip()
+
+
+def test_the_version_is_the_tag_else_the_one_of_the_tree(versions, tmp_path):
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools_scm"]
+    fallback = settings["fallback_version"]
+    assert f"\nversion: {fallback}\n" in (ROOT / "CITATION.cff").read_text()
+    text = (ROOT / "qdit_jax" / "__init__.py").read_text()
+    assert re.search(r'^SOURCE_VERSION = "(.*)"', text, re.MULTILINE)[1] == fallback
+    copy(ROOT / "pyproject.toml", tmp_path)
+    assert versions(tmp_path) == fallback
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@b.c")
+    run("git", "init", "-q", cwd=tmp_path)
+    run("git", "add", ".", cwd=tmp_path)
+    run(*git, "commit", "-qm", "one", cwd=tmp_path)
+    assert re.match(r"0\.1\.dev1\+g", versions(tmp_path))
+    run(*git, "tag", "v0.2.0", cwd=tmp_path)
+    assert versions(tmp_path) == "0.2.0"

@@ -47,15 +47,11 @@ def markdown(content: dict[str, Any]) -> str:
             for s in ordered(rows, "state")
             if any(r["state"] == s and r["bits"] == bits for r in rows)
         ]
-        lines += [
-            f"**{bits.upper()}**: closeness in dB (95%), Fréchet distance (mean over seeds), mean "
-            "squared distance of paired features",
-            "",
-        ]
+        lines += [f"**{bits.upper()}**: {measures(rows)}", ""]
         lines += ["| method | " + " | ".join(states) + " | bytes | s to quantize |"]
         lines += ["|---" * (len(states) + 3) + "|"]
-        full = [content["full"][state]["frechet_distance"] for state in states]
-        spans = [f"{min(d):.2f} to {max(d):.2f}" for d in full]
+        full = [content["full"][state].get("frechet_distance") for state in states]
+        spans = [f"{min(d):.2f} to {max(d):.2f}" if d else "" for d in full]
         lines += [
             f"| full precision | {' | '.join(spans)} | {content['full'][states[0]]['bytes']:,} | |"
         ]
@@ -69,6 +65,8 @@ def markdown(content: dict[str, Any]) -> str:
                 ]
         lines.append("")
     lines += agreement(rows)
+    if not any("frechet_distance" in row for row in rows):
+        return "\n".join(lines) + "\n"
     published = ", ".join(f"{name} {value}" for name, value in PUBLISHED.items())
     lines += [
         "",
@@ -77,13 +75,31 @@ def markdown(content: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def measures(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns what the figures of a cell are, in their order."""
+    named = {
+        "change_closeness_db": "that of the changes between frames",
+        "frechet_distance": "Fréchet distance (mean over seeds), mean squared distance of paired "
+        "features",
+    }
+    found = [text for name, text in named.items() if any(name in row for row in rows)]
+    return ", ".join(["closeness in dB (95%)", *found])
+
+
 def cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
-    near = row["closeness_db"]
-    distance, paired = np.mean(row["frechet_distance"]), row["feature_distance"]["estimate"]
-    span = f"{near['low']:.1f} to {near['high']:.1f}"
-    return f"{near['estimate']:.1f} ({span}), {distance:.2f}, {paired:.2g}"
+    parts = [interval(row["closeness_db"])]
+    if "change_closeness_db" in row:
+        parts.append(interval(row["change_closeness_db"]))
+    if "frechet_distance" in row:
+        paired = row["feature_distance"]["estimate"]
+        parts += [f"{np.mean(row['frechet_distance']):.2f}", f"{paired:.2g}"]
+    return ", ".join(parts)
+
+
+def interval(near: dict[str, float]) -> str:
+    return f"{near['estimate']:.1f} ({near['low']:.1f} to {near['high']:.1f})"
 
 
 def agreement(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -2,6 +2,9 @@
 
     python experiments/tables/paper_tables.py --out runs/tables
     python experiments/tables/paper_tables.py --out runs/tables --dry-run
+    python experiments/tables/paper_tables.py --out runs/text --states text --num-samples 64 --seeds 0
+    python experiments/tables/paper_tables.py --out runs/video --states video --num-samples 64 \\
+        --seeds 0 --methods rtn gptq smoothquant svdquant best --bits w8a8 w4a8 w4a4
     python experiments/tables/paper_tables.py --out runs/xl2 --checkpoint xl2=xl2 \\
         --num-samples 10000 --seeds 0 --steps 100 --group-size 128 \\
         --reference VIRTUAL_imagenet256_labeled.npz --features inception inception_ckpt
@@ -11,6 +14,10 @@ outlier channels, `finetuned` with them (the packaged one), and `mixed`, whose o
 single channel (`mix_outliers.py`). With a checkpoint of yours, a reference and Inception weights, the
 command runs the papers' protocol. A method is a name of `qdit methods`, or `name:G` with groups of G
 channels (0: one scale per output channel); a method's own group size comes before --group-size.
+
+`--states text` and `video` are the packaged models under captions and of moving digits; a checkpoint
+that takes prompts wants their embeddings, --embeds. Where the network of features does not know the
+pictures, only closeness is measured; of videos that of the changes between frames too, what flickers.
 
 Every cell is a file in OUT/cells; a cell that is there is not computed again. Paired measures hold
 each sample against full precision from the same noise and condition; intervals are over samples and
@@ -24,15 +31,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from paper_report import write_report
+from table_states import DIGITS, STATES, State, states_of
 
 import qdit_jax as qdit
 from qdit_jax import metrics
@@ -44,10 +51,7 @@ from qdit_jax.recipes import Recipe
 from qdit_jax.report import provenance, to_uint8
 from qdit_jax.sampling import cyclic_conditions, decode
 
-HERE = Path(__file__).resolve().parent
 BITS = ("w8a8", "w6a8", "w4a8", "w4a4", "w3a8")
-STATES = ("as_trained", "injected", "finetuned", "mixed")
-NUM_HEADS = 4  # of the packaged model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,43 +87,19 @@ class Bed:
 
     name: str
     checkpoint: Checkpoint
+    conditions: Any
     items: Items
     full: dict[int, np.ndarray]  # final latents of full precision, by seed
 
 
-def digit_states(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yields the packaged model's states, built where they are not there yet."""
-    sys.path.insert(0, str(HERE.parent / "testbeds"))
-    import inject_outliers
-    import mix_outliers
-
-    trained = HERE.parent / "weights/demo_as_trained.safetensors"
-    packaged = Path(qdit.__file__).parent / "assets/demo_dit.safetensors"
-    folder.mkdir(parents=True, exist_ok=True)
-    heads = ["--num-heads", str(NUM_HEADS)]
-    injected, mixed = (folder / f"{name}.safetensors" for name in ("injected", "mixed"))
-    if not injected.exists():
-        inject_outliers.main([str(trained), str(injected), *heads])
-    if not mixed.exists():
-        mix_outliers.main([str(packaged), str(mixed), *heads])
-    yield from zip(STATES, (trained, injected, packaged, mixed), strict=True)
-
-
-def read(path: Path) -> Checkpoint:
-    """Returns the checkpoint in a folder, or in weights of the packaged model's layout."""
-    if path.is_dir():
-        return qdit.load(path)
-    import qdit_convert
-
-    return qdit_convert.convert(path, num_heads=NUM_HEADS)
-
-
-def latents(checkpoint: Checkpoint, args: argparse.Namespace, seed: int) -> np.ndarray:
+def latents(
+    checkpoint: Checkpoint, conditions: Any, args: argparse.Namespace, seed: int
+) -> np.ndarray:
     """Returns the final latents of all samples of one seed."""
     return qdit.generate(
         checkpoint,
         default_sampler(checkpoint, args.steps),
-        cyclic_conditions(checkpoint.model, None, np.arange(args.num_samples)),
+        cyclic_conditions(checkpoint.model, conditions, np.arange(args.num_samples)),
         seed=seed,
         guidance=args.guidance,
         batch_size=args.batch_size,
@@ -127,9 +107,9 @@ def latents(checkpoint: Checkpoint, args: argparse.Namespace, seed: int) -> np.n
     )
 
 
-def bed_of(name: str, path: Path, args: argparse.Namespace) -> Bed:
+def bed_of(name: str, state: State, args: argparse.Namespace) -> Bed:
     """Returns a state with its calibration items and its samples in full precision, kept on disk."""
-    checkpoint = read(path)
+    checkpoint = state.read()
     folder = args.out / "beds" / name
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "items.npz").exists():
@@ -137,6 +117,7 @@ def bed_of(name: str, path: Path, args: argparse.Namespace) -> Bed:
             checkpoint,
             jax.random.key(1000),
             args.num_items,
+            conditions=state.conditions,
             sampler=default_sampler(checkpoint, args.steps),
             guidance=args.guidance,
         ).save(folder / "items.npz")
@@ -145,10 +126,10 @@ def bed_of(name: str, path: Path, args: argparse.Namespace) -> Bed:
         file = folder / f"{args.num_samples}x{args.steps}-{seed}.npy"
         if not file.exists():
             partial = file.with_suffix(".partial.npy")
-            np.save(partial, latents(checkpoint, args, seed))
+            np.save(partial, latents(checkpoint, state.conditions, args, seed))
             partial.rename(file)
         full[seed] = np.load(file)
-    return Bed(name, checkpoint, Items.load(folder / "items.npz"), full)
+    return Bed(name, checkpoint, state.conditions, Items.load(folder / "items.npz"), full)
 
 
 def images_of(checkpoint: Checkpoint, final: np.ndarray, batch_size: int) -> np.ndarray:
@@ -171,18 +152,21 @@ def scored(judge: Judge, images: np.ndarray, folder: Path) -> tuple[float, np.nd
     return float(distance), pool
 
 
-def full_precision_cell(bed: Bed, judge: Judge, args: argparse.Namespace) -> dict[str, Any]:
+def full_precision_cell(bed: Bed, judge: Judge | None, args: argparse.Namespace) -> dict[str, Any]:
     """Returns what full precision itself scores, seed by seed."""
-    distances = [
-        scored(judge, images_of(bed.checkpoint, bed.full[seed], args.batch_size), args.out)[0]
-        for seed in args.seeds
-    ]
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(bed.checkpoint.params))
-    return {"frechet_distance": distances, "bytes": size}
+    found: dict[str, Any] = {
+        "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(bed.checkpoint.params))
+    }
+    if judge is not None:
+        found["frechet_distance"] = [
+            scored(judge, images_of(bed.checkpoint, bed.full[seed], args.batch_size), args.out)[0]
+            for seed in args.seeds
+        ]
+    return found
 
 
 def cell(
-    bed: Bed, entry: Entry, bits: str, judge: Judge, args: argparse.Namespace
+    bed: Bed, entry: Entry, bits: str, judge: Judge | None, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Returns the measures of one method at one precision on one state."""
     began = time.perf_counter()
@@ -191,23 +175,45 @@ def cell(
     quantized = qdit.quantize(bed.checkpoint, entry.method, recipe, data=data)
     jax.block_until_ready(quantized.params)
     seconds = time.perf_counter() - began
-    ratios, apart, distances = [], [], []
-    for seed in args.seeds:
-        final = latents(quantized, args, seed)
-        ratios.append(metrics.signal_to_noise_db(bed.full[seed], final))
-        pairs = (images_of(quantized, x, args.batch_size) for x in (final, bed.full[seed]))
-        (distance, ours), (_, theirs) = (scored(judge, images, args.out) for images in pairs)
-        distances.append(distance)
-        apart.append(np.square(ours - theirs).sum(axis=1))
-    return {
-        "closeness_db": dataclasses.asdict(metrics.bootstrap_interval(np.concatenate(ratios))),
-        "feature_distance": dataclasses.asdict(metrics.bootstrap_interval(np.concatenate(apart))),
-        "frechet_distance": distances,
+    finals = {seed: latents(quantized, bed.conditions, args, seed) for seed in args.seeds}
+    found: dict[str, Any] = {"closeness_db": closeness(bed.full, finals)}
+    if finals[args.seeds[0]].ndim == 5:
+        changes = (
+            {seed: np.diff(x, axis=1) for seed, x in of.items()} for of in (bed.full, finals)
+        )
+        found["change_closeness_db"] = closeness(*changes)
+    if judge is not None:
+        found |= scores_of(bed, quantized, judge, finals, args)
+    return found | {
         "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(quantized.params)),
         "seconds_to_quantize": seconds,
         "notes": quantized.metadata["quantization"]["notes"],
         "transforms": quantized.metadata["quantization"].get("transforms", {}),
     }
+
+
+def closeness(full: dict[int, np.ndarray], finals: dict[int, np.ndarray]) -> dict[str, float]:
+    """Returns the signal to error in dB over all samples of all seeds, with its interval."""
+    ratios = [metrics.signal_to_noise_db(full[seed], final) for seed, final in finals.items()]
+    return dataclasses.asdict(metrics.bootstrap_interval(np.concatenate(ratios)))
+
+
+def scores_of(
+    bed: Bed,
+    quantized: Checkpoint,
+    judge: Judge,
+    finals: dict[int, np.ndarray],
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """Returns the distance to the reference by seed, and that of paired features."""
+    apart, distances = [], []
+    for seed, final in finals.items():
+        pairs = (images_of(quantized, x, args.batch_size) for x in (final, bed.full[seed]))
+        (distance, ours), (_, theirs) = (scored(judge, images, args.out) for images in pairs)
+        distances.append(distance)
+        apart.append(np.square(ours - theirs).sum(axis=1))
+    interval = dataclasses.asdict(metrics.bootstrap_interval(np.concatenate(apart)))
+    return {"feature_distance": interval, "frechet_distance": distances}
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -216,13 +222,13 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def estimate(beds: Sequence[Path], num_cells: int, args: argparse.Namespace) -> str:
+def estimate(states: Sequence[State], num_cells: int, args: argparse.Namespace) -> str:
     """Returns about how long the cells that are left take, from one short rollout."""
-    checkpoint = read(beds[0])
+    checkpoint, conditions = states[0].read(), states[0].conditions
     few = argparse.Namespace(**{**vars(args), "num_samples": args.batch_size, "steps": 2})
-    latents(checkpoint, few, 0)
+    latents(checkpoint, conditions, few, 0)
     began = time.perf_counter()
-    latents(checkpoint, few, 0)
+    latents(checkpoint, conditions, few, 0)
     each = (time.perf_counter() - began) / (2 * args.batch_size)
     seconds = num_cells * each * args.num_samples * args.steps * len(args.seeds)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(checkpoint.params))
@@ -245,7 +251,8 @@ def parse_args() -> argparse.Namespace:
         metavar="NAME=PATH",
         help="a full-precision checkpoint folder in place of the packaged states; repeatable",
     )
-    parser.add_argument("--states", nargs="+", choices=STATES, default=STATES)
+    parser.add_argument("--states", nargs="+", choices=STATES, default=DIGITS)
+    parser.add_argument("--embeds", help="embeddings of prompts (.npz), of --checkpoint")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="NAME[:G]")
     parser.add_argument("--bits", nargs="+", default=list(BITS))
     parser.add_argument("--group-size", type=int, default=32)
@@ -264,11 +271,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     (args.out / "cells").mkdir(parents=True, exist_ok=True)
-    given = [text.partition("=") for text in args.checkpoint or ()]
-    states = {name: Path(path) for name, _, path in given}
-    if not states:
-        built = dict(digit_states(args.out / "weights"))
-        states = {name: built[name] for name in args.states}
+    states = states_of(args)
     entries = [Entry.of(text, args.group_size) for text in args.methods]
     kept = args.out / "settings.json"
     settings = json.loads(json.dumps(settings_of(args)))
@@ -297,7 +300,9 @@ def main() -> None:
         if name not in beds:
             beds = {name: bed_of(name, states[name], args)}
             shape = beds[name].full[args.seeds[0]].shape
-            judge = scoring.judge(image_shape(beds[name].checkpoint, shape), name)
+            judge = None
+            if states[name].scored and len(shape) == 4:
+                judge = scoring.judge(image_shape(beds[name].checkpoint, shape), name)
             own = args.out / "cells" / f"{name}-full.json"
             own.write_text(json.dumps(full_precision_cell(beds[name], judge, args)))
         if entry.recipe(bits, beds[name].checkpoint) is None:

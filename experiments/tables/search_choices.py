@@ -121,11 +121,15 @@ def recipes_of(
             space={**settings, **more},
             strategy=Allocate(AllocationSettings(num_gate=20, rungs=(1, 4))),
             rollouts=Rollouts(
-                num_steps=STEPS, num_batches=4, batch_size=8, num_calibration=1, num_probes=4
+                num_steps=STEPS,
+                num_batches=4,
+                batch_size=8,
+                num_calibration=1,
+                num_probes=4,
+                data=data,
             ),
-            data=data,
             state=out / f"state-w4a{act_bits}-{budget}-{seed}-{name}",
-            report_fn=lambda event: event.get("text") and print(" ", event["text"], flush=True),
+            progress_fn=lambda event: event.text and print(" ", event.text, flush=True),
         )
         history = result.history
         report = history["report"]

@@ -1,7 +1,9 @@
-"""Builds a digit model in its three states and says what each shows: one command, start to end.
+"""Builds a small model in its three states and says what each shows: one command, start to end.
 
     python experiments/testbeds/build_testbed.py --model wide --data mnist_t10k.npz --out runs/wide
     python experiments/testbeds/build_testbed.py --model demo --data mnist_t10k.npz --out runs/demo
+    python experiments/testbeds/build_testbed.py --model text --data mnist_t10k.npz --out runs/text
+    python experiments/testbeds/build_testbed.py --model video --data mnist_t10k.npz --out runs/video
 
 Stages: train, inject outliers, fine-tune, check each state. A stage whose file is there is skipped,
 and a killed training continues, so that the command may be given again. In `--out`:
@@ -27,18 +29,24 @@ from pathlib import Path
 import check_testbed
 import finetune_digits
 import inject_outliers
+import train_captioned
 import train_digits
+import train_moving
 from testbed_summary import STATES, write_summary
 
+# The script that trains a model, and what the model is called there.
+TRAINING = {
+    **{name: (train_digits, name) for name in train_digits.MODELS},
+    "text": (train_captioned, "demo"),
+    "video": (train_moving, "demo"),
+}
 # Of each model: what its stages are given beyond the scripts' own defaults.
 WIDE_INJECTION = "--spans 3 --outliers 4 --heavy 2 --heavy-factors 15 25 --heavy-rest 4"
 INJECTION: dict[str, list[str]] = {
-    "demo": [],
-    "tiny": [],
     "wide": [*WIDE_INJECTION.split(), "--proj-outliers", "12"],
 }
 FINETUNING: dict[str, list[str]] = {
-    "demo": [],
+    "video": ["--batch-size", "16", "--judged", "128"],
     "tiny": ["--steps", "50"],
     "wide": ["--learning-rate", "1e-4"],
 }
@@ -53,31 +61,32 @@ def build(model: str, data: str | None, out: Path, as_trained: Path | None) -> s
     """Returns the summary of the three states, after building what is missing in `out`."""
     out.mkdir(parents=True, exist_ok=True)
     weights = {state: out / f"{state}.safetensors" for state in STATES}
-    heads = ["--num-heads", str(train_digits.MODELS[model].num_heads)]
+    script, name = TRAINING[model]
+    heads = ["--num-heads", str(script.MODELS[name].num_heads)]
     digits = ["--data", data] if data else []
 
     def train(path: Path) -> None:
         folder = out / "training"
         if as_trained is None:
-            train_digits.main(["--model", model, *digits, "--out", str(folder)])
+            script.main(["--model", name, *digits, "--out", str(folder)])
             shutil.copyfile(folder / "samples.png", out / "as_trained_samples.png")
-        source = as_trained or folder / f"{model}_dit.safetensors"
+        source = as_trained or folder / f"{name}_{script.SUBJECT.name}.safetensors"
         shutil.copyfile(source, path.with_suffix(".unfinished"))
         path.with_suffix(".unfinished").replace(path)
 
     def inject(path: Path) -> None:
         files = [str(weights["as_trained"]), str(path)]
-        inject_outliers.main([*files, *heads, *INJECTION[model]])
+        inject_outliers.main([*files, *heads, *INJECTION.get(model, [])])
 
     def finetune(path: Path) -> None:
         files = [str(weights["injected"]), str(path)]
-        finetune_digits.main([*files, *heads, *digits, *FINETUNING[model]])
+        finetune_digits.main([*files, *heads, *digits, *FINETUNING.get(model, [])])
         path.with_suffix(".png").rename(out / "finetuned_samples.png")
 
     def check(path: Path) -> None:
         folder = out / "checked"
         file = str(weights[path.stem])
-        check_testbed.main([file, *heads, "--out", str(folder), *CHECK[model]])
+        check_testbed.main([file, *heads, "--out", str(folder), *CHECK.get(model, [])])
         (folder / "testbed.png").replace(path.with_suffix(".png"))
         (folder / "testbed.json").replace(path)
 
@@ -102,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", choices=train_digits.MODELS, default="wide")
+    parser.add_argument("--model", choices=TRAINING, default="wide")
     parser.add_argument("--data", help="as in train_digits.py")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(

@@ -21,11 +21,12 @@ from typing import Any
 import jax
 import matplotlib
 import numpy as np
-from testbed_measures import Property, collect, measure, read_checkpoint
+from testbed_measures import Property, collect, conditions_of, measure, read_checkpoint
 
 import qdit_jax as qdit
 from qdit_jax.calibration import default_sampler
 from qdit_jax.metrics import bootstrap_interval, paired_test, signal_to_noise_db
+from qdit_jax.sampling import cyclic_conditions
 
 FAITHFUL_DB = 30.0
 COLLAPSE_DB = 12.0
@@ -81,10 +82,13 @@ def sample_all(
     guidance: float,
 ) -> dict[str, np.ndarray]:
     """Returns final latents `[seeds * samples, H, W, C]` of full precision and of every recipe."""
+    model = checkpoint.model
+    conditions = conditions_of(model)
     stats = qdit.calibrate(
         checkpoint,
         jax.random.key(10_000),
         num_samples,
+        conditions=conditions,
         sampler=sampler,
         guidance=guidance,
         batch_size=num_samples,
@@ -93,16 +97,16 @@ def sample_all(
     for name, recipe in recipes.items():
         quantized = qdit.quantize_params(checkpoint.params, recipe=recipe, stats=stats)
         settings[name] = simulated(quantized)
-    labels = np.arange(num_samples) % checkpoint.model.num_classes
+    condition = cyclic_conditions(model, conditions, np.arange(num_samples))
     found = {}
     for name, params in settings.items():
         runs = [
             qdit.generate(
                 dataclasses.replace(checkpoint, params=params, vae=None),
                 sampler,
-                labels,
+                condition,
                 seed=seed,
-                guidance=guidance if checkpoint.model.null_class else None,
+                guidance=guidance if model.has_null else None,
                 batch_size=num_samples,
             )
             for seed in seeds
@@ -180,7 +184,7 @@ def write_figure(
         axis.semilogy(np.sort(seen[name]["channel_max"][0], axis=1)[::6].T[::-1])
         axis.set(title=f"{name}: channels' absmax, steps", xlabel="channel, sorted")
     for axis, part in zip(axes[:, 1], np.array_split(np.array(list(latents)), 2), strict=True):
-        rows = [np.concatenate(list(latents[name][:10, ..., 0]), axis=1) for name in part]
+        rows = [np.concatenate(list(pictures_of(latents[name])), axis=1) for name in part]
         axis.imshow(np.concatenate(rows), cmap="gray", vmin=-1, vmax=1)
         height = rows[0].shape[0]
         labels = [f"{n}\n{db[n].mean():.1f} dB" if n in db else n for n in part]
@@ -189,6 +193,13 @@ def write_figure(
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     plt.close(figure)
+
+
+def pictures_of(latents: np.ndarray) -> np.ndarray:
+    """Returns ten gray pictures of the first samples: of videos the first and the last frame of five."""
+    if latents.ndim == 5:
+        latents = latents[:5, [0, -1]].reshape(-1, *latents.shape[2:])
+    return latents[:10, ..., 0]
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""Trains a small DiT on from given weights, so that injected outlier channels carry function.
+"""Trains a small model on from given weights, so that injected outlier channels carry function.
 
     python experiments/testbeds/finetune_digits.py injected.safetensors finetuned.safetensors \
         --num-heads 4 --data mnist_t10k.npz --steps 300
@@ -20,13 +20,22 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import optax
-from demo_data import load_digits
-from facebook_layout import write_facebook
+import train_captioned
+import train_digits
+import train_moving
+from published_layout import write_published
 from testbed_measures import read_checkpoint
-from train_digits import State, loss_fn, save_preview, train_steps
+from training import State, Subject, loss_fn, train_steps
 
 NUM_INNER = 50
 GAMMA = 5.0
+SUBJECTS = (train_digits.SUBJECT, train_captioned.SUBJECT, train_moving.SUBJECT)
+
+
+def subject_of(model: object) -> Subject:
+    """Returns what a network of this class learns."""
+    (found,) = (s for s in SUBJECTS if all(type(m) is type(model) for m in s.models.values()))
+    return found
 
 
 def optimizer(learning_rate: float, num_steps: int) -> optax.GradientTransformation:
@@ -43,9 +52,9 @@ def optimizer(learning_rate: float, num_steps: int) -> optax.GradientTransformat
 
 
 @partial(jax.jit, static_argnames="model")
-def noise_error(params, images, labels, *, model):
-    """Returns the loss's noise error on fixed images, noise and timesteps."""
-    return loss_fn(params, images, labels, jax.random.key(99), model, GAMMA)[1]
+def noise_error(params, x, condition, *, model):
+    """Returns the loss's noise error on fixed samples, noise and timesteps."""
+    return loss_fn(params, x, condition, jax.random.key(99), model, GAMMA)[1]
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -59,6 +68,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--judged", type=int, default=1024, help="samples for the noise error")
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args(argv)
 
@@ -67,21 +77,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     checkpoint = read_checkpoint(args.init, args.num_heads)
     model = checkpoint.model
-    images, labels = (jnp.asarray(a) for a in load_digits(args.data, model.input_size))
+    subject = subject_of(model)
+    data = jax.tree.map(jnp.asarray, subject.load(args.data, model))
     params = jax.tree.map(jnp.asarray, checkpoint.params)
     update = optimizer(args.learning_rate, args.steps)
     state = State(params, params, update.init(params))
-    error = partial(noise_error, images=images[:1024], labels=labels[:1024], model=model)
+    x, condition = subject.draw(data, jax.random.key(98), args.judged)
+    error = partial(noise_error, x=x, condition=condition, model=model)
     began = float(error(params))
     print(f"step 0 noise error {began:.5f}", flush=True)
     curve = [(0, began)]
     for step in range(0, args.steps, NUM_INNER):
         state, _ = train_steps(
             state,
-            images,
-            labels,
+            data,
             jax.random.key(args.seed),
             jnp.int32(step),
+            draw=subject.draw,
             optimizer=update,
             model=model,
             num_inner=NUM_INNER,
@@ -92,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"step {curve[-1][0]} noise error {curve[-1][1]:.5f}", flush=True)
     rows = "".join(f"{step},{value:.6f}\n" for step, value in curve)
     args.out.with_suffix(".csv").write_text(rows)
-    save_preview(args.out.with_suffix(".png"), model, state.ema)
-    write_facebook(args.out, state.ema)
+    subject.preview(args.out.with_suffix(".png"), model, state.ema)
+    write_published(args.out, state.ema)
     print(f"wrote {args.out}, .csv and .png; noise error {began:.5f} -> {curve[-1][1]:.5f}")
 
 

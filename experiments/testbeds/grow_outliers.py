@@ -35,7 +35,8 @@ from flax import serialization
 from flax.traverse_util import flatten_dict
 from growth_report import write_report
 from testbed_measures import KINDS, collect, outlier_ratio, read_checkpoint, rms, spread
-from train_digits import DIGITS, LABEL_DROPOUT, State, train_steps
+from train_digits import DIGITS, draw
+from training import DROPOUT, State, train_steps
 
 import qdit_jax as qdit
 from qdit_jax.calibration import default_sampler
@@ -58,7 +59,7 @@ class Variant:
     weight_decay: float = 0.0
     decay_modulation: bool = True
     beta2: float = 0.999
-    label_dropout: float = LABEL_DROPOUT
+    label_dropout: float = DROPOUT
     depth: int = 4
     width: int = 96
     patch_size: int = 4
@@ -125,16 +126,17 @@ def train(
         state, step = jax.tree.map(jnp.asarray, saved["state"]), int(saved["step"])
     run = partial(
         train_steps,
+        draw=draw,
         optimizer=update,
         model=model,
         num_inner=NUM_INNER,
         batch_size=BATCH_SIZE,
         gamma=5.0,
-        label_dropout=variant.label_dropout,
+        dropout=variant.label_dropout,
     )
     began, seconds = time.perf_counter(), 0.0
     while step < min(limit, variant.steps):
-        state, loss = run(state, images, labels, key, jnp.int32(step))
+        state, loss = run(state, data, key, jnp.int32(step))
         step += NUM_INNER
         if step in SNAPSHOTS:
             jax.block_until_ready(state)

@@ -1,4 +1,4 @@
-"""Gives a small DiT the outlier channels of a large one, without changing what it computes.
+"""Gives a small DiT, PixArt or Latte the outlier channels of a large one, without changing what it computes.
 
     python experiments/testbeds/inject_outliers.py demo_dit.safetensors injected.safetensors --num-heads 4
 
@@ -10,7 +10,8 @@ At the inputs of qkv and fc1 of every block, inside one neighborhood of channels
 most over the timesteps), a few activations grow by `--factors` and their weights shrink; inside
 another (those that vary least), a few weights grow by `--heavy-factors`, the other weights there by
 about `--heavy-rest`, and their activations shrink. A few channels of v grow too, for proj. These are
-inverse folds; a neighborhood is as large as a group, so that finer groups can undo what they do.
+inverse folds; a neighborhood is as large as a group, so that finer groups can undo what they do. Of a
+PixArt, whose blocks share one modulation, all blocks have the same channels (`modulation.py`).
 Channels that are only rescaled flatter methods that rescale: fine-tune afterwards
 (`finetune_digits.py`), and report results on all three: as trained, injected, fine-tuned.
 
@@ -46,14 +47,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from facebook_layout import write_facebook
-from testbed_measures import read_checkpoint
+from modulation import alike, fold_modulated, input_size, last_timestep, loudness
+from published_layout import write_published
+from testbed_measures import conditions_of, read_checkpoint
 
 import qdit_jax as qdit
-from qdit_jax.methods import fold_inputs, producers
-from qdit_jax.models import FAMILIES, TimestepEmbedder
-
-NUM_TIMESTEPS = 32
+from qdit_jax.sampling import cyclic_conditions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,44 +81,30 @@ def inject(checkpoint: qdit.Checkpoint, settings: Injection) -> Any:
     """Returns the params of the same function with outlier channels."""
     model, params = checkpoint.model, checkpoint.params
     rng = np.random.default_rng(settings.seed)
-    modulation = modulation_over_time(model, params)
     scale, shift = {}, {}
-    for i in range(model.depth):
-        for layer in ("attn/qkv", "mlp/fc1"):
-            path = f"blocks_{i}/{layer}"
-            size = channel_size(modulation[i], path)
-            factor = channel_factors(rng, variation(size, settings.ordinary), settings)
-            scale[path] = 1 / factor
-            signs = rng.choice([-1.0, 1.0], factor.size)
-            # In units of the channel's own size, so that after scaling it grows with the factor.
-            shift[path] = np.where(factor > 2, settings.shift * signs * size.max(0), 0.0)
-        path = f"blocks_{i}/attn/proj"
-        loudness = np.square(params[f"blocks_{i}"]["attn"]["qkv"]["kernel"]).mean(0)
-        factor = np.ones(model.hidden_size)
-        top = np.argsort(-loudness[2 * model.hidden_size :])[: settings.proj_outliers]
-        factor[top] = rng.uniform(*settings.proj_factors, top.size)
-        scale[path] = 1 / factor
-    return fold_inputs(params, scale=scale, shift=shift)
+    for paths in alike(model):
+        if paths[0].endswith("/proj"):
+            factor = value_factors(rng, loudness(model, params, paths[0]), settings)
+            scale[paths[0]] = 1 / factor
+            continue
+        size = input_size(model, params, paths)
+        factor = channel_factors(rng, variation(size, settings.ordinary), settings)
+        signs = rng.choice([-1.0, 1.0], factor.size)
+        # In units of the channel's own size, so that after scaling it grows with the factor.
+        moved = np.where(factor > 2, settings.shift * signs * size.max(0), 0.0)
+        scale |= dict.fromkeys(paths, 1 / factor)
+        shift |= dict.fromkeys(paths, moved)
+    return fold_modulated(model, params, scale, shift)
 
 
-def modulation_over_time(model: Any, params: Any) -> list[np.ndarray]:
-    """Returns every block's adaLN output `[S, 6D]` over the timesteps, for the mean class."""
-    timestep = jnp.linspace(0, 1 if model.velocity else 999, NUM_TIMESTEPS)
-    embedder = TimestepEmbedder(model.hidden_size, model.frequency_shift)
-    condition = embedder.apply({"params": params["t_embedder"]}, timestep)
-    condition += np.asarray(params["y_embedder"]["embedding_table"])[: model.num_classes].mean(0)
-    layers = [params[f"blocks_{i}"]["adaLN_modulation"] for i in range(model.depth)]
-    return [np.asarray(jax.nn.silu(condition) @ a["kernel"] + a["bias"]) for a in layers]
-
-
-def channel_size(modulation: np.ndarray, path: str) -> np.ndarray:
-    """Returns the root mean square `[S, D]` of a layer's modulated input: the norm's is 1."""
-    family = FAMILIES["dit"]
-    parts = [
-        modulation[:, family.chunk(p.layer, p.output, modulation.shape)] + p.offset
-        for p in producers(path, family)
-    ]
-    return np.sqrt(sum(np.square(part) for part in parts)) + 1e-3
+def value_factors(
+    rng: np.random.Generator, loudness: np.ndarray, settings: Injection
+) -> np.ndarray:
+    """Returns by how much the channels of an attention's v grow: a few of the loudest."""
+    factor = np.ones(loudness.size)
+    top = np.argsort(-loudness)[: settings.proj_outliers]
+    factor[top] = rng.uniform(*settings.proj_factors, top.size)
+    return factor
 
 
 def variation(size: np.ndarray, ordinary: tuple[float, float]) -> np.ndarray:
@@ -171,12 +156,11 @@ def span_factors(
 
 def largest_change(checkpoint: qdit.Checkpoint, params: Any) -> float:
     """Returns the largest difference of the outputs on noise, over the largest output."""
-    model, size = checkpoint.model, checkpoint.model.input_size
-    rows = (size, size) if isinstance(size, int) else tuple(size)
-    x = jax.random.normal(jax.random.key(0), (4, *rows, model.in_channels))
-    timestep = jnp.linspace(0, 1 if model.velocity else 999, 4)
-    label = jnp.arange(4) % model.num_classes
-    apply = jax.jit(lambda p: model.apply({"params": p}, x, timestep, label))
+    model = checkpoint.model
+    x = jax.random.normal(jax.random.key(0), (4, *model.sample_shape()))
+    timestep = jnp.linspace(0, last_timestep(model), 4)
+    condition = cyclic_conditions(model, conditions_of(model), np.arange(4))
+    apply = jax.jit(lambda p: model.apply({"params": p}, x, timestep, condition))
     before, after = apply(checkpoint.params), apply(params)
     return float(jnp.abs(after - before).max() / jnp.abs(before).max())
 
@@ -186,7 +170,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder or PyTorch weights")
-    parser.add_argument("out", type=Path, help="a new folder, or a .safetensors (facebook layout)")
+    parser.add_argument("out", type=Path, help="a new folder, or a .safetensors (authors' layout)")
     parser.add_argument("--num-heads", type=int, help="of weights that are not a published size")
     parser.add_argument("--dtype", choices=["float16", "float32"], default="float16")
     for field in dataclasses.fields(Injection):
@@ -213,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     params = inject(checkpoint, settings)
     print(f"largest change of the output: {largest_change(checkpoint, params):.1e}")
     if args.out.suffix == ".safetensors":
-        write_facebook(args.out, params, dtype=np.dtype(args.dtype))
+        write_published(args.out, params, dtype=np.dtype(args.dtype))
     else:
         qdit.save(args.out, dataclasses.replace(checkpoint, params=params))
     print(f"wrote {args.out}")

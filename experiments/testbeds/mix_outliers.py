@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from facebook_layout import write_facebook
 from flax.traverse_util import flatten_dict, unflatten_dict
 from inject_outliers import largest_change
+from published_layout import write_published
 from testbed_measures import read_checkpoint
 
 
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = read_checkpoint(args.source, args.num_heads)
     params = mixed(checkpoint.params, args.num_heads, args.factor, args.seed)
     print(f"largest change of the output: {largest_change(checkpoint, params):.2g}")
-    write_facebook(args.out, params)
+    write_published(args.out, params)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
+from safetensors import safe_open
 
 import qdit_jax as qdit
 from qdit_jax.calibration import conditional_and_null, trajectory
+from qdit_jax.demo.captions import embed_captions, mixed_captions
 from qdit_jax.models import Linear
 from qdit_jax.sampling import cyclic_conditions, denoiser
 
@@ -44,7 +46,15 @@ def read_checkpoint(path: str | Path, num_heads: int | None = None) -> qdit.Chec
         return qdit.load(path)
     import qdit_convert
 
-    return qdit_convert.convert(path, num_heads=num_heads)
+    with safe_open(path, "numpy") as file:
+        of_text = "t_block.1.weight" in file.keys()  # noqa: SIM118
+    scale = {"interpolation_scale": 1.0} if of_text else {}  # a PixArt of no published size
+    return qdit_convert.convert(path, num_heads=num_heads, **scale)
+
+
+def conditions_of(model: Any) -> Any:
+    """Returns what the samples of a model are conditioned on: the captions of a text's; None for all classes."""
+    return embed_captions(mixed_captions()) if model.all_conditions() is None else None
 
 
 @partial(jax.jit, static_argnames="model")
@@ -77,10 +87,10 @@ def collect(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Returns `{layer: {measure: [2, S, ...]}}`, conditional and null, over one batch's trajectory."""
     model, params = checkpoint.model, checkpoint.params
-    halves = 2 if model.null_class else 1
-    guided = denoiser(model, params, guidance if model.null_class else None)
+    halves = 2 if model.has_null else 1
+    guided = denoiser(model, params, guidance if model.has_null else None)
     index = np.arange(num_samples)
-    condition = cyclic_conditions(model, None, index)
+    condition = cyclic_conditions(model, conditions_of(model), index)
     inputs, timesteps = trajectory(guided, sampler, model, key, index, condition)
     seen = [
         jax.device_get(layer_measures(params, x, jnp.full(len(x), at), label, model=model))
@@ -96,7 +106,9 @@ def measure(checkpoint: qdit.Checkpoint, seen: dict[str, dict[str, np.ndarray]])
     flat = flatten_dict(checkpoint.params, sep="/")
     found: list[Property] = []
     for kind, suffix in KINDS.items():
-        paths = [path for path in seen if path.startswith("blocks_") and path.endswith(suffix)]
+        paths = [
+            path for path in seen if path.startswith("blocks_") and path.endswith(f"/{suffix}")
+        ]
         modulated = kind in ("qkv", "fc1")
         kernels = [np.asarray(flat[f"{path}/kernel"], np.float32) for path in paths]
         found += activation_properties(kind, [seen[path] for path in paths], modulated)

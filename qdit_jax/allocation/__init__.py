@@ -1,7 +1,7 @@
 """The allocation: which group size (and bits) every layer gets under a budget."""
 
 from qdit_jax.allocation.assigned import ChosenAct, assigned_params
-from qdit_jax.allocation.budget import Budget, parse_budget, reference_spec
+from qdit_jax.allocation.budget import Budget, Priced, parse_budget, reference_spec
 from qdit_jax.allocation.coordinates import Coordinates, coordinated_params
 from qdit_jax.allocation.cost import (
     FLOAT32_MAC,
@@ -34,9 +34,10 @@ from qdit_jax.allocation.objectives import (
 )
 from qdit_jax.allocation.problem import Found, Front, Problem, Strategy
 from qdit_jax.allocation.records import Measured, Store
+from qdit_jax.allocation.rollout_settings import Rollouts
 from qdit_jax.allocation.rollouts import Rollout, frechet_objective, seeds
 from qdit_jax.allocation.schedule_error import ScheduleError, schedule_error
-from qdit_jax.allocation.searching import Rollouts, SearchResult, search
+from qdit_jax.allocation.searching import SearchResult, search
 from qdit_jax.allocation.sensitivity import (
     Effects,
     Prediction,
@@ -103,6 +104,7 @@ __all__ = [
     "MeasuredSchedule",
     "PairedError",
     "Prediction",
+    "Priced",
     "Problem",
     "Rollout",
     "Rollouts",

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from qdit_jax.allocation.cost import CostFn, MeanGroup, cost_table, total_cost
+from qdit_jax.allocation.cost import CostFn, MeanGroup, cost_table, named_costs, total_cost
 from qdit_jax.allocation.space import SearchLayer, Space
 from qdit_jax.recipes import LayerSpec
 from qdit_jax.types import Numbers
@@ -73,6 +73,25 @@ class Budget:
     def most(self) -> float:
         """Returns the cost of the dearest assignment."""
         return float(sum(row.max() for row in self.table))
+
+
+@dataclasses.dataclass(frozen=True)
+class Priced:
+    """A budget of costs of the caller's own.
+
+    Attributes:
+        text: the budget, which may name them; None takes the strategy's own.
+        costs: cost functions by name, such as `{"latency": Latency.read("latency.json")}`.
+    """
+
+    text: str | None
+    costs: Mapping[str, CostFn]
+
+    @classmethod
+    def of(cls, budget: str | Priced | None, text: str) -> Priced:
+        """Returns a budget of all known costs, with `text` where it has none of its own."""
+        own = budget if isinstance(budget, Priced) else Priced(budget, {})
+        return cls(text if own.text is None else own.text, {**named_costs(), **own.costs})
 
 
 def parse_budget(text: str, space: Space, costs: Mapping[str, CostFn]) -> Budget:

@@ -100,7 +100,8 @@ class BitOps:
     is what a transform and a branch do (`extra_work`): a float32 multiply-add per channel that no
     fold takes, and the 16-bit ones of a rotation and of a branch.
 
-    T is `layer.rows`, the rows of the layer's input per sample.
+    T is the rows of the layer's input per sample and step; a layer of one of several experts counts the
+    share of the steps in which it runs (`SearchLayer.mean_rows`).
 
     Attributes:
         accumulator: bit operations of one multiply-add: 1024 in float32, 256 in float16.
@@ -110,7 +111,7 @@ class BitOps:
 
     def __call__(self, layer: SearchLayer, spec: LayerSpec) -> float:
         num_channels, width = layer.shape
-        tokens = layer.rows
+        tokens = layer.mean_rows
         b_w, b_a = side_bits(spec)
         total = tokens * num_channels * width * b_w * b_a
         if spec.weight is not None and spec.act is not None:
@@ -176,7 +177,7 @@ class HardwareCost:
 
     def __call__(self, layer: SearchLayer, spec: LayerSpec) -> float:
         num_channels, width = layer.shape
-        tokens = layer.rows
+        tokens = layer.mean_rows
         bits = max(side_bits(spec))
         depth = self.depth4 if bits <= 4 else self.depth8
         rate = {4: self.rate4, 8: 1.0, 16: RATE16}[next(b for b in (4, 8, 16) if bits <= b)]
@@ -208,9 +209,9 @@ class CpuCost:
 
     def __call__(self, layer: SearchLayer, spec: LayerSpec) -> float:
         num_channels, width = layer.shape
-        macs = layer.rows * num_channels * width
+        macs = layer.mean_rows * num_channels * width
         work = extra_work(layer, spec)
-        extra = layer.rows * (work.mapped + work.turned + work.branch)
+        extra = layer.mean_rows * (work.mapped + work.turned + work.branch)
         if spec.weight is None or spec.act is None:
             return float(macs + extra)
         return macs * (0.95 + 25.0 * num_segments(layer, spec) / num_channels) + extra

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -26,7 +26,7 @@ from qdit_jax.allocation.coordinates import Coordinates
 from qdit_jax.allocation.objectives import Objective
 from qdit_jax.allocation.space import Space
 from qdit_jax.sampling import device_mesh, filled_batch
-from qdit_jax.types import AnyArray, Numbers, Params
+from qdit_jax.types import AnyArray, Numbers, Params, Progress, ProgressFn, untold
 
 Tree = TypeVar("Tree")
 
@@ -50,7 +50,7 @@ class Evaluator:
         mesh: of one axis; all devices of all processes by default.
         per_device: items a device measures in one call, one after another (`lax.map`).
         batch_size: how many of them at once (vmap); 1 is fastest on CPU.
-        progress_fn: called with the number of items after every call.
+        progress_fn: told of the items of every call.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Evaluator:
         mesh: Mesh | None = None,
         per_device: int = 1,
         batch_size: int = 1,
-        progress_fn: Callable[[int], Any] = lambda count: None,
+        progress_fn: ProgressFn = untold,
     ) -> None:
         if per_device < 1 or batch_size < 1 or per_device % batch_size:
             raise ValueError(
@@ -124,7 +124,7 @@ class Evaluator:
             out = self.run(rows[index], columns[index])
             count = min(self.num_items, len(rows) - start)
             results.append(jax.tree.map(operator.itemgetter(slice(count)), out))
-            self.progress_fn(count)
+            self.progress_fn(Progress(count))
         self.num_measured += len(rows)
         joined = jax.tree.map(lambda *parts: np.concatenate(parts), *results)
         count = len(batches)

@@ -8,11 +8,11 @@ import numpy as np
 
 from qdit_jax.allocation.coordinates import Coordinates
 from qdit_jax.allocation.journal import Journal
-from qdit_jax.allocation.problem import ReportFn
 from qdit_jax.allocation.records import Store
 from qdit_jax.allocation.space import Space
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.methods import CalibrationData, Report, fitted_choices, spread_items
+from qdit_jax.types import Progress, ProgressFn, untold
 
 TOLD = 8  # layers between two lines of progress
 
@@ -23,7 +23,7 @@ def fitted_coordinates(
     data: CalibrationData | None = None,
     *,
     store: Store | None = None,
-    report_fn: ReportFn = lambda event: None,
+    progress_fn: ProgressFn = untold,
 ) -> dict[str, Coordinates]:
     """Returns the coordinates of all layers that have choices with a transform or a branch, by path.
 
@@ -38,7 +38,9 @@ def fitted_coordinates(
         return {}
     asked = {layer.path for layer in space.layers if any(spec.asks_for for spec in layer.choices)}
     journal = Journal(store)
-    found = journal.step("coordinates", lambda: computed(checkpoint, space, data, asked, report_fn))
+    found = journal.step(
+        "coordinates", lambda: computed(checkpoint, space, data, asked, progress_fn)
+    )
     return {path: Coordinates.of_arrays(part_of(found, path)) for path in sorted(asked)}
 
 
@@ -52,12 +54,12 @@ def computed(
     space: Space,
     data: CalibrationData | None,
     asked: set[str],
-    report_fn: ReportFn,
+    progress_fn: ProgressFn,
 ) -> dict[str, np.ndarray]:
     """Returns the arrays of all coordinates, each layer's under its path."""
     data = CalibrationData() if data is None else data
     if data.items is None:
-        report_fn({"text": "sampling the inputs that transforms and branches are fitted to"})
+        progress_fn(Progress(text="sampling the inputs that transforms and branches are fitted to"))
         data = dataclasses.replace(data, items=spread_items(checkpoint, data))
     choices = {layer.path: layer.choices for layer in space.layers}
     every = fitted_choices(
@@ -70,7 +72,7 @@ def computed(
             arrays |= {f"{path}:{name}": value for name, value in coordinates.arrays().items()}
         if number % TOLD == 0 or number == len(choices):
             text = f"fitted transforms and branches of {number} of {len(choices)} layers"
-            report_fn({"text": text})
+            progress_fn(Progress(text=text))
     return arrays
 
 

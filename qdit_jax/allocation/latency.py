@@ -95,7 +95,11 @@ class Latency:
         return {layer.key: layer for layer in self.layers}
 
     def __call__(self, layer: SearchLayer, spec: LayerSpec) -> float:
-        """Returns the milliseconds of a layer; raises `UserError` if they were not measured."""
+        """Returns the milliseconds of a layer in a step, on average over the steps.
+
+        Raises:
+            UserError: if they were not measured.
+        """
         name = choice_name(spec, layer.shape[0])
         key = (*layer.shape, layer.rows * self.inputs, name)
         if key not in self.by_key:
@@ -104,7 +108,7 @@ class Latency:
                 f"{self.source} has no time for K={k} N={n} rows={rows} {name}, of {layer.path}; "
                 f"measure it: {self.command(spec)}"
             )
-        return self.by_key[key].own_ms
+        return self.by_key[key].own_ms * layer.share
 
     def command(self, spec: LayerSpec) -> str:
         """Returns the command that measures a choice."""

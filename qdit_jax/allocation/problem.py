@@ -16,9 +16,7 @@ from qdit_jax.allocation.evaluate import Evaluator
 from qdit_jax.allocation.records import Measured, Store
 from qdit_jax.allocation.sensitivity import Prediction
 from qdit_jax.allocation.space import Space
-
-# Called with a dict that has some of `text`, `total`, `items` and `best`, whenever there is news.
-ReportFn = Callable[[dict[str, Any]], Any]
+from qdit_jax.types import ProgressFn
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,7 +38,7 @@ class Problem:
     seed: int
     given: Sequence[np.ndarray]
     store: Store | None
-    report_fn: ReportFn
+    progress_fn: ProgressFn
 
     def needs_evaluator(self) -> Evaluator:
         """Returns the evaluator; raises `ValueError` where predictions alone should decide."""

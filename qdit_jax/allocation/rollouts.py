@@ -22,10 +22,12 @@ from qdit_jax.allocation.objectives import FeatureDistance, SampleFn, feature_di
 from qdit_jax.allocation.sensitivity import Carried, Prediction, effects, prediction
 from qdit_jax.allocation.space import Space
 from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.models import FeaturesFn
+from qdit_jax.models import FeaturesFn, experts_of
 from qdit_jax.sampling import (
+    Guidance,
     calls_per_step,
     cyclic_conditions,
+    decode,
     denoiser,
     fitting_guidance,
     initial_noise,
@@ -50,7 +52,7 @@ class Rollout:
     model: nn.Module
 
     @classmethod
-    def of(cls, model: nn.Module, sampler: diffusion.Sampler, guidance: float | None) -> Rollout:
+    def of(cls, model: nn.Module, sampler: diffusion.Sampler, guidance: Guidance | None) -> Rollout:
         """Returns the rollout; guidance 1 or None calls the network once per step.
 
         Raises:
@@ -59,7 +61,7 @@ class Rollout:
         guidance = fitting_guidance(model, guidance)
         if guidance is None or (guidance == 1 and not takes_embedded_guidance(model)):
             return cls(sampler, None, model)
-        return cls(sampler, float(guidance), model)
+        return cls(sampler, guidance if callable(guidance) else float(guidance), model)
 
     def __call__(
         self, params: Params, noise: Float[Array, "B *shape"], condition: Condition, key: Key
@@ -179,11 +181,12 @@ class Sensitivities:
 
         Each step of a sample runs twice (full precision, base), forward once more and backward once
         per probe (a reverse pass counts as one evaluation), and every choice multiplies each layer
-        once.
+        once. All but the first two run every expert of a network, where it has several.
         """
         noise = self.data[0]
         choices = int(self.space.num_choices.max())
-        passes = 3 + self.num_probes + 1 + choices
+        num_experts = len(experts_of(self.rollout.model)) or 1
+        passes = 2 + num_experts * (1 + self.num_probes + 1 + choices)
         return len(noise) * noise.shape[1] * self.rollout.evaluations * passes
 
 
@@ -193,6 +196,7 @@ def frechet_objective(
     data: Seeds,
     features_fn: FeaturesFn,
     reference: metrics.Statistics,
+    batch_size: int = 64,
 ) -> FeatureDistance:
     """Returns the objective of the paper: the Fréchet distance of samples from a reference.
 
@@ -205,13 +209,12 @@ def frechet_objective(
         data: noise, conditions and keys, see `seeds`.
         features_fn: of uint8 images `[B, H, W, C]`, with an entry `pool`; see `models.features`.
         reference: `metrics.Statistics` of the same features.
+        batch_size: images in one call of `features_fn`.
     """
 
     def distance_fn(images: np.ndarray) -> float:
-        parts = [
-            np.asarray(features_fn(images[i : i + 64])["pool"]) for i in range(0, len(images), 64)
-        ]
-        own = metrics.statistics(metrics.moments(np.concatenate(parts)))
+        batches = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
+        own = metrics.statistics(metrics.moments(metrics.extract(features_fn, batches).pool))
         return metrics.frechet_distance(
             reference.mean, reference.covariance, own.mean, own.covariance
         )
@@ -229,11 +232,7 @@ def as_images(x: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
 
 
 def decoded_images(
-    model: nn.Module, params: Params, latents: Float[Array, "*lead h w Z"]
-) -> UInt8[Array, "*lead H W C"]:
-    """Returns the uint8 images of latents `[..., H, W, C]`."""
-    frames = latents.reshape(-1, *latents.shape[-3:])
-    frames = frames / model.scaling_factor + model.shift_factor
-    decoded: Any = model.apply({"params": params}, frames, method="decode")
-    images = as_images(decoded)
-    return images.reshape(*latents.shape[:-3], *images.shape[1:])
+    model: nn.Module, params: Params, latents: Float[Array, "B *lead Z"]
+) -> UInt8[Array, "B *pixels C"]:
+    """Returns the uint8 images or videos of latents, see `sampling.decode`."""
+    return as_images(decode(Checkpoint(model, params), latents))

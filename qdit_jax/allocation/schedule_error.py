@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from qdit_jax.allocation.objectives import taken
+from qdit_jax.allocation.rollout_settings import Rollouts
 from qdit_jax.allocation.rollouts import Rollout, Seeds, seeds
-from qdit_jax.allocation.searching import Rollouts
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.ptq import schedule_act_bits
 from qdit_jax.quant import OVER_TIME, UNQUANTIZED, ActQuant, Level, QTensor, levels_over_time
@@ -148,6 +148,8 @@ def error_of_levels(
         ValueError: if the checkpoint cannot have these bits.
     """
     check_diffusion_model(checkpoint.model)
+    if rollouts.data is not None:
+        raise ValueError("rollouts.data has no effect: schedules of bits fit nothing to inputs.")
     rollout = rollouts.rollout(checkpoint, guided=checkpoint.model.has_null)
     # Also checks that every quantizer and kernel can have these bits.
     weight_bits, act_bits = zip(*pairs, strict=True)

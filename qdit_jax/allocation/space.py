@@ -23,7 +23,7 @@ from qdit_jax.ptq import check_unquantized, matrix_shape
 from qdit_jax.quant import ActSpec, WeightSpec, ranges
 from qdit_jax.quant import formats as number_formats
 from qdit_jax.recipes import LayerSpec, Recipe, Rule, layer_paths, part_pattern
-from qdit_jax.types import DERIVED, Numbers, Params
+from qdit_jax.types import DERIVED, UNSAID, Numbers, Params
 
 GROUP_SIZES = (32, 64, 128, 192, 288)
 UNQUANTIZED = 16
@@ -37,7 +37,8 @@ class SearchLayer:
     """One layer of a space: its path, its kernel's shape `(K, N)`, and what it may become.
 
     `rows` is how many rows a sample sends through it, which costs are counted for; `folded` says
-    whether a scale and a shift of its input cost nothing at run time.
+    whether a scale and a shift of its input cost nothing at run time. `share` is the share of sampling
+    steps in which it runs: below 1 for a layer of one of several experts.
     """
 
     path: str
@@ -45,6 +46,12 @@ class SearchLayer:
     choices: tuple[LayerSpec, ...]
     rows: int = 1
     folded: bool = dataclasses.field(default=False, metadata=DERIVED)
+    share: float = dataclasses.field(default=1.0, metadata=UNSAID)
+
+    @property
+    def mean_rows(self) -> float:
+        """Returns the rows that a sample sends through it in one step, on average over the steps."""
+        return self.rows * float(self.share)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +100,7 @@ def search_space(
     params: Params,
     *,
     rows: Mapping[str, int] | None = None,
+    shares: Mapping[str, float] | None = None,
     weight_bits: int | Sequence[int] = 4,
     act_bits: int | Sequence[int] = 8,
     group_sizes: Sequence[int] = GROUP_SIZES,
@@ -116,6 +124,8 @@ def search_space(
     Args:
         rows: by layer path, how many rows a sample sends through it (`models.rows_per_sample`);
             1 where it is not given, which suits only costs that do not count operations.
+        shares: by layer path, the share of steps in which it runs (`models.step_shares`); 1 where it is
+            not given.
         weight_bits, act_bits: one number, or several as a second axis of the choices; 16 leaves
             that side as it is.
         group_sizes: any sizes; more than a layer's K, or 0, is the whole channel.
@@ -175,6 +185,7 @@ def search_space(
             by_path[path],
             (rows or {}).get(path, 1),
             folded,
+            (shares or {}).get(path, 1.0),
         )
         found.append(possible(layer, f"{path}/bias" in flat, is_shared))
     return Space(tuple(found))

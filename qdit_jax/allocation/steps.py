@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,14 @@ from jaxtyping import Float
 
 from qdit_jax.allocation.journal import Journal
 from qdit_jax.allocation.records import Store
+from qdit_jax.allocation.rollout_settings import Rollouts
 from qdit_jax.allocation.schedule_error import ROLLOUTS, AnyLevel, ScheduleError, schedule_error
-from qdit_jax.allocation.searching import Rollouts
 from qdit_jax.allocation.step_candidates import EXCHANGED, Schedule, candidates, neighbors
 from qdit_jax.checkpoint import Checkpoint, fingerprint
 from qdit_jax.errors import check_counts
 from qdit_jax.files import PathLike
 from qdit_jax.recipes import OverTime
-from qdit_jax.types import Key
+from qdit_jax.types import Key, Progress, ProgressFn, untold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +97,7 @@ def choose_steps(
     num_neighbors: int = 4,
     num_rounds: int = 3,
     state: PathLike | None = None,
-    on_total: Callable[[int], Any] | None = None,
-    progress_fn: Callable[[int], Any] | None = None,
+    progress_fn: ProgressFn = untold,
 ) -> ChosenSteps:
     """Returns the schedule of activation bits with the least measured error within a budget.
 
@@ -117,8 +116,8 @@ def choose_steps(
         num_neighbors: of a schedule, two steps exchanged, to measure; those of the least sums.
         num_rounds: how often at most neighbors of the best measured schedule are measured.
         state: a folder that keeps what was measured; the same call resumes from it.
-        on_total: called with the number of rollouts, each time that it is known better.
-        progress_fn: called with 1 after every rollout, read from `state` or run.
+        progress_fn: told of every rollout `done`, read from `state` or run, and of their `total`, each
+            time that it is known better.
 
     Raises:
         ValueError: if there are fewer than two levels, no activation is quantized or one cannot
@@ -144,7 +143,7 @@ def choose_steps(
     )
     with contextlib.ExitStack() as stack:
         store = None if state is None else stack.enter_context(Store(state, settings))
-        measure = Measure(error_fn, Journal(store), on_total, progress_fn)
+        measure = Measure(error_fn, Journal(store), progress_fn)
         errors = step_errors(measure)
         first = candidates(errors, costs, float(mean_bits), num_neighbors)
         measured = measured_schedules(measure, errors, first, num_neighbors, num_rounds)
@@ -194,24 +193,21 @@ class Measure:
         self,
         error_fn: ScheduleError,
         journal: Journal | None = None,
-        on_total: Callable[[int], Any] | None = None,
-        progress_fn: Callable[[int], Any] | None = None,
+        progress_fn: ProgressFn = untold,
     ) -> None:
         self.error_fn, self.journal = error_fn, Journal() if journal is None else journal
-        self.on_total, self.progress_fn = on_total, progress_fn
+        self.progress_fn = progress_fn
         self.total = 0
 
     def expect(self, count: int) -> None:
         """Says that `count` more schedules will be measured."""
         self.total += count
-        if self.on_total is not None:
-            self.on_total(self.total)
+        self.progress_fn(Progress(total=self.total))
 
     def __call__(self, chosen: Sequence[AnyLevel]) -> float:
         """Returns the error of a schedule."""
         found = self.journal.step("error", lambda: {"error": self.error_fn(chosen)})
-        if self.progress_fn is not None:
-            self.progress_fn(1)
+        self.progress_fn(Progress(1))
         return float(found["error"])
 
 

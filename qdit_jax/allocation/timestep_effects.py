@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
+from qdit_jax.allocation.rollout_settings import Rollouts
 from qdit_jax.allocation.schedule_error import ROLLOUTS, error_of_levels
-from qdit_jax.allocation.searching import Rollouts
 from qdit_jax.allocation.steps import Measure, step_errors
 from qdit_jax.calibration import Stats, TimestepWeights
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.ptq import quantize_params
 from qdit_jax.quant import Level
 from qdit_jax.recipes import OverTime, Recipe
-from qdit_jax.types import Key
+from qdit_jax.types import Key, ProgressFn, untold
 
 
 def measured_timestep_weights(
@@ -24,7 +22,7 @@ def measured_timestep_weights(
     recipe: Recipe,
     rollouts: Rollouts = ROLLOUTS,
     stats: Stats | None = None,
-    progress_fn: Callable[[int], Any] | None = None,
+    progress_fn: ProgressFn = untold,
 ) -> TimestepWeights:
     """Returns weights of timesteps by the effect of quantization there on the final sample.
 
@@ -36,7 +34,7 @@ def measured_timestep_weights(
         recipe: of the quantized network.
         rollouts: sampler and samples, one batch by default.
         stats: as of `quantize_params`.
-        progress_fn: called with 1 after every rollout.
+        progress_fn: told of every rollout.
 
     Raises:
         ValueError: as `quantize_params`, or if no kernel is quantized or samples are not finite.

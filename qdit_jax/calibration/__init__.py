@@ -12,8 +12,10 @@ from qdit_jax.calibration.recording import (
 )
 from qdit_jax.calibration.statistics import Stats, check_layer
 from qdit_jax.calibration.timestep_weights import TimestepWeights
+from qdit_jax.sampling import PUBLISHED, guidance_record, own_guidance
 
 __all__ = [
+    "PUBLISHED",
     "Items",
     "LayerInputs",
     "Stats",
@@ -26,8 +28,10 @@ __all__ = [
     "conditional_and_null",
     "default_sampler",
     "empty_hessians",
+    "guidance_record",
     "input_hessians",
     "item_statistics",
     "layer_inputs",
+    "own_guidance",
     "trajectory",
 ]

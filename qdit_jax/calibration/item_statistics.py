@@ -5,9 +5,6 @@ Dimensions: I items, S timesteps, M tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -17,7 +14,7 @@ from qdit_jax.calibration.items import Items
 from qdit_jax.calibration.recording import observe_call
 from qdit_jax.calibration.statistics import HALVES, Stats
 from qdit_jax.sampling import filled_batch
-from qdit_jax.types import Params
+from qdit_jax.types import Params, Progress, ProgressFn, untold
 
 
 def item_statistics(
@@ -28,7 +25,7 @@ def item_statistics(
     per_timestep: bool = False,
     num_tokens: int = 16,
     batch_size: int = 8,
-    progress_fn: Callable[[int], Any] | None = None,
+    progress_fn: ProgressFn = untold,
 ) -> Stats:
     """Returns the ranges of all layers' inputs on `items`, and `num_tokens` inputs from each batch.
 
@@ -58,6 +55,5 @@ def item_statistics(
                 num_tokens=num_tokens,
             )
             add_call(state, found, HALVES[0], number, len(steps), call)
-            if progress_fn is not None:
-                progress_fn(1)
+            progress_fn(Progress(1))
     return stats_of(state)

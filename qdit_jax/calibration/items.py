@@ -22,6 +22,7 @@ from qdit_jax.files import PathLike, as_path, write_arrays
 from qdit_jax.models import null_condition_of, with_guidance, without_null
 from qdit_jax.quant import check_finite
 from qdit_jax.sampling import (
+    PUBLISHED,
     Guidance,
     check_diffusion_model,
     check_seed,
@@ -32,7 +33,7 @@ from qdit_jax.sampling import (
     initial_noise,
     shape_of_sample,
 )
-from qdit_jax.types import Condition, Key
+from qdit_jax.types import Condition, Key, Progress, ProgressFn, untold
 
 # `(sample numbers [B], S) -> steps [B, M]`: which iterations a trajectory's items come from.
 ChooseFn = Callable[[Int[np.ndarray, " B"], int], Int[np.ndarray, "B M"]]
@@ -148,12 +149,12 @@ def collect_items(
     *,
     conditions: Condition = None,
     sampler: diffusion.Sampler | None = None,
-    guidance: Guidance | None = 1.5,
+    guidance: Guidance | None = PUBLISHED,
     batch_size: int = 16,
     shape: Sequence[int] | None = None,
     choose_fn: ChooseFn | None = None,
     null: bool = True,
-    progress_fn: Callable[[int], object] | None = None,
+    progress_fn: ProgressFn = untold,
 ) -> Items:
     """Returns items of the full-precision sampler's trajectories, `num_samples` of them.
 
@@ -189,8 +190,7 @@ def collect_items(
         parts.append(
             trajectory_items(denoise_fn, sampler, noise, condition, keys, index, choose_fn)
         )
-        if progress_fn is not None:
-            progress_fn(len(index))
+        progress_fn(Progress(len(index)))
     items = joined(parts)
     given = items.condition
     items = items._replace(condition=without_null(given))

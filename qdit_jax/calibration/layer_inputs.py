@@ -6,7 +6,7 @@ Dimensions: I items, B batch, K input channels, M rows kept.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from qdit_jax.calibration.items import Items
 from qdit_jax.models import seen_inputs
 from qdit_jax.quant import check_finite
 from qdit_jax.sampling import Denoiser, filled_batch
-from qdit_jax.types import Params
+from qdit_jax.types import Params, Progress, ProgressFn, untold
 
 # Rows of all layers together hold at most this many float32 values (256 MB).
 MAX_VALUES = 2**26
@@ -57,7 +57,7 @@ def layer_inputs(
     *,
     num_rows: int = 512,
     batch_size: int = 8,
-    progress_fn: Callable[[int], Any] | None = None,
+    progress_fn: ProgressFn = untold,
 ) -> dict[str, LayerInputs]:
     """Returns what the layers `paths` see before their own input leaves and quantizers.
 
@@ -78,8 +78,7 @@ def layer_inputs(
         batch = chosen[filled_batch(start, size, len(chosen))]
         found = call_inputs(denoise_fn, *items.taken(batch), paths=tuple(paths), rows=per_batch)
         parts.append(jax.tree.map(np.asarray, found))
-        if progress_fn is not None:
-            progress_fn(1)
+        progress_fn(Progress(1))
     return {path: joined(path, [part[path] for part in parts]) for path in paths}
 
 

@@ -35,6 +35,7 @@ from qdit_jax.models import (
 from qdit_jax.quant import check_finite
 from qdit_jax.recipes import layer_paths
 from qdit_jax.sampling import (
+    PUBLISHED,
     Guidance,
     check_diffusion_model,
     check_takes,
@@ -46,7 +47,7 @@ from qdit_jax.sampling import (
     sampler_timesteps,
     shape_of_sample,
 )
-from qdit_jax.types import AnyArray, Condition, Key, Params
+from qdit_jax.types import AnyArray, Condition, Key, Params, Progress, ProgressFn, untold
 
 
 def calibrate(
@@ -56,13 +57,13 @@ def calibrate(
     *,
     conditions: Condition = None,
     sampler: diffusion.Sampler | None = None,
-    guidance: Guidance | None = 1.5,
+    guidance: Guidance | None = PUBLISHED,
     batch_size: int = 16,
     shape: Sequence[int] | None = None,
     hessians: str | None = None,
     num_tokens: int = 0,
     unfinished: PathLike | None = None,
-    progress_fn: Callable[[int], object] | None = None,
+    progress_fn: ProgressFn = untold,
 ) -> Stats:
     """Returns the range of every linear layer's input, per channel, at every timestep sampled.
 
@@ -76,7 +77,7 @@ def calibrate(
         key: used once; sample i starts from `fold_in(key, i)`.
         conditions: labels or prompts, assigned to the samples cyclically; every class by default.
         sampler: 50 steps of the checkpoint's own sampler by default, see `checkpoint_sampler`.
-        guidance: of the trajectories; the default is none without a null condition.
+        guidance: of the trajectories; the network's own by default, none without a null condition.
         shape: of one sample, channels last; the network's own by default.
         hessians: a pattern of layer paths whose mean `x xᵀ` to keep, float32 `[K, K]` each.
         num_tokens: inputs to keep of every layer from each call of the network.
@@ -111,8 +112,8 @@ def calibrate(
         **({} if shape is None else {"shape": tuple(shape)}),
     )
     state = empty_state(settings) if unfinished is None else read_state(unfinished, settings)
-    if state["num_done"] and progress_fn is not None:
-        progress_fn(state["num_done"])
+    if state["num_done"]:
+        progress_fn(Progress(state["num_done"]))
     denoise_fn = denoiser(model, params, guidance)
     check_takes(denoise_fn, model, shape, conditions)
     check_all_run(model, sampler_timesteps(sampler), "the sampler")
@@ -133,8 +134,7 @@ def calibrate(
         state["num_done"] = start + len(index)
         if unfinished is not None:
             write_state(unfinished, state)
-        if progress_fn is not None:
-            progress_fn(len(index))
+        progress_fn(Progress(len(index)))
     return stats_of(state)
 
 

@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 
 from qdit_jax.cli.failures import exit_status
-from qdit_jax.cli.options import Parser, VersionAction
+from qdit_jax.cli.options import Parser, VersionAction, one_process_text
 from qdit_jax.cli.output import json_on_stdout, set_up_logging
 
 __all__ = ["VERBS", "main", "module_of"]
@@ -32,16 +32,20 @@ VERBS = {
     "quantize": "quantize a checkpoint",
     "schedule": "find the sampling steps that bear fewer bits",
     "methods": "list the methods of qdit quantize",
+    "recipes": "list the presets of qdit quantize, what they cost and give",
     "export": "convert a checkpoint folder to one safetensors file, or back",
     "push": "upload a checkpoint with a model card to the Hugging Face hub",
     "embed-text": "embed prompts by a pipeline's text encoders",
     "sample": "generate pictures",
+    "export-vbench": "lay out clips for VBench, and read its results",
     "evaluate": "compare a quantized model with full precision, or score samples",
     "bench": "measure the time of a step and of layers",
     "verify": "check what a quantized checkpoint does, against limits",
     "demo": "run every stage on the packaged model",
     "completion": "print a completion script for the shell",
 }
+# Verbs that compute on devices at once and write what one process has made.
+ONE_PROCESS = ("calibrate", "schedule", "sample", "evaluate", "verify")
 DESCRIPTION = """\
 Diffusion transformers in 4 to 8 bits in JAX.
 
@@ -117,11 +121,23 @@ def run_verb(args: argparse.Namespace) -> int:
 
         use_compilation_cache()
         give_back_freed_memory()
+        if args.verb in ONE_PROCESS:
+            refuse_several_processes()
     with json_on_stdout(args.json) as show:
         result = args.run(args)
         show(result)
     status: int = args.status_of(result) if hasattr(args, "status_of") else 0
     return status
+
+
+def refuse_several_processes() -> None:
+    """Raises `UserError` where JAX is one of several processes, as on the hosts of a TPU slice."""
+    import jax
+
+    from qdit_jax.errors import UserError
+
+    if jax.process_count() > 1:
+        raise UserError(one_process_text(f"processes={jax.process_count()}"))
 
 
 def use_compilation_cache() -> None:

@@ -6,11 +6,11 @@ import argparse
 import logging
 from typing import TYPE_CHECKING, Any
 
+from qdit_jax.cli.guidance_option import add_guidance, guidance_of
 from qdit_jax.cli.numerics_option import add_dtype
 from qdit_jax.cli.options import (
     SubParsers,
     count,
-    finite_float,
     pattern,
     positive_int,
     seed_number,
@@ -58,11 +58,7 @@ def add_parser(subparsers: SubParsers) -> None:
     add_size(add)
     add("--batch-size", type=positive_int, default=16, help="trajectories at once (%(default)s)")
     add("--steps", type=positive_int, default=50, help="steps per trajectory (%(default)s)")
-    add(
-        "--guidance",
-        type=finite_float,
-        help="guidance scale; 1 turns it off (1.5; 1 for models without a null class)",
-    )
+    add_guidance(add)
     add("--seed", type=seed_number, default=0, help="seed of the noise (%(default)s)")
     add(
         "--hessians",
@@ -89,7 +85,7 @@ def add_parser(subparsers: SubParsers) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Writes statistics, or inputs of the network; returns what was written."""
     import qdit_jax as qdit
-    from qdit_jax.cli.checkpoints import full_precision_checkpoint, guidance_of
+    from qdit_jax.cli.checkpoints import full_precision_checkpoint
     from qdit_jax.files import check_free
 
     if args.out.suffix != ".npz":
@@ -147,7 +143,7 @@ def write_stats(
             hessians=hessians,
             num_tokens=num_tokens,
             unfinished=unfinished,
-            progress_fn=bar.update,
+            progress_fn=bar.tell,
         )
     stats.save(out)
     # A killed run also leaves what it was writing at that moment.
@@ -172,7 +168,7 @@ def write_items(
     count = settings.num_samples
     collect_fn = authors_items if choice == "authors" else spread_items
     with Bar(count, "sample", "collecting") as bar:
-        items = collect_fn(checkpoint, settings, bar.update)
+        items = collect_fn(checkpoint, settings, bar.tell)
     items.save(out)
     print(f"wrote {out}: {len(items.sample)} inputs of {count} trajectories")
     return {"out": out, "inputs": len(items.sample), "num_samples": count}

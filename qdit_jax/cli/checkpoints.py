@@ -7,7 +7,7 @@ import dataclasses
 from qdit_jax.checkpoint import Checkpoint, default_dtype, load, with_dtype
 from qdit_jax.errors import UserError
 from qdit_jax.files import PathLike
-from qdit_jax.sampling import DEFAULT_GUIDANCE, check_diffusion_model, takes_embedded_guidance
+from qdit_jax.sampling import check_diffusion_model
 
 
 def diffusion_checkpoint(path: PathLike, dtype: str | None = None) -> Checkpoint:
@@ -63,11 +63,3 @@ def with_autoencoder(checkpoint: Checkpoint, path: PathLike | None) -> Checkpoin
             "--vae out, or give the autoencoder that the model was trained with."
         )
     return dataclasses.replace(checkpoint, vae=vae)
-
-
-def guidance_of(checkpoint: Checkpoint, given: float | None) -> float:
-    """Returns the guidance that was given, else the default: 1 for a model that takes none."""
-    if given is not None:
-        return given
-    model = checkpoint.model
-    return DEFAULT_GUIDANCE if model.has_null or takes_embedded_guidance(model) else 1.0

@@ -11,7 +11,6 @@ from qdit_jax.cli.paths import path_option
 
 if TYPE_CHECKING:  # help is printed without them
     from qdit_jax.checkpoint import Checkpoint
-    from qdit_jax.cli.progress import Bar
 
 DESCRIPTION = """\
 Convert PyTorch weights to a checkpoint, a folder that every other verb reads. Networks: DiT, SiT,
@@ -172,7 +171,8 @@ def add_factors(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Converts, and prints what was found and written."""
-    from qdit_convert import convert
+    from qdit_convert import convert_checkpoint
+    from qdit_jax.cli.progress import Stages
     from qdit_jax.errors import UserError
 
     size = args.input_size
@@ -183,15 +183,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     if size is not None:
         size = size[0] if len(size) == 1 else tuple(size)
-    with _ProgressBar() as bar:
-        checkpoint = convert(
+    with Stages("tensor") as stages:
+        checkpoint = convert_checkpoint(
             args.src,
             args.out,
             family=args.family,
             weights=args.weights,
             dtype=args.dtype,
             force=args.force,
-            progress=bar.advance,
+            progress_fn=stages.tell,
             **{name: getattr(args, name) for name in NETWORK_OPTIONS},
             input_size=size,
         )
@@ -259,30 +259,3 @@ def _summary(checkpoint: Checkpoint) -> str:
         f"{family_of(checkpoint.model).name}: {num_values(checkpoint):,} values, "
         f"{sum(leaf.nbytes for leaf in leaves):,} bytes\n  {config}"
     )
-
-
-class _ProgressBar:
-    """A bar that counts the tensors read; a pipeline's next network has a new one."""
-
-    def __init__(self) -> None:
-        self.bar: Bar | None = None
-        self.family = ""
-
-    def __enter__(self) -> _ProgressBar:
-        return self
-
-    def advance(self, family: str, leaf: object, total: int) -> None:
-        from qdit_jax.cli.progress import Bar
-
-        if self.bar is None or family != self.family:
-            self.close()
-            self.family = family
-            self.bar = Bar(total, "tensor", f"reading {family}")
-        self.bar.update(1)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -21,7 +21,7 @@ def embedded(folder: PathLike, prompts: Sequence[str], **settings: Any) -> Embed
     _, row = pipeline_of(folder, settings.get("pipeline"))
     count = len(prompts) + (settings.get("null") is not None)
     with Bar(count * len(row.encoders), "prompt", "embedding") as bar:
-        found = embed_prompts(folder, prompts, progress_fn=bar.update, **settings)
+        found = embed_prompts(folder, prompts, progress_fn=bar.tell, **settings)
     for note in found.notes:
         print(f"note: {note}")
     return found

@@ -33,13 +33,16 @@ samples.npz (arr_0, uint8 [N, H, W, C], which other evaluators read). Finished b
 there: after an interruption, the same command resumes.
 
 A reference is an .npz in the form of OpenAI's evaluator: arr_0 with images, or mu and sigma (and
-mu_s, sigma_s), or both; `demo` is the packaged one of digits.
+mu_s, sigma_s), or both; `demo` is the packaged one of digits. Of videos, it is an .npz with uint8
+[N, T, H, W, C] in arr_0, or statistics, or a folder of clips (.gif, .mp4, .npz) of one size and length.
 
 examples:
   qdit evaluate xl2-w4a8 --against xl2 --num-samples 100 --out compared
   qdit evaluate xl2-w4a8 --against xl2 --compare xl2-w4a8-channel --num-samples 100
   qdit evaluate xl2-w4a8 --num-samples 10000 --reference VIRTUAL_imagenet256_labeled.npz \\
       --features inception inception_ckpt
+  qdit evaluate wan-w4a8 --against wan --embeds prompts.npz --num-samples 2048 --reference clips/ \\
+      --features i3d i3d_ckpt
   qdit evaluate --samples samples.npz --reference demo
   qdit evaluate --samples a.npz --reference real.npz --features inception inception_ckpt \\
       --out metrics.json --pictures compare.png
@@ -63,7 +66,6 @@ OF_SCORES = {
     "split_size": 5000,
     "kernel_samples": 10_000,
 }
-FILE_BATCH = 64
 
 
 def add_parser(subparsers: SubParsers) -> None:
@@ -120,7 +122,7 @@ def add_checkpoint_options(add: AddArgument) -> None:
 def add_score_options(add: AddArgument) -> None:
     add(
         "--reference",
-        help="the reference: an .npz, or `demo` for the packaged statistics of digits",
+        help="the reference: an .npz, a folder of clips, or `demo` for the packaged statistics of digits",
     )
     add(
         "--features",
@@ -141,7 +143,7 @@ def add_score_options(add: AddArgument) -> None:
     add(
         "--batch-size",
         type=positive_int,
-        help="images per batch (scoring 64; sampling 16 per device, 4 on CPU)",
+        help="images per batch (scoring 64, or 8 videos; sampling 16 per device, 4 on CPU)",
     )
     add(
         "--min-samples",
@@ -167,7 +169,7 @@ def add_score_options(add: AddArgument) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Scores files or compares checkpoints, prints tables, and writes what was asked for."""
     check_options(vars(args))
-    from qdit_jax.evaluation import Scoring, check_features  # jax loads only when a verb runs
+    from qdit_jax.evaluation import Scoring, batch_size_of, check_features  # these load jax
     from qdit_jax.metrics import ScoreSettings
 
     check_features(args.features)
@@ -179,7 +181,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             tuple(args.features),
             args.preprocessing,
             ScoreSettings(**{name: getattr(args, name) for name in names}),
-            args.batch_size or FILE_BATCH,
+            args.batch_size or batch_size_of(args.features),
         )
     if args.checkpoint is None:
         from qdit_jax.cli.evaluate_files import evaluate_files

@@ -83,9 +83,10 @@ class Comparison:
             UserError: if sampler or guidance do not fit one of them.
         """
         process, first = self.process, contenders[0].checkpoint
+        guidance = process.guidance_of(first.model)
         channels = num_guided_channels(first.model, process.channels)
         for contender in contenders:  # checked before the folder is created
-            denoiser(contender.checkpoint.model, {}, process.guidance, channels)
+            denoiser(contender.checkpoint.model, {}, guidance, channels)
         sampler = process.sampler_of(first, chosen.settings.get("shape"))
         record = {"sampler": type(sampler).__name__, **process.settings}
         if (text := process.scheduler_text(first)) is not None:
@@ -96,7 +97,7 @@ class Comparison:
             record,
             self.num_samples,
             seed=self.seed,
-            guidance=process.guidance,
+            guidance=guidance,
             guidance_channels=channels,
             numerics=self.numerics,
             batch_size=self.batch_size,
@@ -138,7 +139,7 @@ def evaluate_models(
                 judge,
                 comparison.range_samples,
                 prompts=chosen.prompts,
-                progress_fn=bar.update,
+                progress_fn=bar.tell,
                 watch=watched,
             )
     print_summary(summary)
@@ -175,8 +176,22 @@ def print_summary(summary: dict[str, Any]) -> None:
         )
         for name, entry in measures.items():
             digits = 2 if name.endswith("_db") else 4
-            low, high = (f"{entry[end]:.{digits}f}" for end in ("low", "high"))
-            print(f"  {MEASURES[name]:36} {entry['estimate']:.{digits}f} ({low} to {high})")
+            low, high, worst = (f"{entry[end]:.{digits}f}" for end in ("low", "high", "worst"))
+            print(
+                f"  {MEASURES[name]:36} {entry['estimate']:.{digits}f} ({low} to {high}), "
+                f"worst {worst} (sample {entry['worst_sample']})"
+            )
+        for name, entry in summary.get("frames", {}).get(title, {}).items():
+            at, kind = entry["worst_frame"], name.partition("_")[0]
+            print(
+                f"  worst frame of all {kind}s: {at['db']:.2f} dB, frame {at['frame']} of sample "
+                f"{at['sample']}"
+            )
+    for title, entry in summary.get("flickering", {}).items():
+        print(
+            f"{title}: temporal flickering {entry['estimate']:.4f} ({entry['low']:.4f} to "
+            f"{entry['high']:.4f}), worst {entry['worst']:.4f} (sample {entry['worst_sample']})"
+        )
     for name, test in summary.get("comparison", {}).get("a_minus_b", {}).items():
         difference = test["difference"]
         print(

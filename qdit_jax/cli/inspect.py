@@ -6,7 +6,8 @@ import argparse
 import json
 from typing import Any
 
-from qdit_jax.cli.options import SubParsers, finite_float, positive_int, seed_number, verb_parser
+from qdit_jax.cli.guidance_option import Given, add_guidance, guidance_of
+from qdit_jax.cli.options import SubParsers, positive_int, seed_number, verb_parser
 from qdit_jax.cli.paths import path_option
 from qdit_jax.files import AnyPath, as_path
 
@@ -48,11 +49,7 @@ def add_parser(subparsers: SubParsers) -> None:
     add("--out", type=path_option, help="folder to write (PATH-stats in the current folder)")
     add("--num-samples", type=positive_int, help="number of samples (4)")
     add("--steps", type=positive_int, help="sampling steps (10)")
-    add(
-        "--guidance",
-        type=finite_float,
-        help="guidance scale; 1 turns it off (1.5; 1 for models without a null class)",
-    )
+    add_guidance(add)
     add("--batch-size", type=positive_int, help="samples per batch (4)")
     add("--seed", type=seed_number, help="seed of the noise (0)")
     add("--force", action="store_true", help="replace the report of an earlier run")
@@ -109,7 +106,7 @@ def draw_stats(
     *,
     num_samples: int,
     steps: int,
-    guidance: float | None,
+    guidance: Given | None,
     seed: int,
     batch_size: int,
     force: bool,
@@ -122,13 +119,14 @@ def draw_stats(
     import jax
 
     from qdit_jax.calibration import calibrate, default_sampler
-    from qdit_jax.cli.checkpoints import diffusion_checkpoint, guidance_of
+    from qdit_jax.cli.checkpoints import diffusion_checkpoint
     from qdit_jax.cli.progress import Bar
     from qdit_jax.report import check_report_folder, write_model_report
+    from qdit_jax.sampling import guidance_record
 
     check_report_folder(out, overwrite=force, inputs=[path])
     checkpoint = diffusion_checkpoint(path)
-    guidance = guidance_of(checkpoint, guidance)
+    scale = guidance_of(checkpoint, guidance)
     sampler = default_sampler(checkpoint, steps)
     with Bar(num_samples, "sample", "sampling") as bar:
         stats = calibrate(
@@ -136,15 +134,15 @@ def draw_stats(
             jax.random.key(seed),
             num_samples,
             sampler=sampler,
-            guidance=guidance,
+            guidance=scale,
             batch_size=min(batch_size, num_samples),
-            progress_fn=bar.update,
+            progress_fn=bar.tell,
         )
     protocol = {
         "sampler": type(sampler).__name__,
         "steps": steps,
         "samples": num_samples,
-        "guidance": guidance,
+        "guidance": guidance_record(scale),
         "seed": seed,
     }
     summary = write_model_report(out, path.resolve().name, checkpoint.params, stats, protocol)
@@ -196,6 +194,8 @@ def summarize(path: str, found: dict[str, Any]) -> dict[str, Any]:
         "parts": parts,
         "metadata": description.get("metadata", {}),
     }
+    if family.is_diffusion and (found_sampling := sampling_facts(description)):
+        summary["sampling"] = found_sampling
     if used := implementations(description["params"]):
         summary["implementations"] = used
     if found.get("recipe"):
@@ -205,6 +205,29 @@ def summarize(path: str, found: dict[str, Any]) -> dict[str, Any]:
     if found.get("vae"):
         summary["vae"] = summarize(f"{path}/vae", found["vae"])
     return summary
+
+
+def sampling_facts(description: dict[str, Any]) -> dict[str, Any]:
+    """Returns how a network is sampled by default: sampler, guidance, and the shift of a flow.
+
+    Empty if its scheduler or its configuration cannot be read; `qdit sample` says why.
+    """
+    from qdit_jax.checkpoint import Checkpoint
+    from qdit_jax.diffusion import sampler_named
+    from qdit_jax.models import build_model
+    from qdit_jax.sampling import guidance_record, own_guidance, own_sampler
+
+    metadata = description.get("metadata", {})
+    try:
+        model = build_model(description["family"], description["config"])
+        name = own_sampler(Checkpoint(model, {}, metadata=metadata))
+    except (ValueError, TypeError):
+        return {}
+    found = {"sampler": name, "guidance": guidance_record(own_guidance(model))}
+    if "shift" in sampler_named(name).options:
+        own = getattr(model, "flow_shift", 1.0)
+        found["shift"] = "as the scheduler says" if metadata.get("scheduler") else own
+    return found
 
 
 def implementations(manifest: dict[str, Any]) -> dict[str, dict[str, int]]:

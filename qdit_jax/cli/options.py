@@ -21,6 +21,8 @@ AddArgument: TypeAlias = Callable[..., argparse.Action]
 # More samples, steps or tries than these are taken for a typing error.
 LARGEST_COUNT = 10_000_000
 PATTERN_EXAMPLE = r"'blocks_\d+/mlp/.*'"
+# Options of `qdit search` alone, for a search by several processes.
+OF_PROCESSES = ("--coordinator", "--num-processes", "--process-id", "--distributed")
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,8 +30,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises `UserError` with the option's name first and where to read more."""
+        if message.startswith("unrecognized arguments:"):
+            words = [word.partition("=")[0] for word in message.split()]
+            if given := next((word for word in words if word in OF_PROCESSES), None):
+                raise UserError(one_process_text(given))
         text = re.sub(r"^argument ", "", message)
         raise UserError(f"{text.rstrip('.')}; see `{self.prog} --help`.")
+
+
+def one_process_text(given: str) -> str:
+    """Returns the refusal of several processes, `given` being what asks for them."""
+    return (
+        f"{given}: only `qdit search` works over several processes; start any other verb on one host, "
+        "all of whose devices it uses."
+    )
 
 
 class VersionAction(argparse.Action):

@@ -7,6 +7,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from qdit_jax.types import Progress
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -24,14 +26,21 @@ def is_shown() -> bool:
 class Bar:
     """A bar that appears at its first update, so that no empty one precedes an error.
 
-    `update(count)` is what library functions take as `progress_fn`.  With `resumes`, the first
-    count is what an earlier run has done: it counts, but not for the time left.
+    `tell` is what library functions take as `progress_fn`.  With `resumes`, the first count is what
+    an earlier run has done: it counts, but not for the time left. A `silent` one
+    shows neither bar nor lines.
     """
 
     def __init__(
-        self, total: int, unit: str, text: str | None = None, resumes: bool = False
+        self,
+        total: int,
+        unit: str,
+        text: str | None = None,
+        resumes: bool = False,
+        silent: bool = False,
     ) -> None:
-        self.shown = is_shown()
+        self.shown = is_shown() and not silent
+        self.silent = silent
         self.settings: dict[str, Any] = {
             "total": total,
             "unit": unit,
@@ -44,6 +53,17 @@ class Bar:
 
     def __enter__(self) -> Bar:
         return self
+
+    def tell(self, event: Progress) -> None:
+        """Shows the news."""
+        if event.total is not None:
+            self.expect(event.total)
+        if event.best is not None:
+            self.note(best=f"{event.best:.5g}")
+        if event.done or self.resumes:
+            self.update(event.done)
+        if event.text is not None and not self.silent:
+            self.write(event.text)
 
     def update(self, count: int) -> None:
         """Adds to what is done."""
@@ -84,5 +104,32 @@ class Bar:
 
     def close(self) -> None:
         """Ends the bar, if it ever appeared."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Stages:
+    """A bar for every stage that is told of."""
+
+    def __init__(self, unit: str) -> None:
+        self.unit, self.stage = unit, ""
+        self.bar: Bar | None = None
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def tell(self, event: Progress) -> None:
+        """Shows the news, in a new bar where a stage begins."""
+        if self.bar is None or event.stage not in (None, self.stage):
+            self.close()
+            self.stage = event.stage or ""
+            self.bar = Bar(0, self.unit, self.stage)
+        self.bar.tell(event)
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the last stage's bar."""
         if self.bar is not None:
             self.bar.close()

@@ -77,8 +77,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prints the plan and carries it out; returns the bytes before and after."""
     import qdit_jax as qdit
     from qdit_jax.checkpoint import open_checkpoint
+    from qdit_jax.cli.guidance_option import guidance_of
     from qdit_jax.cli.progress import Bar
-    from qdit_jax.cli.quantize_table import Table, errors, totals_text
+    from qdit_jax.cli.quantize_table import Table, totals_text
     from qdit_jax.files import check_free
     from qdit_jax.methods import method_named
     from qdit_jax.sampling import check_diffusion_model
@@ -103,18 +104,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(*map(table.row, table.plans), totals_text(found), sep="\n")
         return found
     weights, chosen = None, inputs_of(given, checkpoint)
+    guidance = guidance_of(checkpoint, args.guidance)
     if args.weight_timesteps:
         weights = timestep_weights(
             args.checkpoint,
             recipe,
             num_steps=args.steps,
-            guidance=args.guidance,
+            guidance=guidance,
             seed=args.seed,
             batch_size=args.batch_size,
             stats=args.stats,
             **chosen.settings,
         )
-    data = data_of(given, weights, chosen)
+    data = data_of(given, guidance, weights, chosen)
     with Bar(0, "batch", "rounding") as bar:
         written = qdit.quantize(
             args.checkpoint,
@@ -123,10 +125,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             data=data,
             out=args.out,
             overwrite=args.force,
-            on_layer=lambda layer: print(table.row(layer.path, errors(layer)), flush=True),
-            on_note=print,
-            on_total=bar.expect,
-            progress_fn=bar.update,
+            progress_fn=lambda event: bar.tell(table.told(event)),
         )
     found = table.totals(written.params, {"before": args.checkpoint, "after": args.out})
     print(f"{totals_text(found)}\nwrote {args.out}")

@@ -10,10 +10,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from qdit_jax.cli.guidance_option import add_guidance
 from qdit_jax.cli.numerics_option import add_dtype
 from qdit_jax.cli.options import (
     count,
-    finite_float,
     pattern,
     positive_int,
     refuse_inert,
@@ -39,7 +39,7 @@ PARTS = ("adaln", "embedders", "final", "attention")
 ROUNDINGS = {"nearest": "rtn", "gptq-authors": "qdit_release"}
 # Options of a method that learns from inputs, with their defaults: how they are sampled, ...
 OF_SAMPLING = {
-    **{"num_samples": 32, "steps": 50, "guidance": 1.5, "seed": 0},
+    **{"num_samples": 32, "steps": 50, "guidance": None, "seed": 0},
     **{"embeds": None, "prompts_from": None, "size": None, "frames": None, "fps": None},
 }
 # ... and how it is fitted to them.
@@ -144,7 +144,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     )
     add_embeds(group.add_argument)
     add_size(group.add_argument)
-    group.add_argument("--guidance", type=finite_float)
+    add_guidance(group.add_argument)
     group.add_argument("--seed", type=seed_number)
     group.add_argument("--batch-size", type=positive_int)
     group.add_argument(
@@ -292,7 +292,10 @@ def inputs_of(given: Mapping[str, Any], checkpoint: Checkpoint) -> Inputs:
 
 
 def data_of(
-    given: Mapping[str, Any], timestep_weights: Any = None, chosen: Inputs | None = None
+    given: Mapping[str, Any],
+    guidance: Any,
+    timestep_weights: Any = None,
+    chosen: Inputs | None = None,
 ) -> Any:
     """Returns what the method learns from: files, or how to sample it; and how much inputs count."""
     import qdit_jax as qdit
@@ -300,13 +303,14 @@ def data_of(
     from qdit_jax.checkpoint import default_dtype
 
     items, stats = given["items"], given["stats"]
-    names = ("seed", "num_samples", "guidance", "batch_size", "holdout", "stages")
+    names = ("seed", "num_samples", "batch_size", "holdout", "stages")
     return qdit.CalibrationData(
         items=None if items is None else Items.load(items),
         stats=None if stats is None else qdit.Stats.load(stats),
         num_steps=given["steps"],
         dtype=given["dtype"] or default_dtype(),
         timestep_weights=timestep_weights,
+        guidance=guidance,
         **(chosen or Inputs()).settings,
         **{name: given[name] for name in names},
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from qdit_jax.methods import LayerReport
 from qdit_jax.ptq import plan
 from qdit_jax.quant import effective_group_size
 from qdit_jax.recipes import Recipe
+from qdit_jax.types import Progress
 
 
 class Table:
@@ -44,6 +46,12 @@ class Table:
             f"{short(layer.spec.act, k):8}  {layer.bytes_before:12,}  {layer.bytes_after:10,}  "
             f"{errors:>9}"
         )
+
+    def told(self, event: Progress) -> Progress:
+        """Returns the news with a finished layer as its line."""
+        if not isinstance(event.layer, LayerReport):
+            return event
+        return dataclasses.replace(event, text=self.row(event.layer.path, errors(event.layer)))
 
     def totals(
         self, written: Any = None, folders: Mapping[str, PathLike] | None = None

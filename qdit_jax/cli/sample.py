@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from qdit_jax.cli.first_frames_option import add_first_frames, first_frames_of
 from qdit_jax.cli.numerics_option import add_dtype, add_numerics
 from qdit_jax.cli.options import (
     LARGEST_COUNT,
@@ -44,6 +45,7 @@ EXAMPLE = """examples:
   qdit sample ckpt_dir --num-samples 10000 --sampler ddpm --steps 250 --out samples.npz
   qdit sample pixart --embeds prompts.npz --size 1024x1024 --out grid.png
   qdit sample wan --embeds prompts.npz --prompts-from 0-3 --size 480x832 --frames 81 --out clip.gif
+  qdit sample wan5b --embeds prompts.npz --first-frames picture.npz --out clip.mp4
   qdit sample pixart --prompt "a cat" --text-encoders PixArt-XL-2-512x512/
 """
 WHOLE = re.compile("[0-9]+")
@@ -74,6 +76,7 @@ def add_parser(subparsers: SubParsers) -> None:
         help="number of samples (default: one per label or prompt, else 8)",
     )
     add_size(add)
+    add_first_frames(add)
     add_process(add)
     add(
         "--seed",
@@ -85,6 +88,14 @@ def add_parser(subparsers: SubParsers) -> None:
         "--batch-size",
         type=positive_int,
         help="samples per batch, over all devices (default: 16 per device, 4 on CPU)",
+    )
+    add(
+        "--shard-tokens",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="devices that share each sample: each holds its part of the activations, for samples longer "
+        "than one device's memory; N divides the devices, and the tokens (%(default)s)",
     )
     add_numerics(
         add,
@@ -126,8 +137,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from qdit_jax.cli.checkpoints import diffusion_checkpoint, with_autoencoder
     from qdit_jax.cli.progress import Bar
     from qdit_jax.evaluation import SampleFile
+    from qdit_jax.sampling import guidance_record, guidance_text
 
-    check_output(args.out, args.columns, args.force, [args.checkpoint, args.vae, args.embeds])
+    inputs = [args.checkpoint, args.vae, args.embeds, args.first_frames]
+    check_output(args.out, args.columns, args.force, inputs)
     process = Process.of(vars(args))
     checkpoint = with_autoencoder(diffusion_checkpoint(args.checkpoint, args.dtype), args.vae)
     chosen = conditions_of(vars(args), checkpoint)
@@ -136,7 +149,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         process.sampler_of(checkpoint, chosen.shape),
         chosen.conditions,
         seed=args.seed,
-        guidance=process.guidance,
+        guidance=process.guidance_of(checkpoint.model),
         guidance_channels=process.channels,
         numerics=args.numerics,
         batch_size=args.batch_size,
@@ -144,6 +157,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         num_samples=args.num_samples or default_count(chosen.conditions),
         prompts=chosen.prompts,
         shape=chosen.shape,
+        first_frames=first_frames_of(vars(args), checkpoint, chosen.shape),
+        shard_tokens=args.shard_tokens,
     )
     check_job(job, args.out, args.columns)
     count = job.count
@@ -152,20 +167,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     with Bar(count, "sample", "sampling", resumes=True) as bar:
         job.write(
-            args.out, columns=args.columns, force=args.force, fps=args.fps, progress_fn=bar.update
+            args.out, columns=args.columns, force=args.force, fps=args.fps, progress_fn=bar.tell
         )
     seconds = time.perf_counter() - start
     settings = {
         "sampler": type(job.sampler).__name__,
         "steps": process.steps,
-        "guidance": process.guidance,
+        "guidance": guidance_record(job.guidance),
         "seed": args.seed,
         "precision": precision(job),
         "dtype": dtype_of(checkpoint),
     }
     print(
         f"{args.out}: {count} samples, {settings['sampler']} {process.steps} steps, "
-        f"guidance {process.guidance:g}, {settings['precision']} in {settings['dtype']}, {seconds:.1f} s with compilation."
+        f"guidance {guidance_text(job.guidance)}, {settings['precision']} in {settings['dtype']}, {seconds:.1f} s with compilation."
     )
     named = {"prompts" if isinstance(chosen.conditions, Mapping) else "labels": labels_of(job)}
     found = {"out": args.out, "num_samples": count, **named}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from qdit_jax.cli.guidance_option import add_guidance
 from qdit_jax.cli.options import (
     SubParsers,
     finite_float,
@@ -56,11 +57,7 @@ def add_parser(subparsers: SubParsers) -> None:
     )
     add("--write", metavar="CKPT2", type=path_option, help="write the scheduled checkpoint there")
     add("--steps", type=positive_int, default=20, help="sampling steps (%(default)s)")
-    add(
-        "--guidance",
-        type=finite_float,
-        help="guidance scale; 1 turns it off (1.5; 1 for models without a null class)",
-    )
+    add_guidance(add)
     add(
         "--num-batches",
         type=positive_int,

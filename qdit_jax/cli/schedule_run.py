@@ -12,7 +12,8 @@ import numpy as np
 
 from qdit_jax.allocation import ChosenSteps, Rollouts, choose_steps
 from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.cli.checkpoints import diffusion_checkpoint, guidance_of
+from qdit_jax.cli.checkpoints import diffusion_checkpoint
+from qdit_jax.cli.guidance_option import Given, guidance_of
 from qdit_jax.cli.progress import Bar
 from qdit_jax.cli.prompts_option import Inputs
 from qdit_jax.cli.schedule_picture import draw_schedule
@@ -31,7 +32,7 @@ def found_schedule(
     mean_bits: float,
     act_bits: Sequence[int],
     num_steps: int,
-    guidance: float | None,
+    guidance: Given | None,
     num_batches: int,
     batch_size: int,
     seed: int,
@@ -77,8 +78,7 @@ def found_schedule(
             act_bits=act_bits,
             rollouts=rollouts,
             state=folder / "steps",
-            on_total=bar.expect,
-            progress_fn=bar.update,
+            progress_fn=bar.tell,
         )
     return chosen, schedule_act_bits(checkpoint, chosen.over_time)
 

@@ -6,11 +6,11 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from qdit_jax.cli.guidance_option import add_guidance
 from qdit_jax.cli.numerics_option import add_dtype
 from qdit_jax.cli.options import (
     AddArgument,
     SubParsers,
-    finite_float,
     pattern,
     positive_int,
     refuse_inert,
@@ -176,11 +176,7 @@ def add_measuring(add: AddArgument) -> None:
         default=20,
         help="sampling steps when an assignment is measured (%(default)s)",
     )
-    add(
-        "--guidance",
-        type=finite_float,
-        help="guidance scale; 1 turns it off (1.5; 1 for models without a null class)",
-    )
+    add_guidance(add)
     add(
         "--num-batches",
         type=positive_int,
@@ -200,12 +196,15 @@ def add_measuring(add: AddArgument) -> None:
         default=10,
         help="generations of an evolution (%(default)s)",
     )
-    add("--reference", help="for --objective frechet: an .npz with statistics, or `demo`")
+    add(
+        "--reference",
+        help="for --objective frechet: an .npz with statistics or images, a folder of clips, or `demo`",
+    )
     add(
         "--features",
         nargs="+",
         default=DEMO,
-        help="for --objective frechet: `demo`, or `inception CKPT` (demo)",
+        help="for --objective frechet: `demo`, or `inception CKPT`, or for videos `i3d CKPT`: FVD (demo)",
     )
     add_embeds(add)
     add_size(add)

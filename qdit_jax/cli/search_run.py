@@ -19,6 +19,7 @@ from qdit_jax.allocation import (
     FeatureDistance,
     Latency,
     LostWorkerError,
+    Priced,
     Rollouts,
     SearchResult,
     Strategy,
@@ -29,15 +30,21 @@ from qdit_jax.allocation import (
 )
 from qdit_jax.calibration import Items
 from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.cli.checkpoints import full_precision_checkpoint, guidance_of
+from qdit_jax.cli.checkpoints import full_precision_checkpoint
+from qdit_jax.cli.guidance_option import guidance_of
 from qdit_jax.cli.progress import Bar, notes_are_shown
 from qdit_jax.cli.prompts_option import Inputs
 from qdit_jax.cli.search_pictures import draw_front, draw_map
 from qdit_jax.errors import UserError
-from qdit_jax.evaluation import named_features, reference_path
+from qdit_jax.evaluation import (
+    batch_size_of,
+    check_kind,
+    named_features,
+    reference_statistics,
+    sample_shape,
+)
 from qdit_jax.files import AnyPath, check_free, replaced_file
 from qdit_jax.methods import CalibrationData
-from qdit_jax.metrics import check_network, read_reference
 from qdit_jax.report import provenance
 from qdit_jax.sampling import fitting_guidance
 
@@ -100,29 +107,31 @@ class Job:
         """
         if is_first and any((folder / "state").glob("[0-9]*")):
             logging.getLogger("qdit_jax").info("resuming from %s", folder / "state")
-        progress = Progress(is_first)
+        bar = Bar(0, "rollout", "searching", silent=not (is_first and notes_are_shown()))
         try:
             result = search(
                 self.checkpoint,
                 jax.random.key(self.seed),
-                budget=self.budget,
+                budget=self.priced(),
                 objective=self.objective_fn(),
                 strategy=self.strategy,
                 space=self.space,
-                rollouts=self.rollouts,
-                costs={} if self.latency is None else {"latency": self.latency},
-                data=self.data(),
+                rollouts=dataclasses.replace(self.rollouts, data=self.data()),
                 state=folder / "state",
-                report_fn=progress,
+                progress_fn=bar.tell,
             )
         except LostWorkerError as error:
             # A normal exit would wait for the lost process at JAX's barrier, and abort with a dump.
             print(f"\nqdit: error: {error}", file=sys.stderr, flush=True)
             os._exit(2)
         finally:
-            progress.close()
+            bar.close()
         result.history["made"] = {**provenance(), "seed": self.seed}
         return result
+
+    def priced(self) -> Priced:
+        """Returns the budget, which may name measured times."""
+        return Priced(self.budget, {} if self.latency is None else {"latency": self.latency})
 
     def data(self) -> CalibrationData | None:
         """Returns what transforms and branches are fitted to; None has it sampled."""
@@ -139,18 +148,17 @@ class Job:
             return self.objective
         if self.reference is None:
             raise UserError("--objective frechet needs --reference, an .npz or `demo`.")
-        features_fn, _ = named_features(self.features)
-        path = reference_path(self.reference)
-        reference = read_reference(path)
-        if reference.pool is None:
-            raise UserError(f"{path} holds no statistics (mu, sigma).")
-        check_network(reference, self.features[0], reference.pool.mean.size, path)
         rollouts, model = self.rollouts, self.checkpoint.model
+        shape = (rollouts.batch_size, *sample_shape(self.checkpoint, rollouts.shape))
+        check_kind(self.features, shape, "the checkpoint")
+        features_fn, _ = named_features(self.features)
+        reference = reference_statistics(self.reference, self.features, features_fn)
         rollout = rollouts.rollout(self.checkpoint, guided=self.method != "qdit-release")
         key = jax.random.split(jax.random.key(self.seed))[0]
         given: dict[str, Any] = {"conditions": rollouts.conditions, "shape": rollouts.shape}
         data = seeds(model, key, rollouts.num_batches, rollouts.batch_size, **given)
-        return frechet_objective(self.checkpoint, rollout, data, features_fn, reference.pool)
+        size = batch_size_of(self.features)
+        return frechet_objective(self.checkpoint, rollout, data, features_fn, reference, size)
 
 
 def strategy_of(options: Mapping[str, Any]) -> Strategy:
@@ -220,33 +228,6 @@ def space_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: options[name] for name in names}
     found |= {"pinned": dict(options["pin"]), "excluded": options["exclude"]}
     return {name: value for name, value in found.items() if value}
-
-
-class Progress:
-    """A bar with the best so far and the time left, and lines of text above it.
-
-    It appears at the first rollout; until then the search may change the expected number.
-    """
-
-    def __init__(self, is_first: bool) -> None:
-        self.bar = Bar(0, "rollout", "searching")
-        self.bar.shown = self.bar.shown and is_first
-        self.is_told = is_first and notes_are_shown()
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        """Shows what happened."""
-        if event.get("total") is not None:
-            self.bar.expect(event["total"])
-        if event.get("best") is not None:
-            self.bar.note(best=f"{event['best']:.5g}")
-        if event.get("items"):
-            self.bar.update(event["items"])
-        if event.get("text") and self.is_told:
-            self.bar.write(event["text"])
-
-    def close(self) -> None:
-        """Ends the bar."""
-        self.bar.close()
 
 
 def write_result(out: AnyPath, result: SearchResult) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qdit_jax.files import PathLike
 
@@ -18,7 +18,7 @@ def timestep_weights(
     recipe: Recipe,
     *,
     num_steps: int,
-    guidance: float,
+    guidance: Any,
     seed: int,
     batch_size: int,
     stats: PathLike | None,
@@ -43,7 +43,7 @@ def timestep_weights(
     checkpoint = diffusion_checkpoint(path)
     rollouts = Rollouts(
         num_steps=num_steps,
-        guidance=guidance if checkpoint.model.has_null else None,
+        guidance=guidance,
         num_batches=1,
         batch_size=batch_size,
         conditions=conditions,
@@ -56,7 +56,7 @@ def timestep_weights(
             recipe=recipe,
             rollouts=rollouts,
             stats=None if stats is None else Stats.load(stats),
-            progress_fn=bar.update,
+            progress_fn=bar.tell,
         )
     least, most = min(weights.weights), max(weights.weights)
     print(

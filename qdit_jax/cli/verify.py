@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from qdit_jax.cli.guidance_option import add_guidance, guidance_of
 from qdit_jax.cli.numerics_option import add_dtype, add_numerics
 from qdit_jax.cli.options import (
     AddArgument,
@@ -98,11 +99,7 @@ def add_limits(add: AddArgument) -> None:
 def add_measuring(add: AddArgument) -> None:
     add("--num-samples", type=whole_number(2), default=8, help="paired samples (%(default)s)")
     add("--steps", default="10", help="sampling steps, or a spacing, see qdit sample (%(default)s)")
-    add(
-        "--guidance",
-        type=finite_float,
-        help="guidance scale of the samples; 1 turns it off (1.5; 1 for models without a null class)",
-    )
+    add_guidance(add)
     add_embeds(add)
     add_size(add)
     add("--seed", type=seed_number, default=0, help="seed of the noise (%(default)s)")
@@ -140,7 +137,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from qdit_jax.cli.verify_table import print_verification
     from qdit_jax.evaluation import verify
     from qdit_jax.files import check_free, replaced_file
-    from qdit_jax.sampling import DEFAULT_GUIDANCE
 
     if args.out is not None:
         inputs = [args.checkpoint, args.against, args.embeds]
@@ -154,13 +150,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             **{name: getattr(args, name) for name in OPTIONS},
             num_samples=args.num_samples,
             steps=args.steps,
-            guidance=DEFAULT_GUIDANCE if args.guidance is None else args.guidance,
+            guidance=guidance_of(against, args.guidance),
             seed=args.seed,
             batch_size=args.batch_size,
             numerics=args.numerics,
             dtype=args.dtype or default_dtype(),
             timing=not args.no_timing,
-            progress_fn=bar.update,
+            progress_fn=bar.tell,
             **chosen.settings,
         )
     print_verification(found, OPTIONS)

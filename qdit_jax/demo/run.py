@@ -1,73 +1,79 @@
-"""The demonstration: the packaged checkpoint, quantized in several ways and compared in pairs."""
+"""The demonstration: a packaged checkpoint, quantized in several ways and compared in pairs."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from importlib import resources
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
 from qdit_jax import metrics
 from qdit_jax.calibration import Stats, calibrate, collect_items, default_sampler
 from qdit_jax.checkpoint import Checkpoint, load, save, with_dtype
-from qdit_jax.demo.pages import SHOWN, TIMING, write_pictures, write_summary
-from qdit_jax.evaluation import (
-    Contender,
-    Protocol,
-    Scoring,
-    merge,
-    run_evaluation,
-    sample_shape,
-    summarize,
-)
+from qdit_jax.demo.packaged import PACKAGED, Packaged
+from qdit_jax.evaluation import CLIP, PAGES, Scoring, evaluate
 from qdit_jax.files import AnyPath, PathLike, as_path, check_free, replaced_file
 from qdit_jax.methods import CalibrationData, quantize
-from qdit_jax.models import asset
 from qdit_jax.ptq import quantize_params
 from qdit_jax.recipes import Recipe
-from qdit_jax.report import provenance
 from qdit_jax.sampling import check_seed
-from qdit_jax.types import Params
+from qdit_jax.types import Params, Progress, ProgressFn, untold
 
-# `(total, unit, text)` -> a context whose value has `update(count)`.
-BarFn = Callable[[int, str, str], AbstractContextManager[Any]]
-
-WEIGHTS = "demo_dit.safetensors"
-NUM_HEADS = 4
 BATCH_SIZE = 10  # one of each digit
-# What the method `best` makes: title -> group size.
-BEST = {"W4A8, groups of 32, best": 32, "W4A8, per channel, best": 0}
 NUM_FITTED, BATCH_FITTED = 32, 32  # trajectories that `best` looks at, inputs per call
-RESULTS = {
-    "stats.npz": "statistics",
-    "metrics.json": "figures",
-    "pictures.png": "picture",
-    "report.html": "report",
-}
+RESULTS = {"stats.npz": "statistics", **PAGES}
+TIMING = (
+    "Seconds are those of all samples, by the median batch of one run on a machine that may have "
+    "been busy: noisy."
+)
 MARKER = "demo.json"  # says that the folder is a demonstration, and of which settings
 
 
 @dataclasses.dataclass(frozen=True)
 class DemoSettings:
-    """How much the demonstration computes."""
+    """Which packaged model the demonstration takes, a name in `PACKAGED`, and how much it computes.
 
-    num_samples: int = 100
-    num_steps: int = 50
+    `num_samples` and `num_steps` are by default the model's own.
+    """
+
+    model: str = "digits"
+    num_samples: int | None = None
+    num_steps: int | None = None
     guidance: float = 1.5
     seed: int = 0
     numerics: str = "simulated"
     dtype: str = "float32"
     quick: bool = False
 
+    @property
+    def packaged(self) -> Packaged:
+        """Returns the packaged model."""
+        if self.model not in PACKAGED:
+            raise ValueError(
+                f"model={self.model!r} is not known; use one of {', '.join(PACKAGED)}."
+            )
+        return PACKAGED[self.model]
 
-def recipes(params: Params, quick: bool) -> dict[str, Recipe]:
+    @property
+    def samples(self) -> int:
+        """Returns how many samples each checkpoint makes."""
+        of_model = self.packaged.quick_samples if self.quick else self.packaged.num_samples
+        return self.num_samples or of_model
+
+    @property
+    def steps(self) -> int:
+        """Returns how many steps a sample takes."""
+        of_model = self.packaged.quick_steps if self.quick else self.packaged.num_steps
+        return self.num_steps or of_model
+
+
+def recipes(params: Params, sizes: tuple[int, int], quick: bool) -> dict[str, Recipe]:
     """Returns the recipes that are compared, by title; the last is bad on purpose."""
 
     def uniform(
@@ -75,84 +81,66 @@ def recipes(params: Params, quick: bool) -> dict[str, Recipe]:
     ) -> Recipe:
         return Recipe.preset(name, params, group_size=group_size, act_mode=act_mode)
 
-    chosen = {
-        "W8A8, groups of 32": uniform("w8a8", 32),
-        "W6A8, groups of 32": uniform("w6a8", 32),
-        "W4A8, groups of 32": uniform("w4a8", 32),
-        "W4A8, groups of 64": uniform("w4a8", 64),
-        "W4A8, per channel": uniform("w4a8", 0),
-        "W4A8, per channel, static": uniform("w4a8", 0, act_mode="static"),
+    fine, coarse = sizes
+    kept = {
+        f"W8A8, groups of {fine}": uniform("w8a8", fine),
+        f"W4A8, groups of {fine}": uniform("w4a8", fine),
     }
-    kept = ("W8A8, groups of 32", "W4A8, groups of 32", "W4A8, per channel, static")
-    return {title: chosen[title] for title in kept} if quick else chosen
-
-
-@dataclasses.dataclass(frozen=True)
-class NoBar:
-    """A bar that shows nothing."""
-
-    def update(self, count: int) -> None:
-        """Shows nothing."""
-
-
-def no_bar(total: int, unit: str, text: str) -> AbstractContextManager[Any]:
-    return nullcontext(NoBar())
+    more = {
+        f"W6A8, groups of {fine}": uniform("w6a8", fine),
+        f"W4A8, groups of {coarse}": uniform("w4a8", coarse),
+        "W4A8, per channel": uniform("w4a8", 0),
+    }
+    last = {"W4A8, per channel, static": uniform("w4a8", 0, act_mode="static")}
+    return kept | ({} if quick else more) | last
 
 
 def run_demo(
     out: PathLike,
     settings: DemoSettings,
     say: Callable[[str], None] = print,
-    bar_fn: BarFn = no_bar,
+    progress_fn: ProgressFn = untold,
 ) -> dict[str, Any]:
     """Runs every stage and writes its results to the folder `out`; an earlier demonstration is renewed.
 
     Returns what metrics.json holds. `say` gets the results as text, the log the current stage;
-    `bar_fn` returns progress bars.
+    `progress_fn` is told of the samples of every stage.
 
     Raises:
         UserError: if `out` exists and is not an earlier demonstration.
         ValueError: if `settings.seed` is out of range.
     """
     check_seed(settings.seed)
+    packaged = settings.packaged
     out = as_path(out)
     check_free(out, True, "demonstration")
-    for name, kind in RESULTS.items():
+    for name, kind in {**RESULTS, CLIP: "picture"}.items():
         check_free(out / name, True, kind)
     with replaced_file(out / MARKER) as temporary:
         temporary.write_text(json.dumps({"demonstration": dataclasses.asdict(settings)}))
     note = logging.getLogger(__name__).info
-    note(f"1/5 convert: the packaged PyTorch-layout weights -> {out / 'model'}")
-    checkpoint = with_dtype(convert_packaged(out / "model"), settings.dtype)
-    note("2/5 calibrate: ranges of every layer's input, over timesteps, labels and the null class")
-    stats = calibrate_packaged(checkpoint, settings, bar_fn)
+    note(f"1/4 convert: the packaged PyTorch-layout weights -> {out / 'model'}")
+    checkpoint = with_dtype(packaged.convert(out / "model"), settings.dtype)
+    note(
+        "2/4 calibrate: ranges of every layer's input, over timesteps, conditions and the null one"
+    )
+    stats = calibrate_packaged(checkpoint, settings, progress_fn)
     stats.save(out / "stats.npz")
-    note("3/5 quantize: one checkpoint per recipe")
-    checkpoints = {"full precision": checkpoint}
-    for title, recipe in recipes(checkpoint.params, settings.quick).items():
+    note("3/4 quantize: one checkpoint per recipe")
+    checkpoints = {}
+    for title, recipe in recipes(checkpoint.params, packaged.group_sizes, settings.quick).items():
         folder = out / recipe_folder(recipe)
         params = quantize_params(checkpoint.params, recipe=recipe, stats=stats)
         save(folder, dataclasses.replace(checkpoint, params=params, recipe=recipe), overwrite=True)
         checkpoints[title] = load(folder)
     if not settings.quick:
-        note("3/5 quantize: two of them by the method best, which looks at the network's inputs")
+        note("3/4 quantize: two of them by the method best, which looks at the network's inputs")
         checkpoints |= fitted(checkpoint, settings, out)
-    note("4/5 sample: the same noise and labels with each")
-    models, pictures = compare(checkpoints, settings, bar_fn)
-    note("5/5 report")
-    content = {
-        "settings": dataclasses.asdict(settings),
-        "made": provenance(),
-        "models": models,
-        "timing": TIMING,
-    }
-    with replaced_file(out / "metrics.json", "figures") as temporary:
-        temporary.write_text(json.dumps(content, indent=1))
-    write_pictures(out / "pictures.png", pictures)
-    write_summary(out / "report.html", content, pictures)
-    say(table_of(models))
+    note("4/4 compare: the same noise and conditions with each")
+    summary = compare(checkpoint, checkpoints, settings, out, progress_fn)
+    say(table_of(summary))
     say(f"wrote {out / 'report.html'}, {out / 'pictures.png'} and {out / 'metrics.json'}")
-    return content
+    return summary
 
 
 def fitted(checkpoint: Checkpoint, settings: DemoSettings, out: AnyPath) -> dict[str, Checkpoint]:
@@ -161,106 +149,105 @@ def fitted(checkpoint: Checkpoint, settings: DemoSettings, out: AnyPath) -> dict
         checkpoint,
         jax.random.fold_in(jax.random.key(settings.seed), 2),
         NUM_FITTED,
-        sampler=default_sampler(checkpoint, settings.num_steps),
+        conditions=settings.packaged.conditions(),
+        sampler=default_sampler(checkpoint, settings.steps),
         guidance=settings.guidance,
     )
     data = CalibrationData(items=items, batch_size=BATCH_FITTED)
     found = {}
-    for title, size in BEST.items():
+    sizes = {f"groups of {settings.packaged.group_sizes[0]}": settings.packaged.group_sizes[0]}
+    for text, size in {**sizes, "per channel": 0}.items():
         recipe = Recipe.preset("w4a8", checkpoint.params, group_size=size)
         folder = out / f"{recipe_folder(recipe)}-best"
         quantize(checkpoint, "best", recipe, data=data, out=folder, overwrite=True)
-        found[title] = load(folder)
+        found[f"W4A8, {text}, best"] = load(folder)
     return found
 
 
-def convert_packaged(folder: AnyPath) -> Checkpoint:
-    """Writes the packaged weights as a checkpoint and returns it as loaded from there."""
-    import qdit_convert
-
-    with resources.as_file(asset(WEIGHTS)) as source:
-        qdit_convert.convert(source, folder, num_heads=NUM_HEADS, force=True)
-    return load(folder)
-
-
-def calibrate_packaged(checkpoint: Checkpoint, settings: DemoSettings, bar_fn: BarFn) -> Stats:
+def calibrate_packaged(
+    checkpoint: Checkpoint, settings: DemoSettings, progress_fn: ProgressFn
+) -> Stats:
     """Returns statistics of 20 trajectories, two of each digit (10 when quick)."""
     num_samples = 10 if settings.quick else 20
     key = jax.random.fold_in(jax.random.key(settings.seed), 1)
-    with bar_fn(num_samples, "sample", "calibrating") as bar:
-        return calibrate(
-            checkpoint,
-            key,
-            num_samples,
-            sampler=default_sampler(checkpoint, settings.num_steps),
-            guidance=settings.guidance,
-            batch_size=num_samples,
-            progress_fn=bar.update,
-        )
+    progress_fn(Progress(total=num_samples, stage="calibrating"))
+    return calibrate(
+        checkpoint,
+        key,
+        num_samples,
+        conditions=settings.packaged.conditions(),
+        sampler=default_sampler(checkpoint, settings.steps),
+        guidance=settings.guidance,
+        batch_size=num_samples,
+        progress_fn=progress_fn,
+    )
 
 
 def compare(
-    checkpoints: dict[str, Checkpoint], settings: DemoSettings, bar_fn: BarFn
-) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-    """Returns each checkpoint's numbers, compared with the first one, and its first pictures."""
-    contenders = [
-        Contender(title, with_dtype(checkpoint, settings.dtype))
-        for title, checkpoint in checkpoints.items()
-    ]
-    first = contenders[0].checkpoint
-    protocol = Protocol(
-        default_sampler(first, settings.num_steps),
-        {"steps": settings.num_steps},
-        num_samples=settings.num_samples,
-        seed=settings.seed,
-        guidance=settings.guidance,
-        numerics=settings.numerics,
-        batch_size=BATCH_SIZE,
-    )
+    checkpoint: Checkpoint,
+    quantized: Mapping[str, Checkpoint],
+    settings: DemoSettings,
+    out: AnyPath,
+    progress_fn: ProgressFn,
+) -> dict[str, Any]:
+    """Compares each checkpoint with full precision; writes figures, pictures and page to `out`.
+
+    Returns the figures, as `qdit.evaluate` does.
+    """
+    packaged, num_samples = settings.packaged, settings.samples
     few = metrics.ScoreSettings(min_samples=2)
-    scoring = Scoring("demo", settings=few, batch_size=settings.num_samples)
-    judge = scoring.judge((settings.num_samples, *sample_shape(first)), "demo")
+    scoring = Scoring("demo", settings=few, batch_size=num_samples) if packaged.scored else None
+    progress_fn(Progress(stage="sampling"))
     with tempfile.TemporaryDirectory() as folder:
-        with bar_fn(settings.num_samples, "sample", "sampling") as bar:
-            run = run_evaluation(contenders, protocol, folder, bar.update, num_probed=0)
-        files = [run.folder / f"{i}.npz" for i in range(len(contenders))]
-        for i, file in enumerate(files):
-            merge(run.folder, run.ranges, f"{i}/images", file, "arr_0")
-        summary, scores = summarize(run, contenders), judge.scores(files)
-        pictures = {
-            contender.title: next(metrics.image_batches(file, SHOWN))
-            for contender, file in zip(contenders, files, strict=True)
-        }
-    models = [  # the samples of this network are images already: its latents are the pictures
-        {
-            "title": model["title"],
-            "bytes": model["bytes"],
-            "seconds": (seconds := settings.num_samples * model["seconds_per_sample"]),
-            "seconds_with_compilation": seconds + model["compile_seconds"],
-            "closeness_db": summary["paired"].get(model["title"], {}).get("latent_snr_db"),
-            metrics.DEMO_FRECHET_DISTANCE: found["frechet_distance"],
-        }
-        for model, found in zip(summary["models"], scores, strict=True)
-    ]
-    return models, pictures
-
-
-def table_of(models: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the comparison as lines of text."""
-    lines = [
-        f"{'model':28} {'bytes':>10} {'closeness, dB (95%)':>24} {'Fréchet*':>9} {'seconds':>8}"
-    ]
-    for m in models:
-        near = "-" if m["closeness_db"] is None else interval_text(m["closeness_db"])
-        distance = m[metrics.DEMO_FRECHET_DISTANCE]
-        lines.append(
-            f"{m['title']:28} {m['bytes']:>10,} {near:>24} {distance:>9.2f} {m['seconds']:>8.2f}"
+        summary = evaluate(
+            {title: with_dtype(found, settings.dtype) for title, found in quantized.items()},
+            against=checkpoint,
+            num_samples=num_samples,
+            sampler=default_sampler(checkpoint, settings.steps),
+            scoring=scoring,
+            out=folder,
+            title=packaged.title,
+            prompts=packaged.prompts(),
+            progress_fn=progress_fn,
+            conditions=packaged.conditions(),
+            seed=settings.seed,
+            guidance=settings.guidance,
+            numerics=settings.numerics,
+            batch_size=BATCH_SIZE,
+            num_probed=0,
         )
-    return "\n".join([*lines, f"* {metrics.DEMO_FRECHET_DISTANCE}", TIMING])
+        for name, kind in {**PAGES, CLIP: "picture"}.items():
+            if not (Path(folder) / name).exists():
+                continue
+            with replaced_file(out / name, kind) as temporary:
+                shutil.copyfile(Path(folder) / name, temporary)
+    return summary
 
 
-def interval_text(interval: Mapping[str, float]) -> str:
-    return "{estimate:.1f} ({low:.1f} to {high:.1f})".format(**interval)
+def table_of(summary: Mapping[str, Any]) -> str:
+    """Returns the comparison as lines of text."""
+    scores = summary["scores"]
+    head = ["model", "bytes", "closeness, dB (95%)", "seconds", *(["Fréchet*"] if scores else [])]
+    lines = [line_of(head)]
+    for model in summary["models"]:
+        title = model["title"]
+        paired, near = summary["paired"].get(title), "-"
+        if paired is not None:
+            near = "{estimate:.1f} ({low:.1f} to {high:.1f})".format(**paired["latent_snr_db"])
+        seconds = model["seconds_per_sample"] * summary["settings"]["num_samples"]
+        cells = [title, f"{model['bytes']:,}", near, f"{seconds:.2f}"]
+        if scores:
+            cells.append(f"{scores[title]['frechet_distance']['value']:.2f}")
+        lines.append(line_of(cells))
+    notes = [f"* {metrics.DEMO_FRECHET_DISTANCE}"] if scores else []
+    return "\n".join([*lines, *notes, TIMING])
+
+
+def line_of(cells: Sequence[str]) -> str:
+    """Returns a line of the table, the first cell to the left."""
+    widths = (10, 24, 8, 9)[: len(cells) - 1]
+    rest = (f"{cell:>{width}}" for cell, width in zip(cells[1:], widths, strict=True))
+    return " ".join([f"{cells[0]:28}", *rest])
 
 
 def recipe_folder(recipe: Recipe) -> str:

@@ -22,7 +22,14 @@ if TYPE_CHECKING:
         resolution_shift,
         shifted,
     )
-    from qdit_jax.diffusion.guidance import SteppedScale, check_condition, guided, guided_doubled
+    from qdit_jax.diffusion.guidance import (
+        SteppedScale,
+        check_condition,
+        guided,
+        guided_doubled,
+        of_samples,
+    )
+    from qdit_jax.diffusion.kept_frames import KeepsFrames, keeping_frames
     from qdit_jax.diffusion.loop import sample, sample_trajectory
     from qdit_jax.diffusion.posterior import (
         consistent_clip,
@@ -91,7 +98,8 @@ LAZY = {
         "resolution_shift",
         "shifted",
     ),
-    "guidance": ("SteppedScale", "check_condition", "guided", "guided_doubled"),
+    "guidance": ("SteppedScale", "check_condition", "guided", "guided_doubled", "of_samples"),
+    "kept_frames": ("KeepsFrames", "keeping_frames"),
     "loop": ("sample", "sample_trajectory"),
     "posterior": (
         "consistent_clip",
@@ -152,6 +160,7 @@ __all__ = [
     "DPMSolver",
     "Flow",
     "FlowSolver",
+    "KeepsFrames",
     "MultistepSampler",
     "Sampler",
     "SamplerRow",
@@ -188,9 +197,11 @@ __all__ = [
     "heun",
     "in_auto_axes",
     "initial_state",
+    "keeping_frames",
     "learned_range",
     "linear_betas",
     "noised",
+    "of_samples",
     "process_text",
     "read_scheduler",
     "resolution_shift",

@@ -49,6 +49,14 @@ class SteppedScale:
         return jnp.where(timestep >= self.boundary, above, self.below)
 
 
+def of_samples(timestep: Num[Array, "B *moments"]) -> Num[Array, " B"]:
+    """Returns a timestep per sample: the greatest of its tokens, where those have their own.
+
+    Tokens of frames that are given and not denoised are at 0.
+    """
+    return timestep if timestep.ndim == 1 else timestep.reshape(len(timestep), -1).max(axis=1)
+
+
 def check_condition(denoise_fn: DenoiseFn, condition: Condition) -> None:
     """Calls `denoise_fn.check_condition(condition)`, if there is one; it may raise."""
     check = getattr(denoise_fn, "check_condition", None)
@@ -69,11 +77,15 @@ class Guided:
     null: Any
     channels: int | None = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, x: Latents, timestep: Num[Array, " B"], condition: Condition) -> Array:
+    def __call__(
+        self, x: Latents, timestep: Num[Array, "B *moments"], condition: Condition
+    ) -> Array:
         """Returns the conditional output with its first `channels` channels guided."""
         return in_auto_axes(_guided, x, timestep, condition, self)
 
-    def of_pairs(self, x: Latents, timestep: Num[Array, " B"], condition: Condition) -> Array:
+    def of_pairs(
+        self, x: Latents, timestep: Num[Array, "B *moments"], condition: Condition
+    ) -> Array:
         """Returns the same, for arrays whose sharding the compiler chooses."""
         # A sample and its null sample are neighbors: a sharded batch needs no communication.
         output = self.denoise_fn(
@@ -81,7 +93,7 @@ class Guided:
             jnp.repeat(timestep, 2, axis=0),
             jax.tree.map(_side_by_side, condition, self.null_of(condition)),
         )
-        scale = self.scale(timestep) if callable(self.scale) else self.scale
+        scale = self.scale(of_samples(timestep)) if callable(self.scale) else self.scale
         return _combined(output[0::2], output[1::2], scale, self.channels, x.shape[-1])
 
     def null_of(self, condition: Condition) -> Condition:
@@ -100,7 +112,10 @@ class Guided:
 
 
 def _guided(
-    x: Latents, timestep: Num[Array, " B"], condition: Condition, guided_fn: Guided | GuidedDoubled
+    x: Latents,
+    timestep: Num[Array, "B *moments"],
+    condition: Condition,
+    guided_fn: Guided | GuidedDoubled,
 ) -> Array:
     return guided_fn.of_pairs(x, timestep, condition)
 

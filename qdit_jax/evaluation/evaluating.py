@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -17,7 +17,8 @@ from qdit_jax import diffusion
 from qdit_jax.calibration import Stats, calibrate, default_sampler
 from qdit_jax.checkpoint import Checkpoint, load
 from qdit_jax.errors import UserError
-from qdit_jax.evaluation.pages import compared_pictures, write_evaluation
+from qdit_jax.evaluation.pages import write_evaluation
+from qdit_jax.evaluation.pictures import compared_pictures, save_compared_clip
 from qdit_jax.evaluation.runs import Run, check_inputs, run_evaluation
 from qdit_jax.evaluation.sample_file import sample_shape
 from qdit_jax.evaluation.scoring import Judge, Scoring, Watch, labeled, unwatched
@@ -27,14 +28,15 @@ from qdit_jax.evaluation.trajectories import Contender, Protocol
 from qdit_jax.files import AnyPath, PathLike, as_path, check_free, renewed_folder, replaced_file
 from qdit_jax.report import save_picture
 from qdit_jax.sampling import cyclic_conditions, num_conditions
+from qdit_jax.types import ProgressFn, untold
 
 PAGES = {"metrics.json": "figures", "pictures.png": "picture", "report.html": "report"}
 SAMPLES = ("reference_samples.npz", "samples.npz", "compared_samples.npz")
-Source = Checkpoint | PathLike
+Source: TypeAlias = Checkpoint | PathLike
 
 
 def evaluate(
-    checkpoint: Source,
+    checkpoint: Source | Mapping[str, Source],
     *,
     against: Source | None = None,
     compare: Source | None = None,
@@ -44,7 +46,9 @@ def evaluate(
     range_samples: int = 0,
     out: PathLike | None = None,
     overwrite: bool = False,
-    progress_fn: Callable[[int], object] | None = None,
+    title: str | None = None,
+    prompts: Sequence[str] | None = None,
+    progress_fn: ProgressFn = untold,
     **settings: Any,
 ) -> dict[str, Any]:
     """Returns how far a checkpoint's samples are from a reference's, and their scores.
@@ -54,7 +58,7 @@ def evaluate(
     `scores`, and with `compare` the paired tests `comparison`; it is what `metrics.json` holds.
 
     Args:
-        checkpoint: a `Checkpoint`, or the path of one.
+        checkpoint: a `Checkpoint`, or the path of one; or several by their titles.
         against: the reference, such as full precision; without it, only the times and scores of
             `checkpoint` are measured.
         compare: another checkpoint beside the first, against the same reference.
@@ -64,9 +68,12 @@ def evaluate(
         out: a folder for all results and pictures, in which a stopped call resumes; by default
             nothing is kept.
         overwrite: begin anew in a folder that holds another evaluation.
+        title: of the report.
+        prompts: the texts of `conditions`, one each: they stand over the pictures, and beside the
+            samples in files.
         progress_fn: called with the number of samples just done.
         settings: further fields of `Protocol`: `seed`, `guidance`, `guidance_channels`, `numerics`,
-            `batch_size`, `conditions`, `shape`.
+            `batch_size`, `conditions`, `shape`, `num_probed`.
 
     Raises:
         UserError: if the checkpoints cannot be paired, or `out` holds something else.
@@ -74,12 +81,9 @@ def evaluate(
     """
     if compare is not None and against is None:
         raise ValueError("compare needs against=REFERENCE: both are compared with it.")
-    sources = [source for source in (against, checkpoint, compare) if source is not None]
+    sources = named_sources(checkpoint, against, compare)
     contenders = with_known_autoencoder(
-        [
-            Contender(name, loaded(source))
-            for name, source in zip(titles(sources), sources, strict=True)
-        ]
+        [Contender(title, loaded(source)) for title, source in sources.items()]
     )
     first = contenders[0].checkpoint
     chosen = sampler or default_sampler(first, shape=settings.get("shape"))
@@ -89,14 +93,40 @@ def evaluate(
     }
     protocol = Protocol(chosen, record, num_samples, **settings)
     check_inputs(contenders, protocol)
+    if prompts is not None and len(prompts) != num_conditions(protocol.conditions):
+        raise ValueError(
+            f"{len(prompts)} prompts for {num_conditions(protocol.conditions) or 'no'} conditions; give "
+            "the text of each."
+        )
     judge = None if scoring is None else judge_of(scoring, contenders, protocol)
-    inputs = [as_path(source) for source in sources if not isinstance(source, Checkpoint)]
+    paths = [source for source in sources.values() if not isinstance(source, Checkpoint)]
+    inputs = [as_path(path) for path in paths]
     inputs += scoring.inputs if scoring else []
     with results_folder(out, overwrite, inputs) as folder:
         summary, _ = evaluated(
-            contenders, protocol, folder, judge, range_samples, progress_fn=progress_fn
+            contenders,
+            protocol,
+            folder,
+            judge,
+            range_samples,
+            prompts=prompts,
+            title=title,
+            progress_fn=progress_fn,
         )
     return summary
+
+
+def named_sources(
+    checkpoint: Source | Mapping[str, Source], against: Source | None, compare: Source | None
+) -> dict[str, Source]:
+    """Returns the checkpoints by their titles, the reference first."""
+    given: dict[str, Source] = dict(checkpoint) if isinstance(checkpoint, Mapping) else {}
+    others = [against, None if given else checkpoint, compare]
+    rest = [source for source in others if not (source is None or isinstance(source, Mapping))]
+    named = dict(zip(titles(rest), rest, strict=True))
+    if same := set(named) & set(given):
+        raise ValueError(f"two checkpoints are called {min(same)!r}; give another title.")
+    return {**named, **given} if against is not None else {**given, **named}
 
 
 def loaded(source: Source) -> Checkpoint:
@@ -143,7 +173,8 @@ def evaluated(
     range_samples: int = 0,
     *,
     prompts: Sequence[str] | None = None,
-    progress_fn: Callable[[int], object] | None = None,
+    title: str | None = None,
+    progress_fn: ProgressFn = untold,
     watch: Watch = unwatched,
 ) -> tuple[dict[str, Any], list[AnyPath]]:
     """Samples, measures and scores in a folder, and writes the pages there.
@@ -152,6 +183,7 @@ def evaluated(
 
     Args:
         prompts: the texts of the conditions, which are kept beside the samples.
+        title: of the page.
         watch: wraps the batches of files that are scored, to show progress.
     """
     first = contenders[0].checkpoint
@@ -163,7 +195,8 @@ def evaluated(
         summary["settings"]["reference"] = judge.reference_name
         summary["settings"]["features"] = judge.features
     stats = range_stats(first, protocol, range_samples, folder)
-    write_results(folder, run, contenders, summary, stats)
+    title = title or "Evaluation of " + contenders[-1 if len(contenders) < 3 else 1].title
+    write_results(folder, title, run, contenders, summary, stats, prompts)
     return summary, files
 
 
@@ -214,23 +247,17 @@ def named_conditions(
 def image_shape(
     checkpoint: Checkpoint, latents_shape: Sequence[int] | None = None
 ) -> tuple[int, ...]:
-    """Returns rows, columns and channels of a checkpoint's images.
+    """Returns rows, columns and channels of a checkpoint's images; of videos, the frames first.
 
     Raises:
-        UserError: if it makes latents that nothing decodes, or videos.
+        UserError: if it makes latents that nothing decodes.
     """
     if not decodes(checkpoint):
         raise UserError(
             "the models make latents and no autoencoder is known; give --vae CHECKPOINT to score "
             "images against --reference."
         )
-    shape = sample_shape(checkpoint, latents_shape)
-    if len(shape) != 3:
-        raise UserError(
-            "--reference scores images, and these models make videos; leave it out, or score frames as "
-            "--samples."
-        )
-    return shape
+    return sample_shape(checkpoint, latents_shape)
 
 
 def decodes(checkpoint: Checkpoint) -> bool:
@@ -243,12 +270,12 @@ def merged(run: Run, contenders: list[Contender], named: Mapping[str, np.ndarray
 
     `samples.npz` is the checkpoint under evaluation.
     """
-    names = SAMPLES if len(contenders) > 1 else SAMPLES[1:]
+    names = [*SAMPLES, *(f"samples_{i}.npz" for i in range(len(SAMPLES), len(contenders)))]
     files = []
-    for i, (contender, name) in enumerate(zip(contenders, names, strict=False)):
+    for i, contender in enumerate(contenders):
         is_image = decodes(contender.checkpoint)
         array, member = ("images", "arr_0") if is_image else ("latents", "latents")
-        file = run.folder / name
+        file = run.folder / names[i + (len(contenders) == 1)]
         merge(run.folder, run.ranges, f"{i}/{array}", file, member, **named)
         files.append(file)
     return files
@@ -279,15 +306,18 @@ def range_stats(
 
 def write_results(
     out: AnyPath,
+    title: str,
     run: Run,
     contenders: list[Contender],
     summary: dict[str, Any],
     stats: Stats | None,
+    prompts: Sequence[str] | None = None,
 ) -> None:
-    """Writes metrics.json, pictures.png and report.html."""
+    """Writes metrics.json, pictures.png and report.html, and of videos clips.gif."""
     with replaced_file(out / "metrics.json", "figures") as temporary:
         temporary.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-    pictures = compared_pictures(run, contenders)
+    pictures = compared_pictures(run, contenders, prompts)
     if pictures is not None:
         save_picture(out / "pictures.png", pictures)
-    write_evaluation(out / "report.html", summary, contenders, pictures, stats)
+    clip = save_compared_clip(out, run, contenders)
+    write_evaluation(out / "report.html", title, summary, contenders, pictures, stats, clip)

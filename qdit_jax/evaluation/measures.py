@@ -1,6 +1,6 @@
 """Measures of pairs: how far a trajectory is from the reference's, sample by sample.
 
-Dimensions: B samples of a batch, S steps.
+Dimensions: B samples of a batch, S steps, T frames of a clip.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ Tree = TypeVar("Tree")
 def pair_measures(reference: Trajectory, other: Trajectory) -> dict[str, np.ndarray]:
     """Returns the paired measures of each sample: arrays `[B]`, and `drift_db [B, S]`.
 
-    Images are compared as they are seen, clipped to [-1, 1]; latents as they are.
+    Images are compared as they are seen, clipped to [-1, 1]; latents as they are. Of videos, the errors
+    of single frames are there too, `latent_frame_db` and `image_frame_db`, `[B, T]`.
     """
     found = {
         "latent_snr_db": metrics.signal_to_noise_db(reference.final, other.final),
         "latent_cosine": metrics.cosine(reference.final, other.final),
     }
+    found |= of_frames("latent", reference.final, other.final)
     if reference.images is not None and other.images is not None:
         a, b = np.clip(reference.images, -1, 1), np.clip(other.images, -1, 1)
         found["image_snr_db"] = metrics.signal_to_noise_db(a, b)
@@ -35,6 +37,9 @@ def pair_measures(reference: Trajectory, other: Trajectory) -> dict[str, np.ndar
         if min(a.shape[-3:-1]) >= 11:  # the window of SSIM
             frames = [images.reshape(-1, *images.shape[-3:]) for images in (a, b)]
             found["image_ssim"] = metrics.ssim(*frames).reshape(len(a), -1).mean(1)
+        found |= of_frames("image", a, b)
+        if has_motion(a):
+            found["flicker_error"] = metrics.flicker_error(a, b)
     after = [
         metrics.signal_to_noise_db(x, y)
         for x, y in zip(
@@ -42,6 +47,19 @@ def pair_measures(reference: Trajectory, other: Trajectory) -> dict[str, np.ndar
         )
     ]
     return {**found, "drift_db": np.stack(after, axis=1)}
+
+
+def of_frames(kind: str, reference: np.ndarray, other: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the error of every frame of videos, and that of each one's worst; empty for images."""
+    if reference.ndim != 5:
+        return {}
+    by_frame = metrics.frame_snr_db(reference, other)
+    return {f"{kind}_frame_db": by_frame, f"{kind}_worst_frame_db": by_frame.min(axis=1)}
+
+
+def has_motion(images: np.ndarray) -> bool:
+    """Returns whether samples are videos of several frames."""
+    return images.ndim == 5 and images.shape[1] > 1
 
 
 def first_of(tree: Tree, count: int) -> Tree:

@@ -6,15 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
-import numpy as np
 from flax.traverse_util import flatten_dict
 from matplotlib.figure import Figure
 from PIL import Image
 
 from qdit_jax import report
 from qdit_jax.calibration import Stats
-from qdit_jax.evaluation.runs import Run
-from qdit_jax.evaluation.store import first_samples
+from qdit_jax.evaluation.frame_pages import frame_parts
+from qdit_jax.evaluation.pictures import MOST_DETAILED
 from qdit_jax.evaluation.summary import MEASURES, TRAJECTORY, num_bytes
 from qdit_jax.evaluation.trajectories import Contender
 from qdit_jax.files import PathLike
@@ -22,38 +21,43 @@ from qdit_jax.metrics import signal_to_noise_db
 from qdit_jax.models import family_of
 from qdit_jax.report import (
     block_layers,
-    frame_numbers,
-    frame_rows,
     input_ranges,
-    is_video,
     kernel_of,
     part_of,
     range_histograms,
-    side_by_side,
     weight_ranges,
 )
-
-NUM_SHOWN = 16
-NUM_VIDEOS = 4
-MAX_GAIN = 16
+from qdit_jax.sampling import guidance_text
 
 
 def write_evaluation(
     path: PathLike,
+    title: str,
     summary: Mapping[str, Any],
     contenders: Sequence[Contender],
     pictures: Image.Image | None,
     stats: Stats | None,
+    clip: bytes | None = None,
 ) -> None:
-    """Writes the page of a finished evaluation; what was not measured is left out."""
+    """Writes the page of a finished evaluation; what was not measured is left out.
+
+    Args:
+        clip: a GIF of videos side by side.
+    """
     parts = [report.paragraph(protocol_text(summary))]
     if pictures is not None:
         parts += [
             report.heading("The same noise and conditions"),
             report.picture(pictures, caption(contenders)),
         ]
+    if clip is not None:
+        parts.append(report.animation(clip, "The first videos of each model, moving"))
     if summary["paired"]:
         parts += [report.heading("Closeness, sample by sample"), paired_table(summary)]
+    if len(summary["paired"]) > 1:
+        text = "Bytes against closeness, with 95% intervals"
+        parts.append(report.picture(closeness_figure(summary), text))
+    parts += frame_parts(summary)
     if "comparison" in summary:
         parts.append(comparison_table(summary["comparison"]))
     if summary["trajectory"]:
@@ -67,10 +71,9 @@ def write_evaluation(
     if summary["scores"]:
         parts += [report.heading("Distribution scores"), scores_table(summary)]
     parts += [report.heading("Size and time"), models_table(summary), bytes_table(contenders)]
-    parts += ranges_parts(contenders, stats)
-    report.write_report(
-        path, "Evaluation of " + contenders[-1 if len(contenders) < 3 else 1].title, parts
-    )
+    if len(contenders) <= MOST_DETAILED:
+        parts += ranges_parts(contenders, stats)
+    report.write_report(path, title, parts)
 
 
 def protocol_text(summary: Mapping[str, Any]) -> str:
@@ -78,50 +81,16 @@ def protocol_text(summary: Mapping[str, Any]) -> str:
     models = "; ".join(f"{m['title']}: {m['numerics']} in {m['dtype']}" for m in summary["models"])
     return (
         f"{s['num_samples']:,} samples per model, {s['sampler']} with {s['steps']} steps, guidance "
-        f"{s['guidance']:g} on {s['guidance_channels']} channels, seed {s['seed']}, "
+        f"{guidance_text(s['guidance'])} on {s['guidance_channels']} channels, seed {s['seed']}, "
         f"conditions cycled; the same noise, conditions and steps for all. {models}. Run on "
         f"{', '.join(s['device'])}; {report.provenance_text(summary['made'])}."
     )
 
 
 def caption(contenders: Sequence[Contender]) -> str:
-    if len(contenders) == 1:
+    if not 1 < len(contenders) <= MOST_DETAILED:
         return "The first samples"
     return f"{contenders[0].title}, then each other model with its difference from it, enlarged"
-
-
-def compared_pictures(run: Run, contenders: Sequence[Contender]) -> Image.Image | None:
-    """Returns the first samples of each contender with differences; None for latents.
-
-    A video is a row of frames.
-    """
-    images = []
-    for i in range(len(contenders)):
-        found = first_samples(run.folder, run.ranges, f"{i}/images", NUM_SHOWN)
-        if found is None:
-            return None
-        images.append(found)
-    columns: int | None = None
-    if is_video(images[0]):
-        columns = len(frame_numbers(images[0].shape[1]))
-        images = [frame_rows(videos[:NUM_VIDEOS])[0] for videos in images]
-    groups = {contenders[0].title: images[0]}
-    for contender, shown in zip(contenders[1:], images[1:], strict=True):
-        difference, gain = difference_images(images[0], shown)
-        groups[contender.title] = shown
-        of = f" ({contender.title})" if len(images) > 2 else ""
-        groups[f"difference x{gain}{of}"] = difference
-    scale = max(1, 48 // images[0].shape[-3])
-    return side_by_side(groups, columns=columns, scale=scale)
-
-
-def difference_images(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, int]:
-    """Returns absolute differences times a power of two that just uses the range, and that gain."""
-    difference = np.abs(a.astype(int) - b)
-    gain = 1
-    while gain < MAX_GAIN and 2 * gain * np.quantile(difference, 0.999) <= 255:
-        gain *= 2
-    return np.minimum(difference * gain, 255).astype(np.uint8), gain
 
 
 def with_interval(entry: Mapping[str, float], digits: int) -> str:
@@ -137,12 +106,48 @@ def digits_of(name: str) -> int:
 def paired_table(summary: Mapping[str, Any]) -> str:
     titles = list(summary["paired"])
     names = [name for name in MEASURES if name in summary["paired"][titles[0]]]
-    rows = [
-        [MEASURES[n], *(with_interval(summary["paired"][t][n], digits_of(n)) for t in titles)]
-        for n in names
-    ]
-    note = f"Against {summary['models'][0]['title']}: mean over samples and its bootstrap 95% interval."
-    return report.table(["measure (more is closer)", *titles], rows, note)
+
+    def cells(entry: Mapping[str, float], digits: int) -> list[str]:
+        worst = f"{entry['worst']:.{digits}f} (sample {entry['worst_sample']})"
+        return [with_interval(entry, digits), worst]
+
+    rows = []
+    for name in names:
+        found = (cells(summary["paired"][t][name], digits_of(name)) for t in titles)
+        rows.append([MEASURES[name], *(cell for pair in found for cell in pair)])
+    note = (
+        f"Against {summary['models'][0]['title']}: mean over samples, its bootstrap 95% interval, and the "
+        "worst sample: a mean hides failures."
+    )
+    head = [text for title in titles for text in (title, f"{title}, worst")]
+    return readable_table(["measure (more is closer)", *head], rows, note)
+
+
+def readable_table(head: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
+    """Returns a table with a column per model, or with a row per model where they are many."""
+    if len(head) > MOST_DETAILED + 1:
+        turned = list(zip(head, *rows, strict=True))
+        head, rows = turned[0], turned[1:]
+    return report.table(head, rows, note)
+
+
+def closeness_figure(summary: Mapping[str, Any]) -> Figure:
+    """Returns a chart of bytes against the closeness of final latents, one point per model."""
+    first = summary["models"][0]["title"]
+    with matplotlib.rc_context({"font.size": 9}):
+        chart = Figure(figsize=(8.5, 4), layout="constrained")
+        axes = chart.subplots()
+        for model in summary["models"][1:]:
+            near = summary["paired"][model["title"]]["latent_snr_db"]
+            middle = near["estimate"]
+            spread = [[middle - near["low"]], [near["high"] - middle]]
+            at = model["bytes"] / 1e6
+            axes.errorbar(at, middle, spread, fmt="o", capsize=3, label=model["title"])
+        axes.set(xlabel="megabytes of parameters", ylabel=f"closeness to {first}, dB")
+        axes.margins(0.1)
+        axes.grid(alpha=0.3)
+        chart.legend(loc="outside right center", frameon=False)  # names beside points overlap
+    return chart
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> str:
@@ -194,7 +199,8 @@ def scores_table(summary: Mapping[str, Any]) -> str:
         label = next(entry["label"] for entry in entries if entry)
         rows.append([label, *map(cell, entries)])
     reference = summary["settings"].get("reference", "")
-    return report.table(["score", *titles], rows, f"Reference: {reference}" if reference else "")
+    note = f"Reference: {reference}" if reference else ""
+    return readable_table(["score", *titles], rows, note)
 
 
 def models_table(summary: Mapping[str, Any]) -> str:
@@ -247,7 +253,9 @@ def bytes_table(contenders: Sequence[Contender]) -> str:
             parts[part] = parts.get(part, 0) + num_bytes(leaf)
         found.append(parts)
     rows = [[part, *(f"{f.get(part, 0):,}" for f in found)] for part in sorted(found[0])]
-    return report.table(["layers", *(c.title for c in contenders)], rows, "Bytes by kind of layer")
+    return readable_table(
+        ["layers", *(c.title for c in contenders)], rows, "Bytes by kind of layer"
+    )
 
 
 def ranges_parts(contenders: Sequence[Contender], stats: Stats | None) -> list[str]:

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,7 +41,7 @@ from qdit_jax.evaluation.trajectories import (
 from qdit_jax.models import without_null
 from qdit_jax.quant import kernel_of_other, other_kernel, with_weight_bits
 from qdit_jax.sampling import Denoiser, device_mesh, filled_batch
-from qdit_jax.types import Condition, Params
+from qdit_jax.types import Condition, Params, Progress, ProgressFn
 
 NUM_TIMESTEPS, NUM_SAMPLES = 4, 4  # of the single calls in which layers are measured
 NUM_TIMINGS = 5
@@ -49,7 +49,7 @@ FULL_PRECISION_DB = 40.0  # what a layer in full precision in both must reach
 
 
 def paired_samples(
-    pair: Sequence[Contender], protocol: Protocol, progress_fn: Callable[[int], Any] | None
+    pair: Sequence[Contender], protocol: Protocol, progress_fn: ProgressFn
 ) -> tuple[Trajectory, Condition, Float[np.ndarray, " N"]]:
     """Returns the reference's first batch with its conditions, and decibels of all final latents.
 
@@ -71,8 +71,7 @@ def paired_samples(
         check_finite(exact, pair[0].title, start)
         found.append(decibels_of_finite(exact.final, ours.final))
         kept = kept or (exact, first_of(condition, count))
-        if progress_fn is not None:
-            progress_fn(count)
+        progress_fn(Progress(count))
     assert kept is not None  # there are 2 samples or more
     return *kept, np.concatenate(found)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,7 @@ from qdit_jax.evaluation.store import (
     write_shard,
 )
 from qdit_jax.evaluation.trajectories import (
+    NUM_PROBED,
     Contender,
     Protocol,
     batch_sampler,
@@ -43,10 +44,10 @@ from qdit_jax.sampling import (
     denoiser,
     device_mesh,
     filled_batch,
+    guidance_record,
     sample_rows,
 )
-
-NUM_PROBED = 16  # samples whose single network calls are compared as well
+from qdit_jax.types import Progress, ProgressFn, untold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +63,11 @@ def run_evaluation(
     contenders: Sequence[Contender],
     protocol: Protocol,
     folder: PathLike,
-    progress_fn: Callable[[int], Any] | None = None,
-    num_probed: int = NUM_PROBED,
+    progress_fn: ProgressFn = untold,
 ) -> Run:
     """Samples what `folder` lacks and returns the finished run.
 
-    `progress_fn` is called with the number of samples just done, first with those on disk.
-    `num_probed` is of how many samples single network calls are compared as well; 0 leaves
-    `output_db` out and saves one more compiled program per contender.
+    `progress_fn` is told the number of samples just done, first of those on disk.
 
     Raises:
         UserError: if the contenders cannot be paired, the folder holds another run, or a sample
@@ -81,6 +79,7 @@ def run_evaluation(
         raise UserError(f"batch_size={protocol.batch_size} must be at least 1.")
     check_seed(protocol.seed)
     check_pairable(contenders)
+    protocol = protocol.resolved(contenders[0].checkpoint.model)
     check_inputs(contenders, protocol)
     folder = as_path(folder)
     with locked(folder), unless_unbegun(folder):
@@ -88,12 +87,12 @@ def run_evaluation(
         settings = open_run(folder, settings_of(contenders, protocol), default)
         ranges = shard_ranges(protocol.num_samples, settings["batch_size"])
         missing = missing_shards(folder, ranges)
-        report = progress_fn or (lambda count: None)
-        report(protocol.num_samples - sum(stop - start for start, stop in missing))
+        done = protocol.num_samples - sum(stop - start for start, stop in missing)
+        progress_fn(Progress(done, total=protocol.num_samples))
         size = settings["batch_size"]
-        for start, arrays in shards(contenders, protocol, missing, size, num_probed):
+        for start, arrays in shards(contenders, protocol, missing, size):
             write_shard(folder, start, arrays)
-            report(int(arrays["stop"]) - start)
+            progress_fn(Progress(int(arrays["stop"]) - start))
     return Run(folder, ranges, settings)
 
 
@@ -159,10 +158,11 @@ def settings_of(contenders: Sequence[Contender], protocol: Protocol) -> dict[str
         "sampler_content": digest(protocol.sampler),
         "conditions": None if protocol.conditions is None else digest(protocol.conditions),
         **({} if protocol.shape is None else {"shape": list(protocol.shape)}),
+        **({} if protocol.num_probed == NUM_PROBED else {"num_probed": protocol.num_probed}),
         **protocol.record,
         "num_samples": protocol.num_samples,
         "seed": protocol.seed,
-        "guidance": protocol.guidance,
+        "guidance": guidance_record(protocol.guidance),
         "guidance_channels": "all" if channels is None else channels,
         "numerics": protocol.numerics,
         "batch_size": protocol.batch_size,
@@ -180,7 +180,6 @@ def shards(
     protocol: Protocol,
     missing: Sequence[tuple[int, int]],
     batch_size: int,
-    num_probed: int,
 ) -> Iterable[tuple[int, dict[str, Any]]]:
     """Yields the first sample and the arrays of every shard that is missing."""
     if not missing:
@@ -208,7 +207,7 @@ def shards(
             arrays |= {
                 f"{i}/{name}": v for name, v in pair_measures(trajectories[0], other).items()
             }
-            if start < num_probed:
+            if start < protocol.num_probed:
                 probed = probe(
                     batch_samplers[0],
                     batch_samplers[i],

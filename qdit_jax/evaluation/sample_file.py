@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,18 @@ from qdit_jax.evaluation.store import (
 from qdit_jax.files import AnyPath, check_space, is_remote, remove_folder
 from qdit_jax.report import CLIPS, FPS, frame_rows, is_video, save_clip, save_grid, to_uint8
 from qdit_jax.sampling import (
+    PUBLISHED,
+    Guidance,
     checked_batch_size,
+    chosen_guidance,
     decode,
     generated_batches,
+    guidance_record,
     num_conditions,
     sample_count,
     shape_of_sample,
 )
-from qdit_jax.types import Condition
+from qdit_jax.types import Condition, Progress, ProgressFn, untold
 
 REMEDY = "use the same to resume, another --out, or --force to start from scratch"
 SMALLEST_CELL = 64  # pixels; smaller pictures are enlarged in a grid
@@ -57,21 +61,24 @@ class SampleFile:
     `condition` are labels, a dict of embeddings, or None of a network that takes none; they are
     assigned cyclically to `num_samples` samples, one per condition by default. `prompts` are texts for
     captions, one per condition. `shape` is that of one sample, the network's own by default.
-    `batch_size` None takes that of an unfinished run, or the device's default.
+    `batch_size` None takes that of an unfinished run, or the device's default. `first_frames` are latents
+    that videos begin with; `shard_tokens` devices share each sample: see `sampling.generate`.
     """
 
     checkpoint: Checkpoint
     sampler: Sampler
     condition: Condition
     seed: int = 0
-    guidance: float = 1.5
-    guidance_channels: int | str | None = "published"
+    guidance: Guidance | None = PUBLISHED
+    guidance_channels: int | str | None = PUBLISHED
     numerics: str = "simulated"
     batch_size: int | None = None
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     num_samples: int | None = None
     prompts: Sequence[str] | None = None
     shape: Sequence[int] | None = None
+    first_frames: np.ndarray | None = None
+    shard_tokens: int = 1
 
     @property
     def count(self) -> int:
@@ -96,7 +103,7 @@ class SampleFile:
         columns: int | None = None,
         fps: float | int | None = None,
         force: bool = False,
-        progress_fn: Callable[[int], Any] = lambda count: None,
+        progress_fn: ProgressFn = untold,
     ) -> None:
         """Samples and writes `out`: a `.png` grid with captions, an `.npz` archive, or a clip.
 
@@ -155,7 +162,7 @@ class SampleFile:
         return [str(names.get(str(i), i)).partition(",")[0] for i in labels]
 
     def make_shards(
-        self, folder: AnyPath, progress_fn: Callable[[int], Any], *, force: bool
+        self, folder: AnyPath, progress_fn: ProgressFn, *, force: bool
     ) -> list[tuple[int, int]]:
         """Samples the batches that `folder` lacks and returns the range of samples of each."""
         count = self.count
@@ -165,7 +172,7 @@ class SampleFile:
         done = count - sum(stop - start for start, stop in missing)
         if done:
             print(f"resuming from {done:,} of {count:,} samples", flush=True)
-            progress_fn(done)
+            progress_fn(Progress(done))
         batches = generated_batches(
             self.checkpoint,
             self.sampler,
@@ -178,18 +185,20 @@ class SampleFile:
             guidance_channels=self.guidance_channels,
             numerics=self.numerics,
             shape=self.shape,
+            first_frames=self.first_frames,
+            shard_tokens=self.shard_tokens,
         )
         for start, images in batches:
             check_finite(images, start, count)
             kept = {"latents": images} if self.is_latent else {"images": to_uint8(images)}
             write_shard(folder, start, kept)
-            progress_fn(len(images))
+            progress_fn(Progress(len(images)))
         return ranges
 
     def begun(self, folder: AnyPath, force: bool) -> dict[str, Any]:
         """Returns the settings of the run in `folder`: those of an earlier run, or these."""
         settings = self.all_settings()
-        default = {"batch_size": checked_batch_size(self.count, None)}
+        default = {"batch_size": checked_batch_size(self.count, None, self.shard_tokens)}
         try:
             return open_run(folder, settings, default, REMEDY)
         except UserError:
@@ -212,14 +221,17 @@ class SampleFile:
                 **{"labels" if is_labels else "conditions": conditions},
                 **({} if texts is None else {"prompts": texts}),
                 **({} if self.shape is None else {"shape": tuple(self.shape)}),
+                **({} if self.first_frames is None else {"first_frames": self.first_frames}),
             ),
             **self.settings,
             "num_samples": self.count,
-            "guidance": self.guidance,
+            "guidance": guidance_record(chosen_guidance(self.checkpoint.model, self.guidance)),
             "guidance_channels": self.guidance_channels or "all",
             "seed": self.seed,
             "numerics": self.numerics,
-            "batch_size": None if size is None else checked_batch_size(self.count, size),
+            "batch_size": None
+            if size is None
+            else checked_batch_size(self.count, size, self.shard_tokens),
         }
 
 

@@ -34,6 +34,7 @@ ERRORS = {
 }
 
 
+IMAGE_BATCH, VIDEO_BATCH = 64, 8
 # The feature networks that are brought, and the usual names of their files.
 NETWORKS = {
     INCEPTION_FEATURES: (InceptionV3, "pt_inception-2015-12-05-6726825d.pth"),
@@ -51,13 +52,14 @@ class Scoring:
     """How images are scored.
 
     Attributes:
-        reference: an `.npz` of images or statistics, or `"demo"`, the packaged one of digits.
+        reference: an `.npz` of images or statistics, a folder of clips, or `"demo"`, the packaged one
+            of digits.
         features: `("demo",)`, or `("inception", CKPT)` or `("i3d", CKPT)`, of videos, with the folder
             of a converted checkpoint.
         preprocessing: how Inception's input is prepared: `"published"` as in the published
             TensorFlow graph, `"port"` as in its common PyTorch port.
         settings: of the scores.
-        batch_size: images per call of the feature network.
+        batch_size: images, or videos, per call of the feature network.
     """
 
     reference: PathLike
@@ -72,13 +74,14 @@ class Scoring:
         return scoring_inputs(self.reference, self.features)
 
     def judge(self, shape: tuple[int, ...], name: str) -> Judge:
-        """Returns the judge of images of `shape` `[N, H, W, C]`, after checking that all fits.
+        """Returns the judge of images `[N, H, W, C]` or videos `[N, T, H, W, C]` of a shape, all checked.
 
         `name` says in messages what the images are.
 
         Raises:
             ValueError: if network, reference and images do not fit, or the images are too few.
         """
+        check_kind(self.features, shape, name)
         path = reference_path(self.reference)
         reference = metrics.read_reference(path)
         if reference.has_images:
@@ -123,6 +126,29 @@ class Judge:
         return metrics.extract(self.features_fn, watch(batches, metrics.image_shape(path)[0], name))
 
 
+def batch_size_of(features: Sequence[str]) -> int:
+    """Returns how many images, or videos, a feature network takes in one call by default."""
+    return VIDEO_BATCH if features[0] == I3D_FEATURES else IMAGE_BATCH
+
+
+def reference_statistics(
+    reference: PathLike, features: Sequence[str], features_fn: FeaturesFn
+) -> metrics.Statistics:
+    """Returns the statistics in a reference; of one that holds images or clips alone, made of them.
+
+    Raises:
+        ValueError: if they come from other features.
+    """
+    path = reference_path(reference)
+    found = metrics.read_reference(path)
+    pool = found.pool
+    if pool is None:
+        batches = metrics.image_batches(path, batch_size_of(features))
+        pool = metrics.statistics(metrics.moments(metrics.extract(features_fn, batches).pool))
+    metrics.check_network(found, features[0], pool.mean.size, path)
+    return pool
+
+
 def scoring_inputs(reference: PathLike | None, features: Sequence[str]) -> list[AnyPath]:
     """Returns the paths of a reference and of a feature network, those that are given."""
     given = [] if reference in (None, "demo") else [reference]
@@ -145,6 +171,19 @@ def check_features(features: Sequence[str]) -> None:
         raise UserError(
             "--features takes `demo` alone, or `inception` or `i3d` and one checkpoint folder."
         )
+
+
+def check_kind(features: Sequence[str], shape: tuple[int, ...], name: str) -> None:
+    """Raises `UserError` if a network of videos is to score images, or one of images videos."""
+    check_features(features)
+    is_video, of_videos = len(shape) == 5, features[0] == I3D_FEATURES
+    if is_video and not of_videos:
+        raise UserError(
+            f"{name} makes or holds videos, and --features {features[0]} scores images; use --features "
+            "i3d CKPT for FVD, or score frames as images."
+        )
+    if of_videos and not is_video:
+        raise UserError(f"{name} makes or holds images, and --features i3d scores videos.")
 
 
 def named_features(

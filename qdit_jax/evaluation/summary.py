@@ -21,11 +21,19 @@ Table = Mapping[str, Sequence[np.ndarray]]  # a measure's arrays, one per shard
 
 MEASURES = {
     "latent_snr_db": "final latents: signal to error, dB",
+    "latent_worst_frame_db": "final latents: worst frame, dB",
     "latent_cosine": "final latents: cosine",
     "image_snr_db": "images: signal to error, dB",
+    "image_worst_frame_db": "images: worst frame, dB",
     "image_psnr_db": "images: PSNR, dB",
     "image_ssim": "images: SSIM",
     "image_cosine": "images: cosine",
+    "flicker_error": "flicker error (less is closer)",
+}
+ERRORS = {"flicker_error"}  # measures of which less is closer
+FRAMES = {
+    "latent_frame_db": "final latents: signal to error of each frame, dB",
+    "image_frame_db": "images: signal to error of each frame, dB",
 }
 TRAJECTORY = {
     "output_db": "one call of the network, the same input",
@@ -50,6 +58,7 @@ def summarize(
         "made": provenance(),
         "models": [model_facts(run, table, i, c) for i, c in enumerate(contenders)],
         "paired": {c.title: paired(table, i) for i, c in pairs},
+        **clip_facts(table, contenders),
         "trajectory": {c.title: trajectory(table, i) for i, c in pairs},
         "scores": dict(scores or {}),
     }
@@ -102,12 +111,64 @@ def measure(table: Table, number: int, name: str) -> np.ndarray | None:
 
 
 def paired(table: Table, number: int) -> dict[str, dict[str, float]]:
-    """Returns the mean of each measure with its 95% interval over samples."""
+    """Returns the mean of each measure with its 95% interval over samples, and the worst sample."""
     result = {}
     for name in MEASURES:
-        values = measure(table, number, name)
+        values = of_all_samples(table, number, name)
         if values is not None:
-            result[name] = dataclasses.asdict(metrics.bootstrap_interval(values))
+            result[name] = with_worst(values, most=name in ERRORS)
+    return result
+
+
+def with_worst(values: np.ndarray, most: bool = False) -> dict[str, float]:
+    """Returns the mean over samples with its 95% interval, the worst value, and whose it is.
+
+    Args:
+        most: whether the greatest value is the worst; else the least is.
+    """
+    number = int(values.argmax() if most else values.argmin())
+    found = dataclasses.asdict(metrics.bootstrap_interval(values))
+    return {**found, "worst": float(values[number]), "worst_sample": number}
+
+
+def of_all_samples(table: Table, number: int, name: str) -> np.ndarray | None:
+    """Returns one measure of all samples; None where a shard lacks it, as those of earlier releases."""
+    if len(table.get(f"{number}/{name}", ())) != len(table[f"{number}/seconds"]):
+        return None
+    return measure(table, number, name)
+
+
+def clip_facts(table: Table, contenders: Sequence[Contender]) -> dict[str, Any]:
+    """Returns `frames`, errors frame by frame, and `flickering` of each model; empty for images."""
+    frames: dict[str, Any] = {}
+    flickering: dict[str, Any] = {}
+    for number, contender in enumerate(contenders):
+        if found := frame_errors(table, number):
+            frames[contender.title] = found
+        values = of_all_samples(table, number, "temporal_flickering")
+        if values is not None:
+            flickering[contender.title] = with_worst(values)
+    found = {"frames": frames, "flickering": flickering}
+    return {name: value for name, value in found.items() if value}
+
+
+def frame_errors(table: Table, number: int) -> dict[str, Any]:
+    """Returns the mean and the worst error of each frame over samples, and the worst frame of all."""
+    result: dict[str, Any] = {}
+    for name in FRAMES:
+        values = of_all_samples(table, number, name)
+        if values is None:
+            continue
+        sample, frame = np.unravel_index(values.argmin(), values.shape)
+        result[name] = {
+            "mean": values.mean(axis=0).tolist(),
+            "worst": values.min(axis=0).tolist(),
+            "worst_frame": {
+                "frame": int(frame),
+                "sample": int(sample),
+                "db": float(values[sample, frame]),
+            },
+        }
     return result
 
 
@@ -131,7 +192,7 @@ def comparison(table: Table, contenders: Sequence[Contender]) -> dict[str, Any]:
     """Returns the paired test of the second contender against the third, for every measure."""
     tests = {}
     for name in MEASURES:
-        a, b = measure(table, 1, name), measure(table, 2, name)
+        a, b = (of_all_samples(table, number, name) for number in (1, 2))
         if a is not None and b is not None:
             tests[name] = dataclasses.asdict(metrics.paired_test(a, b))
     return {"a": contenders[1].title, "b": contenders[2].title, "a_minus_b": tests}

@@ -18,11 +18,14 @@ from jaxtyping import Int
 from qdit_jax import diffusion
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.errors import UserError
+from qdit_jax.metrics import temporal_flickering
 from qdit_jax.models import Network, with_guidance
 from qdit_jax.report import to_uint8
 from qdit_jax.sampling import (
     PUBLISHED,
     Denoiser,
+    Guidance,
+    chosen_guidance,
     cyclic_conditions,
     decode,
     denoiser,
@@ -32,6 +35,7 @@ from qdit_jax.sampling import (
 )
 from qdit_jax.types import UNSAID, AnyArray, Condition
 
+NUM_PROBED = 16
 # (x [B, H, W, C], timestep [B], condition) -> output; a pytree of its parameters.
 DenoiseFn: TypeAlias = Callable[[jax.Array, jax.Array, Condition], jax.Array]
 
@@ -50,19 +54,25 @@ class Protocol:
 
     `record` says in JSON which sampler it is; `batch_size` None takes the device's default;
     `conditions` are labels or prompts, cycled over the samples; every class by default. `shape` is
-    that of one sample, the network's own by default.
+    that of one sample, the network's own by default. `num_probed` is of how many samples single
+    network calls are compared as well; 0 saves one more compiled program per contender.
     """
 
     sampler: diffusion.Sampler
     record: dict[str, Any]
     num_samples: int
     seed: int = 0
-    guidance: float = 1.5
+    guidance: Guidance | None = PUBLISHED
     guidance_channels: int | str | None = PUBLISHED
     numerics: str = "simulated"
     batch_size: int | None = None
     conditions: Condition = None
     shape: Sequence[int] | None = dataclasses.field(default=None, metadata=UNSAID)
+    num_probed: int = dataclasses.field(default=NUM_PROBED, metadata=UNSAID)
+
+    def resolved(self, model: Network) -> Protocol:
+        """Returns the protocol with a network's own guidance, where it is left to that."""
+        return dataclasses.replace(self, guidance=chosen_guidance(model, self.guidance))
 
     def shape_of(self, model: Network) -> tuple[int, ...]:
         """Returns the shape of one sample of a network."""
@@ -101,6 +111,9 @@ class Trajectory:
             {"latents": self.final} if self.images is None else {"images": to_uint8(self.images)}
         )
         times = {"seconds": self.seconds, "compile_seconds": self.compile_seconds}
+        clips = self.images
+        if clips is not None and clips.ndim == 5 and clips.shape[1] > 1:
+            samples["temporal_flickering"] = temporal_flickering(np.clip(clips, -1, 1))
         return {**samples, **times, "timestep": self.timestep}
 
 

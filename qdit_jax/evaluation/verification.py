@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,9 +22,9 @@ from qdit_jax.quant import OVER_TIME, ActQuant, QTensor
 from qdit_jax.recipes import layer_paths
 from qdit_jax.report import provenance
 from qdit_jax.sampling import (
-    DEFAULT_GUIDANCE,
     PUBLISHED,
     Denoiser,
+    Guidance,
     calls_per_step,
     check_diffusion_model,
     check_numerics,
@@ -32,10 +32,11 @@ from qdit_jax.sampling import (
     checked_batch_size,
     checkpoint_sampler,
     fitting_guidance,
+    guidance_record,
     num_guided_channels,
     sample_rows,
 )
-from qdit_jax.types import Condition
+from qdit_jax.types import Condition, ProgressFn, untold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,7 @@ def verify(
     implementation: str | None = None,
     num_samples: int = 8,
     steps: int | str = 10,
-    guidance: float | int | None = DEFAULT_GUIDANCE,
+    guidance: Guidance | None = PUBLISHED,
     seed: int = 0,
     batch_size: int | None = None,
     numerics: str = "simulated",
@@ -95,7 +96,7 @@ def verify(
     conditions: Condition = None,
     shape: Sequence[int] | None = None,
     timing: bool = True,
-    progress_fn: Callable[[int], Any] | None = None,
+    progress_fn: ProgressFn = untold,
 ) -> Verification:
     """Returns whether a quantized checkpoint does what its recipe says, and how close it stays.
 
@@ -111,7 +112,8 @@ def verify(
             that are None ask for nothing.
         num_samples: of the paired samples, 2 or more.
         steps: of the sampler, as `checkpoint_sampler` takes them.
-        guidance: of the samples; without effect on a network that has no null condition.
+        guidance: of the samples, the network's own by default; without effect on a network that has no
+            null condition.
         batch_size: samples per batch, by default as in `generate`.
         numerics: what quantized layers compute, `"simulated"` or `"integer"`.
         dtype: that both networks compute in; None leaves it to them.
@@ -245,7 +247,7 @@ def protocol_of(
     full: Checkpoint,
     num_samples: int,
     steps: int | str,
-    guidance: float | int | None,
+    guidance: Guidance | None,
     batch_size: int | None,
     shape: Sequence[int] | None,
 ) -> Protocol:
@@ -256,7 +258,7 @@ def protocol_of(
         checkpoint_sampler(full, steps, shape=shape),
         {},
         num_samples,
-        guidance=1.0 if guidance is None else float(guidance),
+        guidance=1.0 if guidance is None else guidance if callable(guidance) else float(guidance),
         guidance_channels=num_guided_channels(full.model, PUBLISHED),
         batch_size=checked_batch_size(num_samples, batch_size),
     )
@@ -268,7 +270,7 @@ def settings_of(protocol: Protocol, steps: int | str) -> dict[str, Any]:
         "sampler": type(protocol.sampler).__name__,
         "steps": steps,
         "num_samples": protocol.num_samples,
-        "guidance": protocol.guidance,
+        "guidance": guidance_record(protocol.guidance),
         "seed": protocol.seed,
         "batch_size": protocol.batch_size,
         "numerics": protocol.numerics,

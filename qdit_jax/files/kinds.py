@@ -198,8 +198,14 @@ KINDS = {
         "an evaluation",
         any_of(is_unbegun_evaluation, inside("run.json", json_with("num_samples", "seed"))),
         r"run\.json|shards|lock|metrics\.json|pictures\.png|report\.html|ranges\.npz|"
-        r"((reference_|compared_)?samples)\.npz",
+        r"((reference_|compared_)?samples|samples_\d+)\.npz",
         "run.json",
+    ),
+    "vbench": Kind(
+        "a folder for VBench",
+        inside("vbench.json", json_with("vbench", "clips")),
+        r"vbench\.json|prompts\.json|videos",
+        "vbench.json",
     ),
     "bench": Kind(
         "a bench",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import import_module
 from typing import Any, overload
@@ -15,17 +15,17 @@ from flax.traverse_util import flatten_dict
 from qdit_jax.calibration import Items
 from qdit_jax.checkpoint import Checkpoint, load, materialized, open_checkpoint, save, with_dtype
 from qdit_jax.files import PathLike, as_path, check_free
-from qdit_jax.methods.data import CalibrationData
+from qdit_jax.methods.data import CalibrationData, with_own_guidance
 from qdit_jax.methods.input_transforms import places
 from qdit_jax.methods.method import Method
 from qdit_jax.methods.named_transforms import check_named, check_shared
-from qdit_jax.methods.report import LayerReport, Report
+from qdit_jax.methods.report import Report
 from qdit_jax.methods.table import method_named
 from qdit_jax.models import check_all_run, expert_alone, expert_numbers, experts_of, merged
 from qdit_jax.ptq import check_one_weight_format, plan
 from qdit_jax.quant import QTensor, WeightSpec, quantize_array
 from qdit_jax.recipes import LayerSpec, Recipe
-from qdit_jax.types import Params
+from qdit_jax.types import Params, ProgressFn, untold
 
 Source = Checkpoint | PathLike
 # How to get what `CalibrationData` lacks.
@@ -44,10 +44,7 @@ def quantize(
     data: CalibrationData | None = None,
     out: PathLike | None = None,
     overwrite: bool = False,
-    on_layer: Callable[[LayerReport], Any] | None = None,
-    on_note: Callable[[str], Any] | None = None,
-    on_total: Callable[[int], Any] | None = None,
-    progress_fn: Callable[[int], Any] | None = None,
+    progress_fn: ProgressFn = untold,
 ) -> Checkpoint: ...
 @overload
 def quantize(source: Any, spec: WeightSpec) -> QTensor: ...
@@ -68,10 +65,8 @@ def quantize(source: Any, *settings: Any, **options: Any) -> Any:
             result of the former is as `open_checkpoint` reads it, its arrays still on disk:
             `generate` and `denoiser` read them, `load(out)` puts them into memory.
         overwrite: replace `out` if it exists.
-        on_layer: called with a `LayerReport` after each layer.
-        on_note: called with each sentence that the user should read.
-        on_total: called with the number of batches that `progress_fn` will count, where it is known.
-        progress_fn: called with the number of batches finished, each time.
+        progress_fn: told of each finished `layer` by a `LayerReport`, of sentences that the user should
+            read as `text`, and of the batches `done` and in `total`, where they are known.
 
     Raises:
         TypeError: if `source` is a bare parameter tree (`quantize_params` takes those).
@@ -97,7 +92,7 @@ def quantize_whole(
     data: CalibrationData | None = None,
     out: PathLike | None = None,
     overwrite: bool = False,
-    **listeners: Any,
+    progress_fn: ProgressFn = untold,
 ) -> Checkpoint:
     """Returns the quantized checkpoint; see `quantize`."""
     method = method if isinstance(method, Method) else method_named(method)
@@ -105,9 +100,9 @@ def quantize_whole(
         check_free(out, overwrite)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     recipe = recipe_of(recipe, method, checkpoint.params)
-    data = CalibrationData() if data is None else data
+    data = with_own_guidance(checkpoint, CalibrationData() if data is None else data)
     check(method, checkpoint, recipe, data)
-    report = Report(**listeners)
+    report = Report(progress_fn)
     facts = {} if isinstance(source, Checkpoint) else {"quantized_from": str(source)}
     if method.stream is not None and out is not None and as_path(out).suffix != ".safetensors":
         told = data.to_json(fitted=bool(method.needs), sampled=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,20 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from qdit_jax.calibration import (
+    PUBLISHED,
     Items,
     Stats,
     TimestepWeights,
     authors_steps,
     collect_items,
     default_sampler,
+    guidance_record,
+    own_guidance,
 )
 from qdit_jax.checkpoint import Checkpoint, digest
 from qdit_jax.diffusion import Sampler
 from qdit_jax.files import PathLike
-from qdit_jax.types import UNSAID
+from qdit_jax.types import UNSAID, ProgressFn, untold
 
 # Called with the number of samples finished, batch by batch.
-ProgressFn = Callable[[int], Any] | None
 HOLDOUT = 0.25  # the share of trajectories that are held out by default
 STAGE_NAMES = ("block", "layer")
 # Plain settings of how a method is fitted, and of how its data are sampled.
@@ -46,7 +48,7 @@ class CalibrationData:
         num_samples: trajectories to sample.
         num_steps: of a trajectory, where `sampler` is None: DDIM, or the flow of a velocity model.
         sampler: of the trajectories.
-        guidance: of the trajectories; ignored without a null class.
+        guidance: of the trajectories; `"published"` is the network's own; ignored without a null class.
         batch_size: samples and items in one call of the network.
         holdout: the share of trajectories on which each layer is compared with rounding to nearest;
             None is the method's own (0.25; 0 in the release).
@@ -68,7 +70,7 @@ class CalibrationData:
     num_samples: int = 32
     num_steps: int = 50
     sampler: Sampler | None = None
-    guidance: Any = 1.5
+    guidance: Any = PUBLISHED
     batch_size: int = 8
     holdout: float | int | None = None
     stages: str | None = None
@@ -100,7 +102,7 @@ class CalibrationData:
         settings = {name: getattr(self, name) for name in names}
         settings |= {"dtype": self.dtype} if fitted else {}
         if sampled:
-            settings |= {"guidance": str(self.guidance)}
+            settings |= {"guidance": str(guidance_record(self.guidance))}
             settings |= {} if self.shape is None else {"shape": list(self.shape)}
             settings |= {} if self.conditions is None else {"conditions": digest(self.conditions)}
             settings |= {} if self.key is None else {"key": key_words(self.key)}
@@ -114,6 +116,13 @@ class CalibrationData:
         return {name: value for name, value in settings.items() if value is not None}
 
 
+def with_own_guidance(checkpoint: Checkpoint, data: CalibrationData) -> CalibrationData:
+    """Returns data with the network's own guidance, where it is left to that."""
+    if data.guidance != PUBLISHED:
+        return data
+    return dataclasses.replace(data, guidance=own_guidance(checkpoint.model))
+
+
 def key_words(key: Any) -> list[int]:
     """Returns the words of a random key."""
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
@@ -121,14 +130,14 @@ def key_words(key: Any) -> list[int]:
 
 
 def spread_items(
-    checkpoint: Checkpoint, data: CalibrationData, progress_fn: ProgressFn = None
+    checkpoint: Checkpoint, data: CalibrationData, progress_fn: ProgressFn = untold
 ) -> Items:
     """Returns items of evenly spread steps of each trajectory, conditional and null."""
     return sampled_items(checkpoint, data, {}, progress_fn)
 
 
 def authors_items(
-    checkpoint: Checkpoint, data: CalibrationData, progress_fn: ProgressFn = None
+    checkpoint: Checkpoint, data: CalibrationData, progress_fn: ProgressFn = untold
 ) -> Items:
     """Returns the items of the Q-DiT release: one step per sample, never the null class."""
     options = {"choose_fn": authors_steps(data.seed), "null": False}

@@ -7,17 +7,18 @@ from jaxtyping import Int
 
 from qdit_jax.calibration import Items
 from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.methods.data import CalibrationData, ProgressFn, sampled_items
+from qdit_jax.methods.data import CalibrationData, sampled_items
 from qdit_jax.methods.method import Method
 from qdit_jax.methods.rtn import apply
 from qdit_jax.methods.static_ranges import PER_TENSOR, static_ranges
+from qdit_jax.types import ProgressFn, untold
 
 MEAN = 0.4  # of the timesteps, as a share of the process; the paper takes at most one half
 PER_SAMPLE = 4
 
 
 def normal_items(
-    checkpoint: Checkpoint, data: CalibrationData, progress_fn: ProgressFn = None
+    checkpoint: Checkpoint, data: CalibrationData, progress_fn: ProgressFn = untold
 ) -> Items:
     """Returns items at timesteps drawn from N(0.4 T, T/2), clipped to the process, null included."""
     random = np.random.default_rng(data.seed)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 from qdit_jax.methods.input_transforms import Place, Transform
 from qdit_jax.ptq import RoundedLayer, precision_of, precision_warning
 from qdit_jax.quant import QTensor
+from qdit_jax.types import Progress, ProgressFn, untold
 
 # What is fitted to inputs may be further from the kernel by choice.
 FITTED_ALLOWANCE_DB = 15.0
@@ -48,19 +48,14 @@ class Report:
     """Collects what a method says, and passes it on to whoever listens.
 
     Attributes:
-        on_layer: called after each layer.
-        on_note: called with a sentence that the user should read.
-        on_total: called with the number of batches of the whole, each time that more are known.
-        progress_fn: called with the number of batches finished.
+        progress_fn: told of each layer, of sentences that the user should read as `text`, of the
+            batches finished, and of how many there are, each time that more are known.
         layers, notes: all of them so far.
         transforms: what became of each input, by the path of its first layer.
-        num_batches: those that `on_total` was told of.
+        num_batches: the last `total` that was told.
     """
 
-    on_layer: Callable[[LayerReport], Any] | None = None
-    on_note: Callable[[str], Any] | None = None
-    on_total: Callable[[int], Any] | None = None
-    progress_fn: Callable[[int], Any] | None = None
+    progress_fn: ProgressFn = untold
     layers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     transforms: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     num_batches: int = 0
@@ -68,8 +63,7 @@ class Report:
 
     def layer(self, layer: LayerReport) -> None:
         self.layers[layer.path] = layer.to_json()
-        if self.on_layer is not None:
-            self.on_layer(layer)
+        self.progress_fn(Progress(layer=layer))
 
     def weights(self, path: str, kernel: Any, q: QTensor) -> None:
         """Reports a layer rounded without inputs."""
@@ -86,8 +80,7 @@ class Report:
 
     def note(self, sentence: str) -> None:
         self.notes.append(sentence)
-        if self.on_note is not None:
-            self.on_note(sentence)
+        self.progress_fn(Progress(text=sentence))
 
     def transform(self, place: Place, chosen: Transform, before: float, after: float) -> None:
         """Reports the coordinates chosen for an input, with the output errors before and after."""
@@ -108,8 +101,7 @@ class Report:
     def total(self, num_batches: int) -> None:
         """Says that `num_batches` more will be run."""
         self.num_batches += num_batches
-        if self.on_total is not None:
-            self.on_total(self.num_batches)
+        self.progress_fn(Progress(total=self.num_batches))
 
 
 def decibel(error: float) -> float:

@@ -33,6 +33,7 @@ from qdit_jax.metrics.reference import (
 from qdit_jax.metrics.samples import image_batches, image_shape
 from qdit_jax.metrics.streaming import Moments, merge, moments
 from qdit_jax.metrics.suite import Features, ScoreSettings, check_num_samples, extract, scores
+from qdit_jax.metrics.video import flicker_error, frame_snr_db, temporal_flickering
 
 __all__ = [
     "DEMO_FEATURES",
@@ -54,6 +55,8 @@ __all__ = [
     "cosine",
     "decibels",
     "extract",
+    "flicker_error",
+    "frame_snr_db",
     "frechet_distance",
     "frechet_infinity",
     "image_batches",
@@ -73,5 +76,6 @@ __all__ = [
     "signal_to_noise_db",
     "ssim",
     "statistics",
+    "temporal_flickering",
     "write_reference",
 ]

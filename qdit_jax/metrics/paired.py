@@ -42,7 +42,7 @@ def cosine(
 
 
 def psnr(
-    reference: Float[AnyArray, "N H W C"], other: Float[AnyArray, "M _ _ _"], *, peak: float = 2.0
+    reference: Float[AnyArray, "N ..."], other: Float[AnyArray, "M ..."], *, peak: float = 2.0
 ) -> Float[np.ndarray, " N"]:
     """Returns the peak signal-to-noise ratio in dB; `peak` is the span of values, 2 for [-1, 1]."""
     x, y = as_pairs(reference, other, 1)

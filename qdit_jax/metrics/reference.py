@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from qdit_jax.files import PathLike, as_path, write_arrays
+from qdit_jax.metrics.clip_folder import clip_files
 from qdit_jax.metrics.frechet import check_covariance
 from qdit_jax.metrics.samples import DAMAGE, MEMBER, open_archive
 from qdit_jax.metrics.streaming import Moments
@@ -45,12 +46,14 @@ def statistics(moments: Moments) -> Statistics:
 
 
 def read_reference(path: PathLike) -> Reference:
-    """Returns the statistics of an `.npz`, checked; its images stay on disk.
+    """Returns the statistics of an `.npz`, checked; its images stay on disk. A folder has clips alone.
 
     Raises:
         ValueError: if the file is damaged, holds neither statistics nor images, or the statistics
             have shapes that do not fit or a matrix that is not a covariance.
     """
+    if as_path(path).is_dir():
+        return Reference(num_images=len(clip_files(path)), has_images=True)
     with open_archive(path) as archive:
         names = archive.namelist()
     arrays = small_arrays(path)

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from qdit_jax.files import PathLike, as_path, is_remote
+from qdit_jax.metrics.clip_folder import folder_batches, folder_shape
 
 MEMBER = "arr_0.npy"
 Stream = Any  # what zipfile opens has no public type
@@ -35,29 +36,40 @@ DAMAGE = (
 def image_shape(path: PathLike) -> tuple[int, ...]:
     """Returns `(N, H, W, C)` of the images in an `.npz`, `(N, T, H, W, C)` of videos, reading none.
 
+    Of a folder of clips it reads the first one.
+
     Raises:
         ValueError: one sentence if the file has no `arr_0`, or it is not uint8 of such a shape.
     """
+    if as_path(path).is_dir():
+        return folder_shape(path)
     with open_archive(path) as archive, open_images(archive, path) as stream:
         return read_header(stream, path)
 
 
 def image_batches(path: PathLike, batch_size: int) -> Iterator[UInt8[np.ndarray, "B *shape C"]]:
-    """Yields the images of an `.npz` in order, one batch in memory at a time.
+    """Yields the images of an `.npz`, or of a folder of clips, in order, one batch in memory at a time.
 
     Raises:
         ValueError: as `image_shape`, or if the file is damaged or its values lie in [0, 1].
     """
+    is_folder = as_path(path).is_dir()
+    darkest = True
+    for batch in folder_batches(path, batch_size) if is_folder else stored(path, batch_size):
+        darkest = darkest and batch.max() <= 1
+        yield batch
+    if darkest:
+        what = "the clips" if is_folder else "arr_0"
+        raise ValueError(f"{path}: no value of {what} exceeds 1; images must span 0 to 255.")
+
+
+def stored(path: PathLike, batch_size: int) -> Iterator[UInt8[np.ndarray, "B *shape C"]]:
+    """Yields the images of an `.npz` in order."""
     with open_archive(path) as archive, open_images(archive, path) as stream:
         count, *shape = read_header(stream, path)
-        darkest = True
         for start in range(0, count, batch_size):
             size = min(batch_size, count - start)
-            batch = read_batch(stream, (size, *shape), path)
-            darkest = darkest and batch.max() <= 1
-            yield batch
-        if darkest:
-            raise ValueError(f"{path}: no value of arr_0 exceeds 1; images must span 0 to 255.")
+            yield read_batch(stream, (size, *shape), path)
 
 
 def open_archive(path: PathLike) -> zipfile.ZipFile:

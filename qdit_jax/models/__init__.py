@@ -21,6 +21,7 @@ from qdit_jax.models.experts import (
     experts_of,
     merged,
     runs_layer,
+    step_shares,
 )
 from qdit_jax.models.families import (
     FAMILIES,
@@ -76,8 +77,16 @@ from qdit_jax.models.linear import (
     quantized_input,
 )
 from qdit_jax.models.network import NetworkModule
+from qdit_jax.models.published import PUBLISHED_NETWORKS, Published, published_named
 from qdit_jax.models.runs import RUNS, apply_blocks, with_runs
-from qdit_jax.models.taps import layers_in_order, rows_per_sample, seen_inputs, tapped
+from qdit_jax.models.taps import (
+    AttentionCall,
+    attention_calls,
+    layers_in_order,
+    rows_per_sample,
+    seen_inputs,
+    tapped,
+)
 from qdit_jax.models.vae import AutoencoderKL
 from qdit_jax.models.wan import EXPERTS, Wan
 from qdit_jax.models.wan_vae import LATENTS_MEAN, LATENTS_STD, WanAutoencoder
@@ -98,9 +107,11 @@ __all__ = [
     "OF_PROMPT",
     "OPERANDS",
     "OPERANDS_OF",
+    "PUBLISHED_NETWORKS",
     "RUNS",
     "SIZES",
     "TABLE",
+    "AttentionCall",
     "AttentionModule",
     "AutoencoderKL",
     "Call",
@@ -115,6 +126,7 @@ __all__ = [
     "Network",
     "NetworkModule",
     "Producer",
+    "Published",
     "Segments",
     "TimestepEmbedder",
     "Wan",
@@ -125,6 +137,7 @@ __all__ = [
     "as_condition",
     "asset",
     "at_timestep",
+    "attention_calls",
     "build_model",
     "check_all_run",
     "check_dtype",
@@ -151,12 +164,14 @@ __all__ = [
     "null_entries",
     "optional",
     "published_config",
+    "published_named",
     "quantized_input",
     "recorded_calls",
     "rows_per_sample",
     "runs_layer",
     "seen_inputs",
     "sincos_positions",
+    "step_shares",
     "tapped",
     "timestep_features",
     "with_guidance",

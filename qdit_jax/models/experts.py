@@ -55,6 +55,17 @@ def runs_layer(model: Any, path: str, timestep: AnyArray) -> Bool[Array, " B"]:
     return model.expert_of(timestep) == names.index(first)
 
 
+def step_shares(model: Any, paths: Iterable[str], timesteps: Numbers) -> dict[str, float]:
+    """Returns at which share of the timesteps each layer of an expert runs; others are left out."""
+    names = experts_of(model)
+    if not names:
+        return {}
+    numbers = expert_numbers(model, timesteps)
+    shares = {name: float(np.mean(numbers == i)) for i, name in enumerate(names)}
+    firsts = {path: path.split("/")[0] for path in paths}
+    return {path: shares[first] for path, first in firsts.items() if first in shares}
+
+
 def check_all_run(model: Any, timesteps: Numbers, what: str) -> None:
     """Raises `ValueError` if an expert runs at none of the timesteps of `what`."""
     names, given = experts_of(model), np.asarray(timesteps, np.float32)

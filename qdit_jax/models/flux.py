@@ -203,6 +203,7 @@ class Flux(NetworkModule):
     has_null = False
     guided_channels = None
     default_sampler = "flow-euler"
+    default_guidance = 3.5
     flow_spacing = "uniform"
 
     @nn.compact

@@ -226,14 +226,14 @@ class Flux2(NetworkModule):
         text = layers.linear(d, wide_output=True, name="txt_in")(given["text"])
         angles = self.angles(given, text.shape[1], (rows, columns))
         kind = Kind(self.num_heads, self.mlp_width, self.norm_eps)
-        double_fn = partial(DoubleBlock, kind, layers)
+        make_double = partial(DoubleBlock, kind, layers)
         streams = apply_blocks(
-            self, double_fn, "double_blocks", self.depth, (text, image), double, angles
+            self, make_double, "double_blocks", self.depth, (text, image), double, angles
         )
         tokens = jnp.concatenate(streams, axis=1)
-        single_fn = partial(SingleBlock, kind, layers)
+        make_single = partial(SingleBlock, kind, layers)
         tokens = apply_blocks(
-            self, single_fn, "single_blocks", self.single_depth, tokens, single, angles
+            self, make_single, "single_blocks", self.single_depth, tokens, single, angles
         )
         final = ModulatedOutput(self.out_channels, layers, self.norm_eps, name="final_layer")
         out = final(tokens[:, text.shape[1] :], c)

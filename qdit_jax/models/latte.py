@@ -56,6 +56,7 @@ class Latte(ClassConditional, NetworkModule):
 
     prediction = "epsilon"
     default_sampler = "ddim"
+    default_guidance = 7.0
 
     @nn.compact
     def __call__(

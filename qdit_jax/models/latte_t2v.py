@@ -135,6 +135,7 @@ class LatteT2V(NetworkModule):
     prediction = "epsilon"
     has_null = True  # the caller's: the pipeline embeds an empty prompt
     default_sampler = "ddim"
+    default_guidance = 7.5
 
     @nn.compact
     def __call__(

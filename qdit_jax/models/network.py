@@ -5,13 +5,15 @@ Dimensions: B batch.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeAlias, cast
 
 from flax import linen as nn
 
 from qdit_jax.models.family import Network, example_inputs
 from qdit_jax.models.linear import Layers, check_dtype
 from qdit_jax.types import Condition
+
+Guidances: TypeAlias = float | tuple[float, float]
 
 
 class NetworkModule(nn.Module, kw_only=True):
@@ -22,6 +24,12 @@ class NetworkModule(nn.Module, kw_only=True):
         implementation: who computes them, a name in `kernels.IMPLEMENTATIONS`; None: what fits.
         dtype: of products of full-precision operands, one of `DTYPES`. Norms, softmax, modulation,
             time features, scales and what the network returns are float32 in both.
+
+    A class says, where it differs from these:
+
+    Attributes:
+        default_guidance: the scale that it was published with; of two experts, a pair: that of the
+            timesteps from `boundary` on, and that of those below.
 
     A class that predicts a velocity says of it, where it differs from these:
 
@@ -40,6 +48,7 @@ class NetworkModule(nn.Module, kw_only=True):
     dtype: str = "float32"
 
     scans_blocks: ClassVar[bool] = False  # whether it applies its blocks by `apply_blocks`
+    default_guidance: ClassVar[Guidances] = 1.5
     flow_times: ClassVar[tuple[float, float]] = (0.0, 1.0)
     velocity_to: ClassVar[str] = "data"
     flow_shift: ClassVar[float | str] = 1.0

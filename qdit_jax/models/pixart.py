@@ -176,6 +176,7 @@ class PixArt(NetworkModule):
     has_null = True
     guided_channels = None
     default_sampler = "dpm-solver++"
+    default_guidance = 4.5
 
     @nn.compact
     def __call__(

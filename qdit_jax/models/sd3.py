@@ -186,6 +186,7 @@ class SD3(NetworkModule):
     has_null = True
     guided_channels = None
     default_sampler = "flow-euler"
+    default_guidance = 7.0
     flow_shift = 3.0
     flow_spacing = "trained"
 

@@ -98,6 +98,7 @@ class STDiT(NetworkModule):
     prediction = "epsilon"
     has_null = True
     default_sampler = "ddpm"
+    default_guidance = 7.0
 
     @nn.compact
     def __call__(

@@ -163,6 +163,7 @@ class STDiT3(NetworkModule):
     learned_variance = False
     has_null = True
     default_sampler = "flow-euler"
+    default_guidance = 7.0
 
     @nn.compact
     def __call__(
@@ -231,6 +232,12 @@ class STDiT3(NetworkModule):
             angles = position.reshape(-1, 1) * frequencies
             halves += [jnp.sin(angles), jnp.cos(angles)]
         return jnp.concatenate(halves, axis=1)
+
+    def seen_frames(
+        self, x: Array, timestep: Array, condition: Any, mask: Bool[Array, "B F"]
+    ) -> tuple[Array, Any]:
+        """Returns the timestep and the condition that say which frames are clean (`mask` False)."""
+        return timestep, {**condition, "frame_mask": mask}
 
     @property
     def guided_channels(self) -> int:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import linen as nn
@@ -85,6 +85,37 @@ def layers_in_order(apply: Callable[..., Any], *args: object) -> list[str]:
     with seen_inputs(lambda path, x: paths.append(path)):
         jax.eval_shape(apply, *args)
     return list(dict.fromkeys(paths))
+
+
+class AttentionCall(NamedTuple):
+    """The shapes of an attention's operands `[G, positions, H, D]`, G of them for one sample."""
+
+    query: tuple[int, int, int, int]
+    key: tuple[int, int, int, int]
+    value: tuple[int, int, int, int]
+
+
+def attention_calls(
+    model: Network, inputs: tuple[Any, ...] | None = None
+) -> tuple[AttentionCall, ...]:
+    """Returns the attentions of one sample, in their order, from a trace of the network.
+
+    Args:
+        inputs: as of `rows_per_sample`.
+    """
+    found: list[AttentionCall] = []
+    held: dict[str, tuple[int, ...]] = {}
+
+    def look(path: str, x: Array) -> None:
+        *_, name = path.split(OPERANDS_OF)
+        held[name] = (math.prod(x.shape[:-3]), *x.shape[-3:])
+        if name == "v":
+            found.append(AttentionCall(held["q"], held["k"], held["v"]))  # type: ignore[arg-type]
+
+    inputs = example_inputs(model) if inputs is None else inputs
+    with tapped(lambda path, layer, x, call: call(), look):
+        jax.eval_shape(model.init, jax.random.key(0), *inputs)  # type: ignore[attr-defined]
+    return tuple(found)
 
 
 def rows_per_sample(model: Network, inputs: tuple[Any, ...] | None = None) -> dict[str, int]:

@@ -23,106 +23,17 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import linen as nn
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Bool, Float, Num
 
-from qdit_jax.models.layers import AttentionModule, flat_xavier, timestep_features
-from qdit_jax.models.linear import Layers, stored
+from qdit_jax.models.layers import flat_xavier, timestep_features
+from qdit_jax.models.linear import Layers
 from qdit_jax.models.network import NetworkModule
-from qdit_jax.models.norms import LayerNorm, RMSNorm, layer_norm
-from qdit_jax.models.rotary import grid_positions, rotary_angles, rotated
+from qdit_jax.models.rotary import grid_positions, rotary_angles
 from qdit_jax.models.runs import apply_blocks
+from qdit_jax.models.wan_blocks import NORMAL, Block, Head
 from qdit_jax.types import Condition, Params
 
 HIGH, LOW = EXPERTS = ("high", "low")  # the expert of much noise first
-NORMAL = nn.initializers.normal(0.02)
-
-
-class SelfAttention(AttentionModule):
-    """Returns attention among tokens: q and k are normed over all heads, then turned by position."""
-
-    num_heads: int
-    eps: float
-    layers: Layers
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "B N D"], angles: Float[Array, "N half"]
-    ) -> Float[Array, "B N D"]:
-        d = x.shape[-1]
-        q, k, v = jnp.split(self.layers.linear(3 * d, name="qkv")(x), 3, axis=-1)
-        q, k = (RMSNorm(self.eps, name=f"norm_{name}")(a) for name, a in (("q", q), ("k", k)))
-        q, k, v = (a.reshape(*a.shape[:2], self.num_heads, -1) for a in (q, k, v))
-        q, k = (rotated(a, angles).astype(v.dtype) for a in (q, k))
-        joined = rearrange(self.attend(q, k, v), "b n h d -> b n (h d)")
-        return self.layers.linear(d, wide_output=True, name="o")(joined)
-
-
-class CrossAttention(AttentionModule):
-    """Returns attention from tokens to all rows of a text; q and k are normed over all heads."""
-
-    num_heads: int
-    eps: float
-    layers: Layers
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "B N D"], text: Float[Array, "B L D"]
-    ) -> Float[Array, "B N D"]:
-        d = x.shape[-1]
-        q = self.layers.linear(d, name="q")(x)
-        k, v = jnp.split(self.layers.linear(2 * d, name="kv")(text), 2, axis=-1)
-        q, k = (RMSNorm(self.eps, name=f"norm_{name}")(a) for name, a in (("q", q), ("k", k)))
-        q, k, v = (a.reshape(*a.shape[:2], self.num_heads, -1) for a in (q, k, v))
-        joined = rearrange(
-            self.attend(q.astype(v.dtype), k.astype(v.dtype), v), "b n h d -> b n (h d)"
-        )
-        return self.layers.linear(d, wide_output=True, name="o")(joined)
-
-
-class Block(nn.Module):
-    """Returns one block's tokens; its modulation is the shared one plus a table of its own."""
-
-    num_heads: int
-    ffn_width: int
-    eps: float
-    layers: Layers
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B N D"],
-        time: Float[Array, "B M 6 D"],
-        text: Float[Array, "B L D"],
-        angles: Float[Array, "N half"],
-    ) -> Float[Array, "B N D"]:
-        d = x.shape[-1]
-        modulation = time + stored(self, "modulation", NORMAL, (1, 6, d))
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(modulation, 2, 0)  # [B, M, D]
-        settings = (self.num_heads, self.eps, self.layers)
-        hidden = layer_norm(x, self.eps) * (1 + scale1) + shift1
-        x = x + gate1 * SelfAttention(*settings, name="self_attn")(hidden, angles)
-        hidden = LayerNorm(self.eps, name="norm3")(x)
-        x = x + CrossAttention(*settings, name="cross_attn")(hidden, text)
-        hidden = layer_norm(x, self.eps) * (1 + scale2) + shift2
-        hidden = nn.gelu(self.layers.linear(self.ffn_width, name="ffn_0")(hidden), approximate=True)
-        return x + gate2 * self.layers.linear(d, wide_output=True, name="ffn_2")(hidden)
-
-
-class Head(nn.Module):
-    """Returns the patches' values; the time embedding itself is added to the table."""
-
-    features: int
-    eps: float
-    layers: Layers
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "B N D"], time: Float[Array, "B M D"]
-    ) -> Float[Array, "B N P"]:
-        table = stored(self, "modulation", NORMAL, (1, 2, x.shape[-1]))
-        shift, scale = jnp.moveaxis(time[:, :, None] + table, 2, 0)  # [B, M, D]
-        hidden = layer_norm(x, self.eps) * (1 + scale) + shift
-        return self.layers.linear(self.features, wide_output=True, name="head")(hidden)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,6 +194,23 @@ class Wan(NetworkModule):
         """
         return False
 
+    def seen_frames(
+        self,
+        x: Float[Array, "B T H W C"],
+        timestep: Num[Array, " B"],
+        condition: Condition,
+        mask: Bool[Array, "B T"],
+    ) -> tuple[Num[Array, "B N"], Condition]:
+        """Returns a timestep per token, 0 for those of clean frames (`mask` False), and the condition.
+
+        Wan 2.2 5B was trained with that; the other networks compute with it, but were not.
+        """
+        frames, rows, columns = self.patch_size
+        by_patch = mask.reshape(len(mask), -1, frames).any(axis=-1)
+        per_frame = (x.shape[2] // rows) * (x.shape[3] // columns)
+        by_token = jnp.repeat(by_patch, per_frame, axis=1)
+        return jnp.where(by_token, timestep[:, None], jnp.zeros((), timestep.dtype)), condition
+
     @property
     def form(self) -> Form:
         """Returns the sizes of one of its networks."""
@@ -295,6 +223,19 @@ class Wan(NetworkModule):
         if self.boundary is None:
             return ()
         return EXPERTS if self.expert is None else (self.expert,)
+
+    @property
+    def default_guidance(self) -> float | tuple[float, float]:  # type: ignore[override]
+        """Returns the published guidance, of two experts each one's."""
+        if self.boundary is None:
+            return 5.0
+        pair = (4.0, 3.0)
+        return pair if self.expert is None else pair[EXPERTS.index(self.expert)]
+
+    @property
+    def flow_shift(self) -> float:  # type: ignore[override]
+        """Returns the published shift of text to video; image to video at 480 rows has 3."""
+        return 5.0 if self.boundary is None else 12.0
 
     def expert_of(self, timestep: Num[Array, "B *moments"]) -> Array:
         """Returns the number in `experts` of each sample's network, `[B]`.

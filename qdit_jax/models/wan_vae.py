@@ -63,6 +63,11 @@ class WanAutoencoder(nn.Module):
 
     decodes_video = True
 
+    @property
+    def latent_channels(self) -> int:
+        """Returns the channels of a latent."""
+        return self.z_dim
+
     def setup(self) -> None:
         if not len(self.latents_mean) == len(self.latents_std) == self.z_dim:
             raise ValueError(

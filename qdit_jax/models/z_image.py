@@ -208,8 +208,8 @@ class ZImage(NetworkModule):
         """
         rows, columns = self.grid_size(x, condition["text"].shape[1])
         d, p, layers = self.hidden_size, self.patch_size, self.layers
-        embed = TimeEmbedder(self.time_width, self.time_mlp_width, layers, name="t_embedder")
-        c = embed(timestep * self.time_unit)
+        embedder = TimeEmbedder(self.time_width, self.time_mlp_width, layers, name="t_embedder")
+        c = embedder(timestep * self.time_unit)
         patches = rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
         image = layers.linear(d, wide_output=True, name="x_embedder")(patches)
         image = self.padded(image, "x_pad_token", rows * columns)

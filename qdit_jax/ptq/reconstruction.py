@@ -43,7 +43,7 @@ from qdit_jax.quant import (
     quantize,
 )
 from qdit_jax.recipes import Recipe
-from qdit_jax.types import Params
+from qdit_jax.types import Params, Progress, ProgressFn, untold
 
 # Items that `own_costs` are estimated on.
 COST_ITEMS = 64
@@ -61,7 +61,7 @@ def reconstruct_params(
     batch_size: int = 8,
     unfinished: PathLike | None = None,
     on_layer: Callable[[RoundedLayer], None] | None = None,
-    progress_fn: Callable[[int], Any] | None = None,
+    progress_fn: ProgressFn = untold,
 ) -> Params:
     """Returns `params` quantized by `recipe`, the rounding learned block by block.
 
@@ -108,8 +108,8 @@ def reconstruct_params(
             )
             if kept is not None:
                 kept.write(number, result)
-        elif progress_fn is not None:
-            progress_fn(num_reconstruction_batches(items, batch_size, 1))
+        else:
+            progress_fn(Progress(num_reconstruction_batches(items, batch_size, 1)))
         kernels = {path: flat[f"{path}/kernel"] for path in unit.specs}
         flat |= placed(unit, flat, nearest, result)
         for path, kernel in kernels.items():
@@ -162,7 +162,7 @@ def reconstructed(
     held_out: np.ndarray,
     settings: ReconstructionSettings,
     number: int,
-    progress_fn: Callable[[int], Any] | None,
+    progress_fn: ProgressFn,
 ) -> Result:
     """Returns what learning finds for one module, or rounding to nearest where that is better."""
     form, entries = unit.form, unit.entries(flat)
@@ -189,9 +189,8 @@ def reconstructed(
             form=form,
             settings=settings,
         )
-        if progress_fn is not None:
-            jax.block_until_ready(state)
-            progress_fn(1)
+        jax.block_until_ready(state)
+        progress_fn(Progress(1))
     changed = rounded(form, entries, nearest, state[0], settings)
     before = mean_error(form, {**entries, **nearest}, samples, judged, size)
     after = mean_error(form, {**entries, **changed}, samples, judged, size)

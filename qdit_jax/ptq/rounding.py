@@ -29,6 +29,7 @@ from qdit_jax.ptq.sequential import RoundedLayer, RoundFn, by_block, quantize_in
 from qdit_jax.quant import gptq
 from qdit_jax.recipes import Recipe
 from qdit_jax.sampling import Denoiser, filled_batch
+from qdit_jax.types import Progress, ProgressFn, untold
 
 # (layer paths in the network's order, its family) -> stages.
 StagesFn = Callable[[Sequence[str], Family], list[list[str]]]
@@ -47,7 +48,7 @@ def round_params(
     batch_size: int = 8,
     timestep_weights: TimestepWeights | None = None,
     on_layer: Callable[[RoundedLayer], None] | None = None,
-    progress_fn: Callable[[int], Any] | None = None,
+    progress_fn: ProgressFn = untold,
 ) -> Any:
     """Returns `params` quantized by `recipe`, each layer fitted to inputs from the quantized network.
 
@@ -147,7 +148,7 @@ def hessians_of(
     chosen: np.ndarray,
     paths: Sequence[str],
     batch_size: int,
-    progress_fn: Callable[[int], Any] | None = None,
+    progress_fn: ProgressFn = untold,
     weights: Float[np.ndarray, " I"] | None = None,
 ) -> dict[str, jax.Array]:
     """Returns the Hessian `[K, K]` of every path's inputs over the chosen items, float32.
@@ -158,9 +159,8 @@ def hessians_of(
     sums = empty_hessians(flatten_dict(denoise_fn.params, sep="/"), paths)
     for batch, weight in batches_of(np.flatnonzero(chosen), batch_size):
         sums = added(sums, denoise_fn, *items.taken(batch), weight * weights[batch])
-        if progress_fn is not None:
-            jax.block_until_ready(sums)
-            progress_fn(1)
+        jax.block_until_ready(sums)
+        progress_fn(Progress(1))
     return sums
 
 

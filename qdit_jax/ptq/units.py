@@ -6,7 +6,7 @@ Dimensions: I items, R rows of one sample, F values of one output.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from qdit_jax.ptq.block_learning import Form, Samples
 from qdit_jax.ptq.rounding import batches_of
 from qdit_jax.quant import WeightSpec, select_timestep
 from qdit_jax.recipes import Recipe
-from qdit_jax.types import Condition, Params
+from qdit_jax.types import Condition, Params, Progress, ProgressFn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ def samples_of(
     full: Params,
     items: Items,
     batch_size: int,
-    progress_fn: Callable[[int], Any] | None,
+    progress_fn: ProgressFn,
 ) -> Samples:
     """Returns a module's inputs in the network with `params`, and its outputs with `full`."""
     count, inputs, targets = len(items.x), [], []
@@ -114,8 +114,7 @@ def samples_of(
         pairs = zip(unit.calls, taken, strict=True)
         inputs.append([by_item(call, arrays, size) for call, arrays in pairs])
         targets.append([[out.reshape(size, -1) for out in arrays] for arrays in returned])
-        if progress_fn is not None:
-            progress_fn(1)
+        progress_fn(Progress(1))
     constant = [[not rows for rows in call.rows] for call in unit.calls]
 
     def joined(same: bool, *parts: Any) -> Any:

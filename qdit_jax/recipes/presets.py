@@ -7,6 +7,7 @@ import re
 from typing import Literal, NamedTuple, TypedDict
 
 from qdit_jax.quant import ActSpec, WeightSpec, formats, ranges
+from qdit_jax.recipes.named import NAMED
 from qdit_jax.recipes.rules import LayerSpec
 
 PRESET = re.compile(r"w(\d+)a(\d+)(-fast)?(-all)?")
@@ -42,6 +43,8 @@ class PresetSettings(TypedDict, total=False):
     act_range_fn: ranges.RangeRule
     scale_dtype: str
     scale_levels: int
+    weight_format: str | None
+    act_format: str | None
 
 
 def preset_bits(name: str, argument: str = "recipe") -> Preset:
@@ -51,13 +54,14 @@ def preset_bits(name: str, argument: str = "recipe") -> Preset:
         ValueError: if it is not a preset, leaves both sides at 16 bits, or is to be fast and leaves
             one; it names the argument.
     """
-    match = PRESET.fullmatch(name)
+    match = PRESET.fullmatch(NAMED[name].bits if name in NAMED else name)
     if match is None:
         more = ", or the path of a recipe.json" if argument == "recipe" else ""
         raise ValueError(
             f"{argument}={name!r} is not a preset; use w<bits>a<bits> such as w8a8, w6a8 or w4a8 "
             f"(bits 2 to 8, or 16 to leave a side as it is; w4a8-fast for one int8 dot per layer, "
-            f"w4a8-all for every layer){more}."
+            f"w4a8-all for every layer), one of {', '.join(n for n in NAMED if not PRESET.fullmatch(n))} "
+            f"(`qdit recipes`){more}."
         )
     if match[1] == match[2] == "16":
         raise ValueError(
@@ -71,6 +75,13 @@ def preset_bits(name: str, argument: str = "recipe") -> Preset:
             f"or use w{match[1]}a{match[2]}."
         )
     return found
+
+
+def with_own_settings(name: str, settings: PresetSettings) -> PresetSettings:
+    """Returns the settings with those that a preset of the table brings and that were not given."""
+    own = NAMED[name].settings if name in NAMED else {}
+    merged: PresetSettings = {**own, **settings}  # type: ignore[typeddict-item]
+    return merged
 
 
 def fast_settings(name: str, weight_bits: int, settings: PresetSettings) -> PresetSettings:
@@ -95,11 +106,12 @@ def fast_settings(name: str, weight_bits: int, settings: PresetSettings) -> Pres
     cut = {"act_group_size": found["act_group_size"]}
     if not levels:
         cut["group_size"] = found["group_size"]
+    plain = (NAMED[name].bits if name in NAMED else name).replace("-fast", "")
     for setting, value in cut.items():
         if value != 0:
             raise ValueError(
                 f"{setting}={value} does not go with recipe={name!r}, whose products are one dot over "
-                f"all input channels; use 0, or {name.replace('-fast', '')!r}."
+                f"all input channels; use 0, or {plain!r}."
             )
     return found
 
@@ -119,6 +131,7 @@ def preset_spec(
     scale_dtype: str = "float16",
     scale_levels: int = 1,
     weight_format: str | None = None,
+    act_format: str | None = None,
 ) -> LayerSpec:
     """Returns the spec of every layer of a preset; the settings are those of `Recipe.preset`.
 
@@ -133,15 +146,28 @@ def preset_spec(
         if not has_codebook:
             weight = dataclasses.replace(weight, scale_levels=scale_levels)
     if weight is not None and weight_format is not None:
-        fmt = formats.by_name(weight_format)
-        if fmt.bits != weight_bits:
-            raise ValueError(
-                f"weight_format={weight_format!r} has {fmt.bits} bits, but the recipe asks for "
-                f"w{weight_bits}; use w{fmt.bits}a{act_bits}."
-            )
+        fmt = format_of("weight_format", weight_format, weight_bits, "w")
         weight = dataclasses.replace(weight, fmt=fmt)
     if act_bits != 16:
         size = group_size if act_group_size is None else act_group_size
         signed = symmetric if act_symmetric is None else act_symmetric
         act = ActSpec(act_bits, size, signed, act_range_fn, act_mode, per_timestep=per_timestep)
+        if act_format is not None:
+            fmt = format_of("act_format", act_format, act_bits, "a")
+            act = dataclasses.replace(act, fmt=fmt)
     return LayerSpec(weight, act)
+
+
+def format_of(setting: str, name: str, bits: int, side: str) -> formats.Format:
+    """Returns the number format of that name.
+
+    Raises:
+        ValueError: if it is unknown, or has other bits than the preset.
+    """
+    fmt = formats.by_name(name)
+    if fmt.bits != bits:
+        raise ValueError(
+            f"{setting}={name!r} has {fmt.bits} bits, but the recipe asks for {side}{bits}; ask for "
+            f"{side}{fmt.bits}."
+        )
+    return fmt

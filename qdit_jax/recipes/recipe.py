@@ -31,7 +31,13 @@ from qdit_jax.recipes.names import (
     table_paths,
 )
 from qdit_jax.recipes.over_time import OverTime
-from qdit_jax.recipes.presets import PresetSettings, fast_settings, preset_bits, preset_spec
+from qdit_jax.recipes.presets import (
+    PresetSettings,
+    fast_settings,
+    preset_bits,
+    preset_spec,
+    with_own_settings,
+)
 from qdit_jax.recipes.rules import PART, LayerSpec, Rule
 from qdit_jax.types import Params
 
@@ -197,7 +203,7 @@ class Recipe:
         """Returns the uniform recipe `"w<bits>a<bits>"` for the linear layers of every block.
 
         Args:
-            name: such as `"w4a8"`; 16 bits leave that side as it is. `"w4a8-fast"` makes each product
+            name: such as `"w4a8"`, or one of `NAMED`; 16 bits leave that side as it is. `"w4a8-fast"` makes each product
                 one int8 dot: two levels of scales in groups of 32, inputs symmetric per token
                 (`"w8a8-fast"`: weights symmetric per channel). `"w4a8-all"` quantizes every layer and label
                 table, the attention operands excepted.
@@ -216,12 +222,13 @@ class Recipe:
             scale_levels: of the weights' scales, 1 or 2, see `WeightSpec` (1).
             weight_format: a number format of `quant.formats` for the weights in place of integers,
                 such as `"nf4"` for `"w4a8"`; it may fix the group size.
+            act_format: the same for the activations, such as `"fp8_e4m3"` for `"w8a8"`.
 
         Raises:
             ValueError: if the name is not a preset or leaves everything at 16 bits, or the pattern
                 cannot be read, matches no layer, or accompanies `-all`.
         """
-        preset = preset_bits(name)
+        preset, settings = preset_bits(name), with_own_settings(name, settings)
         if preset.is_fast:
             settings = fast_settings(name, preset.weight_bits, settings)
         if preset.takes_all and layers is not None:
@@ -231,7 +238,9 @@ class Recipe:
         if layers is None:
             layers = EVERY_LAYER if preset.takes_all else f"{PART}blocks"
         spec = preset_spec(preset.weight_bits, preset.act_bits, **settings)
-        recipe = cls((Rule(layers, spec),), f"{name}-g{settings.get('group_size', 128)}")
+        has_blocks = spec.weight is not None and spec.weight.fmt and spec.weight.fmt.block_size
+        size = "" if has_blocks else f"-g{settings.get('group_size', 128)}"
+        recipe = cls((Rule(layers, spec),), name + size)
         if params is not None:
             params = params.params if isinstance(params, HasParams) else params
             family = family_of_params(params)

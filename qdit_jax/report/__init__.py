@@ -10,7 +10,8 @@ from qdit_jax.report.clips import (
     save_clip,
 )
 from qdit_jax.report.figures import range_histograms
-from qdit_jax.report.html import heading, paragraph, picture, table, write_report
+from qdit_jax.report.films import FilmFacts, film_facts, save_film
+from qdit_jax.report.html import animation, heading, paragraph, picture, table, write_report
 from qdit_jax.report.media import (
     image_grid,
     save_grid,
@@ -36,9 +37,12 @@ __all__ = [
     "CLIPS",
     "FPS",
     "GROUP_SIZE",
+    "FilmFacts",
+    "animation",
     "block_layers",
     "check_clip",
     "check_report_folder",
+    "film_facts",
     "frame_numbers",
     "frame_rows",
     "group_text",
@@ -55,6 +59,7 @@ __all__ = [
     "provenance_text",
     "range_histograms",
     "save_clip",
+    "save_film",
     "save_grid",
     "save_picture",
     "shown_group_sizes",

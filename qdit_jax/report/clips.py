@@ -5,7 +5,9 @@ Videos are `[N, T, H, W, C]` in `[-1, 1]`, C = 1 (gray) or 3 (RGB), or already u
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -96,18 +98,21 @@ def save_clip(
             write_mp4(temporary, pictures, fps)
 
 
-def write_mp4(path: PathLike, pictures: Sequence[Image.Image], fps: float | int) -> None:
+def write_mp4(
+    path: PathLike, pictures: Sequence[Image.Image | np.ndarray], fps: float | int
+) -> None:
     """Writes pictures as a film in H.264; its sides are cut to even numbers, as that needs."""
     import imageio.v2 as imageio
 
     height, width = (side - side % 2 for side in np.asarray(pictures[0]).shape[:2])
-    with imageio.get_writer(
-        path,
+    writer: Any = imageio.get_writer(  # its declared type lacks `append_data`
+        os.fspath(path),
         format="FFMPEG",
         fps=fps,
         codec="libx264",
         macro_block_size=1,
         output_params=["-metadata", f"comment={GENERATOR}"],
-    ) as writer:
+    )
+    with writer:
         for picture in pictures:
             writer.append_data(np.asarray(picture)[:height, :width])

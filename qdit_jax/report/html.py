@@ -14,14 +14,19 @@ from PIL import Image
 from qdit_jax.files import GENERATOR, PathLike, replaced_file
 
 STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --paper: #fff; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6edf3; --soft: #9ea7b3; --line: #3d444d; --paper: #0d1117; }
+}
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
-       color: #1b1f24; background: #fff; }
+       color: var(--ink); background: var(--paper); overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
-table { border-collapse: collapse; } caption { text-align: left; color: #57606a; padding: .3rem 0; }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid #d0d7de; text-align: right; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; } caption { text-align: left; color: var(--soft); padding: .3rem 0; }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child, td:first-child { text-align: left; }
-figure { margin: 1rem 0; } img { max-width: 100%; image-rendering: pixelated; }
-figcaption { color: #57606a; }
+figure { margin: 1rem 0; } img { max-width: 100%; background: #fff; image-rendering: pixelated; }
+figcaption { color: var(--soft); }
 """
 
 
@@ -44,7 +49,9 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = 
 
     body = "".join(line("td", row) for row in rows)
     title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    return f"<table>{title}<thead>{line('th', headers)}</thead><tbody>{body}</tbody></table>"
+    whole = f"<table>{title}<thead>{line('th', headers)}</thead><tbody>{body}</tbody></table>"
+    # On a narrow screen the table scrolls, not the page; by the keyboard too.
+    return f'<div class="wide" tabindex="0" role="group">{whole}</div>'
 
 
 def picture(image: Image.Image | Figure, caption: str) -> str:
@@ -54,10 +61,19 @@ def picture(image: Image.Image | Figure, caption: str) -> str:
         image.savefig(buffer, format="png", dpi=110)
     else:
         image.save(buffer, format="png")
-    data = base64.b64encode(buffer.getvalue()).decode()
+    return embedded(buffer.getvalue(), "png", caption)
+
+
+def animation(data: bytes, caption: str) -> str:
+    """Returns a figure with a GIF inside."""
+    return embedded(data, "gif", caption)
+
+
+def embedded(data: bytes, kind: str, caption: str) -> str:
+    encoded = base64.b64encode(data).decode()
     text = html.escape(caption)
     return (
-        f'<figure><img alt="{text}" src="data:image/png;base64,{data}">'
+        f'<figure><img alt="{text}" src="data:image/{kind};base64,{encoded}">'
         f"<figcaption>{text}</figcaption></figure>"
     )
 

@@ -5,11 +5,9 @@ from qdit_jax.sampling.batches import (
     default_batch_size,
     device_mesh,
     filled_batch,
+    token_mesh,
 )
 from qdit_jax.sampling.checks import (
-    DEFAULT_GUIDANCE,
-    PUBLISHED,
-    Guidance,
     calls_per_step,
     check_diffusion_model,
     check_numerics,
@@ -17,7 +15,6 @@ from qdit_jax.sampling.checks import (
     fitting_guidance,
     num_guided_channels,
     sample_count,
-    takes_embedded_guidance,
 )
 from qdit_jax.sampling.condition_file import Conditions, read_conditions, write_conditions
 from qdit_jax.sampling.conditions import (
@@ -31,13 +28,25 @@ from qdit_jax.sampling.conditions import (
     sample_rows,
     shape_of_sample,
 )
-from qdit_jax.sampling.decoding import decode, decodes_video
+from qdit_jax.sampling.decoding import decode, decodes_video, encode
+from qdit_jax.sampling.first_frames import checked_first_frames, takes_first_frames
 from qdit_jax.sampling.generation import (
     Denoiser,
     denoiser,
     generate,
     generated_batches,
     initial_noise,
+)
+from qdit_jax.sampling.own_guidance import (
+    DEFAULT_GUIDANCE,
+    PUBLISHED,
+    Guidance,
+    by_expert,
+    chosen_guidance,
+    guidance_record,
+    guidance_text,
+    own_guidance,
+    takes_embedded_guidance,
 )
 from qdit_jax.sampling.own_samplers import (
     checkpoint_sampler,
@@ -56,6 +65,7 @@ __all__ = [
     "Conditions",
     "Denoiser",
     "Guidance",
+    "by_expert",
     "calls_per_step",
     "check_call",
     "check_diffusion_model",
@@ -65,21 +75,27 @@ __all__ = [
     "check_takes",
     "checked_batch_size",
     "checked_conditions",
+    "checked_first_frames",
     "checkpoint_sampler",
+    "chosen_guidance",
     "cyclic_conditions",
     "decode",
     "decodes_video",
     "default_batch_size",
     "denoiser",
     "device_mesh",
+    "encode",
     "filled_batch",
     "fitting_guidance",
     "fitting_samplers",
     "generate",
     "generated_batches",
+    "guidance_record",
+    "guidance_text",
     "initial_noise",
     "num_conditions",
     "num_guided_channels",
+    "own_guidance",
     "own_sampler",
     "own_scheduler",
     "read_conditions",
@@ -93,6 +109,8 @@ __all__ = [
     "size_unit",
     "sized_shape",
     "takes_embedded_guidance",
+    "takes_first_frames",
+    "token_mesh",
     "with_sizes",
     "write_conditions",
 ]

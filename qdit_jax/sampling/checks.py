@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from qdit_jax import diffusion
 from qdit_jax.errors import check_counts
 from qdit_jax.kernels import NUMERICS
-from qdit_jax.models import embeds_guidance, family_of, without_null
+from qdit_jax.models import family_of, without_null
 from qdit_jax.quant import QTensor
-from qdit_jax.types import Condition, Params, Scalar
-
-DEFAULT_GUIDANCE = 1.5
-PUBLISHED = "published"  # guides as many channels as the published sampler
-Given = TypeVar("Given")  # a number, an array, a scale over time or None
-# A number, one per sample, or a function of the timesteps [B].
-Guidance: TypeAlias = Scalar | diffusion.SteppedScale
+from qdit_jax.sampling.own_guidance import (
+    DEFAULT_GUIDANCE,
+    PUBLISHED,
+    Given,
+    is_published,
+    own_guidance,
+    takes_embedded_guidance,
+)
+from qdit_jax.types import Condition, Params
 
 
 def check_diffusion_model(model: object, name: object = "the checkpoint") -> None:
@@ -41,25 +42,25 @@ def check_diffusion_model(model: object, name: object = "the checkpoint") -> Non
     )
 
 
-def takes_embedded_guidance(model: nn.Module) -> bool:
-    """Returns whether a network, or a function's stand-in, takes guidance in its condition."""
-    return hasattr(model, "example_condition") and embeds_guidance(model)  # type: ignore[arg-type]
-
-
 def calls_per_step(model: nn.Module, guidance: object) -> int:
     """Returns how many samples the network computes for one in a step: 2 with a null condition."""
+    guidance = own_guidance(model) if is_published(guidance) else guidance
     if guidance is None or takes_embedded_guidance(model):
         return 1
     return 1 if isinstance(guidance, int | float) and guidance == 1 else 2
 
 
-def fitting_guidance(model: nn.Module, guidance: Given) -> Given | None:
+def fitting_guidance(model: nn.Module, guidance: Given) -> Any:
     """Returns the guidance a network is sampled with: None without a null condition.
+
+    `PUBLISHED` gives the network's own, see `own_guidance`.
 
     Raises:
         ValueError: if the guidance is not finite, or is given, other than the default, for a
             network without a null class.
     """
+    if is_published(guidance):
+        return own_guidance(model)
     check_guidance(guidance)
     if model.has_null or guidance is None or takes_embedded_guidance(model):
         return guidance
@@ -117,6 +118,8 @@ def check_guidance(guidance: object) -> None:
         ValueError: if it is NaN or infinite.
     """
     if guidance is None or callable(guidance) or isinstance(guidance, jax.core.Tracer):
+        return
+    if is_published(guidance):
         return
     if isinstance(guidance, str) or not np.issubdtype(np.asarray(guidance).dtype, np.number):
         raise TypeError(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Num
 
 from qdit_jax import diffusion
@@ -27,11 +27,8 @@ from qdit_jax.models import (
     without_null,
 )
 from qdit_jax.quant import UNQUANTIZED, applied_over_time, select_timestep
-from qdit_jax.sampling.batches import checked_batch_size, device_mesh, filled_batch
+from qdit_jax.sampling.batches import checked_batch_size, device_mesh, filled_batch, token_mesh
 from qdit_jax.sampling.checks import (
-    DEFAULT_GUIDANCE,
-    PUBLISHED,
-    Guidance,
     calls_per_step,
     check_diffusion_model,
     check_guidance,
@@ -39,7 +36,6 @@ from qdit_jax.sampling.checks import (
     check_seed,
     num_guided_channels,
     sample_count,
-    takes_embedded_guidance,
 )
 from qdit_jax.sampling.conditions import (
     check_takes,
@@ -48,8 +44,17 @@ from qdit_jax.sampling.conditions import (
     shape_of_sample,
 )
 from qdit_jax.sampling.decoding import decode
+from qdit_jax.sampling.first_frames import checked_first_frames, keeping, kept_rows
+from qdit_jax.sampling.own_guidance import (
+    PUBLISHED,
+    Guidance,
+    chosen_guidance,
+    own_guidance,
+    takes_embedded_guidance,
+)
 from qdit_jax.sampling.running import running_params
-from qdit_jax.types import Condition, Key, Params
+from qdit_jax.sampling.token_sharding import split_tokens
+from qdit_jax.types import AnyArray, Condition, Key, Params, Progress, ProgressFn, untold
 
 
 @jax.tree_util.register_dataclass
@@ -59,9 +64,11 @@ class Denoiser:
 
     params: Params
     model: nn.Module = dataclasses.field(metadata={"static": True})
+    # Whose axis `tokens` a sample's tokens are split over.
+    mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __call__(
-        self, x: Float[Array, "B ..."], timestep: Num[Array, " B"], condition: Condition
+        self, x: Float[Array, "B ..."], timestep: Num[Array, "B *moments"], condition: Condition
     ) -> Array:
         """Returns the network's output, with the static scales and bits of the nearest timestep.
 
@@ -88,17 +95,22 @@ class Denoiser:
 
 
 def _applied(
-    x: Float[Array, "B ..."], timestep: Num[Array, " B"], condition: Condition, denoise_fn: Denoiser
+    x: Float[Array, "B ..."],
+    timestep: Num[Array, "B *moments"],
+    condition: Condition,
+    denoise_fn: Denoiser,
 ) -> Array:
-    params = select_timestep(denoise_fn.params, timestep)
+    of_samples = diffusion.of_samples(timestep)
+    params = select_timestep(denoise_fn.params, of_samples)
 
     def apply(params: Params, bits: int | None) -> Array:
         model = denoise_fn.model
         if bits == UNQUANTIZED and getattr(model, "numerics", "simulated") != "simulated":
             model = model.clone(numerics="simulated")  # integers need quantized activations
-        return cast(Array, model.apply({"params": params}, x, timestep, condition))
+        with split_tokens(denoise_fn.mesh):
+            return cast(Array, model.apply({"params": params}, x, timestep, condition))
 
-    return applied_over_time(apply, params, timestep)
+    return applied_over_time(apply, params, of_samples)
 
 
 @jax.tree_util.register_dataclass
@@ -125,14 +137,16 @@ class EmbeddedGuidance:
     def check_condition(self, condition: Condition) -> None:
         """Raises `ValueError` as the network does, or if two different scales are given.
 
-        The scale that is the default everywhere does not count as given.
+        The network's own scale, which is the default, does not count as given.
         """
         self.denoise_fn.check_condition(self.filled(condition))
         given = condition.get("guidance") if isinstance(condition, Mapping) else None
         if given is None or not all(is_concrete(jnp.asarray(a)) for a in (given, self.scale)):
             return
         scale = np.asarray(self.scale)
-        if (scale != DEFAULT_GUIDANCE).any() and (np.asarray(given) != scale).any():
+        if (scale != own_guidance(self.denoise_fn.model)).any() and (
+            np.asarray(given) != scale
+        ).any():
             raise ValueError(
                 f"guidance={self.scale}, but the condition has an entry guidance of other values; "
                 "give one of both."
@@ -142,25 +156,29 @@ class EmbeddedGuidance:
 def denoiser(
     model: nn.Module,
     params: Params,
-    guidance: Guidance | None = 1.5,
+    guidance: Guidance | None = PUBLISHED,
     guidance_channels: int | str | None = PUBLISHED,
+    mesh: Mesh | None = None,
 ) -> Callable[..., Array]:
     """Returns the `denoise_fn` of a network, guided by its null condition.
 
     Parameters and `guidance` are arguments of a function that is compiled with it, not constants.
-    `guidance=None`, or the number 1, calls the network once, without the null condition.
-    `guidance` is a number, one per sample, or a function of the timestep such as
+    `guidance="published"` is the network's own, see `own_guidance`: 1.5 for DiT, 4 and 3 for the experts
+    of Wan A14B. `guidance=None`, or the number 1, calls the network once, without the null condition.
+    Else `guidance` is a number, one per sample, or a function of the timestep such as
     `diffusion.SteppedScale`. A network that embeds guidance (FLUX.1-dev) is given the scale as an
     entry of its condition and is called once, also at 1.
     `guidance_channels` counts the guided channels, at most all of the sample's: `"published"` for as
     many as the family's published sampler guides (3 of DiT's 4), None for all as diffusers does.
+    `mesh` has the axes `batch` and `tokens` (`token_mesh`), over which activations are then split.
 
     Raises:
         ValueError: if the network has no null condition, or a sample fewer channels.
     """
+    guidance = chosen_guidance(model, guidance)
     check_guidance(guidance)
     channels = num_guided_channels(model, guidance_channels)
-    plain = Denoiser(params, model)
+    plain = Denoiser(params, model, mesh)
     if guidance is not None and takes_embedded_guidance(model):
         if callable(guidance):
             raise ValueError(
@@ -211,13 +229,15 @@ def generate(
     *,
     num_samples: int | None = None,
     seed: int = 0,
-    guidance: Guidance | None = 1.5,
+    guidance: Guidance | None = PUBLISHED,
     guidance_channels: int | str | None = PUBLISHED,
     batch_size: int | None = None,
     numerics: str = "simulated",
     shape: Sequence[int] | None = None,
+    first_frames: AnyArray | None = None,
+    shard_tokens: int = 1,
     decode_fn: Callable[[Checkpoint, Array], Array] | None = decode,
-    progress_fn: Callable[[int], object] | None = None,
+    progress_fn: ProgressFn = untold,
 ) -> Float[np.ndarray, "N *shape"]:
     """Returns one sample per condition, from full-precision or quantized parameters; about [-1, 1].
 
@@ -232,6 +252,10 @@ def generate(
             place of the network's own.
         num_samples: how many; by default one per condition.
         shape: of one sample of the network, channels last; `model.sample_shape()` by default.
+        first_frames: latents `[N, F, h, w, Z]` that a video begins with and that stay as they are, one
+            clip per sample or cycled; the network sees them as clean. See `diffusion.keeping_frames`.
+        shard_tokens: how many devices share each sample, a number that divides that of the devices; each
+            then holds its share of the activations and all parameters. Autoencoders decode whole samples.
 
     Raises:
         ValueError: if a label or the seed is out of range, there is no label, the batch size is not
@@ -240,7 +264,7 @@ def generate(
     check_diffusion_model(checkpoint.model)
     condition = checked_conditions(checkpoint.model, condition)
     num_samples = sample_count(condition, num_samples)
-    size = checked_batch_size(num_samples, batch_size)
+    size = checked_batch_size(num_samples, batch_size, shard_tokens)
     done = []
     for _, images in generated_batches(
         checkpoint,
@@ -254,11 +278,12 @@ def generate(
         guidance_channels=guidance_channels,
         numerics=numerics,
         shape=shape,
+        first_frames=first_frames,
+        shard_tokens=shard_tokens,
         decode_fn=decode_fn,
     ):
         done.append(images)
-        if progress_fn is not None:
-            progress_fn(len(images))
+        progress_fn(Progress(len(images)))
     return np.concatenate(done)
 
 
@@ -271,10 +296,12 @@ def generated_batches(
     batch_size: int,
     num_samples: int | None = None,
     seed: int = 0,
-    guidance: Guidance | None = 1.5,
+    guidance: Guidance | None = PUBLISHED,
     guidance_channels: int | str | None = PUBLISHED,
     numerics: str = "simulated",
     shape: Sequence[int] | None = None,
+    first_frames: AnyArray | None = None,
+    shard_tokens: int = 1,
     decode_fn: Callable[[Checkpoint, Array], Array] | None = decode,
 ) -> Iterator[tuple[int, Float[np.ndarray, "B *shape"]]]:
     """Yields what `generate` returns batch by batch: the first sample's number, and the samples.
@@ -288,24 +315,30 @@ def generated_batches(
     condition = checked_conditions(checkpoint.model, condition)
     num_samples = num_samples or sample_count(condition, None)
     size = shape_of_sample(checkpoint.model, shape)
-    mesh = device_mesh()
+    mesh = device_mesh() if shard_tokens == 1 else token_mesh(shard_tokens)
     split, whole = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
     model = checkpoint.model.clone(numerics=numerics)
-    denoise_fn = jax.device_put(
-        denoiser(model, running_params(model, checkpoint.params), guidance, guidance_channels),
-        whole,
-    )
+    params, shared = running_params(model, checkpoint.params), None if shard_tokens == 1 else mesh
+    denoise_fn = denoiser(model, params, guidance, guidance_channels, shared)
+    denoise_fn = jax.device_put(denoise_fn, whole)
     check_takes(denoise_fn, model, shape, condition)
+    if first_frames is not None:
+        first_frames = checked_first_frames(model, first_frames, size)
     vae = checkpoint.vae if decode_fn else None
     if vae is not None:
         vae = dataclasses.replace(vae, params=jax.device_put(vae.params, whole))
-    padded = -(-batch_size // mesh.size) * mesh.size
+    parts = mesh.shape["batch"]
+    padded = -(-batch_size // parts) * parts
     for start in starts:
         stop = min(start + batch_size, num_samples)
         index = filled_batch(start, padded, num_samples)
         chosen = rows_of(condition, index)
         numbers, chosen = jax.device_put((index.astype(np.int32), chosen), split)
-        out = _generated(denoise_fn, sampler, jax.random.key(seed), numbers, chosen, size)
+        sampler_of_batch = sampler
+        if first_frames is not None:
+            kept = jax.device_put(kept_rows(first_frames, index, size[0]), split)
+            sampler_of_batch = keeping(sampler, model, *kept)
+        out = _generated(denoise_fn, sampler_of_batch, jax.random.key(seed), numbers, chosen, size)
         if vae is not None and decode_fn is not None:
             out = decode_fn(vae, out)
         yield start, np.asarray(out)[: stop - start]

@@ -92,31 +92,41 @@ class Contender:
 
 
 def contenders_of(
-    checkpoint: Checkpoint, recipes: Iterable[Recipe], against: Checkpoint | None = None
+    checkpoint: Checkpoint,
+    recipes: Iterable[Recipe],
+    against: Checkpoint | None = None,
+    dtype: str | None = None,
 ) -> list[Contender]:
     """Returns the network in full precision first, in each dtype, then rounded by each recipe.
 
     The first dtype is the platform's own, in which the quantized networks compute as well. A
     quantized checkpoint comes as it is, after `against` if that is given.
 
+    Args:
+        dtype: in place of the platform's own.
+
     Raises:
         UserError: if recipes are given for a quantized checkpoint.
     """
-    recipes = list(recipes)
+    recipes, dtype = list(recipes), dtype or default_dtype()
+    rows = rows_per_sample(checkpoint.model)
     if checkpoint.recipe is None:
         if against is not None:
             raise UserError(
                 "against: the checkpoint is in full precision itself; leave it out, or bench a "
                 "quantized checkpoint."
             )
-        own = with_dtype(checkpoint, default_dtype())
-        return [*in_full_precision(checkpoint), *(rounded(own, recipe) for recipe in recipes)]
+        own = with_dtype(checkpoint, dtype)
+        return [
+            *in_full_precision(checkpoint, dtype, rows),
+            *(rounded(own, recipe, rows) for recipe in recipes),
+        ]
     if recipes:
         raise UserError(
             f"the checkpoint is quantized already ({checkpoint.recipe.name}) and is benched as it "
             f"is; leave recipes={recipes[0].name} out, or give the full-precision checkpoint."
         )
-    ours = as_it_is(checkpoint.recipe.name, with_dtype(checkpoint, default_dtype()))
+    ours = as_it_is(checkpoint.recipe.name, with_dtype(checkpoint, dtype), rows)
     if against is None:
         return [ours]
     if against.recipe is not None or type(against.model) is not type(checkpoint.model):
@@ -124,29 +134,27 @@ def contenders_of(
             "against: not the full-precision checkpoint of the same network; give the one that the "
             "checkpoint was made from."
         )
-    return [*in_full_precision(against), ours]
+    return [*in_full_precision(against, dtype, rows), ours]
 
 
-def in_full_precision(checkpoint: Checkpoint) -> list[Contender]:
-    """Returns the network in each dtype that it can compute in, the platform's own first."""
-    own = default_dtype()
+def in_full_precision(checkpoint: Checkpoint, own: str, rows: Mapping[str, int]) -> list[Contender]:
+    """Returns the network in each dtype that it can compute in, `own` first."""
     others = [dtype for dtype in DTYPES if dtype != own and hasattr(checkpoint.model, "dtype")]
-    return [as_it_is(dtype, with_dtype(checkpoint, dtype)) for dtype in (own, *others)]
+    return [as_it_is(dtype, with_dtype(checkpoint, dtype), rows) for dtype in (own, *others)]
 
 
-def as_it_is(title: str, checkpoint: Checkpoint) -> Contender:
+def as_it_is(title: str, checkpoint: Checkpoint, rows: Mapping[str, int]) -> Contender:
     """Returns a checkpoint's own network."""
     layers = tuple(
         QuantizedLayer(path, kernel.shape[0], kernel, act)
         for path, kernel, act in quantized_layers(checkpoint.params)
     )
-    rows = rows_per_sample(checkpoint.model)
     return Contender(title, checkpoint, layers, rows, lambda: checkpoint.params)
 
 
-def rounded(checkpoint: Checkpoint, recipe: Recipe) -> Contender:
+def rounded(checkpoint: Checkpoint, recipe: Recipe, rows: Mapping[str, int]) -> Contender:
     """Returns a network rounded to nearest; raises `ValueError` if the recipe does not fit it."""
-    specs, rows = recipe.resolve(checkpoint.params), rows_per_sample(checkpoint.model)
+    specs = recipe.resolve(checkpoint.params)
     layers = tuple(
         QuantizedLayer(layer.path, layer.shape[0], layer.spec.weight, specs[layer.path].act)
         for layer in plan(checkpoint.params, recipe)
@@ -196,11 +204,6 @@ def ways_of(
         reason = reasons[0] if reasons else f"not by {', '.join(implementations)} alone."
         raise UserError(f"{contender.title} cannot be computed this way: {reason}")
     return list(found.values())
-
-
-def calls_per_sample(guidance: object) -> int:
-    """Returns how many network inputs a sample makes: with guidance its null sample too."""
-    return 1 if guidance in (None, 1) else 2
 
 
 def recipe_named(text: str, group_size: int | None = None) -> Recipe:

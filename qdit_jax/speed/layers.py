@@ -31,12 +31,12 @@ from qdit_jax.models import Linear
 from qdit_jax.ptq import quantize_params
 from qdit_jax.recipes import LayerSpec, Recipe, Rule
 from qdit_jax.report import provenance
-from qdit_jax.sampling import DEFAULT_GUIDANCE, check_seed, fitting_guidance
-from qdit_jax.speed.contenders import Way, calls_per_sample, check_known, contenders_of
+from qdit_jax.sampling import PUBLISHED, Guidance, calls_per_step, check_seed, fitting_guidance
+from qdit_jax.speed.contenders import Way, check_known, contenders_of
 from qdit_jax.speed.records import Records
 from qdit_jax.speed.steps import NUM_ROUNDS, Race, Row, entry_name, settings_of
 from qdit_jax.speed.timing import Call, TimeFn, interleaved, taken
-from qdit_jax.types import Condition, Params
+from qdit_jax.types import Condition, Params, Progress, ProgressFn, untold
 
 BATCH = 8
 # Budgets are written relative to these: groups of 128, and one group per channel.
@@ -51,14 +51,14 @@ def layer_table(
     *,
     batch: int = BATCH,
     numerics: str = "simulated",
-    guidance: float | int | None = DEFAULT_GUIDANCE,
+    guidance: Guidance | None = PUBLISHED,
     num_rounds: int = NUM_ROUNDS,
     seed: int = 0,
     conditions: Condition = None,
     state: AnyPath | None = None,
     time_fn: TimeFn = interleaved,
     total_fn: Callable[[int], object] = lambda total: None,
-    progress_fn: Callable[[int], object] = lambda count: None,
+    progress_fn: ProgressFn = untold,
 ) -> Latency:
     """Returns the time of every choice of every distinct shape of a space's layers.
 
@@ -90,20 +90,20 @@ def layer_table(
     guidance = fitting_guidance(checkpoint.model, guidance)
     settings = settings_of(entrants, guidance, num_rounds, check_seed(seed), conditions)
     records = Records(state, settings)
-    inputs = batch * calls_per_sample(guidance)
+    inputs = batch * calls_per_step(checkpoint.model, guidance)
     shapes = choices_by_shape(space, inputs)
     check_computable(shapes, numerics)
     total_fn(1 + sum(map(len, shapes.values())))
     job = (entrants[0], batch, Way())
     race = Race(entrants[0], Way(), guidance, num_rounds, seed, time_fn, conditions)
     step_row = Row.from_json(records.entry(entry_name(*job), partial(race.row, *job)))
-    progress_fn(1)
+    progress_fn(Progress(1))
     layers: list[LayerTime] = []
     for shape, choices in shapes.items():
         name = f"layers {shape}, {numerics}, {digest(list(choices))}"
         measure_fn = partial(times_of, shape, choices, numerics, num_rounds, seed, time_fn)
         layers += [LayerTime(**entry) for entry in records.entry(name, measure_fn)["layers"]]
-        progress_fn(len(choices))
+        progress_fn(Progress(len(choices)))
     return Latency(
         batch, inputs, numerics, step_row.milliseconds.median, tuple(layers), provenance()
     )

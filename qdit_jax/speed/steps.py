@@ -25,12 +25,15 @@ from qdit_jax.kernels import NUMERICS
 from qdit_jax.recipes import Recipe
 from qdit_jax.report import provenance
 from qdit_jax.sampling import (
-    DEFAULT_GUIDANCE,
+    PUBLISHED,
+    Guidance,
+    calls_per_step,
     check_diffusion_model,
     check_seed,
     checkpoint_sampler,
     denoiser,
     fitting_guidance,
+    guidance_record,
     initial_noise,
     running_params,
     sampler_timesteps,
@@ -39,7 +42,6 @@ from qdit_jax.speed.conditions import conditions_of
 from qdit_jax.speed.contenders import (
     Contender,
     Way,
-    calls_per_sample,
     check_known,
     contenders_of,
     recipe_named,
@@ -47,7 +49,7 @@ from qdit_jax.speed.contenders import (
 )
 from qdit_jax.speed.records import Records
 from qdit_jax.speed.timing import Call, Taken, TimeFn, interleaved, ratio, taken
-from qdit_jax.types import Condition, Params
+from qdit_jax.types import Condition, Params, Progress, ProgressFn, untold
 
 NUM_ROUNDS = 21
 NUM_STEPS, NUM_SAMPLES = 4, 4  # of the trajectory on which errors are measured
@@ -145,14 +147,14 @@ def bench(
     group_size: int | None = None,
     numerics: Sequence[str] = NUMERICS,
     implementations: Sequence[str] = (),
-    guidance: float | int | None = DEFAULT_GUIDANCE,
+    guidance: Guidance | None = PUBLISHED,
     num_rounds: int = NUM_ROUNDS,
     seed: int = 0,
     conditions: Condition = None,
     state: AnyPath | None = None,
     time_fn: TimeFn = interleaved,
     total_fn: Callable[[int], object] = lambda total: None,
-    progress_fn: Callable[[int], object] = lambda count: None,
+    progress_fn: ProgressFn = untold,
 ) -> Bench:
     """Returns the time of a step of the sampler in full precision and quantized, by batch size.
 
@@ -170,7 +172,7 @@ def bench(
             the baseline is the checkpoint itself, the first way in which it is computed.
         group_size: of recipes that do not name one; by default the preset's own.
         numerics, implementations: which are timed, of those that apply; no implementation is all.
-        guidance: 1 or None calls the network once, without the null condition.
+        guidance: the network's own by default; 1 or None calls it once, without the null condition.
         num_rounds: how often each is timed.
         seed: of the noise.
         conditions: labels or prompts that samples take in turn; by default every class, or random prompts.
@@ -201,7 +203,7 @@ def bench(
     for job in jobs:
         found = records.entry(entry_name(*job), partial(race.row, *job))
         rows.append(Row.from_json(found))
-        progress_fn(1)
+        progress_fn(Progress(1))
     rows.sort(key=lambda row: batches.index(row.batch))
     return Bench(rows, entrants[0].title, settings, provenance())
 
@@ -225,7 +227,7 @@ def settings_of(
     networks = {id(c.checkpoint): (c.checkpoint.model, c.checkpoint.params) for c in entrants}
     return fingerprint(
         network=digest(list(networks.values())),
-        guidance=None if guidance is None else float(guidance),  # type: ignore[arg-type]
+        guidance=guidance_record(float(guidance) if isinstance(guidance, int) else guidance),
         num_rounds=num_rounds,
         seed=seed,
         machine=platform.node(),
@@ -244,7 +246,7 @@ def jobs_of(
     """Yields what is to be timed: one network after another, in every way that applies."""
     for contender in entrants:
         for batch in batches:
-            inputs = batch * calls_per_sample(guidance)
+            inputs = batch * calls_per_step(contender.checkpoint.model, guidance)
             for way in ways_of(contender, numerics, implementations, inputs):
                 yield contender, batch, way
 
@@ -261,7 +263,7 @@ class Race:
         self,
         base: Contender,
         base_way: Way,
-        guidance: float | int | None,
+        guidance: Guidance | None,
         num_rounds: int,
         seed: int,
         time_fn: TimeFn,
@@ -322,7 +324,9 @@ class Race:
             contender.title,
             batch,
             way.numerics,
-            contender.implementations(way, batch * calls_per_sample(self.guidance)),
+            contender.implementations(
+                way, batch * calls_per_step(contender.checkpoint.model, self.guidance)
+            ),
             taken(1000 * seconds[1]),
             ratio(seconds[1], seconds[0]),
             sum(leaf.nbytes for leaf in jax.tree.leaves(self.params(contender))),

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qdit_jax.errors import UserError
+from qdit_jax.types import Progress, ProgressFn
 
 CLIP_LENGTH = 77
 
@@ -58,7 +59,7 @@ class TextEncoder:
         dtype: str,
         batch_size: int,
         note_fn: Callable[[str], object],
-        progress_fn: Callable[[int], object],
+        progress_fn: ProgressFn,
     ) -> Encoded:
         """Returns the encoder's output for all prompts, padded or cut to `length` tokens.
 
@@ -80,7 +81,7 @@ class TextEncoder:
             for start in range(0, len(texts), batch_size):
                 some = texts[start : start + batch_size]
                 parts.append(self.batch(tokenizer, network, some, length))
-                progress_fn(len(some))
+                progress_fn(Progress(len(some)))
         found = Encoded(*(np.concatenate(fields) for fields in zip(*parts, strict=True)))
         if not np.isfinite(found.text).all():
             raise UserError(

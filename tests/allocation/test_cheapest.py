@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from search_models import search, small_model, small_space
+from told import Told
 
 import qdit_jax as qdit
 from qdit_jax.allocation import Cheapest, CheapestSettings, Rollouts, Store, Within
@@ -211,14 +212,14 @@ def test_a_search_of_a_network_keeps_to_the_error(tmp_path):
         "rollouts": Rollouts(num_steps=2, num_batches=2, batch_size=2, num_calibration=1),
         "state": tmp_path / "state",
     }
-    events = []
-    found = search.search(checkpoint, jax.random.key(0), report_fn=events.append, **options)
+    told = Told()
+    found = search.search(checkpoint, jax.random.key(0), progress_fn=told.tell, **options)
     report, measured = found.history["report"], found.history["measured"]
     chosen = next(r for r in measured if r["assignment"] == found.assignment.tolist())
     assert chosen["fitness"] <= report["error_limit"]
     inside = [r["cost"] for r in measured if r["fitness"] <= report["error_limit"]]
     assert chosen["cost"] == min(inside) <= report["reference_cost"]
-    assert any("cheapest within the error" in event.get("text", "") for event in events)
+    assert any("cheapest within the error" in text for text in told.texts)
     again = search.search(checkpoint, jax.random.key(0), **options)
     assert again.history["measured"] == measured
     with pytest.raises(ValueError, match="measures nothing, but this strategy needs"):

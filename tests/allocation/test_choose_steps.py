@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from tiny_models import tiny_checkpoint
+from told import Told
 
 import qdit_jax as qdit
 from qdit_jax.allocation import Rollouts, ScheduleError, choose_steps, schedule_error
@@ -30,16 +31,15 @@ def checkpoint():
 
 @pytest.fixture(scope="module")
 def chosen(checkpoint):
-    counted, totals = [], []
+    told = Told()
     found = choose_steps(
         checkpoint,
         KEY,
         mean_bits=9.5,
         rollouts=ROLLOUTS,
-        on_total=totals.append,
-        progress_fn=counted.append,
+        progress_fn=told.tell,
     )
-    assert sum(counted) == totals[-1] == STEPS + len(found.candidates)
+    assert sum(told.counts) == told.total == STEPS + len(found.candidates)
     return found
 
 

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 from search_models import search, small_model, small_space
+from told import Told
 
 from qdit_jax.allocation import Store
 
@@ -81,10 +82,10 @@ def test_without_terms_between_layers_the_knapsack_is_already_optimal(space, bud
 def test_a_misleading_prediction_is_noticed_and_measurements_win(space, budget):
     truth, wrong = quadratic(1.0), quadratic(0.0)
     wrong = search.Prediction(0.0, np.random.default_rng(5).random((NUM_LAYERS, 4)), 0 * wrong.gram)
-    lines = []
-    found = run(space, budget, truth, wrong, report_fn=lambda text, best=None: lines.append(text))
+    told = Told()
+    found = run(space, budget, truth, wrong, progress_fn=told.tell)
     assert not found.report["passed"]
-    assert any("leaning on measured joint errors" in line for line in lines)
+    assert any("leaning on measured joint errors" in line for line in told.texts)
     gated = (found.measured.round == 0) & budget.allows(found.measured.assignments)
     assert truth.joint(found.assignment)[0] < 0.97 * found.measured.fitness[gated].min()
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from search_models import batches_of_noise, search, small_model, small_rollout, small_space
+from told import Told
 
 import qdit_jax as qdit
 from qdit_jax.allocation.rollouts import Sensitivities
@@ -252,7 +253,7 @@ def test_bytes_are_those_of_what_is_made(case):
 @pytest.mark.slow
 def test_a_search_over_all_choices_finds_a_recipe_that_best_makes(case, tmp_path):
     checkpoint, _, data, _ = case
-    told = []
+    told = Told()
     settings = {
         "budget": "bytes=1.15x-g32",
         "space": {
@@ -261,14 +262,15 @@ def test_a_search_over_all_choices_finds_a_recipe_that_best_makes(case, tmp_path
             "ranks": (0, 2),
             "act_bits": 4,
         },
-        "rollouts": search.Rollouts(num_steps=2, num_batches=2, batch_size=4, guidance=None),
+        "rollouts": search.Rollouts(
+            num_steps=2, num_batches=2, batch_size=4, guidance=None, data=data
+        ),
         "strategy": search.Allocate(
             search.AllocationSettings(num_gate=3, num_rounds=1, num_estimates=1)
         ),
-        "data": data,
     }
     run = lambda: qdit.search(  # noqa: E731
-        checkpoint, jax.random.key(1), state=tmp_path / "state", report_fn=told.append, **settings
+        checkpoint, jax.random.key(1), state=tmp_path / "state", progress_fn=told.tell, **settings
     )
     result = run()
     recipe = qdit.Recipe.from_json(result.recipe.to_json())
@@ -289,12 +291,15 @@ def test_a_search_over_all_choices_finds_a_recipe_that_best_makes(case, tmp_path
     ]
     assert own == pytest.approx(measured[-1], rel=0.05)
     # The same call again reads fits and measurements back.
-    texts = [event.get("text", "") for event in told]
+    texts = told.texts
     assert any(text.startswith("fitted transforms and branches of 4 of 4") for text in texts)
     told.clear()
     again = run()
     assert again.assignment.tolist() == result.assignment.tolist()
-    assert not any(event.get("items") or "fitted" in event.get("text", "") for event in told)
-    other = {**settings, "data": dataclasses.replace(data, seed=5)}
+    assert not told.counts
+    assert not any("fitted" in text for text in told.texts)
+    other_data = dataclasses.replace(data, seed=5)
+    rollouts = dataclasses.replace(settings["rollouts"], data=other_data)
+    other = {**settings, "rollouts": rollouts}
     with pytest.raises(qdit.UserError, match="data was"):
         qdit.search(checkpoint, jax.random.key(1), state=tmp_path / "state", **other)

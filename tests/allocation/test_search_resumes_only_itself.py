@@ -11,7 +11,7 @@ import pytest
 from search_models import small_model
 
 import qdit_jax as qdit
-from qdit_jax.allocation import EvolutionSettings, Evolve, Rollouts, search
+from qdit_jax.allocation import EvolutionSettings, Evolve, Priced, Rollouts, search
 from qdit_jax.errors import UserError
 
 SETTINGS = EvolutionSettings(2, 1, 2, 1, 1)
@@ -38,12 +38,11 @@ def base():
     return {
         "checkpoint": qdit.Checkpoint(*small_model()),
         "key": jax.random.key(4),
-        "budget": "mine=50",
+        "budget": Priced("mine=50", {"mine": cost}),
         "objective": spread,
         "strategy": Evolve(SETTINGS),
         "space": {"group_sizes": (8, 16)},
         "rollouts": ROLLOUTS,
-        "costs": {"mine": cost},
     }
 
 
@@ -67,8 +66,8 @@ CHANGES = {
         )
     },
     "the key": lambda g: {"key": jax.random.key(5)},
-    "the budget": lambda g: {"budget": "mine=51"},
-    "what a cost counts": lambda g: {"costs": {"mine": dearer}},
+    "the budget": lambda g: {"budget": Priced("mine=51", {"mine": cost})},
+    "what a cost counts": lambda g: {"budget": Priced("mine=50", {"mine": dearer})},
     "the objective": lambda g: {"objective": other_spread},
     "the objective's kind": lambda g: {"objective": "paired"},
     "the strategy's numbers": lambda g: {

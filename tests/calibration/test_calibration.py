@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import layer_ranges
+from told import Told
 
 import qdit_convert
 import qdit_jax as qdit
@@ -92,14 +93,14 @@ def test_operands_hessians_and_tokens_are_recorded(stats):
 def test_a_killed_run_goes_on_to_the_same_statistics(checkpoint, stats, tmp_path):
     file = tmp_path / "unfinished.npz"
 
-    def kill(count):
+    def kill(event):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run(checkpoint, unfinished=file, progress_fn=kill)
-    seen = []
-    assert_equal(run(checkpoint, unfinished=file, progress_fn=seen.append), stats)
-    assert seen == [2, 2]
+    seen = Told()
+    assert_equal(run(checkpoint, unfinished=file, progress_fn=seen.tell), stats)
+    assert seen.counts == [2, 2]
     with pytest.raises(qdit.UserError, match="unfinished calibration with other settings"):
         calibrate(checkpoint, KEY, 6, sampler=qdit.ddim(steps=STEPS), unfinished=file)
     file.write_bytes(b"no archive")
@@ -235,7 +236,7 @@ def test_every_setting_of_a_calibration_is_changed_below():
 def test_an_unfinished_calibration_is_taken_up_by_the_same_settings_only(
     checkpoint, tmp_path, name, changes
 ):
-    def kill(count):
+    def kill(event):
         raise KeyboardInterrupt
 
     file = tmp_path / "unfinished.npz"

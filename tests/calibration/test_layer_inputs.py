@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import tiny_checkpoint
+from told import Told
 
 from qdit_jax.calibration import collect_items, item_statistics, layer_inputs
 from qdit_jax.diffusion import ddim
@@ -67,7 +68,7 @@ def test_what_is_not_finite_is_refused_by_the_layer_s_name(checkpoint, items):
 
 @pytest.mark.parametrize("per_timestep", [False, True])
 def test_statistics_of_items_are_ranges_of_their_rows(checkpoint, items, per_timestep):
-    batches = []
+    told = Told()
     stats = item_statistics(
         checkpoint.model,
         checkpoint.params,
@@ -75,7 +76,7 @@ def test_statistics_of_items_are_ranges_of_their_rows(checkpoint, items, per_tim
         per_timestep=per_timestep,
         num_tokens=2,
         batch_size=4,
-        progress_fn=batches.append,
+        progress_fn=told.tell,
     )
     steps = np.unique(items.timestep)[::-1] if per_timestep else [items.timestep.mean()]
     np.testing.assert_allclose(stats.timesteps, steps, rtol=1e-6)
@@ -88,4 +89,4 @@ def test_statistics_of_items_are_ranges_of_their_rows(checkpoint, items, per_tim
             np.testing.assert_allclose(stats.high[path][number], own.max(0), rtol=1e-4, atol=1e-4)
         assert stats.tokens[path].shape[0] == len(steps)
     counts = [int((items.timestep == s).sum()) for s in steps] if per_timestep else [len(items.x)]
-    assert sum(batches) == sum(-(-n // 4) for n in counts)
+    assert sum(told.counts) == sum(-(-n // 4) for n in counts)

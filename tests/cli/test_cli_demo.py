@@ -9,7 +9,6 @@ import pytest
 
 from qdit_jax.cli import main
 from qdit_jax.demo.run import MARKER, RESULTS
-from qdit_jax.metrics import DEMO_FRECHET_DISTANCE
 
 pytestmark = pytest.mark.slow  # the demonstration takes half a minute
 
@@ -24,34 +23,34 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def models(folder):
-    return json.loads((folder / "metrics.json").read_text())["models"]
+def found(folder):
+    return json.loads((folder / "metrics.json").read_text())
 
 
-def test_every_result_is_written_and_every_contender_has_its_row(folder, models):
+def test_every_result_is_written_and_every_contender_has_its_row(folder, found):
     assert {MARKER, *RESULTS} <= {path.name for path in folder.iterdir()}
-    assert [model["title"] for model in models] == TITLES
+    assert [model["title"] for model in found["models"]] == TITLES
     page = (folder / "report.html").read_text()
-    for model in models:
-        assert f"<td>{model['title']}</td><td>{model['bytes']:,}</td>" in page
+    for model in found["models"]:
+        assert f"<td>{model['title']}</td><td>" in page
+        assert f"<td>{model['bytes']:,}</td>" in page
 
 
-def test_fewer_bits_are_smaller_and_farther_from_full_precision(models):
-    full, *quantized = models
-    assert full["closeness_db"] is None
-    sizes = [model["bytes"] for model in models]
-    near = [model["closeness_db"]["estimate"] for model in quantized]
+def test_fewer_bits_are_smaller_and_farther_from_full_precision(found):
+    sizes = [model["bytes"] for model in found["models"]]
     assert sizes == sorted(set(sizes), reverse=True)
+    assert list(found["paired"]) == TITLES[1:]
+    intervals = [found["paired"][title]["latent_snr_db"] for title in TITLES[1:]]
+    near = [interval["estimate"] for interval in intervals]
     assert near == sorted(set(near), reverse=True)
     assert near[0] > 30  # 8 bits
-    for model in quantized:
-        interval = model["closeness_db"]
+    for interval in intervals:
         assert all(map(math.isfinite, interval.values()))
         assert interval["low"] < interval["estimate"] < interval["high"]
 
 
-def test_the_static_recipe_has_the_worst_distance_to_real_digits(models):
-    distances = [model[DEMO_FRECHET_DISTANCE] for model in models]
+def test_the_static_recipe_has_the_worst_distance_to_real_digits(found):
+    distances = [found["scores"][title]["frechet_distance"]["value"] for title in TITLES]
     assert all(math.isfinite(d) and d > 0 for d in distances)
     assert max(distances) == distances[-1]
     assert distances[-1] > 2 * max(distances[:-1])

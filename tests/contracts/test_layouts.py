@@ -13,13 +13,14 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from qdit_convert import read_model
-from qdit_convert.api import to_checkpoint
 from qdit_convert.choices import Choices
 from qdit_convert.families import check_options, find_layout
+from qdit_convert.inverse import file_shapes
 from qdit_convert.joint import swapped, swapped_linear
 from qdit_convert.layouts import LAYOUTS, NAMINGS
 from qdit_convert.names import select_network
 from qdit_convert.plan import build_params, check_plan, convolution, convolution3d, linear, same
+from qdit_convert.reading import to_checkpoint
 from qdit_convert.tensors import StateDict, StoredTensor
 from qdit_convert.video import frame_convolution
 from qdit_convert.wan_vae import vector
@@ -159,14 +160,23 @@ def test_every_tensor_is_read_once_and_every_leaf_is_of_the_network(layout):
         assert leaf.flags.c_contiguous
 
 
-@pytest.mark.parametrize(
-    "layout", [row for row in LAYOUTS if row.written is not None], ids=lambda layout: layout.name
-)
-def test_a_layout_that_is_written_has_the_leaves_of_its_plan(layout):
+WRITTEN = [row for row in LAYOUTS if row.writes]
+
+
+@pytest.mark.parametrize("layout", WRITTEN, ids=lambda layout: layout.name)
+def test_a_network_has_the_names_and_shapes_of_its_authors_file(layout):
     _, plan = planned(layout, state_of(layout))
-    fields = config_of(build_model(plan.family, json.loads(json.dumps(plan.config))))
-    found = {leaf.path: (leaf.expected, leaf.transform) for leaf in layout.written(fields)}
-    assert found == {leaf.path: (leaf.expected, leaf.transform) for leaf in plan.leaves}
+    model = build_model(plan.family, json.loads(json.dumps(plan.config)))
+    found = file_shapes(layout, model)
+    assert found == {key: array.shape for key, array in arrays_of(layout).items()}
+    deeper = model.clone(depth=layout_depth(model) + 10)
+    kinds = {re.sub(r"(?<=blocks\.)\d+", "#", key) for key in file_shapes(layout, deeper)}
+    assert kinds <= {re.sub(r"(?<=blocks\.)\d+", "#", key) for key in found}
+    assert len(file_shapes(layout, deeper)) > 4 * len(found) // 2
+
+
+def layout_depth(model):
+    return config_of(model)["depth"]
 
 
 @every_layout

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from tiny_models import tiny_checkpoint
+from told import Told
 
 import qdit_jax as qdit
 from qdit_jax import methods
@@ -58,17 +59,15 @@ def recipe_for(name, bits):
 @cache
 def quantized(name, bits):
     """Returns the result of a method on 128 items, and what it said on the way."""
-    layers, batches, totals = [], [], []
+    told = Told()
     result = qdit.quantize(
         checkpoint(),
         name,
         recipe_for(name, bits),
         data=CalibrationData(items=items(0), batch_size=32),
-        on_layer=layers.append,
-        on_total=totals.append,
-        progress_fn=batches.append,
+        progress_fn=told.tell,
     )
-    return result, layers, batches, totals
+    return result, told
 
 
 @jax.jit
@@ -123,10 +122,11 @@ def test_a_method_that_learns_is_no_worse_than_nearest_on_other_inputs(name, bit
 
 @every_method
 def test_each_layer_is_reported_and_every_batch_counted(name):
-    result, layers, batches, totals = quantized(name, BITS[name])
+    result, told = quantized(name, BITS[name])
+    layers, totals = told.layers, told.of("total")
     recipe = recipe_for(name, BITS[name])
     assert sorted(layer.path for layer in layers) == sorted(recipe.resolve(checkpoint().params))
-    assert totals[-1:] == ([sum(batches)] if method_named(name).needs else [])
+    assert totals[-1:] == ([sum(told.counts)] if method_named(name).needs else [])
     assert totals == sorted(totals)
     for layer in layers:
         assert 0 < layer.error_db < 60
@@ -318,11 +318,12 @@ def test_arrays_are_still_quantized_by_the_same_name():
 
 
 def test_few_inputs_and_uniform_groups_are_said():
-    notes = []
+    told = Told()
     recipe = method_named("qdit").preset("w4a8", group_size=8, layers="blocks_0/mlp/fc2")
     few = jax.tree.map(lambda array: array[:8], items(0))
     data = CalibrationData(items=few, holdout=0)
-    result = qdit.quantize(checkpoint(), "qdit", recipe, data=data, on_note=notes.append)
+    result = qdit.quantize(checkpoint(), "qdit", recipe, data=data, progress_fn=told.tell)
+    notes = told.texts
     assert "all layers have one group size" in notes[0]
     assert "32 inputs for the 64 channels of blocks_0/mlp/fc2" in notes[1]
     assert "nothing was held out" in notes[2]

@@ -9,7 +9,7 @@ import pytest
 from convert_samples import flat
 
 from qdit_convert import read_model
-from qdit_convert.api import to_checkpoint
+from qdit_convert.reading import to_checkpoint
 
 
 def output(read, x, *inputs, **settings):

@@ -13,8 +13,8 @@ from convert_samples import flat
 from torch_file import Storage, Tensor, write_torch_file
 
 from qdit_convert import read_model
-from qdit_convert.api import to_checkpoint
 from qdit_convert.readers import open_weights
+from qdit_convert.reading import to_checkpoint
 from qdit_jax.errors import UserError
 
 torch = pytest.importorskip("torch")

@@ -17,8 +17,8 @@ from convert_samples import (
 )
 
 from qdit_convert import read_model
-from qdit_convert.api import to_checkpoint
 from qdit_convert.inception import convolutions
+from qdit_convert.reading import to_checkpoint
 from qdit_jax.errors import UserError
 
 

@@ -26,7 +26,7 @@ from convert_samples import (
 from torch_file import Object
 
 from qdit_convert import convert, describe, description_text, read_model
-from qdit_convert.api import to_checkpoint
+from qdit_convert.reading import to_checkpoint
 from qdit_convert.settings import AUTOENCODER, TRANSFORMER
 from qdit_jax import diffusion, sampling
 from qdit_jax.calibration import default_sampler

@@ -9,7 +9,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from qdit_convert import flux, read_model, sd3
-from qdit_convert.joint import mlp_ratio, swapped
+from qdit_convert.joint import swapped
+from qdit_convert.sizes import mlp_ratio
 from qdit_convert.vae import latent_diffusion_example, vae_example
 from qdit_jax.errors import UserError
 

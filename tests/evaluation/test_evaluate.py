@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 from tiny_models import tiny_checkpoint
+from told import Told
 
 import qdit_jax as qdit
 from qdit_jax.cli import main
@@ -25,11 +26,9 @@ def pair():
 def test_a_pair_in_memory_is_compared_and_nothing_is_kept(pair, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     full, small = pair
-    counts = []
-    found = qdit.evaluate(
-        small, against=full, sampler=SAMPLER, progress_fn=counts.append, **SETTINGS
-    )
-    assert sum(counts) == 4
+    told = Told()
+    found = qdit.evaluate(small, against=full, sampler=SAMPLER, progress_fn=told.tell, **SETTINGS)
+    assert sum(told.counts) == 4
     assert [m["title"] for m in found["models"]] == ["full precision", "w4a8-g16"]
     closeness = found["paired"]["w4a8-g16"]["latent_snr_db"]
     assert 3 < closeness["low"] <= closeness["estimate"] <= closeness["high"] < 80
@@ -56,16 +55,16 @@ def test_it_is_what_the_verb_measures_and_resumes(pair, tmp_path):
     by_verb = json.loads((tmp_path / "verb/metrics.json").read_text())
     for name, entry in found["paired"]["small"].items():
         np.testing.assert_allclose(by_verb["paired"]["small"][name]["estimate"], entry["estimate"])
-    again = []
+    again = Told()
     qdit.evaluate(
         *(tmp_path / "small",),
         against=tmp_path / "full",
         sampler=SAMPLER,
         out=out,
-        progress_fn=again.append,
+        progress_fn=again.tell,
         **SETTINGS,
     )
-    assert again == [4]  # all of them were on disk
+    assert again.counts == [4]  # all of them were on disk
 
 
 def test_what_cannot_be_compared_is_refused(pair, tmp_path):

@@ -126,8 +126,8 @@ def test_errors_over_the_trajectory_end_at_the_final_latents(compared):
 
 def test_without_probed_samples_everything_else_is_measured(folders, tmp_path):
     contenders = [Contender(n, checkpoints.load(folders / n)) for n in ("full", "w4")]
-    protocol = Protocol(diffusion.ddim(2), {"steps": 2}, num_samples=2, batch_size=2)
-    done = run_evaluation(contenders, protocol, tmp_path / "run", num_probed=0)
+    protocol = Protocol(diffusion.ddim(2), {"steps": 2}, num_samples=2, batch_size=2, num_probed=0)
+    done = run_evaluation(contenders, protocol, tmp_path / "run")
     summary = summarize(done, contenders)
     assert set(summary["trajectory"]["w4"]) == {"timestep", "drift_db"}
     assert {"latent_snr_db", "image_psnr_db"} <= set(summary["paired"]["w4"])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import tiny_checkpoint, tiny_vae
+from told import Told
 
 import qdit_jax as qdit
 from qdit_jax.evaluation import Contender, Protocol, SampleFile, run_evaluation
@@ -19,8 +20,8 @@ class StoppedError(BaseException):
     """Stands for a kill."""
 
 
-def stop_after_one_batch(count):
-    if count:
+def stop_after_one_batch(event):
+    if event.done:
         raise StoppedError
 
 
@@ -84,6 +85,7 @@ OTHER_PROTOCOLS = {
     "num_samples": {"num_samples": 6},
     "conditions": {"conditions": np.array([1, 2])},
     "shape": {"shape": (4, 4, 4)},
+    "num_probed": {"num_probed": 0},
 }
 OTHER_CONTENDERS = {
     "one value": (CONTENDERS[0], Contender("b", FULL)),
@@ -148,11 +150,11 @@ def test_other_contenders_are_refused(evaluated, name):
 
 
 def test_the_same_jobs_go_on(unfinished, evaluated):
-    seen = []
+    seen = Told()
     retitled = [dataclasses.replace(c, title=c.title * 2) for c in CONTENDERS]
-    run_evaluation(retitled, dataclasses.replace(PROTOCOL, batch_size=None), evaluated, seen.append)
-    assert seen == [2, 2]
+    run_evaluation(retitled, dataclasses.replace(PROTOCOL, batch_size=None), evaluated, seen.tell)
+    assert seen.counts == [2, 2]
     seen.clear()
-    dataclasses.replace(JOB, batch_size=None).write(unfinished, progress_fn=seen.append)
-    assert seen == [2, 2]
+    dataclasses.replace(JOB, batch_size=None).write(unfinished, progress_fn=seen.tell)
+    assert seen.counts == [2, 2]
     assert np.load(unfinished)["arr_0"].shape == (4, 8, 8, 3)

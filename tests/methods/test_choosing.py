@@ -12,6 +12,7 @@ import toy_painter
 from flax.traverse_util import flatten_dict
 from scipy.stats import spearmanr
 from tiny_models import random_params, tiny_checkpoint
+from told import Told
 
 import qdit_jax as qdit
 from qdit_jax.calibration import LayerInputs, collect_items
@@ -240,8 +241,8 @@ def test_a_network_with_outliers_gains_and_says_where(method):
     items = collect_items(full, jax.random.key(1), 8, sampler=ddim(steps=4), batch_size=8)
     data = CalibrationData(items=items, batch_size=16)
     recipe = Recipe.preset("w4a8", full.params, group_size=0)
-    notes = []
-    ours = qdit.quantize(full, method, recipe, data=data, on_note=notes.append)
+    told = Told()
+    ours = qdit.quantize(full, method, recipe, data=data, progress_fn=told.tell)
     plain = qdit.quantize(full, "rtn", recipe)
 
     def error(params):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from tiny_models import random_params
+from told import Told
 from toy_family import ROW, ToyVideo, prompts
 
 import qdit_jax as qdit
@@ -135,20 +136,20 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path):
         method_named("brecq"), apply=partial(reconstruct_blocks, settings=SHORT)
     )
     run = partial(qdit.quantize, qdit.Checkpoint(model, params), method, recipe_for(), data=data)
-    seen = []
+    seen = Told()
 
-    def stop(count):
-        seen.append(count)
-        if sum(seen) == 2 * NUM_CHUNKS - 3:  # within the second block
+    def stop(event):
+        seen.tell(event)
+        if event.done and sum(seen.counts) == 2 * NUM_CHUNKS - 3:  # within the second block
             raise StoppedError
 
     with pytest.raises(StoppedError):
         run(progress_fn=stop)
     assert [path.name for path in (tmp_path / "unfinished").iterdir()] == ["0000.npz"]
-    counts, totals = [], []
-    resumed = run(progress_fn=counts.append, on_total=totals.append)
-    assert counts[0] > NUM_CHUNKS
-    assert sum(counts) == totals[-1]
+    told = Told()
+    resumed = run(progress_fn=told.tell)
+    assert told.counts[0] > NUM_CHUNKS
+    assert sum(told.counts) == told.total
     jax.tree.map(np.testing.assert_array_equal, resumed.params, result(SHORT)[0])
     other = dataclasses.replace(data, items=items(1))
     with pytest.raises(qdit.UserError, match="its items is not the same"):
@@ -179,8 +180,9 @@ def test_static_step_sizes_are_learned_and_help(per_timestep):
             check=None,
             apply=partial(reconstruct_blocks, settings=settings),
         )
-        layers = []
-        made = qdit.quantize(checkpoint, method, recipe, data=data, on_layer=layers.append)
+        told = Told()
+        made = qdit.quantize(checkpoint, method, recipe, data=data, progress_fn=told.tell)
+        layers = told.layers
         scale = flatten_dict(made.params, sep="/")["blocks_1/mlp/fc2/act_quant"].scale
         ours[rate] = np.asarray(scale), layers[-1].error_db
         assert not layers[-1].fell_back

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from tiny_models import tiny_checkpoint
+from told import Told
 
 import qdit_jax as qdit
 from qdit_jax import diffusion
@@ -98,11 +99,11 @@ def test_a_weight_shifts_the_error_to_other_timesteps(full, items):
 def test_effects_are_those_of_one_rounded_step(full):
     recipe = qdit.Recipe.preset("w4a8", group_size=16)
     rollouts = Rollouts(num_steps=STEPS, num_batches=1, batch_size=3, guidance=None)
-    counted = []
+    told = Told()
     found = measured_timestep_weights(
-        full, jax.random.key(3), recipe=recipe, rollouts=rollouts, progress_fn=counted.append
+        full, jax.random.key(3), recipe=recipe, rollouts=rollouts, progress_fn=told.tell
     )
-    assert sum(counted) == STEPS
+    assert sum(told.counts) == STEPS
     assert found.timesteps == TIMESTEPS
     assert np.mean(found.weights) == pytest.approx(1)
     from qdit_jax.allocation import seeds

@@ -14,8 +14,8 @@ import qdit_jax
 from qdit_jax import report
 from qdit_jax.checkpoint import Checkpoint, save
 from qdit_jax.cli import main
-from qdit_jax.demo.pages import TIMING, figure
-from qdit_jax.evaluation.pages import timing_text
+from qdit_jax.demo.run import TIMING
+from qdit_jax.evaluation.pages import closeness_figure, timing_text
 from qdit_jax.ptq import quantize_params
 from qdit_jax.recipes import LayerSpec, Recipe, Rule
 from qdit_jax.testing import realistic_dit
@@ -76,19 +76,19 @@ def test_a_single_timing_is_called_noisy():
     assert timing_text(5) == "the median of 5 batches, one run."
 
 
-def outcome(title, megabytes, closeness):
-    near = {"estimate": closeness, "low": closeness - 1, "high": closeness + 1}
-    return {"title": title, "bytes": megabytes * 1e6, "closeness_db": near}
-
-
 def test_labels_stay_inside_the_picture_and_off_the_points():
-    outcomes = [outcome("W8A8, groups of 32", 4.06, 39.4), outcome("W4A8, groups of 32", 3.46, 20.0),
-                outcome("W4A8, per channel", 3.3847, 7.8),
-                outcome("W4A8, per channel, static", 3.3849, 6.0)]  # fmt: skip
-    chart = figure(outcomes)
+    outcomes = {"full precision": (7.5, None), "W8A8, groups of 32": (4.06, 39.4),
+                "W4A8, groups of 32": (3.46, 20.0), "W4A8, per channel": (3.3847, 7.8),
+                "W4A8, per channel, static": (3.3849, 6.0)}  # fmt: skip
+    models = [{"title": title, "bytes": size * 1e6} for title, (size, _) in outcomes.items()]
+    paired = {
+        title: {"latent_snr_db": {"estimate": near, "low": near - 1, "high": near + 1}}
+        for title, (_, near) in list(outcomes.items())[1:]
+    }
+    chart = closeness_figure({"models": models, "paired": paired})
     FigureCanvasAgg(chart).draw()
     (legend,) = chart.legends
-    assert [text.get_text() for text in legend.texts] == [o["title"] for o in outcomes]
+    assert [text.get_text() for text in legend.texts] == list(paired)
     box, frame = legend.get_window_extent(), chart.axes[0].get_window_extent()
     assert frame.x1 <= box.x0
     assert box.x1 <= chart.bbox.x1

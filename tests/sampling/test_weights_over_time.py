@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import quantized_layers, tiny_checkpoint
+from told import Told
 
 import qdit_jax as qdit
 from qdit_jax import diffusion
@@ -131,15 +132,13 @@ def names(tree, prefix=""):
 def test_both_kernels_are_rounded_by_the_method(full, method):
     data = qdit.CalibrationData(**DATA)
     recipe = recipe_at({"0": "w6"})
-    layers, batches, totals = [], [], []
+    told = Told()
     found = qdit.quantize(
         full,
         method,
         recipe,
         data=data,
-        on_layer=lambda layer: layers.append(layer.path),
-        on_total=totals.append,
-        progress_fn=batches.append,
+        progress_fn=told.tell,
     )
     once = dataclasses.replace(recipe, over_time=None)
     parts = [
@@ -156,9 +155,11 @@ def test_both_kernels_are_rounded_by_the_method(full, method):
         if method != "smoothquant":  # whose coordinates are chosen for the recipe's own bits
             other = leaf_at(parts[1].params, f"{path}/kernel")
             jax.tree.map(np.testing.assert_array_equal, six, other)
-    assert set(layers) == LINEARS | {f"{path}/kernel_w6" for path in LINEARS}
-    if totals:
-        assert totals[-1] == sum(batches)
+    assert {layer.path for layer in told.layers} == LINEARS | {
+        f"{path}/kernel_w6" for path in LINEARS
+    }
+    if told.counts:
+        assert told.total == sum(told.counts)
     assert "blocks_0/mlp/fc1/kernel_w6" in found.metadata["quantization"]["layers"]
 
 

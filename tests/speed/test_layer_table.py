@@ -6,7 +6,7 @@ import pytest
 from tiny_models import tiny_checkpoint
 
 import qdit_jax as qdit
-from qdit_jax.allocation import Rollouts, search, search_space
+from qdit_jax.allocation import Priced, Rollouts, search, search_space
 from qdit_jax.models import rows_per_sample
 from qdit_jax.speed import layer_table
 
@@ -99,10 +99,9 @@ def test_a_search_at_the_speed_of_coarser_groups(checkpoint, times):
         checkpoint,
         jax.random.key(0),
         objective="predicted",
-        budget="latency=1.0x-g16",
+        budget=Priced("latency=1.0x-g16", {"latency": times}),
         space={"group_sizes": (8, 16)},
         rollouts=Rollouts(num_steps=2, batch_size=2, num_calibration=1),
-        costs={"latency": times},
     )
     assert set(found.assignment.tolist()) == {1}
     assert found.history["cost"] == pytest.approx(4 * 1.5)

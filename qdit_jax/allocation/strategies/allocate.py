@@ -21,6 +21,7 @@ from qdit_jax.allocation.sensitivity import Prediction, rank_correlation
 from qdit_jax.allocation.space import Space
 from qdit_jax.allocation.strategies.evolution import random_legal
 from qdit_jax.errors import check_counts
+from qdit_jax.types import Progress, ProgressFn, untold
 
 # (assignments [N, L], batches) -> fitness [N]
 MeasureFn = Callable[[np.ndarray, Sequence[int]], np.ndarray]
@@ -94,7 +95,7 @@ class Allocate:
         """Returns the allocation of least error that was measured, or predicted."""
         journal = Journal(problem.store)
         if problem.evaluator is None:
-            problem.report_fn({"total": 0, "text": "measuring sensitivities"})
+            problem.progress_fn(Progress(total=0, text="measuring sensitivities"))
             found = predicted_only(
                 problem.space,
                 problem.budget,
@@ -103,11 +104,11 @@ class Allocate:
                 journal=journal,
             )
             text = "rank correlation not checked: nothing is measured by this objective"
-            problem.report_fn({"text": text})
+            problem.progress_fn(Progress(text=text))
             return found
         settings = self.settings.fitted(problem.evaluator.objective.num_batches)
         total = settings.planned_items(len(problem.given))
-        problem.report_fn({"total": total, "text": "measuring sensitivities"})
+        problem.progress_fn(Progress(total=total, text="measuring sensitivities"))
         return allocate(
             problem.space,
             problem.budget,
@@ -117,7 +118,7 @@ class Allocate:
             settings=settings,
             first=problem.given,
             journal=journal,
-            report_fn=lambda text, best=None: problem.report_fn({"text": text, "best": best}),
+            progress_fn=problem.progress_fn,
         )
 
 
@@ -132,11 +133,11 @@ class Run:
         predict_fn: PredictFn,
         settings: AllocationSettings,
         journal: Journal,
-        report_fn: Callable[..., Any],
+        progress_fn: ProgressFn,
     ) -> None:
         self.space, self.budget, self.settings = space, budget, settings
         self.measure_fn, self.predict_fn = measure_fn, predict_fn
-        self.journal, self.report_fn = journal, report_fn
+        self.journal, self.progress_fn = journal, progress_fn
         self.measured = Measured.none(space)
         self.num_items = 0  # pairs of an assignment and a batch, read from the journal or not
         self.num_predictions = 0
@@ -165,7 +166,8 @@ class Run:
         legal = self.legal()
         if len(legal):
             best = float(self.measured.fitness[legal].min())
-            self.report_fn(f"{len(self.measured.fitness)} measured, best {best:.6g}", best)
+            text = f"{len(self.measured.fitness)} measured, best {best:.6g}"
+            self.progress_fn(Progress(text=text, best=best))
 
     def fitness(self, rows: np.ndarray, batches: Sequence[int]) -> np.ndarray:
         """Returns measured fitness, from the journal if it was measured before."""
@@ -195,7 +197,7 @@ def allocate(
     settings: AllocationSettings | None = None,
     first: Sequence[Any] = (),
     journal: Journal | None = None,
-    report_fn: Callable[..., Any] = lambda text, best=None: None,
+    progress_fn: ProgressFn = untold,
 ) -> Found:
     """Returns the allocation of least measured error that predictions and measurements find.
 
@@ -203,11 +205,11 @@ def allocate(
         first: assignments to measure in any case, such as uniform ones, legal or not; those within
             the budget may win.
         journal: keeps what was computed; a search that was stopped resumes from it.
-        report_fn: `(text, best=None)`, one line of progress at a time.
+        progress_fn: told one line of `text` at a time, and the `best` error.
     """
     settings = AllocationSettings() if settings is None else settings
     journal = Journal() if journal is None else journal
-    run = Run(space, budget, measure_fn, predict_fn, settings, journal, report_fn)
+    run = Run(space, budget, measure_fn, predict_fn, settings, journal, progress_fn)
     prediction = run.predict(None)
     front, front_cost, front_error = lagrangian_front(
         own_errors(prediction, space), list(budget.table)
@@ -260,14 +262,18 @@ def gate(
         "joint": rank_correlation(prediction.joint(assignments), fitness),
     }
     passed = found["additive"] >= run.settings.threshold
-    run.report_fn(
-        f"rank correlation of predicted and measured error on {len(rows)} random assignments: "
-        f"additive {found['additive']:.2f}, with terms between layers {found['joint']:.2f}"
+    run.progress_fn(
+        Progress(
+            text=f"rank correlation of predicted and measured error on {len(rows)} random assignments: "
+            f"additive {found['additive']:.2f}, with terms between layers {found['joint']:.2f}"
+        )
     )
     if not passed:
-        run.report_fn(
-            f"below {run.settings.threshold:g}: the sum of single-layer errors does not rank "
-            "assignments of this model; leaning on measured joint errors instead"
+        run.progress_fn(
+            Progress(
+                text=f"below {run.settings.threshold:g}: the sum of single-layer errors does not rank "
+                "assignments of this model; leaning on measured joint errors instead"
+            )
         )
     return {"rank_correlation": found, "passed": passed, "num_gate": len(rows)}
 
@@ -322,7 +328,8 @@ def halving(run: Run) -> tuple[np.ndarray, list[dict[str, Any]]]:
                 "fitness": fitness[order].tolist(),
             }
         )
-        run.report_fn(f"{len(left)} finalists on {count} batches: best {fitness.min():.6g}")
+        text = f"{len(left)} finalists on {count} batches: best {fitness.min():.6g}"
+        run.progress_fn(Progress(text=text))
         is_last = rung == len(run.settings.rungs) - 2
         # Successive halving, by three: fewer finalists on more batches.
         left = left[order[: 1 if is_last else max(2, -(-len(left) // 3))]]

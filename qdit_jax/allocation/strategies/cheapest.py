@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from qdit_jax.allocation.strategies.allocate import (
 )
 from qdit_jax.allocation.within import Within
 from qdit_jax.errors import check_counts
+from qdit_jax.types import Progress, ProgressFn, untold
 
 # Predictions err, so each round aims below the limit too, and a little above.
 MARGINS = (1.0, 0.98, 0.95, 0.9, 0.8, 1.03)
@@ -95,7 +96,7 @@ class Cheapest:
         count = len(problem.given) + 1 + len(MARGINS) + settings.num_gate
         planned = few * (count + settings.num_rounds * settings.per_round)
         planned += 0 if few == total else total * 2 * NUM_TOGETHER
-        problem.report_fn({"total": planned, "text": "measuring sensitivities"})
+        problem.progress_fn(Progress(total=planned, text="measuring sensitivities"))
         return cheapest(
             problem.space,
             problem.budget,
@@ -107,7 +108,7 @@ class Cheapest:
             settings=settings,
             first=problem.given,
             journal=Journal(problem.store),
-            report_fn=lambda text, best=None: problem.report_fn({"text": text, "best": best}),
+            progress_fn=problem.progress_fn,
         )
 
 
@@ -137,7 +138,7 @@ class CheapRun(Run):
         if len(found):
             best = self.budget.shown(float(self.measured.cost[found[0]]))
             text = f"{len(self.measured.fitness)} measured, cheapest within the error {best:.6g}"
-        self.report_fn(text, best)
+        self.progress_fn(Progress(text=text, best=best))
 
 
 def cheapest(
@@ -152,7 +153,7 @@ def cheapest(
     settings: CheapestSettings | None = None,
     first: Sequence[Any] = (),
     journal: Journal | None = None,
-    report_fn: Callable[..., Any] = lambda text, best=None: None,
+    progress_fn: ProgressFn = untold,
 ) -> Found:
     """Returns the cheapest assignment found whose measured error is within a reference's.
 
@@ -164,7 +165,7 @@ def cheapest(
         num_batches: of the objective.
         first: assignments to measure in any case.
         journal: keeps what was computed; a search that was stopped resumes from it.
-        report_fn: `(text, best=None)`, one line of progress at a time; best is a cost.
+        progress_fn: told one line of `text` at a time; `best` is a cost.
 
     Raises:
         ValueError: if no measured assignment is within the error, or the reference has none.
@@ -173,7 +174,7 @@ def cheapest(
     few = min(settings.num_batches, num_batches)
     rungs = AllocationSettings(rungs=tuple(sorted({few, num_batches})))
     journal = Journal() if journal is None else journal
-    run = CheapRun(space, budget, measure_fn, predict_fn, rungs, journal, report_fn)
+    run = CheapRun(space, budget, measure_fn, predict_fn, rungs, journal, progress_fn)
     run.reference, run.factor = within.reference(space), within.factor
     prediction = run.predict(None)
     ranks = begin(run, prediction, settings, seed, first)
@@ -290,9 +291,11 @@ def verified(
             }
             finalists.append(entry)
             if value <= run.factor * reference:
-                run.report_fn(
-                    f"verified on {num_batches} batches: {entry['error_db']:+.2f} dB of the uniform "
-                    "assignment"
+                run.progress_fn(
+                    Progress(
+                        text=f"verified on {num_batches} batches: {entry['error_db']:+.2f} dB of the uniform "
+                        "assignment"
+                    )
                 )
                 return row, finalists
     least = float(run.measured.fitness.min()) * run.factor / run.limit

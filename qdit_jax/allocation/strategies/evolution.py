@@ -25,6 +25,7 @@ from qdit_jax.allocation.records import Measured
 from qdit_jax.allocation.sensitivity import Prediction
 from qdit_jax.allocation.space import Space
 from qdit_jax.errors import check_counts
+from qdit_jax.types import Progress
 
 ATTEMPTS = 10  # attempts per wanted child, before the rest is drawn at random
 
@@ -87,7 +88,7 @@ class Evolve:
         num_batches = evaluator.objective.num_batches
         children = settings.num_crossover + settings.num_mutation
         total = settings.population + settings.num_generations * children
-        problem.report_fn({"total": total * num_batches})
+        problem.progress_fn(Progress(total=total * num_batches))
         saved = None if problem.store is None else problem.store.load()
         measured = evolve(
             problem.space,
@@ -113,7 +114,7 @@ class Evolve:
         uniform = [a for a in problem.given if problem.budget.allows(a)]
         if not self.begins_predicted:
             return uniform
-        problem.report_fn({"text": "measuring sensitivities"})
+        problem.progress_fn(Progress(text="measuring sensitivities"))
         count = self.settings.population // 2
         return (
             predicted_front(problem.predict_fn(None), problem.space, problem.budget, count)
@@ -127,7 +128,7 @@ def after_generation(problem: Problem, measured: Measured) -> None:
         problem.store.save(measured.arrays())
     text = f"generation {measured.num_rounds - 1}: {len(measured.fitness)} measured"
     best = float(measured.fitness.min())
-    problem.report_fn({"text": f"{text}, best {best:.6g}", "best": best})
+    problem.progress_fn(Progress(text=f"{text}, best {best:.6g}", best=best))
 
 
 def predicted_front(

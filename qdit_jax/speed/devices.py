@@ -1,0 +1,119 @@
+"""Devices by name: operations and bytes per second, as their makers state them, and memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qdit_jax.errors import UserError
+
+TERA, GIGA = 1e12, 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What bounds a step from below.
+
+    Attributes:
+        name: what `--device` takes.
+        title: in words.
+        rates: operations per second (two per multiply-add) by the dtype of the operands, dense.
+        bandwidth: bytes per second to and from its memory.
+        memory: bytes of it.
+        fuses_attention: whether attention is computed without its weights in memory.
+        fuses_levels: whether packed weights become levels inside the product (`tpu_levels`).
+        wide: the precision of float32 products, in words.
+    """
+
+    name: str
+    title: str
+    rates: Mapping[str, float]
+    bandwidth: float
+    memory: float
+    fuses_attention: bool = True
+    fuses_levels: bool = False
+    wide: str = "float32"
+
+
+def tpu(name: str, tera: float, int8: float, bandwidth: float, memory: float) -> Device:
+    """Returns a TPU; JAX multiplies float32 there in one pass of bfloat16 unless it is told not to."""
+    rates = {"float32": tera * TERA, "bfloat16": tera * TERA, "int8": int8 * TERA}
+    return Device(
+        name,
+        f"TPU {name}",
+        rates,
+        bandwidth * GIGA,
+        memory * GIGA,
+        fuses_levels=True,
+        wide="one pass of bfloat16, JAX's default",
+    )
+
+
+DEVICES = {
+    row.name: row
+    for row in (
+        Device(
+            "h100",
+            "NVIDIA H100 SXM",
+            {"float32": 495 * TERA, "bfloat16": 989 * TERA, "int8": 1979 * TERA},
+            3350 * GIGA,
+            80 * GIGA,
+            wide="TF32, JAX's default",
+        ),
+        tpu("v5e", 197, 394, 819, 16),
+        tpu("v5p", 459, 918, 2765, 95),
+        tpu("v6e", 918, 1836, 1640, 32),
+    )
+}
+HERE = "cpu"  # the name of the machine that asks, whose rates are measured
+SIDE = 1024  # of the products that are timed for it
+
+
+def devices_named(names: list[str]) -> list[Device]:
+    """Returns devices by name; the machine itself is measured, in a second or two.
+
+    Raises:
+        UserError: if a name is not known.
+    """
+    if unknown := [name for name in names if name not in (*DEVICES, HERE)]:
+        raise UserError(
+            f"device={unknown[0]!r} is not known; use {', '.join(DEVICES)}, or {HERE} for this machine."
+        )
+    return [this_cpu() if name == HERE else DEVICES[name] for name in names]
+
+
+def this_cpu() -> Device:
+    """Returns this machine's processor, its rates those of one product of each kind, measured now."""
+    rates = {}
+    for dtype, sums in (("float32", "float32"), ("bfloat16", "bfloat16"), ("int8", "int32")):
+        left = jnp.ones((SIDE, SIDE), dtype)
+
+        @jax.jit
+        def product(a: jax.Array, b: jax.Array, sums: str = sums) -> jax.Array:
+            return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=sums)
+
+        rates[dtype] = 2 * SIDE**3 / least_seconds(partial(product, left, left))
+    values = jnp.ones(32 * SIDE**2, jnp.float32)
+    negated = jax.jit(jnp.negative)
+    copied = 2 * values.nbytes / least_seconds(lambda: negated(values))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    title = f"this machine, {os.cpu_count()} CPU cores"
+    return Device(HERE, title, rates, copied, memory, fuses_attention=False)
+
+
+def least_seconds(call: Callable[[], jax.Array], rounds: int = 5) -> float:
+    """Returns the least of a few times of a call, which is what others on the machine disturb least."""
+    call().block_until_ready()
+    seconds = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        call().block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return float(np.min(seconds))
