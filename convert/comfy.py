@@ -16,17 +16,20 @@ import numpy as np
 
 from qdit_convert.bits import from_tiles, nibbles, tiled_shape
 from qdit_convert.kernels import Kernel, StoredKernel
-from qdit_convert.stored_layer import E4M3, FLOATS, StoredLayer
+from qdit_convert.stored_layer import E4M3, E8M0, FLOATS, StoredLayer
 from qdit_jax.errors import UserError
 from qdit_jax.quant import ActSpec, WeightSpec, formats, regular_size
 
 Shape = tuple[int, int]
+INT4_GROUP = 64  # of which `convrot_w4a4` has multiples
 CONVROT = 256  # channels of a rotated block, where the marker does not say
-INT8, LUT = ROTATED = ("int8_tensorwise", "asym_w4a8_int8")
+INT8, LUT, INT4 = ROTATED = ("int8_tensorwise", "asym_w4a8_int8", "convrot_w4a4")
+ALWAYS_ROTATED = (LUT, INT4)
 # Settings of a marker that are read, or repeat what tensors say.
 UNDERSTOOD = {
     *("format", "params", "convrot", "convrot_groupsize", "group_size", "per_row"),
     *("full_precision_matrix_mult", "orig_dtype", "orig_shape"),
+    *("quant_group_size", "linear_dtype"),
 }
 
 
@@ -113,7 +116,7 @@ def rotation(layer: StoredLayer, shape: Shape) -> int:
     Raises:
         UserError: if there is no regular Hadamard matrix of that size.
     """
-    if layer.settings["format"] != LUT and not layer.setting("convrot", False):
+    if layer.settings["format"] not in ALWAYS_ROTATED and not layer.setting("convrot", False):
         return 0
     size = layer.number("convrot_groupsize", CONVROT)
     if regular_size(size, size) != size or size == 1:
@@ -241,6 +244,66 @@ def read_lut(layer: StoredLayer, shape: Shape) -> Kernel:
     )
 
 
+def check_mxfp8(layer: StoredLayer, shape: Shape) -> None:
+    """Checks the block scales of `mxfp8`: bytes of exponents, in tiles, padded.
+
+    A weight whose sides are no multiples of 32 is stored padded, by how much its file does not say.
+    """
+    size = formats.mxfp8.block_size
+    if shape[0] % size or shape[1] % size:
+        raise UserError(
+            f"{layer.name}.weight has {shape[0]} x {shape[1]} channels, which {size} does not divide: "
+            "mxfp8 would have padded them."
+        )
+    tiles = tiled_shape(shape[0], shape[1] // size)
+    layer.check("weight_scale", (tiles, (tiles[0] * tiles[1],)), (*E8M0, "uint8"))
+
+
+def read_mxfp8(layer: StoredLayer, shape: Shape) -> Kernel:
+    """Returns the kernel of `mxfp8`."""
+    codes = layer.read("weight").view(np.uint8)
+    tiled = layer.read("weight_scale").view(np.uint8)
+    scale = from_tiles(tiled, shape[0], shape[1] // formats.mxfp8.block_size)
+    for part, bad in (
+        ("weight", ~np.isfinite(formats.mxfp8.values()[codes])),
+        ("weight_scale", scale == 0xFF),
+    ):
+        if bad.any():
+            raise UserError(
+                f"{int(bad.sum())} of {bad.size} values of {layer.name}.{part} are not finite."
+            )
+    act = act_of(layer, ActSpec(fmt=formats.mxfp8))
+    return Kernel(codes.reshape(shape), scale, WeightSpec(fmt=formats.mxfp8), act)
+
+
+def check_int4(layer: StoredLayer, shape: Shape) -> None:
+    """Checks the scales of `convrot_w4a4`, and that its products are of 4 bits on both sides."""
+    kind, size = layer.setting("linear_dtype", "int4"), layer.number("quant_group_size", INT4_GROUP)
+    if kind != "int4" or size != INT4_GROUP:
+        raise UserError(
+            f"{layer.name} says linear_dtype={kind!r}, quant_group_size={size} of {INT4}, of which "
+            f"convert reads 'int4' and {INT4_GROUP} alone: what others do to the input is not known."
+        )
+    if shape[1] % INT4_GROUP or not rotation(layer, shape):
+        raise UserError(
+            f"{layer.name}.weight has {shape[1]} input channels, which blocks of "
+            f"{layer.number('convrot_groupsize', CONVROT)} do not divide; the format rotates always."
+        )
+    layer.check("weight_scale", ((shape[0],), (shape[0], 1)), FLOATS)
+
+
+def read_int4(layer: StoredLayer, shape: Shape) -> Kernel:
+    """Returns the kernel of `convrot_w4a4`: signed codes of 4 bits, both sides with a scale per row."""
+    codes = nibbles(layer.read("weight").view(np.uint8), high_first=False)
+    return Kernel(
+        codes ^ np.uint8(8),
+        channel_scales(layer, shape),
+        WeightSpec(4, 0, True),
+        act_of(layer, ActSpec(4, 0, True)),
+        rotation=rotation(layer, shape),
+    )
+
+
 INPUT = ("input_scale", "pre_quant_scale")
 FORMATS = {
     INT8: StoredFormat(("int8",), 1, ("weight_scale",), check_scale, read_int8),
@@ -263,6 +326,8 @@ FORMATS = {
     "nvfp4": StoredFormat(
         ("uint8",), 2, ("weight_scale", "weight_scale_2"), check_nvfp4, read_nvfp4, INPUT
     ),
+    "mxfp8": StoredFormat((*E4M3, "uint8"), 1, ("weight_scale",), check_mxfp8, read_mxfp8, INPUT),
+    INT4: StoredFormat(("int8", "uint8"), 2, ("weight_scale",), check_int4, read_int4),
     LUT: StoredFormat(
         ("int8", "uint8"),
         2,

@@ -102,6 +102,7 @@ class StoredLayer:
 # Dtypes of scales, by NumPy's names.
 FLOATS = ("float32", bfloat16().name, "float16")
 E4M3 = ("float8_e4m3fn",)
+E8M0 = ("float8_e8m0fnu",)
 
 
 def marker_settings(name: str, tensor: StoredTensor) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import method_pages
+import preset_page
 import pytest
 
 import qdit_jax as qdit
@@ -32,10 +33,17 @@ def test_the_pages_of_methods_are_those_of_the_table():
     assert written == method_pages.pages(), "run experiments/tables/method_pages.py"
 
 
-def test_every_notebook_is_a_page():
+def test_the_page_of_presets_is_that_of_the_table():
+    assert preset_page.PAGE.read_text() == preset_page.page(), (
+        "run experiments/tables/preset_page.py"
+    )
+
+
+def test_every_page_and_notebook_is_in_the_navigation():
     nav = (ROOT / ".ci" / "mkdocs.yml").read_text()
     assert len(NOTEBOOKS) >= 3
-    assert all(f"notebooks/{path.name}" in nav for path in NOTEBOOKS)
+    pages = [*DOCS.glob("*.md"), *NOTEBOOKS]
+    assert [p.name for p in pages if f" {p.relative_to(DOCS)}\n" not in nav] == []
 
 
 @pytest.mark.slow

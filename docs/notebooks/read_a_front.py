@@ -33,8 +33,8 @@ found = qdit.search(
     jax.random.key(0),
     budget="bitops=1.0x-g64",
     space={"group_sizes": (32, 64, 128)},
-    strategy=Allocate(AllocationSettings(num_gate=8, num_estimates=1, num_rounds=1, per_round=6)),
-    rollouts=Rollouts(num_steps=4, num_batches=2, batch_size=8, num_calibration=1),
+    strategy=Allocate(AllocationSettings(num_gate=6, num_estimates=1, num_rounds=1, per_round=4)),
+    rollouts=Rollouts(num_steps=3, num_batches=2, batch_size=6, num_calibration=1),
 )
 
 # %% [markdown]
@@ -85,7 +85,7 @@ report["rank_correlation"], report["passed"]
 # ## Which layer got what
 
 # %%
-sizes = {layer.path: layer.weight.group_size for layer in qdit.plan(ckpt.params, found.recipe)}
+sizes = {layer.path: layer.spec.weight.group_size for layer in qdit.plan(ckpt.params, found.recipe)}
 for path, size in list(sizes.items())[:8]:
     print(f"{size:4d}  {path}")
 
@@ -97,4 +97,4 @@ for path, size in list(sizes.items())[:8]:
 
 # %%
 small = qdit.quantize(ckpt, method="rtn", recipe=found.recipe)
-qdit.verify(small, against=ckpt, num_samples=8, steps=10, timing=False).final_db["mean"]
+small.recipe.name

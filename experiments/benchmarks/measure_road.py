@@ -42,14 +42,15 @@ def main() -> None:
     found = {**about(args), **kept}
     if "convert" not in found["stages"] and not source.exists():
         make_source(source, args)
-    print(f"{'stage':36} {'seconds':>8} {'peak GB':>8} {'on disk, GB':>12}")
+    print(f"{'stage':36} {'seconds':>8} {'CPU s':>8} {'peak GB':>8} {'on disk, GB':>12}")
     for stage, command in stages(args, source, full).items():
         if stage not in found["stages"]:
             found["stages"][stage] = measured(command)
             file.write_text(json.dumps(found, indent=1) + "\n")
         row = found["stages"][stage]
         disk = f"{row['disk_bytes'] / 1e9:12.2f}" if row["disk_bytes"] else ""
-        print(f"{stage:36} {row['seconds']:8.1f} {row['peak_bytes'] / 1e9:8.2f} {disk}", flush=True)
+        times = f"{row['seconds']:8.1f} {row.get('cpu_seconds', 0):8.1f}"
+        print(f"{stage:36} {times} {row['peak_bytes'] / 1e9:8.2f} {disk}", flush=True)
         if args.tidy and stage == "convert":
             shutil.rmtree(source, ignore_errors=True)
 
@@ -129,14 +130,15 @@ def measured(command: list[str]) -> dict[str, Any]:
         embeds = command[command.index("--embeds") + 1]
         if not Path(embeds).exists():
             run([sys.executable, str(HERE / "random_conditions.py"), command[2], embeds])
-    seconds, peak = run(command)
+    seconds, cpu, peak = run(command)
     written = Path(command[3]) if command[1] in ("convert", "quantize") else None
     size = folder_bytes(written) if written else None
-    return {"seconds": round(seconds, 1), "peak_bytes": peak, "disk_bytes": size}
+    found = {"seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1)}
+    return {**found, "peak_bytes": peak, "disk_bytes": size}
 
 
-def run(command: list[str]) -> tuple[float, int]:
-    """Runs a command to its end; returns its seconds and its peak resident memory in bytes.
+def run(command: list[str]) -> tuple[float, float, int]:
+    """Runs a command to its end; returns its seconds, those of all cores, and its peak memory in bytes.
 
     It compiles for itself: kept programs of earlier runs would flatter both figures.
     """
@@ -148,7 +150,8 @@ def run(command: list[str]) -> tuple[float, int]:
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(command)} failed with status {status}.")
-    return time.perf_counter() - began, usage.ru_maxrss * 1024
+    cpu = usage.ru_utime + usage.ru_stime
+    return time.perf_counter() - began, cpu, usage.ru_maxrss * 1024
 
 
 def folder_bytes(folder: Path) -> int:

@@ -3,8 +3,8 @@
     python experiments/benchmarks/measure_token_memory.py --target v5e --out experiments/results/token_memory.json
 
 Compiled for a TPU that is not here, and not run. Per row: bytes of temporaries, as the compiler plans
-them, and every array that it keeps outside of a fusion in float32 and that is as large as the block's
-activations. The network has one block and its embedders and output layer, whose arrays are smaller; the
+them, and every array that it keeps outside of a fusion and that is as large as the block's
+activations, those in float32 first. The network has one block and its embedders and output layer, whose arrays are smaller; the
 residual stream `[32760, 1536]` is float32, as published. What a row should not have is a float32 copy
 of the inputs of a quantized layer: `[32760, 8960]` of `ffn_2`, 1.17 GB, is the one that would count.
 

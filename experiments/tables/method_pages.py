@@ -13,7 +13,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qdit_jax.cli.methods import DATA, setting
 from qdit_jax.methods import METHODS, method_named
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +22,10 @@ RESULTS = ROOT / "experiments" / "results"
 FILES = ("methods.json", "methods_seeds.json")
 STATE = "finetuned"  # the packaged model
 MADE_BY = "<!-- Written by experiments/tables/method_pages.py from the table of methods. -->"
+DATA = {
+    "items": "inputs of the network, recorded while sampling (`--items`, else sampled first)",
+    "stats": "ranges of the layers' inputs at every timestep (`--stats`)",
+}
 ARXIV = re.compile(r"arXiv:(\d{4}\.\d{5})")
 
 
@@ -62,7 +65,7 @@ def page(row: dict[str, Any], measured: list[dict[str, Any]]) -> str:
     name = row["name"]
     facts = [
         ("Paper", linked(row["paper"]) or "none; it is this library's own, or common practice"),
-        ("Calibrates on", ", ".join(DATA.get(need, need) for need in row["needs"]) or "nothing"),
+        ("Calibrates on", ", ".join(DATA[need] for need in row["needs"]) or "nothing"),
         ("At run time", row["runtime_cost"]),
         ("Hardware format", row["hardware"]),
         ("Preset settings", ", ".join(map(setting, row["settings"].items())) or "the defaults"),
@@ -87,6 +90,12 @@ def page(row: dict[str, Any], measured: list[dict[str, Any]]) -> str:
         "made of, and says which one to take.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def setting(item: tuple[str, Any]) -> str:
+    """Returns a setting of `Recipe.preset` as it is given in Python."""
+    name, value = item
+    return f"`{name}={value['name'] if isinstance(value, dict) else value!r}`"
 
 
 def linked(paper: str) -> str:

@@ -51,7 +51,7 @@ class SearchLayer:
     @property
     def mean_rows(self) -> float:
         """Returns the rows that a sample sends through it in one step, on average over the steps."""
-        return self.rows if self.share == 1 else self.rows * self.share
+        return self.rows * float(self.share)
 
 
 @dataclasses.dataclass(frozen=True)

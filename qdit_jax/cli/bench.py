@@ -36,6 +36,10 @@ With --table, every choice of a search is timed in each distinct shape of the ne
 written to latency.json for `qdit search --latency`. Choices are described as there; groups of 128 and
 per channel are always measured, for budgets are relative to them.
 
+With --dry-run nothing is run and no array is read: bytes of the weights in each format, what a step
+needs at once beside them, and the least time of a step on devices by name, all counted from shapes. With
+--model it needs no checkpoint.
+
 Writes to OUT, if it is given: bench.json (everything, saved after each row: after an interruption,
 run the same command again to resume) and bench.png.
 
@@ -45,7 +49,8 @@ examples:
   qdit bench xl2-w4a8 --against xl2 --numerics integer
   qdit bench xl2 xl2-times --table --batch 8 --group-sizes 32 64 128
   qdit bench xl2 xl2-times --table --weight-bits 3 4 8 --sides separate --numerics integer
-  qdit bench xl2 --recipes recipe.json --dry-run       # bytes and operations; runs nothing
+  qdit bench xl2 --recipes recipe.json --dry-run       # bytes and least times; runs nothing
+  qdit bench --model flux-dev --dry-run --batch 1      # of a published network, without its file
 """
 
 
@@ -53,7 +58,7 @@ def add_parser(subparsers: SubParsers) -> None:
     """Adds the verb with its options."""
     parser = verb_parser(subparsers, "bench", HELP)
     add = parser.add_argument
-    add("checkpoint", metavar="CKPT", type=path_option, help="a checkpoint folder")
+    add("checkpoint", metavar="CKPT", nargs="?", type=path_option, help="a checkpoint folder")
     add("out", metavar="OUT", nargs="?", type=path_option, help="the folder to write to")
     add(
         "--recipes",
@@ -74,7 +79,14 @@ def add_parser(subparsers: SubParsers) -> None:
         help="of a quantized CKPT: the full-precision checkpoint that it is compared with",
     )
     add("--table", action="store_true", help="time single layers, and write OUT/latency.json")
-    add("--dry-run", action="store_true", help="print predicted bytes and operations, run nothing")
+    add("--dry-run", action="store_true", help="print predicted bytes and times, run nothing")
+    add("--model", metavar="NAME", help="--dry-run of a published network, such as flux-dev")
+    add(
+        "--device",
+        nargs="+",
+        metavar="NAME",
+        help="of --dry-run: h100, v5e, v5p, v6e (all of them), or cpu: this machine, its rates measured",
+    )
     add("--force", action="store_true", help="replace OUT, starting from scratch")
     add_measuring(parser.add_argument_group("how it is measured").add_argument)
     add_choices(parser.add_argument_group("choices of --table").add_argument)
@@ -104,13 +116,13 @@ def add_measuring(add: AddArgument) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measures, prints a table, and writes what was found."""
-    from qdit_jax.cli import bench_run
+    from qdit_jax.cli import bench_predicted, bench_run
     from qdit_jax.memory import give_back_freed_memory
 
     options = vars(args)
     check_options(options)
     if args.dry_run:
-        return bench_run.dry_run(options)
+        return bench_predicted.dry_run(options)
     give_back_freed_memory()
     return bench_run.tabulated(options) if args.table else bench_run.measured(options)
 
@@ -134,6 +146,13 @@ def check_options(options: Mapping[str, Any]) -> None:
         refuse_inert(options, inert, "--dry-run writes nothing")
         of_embeds = {"embeds": None, "prompts_from": None}
         refuse_inert(options, of_embeds, "--dry-run runs nothing")
+    else:
+        of_counting = {"model": None, "device": None}
+        refuse_inert(options, of_counting, "only --dry-run counts without running")
+    if (options["checkpoint"] is None) == (options["model"] is None):
+        raise UserError(
+            "give CKPT, or --dry-run --model NAME for a published network; one of them."
+        )
     if options["out"] is None:
         refuse_inert(options, {"force": False}, "without OUT nothing is written")
     if not options["table"]:

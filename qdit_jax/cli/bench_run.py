@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qdit_jax.allocation import search_space
-from qdit_jax.checkpoint import Checkpoint, load, open_checkpoint
+from qdit_jax.checkpoint import Checkpoint, load
 from qdit_jax.cli.bench_pictures import draw_bench
-from qdit_jax.cli.bench_table import bench_lines, latency_lines, predicted_lines
+from qdit_jax.cli.bench_table import bench_lines, latency_lines
 from qdit_jax.cli.checkpoints import full_precision_checkpoint
 from qdit_jax.cli.guidance_option import guidance_of
 from qdit_jax.cli.options import refuse_inert
@@ -23,7 +22,7 @@ from qdit_jax.errors import UserError
 from qdit_jax.files import AnyPath, check_free, renewed_folder, replaced_file
 from qdit_jax.kernels import NUMERICS
 from qdit_jax.recipes import Recipe
-from qdit_jax.sampling import check_diffusion_model, fitting_guidance, sample_rows
+from qdit_jax.sampling import check_diffusion_model, sample_rows
 from qdit_jax.speed import (
     BATCH,
     BATCHES,
@@ -31,32 +30,22 @@ from qdit_jax.speed import (
     Bench,
     bench,
     layer_table,
-    predicted,
     recipe_named,
 )
 from qdit_jax.types import Condition
 
 
-def dry_run(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Prints what counting says of each network, and returns it."""
-    checkpoint = open_checkpoint(options["checkpoint"])  # which reads no array
-    check_diffusion_model(checkpoint.model, options["checkpoint"])
-    guidance = fitting_guidance(checkpoint.model, guidance_of(checkpoint, options["guidance"]))
-    batches = options["batch"] or BATCHES
-    found = predicted(checkpoint, recipes_of(options, checkpoint), batches, guidance)
-    print(*predicted_lines(found), sep="\n")
-    return {"predicted": [dataclasses.asdict(row) for row in found]}
-
-
-def recipes_of(options: Mapping[str, Any], checkpoint: Checkpoint) -> list[Recipe]:
-    """Returns the recipes that were asked for; none of a quantized checkpoint.
+def recipes_of(
+    options: Mapping[str, Any], checkpoint: Checkpoint, default: Sequence[str] = RECIPES
+) -> list[Recipe]:
+    """Returns the recipes that were asked for, or those of `default`; none of a quantized checkpoint.
 
     Raises:
         UserError: if `--group-size` has no effect.
     """
     given = options["recipes"]
     size = options["group_size"]
-    names = given or (() if checkpoint.recipe is not None else RECIPES)
+    names = given or (() if checkpoint.recipe is not None else default)
     if size is not None and not any(takes_group_size(name) for name in names):
         raise UserError(f"--group-size {size} has no effect: every recipe says its own.")
     return [recipe_named(name, size) for name in names]

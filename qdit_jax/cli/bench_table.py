@@ -8,7 +8,7 @@ import jax
 
 from qdit_jax.allocation import Latency
 from qdit_jax.sampling import guidance_text
-from qdit_jax.speed import Bench, Predicted, Row, Taken
+from qdit_jax.speed import Bench, Row, Taken
 
 HEADER = (
     "batch", "network", "numerics", "computed by", "ms per step", "interval", "x of {}", "interval",
@@ -62,7 +62,7 @@ def interval_text(taken: Taken) -> str:
     return f"{taken.low:.3g} to {taken.high:.3g}"
 
 
-def megabytes(count: int | None) -> str:
+def megabytes(count: float | None) -> str:
     return "-" if count is None else f"{count / 1e6:.2f}"
 
 
@@ -100,24 +100,3 @@ def latency_lines(found: Latency) -> list[str]:
         f"{found.numerics}, batch {found.batch}, {found.inputs} network inputs per step, on "
         f"{found.provenance['device']}, jax {found.provenance['jax']}",
     ]
-
-
-def predicted_lines(rows: Sequence[Predicted]) -> list[str]:
-    """Returns a table of what counting says, with ratios to the first network."""
-    lines = [("batch", "network", "MB weights", "x", "G multiply-adds", "T bit operations", "x")]
-    first = rows[0]
-    for row in rows:
-        if row.batch != first.batch:
-            first = row
-        lines.append(
-            (
-                str(row.batch),
-                row.title,
-                megabytes(row.weight_bytes),
-                f"{row.weight_bytes / first.weight_bytes:.3f}",
-                f"{row.multiply_adds / 1e9:.4g}",
-                f"{row.bit_operations / 1e12:.4g}",
-                f"{row.bit_operations / first.bit_operations:.3f}",
-            )
-        )
-    return [*aligned(lines), "predicted from shapes, linear layers of one step; nothing was run"]

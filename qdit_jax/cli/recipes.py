@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import textwrap
 from typing import Any
 
@@ -24,7 +23,6 @@ examples:
   qdit recipes xl2
   qdit quantize xl2 xl2-fast --recipe w4a8-fast --method smoothquant
 """
-FIGURES = "presets.json"
 
 
 def add_parser(subparsers: SubParsers) -> None:
@@ -42,9 +40,9 @@ def add_parser(subparsers: SubParsers) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prints every preset of the table, and returns them."""
-    from qdit_jax.recipes import NAMED
+    from qdit_jax.recipes import NAMED, measured_presets
 
-    figures = measured()
+    figures = measured_presets()
     found: list[dict[str, Any]] = []
     params = None
     if args.checkpoint is not None:
@@ -67,14 +65,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"recipes": found, "settings": figures["settings"], "made": figures["made"]}
 
 
-def measured() -> dict[str, Any]:
-    """Returns what `experiments/tables/measure_presets.py` found on the packaged model."""
-    from qdit_jax.models import asset
-
-    found: dict[str, Any] = json.loads(asset(FIGURES).read_text())
-    return found
-
-
 def cost(name: str, params: Any) -> dict[str, Any]:
     """Returns bits per quantized weight and the bytes of all parameters of a preset."""
     import jax
@@ -95,7 +85,7 @@ def text_of_entry(entry: dict[str, Any]) -> str:
     figures, here = entry["measured"], entry["here"]
     lines = {"": entry["idea"], "product:": entry["hardware"], "method:": entry["method"]}
     if figures is None:
-        lines["measured:"] = "not yet"
+        lines["measured:"] = "no"
     else:
         db = figures["closeness_db"]
         lines["measured:"] = (

@@ -117,6 +117,7 @@ def scheduler_sampler(
     variance_fn: VarianceFn | None = None,
     num_tokens: int | None = None,
     flow_spacing: str | None = None,
+    flow_shift: float | None = None,
     **given: Any,
 ) -> Sampler:
     """Returns the sampler that a scheduler describes: it draws the same samples as diffusers.
@@ -129,6 +130,7 @@ def scheduler_sampler(
         num_tokens: of a sample: tokens of its image, from which a dynamic shift is computed.
         flow_spacing: of a flow's noise levels, as the pipeline of the network spaces them where
             the scheduler alone does not say; see `flow_match_sigmas`.
+        flow_shift: of a flow's noise levels, where the pipeline of the network computes it.
         given: options of the sampler in place of the scheduler's, those that are None left out.
             `clip` replaces the scheduler's own clipping; `eps` is recomputed from the clipped data.
 
@@ -145,7 +147,9 @@ def scheduler_sampler(
         raise ValueError(f"steps={steps!r} is not supported; {row.name} takes a positive number.")
     options = row.chosen(**given | {"eta": given.get("eta") or None})
     if row.is_flow:
-        return _flow_sampler(scheduler, row, int(text), options, num_tokens, flow_spacing)
+        return _flow_sampler(
+            scheduler, row, int(text), options, num_tokens, flow_spacing, flow_shift
+        )
     return _sampler_of_betas(scheduler, row, text, options, variance_fn)
 
 
@@ -156,11 +160,12 @@ def _flow_sampler(
     options: dict[str, Any],
     num_tokens: int | None,
     spacing: str | None,
+    flow_shift: float | None,
 ) -> Sampler:
     settings = scheduler.settings
     if "sigmas" in options or "edges" in options:
         return row.make_fn(steps, **options)
-    shift = options.pop("shift", None)
+    shift = options.pop("shift", flow_shift)
     sigmas = flow_match_sigmas(
         steps,
         shift=scheduler_shift(settings, num_tokens) if shift is None else shift,

@@ -123,7 +123,7 @@ NO_SIGMAS: dict[str, tuple[Any, ...]] = {
 }
 # The settings of a solver that is kept, beside its class's defaults; diffusers takes the names of
 # other solvers' types for its own.
-DPM_SOLVER: Mapping[str, tuple[Any, ...]] = NO_SIGMAS | {
+DPM_SOLVER: dict[str, tuple[Any, ...]] = NO_SIGMAS | {
     "algorithm_type": ("dpmsolver++", "deis"),
     "solver_order": (2,),
     "solver_type": ("midpoint", "logrho", "bh1", "bh2"),
@@ -131,7 +131,7 @@ DPM_SOLVER: Mapping[str, tuple[Any, ...]] = NO_SIGMAS | {
     "lambda_min_clipped": (-math.inf, None),
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
 }
-UNIPC: Mapping[str, tuple[Any, ...]] = NO_SIGMAS | {
+UNIPC: dict[str, tuple[Any, ...]] = NO_SIGMAS | {
     "solver_order": (2,),
     "solver_type": ("bh2", "midpoint", "heun", "logrho"),
     "predict_x0": (True,),
@@ -141,6 +141,8 @@ UNIPC: Mapping[str, tuple[Any, ...]] = NO_SIGMAS | {
     "final_sigmas_type": ("zero",),
     "thresholding": (False,),
 }
+
+OF_FLOWS: dict[str, tuple[Any, ...]] = {"thresholding": (False,)}  # and a flow's solver
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class SchedulerClass:
     sampler: str
     table: dict[str, Setting]
     replaced: bool = False
-    kept: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    kept: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     own: tuple[str, ...] = ()
 
 
@@ -251,7 +253,7 @@ def read_scheduler(config: Mapping[str, Any]) -> Scheduler:
         return Scheduler(name, row.sampler, row.replaced, settings, ignored)
     flow = row.sampler == "ddim" and is_flow(settings)
     solver = next((name for name in row.own if sampler_named(name).is_flow == flow), "")
-    because = other_settings(own, row.kept) if solver else ()
+    because = other_settings(own, row.kept | (OF_FLOWS if flow else {})) if solver else ()
     kept = bool(solver) and not because
     if flow:
         settings = flow_settings(settings, config)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -49,9 +48,9 @@ def read_vbench_results(paths: PathLike | Sequence[PathLike]) -> dict[str, VBenc
     Raises:
         UserError: if a file is something else, or two hold the same dimension.
     """
-    given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    files: Sequence[PathLike] = paths if isinstance(paths, list | tuple) else [cast(Any, paths)]
     found: dict[str, VBenchScore] = {}
-    for path in given:
+    for path in files:
         for name, score in read_one(path).items():
             if name in found:
                 raise UserError(f"{path} holds {name} once more; give each dimension once.")

@@ -8,7 +8,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qdit_jax.errors import UserError
@@ -93,8 +93,7 @@ def replaced_folder(
             upload(Path(folder), path, KINDS[kind].marker)
         return
     target = Path(os.path.realpath(path))
-    with disk_errors_told(path):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors_told(path), made_parents(target):
         mark = f".{target.name}.partial-{socket.gethostname()}-"
         remove_abandoned(target.parent, mark)
         unmarked = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -110,6 +109,20 @@ def replaced_folder(
                     os.rename(temporary, target)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def made_parents(target: Path) -> Iterator[None]:
+    """Makes the folders above `target` that are missing, and removes them again on failure."""
+    missing = [parent for parent in target.parents if not parent.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for parent in missing:
+            with suppress(OSError):  # another process may have put something there
+                parent.rmdir()
+        raise
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from qdit_jax.kernels.operands import (
     weight_operand,
 )
 from qdit_jax.kernels.segments import segments
+from qdit_jax.kernels.token_blocks import in_token_blocks
 from qdit_jax.quant import ActQuant, QTensor, weight_rows
 
 ONES = 8  # XLA:CPU has no int8 dot of a single row or column
@@ -31,15 +32,21 @@ def simulated_matmul(
 ) -> Float[Array, "*lead N"]:
     """Returns `act_quant(x) @ dequantize(q)` in float32 arithmetic, in the dtype of `x`.
 
-    An `x` of 16 bits that is not quantized is multiplied in 16 bits, sums in float32 (W4A16).
+    An `x` of 16 bits that is not quantized is multiplied in 16 bits, sums in float32 (W4A16). Very many
+    tokens are multiplied block by block, see `in_token_blocks`.
     """
     if act_quant is None and jnp.finfo(x.dtype).bits == 16:
         return by_rows(x, weight_rows(q, x.dtype), preferred_element_type=x.dtype)
-    wide = x.astype(jnp.float32)
-    if act_quant is not None:
-        wide = act_quant(wide)
-    product = by_rows(wide, weight_rows(q), precision=jax.lax.Precision.HIGHEST)
-    return product.astype(x.dtype)
+    weights = weight_rows(q)
+
+    def product(x: Float[Array, "*lead K"]) -> Float[Array, "*lead N"]:
+        wide = x.astype(jnp.float32)
+        if act_quant is not None:
+            wide = act_quant(wide)
+        return by_rows(wide, weights, precision=jax.lax.Precision.HIGHEST).astype(x.dtype)
+
+    found = in_token_blocks(product, x, act_quant, q.shape[-1])
+    return product(x) if found is None else found
 
 
 def integer_matmul(
@@ -49,8 +56,17 @@ def integer_matmul(
 
     Elements that int8 holds (integers, E2M1) are summed in int32, others in float32; the sum is
     then multiplied by both scales and added up in float32. The weights are unpacked one segment at
-    a time. A token that holds NaN or infinity gives NaN.
+    a time. A token that holds NaN or infinity gives NaN. Very many tokens are multiplied block by block, see
+    `in_token_blocks`.
     """
+    found = in_token_blocks(lambda x: all_segments(x, q, act_quant), x, act_quant, q.shape[-1])
+    return all_segments(x, q, act_quant) if found is None else found
+
+
+def all_segments(
+    x: Float[Array, "*lead K"], q: QTensor, act_quant: ActQuant
+) -> Float[Array, "*lead N"]:
+    """Returns `integer_matmul` of all tokens at once."""
     dtype, (num_channels, width) = x.dtype, q.shape
     spec = act_quant.spec
     shift = spec.shift if spec.fmt is None else 0.0

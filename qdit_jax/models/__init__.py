@@ -77,7 +77,7 @@ from qdit_jax.models.linear import (
     quantized_input,
 )
 from qdit_jax.models.network import NetworkModule
-from qdit_jax.models.published import PUBLISHED, Published, published_named
+from qdit_jax.models.published import PUBLISHED_NETWORKS, Published, published_named
 from qdit_jax.models.runs import RUNS, apply_blocks, with_runs
 from qdit_jax.models.taps import (
     AttentionCall,
@@ -107,7 +107,7 @@ __all__ = [
     "OF_PROMPT",
     "OPERANDS",
     "OPERANDS_OF",
-    "PUBLISHED",
+    "PUBLISHED_NETWORKS",
     "RUNS",
     "SIZES",
     "TABLE",

@@ -65,7 +65,7 @@ def class_conditional() -> Iterator[Published]:
     yield Published("DiT-XL/2-512", "dit", large, "512 x 512")
 
 
-PUBLISHED: tuple[Published, ...] = (
+PUBLISHED_NETWORKS: tuple[Published, ...] = (
     *class_conditional(),
     Published("LightningDiT-XL/1", "lightningdit", {}, "256 x 256"),
     Published(
@@ -125,12 +125,12 @@ def published_named(name: str) -> Published:
     Raises:
         ValueError: if there is none.
     """
-    for row in PUBLISHED:
+    for row in PUBLISHED_NETWORKS:
         if plain(name) in map(plain, (row.title, *row.aliases)):
             return row
     raise ValueError(
         f"model={name!r} is not in the table of published networks; use one of "
-        f"{', '.join(row.title for row in PUBLISHED)}."
+        f"{', '.join(row.title for row in PUBLISHED_NETWORKS)}."
     )
 
 

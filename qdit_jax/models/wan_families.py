@@ -63,7 +63,7 @@ WAN_FAMILIES = (
             ),
         ),
         gelu_inputs=rf"{OF_EXPERT}blocks_\d+/ffn_2",
-        examples=(SMALL_WAN, {**SMALL_WAN, "depth": 1, "boundary": 500.0}),
+        examples=(SMALL_WAN, {**SMALL_WAN, "depth": 1, "boundary": 950.0}),
     ),
     Family(
         "wan-vae",

@@ -1,6 +1,6 @@
 """Recipes: which layer of a network is quantized, and to what."""
 
-from qdit_jax.recipes.named import NAMED, NamedPreset
+from qdit_jax.recipes.named import NAMED, NamedPreset, measured_presets
 from qdit_jax.recipes.names import layer_paths, operand_paths, part_names, part_pattern
 from qdit_jax.recipes.other_weights import at_weight_bits, other_weights
 from qdit_jax.recipes.over_time import OverTime, bits_named, check_act_bits
@@ -19,6 +19,7 @@ __all__ = [
     "bits_named",
     "check_act_bits",
     "layer_paths",
+    "measured_presets",
     "operand_paths",
     "other_weights",
     "part_names",

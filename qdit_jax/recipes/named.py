@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
+
+from qdit_jax.models import asset
 
 INT8_DOT = "One int8 dot over all input channels."
 INT8_GROUPS = "An int8 dot per group of input channels."
@@ -33,9 +36,9 @@ class NamedPreset:
 
 
 def block_format(fmt: str, bits: str, idea: str, hardware: str, **settings: Any) -> NamedPreset:
-    """Returns a preset whose weights and inputs are of one number format."""
+    """Returns a preset whose weights and inputs are of one number format, which GPTQ cannot round to."""
     both = {"weight_format": fmt, "act_format": fmt, **settings}
-    return NamedPreset(fmt, bits, idea, hardware, settings=both)
+    return NamedPreset(fmt, bits, idea, hardware, "smoothquant", both)
 
 
 ROWS = (
@@ -114,3 +117,12 @@ ROWS = (
     ),
 )
 NAMED: Mapping[str, NamedPreset] = MappingProxyType({row.name: row for row in ROWS})
+
+
+def measured_presets() -> dict[str, Any]:
+    """Returns what `experiments/tables/measure_presets.py` found on the packaged model.
+
+    Its keys are `rows` by the preset's name, `settings` and `made`.
+    """
+    found: dict[str, Any] = json.loads(asset("presets.json").read_text())
+    return found

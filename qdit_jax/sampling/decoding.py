@@ -13,7 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.types import Params
+from qdit_jax.types import AnyArray, Params
 
 
 def decode(vae: Checkpoint, latents: Float[Array, "B *lead Z"]) -> Float[Array, "B *pixels C"]:
@@ -40,7 +40,7 @@ def _decoded(
     return jnp.moveaxis(jax.lax.map(images_of, jnp.moveaxis(latents, 1, 0)), 0, 1)
 
 
-def encode(vae: Checkpoint, images: Float[Array, "B *pixels C"]) -> Float[Array, "B *lead Z"]:
+def encode(vae: Checkpoint, images: Float[AnyArray, "B *pixels C"]) -> Float[Array, "B *lead Z"]:
     """Returns the latents of images or videos in [-1, 1] as a diffusion model has them: means, scaled.
 
     Videos `[B, T, H, W, C]` are encoded frame by frame by an autoencoder of images.
@@ -53,15 +53,16 @@ def encode(vae: Checkpoint, images: Float[Array, "B *pixels C"]) -> Float[Array,
 
 @jax.jit(static_argnames=("model",))
 def _encoded(
-    model: nn.Module, params: Params, images: Float[Array, "B *pixels C"]
+    model: nn.Module, params: Params, images: Float[AnyArray, "B *pixels C"]
 ) -> Float[Array, "B *lead Z"]:
     def means_of(images: Float[Array, "B *pixels C"]) -> Float[Array, "B *lead Z"]:
         return cast(Array, model.apply({"params": params}, images, method="encode")[0])
 
     if images.ndim == 4 or decodes_video(model):
-        means = means_of(images)
+        means = means_of(jnp.asarray(images))
     else:
-        means = jnp.moveaxis(jax.lax.map(means_of, jnp.moveaxis(images, 1, 0)), 0, 1)
+        frames = jnp.moveaxis(jnp.asarray(images), 1, 0)
+        means = jnp.moveaxis(jax.lax.map(means_of, frames), 0, 1)
     return (means - model.shift_factor) * model.scaling_factor
 
 

@@ -68,8 +68,7 @@ def checkpoint_sampler(
         given |= units_of(model, row, scheduler)
     variance_fn = diffusion.learned_range if model.learned_variance else diffusion.fixed_large
     if scheduler is not None:
-        if "shift" in row.options and scheduler.settings.get("use_dynamic_shifting"):
-            given = shift_by_steps(model, size, steps, scheduler.settings) | given
+        dynamic = scheduler.settings.get("use_dynamic_shifting", False)
         return diffusion.scheduler_sampler(
             scheduler,
             steps,
@@ -77,6 +76,7 @@ def checkpoint_sampler(
             variance_fn=variance_fn,
             num_tokens=said(model, "num_tokens", size),
             flow_spacing=getattr(model, "flow_spacing", None),
+            flow_shift=shift_by_steps(model, size, steps, scheduler.settings) if dynamic else None,
             **given,
         )
     if not row.spacings:
@@ -119,13 +119,15 @@ def units_of(
 
 def shift_by_steps(
     model: nn.Module, shape: tuple[int, ...], steps: int | str, settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Returns the shift by a sample's tokens and the steps, where a network has such a one."""
+) -> float | None:
+    """Returns the shift by a sample's tokens and the steps; None where a network has no such one."""
     num_tokens = said(model, "num_tokens", shape)
     if getattr(model, "flow_shift", None) != BY_STEPS or num_tokens is None:
-        return {}
+        return None
+    if not str(steps).strip().isdecimal():
+        return None  # who makes the sampler says what is wrong
     kind = settings.get("time_shift_type", "exponential")
-    return {"shift": diffusion.empirical_shift(num_tokens, int(steps), kind)}
+    return diffusion.empirical_shift(num_tokens, int(steps), kind)
 
 
 def own_levels(
@@ -151,7 +153,7 @@ def own_levels(
         num_tokens = said(model, "num_tokens", shape)
         shift = None if num_tokens is None else diffusion.dynamic_shift(num_tokens)
     elif shift == BY_STEPS:
-        shift = shift_by_steps(model, shape, steps, {}).get("shift")
+        shift = shift_by_steps(model, shape, steps, {})
     elif shift == "resolution":
         resolution = said(model, "resolution_of", shape)
         shift = None if resolution is None else diffusion.resolution_shift(*resolution)

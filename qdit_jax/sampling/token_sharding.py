@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -109,8 +109,7 @@ class Shards:
         params = dict(module.variables.get("params", {}))
 
         def run(params: Params, *parts: Array) -> Array:
-            found: Any = alone.apply({"params": params}, *parts, method=method)
-            return found
+            return cast(Array, alone.apply({"params": params}, *parts, method=method))
 
         call = jax.shard_map(
             run,

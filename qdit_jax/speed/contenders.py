@@ -109,6 +109,7 @@ def contenders_of(
         UserError: if recipes are given for a quantized checkpoint.
     """
     recipes, dtype = list(recipes), dtype or default_dtype()
+    rows = rows_per_sample(checkpoint.model)
     if checkpoint.recipe is None:
         if against is not None:
             raise UserError(
@@ -117,15 +118,15 @@ def contenders_of(
             )
         own = with_dtype(checkpoint, dtype)
         return [
-            *in_full_precision(checkpoint, dtype),
-            *(rounded(own, recipe) for recipe in recipes),
+            *in_full_precision(checkpoint, dtype, rows),
+            *(rounded(own, recipe, rows) for recipe in recipes),
         ]
     if recipes:
         raise UserError(
             f"the checkpoint is quantized already ({checkpoint.recipe.name}) and is benched as it "
             f"is; leave recipes={recipes[0].name} out, or give the full-precision checkpoint."
         )
-    ours = as_it_is(checkpoint.recipe.name, with_dtype(checkpoint, dtype))
+    ours = as_it_is(checkpoint.recipe.name, with_dtype(checkpoint, dtype), rows)
     if against is None:
         return [ours]
     if against.recipe is not None or type(against.model) is not type(checkpoint.model):
@@ -133,28 +134,27 @@ def contenders_of(
             "against: not the full-precision checkpoint of the same network; give the one that the "
             "checkpoint was made from."
         )
-    return [*in_full_precision(against, dtype), ours]
+    return [*in_full_precision(against, dtype, rows), ours]
 
 
-def in_full_precision(checkpoint: Checkpoint, own: str) -> list[Contender]:
+def in_full_precision(checkpoint: Checkpoint, own: str, rows: Mapping[str, int]) -> list[Contender]:
     """Returns the network in each dtype that it can compute in, `own` first."""
     others = [dtype for dtype in DTYPES if dtype != own and hasattr(checkpoint.model, "dtype")]
-    return [as_it_is(dtype, with_dtype(checkpoint, dtype)) for dtype in (own, *others)]
+    return [as_it_is(dtype, with_dtype(checkpoint, dtype), rows) for dtype in (own, *others)]
 
 
-def as_it_is(title: str, checkpoint: Checkpoint) -> Contender:
+def as_it_is(title: str, checkpoint: Checkpoint, rows: Mapping[str, int]) -> Contender:
     """Returns a checkpoint's own network."""
     layers = tuple(
         QuantizedLayer(path, kernel.shape[0], kernel, act)
         for path, kernel, act in quantized_layers(checkpoint.params)
     )
-    rows = rows_per_sample(checkpoint.model)
     return Contender(title, checkpoint, layers, rows, lambda: checkpoint.params)
 
 
-def rounded(checkpoint: Checkpoint, recipe: Recipe) -> Contender:
+def rounded(checkpoint: Checkpoint, recipe: Recipe, rows: Mapping[str, int]) -> Contender:
     """Returns a network rounded to nearest; raises `ValueError` if the recipe does not fit it."""
-    specs, rows = recipe.resolve(checkpoint.params), rows_per_sample(checkpoint.model)
+    specs = recipe.resolve(checkpoint.params)
     layers = tuple(
         QuantizedLayer(layer.path, layer.shape[0], layer.spec.weight, specs[layer.path].act)
         for layer in plan(checkpoint.params, recipe)

@@ -25,7 +25,6 @@ from qdit_jax.models import (
 from qdit_jax.ptq import plan
 from qdit_jax.quant import ActQuant, QTensor, WeightSpec
 from qdit_jax.recipes import LayerSpec, Recipe
-from qdit_jax.sampling import Guidance, calls_per_step
 from qdit_jax.speed.contenders import Contender, QuantizedLayer, contenders_of
 from qdit_jax.speed.devices import Device
 from qdit_jax.speed.roofline import Step
@@ -57,13 +56,12 @@ class Predicted:
 class Counted:
     """One network at a time: what all of its formats have in common, traced once."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        experts = experts_of(checkpoint.model)
-        # A step runs one of them.
+    def __init__(self, checkpoint: Checkpoint, rows: Mapping[str, int]) -> None:
         model: Any = checkpoint.model
-        if experts:
-            model, _ = expert_alone(checkpoint.model, checkpoint.params, experts[-1])
-        self.rows: dict[str, int] = rows_per_sample(model)
+        if experts := experts_of(model):  # a step runs one of them
+            model, _ = expert_alone(model, checkpoint.params, experts[-1])
+            rows = rows_per_sample(model)
+        self.rows = rows
         self.attentions: tuple[AttentionCall, ...] = attention_calls(model)
         self.shapes = shapes_of(checkpoint, self.rows)
 
@@ -80,7 +78,7 @@ def predicted(
     checkpoint: Checkpoint,
     recipes: Iterable[Recipe],
     batches: Sequence[int],
-    guidance: Guidance | None,
+    calls: int,
     *,
     devices: Sequence[Device] = (),
     dtype: str | None = None,
@@ -91,6 +89,7 @@ def predicted(
     products are counted as integer numerics compute them.
 
     Args:
+        calls: of the network per sample: 2 with guidance, see `sampling.calls_per_step`.
         devices: of which the least time is counted too.
         dtype: that quantized networks compute in beside their quantized layers; the platform's own
             by default.
@@ -106,10 +105,10 @@ def predicted(
     num_bytes += [
         held_bytes(c, recipe) for c, recipe in zip(entrants[num_full:], recipes, strict=True)
     ]
-    shared = Counted(checkpoint)
+    shared = Counted(checkpoint, entrants[0].rows)
     found = []
     for batch in batches:
-        inputs = batch * calls_per_step(checkpoint.model, guidance)
+        inputs = batch * calls
         for contender, size in zip(entrants, num_bytes, strict=True):
             macs, operations = counted(contender, shared)
             step = shared.step(contender, inputs)

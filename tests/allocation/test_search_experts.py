@@ -15,7 +15,7 @@ from qdit_jax.cli import main
 from qdit_jax.models import FAMILIES, build_model, expert_numbers, rows_per_sample, step_shares
 from qdit_jax.sampling import checkpoint_sampler, sampler_timesteps
 
-CONFIG = {**FAMILIES["wan"].examples[1], "boundary": 800.0}
+CONFIG = {**FAMILIES["wan"].examples[1], "boundary": 900.0}
 STEPS = 4
 
 

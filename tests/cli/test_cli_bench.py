@@ -59,10 +59,24 @@ def test_a_dry_run_reads_no_array(folder, tmp_path, capsys):
     assert len(chunks) > 10
     found = printed(capsys, "bench", tmp_path / "ckpt", "--dry-run", "--batch", "3", "--json").out
     rows = json.loads(found)["predicted"]
-    assert [row["title"] for row in rows] == ["float32", "w4a8-g128", "w8a8-g128"]
-    full, four, eight = (row["bit_operations"] for row in rows)
-    assert four < eight < full
-    assert rows[1]["weight_bytes"] < rows[2]["weight_bytes"] < rows[0]["weight_bytes"]
+    full, wide, eight, two_levels, four, half = rows
+    assert [row["title"] for row in rows] == [
+        *("bfloat16", "float32", "w8a8-fast-g0", "w4a8-fast-g32", "w4a8-g128", "w4a16-g128"),
+    ]
+    assert four["bit_operations"] < eight["bit_operations"] < full["bit_operations"]
+    sizes = [row["weight_bytes"] for row in (four, eight, full, wide)]
+    assert sizes == sorted(sizes)
+    assert half["weight_bytes"] == four["weight_bytes"]
+    assert two_levels["milliseconds"].keys() == {"h100", "v5e", "v5p", "v6e"}
+    assert full["milliseconds"]["h100"] < full["milliseconds"]["v5e"]
+
+
+def test_a_published_network_is_counted_without_a_file(capsys):
+    words = ("--model", "dit-xl/2", "--dry-run", "--batch", "1", "--recipes", "w4a8-fast")
+    shown = printed(capsys, "bench", *words, "--device", "h100", "v5e").out
+    assert "DiT-XL/2, samples of 256 x 256: latents 32 x 32 x 4, 2 calls per sample" in shown
+    assert re.search(r"bfloat16 +13\d\d\.\d+ +1\.000", shown)  # 675 million weights
+    assert "predicted from shapes; nothing was run" in shown
 
 
 @pytest.mark.slow
@@ -103,6 +117,9 @@ def test_the_fastest_recipe_within_an_error_from_measured_times(folder, tmp_path
         (["--recipes", "w4a8-g8", "--group-size", "8"], "--group-size 8 has no effect: every rec"),
         (["--recipes", "fast"], "--recipes fast is not a preset"),
         (["--implementation", "magic"], "--implementation magic is not known; use xla_cpu or"),
+        (["--device", "h100"], "--device h100 has no effect: only --dry-run counts"),
+        (["--dry-run", "--model", "flux-dev"], "give CKPT, or --dry-run --model NAME"),
+        (["--dry-run", "--device", "a100"], "--device a100 is not known; use h100, v5e"),
         (["--against", "CKPT"], "the checkpoint is in full precision itself"),
     ],
 )

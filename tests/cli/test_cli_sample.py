@@ -131,7 +131,7 @@ def test_labels_are_numbers_and_ranges_repeated_as_needed():
         ("velocity", ("--steps", "ddim25", "--out", "x.npz"), "flow takes a positive number"),
         ("latents", (), "holds no autoencoder"),
         ("vae", (), "generates no images by itself"),
-        ("no_null", ("--steps", "2"), "needs a null class"),
+        ("no_null", ("--steps", "2", "--guidance", "2"), "needs a null class"),
         ("absent", (), "does not exist"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import random_params
@@ -45,9 +46,9 @@ def test_each_expert_has_its_own():
     assert isinstance(found, diffusion.SteppedScale)
     assert (found.boundary, found.at_or_above, found.below) == (model.boundary, 4.0, 3.0)
     assert sampling.own_guidance(model.clone(expert="low")) == 3.0
-    np.testing.assert_array_equal(found(np.array([500.0, 499.0])), [4, 3])
+    np.testing.assert_array_equal(found(jnp.array([950.0, 949.0])), [4, 3])
     record = sampling.guidance_record(guidance_for(model, (6.0, 2.0)))
-    assert record == "6 from timestep 500, 2 below"
+    assert record == "6 from timestep 950, 2 below"
     assert sampling.guidance_text(1.5) == "1.5"
 
 
@@ -64,7 +65,7 @@ def test_the_default_denoiser_is_guided_as_published():
     model = model_of("wan", 1)
     params = random_params(model)
     found = sampling.denoiser(model, params)
-    assert sampling.guidance_record(found.scale) == "4 from timestep 500, 3 below"
+    assert sampling.guidance_record(found.scale) == "4 from timestep 950, 3 below"
     dit = model_of("dit")
     assert sampling.denoiser(dit, random_params(dit)).scale == 1.5
 
@@ -120,5 +121,5 @@ def test_inspect_says_the_defaults(tmp_path, capsys):
     qdit.save(tmp_path / "wan", qdit.Checkpoint(model, random_params(model)))
     assert main(["inspect", str(tmp_path / "wan")]) == 0
     printed = capsys.readouterr().out
-    assert "guidance: 4 from timestep 500, 3 below" in printed
+    assert "guidance: 4 from timestep 950, 3 below" in printed
     assert "shift: 12.0" in printed

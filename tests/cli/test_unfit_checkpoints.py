@@ -84,7 +84,8 @@ def test_guidance_needs_a_null_class(folder, monkeypatch, capsys, verb):
 
 @pytest.mark.parametrize("verb", ["sample", "evaluate"])
 def test_the_way_out_is_the_command_lines(folder, monkeypatch, capsys, verb):
-    assert "use --guidance 1." in refused(folder, monkeypatch, capsys, verb, "no_null")
+    line = refused(folder, monkeypatch, capsys, verb, "no_null", "--guidance", "2")
+    assert "use --guidance 1." in line
 
 
 def test_a_network_without_null_class_calibrates_by_default(folder, monkeypatch, capsys):

@@ -54,8 +54,10 @@ def test_samples_are_counted_where_there_is_no_condition(checkpoint):
     np.testing.assert_allclose(images, whole, atol=1e-5)
     with pytest.raises(ValueError, match=r"condition=None .* give num_samples"):
         qdit.generate(checkpoint, sampler, None, guidance=None)
+    by_default = qdit.generate(checkpoint, sampler, None, num_samples=3)
+    np.testing.assert_array_equal(by_default, whole)
     with pytest.raises(ValueError, match="needs a null"):
-        qdit.generate(checkpoint, sampler, None, num_samples=3)
+        qdit.generate(checkpoint, sampler, None, num_samples=3, guidance=2.0)
 
 
 def test_calibration_and_sequential_rounding(checkpoint, tmp_path):

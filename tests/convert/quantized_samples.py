@@ -52,6 +52,49 @@ def int8(w: np.ndarray, size: int = 0, per_row: bool = True) -> Made:
     return parts, turned(codes * scale.astype(np.float64), blocks)
 
 
+def int4(w: np.ndarray, size: int) -> Made:
+    """Returns a layer in `convrot_w4a4`."""
+    rotated = turned(w.astype(np.float64), size)
+    scale = (np.abs(rotated).max(axis=1, keepdims=True) / 7).astype(np.float32)
+    codes = np.clip(np.rint(rotated / scale), -7, 7).astype(np.int8)
+    nibble = codes.view(np.uint8) & 15
+    settings = {"convrot_groupsize": size, "quant_group_size": 64, "linear_dtype": "int4"}
+    parts = {
+        "weight": (nibble[:, ::2] | nibble[:, 1::2] << 4).view(np.int8),
+        "weight_scale": scale.reshape(-1),
+        "comfy_quant": marker(format="convrot_w4a4", **settings),
+    }
+    return parts, turned(codes * scale.astype(np.float64), size)
+
+
+def mxfp8(w: np.ndarray) -> Made:
+    """Returns a layer in `mxfp8`: a power of two for 32 input channels, its exponents in tiles."""
+    rows, columns = w.shape
+    groups = w.astype(np.float64).reshape(rows, -1, 32)
+    exponent = np.ceil(np.log2(np.abs(groups).max(axis=2) / 448)).astype(int)
+    values = (groups / 2.0 ** exponent[..., None]).astype(np.float32).astype(E4M3)
+    parts = {
+        "weight": values.reshape(rows, columns),
+        "weight_scale": tiled((exponent + 127).astype(np.uint8)),
+        "comfy_quant": marker(format="mxfp8"),
+    }
+    return parts, (values.astype(np.float64) * 2.0 ** exponent[..., None]).reshape(rows, columns)
+
+
+def tiled(table: np.ndarray) -> np.ndarray:
+    """Returns a table of block scales in tiles of 128 rows and 4 columns, padded, number by number."""
+    rows, columns = table.shape
+    padded = np.zeros((-(-rows // 128) * 128, -(-columns // 4) * 4), table.dtype)
+    padded[:rows, :columns] = table
+    found = np.zeros_like(padded).reshape(-1)
+    tiles_across = padded.shape[1] // 4
+    for r in range(padded.shape[0]):
+        for c in range(padded.shape[1]):
+            tile = (r // 128) * tiles_across + c // 4
+            found[tile * 512 + (r % 32) * 16 + (r % 128) // 32 * 4 + c % 4] = padded[r, c]
+    return found.reshape(padded.shape)
+
+
 def float8(w: np.ndarray, dtype: type = E4M3, **settings: Any) -> Made:
     """Returns a layer in `float8_e4m3fn` or `float8_e5m2`."""
     info = ml_dtypes.finfo(dtype)
@@ -70,18 +113,10 @@ def nvfp4(w: np.ndarray) -> Made:
     scale = (np.abs(groups).max(axis=2) / 6 / factor).astype(np.float32).astype(E4M3)
     step = scale.astype(np.float64)[..., None] * np.float64(factor)
     codes = np.abs(groups[..., None] / step[..., None] - FP4).argmin(axis=-1).reshape(rows, columns)
-    padded = np.zeros((-(-rows // 128) * 128, -(-columns // 64) * 4), E4M3)
-    padded[:rows, : columns // 16] = scale
-    tiled = np.zeros_like(padded).reshape(-1)
-    tiles_across = padded.shape[1] // 4
-    for r in range(padded.shape[0]):
-        for c in range(padded.shape[1]):
-            tile = (r // 128) * tiles_across + c // 4
-            tiled[tile * 512 + (r % 32) * 16 + (r % 128) // 32 * 4 + c % 4] = padded[r, c]
     packed = (codes[:, ::2] << 4 | codes[:, 1::2]).astype(np.uint8)
     parts = {
         "weight": packed,
-        "weight_scale": tiled.reshape(padded.shape),
+        "weight_scale": tiled(scale),
         "weight_scale_2": np.array(factor),
         "comfy_quant": marker(format="nvfp4"),
     }

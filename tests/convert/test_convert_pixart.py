@@ -18,7 +18,7 @@ from qdit_convert.pixart import SMALL, pixart_heads, pixart_leaves
 from qdit_jax.errors import UserError
 from qdit_jax.sampling import sampler_text
 
-SIGMA = replace(SMALL, text_width=6, qk_norm=False, compression=(1, 1))
+SIGMA = replace(SMALL, text_width=6, size_conditions=False, qk_norm=False, compression=(1, 1))
 SCHEDULER = {
     "_class_name": "DPMSolverMultistepScheduler",
     "algorithm_type": "dpmsolver++",

@@ -35,6 +35,8 @@ FORMATS = {
     "float8_e4m3fn": lambda w: made.float8(w),
     "float8_e5m2": lambda w: made.float8(w, ml_dtypes.float8_e5m2),
     "nvfp4": made.nvfp4,
+    "mxfp8": made.mxfp8,
+    "convrot_w4a4": lambda w: made.int4(w, 64),
     "asym_w4a8_int8": lambda w: made.lut(w, 64),
 }
 
@@ -73,13 +75,15 @@ def layer_of(params, path):
 def rounded(x, act: ActSpec):
     """Returns inputs on the grid of a quantizer, by hand in float64."""
     if act.fmt is None:
-        step = np.abs(x).max(axis=1, keepdims=True) / 127
+        step = np.abs(x).max(axis=1, keepdims=True) / (2 ** (act.bits - 1) - 1)
         return np.rint(x / step) * step
     values = act.fmt.values().astype(np.float64)
     values = np.where(np.isfinite(values), values, 0)
-    size = act.group_size or x.shape[1]
+    size = act.fmt.block_size or act.group_size or x.shape[1]
     groups = x.reshape(len(x), -1, size)
     step = np.abs(groups).max(axis=2, keepdims=True) / values.max()
+    if act.fmt.block_scale == "e8m0":
+        step = 2.0 ** (np.floor(np.log2(np.abs(groups).max(axis=2, keepdims=True))) - 8)
     if act.fmt.has_tensor_scale:
         factor = np.abs(x).max(axis=1)[:, None, None] / values.max() / 448
         step = (step / factor).astype(np.float32).astype(made.E4M3).astype(np.float64) * factor
@@ -224,8 +228,8 @@ def spoiled(arrays, format_name, changes):
 
 MISTAKES = {
     "an unknown format": (
-        *("int8_tensorwise", {"comfy_quant": made.marker(format="convrot_w4a4")}),
-        r"blocks\.0\.attn\.qkv has the format 'convrot_w4a4', which convert does not read; it reads "
+        *("int8_tensorwise", {"comfy_quant": made.marker(format="w6a8_int8")}),
+        r"blocks\.0\.attn\.qkv has the format 'w6a8_int8', which convert does not read; it reads "
         "int8_tensorwise",
     ),
     "no format": ("nvfp4", {"comfy_quant": made.marker(group_size=16)}, "not in which format"),
@@ -276,6 +280,24 @@ MISTAKES = {
         "asym_w4a8_int8",
         {"comfy_quant": made.marker(format="asym_w4a8_int8")},
         "64 input channels, which blocks of 256 do not divide; the format rotates always",
+    ),
+    "products of other bits": (
+        "convrot_w4a4",
+        {"comfy_quant": made.marker(format="convrot_w4a4", linear_dtype="int8")},
+        "says linear_dtype='int8', quant_group_size=64 of convrot_w4a4, of which convert reads",
+    ),
+    "blocks of 256 in 64 channels": (
+        "convrot_w4a4",
+        {"comfy_quant": made.marker(format="convrot_w4a4")},
+        "64 input channels, which blocks of 256 do not divide; the format rotates always",
+    ),
+    "an exponent that is no number": (
+        *("mxfp8", {"weight_scale": np.full((256, 4), 255, np.uint8)}),
+        r"384 of 384 values of .*qkv\.weight_scale are not finite",
+    ),
+    "rows that were padded": (
+        *("mxfp8", {"weight": np.zeros((190, 64), made.E4M3)}),
+        "190 x 64 channels, which 32 does not divide: mxfp8 would have padded them",
     ),
     "a size without rotation": (
         "int8_tensorwise",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import jax
@@ -215,6 +216,26 @@ def test_levels_are_given_or_computed():
 
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+
+
+def test_the_shift_of_flux_2_by_hand():
+    """Published fits at 10 and 200 steps, a line between; above 4300 tokens that of 200 steps."""
+    at_10, at_200 = (
+        slope * 1024 + start
+        for slope, start in ((8.73809524e-05, 1.89833333), (0.00016927, 0.45666666))
+    )
+    for steps, mu in ((10, at_10), (200, at_200), (105, (at_10 + at_200) / 2)):
+        assert math.isclose(diffusion.empirical_shift(1024, steps), math.exp(mu), rel_tol=1e-9)
+        found = diffusion.empirical_shift(1024, steps, "linear")
+        assert math.isclose(found, mu, rel_tol=1e-9)
+    assert diffusion.empirical_shift(4301, 4) == diffusion.empirical_shift(4301, 50)
+    assert diffusion.empirical_shift(4300, 4) > 1.2 * diffusion.empirical_shift(4300, 50)
+    with pytest.raises(ValueError, match="num_tokens=0"):
+        diffusion.empirical_shift(0, 4)
+    with pytest.raises(ValueError, match="give shift"):
+        diffusion.empirical_shift(4096, 2000, "linear")
+
+
 OTHER_SOLVERS = [
     ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     ("DPMSolverMultistepScheduler", {"solver_order": 3}),
@@ -224,6 +245,7 @@ OTHER_SOLVERS = [
     ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}),
     ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -5.1}),
     ("DPMSolverMultistepScheduler", FLOW | {"solver_type": "heun"}),
+    ("DPMSolverMultistepScheduler", FLOW | {"thresholding": True}),
     ("UniPCMultistepScheduler", UNIPC | {"solver_type": "bh1"}),
     ("UniPCMultistepScheduler", UNIPC | {"predict_x0": False}),
     ("UniPCMultistepScheduler", UNIPC | {"disable_corrector": [0]}),

@@ -26,6 +26,10 @@ DENOISERS = [
 ]
 
 
+# Families with products of their own that stay wide: the sums of a linear attention, as published.
+SOME_WIDE = ("sana",)
+
+
 class NoFields(NetworkModule):
     """A network without fields of its own."""
 
@@ -62,7 +66,8 @@ def test_every_product_of_full_precision_is_bfloat16_and_the_rest_is_not(row, co
         dots(jax.make_jaxpr(lambda p, m=m: call(m, p))(params).jaxpr) for m in (model, narrow)
     )
     assert set(plain) == {("float32", "float32")}
-    assert set(found) == {("bfloat16", "bfloat16")}
+    wide = {("float32", "float32")} if row.name in SOME_WIDE else set()
+    assert set(found) == {("bfloat16", "bfloat16")} | wide
     assert sum(found.values()) == sum(plain.values())
     exact, rounded = call(model, params), call(narrow, params)
     assert rounded.dtype == jnp.float32

@@ -53,7 +53,7 @@ def items(full, prompts):
         jax.random.key(2),
         4,
         conditions=prompts,
-        sampler=checkpoint_sampler(full, 4),
+        sampler=checkpoint_sampler(full, 4, shift=1.0),
         guidance=GUIDANCE,
         batch_size=4,
     )
@@ -126,7 +126,7 @@ def test_long_runs_of_blocks_are_scanned_within_each_expert():
 
 
 def test_each_expert_is_calibrated_on_its_own_timesteps(full, prompts):
-    sampler = checkpoint_sampler(full, 4)
+    sampler = checkpoint_sampler(full, 4, shift=1.0)
     options = {"conditions": prompts, "sampler": sampler, "guidance": GUIDANCE}
     stats = qdit.calibrate(full, jax.random.key(0), 2, num_tokens=2, **options)
     is_high = stats.timesteps >= 600
@@ -186,7 +186,7 @@ def test_a_quantized_pair_is_saved_sampled_and_verified(full, prompts, tmp_path)
     quantized = qdit.quantize(full, "rtn", "w8a8", out=tmp_path / "q")
     read = qdit.load(tmp_path / "q")
     assert read.model == full.model
-    sampler = checkpoint_sampler(full, 3)
+    sampler = checkpoint_sampler(full, 3, shift=1.0)
     texts = {"text": prompts["text"], "null_text": prompts["null_text"]}
     clips = [
         qdit.generate(c, sampler, texts, guidance=GUIDANCE, batch_size=3)
@@ -199,7 +199,7 @@ def test_a_quantized_pair_is_saved_sampled_and_verified(full, prompts, tmp_path)
         read,
         against=full,
         conditions=texts,
-        steps=3,
+        steps=10,  # of the published shift, so that the last is below the boundary
         guidance=4.0,
         num_samples=2,
         timing=False,

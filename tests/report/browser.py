@@ -5,12 +5,21 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from shutil import which
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+# Puts two pipes where `--remote-debugging-pipe` expects them, and becomes the program.
+PIPES = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
+for end, number in zip(ends, (3, 4)):
+    os.dup2(end, number)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 # What a page is: text of every visible element that has its own, with the colors it is drawn in.
 LOOK = """
 (() => {
@@ -57,9 +66,8 @@ class Browser:
         self.number, self.problems = 0, []
         to_browser, from_browser = os.pipe(), os.pipe()
         self.process = subprocess.Popen(
-            # The shell puts the pipes where `--remote-debugging-pipe` expects them.
             [
-                *("sh", "-c", f'exec "$@" 3<&{to_browser[0]} 4>&{from_browser[1]}', "sh", program),
+                *(sys.executable, "-c", PIPES, str(to_browser[0]), str(from_browser[1]), program),
                 *("--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"),
                 *("--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking"),
                 *(f"--user-data-dir={self.folder.name}", "about:blank"),

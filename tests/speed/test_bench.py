@@ -2,13 +2,25 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from tiny_models import tiny_checkpoint
 
 import qdit_jax as qdit
 from qdit_jax.checkpoint import num_bytes
-from qdit_jax.speed import bench, predicted, recipe_named
+from qdit_jax.models import FAMILIES, build_model, family_named, rows_per_sample
+from qdit_jax.speed import (
+    Device,
+    abstract_checkpoint,
+    bench,
+    devices_named,
+    predicted,
+    recipe_named,
+)
+from qdit_jax.speed.contenders import contenders_of
+from qdit_jax.speed.predicted import Counted
+from qdit_jax.speed.roofline import layer_work
 
 SECONDS = {"float32": 2.0, "bfloat16": 4.0, "w4a8-g16": 1.0, "w8a8-g16": 3.0}
 FAST = {"batches": (2,), "numerics": ("simulated",), "implementations": ("xla",)}
@@ -62,13 +74,55 @@ def test_rows_say_bytes_error_and_who_computes(found, checkpoint):
 
 def test_counting_predicts_the_bytes_that_are_held(found, checkpoint):
     recipes = [qdit.Recipe.preset(name, group_size=16) for name in ("w4a8", "w8a8")]
-    rows = predicted(checkpoint, recipes, (2, 4), 1.5)
-    held = [row.weight_bytes for row in found.rows if row.title != "bfloat16"]
-    assert [row.weight_bytes for row in rows[:3]] == held
-    full, four, eight = rows[:3]
+    rows = predicted(checkpoint, recipes, (2, 4), 2)
+    assert [row.weight_bytes for row in rows[:4]] == [row.weight_bytes for row in found.rows]
+    full, _, four, eight = rows[:4]
     assert full.multiply_adds == four.multiply_adds
     assert four.bit_operations < eight.bit_operations < full.bit_operations
-    assert rows[3].multiply_adds == 2 * full.multiply_adds
+    assert rows[4].multiply_adds == 2 * full.multiply_adds
+
+
+def test_counting_predicts_the_operations_that_are_compiled(checkpoint):
+    """XLA's own count of a compiled step has these products, and little beside them."""
+    model = checkpoint.model
+    step = Counted(checkpoint, rows_per_sample(model)).step(contenders_of(checkpoint, [])[0], 4)
+    wide = devices_named(["h100"])[0]
+    inputs = model.example_inputs(4)
+    compiled = jax.jit(model.apply).lower({"params": checkpoint.params}, *inputs).compile()
+    ours = sum(part.operations for part in step.work(wide))
+    theirs = compiled.cost_analysis()["flops"]
+    assert 0.75 < ours / theirs <= 1.0
+
+
+@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.is_diffusion])
+def test_every_family_is_counted(family):
+    for fields in family_named(family).examples:
+        ckpt = abstract_checkpoint(build_model(family, fields))
+        recipes = [recipe_named(name) for name in ("w8a8-fast", "w4a16")]
+        devices = devices_named(["h100", "v6e"])
+        full, _, eight, narrow = predicted(
+            ckpt, recipes, (1,), 1, devices=devices, dtype="bfloat16"
+        )
+        assert narrow.weight_bytes < eight.weight_bytes < full.weight_bytes
+        for device in devices:
+            assert 0 < full.milliseconds[device.name] < 1
+            assert full.live_bytes[device.name] > 0
+
+
+def test_a_bound_is_that_of_operations_or_of_bytes():
+    device = Device("box", "a box", {"bfloat16": 1e12, "int8": 2e12}, 1e9, 1e9)
+    narrow = layer_work(1, (1024, 512), None, "bfloat16", 2, False)
+    assert narrow.seconds(device) == narrow.moved / 1e9
+    assert narrow.moved == 2 * (1024 * 512 + 2 * (1024 + 512))
+    wide = layer_work(10**6, (1024, 512), None, "bfloat16", 2, False)
+    assert wide.operations == 2 * 10**6 * 1024 * 512
+    spec = recipe_named("w4a8-fast").rules[0].spec
+    levels = layer_work(64, (1024, 512), spec, "bfloat16", 2, True)
+    copied = layer_work(64, (1024, 512), spec, "bfloat16", 2, False)
+    assert copied.moved - levels.moved == 2 * 1024 * 512
+    assert levels.kind == "int8"
+    grouped = layer_work(64, (1024, 512), recipe_named("w4a8").rules[0].spec, "bfloat16", 2, True)
+    assert grouped.moved > levels.moved + 8 * 2 * 4 * 64 * 512
 
 
 def test_a_preset_keeps_its_own_group_size_unless_one_is_given():

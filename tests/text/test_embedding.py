@@ -93,8 +93,8 @@ def padded(texts):
 
     rows = KINDS["ZImagePipeline"]
     whole = torch.zeros(len(texts), rows, texts[0].shape[-1])
-    for one, text in zip(whole, texts, strict=True):
-        one[: len(text)] = text
+    for i, text in enumerate(texts):
+        whole[i, : len(text)] = text.detach()
     return whole, torch.arange(rows) < torch.tensor([[len(text)] for text in texts])
 
 
