@@ -29,17 +29,20 @@ from placed_digits import TEXT_WIDTH, draw_captioned, load_captioned, make_words
 from training import Subject, train
 
 import qdit_jax as qdit
-from qdit_jax.demo.captions import ROWS, WORDS, all_captions
-from qdit_jax.models.pixart import PixArt
+from qdit_jax.demo import ROWS, WORDS, all_captions
+from qdit_jax.models import build_model
 from qdit_jax.report import save_grid
 
-CAPTIONED = PixArt(
-    sample_size=16,
-    stored_positions=True,
-    patch_size=4,
-    in_channels=1,
-    text_length=ROWS,
-    text_width=TEXT_WIDTH,
+CAPTIONED = build_model(
+    "pixart",
+    {
+        "sample_size": 16,
+        "stored_positions": True,
+        "patch_size": 4,
+        "in_channels": 1,
+        "text_length": ROWS,
+        "text_width": TEXT_WIDTH,
+    },
 )
 MODELS = {
     "demo": CAPTIONED.clone(hidden_size=128, depth=4, num_heads=4, mlp_width=512),
@@ -65,7 +68,7 @@ def embedded(captions: Sequence[str]) -> dict[str, Any]:
     return {"text": text, "text_mask": np.arange(ROWS) < lengths[:, None]}
 
 
-def save_preview(path: Path, model: PixArt, params: Any) -> None:
+def save_preview(path: Path, model: Any, params: Any) -> None:
     """Writes the words' table, and pictures of 60 captions: 30 DDIM steps, guidance 2."""
     write_words(path.with_name("demo_words.npz"))
     captions = all_captions()[::3]

@@ -29,10 +29,13 @@ from placed_digits import draw_moving, load_moving
 from training import Subject, train
 
 import qdit_jax as qdit
-from qdit_jax.models.latte import Latte
+from qdit_jax.models import build_model
 from qdit_jax.report import save_grid
 
-MOVING = Latte(input_size=16, num_frames=8, patch_size=4, in_channels=1, num_classes=10)
+MOVING = build_model(
+    "latte",
+    {"input_size": 16, "num_frames": 8, "patch_size": 4, "in_channels": 1, "num_classes": 10},
+)
 MODELS = {
     "demo": MOVING.clone(hidden_size=96, depth=6, num_heads=3),
     # For tests: trained in seconds, to no use.
@@ -41,7 +44,7 @@ MODELS = {
 SETTINGS = {"demo": (12500, 16, 1e-3), "tiny": (100, 32, 1e-3)}
 
 
-def save_preview(path: Path, model: Latte, params: Any) -> None:
+def save_preview(path: Path, model: Any, params: Any) -> None:
     """Writes the frames of a video of each digit: 30 DDIM steps, guidance 1.5."""
     noise = jax.random.normal(jax.random.key(1), (10, *model.sample_shape()))
     denoise_fn = qdit.denoiser(model, params, guidance=1.5)
