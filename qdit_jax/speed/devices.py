@@ -66,9 +66,9 @@ DEVICES = {
             80 * GIGA,
             wide="TF32, JAX's default",
         ),
-        tpu("v5e", 197, 394, 819, 16),
-        tpu("v5p", 459, 918, 2765, 95),
-        tpu("v6e", 918, 1836, 1640, 32),
+        tpu("v5e", 197.0, 394.0, 819.0, 16.0),
+        tpu("v5p", 459.0, 918.0, 2765.0, 95.0),
+        tpu("v6e", 918.0, 1836.0, 1640.0, 32.0),
     )
 }
 HERE = "cpu"  # the name of the machine that asks, whose rates are measured
@@ -102,7 +102,7 @@ def this_cpu() -> Device:
     values = jnp.ones(32 * SIDE**2, jnp.float32)
     negated = jax.jit(jnp.negative)
     copied = 2 * values.nbytes / least_seconds(lambda: negated(values))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     title = f"this machine, {os.cpu_count()} CPU cores"
     return Device(HERE, title, rates, copied, memory, fuses_attention=False)
 
