@@ -106,10 +106,3 @@ def test_every_command_is_a_verb_and_ci_runs_the_test_command():
 def test_every_link_and_picture_exists(page):
     missing = [target for target in links(page) if not (page.parent / target).exists()]
     assert not missing, f"{page.name} links to {missing}"
-
-
-def test_what_ci_tests_on_the_second_python_exists():
-    text = (ROOT / ".ci" / "run").read_text()
-    folders = re.findall(r"tests/\w+", text)
-    assert "tests/contracts" in folders
-    assert all((ROOT / name).is_dir() for name in folders)

@@ -37,7 +37,7 @@ written to latency.json for `qdit search --latency`. Choices are described as th
 per channel are always measured, for budgets are relative to them.
 
 With --dry-run nothing is run and no array is read: bytes of the weights in each format, what a step
-needs at once beside them, and the least time of a step on devices by name, all counted from shapes. With
+needs at once beside them, and the time of a step at the full rates of devices by name. With
 --model it needs no checkpoint.
 
 Writes to OUT, if it is given: bench.json (everything, saved after each row: after an interruption,
@@ -49,7 +49,7 @@ examples:
   qdit bench xl2-w4a8 --against xl2 --numerics integer
   qdit bench xl2 xl2-times --table --batch 8 --group-sizes 32 64 128
   qdit bench xl2 xl2-times --table --weight-bits 3 4 8 --sides separate --numerics integer
-  qdit bench xl2 --recipes recipe.json --dry-run       # bytes and least times; runs nothing
+  qdit bench xl2 --recipes recipe.json --dry-run       # bytes and times; runs nothing
   qdit bench --model flux-dev --dry-run --batch 1      # of a published network, without its file
 """
 

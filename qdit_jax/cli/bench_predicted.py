@@ -91,14 +91,14 @@ def predicted_lines(rows: Sequence[Predicted], devices: Sequence[Device]) -> lis
     )
     return [
         *aligned(lines),
-        "predicted from shapes; nothing was run. Times are the least that operations and bytes at the "
-        "device's full rate need for one step, which no program reaches; integer numerics.",
+        "predicted from shapes; nothing was run. Times are those of operations and bytes at the device's "
+        "full rates, one layer after another, in integer numerics: programs take two to three times as long.",
         "(too large): weights and what a step needs beside them are more than the device's memory.",
         titles,
     ]
 
 
 def time_text(row: Predicted, device: Device) -> str:
-    """Returns the least milliseconds on a device, and whether its memory holds the network."""
+    """Returns the milliseconds on a device, and whether its memory holds the network."""
     fits = row.weight_bytes + row.live_bytes[device.name] <= device.memory
     return f"{row.milliseconds[device.name]:.4g}" + " (too large)" * (not fits)

@@ -1,4 +1,4 @@
-"""What a step costs by counting: bytes, operations and the least time on devices, from shapes alone."""
+"""What a step costs by counting: bytes, operations and the time of a roofline, from shapes alone."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Predicted:
         bit_operations: of these, see `allocation.BitOps`; a layer in full precision counts 32 x 32
             bits. Attention products are the same in all networks and are not counted.
         live_bytes: by device, what a step needs at once beside the weights, see `roofline`.
-        milliseconds: by device, the least time of a step, see `roofline`; attention is counted.
+        milliseconds: by device, of a step at the device's full rates, see `roofline`; attention is counted.
     """
 
     title: str
@@ -90,7 +90,7 @@ def predicted(
 
     Args:
         calls: of the network per sample: 2 with guidance, see `sampling.calls_per_step`.
-        devices: of which the least time is counted too.
+        devices: of which memory and time are counted too.
         dtype: that quantized networks compute in beside their quantized layers; the platform's own
             by default.
 

@@ -1,7 +1,8 @@
-"""What a step needs at least: operations and bytes of its layers and attentions, from shapes alone.
+"""The roofline of a step: operations and bytes of its layers and attentions, from shapes alone.
 
 Time on a device is, for each of them, the larger of its operations at full rate and its bytes at full
-bandwidth; the sum is a bound that no program reaches. Counted are, of a layer: its input and output, one
+bandwidth, one after another. Programs are slower; one that fuses more than is counted here could be
+faster. Counted are, of a layer: its input and output, one
 pass over each for norms, modulation, activation functions and the residual; the weights as they are
 stored; codes of the input; the copy in 8 or 16 bits that packed weights become; and a sum in float32 for
 every group inside which both operands have one scale. Of an attention: its operands and output, and the
@@ -42,7 +43,7 @@ class Work(NamedTuple):
     live: float
 
     def seconds(self, device: Device) -> float:
-        """Returns the least time on a device."""
+        """Returns the time at the device's full rates."""
         return max(self.operations / device.rates[self.kind], self.moved / device.bandwidth)
 
 
@@ -77,7 +78,7 @@ class Step:
             yield attention_work(attention, self.inputs, self.dtype, size, device.fuses_attention)
 
     def seconds(self, device: Device) -> float:
-        """Returns the least time of the step on a device."""
+        """Returns the time of the step at a device's full rates."""
         return sum(part.seconds(device) for part in self.work(device))
 
     def live_bytes(self, device: Device) -> float:

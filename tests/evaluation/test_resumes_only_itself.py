@@ -76,7 +76,9 @@ OTHER_JOBS = {
     "num_samples": {"num_samples": 5},
     "prompts": {"prompts": ("a", "b", "c", "d")},
     "shape": {"shape": (4, 4, 4)},
+    "first_frames": {"first_frames": np.zeros((4, 1, 4, 4, 4), np.float32)},
 }
+SAME_VALUES = {"shard_tokens"}  # how many devices share a sample changes no value beyond rounding
 PROTOCOL = Protocol(qdit.ddim(2), {"steps": 2}, num_samples=4, batch_size=2)
 CONTENDERS = (Contender("a", FULL), Contender("b", last_value_changed(FULL)))
 OTHER_PROTOCOLS = {
@@ -104,8 +106,9 @@ def fields_of(cls):
 def test_every_setting_is_changed_below():
     """A new setting fails here until it has a line of its own."""
     for cls, changes in ((SampleFile, OTHER_JOBS), (Protocol, OTHER_PROTOCOLS)):
-        assert {name.partition(",")[0] for name in changes} == fields_of(cls)
-        assert {field for change in changes.values() for field in change} == fields_of(cls)
+        counted = fields_of(cls) - SAME_VALUES
+        assert {name.partition(",")[0] for name in changes} == counted
+        assert {field for change in changes.values() for field in change} == counted
     assert fields_of(Contender) == {"title", "checkpoint"}
     assert isinstance(FULL.model, DiT)
 

@@ -149,8 +149,8 @@ def test_shards_of_an_earlier_release_lack_what_is_new(folders, out, tmp_path):
     """A run that an earlier release began is finished, without what its shards do not have."""
     contenders = [evaluation.Contender(name, qdit.load(folders / name)) for name in ("full", "w4")]
     sampler = sampling.checkpoint_sampler(contenders[0].checkpoint, STEPS)
-    protocol = evaluation.Protocol(sampler, {"steps": STEPS}, 4, batch_size=2)
-    done = evaluation.run_evaluation(contenders, protocol, tmp_path / "run", num_probed=0)
+    protocol = evaluation.Protocol(sampler, {"steps": STEPS}, 4, batch_size=2, num_probed=0)
+    done = evaluation.run_evaluation(contenders, protocol, tmp_path / "run")
     whole = evaluation.summarize(done, contenders)
     first = tmp_path / "run/shards/00000000.npz"
     with np.load(first) as data:

@@ -141,7 +141,7 @@ def test_what_a_network_does_not_tell_is_asked_for():
         sampling.checkpoint_sampler(made(Untold, DYNAMIC), 6)
     with pytest.raises(UserError, match=r"num_train_timesteps=500, but the network's time"):
         sampling.checkpoint_sampler(made(scheduler=EULER | {"num_train_timesteps": 500}), 6)
-    with pytest.raises(ValueError, match=r"shift=2.0 is an option of flow-euler and unipc, not of"):
+    with pytest.raises(ValueError, match=r"shift=2.0 is an option of flow-euler, .*unipc, not of"):
         sampling.checkpoint_sampler(made(), 6, sampler="flow", shift=2.0)
 
 
