@@ -93,7 +93,7 @@ def small(name, **config):
 
 
 CASES = {
-    "stdit3": {"sample_size": [4, 3, 4]},
+    "stdit3": {"sample_size": [5, 3, 4]},
     "wan": {"sample_size": [3, 4, 4]},
 }
 
