@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         refuse_inert(options, inert, "it goes with SAMPLES OUT")
     if args.check is not None:
         return checked(args.check)
-    return read_back(args) if args.results is not None else written(options)
+    return read_back(options) if args.results is not None else written(options)
 
 
 def written(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def checked(out: Any) -> dict[str, Any]:
     raise UserError(f"{out}: {shown}.")
 
 
-def read_back(args: argparse.Namespace) -> dict[str, Any]:
+def read_back(options: Mapping[str, Any]) -> dict[str, Any]:
     """Prints the scores with each dimension's worst clip, writes the page, and returns them."""
     from qdit_jax.evaluation import (
         read_vbench_results,
@@ -162,10 +162,11 @@ def read_back(args: argparse.Namespace) -> dict[str, Any]:
     )
     from qdit_jax.files import check_free
 
-    if args.page is not None:
-        check_free(args.page, args.force, "report", [*args.results, *(args.against or ())])
-    against = None if args.against is None else read_vbench_results(args.against)
-    summary = vbench_summary(read_vbench_results(args.results), against)
+    results, reference, page = (options[name] for name in ("results", "against", "page"))
+    if page is not None:
+        check_free(page, options["force"], "report", [*results, *(reference or ())])
+    against = None if reference is None else read_vbench_results(reference)
+    summary = vbench_summary(read_vbench_results(results), against)
     rows = vbench_rows(summary)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -173,7 +174,7 @@ def read_back(args: argparse.Namespace) -> dict[str, Any]:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         )
     print(vbench_text(summary))
-    if args.page is not None:
-        write_vbench_page(args.page, "VBench", summary)
-        print(f"wrote {args.page}")
+    if page is not None:
+        write_vbench_page(page, "VBench", summary)
+        print(f"wrote {page}")
     return json.loads(json.dumps(summary))
