@@ -24,7 +24,7 @@ from qdit_jax.checkpoint.fingerprint import digest
 from qdit_jax.cli import evaluate
 from qdit_jax.cli.options import Parser
 from qdit_jax.evaluation import Contender, Protocol, locked, run_evaluation, summarize
-from qdit_jax.evaluation.pages import difference_images
+from qdit_jax.evaluation.pictures import difference_images
 from qdit_jax.ptq import quantize_params
 from qdit_jax.recipes import Recipe
 from qdit_jax.testing import realistic_dit
