@@ -73,6 +73,8 @@ def convert(
     Raises:
         UserError: if the input cannot be converted, or `out` exists; nothing is written then.
     """
+    import jax.numpy as jnp
+
     from qdit_jax.checkpoint import load
 
     given: Any = {
@@ -83,7 +85,7 @@ def convert(
         **told,
     }
     if out is None:
-        return to_checkpoint(read_model(src, **given))
+        return to_checkpoint(read_model(src, place=jnp.asarray, **given))
     convert_checkpoint(src, out, force=force, **given)
     return load(out)
 

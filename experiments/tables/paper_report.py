@@ -78,7 +78,7 @@ def markdown(content: dict[str, Any]) -> str:
 def measures(rows: Sequence[dict[str, Any]]) -> str:
     """Returns what the figures of a cell are, in their order."""
     named = {
-        "change_closeness_db": "that of the changes between frames",
+        "flicker_error": "flicker error (per mille of the span of values)",
         "frechet_distance": "Fréchet distance (mean over seeds), mean squared distance of paired "
         "features",
     }
@@ -90,8 +90,8 @@ def cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
     parts = [interval(row["closeness_db"])]
-    if "change_closeness_db" in row:
-        parts.append(interval(row["change_closeness_db"]))
+    if "flicker_error" in row:
+        parts.append(f"{1000 * row['flicker_error']['estimate']:.1f}")
     if "frechet_distance" in row:
         paired = row["feature_distance"]["estimate"]
         parts += [f"{np.mean(row['frechet_distance']):.2f}", f"{paired:.2g}"]

@@ -17,7 +17,7 @@ channels (0: one scale per output channel); a method's own group size comes befo
 
 `--states text` and `video` are the packaged models under captions and of moving digits; a checkpoint
 that takes prompts wants their embeddings, --embeds. Where the network of features does not know the
-pictures, only closeness is measured; of videos that of the changes between frames too, what flickers.
+pictures, only closeness is measured; of videos the flicker error too.
 
 Every cell is a file in OUT/cells; a cell that is there is not computed again. Paired measures hold
 each sample against full precision from the same noise and condition; intervals are over samples and
@@ -178,10 +178,7 @@ def cell(
     finals = {seed: latents(quantized, bed.conditions, args, seed) for seed in args.seeds}
     found: dict[str, Any] = {"closeness_db": closeness(bed.full, finals)}
     if finals[args.seeds[0]].ndim == 5:
-        changes = (
-            {seed: np.diff(x, axis=1) for seed, x in of.items()} for of in (bed.full, finals)
-        )
-        found["change_closeness_db"] = closeness(*changes)
+        found["flicker_error"] = flicker(bed.full, finals)
     if judge is not None:
         found |= scores_of(bed, quantized, judge, finals, args)
     return found | {
@@ -196,6 +193,13 @@ def closeness(full: dict[int, np.ndarray], finals: dict[int, np.ndarray]) -> dic
     """Returns the signal to error in dB over all samples of all seeds, with its interval."""
     ratios = [metrics.signal_to_noise_db(full[seed], final) for seed, final in finals.items()]
     return dataclasses.asdict(metrics.bootstrap_interval(np.concatenate(ratios)))
+
+
+def flicker(full: dict[int, np.ndarray], finals: dict[int, np.ndarray]) -> dict[str, float]:
+    """Returns how much of the change between frames is wrong, with its interval."""
+    seen = [[np.clip(of[seed], -1, 1) for of in (full, finals)] for seed in finals]
+    errors = np.concatenate([metrics.flicker_error(*pair) for pair in seen])
+    return dataclasses.asdict(metrics.bootstrap_interval(errors))
 
 
 def scores_of(

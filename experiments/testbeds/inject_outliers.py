@@ -159,7 +159,9 @@ def largest_change(checkpoint: qdit.Checkpoint, params: Any) -> float:
     model = checkpoint.model
     x = jax.random.normal(jax.random.key(0), (4, *model.sample_shape()))
     timestep = jnp.linspace(0, last_timestep(model), 4)
-    condition = cyclic_conditions(model, conditions_of(model), np.arange(4))
+    condition = jax.tree.map(
+        jnp.asarray, cyclic_conditions(model, conditions_of(model), np.arange(4))
+    )
     apply = jax.jit(lambda p: model.apply({"params": p}, x, timestep, condition))
     before, after = apply(checkpoint.params), apply(params)
     return float(jnp.abs(after - before).max() / jnp.abs(before).max())

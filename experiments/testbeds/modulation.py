@@ -20,7 +20,6 @@ from jaxtyping import Float
 
 from qdit_jax.methods import fold_inputs, producers
 from qdit_jax.models import TimestepEmbedder, family_of
-from qdit_jax.models.pixart import PixArt
 
 NUM_TIMESTEPS = 32
 SHARED, TABLE = "t_block", "scale_shift_table"
@@ -32,7 +31,7 @@ Vectors = Mapping[str, np.ndarray]
 def alike(model: Any) -> list[list[str]]:
     """Returns the layers that get outlier channels; those of one list get the same ones."""
     blocks = [f"blocks_{i}" for i in range(model.depth)]
-    if isinstance(model, PixArt):
+    if family_of(model).name == "pixart":
         shared = [[f"{block}/{kind}" for block in blocks] for kind in BRANCHES]
         values = [[f"{b}/{kind}/proj"] for b in blocks for kind in ("attn", "cross_attn")]
         return shared + values
@@ -63,7 +62,7 @@ def input_size(model: Any, params: Any, paths: list[str]) -> Float[np.ndarray, "
 def parts(model: Any, params: Any, path: str, hidden: np.ndarray) -> list[np.ndarray]:
     """Returns the factor and the shift of a layer's input over the timesteps."""
     flat, family = flatten_dict(params, sep="/"), family_of(model)
-    if isinstance(model, PixArt):
+    if family_of(model).name == "pixart":
         block, first = block_and_row(path)
         m = hidden @ flat[f"{SHARED}/kernel"] + flat[f"{SHARED}/bias"]
         rows = m.reshape(len(m), 6, -1) + np.asarray(flat[f"{block}/{TABLE}"])
@@ -85,7 +84,7 @@ def loudness(model: Any, params: Any, path: str) -> Float[np.ndarray, " D"]:
 
 def fold_modulated(model: Any, params: Any, scale: Vectors, shift: Vectors) -> Any:
     """Returns params of the same function, where the named layers see `(x - shift) / scale`."""
-    if not isinstance(model, PixArt):
+    if family_of(model).name != "pixart":
         return fold_inputs(params, scale=scale, shift=shift)
     kinds = {kind: [path for path in scale if path.endswith(kind)] for kind in BRANCHES}
     shared = {path for paths in kinds.values() for path in paths}

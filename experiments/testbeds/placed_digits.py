@@ -15,7 +15,7 @@ from einops import reduce
 from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
 
-from qdit_jax.demo.captions import (
+from qdit_jax.demo import (
     ARTICLE,
     DIGITS,
     POSITIONS,

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 import qdit_jax as qdit
 from qdit_jax.calibration import conditional_and_null, trajectory
-from qdit_jax.demo.captions import embed_captions, mixed_captions
+from qdit_jax.demo import embed_captions, mixed_captions
 from qdit_jax.models import Linear
 from qdit_jax.sampling import cyclic_conditions, denoiser
 

@@ -62,7 +62,7 @@ def interval_text(taken: Taken) -> str:
     return f"{taken.low:.3g} to {taken.high:.3g}"
 
 
-def megabytes(count: float | None) -> str:
+def megabytes(count: float | int | None) -> str:
     return "-" if count is None else f"{count / 1e6:.2f}"
 
 

@@ -127,7 +127,8 @@ def learned_null(condition: Condition, params: Params) -> dict[str, Any]:
     """
     assert isinstance(condition, Mapping)
     text = jnp.asarray(condition["text"])
-    return {**condition, "text": null_text(params["y_embedder"]["y_embedding"], text)}
+    learned = jnp.asarray(params["y_embedder"]["y_embedding"])
+    return {**condition, "text": null_text(learned, text)}
 
 
 class TableOutput(nn.Module):

@@ -173,9 +173,9 @@ def counted(contender: Contender, shared: Counted) -> tuple[int, float]:
         macs += rows * math.prod(shape)
         if path in by_path:
             spec = spec_of(by_path[path])
-            operations += cost(SearchLayer(path, shape, (spec,), rows, share=share), spec)
+            operations += cost(SearchLayer(path, shape, (spec,), rows), spec)
         else:
-            operations += share * rows * math.prod(shape) * FLOAT32_MAC
+            operations += rows * math.prod(shape) * FLOAT32_MAC
     return macs, operations
 
 

@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+from PIL import Image
 
 from qdit_jax.cli import main
 from qdit_jax.demo.run import MARKER, RESULTS
@@ -54,3 +55,26 @@ def test_the_static_recipe_has_the_worst_distance_to_real_digits(found):
     assert all(math.isfinite(d) and d > 0 for d in distances)
     assert max(distances) == distances[-1]
     assert distances[-1] > 2 * max(distances[:-1])
+
+
+def test_the_text_model_shows_captions_and_no_score(tmp_path):
+    out = tmp_path / "out"
+    assert main(["demo", "--model", "text", "--quick", "--out", str(out), "--quiet"]) == 0
+    found = json.loads((out / "metrics.json").read_text())
+    assert [model["title"] for model in found["models"]] == TITLES
+    assert not found["scores"]
+    near = [found["paired"][title]["latent_snr_db"]["estimate"] for title in TITLES[1:]]
+    assert near == sorted(near, reverse=True)
+    assert not (out / "clips.gif").exists()
+
+
+def test_the_video_model_moves(tmp_path):
+    out = tmp_path / "out"
+    assert main(["demo", "--model", "video", "--quick", "--out", str(out), "--quiet"]) == 0
+    found = json.loads((out / "metrics.json").read_text())
+    assert [model["title"] for model in found["models"]] == TITLES
+    near = [found["paired"][title]["latent_snr_db"]["estimate"] for title in TITLES[1:]]
+    assert near == sorted(near, reverse=True)
+    with Image.open(out / "clips.gif") as clip:
+        assert clip.n_frames == 8
+    assert "data:image/gif;base64," in (out / "report.html").read_text()

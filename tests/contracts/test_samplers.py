@@ -311,7 +311,7 @@ def test_names_and_options_of_others_are_refused_by_name():
     with pytest.raises(ValueError, match=r"eta=0.5 is an option of ddim, not of flow"):
         sampler_named("flow").chosen(eta=0.5)
     with pytest.raises(
-        ValueError, match=r"clip=2 is an option of ddim and ddpm and dpm-solver\+\+, not of flow"
+        ValueError, match=r"clip=2 is an option of ddim, ddpm and dpm-solver\+\+, not of flow"
     ):
         sampler_named("flow").chosen(clip=2)
     assert sampler_named("ddim").chosen(eta=0.5, clip=None) == {"eta": 0.5}

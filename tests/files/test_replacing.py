@@ -43,6 +43,12 @@ def make_bench(folder):
     return folder
 
 
+def make_vbench(folder):
+    folder.mkdir()
+    (folder / "vbench.json").write_text(json.dumps({"vbench": "custom_input", "clips": []}))
+    return folder
+
+
 def make_evaluation(folder):
     (folder / "shards").mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps({"num_samples": 4, "seed": 0}))
@@ -136,6 +142,7 @@ MAKERS = {
     "search": make_search,
     "schedule": make_schedule,
     "bench": make_bench,
+    "vbench": make_vbench,
     "evaluation": make_evaluation,
     "demonstration": make_demonstration,
     "export": make_export,

@@ -252,13 +252,13 @@ def test_a_network_with_outliers_gains_and_says_where(method):
         return float(jnp.linalg.norm(outputs[0] - outputs[1]) / jnp.linalg.norm(outputs[1]))
 
     assert error(ours.params) < 0.5 * error(plain.params)
-    told = ours.metadata["quantization"]["transforms"]
-    assert set(told) == set(recipe.resolve(full.params))
-    gains = [place["after_db"] - place["before_db"] for place in told.values()]
+    places = ours.metadata["quantization"]["transforms"]
+    assert set(places) == set(recipe.resolve(full.params))
+    gains = [place["after_db"] - place["before_db"] for place in places.values()]
     assert min(gains) >= 0
-    assert told["blocks_0/attn/qkv"]["kinds"][0] == "scale"
-    assert gains[list(told).index("blocks_0/attn/qkv")] > 6
-    assert any("inputs have new coordinates at" in note for note in notes)
+    assert places["blocks_0/attn/qkv"]["kinds"][0] == "scale"
+    assert gains[list(places).index("blocks_0/attn/qkv")] > 6
+    assert any("inputs have new coordinates at" in note for note in told.texts)
 
 
 @pytest.mark.parametrize("numerics", ["simulated", "integer"])
