@@ -6,6 +6,7 @@ VBench itself is not needed: the files have the names and the form that its code
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -20,8 +21,10 @@ from qdit_jax.evaluation import (
     vbench_summary,
 )
 
-pytest.importorskip("imageio")
-pytest.importorskip("imageio_ffmpeg")
+FILMS = pytest.mark.skipif(
+    find_spec("imageio") is None or find_spec("imageio_ffmpeg") is None,
+    reason="films need the extra [video]",
+)
 INFO = [
     {"prompt_en": "a red car", "dimension": ["color"], "auxiliary_info": {"color": "red"}},
     {"prompt_en": "a person is waving", "dimension": ["human_action", "subject_consistency"]},
@@ -51,6 +54,7 @@ def as_vbench_finds(folder, prompts, dimensions):
     return [f"{text}-{i}{suffix}" for text in wanted for i in range(5)], names
 
 
+@FILMS
 def test_standard_names_are_those_that_vbench_looks_for(info, tmp_path):
     texts = ["a red car", "a person is waving"] * 5  # as prompts are cycled over samples
     file = samples(tmp_path / "clips.npz", texts)
@@ -68,6 +72,7 @@ def test_standard_names_are_those_that_vbench_looks_for(info, tmp_path):
     assert reader.get_meta_data()["fps"] == 8
 
 
+@FILMS
 @pytest.mark.parametrize(
     ("texts", "dimensions", "message"),
     [
@@ -85,6 +90,7 @@ def test_clips_that_are_not_those_needed_are_refused(info, tmp_path, texts, dime
     assert not (tmp_path / "out").exists()
 
 
+@FILMS
 def test_custom_input_has_a_prompt_for_every_file(tmp_path, capsys):
     file = samples(tmp_path / "clips.npz", ["a cat/dog", "a cat/dog", "rain"])
     out = tmp_path / "out"
@@ -101,6 +107,7 @@ def test_custom_input_has_a_prompt_for_every_file(tmp_path, capsys):
     assert "color is measured on VBench's own prompts only" in capsys.readouterr().err
 
 
+@FILMS
 def test_a_folder_is_checked_clip_by_clip(tmp_path, capsys):
     file = samples(tmp_path / "clips.npz", ["a", "b", "c"])
     other = samples(tmp_path / "longer.npz", ["a"], shape=(7, 24, 16, 3))
@@ -123,6 +130,7 @@ def test_a_folder_is_checked_clip_by_clip(tmp_path, capsys):
         check_vbench(tmp_path)
 
 
+@FILMS
 def test_prompts_are_needed_and_images_refused(tmp_path):
     np.savez(tmp_path / "a.npz", np.full((2, 3, 8, 8, 3), 9, np.uint8))
     with pytest.raises(UserError, match="2 clips and 0 prompts; sample with --embeds"):
