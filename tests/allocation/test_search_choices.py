@@ -14,7 +14,7 @@ from told import Told
 
 import qdit_jax as qdit
 from qdit_jax.allocation.rollouts import Sensitivities
-from qdit_jax.allocation.searching import given_assignments
+from qdit_jax.allocation.asked import given_assignments
 from qdit_jax.calibration import collect_items
 from qdit_jax.diffusion import ddim
 from qdit_jax.methods import CalibrationData, method_named
