@@ -13,8 +13,8 @@ from search_models import batches_of_noise, search, small_model, small_rollout, 
 from told import Told
 
 import qdit_jax as qdit
-from qdit_jax.allocation.rollouts import Sensitivities
 from qdit_jax.allocation.asked import given_assignments
+from qdit_jax.allocation.rollouts import Sensitivities
 from qdit_jax.calibration import collect_items
 from qdit_jax.diffusion import ddim
 from qdit_jax.methods import CalibrationData, method_named

@@ -69,9 +69,7 @@ def test_the_hessian_is_the_weighted_sum(full, items):
     weights = TimestepWeights(TIMESTEPS, (3.0, 0.5, 2.0, 0.25))
     network = Denoiser(full.params, full.model)
     path, chosen = "blocks_0/mlp/fc1", np.ones(len(items.x), bool)
-    found = hessians_of(
-        network, items, chosen, [path], 5, weights=weights.at(items.timestep)
-    )[path]
+    found = hessians_of(network, items, chosen, [path], 5, weights=weights.at(items.timestep))[path]
     total = np.zeros(found.shape)
     for timestep, weight in zip(TIMESTEPS, weights.weights, strict=True):
         at = items.timestep == np.float32(timestep)
