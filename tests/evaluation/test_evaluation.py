@@ -160,7 +160,7 @@ def test_what_ran_is_named_with_bytes_and_time(compared):
 def test_the_report_stands_alone(compared):
     page = (compared / "report.html").read_text()
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)
-    assert page.count("data:image/png") == 3
+    assert page.count("data:image/png") == 4
     for text in ("quantized, simulated numerics", "Error over timesteps", "Ranges by layer"):
         assert text in page
     assert Image.open(compared / "pictures.png").width > 5 * 3 * 48
