@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from qdit_jax.errors import UserError, check_counts
 from qdit_jax.files import PathLike, as_path
 from qdit_jax.text.encoders import Encoded
 from qdit_jax.text.pipelines import Pipeline, default_length, pipeline_of
-from qdit_jax.types import ProgressFn, untold
 
 DTYPES = ("float32", "bfloat16")
 NEEDED = ("torch", "transformers")
@@ -52,7 +51,7 @@ def embed_prompts(
     pipeline: str | None = None,
     dtype: str = "float32",
     batch_size: int = 8,
-    progress_fn: ProgressFn = untold,
+    progress_fn: Callable[..., object] = lambda event: None,
 ) -> Embedded:
     """Returns prompts as a condition, by the text encoders in a diffusers pipeline's folder.
 
@@ -97,7 +96,7 @@ def encoded(
     dtype: str,
     batch_size: int,
     notes: list[str],
-    progress_fn: ProgressFn,
+    progress_fn: Callable[..., object],
 ) -> dict[str, Encoded]:
     """Returns what each encoder of a pipeline makes; an optional one may not be there."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qdit_jax.errors import UserError
-from qdit_jax.types import Progress, ProgressFn
 
 CLIP_LENGTH = 77
 
@@ -59,7 +58,7 @@ class TextEncoder:
         dtype: str,
         batch_size: int,
         note_fn: Callable[[str], object],
-        progress_fn: ProgressFn,
+        progress_fn: Callable[..., object],
     ) -> Encoded:
         """Returns the encoder's output for all prompts, padded or cut to `length` tokens.
 
@@ -69,6 +68,8 @@ class TextEncoder:
             UserError: if a part cannot be loaded, or an output is not finite.
         """
         import torch
+
+        from qdit_jax.types import Progress  # which loads jax, as this room's import does not
 
         length = self.length or length
         tokenizer = loaded(folder / self.tokenizer, "AutoTokenizer")
