@@ -70,10 +70,7 @@ def diffusers_pixart_plan(
 
 def checked_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings of config.json; raises `UserError` if one is not understood."""
-    name = config.get("_class_name", CLASS_NAMES[0])
-    if name not in CLASS_NAMES:
-        raise UserError(f"config.json is of a {name}, but the weights are of a {CLASS_NAMES[0]}.")
-    settings = network_settings(config, PIXART)
+    settings = network_settings(config, PIXART, CLASS_NAMES)
     if settings["caption_channels"] is None:
         raise UserError(
             "config.json says nothing of caption_channels: a PixArt that does not project its text is "

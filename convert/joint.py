@@ -176,10 +176,7 @@ def checked_config(
     """
     if config is None:
         return {}
-    name = config.get("_class_name", class_name)
-    if name != class_name:
-        raise UserError(f"config.json is of a {name}, but the weights are of a {class_name}.")
-    settings = network_settings(config, table)
+    settings = network_settings(config, table, [class_name])
     heads, head_dim = settings["num_attention_heads"], settings["attention_head_dim"]
     said = settings | {
         "num_attention_heads * attention_head_dim": heads and head_dim and heads * head_dim

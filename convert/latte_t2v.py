@@ -49,10 +49,7 @@ def is_latte_t2v(state: StateDict) -> bool:
 
 def latte_t2v_plan(state: StateDict, choices: Choices, config: Mapping[str, Any] | None) -> Plan:
     """Returns the plan for Latte-T2V; `config` is its config.json, if there is one."""
-    name = (config or {}).get("_class_name", LATTE_CLASSES[0])
-    if name not in LATTE_CLASSES:
-        raise UserError(f"config.json is of a {name}, but the weights are of a {LATTE_CLASSES[0]}.")
-    settings = network_settings(config or {}, LATTE)
+    settings = network_settings(config or {}, LATTE, LATTE_CLASSES)
     if config is None:
         settings |= {"activation_fn": None, "norm_eps": 1e-6, "video_length": 16}
     sizes, is_gated = t2v_sizes(state, settings)

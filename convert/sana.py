@@ -155,10 +155,7 @@ def checked(config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
     Raises:
         UserError: if it is of another class, is not understood, or contradicts the weights.
     """
-    name = config.get("_class_name", CLASS_NAME)
-    if name != CLASS_NAME:
-        raise UserError(f"config.json is of a {name}, but the weights are of a {CLASS_NAME}.")
-    says = network_settings(config, SANA)
+    says = network_settings(config, SANA, [CLASS_NAME])
 
     def product(*names: str) -> int | None:
         numbers = [says[name] for name in names]

@@ -6,13 +6,14 @@ A scheduler's are in `qdit_jax.diffusion.scheduler_settings`, a training script'
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qdit_jax.diffusion import HARMLESS, Setting, Table, understood
 from qdit_jax.errors import UserError
 
-CONFIG = "config.json says"
+CONFIG_FILE = "config.json"
+CONFIG = f"{CONFIG_FILE} says"
 INDEX = "model_index.json says"
 QUANTIZATION = "quantization_config"
 POSITIVE = Setting("whole", low=1, high=10_000_000, optional=True)
@@ -84,12 +85,23 @@ AUTOENCODER: Table = ABOUT | {
 PIPELINE: Table = ABOUT  # of every class; `qdit_convert.pipelines` adds each one's own
 
 
-def network_settings(config: Mapping[str, Any], table: Table) -> dict[str, Any]:
+def network_settings(
+    config: Mapping[str, Any], table: Table, class_names: Sequence[str] = ()
+) -> dict[str, Any]:
     """Returns what a network's config.json says.
 
+    Args:
+        class_names: those that its `_class_name` may have, if it has one, the usual one first.
+
     Raises:
-        UserError: naming a setting and its value, if it is not understood.
+        UserError: if it is of another class, or naming a setting and its value, if it is not understood.
     """
+    name = config.get("_class_name")
+    if class_names and name is not None and name not in class_names:
+        article = "an" if class_names[0][0] in "AEIOU" else "a"
+        raise UserError(
+            f"{CONFIG_FILE} is of a {name}, but the weights are of {article} {class_names[0]}."
+        )
     check_quantization(config.get(QUANTIZATION))
     plain = {name: value for name, value in config.items() if name != QUANTIZATION}
     return understood(CONFIG, plain, table)

@@ -145,10 +145,7 @@ def _shape_config(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
 
 def _checked_config(config: Mapping[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """Returns the settings of a config.json that fits the weights."""
-    name = config.get("_class_name", AUTOENCODER_NAME)
-    if name != AUTOENCODER_NAME:
-        raise UserError(f"config.json is of a {name}, but the weights are of an AutoencoderKL.")
-    settings = network_settings(config, AUTOENCODER)
+    settings = network_settings(config, AUTOENCODER, [AUTOENCODER_NAME])
     for key, known in BLOCKS.items():
         stated = config.get(key, known)
         if any(kind != known for kind in (stated if isinstance(stated, list) else [stated])):

@@ -104,11 +104,9 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: if it is of another network, or says what is not understood.
     """
-    name = config.get("_class_name", AUTHORS_NAME)
-    if name not in (AUTHORS_NAME, DIFFUSERS_NAME):
-        raise UserError(f"config.json is of a {name}, but the weights are of a {DIFFUSERS_NAME}.")
-    is_diffusers = name == DIFFUSERS_NAME or "num_attention_heads" in config
-    return network_settings(config, DIFFUSERS if is_diffusers else AUTHORS)
+    is_diffusers = config.get("_class_name") == DIFFUSERS_NAME or "num_attention_heads" in config
+    table = DIFFUSERS if is_diffusers else AUTHORS
+    return network_settings(config, table, [DIFFUSERS_NAME, AUTHORS_NAME])
 
 
 def wan_sizes(state: StateDict, said: Mapping[str, Any]) -> Sizes:

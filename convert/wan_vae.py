@@ -66,10 +66,7 @@ def wan_vae_plan(state: StateDict, choices: Choices, config: Mapping[str, Any] |
 
 def checked_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what a config.json says; raises `UserError` if it is of another network."""
-    name = config.get("_class_name", CLASS_NAME)
-    if name != CLASS_NAME:
-        raise UserError(f"config.json is of a {name}, but the weights are of an {CLASS_NAME}.")
-    return network_settings(config, AUTOENCODER)
+    return network_settings(config, AUTOENCODER, [CLASS_NAME])
 
 
 def fields_of(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> dict[str, Any]:

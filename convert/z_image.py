@@ -107,10 +107,7 @@ def checked(config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
     Raises:
         UserError: if it is of another class, is not understood, or contradicts the weights.
     """
-    name = config.get("_class_name", CLASS_NAME)
-    if name != CLASS_NAME:
-        raise UserError(f"config.json is of a {name}, but the weights are of a {CLASS_NAME}.")
-    settings = network_settings(config, Z_IMAGE)
+    settings = network_settings(config, Z_IMAGE, [CLASS_NAME])
     patches = settings["all_patch_size"]
     stated = {
         "all_patch_size": (patches and list(patches), [sizes.patch_size]),

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Num
 
 from qdit_jax.models.condition_checks import Entry, check_entries
 from qdit_jax.models.flux import TIME_UNIT, Embedder, Modulation
-from qdit_jax.models.joint import ModulatedOutput, StreamAttention, joined, modulated
+from qdit_jax.models.joint import ModulatedOutput, StreamAttention, joint_attention, modulated
 from qdit_jax.models.layers import AttentionModule, timestep_features
 from qdit_jax.models.linear import Layers
 from qdit_jax.models.network import NetworkModule
@@ -95,21 +95,12 @@ class DoubleBlock(nn.Module):
             SelfAttention(d, kind.num_heads, self.layers, eps=kind.norm_eps, name=f"{name}_attn")
             for name in names
         ]
-        q, k, v = joined(
-            *(
-                attention.heads(modulated(layer_norm(x, kind.norm_eps), m[0], m[1]))
-                for attention, x, m in zip(attentions, streams, vectors, strict=True)
-            )
-        )
-        # The image's module holds what quantizes the operands of the shared product.
-        attended = attentions[1].attend(rotated(q, angles), rotated(k, angles), v)
-        rows = jnp.split(attended, [streams[0].shape[1]], axis=1)
-        text, image = (
-            self.after(name, x, m, attention.output(part))
-            for name, x, m, attention, part in zip(
-                names, streams, vectors, attentions, rows, strict=True
-            )
-        )
+        inputs = [
+            modulated(layer_norm(x, kind.norm_eps), m[0], m[1])
+            for x, m in zip(streams, vectors, strict=True)
+        ]
+        attended = joint_attention(attentions, inputs, angles)
+        text, image = map(self.after, names, streams, vectors, attended)
         return text, image
 
     def after(

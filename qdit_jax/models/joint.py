@@ -8,6 +8,8 @@ Dimensions: B batch, N tokens of one stream, h heads, d channels of a head, W wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
@@ -16,6 +18,7 @@ from jaxtyping import Array, Float
 from qdit_jax.models.layers import AttentionModule
 from qdit_jax.models.linear import Layers
 from qdit_jax.models.norms import layer_norm
+from qdit_jax.models.rotary import rotated
 
 # Queries, keys and values of a stream.
 Heads = tuple[Float[Array, "B N h d"], Float[Array, "B N h d"], Float[Array, "B N h d"]]
@@ -62,6 +65,22 @@ def joined(*streams: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
     """Returns the queries, keys and values `[B, N, h, d]` of streams in one sequence each."""
     q, k, v = (jnp.concatenate(parts, axis=1) for parts in zip(*streams, strict=True))
     return q, k, v
+
+
+def joint_attention(
+    attentions: Sequence[StreamAttention],
+    inputs: Sequence[Float[Array, "B _ D"]],
+    angles: Float[Array, "... T half"],
+) -> list[Array]:
+    """Returns each stream's part of the attention over text and image, each with layers of its own.
+
+    `angles` turn the queries and keys of the whole sequence, the text first.
+    """
+    q, k, v = joined(*(a.heads(x) for a, x in zip(attentions, inputs, strict=True)))
+    # The image's module holds what quantizes the operands of the shared product.
+    attended = attentions[1].attend(rotated(q, angles), rotated(k, angles), v)
+    parts = jnp.split(attended, [inputs[0].shape[1]], axis=1)
+    return [a.output(part) for a, part in zip(attentions, parts, strict=True)]
 
 
 def chunks(modulation: Float[Array, "B K"], count: int) -> list[Float[Array, "B 1 W"]]:
