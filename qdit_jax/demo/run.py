@@ -82,17 +82,15 @@ def recipes(params: Params, sizes: tuple[int, int], quick: bool) -> dict[str, Re
         return Recipe.preset(name, params, group_size=group_size, act_mode=act_mode)
 
     fine, coarse = sizes
-    kept = {
-        f"W8A8, groups of {fine}": uniform("w8a8", fine),
-        f"W4A8, groups of {fine}": uniform("w4a8", fine),
-    }
-    more = {
+    chosen = {
+        (eight := f"W8A8, groups of {fine}"): uniform("w8a8", fine),
         f"W6A8, groups of {fine}": uniform("w6a8", fine),
+        (four := f"W4A8, groups of {fine}"): uniform("w4a8", fine),
         f"W4A8, groups of {coarse}": uniform("w4a8", coarse),
         "W4A8, per channel": uniform("w4a8", 0),
+        (static := "W4A8, per channel, static"): uniform("w4a8", 0, act_mode="static"),
     }
-    last = {"W4A8, per channel, static": uniform("w4a8", 0, act_mode="static")}
-    return kept | ({} if quick else more) | last
+    return {title: chosen[title] for title in (eight, four, static)} if quick else chosen
 
 
 def run_demo(
