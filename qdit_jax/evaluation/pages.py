@@ -78,13 +78,21 @@ def write_evaluation(
 
 def protocol_text(summary: Mapping[str, Any]) -> str:
     s = summary["settings"]
-    models = "; ".join(f"{m['title']}: {m['numerics']} in {m['dtype']}" for m in summary["models"])
     return (
         f"{s['num_samples']:,} samples per model, {s['sampler']} with {s['steps']} steps, guidance "
         f"{guidance_text(s['guidance'])} on {s['guidance_channels']} channels, seed {s['seed']}, "
-        f"conditions cycled; the same noise, conditions and steps for all. {models}. Run on "
+        f"conditions cycled; the same noise, conditions and steps for all. {numerics_text(summary)}. Run on "
         f"{', '.join(s['device'])}; {report.provenance_text(summary['made'])}."
     )
+
+
+def numerics_text(summary: Mapping[str, Any]) -> str:
+    """Returns how each model computes, those that do alike after the first in one phrase."""
+    first, *others = ((m["title"], f"{m['numerics']} in {m['dtype']}") for m in summary["models"])
+    alike = {text for _, text in others}
+    if len(others) > 1 and len(alike) == 1:
+        others = [("the others", alike.pop())]
+    return "; ".join(f"{title}: {text}" for title, text in (first, *others))
 
 
 def caption(contenders: Sequence[Contender]) -> str:
@@ -120,14 +128,17 @@ def paired_table(summary: Mapping[str, Any]) -> str:
         "worst sample: a mean hides failures."
     )
     head = [text for title in titles for text in (title, f"{title}, worst")]
-    return readable_table(["measure (more is closer)", *head], rows, note)
+    num_models = len(summary["models"])
+    return readable_table(["measure (more is closer)", *head], rows, note, num_models)
 
 
-def readable_table(head: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
-    """Returns a table with a column per model, or with a row per model where they are many."""
-    if len(head) > MOST_DETAILED + 1:
-        turned = list(zip(head, *rows, strict=True))
-        head, rows = turned[0], turned[1:]
+def readable_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], note: str, num_models: int
+) -> str:
+    """Returns a table with columns of models, or with rows of them where they are many."""
+    if num_models > MOST_DETAILED:
+        (_, *names), *rows = zip(head, *rows, strict=True)
+        head = ["model", *names]
     return report.table(head, rows, note)
 
 
@@ -200,7 +211,7 @@ def scores_table(summary: Mapping[str, Any]) -> str:
         rows.append([label, *map(cell, entries)])
     reference = summary["settings"].get("reference", "")
     note = f"Reference: {reference}" if reference else ""
-    return readable_table(["score", *titles], rows, note)
+    return readable_table(["score", *titles], rows, note, len(titles))
 
 
 def models_table(summary: Mapping[str, Any]) -> str:
@@ -253,9 +264,8 @@ def bytes_table(contenders: Sequence[Contender]) -> str:
             parts[part] = parts.get(part, 0) + num_bytes(leaf)
         found.append(parts)
     rows = [[part, *(f"{f.get(part, 0):,}" for f in found)] for part in sorted(found[0])]
-    return readable_table(
-        ["layers", *(c.title for c in contenders)], rows, "Bytes by kind of layer"
-    )
+    head = ["layers", *(c.title for c in contenders)]
+    return readable_table(head, rows, "Bytes by kind of layer", len(contenders))
 
 
 def ranges_parts(contenders: Sequence[Contender], stats: Stats | None) -> list[str]:

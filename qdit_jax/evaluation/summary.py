@@ -62,7 +62,7 @@ def summarize(
         "trajectory": {c.title: trajectory(table, i) for i, c in pairs},
         "scores": dict(scores or {}),
     }
-    if len(contenders) > 2:
+    if len(contenders) == 3:
         summary["comparison"] = comparison(table, contenders)
     return summary
 

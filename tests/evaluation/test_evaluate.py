@@ -75,3 +75,19 @@ def test_what_cannot_be_compared_is_refused(pair, tmp_path):
     with pytest.raises(qdit.UserError, match="metrics"):
         qdit.evaluate(small, against=full, sampler=SAMPLER, out=tmp_path, **SETTINGS)
     assert (tmp_path / "metrics.json").read_text() == "mine"
+
+
+def test_many_models_are_rows_and_are_not_tested_two_by_two(pair, tmp_path):
+    full, small = pair
+    others = {f"other {i}": small for i in range(3)}
+    found = qdit.evaluate(
+        others, against=full, sampler=SAMPLER, num_probed=0, out=tmp_path / "out", **SETTINGS
+    )
+    assert [m["title"] for m in found["models"]] == ["full precision", *others]
+    assert "comparison" not in found
+    page = (tmp_path / "out/report.html").read_text()
+    assert "the others: quantized, simulated numerics in float32" in page
+    assert "<th>model</th><th>final latents: signal to error, dB</th>" in page
+    assert "<tr><td>other 0</td>" in page
+    with pytest.raises(ValueError, match="two checkpoints are called 'w4a8-g16'"):
+        qdit.evaluate({"w4a8-g16": full}, against=small)
