@@ -37,6 +37,13 @@ def tiny_checkpoint(**config):
     return Checkpoint(model, random_params(model))
 
 
+# LLVM's optimizations would take most of the time of a tiny network's call.
+@jax.jit(static_argnames=("model",), compiler_options={"xla_backend_optimization_level": 0})
+def output(model, params, *inputs, **options):
+    """Returns `model.apply`, compiled: one operation after the other takes ten times as long."""
+    return model.apply({"params": params}, *inputs, **options)
+
+
 def tiny_vae():
     model = AutoencoderKL(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]

@@ -47,20 +47,18 @@ class Made:
     on_disk: int
 
 
-def qdit_linen(net, params, x, bits):
+def qdit_linen(net, params, x, bits, numerics):
     size = GROUP if bits == "w4a8" else 0
-    recipe = qdit.Recipe.preset(
-        bits, layers=".*", group_size=size, act_group_size=0, symmetric=True
+    recipe = qdit.Recipe.preset(bits, layers=".*", group_size=size, act_group_size=0)
+    return qdit.quantize_linen(
+        net, params, recipe, example_args=(x,), strict=True, numerics=numerics
     )
-    return qdit.quantize_linen(net, params, recipe, example_args=(x,), strict=True)
 
 
-def qdit_nnx(net, bits):
+def qdit_nnx(net, bits, numerics):
     size = GROUP if bits == "w4a8" else 0
-    recipe = qdit.Recipe.preset(
-        bits, layers=".*", group_size=size, act_group_size=0, symmetric=True
-    )
-    return qdit.quantize_nnx(net, recipe, strict=True)
+    recipe = qdit.Recipe.preset(bits, layers=".*", group_size=size, act_group_size=0)
+    return qdit.quantize_nnx(net, recipe, strict=True, numerics=numerics)
 
 
 def qwix_rules(bits):
@@ -98,11 +96,11 @@ def torchao_net(net, bits):
     return net
 
 
-def made_linen(weights, x, bits, by: str) -> Made:
-    """Returns a linen network quantized by `qdit` or `qwix`."""
+def made_linen(weights, x, bits, numerics: str | None) -> Made:
+    """Returns a linen network quantized by qdit in these numerics, or by Qwix."""
     net, params = LinenNet(x.shape[-1], len(weights)), linen_params(weights)
-    if by == "qdit":
-        apply_fn, variables = qdit_linen(net, {"params": params}, x, bits)
+    if numerics is not None:
+        apply_fn, variables = qdit_linen(net, {"params": params}, x, bits, numerics)
         step = jax.jit(apply_fn)
     else:
         model, small = qwix_linen(net, params, x, bits)
@@ -110,10 +108,10 @@ def made_linen(weights, x, bits, by: str) -> Made:
     return Made(lambda: step(variables, x), held(variables), on_disk(variables))
 
 
-def made_nnx(weights, x, bits, by: str) -> Made:
-    """Returns an NNX network quantized by `qdit` or `qwix`."""
+def made_nnx(weights, x, bits, numerics: str | None) -> Made:
+    """Returns an NNX network quantized by qdit in these numerics, or by Qwix."""
     net = NnxNet(weights)
-    small = qdit_nnx(net, bits) if by == "qdit" else qwix_nnx(net, x, bits)
+    small = qwix_nnx(net, x, bits) if numerics is None else qdit_nnx(net, bits, numerics)
     graph, state = nnx.split(small)
     step = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
     return Made(lambda: step(state, x), held(state), on_disk(nnx.to_pure_dict(state)))
@@ -163,10 +161,12 @@ def lines(*functions: Callable[..., Any]) -> int:
 
 # Title -> the library it needs, how it is made, and the lines that a user writes.
 CONTENDERS: dict[str, tuple[str, Callable[..., Made], int]] = {
-    "qdit, linen": ("qdit_jax", lambda *a: made_linen(*a, "qdit"), lines(qdit_linen)),
-    "qdit, NNX": ("qdit_jax", lambda *a: made_nnx(*a, "qdit"), lines(qdit_nnx)),
-    "Qwix, linen": ("qwix", lambda *a: made_linen(*a, "qwix"), lines(qwix_linen, qwix_rules)),
-    "Qwix, NNX": ("qwix", lambda *a: made_nnx(*a, "qwix"), lines(qwix_nnx, qwix_rules)),
+    "qdit, linen": ("qdit_jax", lambda *a: made_linen(*a, "simulated"), lines(qdit_linen)),
+    "qdit, linen, integer": ("qdit_jax", lambda *a: made_linen(*a, "integer"), lines(qdit_linen)),
+    "qdit, NNX": ("qdit_jax", lambda *a: made_nnx(*a, "simulated"), lines(qdit_nnx)),
+    "qdit, NNX, integer": ("qdit_jax", lambda *a: made_nnx(*a, "integer"), lines(qdit_nnx)),
+    "Qwix, linen": ("qwix", lambda *a: made_linen(*a, None), lines(qwix_linen, qwix_rules)),
+    "Qwix, NNX": ("qwix", lambda *a: made_nnx(*a, None), lines(qwix_nnx, qwix_rules)),
     "torchao": ("torchao", lambda *a: made_torch(*a, False), lines(torchao_net)),
     "torchao, torch.compile": (
         "torchao",

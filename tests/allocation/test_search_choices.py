@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from search_models import batches_of_noise, search, small_model, small_rollout, small_space
+from tiny_models import output
 from told import Told
 
 import qdit_jax as qdit
@@ -107,7 +108,7 @@ def test_no_choice_changes_the_function_in_full_precision(case):
         return checkpoint.model.apply({"params": moved}, x, timestep, label)
 
     params = checkpoint.params
-    expected = checkpoint.model.apply({"params": params}, x, timestep, label)
+    expected = output(checkpoint.model, params, x, timestep, label)
     for choice in range(6):
         found = traced(params, np.full(len(space.layers), choice), coordinates)
         assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
@@ -132,14 +133,14 @@ def test_an_assignment_is_what_best_makes_of_its_recipe(case):
         chosen = search.assigned_params(params, space, assignment, coordinates)
         return checkpoint.model.apply({"params": chosen}, x, timestep, label)
 
-    exact = checkpoint.model.apply({"params": checkpoint.params}, x, timestep, label)
+    exact = output(checkpoint.model, checkpoint.params, x, timestep, label)
     without = [i for i, spec in enumerate(space.layers[0].choices) if not spec.rank]
     rng = np.random.default_rng(0)
     for numbers, flips in ((without, 1e-6), (range(len(space.layers[0].choices)), 0.2)):
         assignment = rng.choice(numbers, len(space.layers))
         recipe = search.recipe_of(space, assignment)
         made = qdit.quantize(checkpoint, by_nearest(), recipe, data=data)
-        expected = checkpoint.model.apply({"params": made.params}, x, timestep, label)
+        expected = output(checkpoint.model, made.params, x, timestep, label)
         found = traced(checkpoint.params, assignment, coordinates)
         lost, own = (float(np.square(a - exact).sum()) for a in (expected, found))
         # A fold into a layer's outputs changes its branch, which is rounded to 16 bits once more:

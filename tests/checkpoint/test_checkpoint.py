@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import output
 
 from qdit_jax.checkpoint import Checkpoint, load, save
 from qdit_jax.errors import UserError
@@ -65,8 +66,8 @@ def test_a_quantized_checkpoint_comes_back_bit_for_bit(tmp_path):
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 8, 8, 2)), jnp.float32)
     inputs = x, jnp.array([3.0, 900.0]), jnp.array([0, 3])
     np.testing.assert_array_equal(
-        model.apply({"params": params}, *inputs),
-        found.model.apply({"params": found.params}, *inputs),
+        output(model, params, *inputs),
+        output(found.model, found.params, *inputs),
     )
 
 

@@ -7,6 +7,7 @@ import tarfile
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import output
 
 import qdit_jax as qdit
 
@@ -27,5 +28,5 @@ def test_it_loads_and_computes_what_it_computed(first, name):
     assert isinstance(checkpoint.params["blocks_0"]["attn"]["qkv"]["kernel"], qdit.QTensor)
     with np.load(first / "io.npz") as recorded:
         inputs = (jnp.asarray(recorded[name]) for name in ("x", "t", "y"))
-        out = checkpoint.model.apply({"params": checkpoint.params}, *inputs)
+        out = output(checkpoint.model, checkpoint.params, *inputs)
         np.testing.assert_allclose(out, recorded["out"], rtol=1e-5, atol=1e-6)

@@ -15,7 +15,7 @@ import pytest
 import toy_family
 import toy_painter
 from flax.traverse_util import flatten_dict
-from tiny_models import random_params
+from tiny_models import output, random_params
 
 import qdit_jax as qdit
 from qdit_jax.allocation import BitOps, cost_table, search_space
@@ -99,13 +99,7 @@ def inputs_of(model, batch=3):
 
 
 def call(model, params, inputs):
-    return np.asarray(compiled(params, *inputs, model=model))
-
-
-# LLVM's optimizations would take most of the time here.
-@jax.jit(static_argnames=("model",), compiler_options={"xla_backend_optimization_level": 0})
-def compiled(params, x, timestep, condition, *, model):
-    return model.apply({"params": params}, x, timestep, condition)
+    return np.asarray(output(model, params, *inputs))
 
 
 def relative(a, b):

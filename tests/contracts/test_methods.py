@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from tiny_models import tiny_checkpoint
+from tiny_models import output, tiny_checkpoint
 from told import Told
 
 import qdit_jax as qdit
@@ -70,13 +70,8 @@ def quantized(name, bits):
     return result, told
 
 
-@jax.jit
-def call(params, x, timestep, label):
-    return checkpoint().model.apply({"params": params}, x, timestep, label)
-
-
 def outputs(params):
-    return np.asarray(call(params, *items(1)[:3]))
+    return np.asarray(output(checkpoint().model, params, *items(1)[:3]))
 
 
 @method_and_bits

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import quantized_layers, random_params
+from tiny_models import output, quantized_layers, random_params
 from toy_family import ROW, ToyVideo, prompts
 
 import qdit_jax as qdit
@@ -47,7 +47,7 @@ def relative(a, b):
 
 def apply(checkpoint, params=None):
     params = checkpoint.params if params is None else params
-    return checkpoint.model.apply({"params": params}, *jax.tree.map(jnp.asarray, inputs()))
+    return output(checkpoint.model, params, *jax.tree.map(jnp.asarray, inputs()))
 
 
 def test_a_preset_takes_every_linear_of_the_blocks_cross_attention_included(checkpoint):
@@ -140,8 +140,8 @@ def test_calibration_sees_both_halves_and_static_scales_follow_the_timestep(chec
 def test_guidance_pulls_away_from_the_null_caption(checkpoint):
     x, timestep, condition = (jax.tree.map(jnp.asarray, a) for a in inputs())
     model, params = checkpoint.model, checkpoint.params
-    cond = model.apply({"params": params}, x, timestep, condition)
-    null = model.apply({"params": params}, x, timestep, model.null_condition(condition, params))
+    cond = output(model, params, x, timestep, condition)
+    null = output(model, params, x, timestep, model.null_condition(condition, params))
     guided = qdit.denoiser(model, params, guidance=3.0)(x, timestep, condition)
     np.testing.assert_allclose(guided, null + 3.0 * (cond - null), rtol=1e-4, atol=1e-4)
     assert relative(cond, null) > 1e-3

@@ -13,7 +13,7 @@ import pytest
 import toy_family
 import toy_painter
 from flax.traverse_util import flatten_dict, unflatten_dict
-from tiny_models import random_params, tiny_checkpoint
+from tiny_models import output, random_params, tiny_checkpoint
 
 import qdit_jax as qdit
 from qdit_jax import metrics
@@ -129,7 +129,7 @@ def test_decibels_of_calls_and_samples_are_those_of_float64(full, small, found):
     db = []
     for given in calls(full):
         a, b = (
-            np.asarray(full.model.apply({"params": c.params}, *given)[..., :4], np.float64)
+            np.asarray(output(full.model, c.params, *given)[..., :4], np.float64)
             for c in (full, small)
         )
         db.append([decibels(np.square(x).sum(), np.square(x - y).sum()) for x, y in zip(a, b, strict=True)])  # fmt: skip

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from tiny_models import tiny_checkpoint
+from tiny_models import output, tiny_checkpoint
 
 import qdit_jax as qdit
 from qdit_jax.calibration import collect_items
@@ -50,13 +50,8 @@ def prepared(recipe, step=None):
     return made, report
 
 
-@jax.jit
-def call(params, x, timestep, label):
-    return checkpoint().model.apply({"params": params}, x, timestep, label)
-
-
 def outputs(params):
-    return np.asarray(call(params, *items()[:3]))
+    return np.asarray(output(checkpoint().model, params, *items()[:3]))
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import output
 
 import qdit_convert
 from qdit_jax.diffusion import guided_doubled
@@ -123,7 +124,7 @@ def test_velocity_returns_the_first_half_of_the_channels():
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
     inputs = x, jnp.array([0.25, 0.5]), jnp.array([0, 3])
     params = random_params(full)
-    a, b = (model.apply({"params": params}, *inputs) for model in (full, velocity))
+    a, b = (output(model, params, *inputs) for model in (full, velocity))
     assert b.shape == (2, 8, 8, 4)
     np.testing.assert_array_equal(a[..., :4], b)
 

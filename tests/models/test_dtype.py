@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from tiny_models import random_params, tiny_checkpoint
+from tiny_models import output, random_params, tiny_checkpoint
 
 import qdit_jax as qdit
 from qdit_jax.calibration import collect_items
@@ -49,11 +49,17 @@ def dots(jaxpr, found=None):
     return found
 
 
-def call(model, params, batch=2):
-    x = jax.random.normal(jax.random.key(1), (batch, *model.sample_shape()))
+def inputs(model, batch=2):
+    x = np.random.default_rng(1).standard_normal((batch, *model.sample_shape()), np.float32)
     condition = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), model.example_condition(batch))
     time = jnp.full((batch,), 0.4) if model.prediction == "velocity" else jnp.array([700.0, 20.0])
-    return model.apply({"params": params}, x, time, condition)
+    return x, time, condition
+
+
+def program(model, params):
+    """Returns the jaxpr of a call."""
+    given = inputs(model)
+    return jax.make_jaxpr(lambda p: model.apply({"params": p}, *given))(params).jaxpr
 
 
 @pytest.mark.parametrize(("row", "config"), DENOISERS)
@@ -62,14 +68,14 @@ def test_every_product_of_full_precision_is_bfloat16_and_the_rest_is_not(row, co
     params = random_params(model)
     narrow = model.clone(dtype="bfloat16")
     assert config_of(narrow) == config_of(model)
-    plain, found = (
-        dots(jax.make_jaxpr(lambda p, m=m: call(m, p))(params).jaxpr) for m in (model, narrow)
-    )
+    given = inputs(model)
+    traced = [output.trace(m, params, *given) for m in (model, narrow)]
+    plain, found = (dots(one.jaxpr.jaxpr) for one in traced)
     assert set(plain) == {("float32", "float32")}
     wide = {("float32", "float32")} if row.name in SOME_WIDE else set()
     assert set(found) == {("bfloat16", "bfloat16")} | wide
     assert sum(found.values()) == sum(plain.values())
-    exact, rounded = call(model, params), call(narrow, params)
+    exact, rounded = (one.lower().compile()(params, *given) for one in traced)
     assert rounded.dtype == jnp.float32
     error = np.abs(rounded - exact).max() / np.abs(exact).max()
     assert 1e-6 < error < 0.05
@@ -79,13 +85,13 @@ def test_quantized_inputs_are_multiplied_as_ever():
     full = tiny_checkpoint()
     small = qdit.quantize(full, "rtn", qdit.Recipe.preset("w4a8", full, group_size=16))
     narrow = full.model.clone(dtype="bfloat16")
-    found = dots(jax.make_jaxpr(lambda p: call(narrow, p))(small.params).jaxpr)
+    found = dots(program(narrow, small.params))
     blocks = 4 * full.model.depth  # qkv, proj, fc1 and fc2
     assert found["float32", "float32"]
     assert found["float32", "float32"] % blocks == 0  # one for each platform's implementation
     assert set(found) == {("float32", "float32"), ("bfloat16", "bfloat16")}
     weights = qdit.quantize(full, "rtn", qdit.Recipe.preset("w4a16", full, group_size=16))
-    found = dots(jax.make_jaxpr(lambda p: call(narrow, p))(weights.params).jaxpr)
+    found = dots(program(narrow, weights.params))
     assert set(found) == {("bfloat16", "bfloat16")}
 
 
@@ -101,7 +107,7 @@ def test_quantizers_see_float32():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ActQuant, "__call__", quantizer)
         jax.clear_caches()
-        call(full.model.clone(dtype="bfloat16"), small.params)
+        program(full.model.clone(dtype="bfloat16"), small.params)
     jax.clear_caches()
     assert seen
     assert set(seen) == {jnp.dtype("float32")}
@@ -161,7 +167,8 @@ def test_kernels_are_cast_once_before_the_loop_and_nothing_changes():
     small = qdit.quantize(full, "rtn", qdit.Recipe.preset("w4a8", full, group_size=16))
     for params in (full.params, small.params):
         ran = running_params(full.model, params)
-        np.testing.assert_array_equal(call(full.model, ran), call(full.model, params))
+        given = inputs(full.model)
+        np.testing.assert_array_equal(*(output(full.model, p, *given) for p in (ran, params)))
         flat = flatten_dict(ran, sep="/")
         assert flat["blocks_0/adaLN_modulation/kernel"].dtype == jnp.bfloat16
         assert flat["blocks_0/adaLN_modulation/bias"].dtype == jnp.float32

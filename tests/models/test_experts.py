@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import quantized_layers, random_params
+from tiny_models import output, quantized_layers, random_params
 
 import qdit_jax as qdit
 from qdit_jax import diffusion
@@ -71,11 +71,7 @@ def inputs(timesteps):
 
 
 def outputs(model, params, given):
-    run = jax.jit(
-        lambda p: model.apply({"params": p}, *given),
-        compiler_options={"xla_backend_optimization_level": 0},  # would take most of the time
-    )
-    return np.asarray(run(params))
+    return np.asarray(output(model, params, *given))
 
 
 def test_every_sample_is_by_the_expert_of_its_timestep(full):

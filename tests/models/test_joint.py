@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from tiny_models import random_params
+from tiny_models import output, random_params
 
 from qdit_jax.calibration import LayerInputs
 from qdit_jax.methods import fold_inputs
@@ -35,9 +35,8 @@ def inputs_of(model, batch=2, size=None, seed=0):
     return x, jnp.linspace(0.2, 0.9, batch) * model.flow_times[0], condition
 
 
-@jax.jit(static_argnames="model")
 def call(params, inputs, *, model):
-    return model.apply({"params": params}, *inputs)
+    return output(model, params, *inputs)
 
 
 def relative(one, other):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import random_params
+from tiny_models import output, random_params
 
 import qdit_jax as qdit
 from qdit_jax.checkpoint import with_dtype
@@ -41,16 +41,10 @@ def condition(model, batch=2, rows=6):
     return found
 
 
-# LLVM's optimizations would take most of the time here.
-@jax.jit(static_argnames=("model",), compiler_options={"xla_backend_optimization_level": 0})
-def call(params, *args, model):
-    return model.apply({"params": params}, *args)
-
-
 def outputs(model, params, shape=None):
     shape = model.sample_shape() if shape is None else shape
     x = np.random.default_rng(1).standard_normal((2, *shape)).astype(np.float32)
-    return np.asarray(call(params, x, jnp.full(2, 500.0), condition(model), model=model))
+    return np.asarray(output(model, params, x, jnp.full(2, 500.0), condition(model)))
 
 
 def numpy_norm(x, params):
@@ -102,7 +96,7 @@ def test_compressed_attention_is_its_definition(factor, grid):
     )
     wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     expected = numpy_attention(np.asarray(x[0], np.float64), wide, 2, factor, grid)
-    found = np.asarray(call(params, x, model=module))[0]
+    found = np.asarray(output(module, params, x))[0]
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
@@ -176,7 +170,7 @@ def test_every_channel_is_guided_and_the_variance_is_not():
     params, given = random_params(model), condition(model)
     x, times = np.ones((2, *model.sample_shape()), np.float32), np.full(2, 700.0, np.float32)
     cond, null = (
-        call(params, x, times, c, model=model) for c in (given, model.null_condition(given, params))
+        output(model, params, x, times, c) for c in (given, model.null_condition(given, params))
     )
     guided = jax.jit(qdit.denoiser(model, params, guidance=4.5))(x, times, given)
     expected = null[..., :4] + 4.5 * (cond - null)[..., :4]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import random_params
+from tiny_models import output, random_params
 
 from qdit_jax.models import FAMILIES, build_model
 from qdit_jax.models.dit import Block
@@ -99,7 +99,7 @@ def test_lattes_blocks_alternate_and_the_position_in_time_is_added_once():
     model, params = made("latte", depth=4)
     x, label = jnp.asarray(normal(2, *model.sample_shape())), jnp.array([1, 4])
     timestep = jnp.array([10.0, 700.0])
-    out = model.apply({"params": params}, x, timestep, label)
+    out = output(model, params, x, timestep, label)
     block = Block(2, 4.0, 1e-6, Layers())
     seen = []
 
@@ -145,9 +145,7 @@ def test_odd_latents_are_padded_and_cropped():
     condition, x = text_of(model), normal(2, 5, 3, 5, 4)
     padded = np.pad(x, [(0, 0), (0, 0), (0, 1), (0, 1), (0, 0)])
     time = jnp.array([900.0, 30.0])
-    odd, even = (
-        model.apply({"params": params}, jnp.asarray(a), time, condition) for a in (x, padded)
-    )
+    odd, even = (output(model, params, jnp.asarray(a), time, condition) for a in (x, padded))
     assert odd.shape == x.shape
     np.testing.assert_allclose(odd, even[:, :, :3, :5], atol=1e-6)
 
@@ -155,7 +153,7 @@ def test_odd_latents_are_padded_and_cropped():
 def test_clean_frames_see_timestep_0():
     model, params = made("stdit3")
     condition, x = text_of(model), jnp.asarray(normal(2, *model.sample_shape()))
-    apply = lambda t, **more: model.apply({"params": params}, x, t, {**condition, **more})  # noqa: E731
+    apply = lambda t, **more: output(model, params, x, t, {**condition, **more})  # noqa: E731
     time = jnp.array([900.0, 30.0])
     every, none = np.ones((2, 5), bool), np.zeros((2, 5), bool)
     np.testing.assert_allclose(apply(time, frame_mask=every), apply(time), atol=1e-5)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from tiny_models import quantized_layers, random_params
+from tiny_models import output, quantized_layers, random_params
 
 import qdit_jax as qdit
 from qdit_convert import convert
@@ -56,11 +56,7 @@ def data(full, prompts):
 
 
 def call(model, params, x, timestep, condition):
-    run = jax.jit(
-        lambda p: model.apply({"params": p}, x, timestep, condition),
-        compiler_options={"xla_backend_optimization_level": 0},  # would take most of the time
-    )
-    return run(params)
+    return output(model, params, x, timestep, condition)
 
 
 def latents(shape, seed=0):

@@ -11,6 +11,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import output
 
 import qdit_convert
 from qdit_jax.calibration import Stats
@@ -126,7 +127,7 @@ def test_rounding_to_nearest_equals_the_authors(golden, case):
     check_codes(quantized, data, model.depth, searched="_mse_" in case)
     check_internals(quantized, data, model.depth)
     x, t, y = nhwc(data["x"]), jnp.asarray(data["t"]), jnp.asarray(data["y"], jnp.int32)
-    out = np.moveaxis(np.asarray(model.apply({"params": quantized}, x, t, y)), -1, 1)
+    out = np.moveaxis(np.asarray(output(model, quantized, x, t, y)), -1, 1)
     # The least tolerance is what one flipped code moves the output by.
     assert relative(out, data["out"]) < max(5 * float(data["noise_floor_rel_l2"]), 4e-3)
     guided = guided_doubled(denoiser(model, quantized, guidance=None), 1.5)
@@ -136,7 +137,7 @@ def test_rounding_to_nearest_equals_the_authors(golden, case):
         10 * float(data["noise_floor_rel_l2"]), 8e-3
     )
     t = jnp.asarray(data["t"])
-    full = np.moveaxis(np.asarray(model.apply({"params": params}, x, t, y)), -1, 1)
+    full = np.moveaxis(np.asarray(output(model, params, x, t, y)), -1, 1)
     distance = np.linalg.norm(out - full) / np.linalg.norm(full)
     assert distance == pytest.approx(float(data["rel_l2_vs_fp"]), rel=0.1)
 
@@ -166,7 +167,7 @@ def test_static_scales_equal_the_authors(golden, case):
             )
     check_internals(quantized, data, model.depth)
     x, t, y = nhwc(data["x"]), jnp.asarray(data["t"]), jnp.asarray(data["y"], jnp.int32)
-    out = np.moveaxis(np.asarray(model.apply({"params": quantized}, x, t, y)), -1, 1)
+    out = np.moveaxis(np.asarray(output(model, quantized, x, t, y)), -1, 1)
     assert relative(out, data["out"]) < max(5 * float(data["noise_floor_rel_l2"]), 4e-3)
 
 

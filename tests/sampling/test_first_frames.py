@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import random_params
+from tiny_models import output, random_params
 
 import qdit_jax as qdit
 from qdit_jax import diffusion, sampling
@@ -103,9 +103,8 @@ def checkpoint(request):
     return small(request.param, **CASES[request.param])
 
 
-@jax.jit(static_argnames="model")
 def call(params, *args, model):
-    return model.apply({"params": params}, *args)
+    return output(model, params, *args)
 
 
 def test_a_network_sees_given_frames_at_timestep_0(checkpoint):

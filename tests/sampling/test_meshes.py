@@ -49,7 +49,7 @@ print("equal")
 
 
 def test_sharded_noise_gives_the_samples_of_one_device(tmp_path):
-    flags = "--xla_force_host_platform_device_count=4"
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     env["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent), env.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", CODE, str(tmp_path)]
