@@ -62,7 +62,7 @@ def other_parameters(
         if path[-1] == "embedding":
             left[layer] = "a table of embeddings is looked up, not multiplied by"
         else:
-            kind = f" of a {kinds[path[:-1]]}" if path[:-1] in kinds else ""
+            kind = f" of class {kinds[path[:-1]]}" if path[:-1] in kinds else ""
             left[name] = f"a parameter {path[-1]!r}{kind} is not the kernel of a linear layer"
     return left
 

@@ -228,7 +228,7 @@ NETWORKS: dict[str, tuple[nn.Module, tuple[Any, ...], int, dict[str, str]]] = {
     "bert": (Bert(), (TOKENS,), 3, {"table": EMBEDDING}),
     "resnet": (ResNet(), (IMAGE, False), 1, {"conv": CONV, "up": "it is a ConvTranspose"}),
     "mixer": (Mixer(), (SEQUENCE,), 2, {}),
-    "vit": (Vit(), (IMAGE,), 4, {"patches": CONV, "pos_embedding": "'pos_embedding' of a Vit"}),
+    "vit": (Vit(), (IMAGE,), 4, {"patches": CONV, "pos_embedding": "'pos_embedding' of class Vit"}),
     "deep": (Deep(), (ROWS,), 3, {}),
     "second_axis": (Deep(1), (ROWS,), 1, {"blocks/up": "leading axes", "blocks/down": "leading"}),
     "experts": (Experts(), (ROWS,), 3, {}),
@@ -238,7 +238,7 @@ NETWORKS: dict[str, tuple[nn.Module, tuple[Any, ...], int, dict[str, str]]] = {
         Lifted(),
         (ROWS,),
         5,
-        {"own": "it is a Own", "lora/lora": "'lora' of a Lora is not the kernel"},
+        {"own": "it is a Own", "lora/lora": "'lora' of class Lora is not the kernel"},
     ),
     "recurrent": (
         Recurrent(),

@@ -175,7 +175,7 @@ def test_what_is_left_is_named():
         "one": "its kernel is another module's too",
         "tied": "its kernel is another module's too",
         "table": "a table of embeddings is looked up, not multiplied by",
-        "free": "a parameter 'free' of a Odd is not the kernel of a linear layer",
+        "free": "a parameter 'free' of class Odd is not the kernel of a linear layer",
     }
     np.testing.assert_array_equal(small.twice(inputs()), model.twice(inputs()))
     with pytest.raises(ValueError, match=r"strict=True, but 1 of the 9 layers"):
