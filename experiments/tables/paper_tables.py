@@ -22,7 +22,7 @@ pictures, only closeness is measured; of videos the flicker error too.
 Every cell is a file in OUT/cells; a cell that is there is not computed again. Paired measures hold
 each sample against full precision from the same noise and condition; intervals are over samples and
 seeds (95 % bootstrap). Times are those of a busy or free machine as it was: compare within one run.
-Writes tables.json, tables.md and tables.png. --dry-run measures one short rollout and prints how many
+Writes tables.json, tables.md and tables.png; every cell says when, where and with which versions it was made. --dry-run measures one short rollout and prints how many
 cells are left, and about how long they take and what they hold in memory.
 """
 
@@ -155,7 +155,8 @@ def scored(judge: Judge, images: np.ndarray, folder: Path) -> tuple[float, np.nd
 def full_precision_cell(bed: Bed, judge: Judge | None, args: argparse.Namespace) -> dict[str, Any]:
     """Returns what full precision itself scores, seed by seed."""
     found: dict[str, Any] = {
-        "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(bed.checkpoint.params))
+        "made": provenance(),
+        "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(bed.checkpoint.params)),
     }
     if judge is not None:
         found["frechet_distance"] = [
@@ -182,6 +183,7 @@ def cell(
     if judge is not None:
         found |= scores_of(bed, quantized, judge, finals, args)
     return found | {
+        "made": provenance(),
         "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(quantized.params)),
         "seconds_to_quantize": seconds,
         "notes": quantized.metadata["quantization"]["notes"],
