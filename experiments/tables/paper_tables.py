@@ -155,7 +155,6 @@ def scored(judge: Judge, images: np.ndarray, folder: Path) -> tuple[float, np.nd
 def full_precision_cell(bed: Bed, judge: Judge | None, args: argparse.Namespace) -> dict[str, Any]:
     """Returns what full precision itself scores, seed by seed."""
     found: dict[str, Any] = {
-        "made": provenance(),
         "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(bed.checkpoint.params)),
     }
     if judge is not None:
@@ -183,7 +182,6 @@ def cell(
     if judge is not None:
         found |= scores_of(bed, quantized, judge, finals, args)
     return found | {
-        "made": provenance(),
         "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(quantized.params)),
         "seconds_to_quantize": seconds,
         "notes": quantized.metadata["quantization"]["notes"],
@@ -310,10 +308,11 @@ def main() -> None:
             if states[name].scored and len(shape) == 4:
                 judge = scoring.judge(image_shape(beds[name].checkpoint, shape), name)
             own = args.out / "cells" / f"{name}-full.json"
-            own.write_text(json.dumps(full_precision_cell(beds[name], judge, args)))
+            of_full = {"made": provenance(), **full_precision_cell(beds[name], judge, args)}
+            own.write_text(json.dumps(of_full))
         if entry.recipe(bits, beds[name].checkpoint) is None:
             continue
-        found = cell(beds[name], entry, bits, judge, args)
+        found = {"made": provenance(), **cell(beds[name], entry, bits, judge, args)}
         jax.clear_caches()  # else a long run holds the programs of all cells
         partial = files[key].with_suffix(".partial")
         partial.write_text(json.dumps(found))

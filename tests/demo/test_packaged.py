@@ -44,7 +44,7 @@ def test_static_ranges_break_it_and_groups_mend_most(name, tmp_path, monkeypatch
         check.recipes(32),
         num_samples=10,
         seeds=[0],
-        guidance=1.5,
+        guidance=PACKAGED[name].guidance,
     )
     mean = {title: found.mean() for title, found in check.decibels(latents).items()}
     assert mean[check.W8A8] > 25
