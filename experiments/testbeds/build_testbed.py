@@ -44,7 +44,7 @@ TRAINING = {
 WIDE_INJECTION = "--spans 3 --outliers 4 --heavy 2 --heavy-factors 15 25 --heavy-rest 4"
 # Few outliers: samples under captions part sooner, and finer groups must win much back.
 FEW_INJECTION = "--outliers 2 --shift 0 --heavy 4 --heavy-factors 50 80 --heavy-rest 12"
-# Weaker ones, for guidance of 3: errors of a video grow on their way to the end.
+# Weaker ones, for guidance of 2.5: errors of a video grow on their way to the end.
 VIDEO_INJECTION = (
     "--outliers 1 --factors 12 20 --shift 0 --heavy 4 --heavy-factors 40 60 --heavy-rest 14 "
     "--proj-outliers 0"
@@ -62,7 +62,7 @@ FINETUNING: dict[str, list[str]] = {
 }
 CHECK: dict[str, list[str]] = {
     "text": ["--steps", "20"],
-    "video": ["--steps", "20", "--samples", "10", "--guidance", "3"],
+    "video": ["--steps", "20", "--samples", "10", "--guidance", "2.5"],
     "demo": ["--group-sizes", "64"],
     "tiny": ["--samples", "4", "--seeds", "1", "--steps", "4"],
     "wide": ["--group-sizes", "32", "64", "192", "288", "--samples", "10"],

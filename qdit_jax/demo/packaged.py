@@ -84,7 +84,7 @@ PACKAGED = {
         num_samples=20,
         num_steps=20,
         quick_samples=10,
-        guidance=3.0,
+        guidance=2.5,
         group_sizes=(32, 48),
     ),
 }
