@@ -4,7 +4,7 @@
     python experiments/tables/paper_tables.py --out runs/tables --dry-run
     python experiments/tables/paper_tables.py --out runs/text --states text --num-samples 64 --seeds 0
     python experiments/tables/paper_tables.py --out runs/video --states video --num-samples 64 \\
-        --seeds 0 --methods rtn gptq smoothquant svdquant best --bits w8a8 w4a8 w4a4
+        --seeds 0 --guidance 2.5 --methods rtn gptq smoothquant svdquant best --bits w8a8 w4a8 w4a4
     python experiments/tables/paper_tables.py --out runs/xl2 --checkpoint xl2=xl2 \\
         --num-samples 10000 --seeds 0 --steps 100 --group-size 128 \\
         --reference VIRTUAL_imagenet256_labeled.npz --features inception inception_ckpt
