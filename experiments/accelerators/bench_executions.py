@@ -19,10 +19,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ import numpy as np
 import qdit_jax as qdit
 from qdit_jax.allocation import Rollout, seeds
 from qdit_jax.models import DiT, published_config
+from qdit_jax.report import provenance
 
 LAYERS = r"(?!.*/operands/).*"  # all but the operands of attention
 
@@ -98,10 +97,9 @@ def main() -> None:
             f"{row['temporary_bytes'] / 1e9:13.3f}"
         )
     if args.out:
-        machine = {"device": device.device_kind, "jax": jax.__version__, "host": platform.machine()}
         settings = {k: v for k, v in vars(args).items() if k != "out"}
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        summary = {"date": date.today().isoformat(), **machine, **settings, "variants": found}
+        summary = {"made": provenance(), **settings, "variants": found}
         args.out.write_text(json.dumps(summary, indent=1))
 
 

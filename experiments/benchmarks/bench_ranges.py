@@ -32,6 +32,7 @@ from flax.traverse_util import flatten_dict
 import qdit_jax as qdit
 from qdit_jax.memory import give_back_freed_memory
 from qdit_jax.quant import integer_codes, quantize
+from qdit_jax.report import provenance
 
 GROUP_SIZE = 128
 BITS = 4
@@ -57,7 +58,7 @@ def main() -> None:
     blocks = qdit.Recipe.preset("w4a16", layers="part:blocks")
     print(f"{len(kernels)} layers, {weights / 1e6:.0f} million weights, {os.cpu_count()} cores")
     print(f"{'rule':18} {'layers':14} {'first run, s':>13} {'again, s':>9} {'CPU s again':>12}")
-    found: dict[str, Any] = {"layers": len(kernels), "weights": weights, "cores": os.cpu_count()}
+    found: dict[str, Any] = {"layers": len(kernels), "weights": weights, "made": provenance()}
     in_blocks = {name: w for name, w in kernels.items() if blocks.get(name) is not None}
     for title, rule in RULES.items():
         for what, some in (("block linears", in_blocks), ("all", kernels)):

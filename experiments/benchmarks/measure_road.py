@@ -18,16 +18,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
+
+from qdit_jax.report import provenance
 
 HERE = Path(__file__).resolve().parent
 RECIPES = {"block linears": "w4a8", "every layer": "w4a8-all"}
@@ -74,8 +74,7 @@ def options() -> argparse.Namespace:
 def about(args: argparse.Namespace) -> dict[str, Any]:
     """Returns what the figures are of."""
     return {
-        "date": date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "made": provenance(),
         "model": args.model,
         "dtype": args.dtype,
         "sample": {"steps": args.steps, "size": args.size, "frames": args.frames},

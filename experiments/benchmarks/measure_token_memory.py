@@ -17,7 +17,6 @@ import argparse
 import importlib.metadata
 import json
 import os
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from jax.sharding import SingleDeviceSharding
 import qdit_jax as qdit
 from qdit_jax.kernels import quantized_matmul
 from qdit_jax.quant import ActQuant, ActSpec, WeightSpec
+from qdit_jax.report import provenance
 
 TOKENS = 21 * 30 * 52
 LAYERS = {"qkv": (1536, 4608), "ffn_0": (1536, 8960), "ffn_2": (8960, 1536)}
@@ -86,9 +86,9 @@ def measured(
 
 
 def versions() -> dict[str, str]:
-    """Returns the date and the versions of what compiled."""
+    """Returns the date, the machine and the versions of what compiled."""
     found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
-    return {"date": date.today().isoformat(), **found}
+    return {**provenance(), **found}
 
 
 if __name__ == "__main__":

@@ -15,10 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import platform
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ import qdit_jax as qdit
 from qdit_jax import metrics
 from qdit_jax.calibration import default_sampler
 from qdit_jax.quant import adaround, gptq, ranges
+from qdit_jax.report import provenance
 
 SIZES = (32, 64, 0)
 
@@ -131,8 +129,7 @@ def main() -> None:
         )
         print(f"{setting.part:22} {line(rows[-1])}", flush=True)
     summary = {
-        "date": date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {jax.devices()[0].platform}",
+        "made": provenance(),
         "settings": {k: str(v) for k, v in vars(args).items()},
         "numerics": "simulated",
         "rows": rows,

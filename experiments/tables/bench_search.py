@@ -47,6 +47,7 @@ from qdit_jax.allocation import (
 from qdit_jax.calibration import default_sampler
 from qdit_jax.metrics import paired_test
 from qdit_jax.models import DiT, published_config, rows_per_sample
+from qdit_jax.report import provenance
 from qdit_jax.testing import realistic_dit
 
 METHODS = ("qdit-paper", "qdit-release", "random", "default")
@@ -205,6 +206,7 @@ def compare(args: argparse.Namespace) -> None:
             "bitops_of_uniform": float(bitops / uniform_bitops),
             "network_evaluations": report["network_evaluations"],
             "seconds": found.history["seconds"],
+            "made": provenance(),
             "rank_correlation": report.get("rank_correlation"),
         }
         results["runs"].append(row)

@@ -87,7 +87,7 @@ def main() -> None:
             continue
         rows[name] = measured(NAMED[name], checkpoint, full, items)
         print(name, rows[name], flush=True)
-        made = {**provenance(), "machine": "2-core CPU"}
+        made = provenance()
         ordered = {other: rows[other] for other in NAMED if other in rows}
         text = json.dumps({"made": made, "settings": SETTINGS, "rows": ordered}, indent=1)
         OUT.write_text(text + "\n")

@@ -4,7 +4,7 @@
     python experiments/tables/paper_tables.py --out runs/tables --dry-run
     python experiments/tables/paper_tables.py --out runs/text --states text --num-samples 64 --seeds 0
     python experiments/tables/paper_tables.py --out runs/video --states video --num-samples 64 \\
-        --seeds 0 --methods rtn gptq smoothquant svdquant best --bits w8a8 w4a8 w4a4
+        --seeds 0 --guidance 2.5 --methods rtn gptq smoothquant svdquant best --bits w8a8 w4a8 w4a4
     python experiments/tables/paper_tables.py --out runs/xl2 --checkpoint xl2=xl2 \\
         --num-samples 10000 --seeds 0 --steps 100 --group-size 128 \\
         --reference VIRTUAL_imagenet256_labeled.npz --features inception inception_ckpt
@@ -22,7 +22,7 @@ pictures, only closeness is measured; of videos the flicker error too.
 Every cell is a file in OUT/cells; a cell that is there is not computed again. Paired measures hold
 each sample against full precision from the same noise and condition; intervals are over samples and
 seeds (95 % bootstrap). Times are those of a busy or free machine as it was: compare within one run.
-Writes tables.json, tables.md and tables.png. --dry-run measures one short rollout and prints how many
+Writes tables.json, tables.md and tables.png; every cell says when, where and with which versions it was made. --dry-run measures one short rollout and prints how many
 cells are left, and about how long they take and what they hold in memory.
 """
 
@@ -155,7 +155,7 @@ def scored(judge: Judge, images: np.ndarray, folder: Path) -> tuple[float, np.nd
 def full_precision_cell(bed: Bed, judge: Judge | None, args: argparse.Namespace) -> dict[str, Any]:
     """Returns what full precision itself scores, seed by seed."""
     found: dict[str, Any] = {
-        "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(bed.checkpoint.params))
+        "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(bed.checkpoint.params)),
     }
     if judge is not None:
         found["frechet_distance"] = [
@@ -308,10 +308,11 @@ def main() -> None:
             if states[name].scored and len(shape) == 4:
                 judge = scoring.judge(image_shape(beds[name].checkpoint, shape), name)
             own = args.out / "cells" / f"{name}-full.json"
-            own.write_text(json.dumps(full_precision_cell(beds[name], judge, args)))
+            of_full = {"made": provenance(), **full_precision_cell(beds[name], judge, args)}
+            own.write_text(json.dumps(of_full))
         if entry.recipe(bits, beds[name].checkpoint) is None:
             continue
-        found = cell(beds[name], entry, bits, judge, args)
+        found = {"made": provenance(), **cell(beds[name], entry, bits, judge, args)}
         jax.clear_caches()  # else a long run holds the programs of all cells
         partial = files[key].with_suffix(".partial")
         partial.write_text(json.dumps(found))

@@ -47,6 +47,7 @@ from qdit_jax.calibration import default_sampler
 from qdit_jax.methods import CalibrationData, spread_items
 from qdit_jax.models import rows_per_sample
 from qdit_jax.quant import slots
+from qdit_jax.report import provenance
 
 HEADS = 4
 SIZES = (32, 64, 128, 0)
@@ -92,7 +93,10 @@ class Table:
         """Makes the row if it is not there, and prints it."""
         if key not in self.rows:
             began = time.perf_counter()
-            self.rows[key] = make() | {"seconds": round(time.perf_counter() - began)}
+            self.rows[key] = make() | {
+                "seconds": round(time.perf_counter() - began),
+                "made": provenance(),
+            }
             self.path.write_text(json.dumps(self.rows, indent=1))
         row = self.rows[key]
         print(key, {k: row[k] for k in ("final_db", "bytes", "bitops", "seconds")}, flush=True)

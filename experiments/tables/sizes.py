@@ -17,14 +17,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from qdit_jax.models import Published, published_named
+from qdit_jax.report import provenance
 from qdit_jax.speed import DEVICES, abstract_checkpoint, devices_named, predicted, recipe_named
 
 RESULTS = Path("experiments/results")
@@ -59,22 +56,13 @@ def main() -> None:
     for name in NAMES:
         if any(part.lower() in name.lower() for part in args.only) and name not in kept["networks"]:
             kept["networks"][name] = counted(published_named(name), args.batch)
-            kept |= {"note": "predicted from shapes, not run", "made": made()}
+            kept |= {"note": "predicted from shapes, not run", "made": provenance()}
             file.write_text(json.dumps(kept, indent=1) + "\n")
             print(name, flush=True)
     kept["check"] = checked(kept)
     file.write_text(json.dumps(kept, indent=1) + "\n")
     (args.out / "sizes.md").write_text(table(kept))
     print((args.out / "sizes.md").read_text())
-
-
-def made() -> dict[str, str]:
-    """Returns when and with what it was counted."""
-    return {
-        "date": date.today().isoformat(),
-        "machine": f"CPU, {platform.machine()}",
-        "jax": jax.__version__,
-    }
 
 
 def counted(row: Published, batch: int) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from testbed_measures import Property, collect, conditions_of, measure, read_che
 import qdit_jax as qdit
 from qdit_jax.calibration import default_sampler
 from qdit_jax.metrics import bootstrap_interval, paired_test, signal_to_noise_db
+from qdit_jax.report import provenance
 from qdit_jax.sampling import cyclic_conditions
 
 FAITHFUL_DB = 30.0
@@ -153,8 +154,9 @@ def print_table(title: str, lines: list[Property]) -> None:
 
 
 def write_json(path: Path, settings: dict, properties: Any, decibels: Any, lines: Any) -> None:
-    """Writes what was measured, beside and renamed."""
+    """Writes what was measured, when and where, beside and renamed."""
     content = {
+        "made": provenance(),
         "settings": settings,
         "properties": [{**line._asdict(), "passes": line.passes} for line in properties],
         "decibels": {name: dataclasses.asdict(found) for name, found in decibels.items()},

@@ -6,7 +6,7 @@
 Takes about 2 minutes on 2 free cores for the demo model, 5 for the wide one (`--learning-rate 1e-4`).
 Expected: the noise error ends about where it began: 0.02149 -> 0.02159 for demo, 0.02461 -> 0.02447
 for wide (on the first 1,024 images; it is judged on drawn samples now), 0.02093 -> 0.02105 for the text
-model, 0.01858 -> 0.01873 for the video model. The weights of the outlier channels change by about a half (demo) or by their own size
+model, 0.01858 -> 0.01864 for the video model. The weights of the outlier channels change by about a half (demo) or by their own size
 (wide), others by 2% and 4%. Beside the weights (facebook layout, half precision, averaged) it writes
 `<out>.png` (samples) and `<out>.csv` (noise error).
 """

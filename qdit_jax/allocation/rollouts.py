@@ -19,10 +19,16 @@ from jaxtyping import Array, Float, Int, UInt8
 from qdit_jax import diffusion, metrics
 from qdit_jax.allocation.coordinates import Coordinates
 from qdit_jax.allocation.objectives import FeatureDistance, SampleFn, feature_distance, taken
-from qdit_jax.allocation.sensitivity import Carried, Prediction, effects, prediction
+from qdit_jax.allocation.sensitivity import (
+    Carried,
+    Prediction,
+    StepExperts,
+    effects,
+    prediction,
+)
 from qdit_jax.allocation.space import Space
 from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.models import FeaturesFn, experts_of
+from qdit_jax.models import FeaturesFn, expert_numbers, experts_of
 from qdit_jax.sampling import (
     Guidance,
     calls_per_step,
@@ -31,6 +37,7 @@ from qdit_jax.sampling import (
     denoiser,
     fitting_guidance,
     initial_noise,
+    sampler_timesteps,
     shape_of_sample,
     takes_embedded_guidance,
 )
@@ -118,6 +125,20 @@ class OneStep:
         return self.rollout.step(params, carried, condition, key, step)
 
 
+def step_experts(rollout: Rollout) -> StepExperts | None:
+    """Returns a step by each expert of the network alone, and which takes each.
+
+    None for one network, and for a rule of more evaluations than one per step (Heun's): both experts
+    may run in one step, so that all of them do.
+    """
+    names = experts_of(rollout.model)
+    if not names or getattr(rollout.sampler, "solve_fn", diffusion.euler) is not diffusion.euler:
+        return None
+    alone = (rollout.model.clone(expert=name) for name in names)
+    step_fns = tuple(OneStep(dataclasses.replace(rollout, model=model)) for model in alone)
+    return StepExperts(step_fns, expert_numbers(rollout.model, sampler_timesteps(rollout.sampler)))
+
+
 def seeds(
     model: nn.Module,
     key: Key,
@@ -168,6 +189,7 @@ class Sensitivities:
                 keys[i],
                 jax.random.fold_in(self.key, i),
                 dict(self.coordinates),
+                step_experts(self.rollout),
                 space=self.space,
                 num_steps=self.rollout.num_steps,
                 num_probes=self.num_probes,
@@ -181,12 +203,11 @@ class Sensitivities:
 
         Each step of a sample runs twice (full precision, base), forward once more and backward once
         per probe (a reverse pass counts as one evaluation), and every choice multiplies each layer
-        once. All but the first two run every expert of a network, where it has several.
+        once. Of several experts, those count that run, see `step_experts`.
         """
         noise = self.data[0]
-        choices = int(self.space.num_choices.max())
-        num_experts = len(experts_of(self.rollout.model)) or 1
-        passes = 2 + num_experts * (1 + self.num_probes + 1 + choices)
+        ran = 1 if step_experts(self.rollout) else len(experts_of(self.rollout.model)) or 1
+        passes = 2 + ran * (1 + self.num_probes + 1 + int(self.space.num_choices.max()))
         return len(noise) * noise.shape[1] * self.rollout.evaluations * passes
 
 

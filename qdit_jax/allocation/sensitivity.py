@@ -71,6 +71,18 @@ class Effects(NamedTuple):
     step_weight: AnyArray
 
 
+class StepExperts(NamedTuple):
+    """The experts of a network, each as a function of one step, and which of them takes each step.
+
+    Attributes:
+        step_fns: as `StepFn`, each by one expert alone, whose layers keep their paths.
+        numbers: `[S]`, into `step_fns`.
+    """
+
+    step_fns: tuple[StepFn, ...]
+    numbers: Int[AnyArray, " S"]
+
+
 @partial(jax.jit, static_argnames=("space", "num_steps", "num_probes"))
 def effects(
     step_fn: StepFn,
@@ -81,6 +93,7 @@ def effects(
     key: Key,
     probe_key: Key,
     coordinates: Mapping[str, Coordinates] | None = None,
+    experts: StepExperts | None = None,
     *,
     space: Space,
     num_steps: int,
@@ -93,6 +106,7 @@ def effects(
         base: the assignment `[L]` to differentiate at and count changes from; None is full
             precision.
         coordinates: of the layers whose choices have transforms or branches, by path.
+        experts: of a network that has several; each step is then differentiated by its own.
     """
     coordinates = coordinates or {}
     check_coordinates(space, coordinates)
@@ -106,33 +120,22 @@ def effects(
         # The base's error is one more cotangent, for the mixed term of |r + J dy|^2 (`along`).
         probes = jnp.concatenate([probes, error[None]])  # [P + 1, B, ...]
 
+    pull_fns = [
+        partial(pulled_back, one, params, used, condition, key, coordinates, space, num_probes)
+        for one in ((step_fn,) if experts is None else experts.step_fns)
+    ]
+
     def backward(
         carry: tuple[Carried, Array], scanned: tuple[Carried, Array]
     ) -> tuple[tuple[Carried, Array], Array]:
         after, total = carry  # [P (+ 1), B, ...] of what this step returns, [P (+ 1), B, L, C]
         given, step = scanned
-        run = partial(tapped_step, step_fn, used, condition, key, step)
-        # Zeros added to the outputs of layers; their cotangents are the adjoints u.
-        taps = jax.eval_shape(partial(run, taps=None), given)[1][1]
-        taps = {path: jnp.zeros(y.shape, y.dtype) for path, y in taps.items()}
-        _, pull, (inputs, outputs) = jax.vjp(
-            lambda given, taps: run(given, taps=taps), given, taps, has_aux=True
-        )
-        before, adjoint = jax.vmap(pull)(after)  # [P (+ 1), B, ...], by path [P (+ 1), R, ..., N]
-        change = [
-            layer_change(
-                layer,
-                params,
-                coordinates.get(layer.path),
-                inputs[layer.path],
-                outputs[layer.path],
-                adjoint[layer.path],
-            )
-            for layer in space.layers
-        ]
-        # The growth of |J^T v|^2 over this step, of random probes alone.
-        weight = jnp.square(before.x[:num_probes]).mean() / jnp.square(after.x[:num_probes]).mean()
-        return (before, total + padded(change, len(given.x), space)), weight
+        if experts is None:
+            before, change, weight = pull_fns[0](after, given, step)
+        else:  # the expert that runs at this step, no other
+            number = experts.numbers[step]
+            before, change, weight = jax.lax.switch(number, pull_fns, after, given, step)
+        return (before, total + change), weight
 
     count = (len(probes), len(final), len(space.layers), int(space.num_choices.max()))
     unread = jax.tree.map(lambda leaf: jnp.zeros((len(probes), *leaf.shape), leaf.dtype), end.state)
@@ -151,6 +154,46 @@ def effects(
         jnp.square(exact).sum(axes),
         later,
     )
+
+
+def pulled_back(
+    step_fn: StepFn,
+    params: Params,
+    used: Params,
+    condition: Condition,
+    key: Key,
+    coordinates: Mapping[str, Coordinates],
+    space: Space,
+    num_probes: int,
+    after: Carried,
+    given: Carried,
+    step: Int[Array, ""],
+) -> tuple[Carried, Float[Array, "P B L C"], Float[Array, ""]]:
+    """Returns the cotangents of what a step was given, its choices' changes, and its growth.
+
+    Layers that the step does not run change nothing. P counts all cotangents `after [P, B, ...]`.
+    """
+    run = partial(tapped_step, step_fn, used, condition, key, step)
+    # Zeros added to the outputs of layers; their cotangents are the adjoints u.
+    taps = jax.eval_shape(partial(run, taps=None), given)[1][1]
+    taps = {path: jnp.zeros(y.shape, y.dtype) for path, y in taps.items()}
+    _, pull, (inputs, outputs) = jax.vjp(
+        lambda given, taps: run(given, taps=taps), given, taps, has_aux=True
+    )
+    before, adjoint = jax.vmap(pull)(after)  # [P, B, ...], by path [P, R, ..., N]
+    count = (len(after.x), len(given.x))  # P, B
+    changes = []
+    for layer in space.layers:
+        change = jnp.zeros((*count, len(layer.choices)), jnp.float32)
+        if layer.path in inputs:
+            seen = (inputs[layer.path], outputs[layer.path], adjoint[layer.path])
+            change = layer_change(layer, params, coordinates.get(layer.path), *seen)
+            # A sample's rows (R / B of them, with guidance two) lie side by side.
+            change = change.reshape(*count, -1, len(layer.choices)).sum(axis=2)
+        changes.append(change)
+    # The growth of |J^T v|^2 over this step, of random probes alone.
+    weight = jnp.square(before.x[:num_probes]).mean() / jnp.square(after.x[:num_probes]).mean()
+    return before, padded(changes, int(space.num_choices.max())), weight
 
 
 def step_inputs(
@@ -230,19 +273,10 @@ def layer_change(
     return jnp.moveaxis(by_row.sum(axis=tuple(range(3, by_row.ndim))), 0, -1)  # [P, R, choices]
 
 
-def padded(
-    change: Sequence[Float[Array, "P R _"]], batch: int, space: Space
-) -> Float[Array, "P B L C"]:
-    """Returns changes `[P, R, choices]` per layer, summed over a sample's rows: `[P, B, L, C]`.
-
-    A sample's rows (R / B of them, with guidance two) lie side by side.
-    """
-    most = int(space.num_choices.max())
-    stacked = []
-    for one in change:
-        rows = one.reshape(one.shape[0], batch, -1, one.shape[-1]).sum(axis=2)  # [P, B, choices]
-        stacked.append(jnp.pad(rows, ((0, 0), (0, 0), (0, most - rows.shape[-1]))))
-    return jnp.stack(stacked, axis=2)
+def padded(changes: Sequence[Float[Array, "P B _"]], most: int) -> Float[Array, "P B L C"]:
+    """Returns changes `[P, B, choices]` of all layers with zeros for choices that a layer lacks."""
+    wide = [jnp.pad(one, ((0, 0), (0, 0), (0, most - one.shape[-1]))) for one in changes]
+    return jnp.stack(wide, axis=2)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -46,10 +46,13 @@ def with_autoencoder(checkpoint: Checkpoint, path: PathLike | None) -> Checkpoin
     """Returns the checkpoint with the autoencoder at `path`, if one is given.
 
     Raises:
-        UserError: if it is not an autoencoder, or its latents do not fit the model's.
+        UserError: if it is not an autoencoder, or its latents do not fit the model's, or none decodes them.
     """
     if path is None:
         return checkpoint
+    reason = getattr(checkpoint.model, "latents_only", None)
+    if reason is not None:
+        raise UserError(f"--vae {path}: {reason}; leave it out, and give --out latents.npz.")
     vae = load(path)
     if not hasattr(vae.model, "decode"):
         raise UserError(

@@ -57,8 +57,7 @@ def add_parser(subparsers: SubParsers) -> None:
     add(
         "--guidance",
         type=finite_float,
-        default=1.5,
-        help="guidance scale; 1 turns it off (%(default)s)",
+        help="guidance scale; 1 turns it off (1.5; 2.5 of video)",
     )
     add("--seed", type=seed_number, default=0, help="seed of the noise (%(default)s)")
     add_numerics(add, "simulated", "arithmetic of quantized layers, see qdit sample (%(default)s)")

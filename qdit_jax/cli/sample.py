@@ -231,6 +231,8 @@ def check_job(job: SampleFile, out: AnyPath, columns: int | None) -> None:
     if is_video and out.suffix == ".png":
         refuse_inert({"columns": columns}, {"columns": None}, "a .png of videos has a row for each")
     if job.is_latent and out.suffix != ".npz":
+        if reason := getattr(model, "latents_only", None):
+            raise UserError(f"--out {out}: {reason}; give --out latents.npz.")
         raise UserError(
             f"the model's {model.sample_shape()[-1]} channels are latents and the checkpoint "
             "holds no autoencoder; give --vae CHECKPOINT, or --out latents.npz."

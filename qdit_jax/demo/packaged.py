@@ -27,6 +27,7 @@ class Packaged:
         shows: what it makes, for the help text.
         options: what `convert` must be told, for the weights are of no published size.
         num_samples, num_steps: by default; the quick ones are those of `--quick`.
+        guidance: the scale by default: what makes its samples plain.
         prompts: the texts of its conditions, or None where they are all its classes.
         scored: whether the packaged classifier knows its pictures.
         group_sizes: of the recipes that are compared, the finer first.
@@ -40,6 +41,7 @@ class Packaged:
     num_steps: int = 50
     quick_samples: int = 20
     quick_steps: int = 10
+    guidance: float = 1.5
     prompts: Callable[[], Sequence[str] | None] = no_prompts
     scored: bool = False
     group_sizes: tuple[int, int] = (32, 64)
@@ -82,6 +84,7 @@ PACKAGED = {
         num_samples=20,
         num_steps=20,
         quick_samples=10,
+        guidance=2.5,
         group_sizes=(32, 48),
     ),
 }

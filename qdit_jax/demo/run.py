@@ -39,13 +39,13 @@ MARKER = "demo.json"  # says that the folder is a demonstration, and of which se
 class DemoSettings:
     """Which packaged model the demonstration takes, a name in `PACKAGED`, and how much it computes.
 
-    `num_samples` and `num_steps` are by default the model's own.
+    `num_samples`, `num_steps` and `guidance` are by default the model's own.
     """
 
     model: str = "digits"
     num_samples: int | None = None
     num_steps: int | None = None
-    guidance: float = 1.5
+    guidance: float | None = None
     seed: int = 0
     numerics: str = "simulated"
     dtype: str = "float32"
@@ -71,6 +71,11 @@ class DemoSettings:
         """Returns how many steps a sample takes."""
         of_model = self.packaged.quick_steps if self.quick else self.packaged.num_steps
         return self.num_steps or of_model
+
+    @property
+    def scale(self) -> float:
+        """Returns the scale of guidance."""
+        return self.packaged.guidance if self.guidance is None else self.guidance
 
 
 def recipes(params: Params, sizes: tuple[int, int], quick: bool) -> dict[str, Recipe]:
@@ -149,7 +154,7 @@ def fitted(checkpoint: Checkpoint, settings: DemoSettings, out: AnyPath) -> dict
         NUM_FITTED,
         conditions=settings.packaged.conditions(),
         sampler=default_sampler(checkpoint, settings.steps),
-        guidance=settings.guidance,
+        guidance=settings.scale,
     )
     data = CalibrationData(items=items, batch_size=BATCH_FITTED)
     found = {}
@@ -175,7 +180,7 @@ def calibrate_packaged(
         num_samples,
         conditions=settings.packaged.conditions(),
         sampler=default_sampler(checkpoint, settings.steps),
-        guidance=settings.guidance,
+        guidance=settings.scale,
         batch_size=num_samples,
         progress_fn=progress_fn,
     )
@@ -209,7 +214,7 @@ def compare(
             progress_fn=progress_fn,
             conditions=packaged.conditions(),
             seed=settings.seed,
-            guidance=settings.guidance,
+            guidance=settings.scale,
             numerics=settings.numerics,
             batch_size=BATCH_SIZE,
             num_probed=0,

@@ -1,10 +1,13 @@
 """Attention by JAX's splash kernel on TPUs: no array of all weights in memory.
 
+Positions are filled up with zeros to whole blocks; no query sees the added keys.
+
 Dimensions: B batch, Q and T query and key positions, H heads, D channels of a head.
 """
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 
 import jax
@@ -16,6 +19,7 @@ from qdit_jax.kernels.tpu_reasons import split_reason
 from qdit_jax.types import AnyArray
 
 BLOCKS = (512, 256, 128)  # positions that are multiplied at once, the most first
+MOST_WORK = 1.5  # of what the positions themselves need; few positions are left to XLA
 KERNEL = "jax.experimental.pallas.ops.tpu.splash_attention"
 
 
@@ -35,23 +39,36 @@ def splash_attention(
     )
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    queries, keys = q.shape[1], k.shape[1]
+    (queries, rows), (keys, columns) = (blocks_of(a.shape[1]) for a in (q, k))
     whole = masks.MultiHeadMask([masks.FullMask((queries, keys)) for _ in range(q.shape[2])])
-    rows, columns = block_of(queries), block_of(keys)
-    assert rows is not None, "splash_reason refuses such numbers"
-    assert columns is not None, "splash_reason refuses such numbers"
     sizes = kernels.BlockSizes(block_q=rows, block_kv=columns, block_kv_compute=columns)
     attend = kernels.make_splash_mha(
         whole, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret
     )
+    segments = None
+    if keys != k.shape[1]:
+        # Queries see the keys of their own segment: the added ones are of another.
+        added = jnp.arange(keys, dtype=jnp.int32) >= k.shape[1]
+        segments = kernels.SegmentIds(jnp.zeros(queries, jnp.int32), added.astype(jnp.int32))
     scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
-    heads_first = (jnp.swapaxes(a, 1, 2) for a in (scaled, k, v))
-    return jnp.swapaxes(jax.vmap(attend)(*heads_first), 1, 2)
+    operands = (heads_first(a, n) for a, n in ((scaled, queries), (k, keys), (v, keys)))
+    found = jax.vmap(lambda q, k, v: attend(q, k, v, segment_ids=segments))(*operands)
+    return jnp.swapaxes(found, 1, 2)[:, : q.shape[1]]
 
 
-def block_of(positions: int) -> int | None:
-    """Returns the largest block that divides a number of positions; None if none does."""
-    return next((block for block in BLOCKS if positions % block == 0), None)
+def heads_first(
+    operand: Float[AnyArray, "B positions H D"], padded: int
+) -> Float[Array, "B H padded D"]:
+    """Returns an operand with its heads before its positions, and zeros after the last position."""
+    added = padded - operand.shape[1]
+    return jnp.pad(jnp.swapaxes(operand, 1, 2), ((0, 0), (0, 0), (0, added), (0, 0)))
+
+
+def blocks_of(positions: int) -> tuple[int, int]:
+    """Returns the number of positions that blocks fill, and the block: the largest that adds fewest."""
+    filled = {block: -(-positions // block) * block for block in BLOCKS}
+    block = min(BLOCKS, key=lambda block: (filled[block], -block))
+    return filled[block], block
 
 
 def splash_reason(shapes: AttentionShapes) -> str | None:
@@ -71,8 +88,12 @@ def splash_reason(shapes: AttentionShapes) -> str | None:
         return "it is used without a mask only."
     if shapes.v_width not in (None, shapes.q_shape[-1]):
         return "it takes keys and values of one width."
-    if block_of(queries) is None or block_of(keys) is None:
-        return f"{BLOCKS[-1]} divides its numbers of positions, and not {queries} and {keys}."
+    filled = [blocks_of(positions)[0] for positions in (queries, keys)]
+    if math.prod(filled) > MOST_WORK * queries * keys:
+        return (
+            f"blocks of {BLOCKS[-1]} would make {queries} queries and {keys} keys {filled[0]} and "
+            f"{filled[1]}: more than {MOST_WORK} times the work."
+        )
     return split_reason()
 
 

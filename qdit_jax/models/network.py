@@ -30,6 +30,7 @@ class NetworkModule(nn.Module, kw_only=True):
     Attributes:
         default_guidance: the scale that it was published with; of two experts, a pair: that of the
             timesteps from `boundary` on, and that of those below.
+        latents_only: why no autoencoder of this package decodes its samples, one sentence.
 
     A class that predicts a velocity says of it, where it differs from these:
 
@@ -49,6 +50,7 @@ class NetworkModule(nn.Module, kw_only=True):
 
     scans_blocks: ClassVar[bool] = False  # whether it applies its blocks by `apply_blocks`
     default_guidance: ClassVar[Guidances] = 1.5
+    latents_only: ClassVar[str | None] = None
     flow_times: ClassVar[tuple[float, float]] = (0.0, 1.0)
     velocity_to: ClassVar[str] = "data"
     flow_shift: ClassVar[float | str] = 1.0

@@ -164,6 +164,9 @@ class STDiT3(NetworkModule):
     has_null = True
     default_sampler = "flow-euler"
     default_guidance = 7.0
+    latents_only = (
+        "Open-Sora 1.2's video autoencoder is not supported, and no other decodes its latents"
+    )
 
     @nn.compact
     def __call__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 from collections.abc import Mapping
 
@@ -12,7 +13,7 @@ import qdit_jax
 
 
 def provenance() -> dict[str, str]:
-    """Returns the date (UTC), the versions and the device, as reports and their JSON carry them."""
+    """Returns the date (UTC), the versions, device and machine, as reports and their JSON carry them."""
     device = jax.devices()[0]
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -21,7 +22,15 @@ def provenance() -> dict[str, str]:
         "python": platform.python_version(),
         "device": f"{jax.device_count()} x {device.platform} ({device.device_kind}, "
         f"{platform.machine()})",
+        "machine": f"{cores()}, {platform.system()} {platform.machine()}",
     }
+
+
+def cores() -> str:
+    """Returns how many cores the machine has, and how many of them this process may use."""
+    total = os.cpu_count() or 1
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else total
+    return f"{total} cores" if mine == total else f"{mine} of {total} cores"
 
 
 def provenance_text(facts: Mapping[str, str]) -> str:

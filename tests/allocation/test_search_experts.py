@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import random_params
 
 import qdit_jax as qdit
 from qdit_jax.allocation import BitOps, Bytes, CpuCost, Rollouts, cost_table, search_space
+from qdit_jax.allocation.rollouts import OneStep, Rollout, seeds, step_experts
+from qdit_jax.allocation.sensitivity import effects
 from qdit_jax.cli import main
+from qdit_jax.diffusion import flow_euler
 from qdit_jax.models import FAMILIES, build_model, expert_numbers, rows_per_sample, step_shares
 from qdit_jax.sampling import checkpoint_sampler, sampler_timesteps
 
@@ -73,6 +77,43 @@ def test_a_sampler_that_leaves_an_expert_out_is_refused(full):
     rollouts = Rollouts(num_steps=1, num_batches=1, batch_size=1, conditions=prompts())
     with pytest.raises(ValueError, match="expert 'low' runs at none of the 1 timesteps"):
         qdit.search(full, jax.random.key(0), budget="bytes=1.0x-g16", rollouts=rollouts)
+
+
+@pytest.mark.slow
+def test_the_expert_that_runs_at_a_step_is_the_one_differentiated(full):
+    """The effects are those of running both, and the other's parameters are never touched."""
+    rows = {p: n for p, n in rows_per_sample(full.model).items() if p.endswith("_0/self_attn/o")}
+    space = search_space(full.params, rows=rows, group_sizes=(8,), weight_bits=(4,))
+    condition = {"text": jnp.asarray(prompts()["text"])}
+
+    def found(params, sigmas, with_experts):
+        units = {"flow_times": full.model.flow_times, "velocity_to": full.model.velocity_to}
+        sampler = flow_euler(len(sigmas) - 1, sigmas=sigmas, **units)
+        rollout = Rollout.of(full.model, sampler, 1.0)
+        noise, _, keys = seeds(full.model, jax.random.key(1), 1, 2, conditions=prompts())
+        return effects(
+            OneStep(rollout),
+            params,
+            None,
+            rollout.start(noise[0]),
+            condition,
+            keys[0],
+            jax.random.key(2),
+            experts=step_experts(rollout) if with_experts else None,
+            space=space,
+            num_steps=rollout.num_steps,
+            num_probes=1,
+        )
+
+    both = [1.0, 0.95, 0.4, 0.0]
+    mine, all_run = (found(full.params, both, with_experts) for with_experts in (True, False))
+    assert (np.abs(mine.change) > 0).all()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), mine, all_run)
+    lost = {**full.params, "low": jax.tree.map(lambda a: a * jnp.nan, full.params["low"])}
+    alone = found(lost, [1.0, 0.96, 0.93, 0.0], True)
+    assert np.isfinite(alone.change).all()
+    ran = np.array([layer.path.startswith("high") for layer in space.layers])
+    assert ((np.asarray(alone.change) != 0).all(axis=(0, 1, 3)) == ran).all()
 
 
 @pytest.mark.slow

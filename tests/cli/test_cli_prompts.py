@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,7 +16,7 @@ from toy_painter import ToyPainter
 
 import qdit_jax as qdit
 from qdit_jax.cli import main
-from qdit_jax.models import FAMILIES, DiT
+from qdit_jax.models import FAMILIES, DiT, build_model
 
 TEXTS = ("a red fox", "a blue fox", "two foxes")
 STEPS = ("--steps", "2", "--batch-size", "2")
@@ -142,6 +143,20 @@ def test_an_mp4_needs_its_package(base, tmp_path, capsys, monkeypatch):
     assert "pip install 'qdit-jax[video]'" in text
     text = refused(capsys, "sample", base / "gray", "--out", tmp_path / "clip.gif")
     assert "this model makes images" in text
+
+
+def test_no_autoencoder_decodes_latents_of_another(tmp_path, capsys):
+    """Open-Sora 1.2 has the 4 channels of many an autoencoder of images, which would decode nonsense."""
+    model = build_model("stdit3", FAMILIES["stdit3"].examples[0])
+    qdit.save(tmp_path / "stdit3", qdit.Checkpoint(model, random_params(model)))
+    qdit.save(tmp_path / "vae", tiny_vae())
+    example = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), model.example_condition(1))
+    np.savez(tmp_path / "p.npz", **example)
+    options = ("sample", tmp_path / "stdit3", "--embeds", tmp_path / "p.npz", "--guidance", 1)
+    for more in (("--out", tmp_path / "c.gif"), ("--vae", tmp_path / "vae", "--out", "c.npz")):
+        text = refused(capsys, *options, *more)
+        assert "Open-Sora 1.2's video autoencoder is not supported" in text
+        assert "--out latents.npz" in text
 
 
 NEEDED = "takes prompts (text, text_mask); give --embeds FILE"

@@ -12,7 +12,7 @@ import pytest
 
 import qdit_jax as qdit
 from qdit_jax.calibration import default_sampler
-from qdit_jax.demo import PACKAGED
+from qdit_jax.demo import PACKAGED, DemoSettings
 from qdit_jax.models import asset
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments" / "testbeds"
@@ -44,7 +44,7 @@ def test_static_ranges_break_it_and_groups_mend_most(name, tmp_path, monkeypatch
         check.recipes(32),
         num_samples=10,
         seeds=[0],
-        guidance=1.5,
+        guidance=PACKAGED[name].guidance,
     )
     mean = {title: found.mean() for title, found in check.decibels(latents).items()}
     assert mean[check.W8A8] > 25
@@ -55,3 +55,9 @@ def test_static_ranges_break_it_and_groups_mend_most(name, tmp_path, monkeypatch
         m for m in sys.modules.values() if str(EXPERIMENTS) in str(m.__dict__.get("__file__"))
     ]:
         del sys.modules[module.__name__]
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_guidance_is_the_models_own_unless_it_is_given(name):
+    assert DemoSettings(model=name).scale == PACKAGED[name].guidance
+    assert DemoSettings(model=name, guidance=1.0).scale == 1.0

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from qdit_jax.kernels import ATTENTION_IMPLEMENTATIONS, attention
+from qdit_jax.kernels import splash_attention as splash_module
 from qdit_jax.kernels.attention_call import AttentionShapes
-from qdit_jax.kernels.splash_attention import splash_attention
+from qdit_jax.kernels.splash_attention import blocks_of, splash_attention, splash_reason
 
 B, Q, T, H, D = 2, 5, 7, 3, 8
 
@@ -123,8 +124,37 @@ def test_fused_kernels_refuse_what_they_cannot_compute():
     assert "TPUs only" in splash(bf16)
 
 
-def test_the_splash_kernel_equals_the_products_of_its_operands():
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [(128, 256), (256, 200), (130, 128), (130, 200)],
+    ids=["whole blocks", "keys added", "queries added", "both added"],
+)
+def test_the_splash_kernel_equals_the_products_of_its_operands(queries, keys):
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 2, 72)), jnp.float32) for n in (128, 256, 256))
-    found = splash_attention(q, k, v, None, 72**-0.5, None, interpret=True)
-    np.testing.assert_allclose(found, expected(q, k, v, scale=72**-0.5), atol=2e-6)
+    sizes = (queries, keys, keys)
+    # All keys are far from 0: one that was added would be seen.
+    q, k, v = (jnp.asarray(1 + rng.normal(size=(2, n, 2, 72)), jnp.float32) for n in sizes)
+    found = splash_attention(q, -k, v, None, 72**-0.5, None, interpret=True)
+    np.testing.assert_allclose(found, expected(q, -k, v, scale=72**-0.5), atol=4e-6)
+
+
+@pytest.mark.parametrize(
+    ("positions", "filled"),
+    [(32760, (32768, 512)), (1560, (1664, 128)), (384, (384, 128)), (512, (512, 512))],
+)
+def test_splash_blocks_add_as_few_positions_as_they_can(positions, filled):
+    assert blocks_of(positions) == filled
+
+
+def test_the_splash_kernel_takes_the_tokens_of_a_published_video(monkeypatch):
+    """Wan at 81 frames of 480 x 832, whose 32,760 tokens no block divides."""
+    monkeypatch.setattr(splash_module, "find_spec", lambda name: object())
+    clip = (1, 32760, 12, 128)
+    shapes = AttentionShapes(clip, clip, None, False, "bfloat16", "tpu", 128)
+    assert splash_reason(shapes) is None
+    text = dataclasses.replace(shapes, k_shape=(1, 512, 12, 128))
+    assert splash_reason(text) is None
+    frames = dataclasses.replace(shapes, q_shape=(900, 16, 16, 72), k_shape=(900, 16, 16, 72))
+    assert "16 queries and 16 keys 128 and 128: more than 1.5 times the work" in splash_reason(
+        dataclasses.replace(frames, v_width=72)
+    )
