@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from qdit_jax.kernels.attention_call import AttentionImplementation, AttentionShapes, WeightsFn
-from qdit_jax.kernels.tpu_reasons import split_reason
+from qdit_jax.kernels.level_reasons import split_reason
 from qdit_jax.types import AnyArray
 
 BLOCKS = (512, 256, 128)  # positions that are multiplied at once, the most first
@@ -73,7 +73,7 @@ def splash_reason(shapes: AttentionShapes) -> str | None:
         return "it takes keys and values of one width."
     if block_of(queries) is None or block_of(keys) is None:
         return f"{BLOCKS[-1]} divides its numbers of positions, and not {queries} and {keys}."
-    return split_reason()
+    return split_reason("tpu")
 
 
 SPLASH = AttentionImplementation("splash", splash_attention, splash_reason)
