@@ -135,3 +135,8 @@ def rows_of(
 ) -> dict[Shape, Tiles]:
     """Returns `{shape: tiles}` of one kind of device in a table of `bench_accelerator.py`."""
     return {Shape(**row["shape"]): Tiles(**row["tiles"]) for row in table.get(device, [])}
+
+
+def forget() -> None:
+    """Makes the next product read the table anew, after rows were added to it."""
+    _rows.cache_clear()
