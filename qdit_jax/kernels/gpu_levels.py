@@ -56,24 +56,27 @@ def levels_matmul(
     q: QTensor,
     act: ActQuant | None,
     numerics: str,
+    dtype: str | None = None,
     *,
     tiles: Tiles | None = None,
     interpret: Any = None,
 ) -> Float[Array, "*lead N"]:
-    """Returns `act(x) @ q` in integer numerics.
+    """Returns `act(x) @ q` in integer numerics, in `dtype`, by default that of `x`.
 
     Equal to `xla.integer_matmul` to float rounding, whose derivative it has. A token that holds NaN or
     infinity gives NaN. `interpret` is Pallas' `InterpretGPUParams`, which run it on a CPU, slowly.
     """
     assert act is not None, "gpu_reason refuses it"
+    dtype = dtype or x.dtype.name
     if tiles is None:
-        tiles = chosen_tiles(Shape(math.prod(x.shape[:-1]), *q.shape, q.bits, x.dtype.itemsize))
-    return _product(x, q, act.spec, tiles, interpret)
+        rows, itemsize = math.prod(x.shape[:-1]), jnp.dtype(dtype).itemsize
+        tiles = chosen_tiles(Shape(rows, *q.shape, q.bits, itemsize))
+    return _product(x, q, act.spec, dtype, tiles, interpret)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
 def _product(
-    x: Float[Array, "*lead K"], q: QTensor, spec: ActSpec, tiles: Tiles, interpret: Any
+    x: Float[Array, "*lead K"], q: QTensor, spec: ActSpec, dtype: str, tiles: Tiles, interpret: Any
 ) -> Float[Array, "*lead N"]:
     num_channels, width = q.shape
     elements, scale = quantized_rows(x, spec)
@@ -89,16 +92,24 @@ def _product(
     if q.has_levels:
         maps = (of_sub_blocks(values, num_channels, q.group_size) for values in step_and_offset(q))
         operands += [jnp.pad(values, ((0, 0), (0, columns - width))) for values in maps]
-    y = _call(tuple(operands), q.bits, jnp.dtype(x.dtype), tiles, interpret)
+    y = _call(tuple(operands), q.bits, jnp.dtype(dtype), tiles, interpret)
     return y[:num_rows, :width].reshape(*x.shape[:-1], width)
 
 
 @_product.defjvp
 def _product_jvp(
-    spec: ActSpec, tiles: Tiles, interpret: Any, primals: tuple[Any, Any], tangents: tuple[Any, Any]
+    spec: ActSpec,
+    dtype: str,
+    tiles: Tiles,
+    interpret: Any,
+    primals: tuple[Any, Any],
+    tangents: tuple[Any, Any],
 ) -> tuple[Array, Array]:
-    _, tangent = jax.jvp(lambda x, q: integer_matmul(x, q, ActQuant(spec)), primals, tangents)
-    return _product(*primals, spec, tiles, interpret), tangent
+    def by_xla(x: Array, q: QTensor) -> Array:
+        return integer_matmul(x, q, ActQuant(spec)).astype(dtype)
+
+    _, tangent = jax.jvp(by_xla, primals, tangents)
+    return _product(*primals, spec, dtype, tiles, interpret), tangent
 
 
 def quantized_rows(
@@ -359,4 +370,4 @@ def renamed(values: Array, *, to_words: bool) -> Array:
     return with_other_type(values)
 
 
-GPU_LEVELS = Implementation("gpu_levels", levels_matmul, gpu_reason)
+GPU_LEVELS = Implementation("gpu_levels", levels_matmul, gpu_reason, levels_matmul)

@@ -93,7 +93,14 @@ class Linear(nn.Module):
         x = mapped_input(self, x)
         if isinstance(kernel, QTensor):
             act_quant, left = optional(self, "act_quant"), self.left_operand(x)
-            y = quantized_matmul(left, kernel, act_quant, self.numerics, self.implementation)
+            y = quantized_matmul(
+                left,
+                kernel,
+                act_quant,
+                self.numerics,
+                self.implementation,
+                out_dtype=left.dtype.name if self.dtype == "float32" else self.output_dtype,
+            )
         else:
             y = self.product(quantized_input(self, x), kernel)
         y = with_outputs(self, x, y + bias.astype(y.dtype))

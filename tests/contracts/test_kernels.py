@@ -302,3 +302,15 @@ def test_a_name_that_does_not_fit_is_refused_with_its_reason():
     )
     with pytest.raises(ValueError, match="platform='gpu' is not known; use one of cpu, cuda"):
         implementation_of((2, 96), q, platform="gpu")
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_the_result_has_the_dtype_that_is_asked_for(name):
+    x, act = inputs(128, "float32"), A(8, 0, symmetric=True)
+    q = quantize(kernel_values(128, 8), W(4, 32, scale_levels=2))
+    if unsupported_reason(x.shape, q, act, "integer", name):
+        pytest.skip(f"{name} does not run here")
+    wide = quantized_matmul(x, q, act, "integer", name)
+    found = quantized_matmul(x, q, act, "integer", name, out_dtype="bfloat16")
+    assert found.dtype == "bfloat16"
+    np.testing.assert_array_equal(found, wide.astype("bfloat16"))

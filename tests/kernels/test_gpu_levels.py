@@ -124,6 +124,19 @@ def test_a_token_that_is_not_finite_is_nan_and_touches_no_other():
 
 
 @needs_interpreter
+def test_sums_are_written_in_16_bits_at_once():
+    from jax.experimental.pallas import mosaic_gpu
+
+    parameters = mosaic_gpu.InterpretGPUParams()
+    x, q = jnp.asarray(tokens(8, 128), jnp.float32), random_kernel(W(8, 0, symmetric=True), 128, 8)
+    settings = {"tiles": SMALL, "interpret": parameters}
+    found = levels_matmul(x, q, ActQuant(TOKEN), "integer", "bfloat16", **settings)
+    by_xla = quantized_matmul(x, q, TOKEN, "integer", "xla", out_dtype="bfloat16")
+    assert found.dtype == by_xla.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, by_xla)
+
+
+@needs_interpreter
 def test_works_under_vmap_inside_of_scan():
     x = jnp.asarray(np.stack([tokens(8, 128), tokens(8, 128, 1)]), jnp.float32)
     w = np.random.default_rng(0).normal(size=(2, 128, 8)).astype(np.float32)
