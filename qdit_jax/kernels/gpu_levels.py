@@ -26,7 +26,6 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int8, UInt8
 
 from qdit_jax.kernels import gpu_words
-from qdit_jax.kernels.gpu_reasons import gpu_reason
 from qdit_jax.kernels.gpu_tiles import (
     COMPUTING,
     HALF,
@@ -38,7 +37,6 @@ from qdit_jax.kernels.gpu_tiles import (
     rounded_up,
 )
 from qdit_jax.kernels.operands import act_elements
-from qdit_jax.kernels.product import Implementation
 from qdit_jax.kernels.xla import integer_matmul
 from qdit_jax.quant import (
     ActQuant,
@@ -368,6 +366,3 @@ def renamed(values: Array, *, to_words: bool) -> Array:
         )
 
     return with_other_type(values)
-
-
-GPU_LEVELS = Implementation("gpu_levels", levels_matmul, gpu_reason, levels_matmul)

@@ -1,4 +1,4 @@
-"""What the kernel of `gpu_levels` refuses, and why: the next row of the table takes it."""
+"""The row of `gpu_levels`: what the kernel refuses, and why. The next row of the table takes it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from importlib.util import find_spec
 
 import jax
 
+from qdit_jax.kernels.gpu_check import wrong_here
+from qdit_jax.kernels.gpu_levels import levels_matmul
 from qdit_jax.kernels.gpu_tiles import RUN
 from qdit_jax.kernels.gpu_words import BITS
 from qdit_jax.kernels.level_reasons import (
@@ -14,7 +16,7 @@ from qdit_jax.kernels.level_reasons import (
     version_reason,
     weight_reason,
 )
-from qdit_jax.kernels.product import Product
+from qdit_jax.kernels.product import Implementation, Product
 
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 CAPABILITY = "9.0"  # of Hopper, whose instructions no other GPU has
@@ -47,7 +49,7 @@ def machine_reason(product: Product) -> str | None:
             f"it was compiled for Hopper (compute capability {CAPABILITY}), and this is "
             f"{device.device_kind} ({capability})."
         )
-    return split_reason("gpu")
+    return split_reason("gpu") or wrong_here()
 
 
 def size_reason(product: Product) -> str | None:
@@ -58,3 +60,6 @@ def size_reason(product: Product) -> str | None:
     if num_channels % RUN:
         return f"it takes input channels in runs of {RUN}, and K is {num_channels}."
     return None
+
+
+GPU_LEVELS = Implementation("gpu_levels", levels_matmul, gpu_reason, levels_matmul)

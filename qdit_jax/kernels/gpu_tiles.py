@@ -102,7 +102,10 @@ def chosen_tiles(shape: Shape) -> Tiles:
 
 
 def tiles_by_arithmetic(shape: Shape) -> Tiles:
-    """Returns the blocks with the least work of the busiest multiprocessor, of these the largest."""
+    """Returns the blocks with the least work of the busiest multiprocessor, of these the largest.
+
+    Where some blocks divide the rows, only these: others need a copy of the result without its padding.
+    """
 
     def work(tiles: Tiles) -> tuple[int, int]:
         blocks = -(-shape.rows // tiles.rows) * -(-shape.width // tiles.block)
@@ -111,7 +114,8 @@ def tiles_by_arithmetic(shape: Shape) -> Tiles:
         return cost, -tiles.rows * tiles.block
 
     usable = [t for t in CANDIDATES if t.steps == 4 and fits(t, shape.bits, shape.itemsize)]
-    return min(usable, key=work)
+    whole = [tiles for tiles in usable if shape.rows % tiles.rows == 0]
+    return min(whole or usable, key=work)
 
 
 def this_device() -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qdit_jax.kernels.gpu_levels import GPU_LEVELS
+from qdit_jax.kernels.gpu_reasons import GPU_LEVELS
 from qdit_jax.kernels.product import Implementation
 from qdit_jax.kernels.tpu_levels import TPU_LEVELS
 from qdit_jax.kernels.xla_order import XLA, XLA_CPU

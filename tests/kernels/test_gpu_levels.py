@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qdit_jax.kernels import gpu_words, quantized_matmul
+from qdit_jax.kernels import gpu_check, gpu_words, quantized_matmul
 from qdit_jax.kernels.gpu_levels import levels_matmul, of_sub_blocks, word_layout
 from qdit_jax.kernels.gpu_tiles import Tiles
 from qdit_jax.kernels.level_reasons import version_reason
@@ -134,6 +134,14 @@ def test_sums_are_written_in_16_bits_at_once():
     by_xla = quantized_matmul(x, q, TOKEN, "integer", "xla", out_dtype="bfloat16")
     assert found.dtype == by_xla.dtype == jnp.bfloat16
     np.testing.assert_array_equal(found, by_xla)
+
+
+@needs_interpreter
+def test_the_check_of_a_device_passes_in_the_interpreter():
+    def product(x, q, dtype):
+        return interpreted(x.astype(jnp.float32), q).astype(dtype)
+
+    assert gpu_check.wrong_with(product) is None
 
 
 @needs_interpreter

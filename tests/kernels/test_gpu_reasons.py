@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from qdit_jax.kernels import IMPLEMENTATIONS, Product, gpu_reasons, gpu_tiles, implementation_of
+from qdit_jax.kernels import (
+    IMPLEMENTATIONS,
+    Product,
+    gpu_check,
+    gpu_reasons,
+    gpu_tiles,
+    implementation_of,
+    quantized_matmul,
+)
 from qdit_jax.kernels.gpu_tiles import (
     CANDIDATES,
     Shape,
@@ -95,8 +103,30 @@ def test_the_machine_is_asked_before_anything_is_traced(monkeypatch):
         f"it was compiled for Hopper (compute capability 9.0), and this is {kind} (unknown)."
     )
     monkeypatch.setattr(gpu_reasons, "CAPABILITY", "unknown")
+    monkeypatch.setattr(gpu_reasons, "wrong_here", lambda: "a product was wrong.")
+    assert reason() == "a product was wrong."
+    monkeypatch.setattr(gpu_reasons, "wrong_here", lambda: None)
+    assert reason() is None
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     assert "several devices" in reason()
+
+
+def test_a_device_that_multiplies_wrong_is_found():
+    def right(x, q, dtype):
+        return quantized_matmul(x, q, gpu_check.SPEC, "integer", "xla", out_dtype=dtype)
+
+    def broken(x, q, dtype):
+        raise RuntimeError("no such instruction")
+
+    assert gpu_check.wrong_with(right) is None
+    wrong = gpu_check.wrong_with(lambda x, q, dtype: right(x, q, dtype).at[3, 7].add(3000))
+    assert wrong.startswith("a product of 4 bits was wrong on this device, by ")
+    nan = gpu_check.wrong_with(lambda x, q, dtype: right(x, q, dtype) * jnp.nan)
+    assert nan.startswith("a product of 4 bits was wrong")
+    late = gpu_check.wrong_with(lambda x, q, dtype: right(x, q, dtype) + 1e3 * (q.bits == 8))
+    assert late.startswith("a product of 8 bits was wrong")
+    reason = "it does not run here (RuntimeError: no such instruction)."
+    assert gpu_check.wrong_with(broken) == reason
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -105,6 +135,7 @@ def test_blocks_fit_and_leave_no_layer_without_one(bits):
         tiles = tiles_by_arithmetic(Shape(rows, channels, width, bits, 2))
         assert tiles in CANDIDATES
         assert fits(tiles, bits, 2)
+        assert rows == 1 or rows % tiles.rows == 0  # no copy without padding
 
 
 def test_few_tokens_take_small_blocks():
