@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qdit_jax.kernels.gpu_tiles import SHARED_MEMORY
+from qdit_jax.kernels import gpu_tiles
 from qdit_jax.quant import WeightSpec, packed_nbytes
 from qdit_jax.speed import DEVICES
 
@@ -40,7 +40,7 @@ def kernel_reports(folder: Path, kernel: str) -> list[dict[str, Any]]:
         }
         assert report["spilled_bytes"] == 0, f"{file.name}: {said}"
         assert not any(code in said for code in WAITS), f"{file.name}: {said}"
-        assert 0 < report["shared_bytes"] <= SHARED_MEMORY, f"{file.name}: {report}"
+        assert 0 < report["shared_bytes"] <= gpu_tiles.SHARED_MEMORY, f"{file.name}: {report}"
         assert min(report["grid"]) > 0, f"{file.name}: {report}"
         if report not in reports:  # layers of one shape
             reports.append(report)

@@ -16,10 +16,10 @@ import numpy as np
 import qdit_jax as qdit
 from qdit_jax.files import replaced_file
 from qdit_jax.kernels import gpu_levels, gpu_tiles
-from qdit_jax.kernels.gpu_tiles import CANDIDATES, Shape, Tiles, fits
 from qdit_jax.quant import ActQuant
 from qdit_jax.speed import Call, TimeFn, interleaved, recipe_named
 
+Shape, Tiles = gpu_tiles.Shape, gpu_tiles.Tiles
 TABLE = Path(gpu_tiles.__file__).parent / gpu_tiles.TABLE
 RECIPES = {4: "w4a8-fast", 8: "w8a8-fast"}
 ROUNDS = 7
@@ -51,7 +51,9 @@ def swept(
     time_fn: TimeFn = interleaved,
 ) -> dict[str, Any]:
     """Returns the row of a shape: its fastest blocks, and the microseconds of all."""
-    usable = [tiles for tiles in CANDIDATES if fits(tiles, shape.bits, shape.itemsize)]
+    usable = [
+        tiles for tiles in gpu_tiles.CANDIDATES if gpu_tiles.fits(tiles, shape.bits, shape.itemsize)
+    ]
     calls = [Call(str(tiles), call_fn(shape, tiles)) for tiles in usable]
     medians = 1e6 * np.median(time_fn(calls, ROUNDS), axis=1)
     best = usable[int(np.argmin(medians))]
