@@ -75,7 +75,7 @@ def test_a_wrong_product_is_seen(monkeypatch):
 
 @pytest.mark.slow  # two networks and their steps are compiled, in a process of its own
 def test_a_tiny_network_runs_through(tmp_path):
-    options = ["--model", "tiny", "--seconds", "40", "--samples", "2", "--rounds", "2"]
+    options = ["--model", "tiny", "--seconds", "240", "--samples", "2", "--rounds", "2"]
     tiles = tmp_path / "tiles.json"
     command = [sys.executable, str(SCRIPTS / "bench_accelerator.py"), *options]
     command += ["--out", str(tmp_path), "--tiles", str(tiles)]
