@@ -5,16 +5,20 @@
 
 Nothing runs, so nothing here is a time: seconds are those of the compiler, bytes and FLOPs what it
 counts, cycles what it estimates of each operation (TPUs; not of a Pallas kernel, nor where the compiler
-gives none). The layers are qkv, proj, fc1 and fc2 on 16 x 256 tokens; a step is one guided call of the
-network in bfloat16, compiled as the sampler compiles it.
+gives none). The layers are qkv, proj, fc1 and fc2 on 16 x 256 tokens, on a GPU on 2 x 256 as well; a step is
+one guided call of the network in bfloat16, compiled as the sampler compiles it.
+
+Of a kernel for GPUs, `ptxas` says registers, spills, shared memory and whether it makes tensor cores wait
+for each product; spills and waits fail. `roofline_us` is arithmetic, not the compiler's: the larger of
+operations at an H100's full rate and bytes at its full bandwidth, with the quantizer's two passes.
 
 Needs an environment of its own, Python 3.12 or newer: `pip install "jax[tpu]>=0.12"` for TPUs, or
 `pip install "jax[cuda12]>=0.12"` for GPUs, and this package. `--target-config` is a file with XLA's
 description of a GPU (`GpuTargetConfigProto` as text).
 
 OUT/compile_ahead.json is saved after every program, and the same command goes on from there;
-OUT/compile_ahead.md is its table. Expected: about 5 minutes a TPU on 2 cores with other
-work; kernels of w4a8-fast and w8a8-fast in each of them, no temporaries in a layer.
+OUT/compile_ahead.md is its table. Expected: about 5 minutes a TPU or GPU on 2 cores with other
+work; kernels of w4a8-fast and w8a8-fast in each of them, in a layer no temporaries but a GPU's int8 inputs.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import importlib.metadata
 import json
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,10 +40,14 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("TPU_LOG_DIR", "disabled")
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+# What `ptxas` says of kernels is read back from here.
+os.environ.setdefault("MOSAIC_GPU_DUMP_TO", tempfile.mkdtemp(prefix="compile_ahead_"))
+os.environ.setdefault("MOSAIC_GPU_DUMP_PTXAS", "1")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gpu_reports import emptied, kernel_reports, layer_roofline
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
@@ -48,10 +57,11 @@ from qdit_jax.models import DiT, published_config
 from qdit_jax.report import provenance
 from qdit_jax.sampling import denoiser
 
-TOKENS = 16 * 256
+TOKENS, FEW_TOKENS = 16 * 256, 2 * 256  # guided steps of 8 samples and of 1
 LAYERS = {"qkv": (1152, 3456), "proj": (1152, 1152), "fc1": (1152, 4608), "fc2": (4608, 1152)}
 PRESETS = ("w4a8-fast", "w8a8-fast")
-KERNEL = "tpu_levels"
+KERNELS = {True: "tpu_levels", False: "gpu_levels"}  # on a TPU, on a GPU
+CALLS = {True: r'custom_call_target="tpu_custom_call".*tpu_levels', False: r'"mosaic_gpu_v2"'}
 DTYPE = "bfloat16"
 
 
@@ -62,6 +72,7 @@ class Program(NamedTuple):
     fn: Callable[..., Any]
     arguments: tuple[Any, ...]
     expects_kernel: bool | None  # None: may have it
+    roofline_us: float | None = None  # of a layer on an H100, counted from its shapes
 
 
 def main() -> None:
@@ -87,7 +98,7 @@ def main() -> None:
             if args.only in name and name not in kept:
                 kept[name] = {
                     "target": kind,
-                    **compiled(program, sharding),
+                    **compiled(program, sharding, is_tpu),
                     "made": versions_and_date(),
                 }
                 print(name, {k: v for k, v in kept[name].items() if k != "made"}, flush=True)
@@ -111,33 +122,48 @@ def device(target: str | Path) -> tuple[SingleDeviceSharding, bool]:
 
 def programs(is_tpu: bool, batches: list[int]) -> Iterator[Program]:
     """Yields the layers and the steps."""
-    for layer, (channels, width) in LAYERS.items():
-        for dtype in ("float32", DTYPE):
-            shapes = (shape((TOKENS, channels), dtype), shape((channels, width), dtype))
-            yield Program(f"layer {layer} {dtype}", jnp.matmul, shapes, False)
-        for preset in PRESETS:
-            yield from quantized(layer, preset, is_tpu)
+    for layer in LAYERS:
+        for tokens in (TOKENS,) if is_tpu else (TOKENS, FEW_TOKENS):
+            yield from full_precision(layer, tokens, is_tpu)
+            for preset in PRESETS:
+                yield from quantized(layer, tokens, preset, is_tpu)
     for batch in batches:
         for recipe in (None, *PRESETS):
             fn, arguments = step(recipe, batch)
-            yield Program(f"step {batch} {recipe or DTYPE}", fn, arguments, is_tpu and bool(recipe))
+            yield Program(f"step {batch} {recipe or DTYPE}", fn, arguments, bool(recipe))
 
 
-def quantized(layer: str, preset: str, is_tpu: bool) -> Iterator[Program]:
-    """Yields a layer by XLA's operations and, on a TPU, by the kernel."""
+def title(layer: str, tokens: int) -> str:
+    return f"layer {layer}" if tokens == TOKENS else f"layer {layer} of {tokens}"
+
+
+def full_precision(layer: str, tokens: int, is_tpu: bool) -> Iterator[Program]:
+    """Yields a layer that is not quantized."""
     channels, width = LAYERS[layer]
-    spec = layer_spec(preset)
+    for dtype in ("float32", DTYPE):
+        shapes = (shape((tokens, channels), dtype), shape((channels, width), dtype))
+        counted = layer_roofline(tokens, channels, width, None) if dtype == DTYPE else None
+        name = f"{title(layer, tokens)} {dtype}"
+        yield Program(name, jnp.matmul, shapes, False, None if is_tpu else counted)
+
+
+def quantized(layer: str, tokens: int, preset: str, is_tpu: bool) -> Iterator[Program]:
+    """Yields a layer by XLA's operations and by the kernel."""
+    channels, width = LAYERS[layer]
+    spec, kernel = layer_spec(preset), KERNELS[is_tpu]
     q = jax.eval_shape(lambda w: qdit.quantize(w, spec.weight), shape((channels, width), "float32"))
-    x = shape((TOKENS, channels), DTYPE)
+    x = shape((tokens, channels), DTYPE)
 
     def product(implementation: str | None) -> Callable[..., Any]:
         return lambda x, q: quantized_matmul(x, q, spec.act, "integer", implementation)
 
-    yield Program(f"layer {layer} {preset} xla", product("xla"), (x, q), False)
-    if is_tpu:
-        # The kernel refuses what does not fit into VMEM, and cuts all else into at least one block.
-        assert implementation_of(x.shape, q, spec.act, "integer", "tpu", DTYPE) == KERNEL
-        yield Program(f"layer {layer} {preset} {KERNEL}", product(None), (x, q), True)
+    name = f"{title(layer, tokens)} {preset}"
+    yield Program(f"{name} xla", product("xla"), (x, q), False)
+    # It is the first that fits: the kernel refuses what it cannot hold, and cuts all else into blocks.
+    platform = "tpu" if is_tpu else "cuda"
+    assert implementation_of(x.shape, q, spec.act, "integer", platform, DTYPE) == kernel
+    counted = None if is_tpu else layer_roofline(tokens, channels, width, spec.weight)
+    yield Program(f"{name} {kernel}", product(None), (x, q), True, counted)
 
 
 def layer_spec(preset: str) -> Any:
@@ -163,22 +189,26 @@ def shape(size: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(size, jnp.dtype(dtype))
 
 
-def compiled(program: Program, sharding: SingleDeviceSharding) -> dict[str, Any]:
+def compiled(program: Program, sharding: SingleDeviceSharding, is_tpu: bool) -> dict[str, Any]:
     """Returns what the compiler says of a program."""
 
     def placed(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf), sharding=sharding)
 
+    emptied(Path(os.environ["MOSAIC_GPU_DUMP_TO"]))
     began = time.perf_counter()
     lowered = jax.jit(program.fn).lower(*jax.tree.map(placed, program.arguments))
     traced = time.perf_counter()
     done = lowered.compile()
     seconds = time.perf_counter() - traced
     text, memory, costs = done.as_text(), done.memory_analysis(), done.cost_analysis() or {}
-    kernels = len(re.findall(rf'custom_call_target="tpu_custom_call".*{KERNEL}', text))
+    kernels = len(re.findall(CALLS[is_tpu], text))
+    name = KERNELS[is_tpu]
     expected = bool(kernels) if program.expects_kernel is None else program.expects_kernel
-    assert bool(kernels) == expected, f"{program.name}: {kernels} calls of {KERNEL}"
-    return {
+    assert bool(kernels) == expected, f"{program.name}: {kernels} calls of {name}"
+    reports = kernel_reports(Path(os.environ["MOSAIC_GPU_DUMP_TO"]), name)
+    assert is_tpu or bool(reports) == bool(kernels), f"{program.name}: no report of {name}"
+    found = {
         "trace_seconds": round(traced - began, 2),
         "compile_seconds": round(seconds, 2),
         "argument_bytes": memory.argument_size_in_bytes,
@@ -187,6 +217,11 @@ def compiled(program: Program, sharding: SingleDeviceSharding) -> dict[str, Any]
         "kernels": kernels,
         "estimated_cycles": None if kernels else cycles(text),
     }
+    if reports:
+        found["kernel_reports"] = reports
+    if program.roofline_us is not None:
+        found["roofline_us"] = program.roofline_us
+    return found
 
 
 def cycles(text: str) -> int | None:
@@ -210,8 +245,9 @@ def table(kept: dict[str, Any]) -> str:
     """Returns the Markdown table."""
     lines = [
         "Compiled, not run.\n",
-        "| program | compile s | arguments MB | temporary MB | GFLOP | estimated kilocycles | kernels |",
-        "|---|---|---|---|---|---|---|",
+        "| program | compile s | arguments MB | temporary MB | GFLOP | estimated kilocycles | kernels "
+        "| counted us | registers | shared KB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in kept.items():
         numbers = (
@@ -221,6 +257,9 @@ def table(kept: dict[str, Any]) -> str:
             f"{row['flops'] / 1e9:.0f}" if row["flops"] else "",
             f"{row['estimated_cycles'] / 1e3:.0f}" if row["estimated_cycles"] else "",
             str(row["kernels"]),
+            str(row.get("roofline_us", "")),
+            ", ".join(str(r["registers"]) for r in row.get("kernel_reports", [])),
+            ", ".join(f"{r['shared_bytes'] / 1e3:.0f}" for r in row.get("kernel_reports", [])),
         )
         lines.append(f"| {name} | {' | '.join(numbers)} |")
     return "\n".join(lines) + "\n"

@@ -54,12 +54,12 @@ def main() -> None:
     file = args.out / "compile_networks.json"
     kept = json.loads(file.read_text())["programs"] if file.exists() else {}
     for target in [*args.targets, *([args.target_config] if args.target_config else [])]:
-        kind, sharding = place(target)
+        kind, sharding, is_tpu = place(target)
         for network in args.networks:
             for name in args.formats:
                 title = f"{kind} {network} {name}"
                 if title not in kept:
-                    kept[title] = row(network, name, kind, sharding)
+                    kept[title] = row(network, name, kind, sharding, is_tpu)
                     print(title, kept[title], flush=True)
                     content = {"note": "compiled, not run", "programs": kept}
                     file.write_text(json.dumps(content, indent=1) + "\n")
@@ -67,20 +67,22 @@ def main() -> None:
     print(table(kept))
 
 
-def place(target: str | Path) -> tuple[str, SingleDeviceSharding]:
-    """Returns a target's name, and a place on it."""
+def place(target: str | Path) -> tuple[str, SingleDeviceSharding, bool]:
+    """Returns a target's name, a place on it, and whether it is a TPU."""
     if target == CPU:
-        return CPU, SingleDeviceSharding(jax.devices("cpu")[0])
-    return str(getattr(target, "stem", target)), device(target)[0]
+        return CPU, SingleDeviceSharding(jax.devices("cpu")[0]), False
+    return str(getattr(target, "stem", target)), *device(target)
 
 
-def row(network: str, name: str, kind: str, sharding: SingleDeviceSharding) -> dict[str, Any]:
+def row(
+    network: str, name: str, kind: str, sharding: SingleDeviceSharding, is_tpu: bool
+) -> dict[str, Any]:
     """Returns what compiler and counting say of one network in one format."""
     fn, arguments = step(network, name)
     facts = {"network": network, "format": name, "target": kind, "made": versions_and_date()}
     facts["milliseconds_at_full_rates"] = counted(network, name, kind)
     try:
-        said = compiled(Program(network, fn, arguments, None), sharding)
+        said = compiled(Program(network, fn, arguments, None), sharding, is_tpu)
     except jax.errors.JaxRuntimeError as error:
         return {**facts, "refused": first_sentence(str(error))}
     if kind == CPU:

@@ -136,9 +136,7 @@ def nnx_row(made: tuple[nnx.Module, tuple[Any, ...]]) -> dict[str, Any]:
 def linen_row(made: tuple[Any, dict[str, Any], tuple[Any, ...]]) -> dict[str, Any]:
     """Quantizes a linen network; returns what was quantized and how close the outputs are."""
     model, variables, given = made
-    apply_fn, small = qdit.quantize_linen(
-        model, variables, recipe_of("w4a16"), example_args=given
-    )
+    apply_fn, small = qdit.quantize_linen(model, variables, recipe_of("w4a16"), example_args=given)
     flat, packed = (flatten_dict(v["params"], sep="/") for v in (variables, small))
     for name in apply_fn.report.quantized:
         kernel = flat[f"{name}/kernel"]  # `[inputs..., outputs...]`

@@ -21,6 +21,8 @@ def quantized_matmul(
     act: ActQuant | ActSpec | None = None,
     numerics: Numerics | str = "simulated",
     implementation: str | None = None,
+    *,
+    out_dtype: str | None = None,
 ) -> Float[Array, "*lead N"]:
     """Returns `x @ q` `[*lead, N]` in the dtype of `x`, with `x` quantized as `act` says.
 
@@ -36,6 +38,7 @@ def quantized_matmul(
             exactly, summed in float32. They agree to float rounding.
         implementation: the code that computes it, a name in `IMPLEMENTATIONS`; None takes the first
             that fits, for each platform that the program is compiled for.
+        out_dtype: of the result, in place of the dtype of `x`. A kernel then writes 16 bits itself.
 
     Raises:
         ValueError: with the reason that `unsupported_reason` returns.
@@ -47,7 +50,7 @@ def quantized_matmul(
     if reason is not None:
         raise ValueError(reason)
     quantizer = ActQuant(act) if isinstance(act, ActSpec) else act
-    return _matmul(x, q, quantizer, numerics, implementation)
+    return _matmul(x, q, quantizer, numerics, implementation, out_dtype or product.dtype)
 
 
 def _matmul_traced(
@@ -56,11 +59,12 @@ def _matmul_traced(
     act: ActQuant | None,
     numerics: str,
     implementation: str | None,
+    dtype: str,
 ) -> Float[Array, "*lead N"]:
     if x.size == 0:
-        return jnp.zeros((*x.shape[:-1], q.shape[1]), x.dtype)
+        return jnp.zeros((*x.shape[:-1], q.shape[1]), dtype)
     if implementation is not None:
-        return IMPLEMENTATIONS[implementation].run(x, q, act, numerics)
+        return IMPLEMENTATIONS[implementation].product(x, q, act, numerics, dtype)
     product = Product(x.shape, q, act, numerics, "another", jnp.dtype(x.dtype).name)
     elsewhere = first_that_fits(product)
     chosen = {
@@ -70,13 +74,13 @@ def _matmul_traced(
     }
 
     def run(entry: Implementation) -> Callable[[Array, QTensor, ActQuant | None], Array]:
-        return lambda x, q, act: entry.run(x, q, act, numerics)
+        return lambda x, q, act: entry.product(x, q, act, numerics, dtype)
 
     branches = {platform: run(entry) for platform, entry in chosen.items()}
     return jax.lax.platform_dependent(x, q, act, default=run(elsewhere), **branches)
 
 
-_matmul = jax.jit(_matmul_traced, static_argnums=(3, 4))
+_matmul = jax.jit(_matmul_traced, static_argnums=(3, 4, 5))
 
 
 def unsupported_reason(

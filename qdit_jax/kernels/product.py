@@ -51,11 +51,22 @@ class Implementation:
         run: `(x, q, act, numerics) -> [*lead, N]` in the dtype of `x`; traced, `act` an `ActQuant`
             or None.
         unsupported_reason: `product -> ` why this cannot compute it, one sentence, or None.
+        run_to: `(x, q, act, numerics, dtype) -> [*lead, N]` in another dtype, of code that writes its
+            sums in 16 bits at once; None where the result of `run` is cast.
     """
 
     name: str
     run: Callable[[Array, QTensor, ActQuant | None, str], Array]
     unsupported_reason: Callable[[Product], str | None]
+    run_to: Callable[[Array, QTensor, ActQuant | None, str, str], Array] | None = None
+
+    def product(
+        self, x: Array, q: QTensor, act: ActQuant | None, numerics: str, dtype: str
+    ) -> Array:
+        """Returns the product in a dtype."""
+        if dtype == x.dtype.name or self.run_to is None:
+            return self.run(x, q, act, numerics).astype(dtype)
+        return self.run_to(x, q, act, numerics, dtype)
 
 
 def invalid_reason(product: Product) -> str | None:

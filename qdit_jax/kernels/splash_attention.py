@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from qdit_jax.kernels.attention_call import AttentionImplementation, AttentionShapes, WeightsFn
-from qdit_jax.kernels.tpu_reasons import split_reason
+from qdit_jax.kernels.level_reasons import split_reason
 from qdit_jax.types import AnyArray
 
 BLOCKS = (512, 256, 128)  # positions that are multiplied at once, the most first
@@ -94,7 +94,7 @@ def splash_reason(shapes: AttentionShapes) -> str | None:
             f"blocks of {BLOCKS[-1]} would make {queries} queries and {keys} keys {filled[0]} and "
             f"{filled[1]}: more than {MOST_WORK} times the work."
         )
-    return split_reason()
+    return split_reason("tpu")
 
 
 SPLASH = AttentionImplementation("splash", splash_attention, splash_reason)

@@ -69,6 +69,7 @@ from qdit_jax.models.layers import (
 )
 from qdit_jax.models.linear import (
     DTYPES,
+    KNOWN_OUTPUT,
     Layers,
     Linear,
     check_dtype,
@@ -101,6 +102,7 @@ __all__ = [
     "FAMILIES",
     "I3D",
     "I3D_BLOCKS",
+    "KNOWN_OUTPUT",
     "LATENTS_MEAN",
     "LATENTS_STD",
     "NULL",

@@ -37,6 +37,7 @@ from qdit_jax.sampling.generation import (
     generated_batches,
     initial_noise,
 )
+from qdit_jax.sampling.hoisted import HoistedDenoiser, hoisted
 from qdit_jax.sampling.own_guidance import (
     DEFAULT_GUIDANCE,
     PUBLISHED,
@@ -65,6 +66,7 @@ __all__ = [
     "Conditions",
     "Denoiser",
     "Guidance",
+    "HoistedDenoiser",
     "by_expert",
     "calls_per_step",
     "check_call",
@@ -92,6 +94,7 @@ __all__ = [
     "generated_batches",
     "guidance_record",
     "guidance_text",
+    "hoisted",
     "initial_noise",
     "num_conditions",
     "num_guided_channels",

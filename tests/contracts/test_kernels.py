@@ -111,6 +111,8 @@ CASES = [
     Case(A(fmt=F.nf4, group_size=32), W(fmt=F.mxfp8), (64, 8)),
     # two levels of scales and learned codebooks: int8 levels, whatever the groups of the inputs
     Case(A(8, 0, symmetric=True), W(4, 32, scale_levels=2), (100, 8)),
+    Case(A(8, 0, symmetric=True), W(4, 32, scale_levels=2), (256, 9), "bfloat16"),
+    Case(A(8, 0, symmetric=True), W(8, 0, symmetric=True), (128, 9)),
     Case(A(8, 0), W(3, 48, scale_levels=2, channel_group=2), (77, 8), "bfloat16"),
     Case(A(8, 33), W(6, 32, symmetric=True, scale_levels=2), (100, 8)),
     Case(A(8, 0, mode="static", **UNSIGNED), W(2, 0, scale_levels=2), (96, 8), per_sample=True),
@@ -247,10 +249,10 @@ def test_reasons_need_no_values_and_names_are_their_own(name):
     assert entry.name == name
     takes = {}
     for act, weight in ((A(8, 32), W(4, 32)), (A(8, 0, symmetric=True), W(4, 32, scale_levels=2))):
-        q = jax.eval_shape(lambda w, spec=weight: quantize(w, spec), jnp.ones((96, 8)))
+        q = jax.eval_shape(lambda w, spec=weight: quantize(w, spec), jnp.ones((128, 8)))
         for platform, numerics in itertools.product(PLATFORMS, NUMERICS):
             settings = {"numerics": numerics, "implementation": name, "platform": platform}
-            takes[weight, platform, numerics] = unsupported_reason((2, 96), q, act, **settings)
+            takes[weight, platform, numerics] = unsupported_reason((2, 128), q, act, **settings)
     for reason in takes.values():
         assert reason is None or reason.startswith(f"implementation={name!r}: ")
     missing = [
@@ -300,3 +302,15 @@ def test_a_name_that_does_not_fit_is_refused_with_its_reason():
     )
     with pytest.raises(ValueError, match="platform='gpu' is not known; use one of cpu, cuda"):
         implementation_of((2, 96), q, platform="gpu")
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_the_result_has_the_dtype_that_is_asked_for(name):
+    x, act = inputs(128, "float32"), A(8, 0, symmetric=True)
+    q = quantize(kernel_values(128, 8), W(4, 32, scale_levels=2))
+    if unsupported_reason(x.shape, q, act, "integer", name):
+        pytest.skip(f"{name} does not run here")
+    wide = quantized_matmul(x, q, act, "integer", name)
+    found = quantized_matmul(x, q, act, "integer", name, out_dtype="bfloat16")
+    assert found.dtype == "bfloat16"
+    np.testing.assert_array_equal(found, wide.astype("bfloat16"))

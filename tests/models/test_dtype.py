@@ -50,7 +50,7 @@ def dots(jaxpr, found=None):
 
 
 def inputs(model, batch=2):
-    x = np.random.default_rng(1).standard_normal((batch, *model.sample_shape()), np.float32)
+    x = jax.random.normal(jax.random.key(1), (batch, *model.sample_shape()))
     condition = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), model.example_condition(batch))
     time = jnp.full((batch,), 0.4) if model.prediction == "velocity" else jnp.array([700.0, 20.0])
     return x, time, condition

@@ -1,0 +1,81 @@
+"""What `ptxas` says of a Mosaic GPU kernel, and what a layer takes at least, by arithmetic."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from qdit_jax.kernels import gpu_tiles
+from qdit_jax.quant import WeightSpec, packed_nbytes
+from qdit_jax.speed import DEVICES
+
+WAITS = "C7510", "C7512", "C7514"  # ptxas: "wgmma ... serialized" for one reason or another
+H100 = DEVICES["h100"]
+
+
+def emptied(folder: Path) -> None:
+    """Removes the reports of the program before."""
+    for file in folder.glob("*"):
+        file.unlink()
+
+
+def kernel_reports(folder: Path, kernel: str) -> list[dict[str, Any]]:
+    """Returns registers, shared memory and grid of each kernel that was compiled since `emptied`.
+
+    Raises:
+        AssertionError: if one spills registers, waits for each product of tensor cores, needs more shared
+            memory than there is, has an empty grid, or has no product of tensor cores.
+    """
+    reports = []
+    for file in sorted(folder.glob(f"{kernel}_*.ptxas")):
+        said = file.read_text(errors="replace")
+        passes = file.with_suffix(".before_layout_inference.txt").read_text(errors="replace")
+        stored, loaded = numbers(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+        report = {
+            "registers": numbers(r"Used (\d+) registers", said)[0],
+            "shared_bytes": launched(passes, r"dynamic_shared_memory_size (%\w+)")[0],
+            "spilled_bytes": stored + loaded,
+            "grid": launched(passes, r"in \(%\w+ = (%\w+), %\w+ = (%\w+), %\w+ = (%\w+)\) threads"),
+        }
+        assert report["spilled_bytes"] == 0, f"{file.name}: {said}"
+        assert not any(code in said for code in WAITS), f"{file.name}: {said}"
+        assert 0 < report["shared_bytes"] <= gpu_tiles.SHARED_MEMORY, f"{file.name}: {report}"
+        assert min(report["grid"]) > 0, f"{file.name}: {report}"
+        if report not in reports:  # layers of one shape
+            reports.append(report)
+    return reports
+
+
+def numbers(pattern: str, text: str) -> tuple[int, ...]:
+    """Returns the whole numbers that a pattern captures where it first matches."""
+    found = re.search(pattern, text)
+    assert found is not None, f"{pattern} is not in {text[:500]}"
+    return tuple(map(int, found.groups()))
+
+
+def launched(text: str, pattern: str) -> list[int]:
+    """Returns the constants of a kernel's launch that a pattern captures."""
+    found = re.search(r"gpu\.launch .*" + pattern, text)
+    assert found is not None, "the kernel's launch is not in its dump"
+    constants = dict(re.findall(r"(%\w+) = arith\.constant (-?\d+) : \w+", text))
+    return [int(constants[name]) for name in found.groups()]
+
+
+def layer_roofline(rows: int, channels: int, width: int, weight: WeightSpec | None) -> float:
+    """Returns the microseconds of a layer at an H100's full rates, inputs and outputs in bfloat16.
+
+    Of a kernel the quantizer's two passes count too: the greatest magnitude of a token, then its codes.
+    """
+    values, operations = rows * (channels + width), 2 * rows * channels * width
+    if weight is None:
+        moved = 2 * (values + channels * width)
+        return microseconds(operations, "bfloat16", moved)
+    quantizer = microseconds(0, "int8", rows * channels * (2 + 2 + 1))
+    moved = rows * channels + 2 * rows * width + packed_nbytes(channels, width, weight)
+    return round(quantizer + microseconds(operations, "int8", moved), 2)
+
+
+def microseconds(operations: float, dtype: str, moved: float) -> float:
+    """Returns the larger of operations at the full rate and bytes at the full bandwidth."""
+    return round(1e6 * max(operations / H100.rates[dtype], moved / H100.bandwidth), 2)

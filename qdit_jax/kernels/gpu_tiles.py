@@ -1,0 +1,146 @@
+"""How a product is cut into blocks for a GPU's shared memory and registers.
+
+Which blocks are fastest is measured, by `experiments/accelerators/bench_accelerator.py`, and kept in
+`gpu_tiles.json`, a row per device and shape. Shapes without a row get blocks by arithmetic: those that
+leave the fewest multiprocessors idle.
+
+Dimensions: M rows (tokens), K input channels, N output channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+
+import jax
+
+RUN = 128  # input channels of a step of the pipeline, a run of `packing`
+HALF = 64  # of them, which the low and the high codes of 4 bits have
+SUB = 32  # of them, which have one step and one offset
+COMPUTING = 2  # warpgroups that multiply, one below the other
+MULTIPROCESSORS = 132  # of an H100 SXM
+SHARED_MEMORY = 232448  # bytes that a block may have there
+SPARE = 2048  # of them, for barriers and alignment
+TABLE = "gpu_tiles.json"
+# What a block costs beside its rows, in rows: filling the pipeline, unpacking, storing. An estimate.
+_OVERHEAD = 48
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Tiles:
+    """A block of the result.
+
+    Attributes:
+        rows: of the block, which every warpgroup multiplies.
+        columns: of each of the two warpgroups.
+        steps: runs of input channels in flight.
+    """
+
+    rows: int = 128
+    columns: int = 64
+    steps: int = 4
+
+    @property
+    def block(self) -> int:
+        """Columns of both warpgroups."""
+        return COMPUTING * self.columns
+
+
+# Those that compile without spilling registers and without waiting for each product of tensor cores.
+CANDIDATES = tuple(
+    Tiles(rows, columns, steps)
+    for rows, columns in ((64, 64), (96, 64), (128, 64), (192, 64), (64, 128))
+    for steps in (4, 6)
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A product, as rows of the table know it."""
+
+    rows: int
+    channels: int
+    width: int
+    bits: int
+    itemsize: int  # bytes of a number of the result
+
+
+def rounded_up(number: int, multiple: int) -> int:
+    """Returns the least multiple that is not less than `number`."""
+    return -(-number // multiple) * multiple
+
+
+def shared_bytes(tiles: Tiles, bits: int, itemsize: int) -> int:
+    """Returns the shared memory of a block: runs in flight, and its part of the result."""
+    run = (tiles.rows + tiles.block * bits // 8) * RUN
+    maps = 2 * tiles.block * (RUN // SUB) if bits == 4 else 0
+    return tiles.steps * (run + maps) + tiles.rows * tiles.block * itemsize + SPARE
+
+
+def fits(tiles: Tiles, bits: int, itemsize: int) -> bool:
+    """Returns whether a block fits into shared memory."""
+    return shared_bytes(tiles, bits, itemsize) <= SHARED_MEMORY
+
+
+def chosen_tiles(shape: Shape) -> Tiles:
+    """Returns the blocks of a product: measured ones on this device, else those by arithmetic."""
+    table = measured(this_device())
+    near = [
+        row
+        for row in table
+        if dataclasses.replace(row, rows=0) == dataclasses.replace(shape, rows=0)
+    ]
+    if near:
+        closest = min(near, key=lambda row: (abs(row.rows - shape.rows), row.rows))
+        # Blocks of one number of rows say little about ten times as many.
+        if closest.rows <= 2 * shape.rows and shape.rows <= 2 * closest.rows:
+            return table[closest]
+    return tiles_by_arithmetic(shape)
+
+
+def tiles_by_arithmetic(shape: Shape) -> Tiles:
+    """Returns the blocks with the least work of the busiest multiprocessor, of these the largest.
+
+    Where some blocks divide the rows, only these: others need a copy of the result without its padding.
+    """
+
+    def work(tiles: Tiles) -> tuple[int, int]:
+        blocks = -(-shape.rows // tiles.rows) * -(-shape.width // tiles.block)
+        waves = -(-blocks // MULTIPROCESSORS)
+        cost = waves * (tiles.rows + _OVERHEAD) * tiles.block
+        return cost, -tiles.rows * tiles.block
+
+    usable = [t for t in CANDIDATES if t.steps == 4 and fits(t, shape.bits, shape.itemsize)]
+    whole = [tiles for tiles in usable if shape.rows % tiles.rows == 0]
+    return min(whole or usable, key=work)
+
+
+def this_device() -> str | None:
+    """Returns the kind of GPU that JAX runs on; None if it runs on something else."""
+    return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else None
+
+
+def measured(device: str | None) -> Mapping[Shape, Tiles]:
+    """Returns the rows of the table for a kind of device."""
+    return {} if device is None else _rows(device)
+
+
+@functools.cache
+def _rows(device: str) -> Mapping[Shape, Tiles]:
+    text = files("qdit_jax.kernels").joinpath(TABLE).read_text()
+    return rows_of(json.loads(text), device)
+
+
+def rows_of(
+    table: Mapping[str, list[dict[str, dict[str, int]]]], device: str
+) -> dict[Shape, Tiles]:
+    """Returns `{shape: tiles}` of one kind of device in a table of `bench_accelerator.py`."""
+    return {Shape(**row["shape"]): Tiles(**row["tiles"]) for row in table.get(device, [])}
+
+
+def forget() -> None:
+    """Makes the next product read the table anew, after rows were added to it."""
+    _rows.cache_clear()

@@ -1,0 +1,72 @@
+"""What every kernel of one int8 dot over all input channels refuses, whatever the machine.
+
+Such kernels take integer numerics with one symmetric scale per token, and weights that are int8 levels or
+symmetric codes per channel.
+"""
+
+from __future__ import annotations
+
+import jax
+
+from qdit_jax.kernels.product import Product
+from qdit_jax.quant import QTensor, effective_group_size, ranges
+
+MOST_CHANNELS = 131071  # an int32 sum holds this many products of -128 by -128
+NEWEST_REFUSED = (0, 11)
+DTYPES = ("float32", "bfloat16")
+SUB = 32  # input channels that have one step and one offset
+
+
+def version_reason() -> str | None:
+    """Returns what is wrong with JAX itself."""
+    if jax.__version_info__[:2] <= NEWEST_REFUSED:
+        return f"it needs JAX 0.12 or newer, and this is {jax.__version__}."
+    return None
+
+
+def split_reason(backend: str) -> str | None:
+    """Returns why a Pallas kernel cannot run on `backend`, if XLA would have to split it over devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    is_on_one = bool(mesh.axis_names) and len(mesh.manual_axes) == len(mesh.axis_names)
+    if jax.default_backend() != backend or jax.device_count() == 1 or is_on_one:
+        return None
+    return "XLA cannot split it over several devices; use one device, or shard_map."
+
+
+def input_reason(product: Product) -> str | None:
+    """Returns what is wrong with the inputs."""
+    spec = product.act_spec
+    if product.numerics != "integer" or spec is None:
+        return f"it computes integer numerics, not {product.numerics}."
+    if spec.fmt is not None:
+        return f"it takes integers as inputs, not {spec.fmt.name}."
+    if spec.mode != "dynamic":
+        return "it computes scales from the inputs, and these have calibrated ones."
+    if not spec.symmetric or spec.unsigned or spec.shift:
+        return "it takes symmetric signed inputs without a shift."
+    if effective_group_size(product.x_shape[-1], spec.group_size) != product.x_shape[-1]:
+        return f"it takes one scale per token, and the inputs have groups of {spec.group_size}."
+    if not isinstance(spec.range_fn, ranges.MinMax):
+        return f"it takes the range rule minmax for inputs, not {spec.range_fn.name}."
+    if product.dtype not in DTYPES:
+        return f"it takes inputs in {' or '.join(DTYPES)}, not in {product.dtype}."
+    return None
+
+
+def weight_reason(product: Product) -> str | None:
+    """Returns what is wrong with the weights."""
+    weight, num_channels = product.weight, product.x_shape[-1]
+    if weight.fmt is not None:
+        return f"its levels are a step times a code, which {weight.fmt.name} has not."
+    size = effective_group_size(num_channels, weight.group_size)
+    if not weight.has_levels and (size != num_channels or not weight.symmetric):
+        return "it takes two levels of scales, or symmetric weights with one scale per channel."
+    if weight.channel_group != 1:
+        return f"it takes a scale per output channel, and channel_group is {weight.channel_group}."
+    if size % SUB and size != num_channels:
+        return f"it takes groups that are multiples of {SUB}, not of {size}."
+    if isinstance(weight, QTensor) and len(weight.codes.shape) != 2:
+        return "it takes one kernel at a time, and this is a stack; use vmap or scan."
+    if num_channels > MOST_CHANNELS:
+        return f"an int32 sum holds {MOST_CHANNELS} products of bytes, and K is {num_channels}."
+    return None

@@ -1,0 +1,193 @@
+"""Modulation computed before the sampling loop ("hoisted"): once for all timesteps, not in every step.
+
+The layers of a family's part `rounded_first` (adaLN) see the timestep and the condition only. On a fixed grid of
+timesteps their outputs are one table: a step reads its row, and none of their weights.
+
+Dimensions: T timesteps, B samples, L blocks of a run, N channels of a layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Num
+
+from qdit_jax.models import KNOWN_OUTPUT, RUNS, Linear, family_of
+from qdit_jax.quant import OVER_TIME
+from qdit_jax.sampling.generation import PUBLISHED, Denoiser, Guidance, denoiser
+from qdit_jax.sampling.running import running_params
+from qdit_jax.types import Condition, Params
+
+MOST_BYTES = 2**30
+Outputs = dict[str, Float[Array, "T B N"]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class HoistedDenoiser:
+    """A `Denoiser` for a fixed grid of timesteps, the outputs of whose modulation are known.
+
+    Attributes:
+        params: in the form in which the network runs.
+        known: by path of the layer in `params`: `[T, B, N]`, or `[T, L, B, N]` of a run of blocks.
+        timesteps: of the grid, `[T]`.
+        condition: that the outputs were computed for, as the network is given it.
+    """
+
+    params: Params
+    known: Mapping[str, Array]
+    timesteps: Array
+    condition: Condition
+    model: nn.Module = dataclasses.field(metadata={"static": True})
+
+    def __call__(
+        self, x: Float[Array, "B ..."], timestep: Num[Array, " B"], condition: Condition
+    ) -> Array:
+        """Returns the network's output; NaN at another timestep or condition than the known ones.
+
+        Raises:
+            ValueError: if the condition has other shapes.
+        """
+        is_known = same_arrays(condition, self.condition)
+        distance = jnp.abs(self.timesteps - timestep[0].astype(self.timesteps.dtype))
+        index = jnp.argmin(distance)
+        params = self.params
+        for path, rows in self.known.items():
+            params = with_layer(params, path.split("/"), {KNOWN_OUTPUT: rows[index]})
+        output = Denoiser(params, self.model)(x, timestep, condition)
+        is_known &= (distance[index] == 0) & jnp.all(timestep == timestep[0])
+        return jnp.where(is_known, output, jnp.nan)
+
+    def check_condition(self, condition: Condition) -> None:
+        """Raises `ValueError` for conditions unknown to the network, unless they are traced."""
+        Denoiser(self.params, self.model).check_condition(condition)
+
+    def null_condition(self, condition: Condition) -> Condition:
+        """Returns the null condition, with the same entries."""
+        return Denoiser(self.params, self.model).null_condition(condition)
+
+
+def hoisted(
+    model: nn.Module,
+    params: Params,
+    timesteps: Sequence[float],
+    condition: Condition,
+    guidance: Guidance | None = PUBLISHED,
+    guidance_channels: int | str | None = PUBLISHED,
+    *,
+    most_bytes: int = MOST_BYTES,
+) -> Callable[..., Array]:
+    """Returns `denoiser(model, params, guidance)` for these timesteps and conditions only.
+
+    Args:
+        params: of the checkpoint, not yet in another form.
+        timesteps: `sampler_timesteps(sampler)`.
+        condition: of the batch that will be sampled, in its order.
+        guidance, guidance_channels: as in `denoiser`.
+        most_bytes: that the known outputs may take.
+
+    Raises:
+        ValueError: if the family has no layers that see the condition only, bits change over time, or the
+            outputs take more than `most_bytes`.
+    """
+    part = family_of(model).rounded_first
+    if not part:
+        raise ValueError(f"{type(model).__name__} has no layers that see the condition only.")
+    if OVER_TIME in params or RUNS in params:
+        raise ValueError(
+            "bits that change over time, or blocks in runs, cannot be hoisted; give the params of a "
+            "checkpoint, with the same bits at all timesteps."
+        )
+    denoise_fn = denoiser(model, params, guidance, guidance_channels)
+    grid = jnp.asarray(timesteps, jnp.float32)
+    pattern = family_of(model).part_pattern(part)
+    compute_fn = partial(known_outputs, pattern=pattern, shape=tuple(model.sample_shape()))
+    abstract, _ = jax.eval_shape(compute_fn, denoise_fn, grid, condition)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in abstract.values())
+    if size > most_bytes:
+        raise ValueError(
+            f"the outputs at {len(grid)} timesteps take {size / 1e6:.0f} MB, more than "
+            f"most_bytes={most_bytes}; sample fewer at a time, or leave them in the loop."
+        )
+    outputs, seen = jax.jit(compute_fn)(denoise_fn, grid, condition)
+    running = running_params(model, params)
+    inner = HoistedDenoiser(running, in_runs(running, outputs), grid, seen, model)
+    if isinstance(denoise_fn, Denoiser):
+        return inner
+    return dataclasses.replace(denoise_fn, denoise_fn=inner)  # type: ignore[type-var]
+
+
+def known_outputs(
+    denoise_fn: Callable[..., Array],
+    timesteps: Float[Array, " T"],
+    condition: Condition,
+    *,
+    pattern: str,
+    shape: tuple[int, ...],
+) -> tuple[Outputs, Condition]:
+    """Returns the outputs of the layers that a pattern names, at every timestep, by path.
+
+    Beside them, the condition that the network is given: with guidance, null conditions as well. All of a step is traced; compiled, nothing is left but what these layers need.
+    """
+    num_samples = jax.tree.leaves(condition)[0].shape[0]
+
+    def at(timestep: Float[Array, ""]) -> tuple[dict[str, Array], Condition]:
+        found: dict[str, Array] = {}
+        given: list[Condition] = []
+
+        def keep(next_fn: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            output = next_fn(*args, **kwargs)
+            path = "/".join(context.module.path)
+            if context.method_name != "__call__":
+                return output
+            if not path:
+                given.append(args[2])
+            elif isinstance(context.module, Linear) and re.fullmatch(pattern, path):
+                if path in found:
+                    raise ValueError(f"{path} is called several times, and cannot be hoisted.")
+                found[path] = output
+            return output
+
+        x = jnp.zeros((num_samples, *shape), jnp.float32)
+        with nn.intercept_methods(keep):
+            denoise_fn(x, jnp.full(num_samples, timestep), condition)
+        return found, given[0]
+
+    return jax.vmap(at, out_axes=(0, None))(timesteps)
+
+
+def same_arrays(first: Condition, second: Condition) -> Bool[Array, ""]:
+    """Returns whether two conditions agree; raises `ValueError` if their shapes do not."""
+    shapes = [jax.tree.map(jnp.shape, tree) for tree in (first, second)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"the condition has shapes {shapes[0]}; hoisted were {shapes[1]}.")
+    equal = jax.tree.map(lambda a, b: jnp.all(a == b), first, second)
+    return jnp.all(jnp.asarray(jax.tree.leaves(equal)))
+
+
+def in_runs(params: Params, outputs: Outputs) -> dict[str, Array]:
+    """Returns outputs by the path that a layer has in `params`, those of a run of blocks stacked."""
+    rest, found = dict(outputs), {}
+    for first, tree in params.get(RUNS, {}).items():
+        prefix, _, number = first.rpartition("_")
+        length = jax.tree.leaves(tree)[0].shape[0]
+        names = [f"{prefix}_{int(number) + i}" for i in range(length)]
+        for path in [path for path in outputs if path.split("/")[0] == first]:
+            layer = path.split("/", 1)[1]
+            members = [rest.pop(f"{name}/{layer}") for name in names]
+            found[f"{RUNS}/{first}/{layer}"] = jnp.stack(members, axis=1)
+    return {**rest, **found}
+
+
+def with_layer(params: Params, path: Sequence[str], layer: Mapping[str, Any]) -> Params:
+    """Returns a tree with what one layer holds replaced."""
+    if not path:
+        return dict(layer)
+    return {**params, path[0]: with_layer(params[path[0]], path[1:], layer)}

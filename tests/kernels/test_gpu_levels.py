@@ -1,0 +1,235 @@
+"""The Pallas kernel for NVIDIA GPUs, interpreted on CPU: the product of `xla`, by the same numbers.
+
+The interpreter multiplies from shared memory, where a GPU multiplies from registers. What differs between
+the two is held by itself: the arithmetic of words bit by bit, and the layouts that make one register both
+a word and four operands.
+"""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qdit_jax.kernels import gpu_check, gpu_words, quantized_matmul
+from qdit_jax.kernels.gpu_levels import levels_matmul, of_sub_blocks, word_layout
+from qdit_jax.kernels.gpu_tiles import Tiles
+from qdit_jax.kernels.level_reasons import version_reason
+from qdit_jax.quant import (
+    ActQuant,
+    ActSpec,
+    QTensor,
+    WeightSpec,
+    dequantize,
+    level_rows,
+    levels,
+    num_groups,
+    packing,
+    quantize,
+    with_codes,
+)
+
+needs_interpreter = pytest.mark.skipif(
+    version_reason() is not None, reason=f"the interpreter for GPUs: {version_reason()}"
+)
+TOKEN = ActSpec(8, 0, symmetric=True)
+LEVELS = {"scale_levels": 2}
+W = WeightSpec
+SMALL = Tiles(rows=64, columns=64, steps=2)
+
+# Weights, (M, K, N), the inputs' dtype and quantizer, blocks.
+CASES = [
+    (W(4, 32, **LEVELS), (9, 256, 20), "float32", TOKEN, SMALL),
+    (W(4, 64, symmetric=True, **LEVELS), (70, 128, 130), "bfloat16", TOKEN, SMALL),
+    (W(4, 0, **LEVELS), (8, 256, 8), "float32", ActSpec(4, 0, symmetric=True), Tiles(96, 64, 4)),
+    (W(4, 0, symmetric=True), (7, 128, 1), "float32", TOKEN, Tiles(64, 128, 4)),
+    (W(8, 0, symmetric=True), (40, 384, 9), "bfloat16", TOKEN, Tiles(192, 64, 2)),
+    (W(8, 0, symmetric=True, scale_dtype="float16"), (8, 128, 9), "float32", TOKEN, Tiles()),
+]
+
+
+def interpreted(x, q, act=TOKEN, tiles=SMALL):
+    from jax.experimental.pallas import mosaic_gpu
+
+    parameters = mosaic_gpu.InterpretGPUParams()
+    return levels_matmul(x, q, ActQuant(act), "integer", tiles=tiles, interpret=parameters)
+
+
+def random_kernel(weight, num_channels, width):
+    """Returns any kernel of a spec: codes, steps and offsets that `quantize` may not choose."""
+    rng = np.random.default_rng(weight.bits)
+    shape, top = (num_channels, width), 2**weight.bits - 1
+    codes = jnp.asarray(rng.integers(0, top + 1, shape), jnp.uint8)
+    q = QTensor(None, None, bits=weight.bits, group_size=weight.group_size, shape=shape)
+    scale = jnp.asarray(rng.uniform(0.5, 2, (1, width)), weight.scale_dtype)
+    if not weight.has_levels:
+        return with_codes(dataclasses.replace(q, scale=scale), codes)
+    rows = (num_groups(num_channels, weight.group_size), width)
+    step = rng.integers(1, levels.greatest_step(weight.bits, weight.symmetric) + 1, rows)
+    offset = None if weight.symmetric else jnp.asarray(rng.integers(0, 256 - top * step), jnp.uint8)
+    channel_scale = scale[0]
+    step = jnp.asarray(step, jnp.uint8)
+    return with_codes(
+        dataclasses.replace(q, scale=step, channel_scale=channel_scale, offset=offset), codes
+    )
+
+
+def tokens(num_rows, num_channels, seed=0):
+    """Returns tokens with outliers, zeros, extremes and halves of steps."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(num_rows, num_channels))
+    x[:, ::17] *= rng.choice([1, 10, 50], (num_rows, 1))
+    x[0] = 0
+    x[1] *= 1e-20
+    x[2] *= 1e25
+    x[3] = np.abs(x[3]) + 1
+    x[4] = 3
+    x[5] = np.round(x[5] * 20) / 2  # ties, with steps of 1
+    x[5, 0] = 127
+    return x
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("weight", "sizes", "dtype", "act", "tiles"), CASES, ids=str)
+def test_the_kernel_is_the_product_of_the_rounded_operands(weight, sizes, dtype, act, tiles):
+    x, q = jnp.asarray(tokens(*sizes[:2]), dtype), random_kernel(weight, *sizes[1:])
+    # In one program, for XLA:CPU divides by another rule where it compiles a quotient alone.
+    found, by_xla = jax.jit(
+        lambda x, q: (
+            interpreted(x, q, act, tiles),
+            quantized_matmul(x, q, act, "integer", "xla"),
+        )
+    )(x, q)
+    assert (found.shape, found.dtype) == ((sizes[0], sizes[2]), dtype)
+    np.testing.assert_array_equal(found, by_xla)  # exact sums, scaled in the same order
+    wide, weights = (
+        np.asarray(a, np.float64) for a in (ActQuant(act)(x.astype(jnp.float32)), dequantize(q))
+    )
+    unit = np.abs(wide) @ np.abs(weights) + np.finfo(np.float32).tiny
+    ulp = {"float32": 2**-23, "bfloat16": 2**-8}[dtype]
+    assert np.max(np.abs(np.asarray(found, np.float64) - wide @ weights) / unit) < 4 * ulp
+
+
+@needs_interpreter
+def test_a_token_that_is_not_finite_is_nan_and_touches_no_other():
+    x, q = tokens(12, 128), random_kernel(W(4, 32, **LEVELS), 128, 24)
+    clean = interpreted(jnp.asarray(x, jnp.float32), q)
+    x[6, 3], x[7, 60], x[8, 0], x[0, 5] = np.nan, np.inf, -np.inf, np.nan
+    found = np.asarray(interpreted(jnp.asarray(x, jnp.float32), q))
+    broken = [0, 6, 7, 8]
+    assert np.isnan(found[broken]).all()
+    np.testing.assert_array_equal(np.delete(found, broken, 0), np.delete(clean, broken, 0))
+
+
+@needs_interpreter
+def test_sums_are_written_in_16_bits_at_once():
+    from jax.experimental.pallas import mosaic_gpu
+
+    parameters = mosaic_gpu.InterpretGPUParams()
+    x, q = jnp.asarray(tokens(8, 128), jnp.float32), random_kernel(W(8, 0, symmetric=True), 128, 8)
+    settings = {"tiles": SMALL, "interpret": parameters}
+    found = levels_matmul(x, q, ActQuant(TOKEN), "integer", "bfloat16", **settings)
+    by_xla = quantized_matmul(x, q, TOKEN, "integer", "xla", out_dtype="bfloat16")
+    assert found.dtype == by_xla.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, by_xla)
+
+
+@needs_interpreter
+def test_the_check_of_a_device_passes_in_the_interpreter():
+    def product(x, q, dtype):
+        return interpreted(x.astype(jnp.float32), q).astype(dtype)
+
+    assert gpu_check.wrong_with(product) is None
+
+
+@needs_interpreter
+def test_works_under_vmap_inside_of_scan():
+    x = jnp.asarray(np.stack([tokens(8, 128), tokens(8, 128, 1)]), jnp.float32)
+    w = np.random.default_rng(0).normal(size=(2, 128, 8)).astype(np.float32)
+    q = jax.vmap(lambda w: quantize(w, W(4, 32, **LEVELS)))(jnp.asarray(w))
+
+    @jax.jit
+    def products(q):
+        step = lambda _, q: (_, jax.vmap(lambda x: interpreted(x, q))(x))  # noqa: E731
+        return jax.lax.scan(step, 0, q)[1]
+
+    found = products(q)
+    for index in range(2):
+        one = jax.tree.map(lambda leaf, index=index: leaf[index], q)
+        by_xla = quantized_matmul(x, one, TOKEN, "integer", "xla")
+        np.testing.assert_array_equal(found[index], by_xla)
+
+
+@needs_interpreter
+def test_the_derivative_is_that_of_xla():
+    x, q = jnp.asarray(tokens(6, 128), jnp.float32), random_kernel(W(4, 32, **LEVELS), 128, 8)
+    ours = jax.grad(lambda x: interpreted(x, q).sum())(x)
+    by_xla = jax.grad(lambda x: quantized_matmul(x, q, TOKEN, "integer", "xla").sum())(x)
+    np.testing.assert_array_equal(ours, by_xla)
+
+
+@pytest.mark.parametrize("bits", gpu_words.BITS)
+def test_words_hold_the_codes_of_packed_bytes(bits):
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (3, 128)).astype(np.uint8)
+    packed = packing.pack(codes, bits)
+    for half in range(2):
+        part = packed if bits == 4 else packed[:, 64 * half : 64 * half + 64]
+        words = gpu_words.code_words(gpu_words.words_of(jnp.asarray(part)), bits, half)
+        found = np.asarray(gpu_words.bytes_of(words)).view(np.uint8)
+        np.testing.assert_array_equal(found, codes[:, 64 * half : 64 * half + 64])
+
+
+def test_words_become_levels_for_every_code_step_and_offset():
+    most = levels.greatest_step(4, symmetric=False)
+    steps = [(s, o) for s in range(1, most + 1) for o in range(256 - 15 * s)]
+    step, offset = (np.array(values, np.int32)[:, None] for values in zip(*steps, strict=True))
+    codes = np.broadcast_to(np.arange(16, dtype=np.uint8), (len(steps), 16))
+    words = gpu_words.words_of(jnp.asarray(codes))
+    found = gpu_words.bytes_of(gpu_words.level_words(words, jnp.asarray(step), jnp.asarray(offset)))
+    np.testing.assert_array_equal(found, codes.astype(np.int32) * step + offset - 128)
+
+
+@pytest.mark.parametrize("bits", gpu_words.BITS)
+def test_symmetric_words_become_signed_codes(bits):
+    codes = np.arange(2**bits, dtype=np.uint8)[None]
+    words = gpu_words.words_of(jnp.asarray(codes))
+    found = gpu_words.bytes_of(gpu_words.symmetric_level_words(words, bits))
+    np.testing.assert_array_equal(found, codes.astype(np.int32) - 2 ** (bits - 1))
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 96, 0])
+def test_every_32_channels_have_the_step_of_their_group(group_size):
+    q = random_kernel(W(4, group_size, **LEVELS), 384, 3)
+    found = of_sub_blocks(jnp.asarray(q.scale), 384, group_size)
+    size = group_size or 384
+    expected = np.stack([q.scale[row // size] for row in range(0, 384, 32)])
+    np.testing.assert_array_equal(found, expected)
+
+
+@needs_interpreter
+def test_a_register_is_a_word_and_four_operands():
+    from jax.experimental.mosaic.gpu import fragmented_array
+
+    operands, words = fragmented_array.WGMMA_LAYOUT_8BIT, word_layout().to_mgpu()
+    assert operands.registers_shape((64, 64)) == words.registers_shape((64, 16))
+    assert (operands.vector_length, words.vector_length) == (4, 1)
+    assert operands.warp_dims == words.warp_dims
+    assert operands.lane_dims == words.lane_dims
+    for row, column in itertools.product(range(64), range(64)):
+        own = operands.tiling.tile_indices((row, column))
+        other = words.tiling.tile_indices((row, column // 4))
+        assert (own[:-1], own[-1]) == (other[:-1], column % 4)
+
+
+def test_levels_of_words_are_those_of_rows():
+    q = random_kernel(W(4, 32, **LEVELS), 128, 5)
+    words = gpu_words.words_of(jnp.asarray(q.codes))
+    maps = [of_sub_blocks(jnp.asarray(m), 128, 32) for m in (q.scale, q.offset)]
+    halves = []
+    for half in range(2):
+        own = [jnp.repeat(m[2 * half : 2 * half + 2].T.astype(jnp.int32), 8, axis=1) for m in maps]
+        fields = gpu_words.code_words(words, 4, half)
+        halves.append(gpu_words.bytes_of(gpu_words.level_words(fields, *own)))
+    np.testing.assert_array_equal(jnp.concatenate(halves, axis=1), level_rows(q))

@@ -1,0 +1,159 @@
+"""Which products the kernel for NVIDIA GPUs takes, and how they are cut into blocks."""
+
+import dataclasses
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from qdit_jax.kernels import (
+    IMPLEMENTATIONS,
+    Product,
+    gpu_check,
+    gpu_reasons,
+    gpu_tiles,
+    implementation_of,
+    quantized_matmul,
+)
+from qdit_jax.kernels.gpu_tiles import (
+    CANDIDATES,
+    Shape,
+    Tiles,
+    chosen_tiles,
+    fits,
+    rows_of,
+    tiles_by_arithmetic,
+)
+from qdit_jax.quant import ActSpec, WeightSpec, formats, quantize
+
+TOKEN = ActSpec(8, 0, symmetric=True)
+LEVELS = {"scale_levels": 2}
+W = WeightSpec
+LAYERS = ((1152, 3456), (1152, 1152), (1152, 4608), (4608, 1152))
+
+
+@pytest.fixture
+def anywhere(monkeypatch):
+    """What is refused by its shapes and settings, as if JAX's plugin for CUDA were installed."""
+    monkeypatch.setattr(gpu_reasons, "find_spec", lambda name: object())
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+
+
+def reason(weight=None, act=TOKEN, x_shape=(4096, 1152), **changes):
+    """Returns the sentence of the row, which takes the product without changes."""
+    weight = weight or W(4, 32, **LEVELS)
+    settings = {"numerics": "integer", "platform": "cuda", "dtype": "bfloat16"} | changes
+    product = Product(x_shape, weight, act, **settings)
+    return IMPLEMENTATIONS["gpu_levels"].unsupported_reason(product)
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_what_the_presets_make_is_taken_before_xla():
+    assert reason() is None
+    assert reason(W(8, 0, symmetric=True)) is None
+    assert reason(W(4, 0, symmetric=True), dtype="float32") is None
+    for platform, name in {"cuda": "gpu_levels", "rocm": "xla", "cpu": "xla_cpu"}.items():
+        settings = {"platform": platform, "dtype": "bfloat16"}
+        weight = W(4, 32, **LEVELS)
+        assert implementation_of((4096, 1152), weight, TOKEN, "integer", **settings) == name
+
+
+@pytest.mark.usefixtures("anywhere")
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"platform": "rocm"}, "it runs on NVIDIA GPUs only."),
+        ({"numerics": "simulated"}, "integer numerics, not simulated."),
+        ({"dtype": "float16"}, "float32 or bfloat16, not in float16."),
+        ({"act": ActSpec(8, 0)}, "symmetric signed inputs without a shift."),
+        ({"act": ActSpec(8, 128, symmetric=True)}, "the inputs have groups of 128."),
+        ({"act": dataclasses.replace(TOKEN, mode="static")}, "calibrated ones."),
+        ({"weight": W(fmt=formats.lut4, group_size=32)}, "a step times a code, which lut4 has not"),
+        ({"weight": W(4, 32)}, "two levels of scales, or symmetric weights"),
+        ({"weight": W(6, 32, **LEVELS)}, "it unpacks 4 and 8 bits, not 6."),
+        ({"weight": W(4, 48, **LEVELS)}, "groups that are multiples of 32, not of 48"),
+        ({"x_shape": (8, 1100)}, "it takes input channels in runs of 128, and K is 1100."),
+        ({"x_shape": (8, 131072)}, "an int32 sum holds 131071 products of bytes, and K is 131072."),
+    ],
+)
+def test_what_it_cannot_compute_is_refused_by_name(changes, sentence):
+    assert sentence in reason(**changes)
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_a_stack_of_kernels_is_refused():
+    make = jax.vmap(lambda w: quantize(w, W(4, 32, **LEVELS)))
+    stack = jax.eval_shape(make, jnp.ones((3, 1152, 8)))
+    assert "this is a stack" in reason(stack)
+
+
+def test_the_machine_is_asked_before_anything_is_traced(monkeypatch):
+    monkeypatch.setattr(gpu_reasons, "find_spec", lambda name: None)
+    assert reason() == "JAX's plugin for CUDA is not installed."
+    monkeypatch.setattr(gpu_reasons, "find_spec", lambda name: object())
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 3))
+    assert re.match(r"it needs JAX 0\.12 or newer, and this is ", reason())
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    kind = jax.devices()[0].device_kind
+    assert reason() == (
+        f"it was compiled for Hopper (compute capability 9.0), and this is {kind} (unknown)."
+    )
+    monkeypatch.setattr(gpu_reasons, "CAPABILITY", "unknown")
+    monkeypatch.setattr(gpu_reasons, "wrong_here", lambda: "a product was wrong.")
+    assert reason() == "a product was wrong."
+    monkeypatch.setattr(gpu_reasons, "wrong_here", lambda: None)
+    assert reason() is None
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    assert "several devices" in reason()
+
+
+def test_a_device_that_multiplies_wrong_is_found():
+    def right(x, q, dtype):
+        return quantized_matmul(x, q, gpu_check.SPEC, "integer", "xla", out_dtype=dtype)
+
+    def broken(x, q, dtype):
+        raise RuntimeError("no such instruction")
+
+    assert gpu_check.wrong_with(right) is None
+    wrong = gpu_check.wrong_with(lambda x, q, dtype: right(x, q, dtype).at[3, 7].add(3000))
+    assert wrong.startswith("a product of 4 bits was wrong on this device, by ")
+    nan = gpu_check.wrong_with(lambda x, q, dtype: right(x, q, dtype) * jnp.nan)
+    assert nan.startswith("a product of 4 bits was wrong")
+    late = gpu_check.wrong_with(lambda x, q, dtype: right(x, q, dtype) + 1e3 * (q.bits == 8))
+    assert late.startswith("a product of 8 bits was wrong")
+    reason = "it does not run here (RuntimeError: no such instruction)."
+    assert gpu_check.wrong_with(broken) == reason
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_blocks_fit_and_leave_no_layer_without_one(bits):
+    for rows, (channels, width) in itertools.product((1, 512, 4096, 16384), LAYERS):
+        tiles = tiles_by_arithmetic(Shape(rows, channels, width, bits, 2))
+        assert tiles in CANDIDATES
+        assert fits(tiles, bits, 2)
+        assert rows == 1 or rows % tiles.rows == 0  # no copy without padding
+
+
+def test_few_tokens_take_small_blocks():
+    few, many = (tiles_by_arithmetic(Shape(rows, 1152, 1152, 4, 2)) for rows in (512, 16384))
+    assert few.rows * few.columns < many.rows * many.columns
+
+
+def test_measured_blocks_are_taken_on_their_device_and_near_their_shape(monkeypatch):
+    own = Tiles(96, 64, 6)
+    shape = Shape(4096, 1152, 1152, 4, 2)
+    row = {"shape": dataclasses.asdict(shape), "tiles": dataclasses.asdict(own)}
+    table = rows_of({"H": [row]}, "H")
+    assert table == {shape: own}
+    assert rows_of({"H": [row]}, "another") == {}
+    monkeypatch.setattr(gpu_tiles, "this_device", lambda: "H")
+    monkeypatch.setattr(gpu_tiles, "measured", lambda device: table if device == "H" else {})
+    assert chosen_tiles(shape) == own
+    assert chosen_tiles(dataclasses.replace(shape, rows=3000)) == own
+    for other in ({"rows": 512}, {"width": 3456}, {"bits": 8}):
+        far = dataclasses.replace(shape, **other)
+        assert chosen_tiles(far) == tiles_by_arithmetic(far)

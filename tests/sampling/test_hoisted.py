@@ -1,0 +1,95 @@
+"""Modulation computed before the loop: the same samples, and NaN where it would not be the same."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qdit_jax as qdit
+from qdit_jax.models import RUNS, DiT
+from qdit_jax.sampling import denoiser, hoisted, sampler_timesteps
+
+LABELS = jnp.array([1, 4, 2])
+NETWORKS = {
+    "dit": {"depth": 2},
+    "dit in runs": {"depth": 8},
+    "sit": {"depth": 2, "velocity": True},
+    "bfloat16": {"depth": 2, "dtype": "bfloat16"},
+}
+
+
+def network(**settings):
+    model = DiT(input_size=8, hidden_size=32, num_heads=2, num_classes=6, **settings)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
+    rng = np.random.default_rng(0)
+    return model, jax.tree.map(lambda a: 0.2 * rng.normal(size=a.shape).astype("f"), shapes)
+
+
+def sampler_of(model):
+    return qdit.flow(steps=4) if model.velocity else qdit.ddim(steps=4)
+
+
+def noise_of(batch):
+    return jax.random.normal(jax.random.key(0), (batch, 8, 8, 4))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_samples_are_those_of_the_network(name):
+    model, params = network(**NETWORKS[name])
+    sampler = sampler_of(model)
+    noise = noise_of(3)
+    fast = hoisted(model, params, sampler_timesteps(sampler), LABELS, 1.5)
+    assert (RUNS in fast.denoise_fn.params) == (name == "dit in runs")
+    found = qdit.sample(fast, sampler, noise, LABELS)
+    expected = qdit.sample(denoiser(model, params, 1.5), sampler, noise, LABELS)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found, expected, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+def test_quantized_modulation_is_computed_as_in_the_loop():
+    model, params = network(depth=2)
+    layers = r".*/adaLN_modulation"
+    recipe = qdit.Recipe.preset("w8a8", params, layers=layers, group_size=16)
+    params = qdit.quantize_params(params, recipe=recipe)
+    sampler = sampler_of(model)
+    fast = hoisted(model, params, sampler_timesteps(sampler), LABELS, None)
+    found = qdit.sample(fast, sampler, noise_of(3), LABELS)
+    expected = qdit.sample(denoiser(model, params, None), sampler, noise_of(3), LABELS)
+    np.testing.assert_allclose(found, expected, atol=1e-2 * float(jnp.abs(expected).max()))
+
+
+def test_the_weights_of_the_modulation_are_not_read():
+    model, params = network(depth=2)
+    fast = hoisted(model, params, [7.0, 3.0], LABELS, None)
+    gone = {
+        name: {**params[name], "adaLN_modulation": {}}
+        for name in ("blocks_0", "blocks_1", "final_layer")
+    }
+    fast = dataclasses.replace(fast, params={**params, **gone})
+    x, timestep = noise_of(3), jnp.full(3, 3.0)
+    expected = denoiser(model, params, None)(x, timestep, LABELS)
+    np.testing.assert_allclose(fast(x, timestep, LABELS), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_another_timestep_or_condition_is_nan():
+    model, params = network(depth=2)
+    fast = hoisted(model, params, [7.0, 3.0], LABELS, 1.5)
+    x = noise_of(3)
+    assert np.isfinite(fast(x, jnp.full(3, 7.0), LABELS)).all()
+    assert np.isnan(fast(x, jnp.full(3, 4.0), LABELS)).all()
+    assert np.isnan(fast(x, jnp.array([7.0, 3.0, 7.0]), LABELS)).all()
+    assert np.isnan(fast(x, jnp.full(3, 7.0), LABELS[::-1])).all()
+    with pytest.raises(ValueError, match="hoisted were"):
+        fast(x[:2], jnp.full(2, 7.0), LABELS[:2])
+
+
+def test_what_cannot_be_hoisted_is_refused_by_name():
+    model, params = network(depth=2)
+    with pytest.raises(ValueError, match="take 0 MB, more than most_bytes=1000"):
+        hoisted(model, params, [7.0, 3.0], LABELS, most_bytes=1000)
+    with pytest.raises(ValueError, match="blocks in runs, cannot be hoisted"):
+        hoisted(model, {**params, RUNS: {}}, [7.0], LABELS)
