@@ -18,9 +18,15 @@ from qdit_jax import report
 from qdit_jax.testing import realistic_dit
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
-# They write no measurement of a machine: a file of weights, counts of the code's text, and rows of
-# trained models that lie in one file by step.
-OTHERS = {"make_random_checkpoint.py", "house_figures.py", "grow_outliers.py", "paper_report.py"}
+# They write no measurement of a machine: a file of weights, counts of the code's text, rows of trained
+# models that lie in one file by step. Others write what they are given with its provenance.
+OTHERS = {
+    "make_random_checkpoint.py",
+    "house_figures.py",
+    "grow_outliers.py",
+    "paper_report.py",
+    "gpu_sweep.py",
+}
 WRITERS = [
     path
     for path in sorted(EXPERIMENTS.rglob("*.py"))
