@@ -10,26 +10,11 @@ from qdit_jax.kernels.gpu_check import wrong_here
 from qdit_jax.kernels.gpu_levels import levels_matmul
 from qdit_jax.kernels.gpu_tiles import RUN
 from qdit_jax.kernels.gpu_words import BITS
-from qdit_jax.kernels.level_reasons import (
-    input_reason,
-    split_reason,
-    version_reason,
-    weight_reason,
-)
+from qdit_jax.kernels.level_reasons import levels_reason, split_reason, version_reason
 from qdit_jax.kernels.product import Implementation, Product
 
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 CAPABILITY = "9.0"  # of Hopper, whose instructions no other GPU has
-
-
-def gpu_reason(product: Product) -> str | None:
-    """Returns why the kernel cannot compute `product`, one sentence, or None if it can."""
-    return (
-        machine_reason(product)
-        or input_reason(product)
-        or weight_reason(product)
-        or size_reason(product)
-    )
 
 
 def machine_reason(product: Product) -> str | None:
@@ -62,4 +47,5 @@ def size_reason(product: Product) -> str | None:
     return None
 
 
+gpu_reason = levels_reason(machine_reason, size_reason)
 GPU_LEVELS = Implementation("gpu_levels", levels_matmul, gpu_reason, levels_matmul)

@@ -6,6 +6,8 @@ symmetric codes per channel.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 
 from qdit_jax.kernels.product import Product
@@ -15,6 +17,27 @@ MOST_CHANNELS = 131071  # an int32 sum holds this many products of -128 by -128
 NEWEST_REFUSED = (0, 11)
 DTYPES = ("float32", "bfloat16")
 SUB = 32  # input channels that have one step and one offset
+
+ReasonFn = Callable[[Product], str | None]
+
+
+def levels_reason(machine_reason: ReasonFn, size_reason: ReasonFn) -> ReasonFn:
+    """Returns why a kernel of one machine cannot compute a product, one sentence, or None if it can.
+
+    Args:
+        machine_reason: what the machine lacks; asked first.
+        size_reason: what of a product's sizes the kernel cannot hold; asked of what is right otherwise.
+    """
+
+    def reason(product: Product) -> str | None:
+        return (
+            machine_reason(product)
+            or input_reason(product)
+            or weight_reason(product)
+            or size_reason(product)
+        )
+
+    return reason
 
 
 def version_reason() -> str | None:

@@ -38,7 +38,7 @@ from qdit_jax.kernels.tpu_blocks import (
     chosen_blocks,
     sizes_of,
 )
-from qdit_jax.kernels.tpu_reasons import levels_reason
+from qdit_jax.kernels.tpu_reasons import tpu_reason
 from qdit_jax.kernels.xla import integer_matmul
 from qdit_jax.quant import (
     ActQuant,
@@ -71,7 +71,7 @@ def levels_matmul(
     Equal to `xla.integer_matmul` to float rounding, whose derivative it has. A token that holds NaN or
     infinity gives NaN.
     """
-    assert act is not None, "levels_reason refuses it"
+    assert act is not None, "tpu_reason refuses it"
     return _product(x, q, act.spec, interpret)
 
 
@@ -82,7 +82,7 @@ def _product(
     num_channels, width = q.shape
     sizes = sizes_of(x.shape, q, x.dtype.itemsize)
     blocks = chosen_blocks(sizes)
-    assert blocks is not None, "levels_reason refuses it"
+    assert blocks is not None, "tpu_reason refuses it"
     rows, columns = blocks.rows * blocks.num_rows, sizes.column_tiles * TILE
     tokens = padded(x.reshape(-1, num_channels), rows, sizes.channels)
     scale = q.channel_scale if q.has_levels else scale_value(q.scale)[0]
@@ -338,4 +338,4 @@ def as_rows_of(values: Array, dtype: Any) -> Array:
     return pltpu.bitcast(values, dtype)
 
 
-TPU_LEVELS = Implementation("tpu_levels", levels_matmul, levels_reason)
+TPU_LEVELS = Implementation("tpu_levels", levels_matmul, tpu_reason)

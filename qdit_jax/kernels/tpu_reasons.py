@@ -7,27 +7,12 @@ from importlib.util import find_spec
 import jax
 import jax.numpy as jnp
 
-from qdit_jax.kernels.level_reasons import (
-    input_reason,
-    split_reason,
-    version_reason,
-    weight_reason,
-)
+from qdit_jax.kernels.level_reasons import levels_reason, split_reason, version_reason
 from qdit_jax.kernels.product import Product
 from qdit_jax.kernels.tpu_blocks import VMEM_LIMIT, chosen_blocks, sizes_of
 
 # As `Device.device_kind` names them: those that the kernel was compiled for.
 KINDS = ("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")
-
-
-def levels_reason(product: Product) -> str | None:
-    """Returns why the kernel cannot compute `product`, one sentence, or None if it can."""
-    return (
-        machine_reason(product)
-        or input_reason(product)
-        or weight_reason(product)
-        or size_reason(product)
-    )
 
 
 def machine_reason(product: Product) -> str | None:
@@ -54,3 +39,6 @@ def size_reason(product: Product) -> str | None:
         num_channels = product.x_shape[-1]
         return f"a block of K = {num_channels} needs more than {VMEM_LIMIT >> 20} MiB of VMEM."
     return None
+
+
+tpu_reason = levels_reason(machine_reason, size_reason)

@@ -5,13 +5,13 @@ the two is held by itself: the arithmetic of words bit by bit, and the layouts t
 a word and four operands.
 """
 
-import dataclasses
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from level_products import LEVELS, TOKEN, W, random_kernel, tokens
 
 from qdit_jax.kernels import gpu_check, gpu_words, quantized_matmul
 from qdit_jax.kernels.gpu_levels import levels_matmul, of_sub_blocks, word_layout
@@ -20,12 +20,9 @@ from qdit_jax.kernels.level_reasons import version_reason
 from qdit_jax.quant import (
     ActQuant,
     ActSpec,
-    QTensor,
-    WeightSpec,
     dequantize,
     level_rows,
     levels,
-    num_groups,
     packing,
     quantize,
     with_codes,
@@ -34,9 +31,6 @@ from qdit_jax.quant import (
 needs_interpreter = pytest.mark.skipif(
     version_reason() is not None, reason=f"the interpreter for GPUs: {version_reason()}"
 )
-TOKEN = ActSpec(8, 0, symmetric=True)
-LEVELS = {"scale_levels": 2}
-W = WeightSpec
 SMALL = Tiles(rows=64, columns=64, steps=2)
 
 # Weights, (M, K, N), the inputs' dtype and quantizer, blocks.
@@ -57,44 +51,15 @@ def interpreted(x, q, act=TOKEN, tiles=SMALL):
     return levels_matmul(x, q, ActQuant(act), "integer", tiles=tiles, interpret=parameters)
 
 
-def random_kernel(weight, num_channels, width):
-    """Returns any kernel of a spec: codes, steps and offsets that `quantize` may not choose."""
-    rng = np.random.default_rng(weight.bits)
-    shape, top = (num_channels, width), 2**weight.bits - 1
-    codes = jnp.asarray(rng.integers(0, top + 1, shape), jnp.uint8)
-    q = QTensor(None, None, bits=weight.bits, group_size=weight.group_size, shape=shape)
-    scale = jnp.asarray(rng.uniform(0.5, 2, (1, width)), weight.scale_dtype)
-    if not weight.has_levels:
-        return with_codes(dataclasses.replace(q, scale=scale), codes)
-    rows = (num_groups(num_channels, weight.group_size), width)
-    step = rng.integers(1, levels.greatest_step(weight.bits, weight.symmetric) + 1, rows)
-    offset = None if weight.symmetric else jnp.asarray(rng.integers(0, 256 - top * step), jnp.uint8)
-    channel_scale = scale[0]
-    step = jnp.asarray(step, jnp.uint8)
-    return with_codes(
-        dataclasses.replace(q, scale=step, channel_scale=channel_scale, offset=offset), codes
-    )
-
-
-def tokens(num_rows, num_channels, seed=0):
-    """Returns tokens with outliers, zeros, extremes and halves of steps."""
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(num_rows, num_channels))
-    x[:, ::17] *= rng.choice([1, 10, 50], (num_rows, 1))
-    x[0] = 0
-    x[1] *= 1e-20
-    x[2] *= 1e25
-    x[3] = np.abs(x[3]) + 1
-    x[4] = 3
-    x[5] = np.round(x[5] * 20) / 2  # ties, with steps of 1
-    x[5, 0] = 127
-    return x
+def kernel(weight, num_channels, width):
+    """Returns any kernel of a spec."""
+    return with_codes(*jax.tree.map(jnp.asarray, random_kernel(weight, num_channels, width)))
 
 
 @needs_interpreter
 @pytest.mark.parametrize(("weight", "sizes", "dtype", "act", "tiles"), CASES, ids=str)
 def test_the_kernel_is_the_product_of_the_rounded_operands(weight, sizes, dtype, act, tiles):
-    x, q = jnp.asarray(tokens(*sizes[:2]), dtype), random_kernel(weight, *sizes[1:])
+    x, q = jnp.asarray(tokens(*sizes[:2]), dtype), kernel(weight, *sizes[1:])
     # In one program, for XLA:CPU divides by another rule where it compiles a quotient alone.
     found, by_xla = jax.jit(
         lambda x, q: (
@@ -114,7 +79,7 @@ def test_the_kernel_is_the_product_of_the_rounded_operands(weight, sizes, dtype,
 
 @needs_interpreter
 def test_a_token_that_is_not_finite_is_nan_and_touches_no_other():
-    x, q = tokens(12, 128), random_kernel(W(4, 32, **LEVELS), 128, 24)
+    x, q = tokens(12, 128), kernel(W(4, 32, **LEVELS), 128, 24)
     clean = interpreted(jnp.asarray(x, jnp.float32), q)
     x[6, 3], x[7, 60], x[8, 0], x[0, 5] = np.nan, np.inf, -np.inf, np.nan
     found = np.asarray(interpreted(jnp.asarray(x, jnp.float32), q))
@@ -128,7 +93,7 @@ def test_sums_are_written_in_16_bits_at_once():
     from jax.experimental.pallas import mosaic_gpu
 
     parameters = mosaic_gpu.InterpretGPUParams()
-    x, q = jnp.asarray(tokens(8, 128), jnp.float32), random_kernel(W(8, 0, symmetric=True), 128, 8)
+    x, q = jnp.asarray(tokens(8, 128), jnp.float32), kernel(W(8, 0, symmetric=True), 128, 8)
     settings = {"tiles": SMALL, "interpret": parameters}
     found = levels_matmul(x, q, ActQuant(TOKEN), "integer", "bfloat16", **settings)
     by_xla = quantized_matmul(x, q, TOKEN, "integer", "xla", out_dtype="bfloat16")
@@ -164,7 +129,7 @@ def test_works_under_vmap_inside_of_scan():
 
 @needs_interpreter
 def test_the_derivative_is_that_of_xla():
-    x, q = jnp.asarray(tokens(6, 128), jnp.float32), random_kernel(W(4, 32, **LEVELS), 128, 8)
+    x, q = jnp.asarray(tokens(6, 128), jnp.float32), kernel(W(4, 32, **LEVELS), 128, 8)
     ours = jax.grad(lambda x: interpreted(x, q).sum())(x)
     by_xla = jax.grad(lambda x: quantized_matmul(x, q, TOKEN, "integer", "xla").sum())(x)
     np.testing.assert_array_equal(ours, by_xla)
@@ -201,7 +166,7 @@ def test_symmetric_words_become_signed_codes(bits):
 
 @pytest.mark.parametrize("group_size", [32, 64, 96, 0])
 def test_every_32_channels_have_the_step_of_their_group(group_size):
-    q = random_kernel(W(4, group_size, **LEVELS), 384, 3)
+    q = kernel(W(4, group_size, **LEVELS), 384, 3)
     found = of_sub_blocks(jnp.asarray(q.scale), 384, group_size)
     size = group_size or 384
     expected = np.stack([q.scale[row // size] for row in range(0, 384, 32)])
@@ -224,7 +189,7 @@ def test_a_register_is_a_word_and_four_operands():
 
 
 def test_levels_of_words_are_those_of_rows():
-    q = random_kernel(W(4, 32, **LEVELS), 128, 5)
+    q = kernel(W(4, 32, **LEVELS), 128, 5)
     words = gpu_words.words_of(jnp.asarray(q.codes))
     maps = [of_sub_blocks(jnp.asarray(m), 128, 32) for m in (q.scale, q.offset)]
     halves = []

@@ -3,14 +3,15 @@
 import dataclasses
 import itertools
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import level_products
 import pytest
+from level_products import LEVELS, REFUSED, TOKEN, W, stack_of_kernels
 
 from qdit_jax.kernels import (
-    IMPLEMENTATIONS,
-    Product,
     gpu_check,
     gpu_reasons,
     gpu_tiles,
@@ -26,11 +27,7 @@ from qdit_jax.kernels.gpu_tiles import (
     rows_of,
     tiles_by_arithmetic,
 )
-from qdit_jax.quant import ActSpec, WeightSpec, formats, quantize
 
-TOKEN = ActSpec(8, 0, symmetric=True)
-LEVELS = {"scale_levels": 2}
-W = WeightSpec
 LAYERS = ((1152, 3456), (1152, 1152), (1152, 4608), (4608, 1152))
 
 
@@ -42,19 +39,14 @@ def anywhere(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
 
 
-def reason(weight=None, act=TOKEN, x_shape=(4096, 1152), **changes):
-    """Returns the sentence of the row, which takes the product without changes."""
-    weight = weight or W(4, 32, **LEVELS)
-    settings = {"numerics": "integer", "platform": "cuda", "dtype": "bfloat16"} | changes
-    product = Product(x_shape, weight, act, **settings)
-    return IMPLEMENTATIONS["gpu_levels"].unsupported_reason(product)
+reason = partial(level_products.reason, row="gpu_levels", platform="cuda")
 
 
 @pytest.mark.usefixtures("anywhere")
 def test_what_the_presets_make_is_taken_before_xla():
     assert reason() is None
-    assert reason(W(8, 0, symmetric=True)) is None
-    assert reason(W(4, 0, symmetric=True), dtype="float32") is None
+    assert reason(weight=W(8, 0, symmetric=True)) is None
+    assert reason(weight=W(4, 0, symmetric=True), dtype="float32") is None
     for platform, name in {"cuda": "gpu_levels", "rocm": "xla", "cpu": "xla_cpu"}.items():
         settings = {"platform": platform, "dtype": "bfloat16"}
         weight = W(4, 32, **LEVELS)
@@ -65,18 +57,10 @@ def test_what_the_presets_make_is_taken_before_xla():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        *REFUSED,
         ({"platform": "rocm"}, "it runs on NVIDIA GPUs only."),
-        ({"numerics": "simulated"}, "integer numerics, not simulated."),
-        ({"dtype": "float16"}, "float32 or bfloat16, not in float16."),
-        ({"act": ActSpec(8, 0)}, "symmetric signed inputs without a shift."),
-        ({"act": ActSpec(8, 128, symmetric=True)}, "the inputs have groups of 128."),
-        ({"act": dataclasses.replace(TOKEN, mode="static")}, "calibrated ones."),
-        ({"weight": W(fmt=formats.lut4, group_size=32)}, "a step times a code, which lut4 has not"),
-        ({"weight": W(4, 32)}, "two levels of scales, or symmetric weights"),
         ({"weight": W(6, 32, **LEVELS)}, "it unpacks 4 and 8 bits, not 6."),
-        ({"weight": W(4, 48, **LEVELS)}, "groups that are multiples of 32, not of 48"),
         ({"x_shape": (8, 1100)}, "it takes input channels in runs of 128, and K is 1100."),
-        ({"x_shape": (8, 131072)}, "an int32 sum holds 131071 products of bytes, and K is 131072."),
     ],
 )
 def test_what_it_cannot_compute_is_refused_by_name(changes, sentence):
@@ -85,9 +69,7 @@ def test_what_it_cannot_compute_is_refused_by_name(changes, sentence):
 
 @pytest.mark.usefixtures("anywhere")
 def test_a_stack_of_kernels_is_refused():
-    make = jax.vmap(lambda w: quantize(w, W(4, 32, **LEVELS)))
-    stack = jax.eval_shape(make, jnp.ones((3, 1152, 8)))
-    assert "this is a stack" in reason(stack)
+    assert "this is a stack" in reason(weight=stack_of_kernels())
 
 
 def test_the_machine_is_asked_before_anything_is_traced(monkeypatch):

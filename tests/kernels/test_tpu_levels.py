@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from level_products import LEVELS, TOKEN, W, random_kernel, tokens
 
 from qdit_jax.kernels import quantized_matmul
 from qdit_jax.kernels.tpu_blocks import Blocks
@@ -13,21 +14,13 @@ from qdit_jax.kernels.tpu_levels import levels_matmul, magnitude_bits, token_sca
 from qdit_jax.quant import (
     ActQuant,
     ActSpec,
-    QTensor,
-    WeightSpec,
     codes_of,
     dequantize,
-    levels,
-    num_groups,
     quantize,
     ranges,
     rounded_quotients,
     with_codes,
 )
-
-TOKEN = ActSpec(8, 0, symmetric=True)
-LEVELS = {"scale_levels": 2}
-W = WeightSpec
 
 # Weights, (M, K, N), the inputs' dtype and quantizer.
 CASES = [
@@ -62,39 +55,13 @@ def product(x, q, act=TOKEN):
 interpreted = compiled(product)
 
 
-def random_kernel(weight, num_channels, width):
-    """Returns any kernel of a spec: codes, steps and offsets that `quantize` may not choose."""
-    rng = np.random.default_rng(weight.bits)
-    shape, top = (num_channels, width), 2**weight.bits - 1
-    codes = rng.integers(0, top + 1, shape).astype(np.uint8)
-    q = QTensor(None, None, bits=weight.bits, group_size=weight.group_size, shape=shape)
-    scale = rng.uniform(0.5, 2, (1, width)).astype(np.float32)
-    if not weight.has_levels:
-        return dataclasses.replace(q, scale=scale), codes
-    rows = (num_groups(num_channels, weight.group_size), width)
-    step = rng.integers(1, levels.greatest_step(weight.bits, weight.symmetric) + 1, rows)
-    offset = None if weight.symmetric else rng.integers(0, 256 - top * step).astype(np.uint8)
-    step = step.astype(np.uint8)
-    return dataclasses.replace(q, scale=step, channel_scale=scale[0], offset=offset), codes
-
-
 def operands(sizes, seed=0):
-    """Returns tokens with outliers, zeros, extremes and halves of steps, and a kernel with outliers."""
-    rng = np.random.default_rng(seed)
+    """Returns tokens, and a kernel with outliers and a constant column."""
     num_rows, num_channels, width = sizes
-    x = rng.normal(size=(num_rows, num_channels))
-    x[:, ::17] *= rng.choice([1, 10, 50], (num_rows, 1))
-    x[0] = 0
-    x[1] *= 1e-20
-    x[2] *= 1e25
-    x[3] = np.abs(x[3]) + 1
-    x[4] = 3
-    x[5] = np.round(x[5] * 20) / 2  # ties, with steps of 1
-    x[5, 0] = 127
-    w = rng.normal(size=(num_channels, width))
+    w = np.random.default_rng(seed + 1).normal(size=(num_channels, width))
     w[::13] *= 10
     w[:, 0] = 0.7
-    return x, w.astype(np.float32)
+    return tokens(num_rows, num_channels, seed), w.astype(np.float32)
 
 
 @pytest.mark.parametrize(("weight", "sizes", "dtype", "act"), CASES, ids=str)

@@ -1,20 +1,17 @@
 """Which products the kernel for TPUs takes, and how they are cut into blocks."""
 
-import dataclasses
 import itertools
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import level_products
 import pytest
+from level_products import LEVELS, REFUSED, W, stack_of_kernels
 
-from qdit_jax.kernels import IMPLEMENTATIONS, Product, tpu_reasons
+from qdit_jax.kernels import tpu_reasons
 from qdit_jax.kernels.tpu_blocks import VMEM_LIMIT, Sizes, chosen_blocks, vmem_bytes
-from qdit_jax.quant import ActSpec, WeightSpec, formats, quantize, ranges
-
-TOKEN = ActSpec(8, 0, symmetric=True)
-LEVELS = {"scale_levels": 2}
-W = WeightSpec
 
 
 @pytest.mark.parametrize("num_channels", [64, 384, 1152, 4608, 16384])
@@ -45,42 +42,22 @@ def anywhere(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
 
 
-def reason(weight=None, act=TOKEN, x_shape=(4096, 1152), **changes):
-    """Returns the sentence of the row, which takes the product without changes."""
-    weight = weight or W(4, 32, **LEVELS)
-    settings = {"numerics": "integer", "platform": "tpu", "dtype": "bfloat16"} | changes
-    product = Product(x_shape, weight, act, **settings)
-    return IMPLEMENTATIONS["tpu_levels"].unsupported_reason(product)
+reason = partial(level_products.reason, row="tpu_levels", platform="tpu")
 
 
 @pytest.mark.usefixtures("anywhere")
 def test_what_the_presets_make_is_taken():
     assert reason() is None
-    assert reason(W(8, 0, symmetric=True)) is None
-    assert reason(W(6, 32, symmetric=True, **LEVELS), dtype="float32") is None
+    assert reason(weight=W(8, 0, symmetric=True)) is None
+    assert reason(weight=W(6, 32, symmetric=True, **LEVELS), dtype="float32") is None
 
 
 @pytest.mark.usefixtures("anywhere")
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        *REFUSED,
         ({"platform": "cuda"}, "it runs on TPUs only."),
-        ({"numerics": "simulated"}, "integer numerics, not simulated."),
-        ({"dtype": "float16"}, "float32 or bfloat16, not in float16."),
-        ({"act": None}, "it computes integer numerics"),
-        ({"act": ActSpec(8, 0)}, "symmetric signed inputs without a shift."),
-        ({"act": dataclasses.replace(TOKEN, unsigned=True)}, "symmetric signed inputs"),
-        ({"act": dataclasses.replace(TOKEN, shift=0.17)}, "without a shift"),
-        ({"act": ActSpec(8, 128, symmetric=True)}, "the inputs have groups of 128."),
-        ({"act": dataclasses.replace(TOKEN, mode="static")}, "calibrated ones."),
-        ({"act": dataclasses.replace(TOKEN, range_fn=ranges.mse())}, "minmax for inputs, not mse"),
-        ({"act": ActSpec(fmt=formats.fp8_e4m3, group_size=0)}, "integers as inputs, not fp8_e4m3"),
-        ({"weight": W(fmt=formats.lut4, group_size=32)}, "a step times a code, which lut4 has not"),
-        ({"weight": W(4, 32)}, "two levels of scales, or symmetric weights"),
-        ({"weight": W(8, 0)}, "two levels of scales, or symmetric weights"),
-        ({"weight": W(4, 48, **LEVELS)}, "groups that are multiples of 32, not of 48"),
-        ({"weight": W(4, 32, channel_group=2, **LEVELS)}, "channel_group is 2."),
-        ({"x_shape": (8, 131072)}, "an int32 sum holds 131071 products of bytes, and K is 131072."),
         ({"x_shape": (8, 120000)}, "K = 120000 needs more than 48 MiB of VMEM."),
     ],
 )
@@ -90,9 +67,7 @@ def test_what_it_cannot_compute_is_refused_by_name(changes, sentence):
 
 @pytest.mark.usefixtures("anywhere")
 def test_a_stack_of_kernels_is_refused():
-    make = jax.vmap(lambda w: quantize(w, W(4, 32, **LEVELS)))
-    stack = jax.eval_shape(make, jnp.ones((3, 1152, 8)))
-    assert "this is a stack" in reason(stack)
+    assert "this is a stack" in reason(weight=stack_of_kernels())
 
 
 def test_the_machine_is_asked_before_anything_is_traced(monkeypatch):
