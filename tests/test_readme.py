@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from qdit_jax.checkpoint import Checkpoint, load, save
-from qdit_jax.cli import VERBS
+from qdit_jax.cli import VERBS, parser_of
 from qdit_jax.recipes import Recipe
 from qdit_jax.testing import realistic_dit
 
@@ -19,6 +20,7 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 LINKED = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
 # A fenced block; one right below this comment is a fragment.
 NOT_RUN = "<!-- not run -->"
+SHELL = {"|", "&&", ";", ">", "2>", "&"}
 BLOCK = re.compile(rf"^({re.escape(NOT_RUN)}\n+)?```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -100,6 +102,38 @@ def test_every_command_is_a_verb_and_ci_runs_the_test_command():
     assert len(verbs) >= 8
     (tests,) = (line for line in commands if "pytest" in line)
     assert tests in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def commands(text):
+    """Returns the arguments of every `qdit` in lines of a shell."""
+    found = []
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        firsts = [i for i in range(len(words)) if i == 0 or words[i - 1] in SHELL]
+        for start in (i for i in firsts if words[i] == "qdit"):
+            end = next((i for i, w in enumerate(words) if i > start and w in SHELL), len(words))
+            found.append(words[start + 1 : end])
+    return found
+
+
+def examples(verb):
+    """Returns the lines of a verb's help that show it."""
+    parser = parser_of([verb])
+    (subparsers,) = (a for a in parser._actions if a.dest == "verb")
+    shown = re.findall(r"^  (qdit (?:.*\\\n)*.*)$", subparsers.choices[verb].format_help(), re.M)
+    return "\n".join(shown)
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_command_of_a_page_has_the_options_of_its_verb(page):
+    for arguments in commands("".join(blocks(page, "bash"))):
+        parser_of(arguments).parse_args(arguments)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_examples_of_a_verb_have_its_options(verb):
+    for arguments in commands(examples(verb)):
+        parser_of(arguments).parse_args(arguments)
 
 
 @pytest.mark.parametrize("page", LINKED, ids=lambda p: str(p.relative_to(ROOT)))

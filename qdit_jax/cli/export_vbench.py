@@ -22,7 +22,7 @@ every file, vbench.json what the folder is. The commands that measure it are pri
 prompt and index, as `qdit sample` makes them when --num-samples is 5 times the prompts of --embeds.
 
 examples:
-  qdit embed-text WAN/ prompts.npz --prompts all_dimension.txt
+  qdit embed-text WAN/ --prompts all_dimension.txt --out prompts.npz
   qdit sample wan-w4a8 --embeds prompts.npz --num-samples 4730 --out clips.npz
   qdit export-vbench clips.npz vbench-w4a8 --info VBench_full_info.json --dimensions human_action scene
   qdit export-vbench clips.npz vbench-own --custom
