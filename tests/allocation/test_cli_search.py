@@ -122,6 +122,7 @@ def test_errors_are_one_sentence(folder, tmp_path, options, message):
         run(folder, tmp_path / "out", *FAST, *options)
 
 
+@pytest.mark.slow
 def test_a_search_over_transforms_names_the_command_that_makes_them(
     folder, checkpoint, tmp_path, capsys
 ):

@@ -101,6 +101,7 @@ def test_videos_are_measured_alike(network, reference):
     assert found == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_autoencoders_decode_videos_frame_by_frame():
     from qdit_jax.allocation.rollouts import decoded_images
 

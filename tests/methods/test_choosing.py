@@ -235,7 +235,7 @@ def outlying_checkpoint():
     )
 
 
-@pytest.mark.parametrize("method", ["smoothquant", "best"])
+@pytest.mark.parametrize("method", [pytest.param("smoothquant", marks=pytest.mark.slow), "best"])
 def test_a_network_with_outliers_gains_and_says_where(method):
     full = outlying_checkpoint()
     items = collect_items(full, jax.random.key(1), 8, sampler=ddim(steps=4), batch_size=8)

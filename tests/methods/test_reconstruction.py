@@ -156,7 +156,7 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path):
         run(data=other)
 
 
-@pytest.mark.parametrize("per_timestep", [False, True])
+@pytest.mark.parametrize("per_timestep", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_static_step_sizes_are_learned_and_help(per_timestep):
     model, params = network()
     checkpoint = qdit.Checkpoint(model, params)
@@ -191,6 +191,7 @@ def test_static_step_sizes_are_learned_and_help(per_timestep):
     assert ours[5e-3][1] > ours[0.0][1]
 
 
+@pytest.mark.slow
 def test_a_family_unlike_dit_is_reconstructed(monkeypatch):
     monkeypatch.setitem(FAMILIES, ROW.name, ROW)
     model = ToyVideo()

@@ -19,7 +19,7 @@ from qdit_jax.quant import ActQuant, QTensor
 from qdit_jax.sampling import running_params
 
 DENOISERS = [
-    pytest.param(row, config, id=f"{row.name}-{i}")
+    pytest.param(row, config, id=f"{row.name}-{i}", marks=[pytest.mark.slow] * (i > 0))
     for row in FAMILIES.values()
     for i, config in enumerate(row.examples)
     if row.is_diffusion
