@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from qdit_convert import comfy, nunchaku
+from qdit_convert import comfy, nunchaku, nunchaku_awq
 from qdit_convert.kernels import StoredKernel, joined, leaves_of
 from qdit_convert.plan import Leaf, Plan, Transform
 from qdit_convert.stored_layer import MARKER, StoredLayer, marker_settings
@@ -43,6 +43,7 @@ def with_quantized(state: StateDict, metadata: Mapping[str, str]) -> StateDict:
     packed = [key.rpartition(".")[0] for key in tensors if key.endswith(".qweight")]
     if not said and not packed:
         return state
+    nunchaku_awq.check_order(metadata)
     found = dict(tensors)
     names = dict.fromkeys([*said, *packed])
     children = _children(tensors, names)
@@ -56,8 +57,9 @@ def with_quantized(state: StateDict, metadata: Mapping[str, str]) -> StateDict:
             shape, kernel = comfy.stored_kernel(layer, settings["format"])
         else:
             layer = StoredLayer(name, {}, {k: v for k, v in parts.items() if k != "bias"})
-            shape, kernel = nunchaku.stored_kernel(layer)
-            if "bias" in parts:
+            only_weights = layer.has(nunchaku_awq.ZEROS)
+            shape, kernel = (nunchaku_awq if only_weights else nunchaku).stored_kernel(layer)
+            if "bias" in parts and not only_weights:
                 found[f"{name}.bias"] = nunchaku.bias_of(parts["bias"])
         for part in (*layer.parts, MARKER):
             found.pop(f"{name}.{part}", None)

@@ -123,3 +123,9 @@ def check_quantization(said: object) -> None:
     layers = said.get("svdq_w4a4")
     if isinstance(layers, Mapping) and layers.get("act_unsigned"):
         raise UserError(f"{CONFIG} act_unsigned=True of svdq_w4a4, which convert does not read.")
+    layers = said.get("awq_w4a16")
+    if isinstance(layers, Mapping) and layers.get("group_size", 64) != 64:
+        raise UserError(
+            f"{CONFIG} group_size={layers['group_size']!r} of awq_w4a16; convert reads groups of 64, the "
+            "only ones that its kernels have."
+        )
