@@ -18,6 +18,8 @@ from convert_samples import (
     write_folder,
 )
 from safetensors.numpy import save_file
+from test_nunchaku import layer as svdq
+from test_nunchaku import smooth_factor
 
 from qdit_convert import convert
 from qdit_convert.joint import swapped_linear
@@ -30,7 +32,7 @@ from qdit_jax.cli import convert as verb
 from qdit_jax.errors import UserError
 from qdit_jax.kernels import implementations_used
 from qdit_jax.models import Linear
-from qdit_jax.quant import dequantize, integer_codes, scale_values
+from qdit_jax.quant import integer_codes, scale_values
 
 WIDTH = 128
 MODULATION = "transformer_blocks.0.norm1.linear"
@@ -175,8 +177,6 @@ def test_a_layer_is_a_float_product_of_what_the_file_says(zero, network, tmp_pat
 
 
 def test_a_network_with_both_kinds_of_layers_runs_in_both_numerics(network, tmp_path, capsys):
-    from test_nunchaku import layer as svdq, smooth_factor
-
     arrays, config = network
     kinds = {
         MODULATION: layer(arrays[f"{MODULATION}.weight"], "seven")[0]
