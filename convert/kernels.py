@@ -48,6 +48,7 @@ class Kernel:
         scale: as a `QTensor` stores it.
         zero_point: the code of 0.0 of every group; None for symmetric codes and number formats.
         spec, act: of the weight and of the layer's input; act None leaves the input as it is.
+        act_scale: what a static `act` rounds by (see `ActQuant.scale`); None where it is dynamic.
         tensor_scale, channel_scale, codebook: see `QTensor`; None where the format has none.
         rotation: channels of a block in which the input is rotated; 0 for none.
         inverse_scale: what the input is multiplied by, before that; None for 1.
@@ -58,6 +59,7 @@ class Kernel:
     scale: Num[np.ndarray, "N G"]
     spec: WeightSpec
     act: ActSpec | None
+    act_scale: Float[np.ndarray, " 1"] | None = None
     zero_point: UInt8[np.ndarray, "N G"] | None = None
     tensor_scale: np.ndarray | None = None
     channel_scale: Float[np.ndarray, " N"] | None = None
@@ -83,6 +85,7 @@ class Kernel:
 SHARED = {
     "spec": "formats",
     "act": "quantizers of the input",
+    "act_scale": "scales of the input (input_scale)",
     "rotation": "rotations of the input",
     "inverse_scale": "smooth factors",
     "tensor_scale": "scales of the whole tensor",
@@ -168,7 +171,7 @@ def leaves_of(path: str, kernel: Kernel) -> dict[str, Any]:
     }
     layer = path.removesuffix("/kernel")
     if kernel.act is not None:
-        found = with_leaf(found, layer, "act_quant", ActQuant(kernel.act))
+        found = with_leaf(found, layer, "act_quant", ActQuant(kernel.act, array(kernel.act_scale)))
     if kernel.inverse_scale is not None:
         found = with_leaf(found, layer, "input_map", InputMap(array(kernel.inverse_scale)))
     if kernel.rotation:

@@ -8,6 +8,7 @@ that layouts see what they see in a file of full precision.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -39,7 +40,7 @@ def with_quantized(state: StateDict, metadata: Mapping[str, str]) -> StateDict:
         UserError: naming the layer and what is unknown, missing or misshapen.
     """
     tensors = _in_new_names(state.tensors)
-    said = _said(tensors, metadata)
+    said = _said(tensors, metadata) | _said_earlier(state.tensors)
     packed = [key.rpartition(".")[0] for key in tensors if key.endswith(".qweight")]
     if not said and not packed:
         return state
@@ -103,6 +104,27 @@ def _said(
         if not isinstance(settings.get("format"), str):
             raise UserError(f"{name} is said to be quantized, but not in which format.")
     return said
+
+
+def _said_earlier(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, Any]]:
+    """Returns the settings of layers of earlier FP8 files whose inputs stay in full precision.
+
+    A network says so by two values in `scaled_fp8`; a file may hold several networks.
+    """
+    markers = {
+        key.removesuffix(SCALED): math.prod(tensor.shape)
+        for key, tensor in tensors.items()
+        if key.rpartition(".")[2] == SCALED
+    }
+    found = {}
+    for key in tensors:
+        name, _, part = key.rpartition(".")
+        weight = tensors.get(f"{name}.weight")
+        own = max((p for p in markers if key.startswith(p)), key=len, default=None)
+        is_stored = weight is not None and weight.dtype.name in FLOAT8
+        if part == "scale_weight" and is_stored and own is not None and markers[own] == 2:
+            found[name] = {"format": weight.dtype.name, "full_precision_matrix_mult": True}
+    return found
 
 
 def _in_metadata(
