@@ -15,11 +15,11 @@ from qdit_jax.calibration import (
     Items,
     Stats,
     TimestepWeights,
-    authors_steps,
     collect_items,
     default_sampler,
     guidance_record,
     own_guidance,
+    qdit_release_steps,
 )
 from qdit_jax.checkpoint import Checkpoint, digest
 from qdit_jax.diffusion import Sampler
@@ -136,11 +136,11 @@ def spread_items(
     return sampled_items(checkpoint, data, {}, progress_fn)
 
 
-def authors_items(
+def qdit_release_items(
     checkpoint: Checkpoint, data: CalibrationData, progress_fn: ProgressFn = untold
 ) -> Items:
     """Returns the items of the Q-DiT release: one step per sample, never the null class."""
-    options = {"choose_fn": authors_steps(data.seed), "null": False}
+    options = {"choose_fn": qdit_release_steps(data.seed), "null": False}
     return sampled_items(checkpoint, data, options, progress_fn)
 
 
