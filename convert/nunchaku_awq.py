@@ -73,9 +73,10 @@ def read(layer: StoredLayer) -> Kernel:
     spec = WeightSpec(4, GROUP, symmetric=False)
     codes = codes_of(layer.read("qweight"))
     if not missing.any():
-        return Kernel(codes, scale, spec, None, zero_point)
+        return Kernel(codes, scale, spec, None, zero_point=zero_point)
     down = np.repeat(np.eye(missing.shape[1], dtype=bfloat16()), GROUP, axis=0)
-    return Kernel(codes, scale, spec, None, zero_point, down=down, up=narrowed(missing.T))
+    up = narrowed(missing.T)
+    return Kernel(codes, scale, spec, None, zero_point=zero_point, down=down, up=up)
 
 
 def whole_zeros(
