@@ -16,7 +16,6 @@ import numpy as np
 from qdit_jax.allocation.asked import AnyObjective, Asked
 from qdit_jax.allocation.budget import Budget, Priced, check_limiting, parse_budget
 from qdit_jax.allocation.cost import CostFn
-from qdit_jax.allocation.evaluate import naming_lost_workers
 from qdit_jax.allocation.fitting import fitted_coordinates
 from qdit_jax.allocation.latency import Latency
 from qdit_jax.allocation.problem import Found, Front, Problem, Strategy

@@ -8,6 +8,7 @@ from qdit_jax.calibration.recording import (
     calibrate,
     conditional_and_null,
     default_sampler,
+    parts_folder,
     trajectory,
 )
 from qdit_jax.calibration.statistics import Stats, check_layer
@@ -33,5 +34,6 @@ __all__ = [
     "item_statistics",
     "layer_inputs",
     "own_guidance",
+    "parts_folder",
     "trajectory",
 ]

@@ -22,6 +22,7 @@ from qdit_jax.cli.options import (
 )
 from qdit_jax.cli.paths import path_option
 from qdit_jax.cli.process import Process, add_process
+from qdit_jax.cli.processes_option import add_processes, share_text
 from qdit_jax.cli.prompts_option import CLIPS, Inputs, add_embeds, add_size
 from qdit_jax.errors import UserError
 from qdit_jax.files import AnyPath
@@ -112,6 +113,7 @@ def add_parser(subparsers: SubParsers) -> None:
         help="pictures per row of the .png, videos per row of a clip",
     )
     add("--force", action="store_true", help="replace OUT if it exists")
+    add_processes(parser)
     parser.set_defaults(run=run, resumes=lambda args: True)
 
 
@@ -137,6 +139,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from qdit_jax.cli.checkpoints import diffusion_checkpoint, with_autoencoder
     from qdit_jax.cli.progress import Bar
     from qdit_jax.evaluation import SampleFile
+    from qdit_jax.processes import ALONE
     from qdit_jax.sampling import guidance_record, guidance_text
 
     inputs = [args.checkpoint, args.vae, args.embeds, args.first_frames]
@@ -165,9 +168,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if (text := process.scheduler_text(checkpoint)) is not None:
         print(text)
     start = time.perf_counter()
+    processes = args.processes or ALONE
     with Bar(count, "sample", "sampling", resumes=True) as bar:
         job.write(
-            args.out, columns=args.columns, force=args.force, fps=args.fps, progress_fn=bar.tell
+            args.out,
+            columns=args.columns,
+            force=args.force,
+            fps=args.fps,
+            progress_fn=bar.tell,
+            processes=processes,
         )
     seconds = time.perf_counter() - start
     settings = {
@@ -179,7 +188,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": dtype_of(checkpoint),
     }
     print(
-        f"{args.out}: {count} samples, {settings['sampler']} {process.steps} steps, "
+        share_text(processes, args.out)
+        or f"{args.out}: {count} samples, {settings['sampler']} {process.steps} steps, "
         f"guidance {guidance_text(job.guidance)}, {settings['precision']} in {settings['dtype']}, {seconds:.1f} s with compilation."
     )
     named = {"prompts" if isinstance(chosen.conditions, Mapping) else "labels": labels_of(job)}

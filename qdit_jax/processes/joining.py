@@ -1,0 +1,91 @@
+"""Joining the other processes of a computation by JAX's coordination service, and leaving them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import jax
+from orbax.checkpoint import multihost
+
+from qdit_jax.errors import UserError
+from qdit_jax.processes.aborting import call_when_aborted
+from qdit_jax.processes.sharing import ALONE, Processes
+from qdit_jax.processes.watch import LOST_AFTER, Watch
+
+LINGERS = 1.0  # seconds that the first process stays after all have left
+
+
+def join(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    distributed: bool = False,
+    *,
+    end_fn: Callable[[str], None],
+) -> Processes:
+    """Returns this process among those that share a computation; `ALONE` if nothing is given.
+
+    Waits until all have joined. To be called before JAX finds its devices.
+
+    Args:
+        coordinator: `HOST:PORT` of process 0; with `num_processes` and `process_id`.
+        distributed: take these three from the environment of the cluster.
+        end_fn: ends this process with a sentence, when another one is lost.
+
+    Raises:
+        UserError: if one of the three is missing, or the others are not found.
+    """
+    given = (coordinator, num_processes, process_id)
+    if not distributed and all(value is None for value in given):
+        return ALONE
+    if not distributed and any(value is None for value in given):
+        raise UserError("--coordinator, --num-processes and --process-id must be given together.")
+    check_id(num_processes, process_id)
+    jax.config.update("jax_enable_recoverability", True)  # else JAX aborts where one is lost
+    try:
+        jax.distributed.initialize(*given, heartbeat_timeout_seconds=LOST_AFTER)
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"the other processes were not found ({reason}); check the coordinator's address, and that "
+            "all processes are started."
+        ) from error
+    if jax.process_count() == 1:
+        return ALONE
+    return current(end_fn)
+
+
+def check_id(num_processes: int | None, process_id: int | None) -> None:
+    """Raises `UserError` if a process has no place among the others."""
+    if num_processes is not None and process_id is not None and process_id >= num_processes:
+        raise UserError(
+            f"--process-id {process_id} is not one of --num-processes {num_processes}; they are numbered "
+            "from 0."
+        )
+
+
+def current(end_fn: Callable[[str], None]) -> Processes:
+    """Returns this process among those that `jax.distributed.initialize` has joined.
+
+    To be called once: a thread then watches the others, and ends this process by `end_fn` where one
+    is lost.
+    """
+    if jax.process_count() == 1:
+        return ALONE
+    index, count = jax.process_index(), jax.process_count()
+    watch = Watch(multihost.get_jax_distributed_client(), index, count, end_fn)
+    if index != 0:
+        call_when_aborted(watch.aborted)
+    return Processes(index, count, watch)
+
+
+def leave(processes: Processes) -> None:
+    """Waits until all processes are done; the first one, which the others need, goes last."""
+    if not isinstance(processes.notes, Watch):
+        return
+    processes.meet("the end")
+    processes.notes.leave()
+    if processes.is_first:
+        time.sleep(LINGERS)
+    jax.distributed.shutdown()
