@@ -148,6 +148,8 @@ def run_with_others(args: argparse.Namespace) -> int:
     def end(text: str) -> None:
         end_process(exit_status(LostWorkerError(text), args))
 
+    if hasattr(args, "check"):  # what can be refused before others are waited for
+        args.check(vars(args))
     with joined(vars(args), end, lambda error: sentence(error, args)[0]) as args.processes:
         if not args.processes.are_several:
             refuse_several_processes("; with --distributed they share the work")

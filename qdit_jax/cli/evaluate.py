@@ -87,7 +87,9 @@ def add_parser(subparsers: SubParsers) -> None:
     )
     add_score_options(parser.add_argument_group("options of both").add_argument)
     add_processes(parser)
-    parser.set_defaults(run=run, resumes=lambda args: args.checkpoint is not None)
+    parser.set_defaults(
+        run=run, check=check_options, resumes=lambda args: args.checkpoint is not None
+    )
 
 
 def add_checkpoint_options(add: AddArgument) -> None:

@@ -88,7 +88,7 @@ def add_parser(subparsers: SubParsers) -> None:
     add_beside(choices.add_argument)
     add_measuring(parser.add_argument_group("how assignments are measured").add_argument)
     add_processes(parser)
-    parser.set_defaults(run=run, resumes=lambda args: True)
+    parser.set_defaults(run=run, check=check_options, resumes=lambda args: True)
 
 
 def add_choices(add: AddArgument) -> None:

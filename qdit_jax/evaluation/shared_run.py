@@ -86,11 +86,13 @@ def begun(
                 f"process {processes.index} was started with other settings than process 0 "
                 f"({'; '.join(differing[:4])}); use the same command for all."
             )
+        processes.meet("all have the same settings")
         return stored
     with unless_unbegun(folder):
         stored = open_fn()
         processes.told("settings", json.dumps(stored))
         check_shared(folder, processes)
+        processes.meet("all have the same settings")
     return stored
 
 

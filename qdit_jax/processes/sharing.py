@@ -101,7 +101,7 @@ class Processes:
 ALONE = Processes()
 
 
-def comes_true(is_so: Callable[[], bool], seconds: float) -> bool:
+def comes_true(is_so: Callable[[], bool], seconds: float | int) -> bool:
     """Returns whether something becomes so within that time."""
     end = time.monotonic() + seconds
     while not is_so():

@@ -11,7 +11,7 @@ from typing import Any
 from qdit_jax.processes.lost import REMEDY, LostWorkerError
 from qdit_jax.processes.sharing import comes_true
 
-LOST_AFTER = 40  # seconds without a sign of life
+LOST_AFTER = 30  # seconds without a sign of life
 PERIOD = 2  # seconds between two signs
 GRACE = 8  # seconds for the main thread to end by itself
 ALIVE, ENDED = "qdit/alive", "qdit/ended"
