@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import numpy as np
@@ -67,9 +67,28 @@ class DeferredArray:
         return np.asarray(self.make()[self.name], dtype)
 
 
+@runtime_checkable
+class Readable(Protocol):
+    """An array on disk, of which parts are read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray: ...
+
+
 def on_device(array: AnyArray) -> jax.Array:
     """Returns `array` as a `jax.Array`; a NumPy array goes onto the default device, uncommitted."""
     return array if isinstance(array, jax.Array) else jax.device_put(array)
+
+
+def placed(array: AnyArray | Readable, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Returns a host's array with that sharding; each device is given its own part alone.
+
+    `array` may also be still on disk: then no more is read than the parts of this process's devices.
+    """
+    shape = tuple(array.shape)
+    return jax.make_array_from_callback(shape, sharding, lambda index: np.asarray(array[index]))
 
 
 def save_arrays(folder: Path, arrays: Params) -> None:

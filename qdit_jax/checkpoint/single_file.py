@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
@@ -18,6 +17,7 @@ from safetensors.numpy import save_file
 
 from qdit_jax.checkpoint import earlier
 from qdit_jax.checkpoint.codec import Placement, abstract_arrays, encode_params
+from qdit_jax.checkpoint.deferred import on_device, placed
 from qdit_jax.checkpoint.description import (
     Checkpoint,
     check_description,
@@ -135,6 +135,18 @@ def checked_parts(description: dict[str, Any], where: str) -> dict[str, Any]:
     return checked
 
 
+class Slices:
+    """An array of a file, of which a process reads the parts that its devices hold."""
+
+    def __init__(self, file: safe_open, name: str) -> None:
+        self.held = file.get_slice(name)
+        self.shape = tuple(self.held.get_shape())
+        self.dtype = self[(slice(0, 0),) * len(self.shape)].dtype
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        return self.held[index]
+
+
 def build(
     path: AnyPath, file: safe_open, description: dict[str, Any], prefix: str, sharding: Placement
 ) -> Checkpoint:
@@ -148,7 +160,9 @@ def build(
     for name, abstract in stored.items():
         if prefix + name not in found:
             raise UserError(f"{path} lacks the array {prefix + name}; export it again.")
-        array = file.get_tensor(prefix + name)
+        place = wanted[name].sharding
+        is_read_whole = place is None or name in changes or abstract.size < 2  # no parts to read
+        array = file.get_tensor(prefix + name) if is_read_whole else Slices(file, prefix + name)
         if array.shape != abstract.shape or array.dtype != abstract.dtype:
             raise UserError(
                 f"{path}: {prefix + name} is {array.dtype} {array.shape}, its metadata says "
@@ -156,7 +170,7 @@ def build(
             )
         if name in changes:
             array = changes[name].apply(array)
-        arrays[name] = jax.device_put(array, wanted[name].sharding)
+        arrays[name] = on_device(array) if place is None else placed(array, place)
     vae = description.get("vae")
     return from_parts(
         path,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import jax
+from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from qdit_jax.errors import UserError
@@ -53,7 +57,23 @@ def join(
         ) from error
     if jax.process_count() == 1:
         return ALONE
-    return current(end_fn)
+    found = current(end_fn)
+    with told_to_stderr():
+        multihost_utils.sync_global_devices("joined")
+    return found
+
+
+@contextmanager
+def told_to_stderr() -> Iterator[None]:
+    """Sends to stderr what libraries below Python print to stdout, where a result may be read."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def check_id(num_processes: int | None, process_id: int | None) -> None:
@@ -65,7 +85,13 @@ def check_id(num_processes: int | None, process_id: int | None) -> None:
         )
 
 
-def current(end_fn: Callable[[str], None]) -> Processes:
+def end(text: str) -> None:
+    """Ends this process at once with a sentence: a normal exit would wait for the lost one."""
+    print(f"qdit: {text}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+def current(end_fn: Callable[[str], None] = end) -> Processes:
     """Returns this process among those that `jax.distributed.initialize` has joined.
 
     To be called once: a thread then watches the others, and ends this process by `end_fn` where one
