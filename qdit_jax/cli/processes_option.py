@@ -26,6 +26,7 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("several processes", HELP).add_argument
     add(
         "--coordinator",
+        type=address,
         metavar="HOST:PORT",
         help="address of process 0, with a port that is free there",
     )
@@ -35,6 +36,14 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
         "--distributed", action="store_true", help="take these three from the cluster's environment"
     )
     parser.set_defaults(processes=None)
+
+
+def address(text: str) -> str:
+    """Returns `HOST:PORT` as it was given; raises argparse's error for anything else."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is no address; use HOST:PORT, 10.0.0.1:9876")
+    return text
 
 
 @contextmanager

@@ -14,7 +14,9 @@ HANDLERS: list[object] = []  # the system's reference to them does not keep them
 
 
 def call_when_aborted(aborted_fn: Callable[[], None]) -> None:
-    """Has the system call a function when this process is aborted; it should end the process.
+    """Has the system call a function when this process is aborted, in place of an earlier one.
+
+    Where it returns, the process ends as it would have.
 
     Python's own `signal` would run it in the main thread, and `abort` does not wait for that.
     """

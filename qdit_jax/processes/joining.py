@@ -15,7 +15,7 @@ from orbax.checkpoint import multihost
 from qdit_jax.errors import UserError
 from qdit_jax.processes.aborting import call_when_aborted
 from qdit_jax.processes.sharing import ALONE, Processes
-from qdit_jax.processes.watch import LOST_AFTER, Watch
+from qdit_jax.processes.watch import LOST_AFTER, Watch, first_line
 
 LINGERS = 1.0  # seconds that the first process stays after all have left
 
@@ -47,14 +47,16 @@ def join(
         raise UserError("--coordinator, --num-processes and --process-id must be given together.")
     check_id(num_processes, process_id)
     jax.config.update("jax_enable_recoverability", True)  # else JAX aborts where one is lost
+    where = "on this cluster" if coordinator is None else f"by --coordinator {coordinator}"
+    absent = (
+        f"the other processes were not found {where}; check that all are started, and its address."
+    )
+    call_when_aborted(lambda: end_fn(absent))  # as JAX does that waits for them in vain
     try:
         jax.distributed.initialize(*given, heartbeat_timeout_seconds=LOST_AFTER)
     except (RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(
-            f"the other processes were not found ({reason}); check the coordinator's address, and that "
-            "all processes are started."
-        ) from error
+        call_when_aborted(lambda: None)
+        raise UserError(f"{absent} JAX says: {first_line(error)}") from error
     if jax.process_count() == 1:
         return ALONE
     found = current(end_fn)
@@ -101,8 +103,7 @@ def current(end_fn: Callable[[str], None] = end) -> Processes:
         return ALONE
     index, count = jax.process_index(), jax.process_count()
     watch = Watch(multihost.get_jax_distributed_client(), index, count, end_fn)
-    if index != 0:
-        call_when_aborted(watch.aborted)
+    call_when_aborted(watch.aborted)
     return Processes(index, count, watch)
 
 

@@ -32,7 +32,8 @@ class Watch:
     def __init__(self, client: Any, index: int, count: int, end_fn: Callable[[str], None]) -> None:
         self.client, self.index, self.count, self.end_fn = client, index, count, end_fn
         self.lost: str | None = None
-        self.has_left = False
+        self.gone: set[int] = set()
+        self.has_left = self.has_ended = False
         self.is_over = threading.Event()
         began = time.monotonic()
         self.signs = {number: ("", began) for number in range(count) if number != index}
@@ -105,6 +106,7 @@ class Watch:
             if (new := alive.get(str(number), "")) != sign:
                 self.signs[number] = (new, now)
             elif now - since > LOST_AFTER:
+                self.gone.add(number)
                 return (
                     f"{self.named(number)} has given no sign of life for {LOST_AFTER} seconds: it was "
                     f"killed, or its host is lost; {REMEDY}"
@@ -115,6 +117,11 @@ class Watch:
         """Ends a process that JAX aborts: by the sentence, or quietly if all was done before."""
         if self.has_left:
             os._exit(0)
+        if self.index == 0:
+            return  # the service is here: JAX has another reason
+        if self.has_ended:
+            time.sleep(GRACE)  # the main thread says why
+            os._exit(2)
         self.end_fn(
             f"JAX has ended this process with the message above, as it does when {self.named(0)} is gone; "
             f"{REMEDY}"
@@ -131,11 +138,13 @@ class Watch:
 
     def end(self, text: str) -> None:
         """Tells the others that this process ends with an error, and lets them read it."""
+        self.has_ended = True
         self.is_over.set()
         try:
             self.set(f"{ENDED}/{self.index}", text)
             if self.index == 0:  # which holds the notes
-                comes_true(lambda: len(self.below(ENDED)) == self.count, GRACE + 2 * PERIOD)
+                others = self.count - len(self.gone)
+                comes_true(lambda: len(self.below(ENDED)) >= others, GRACE + 2 * PERIOD)
         except LostWorkerError:
             pass
 

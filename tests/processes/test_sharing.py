@@ -128,6 +128,7 @@ def test_without_the_coordination_service_process_0_is_gone(quick):
     ("options", "said"),
     [
         (["--coordinator", "localhost:1"], "must be given together"),
+        (["--coordinator", "localhost"], "'localhost' is no address; use HOST:PORT"),
         (
             ["--coordinator", "localhost:1", "--num-processes", "2", "--process-id", "2"],
             "--process-id 2 is not one of --num-processes 2",
