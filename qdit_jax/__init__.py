@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qdit_jax.checkpoint import save as save
     from qdit_jax.checkpoint import save_safetensors as save_safetensors
     from qdit_jax.checkpoint import with_dtype as with_dtype
+    from qdit_jax.checkpoint import with_expanded_weights as with_expanded_weights
     from qdit_jax.diffusion import ddim as ddim
     from qdit_jax.diffusion import ddpm as ddpm
     from qdit_jax.diffusion import flow as flow
@@ -65,6 +66,7 @@ PUBLIC = {
     "checkpoint": (
         *("Checkpoint", "load", "load_safetensors", "save", "save_safetensors"),
         "with_dtype",
+        "with_expanded_weights",
     ),
     "diffusion": ("ddim", "ddpm", "flow", "sample"),
     "errors": ("UserError",),

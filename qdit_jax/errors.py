@@ -6,7 +6,10 @@ import contextlib
 import math
 import operator
 import re
-from typing import SupportsIndex
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, SupportsIndex
 
 
 class UserError(ValueError):
@@ -64,3 +67,22 @@ def check_pattern(name: str, value: object) -> None:
         re.compile(value)
     except re.error as error:
         raise ValueError(f"{name}={value!r} is not a regular expression: {error}.") from error
+
+
+def earlier_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """Returns a `__getattr__` for a module whose names have changed, earlier name -> present name.
+
+    An earlier name gives what the present one gives, and warns.
+    """
+
+    def get(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(
+            f"{module}.{name} is called {names[name]} now; the earlier name goes in the next release.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(sys.modules[module], names[name])
+
+    return get

@@ -40,7 +40,7 @@ def roundings() -> dict[str, object]:
         "gptq": quant.gptq(w, hessian, SPEC),
         "gptq holdout": quant.gptq(w, hessian, SPEC, holdout=hessian),
         "gptq indefinite": quant.gptq(w, indefinite, SPEC),
-        "gptq authors": quant.gptq_authors(w, hessian, WeightSpec(4, 16)),
+        "qdit_release gptq": quant.qdit_release_gptq(w, hessian, WeightSpec(4, 16)),
         "adaround": quant.adaround(w, hessian, SPEC, settings=quant.AdaRoundSettings(num_steps=5)),
     }
 

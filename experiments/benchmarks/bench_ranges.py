@@ -1,4 +1,4 @@
-"""Times the search for clipping ranges on a whole network, and the authors' algorithm beside it.
+"""Times the search for clipping ranges on a whole network, and the Q-DiT release's algorithm beside it.
 
     python experiments/benchmarks/make_random_checkpoint.py dit_xl2.pt && qdit convert dit_xl2.pt xl2
     python experiments/benchmarks/bench_ranges.py xl2
@@ -9,8 +9,8 @@ same weights (skipped where torch is absent). With --torch-seconds too small for
 runs on the first layer of every shape and the rest is extrapolated by weights.
 
 Expected on 2 free cores (2026-11-23; first run, compilation included): min-max 3 s, `mse` 10 s, the
-authors' grid 27 s (16 s for the block linears). With `--layers 'blocks_0/.*'`: the loop in
-torch 46.6 s (92 CPU s), the authors' grid here 1.0 s (1.9) once compiled; 99.9 % of the scales and
+qdit_release grid 27 s (16 s for the block linears). With `--layers 'blocks_0/.*'`: the loop in
+torch 46.6 s (92 CPU s), the qdit_release grid here 1.0 s (1.9) once compiled; 99.9 % of the scales and
 99.9999 % of the codes agree (near ties go either way).
 """
 
@@ -39,7 +39,7 @@ BITS = 4
 RULES = {
     "min-max": qdit.ranges.minmax,
     "mse, 50 ratios": qdit.ranges.mse(),
-    "authors' grid": qdit.ranges.authors_mse,
+    "qdit_release grid": qdit.ranges.qdit_release_mse,
 }
 
 
@@ -67,7 +67,7 @@ def main() -> None:
             print(f"{title:18} {what:14} {first:13.1f} {again:9.1f} {cpu:12.1f}", flush=True)
             found[f"{title}, {what}"] = {"first": first, "again": again, "again_cpu": cpu}
     if find_spec("torch") is None:
-        print("torch is absent: the authors' loop was not run.")
+        print("torch is absent: the release's loop was not run.")
     else:
         found["torch"] = compare_with_torch(kernels, args.torch_seconds)
     if args.out:
@@ -113,11 +113,11 @@ def compare_with_torch(kernels: dict[str, jax.Array], limit: float) -> dict[str,
         times |= {name: timed_in_torch(kernels[name]) for name in rest}
         total, cpu = (sum(column) for column in zip(*times.values(), strict=True))
         how = "measured on every layer"
-    print(f"authors' loop in torch {torch.__version__}: {total:.1f} s, {cpu:.1f} CPU s, {how}")
+    print(f"release's loop in torch {torch.__version__}: {total:.1f} s, {cpu:.1f} CPU s, {how}")
     same_scale, same_codes = [], []
     for name in names:
-        codes, scale = authors_search(torch.from_numpy(np.array(kernels[name].T)))
-        q = quantize(kernels[name], spec_of(qdit.ranges.authors_mse))
+        codes, scale = released_search(torch.from_numpy(np.array(kernels[name].T)))
+        q = quantize(kernels[name], spec_of(qdit.ranges.qdit_release_mse))
         same_scale.append(np.isclose(np.asarray(q.scale).T, scale.numpy(), rtol=1e-6).mean())
         same_codes.append((codes.numpy() == np.asarray(integer_codes(q)).T).mean())
         print(f"  {name}: equal scales {same_scale[-1]:.4%}, equal codes {same_codes[-1]:.4%}")
@@ -131,11 +131,11 @@ def timed_in_torch(kernel: jax.Array) -> tuple[float, float]:
 
     w = torch.from_numpy(np.array(kernel.T))
     began, cpu = time.perf_counter(), time.process_time()
-    authors_search(w)
+    released_search(w)
     return time.perf_counter() - began, time.process_time() - cpu
 
 
-def authors_search(w: Any) -> tuple[Any, Any]:
+def released_search(w: Any) -> tuple[Any, Any]:
     """Returns codes `[N, K]` and scales `[N, G]` of a weight `[N, K]`, group after group.
 
     The rule of Q-DiT (arXiv:2406.17343) as its release applies it: 100 ratios from 1 to 0.901,

@@ -54,7 +54,7 @@ def settings() -> Iterator[Setting]:
         "min-max": ranges.minmax,
         "percentile .999": ranges.percentile(0.999),
         "least squared error": ranges.mse(),
-        "authors' rule": ranges.authors,
+        "qdit_release's rule": ranges.qdit_release,
     }
     for name, rule in rules.items():
         for size in SIZES:

@@ -185,8 +185,8 @@ def compare(args: argparse.Namespace) -> None:
                 num_steps=args.steps,
                 num_batches=args.num_batches if is_default else args.evolution_batches,
                 batch_size=args.batch_size,
+                state=args.out / f"state-{args.bits}-{method}-{key}",
             ),
-            state=args.out / f"state-{args.bits}-{method}-{key}",
             # Symmetric is off for the release's search too: only what it varies is compared.
             space={**bits, "symmetric": False},
         )

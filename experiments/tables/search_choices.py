@@ -131,8 +131,8 @@ def recipes_of(
                 num_calibration=1,
                 num_probes=4,
                 data=data,
+                state=out / f"state-w4a{act_bits}-{budget}-{seed}-{name}",
             ),
-            state=out / f"state-w4a{act_bits}-{budget}-{seed}-{name}",
             progress_fn=lambda event: event.text and print(" ", event.text, flush=True),
         )
         history = result.history

@@ -45,7 +45,9 @@ class Asked:
 
     def settings(self) -> dict[str, Any]:
         """Returns digests of everything that determines the result, by name."""
-        plain = dataclasses.replace(self.rollouts, sampler=None, per_device=1, data=None)
+        plain = dataclasses.replace(
+            self.rollouts, sampler=None, per_device=1, data=None, state=None
+        )
         found = fingerprint(
             strategy=self.strategy,
             budget=self.limit.text,

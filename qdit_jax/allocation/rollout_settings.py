@@ -1,4 +1,4 @@
-"""How a search samples its candidates."""
+"""How a search samples its candidates, and where it keeps what it has measured."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from qdit_jax.allocation.rollouts import Rollout
 from qdit_jax.calibration import default_sampler
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.errors import check_counts
+from qdit_jax.files import PathLike
 from qdit_jax.methods import CalibrationData
 from qdit_jax.sampling import PUBLISHED, Guidance
 from qdit_jax.types import UNSAID, Condition
@@ -17,7 +18,7 @@ from qdit_jax.types import UNSAID, Condition
 
 @dataclasses.dataclass(frozen=True)
 class Rollouts:
-    """How candidates are sampled.
+    """How candidates are sampled, and where what that gave is kept.
 
     Attributes:
         sampler: of the rollouts; `num_steps` of the checkpoint's default one if None.
@@ -31,6 +32,7 @@ class Rollouts:
         shape: of one sample, channels last; the network's own by default. Costs are of that size.
         data: what the transforms and branches of a search's space are fitted to, once at the start,
             as `qdit.quantize(..., method="best", data=data)` fits them afterwards; sampled by default.
+        state: a folder that keeps what was measured and fitted; the same call resumes from it.
     """
 
     sampler: diffusion.Sampler | None = None
@@ -44,6 +46,7 @@ class Rollouts:
     per_device: int = 1
     shape: Sequence[int] | None = dataclasses.field(default=None, metadata=UNSAID)
     data: CalibrationData | None = dataclasses.field(default=None, metadata=UNSAID)
+    state: PathLike | None = dataclasses.field(default=None, metadata=UNSAID)
 
     def __post_init__(self) -> None:
         check_counts(

@@ -67,7 +67,6 @@ def search(
     strategy: str | Strategy = "default",
     space: Space | Mapping[str, Any] | None = None,
     rollouts: Rollouts = ROLLOUTS,
-    state: PathLike | None = None,
     progress_fn: ProgressFn = untold,
 ) -> SearchResult:
     """Returns the allocation with the least error within a budget.
@@ -87,14 +86,14 @@ def search(
             `Evolve(settings)`, or `Cheapest("bytes", within="0.5dB-of-g128")`.
         space: a `Space`, or settings of `search_space` as a dict
             (`{"weight_bits": 3, "sides": "separate"}`).
-        rollouts: how candidates are sampled, and what their transforms are fitted to.
-        state: a folder that keeps what was computed; the same call resumes from it.
+        rollouts: how candidates are sampled, what their transforms are fitted to, and the folder
+            that keeps what was computed, from which the same call resumes.
         progress_fn: told of `text`, the `total` of items, those `done`, and the `best` error.
 
     Raises:
         ValueError: if a setting does not fit, a budget is impossible or limits nothing, or a
             fitness is not a number.
-        UserError: if `state` holds another search; the first setting that differs is named.
+        UserError: if `rollouts.state` holds another search; the first setting that differs is named.
     """
     began = time.perf_counter()
     check_network(checkpoint)
@@ -110,7 +109,7 @@ def search(
     asked = Asked(checkpoint, key, strategy, objective, space, rollouts, limit)
     settings = asked.settings()
     with naming_lost_workers(), contextlib.ExitStack() as stack:
-        store, fit_store = stores(stack, state, settings)
+        store, fit_store = stores(stack, rollouts.state, settings)
         coordinates = fitted_coordinates(
             checkpoint, space, rollouts.data, store=fit_store, progress_fn=progress_fn
         )

@@ -25,7 +25,6 @@ from qdit_jax.allocation.schedule_error import ROLLOUTS, AnyLevel, ScheduleError
 from qdit_jax.allocation.step_candidates import EXCHANGED, Schedule, candidates, neighbors
 from qdit_jax.checkpoint import Checkpoint, fingerprint
 from qdit_jax.errors import check_counts
-from qdit_jax.files import PathLike
 from qdit_jax.recipes import OverTime
 from qdit_jax.types import Key, Progress, ProgressFn, untold
 
@@ -96,7 +95,6 @@ def choose_steps(
     rollouts: Rollouts = ROLLOUTS,
     num_neighbors: int = 4,
     num_rounds: int = 3,
-    state: PathLike | None = None,
     progress_fn: ProgressFn = untold,
 ) -> ChosenSteps:
     """Returns the schedule of activation bits with the least measured error within a budget.
@@ -112,18 +110,18 @@ def choose_steps(
         mean_bits: at most so many bits of activations on average over the steps. With levels of
             `low` and `high` bits, a share `s` of low steps is `high - s * (high - low)`.
         act_bits: the levels; None are the checkpoint's own bits, 16 is no quantizer.
-        rollouts: sampler and samples, one batch by default.
+        rollouts: sampler and samples, one batch by default, and the folder that keeps what was
+            measured, from which the same call resumes.
         num_neighbors: of a schedule, two steps exchanged, to measure; those of the least sums.
         num_rounds: how often at most neighbors of the best measured schedule are measured.
-        state: a folder that keeps what was measured; the same call resumes from it.
-        progress_fn: told of every rollout `done`, read from `state` or run, and of their `total`, each
+        progress_fn: told of every rollout `done`, read from `rollouts.state` or run, and of their `total`, each
             time that it is known better.
 
     Raises:
         ValueError: if there are fewer than two levels, no activation is quantized or one cannot
             have these bits, the checkpoint's weights change over time, the budget is below the
             fewest bits, or samples are not finite.
-        UserError: if `state` holds another search; the first setting that differs is named.
+        UserError: if `rollouts.state` holds another search; the first setting that differs is named.
     """
     check_counts(0, num_neighbors=num_neighbors, num_rounds=num_rounds)
     error_fn = schedule_error(checkpoint, key, act_bits=act_bits, rollouts=rollouts)
@@ -142,7 +140,8 @@ def choose_steps(
         num_rounds=num_rounds,
     )
     with contextlib.ExitStack() as stack:
-        store = None if state is None else stack.enter_context(Store(state, settings))
+        folder = rollouts.state
+        store = None if folder is None else stack.enter_context(Store(folder, settings))
         measure = Measure(error_fn, Journal(store), progress_fn)
         errors = step_errors(measure)
         first = candidates(errors, costs, float(mean_bits), num_neighbors)

@@ -39,6 +39,8 @@ def measured_timestep_weights(
     Raises:
         ValueError: as `quantize_params`, or if no kernel is quantized or samples are not finite.
     """
+    if rollouts.state is not None:
+        raise ValueError("rollouts.state has no effect: weights of timesteps are not resumed.")
     has_acts = any(spec.act for spec in recipe.resolve(checkpoint.params).values())
     full: Level = (16, 16 if has_acts else None)
     weight_bits, act_bits = zip(full, (None, None), strict=True)

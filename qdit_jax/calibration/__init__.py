@@ -2,7 +2,7 @@
 
 from qdit_jax.calibration.hessians import empty_hessians, input_hessians
 from qdit_jax.calibration.item_statistics import item_statistics
-from qdit_jax.calibration.items import Items, authors_steps, check_items, collect_items
+from qdit_jax.calibration.items import Items, check_items, collect_items, qdit_release_steps
 from qdit_jax.calibration.layer_inputs import LayerInputs, layer_inputs
 from qdit_jax.calibration.recording import (
     calibrate,
@@ -13,6 +13,7 @@ from qdit_jax.calibration.recording import (
 )
 from qdit_jax.calibration.statistics import Stats, check_layer
 from qdit_jax.calibration.timestep_weights import TimestepWeights
+from qdit_jax.errors import earlier_names
 from qdit_jax.sampling import PUBLISHED, guidance_record, own_guidance
 
 __all__ = [
@@ -21,7 +22,6 @@ __all__ = [
     "LayerInputs",
     "Stats",
     "TimestepWeights",
-    "authors_steps",
     "calibrate",
     "check_items",
     "check_layer",
@@ -35,5 +35,8 @@ __all__ = [
     "layer_inputs",
     "own_guidance",
     "parts_folder",
+    "qdit_release_steps",
     "trajectory",
 ]
+
+__getattr__ = earlier_names(__name__, {"authors_steps": "qdit_release_steps"})

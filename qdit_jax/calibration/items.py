@@ -134,7 +134,7 @@ def spread_steps(num_items: int = 4) -> ChooseFn:
     return choose
 
 
-def authors_steps(seed: int) -> ChooseFn:
+def qdit_release_steps(seed: int) -> ChooseFn:
     """Returns the choice of the Q-DiT release: one step per sample, no step twice in a batch.
 
     One NumPy `RandomState(seed)` is used for all batches, one after another.
@@ -174,7 +174,7 @@ def collect_items(
     """Returns items of the full-precision sampler's trajectories, `num_samples` of them.
 
     Each chosen step makes an item with the sample's condition and, with `null` and where the network
-    has a null condition, one with that. The release's collection is `choose_fn=authors_steps(seed)` with
+    has a null condition, one with that. The release's collection is `choose_fn=qdit_release_steps(seed)` with
     `null=False`: it never sees the null class.
 
     Args:

@@ -12,7 +12,7 @@ from qdit_jax.checkpoint.description import Checkpoint, num_bytes
 from qdit_jax.checkpoint.fingerprint import digest, fingerprint, first_difference
 from qdit_jax.checkpoint.folder import read_description, split_over
 from qdit_jax.checkpoint.lazy import materialized, open_checkpoint
-from qdit_jax.checkpoint.running import default_dtype, dtype_of, with_dtype
+from qdit_jax.checkpoint.running import default_dtype, dtype_of, with_dtype, with_expanded_weights
 from qdit_jax.checkpoint.single_file import exported_parts, load_safetensors, save_safetensors
 
 __all__ = [
@@ -38,4 +38,5 @@ __all__ = [
     "split_fields",
     "split_over",
     "with_dtype",
+    "with_expanded_weights",
 ]

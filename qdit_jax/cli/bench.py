@@ -110,6 +110,11 @@ def add_measuring(add: AddArgument) -> None:
         help="who computes quantized layers, such as xla or xla_cpu (each that can)",
     )
     add_embeds(add)
+    add(
+        "--expand",
+        action="store_true",
+        help="of a quantized CKPT: also with its weights unpacked when they are loaded, see qdit sample",
+    )
     add("--repeats", type=whole_number(2), default=21, help="rounds of turns (%(default)s)")
     add("--seed", type=seed_number, default=0, help="seed of the noise (%(default)s)")
 
@@ -142,7 +147,7 @@ CHOICES: dict[str, Any] = {
 def check_options(options: Mapping[str, Any]) -> None:
     """Raises `UserError` for an option that has no effect beside the others."""
     if options["dry_run"]:
-        inert = {"out": None, "force": False, "against": None, "table": False}
+        inert = {"out": None, "force": False, "against": None, "table": False, "expand": False}
         refuse_inert(options, inert, "--dry-run writes nothing")
         of_embeds = {"embeds": None, "prompts_from": None}
         refuse_inert(options, of_embeds, "--dry-run runs nothing")
@@ -161,6 +166,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     if options["out"] is None:
         raise UserError("--table needs OUT, the folder to write latency.json to.")
     inert = {"recipes": None, "group_size": None, "against": None, "implementation": None}
+    inert |= {"expand": False}
     refuse_inert(options, inert, "--table times layers, not recipes")
     for name in ("batch", "numerics"):
         if len(options[name] or ()) > 1:

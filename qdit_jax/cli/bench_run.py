@@ -167,6 +167,7 @@ def timed(options: Mapping[str, Any], folder: AnyPath | None) -> Bench:
             numerics=options["numerics"] or NUMERICS,
             implementations=options["implementation"] or (),
             guidance=guidance_of(checkpoint, options["guidance"]),
+            expand=options["expand"],
             num_rounds=options["repeats"],
             seed=options["seed"],
             conditions=conditions,

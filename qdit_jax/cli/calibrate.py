@@ -13,6 +13,7 @@ from qdit_jax.cli.options import (
     count,
     pattern,
     positive_int,
+    present_source,
     seed_number,
     verb_parser,
 )
@@ -41,7 +42,7 @@ examples:
 
 --collect writes inputs of the network instead of statistics, for methods that calibrate on them
 (GPTQ, AdaRound). `spread` takes 4 steps of every trajectory, with its label and with the null
-class; `authors` takes one step of each, without the null class, as Q-DiT's published code does.
+class; `qdit-release` takes one step of each, without the null class, as Q-DiT's published code does.
 """
 
 
@@ -76,7 +77,8 @@ def add_parser(subparsers: SubParsers) -> None:
     )
     parser.add_argument(
         "--collect",
-        choices=("spread", "authors"),
+        choices=("spread", "qdit-release"),
+        type=present_source,
         help="write inputs of the network, not statistics",
     )
     add_dtype(parser.add_argument)
@@ -176,10 +178,10 @@ def write_items(
 ) -> dict[str, Any]:
     """Writes inputs of the network to `out`, chosen as `--collect` says, resuming a stopped run."""
     from qdit_jax.cli.progress import Bar
-    from qdit_jax.methods import authors_items, spread_items
+    from qdit_jax.methods import qdit_release_items, spread_items
 
     count, unfinished = settings.num_samples, out.with_suffix(".unfinished.parts")
-    collect_fn = authors_items if choice == "authors" else spread_items
+    collect_fn = qdit_release_items if choice == "qdit-release" else spread_items
     with Bar(count, "sample", "collecting", resuming(processes, unfinished)) as bar:
         items = collect_fn(
             checkpoint, settings, bar.tell, unfinished=unfinished, processes=processes

@@ -36,6 +36,17 @@ def add_dtype(add: AddArgument) -> None:
     )
 
 
+def add_expand(add: AddArgument) -> None:
+    """Adds `--expand` by `add`, a parser's or group's `add_argument`."""
+    add(
+        "--expand",
+        choices=("per-call", "load"),
+        default="per-call",
+        help="where weights of 2 to 6 bits become bytes: in every product, or once when they are loaded, "
+        "for a shorter step and more memory (%(default)s)",
+    )
+
+
 class EarlierName(argparse.Action):
     """Stores the value and says what the option is called now; removed in the next release."""
 

@@ -6,6 +6,7 @@ import argparse
 import math
 import platform
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -44,6 +45,18 @@ def one_process_text(given: str, remedy: str = "") -> str:
         f"{given}: only calibrate, search, sample and evaluate share their work among processes{remedy}; "
         "start any other verb on one host, all of whose devices it uses."
     )
+
+
+def present_source(text: str) -> str:
+    """Returns a value of an option with `qdit-release` for its earlier name, `authors`, and says so.
+
+    The earlier name goes in the next release.
+    """
+    if not text.startswith("authors"):
+        return text
+    present = text.replace("authors", "qdit-release", 1)
+    print(f"qdit: note: {text} is called {present} now.", file=sys.stderr)
+    return present
 
 
 class VersionAction(argparse.Action):

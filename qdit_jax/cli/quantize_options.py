@@ -16,6 +16,7 @@ from qdit_jax.cli.options import (
     count,
     pattern,
     positive_int,
+    present_source,
     refuse_inert,
     seed_number,
     share,
@@ -24,14 +25,22 @@ from qdit_jax.cli.paths import path_option
 from qdit_jax.cli.prompts_option import Inputs, add_embeds, add_size
 from qdit_jax.errors import UserError
 from qdit_jax.files import AnyPath, as_path
-from qdit_jax.methods import METHODS, method_named
+from qdit_jax.methods import METHODS, method_named, present_name
 
 if TYPE_CHECKING:
     from qdit_jax.checkpoint import Checkpoint
 
 SHIFTED_GELU_HELP = "unsigned codes for the inputs of fc2, after GELU"
 STAGES = ("block", "layer")
-RANGES = ("minmax", "absmax", "percentile:P", "mse", "authors", "authors-mse", "authors-gptq")
+RANGES = (
+    "minmax",
+    "absmax",
+    "percentile:P",
+    "mse",
+    "qdit-release",
+    "qdit-release-mse",
+    "qdit-release-gptq",
+)
 ACT_MODES = ("dynamic", "static", "static-per-timestep")
 # Parts of a network that have an option of their own.
 PARTS = ("adaln", "embedders", "final", "attention")
@@ -118,6 +127,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--method",
         choices=METHODS,
+        type=present_name,
         default="rtn",
         help="how weights are quantized; `qdit methods` describes them (default rtn)",
     )
@@ -125,7 +135,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         "--rounding",
         dest="method",
         choices=METHODS,
-        type=lambda name: ROUNDINGS.get(name, name),
+        type=lambda name: ROUNDINGS.get(name, present_name(name)),
         default=argparse.SUPPRESS,
         help=argparse.SUPPRESS,
     )
@@ -228,7 +238,7 @@ def range_named(text: str) -> Any:
     """Returns the range rule that `--range` names; raises `UserError` if it is unknown."""
     import qdit_jax as qdit
 
-    name, _, number = text.partition(":")
+    name, _, number = present_source(text).replace("_", "-").partition(":")
     named = {rule.partition(":")[0]: rule for rule in RANGES}
     if name not in named or bool(number) != (":" in named[name]):
         raise UserError(

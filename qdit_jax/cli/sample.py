@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qdit_jax.cli.first_frames_option import add_first_frames, first_frames_of
-from qdit_jax.cli.numerics_option import add_dtype, add_numerics
+from qdit_jax.cli.numerics_option import add_dtype, add_expand, add_numerics
 from qdit_jax.cli.options import (
     LARGEST_COUNT,
     AddArgument,
@@ -106,6 +106,7 @@ def add_parser(subparsers: SubParsers) -> None:
         "(%(default)s)",
     )
     add_dtype(add)
+    add_expand(add)
     add("--vae", type=path_option, help="a converted autoencoder, for checkpoints without one")
     add(
         "--columns",
@@ -135,7 +136,7 @@ def add_conditions(add: AddArgument) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Samples, decodes and writes; prints and returns what was written and how long it took."""
-    from qdit_jax.checkpoint import dtype_of
+    from qdit_jax.checkpoint import dtype_of, with_expanded_weights
     from qdit_jax.cli.checkpoints import diffusion_checkpoint, with_autoencoder
     from qdit_jax.cli.progress import Bar
     from qdit_jax.evaluation import SampleFile
@@ -146,6 +147,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_output(args.out, args.columns, args.force, inputs)
     process = Process.of(vars(args))
     checkpoint = with_autoencoder(diffusion_checkpoint(args.checkpoint, args.dtype), args.vae)
+    if args.expand == "load":
+        checkpoint = with_expanded_weights(checkpoint)
     chosen = conditions_of(vars(args), checkpoint)
     job = SampleFile(
         checkpoint,

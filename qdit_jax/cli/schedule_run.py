@@ -68,6 +68,7 @@ def found_schedule(
         guidance=guidance_of(checkpoint, guidance),
         num_batches=num_batches,
         batch_size=batch_size,
+        state=folder / "steps",
         **Inputs.of(options, checkpoint, source).settings,
     )
     with Bar(0, "rollout", "measuring") as bar:
@@ -77,7 +78,6 @@ def found_schedule(
             mean_bits=mean_bits,
             act_bits=act_bits,
             rollouts=rollouts,
-            state=folder / "steps",
             progress_fn=bar.tell,
         )
     return chosen, schedule_act_bits(checkpoint, chosen.over_time)

@@ -110,8 +110,9 @@ class Job:
                 objective=self.objective_fn(),
                 strategy=self.strategy,
                 space=self.space,
-                rollouts=dataclasses.replace(self.rollouts, data=self.data()),
-                state=folder / "state",
+                rollouts=dataclasses.replace(
+                    self.rollouts, data=self.data(), state=folder / "state"
+                ),
                 progress_fn=bar.tell,
             )
         finally:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from qdit_jax.methods.table import METHODS, method_named
+from qdit_jax.errors import earlier_names
+from qdit_jax.methods.table import METHODS, method_named, present_name
 
 if TYPE_CHECKING:
     from qdit_jax.methods.api import quantize
     from qdit_jax.methods.choice_fits import FittedChoice, fitted_choices
-    from qdit_jax.methods.data import CalibrationData, authors_items, spread_items
+    from qdit_jax.methods.data import CalibrationData, qdit_release_items, spread_items
     from qdit_jax.methods.fitting import fit_rounding
     from qdit_jax.methods.folds import fold_inputs, producers
     from qdit_jax.methods.method import Method
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 # File -> what it has for other rooms.
 LAZY = {
     "api": ("quantize",),
-    "data": ("CalibrationData", "authors_items", "spread_items"),
+    "data": ("CalibrationData", "qdit_release_items", "spread_items"),
     "choice_fits": ("FittedChoice", "fitted_choices"),
     "fitting": ("fit_rounding",),
     "folds": ("fold_inputs", "producers"),
@@ -41,13 +42,14 @@ __all__ = [
     "LayerReport",
     "Method",
     "Report",
-    "authors_items",
     "fit_rounding",
     "fitted_choices",
     "fold_inputs",
     "method_named",
     "missing_for",
+    "present_name",
     "producers",
+    "qdit_release_items",
     "quantize",
     "spread_items",
 ]
@@ -56,5 +58,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Returns a public name, imported from its file now."""
     if name not in FILE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return earlier_names(__name__, {"authors_items": "qdit_release_items"})(name)
     return getattr(import_module(f"{__name__}.{FILE_OF[name]}"), name)

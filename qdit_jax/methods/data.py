@@ -15,11 +15,11 @@ from qdit_jax.calibration import (
     Items,
     Stats,
     TimestepWeights,
-    authors_steps,
     collect_items,
     default_sampler,
     guidance_record,
     own_guidance,
+    qdit_release_steps,
 )
 from qdit_jax.checkpoint import Checkpoint, digest
 from qdit_jax.diffusion import Sampler
@@ -142,7 +142,7 @@ def spread_items(
     return sampled_items(checkpoint, data, shared, progress_fn)
 
 
-def authors_items(
+def qdit_release_items(
     checkpoint: Checkpoint,
     data: CalibrationData,
     progress_fn: ProgressFn = untold,
@@ -152,7 +152,7 @@ def authors_items(
 
     `shared` are `unfinished` and `processes` of `collect_items`.
     """
-    options = {"choose_fn": authors_steps(data.seed), "null": False, **shared}
+    options = {"choose_fn": qdit_release_steps(data.seed), "null": False, **shared}
     return sampled_items(checkpoint, data, options, progress_fn)
 
 

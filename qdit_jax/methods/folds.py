@@ -53,8 +53,8 @@ def fold_inputs(params: Any, *, scale: Vectors | None = None, shift: Vectors | N
         sources = producers(path, family)
         assert family is not None  # else there would be no producers
         readers = [layer for layer in layers_of(flat) if made_by(layer, family) == sources]
-        made = [f"{source.layer}/{source.weight}" for source in sources]
-        for name in (*(f"{reader}/kernel" for reader in readers), *made):
+        producing = [f"{source.layer}/{source.weight}" for source in sources]
+        for name in (*(f"{reader}/kernel" for reader in readers), *producing):
             check_foldable(flat, path, name)
         s, z = shared_map(path, readers, scale, shift, flat[f"{path}/kernel"].shape[0])
         if s is None:

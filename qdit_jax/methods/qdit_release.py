@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from qdit_jax.methods.data import CalibrationData, authors_items
+from qdit_jax.methods.data import CalibrationData, qdit_release_items
 from qdit_jax.methods.fitting import fit_rounding, refuse_levels
 from qdit_jax.methods.method import Method
-from qdit_jax.ptq import by_block_authors
-from qdit_jax.quant import gptq_authors, ranges
+from qdit_jax.ptq import by_block_qdit_release
+from qdit_jax.quant import qdit_release_gptq, ranges
 from qdit_jax.recipes import LayerSpec
 
 
@@ -25,7 +25,7 @@ def check(specs: Mapping[str, LayerSpec], data: CalibrationData) -> None:
     if data.stages is not None:
         raise ValueError(
             f"stages={data.stages!r}: method 'qdit_release' has the release's own stages; leave "
-            "stages (--stages) out, or use another method such as gptq_authors."
+            "stages (--stages) out, or use another method such as qdit_release_gptq."
         )
 
 
@@ -33,11 +33,13 @@ METHOD = Method(
     name="qdit_release",
     paper="Q-DiT: Accurate Post-Training Quantization for Diffusion Transformers, arXiv:2406.17343 "
     "(the released code)",
-    idea="Does what the authors' released code does: its ranges, its GPTQ block by block, and its "
+    idea="Does what the Q-DiT release does: its ranges, its GPTQ block by block, and its "
     "calibration inputs, without a held-out check.",
     runtime_cost="Minimum and maximum of every group of each token's channels, before each product.",
     check=check,
-    needs={"items": authors_items},
-    apply=partial(fit_rounding, round_fn=gptq_authors, stages_fn=by_block_authors, holdout=0.0),
-    settings={"range_fn": ranges.authors_gptq, "act_range_fn": ranges.authors},
+    needs={"items": qdit_release_items},
+    apply=partial(
+        fit_rounding, round_fn=qdit_release_gptq, stages_fn=by_block_qdit_release, holdout=0.0
+    ),
+    settings={"range_fn": ranges.qdit_release_gptq, "act_range_fn": ranges.qdit_release},
 )

@@ -20,7 +20,7 @@ METHODS = (
     "best",
     "qdit",
     "qdit_release",
-    "gptq_authors",
+    "qdit_release_gptq",
     "ptq4dm",
     "repq_vit",
     "tfmq_dm",
@@ -38,8 +38,29 @@ METHODS = (
 )
 
 
+# What methods were called in earlier versions, or are called elsewhere.
+ALIASES = {
+    "gptq_authors": "qdit_release_gptq",
+    "q_dit": "qdit",
+    "q_dit_release": "qdit_release",
+    "repqvit": "repq_vit",
+    "viditq": "vidit_q",
+}
+
+
+def present_name(name: str) -> str:
+    """Returns a method's name in `METHODS` for how people write it: `SVDQuant`, `vidit-q`.
+
+    A name that means none of them comes back as it is.
+    """
+    plain = name.lower().replace("-", "_")
+    plain = ALIASES.get(plain, plain)
+    return plain if plain in METHODS else name
+
+
 def method_named(name: str) -> Method:
     """Returns a method of the table; raises `ValueError` for a name that it lacks."""
+    name = present_name(name)
     if name not in METHODS:
         raise ValueError(
             f"method={name!r} is not known; use one of {', '.join(METHODS)} (`qdit methods` "

@@ -1,5 +1,6 @@
 """Post-training quantization: the transform of a parameter tree into a quantized one."""
 
+from qdit_jax.errors import earlier_names
 from qdit_jax.ptq.block_learning import ReconstructionSettings
 from qdit_jax.ptq.over_time import (
     check_one_weight_format,
@@ -15,7 +16,7 @@ from qdit_jax.ptq.sequential import (
     RoundedLayer,
     RoundFn,
     by_block,
-    by_block_authors,
+    by_block_qdit_release,
     by_layer,
     quantize_in_order,
 )
@@ -42,7 +43,7 @@ __all__ = [
     "act_quantizer",
     "as_matrix",
     "by_block",
-    "by_block_authors",
+    "by_block_qdit_release",
     "by_layer",
     "check_one_weight_format",
     "check_rounding_only",
@@ -67,3 +68,5 @@ __all__ = [
     "units_of",
     "weight_name",
 ]
+
+__getattr__ = earlier_names(__name__, {"by_block_authors": "by_block_qdit_release"})

@@ -59,8 +59,8 @@ def round_params(
 
     Args:
         items: from `collect_items`.
-        round_fn: `quant.gptq`, `quant.gptq_authors`, `quant.adaround`, or any like them.
-        stages_fn: `ptq.by_block`, `by_layer` or, as the Q-DiT release, `by_block_authors`.
+        round_fn: `quant.gptq`, `quant.qdit_release_gptq`, `quant.adaround`, or any like them.
+        stages_fn: `ptq.by_block`, `by_layer` or, as the Q-DiT release, `by_block_qdit_release`.
         holdout: the share of trajectories on whose items a layer's output error is compared with
             that of rounding to nearest, which is kept where it is better; 0 for no check.
         stats: calibration statistics, for static activation scales only.

@@ -187,12 +187,12 @@ def by_block(paths: Sequence[str], family: Family) -> list[list[str]]:
     """
     early = [path for path in paths if family.part_of(path) == family.rounded_first]
     others = [path for path in paths if path not in early]
-    groups = by_block_authors(others, family)
+    groups = by_block_qdit_release(others, family)
     first = next((i for i, group in enumerate(groups) if family.block_of(group[0])), 0)
     return [stage for stage in (*groups[:first], early, *groups[first:]) if stage]
 
 
-def by_block_authors(paths: Sequence[str], family: Family) -> list[list[str]]:
+def by_block_qdit_release(paths: Sequence[str], family: Family) -> list[list[str]]:
     """Returns the stages of the Q-DiT release: every block with its adaLN."""
 
     def room(path: str) -> str:

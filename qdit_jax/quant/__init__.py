@@ -1,5 +1,6 @@
 """One array: specs, ranges, packed codes, `QTensor`, and the quantizers of weights and inputs."""
 
+from qdit_jax.errors import earlier_names
 from qdit_jax.quant import adaptive_rounding, formats, packing, ranges
 from qdit_jax.quant.act import (
     ActQuant,
@@ -15,8 +16,9 @@ from qdit_jax.quant.act import (
 from qdit_jax.quant.adaptive_rounding import AdaRoundSettings, adaround
 from qdit_jax.quant.branches import true_after
 from qdit_jax.quant.division import rounded_quotients
+from qdit_jax.quant.expanding import EXPAND, expanded, expanded_params
 from qdit_jax.quant.finite import GREATEST_WEIGHT, check_finite
-from qdit_jax.quant.gptq_rounding import accumulate_hessian, gptq, gptq_authors, output_error
+from qdit_jax.quant.gptq_rounding import accumulate_hessian, gptq, output_error, qdit_release_gptq
 from qdit_jax.quant.groups import effective_group_size, map_groups, num_groups
 from qdit_jax.quant.hadamard import regular_size, whole_size
 from qdit_jax.quant.input_maps import InputMap, LowRank, Rotation
@@ -56,6 +58,7 @@ quantize_array = quantize
 
 
 __all__ = [
+    "EXPAND",
     "GREATEST_WEIGHT",
     "LEAVES",
     "OVER_TIME",
@@ -85,13 +88,14 @@ __all__ = [
     "effective_group_size",
     "entry_name",
     "expand_to_channels",
+    "expanded",
+    "expanded_params",
     "fake_quantize",
     "fake_quantize_kernel_traced",
     "fake_quantize_traced",
     "formats",
     "from_codes",
     "gptq",
-    "gptq_authors",
     "grid_of_limits",
     "group_extremes",
     "integer_codes",
@@ -105,6 +109,7 @@ __all__ = [
     "output_error",
     "packed_nbytes",
     "packing",
+    "qdit_release_gptq",
     "quantize",
     "quantize_array",
     "ranges",
@@ -127,3 +132,5 @@ __all__ = [
     "with_leaf",
     "with_weight_bits",
 ]
+
+__getattr__ = earlier_names(__name__, {"gptq_authors": "qdit_release_gptq"})

@@ -134,10 +134,10 @@ def nan_unless_finite(grid: QTensor, hessian: Num[Array, "K K"]) -> QTensor:
     return dataclasses.replace(grid, scale=jnp.where(sound, grid.scale, jnp.nan))
 
 
-def gptq_authors(
+def qdit_release_gptq(
     w: Numbers, hessian: Numbers, spec: WeightSpec, *, damping: float = 0.01
 ) -> QTensor:
-    """Returns `w` rounded as the Q-DiT release's GPTQ does; pass `range_fn=ranges.authors_gptq`.
+    """Returns `w` rounded as the Q-DiT release's GPTQ does; pass `range_fn=ranges.qdit_release_gptq`.
 
     Channels are visited in order. A group's grid is taken from the running weights when its
     first channel is reached, but those are refreshed every 128 channels only, so a group that
@@ -155,11 +155,11 @@ def gptq_authors(
         raise ValueError(
             "scale_levels=2 is not in the release, whose GPTQ this is; use gptq, or scale_levels=1."
         )
-    return _gptq_authors(w, hessian, damping, spec=spec)
+    return _qdit_release_gptq(w, hessian, damping, spec=spec)
 
 
 @partial(jax.jit, static_argnames="spec")
-def _gptq_authors(
+def _qdit_release_gptq(
     w: Float[Array, "K N"],
     hessian: Num[Array, "K K"],
     damping: Float[Array, ""] | float,

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qdit_jax.errors import earlier_names
 from qdit_jax.quant import grid_search
 from qdit_jax.quant.division import quotient_by_number
 
@@ -183,7 +184,7 @@ class Mse(RangeRule):
 
 
 @dataclasses.dataclass(frozen=True)
-class Authors(RangeRule):
+class QDiTRelease(RangeRule):
     """The min-max rule of the Q-DiT release, to the bit.
 
     The interval is not widened to contain 0, the scale has a floor, and the zero point is
@@ -191,7 +192,7 @@ class Authors(RangeRule):
     Source: Q-DiT (arXiv:2406.17343), the released quantizer's "max" method.
     """
 
-    name: ClassVar[str] = "authors"
+    name: ClassVar[str] = "qdit_release"
     clip: float = 1.0
 
     def __post_init__(self) -> None:
@@ -211,25 +212,25 @@ class Authors(RangeRule):
 
 
 @dataclasses.dataclass(frozen=True)
-class AuthorsMse(Mse):
+class QDiTReleaseMse(Mse):
     """The "mse" method of the Q-DiT release: 100 ratios from 1 to 0.901, mean |error|**2.4."""
 
-    name: ClassVar[str] = "authors_mse"
+    name: ClassVar[str] = "qdit_release_mse"
     num_points: int = 100
     max_shrink: float = 0.1
     norm: float = 2.4
 
     def widest(self) -> RangeRule:
         """See `Mse`."""
-        return Authors()
+        return QDiTRelease()
 
     def scale(self, low: Values, high: Values, bits: int, symmetric: bool) -> Values:
-        """See `Authors`."""
-        return Authors().scale(low, high, bits, symmetric)
+        """See `QDiTRelease`."""
+        return QDiTRelease().scale(low, high, bits, symmetric)
 
 
 @dataclasses.dataclass(frozen=True)
-class AuthorsGptq(RangeRule):
+class QDiTReleaseGptq(RangeRule):
     """The grid of the release's GPTQ, with its floor for empty groups and its symmetric scale.
 
     0 is inside the interval; an all-zero group covers [-1, 1]; a symmetric group spans
@@ -237,7 +238,7 @@ class AuthorsGptq(RangeRule):
     `[0, max]`, whose upper half the codes then cannot reach.
     """
 
-    name: ClassVar[str] = "authors_gptq"
+    name: ClassVar[str] = "qdit_release_gptq"
     clip: float = 1.0
 
     def __post_init__(self) -> None:
@@ -259,9 +260,9 @@ class AuthorsGptq(RangeRule):
 
 minmax = MinMax()
 absmax = AbsMax()
-authors = Authors()
-authors_mse = AuthorsMse()
-authors_gptq = AuthorsGptq()
+qdit_release = QDiTRelease()
+qdit_release_mse = QDiTReleaseMse()
+qdit_release_gptq = QDiTReleaseGptq()
 
 
 def percentile(p: float = 0.999) -> Percentile:
@@ -275,8 +276,17 @@ def mse(num_points: int = 50, max_shrink: float = 0.5, norm: float = 2.0) -> Mse
 
 
 _RULES = {
-    rule.name: rule for rule in (MinMax, AbsMax, Percentile, Mse, Authors, AuthorsMse, AuthorsGptq)
+    rule.name: rule
+    for rule in (MinMax, AbsMax, Percentile, Mse, QDiTRelease, QDiTReleaseMse, QDiTReleaseGptq)
 }
+
+# Names of rules in recipes, and in this module, of earlier versions.
+_EARLIER = {
+    "authors": "qdit_release",
+    "authors_mse": "qdit_release_mse",
+    "authors_gptq": "qdit_release_gptq",
+}
+__getattr__ = earlier_names(__name__, _EARLIER)
 
 
 def from_json(data: str | dict[str, Any]) -> RangeRule:
@@ -287,6 +297,7 @@ def from_json(data: str | dict[str, Any]) -> RangeRule:
     """
     settings = {"name": data} if isinstance(data, str) else dict(data)
     name = settings.pop("name", None)
+    name = _EARLIER.get(str(name), name)
     if name not in _RULES:
         raise ValueError(f"unknown range rule {name!r}; known rules: {', '.join(sorted(_RULES))}.")
     return _RULES[name]()(**settings)

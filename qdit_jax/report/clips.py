@@ -6,6 +6,7 @@ Videos are `[N, T, H, W, C]` in `[-1, 1]`, C = 1 (gray) or 3 (RGB), or already u
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -113,6 +114,8 @@ def write_mp4(
         macro_block_size=1,
         output_params=["-metadata", f"comment={GENERATOR}"],
     )
-    with writer:
+    with warnings.catch_warnings(), writer:
+        # JAX warns of every fork; this one starts ffmpeg and runs nothing of this process.
+        warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
         for picture in pictures:
             writer.append_data(np.asarray(picture)[:height, :width])

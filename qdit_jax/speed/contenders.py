@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from qdit_jax.checkpoint import Checkpoint, default_dtype, digest, with_dtype
+from qdit_jax.checkpoint import Checkpoint, default_dtype, digest, with_dtype, with_expanded_weights
 from qdit_jax.errors import UserError
 from qdit_jax.kernels import (
     IMPLEMENTATIONS,
@@ -96,6 +96,8 @@ def contenders_of(
     recipes: Iterable[Recipe],
     against: Checkpoint | None = None,
     dtype: str | None = None,
+    *,
+    expand: bool = False,
 ) -> list[Contender]:
     """Returns the network in full precision first, in each dtype, then rounded by each recipe.
 
@@ -104,9 +106,10 @@ def contenders_of(
 
     Args:
         dtype: in place of the platform's own.
+        expand: a quantized checkpoint comes once more, with its weights unpacked.
 
     Raises:
-        UserError: if recipes are given for a quantized checkpoint.
+        UserError: if recipes are given for a quantized checkpoint, or `expand` for full precision.
     """
     recipes, dtype = list(recipes), dtype or default_dtype()
     rows = rows_per_sample(checkpoint.model)
@@ -116,6 +119,8 @@ def contenders_of(
                 "against: the checkpoint is in full precision itself; leave it out, or bench a "
                 "quantized checkpoint."
             )
+        if expand:
+            raise UserError("expand: only the weights of a quantized checkpoint can be unpacked.")
         own = with_dtype(checkpoint, dtype)
         return [
             *in_full_precision(checkpoint, dtype, rows),
@@ -126,15 +131,18 @@ def contenders_of(
             f"the checkpoint is quantized already ({checkpoint.recipe.name}) and is benched as it "
             f"is; leave recipes={recipes[0].name} out, or give the full-precision checkpoint."
         )
-    ours = as_it_is(checkpoint.recipe.name, with_dtype(checkpoint, dtype), rows)
+    ours = [as_it_is(checkpoint.recipe.name, with_dtype(checkpoint, dtype), rows)]
+    if expand:
+        other = with_expanded_weights(with_dtype(checkpoint, dtype))
+        ours.append(as_it_is(f"{checkpoint.recipe.name}, expanded", other, rows))
     if against is None:
-        return [ours]
+        return ours
     if against.recipe is not None or type(against.model) is not type(checkpoint.model):
         raise UserError(
             "against: not the full-precision checkpoint of the same network; give the one that the "
             "checkpoint was made from."
         )
-    return [*in_full_precision(against, dtype, rows), ours]
+    return [*in_full_precision(against, dtype, rows), *ours]
 
 
 def in_full_precision(checkpoint: Checkpoint, own: str, rows: Mapping[str, int]) -> list[Contender]:

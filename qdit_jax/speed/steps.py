@@ -148,6 +148,7 @@ def bench(
     numerics: Sequence[str] = NUMERICS,
     implementations: Sequence[str] = (),
     guidance: Guidance | None = PUBLISHED,
+    expand: bool = False,
     num_rounds: int = NUM_ROUNDS,
     seed: int = 0,
     conditions: Condition = None,
@@ -173,6 +174,7 @@ def bench(
         group_size: of recipes that do not name one; by default the preset's own.
         numerics, implementations: which are timed, of those that apply; no implementation is all.
         guidance: the network's own by default; 1 or None calls it once, without the null condition.
+        expand: of a quantized checkpoint, also time it with its weights unpacked when it was loaded.
         num_rounds: how often each is timed.
         seed: of the noise.
         conditions: labels or prompts that samples take in turn; by default every class, or random prompts.
@@ -192,7 +194,7 @@ def bench(
     if recipes is None:
         recipes = () if ours.recipe is not None else RECIPES
     wanted = [r if isinstance(r, Recipe) else recipe_named(r, group_size) for r in recipes]
-    entrants = contenders_of(ours, wanted, full)
+    entrants = contenders_of(ours, wanted, full, expand=expand)
     guidance = fitting_guidance(ours.model, guidance)
     settings = settings_of(entrants, guidance, num_rounds, check_seed(seed), conditions)
     jobs = list(jobs_of(entrants, batches, numerics, implementations, guidance))

@@ -82,7 +82,7 @@ def test_it_goes_on_from_the_best_measured(checkpoint, chosen):
 
 
 def test_a_stopped_search_goes_on_where_it_was(checkpoint, chosen, tmp_path, monkeypatch):
-    given = {"mean_bits": 9.5, "rollouts": ROLLOUTS, "state": tmp_path / "state"}
+    given = {"mean_bits": 9.5, "rollouts": dataclasses.replace(ROLLOUTS, state=tmp_path / "state")}
     calls = []
     original = ScheduleError.__call__
 

@@ -159,8 +159,15 @@ def test_a_map_of_many_choices_shows_those_that_are_taken():
 
 def test_a_fitness_that_is_no_number_loses_nothing(checkpoint, tmp_path):
     settings = EvolutionSettings(4, 2, 2, 2, 2)
-    options = {"strategy": Evolve(settings), "rollouts": Rollouts(num_steps=2, num_batches=1)}
-    space = {"space": {"group_sizes": (8, 16, 32)}, "budget": "bitops=1.0x-g16"}
+    strategy = Evolve(settings)
+    first, other = (
+        Rollouts(num_steps=2, num_batches=1, state=tmp_path / name) for name in ("a", "b")
+    )
+    space = {
+        "strategy": strategy,
+        "space": {"group_sizes": (8, 16, 32)},
+        "budget": "bitops=1.0x-g16",
+    }
     CALLS.clear()
 
     def fn(params, key):
@@ -172,11 +179,11 @@ def test_a_fitness_that_is_no_number_loses_nothing(checkpoint, tmp_path):
         return jax.numpy.where(value > 0, jax.numpy.nan, value)
 
     key = jax.random.key(4)
-    whole = search(checkpoint, key, objective=fn, state=tmp_path / "a", **options, **space)
+    whole = search(checkpoint, key, objective=fn, rollouts=first, **space)
     assert len(CALLS) == 1  # traced once for the whole search
     with pytest.raises(BadFitnessError, match="nan"):
-        search(checkpoint, key, objective=broken, state=tmp_path / "b", **options, **space)
-    again = search(checkpoint, key, objective=fn, state=tmp_path / "a", **options, **space)
+        search(checkpoint, key, objective=broken, rollouts=other, **space)
+    again = search(checkpoint, key, objective=fn, rollouts=first, **space)
     assert again.history["measured"] == whole.history["measured"]
     assert again.recipe == whole.recipe
 
@@ -188,10 +195,12 @@ def test_the_default_search_beats_the_uniform_recipe_and_resumes(checkpoint, tmp
         "budget": "bitops=1.0x-g16",
         "space": {"group_sizes": (8, 16, 32, 64)},
         "strategy": Allocate(settings),
-        "rollouts": Rollouts(num_steps=3, num_batches=3, batch_size=4, num_calibration=1),
+        "rollouts": Rollouts(
+            num_steps=3, num_batches=3, batch_size=4, num_calibration=1, state=tmp_path / "state"
+        ),
     }
-    found = search(checkpoint, jax.random.key(0), state=tmp_path / "state", **options)
-    again = search(checkpoint, jax.random.key(0), state=tmp_path / "state", **options)
+    found = search(checkpoint, jax.random.key(0), **options)
+    again = search(checkpoint, jax.random.key(0), **options)
     assert again.assignment.tolist() == found.assignment.tolist()
     assert again.history["report"] == found.history["report"]
     last = found.history["report"]["finalists"][-1]["fitness"]

@@ -264,14 +264,19 @@ def test_a_search_over_all_choices_finds_a_recipe_that_best_makes(case, tmp_path
             "act_bits": 4,
         },
         "rollouts": search.Rollouts(
-            num_steps=2, num_batches=2, batch_size=4, guidance=None, data=data
+            num_steps=2,
+            num_batches=2,
+            batch_size=4,
+            guidance=None,
+            data=data,
+            state=tmp_path / "state",
         ),
         "strategy": search.Allocate(
             search.AllocationSettings(num_gate=3, num_rounds=1, num_estimates=1)
         ),
     }
     run = lambda: qdit.search(  # noqa: E731
-        checkpoint, jax.random.key(1), state=tmp_path / "state", progress_fn=told.tell, **settings
+        checkpoint, jax.random.key(1), progress_fn=told.tell, **settings
     )
     result = run()
     recipe = qdit.Recipe.from_json(result.recipe.to_json())
@@ -303,4 +308,4 @@ def test_a_search_over_all_choices_finds_a_recipe_that_best_makes(case, tmp_path
     rollouts = dataclasses.replace(settings["rollouts"], data=other_data)
     other = {**settings, "rollouts": rollouts}
     with pytest.raises(qdit.UserError, match="data was"):
-        qdit.search(checkpoint, jax.random.key(1), state=tmp_path / "state", **other)
+        qdit.search(checkpoint, jax.random.key(1), **other)

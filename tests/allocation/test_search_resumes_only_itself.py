@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from search_models import small_model
+from told import Told
 
 import qdit_jax as qdit
 from qdit_jax.allocation import EvolutionSettings, Evolve, Priced, Rollouts, search
@@ -95,7 +96,8 @@ def state(tmp_path_factory):
 def run(folder, **changes):
     settings = {**base(), **changes}
     checkpoint, key = settings.pop("checkpoint"), settings.pop("key")
-    return search(checkpoint, key, state=folder, **settings)
+    rollouts = dataclasses.replace(settings.pop("rollouts"), state=folder)
+    return search(checkpoint, key, rollouts=rollouts, **settings)
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -105,7 +107,7 @@ def test_another_search_is_refused(state, name):
 
 
 def test_the_same_search_and_another_number_of_devices_go_on(state):
-    measured = []
-    again = run(state, rollouts=dataclasses.replace(ROLLOUTS, per_device=2))
-    assert not measured
+    told = Told()
+    again = run(state, rollouts=dataclasses.replace(ROLLOUTS, per_device=2), progress_fn=told.tell)
+    assert not told.counts  # nothing was measured again
     assert again.history["measured"] == run(state).history["measured"]

@@ -13,7 +13,7 @@ from told import Told
 
 import qdit_convert
 import qdit_jax as qdit
-from qdit_jax.calibration import authors_steps, calibrate, collect_items, trajectory
+from qdit_jax.calibration import calibrate, collect_items, qdit_release_steps, trajectory
 from qdit_jax.calibration.items import spread_steps, trajectory_items
 from qdit_jax.models import build_model
 from qdit_jax.sampling import denoiser
@@ -171,7 +171,7 @@ def test_the_authors_collection_equals_the_recorded_one(golden):
         jnp.asarray(recorded["y"], jnp.int32),
         None,
         index,
-        authors_steps(int(recorded["numpy_seed"])),
+        qdit_release_steps(int(recorded["numpy_seed"])),
     )
     expected = np.moveaxis(recorded["calib_x"], 1, -1)
     np.testing.assert_allclose(items.x, expected, rtol=1e-4, atol=1e-4)
@@ -196,7 +196,7 @@ def test_chosen_steps_cover_the_trajectory():
     assert all(len(set(row)) == 4 for row in steps)
     assert spread_steps(9)(np.arange(2), 3).shape == (2, 3)
     with pytest.raises(ValueError, match="use batch_size=3 or less"):
-        authors_steps(0)(np.arange(4), 3)
+        qdit_release_steps(0)(np.arange(4), 3)
 
 
 def last_value_changed(checkpoint):

@@ -53,7 +53,7 @@ def test_gptq_prints_held_out_errors_and_writes_the_checkpoint(folder, capsys):
 def test_collected_inputs_serve_several_roundings(folder, capsys):
     items, model = str(folder / "items.npz"), str(folder / "model")
     few = ["--num-samples", "4", "--steps", "3"]
-    assert main(["calibrate", model, items, "--collect", "authors", *few]) == 0
+    assert main(["calibrate", model, items, "--collect", "qdit-release", *few]) == 0
     assert "4 inputs of 4 trajectories" in capsys.readouterr().out
     options = ["--recipe", "w4a16", "--layers", "final_layer/linear", "--group-size", "16"]
     assert quantize(folder, *options, "--rounding", "gptq", "--items", items) == 0
@@ -73,8 +73,8 @@ def test_other_roundings_write_a_checkpoint(folder, rounding, capsys):
     if rounding == "gptq-authors":
         assert "nothing was held out" in printed
         assert "note: 64 inputs for the 128 channels of blocks_0/mlp/fc2" in printed
-        assert weight.range_fn == ranges.authors_gptq
-        assert out.recipe.rules[0].spec.act.range_fn == ranges.authors
+        assert weight.range_fn == ranges.qdit_release_gptq
+        assert out.recipe.rules[0].spec.act.range_fn == ranges.qdit_release
     else:
         assert weight.range_fn == ranges.minmax
     assert isinstance(out.params["blocks_0"]["adaLN_modulation"]["kernel"], QTensor)
@@ -160,9 +160,9 @@ def test_methods_are_listed_in_words_and_as_json(capsys):
     ("options", "method", "ranges_used"),
     [
         (["--rounding", "nearest"], "rtn", ("minmax", "minmax")),
-        (["--rounding", "gptq-authors"], "qdit_release", ("authors_gptq", "authors")),
+        (["--rounding", "gptq-authors"], "qdit_release", ("qdit_release_gptq", "qdit_release")),
         (["--method", "qdit_release", "--range", "mse"], "qdit_release", ("mse", "minmax")),
-        (["--method", "gptq_authors"], "gptq_authors", ("authors_gptq", "minmax")),
+        (["--method", "qdit_release_gptq"], "qdit_release_gptq", ("qdit_release_gptq", "minmax")),
         ([], "rtn", ("minmax", "minmax")),
     ],
 )

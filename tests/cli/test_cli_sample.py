@@ -54,6 +54,14 @@ def test_a_grid_of_gray_pictures(folders, tmp_path, capsys):
     assert printed.err == ""  # no bar where there is no terminal
 
 
+def test_weights_unpacked_at_the_start_give_the_same_samples(folders, tmp_path):
+    for expand in ("per-call", "load"):
+        options = ("--labels", "0-2", "--steps", 2, "--expand", expand)
+        run(folders / "weights", *options, "--out", tmp_path / f"{expand}.npz")
+    packed, unpacked = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("per-call", "load"))
+    np.testing.assert_array_equal(unpacked, packed)
+
+
 def test_an_archive_of_decoded_latents(folders, tmp_path):
     out = tmp_path / "samples.npz"
     options = ("--num-samples", 3, "--batch-size", 2, "--steps", 3, "--vae", folders / "vae")
@@ -108,6 +116,7 @@ def test_labels_are_numbers_and_ranges_repeated_as_needed():
         ("gray", ("--columns", "2", "--out", "x.npz"), "--columns 2 has no effect: an .npz"),
         ("gray", ("--guidance-channels", "99"), "guidance_channels=99 is more than the 1 channels"),
         ("gray", ("--guidance", "1", "--guidance-channels", "1"), "--guidance 1 guides none"),
+        ("gray", ("--expand", "load"), "expand='load' has no effect: .* full precision"),
         ("gray", ("--numerics", "integer"), "no effect on this checkpoint: nothing is quantized"),
         ("gray", ("--vae", "{base}/vae"), "latents of 4 channels and the model has 1"),
         ("latents", ("--vae", "{base}/gray"), "is not an autoencoder but a DiT"),

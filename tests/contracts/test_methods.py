@@ -201,8 +201,8 @@ def test_a_preset_gets_the_settings_of_the_method(name):
     assert set(method.settings) <= set(inspect.signature(preset_spec).parameters)
     (spec,) = {rule.spec for rule in method.preset("w4a8", checkpoint().params).rules}
     wanted = {
-        "gptq_authors": (128, 128, ranges.authors_gptq, ranges.minmax, "dynamic"),
-        "qdit_release": (128, 128, ranges.authors_gptq, ranges.authors, "dynamic"),
+        "qdit_release_gptq": (128, 128, ranges.qdit_release_gptq, ranges.minmax, "dynamic"),
+        "qdit_release": (128, 128, ranges.qdit_release_gptq, ranges.qdit_release, "dynamic"),
         "best": (128, 128, ranges.minmax, ranges.minmax, "dynamic"),
         "ptq4dm": (0, 0, ranges.mse(), ranges.mse(), "static"),
         "g4w_p4a": (128, 0, ranges.minmax, ranges.mse(), "static"),

@@ -97,7 +97,8 @@ def test_quantized_loops_match_recorded_runs(golden, network, bits, run):
     recorded = np.load(golden("diffusion_loops_quant.npz"))
     model, params = network
     spec = LayerSpec(
-        WeightSpec(bits, 32, range_fn=ranges.authors), ActSpec(8, 32, range_fn=ranges.authors)
+        WeightSpec(bits, 32, range_fn=ranges.qdit_release),
+        ActSpec(8, 32, range_fn=ranges.qdit_release),
     )
     params = quantize_params(
         params, recipe=Recipe((Rule(r"blocks_\d+/(attn/qkv|attn/proj|mlp/fc1|mlp/fc2)", spec),))

@@ -52,7 +52,7 @@ def test_a_method_rounds_to_levels_and_integers_compute_them(name):
     np.testing.assert_allclose(output(small.params, "integer"), simulated, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["gptq_authors", "qdit_release"])
+@pytest.mark.parametrize("name", ["qdit_release_gptq", "qdit_release"])
 def test_the_release_knows_no_levels(name):
     with pytest.raises(ValueError, match=r"blocks_0/.* has two levels of scales, which the Q-DiT"):
         qdit.quantize(checkpoint(), name, recipe_for(name))

@@ -16,7 +16,7 @@ import qdit_jax as qdit
 from qdit_jax.calibration import collect_items, parts_folder
 from qdit_jax.errors import UserError
 from qdit_jax.evaluation import SampleFile, locked
-from qdit_jax.methods import CalibrationData, authors_items, spread_items
+from qdit_jax.methods import CalibrationData, qdit_release_items, spread_items
 from qdit_jax.processes import LostWorkerError
 from qdit_jax.types import untold
 
@@ -208,7 +208,7 @@ def test_processes_that_calibrate_otherwise_are_refused(full, tmp_path):
     )
 
 
-@pytest.mark.parametrize("collect_fn", [spread_items, authors_items])
+@pytest.mark.parametrize("collect_fn", [spread_items, qdit_release_items])
 def test_two_processes_collect_as_one(full, tmp_path, collect_fn):
     data = CalibrationData(num_samples=7, num_steps=4, batch_size=2, seed=3)
 

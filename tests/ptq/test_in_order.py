@@ -20,7 +20,7 @@ from qdit_jax.diffusion import ddim
 from qdit_jax.models import FAMILIES, build_model, family_of, layers_in_order, seen_inputs
 from qdit_jax.ptq import (
     by_block,
-    by_block_authors,
+    by_block_qdit_release,
     by_layer,
     quantize_in_order,
     quantize_params,
@@ -62,8 +62,8 @@ def authors_network(golden):
     with np.load(golden("dit_A_q_w4a8_gptq_g32.npz")) as file:
         data = dict(file)
     args = json.loads(str(data["args"]))
-    weight = WeightSpec(args["wbits"], 32, args["w_sym"], ranges.authors_gptq)
-    act = ActSpec(args["abits"], 32, args["a_sym"], ranges.authors)
+    weight = WeightSpec(args["wbits"], 32, args["w_sym"], ranges.qdit_release_gptq)
+    act = ActSpec(args["abits"], 32, args["a_sym"], ranges.qdit_release)
     recipe = Recipe(
         (
             Rule("part:blocks", LayerSpec(weight, act)),
@@ -112,8 +112,8 @@ def rounded_behind_recorded(golden, jitter=0.0, seed=0):
         params,
         recipe=recipe,
         hessians_fn=hessians_fn,
-        round_fn=quant.gptq_authors,
-        stages=by_block_authors(layer_paths(params), FAMILIES["dit"]),
+        round_fn=quant.qdit_release_gptq,
+        stages=by_block_qdit_release(layer_paths(params), FAMILIES["dit"]),
         on_layer=lambda layer: layers.__setitem__(layer.path, layer),
     )
     return layers, hessians, data
@@ -154,8 +154,8 @@ def test_gptq_of_a_network_ends_where_the_authors_does(golden):
         params,
         golden_items(data),
         recipe=recipe,
-        round_fn=quant.gptq_authors,
-        stages_fn=by_block_authors,
+        round_fn=quant.qdit_release_gptq,
+        stages_fn=by_block_qdit_release,
         holdout=0,
         batch_size=4,
     )
@@ -297,7 +297,7 @@ def test_stages_follow_the_network():
     assert [len(stage) for stage in stages] == [1, 2, 3, 4, 4, 1]
     assert stages[3] == [f"blocks_0/{n}" for n in ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2")]
     assert {path for stage in by_layer(paths, family) for path in stage} == set(paths)
-    assert [len(stage) for stage in by_block_authors(paths, family)] == [1, 2, 5, 5, 2]
+    assert [len(stage) for stage in by_block_qdit_release(paths, family)] == [1, 2, 5, 5, 2]
 
 
 def test_kernels_of_one_shape_are_rounded_as_if_alone():

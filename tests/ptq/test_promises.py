@@ -59,7 +59,9 @@ def test_integers_promise_the_noise_of_uniform_rounding():
 
 def test_a_layer_that_lost_itself_is_described():
     w = W * np.float32(1e-8)
-    q = quantize(w, WeightSpec(8, 32, range_fn=ranges.authors))  # whose range has a floor of 1e-5
+    q = quantize(
+        w, WeightSpec(8, 32, range_fn=ranges.qdit_release)
+    )  # whose range has a floor of 1e-5
     warning = precision_warning(precision_of(w, q), q)
     assert "dB where 8 bits promise 4" in warning
     w = W * np.float32(1e-37)  # whose steps float32 does not hold

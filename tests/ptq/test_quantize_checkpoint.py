@@ -30,7 +30,7 @@ SPECS = {
     "symmetric, 3 bits": WeightSpec(3, 0, symmetric=True, scale_dtype="bfloat16"),
     "channel groups": WeightSpec(5, 20, channel_group=2, scale_dtype="float16"),
     "mse": WeightSpec(4, 32, range_fn=ranges.mse(num_points=9)),
-    "authors' mse": WeightSpec(4, 32, range_fn=ranges.authors_mse(num_points=9)),
+    "qdit_release mse": WeightSpec(4, 32, range_fn=ranges.qdit_release_mse(num_points=9)),
     "percentile": WeightSpec(6, 16, range_fn=ranges.percentile(0.9)),
     "two levels": WeightSpec(4, 32, scale_levels=2),
     "two levels, channel groups": WeightSpec(5, 20, scale_levels=2, channel_group=2),

@@ -56,7 +56,7 @@ def load(golden, case):
 def authors_recipe(data, depth, case):
     """Returns the recipe that the authors' arguments describe, one rule a layer."""
     args = json.loads(str(data["args"]))
-    method = ranges.authors if args["quant_method"] == "max" else ranges.authors_mse
+    method = ranges.qdit_release if args["quant_method"] == "max" else ranges.qdit_release_mse
     candidate = data.get("candidate")
     rules = []
     for i in range(depth):
@@ -70,12 +70,12 @@ def authors_recipe(data, depth, case):
                 args["abits"],
                 act_size,
                 args["a_sym"],
-                ranges.authors,
+                ranges.qdit_release,
                 mode="static" if args["static"] else "dynamic",
             )
             rules.append(Rule(f"blocks_{i}/{linear.replace('.', '/')}", LayerSpec(weight, act)))
         if args["quantize_bmm_input"]:
-            operand = ActSpec(args["abits"], 0, False, ranges.authors)
+            operand = ActSpec(args["abits"], 0, False, ranges.qdit_release)
             rules.append(Rule(rf"blocks_{i}/attn/[qkv]", LayerSpec(None, operand)))
     return Recipe(tuple(rules))
 

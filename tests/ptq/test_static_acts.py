@@ -36,7 +36,7 @@ def statistics(**changes) -> Stats:
     return Stats(**settings)
 
 
-RULES = [ranges.minmax, ranges.mse(), ranges.percentile(0.95), ranges.authors_mse]
+RULES = [ranges.minmax, ranges.mse(), ranges.percentile(0.95), ranges.qdit_release_mse]
 KINDS = [{}, {"symmetric": True}, {"symmetric": True, "unsigned": True, "shift": 0.1701}]
 
 

@@ -85,7 +85,7 @@ def test_dynamic_equals_the_release_s(golden):
         kind, bits, group, clip = case.split("_")
         if int(bits[1:]) == 6 or int(group[1:]) >= 128:  # the rest adds nothing new
             continue
-        rule = ranges.authors(clip=float(clip[1:]))
+        rule = ranges.qdit_release(clip=float(clip[1:]))
         spec = ActSpec(int(bits[1:]), int(group[1:]), kind == "sym", rule)
         np.testing.assert_array_equal(fake_quantize(x, spec), reference[f"deq__{case}"])
         scale, zero_point = jax.jit(lambda x, spec=spec: dynamic_grid(x, spec))(x)
@@ -105,7 +105,7 @@ def test_static_scales_equal_the_release_s(golden):
                 new_low, new_high = group_extremes(batch, group_size)
                 low = decay * low + np.float32(0.1) * new_low
                 high = decay * high + np.float32(0.1) * new_high
-            spec = ActSpec(bits, group_size, range_fn=ranges.authors, mode="static")
+            spec = ActSpec(bits, group_size, range_fn=ranges.qdit_release, mode="static")
             quant = static_act_quant(low, high, spec)
             scale, zero_point = reference[f"{layer}__{case}"]
             np.testing.assert_array_equal(quant.scale, scale.ravel())
@@ -158,7 +158,7 @@ def test_errors_say_what_is_missing():
 
 
 @pytest.mark.parametrize(
-    ("rule", "symmetric"), [(ranges.minmax, False), (ranges.authors(clip=0.9), True)]
+    ("rule", "symmetric"), [(ranges.minmax, False), (ranges.qdit_release(clip=0.9), True)]
 )
 def test_a_traced_group_size_is_the_static_one_to_the_bit(rule, symmetric):
     sizes = (32, 64, 128, 0, 96)

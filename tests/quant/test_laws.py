@@ -36,9 +36,9 @@ SPECS = {
     "w4 percentile": WeightSpec(4, 32, range_fn=ranges.percentile(0.95)),
     "w4 mse": WeightSpec(4, 32, range_fn=ranges.mse()),
     "w3 mse symmetric": WeightSpec(3, 32, symmetric=True, range_fn=ranges.mse(20, 0.6, 2.4)),
-    "w4 authors": WeightSpec(4, 32, range_fn=ranges.authors),
-    "w4 authors mse": WeightSpec(4, 32, symmetric=True, range_fn=ranges.authors_mse),
-    "w4 authors gptq": WeightSpec(4, 32, range_fn=ranges.authors_gptq),
+    "w4 qdit_release": WeightSpec(4, 32, range_fn=ranges.qdit_release),
+    "w4 qdit_release mse": WeightSpec(4, 32, symmetric=True, range_fn=ranges.qdit_release_mse),
+    "w4 qdit_release gptq": WeightSpec(4, 32, range_fn=ranges.qdit_release_gptq),
     **{name: WeightSpec(fmt=fmt, group_size=32) for name, fmt in formats.FORMATS.items()},
     "w4 levels": WeightSpec(4, 32, scale_levels=2),
     "w2 levels": WeightSpec(2, 33, scale_levels=2),
@@ -138,7 +138,7 @@ def test_zero_stays_zero(name):
     w = hard_kernel()
     w[::7] = 0
     restored = np.asarray(dequantize(quantize(w, SPECS[name])))
-    assert (restored[w == 0] == 0).all() or "authors" in name or name in WITHOUT_ZERO
+    assert (restored[w == 0] == 0).all() or "qdit_release" in name or name in WITHOUT_ZERO
 
 
 @pytest.mark.parametrize("name", ["w4", "w3 mse symmetric", "nvfp4"])

@@ -16,10 +16,10 @@ from qdit_jax.quant import (
     fake_quantize_kernel_traced,
     formats,
     gptq,
-    gptq_authors,
     integer_codes,
     level_rows,
     output_error,
+    qdit_release_gptq,
     quantize,
     ranges,
 )
@@ -263,6 +263,6 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="not to the format 'lut4'"):
         gptq(w, hessian, LUT4)
     with pytest.raises(ValueError, match="scale_levels=2 is not in the release"):
-        gptq_authors(w, hessian, SPECS["4 bits"])
+        qdit_release_gptq(w, hessian, SPECS["4 bits"])
     with pytest.raises(ValueError, match="'scale_levels=2' has no form with a traced group size"):
         fake_quantize_kernel_traced(w, SPECS["4 bits"], 0, (32, 64))

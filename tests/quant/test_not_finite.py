@@ -20,9 +20,9 @@ from qdit_jax.quant import (
     fake_quantize_traced,
     formats,
     gptq,
-    gptq_authors,
     group_extremes,
     output_error,
+    qdit_release_gptq,
     quantize,
     ranges,
     static_act_quant,
@@ -41,7 +41,7 @@ ACTS = {
     "shifted": ActSpec(4, 32, **SHIFTED),
     "mse": ActSpec(8, 32, range_fn=ranges.mse(3)),
     "percentile": ActSpec(8, 0, range_fn=ranges.percentile(0.9)),
-    "authors": ActSpec(8, 32, range_fn=ranges.authors),
+    "qdit_release": ActSpec(8, 32, range_fn=ranges.qdit_release),
     "static": static_act_quant(*group_extremes(X, 32), STATIC),
     "static shifted": static_act_quant(
         *group_extremes(X, 0), ActSpec(8, 0, mode="static", **SHIFTED)
@@ -150,7 +150,7 @@ def hessian() -> np.ndarray:
 
 ROUNDINGS = {
     "gptq": gptq,
-    "authors": gptq_authors,
+    "qdit_release": qdit_release_gptq,
     "adaround": lambda w, h, s: adaround(w, h, s, settings=AdaRoundSettings(num_steps=30)),
 }
 

@@ -81,7 +81,7 @@ def test_power_is_close_and_harmless_at_zero(exponent):
 
 @pytest.mark.parametrize("exponent", [1.5, 2.4, 3.0])
 def test_a_root_polynomial_is_close_up_to_its_limit(exponent):
-    limit = grid_search.greatest_error(ranges.authors_mse, 4)
+    limit = grid_search.greatest_error(ranges.qdit_release_mse, 4)
     fit = powers.root_polynomial(exponent, limit)
     x = np.random.default_rng(0).uniform(0, limit, 4000).astype(np.float32)
     x[:3] = 0, 1e-9, limit
@@ -94,31 +94,31 @@ def test_a_power_without_a_near_polynomial_has_none():
     assert powers.root_polynomial(0.3, 3.0) is None
 
 
-def test_the_authors_grid_is_searched_right_for_groups_far_off_zero():
+def test_the_released_grid_is_searched_right_for_groups_far_off_zero():
     w = np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32)
     w[:, 1] += 50  # the whole group lies off the grid, which begins at 0
     w[:, 2] -= 9
     w[0, 3] *= 40
     w[:, 4] = 2.5
-    found = np.asarray(dequantize(quantize(w, WeightSpec(4, 32, range_fn=ranges.authors_mse))))
+    found = np.asarray(dequantize(quantize(w, WeightSpec(4, 32, range_fn=ranges.qdit_release_mse))))
     for column, chosen in zip(w.T.astype(np.float64), found.T, strict=True):
-        scores = [authors_score(column, r) for r in grid_search.grid_of(ranges.authors_mse)]
+        scores = [released_score(column, r) for r in grid_search.grid_of(ranges.qdit_release_mse)]
         error = (np.abs(chosen - column) ** 2.4).sum()
         np.testing.assert_allclose(error, min(scores), rtol=1e-4, atol=1e-9)
 
 
-def authors_score(w, ratio):
+def released_score(w, ratio):
     low, high = w.min() * ratio, w.max() * ratio
     scale = max(high - low, 1e-5) / 15
     zero = np.clip(np.round(-low / scale), 0, 15)
     return (np.abs((np.clip(np.round(w / scale) + zero, 0, 15) - zero) * scale - w) ** 2.4).sum()
 
 
-def test_the_authors_rule_loses_groups_away_from_zero_and_ours_does_not():
+def test_the_released_rule_loses_groups_away_from_zero_and_ours_does_not():
     w = 5 + np.random.default_rng(0).random((32, 1), np.float32)
-    authors = dequantize(quantize(w, WeightSpec(4, 32, range_fn=ranges.authors)))
+    released = dequantize(quantize(w, WeightSpec(4, 32, range_fn=ranges.qdit_release)))
     ours = dequantize(quantize(w, WeightSpec(4, 32)))
-    assert float(jnp.abs(authors - 1).max()) < 0.05
+    assert float(jnp.abs(released - 1).max()) < 0.05
     assert float(jnp.abs(ours - w).max()) < 0.21
 
 

@@ -15,9 +15,9 @@ from qdit_jax.quant import (
     dequantize,
     formats,
     gptq,
-    gptq_authors,
     integer_codes,
     output_error,
+    qdit_release_gptq,
     quantize,
     ranges,
 )
@@ -43,7 +43,7 @@ def hessian_of(x):
 def parse(case):
     parts = case.removeprefix("dead_").split("_")
     settings = {part[:2] if part[:2] == "pd" else part[0]: part for part in parts[1:]}
-    rule = ranges.authors_gptq(clip=float(settings["c"][1:]) if "c" in settings else 1.0)
+    rule = ranges.qdit_release_gptq(clip=float(settings["c"][1:]) if "c" in settings else 1.0)
     group_size = max(int(settings["g"][1:]), 0)
     spec = WeightSpec(int(settings["b"][1:]), group_size, parts[0] == "sym", rule)
     return spec, float(settings["pd"][2:]) if "pd" in settings else 0.01
@@ -53,7 +53,7 @@ def check_release_case(reference, case):
     spec, damping = parse(case)
     prefix = "dead_" if case.startswith("dead_") else ""
     w, x = reference[f"{prefix}W"].T, reference[f"{prefix}X"].reshape(-1, 384)
-    q = gptq_authors(w, 2 / 8 * hessian_of(x), spec, damping=damping)
+    q = qdit_release_gptq(w, 2 / 8 * hessian_of(x), spec, damping=damping)
     flips = np.mean(reference[f"code__{case}"] != np.asarray(integer_codes(q)).T)
     assert flips <= 0.0025
     scale = reference[f"scale__{case}"].reshape(q.scale.T.shape)
@@ -67,12 +67,12 @@ FAST = ("sym_b3_g64", "asym_b4_g96", "dead_sym_b4_g-1")
 
 
 @pytest.mark.parametrize("case", FAST)
-def test_gptq_authors_gives_the_release_s_codes(golden, case):
+def test_qdit_release_gptq_gives_the_release_s_codes(golden, case):
     assert check_release_case(np.load(golden("gptq_linear.npz")), case) == 0
 
 
 @pytest.mark.slow
-def test_gptq_authors_gives_every_case_s_codes(golden):
+def test_qdit_release_gptq_gives_every_case_s_codes(golden):
     reference = np.load(golden("gptq_linear.npz"))
     for case in json.loads(str(reference["cases"])):
         check_release_case(reference, case)
@@ -168,7 +168,7 @@ def test_adaround_beats_nearest_and_stays_on_its_codes_neighbors(symmetric):
 
 def test_a_wrong_hessian_or_a_format_is_refused():
     w, _ = layer()
-    for fn in (gptq, gptq_authors, adaround):
+    for fn in (gptq, qdit_release_gptq, adaround):
         with pytest.raises(ValueError, match=r"hessian has shape \(3, 3\); w \(96, 16\) needs"):
             fn(w, jnp.eye(3), WeightSpec())
         with pytest.raises(ValueError, match="'mxfp4'"):

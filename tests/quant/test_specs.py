@@ -10,7 +10,7 @@ from qdit_jax.quant import ActSpec, WeightSpec, formats, ranges
 SPECS = [
     WeightSpec(),
     WeightSpec(3, 96, True, ranges.mse(20), "float16", 2),
-    WeightSpec(range_fn=ranges.authors(clip=0.9)),
+    WeightSpec(range_fn=ranges.qdit_release(clip=0.9)),
     WeightSpec(fmt=formats.nvfp4),
     ActSpec(),
     ActSpec(6, 0, True, ranges.percentile(0.99), "static", True, 0.1701),

@@ -18,8 +18,8 @@ from qdit_jax.quant import (
     fake_quantize_kernel_traced,
     formats,
     gptq,
-    gptq_authors,
     packed_nbytes,
+    qdit_release_gptq,
     quantize,
     ranges,
     scale_value,
@@ -148,9 +148,9 @@ def test_learned_roundings_have_the_grid_of_the_stored_scales(std):
     ):
         np.testing.assert_array_equal(scale_values(q), scale_values(nearest))
         assert decibels(x @ w, x @ np.asarray(dequantize(q))) > 18
-    authors = WeightSpec(4, 32, range_fn=ranges.authors_gptq, scale_dtype="float16")
-    q = gptq_authors(w, hessian, authors)
-    assert q.nbytes == packed_nbytes(K, N, authors)
+    released = WeightSpec(4, 32, range_fn=ranges.qdit_release_gptq, scale_dtype="float16")
+    q = qdit_release_gptq(w, hessian, released)
+    assert q.nbytes == packed_nbytes(K, N, released)
     assert decibels(x @ w, x @ np.asarray(dequantize(q))) > 18
 
 

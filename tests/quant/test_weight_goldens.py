@@ -20,7 +20,7 @@ def parse(case):
 
 def check(reference, case):
     symmetric, bits, group_size, (method, clip) = parse(case)
-    rule = ranges.authors_mse if method == "mse" else ranges.authors(clip=float(clip[1:]))
+    rule = ranges.qdit_release_mse if method == "mse" else ranges.qdit_release(clip=float(clip[1:]))
     q = quantize(reference["W"].T, WeightSpec(bits, group_size, symmetric, range_fn=rule))
     decided = np.ones(q.scale.T.shape, bool)
     if method == "mse":  # where two ratios score the same, either may win
@@ -77,7 +77,7 @@ def test_channel_groups_equal_the_release_s(reference):
     for case in names:
         symmetric, bits, group_size, (channels,) = parse(case)
         spec = WeightSpec(
-            bits, group_size, symmetric, ranges.authors, channel_group=int(channels[2:])
+            bits, group_size, symmetric, ranges.qdit_release, channel_group=int(channels[2:])
         )
         q = quantize(reference["W"].T, spec)
         np.testing.assert_array_equal(q.scale.T, reference[f"scalecg__{case}"])

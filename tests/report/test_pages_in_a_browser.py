@@ -11,6 +11,7 @@ from qdit_jax.cli import main
 from qdit_jax.testing import realistic_dit
 
 LEAST_CONTRAST = 4.5  # of WCAG 2.2 AA for text
+PAGES = ("inspected", "compared", "digits", "text", "video")
 pytestmark = pytest.mark.slow
 
 
@@ -57,14 +58,14 @@ def pages(tmp_path_factory):
     assert main(["inspect", full, "--stats", "--out", str(folder / "inspected")]) == 0
     compared = ["--num-samples", "10", "--steps", "2", "--out", str(folder / "compared")]
     assert main(["evaluate", small, "--against", full, *compared]) == 0
-    few = ["--quick", "--num-samples", "10", "--steps", "2", "--out", str(folder / "demo")]
-    assert main(["demo", *few]) == 0
-    return {name: folder / name / "report.html" for name in ("inspected", "compared", "demo")}
+    for model in ("digits", "text", "video"):
+        assert main(["demo", "--quick", "--model", model, "--out", str(folder / model)]) == 0
+    return {name: folder / name / "report.html" for name in PAGES}
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1400])
-@pytest.mark.parametrize("name", ["inspected", "compared", "demo"])
+@pytest.mark.parametrize("name", PAGES)
 def test_a_page_is_readable(browser, pages, name, width, scheme):
     found = check(browser, pages[name], width, scheme)
     assert found["pictures"] >= 1

@@ -9,7 +9,7 @@ import pytest
 
 import qdit_jax as qdit
 from qdit_jax import cli, diffusion
-from qdit_jax.calibration import authors_steps
+from qdit_jax.calibration import qdit_release_steps
 from qdit_jax.models.layers import LabelEmbedder
 from qdit_jax.quant import WeightSpec, quantize
 from qdit_jax.sampling import check_seed, denoiser, initial_noise
@@ -30,7 +30,7 @@ def test_seeds_out_of_range_are_refused(checkpoint, seed):
     with pytest.raises(ValueError, match=SEED):
         qdit.generate(checkpoint, qdit.ddim(steps=1), [0], seed=seed)
     with pytest.raises(ValueError, match=SEED):
-        authors_steps(seed)
+        qdit_release_steps(seed)
 
 
 def test_seeds_are_whole_numbers():

@@ -37,7 +37,7 @@ class FakeTimer:
             call.run()
         self.timed.append(calls[1].name)
         drift = np.linspace(1, 2, num_rounds)
-        return np.array([SECONDS[call.name] * drift for call in calls])
+        return np.array([SECONDS[call.name.partition(",")[0]] * drift for call in calls])
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +164,11 @@ def test_a_quantized_checkpoint_is_timed_as_it_is(checkpoint):
     paired = bench(small, against=checkpoint, num_rounds=3, time_fn=FakeTimer(), **FAST)
     assert [row.ratio.median for row in paired.rows] == [1, 2, 0.5]
     assert paired.rows[2].db > 0
+    options = {"against": checkpoint, "expand": True, "num_rounds": 3, "time_fn": FakeTimer()}
+    packed, unpacked = bench(small, **options, **FAST).rows[2:]
+    assert [packed.title, unpacked.title] == ["w4a8-g16", "w4a8-g16, expanded"]
+    assert packed.weight_bytes < unpacked.weight_bytes
+    assert packed.relative_error == unpacked.relative_error
     with pytest.raises(
         qdit.UserError, match=r"quantized already \(w4a8-g16\) and is benched as it"
     ):
@@ -174,6 +179,7 @@ def test_a_quantized_checkpoint_is_timed_as_it_is(checkpoint):
     ("options", "message"),
     [
         ({"batches": (0,)}, "batches=0"),
+        ({"expand": True, "recipes": None}, "only the weights of a quantized checkpoint"),
         ({"num_rounds": 1}, "num_rounds=1"),
         ({"numerics": ("exact",)}, "numerics='exact' is not known"),
         ({"implementations": ("magic",)}, "implementation='magic' is not known"),
