@@ -38,6 +38,8 @@ class Parts:
     def joined(self, starts: Sequence[int], num_samples: int) -> Iterator[tuple[int, Arrays]]:
         """Yields the first sample of each batch and its arrays, in the order of `starts`.
 
+        Batches are told of when the caller asks for the next one, and has kept what it got.
+
         Raises:
             UserError: if the folder holds the batches of another calibration, or another process
                 was started with other settings or does not see the folder.
@@ -49,12 +51,11 @@ class Parts:
         for start in starts:
             if self.folder is not None and self.path(start).exists():
                 arrays = read_unfinished(self.path(start), self.settings)
-                if not self.processes.are_several:
-                    self.progress_fn(Progress(sizes[start]))
             else:
                 arrays = self.compute_fn(start)
-                self.progress_fn(Progress(sizes[start]))
             yield start, {k: v for k, v in arrays.items() if k != "settings"}
+            if not self.processes.are_several:  # who told of their own batches already
+                self.progress_fn(Progress(sizes[start]))
 
     def share(self, starts: Sequence[int], sizes: dict[int, int]) -> None:
         """Computes this process's share of the batches that are missing; returns when all are there."""

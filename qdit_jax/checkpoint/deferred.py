@@ -82,13 +82,19 @@ def on_device(array: AnyArray) -> jax.Array:
     return array if isinstance(array, jax.Array) else jax.device_put(array)
 
 
-def placed(array: AnyArray | Readable, sharding: jax.sharding.Sharding) -> jax.Array:
+def placed(array: np.ndarray | Readable, sharding: jax.sharding.Sharding | None) -> jax.Array:
     """Returns a host's array with that sharding; each device is given its own part alone.
 
-    `array` may also be still on disk: then no more is read than the parts of this process's devices.
+    None is the default device, uncommitted. `array` may also be still on disk: then no more is read
+    than the parts of this process's devices.
     """
-    shape = tuple(array.shape)
-    return jax.make_array_from_callback(shape, sharding, lambda index: np.asarray(array[index]))
+    if sharding is None:
+        return jax.device_put(np.asarray(array))
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        return np.asarray(array[index or ()])
+
+    return jax.make_array_from_callback(tuple(array.shape), sharding, part)
 
 
 def save_arrays(folder: Path, arrays: Params) -> None:

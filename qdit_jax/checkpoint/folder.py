@@ -127,8 +127,7 @@ def read_arrays(
     for name in flat:  # one at a time, so that at most one array is held twice
         if name in changes:
             array = changes[name].apply(np.asarray(flat[name]))
-            place = wanted[name].sharding
-            flat[name] = on_device(array) if place is None else placed(array, place)
+            flat[name] = placed(array, wanted[name].sharding)
         else:
             flat[name] = on_device(flat[name])
     return unflatten_dict(flat, sep="/")

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from qdit_jax.checkpoint import earlier
 from qdit_jax.checkpoint.codec import Placement, abstract_arrays, encode_params
-from qdit_jax.checkpoint.deferred import on_device, placed
+from qdit_jax.checkpoint.deferred import placed
 from qdit_jax.checkpoint.description import (
     Checkpoint,
     check_description,
@@ -141,7 +141,8 @@ class Slices:
     def __init__(self, file: safe_open, name: str) -> None:
         self.held = file.get_slice(name)
         self.shape = tuple(self.held.get_shape())
-        self.dtype = self[(slice(0, 0),) * len(self.shape)].dtype
+        no_part = (slice(0, 0),) * len(self.shape)  # which an array without values does not have
+        self.dtype = (file.get_tensor(name) if 0 in self.shape else self[no_part]).dtype
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         return self.held[index]
@@ -161,16 +162,16 @@ def build(
         if prefix + name not in found:
             raise UserError(f"{path} lacks the array {prefix + name}; export it again.")
         place = wanted[name].sharding
-        is_read_whole = place is None or name in changes or abstract.size < 2  # no parts to read
-        array = file.get_tensor(prefix + name) if is_read_whole else Slices(file, prefix + name)
+        is_read_in_parts = place is not None and name not in changes and abstract.size > 1
+        array = Slices(file, prefix + name) if is_read_in_parts else file.get_tensor(prefix + name)
         if array.shape != abstract.shape or array.dtype != abstract.dtype:
             raise UserError(
                 f"{path}: {prefix + name} is {array.dtype} {array.shape}, its metadata says "
                 f"{abstract.dtype} {abstract.shape}; export it again."
             )
-        if name in changes:
+        if not isinstance(array, Slices) and name in changes:
             array = changes[name].apply(array)
-        arrays[name] = on_device(array) if place is None else placed(array, place)
+        arrays[name] = placed(array, place)
     vae = description.get("vae")
     return from_parts(
         path,

@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # help is printed without them
 
     from qdit_jax.checkpoint import Checkpoint
     from qdit_jax.evaluation import SampleFile
+    from qdit_jax.processes import Processes
     from qdit_jax.types import Condition
 
 HELP = """\
@@ -63,13 +64,7 @@ def add_parser(subparsers: SubParsers) -> None:
     )
     add = parser.add_argument
     add("checkpoint", type=path_option, help="a checkpoint folder or an exported file")
-    add(
-        "--out",
-        type=path_option,
-        default="grid.png",
-        help="a .png of all samples (of videos, a row of frames each), an .npz with arr_0, uint8 [N, H, "
-        "W, C] or [N, T, H, W, C], or a clip of videos: .gif, .mp4 (%(default)s)",
-    )
+    add_output(add)
     add_conditions(add)
     add(
         "--num-samples",
@@ -108,14 +103,25 @@ def add_parser(subparsers: SubParsers) -> None:
     add_dtype(add)
     add_expand(add)
     add("--vae", type=path_option, help="a converted autoencoder, for checkpoints without one")
+    add_processes(parser)
+    parser.set_defaults(run=run, resumes=lambda args: True)
+
+
+def add_output(add: AddArgument) -> None:
+    """Adds the options of what is written."""
+    add(
+        "--out",
+        type=path_option,
+        default="grid.png",
+        help="a .png of all samples (of videos, a row of frames each), an .npz with arr_0, uint8 [N, H, "
+        "W, C] or [N, T, H, W, C], or a clip of videos: .gif, .mp4 (%(default)s)",
+    )
     add(
         "--columns",
         type=positive_int,
         help="pictures per row of the .png, videos per row of a clip",
     )
     add("--force", action="store_true", help="replace OUT if it exists")
-    add_processes(parser)
-    parser.set_defaults(run=run, resumes=lambda args: True)
 
 
 def add_conditions(add: AddArgument) -> None:
@@ -138,7 +144,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Samples, decodes and writes; prints and returns what was written and how long it took."""
     from qdit_jax.checkpoint import dtype_of, with_expanded_weights
     from qdit_jax.cli.checkpoints import diffusion_checkpoint, with_autoencoder
-    from qdit_jax.cli.progress import Bar
     from qdit_jax.evaluation import SampleFile
     from qdit_jax.processes import ALONE
     from qdit_jax.sampling import guidance_record, guidance_text
@@ -170,18 +175,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     count = job.count
     if (text := process.scheduler_text(checkpoint)) is not None:
         print(text)
-    start = time.perf_counter()
     processes = args.processes or ALONE
-    with Bar(count, "sample", "sampling", resumes=True) as bar:
-        job.write(
-            args.out,
-            columns=args.columns,
-            force=args.force,
-            fps=args.fps,
-            progress_fn=bar.tell,
-            processes=processes,
-        )
-    seconds = time.perf_counter() - start
+    seconds = write_samples(job, vars(args), processes)
     settings = {
         "sampler": type(job.sampler).__name__,
         "steps": process.steps,
@@ -198,6 +193,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     named = {"prompts" if isinstance(chosen.conditions, Mapping) else "labels": labels_of(job)}
     found = {"out": args.out, "num_samples": count, **named}
     return {**found, **settings, "seconds_with_compilation": seconds}
+
+
+def write_samples(job: SampleFile, options: Mapping[str, Any], processes: Processes) -> float:
+    """Writes the samples, with a bar; returns how many seconds it took."""
+    from qdit_jax.cli.progress import Bar
+
+    start = time.perf_counter()
+    given = {name: options[name] for name in ("columns", "force", "fps")}
+    with Bar(job.count, "sample", "sampling", resumes=True) as bar:
+        job.write(options["out"], **given, progress_fn=bar.tell, processes=processes)
+    return time.perf_counter() - start
 
 
 def conditions_of(options: Mapping[str, Any], checkpoint: Checkpoint) -> Inputs:

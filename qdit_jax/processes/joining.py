@@ -20,13 +20,19 @@ from qdit_jax.processes.watch import LOST_AFTER, Watch, first_line
 LINGERS = 1.0  # seconds that the first process stays after all have left
 
 
+def end(text: str) -> None:
+    """Ends this process at once with a sentence: a normal exit would wait for the lost one."""
+    print(f"qdit: {text}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
 def join(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
     distributed: bool = False,
     *,
-    end_fn: Callable[[str], None],
+    end_fn: Callable[[str], None] = end,
 ) -> Processes:
     """Returns this process among those that share a computation; `ALONE` if nothing is given.
 
@@ -35,7 +41,7 @@ def join(
     Args:
         coordinator: `HOST:PORT` of process 0; with `num_processes` and `process_id`.
         distributed: take these three from the environment of the cluster.
-        end_fn: ends this process with a sentence, when another one is lost.
+        end_fn: ends this process with a sentence, when another one is lost while it computes.
 
     Raises:
         UserError: if one of the three is missing, or the others are not found.
@@ -46,6 +52,7 @@ def join(
     if not distributed and any(value is None for value in given):
         raise UserError("--coordinator, --num-processes and --process-id must be given together.")
     check_id(num_processes, process_id)
+    compile_alone()
     jax.config.update("jax_enable_recoverability", True)  # else JAX aborts where one is lost
     where = "on this cluster" if coordinator is None else f"by --coordinator {coordinator}"
     absent = (
@@ -63,6 +70,17 @@ def join(
     with told_to_stderr():
         multihost_utils.sync_global_devices("joined")
     return found
+
+
+def compile_alone() -> None:
+    """Has XLA choose the algorithms of a GPU in each process by itself, unless its flags say otherwise.
+
+    By default processes divide that work of every program among them, and wait for each other: for
+    ever, where one of them has no share left to compute, or is the only one to score.
+    """
+    flags, name = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_shard_autotuning"
+    if name not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {name}=false".strip()
 
 
 @contextmanager
@@ -87,13 +105,7 @@ def check_id(num_processes: int | None, process_id: int | None) -> None:
         )
 
 
-def end(text: str) -> None:
-    """Ends this process at once with a sentence: a normal exit would wait for the lost one."""
-    print(f"qdit: {text}", file=sys.stderr, flush=True)
-    os._exit(2)
-
-
-def current(end_fn: Callable[[str], None] = end) -> Processes:
+def current(end_fn: Callable[[str], None]) -> Processes:
     """Returns this process among those that `jax.distributed.initialize` has joined.
 
     To be called once: a thread then watches the others, and ends this process by `end_fn` where one

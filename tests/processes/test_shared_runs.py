@@ -231,7 +231,7 @@ def test_a_stopped_collection_resumes(full, tmp_path):
     given = {"sampler": SAMPLER, "batch_size": 2, "unfinished": tmp_path / "parts"}
     with pytest.raises(KeyboardInterrupt):
         collect_items(full, jax.random.key(0), 7, progress_fn=stop, **given)
-    assert len(list((tmp_path / "parts").iterdir())) == 2
+    assert len(list((tmp_path / "parts").iterdir())) == 3
     found = collect_items(full, jax.random.key(0), 7, **given)
     equal(found, collect_items(full, jax.random.key(0), 7, sampler=SAMPLER, batch_size=2))
     with pytest.raises(UserError, match="other settings"):
