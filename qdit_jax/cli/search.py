@@ -221,7 +221,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_options(options)
     from qdit_jax.cli import search_run
     from qdit_jax.evaluation import scoring_inputs
-    from qdit_jax.processes import ALONE, shared_folder
+    from qdit_jax.processes import ALONE, check_shared, shared_folder
 
     processes = args.processes or ALONE
     scoring = scoring_inputs(args.reference, args.features)
@@ -229,6 +229,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     search_run.check_folder(args.out, args.force, inputs)
     job = search_run.Job.of(options)
     with shared_folder(args.out, args.force, "search", inputs, processes=processes) as folder:
+        check_shared(folder, processes)
         result = job.result(folder, is_first=processes.is_first)
         if processes.is_first:
             search_run.write_result(folder, result)

@@ -19,14 +19,22 @@ class LostWorkerError(ConnectionError):
 
 @contextlib.contextmanager
 def naming_lost_workers() -> Iterator[None]:
-    """Raises `LostWorkerError` for what JAX raises in one of several processes."""
+    """Raises `LostWorkerError` for what JAX raises in one of several processes, wrapped by others or not."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except Exception as error:
+        cause = of_jax(error)
+        if cause is None or jax.process_count() == 1:
             raise
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = str(cause).strip().splitlines()[0][:200]
         raise LostWorkerError(
             f"process {jax.process_index()} of {jax.process_count()} lost another one "
             f"({reason}); {REMEDY}"
         ) from error
+
+
+def of_jax(error: BaseException | None) -> BaseException | None:
+    """Returns the first error of JAX's runtime among an error and its causes, if there is one."""
+    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+        error = error.__cause__ or error.__context__
+    return error

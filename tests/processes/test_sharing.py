@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import time
 
+import jax
 import pytest
 from two_threads import DictNotes, in_both
 
 from qdit_jax import processes as room
 from qdit_jax.cli import main
 from qdit_jax.errors import UserError
-from qdit_jax.processes import ALONE, LostWorkerError, Processes, Watch, check_shared
+from qdit_jax.processes import (
+    ALONE,
+    LostWorkerError,
+    Processes,
+    Watch,
+    check_shared,
+    naming_lost_workers,
+)
 from qdit_jax.processes import folders as folders_module
 from qdit_jax.processes import watch as watch_module
 
@@ -58,6 +66,22 @@ def test_a_folder_that_another_process_does_not_see_is_refused(tmp_path, monkeyp
     assert "on a disk that all hosts share" in str(first)
     assert in_both(lambda processes: check_shared(tmp_path / "a", processes)) == [None, None]
     assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_what_jax_raises_among_several_processes_is_a_lost_one(monkeypatch):
+    def wrapped():
+        try:
+            raise jax.errors.JaxRuntimeError("UNKNOWN: Connection closed by peer")
+        except jax.errors.JaxRuntimeError as error:
+            raise ValueError("the step could not be saved") from error
+
+    with pytest.raises(ValueError, match="could not be saved"), naming_lost_workers():
+        wrapped()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(LostWorkerError, match="Connection closed by peer"), naming_lost_workers():
+        wrapped()
+    with pytest.raises(ValueError, match="of our own"), naming_lost_workers():
+        raise ValueError("of our own")
 
 
 class Client:
