@@ -60,8 +60,12 @@ from qdit_jax.sampling import denoiser
 TOKENS, FEW_TOKENS = 16 * 256, 2 * 256  # guided steps of 8 samples and of 1
 LAYERS = {"qkv": (1152, 3456), "proj": (1152, 1152), "fc1": (1152, 4608), "fc2": (4608, 1152)}
 PRESETS = ("w4a8-fast", "w8a8-fast")
+WEIGHTS = "w4a16"  # 16-bit inputs: a kernel for TPUs alone
 KERNELS = {True: "tpu_levels", False: "gpu_levels"}  # on a TPU, on a GPU
-CALLS = {True: r'custom_call_target="tpu_custom_call".*tpu_levels', False: r'"mosaic_gpu_v2"'}
+CALLS = {
+    True: r'custom_call_target="tpu_custom_call".*tpu_(?:levels|weights)',
+    False: r'"mosaic_gpu_v2"',
+}
 DTYPE = "bfloat16"
 
 
@@ -125,10 +129,10 @@ def programs(is_tpu: bool, batches: list[int]) -> Iterator[Program]:
     for layer in LAYERS:
         for tokens in (TOKENS,) if is_tpu else (TOKENS, FEW_TOKENS):
             yield from full_precision(layer, tokens, is_tpu)
-            for preset in PRESETS:
+            for preset in (*PRESETS, WEIGHTS) if is_tpu else PRESETS:
                 yield from quantized(layer, tokens, preset, is_tpu)
     for batch in batches:
-        for recipe in (None, *PRESETS):
+        for recipe in (None, *PRESETS, WEIGHTS) if is_tpu else (None, *PRESETS):
             fn, arguments = step(recipe, batch)
             yield Program(f"step {batch} {recipe or DTYPE}", fn, arguments, bool(recipe))
 
@@ -151,17 +155,20 @@ def quantized(layer: str, tokens: int, preset: str, is_tpu: bool) -> Iterator[Pr
     """Yields a layer by XLA's operations and by the kernel."""
     channels, width = LAYERS[layer]
     spec, kernel = layer_spec(preset), KERNELS[is_tpu]
+    numerics = "integer"
+    if spec.act is None:
+        numerics, kernel = "simulated", "tpu_weights"
     q = jax.eval_shape(lambda w: qdit.quantize(w, spec.weight), shape((channels, width), "float32"))
     x = shape((tokens, channels), DTYPE)
 
     def product(implementation: str | None) -> Callable[..., Any]:
-        return lambda x, q: quantized_matmul(x, q, spec.act, "integer", implementation)
+        return lambda x, q: quantized_matmul(x, q, spec.act, numerics, implementation)
 
     name = f"{title(layer, tokens)} {preset}"
     yield Program(f"{name} xla", product("xla"), (x, q), False)
     # It is the first that fits: the kernel refuses what it cannot hold, and cuts all else into blocks.
     platform = "tpu" if is_tpu else "cuda"
-    assert implementation_of(x.shape, q, spec.act, "integer", platform, DTYPE) == kernel
+    assert implementation_of(x.shape, q, spec.act, numerics, platform, DTYPE) == kernel
     counted = None if is_tpu else layer_roofline(tokens, channels, width, spec.weight)
     yield Program(f"{name} {kernel}", product(None), (x, q), True, counted)
 
@@ -178,7 +185,7 @@ def step(recipe: str | None, batch: int) -> tuple[Callable[..., Any], tuple[Any,
     if recipe is not None:
         chosen = qdit.Recipe.preset(recipe)
         params = jax.eval_shape(lambda params: qdit.quantize_params(params, recipe=chosen), params)
-        model = model.clone(numerics="integer")
+        model = model.clone(numerics="simulated" if recipe == WEIGHTS else "integer")
     denoise_fn = denoiser(model, params, 1.5)
     x = shape((batch, *model.sample_shape()), "float32")
     rest = (shape((batch,), "float32"), shape((batch,), "int32"))

@@ -84,12 +84,19 @@ def weight_reason(product: Product) -> str | None:
     size = effective_group_size(num_channels, weight.group_size)
     if not weight.has_levels and (size != num_channels or not weight.symmetric):
         return "it takes two levels of scales, or symmetric weights with one scale per channel."
+    if num_channels > MOST_CHANNELS:
+        return f"an int32 sum holds {MOST_CHANNELS} products of bytes, and K is {num_channels}."
+    return stored_reason(product)
+
+
+def stored_reason(product: Product) -> str | None:
+    """Returns what is wrong with how the codes and scales of the weights are stored."""
+    weight, num_channels = product.weight, product.x_shape[-1]
+    size = effective_group_size(num_channels, weight.group_size)
     if weight.channel_group != 1:
         return f"it takes a scale per output channel, and channel_group is {weight.channel_group}."
     if size % SUB and size != num_channels:
         return f"it takes groups that are multiples of {SUB}, not of {size}."
     if isinstance(weight, QTensor) and len(weight.codes.shape) != 2:
         return "it takes one kernel at a time, and this is a stack; use vmap or scan."
-    if num_channels > MOST_CHANNELS:
-        return f"an int32 sum holds {MOST_CHANNELS} products of bytes, and K is {num_channels}."
     return None

@@ -1,7 +1,7 @@
 """How a product is cut into blocks that fit into a TPU's vector memory (VMEM).
 
-The kernel of `tpu_levels` runs over panels of output channels, blocks of rows, and blocks of output
-channels. A panel's int8 weights stay in VMEM while all rows pass; usually one panel is all of them.
+The kernels of `tpu_levels` and `tpu_weights` run over panels of output channels, blocks of rows, and blocks of output
+channels. A panel's unpacked weights stay in VMEM while all rows pass; usually one panel is all of them.
 
 Dimensions: M rows, K input channels, N output channels, all padded; G groups along K.
 """
@@ -53,6 +53,8 @@ class Sizes:
         bits: of the packed codes.
         num_groups: G.
         itemsize: bytes of a number of the input and the output.
+        unpacked: bytes of a weight once it is unpacked; 1 where the rows are quantized too.
+        map_bytes: of what makes a weight of a code, per group and output channel.
     """
 
     num_rows: int
@@ -61,6 +63,8 @@ class Sizes:
     bits: int
     num_groups: int
     itemsize: int
+    unpacked: int = 1
+    map_bytes: int = 2
 
     @property
     def channels(self) -> int:
@@ -98,8 +102,10 @@ def vmem_bytes(sizes: Sizes, blocks: Blocks) -> int:
     groups = rounded_up(sizes.num_groups, STRIP)
     packed = packing.packed_bytes(sizes.code_channels, sizes.bits)
     streamed = (rows * channels + rows * columns) * sizes.itemsize
-    streamed += (packed + 2 * groups + 4 * 8) * columns
-    held = rows * channels + 4 * rows * TILE + blocks.panel * channels * columns + packed * columns
+    streamed += (packed + sizes.map_bytes * groups + 4 * 8) * columns
+    held = blocks.panel * channels * columns * sizes.unpacked + packed * columns
+    if sizes.unpacked == 1:
+        held += rows * channels + 4 * rows * TILE  # the rows' codes and scales
     sums = 2 * 4 * rows * columns  # int32 and float32
     return 2 * streamed + held + sums + _SPARE
 

@@ -1,15 +1,22 @@
-"""What the kernel of `tpu_levels` refuses, and why: the next row of the table takes it."""
+"""What the kernels for TPUs refuse, and why: the next row of the table takes it."""
 
 from __future__ import annotations
 
+import dataclasses
 from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
 
-from qdit_jax.kernels.level_reasons import levels_reason, split_reason, version_reason
+from qdit_jax.kernels.level_reasons import (
+    levels_reason,
+    split_reason,
+    stored_reason,
+    version_reason,
+)
 from qdit_jax.kernels.product import Product
-from qdit_jax.kernels.tpu_blocks import VMEM_LIMIT, chosen_blocks, sizes_of
+from qdit_jax.kernels.tpu_blocks import VMEM_LIMIT, Sizes, chosen_blocks, sizes_of
+from qdit_jax.quant import QTensor, WeightSpec
 
 # As `Device.device_kind` names them: those that the kernel was compiled for.
 KINDS = ("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")
@@ -34,11 +41,42 @@ def machine_reason(product: Product) -> str | None:
 def size_reason(product: Product) -> str | None:
     """Returns what does not fit."""
     itemsize = jnp.dtype(product.dtype).itemsize
-    sizes = sizes_of(product.x_shape, product.weight, itemsize)
+    return blocks_reason(sizes_of(product.x_shape, product.weight, itemsize))
+
+
+def blocks_reason(sizes: Sizes) -> str | None:
+    """Returns that no block fits, if it is so."""
     if sizes.num_rows > 0 and chosen_blocks(sizes) is None:
-        num_channels = product.x_shape[-1]
-        return f"a block of K = {num_channels} needs more than {VMEM_LIMIT >> 20} MiB of VMEM."
+        return (
+            f"a block of K = {sizes.num_channels} needs more than {VMEM_LIMIT >> 20} MiB of VMEM."
+        )
     return None
 
 
 tpu_reason = levels_reason(machine_reason, size_reason)
+
+
+def weights_reason(product: Product) -> str | None:
+    """Returns why the kernel of `tpu_weights` cannot compute a product, one sentence, or None if it can."""
+    return (
+        machine_reason(product)
+        or weights_input_reason(product)
+        or stored_reason(product)
+        or blocks_reason(weights_sizes(product.x_shape, product.weight))
+    )
+
+
+def weights_input_reason(product: Product) -> str | None:
+    """Returns what is wrong with the inputs, or the format of the weights."""
+    if product.act is not None:
+        return "it takes inputs that are not quantized."
+    if product.dtype != "bfloat16":
+        return f"it takes inputs in bfloat16, not in {product.dtype}."
+    if product.weight.fmt is not None:
+        return f"it takes integer weights, not {product.weight.fmt.name}."
+    return None
+
+
+def weights_sizes(x_shape: tuple[int, ...], weight: QTensor | WeightSpec) -> Sizes:
+    """Returns the sizes of a product of `tpu_weights`: bfloat16, and three maps in float32."""
+    return dataclasses.replace(sizes_of(x_shape, weight, 2), unpacked=2, map_bytes=12)

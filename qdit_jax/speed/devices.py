@@ -28,7 +28,8 @@ class Device:
         bandwidth: bytes per second to and from its memory.
         memory: bytes of it.
         fuses_attention: whether attention is computed without its weights in memory.
-        fuses_levels: whether packed weights become levels inside the product (`tpu_levels`).
+        fuses_levels: whether packed weights are unpacked inside the product (`tpu_levels`,
+            `tpu_weights`).
         wide: the precision of float32 products, in words.
     """
 

@@ -107,7 +107,9 @@ def layer_work(
         moved += num_channels * width * (size if act is None else WIDE)
     else:
         moved += packed_nbytes(*shape, weight)
-        is_unpacked_inside = fuses_levels and count == 1 and kind == "int8"
+        # A TPU's kernels: of int8 levels, and of weights alone beside inputs of 16 bits.
+        is_alone = act is None and kind == "bfloat16" and weight.fmt is None
+        is_unpacked_inside = fuses_levels and count == 1 and (kind == "int8" or is_alone)
         if not (is_unpacked_inside or (kind == "int8" and is_plain_int8(weight))):
             copy = num_channels * width * (1 if kind == "int8" else size)
             moved += 2 * copy

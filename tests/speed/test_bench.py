@@ -121,6 +121,12 @@ def test_a_bound_is_that_of_operations_or_of_bytes():
     copied = layer_work(64, (1024, 512), spec, "bfloat16", 2, False)
     assert copied.moved - levels.moved == 2 * 1024 * 512
     assert levels.kind == "int8"
+    alone = recipe_named("w4a16").rules[0].spec
+    copied, inside = (
+        layer_work(64, (1024, 512), alone, "bfloat16", 2, is_tpu) for is_tpu in (False, True)
+    )
+    assert copied.moved - inside.moved == 2 * 2 * 1024 * 512
+    assert inside.kind == "bfloat16"
     grouped = layer_work(64, (1024, 512), recipe_named("w4a8").rules[0].spec, "bfloat16", 2, True)
     assert grouped.moved > levels.moved + 8 * 2 * 4 * 64 * 512
 

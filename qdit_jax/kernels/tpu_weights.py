@@ -1,0 +1,191 @@
+"""A product of 16-bit inputs with packed integer weights (W4A16), in one Pallas kernel for TPUs.
+
+Compiled for v5e, v5p and v6e, interpreted on CPU, not run on a TPU.
+
+Packed codes become bfloat16 weights in VMEM once per call, rounded as `quant.weight_rows` rounds them:
+memory sees the inputs, the packed codes and the result. Groups, zero points and two levels of scales are
+one map per group, `(code * factor - zero) * scale`, whose first part is exact in float32.
+
+Dimensions: M rows (tokens), K input channels, N output channels, G groups along K, R rows of packed
+bytes; J blocks of columns of a panel, L rows and C columns of a block (`tpu_blocks`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from qdit_jax.kernels.product import Implementation
+from qdit_jax.kernels.tpu_blocks import STRIP, TILE, VMEM_LIMIT, Blocks, chosen_blocks
+from qdit_jax.kernels.tpu_reasons import weights_reason, weights_sizes
+from qdit_jax.kernels.tpu_words import (
+    SIGNS,
+    as_rows_of,
+    code_words,
+    groups_of_sub_blocks,
+    is_turned_inside,
+    padded,
+    whole_codes,
+)
+from qdit_jax.kernels.xla import simulated_matmul
+from qdit_jax.quant import ActQuant, QTensor, scale_value, step_and_offset
+
+HALF = 128  # codes are moved by it, to be int8
+
+
+def weights_matmul(
+    x: Float[Array, "*lead K"],
+    q: QTensor,
+    act: ActQuant | None,
+    numerics: str,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "*lead N"]:
+    """Returns `x @ q`, sums in float32; `interpret` runs it on any platform, slowly.
+
+    Equal to `xla.simulated_matmul` to the rounding of sums, whose derivative it has.
+    """
+    assert act is None, "weights_reason refuses it"
+    return _product(x, q, interpret)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _product(x: Float[Array, "*lead K"], q: QTensor, interpret: bool) -> Float[Array, "*lead N"]:
+    num_channels, width = q.shape
+    sizes = weights_sizes(x.shape, q)
+    blocks = chosen_blocks(sizes)
+    assert blocks is not None, "weights_reason refuses it"
+    rows, columns = blocks.rows * blocks.num_rows, sizes.column_tiles * TILE
+    tokens = padded(x.reshape(-1, num_channels), rows, sizes.channels)
+    maps = (padded(a, a.shape[0], columns) for a in maps_of(q))
+    codes = whole_codes(q, sizes, columns)
+    inside = is_turned_inside(codes.shape[1])
+    codes = codes if inside else codes.T
+    groups = groups_of_sub_blocks(sizes.channels, num_channels, q.group_size)
+    kernel = functools.partial(_kernel, bits=q.bits, groups=groups)
+    y = _call(kernel, (tokens, codes, *maps), blocks, inside, interpret)
+    return y[: math.prod(x.shape[:-1]), :width].reshape(*x.shape[:-1], width)
+
+
+@_product.defjvp
+def _product_jvp(
+    interpret: bool, primals: tuple[Any, Any], tangents: tuple[Any, Any]
+) -> tuple[Array, Array]:
+    _, tangent = jax.jvp(lambda x, q: simulated_matmul(x, q, None), primals, tangents)
+    return _product(*primals, interpret), tangent
+
+
+def maps_of(q: QTensor) -> tuple[Float[Array, "G N"], Float[Array, "G N"], Float[Array, "G N"]]:
+    """Returns (factor, zero, scale) of codes minus `HALF`: `w = (code * factor - zero) * scale`."""
+    if q.has_levels:
+        step, offset = (a.astype(jnp.float32) for a in step_and_offset(q))
+        scale = jnp.broadcast_to(q.channel_scale, step.shape)
+        return step, HALF - offset - HALF * step, scale
+    scale = scale_value(q.scale)
+    zero_point = q.zero_point
+    zero = 2 ** (q.bits - 1) if zero_point is None else zero_point.astype(jnp.float32)
+    return jnp.ones_like(scale), jnp.broadcast_to(zero - jnp.float32(HALF), scale.shape), scale
+
+
+def _call(
+    kernel: Any, operands: tuple[Array, ...], blocks: Blocks, inside: bool, interpret: bool
+) -> Array:
+    """Returns the kernel's result `[M, N]`, padding included.
+
+    The codes among the operands are `[N, R]` where they are to be transposed `inside`, else `[R, N]`.
+    """
+    from jax.experimental.pallas import tpu as pltpu
+
+    tokens, codes, factor, *_ = operands
+    (rows, channels), width = tokens.shape, factor.shape[1]
+    columns, panel = blocks.columns, blocks.panel
+
+    def once(p: Array, i: Array, j: Array) -> tuple[Any, Any]:
+        # Only the first block of rows reads them: after it, the last block stays where it is.
+        return 0, p * panel + jnp.where(i == 0, j, panel - 1)
+
+    codes_block, turned = pl.BlockSpec((codes.shape[0], columns), once), []
+    if inside:
+        codes_block = pl.BlockSpec((columns, codes.shape[1]), lambda *at: once(*at)[::-1])
+        turned = [pltpu.VMEM((codes.shape[1], columns), jnp.uint8)]
+
+    bytes_of_weights = sum(a.size * a.dtype.itemsize for a in operands[1:])
+    bytes_of_rows = tokens.dtype.itemsize * rows * (blocks.panels * channels + width)
+    return pl.pallas_call(
+        kernel,
+        grid=blocks.grid,
+        in_specs=[
+            pl.BlockSpec((blocks.rows, channels), lambda p, i, j: (i, 0)),
+            codes_block,
+            *(pl.BlockSpec((factor.shape[0], columns), once) for _ in range(3)),
+        ],
+        out_specs=pl.BlockSpec((blocks.rows, columns), lambda p, i, j: (i, p * panel + j)),
+        out_shape=jax.ShapeDtypeStruct((rows, width), tokens.dtype),
+        scratch_shapes=[pltpu.VMEM((panel, channels, columns), jnp.bfloat16), *turned],
+        cost_estimate=pl.CostEstimate(
+            flops=2 * rows * channels * width,
+            transcendentals=0,
+            bytes_accessed=bytes_of_weights + bytes_of_rows,
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",) * 3, vmem_limit_bytes=VMEM_LIMIT
+        ),
+        interpret=interpret,
+        name="tpu_weights",
+    )(*operands)
+
+
+# Any: references to memory, which have no public type.
+def _kernel(
+    x: Any,
+    codes: Any,
+    factor: Any,
+    zero: Any,
+    scale: Any,
+    y: Any,
+    weights: Any,
+    *turned: Any,
+    bits: int,
+    groups: tuple[int, ...],
+) -> None:
+    """Writes one block `[L, C]` of the result, and the weights `[J, K, C]` of the panel.
+
+    Packed codes are `[R, C]`, or `[C, R]` where there is room to have them `turned`.
+    """
+    block = pl.program_id(2)
+
+    @pl.when(pl.program_id(1) == 0)
+    def _() -> None:
+        columns = turned[0] if turned else codes
+        if turned:
+            columns[...] = codes[...].T
+        unpack_columns(columns, (factor, zero, scale), weights.at[block], bits, groups)
+
+    sums = jnp.dot(
+        x[...],
+        weights[block],
+        precision=jax.lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )
+    y[...] = sums.astype(y.dtype)
+
+
+def unpack_columns(
+    codes: Any, maps: tuple[Any, ...], weights: Any, bits: int, groups: tuple[int, ...]
+) -> None:
+    """Writes the weights `[K, C]` of a block of columns, in bfloat16."""
+    for index, group in enumerate(groups):
+        word = code_words(codes, bits, index) ^ SIGNS
+        moved = as_rows_of(word, jnp.int8).astype(jnp.int32).astype(jnp.float32)
+        factor, zero, scale = (a[group : group + 1, :] for a in maps)
+        found = (moved * factor - zero) * scale
+        weights[pl.ds(index * STRIP, STRIP), :] = found.astype(jnp.bfloat16)
+
+
+TPU_WEIGHTS = Implementation("tpu_weights", weights_matmul, weights_reason)
