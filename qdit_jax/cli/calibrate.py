@@ -38,6 +38,7 @@ examples:
   qdit calibrate xl2 stats.npz --num-samples 64 --steps 50
   qdit calibrate xl2 stats.npz --hessians 'blocks_0/.*' --tokens 8
   qdit calibrate xl2 items.npz --collect spread --num-samples 64    # for qdit quantize --items
+  qdit calibrate xl2 stats.npz --distributed                        # on every host
   qdit calibrate pixart stats.npz --embeds prompts.npz --size 512x512
 
 --collect writes inputs of the network instead of statistics, for methods that calibrate on them

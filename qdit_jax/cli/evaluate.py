@@ -44,6 +44,7 @@ examples:
       --features inception inception_ckpt
   qdit evaluate wan-w4a8 --against wan --embeds prompts.npz --num-samples 2048 --reference clips/ \\
       --features i3d i3d_ckpt
+  qdit evaluate xl2-w4a8 --against xl2 --num-samples 10000 --distributed    # on every host
   qdit evaluate --samples samples.npz --reference demo
   qdit evaluate --samples a.npz --reference real.npz --features inception inception_ckpt \\
       --out metrics.json --pictures compare.png

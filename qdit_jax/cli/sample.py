@@ -48,6 +48,7 @@ EXAMPLE = """examples:
   qdit sample pixart --embeds prompts.npz --size 1024x1024 --out grid.png
   qdit sample wan --embeds prompts.npz --prompts-from 0-3 --size 480x832 --frames 81 --out clip.gif
   qdit sample wan5b --embeds prompts.npz --first-frames picture.npz --out clip.mp4
+  qdit sample ckpt_dir --num-samples 50000 --out samples.npz --distributed    # on every host
   qdit sample pixart --prompt "a cat" --text-encoders PixArt-XL-2-512x512/
 """
 WHOLE = re.compile("[0-9]+")

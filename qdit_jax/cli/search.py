@@ -50,6 +50,7 @@ examples:
   qdit quantize xl2 xl2-small --recipe xl2-search/recipe.json
   qdit search xl2 out --transforms none smooth smooth+hadamard --ranks 0 16 --formats int nf4
   qdit quantize xl2 xl2-small --recipe out/recipe.json --method best
+  qdit search xl2 out --coordinator 10.0.0.1:9876 --num-processes 2 --process-id 0
 """
 
 
