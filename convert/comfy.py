@@ -1,7 +1,8 @@
 """The formats of quantized weights that ComfyUI writes, read: a row per format.
 
-Weights are exactly those of the file. Inputs are quantized when the network runs, as ComfyUI does; where
-its formats have one scale for a whole input (FP8, NVFP4), here every token has its own.
+Weights are exactly those of the file. Inputs are quantized when the network runs, as ComfyUI does, by the
+file's `input_scale` where it has one. Without it ComfyUI takes 1 for FP8, and for NVFP4 the greatest value of
+the whole input; here every token has its own scale.
 
 Dimensions: N rows (output channels), K columns (input channels), G groups along K.
 """
@@ -25,6 +26,12 @@ INT4_GROUP = 64  # of which `convrot_w4a4` has multiples
 CONVROT = 256  # channels of a rotated block, where the marker does not say
 INT8, LUT, INT4 = ROTATED = ("int8_tensorwise", "asym_w4a8_int8", "convrot_w4a4")
 ALWAYS_ROTATED = (LUT, INT4)
+# The formats with one scale for a whole input, and what ComfyUI takes where a file has no input_scale.
+ONE_FOR_ALL = {
+    "float8_e4m3fn": "1 for all",
+    "float8_e5m2": "1 for all",
+    "nvfp4": "the greatest value of all of them",
+}
 # Settings of a marker that are read, or repeat what tensors say.
 UNDERSTOOD = {
     *("format", "params", "convrot", "convrot_groupsize", "group_size", "per_row"),
@@ -81,9 +88,13 @@ def stored_kernel(layer: StoredLayer, name: str) -> tuple[Shape, StoredKernel]:
     fmt.check(layer, shape)
     if layer.has("pre_quant_scale"):
         layer.check("pre_quant_scale", ((shape[1],), (1, shape[1])), FLOATS)
+    if layer.has("input_scale"):
+        layer.check("input_scale", ((), (1,)), FLOATS)
 
     def read() -> Kernel:
         kernel = fmt.read(layer, shape)
+        if (scale := input_scale(layer)) is not None and kernel.act is not None:
+            kernel = replace(kernel, act=replace(kernel.act, mode="static"), act_scale=scale)
         if not layer.has("pre_quant_scale"):
             return kernel
         return replace(kernel, inverse_scale=layer.finite("pre_quant_scale").reshape(-1))
@@ -97,12 +108,28 @@ def stored_kernel(layer: StoredLayer, name: str) -> tuple[Shape, StoredKernel]:
 def notes(layer: StoredLayer, name: str) -> list[str]:
     """Returns what of a layer is not followed to the letter."""
     found = []
-    if layer.has("input_scale"):
-        found.append("input_scale, one for a whole input, left out: each token has its own scale")
-    elif not exact(layer) and name not in ROTATED:
-        found.append("each token of an input has a scale, where ComfyUI has one for all")
+    if layer.has("input_scale") and exact(layer):
+        found.append("input_scale left out: the input stays in full precision")
+    elif layer.has("input_scale") and name not in ONE_FOR_ALL:
+        found.append("input_scale left out: blocks of an input have scales of their own")
+    elif name in ONE_FOR_ALL and not layer.has("input_scale") and not exact(layer):
+        found.append(f"each token of an input has a scale, where ComfyUI has {ONE_FOR_ALL[name]}")
     more = [f"{key}={value!r}" for key, value in layer.settings.items() if key not in UNDERSTOOD]
     return [*found, *(f"{setting} of the marker not read" for setting in more)]
+
+
+def input_scale(layer: StoredLayer) -> np.ndarray | None:
+    """Returns the scale of a layer's input, `[1]`, or None if the file has none that is used.
+
+    Raises:
+        UserError: if it is no scale.
+    """
+    if not layer.has("input_scale") or layer.settings["format"] not in ONE_FOR_ALL:
+        return None
+    found = layer.scales("input_scale").reshape(1)
+    if not found.all():
+        raise UserError(f"{layer.name}.input_scale is 0, which inputs are divided by.")
+    return found
 
 
 def exact(layer: StoredLayer) -> bool:
@@ -143,11 +170,8 @@ def channel_scales(layer: StoredLayer, shape: Shape) -> np.ndarray:
 
 
 def check_scale(layer: StoredLayer, shape: Shape) -> None:
-    """Checks the scale of a weight, and of an input where there is one."""
+    """Checks the scale of a weight."""
     layer.check("weight_scale", scale_shapes(shape), FLOATS)
-    if layer.has("input_scale"):
-        layer.check("input_scale", ((), (1,)), FLOATS)
-        layer.scales("input_scale")
     rotation(layer, shape)
 
 

@@ -30,6 +30,7 @@ from qdit_jax.quant import (
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 NVFP4 = "nvfp4"
+INPUT_SCALE = "input_scale"
 INT8_INPUT = ActSpec(8, 0, True)
 FIT = {
     INT8: "qdit quantize --recipe w8a8-fast, with --method convrot for rotations",
@@ -88,7 +89,7 @@ def fits(quantizer: ActQuant, name: str, num_channels: int) -> bool:
     """Returns whether a layer's input is quantized as ComfyUI does for a format."""
     spec = quantizer.spec
     if name == NVFP4:
-        return spec.fmt is formats.nvfp4
+        return spec.fmt is formats.nvfp4 and not spec.per_timestep
     whole = spec.group_size == 0 or spec.group_size >= num_channels
     alike = (spec.bits, spec.symmetric, spec.mode) == (8, True, "dynamic") and whole
     plain = spec.fmt is None and not spec.unsigned and not spec.shift
@@ -98,7 +99,7 @@ def fits(quantizer: ActQuant, name: str, num_channels: int) -> bool:
 def in_words(spec: ActSpec) -> str:
     """Returns how an input is quantized, briefly."""
     if spec.fmt is not None:
-        return spec.fmt.name
+        return spec.fmt.name + (", static per timestep" if spec.per_timestep else "")
     sides = "symmetric" if spec.symmetric else "asymmetric"
     size = f"in groups of {spec.group_size}" if spec.group_size else "per token"
     return f"{spec.bits} bits, {sides}, {spec.mode}, {size}"
@@ -160,12 +161,16 @@ def nvfp4_tensors(layer: Layer) -> dict[str, np.ndarray]:
         raise layer.refuse(NVFP4, f"has {weights_in_words(q)}, not NVFP4")
     if q.shape[0] % q.group_size:
         raise layer.refuse(NVFP4, f"has {q.shape[0]} input channels, no multiple of 16")
-    return {
+    found = {
         "weight": packed_nibbles(np.asarray(code_rows(q)), high_first=True),
         "weight_scale": in_tiles(np.asarray(q.scale).T).view(E4M3),
         "weight_scale_2": np.asarray(q.tensor_scale, np.float32),
         MARKER: marked(layer, NVFP4),
     }
+    quantizer = layer.beside.get("act_quant")
+    if quantizer is not None and quantizer.scale is not None:
+        found[INPUT_SCALE] = np.asarray(quantizer.scale, np.float32).reshape(())
+    return found
 
 
 def weights_in_words(q: QTensor) -> str:
@@ -181,7 +186,7 @@ WRITERS: dict[str, Callable[[Layer], dict[str, np.ndarray]]] = {
     NVFP4: nvfp4_tensors,
 }
 # Of a layer that is several tensors in the file: those that all of them share, not cut by rows.
-SHARED = (MARKER, "weight_codebook", "weight_scale_2")
+SHARED = (MARKER, "weight_codebook", "weight_scale_2", INPUT_SCALE)
 
 
 def parts_of_rows(

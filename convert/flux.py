@@ -28,7 +28,9 @@ from qdit_convert.tensors import StateDict, StoredTensor
 from qdit_jax.errors import UserError
 
 CLASS_NAME = "FluxTransformer2DModel"
-SINGLE = "single_transformer_blocks."  # only FLUX's files have them, beside `transformer_blocks.`
+SINGLE = "single_transformer_blocks."
+# What only FLUX's files have, of those with diffusers' names of joint attention.
+ITS_OWN = (SINGLE, "x_embedder.")
 HEAD_DIM = 128  # of every published size
 ROPE_AXES = (16, 56, 56)  # as published, of heads of 128 channels
 PATCH = 2  # rows and columns of latents in one token
@@ -104,7 +106,7 @@ class Sizes:
 
 def is_flux(state: StateDict) -> bool:
     """Returns whether a file in diffusers' names of joint attention is a FLUX."""
-    return any(key.startswith(SINGLE) for key in state.tensors)
+    return any(key.startswith(ITS_OWN) for key in state.tensors)
 
 
 def original_plan(state: StateDict, choices: Choices, _: Mapping[str, Any] | None) -> Plan:
@@ -163,9 +165,13 @@ def sizes_of(
     def shape(path: str) -> tuple[int, ...]:
         return shape_of(tensors, f"{naming(path)[0]}.weight", 2)
 
+    def single_mlp() -> int:  # beside q, k and v
+        names = naming("single_blocks_0/linear1")
+        return sum(shape_of(tensors, f"{name}.weight", 2)[0] for name in names)
+
     depth, single_depth = (block_count(tensors, prefix) for prefix in prefixes)
-    if not depth or not single_depth:
-        raise UserError(f"there are no blocks {prefixes[0 if not depth else 1]}0 and so on.")
+    if not depth and not single_depth:
+        raise UserError(f"there are no blocks {' or '.join(f'{p}0' for p in prefixes)} and so on.")
     width, features = shape("img_in")
     out = shape("final_layer/linear")[0]
     if out % PATCH**2 or (features > out and features % PATCH**2 == 0):
@@ -183,7 +189,7 @@ def sizes_of(
         width=width,
         in_channels=out // PATCH**2,
         out_channels=out // PATCH**2,
-        mlp_width=shape("double_blocks_0/img_mlp_0")[0],
+        mlp_width=shape("double_blocks_0/img_mlp_0")[0] if depth else single_mlp() - 3 * width,
         text_width=shape("txt_in")[1],
         pooled_width=shape("vector_in/in_layer")[1],
         head_dim=channels,

@@ -163,8 +163,8 @@ def sizes_of(
         return shape_of(tensors, f"{naming(path)[0]}.weight", 2)
 
     depth, single_depth = (block_count(tensors, prefix) for prefix in prefixes)
-    if not depth or not single_depth:
-        raise UserError(f"there are no blocks {prefixes[0 if not depth else 1]}0 and so on.")
+    if not depth and not single_depth:
+        raise UserError(f"there are no blocks {' or '.join(f'{p}0' for p in prefixes)} and so on.")
     width, channels = shape("img_in")[0], shape("final_layer/linear")[0]
     guidance = naming("guidance_in/in_layer")[0].rpartition(".")[0]
     of_head = head_dim(tensors, NORMS)
@@ -175,7 +175,12 @@ def sizes_of(
         single_depth=single_depth,
         width=width,
         channels=channels,
-        mlp_width=shape("double_blocks_0/img_mlp_0")[0] // 2,
+        mlp_width=(
+            shape("double_blocks_0/img_mlp_0")[0]
+            if depth
+            else shape("single_blocks_0/linear1")[0] - 3 * width
+        )
+        // 2,
         text_width=shape("txt_in")[1],
         head_dim=of_head,
         guidance=any(key.startswith(guidance) for key in tensors),

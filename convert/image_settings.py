@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qdit_convert.settings import ABOUT, NULL, POSITIVE, only
+from qdit_convert.settings import ABOUT, COUNT, NULL, POSITIVE, only
 from qdit_jax.diffusion import HARMLESS, Setting, Table
 
 EPS = {"low": 0, "high": 1}
@@ -51,7 +51,8 @@ Z_IMAGE: Table = ABOUT | {
     "axes_lens": Setting("list", optional=True),
 }
 FLUX2: Table = HEADS | {
-    "num_single_layers": POSITIVE,
+    "num_layers": COUNT,
+    "num_single_layers": COUNT,
     "patch_size": Setting("whole", (1,), optional=True, used=False),
     "joint_attention_dim": POSITIVE,
     "timestep_guidance_channels": POSITIVE,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qdit_convert.settings import ABOUT, POSITIVE
+from qdit_convert.settings import ABOUT, COUNT, POSITIVE
 from qdit_jax.diffusion import Setting, Table
 
 NETWORK: Table = ABOUT | {
@@ -23,7 +23,8 @@ SD3: Table = NETWORK | {
     "qk_norm": Setting("any", (None, "rms_norm")),
 }
 FLUX: Table = NETWORK | {
-    "num_single_layers": POSITIVE,
+    "num_layers": COUNT,
+    "num_single_layers": COUNT,
     "patch_size": Setting("whole", (1,), optional=True, used=False),
     "guidance_embeds": Setting("bool", optional=True),
     "axes_dims_rope": Setting("list", optional=True),

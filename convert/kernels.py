@@ -46,7 +46,9 @@ class Kernel:
     Attributes:
         codes: as a `QTensor` of `spec` counts them: signed codes with half their range added.
         scale: as a `QTensor` stores it.
+        zero_point: the code of 0.0 of every group; None for symmetric codes and number formats.
         spec, act: of the weight and of the layer's input; act None leaves the input as it is.
+        act_scale: what a static `act` rounds by (see `ActQuant.scale`); None where it is dynamic.
         tensor_scale, channel_scale, codebook: see `QTensor`; None where the format has none.
         rotation: channels of a block in which the input is rotated; 0 for none.
         inverse_scale: what the input is multiplied by, before that; None for 1.
@@ -57,6 +59,8 @@ class Kernel:
     scale: Num[np.ndarray, "N G"]
     spec: WeightSpec
     act: ActSpec | None
+    act_scale: Float[np.ndarray, " 1"] | None = None
+    zero_point: UInt8[np.ndarray, "N G"] | None = None
     tensor_scale: np.ndarray | None = None
     channel_scale: Float[np.ndarray, " N"] | None = None
     codebook: Float[np.ndarray, " E"] | None = None
@@ -71,6 +75,7 @@ class Kernel:
             self,
             codes=self.codes[order],
             scale=self.scale[order],
+            zero_point=None if self.zero_point is None else self.zero_point[order],
             channel_scale=None if self.channel_scale is None else self.channel_scale[order],
             up=None if self.up is None else self.up[:, order],
         )
@@ -80,6 +85,7 @@ class Kernel:
 SHARED = {
     "spec": "formats",
     "act": "quantizers of the input",
+    "act_scale": "scales of the input (input_scale)",
     "rotation": "rotations of the input",
     "inverse_scale": "smooth factors",
     "tensor_scale": "scales of the whole tensor",
@@ -102,13 +108,12 @@ def joined(kernels: Mapping[str, Kernel]) -> Kernel:
                 "full-precision weights with qdit quantize."
             )
     whole = [first, *others]
-    scale = None if first.channel_scale is None else _concatenated(whole, "channel_scale")
+    rows = ("codes", "scale", "zero_point", "channel_scale")
+    held = [name for name in rows if getattr(first, name) is not None]
     down, up = _branches(whole)
     return dataclasses.replace(
         first,
-        codes=_concatenated(whole, "codes"),
-        scale=_concatenated(whole, "scale"),
-        channel_scale=scale,
+        **{name: _concatenated(whole, name) for name in held},
         down=down,
         up=up,
     )
@@ -154,7 +159,8 @@ def leaves_of(path: str, kernel: Kernel) -> dict[str, Any]:
     def array(values: np.ndarray | None) -> Any:
         return None if values is None else jnp.asarray(values)
 
-    q = from_codes(jnp.asarray(kernel.codes.T), jnp.asarray(kernel.scale.T), None, kernel.spec)
+    zero_point = None if kernel.zero_point is None else array(kernel.zero_point.T)
+    q = from_codes(array(kernel.codes.T), array(kernel.scale.T), zero_point, kernel.spec)
     found: dict[str, Any] = {
         path: dataclasses.replace(
             q,
@@ -165,7 +171,7 @@ def leaves_of(path: str, kernel: Kernel) -> dict[str, Any]:
     }
     layer = path.removesuffix("/kernel")
     if kernel.act is not None:
-        found = with_leaf(found, layer, "act_quant", ActQuant(kernel.act))
+        found = with_leaf(found, layer, "act_quant", ActQuant(kernel.act, array(kernel.act_scale)))
     if kernel.inverse_scale is not None:
         found = with_leaf(found, layer, "input_map", InputMap(array(kernel.inverse_scale)))
     if kernel.rotation:
@@ -185,7 +191,7 @@ def recipe_of(flat: Mapping[str, Any], name: str) -> Recipe | None:
     for path, leaf in flat.items():
         if isinstance(leaf, QTensor):
             layer = path.removesuffix("/kernel")
-            spec = WeightSpec(leaf.bits, leaf.group_size, True, scale_dtype="float32", fmt=leaf.fmt)
+            spec = WeightSpec(leaf.bits, leaf.group_size, leaf.symmetric, fmt=leaf.fmt)
             act = flat.get(f"{layer}/act_quant")
             spec_of_layer = LayerSpec(spec, None if act is None else act.spec)
             rules.append(Rule(re.escape(layer), spec_of_layer))

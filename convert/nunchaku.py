@@ -85,12 +85,6 @@ def stored_kernel(layer: StoredLayer) -> tuple[Shape, StoredKernel]:
     Raises:
         UserError: if a tensor is missing or not as the format has it.
     """
-    if layer.has("wzeros"):
-        raise UserError(
-            f"{layer.name} is stored as awq_w4a16 of nunchaku_lite (4 bits with zeros that are no whole "
-            "codes), which convert does not read; take the full-precision file and quantize these layers "
-            "with qdit quantize --recipe w4a16 --layers part:adaln."
-        )
     for old in ("lora_down", "smooth"):
         if layer.has(old):
             raise UserError(

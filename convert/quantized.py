@@ -8,6 +8,7 @@ that layouts see what they see in a file of full precision.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from qdit_convert import comfy, nunchaku
+from qdit_convert import comfy, nunchaku, nunchaku_awq
 from qdit_convert.kernels import StoredKernel, joined, leaves_of
 from qdit_convert.plan import Leaf, Plan, Transform
 from qdit_convert.stored_layer import MARKER, StoredLayer, marker_settings
@@ -39,10 +40,11 @@ def with_quantized(state: StateDict, metadata: Mapping[str, str]) -> StateDict:
         UserError: naming the layer and what is unknown, missing or misshapen.
     """
     tensors = _in_new_names(state.tensors)
-    said = _said(tensors, metadata)
+    said = _said(tensors, metadata) | _said_earlier(state.tensors)
     packed = [key.rpartition(".")[0] for key in tensors if key.endswith(".qweight")]
     if not said and not packed:
         return state
+    nunchaku_awq.check_order(metadata)
     found = dict(tensors)
     names = dict.fromkeys([*said, *packed])
     children = _children(tensors, names)
@@ -56,8 +58,9 @@ def with_quantized(state: StateDict, metadata: Mapping[str, str]) -> StateDict:
             shape, kernel = comfy.stored_kernel(layer, settings["format"])
         else:
             layer = StoredLayer(name, {}, {k: v for k, v in parts.items() if k != "bias"})
-            shape, kernel = nunchaku.stored_kernel(layer)
-            if "bias" in parts:
+            only_weights = layer.has(nunchaku_awq.ZEROS)
+            shape, kernel = (nunchaku_awq if only_weights else nunchaku).stored_kernel(layer)
+            if "bias" in parts and not only_weights:
                 found[f"{name}.bias"] = nunchaku.bias_of(parts["bias"])
         for part in (*layer.parts, MARKER):
             found.pop(f"{name}.{part}", None)
@@ -101,6 +104,27 @@ def _said(
         if not isinstance(settings.get("format"), str):
             raise UserError(f"{name} is said to be quantized, but not in which format.")
     return said
+
+
+def _said_earlier(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, Any]]:
+    """Returns the settings of layers of earlier FP8 files whose inputs stay in full precision.
+
+    A network says so by two values in `scaled_fp8`; a file may hold several networks.
+    """
+    markers = {
+        key.removesuffix(SCALED): math.prod(tensor.shape)
+        for key, tensor in tensors.items()
+        if key.rpartition(".")[2] == SCALED
+    }
+    found = {}
+    for key in tensors:
+        name, _, part = key.rpartition(".")
+        weight = tensors.get(f"{name}.weight")
+        own = max((p for p in markers if key.startswith(p)), key=len, default=None)
+        is_stored = weight is not None and weight.dtype.name in FLOAT8
+        if part == "scale_weight" and is_stored and own is not None and markers[own] == 2:
+            found[name] = {"format": weight.dtype.name, "full_precision_matrix_mult": True}
+    return found
 
 
 def _in_metadata(

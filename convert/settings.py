@@ -7,6 +7,7 @@ A scheduler's are in `qdit_jax.diffusion.scheduler_settings`, a training script'
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from qdit_jax.diffusion import HARMLESS, Setting, Table, understood
@@ -17,6 +18,7 @@ CONFIG = f"{CONFIG_FILE} says"
 INDEX = "model_index.json says"
 QUANTIZATION = "quantization_config"
 POSITIVE = Setting("whole", low=1, high=10_000_000, optional=True)
+COUNT = replace(POSITIVE, low=0)  # of blocks of a kind, of which a network may have none
 ABOUT = {
     name: HARMLESS
     for name in ("_class_name", "_diffusers_version", "_name_or_path", "_commit_hash")
@@ -123,3 +125,9 @@ def check_quantization(said: object) -> None:
     layers = said.get("svdq_w4a4")
     if isinstance(layers, Mapping) and layers.get("act_unsigned"):
         raise UserError(f"{CONFIG} act_unsigned=True of svdq_w4a4, which convert does not read.")
+    layers = said.get("awq_w4a16")
+    if isinstance(layers, Mapping) and layers.get("group_size", 64) != 64:
+        raise UserError(
+            f"{CONFIG} group_size={layers['group_size']!r} of awq_w4a16; convert reads groups of 64, the "
+            "only ones that its kernels have."
+        )

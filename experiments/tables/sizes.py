@@ -26,8 +26,11 @@ from qdit_jax.speed import DEVICES, abstract_checkpoint, devices_named, predicte
 
 RESULTS = Path("experiments/results")
 NAMES = (
-    *("DiT-XL/2", "DiT-XL/2-512", "LightningDiT-XL/1", "PixArt-Sigma-1024", "SD3-medium"),
-    *("SD3.5-medium", "SD3.5-large", "FLUX.1-dev", "FLUX.1-schnell", "Latte-XL/2", "Latte-1"),
+    *("DiT-S/2", "DiT-B/2", "DiT-L/2", "DiT-XL/2", "SiT-XL/2", "DiT-XL/2-512"),
+    *("LightningDiT-XL/1", "PixArt-alpha-1024", "PixArt-Sigma-1024", "SD3-medium"),
+    *("SD3.5-medium", "SD3.5-large", "FLUX.1-dev", "FLUX.1-schnell", "Sana-0.6B", "Sana-1.6B"),
+    *("Sana-1.5-4.8B", "Z-Image-Turbo", "FLUX.2-klein-4B", "FLUX.2-klein-9B", "FLUX.2-dev"),
+    *("Latte-XL/2", "Latte-1"),
     *("STDiT-16x256x256", "STDiT3-16x256x256", "STDiT3-51x480p", "Wan2.1-T2V-1.3B"),
     *("Wan2.1-T2V-14B", "Wan2.2-TI2V-5B", "Wan2.2-T2V-A14B"),
 )

@@ -14,7 +14,12 @@ from flax.traverse_util import flatten_dict
 
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.errors import UserError
-from qdit_jax.kernels import IMPLEMENTATIONS, implementation_of, unsupported_reason
+from qdit_jax.kernels import (
+    IMPLEMENTATIONS,
+    implementation_of,
+    layer_numerics,
+    unsupported_reason,
+)
 from qdit_jax.models import OPERANDS_OF, TABLE, rows_per_sample
 from qdit_jax.quant import (
     ActQuant,
@@ -318,6 +323,7 @@ def who_computes(
     shape = (num_rows, kernel.shape[0])
     # Without scales: an unpicked table would be refused, and its rows make no difference here.
     settings = None if act is None else ActQuant(act.spec)
+    numerics = layer_numerics(act, numerics)
     reason = unsupported_reason(shape, kernel, settings, numerics, forced)
     if reason is not None:
         raise UserError(f"{path}: {reason}")

@@ -3,7 +3,14 @@
 from qdit_jax.kernels import gpu_levels, gpu_tiles
 from qdit_jax.kernels.attention import ATTENTION_IMPLEMENTATIONS, attention
 from qdit_jax.kernels.matmul import implementation_of, quantized_matmul, unsupported_reason
-from qdit_jax.kernels.product import NUMERICS, PLATFORMS, Implementation, Numerics, Product
+from qdit_jax.kernels.product import (
+    NUMERICS,
+    PLATFORMS,
+    Implementation,
+    Numerics,
+    Product,
+    layer_numerics,
+)
 from qdit_jax.kernels.segments import segments
 from qdit_jax.kernels.table import IMPLEMENTATIONS
 from qdit_jax.kernels.usage import implementations_used, quantized_layers
@@ -21,6 +28,7 @@ __all__ = [
     "gpu_tiles",
     "implementation_of",
     "implementations_used",
+    "layer_numerics",
     "quantized_layers",
     "quantized_matmul",
     "segments",

@@ -105,7 +105,7 @@ def act_elements(
     """Returns (elements, zero, scale) of the activations; zero and scale have a value per group."""
     spec = act_quant.spec
     if spec.fmt is not None:
-        codes, scale = spec.fmt.quantize_blocks(x, spec.group_size)
+        codes, scale = act_quant.blocks(x)
         return spec.fmt.operand(codes).astype(dtype), None, scale * spec.fmt.unit
     step, zero_point = act_quant.grid(x)
     codes = codes_of(x, step, zero_point, spec)  # whole numbers in float32

@@ -69,6 +69,14 @@ class Implementation:
         return self.run_to(x, q, act, numerics, dtype)
 
 
+def layer_numerics(act: ActSpec | ActQuant | None, numerics: str) -> str:
+    """Returns the numerics of one layer of a network: integers need an input that is quantized.
+
+    Where it is not (W4A16), a layer is a float product in both numerics, as one of full precision is.
+    """
+    return "simulated" if act is None and numerics in NUMERICS else numerics
+
+
 def invalid_reason(product: Product) -> str | None:
     """Returns why nothing can compute `product`, one sentence, or None if something may."""
     weight, act = product.weight, product.act

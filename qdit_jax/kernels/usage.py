@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from qdit_jax.kernels.matmul import implementation_of
+from qdit_jax.kernels.product import layer_numerics
 from qdit_jax.quant import ActQuant, QTensor, kernel_of_other
 from qdit_jax.types import Params
 
@@ -29,14 +30,18 @@ def implementations_used(
             1 where it is not named.
 
     Raises:
-        ValueError: if a product cannot run with these numerics.
+        ValueError: if a product cannot run with these numerics, or they are integer and no layer
+            quantizes its input.
     """
     found: Counter[str] = Counter()
-    for path, kernel, act in quantized_layers(params):
+    layers = list(quantized_layers(params))
+    weights_alone = all(act is None for _, _, act in layers)
+    for path, kernel, act in layers:
         shape = ((rows or {}).get(path, 1), kernel.shape[0])
         # Without scales: an unpicked table would be refused, and its rows make no difference here.
         settings = None if act is None else ActQuant(act.spec)
-        name = implementation_of(shape, kernel, settings, numerics, platform, dtype)
+        own = numerics if weights_alone else layer_numerics(act, numerics)
+        name = implementation_of(shape, kernel, settings, own, platform, dtype)
         found[name] += math.prod(kernel.scale.shape[:-2])
     return dict(found)
 

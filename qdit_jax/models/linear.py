@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from qdit_jax.kernels import quantized_matmul
+from qdit_jax.kernels import layer_numerics, quantized_matmul
 from qdit_jax.quant import QTensor, Role, slots
 from qdit_jax.types import AnyArray
 
@@ -71,7 +71,8 @@ class Linear(nn.Module):
     and the slots of `quant.LEAVES` that are present: `act_quant` (an `ActQuant`) quantizes the input.
     In their place, `known_output` is returned as it is.
     `numerics` is `"simulated"` (float arithmetic on the quantized grid) or `"integer"`, and
-    `implementation` who computes it; see `kernels.quantized_matmul`.
+    `implementation` who computes it; see `kernels.quantized_matmul`. A layer whose input is not
+    quantized is a float product in both.
 
     With `dtype="bfloat16"`, the operands of a product of which neither is a quantized input are
     bfloat16 (sums are float32), and so is the output, unless `wide_output` asks for float32. A
@@ -101,7 +102,7 @@ class Linear(nn.Module):
                 left,
                 kernel,
                 act_quant,
-                self.numerics,
+                layer_numerics(act_quant, self.numerics),
                 self.implementation,
                 out_dtype=left.dtype.name if self.dtype == "float32" else self.output_dtype,
             )

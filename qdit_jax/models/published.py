@@ -44,6 +44,18 @@ class Published:
 
 PIXART_TEXT = {"text_length": 300, "sample_size": 128, "interpolation_scale": 2.0}
 SD35 = {"qk_norm": True}
+SANA_600M = {
+    **{"hidden_size": 1152, "depth": 28, "num_heads": 36, "mlp_width": 2880},
+    **{"num_cross_heads": 16, "cross_width": 1152},
+}
+FLUX2_9B = {
+    **{"hidden_size": 4096, "depth": 8, "single_depth": 24, "num_heads": 32},
+    **{"mlp_width": 12288, "text_width": 12288},
+}
+FLUX2_DEV = {
+    **{"hidden_size": 6144, "depth": 8, "single_depth": 48, "num_heads": 48},
+    **{"mlp_width": 18432, "text_width": 15360, "guidance_embed": True},
+}
 WAN_14B = {"hidden_size": 5120, "depth": 40, "num_heads": 40, "ffn_width": 13824}
 WAN_5B = {
     **{"hidden_size": 3072, "depth": 30, "num_heads": 24, "ffn_width": 14336},
@@ -99,6 +111,13 @@ PUBLISHED_NETWORKS: tuple[Published, ...] = (
         1,
         aliases=("flux-schnell",),
     ),
+    Published("Sana-0.6B", "sana", SANA_600M, IMAGE, aliases=("sana-600m",)),
+    Published("Sana-1.6B", "sana", {}, IMAGE, aliases=("sana", "sana-1600m")),
+    Published("Sana-1.5-4.8B", "sana", {"depth": 60, "qk_norm": True}, IMAGE),
+    Published("Z-Image-Turbo", "z-image", {}, IMAGE, 1, aliases=("z-image",)),
+    Published("FLUX.2-klein-4B", "flux2", {}, IMAGE, 1),
+    Published("FLUX.2-klein-9B", "flux2", FLUX2_9B, IMAGE, 1),
+    Published("FLUX.2-dev", "flux2", FLUX2_DEV, IMAGE, 1, aliases=("flux2-dev",)),
     Published("Latte-XL/2", "latte", {}, "16 x 256 x 256", aliases=("latte-xl",)),
     Published("Latte-1", "latte_t2v", {}, "16 x 512 x 512", aliases=("latte-t2v",)),
     Published("STDiT-16x256x256", "stdit", {}, "16 x 256 x 256", aliases=("open-sora-1.0",)),

@@ -63,7 +63,7 @@ def act_quantizer(path: str, spec: ActSpec, stats: Stats | None) -> ActQuant:
 def group_limits(x: Float[np.ndarray, "R K"], spec: ActSpec) -> tuple[np.ndarray, np.ndarray]:
     """Returns the interval that each group of channels has to cover, `[G]` each, without the shift."""
     if spec.range_fn.from_extremes:
-        return group_extremes(x, spec.group_size)
+        return group_extremes(x, spec.static_group_size)
     symmetric = spec.symmetric and not spec.unsigned
 
     def limits(
@@ -74,5 +74,5 @@ def group_limits(x: Float[np.ndarray, "R K"], spec: ActSpec) -> tuple[np.ndarray
         return low[:, None], high[:, None]
 
     shifted = jnp.asarray(x, jnp.float32).T + spec.shift  # [K, R]
-    low, high = map_groups(limits, shifted, spec.group_size)
+    low, high = map_groups(limits, shifted, spec.static_group_size)
     return np.asarray(low)[:, 0] - spec.shift, np.asarray(high)[:, 0] - spec.shift

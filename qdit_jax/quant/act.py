@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from qdit_jax.quant import groups
 from qdit_jax.quant.division import quotient
@@ -35,6 +35,8 @@ def grid_of_limits(
     low: Float[Array, "*s"], high: Float[Array, "*s"], spec: ActSpec
 ) -> tuple[Float[Array, "*s"], Float[Array, "*s"] | None]:
     """Returns (scale, zero_point) of the interval `[low, high]`; zero_point None if symmetric."""
+    if spec.fmt is not None:
+        return spec.fmt.calibrated_scale(jnp.maximum(jnp.abs(low), jnp.abs(high))), None
     if spec.unsigned:
         return spec.range_fn.scale(jnp.zeros_like(high), high, spec.bits, False), None
     scale = spec.range_fn.scale(low, high, spec.bits, spec.symmetric)
@@ -146,7 +148,8 @@ class ActQuant:
     Attributes:
         spec: static settings.
         scale: None when dynamic; static: `[G]` (`[1]`: one for the tensor), or a table `[S, G]`
-            with one row per sampling step or range of timesteps, from which `at` picks.
+            with one row per sampling step or range of timesteps, from which `at` picks. Of a number
+            format with a factor per tensor, `[1]` or `[S, 1]`: the factor.
         zero_point: like `scale`, whole numbers; None when symmetric or dynamic.
         timesteps: `[S]`, what the rows of a table were calibrated at; `at_timestep` needs them.
     """
@@ -193,11 +196,30 @@ class ActQuant:
     ) -> tuple[Float[AnyArray, "*#lead G"], Float[AnyArray, "*#lead G"] | None]:
         """Returns (scale, zero_point) for `x` (shift added), broadcastable to `[*lead, G]`.
 
+        For integers; `blocks` is of number formats.
+
         Raises:
             ValueError: if scales are missing, are a table (pick a row with `at`), or do not fit K.
         """
         if self.spec.mode == "dynamic":
             return dynamic_grid(x, self.spec)
+        return self._calibrated(x)
+
+    def blocks(
+        self, x: Float[Array, "*lead K"]
+    ) -> tuple[UInt8[Array, "*lead K"], Float[AnyArray, "*#lead G"]]:
+        """Returns the codes of `x` in a number format, and the scales of its blocks.
+
+        Raises:
+            ValueError: as `grid`.
+        """
+        assert self.spec.fmt is not None, "integers have a grid"
+        scale = None if self.spec.mode == "dynamic" else self._calibrated(x)[0]
+        return self.spec.fmt.quantize_blocks(x, self.spec.group_size, scale)
+
+    def _calibrated(
+        self, x: Float[Array, "*lead K"]
+    ) -> tuple[Float[AnyArray, "*#lead G"], Float[AnyArray, "*#lead G"] | None]:
         self._check_scales(x.shape[-1])
         if self.scale.ndim == 1:
             return self.scale, self.zero_point
@@ -208,6 +230,10 @@ class ActQuant:
         """Returns `x` fake-quantized, in the dtype of `x`."""
         if self.spec.mode == "dynamic":
             return fake_quantize(x, self.spec)
+        if self.spec.fmt is not None:
+            wide = jnp.asarray(x, jnp.float32)
+            scale, _ = self._calibrated(wide)
+            return self.spec.fmt.fake_quantize(wide, self.spec.group_size, scale).astype(x.dtype)
         shifted = jnp.asarray(x, jnp.float32) + self.spec.shift
         return _round_trip(shifted, *self.grid(shifted), self.spec).astype(x.dtype)
 
@@ -219,11 +245,12 @@ class ActQuant:
                 f"scale is a table of {self.scale.shape[0]} rows; pick one with "
                 "`select_timestep(params, timestep)`, as the sampler's denoiser does, or `at(index)`."
             )
-        expected = groups.num_groups(num_channels, self.spec.group_size)
+        size = self.spec.static_group_size
+        expected = groups.num_groups(num_channels, size)
         if self.scale.shape[-1] != expected:
             raise ValueError(
                 f"scale has {self.scale.shape[-1]} groups, but {num_channels} channels make "
-                f"{expected} groups of {self.spec.group_size}."
+                f"{expected} groups of {size or num_channels}."
             )
 
 

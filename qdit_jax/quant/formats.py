@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Num, UInt8
 
 from qdit_jax.quant import ranges, stored_scales
 from qdit_jax.quant.division import quotient, quotient_by_number
+from qdit_jax.types import AnyArray
 
 # 16 quantiles of a standard normal, scaled to [-1, 1] (QLoRA, arXiv:2305.14314, appendix E).
 _NF4 = (
@@ -66,6 +67,11 @@ class Format:
     def has_tensor_scale(self) -> bool:
         """Whether every block scale is multiplied by one float32 factor per tensor."""
         return self.block_scale == "e4m3"
+
+    @property
+    def has_calibrated_scale(self) -> bool:
+        """Whether an input may have scales (or, if it has one, a factor) that calibration chose."""
+        return self.block_scale in ("float", "e4m3")
 
     @property
     def has_codebook(self) -> bool:
@@ -186,31 +192,63 @@ class Format:
         scale = quotient_by_number(absmax, self.max_value() * 448.0)
         return ranges.positive_or_one(scale)
 
+    def calibrated_scale(self, absmax: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """Returns what a static quantizer keeps for inputs of greatest magnitude `absmax`."""
+        return (
+            self.tensor_scale(absmax) if self.has_tensor_scale else self.stored_scale(absmax, None)
+        )
+
     def quantize_blocks(
-        self, x: Float[Array, "*lead K"], group_size: int
-    ) -> tuple[UInt8[Array, "*lead K"], Float[Array, "*lead G"]]:
+        self,
+        x: Float[Array, "*lead K"],
+        group_size: int,
+        calibrated: Float[AnyArray, "*#lead C"] | None = None,
+    ) -> tuple[UInt8[Array, "*lead K"], Float[Array, "*#lead G"]]:
         """Returns the codes of `x` in blocks along its last axis, and their scales in float32.
 
         The factor of a tensor is one per token here, so that no token depends on another; the
         scales include it.
+
+        Args:
+            calibrated: in place of the scales, or of the factor (C = 1) where the format has one;
+                values beyond it saturate.
         """
         x = x.astype(jnp.float32)
         size = self.block_size or group_size or x.shape[-1]
         pad = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)]
         blocks = jnp.pad(x, pad).reshape(*x.shape[:-1], -1, size)
-        absmax = jnp.max(jnp.abs(blocks), axis=-1)
-        factor = jnp.float32(1)
-        if self.has_tensor_scale:
-            factor = self.tensor_scale(jnp.max(absmax, axis=-1, keepdims=True))
-        scale = self.scale_value(self.stored_scale(absmax, factor)) * factor
+        scale = self.block_scales(jnp.max(jnp.abs(blocks), axis=-1), calibrated)
         codes = self.code(divide(blocks, scale[..., None]))
         return codes.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], scale
 
-    def fake_quantize(self, x: Float[Array, "*lead K"], group_size: int) -> Float[Array, "*lead K"]:
-        """Returns `x` rounded to this format in blocks along its last axis, float32."""
-        codes, scale = self.quantize_blocks(x, group_size)
+    def block_scales(
+        self, absmax: Float[Array, "*lead G"], calibrated: Float[AnyArray, "*#lead C"] | None
+    ) -> Float[Array, "*#lead G"]:
+        """Returns the scales of blocks of greatest magnitude `absmax`; see `quantize_blocks`."""
+        if not self.has_tensor_scale and calibrated is not None:
+            return jnp.asarray(calibrated)
+        factor = jnp.float32(1)
+        if self.has_tensor_scale:
+            own = calibrated is None
+            factor = (
+                self.tensor_scale(jnp.max(absmax, axis=-1, keepdims=True)) if own else calibrated
+            )
+        return self.scale_value(self.stored_scale(absmax, factor)) * factor
+
+    def fake_quantize(
+        self,
+        x: Float[Array, "*lead K"],
+        group_size: int,
+        calibrated: Float[AnyArray, "*#lead C"] | None = None,
+    ) -> Float[Array, "*lead K"]:
+        """Returns `x` rounded to this format in blocks along its last axis, float32.
+
+        With `calibrated` scales, values that are not finite become NaN: they do not show in these.
+        """
+        codes, scale = self.quantize_blocks(x, group_size, calibrated)
         size = self.block_size or group_size or x.shape[-1]
-        return self.value(codes) * jnp.repeat(scale, size, axis=-1)[..., : x.shape[-1]]
+        rounded = self.value(codes) * jnp.repeat(scale, size, axis=-1)[..., : x.shape[-1]]
+        return rounded if calibrated is None else jnp.where(jnp.isfinite(x), rounded, jnp.nan)
 
 
 def divide(x: Float[Array, "*s"], scale: Float[Array, "*#s"]) -> Float[Array, "*s"]:

@@ -148,7 +148,8 @@ class ActSpec:
     Attributes:
         bits: bits per code, 2 to 8.
         group_size: channels of one token that share a scale; 0 is the whole token (dynamic)
-            or the whole tensor (static).
+            or the whole tensor (static). Of a static number format with a factor per tensor (NVFP4),
+            the factor alone is calibrated.
         symmetric: no zero point.
         range_fn: a rule of `qdit_jax.quant.ranges`.
         mode: "dynamic" computes scales from the current values, "static" uses calibrated ones.
@@ -183,16 +184,31 @@ class ActSpec:
             raise ValueError(f"mode={self.mode!r} is not supported; use 'dynamic' or 'static'.")
         if self.unsigned and not self.symmetric:
             raise ValueError("unsigned=True needs symmetric=True; asymmetric codes are unsigned.")
-        if self.fmt is not None and (self.unsigned or self.shift or self.mode == "static"):
+        if self.fmt is not None and (self.unsigned or self.shift):
             raise ValueError(
-                f"format {self.fmt.name!r} is signed, unshifted and dynamic only; leave unsigned, "
-                "shift and mode at their defaults."
+                f"format {self.fmt.name!r} is signed and unshifted only; leave unsigned and shift at "
+                "their defaults."
+            )
+        if self.fmt is not None and self.mode == "static" and not self.fmt.has_calibrated_scale:
+            raise ValueError(
+                f"format {self.fmt.name!r} has powers of two as scales, which nobody calibrates; use "
+                "mode='dynamic'."
+            )
+        if self.fmt is not None and self.mode == "static" and isinstance(self.range_fn, ranges.Mse):
+            raise ValueError(
+                f"range rule {self.range_fn.name!r} measures integer codes, not those of the format "
+                f"{self.fmt.name!r}; use ranges.minmax or ranges.percentile()."
             )
         if self.fmt is not None and self.fmt.has_codebook:
             raise ValueError(
                 f"format {self.fmt.name!r} learns a table per kernel, which inputs have not; use "
                 "bits=8 or a format such as fp8_e4m3."
             )
+
+    @property
+    def static_group_size(self) -> int:
+        """Input channels that share one calibrated scale; 0 is all."""
+        return 0 if self.fmt is not None and self.fmt.has_tensor_scale else int(self.group_size)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the settings as JSON-serializable values."""

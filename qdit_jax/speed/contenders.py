@@ -14,6 +14,7 @@ from qdit_jax.kernels import (
     IMPLEMENTATIONS,
     NUMERICS,
     implementation_of,
+    layer_numerics,
     quantized_layers,
     unsupported_reason,
 )
@@ -73,8 +74,14 @@ class Contender:
             return {way.implementation: len(self.layers)}
         found: Counter[str] = Counter()
         for layer in self.layers:
-            found[implementation_of(*self.product(layer, batch), str(way.numerics))] += 1
+            found[implementation_of(*self.product(layer, batch), self.numerics(layer, way))] += 1
         return dict(found)
+
+    def numerics(self, layer: QuantizedLayer, way: Way) -> str:
+        """Returns how a layer is computed; without any input that is quantized, as `way` says."""
+        weights_alone = all(one.act is None for one in self.layers)
+        asked = str(way.numerics)
+        return asked if weights_alone else layer_numerics(layer.act, asked)
 
     def product(
         self, layer: QuantizedLayer, batch: int
@@ -87,7 +94,7 @@ class Contender:
     def why_not(self, layer: QuantizedLayer, batch: int, way: Way) -> str | None:
         """Returns why a layer cannot be computed this way, one sentence, or None if it can."""
         product = self.product(layer, batch)
-        reason = unsupported_reason(*product, str(way.numerics), way.implementation)
+        reason = unsupported_reason(*product, self.numerics(layer, way), way.implementation)
         return None if reason is None else f"{layer.path}: {reason}"
 
 

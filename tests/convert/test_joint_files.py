@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from tiny_models import output
 
-from qdit_convert import flux, read_model, sd3
+from qdit_convert import convert, flux, flux2, read_model, sd3
 from qdit_convert.joint import swapped
 from qdit_convert.sizes import mlp_ratio
 from qdit_convert.vae import latent_diffusion_example, vae_example
@@ -65,6 +69,28 @@ def test_flux_with_and_without_the_prefix_of_other_programs(tmp_path, prefix):
     assert found.family == "flux"
     kernel = own[f"{prefix}single_blocks.1.linear1.weight"].T
     np.testing.assert_array_equal(found.params["single_blocks_1"]["linear1"]["kernel"], kernel)
+
+
+@pytest.mark.parametrize("family", [flux, flux2], ids=["flux", "flux2"])
+@pytest.mark.parametrize("counts", [(2, 0), (0, 1)])
+@pytest.mark.parametrize("names", ["in_original", "in_diffusers"])
+def test_a_flux_of_one_kind_of_blocks(family, counts, names, tmp_path):
+    sizes = dataclasses.replace(family.SMALL, depth=counts[0], single_depth=counts[1])
+    arrays = arrays_of(family.leaves_of(sizes, getattr(family, names)))
+    example = family.diffusers_example()
+    if names == "in_diffusers":
+        counted = {"num_layers": counts[0], "num_single_layers": counts[1]}
+        found = convert(written(tmp_path / "in", arrays, {**example.config, **counted}), **SIZE)
+    else:
+        written(tmp_path, arrays, name="model.safetensors")
+        axes = family.original_example().choices["rope_axes"]
+        found = convert(tmp_path / "model.safetensors", **SIZE, rope_axes=axes)
+    assert (found.model.depth, found.model.single_depth) == counts
+    model = found.model
+    width = model.mlp_width if family is flux2 else model.mlp_ratio * model.hidden_size
+    assert width == sizes.mlp_width
+    inputs = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), model.example_inputs())
+    assert np.isfinite(output(model, found.params, *inputs)).all()
 
 
 def test_diffusers_halves_of_the_last_modulations_are_swapped(tmp_path):

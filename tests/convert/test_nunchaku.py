@@ -202,7 +202,6 @@ MISTAKES = {
         r"qweight has shape \[120, 64\]; layers of svdq_w4a4 have multiples of 128",
     ),
     "its own files": ({"lora_down": np.zeros(2, BF16)}, "is of Nunchaku's own files"),
-    "awq": ({"wzeros": np.zeros(2, BF16)}, "stored as awq_w4a16 of nunchaku_lite"),
     "NaN": (
         {"smooth_factor": np.full(WIDTH, np.nan, BF16)},
         r"128 of 128 values of .*smooth_factor are not scales: nan",

@@ -15,6 +15,8 @@ from qdit_jax.calibration import collect_items
 from qdit_jax.checkpoint import digest, with_dtype
 from qdit_jax.checkpoint.fingerprint import feed
 from qdit_jax.models import FAMILIES, NetworkModule, build_model, config_of
+from qdit_jax.models.linear import Layers
+from qdit_jax.models.sana import LinearAttention
 from qdit_jax.quant import ActQuant, QTensor
 from qdit_jax.sampling import running_params
 
@@ -79,6 +81,31 @@ def test_every_product_of_full_precision_is_bfloat16_and_the_rest_is_not(row, co
     assert rounded.dtype == jnp.float32
     error = np.abs(rounded - exact).max() / np.abs(exact).max()
     assert 1e-6 < error < 0.05
+
+
+def test_linear_attention_jumps_where_no_channel_of_a_query_is_positive():
+    layer = LinearAttention(1, False, Layers())
+    eye = np.eye(2, dtype=np.float32)
+    params = {"qkv": {"kernel": np.hstack([eye] * 3), "bias": np.zeros(6, np.float32)}}
+    params["proj"] = {"kernel": eye, "bias": np.zeros(2, np.float32)}
+    for least, expected in ((1e-6, [1.0, 2.0]), (0.0, [0.0, 0.0]), (-1e-6, [0.0, 0.0])):
+        x = jnp.asarray([[[1.0, 2.0], [least, -1.0]]])
+        found = layer.apply({"params": params}, x)
+        np.testing.assert_allclose(found[0, 1], expected, atol=1e-5)
+
+
+def test_a_sana_with_heads_as_wide_as_published_is_close_in_bfloat16():
+    config = {**FAMILIES["sana"].examples[0], "hidden_size": 64, "num_heads": 2, "depth": 1}
+    model = build_model("sana", config)
+    x, time, condition = inputs(model)
+    text = jax.random.normal(jax.random.key(2), condition["text"].shape)
+    for seed in range(5):
+        params = random_params(model, seed)
+        exact, rounded = (
+            output(m, params, x, time, {**condition, "text": text})
+            for m in (model, model.clone(dtype="bfloat16"))
+        )
+        assert np.abs(rounded - exact).max() < 0.03 * np.abs(exact).max()
 
 
 def test_quantized_inputs_are_multiplied_as_ever():

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from tiny_models import quantized_layers, random_params
+from roads import STEPS, calibrated, check_files, check_method, check_verified, collected, rounded
+from tiny_models import random_params
 
 import qdit_jax as qdit
 from qdit_jax.allocation import Rollouts
-from qdit_jax.methods import CalibrationData
 from qdit_jax.models import build_model, layers_of
 from qdit_jax.models.text_to_image_rows import (
     SMALL_FLUX2,
@@ -29,7 +26,7 @@ ONE = {
     "z-image": {**SMALL_Z_IMAGE, "depth": 1},
     "flux2": {**SMALL_FLUX2, "single_depth": 1},
 }
-STEPS, LENGTH = 2, 5
+LENGTH = 5
 
 
 def prompts(family, count=3):
@@ -55,35 +52,13 @@ def family(checkpoint):
 
 @pytest.fixture(scope="module")
 def items(checkpoint, family):
-    return qdit.collect_items(
-        checkpoint,
-        jax.random.key(0),
-        8,
-        conditions=prompts(family),
-        sampler=checkpoint_sampler(checkpoint, STEPS),
-        batch_size=4,
-    )
+    return collected(checkpoint, prompts(family))
 
 
 @pytest.fixture(scope="module")
 def blocks(checkpoint, family):
     layers = layers_of(flatten_dict(checkpoint.params, sep="/"))
     return {layer for layer in layers if ROWS[family].part_of(layer) == "blocks"}
-
-
-def relative(a, b):
-    return float(np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(np.asarray(b)))
-
-
-# LLVM's optimizations would take most of the time here.
-@jax.jit(static_argnames=("model",), compiler_options={"xla_backend_optimization_level": 0})
-def call(params, *args, model):
-    return model.apply({"params": params}, *args)
-
-
-def outputs(checkpoint, items):
-    inputs = jax.tree.map(jnp.asarray, items[:3])
-    return np.asarray(call(checkpoint.params, *inputs, model=checkpoint.model))
 
 
 @pytest.mark.parametrize(
@@ -94,41 +69,25 @@ def outputs(checkpoint, items):
     ],
 )
 def test_methods_quantize_it(checkpoint, items, blocks, method):
-    recipe = qdit.Recipe.preset("w4a8", checkpoint, group_size=8)
-    data = CalibrationData(items=items, batch_size=8)
-    result = qdit.quantize(checkpoint, method, recipe, data=data)
-    assert quantized_layers(result.params) == blocks
-    assert 0 < relative(outputs(result, items), outputs(checkpoint, items)) < 0.4
+    check_method(checkpoint, items, method, blocks, most=0.4)
+
+
+def test_what_is_saved_and_exported_is_the_same(checkpoint, items, tmp_path):
+    check_files(rounded(checkpoint), items, tmp_path)
 
 
 @pytest.mark.slow
 def test_it_is_calibrated_sampled_and_verified(checkpoint, family, blocks):
     given = prompts(family)
-    sampler = checkpoint_sampler(checkpoint, STEPS)
-    stats = qdit.calibrate(
-        checkpoint, jax.random.key(1), 3, conditions=given, sampler=sampler, batch_size=3
-    )
-    assert set(stats.halves) == {"conditional", "null"}
-    assert set(stats.low) >= blocks
-    recipe = qdit.Recipe.preset("w8a8", checkpoint, group_size=8)
-    params = qdit.quantize_params(checkpoint.params, recipe=recipe)
-    small = dataclasses.replace(checkpoint, params=params, recipe=recipe)
+    assert set(calibrated(checkpoint, given).low) >= blocks
+    small = rounded(checkpoint, "w8a8")
     rows, columns, channels = checkpoint.model.sample_shape()
     shape = (rows + 2, columns, channels)
+    sampler = checkpoint_sampler(checkpoint, STEPS)
     images = qdit.generate(small, sampler, given, guidance=4.5, shape=shape)
     assert images.shape == (3, *shape)
     assert np.isfinite(images).all()
-    found = qdit.verify(
-        small,
-        against=checkpoint,
-        conditions=given,
-        num_samples=2,
-        steps=STEPS,
-        batch_size=2,
-        timing=False,
-    )
-    assert found.passed
-    assert len(found.layers) == len(blocks)
+    check_verified(small, checkpoint, given, len(blocks))
 
 
 @pytest.mark.slow

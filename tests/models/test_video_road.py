@@ -5,21 +5,27 @@ from __future__ import annotations
 import dataclasses
 from functools import cache
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import quantized_layers, random_params
+from roads import (
+    STEPS,
+    calibrated,
+    check_files,
+    check_method,
+    check_verified,
+    collected,
+    relative,
+    rounded,
+)
+from tiny_models import random_params
 
 import qdit_jax as qdit
 from qdit_jax.allocation import BitOps, cost_table, search_space
-from qdit_jax.methods import CalibrationData
 from qdit_jax.models import FAMILIES, OPERANDS, build_model, rows_per_sample
 from qdit_jax.sampling import checkpoint_sampler
 
 NAMES = ("latte", "latte_t2v", "stdit", "stdit3")
 SLOW = pytest.mark.slow
-STEPS = 2
 
 
 @cache
@@ -49,32 +55,10 @@ def name_of(model):
     return next(name for name in NAMES if checkpoint_of(name).model == model)
 
 
-def relative(a, b):
-    return float(np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(np.asarray(b)))
-
-
-# LLVM's optimizations would take most of the time here.
-@jax.jit(static_argnames=("model",), compiler_options={"xla_backend_optimization_level": 0})
-def call(params, *args, model):
-    return model.apply({"params": params}, *args)
-
-
-def outputs(checkpoint, items):
-    inputs = jax.tree.map(jnp.asarray, items[:3])
-    return np.asarray(call(checkpoint.params, *inputs, model=checkpoint.model))
-
-
 @cache
 def items_of(name):
     checkpoint = checkpoint_of(name)
-    return qdit.collect_items(
-        checkpoint,
-        jax.random.key(0),
-        8,
-        conditions=conditions(checkpoint.model),
-        sampler=checkpoint_sampler(checkpoint, STEPS),
-        batch_size=4,
-    )
+    return collected(checkpoint, conditions(checkpoint.model))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -109,15 +93,7 @@ def test_every_attention_is_in_the_recipe_and_the_cost(name):
 
 def test_calibration_sees_prompts_and_the_null_caption():
     checkpoint = checkpoint_of("stdit3")
-    stats = qdit.calibrate(
-        checkpoint,
-        jax.random.key(1),
-        3,
-        conditions=conditions(checkpoint.model),
-        sampler=checkpoint_sampler(checkpoint, STEPS),
-        batch_size=3,
-    )
-    assert set(stats.halves) == {"conditional", "null"}
+    stats = calibrated(checkpoint, conditions(checkpoint.model))
     path = "temporal_blocks_0/cross_attn/kv_linear"
     cond, null = (stats.halves[half].low[path] for half in stats.halves)
     assert not np.array_equal(cond, null)
@@ -155,29 +131,18 @@ def test_calibration_sees_prompts_and_the_null_caption():
     ],
 )
 def test_methods_quantize_it(name, method):
-    checkpoint, items = checkpoint_of(name), items_of(name)
-    recipe = qdit.Recipe.preset("w4a8", checkpoint, group_size=8)
-    data = CalibrationData(items=items, batch_size=8)
-    result = qdit.quantize(checkpoint, method, recipe, data=data)
-    assert quantized_layers(result.params) == set(recipe.resolve(checkpoint.params))
-    assert 0 < relative(outputs(result, items), outputs(checkpoint, items)) < 0.3
+    checkpoint = checkpoint_of(name)
+    layers = set(qdit.Recipe.preset("w4a8", checkpoint).resolve(checkpoint.params))
+    check_method(checkpoint, items_of(name), method, layers, most=0.3)
 
 
 @pytest.fixture(scope="module")
 def small():
-    checkpoint = checkpoint_of("stdit3")
-    recipe = qdit.Recipe.preset("w4a8", checkpoint, group_size=8)
-    params = qdit.quantize_params(checkpoint.params, recipe=recipe)
-    return dataclasses.replace(checkpoint, params=params, recipe=recipe)
+    return rounded(checkpoint_of("stdit3"))
 
 
 def test_what_is_saved_and_exported_is_the_same(small, tmp_path):
-    items = items_of("stdit3")
-    for name in ("folder", "file.safetensors"):
-        qdit.save(tmp_path / name, small)
-        read = qdit.load(tmp_path / name)
-        assert (read.model, read.recipe) == (small.model, small.recipe)
-        np.testing.assert_array_equal(outputs(read, items), outputs(small, items))
+    check_files(small, items_of("stdit3"), tmp_path)
 
 
 def test_videos_of_another_shape(small):
@@ -193,14 +158,4 @@ def test_videos_of_another_shape(small):
 
 @SLOW
 def test_it_is_verified(small):
-    found = qdit.verify(
-        small,
-        against=checkpoint_of("stdit3"),
-        conditions=conditions(small.model, 2),
-        num_samples=2,
-        steps=STEPS,
-        batch_size=2,
-        timing=False,
-    )
-    assert found.passed
-    assert len(found.layers) == 14
+    check_verified(small, checkpoint_of("stdit3"), conditions(small.model, 2), 14)

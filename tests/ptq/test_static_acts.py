@@ -14,7 +14,7 @@ from qdit_jax.checkpoint.codec import decode_params
 from qdit_jax.errors import UserError
 from qdit_jax.ptq import act_quantizer, quantize_params
 from qdit_jax.ptq.static_acts import group_limits
-from qdit_jax.quant import ActSpec, ranges, static_act_quant
+from qdit_jax.quant import ActSpec, formats, ranges, static_act_quant
 from qdit_jax.quant.act import dynamic_grid
 from qdit_jax.recipes import LayerSpec, Recipe, Rule
 
@@ -70,6 +70,25 @@ def test_limits_are_of_the_shifted_values_and_given_without_the_shift(rule):
     act = act_quantizer(PATH, dataclasses.replace(spec), statistics())
     limits = rule.limits(jnp.asarray(TOKENS + np.float32(0.25)).reshape(1, -1), 4, False, 1)
     np.testing.assert_allclose(act.scale, np.asarray(limits[1]) / 15, rtol=1e-5)
+
+
+@pytest.mark.parametrize("per_timestep", [False, True])
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2", "nvfp4"])
+def test_formats_are_calibrated_too(name, per_timestep):
+    fmt = formats.by_name(name)
+    spec = ActSpec(group_size=4, fmt=fmt, mode="static", per_timestep=per_timestep)
+    params = {"blocks_0": {"mlp": {"fc2": {"kernel": np.ones((K, 2), np.float32)}}}}
+    recipe = Recipe((Rule(PATH, LayerSpec(None, spec)),))
+    found = quantize_params(params, recipe=recipe, stats=statistics())
+    act = decode_params(*encode_params(found))["blocks_0"]["mlp"]["fc2"]["act_quant"]
+    assert act.spec == spec
+    groups = [np.s_[:]] if name == "nvfp4" else [np.s_[0:4], np.s_[4:8], np.s_[8:10]]
+    top = fmt.max_value() * (448 if name == "nvfp4" else 1)
+    kept = (1, 2) if per_timestep else (0, 1, 2)
+    expected = np.stack([np.abs(TOKENS[..., g]).max(axis=kept) for g in groups], axis=-1) / top
+    np.testing.assert_allclose(act.scale, expected, rtol=1e-6)
+    error = np.abs(np.asarray(act.at(1)(TOKENS[1])) - TOKENS[1])
+    assert error.max() <= np.abs(TOKENS).max() / (10 if name != "nvfp4" else 4)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, {"shift": 0.1}], ids=str)

@@ -54,9 +54,13 @@ def test_group_sizes_of_numpy_are_whole_numbers_too():
         (lambda: ActSpec(unsigned=True), "needs symmetric=True"),
         (
             lambda: ActSpec(fmt=formats.mxfp4, mode="static"),
-            "'mxfp4' is signed, unshifted and dynamic",
+            "'mxfp4' has powers of two as scales",
         ),
-        (lambda: ActSpec(fmt=formats.nf4, shift=0.5), "'nf4' is signed, unshifted and dynamic"),
+        (lambda: ActSpec(fmt=formats.nf4, shift=0.5), "'nf4' is signed and unshifted"),
+        (
+            lambda: ActSpec(fmt=formats.fp8_e4m3, mode="static", range_fn=ranges.mse()),
+            "'mse' measures integer codes, not those of the format 'fp8_e4m3'",
+        ),
         (lambda: ActSpec(fmt=formats.lut4), "'lut4' learns a table per kernel"),
         (lambda: ranges.minmax(clip=0.0), "clip=0.0 is not a clip ratio"),
         (lambda: ranges.minmax(ratio=1), "has no setting 'ratio'; it has \\['clip'\\]"),
