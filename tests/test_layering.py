@@ -32,6 +32,7 @@ ALLOWED = {
     "memory": set(),
     "assets": set(),
     "files": set(),
+    "processes": {"files"},
     "quant": set(),
     "diffusion": set(),
     "metrics": {"files"},
@@ -43,14 +44,23 @@ ALLOWED = {
     "convert": {"files", "quant", "diffusion", "models", "recipes", "checkpoint"},
     "sampling": {"files", "quant", "diffusion", "kernels", "models", "checkpoint"},
     "calibration": {
-        *("files", "quant", "diffusion", "models", "recipes", "checkpoint", "sampling"),
+        *(
+            "files",
+            "processes",
+            "quant",
+            "diffusion",
+            "models",
+            "recipes",
+            "checkpoint",
+            "sampling",
+        ),
     },
     "ptq": {"files", "quant", "models", "recipes", "checkpoint", "sampling", "calibration"},
     "methods": {
         *("files", "quant", "diffusion", "models", "recipes", "checkpoint", "calibration", "ptq"),
     },
     "allocation": {
-        *("files", "quant", "diffusion", "metrics", "kernels", "models", "recipes"),
+        *("files", "processes", "quant", "diffusion", "metrics", "kernels", "models", "recipes"),
         *("checkpoint", "sampling", "calibration", "ptq", "methods"),
     },
     "text": {"files"},
@@ -58,7 +68,7 @@ ALLOWED = {
     "report": {"files", "quant", "models", "recipes", "checkpoint", "calibration"},
     "evaluation": {
         *("files", "quant", "diffusion", "metrics", "kernels", "models", "recipes", "checkpoint"),
-        *("sampling", "calibration", "report"),
+        *("sampling", "calibration", "report", "processes"),
     },
     "speed": {
         *("files", "quant", "kernels", "models", "recipes", "checkpoint", "sampling", "ptq"),
@@ -71,7 +81,7 @@ ALLOWED = {
     "cli": {
         *("files", "quant", "diffusion", "metrics", "kernels", "models", "recipes", "checkpoint"),
         *("convert", "sampling", "calibration", "ptq", "methods", "allocation", "report"),
-        *("evaluation", "speed", "demo", "memory", "text"),
+        *("evaluation", "speed", "demo", "memory", "text", "processes"),
     },
 }
 MAX_FUNCTION, MAX_KERNEL, MAX_FILE = 60, 120, 400

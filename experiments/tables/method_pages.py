@@ -50,13 +50,11 @@ def measured_rows() -> list[dict[str, Any]]:
     for name in FILES:
         run = json.loads((RESULTS / name).read_text())
         settings = run["settings"]
-        more = {
-            "day": run["made"]["date"][:10],
-            "samples": settings["num_samples"] * len(settings["seeds"]),
-        }
+        samples = settings["num_samples"] * len(settings["seeds"])
         for row in run["rows"]:
             if row["state"] == STATE:
-                found[row["bits"], row["method"]] = {**row, **more}
+                day = row.get("made", run["made"])["date"][:10]  # later rows say their own
+                found[row["bits"], row["method"]] = {**row, "day": day, "samples": samples}
     return list(found.values())
 
 

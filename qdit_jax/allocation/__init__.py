@@ -17,7 +17,7 @@ from qdit_jax.allocation.cost import (
     tpu_cost,
 )
 from qdit_jax.allocation.descent import additive_solution, corrected, descend
-from qdit_jax.allocation.evaluate import BadFitnessError, Evaluator, LostWorkerError
+from qdit_jax.allocation.evaluate import BadFitnessError, Evaluator
 from qdit_jax.allocation.extra_work import ExtraWork, extra_work
 from qdit_jax.allocation.fitting import fitted_coordinates
 from qdit_jax.allocation.journal import Journal
@@ -98,7 +98,6 @@ __all__ = [
     "Journal",
     "Latency",
     "LayerTime",
-    "LostWorkerError",
     "MeanGroup",
     "Measured",
     "MeasuredSchedule",

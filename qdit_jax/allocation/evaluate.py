@@ -9,9 +9,8 @@ Dimensions: C assignments, L layers, J batches, P items per device and call.
 
 from __future__ import annotations
 
-import contextlib
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -25,14 +24,11 @@ from qdit_jax.allocation.assigned import assigned_params, check_coordinates
 from qdit_jax.allocation.coordinates import Coordinates
 from qdit_jax.allocation.objectives import Objective
 from qdit_jax.allocation.space import Space
+from qdit_jax.processes import naming_lost_workers
 from qdit_jax.sampling import device_mesh, filled_batch
 from qdit_jax.types import AnyArray, Numbers, Params, Progress, ProgressFn, untold
 
 Tree = TypeVar("Tree")
-
-
-class LostWorkerError(ConnectionError):
-    """Another process of a distributed search is gone; what it had finished is on disk."""
 
 
 class BadFitnessError(ValueError):
@@ -140,22 +136,6 @@ class Evaluator:
         items = sharded((rows, batches), self.mesh)
         with naming_lost_workers():
             return jax.tree.map(np.asarray, self.measure(*self.data, *items))
-
-
-@contextlib.contextmanager
-def naming_lost_workers() -> Iterator[None]:
-    """Raises `LostWorkerError` for what JAX raises in one of several processes."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        reason = str(error).strip().splitlines()[0][:200]
-        raise LostWorkerError(
-            f"process {jax.process_index()} of {jax.process_count()} lost another one "
-            f"({reason}); generations finished so far are saved: start all processes again "
-            "with the same command."
-        ) from error
 
 
 @runtime_checkable

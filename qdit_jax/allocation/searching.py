@@ -16,7 +16,6 @@ import numpy as np
 from qdit_jax.allocation.asked import AnyObjective, Asked
 from qdit_jax.allocation.budget import Budget, Priced, check_limiting, parse_budget
 from qdit_jax.allocation.cost import CostFn
-from qdit_jax.allocation.evaluate import naming_lost_workers
 from qdit_jax.allocation.fitting import fitted_coordinates
 from qdit_jax.allocation.latency import Latency
 from qdit_jax.allocation.problem import Found, Front, Problem, Strategy
@@ -33,6 +32,7 @@ from qdit_jax.allocation.strategies import strategy_named
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.files import PathLike, as_path
 from qdit_jax.models import check_all_run, step_shares
+from qdit_jax.processes import naming_lost_workers
 from qdit_jax.recipes import Recipe
 from qdit_jax.sampling import check_diffusion_model, chosen_guidance, sample_rows, sampler_timesteps
 from qdit_jax.types import Key, Progress, ProgressFn, untold

@@ -8,6 +8,7 @@ from qdit_jax.calibration.recording import (
     calibrate,
     conditional_and_null,
     default_sampler,
+    parts_folder,
     trajectory,
 )
 from qdit_jax.calibration.statistics import Stats, check_layer
@@ -33,6 +34,7 @@ __all__ = [
     "item_statistics",
     "layer_inputs",
     "own_guidance",
+    "parts_folder",
     "qdit_release_steps",
     "trajectory",
 ]

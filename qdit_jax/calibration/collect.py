@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -81,6 +82,26 @@ def add_call(
             state[key][step] = pick(state[key][step], array)
 
 
+def add_part(state: State, part: State) -> None:
+    """Adds to `state` what was collected from the next samples, in a state of their own."""
+    for name, array in part.items():
+        kind, _, path = name.partition("/")
+        if name == "num_done":
+            state[name] += array
+        elif name == "num_rows":
+            for layer, count in array.items():
+                state[name][layer] = state[name].get(layer, 0) + count
+        elif not path or name not in state:
+            state[name] = array
+        elif kind == "hessians":
+            state[name] = state[name] + array
+        elif kind == "tokens":
+            state[name] = np.concatenate([state[name], array], axis=1)
+        else:
+            pick = np.minimum if kind.endswith("low") else np.maximum
+            state[name] = pick(state[name], array)
+
+
 def check_input(path: str, array: np.ndarray, step: int, num_steps: int) -> None:
     """Raises `ValueError`, naming the layer, if what was seen of its input is not finite."""
     if not np.isfinite(array).all():
@@ -128,8 +149,18 @@ def nearest_of(ran: Bool[np.ndarray, " S"]) -> Int[np.ndarray, " S"]:
 
 def write_state(path: PathLike, state: State) -> None:
     """Writes an unfinished collection; a reader never sees half of it."""
-    plain = {key: value for key, value in state.items() if key not in ("num_rows",)}
-    write_arrays(path, {**plain, "num_rows": json.dumps(state["num_rows"])})
+    write_arrays(path, packed(state))
+
+
+def packed(state: State) -> dict[str, Any]:
+    """Returns a state as arrays and texts alone, which a file holds."""
+    return {**state, "num_rows": json.dumps(state["num_rows"])}
+
+
+def unpacked(found: dict[str, Any]) -> State:
+    """Returns the state of what `packed` returned, read back or not."""
+    num_done, num_rows = int(found["num_done"]), json.loads(str(found["num_rows"]))
+    return {**found, "num_done": num_done, "num_rows": num_rows}
 
 
 def read_state(path: PathLike, settings: dict[str, Any]) -> State:
@@ -138,16 +169,26 @@ def read_state(path: PathLike, settings: dict[str, Any]) -> State:
     Raises:
         UserError: if the file is unreadable, or was written with other settings.
     """
-    state = empty_state(settings)
     if not as_path(path).exists():
-        return state
+        return empty_state(settings)
+    found = read_unfinished(path, settings)
+    try:
+        return unpacked(found)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} is not an unfinished calibration ({error}); delete it.") from error
+
+
+def read_unfinished(path: PathLike, settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arrays of an unfinished calibration, and as text its settings.
+
+    Raises:
+        UserError: if the file is unreadable, or was written with other settings.
+    """
     try:
         with as_path(path).open("rb") as file, np.load(file) as data:
-            found = {key: data[key] for key in data.files}
+            found: dict[str, Any] = {key: data[key] for key in data.files}
             found["settings"] = str(found["settings"])
-            found["num_done"] = int(found["num_done"])
-            found["num_rows"] = json.loads(str(found["num_rows"]))
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is not an unfinished calibration ({error}); delete it.") from error
     try:
         other = first_difference(json.loads(found["settings"]), settings)

@@ -6,7 +6,7 @@ Dimensions: I items, B batch, S steps, M items of one trajectory, H, W, C one la
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
 from qdit_jax import diffusion
+from qdit_jax.calibration.parts import Parts
 from qdit_jax.calibration.recording import default_sampler, model_inputs
-from qdit_jax.checkpoint import Checkpoint
+from qdit_jax.checkpoint import Checkpoint, fingerprint
 from qdit_jax.errors import UserError, check_counts
 from qdit_jax.files import PathLike, as_path, write_arrays
 from qdit_jax.models import null_condition_of, with_guidance, without_null
+from qdit_jax.processes import ALONE, Processes
 from qdit_jax.quant import check_finite
 from qdit_jax.sampling import (
     PUBLISHED,
@@ -31,9 +33,10 @@ from qdit_jax.sampling import (
     denoiser,
     fitting_guidance,
     initial_noise,
+    sampler_timesteps,
     shape_of_sample,
 )
-from qdit_jax.types import Condition, Key, Progress, ProgressFn, untold
+from qdit_jax.types import Condition, Key, ProgressFn, untold
 
 # `(sample numbers [B], S) -> steps [B, M]`: which iterations a trajectory's items come from.
 ChooseFn = Callable[[Int[np.ndarray, " B"], int], Int[np.ndarray, "B M"]]
@@ -58,21 +61,14 @@ class Items(NamedTuple):
 
     def save(self, path: PathLike) -> None:
         """Writes an `.npz` with one array per field, a dict's as `condition/<name>`."""
-        named = self._asdict()
-        if self.condition is None:
-            del named["condition"]
-            named[UNCONDITIONAL] = np.array(True)
-        write_arrays(path, flatten_dict(named, sep="/"), "inputs")
+        write_arrays(path, arrays_of(self), "inputs")
 
     @classmethod
     def load(cls, path: PathLike) -> Items:
         """Returns the items in a file; raises `UserError` if it holds none."""
         try:
             with as_path(path).open("rb") as file, np.load(file) as data:
-                flat = {EARLIER_NAMES.get(name, name): data[name] for name in data.files}
-            if flat.pop(UNCONDITIONAL, False):
-                flat["condition"] = None
-            items = cls(**unflatten_dict(flat, sep="/"))
+                items = items_of({EARLIER_NAMES.get(name, name): data[name] for name in data.files})
             check_items(items)
             return items
         except (OSError, TypeError, ValueError) as error:
@@ -89,6 +85,23 @@ class Items(NamedTuple):
         """Returns x, timestep and condition of the items `index`, a slice or numbers."""
         condition = jax.tree.map(lambda leaf: leaf[index], self.condition)
         return self.x[index], self.timestep[index], condition
+
+
+def arrays_of(items: Items) -> dict[str, np.ndarray]:
+    """Returns the arrays of items by the names that they have in a file."""
+    named = items._asdict()
+    if items.condition is None:
+        del named["condition"]
+        named[UNCONDITIONAL] = np.array(True)
+    return flatten_dict(named, sep="/")
+
+
+def items_of(arrays: dict[str, np.ndarray]) -> Items:
+    """Returns the items of such arrays."""
+    flat: dict[str, Any] = dict(arrays)
+    if flat.pop(UNCONDITIONAL, False):
+        flat["condition"] = None
+    return Items(**unflatten_dict(flat, sep="/"))
 
 
 def check_items(items: Items) -> None:
@@ -154,7 +167,9 @@ def collect_items(
     shape: Sequence[int] | None = None,
     choose_fn: ChooseFn | None = None,
     null: bool = True,
+    unfinished: PathLike | None = None,
     progress_fn: ProgressFn = untold,
+    processes: Processes = ALONE,
 ) -> Items:
     """Returns items of the full-precision sampler's trajectories, `num_samples` of them.
 
@@ -168,10 +183,14 @@ def collect_items(
         sampler: of the trajectories, see `calibrate`.
         shape: of one sample, channels last; the network's own by default.
         choose_fn: 4 steps of each trajectory, evenly spread, by default.
+        unfinished: a folder of finished batches, from which a stopped call resumes. The caller deletes it.
         progress_fn: called with the number of samples finished, batch by batch.
+        processes: that share the batches, each on its own devices; all need the same `unfinished` on a
+            disk that they see, and all return the same.
 
     Raises:
         ValueError: if `num_samples` is not positive, or an input is not finite.
+        UserError: if `unfinished` holds the batches of other settings.
     """
     check_diffusion_model(checkpoint.model)
     check_counts(num_samples=num_samples, batch_size=batch_size)
@@ -182,16 +201,44 @@ def collect_items(
     denoise_fn = denoiser(model, checkpoint.params, guidance)
     check_takes(denoise_fn, model, shape, conditions)
     size = shape_of_sample(model, shape)
-    parts = []
-    for start in range(0, num_samples, batch_size):
-        index = np.arange(start, min(start + batch_size, num_samples))
+    batches = {
+        start: np.arange(start, min(start + batch_size, num_samples))
+        for start in range(0, num_samples, batch_size)
+    }
+    # In the order of the batches, whichever of them are computed here.
+    num_steps = len(sampler_timesteps(sampler))
+    steps = {start: choose_fn(index, num_steps) for start, index in batches.items()}
+
+    def compute(start: int) -> dict[str, np.ndarray]:
+        index = batches[start]
         condition = with_guidance(model, cyclic_conditions(model, conditions, index), guidance)
         noise, keys = initial_noise(key, jnp.asarray(index, jnp.int32), size)
-        parts.append(
-            trajectory_items(denoise_fn, sampler, noise, condition, keys, index, choose_fn)
+        found = trajectory_items(denoise_fn, sampler, noise, condition, keys, index, steps[start])
+        return arrays_of(found)
+
+    settings = (
+        {}
+        if unfinished is None
+        else fingerprint(
+            params=checkpoint.params,
+            model=model,
+            sampler=sampler,
+            key=key,
+            num_samples=num_samples,
+            guidance=guidance,
+            batch_size=batch_size,
+            conditions=conditions,
+            shape=size,
+            steps=list(steps.values()),
         )
-        progress_fn(Progress(len(index)))
-    items = joined(parts)
+    )
+    folder = None if unfinished is None else as_path(unfinished)
+    parts = Parts(folder, settings, compute, processes, progress_fn)
+    finished = []
+    for start, arrays in parts.joined(list(batches), num_samples):
+        parts.keep(start, arrays)
+        finished.append(items_of(arrays))
+    items = joined(finished)
     given = items.condition
     items = items._replace(condition=without_null(given))
     check_items(items)
@@ -213,7 +260,7 @@ def trajectory_items(
     condition: Condition,
     keys: Key | None,
     index: Int[np.ndarray, " B"],
-    choose_fn: ChooseFn,
+    steps: Int[np.ndarray, "B M"],
 ) -> Items:
     """Returns the chosen steps of the trajectories from `noise`, sample by sample."""
     final, (x, timestep) = diffusion.sample_trajectory(
@@ -221,7 +268,6 @@ def trajectory_items(
     )
     check_finite("the samples of the network that items are drawn from", final)
     x, timestep = np.asarray(x), np.asarray(timestep, np.float32)
-    steps = choose_fn(index, len(timestep))
     column = np.repeat(np.arange(len(index)), steps.shape[1])
     flat = steps.reshape(-1)
     seen = jax.tree.map(lambda leaf: np.asarray(leaf)[column], condition)

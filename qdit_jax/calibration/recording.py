@@ -14,17 +14,22 @@ from jaxtyping import Array, Float, Int
 
 from qdit_jax import diffusion
 from qdit_jax.calibration.collect import (
+    State,
     add_call,
+    add_part,
     empty_state,
     observed,
+    packed,
     read_state,
     stats_of,
+    unpacked,
     write_state,
 )
+from qdit_jax.calibration.parts import Parts
 from qdit_jax.calibration.statistics import HALVES, Stats, input_rows
 from qdit_jax.checkpoint import Checkpoint, fingerprint
 from qdit_jax.errors import check_counts, check_pattern
-from qdit_jax.files import PathLike
+from qdit_jax.files import AnyPath, PathLike, as_path
 from qdit_jax.models import (
     at_timestep,
     check_all_run,
@@ -32,6 +37,7 @@ from qdit_jax.models import (
     with_guidance,
     without_null,
 )
+from qdit_jax.processes import ALONE, Processes
 from qdit_jax.quant import check_finite
 from qdit_jax.recipes import layer_paths
 from qdit_jax.sampling import (
@@ -64,6 +70,7 @@ def calibrate(
     num_tokens: int = 0,
     unfinished: PathLike | None = None,
     progress_fn: ProgressFn = untold,
+    processes: Processes = ALONE,
 ) -> Stats:
     """Returns the range of every linear layer's input, per channel, at every timestep sampled.
 
@@ -71,7 +78,8 @@ def calibrate(
     steps the network sees them with their condition and, where it has one, with the null condition
     (the release of Q-DiT, arXiv:2406.17343, records the conditional half only). Operands of attention products
     are recorded as well. A layer that runs at some timesteps only, as an expert's, has at the others
-    the ranges of the nearest one where it runs. Memory holds the statistics and one batch's latents at all steps.
+    the ranges of the nearest one where it runs. Memory holds the statistics twice, of all batches and of
+    one, and one batch's latents at all steps.
 
     Args:
         key: used once; sample i starts from `fold_in(key, i)`.
@@ -82,7 +90,10 @@ def calibrate(
         hessians: a pattern of layer paths whose mean `x xᵀ` to keep, float32 `[K, K]` each.
         num_tokens: inputs to keep of every layer from each call of the network.
         unfinished: a file that is written after every batch; where it exists, the calibration
-            resumes from it and gives the same result. The caller deletes it.
+            resumes from it and gives the same result. The caller deletes it, and the folder
+            `parts_folder(unfinished)`, in which several processes keep their batches.
+        processes: that share the batches, each on its own devices; all need the same `unfinished` on a
+            disk that they see, and all return the same.
         progress_fn: called with the number of samples finished, batch by batch.
 
     Raises:
@@ -117,25 +128,65 @@ def calibrate(
     denoise_fn = denoiser(model, params, guidance)
     check_takes(denoise_fn, model, shape, conditions)
     check_all_run(model, sampler_timesteps(sampler), "the sampler")
-    observe = partial(observe_call, hessians=hessians, num_tokens=num_tokens)
-    for start in range(state["num_done"], num_samples, batch_size):
-        index = np.arange(start, min(start + batch_size, num_samples))
-        condition = with_guidance(model, cyclic_conditions(model, conditions, index), guidance)
-        x, timestep = trajectory(denoise_fn, sampler, model, key, index, condition, shape)
-        halves = conditional_and_null(model, params, condition)
-        state["timesteps"] = np.asarray(timestep)
-        for step, at in enumerate(state["timesteps"]):
-            running, held = at_timestep(model, params, float(at))
-            for i, (half, seen) in enumerate(halves.items()):
-                times = jnp.full(len(index), at, jnp.float32)
-                found = observe(held, x[step], times, seen, model=running)
-                call = start // batch_size * len(halves) + i
-                add_call(state, found, half, step, len(state["timesteps"]), call)
-        state["num_done"] = start + len(index)
-        if unfinished is not None:
+    record_fn = partial(
+        recorded,
+        checkpoint,
+        key,
+        conditions=conditions,
+        sampler=sampler,
+        denoise_fn=denoise_fn,
+        guidance=guidance,
+        shape=shape,
+        hessians=hessians,
+        num_tokens=num_tokens,
+    )
+
+    def compute(start: int) -> State:
+        return packed(record_fn(np.arange(start, min(start + batch_size, num_samples))))
+
+    folder = None if unfinished is None else parts_folder(unfinished)
+    parts = Parts(folder, settings, compute, processes, progress_fn)
+    starts = range(state["num_done"], num_samples, batch_size)
+    for _, part in parts.joined(starts, num_samples):
+        add_part(state, unpacked(part))
+        if unfinished is not None and not processes.are_several:
             write_state(unfinished, state)
-        progress_fn(Progress(len(index)))
     return stats_of(state)
+
+
+def parts_folder(unfinished: PathLike) -> AnyPath:
+    """Returns the folder in which several processes keep the batches of an unfinished calibration."""
+    return as_path(unfinished).with_suffix(".parts")
+
+
+def recorded(
+    checkpoint: Checkpoint,
+    key: Key,
+    index: Int[np.ndarray, " B"],
+    *,
+    conditions: Condition,
+    sampler: diffusion.Sampler,
+    denoise_fn: Callable[..., Array],
+    guidance: Guidance | None,
+    shape: Sequence[int] | None,
+    hessians: str | None,
+    num_tokens: int,
+) -> State:
+    """Returns what is seen in the trajectories of the samples `index`, as a state of their own."""
+    model, params = checkpoint.model, checkpoint.params
+    condition = with_guidance(model, cyclic_conditions(model, conditions, index), guidance)
+    x, timestep = trajectory(denoise_fn, sampler, model, key, index, condition, shape)
+    halves = conditional_and_null(model, params, condition)
+    state: State = {"timesteps": np.asarray(timestep), "num_done": len(index), "num_rows": {}}
+    for step, at in enumerate(state["timesteps"]):
+        running, held = at_timestep(model, params, float(at))
+        for call, (half, seen) in enumerate(halves.items()):
+            times = jnp.full(len(index), at, jnp.float32)
+            found = observe_call(
+                held, x[step], times, seen, model=running, hessians=hessians, num_tokens=num_tokens
+            )
+            add_call(state, found, half, step, len(state["timesteps"]), call)
+    return state
 
 
 def check_hessians(hessians: str, params: Params) -> None:

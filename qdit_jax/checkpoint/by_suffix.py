@@ -23,7 +23,11 @@ def load(path: PathLike, *, sharding: Placement = None) -> Checkpoint:
     Args:
         sharding: of every array; or a function from an array's path (such as
             `blocks_0/mlp/fc1/kernel/codes`) and shape to its sharding, see `split_over`; None is the
-            default device, uncommitted: the arrays follow those that they are used with.
+            default device, uncommitted: the arrays follow those that they are used with. Each device
+            is given its own part alone: no array is whole on a device that holds a part of it. Over
+            the devices of several hosts, all processes call `load` with the same path and sharding,
+            and each reads the parts of its own devices (of a folder, whole files of an array, which
+            are cut in its memory).
 
     Raises:
         UserError: if nothing is there, or no checkpoint; if it is damaged or from a newer version; or

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import numpy as np
@@ -67,9 +67,34 @@ class DeferredArray:
         return np.asarray(self.make()[self.name], dtype)
 
 
+@runtime_checkable
+class Readable(Protocol):
+    """An array on disk, of which parts are read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray: ...
+
+
 def on_device(array: AnyArray) -> jax.Array:
     """Returns `array` as a `jax.Array`; a NumPy array goes onto the default device, uncommitted."""
     return array if isinstance(array, jax.Array) else jax.device_put(array)
+
+
+def placed(array: np.ndarray | Readable, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """Returns a host's array with that sharding; each device is given its own part alone.
+
+    None is the default device, uncommitted. `array` may also be still on disk: then no more is read
+    than the parts of this process's devices.
+    """
+    if sharding is None:
+        return jax.device_put(np.asarray(array))
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        return np.asarray(array[index or ()])
+
+    return jax.make_array_from_callback(tuple(array.shape), sharding, part)
 
 
 def save_arrays(folder: Path, arrays: Params) -> None:

@@ -25,7 +25,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qdit_jax.checkpoint import earlier
 from qdit_jax.checkpoint.codec import Placement, abstract_arrays, encode_params
-from qdit_jax.checkpoint.deferred import DeferredArray, on_device, save_arrays
+from qdit_jax.checkpoint.deferred import DeferredArray, on_device, placed, save_arrays
 from qdit_jax.checkpoint.description import (
     Checkpoint,
     check_description,
@@ -127,7 +127,7 @@ def read_arrays(
     for name in flat:  # one at a time, so that at most one array is held twice
         if name in changes:
             array = changes[name].apply(np.asarray(flat[name]))
-            flat[name] = jax.device_put(array, wanted[name].sharding)
+            flat[name] = placed(array, wanted[name].sharding)
         else:
             flat[name] = on_device(flat[name])
     return unflatten_dict(flat, sep="/")

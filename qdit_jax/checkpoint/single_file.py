@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
@@ -18,6 +17,7 @@ from safetensors.numpy import save_file
 
 from qdit_jax.checkpoint import earlier
 from qdit_jax.checkpoint.codec import Placement, abstract_arrays, encode_params
+from qdit_jax.checkpoint.deferred import placed
 from qdit_jax.checkpoint.description import (
     Checkpoint,
     check_description,
@@ -135,6 +135,19 @@ def checked_parts(description: dict[str, Any], where: str) -> dict[str, Any]:
     return checked
 
 
+class Slices:
+    """An array of a file, of which a process reads the parts that its devices hold."""
+
+    def __init__(self, file: safe_open, name: str) -> None:
+        self.held = file.get_slice(name)
+        self.shape = tuple(self.held.get_shape())
+        no_part = (slice(0, 0),) * len(self.shape)  # which an array without values does not have
+        self.dtype = (file.get_tensor(name) if 0 in self.shape else self[no_part]).dtype
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        return self.held[index]
+
+
 def build(
     path: AnyPath, file: safe_open, description: dict[str, Any], prefix: str, sharding: Placement
 ) -> Checkpoint:
@@ -148,15 +161,17 @@ def build(
     for name, abstract in stored.items():
         if prefix + name not in found:
             raise UserError(f"{path} lacks the array {prefix + name}; export it again.")
-        array = file.get_tensor(prefix + name)
+        place = wanted[name].sharding
+        is_read_in_parts = place is not None and name not in changes and abstract.size > 1
+        array = Slices(file, prefix + name) if is_read_in_parts else file.get_tensor(prefix + name)
         if array.shape != abstract.shape or array.dtype != abstract.dtype:
             raise UserError(
                 f"{path}: {prefix + name} is {array.dtype} {array.shape}, its metadata says "
                 f"{abstract.dtype} {abstract.shape}; export it again."
             )
-        if name in changes:
+        if not isinstance(array, Slices) and name in changes:
             array = changes[name].apply(array)
-        arrays[name] = jax.device_put(array, wanted[name].sharding)
+        arrays[name] = placed(array, place)
     vae = description.get("vae")
     return from_parts(
         path,

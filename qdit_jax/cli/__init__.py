@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from qdit_jax.cli.failures import exit_status
+from qdit_jax.cli.failures import exit_status, sentence
 from qdit_jax.cli.options import Parser, VersionAction, one_process_text
 from qdit_jax.cli.output import json_on_stdout, set_up_logging
 
@@ -45,7 +45,7 @@ VERBS = {
     "completion": "print a completion script for the shell",
 }
 # Verbs that compute on devices at once and write what one process has made.
-ONE_PROCESS = ("calibrate", "schedule", "sample", "evaluate", "verify")
+ONE_PROCESS = ("quantize", "schedule", "verify", "bench")
 DESCRIPTION = """\
 Diffusion transformers in 4 to 8 bits in JAX.
 
@@ -84,7 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (Exception, KeyboardInterrupt) as error:
-        return exit_status(error, args)
+        status = exit_status(error, args)
+        if is_one_of_several(args):
+            end_process(status)
+        return status
 
 
 def parser_of(arguments: Sequence[str]) -> Parser:
@@ -121,8 +124,15 @@ def run_verb(args: argparse.Namespace) -> int:
 
         use_compilation_cache()
         give_back_freed_memory()
+        if hasattr(args, "processes"):
+            return run_with_others(args)
         if args.verb in ONE_PROCESS:
             refuse_several_processes()
+    return run_and_show(args)
+
+
+def run_and_show(args: argparse.Namespace) -> int:
+    """Runs a verb and prints its JSON; returns the exit status."""
     with json_on_stdout(args.json) as show:
         result = args.run(args)
         show(result)
@@ -130,14 +140,43 @@ def run_verb(args: argparse.Namespace) -> int:
     return status
 
 
-def refuse_several_processes() -> None:
+def run_with_others(args: argparse.Namespace) -> int:
+    """Runs a verb that shares its work among processes, where options name others."""
+    from qdit_jax.cli.processes_option import joined
+    from qdit_jax.processes import LostWorkerError
+
+    def end(text: str) -> None:
+        end_process(exit_status(LostWorkerError(text), args))
+
+    if hasattr(args, "check"):  # what can be refused before others are waited for
+        args.check(vars(args))
+    with joined(vars(args), end, lambda error: sentence(error, args)[0]) as args.processes:
+        if not args.processes.are_several:
+            refuse_several_processes("; with --distributed they share the work")
+        return run_and_show(args)
+
+
+def is_one_of_several(args: argparse.Namespace) -> bool:
+    """Returns whether this process has joined others."""
+    processes = getattr(args, "processes", None)
+    return processes is not None and processes.are_several
+
+
+def end_process(status: int) -> None:
+    """Ends this process at once: a normal exit would wait for other processes, and abort with a dump."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def refuse_several_processes(remedy: str = "") -> None:
     """Raises `UserError` where JAX is one of several processes, as on the hosts of a TPU slice."""
     import jax
 
     from qdit_jax.errors import UserError
 
     if jax.process_count() > 1:
-        raise UserError(one_process_text(f"processes={jax.process_count()}"))
+        raise UserError(one_process_text(f"processes={jax.process_count()}", remedy))
 
 
 def use_compilation_cache() -> None:

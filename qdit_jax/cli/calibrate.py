@@ -18,24 +18,27 @@ from qdit_jax.cli.options import (
     verb_parser,
 )
 from qdit_jax.cli.paths import path_option
+from qdit_jax.cli.processes_option import add_processes, share_text
 from qdit_jax.cli.prompts_option import Inputs, add_embeds, add_size
-from qdit_jax.files import AnyPath
+from qdit_jax.files import AnyPath, remove_folder
 
 if TYPE_CHECKING:  # help is printed without them
     from qdit_jax.checkpoint import Checkpoint
     from qdit_jax.methods import CalibrationData
+    from qdit_jax.processes import Processes
 
 HELP = """\
 Record the range of every linear layer's input and of the attention operands, per channel, at every
 timestep of sampling, separately for labels and for the null class. Needs a full-precision
 checkpoint. Writes OUT, an .npz of statistics for `qdit quantize --stats`, from which static
-activation scales are computed. A run that was stopped resumes from OUT's .unfinished.npz, which is
-removed at the end.
+activation scales are computed. A run that was stopped resumes from OUT's .unfinished.npz (several
+processes, and --collect, from the folder .unfinished.parts), which is removed at the end.
 
 examples:
   qdit calibrate xl2 stats.npz --num-samples 64 --steps 50
   qdit calibrate xl2 stats.npz --hessians 'blocks_0/.*' --tokens 8
   qdit calibrate xl2 items.npz --collect spread --num-samples 64    # for qdit quantize --items
+  qdit calibrate xl2 stats.npz --distributed                        # on every host
   qdit calibrate pixart stats.npz --embeds prompts.npz --size 512x512
 
 --collect writes inputs of the network instead of statistics, for methods that calibrate on them
@@ -81,7 +84,8 @@ def add_parser(subparsers: SubParsers) -> None:
     )
     add_dtype(parser.add_argument)
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
-    parser.set_defaults(run=run, resumes=lambda args: args.collect is None)
+    add_processes(parser)
+    parser.set_defaults(run=run, resumes=lambda args: True)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -89,6 +93,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import qdit_jax as qdit
     from qdit_jax.cli.checkpoints import full_precision_checkpoint
     from qdit_jax.files import check_free
+    from qdit_jax.processes import ALONE
 
     if args.out.suffix != ".npz":
         raise qdit.UserError(f"OUT {args.out} must end in .npz.")
@@ -109,9 +114,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         batch_size=args.batch_size,
         **Inputs.of(vars(args), checkpoint, args.checkpoint).settings,
     )
+    processes = args.processes or ALONE
     if args.collect:
-        return write_items(args.out, checkpoint, settings, args.collect)
-    return write_stats(args.out, checkpoint, settings, args.hessians, args.tokens)
+        return write_items(args.out, checkpoint, settings, args.collect, processes)
+    return write_stats(args.out, checkpoint, settings, args.hessians, args.tokens, processes)
 
 
 def write_stats(
@@ -120,18 +126,17 @@ def write_stats(
     settings: CalibrationData,
     hessians: str | None,
     num_tokens: int,
+    processes: Processes,
 ) -> dict[str, Any]:
     """Writes statistics of the layers' inputs to `out`, resuming a run that was stopped."""
     import jax
 
     import qdit_jax as qdit
-    from qdit_jax.calibration import default_sampler
+    from qdit_jax.calibration import default_sampler, parts_folder
     from qdit_jax.cli.progress import Bar
 
     unfinished = out.with_suffix(".unfinished.npz")
-    resumes = unfinished.exists()
-    if resumes:
-        logging.getLogger("qdit_jax").info("resuming from %s", unfinished)
+    resumes = resuming(processes, unfinished, parts_folder(unfinished))
     with Bar(settings.num_samples, "sample", "calibrating", resumes) as bar:
         stats = qdit.calibrate(
             checkpoint,
@@ -146,12 +151,17 @@ def write_stats(
             num_tokens=num_tokens,
             unfinished=unfinished,
             progress_fn=bar.tell,
+            processes=processes,
         )
-    stats.save(out)
-    # A killed run also leaves what it was writing at that moment.
-    for left in (unfinished, *out.parent.glob(f".{unfinished.name}.*")):
-        left.unlink(missing_ok=True)
-    print(f"wrote {out}: {len(stats.low)} layers at {len(stats.timesteps)} timesteps")
+    processes.meet("all have read the batches")
+    if processes.is_first:
+        stats.save(out)
+        remove_folder(parts_folder(unfinished))
+        # A killed run also leaves what it was writing at that moment.
+        for left in (unfinished, *out.parent.glob(f".{unfinished.name}.*")):
+            left.unlink(missing_ok=True)
+    wrote = f"wrote {out}: {len(stats.low)} layers at {len(stats.timesteps)} timesteps"
+    print(share_text(processes, out) or wrote)
     return {
         "out": out,
         "layers": len(stats.low),
@@ -161,16 +171,34 @@ def write_stats(
 
 
 def write_items(
-    out: AnyPath, checkpoint: Checkpoint, settings: CalibrationData, choice: str
+    out: AnyPath,
+    checkpoint: Checkpoint,
+    settings: CalibrationData,
+    choice: str,
+    processes: Processes,
 ) -> dict[str, Any]:
-    """Writes inputs of the network to `out`, chosen as `--collect` says."""
+    """Writes inputs of the network to `out`, chosen as `--collect` says, resuming a stopped run."""
     from qdit_jax.cli.progress import Bar
     from qdit_jax.methods import qdit_release_items, spread_items
 
-    count = settings.num_samples
+    count, unfinished = settings.num_samples, out.with_suffix(".unfinished.parts")
     collect_fn = qdit_release_items if choice == "qdit-release" else spread_items
-    with Bar(count, "sample", "collecting") as bar:
-        items = collect_fn(checkpoint, settings, bar.tell)
-    items.save(out)
-    print(f"wrote {out}: {len(items.sample)} inputs of {count} trajectories")
+    with Bar(count, "sample", "collecting", resuming(processes, unfinished)) as bar:
+        items = collect_fn(
+            checkpoint, settings, bar.tell, unfinished=unfinished, processes=processes
+        )
+    processes.meet("all have read the batches")
+    if processes.is_first:
+        items.save(out)
+        remove_folder(unfinished)
+    wrote = f"wrote {out}: {len(items.sample)} inputs of {count} trajectories"
+    print(share_text(processes, out) or wrote)
     return {"out": out, "inputs": len(items.sample), "num_samples": count}
+
+
+def resuming(processes: Processes, *unfinished: AnyPath) -> bool:
+    """Returns whether an earlier run has left something, and says so in the first process."""
+    found = [path for path in unfinished if path.exists()]
+    if found and processes.is_first:
+        logging.getLogger("qdit_jax").info("resuming from %s", found[0])
+    return bool(found)

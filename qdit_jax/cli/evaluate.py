@@ -19,6 +19,7 @@ from qdit_jax.cli.options import (
 )
 from qdit_jax.cli.paths import path_option
 from qdit_jax.cli.process import Process, add_process
+from qdit_jax.cli.processes_option import NAMES, add_processes
 from qdit_jax.cli.prompts_option import add_embeds, add_size
 from qdit_jax.errors import UserError
 
@@ -43,6 +44,7 @@ examples:
       --features inception inception_ckpt
   qdit evaluate wan-w4a8 --against wan --embeds prompts.npz --num-samples 2048 --reference clips/ \\
       --features i3d i3d_ckpt
+  qdit evaluate xl2-w4a8 --against xl2 --num-samples 10000 --distributed    # on every host
   qdit evaluate --samples samples.npz --reference demo
   qdit evaluate --samples a.npz --reference real.npz --features inception inception_ckpt \\
       --out metrics.json --pictures compare.png
@@ -85,7 +87,10 @@ def add_parser(subparsers: SubParsers) -> None:
         help="write a .png with samples and reference images side by side",
     )
     add_score_options(parser.add_argument_group("options of both").add_argument)
-    parser.set_defaults(run=run, resumes=lambda args: args.checkpoint is not None)
+    add_processes(parser)
+    parser.set_defaults(
+        run=run, check=check_options, resumes=lambda args: args.checkpoint is not None
+    )
 
 
 def add_checkpoint_options(add: AddArgument) -> None:
@@ -190,6 +195,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         outputs = {"out": args.out, "pictures": args.pictures}
         return evaluate_files(args.samples, scoring, **outputs, force=args.force)
     from qdit_jax.cli.evaluate_models import Comparison, evaluate_models
+    from qdit_jax.processes import ALONE
 
     comparison = Comparison(
         args.checkpoint,
@@ -205,7 +211,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         range_samples=given(args.range_samples, 4),
         options=vars(args),
     )
-    return evaluate_models(comparison, scoring, out=args.out, force=args.force)
+    outputs = {"out": args.out, "force": args.force}
+    return evaluate_models(comparison, scoring, **outputs, processes=args.processes or ALONE)
 
 
 def given(value: Value | None, default: Value) -> Value:
@@ -222,6 +229,9 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name in others:
         if options[name] is not None:
             raise UserError(f"--{name.replace('_', '-')} is an option of evaluating {kind}.")
+    if of_files:
+        nothing = {**dict.fromkeys(NAMES), "distributed": False}
+        refuse_inert(options, nothing, "one process scores ready-made files")
     if options["features"][0] in ("demo", "i3d"):
         reason = "it is of Inception's input: --features inception"
         refuse_inert(options, {"preprocessing": "published"}, reason)

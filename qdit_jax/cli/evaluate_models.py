@@ -11,6 +11,7 @@ from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.cli.checkpoints import diffusion_checkpoint, with_autoencoder
 from qdit_jax.cli.evaluate_files import watched
 from qdit_jax.cli.process import Process
+from qdit_jax.cli.processes_option import share_text
 from qdit_jax.cli.progress import Bar
 from qdit_jax.cli.prompts_option import Inputs
 from qdit_jax.errors import UserError
@@ -26,12 +27,8 @@ from qdit_jax.evaluation import (
     titles,
     with_known_autoencoder,
 )
-from qdit_jax.files import (
-    AnyPath,
-    as_path,
-    check_apart,
-    renewed_folder,
-)
+from qdit_jax.files import AnyPath, as_path, check_apart
+from qdit_jax.processes import Processes, shared_folder
 from qdit_jax.sampling import (
     check_numerics,
     denoiser,
@@ -106,7 +103,12 @@ class Comparison:
 
 
 def evaluate_models(
-    comparison: Comparison, scoring: Scoring | None, *, out: AnyPath | None, force: bool
+    comparison: Comparison,
+    scoring: Scoring | None,
+    *,
+    out: AnyPath | None,
+    force: bool,
+    processes: Processes,
 ) -> dict[str, Any]:
     """Samples, measures, scores, prints tables and writes the folder `out`.
 
@@ -128,8 +130,8 @@ def evaluate_models(
     protocol = comparison.protocol(contenders, chosen)
     check_inputs(contenders, protocol)
     judge = None if scoring is None else judge_of(scoring, contenders, protocol)
-    with renewed_folder(out, force, "evaluation", inputs) as folder:
-        if (folder / "shards").exists():
+    with shared_folder(out, force, "evaluation", inputs, processes=processes) as folder:
+        if processes.is_first and (folder / "shards").exists():
             logging.getLogger("qdit_jax").info("resuming from %s", folder)
         with Bar(protocol.num_samples, "sample", "sampling", resumes=True) as bar:
             summary, files = evaluated(
@@ -141,7 +143,11 @@ def evaluate_models(
                 prompts=chosen.prompts,
                 progress_fn=bar.tell,
                 watch=watched,
+                processes=processes,
             )
+    if (text := share_text(processes, out)) is not None:
+        print(text)
+        return summary
     print_summary(summary)
     print(
         f"wrote {out / 'report.html'}, {out / 'metrics.json'} and "

@@ -22,7 +22,7 @@ AddArgument: TypeAlias = Callable[..., argparse.Action]
 # More samples, steps or tries than these are taken for a typing error.
 LARGEST_COUNT = 10_000_000
 PATTERN_EXAMPLE = r"'blocks_\d+/mlp/.*'"
-# Options of `qdit search` alone, for a search by several processes.
+# Options of the verbs that share their work among several processes.
 OF_PROCESSES = ("--coordinator", "--num-processes", "--process-id", "--distributed")
 
 
@@ -39,11 +39,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{text.rstrip('.')}; see `{self.prog} --help`.")
 
 
-def one_process_text(given: str) -> str:
+def one_process_text(given: str, remedy: str = "") -> str:
     """Returns the refusal of several processes, `given` being what asks for them."""
     return (
-        f"{given}: only `qdit search` works over several processes; start any other verb on one host, "
-        "all of whose devices it uses."
+        f"{given}: only calibrate, search, sample and evaluate share their work among processes{remedy}; "
+        "start any other verb on one host, all of whose devices it uses."
     )
 
 

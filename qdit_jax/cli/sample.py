@@ -22,6 +22,7 @@ from qdit_jax.cli.options import (
 )
 from qdit_jax.cli.paths import path_option
 from qdit_jax.cli.process import Process, add_process
+from qdit_jax.cli.processes_option import add_processes, share_text
 from qdit_jax.cli.prompts_option import CLIPS, Inputs, add_embeds, add_size
 from qdit_jax.errors import UserError
 from qdit_jax.files import AnyPath
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # help is printed without them
 
     from qdit_jax.checkpoint import Checkpoint
     from qdit_jax.evaluation import SampleFile
+    from qdit_jax.processes import Processes
     from qdit_jax.types import Condition
 
 HELP = """\
@@ -46,6 +48,7 @@ EXAMPLE = """examples:
   qdit sample pixart --embeds prompts.npz --size 1024x1024 --out grid.png
   qdit sample wan --embeds prompts.npz --prompts-from 0-3 --size 480x832 --frames 81 --out clip.gif
   qdit sample wan5b --embeds prompts.npz --first-frames picture.npz --out clip.mp4
+  qdit sample ckpt_dir --num-samples 50000 --out samples.npz --distributed    # on every host
   qdit sample pixart --prompt "a cat" --text-encoders PixArt-XL-2-512x512/
 """
 WHOLE = re.compile("[0-9]+")
@@ -62,13 +65,7 @@ def add_parser(subparsers: SubParsers) -> None:
     )
     add = parser.add_argument
     add("checkpoint", type=path_option, help="a checkpoint folder or an exported file")
-    add(
-        "--out",
-        type=path_option,
-        default="grid.png",
-        help="a .png of all samples (of videos, a row of frames each), an .npz with arr_0, uint8 [N, H, "
-        "W, C] or [N, T, H, W, C], or a clip of videos: .gif, .mp4 (%(default)s)",
-    )
+    add_output(add)
     add_conditions(add)
     add(
         "--num-samples",
@@ -107,13 +104,25 @@ def add_parser(subparsers: SubParsers) -> None:
     add_dtype(add)
     add_expand(add)
     add("--vae", type=path_option, help="a converted autoencoder, for checkpoints without one")
+    add_processes(parser)
+    parser.set_defaults(run=run, resumes=lambda args: True)
+
+
+def add_output(add: AddArgument) -> None:
+    """Adds the options of what is written."""
+    add(
+        "--out",
+        type=path_option,
+        default="grid.png",
+        help="a .png of all samples (of videos, a row of frames each), an .npz with arr_0, uint8 [N, H, "
+        "W, C] or [N, T, H, W, C], or a clip of videos: .gif, .mp4 (%(default)s)",
+    )
     add(
         "--columns",
         type=positive_int,
         help="pictures per row of the .png, videos per row of a clip",
     )
     add("--force", action="store_true", help="replace OUT if it exists")
-    parser.set_defaults(run=run, resumes=lambda args: True)
 
 
 def add_conditions(add: AddArgument) -> None:
@@ -136,8 +145,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Samples, decodes and writes; prints and returns what was written and how long it took."""
     from qdit_jax.checkpoint import dtype_of, with_expanded_weights
     from qdit_jax.cli.checkpoints import diffusion_checkpoint, with_autoencoder
-    from qdit_jax.cli.progress import Bar
     from qdit_jax.evaluation import SampleFile
+    from qdit_jax.processes import ALONE
     from qdit_jax.sampling import guidance_record, guidance_text
 
     inputs = [args.checkpoint, args.vae, args.embeds, args.first_frames]
@@ -167,12 +176,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     count = job.count
     if (text := process.scheduler_text(checkpoint)) is not None:
         print(text)
-    start = time.perf_counter()
-    with Bar(count, "sample", "sampling", resumes=True) as bar:
-        job.write(
-            args.out, columns=args.columns, force=args.force, fps=args.fps, progress_fn=bar.tell
-        )
-    seconds = time.perf_counter() - start
+    processes = args.processes or ALONE
+    seconds = write_samples(job, vars(args), processes)
     settings = {
         "sampler": type(job.sampler).__name__,
         "steps": process.steps,
@@ -182,12 +187,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": dtype_of(checkpoint),
     }
     print(
-        f"{args.out}: {count} samples, {settings['sampler']} {process.steps} steps, "
+        share_text(processes, args.out)
+        or f"{args.out}: {count} samples, {settings['sampler']} {process.steps} steps, "
         f"guidance {guidance_text(job.guidance)}, {settings['precision']} in {settings['dtype']}, {seconds:.1f} s with compilation."
     )
     named = {"prompts" if isinstance(chosen.conditions, Mapping) else "labels": labels_of(job)}
     found = {"out": args.out, "num_samples": count, **named}
     return {**found, **settings, "seconds_with_compilation": seconds}
+
+
+def write_samples(job: SampleFile, options: Mapping[str, Any], processes: Processes) -> float:
+    """Writes the samples, with a bar; returns how many seconds it took."""
+    from qdit_jax.cli.progress import Bar
+
+    start = time.perf_counter()
+    given = {name: options[name] for name in ("columns", "force", "fps")}
+    with Bar(job.count, "sample", "sampling", resumes=True) as bar:
+        job.write(options["out"], **given, progress_fn=bar.tell, processes=processes)
+    return time.perf_counter() - start
 
 
 def conditions_of(options: Mapping[str, Any], checkpoint: Checkpoint) -> Inputs:

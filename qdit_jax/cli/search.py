@@ -19,6 +19,7 @@ from qdit_jax.cli.options import (
     whole_number,
 )
 from qdit_jax.cli.paths import path_option
+from qdit_jax.cli.processes_option import add_processes, share_text
 from qdit_jax.cli.prompts_option import add_embeds, add_size
 from qdit_jax.errors import UserError
 
@@ -49,8 +50,6 @@ examples:
   qdit quantize xl2 xl2-small --recipe xl2-search/recipe.json
   qdit search xl2 out --transforms none smooth smooth+hadamard --ranks 0 16 --formats int nf4
   qdit quantize xl2 xl2-small --recipe out/recipe.json --method best
-
-several processes (each with its own --process-id; on a TPU slice --distributed is enough):
   qdit search xl2 out --coordinator 10.0.0.1:9876 --num-processes 2 --process-id 0
 """
 
@@ -89,8 +88,8 @@ def add_parser(subparsers: SubParsers) -> None:
     add_choices(choices.add_argument)
     add_beside(choices.add_argument)
     add_measuring(parser.add_argument_group("how assignments are measured").add_argument)
-    add_processes(parser.add_argument_group("several processes").add_argument)
-    parser.set_defaults(run=run, resumes=lambda args: True)
+    add_processes(parser)
+    parser.set_defaults(run=run, check=check_options, resumes=lambda args: True)
 
 
 def add_choices(add: AddArgument) -> None:
@@ -217,43 +216,27 @@ def add_measuring(add: AddArgument) -> None:
     )
 
 
-def add_processes(add: AddArgument) -> None:
-    """Adds the options of a search by several processes."""
-    add("--coordinator", metavar="HOST:PORT", help="address of the first of several processes")
-    add("--num-processes", type=positive_int, help="how many processes there are")
-    add("--process-id", type=whole_number(0), help="the number of this process, from 0")
-    add(
-        "--distributed", action="store_true", help="take these three from the cluster's environment"
-    )
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Searches, prints progress, and writes the results; only the first process writes."""
     options = vars(args)
     check_options(options)
-    import jax  # which loads only when a verb runs
-
     from qdit_jax.cli import search_run
     from qdit_jax.evaluation import scoring_inputs
+    from qdit_jax.processes import ALONE, check_shared, shared_folder
 
-    search_run.join_others(args.coordinator, args.num_processes, args.process_id, args.distributed)
+    processes = args.processes or ALONE
     scoring = scoring_inputs(args.reference, args.features)
     inputs = [args.checkpoint, args.latency, args.items, args.embeds, *scoring]
     search_run.check_folder(args.out, args.force, inputs)
     job = search_run.Job.of(options)
-    if jax.process_index() != 0:
-        from qdit_jax.files import renewed_path
-
-        folder = renewed_path(args.out, args.force, "search")
-        result = job.result(folder, is_first=False)
-        search_run.leave_others()
+    with shared_folder(args.out, args.force, "search", inputs, processes=processes) as folder:
+        check_shared(folder, processes)
+        result = job.result(folder, is_first=processes.is_first)
+        if processes.is_first:
+            search_run.write_result(folder, result)
+    if (text := share_text(processes, args.out)) is not None:
+        print(text)
         return search_run.outcome(args.out, result)
-    from qdit_jax.files import renewed_folder
-
-    with renewed_folder(args.out, args.force, "search", inputs) as folder:
-        result = job.result(folder, is_first=True)
-        search_run.write_result(folder, result)
-        search_run.leave_others()
     print(search_run.summary(result))
     print(search_run.closing(result, args.checkpoint, args.out, args.items))
     return search_run.outcome(args.out, result)

@@ -5,20 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from qdit_jax.allocation import (
     STRATEGIES,
     EvolutionSettings,
     FeatureDistance,
     Latency,
-    LostWorkerError,
     Priced,
     Rollouts,
     SearchResult,
@@ -47,8 +43,6 @@ from qdit_jax.files import AnyPath, check_free, replaced_file
 from qdit_jax.methods import CalibrationData
 from qdit_jax.report import provenance
 from qdit_jax.sampling import fitting_guidance
-
-LOST_AFTER = 40  # seconds without a sign of life from another process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,10 +115,6 @@ class Job:
                 ),
                 progress_fn=bar.tell,
             )
-        except LostWorkerError as error:
-            # A normal exit would wait for the lost process at JAX's barrier, and abort with a dump.
-            print(f"\nqdit: error: {error}", file=sys.stderr, flush=True)
-            os._exit(2)
         finally:
             bar.close()
         result.history["made"] = {**provenance(), "seed": self.seed}
@@ -186,31 +176,6 @@ def outcome(out: AnyPath, result: SearchResult) -> dict[str, Any]:
         **{name: history[name] for name in ("budget", "report", "seconds", "made")},
         **({"latency": history["latency"]} if "latency" in history else {}),
     }
-
-
-def join_others(
-    coordinator: str | None, num_processes: int | None, process_id: int | None, distributed: bool
-) -> None:
-    """Joins the other processes of a distributed search, if there are any.
-
-    One that is lost is noticed after `LOST_AFTER` seconds, and ends the others with a sentence.
-    """
-    given = (coordinator, num_processes, process_id)
-    jax.config.update("jax_enable_recoverability", True)  # else JAX aborts the process
-    if distributed:
-        jax.distributed.initialize(heartbeat_timeout_seconds=LOST_AFTER)
-    elif any(value is not None for value in given):
-        if any(value is None for value in given):
-            raise UserError(
-                "--coordinator, --num-processes and --process-id must be given together."
-            )
-        jax.distributed.initialize(*given, heartbeat_timeout_seconds=LOST_AFTER)
-
-
-def leave_others() -> None:
-    """Waits for the other processes, which need the first one to the end."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("the end of a search")
 
 
 def check_folder(out: AnyPath, force: bool, inputs: Sequence[AnyPath | None]) -> None:

@@ -25,7 +25,8 @@ from qdit_jax.evaluation.scoring import Judge, Scoring, Watch, labeled, unwatche
 from qdit_jax.evaluation.store import merge
 from qdit_jax.evaluation.summary import summarize
 from qdit_jax.evaluation.trajectories import Contender, Protocol
-from qdit_jax.files import AnyPath, PathLike, as_path, check_free, renewed_folder, replaced_file
+from qdit_jax.files import AnyPath, PathLike, as_path, check_free, replaced_file
+from qdit_jax.processes import ALONE, Processes, shared_folder
 from qdit_jax.report import save_picture
 from qdit_jax.sampling import cyclic_conditions, num_conditions
 from qdit_jax.types import ProgressFn, untold
@@ -49,6 +50,7 @@ def evaluate(
     title: str | None = None,
     prompts: Sequence[str] | None = None,
     progress_fn: ProgressFn = untold,
+    processes: Processes = ALONE,
     **settings: Any,
 ) -> dict[str, Any]:
     """Returns how far a checkpoint's samples are from a reference's, and their scores.
@@ -72,6 +74,8 @@ def evaluate(
         prompts: the texts of `conditions`, one each: they stand over the pictures, and beside the
             samples in files.
         progress_fn: called with the number of samples just done.
+        processes: that share the sampling, each on its own devices, and need `out`, which all of them
+            see; the first one scores and writes, and all return the same.
         settings: further fields of `Protocol`: `seed`, `guidance`, `guidance_channels`, `numerics`,
             `batch_size`, `conditions`, `shape`, `num_probed`.
 
@@ -99,10 +103,12 @@ def evaluate(
             "the text of each."
         )
     judge = None if scoring is None else judge_of(scoring, contenders, protocol)
+    if processes.are_several and out is None:
+        raise ValueError("several processes need out, a folder that all of them see.")
     paths = [source for source in sources.values() if not isinstance(source, Checkpoint)]
     inputs = [as_path(path) for path in paths]
     inputs += scoring.inputs if scoring else []
-    with results_folder(out, overwrite, inputs) as folder:
+    with results_folder(out, overwrite, inputs, processes) as folder:
         summary, _ = evaluated(
             contenders,
             protocol,
@@ -112,6 +118,7 @@ def evaluate(
             prompts=prompts,
             title=title,
             progress_fn=progress_fn,
+            processes=processes,
         )
     return summary
 
@@ -136,7 +143,10 @@ def loaded(source: Source) -> Checkpoint:
 
 @contextmanager
 def results_folder(
-    out: PathLike | None, overwrite: bool, inputs: Sequence[AnyPath]
+    out: PathLike | None,
+    overwrite: bool,
+    inputs: Sequence[AnyPath],
+    processes: Processes = ALONE,
 ) -> Iterator[AnyPath]:
     """Yields the folder of the results: `out`, or a temporary one."""
     if out is None:
@@ -144,7 +154,8 @@ def results_folder(
             yield Path(folder)
         return
     check_results(as_path(out))
-    with renewed_folder(as_path(out), overwrite, "evaluation", list(inputs)) as folder:
+    given = (as_path(out), overwrite, "evaluation", list(inputs))
+    with shared_folder(*given, processes=processes) as folder:
         yield folder
 
 
@@ -176,6 +187,7 @@ def evaluated(
     title: str | None = None,
     progress_fn: ProgressFn = untold,
     watch: Watch = unwatched,
+    processes: Processes = ALONE,
 ) -> tuple[dict[str, Any], list[AnyPath]]:
     """Samples, measures and scores in a folder, and writes the pages there.
 
@@ -185,18 +197,23 @@ def evaluated(
         prompts: the texts of the conditions, which are kept beside the samples.
         title: of the page.
         watch: wraps the batches of files that are scored, to show progress.
+        processes: that share the sampling; the first one does the rest.
     """
-    first = contenders[0].checkpoint
-    run = run_evaluation(contenders, protocol, folder, progress_fn)
-    files = merged(run, contenders, named_conditions(first, protocol, prompts))
-    scores = {} if judge is None else scores_of(judge, files, contenders, watch)
-    summary = summarize(run, contenders, scores)
-    if judge is not None:
-        summary["settings"]["reference"] = judge.reference_name
-        summary["settings"]["features"] = judge.features
-    stats = range_stats(first, protocol, range_samples, folder)
-    title = title or "Evaluation of " + contenders[-1 if len(contenders) < 3 else 1].title
-    write_results(folder, title, run, contenders, summary, stats, prompts)
+    run = run_evaluation(contenders, protocol, folder, progress_fn, processes)
+    files = sample_files(run, contenders)
+    if processes.is_first:
+        merge_samples(run, contenders, files, prompts, protocol)
+        scores = {} if judge is None else scores_of(judge, files, contenders, watch)
+        summary = summarize(run, contenders, scores)
+        if judge is not None:
+            summary["settings"]["reference"] = judge.reference_name
+            summary["settings"]["features"] = judge.features
+        stats = range_stats(contenders[0].checkpoint, protocol, range_samples, folder)
+        title = title or "Evaluation of " + contenders[-1 if len(contenders) < 3 else 1].title
+        write_results(folder, title, run, contenders, summary, stats, prompts)
+    processes.meet("the results are written")
+    if not processes.is_first:
+        summary = json.loads((folder / "metrics.json").read_text())
     return summary, files
 
 
@@ -265,20 +282,25 @@ def decodes(checkpoint: Checkpoint) -> bool:
     return checkpoint.vae is not None or checkpoint.model.sample_shape()[-1] in (1, 3)
 
 
-def merged(run: Run, contenders: list[Contender], named: Mapping[str, np.ndarray]) -> list[AnyPath]:
-    """Writes the samples of each contender and returns the files, in their order.
-
-    `samples.npz` is the checkpoint under evaluation.
-    """
+def sample_files(run: Run, contenders: Sequence[Contender]) -> list[AnyPath]:
+    """Returns the files of each contender's samples; `samples.npz` is the checkpoint under evaluation."""
     names = [*SAMPLES, *(f"samples_{i}.npz" for i in range(len(SAMPLES), len(contenders)))]
-    files = []
-    for i, contender in enumerate(contenders):
+    return [run.folder / names[i + (len(contenders) == 1)] for i in range(len(contenders))]
+
+
+def merge_samples(
+    run: Run,
+    contenders: Sequence[Contender],
+    files: Sequence[AnyPath],
+    prompts: Sequence[str] | None,
+    protocol: Protocol,
+) -> None:
+    """Writes the samples of each contender to its file."""
+    named = named_conditions(contenders[0].checkpoint, protocol, prompts)
+    for i, (contender, file) in enumerate(zip(contenders, files, strict=True)):
         is_image = decodes(contender.checkpoint)
         array, member = ("images", "arr_0") if is_image else ("latents", "latents")
-        file = run.folder / names[i + (len(contenders) == 1)]
         merge(run.folder, run.ranges, f"{i}/{array}", file, member, **named)
-        files.append(file)
-    return files
 
 
 def range_stats(

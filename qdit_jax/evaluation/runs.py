@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,14 +19,14 @@ import numpy as np
 from qdit_jax.checkpoint import Checkpoint, digest, dtype_of
 from qdit_jax.errors import UserError
 from qdit_jax.evaluation.measures import first_of, pair_measures, probe
-from qdit_jax.evaluation.store import (
-    forget_unbegun,
-    locked,
-    missing_shards,
-    open_run,
-    shard_ranges,
-    write_shard,
+from qdit_jax.evaluation.shared_run import (
+    begun,
+    held,
+    meet_at_the_shards,
+    shares,
+    unless_unbegun_alone,
 )
+from qdit_jax.evaluation.store import open_run, write_shard
 from qdit_jax.evaluation.trajectories import (
     NUM_PROBED,
     Contender,
@@ -37,6 +37,7 @@ from qdit_jax.evaluation.trajectories import (
 from qdit_jax.files import AnyPath, PathLike, as_path
 from qdit_jax.kernels import implementations_used
 from qdit_jax.models import Network
+from qdit_jax.processes import ALONE, Processes
 from qdit_jax.sampling import (
     check_seed,
     check_takes,
@@ -64,14 +65,17 @@ def run_evaluation(
     protocol: Protocol,
     folder: PathLike,
     progress_fn: ProgressFn = untold,
+    processes: Processes = ALONE,
 ) -> Run:
     """Samples what `folder` lacks and returns the finished run.
 
-    `progress_fn` is told the number of samples just done, first of those on disk.
+    `progress_fn` is told the number of samples just done, first of those on disk. Each of several
+    `processes` computes every so-many-th missing shard on its own devices.
 
     Raises:
         UserError: if the contenders cannot be paired, the folder holds another run, or a sample
             is not finite.
+        LostWorkerError: if another process is gone; finished shards are kept.
     """
     if protocol.num_samples < 2:
         raise UserError(f"{protocol.num_samples} samples are too few; use at least 2.")
@@ -82,28 +86,20 @@ def run_evaluation(
     protocol = protocol.resolved(contenders[0].checkpoint.model)
     check_inputs(contenders, protocol)
     folder = as_path(folder)
-    with locked(folder), unless_unbegun(folder):
+    with held(folder, processes), unless_unbegun_alone(folder, processes):
         default = {"batch_size": default_batch_size()}
-        settings = open_run(folder, settings_of(contenders, protocol), default)
-        ranges = shard_ranges(protocol.num_samples, settings["batch_size"])
-        missing = missing_shards(folder, ranges)
-        done = protocol.num_samples - sum(stop - start for start, stop in missing)
-        progress_fn(Progress(done, total=protocol.num_samples))
+        given = settings_of(contenders, protocol)
+        open_fn = partial(open_run, folder, given, default)
+        settings = begun(folder, given, default, processes, open_fn)
         size = settings["batch_size"]
-        for start, arrays in shards(contenders, protocol, missing, size):
+        ranges, mine, done = shares(folder, protocol.num_samples, size, processes)
+        progress_fn(Progress(done, total=done + sum(stop - start for start, stop in mine)))
+        for start, arrays in shards(contenders, protocol, mine, size):
+            processes.check()
             write_shard(folder, start, arrays)
             progress_fn(Progress(int(arrays["stop"]) - start))
-    return Run(folder, ranges, settings)
-
-
-@contextmanager
-def unless_unbegun(folder: AnyPath) -> Iterator[None]:
-    """Removes the folder if the context fails before anything was computed."""
-    try:
-        yield
-    except BaseException:
-        forget_unbegun(folder)
-        raise
+        meet_at_the_shards(folder, ranges, processes)
+        return Run(folder, ranges, settings)
 
 
 def check_pairable(contenders: Sequence[Contender]) -> None:

@@ -19,17 +19,16 @@ from flax.errors import ScopeParamShapeError
 from qdit_jax.checkpoint import Checkpoint, fingerprint
 from qdit_jax.diffusion import Sampler
 from qdit_jax.errors import UserError
-from qdit_jax.evaluation.runs import unless_unbegun
-from qdit_jax.evaluation.store import (
-    first_samples,
-    locked,
-    merge,
-    missing_shards,
-    open_run,
-    shard_ranges,
-    write_shard,
+from qdit_jax.evaluation.shared_run import (
+    begun,
+    held,
+    meet_at_the_shards,
+    shares,
+    unless_unbegun_alone,
 )
+from qdit_jax.evaluation.store import first_samples, merge, open_run, write_shard
 from qdit_jax.files import AnyPath, check_space, is_remote, remove_folder
+from qdit_jax.processes import ALONE, Processes
 from qdit_jax.report import CLIPS, FPS, frame_rows, is_video, save_clip, save_grid, to_uint8
 from qdit_jax.sampling import (
     PUBLISHED,
@@ -104,6 +103,7 @@ class SampleFile:
         fps: float | int | None = None,
         force: bool = False,
         progress_fn: ProgressFn = untold,
+        processes: Processes = ALONE,
     ) -> None:
         """Samples and writes `out`: a `.png` grid with captions, an `.npz` archive, or a clip.
 
@@ -117,6 +117,8 @@ class SampleFile:
             fps: frames per second of a clip.
             force: start from scratch if the folder holds a run with other settings.
             progress_fn: called with the number of samples just done, first with those on disk.
+            processes: that sample, each every so-many-th batch on its own devices; the first one
+                writes `out`, on a disk that all see.
 
         Raises:
             UserError: if the folder holds another run and `force` is off, a sample is not finite,
@@ -125,22 +127,35 @@ class SampleFile:
         itemsize = 4 if self.is_latent else 1
         shape = sample_shape(self.checkpoint, self.shape)
         check_room(out, shape, self.count, itemsize)
-        with unfinished_folder(out) as folder:
-            ranges = self.make_shards(folder, progress_fn, force=force)
-            if out.suffix == ".npz":
-                name, member = ("latents",) * 2 if self.is_latent else ("images", "arr_0")
-                merge(folder, ranges, name, out, member, **self.named())
-                return
-            images = first_samples(folder, ranges, "images", self.count)
-            assert images is not None, "the batches of a grid hold images"
-            scale = -(-SMALLEST_CELL // images.shape[-3])
-            labels: list[str] | None = self.captions()
-            if out.suffix in CLIPS:
-                save_clip(out, images, fps=fps or FPS, columns=columns, labels=labels, scale=scale)
-                return
-            if is_video(images):
-                images, columns, labels = frame_rows(images, labels)
-            save_grid(out, images, columns=columns, labels=labels, scale=scale)
+        with unfinished_folder(out, processes) as folder:
+            ranges = self.make_shards(folder, progress_fn, force=force, processes=processes)
+            if processes.is_first:
+                self.write_joined(out, folder, ranges, columns, fps)
+            processes.meet("the file is written")
+
+    def write_joined(
+        self,
+        out: AnyPath,
+        folder: AnyPath,
+        ranges: Sequence[tuple[int, int]],
+        columns: int | None,
+        fps: float | int | None,
+    ) -> None:
+        """Writes `out` from the shards in `folder`."""
+        if out.suffix == ".npz":
+            name, member = ("latents",) * 2 if self.is_latent else ("images", "arr_0")
+            merge(folder, ranges, name, out, member, **self.named())
+            return
+        images = first_samples(folder, ranges, "images", self.count)
+        assert images is not None, "the batches of a grid hold images"
+        scale = -(-SMALLEST_CELL // images.shape[-3])
+        labels: list[str] | None = self.captions()
+        if out.suffix in CLIPS:
+            save_clip(out, images, fps=fps or FPS, columns=columns, labels=labels, scale=scale)
+            return
+        if is_video(images):
+            images, columns, labels = frame_rows(images, labels)
+        save_grid(out, images, columns=columns, labels=labels, scale=scale)
 
     def named(self) -> dict[str, np.ndarray]:
         """Returns what stands beside the samples of an archive: labels, or the rows of prompts."""
@@ -162,22 +177,26 @@ class SampleFile:
         return [str(names.get(str(i), i)).partition(",")[0] for i in labels]
 
     def make_shards(
-        self, folder: AnyPath, progress_fn: ProgressFn, *, force: bool
+        self,
+        folder: AnyPath,
+        progress_fn: ProgressFn,
+        *,
+        force: bool,
+        processes: Processes = ALONE,
     ) -> list[tuple[int, int]]:
         """Samples the batches that `folder` lacks and returns the range of samples of each."""
         count = self.count
-        size = self.begun(folder, force)["batch_size"]
-        ranges = shard_ranges(count, size)
-        missing = missing_shards(folder, ranges)
-        done = count - sum(stop - start for start, stop in missing)
-        if done:
+        size = self.begun(folder, force, processes)["batch_size"]
+        ranges, mine, done = shares(folder, count, size, processes)
+        if done and processes.is_first:
             print(f"resuming from {done:,} of {count:,} samples", flush=True)
-            progress_fn(Progress(done))
+        if done or processes.are_several:
+            progress_fn(Progress(done, total=done + sum(stop - start for start, stop in mine)))
         batches = generated_batches(
             self.checkpoint,
             self.sampler,
             self.condition,
-            [start for start, _ in missing],
+            [start for start, _ in mine],
             batch_size=size,
             num_samples=count,
             seed=self.seed,
@@ -191,21 +210,27 @@ class SampleFile:
         for start, images in batches:
             check_finite(images, start, count)
             kept = {"latents": images} if self.is_latent else {"images": to_uint8(images)}
+            processes.check()
             write_shard(folder, start, kept)
             progress_fn(Progress(len(images)))
+        meet_at_the_shards(folder, ranges, processes)
         return ranges
 
-    def begun(self, folder: AnyPath, force: bool) -> dict[str, Any]:
+    def begun(self, folder: AnyPath, force: bool, processes: Processes = ALONE) -> dict[str, Any]:
         """Returns the settings of the run in `folder`: those of an earlier run, or these."""
         settings = self.all_settings()
         default = {"batch_size": checked_batch_size(self.count, None, self.shard_tokens)}
-        try:
+
+        def opened() -> dict[str, Any]:
+            try:
+                return open_run(folder, settings, default, REMEDY)
+            except UserError:
+                if not force:
+                    raise
+            remove_folder(folder, keep="lock")
             return open_run(folder, settings, default, REMEDY)
-        except UserError:
-            if not force:
-                raise
-        remove_folder(folder, keep="lock")
-        return open_run(folder, settings, default, REMEDY)
+
+        return begun(folder, settings, default, processes, opened)
 
     def all_settings(self) -> dict[str, Any]:
         """Returns what determines every sample, in JSON's types; a batch size of None is open."""
@@ -236,20 +261,23 @@ class SampleFile:
 
 
 @contextmanager
-def unfinished_folder(out: AnyPath) -> Iterator[AnyPath]:
-    """Yields the folder of batches beside `out`, locked for this process.
+def unfinished_folder(out: AnyPath, processes: Processes = ALONE) -> Iterator[AnyPath]:
+    """Yields the folder of batches beside `out`, locked for this process, or for several.
 
-    It is removed on success, and also if no batch was finished or a sample is not finite.
+    It is removed on success, and also if no batch was finished or a sample is not finite; of several
+    processes only on success.
     """
     target = out if is_remote(out) else Path(os.path.realpath(out))
     folder = target.with_name(f".{target.name}.unfinished")
-    with locked(folder), unless_unbegun(folder):
+    with held(folder, processes), unless_unbegun_alone(folder, processes):
         try:
             yield folder
         except NotFiniteError:
-            remove_folder(folder)
+            if not processes.are_several:
+                remove_folder(folder)
             raise
-    remove_folder(folder)
+    if processes.is_first:
+        remove_folder(folder)
 
 
 def sample_shape(

@@ -2,9 +2,10 @@
 
     run.json       the settings that every shard was made with
     shards/        one archive per batch, written to a temporary name and renamed (atomic)
-    lock           held while a process writes here
+    lock           held while a run writes here, by its first process
 
-A killed run therefore resumes: finished shards are kept, missing ones are computed.
+A killed run therefore resumes: finished shards are kept, missing ones are computed. Several processes
+write shards, each its own; all else is written by the first.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def open_run(
     """
     file = folder / RUN_FILE
     (folder / SHARDS).mkdir(exist_ok=True)
-    open_ = {name for name in default if settings[name] is None}
+    open_ = open_names(settings, default)
     if not file.exists() or not any((folder / SHARDS).glob("[0-9]*.npz")):
         complete = {**settings, **{name: default[name] for name in open_}}
         with replaced_file(file) as temporary:
@@ -73,14 +74,9 @@ def open_run(
         return complete
     try:
         stored = with_present_names(json.loads(file.read_text()))
-        names = [*settings, *(name for name in stored if name not in settings)]
+        differing = differences(settings, stored, open_)
     except (ValueError, TypeError, AttributeError):
         raise UserError(f"{file} is damaged; remove {folder} to start again.") from None
-    differing = [
-        f"{name} {show(stored.get(name))}, not {show(settings.get(name))}"
-        for name in names
-        if name not in open_ and settings.get(name) != stored.get(name)
-    ]
     if differing:
         raise UserError(
             f"{folder} holds a run with other settings ({'; '.join(differing[:4])}); {remedy}."
@@ -88,6 +84,23 @@ def open_run(
     for leftover in (folder / SHARDS).glob(".*"):  # of a process that was killed
         leftover.unlink()
     return stored
+
+
+def open_names(settings: Mapping[str, Any], default: Mapping[str, Any]) -> set[str]:
+    """Returns the settings that take the stored value: those that are None and have a default."""
+    return {name for name in default if settings[name] is None}
+
+
+def differences(
+    settings: Mapping[str, Any], stored: Mapping[str, Any], open_: set[str]
+) -> list[str]:
+    """Returns in words where settings differ from those of a run, the `open_` ones left out."""
+    names = [*settings, *(name for name in stored if name not in settings)]
+    return [
+        f"{name} {show(stored.get(name))}, not {show(settings.get(name))}"
+        for name in names
+        if name not in open_ and settings.get(name) != stored.get(name)
+    ]
 
 
 def with_present_names(settings: dict[str, Any]) -> dict[str, Any]:

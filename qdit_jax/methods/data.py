@@ -130,17 +130,29 @@ def key_words(key: Any) -> list[int]:
 
 
 def spread_items(
-    checkpoint: Checkpoint, data: CalibrationData, progress_fn: ProgressFn = untold
+    checkpoint: Checkpoint,
+    data: CalibrationData,
+    progress_fn: ProgressFn = untold,
+    **shared: Any,
 ) -> Items:
-    """Returns items of evenly spread steps of each trajectory, conditional and null."""
-    return sampled_items(checkpoint, data, {}, progress_fn)
+    """Returns items of evenly spread steps of each trajectory, conditional and null.
+
+    `shared` are `unfinished` and `processes` of `collect_items`.
+    """
+    return sampled_items(checkpoint, data, shared, progress_fn)
 
 
 def qdit_release_items(
-    checkpoint: Checkpoint, data: CalibrationData, progress_fn: ProgressFn = untold
+    checkpoint: Checkpoint,
+    data: CalibrationData,
+    progress_fn: ProgressFn = untold,
+    **shared: Any,
 ) -> Items:
-    """Returns the items of the Q-DiT release: one step per sample, never the null class."""
-    options = {"choose_fn": qdit_release_steps(data.seed), "null": False}
+    """Returns the items of the Q-DiT release: one step per sample, never the null class.
+
+    `shared` are `unfinished` and `processes` of `collect_items`.
+    """
+    options = {"choose_fn": qdit_release_steps(data.seed), "null": False, **shared}
     return sampled_items(checkpoint, data, options, progress_fn)
 
 

@@ -114,7 +114,6 @@ def test_a_search_writes_a_recipe_that_quantizes_and_pictures(folder, checkpoint
         (["--formats", "int9"], "unknown format 'int9'"),
         (["--ranks", "4096"], "rank=4096 of blocks_0/attn/proj: its kernel is 64x64"),
         (["--items", "x.npz"], "--items x.npz has no effect: without --transforms and --ranks"),
-        (["--process-id", "0"], "must be given together"),
     ],
 )
 def test_errors_are_one_sentence(folder, tmp_path, options, message):

@@ -110,7 +110,7 @@ def test_after_a_lost_worker_the_same_commands_go_on(folder, tmp_path):
     first, second = pair(folder, out)
     kill_after(second, out / "state", 2)
     _, err = first.communicate(timeout=400)
-    assert first.returncode == 2
+    assert first.returncode == 2, err[-3000:]
     assert "lost another one" in err
     assert "start all processes again" in err
     for process in pair(folder, out):

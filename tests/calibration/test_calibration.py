@@ -171,7 +171,7 @@ def test_the_authors_collection_equals_the_recorded_one(golden):
         jnp.asarray(recorded["y"], jnp.int32),
         None,
         index,
-        qdit_release_steps(int(recorded["numpy_seed"])),
+        qdit_release_steps(int(recorded["numpy_seed"]))(index, int(recorded["num_steps"])),
     )
     expected = np.moveaxis(recorded["calib_x"], 1, -1)
     np.testing.assert_allclose(items.x, expected, rtol=1e-4, atol=1e-4)
@@ -229,7 +229,7 @@ def test_every_setting_of_a_calibration_is_changed_below():
     """A new argument fails here until it has a line of its own."""
     changed = {name for _, changes in OTHER_SETTINGS for name in changes}
     arguments = set(inspect.signature(calibrate).parameters)
-    assert arguments - {"unfinished", "progress_fn"} == changed
+    assert arguments - {"unfinished", "progress_fn", "processes"} == changed
 
 
 @pytest.mark.parametrize(("name", "changes"), OTHER_SETTINGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -12,7 +13,6 @@ import numpy as np
 import pytest
 
 import qdit_jax as qdit
-from qdit_jax.cli import main
 from qdit_jax.testing import realistic_dit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,34 +48,53 @@ def started(folder: Path, *command: str, **environment: str) -> subprocess.Popen
     return subprocess.Popen(command, cwd=folder, env=env, text=True, **pipes)
 
 
-def test_other_verbs_refuse_several_processes(capsys):
-    assert main(["sample", "net", "--out", "x.npz", "--coordinator", "10.0.0.1:1"]) == 2
-    assert "only `qdit search` works over several processes" in capsys.readouterr().err
-
-
-def test_joined_samples_keep_the_order_of_the_hosts(tmp_path):
-    for host in (10, 2):
-        np.savez(tmp_path / f"samples-{host}.npz", latents=np.full((2, 3), host))
-    command = [sys.executable, str(SCRIPTS / "join_samples.py"), str(tmp_path), "all.npz"]
-    assert "4 samples of 2 hosts" in finished(started(tmp_path, *command))
-    assert np.load(tmp_path / "all.npz")["latents"][:, 0].tolist() == [2, 2, 10, 10]
+def free_ports(count):
+    """Returns the first of so many ports in a row that are free."""
+    for first in range(20000 + os.getpid() % 10000, 40000, count):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+    raise AssertionError("no ports are free")
 
 
 @pytest.mark.slow
-def test_two_hosts_sample_what_one_process_samples_with_their_seeds(folder):
-    script = str(SCRIPTS / "sample_on_a_host.sh")
-    command = ("sh", script, "net", "out", LABELS, "--steps", "2")
-    hosts = [started(folder, *command, HOST=str(host)) for host in range(2)]
-    for host in hosts:
+def test_two_hosts_go_the_whole_road(folder):
+    settings = {
+        **{"SAMPLES": "8", "STEPS": "2", "BATCHES": "1", "METHOD": "smoothquant", "LABELS": LABELS},
+        **{"SEARCH": "--group-sizes 32 64 128 --batch-size 2", "ADDRESS": "127.0.0.1"},
+        **{"HOSTS": "2", "PORT": str(free_ports(4))},
+    }
+    command = ("sh", str(SCRIPTS / "road_several_hosts.sh"), "net", "out")
+    for host in [started(folder, *command, HOST=str(number), **settings) for number in range(2)]:
         finished(host)
-    finished(started(folder, sys.executable, str(SCRIPTS / "join_samples.py"), "out", "all.npz"))
-    found = np.load(folder / "all.npz")
-    assert found["label"].tolist() == [1, 2, 3, 4] * 2
-    ckpt = qdit.load(folder / "net")
-    for host in range(2):
-        alone = qdit.generate(ckpt, qdit.ddim(steps=2), [1, 2, 3, 4], seed=host, guidance=1.5)
-        ours = found["latents"][4 * host : 4 * host + 4]
-        np.testing.assert_allclose(ours, alone, rtol=1e-4, atol=1e-4)
+    names = ("stats.npz", "found/recipe.json", "samples.npz", "compared/report.html")
+    assert all((folder / "out" / name).exists() for name in names)
+    found = np.load(folder / "out" / "samples.npz")
+    assert found["label"].tolist() == [1, 2, 3, 4]
+    ckpt = qdit.load(folder / "out" / "small")
+    alone = qdit.generate(ckpt, qdit.ddim(steps=2), [1, 2, 3, 4], guidance=1.5)
+    np.testing.assert_allclose(found["latents"], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_any_shared_verb_runs_by_two_processes(folder):
+    script = str(SCRIPTS / "several_hosts.sh")
+    given = ("net", "stats.npz", "--num-samples", "6", "--steps", "2", "--batch-size", "2")
+    command = ("sh", script, "calibrate", *given)
+    out = finished(started(folder, *command, PORT=str(free_ports(1))))
+    assert "wrote stats.npz" in out
+    assert "process 1 of 2 has done its share" in out
+
+
+def test_a_slice_is_asked_to_run_the_verb_on_every_host(folder):
+    program = folder / "bin" / "gcloud"
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    program.chmod(0o755)
+    words = ("sample", "/mnt/ckpt", "--out", "/mnt/x.npz")
+    out = finished(started(folder, "sh", str(SCRIPTS / "tpu_slice.sh"), "v5e", "zone", *words))
+    assert "--worker=all" in out.splitlines()
+    assert out.strip().endswith("qdit sample /mnt/ckpt --out /mnt/x.npz --distributed")
 
 
 @pytest.mark.slow
