@@ -25,26 +25,35 @@ def kernel_reports(folder: Path, kernel: str) -> list[dict[str, Any]]:
 
     Raises:
         AssertionError: if one spills registers, waits for each product of tensor cores, needs more shared
-            memory than there is, has an empty grid, or has no product of tensor cores.
+            memory than there is, or has an empty grid.
     """
     reports = []
     for file in sorted(folder.glob(f"{kernel}_*.ptxas")):
         said = file.read_text(errors="replace")
-        passes = file.with_suffix(".before_layout_inference.txt").read_text(errors="replace")
-        stored, loaded = numbers(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+        dump = file.with_suffix(".before_layout_inference.txt")
+        if not dump.exists():  # lowered for a program before, which had its report
+            check_compiled(file.name, said)
+            continue
+        passes = dump.read_text(errors="replace")
         report = {
             "registers": numbers(r"Used (\d+) registers", said)[0],
             "shared_bytes": launched(passes, r"dynamic_shared_memory_size (%\w+)")[0],
-            "spilled_bytes": stored + loaded,
+            "spilled_bytes": check_compiled(file.name, said),
             "grid": launched(passes, r"in \(%\w+ = (%\w+), %\w+ = (%\w+), %\w+ = (%\w+)\) threads"),
         }
-        assert report["spilled_bytes"] == 0, f"{file.name}: {said}"
-        assert not any(code in said for code in WAITS), f"{file.name}: {said}"
         assert 0 < report["shared_bytes"] <= gpu_tiles.SHARED_MEMORY, f"{file.name}: {report}"
         assert min(report["grid"]) > 0, f"{file.name}: {report}"
         if report not in reports:  # layers of one shape
             reports.append(report)
     return reports
+
+
+def check_compiled(name: str, said: str) -> int:
+    """Returns the bytes that a kernel spills, 0; raises `AssertionError` if it spills or waits."""
+    spilled = sum(numbers(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said))
+    assert spilled == 0, f"{name}: {said}"
+    assert not any(code in said for code in WAITS), f"{name}: {said}"
+    return spilled
 
 
 def numbers(pattern: str, text: str) -> tuple[int, ...]:

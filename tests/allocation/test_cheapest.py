@@ -209,8 +209,9 @@ def test_a_search_of_a_network_keeps_to_the_error(tmp_path):
     options = {
         "strategy": strategy,
         "space": {"group_sizes": (8, 16, 64), "weight_bits": (4, 5)},
-        "rollouts": Rollouts(num_steps=2, num_batches=2, batch_size=2, num_calibration=1),
-        "state": tmp_path / "state",
+        "rollouts": Rollouts(
+            num_steps=2, num_batches=2, batch_size=2, num_calibration=1, state=tmp_path / "state"
+        ),
     }
     told = Told()
     found = search.search(checkpoint, jax.random.key(0), progress_fn=told.tell, **options)
