@@ -266,7 +266,11 @@ def table(kept: dict[str, Any]) -> str:
             str(row["kernels"]),
             str(row.get("roofline_us", "")),
             ", ".join(str(r["registers"]) for r in row.get("kernel_reports", [])),
-            ", ".join(f"{r['shared_bytes'] / 1e3:.0f}" for r in row.get("kernel_reports", [])),
+            ", ".join(
+                f"{r['shared_bytes'] / 1e3:.0f}"
+                for r in row.get("kernel_reports", [])
+                if "shared_bytes" in r
+            ),
         )
         lines.append(f"| {name} | {' | '.join(numbers)} |")
     return "\n".join(lines) + "\n"

@@ -31,21 +31,26 @@ def kernel_reports(folder: Path, kernel: str) -> list[dict[str, Any]]:
     for file in sorted(folder.glob(f"{kernel}_*.ptxas")):
         said = file.read_text(errors="replace")
         dump = file.with_suffix(".before_layout_inference.txt")
-        if not dump.exists():  # lowered for a program before, which had its report
-            check_compiled(file.name, said)
-            continue
-        passes = dump.read_text(errors="replace")
-        report = {
+        report: dict[str, Any] = {
             "registers": numbers(r"Used (\d+) registers", said)[0],
-            "shared_bytes": launched(passes, r"dynamic_shared_memory_size (%\w+)")[0],
             "spilled_bytes": check_compiled(file.name, said),
-            "grid": launched(passes, r"in \(%\w+ = (%\w+), %\w+ = (%\w+), %\w+ = (%\w+)\) threads"),
         }
-        assert 0 < report["shared_bytes"] <= gpu_tiles.SHARED_MEMORY, f"{file.name}: {report}"
-        assert min(report["grid"]) > 0, f"{file.name}: {report}"
+        if dump.exists():  # else it was lowered for a program before, whose report has its launch
+            report |= launch(file.name, dump.read_text(errors="replace"))
         if report not in reports:  # layers of one shape
             reports.append(report)
     return reports
+
+
+def launch(name: str, passes: str) -> dict[str, Any]:
+    """Returns shared memory and grid of a kernel; raises `AssertionError` for too much, or none."""
+    found = {
+        "shared_bytes": launched(passes, r"dynamic_shared_memory_size (%\w+)")[0],
+        "grid": launched(passes, r"in \(%\w+ = (%\w+), %\w+ = (%\w+), %\w+ = (%\w+)\) threads"),
+    }
+    assert 0 < found["shared_bytes"] <= gpu_tiles.SHARED_MEMORY, f"{name}: {found}"
+    assert min(found["grid"]) > 0, f"{name}: {found}"
+    return found
 
 
 def check_compiled(name: str, said: str) -> int:
