@@ -43,7 +43,7 @@ def add_expand(add: AddArgument) -> None:
         choices=("per-call", "load"),
         default="per-call",
         help="where weights of 2 to 6 bits become bytes: in every product, or once when they are loaded, "
-        "for a shorter step and more memory (%(default)s)",
+        "for more memory and, where unpacking takes time, shorter steps (%(default)s)",
     )
 
 
