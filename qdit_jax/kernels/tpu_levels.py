@@ -17,7 +17,6 @@ bytes; J blocks of columns of a panel, L rows and C columns of a block (`tpu_blo
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -26,25 +25,10 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
 from qdit_jax.kernels.product import Implementation
-from qdit_jax.kernels.tpu_blocks import (
-    STRIP,
-    TILE,
-    VMEM_LIMIT,
-    Blocks,
-    chosen_blocks,
-    sizes_of,
-)
+from qdit_jax.kernels.tpu_blocks import STRIP, TILE, sizes_of
+from qdit_jax.kernels.tpu_call import packed_product
 from qdit_jax.kernels.tpu_reasons import tpu_reason
-from qdit_jax.kernels.tpu_words import (
-    EACH_BYTE,
-    SIGNS,
-    as_rows_of,
-    code_words,
-    groups_of_sub_blocks,
-    is_turned_inside,
-    padded,
-    whole_codes,
-)
+from qdit_jax.kernels.tpu_words import EACH_BYTE, SIGNS, as_rows_of, code_words
 from qdit_jax.kernels.xla import integer_matmul
 from qdit_jax.quant import (
     ActQuant,
@@ -80,22 +64,11 @@ def levels_matmul(
 def _product(
     x: Float[Array, "*lead K"], q: QTensor, spec: ActSpec, interpret: bool
 ) -> Float[Array, "*lead N"]:
-    num_channels, width = q.shape
     sizes = sizes_of(x.shape, q, x.dtype.itemsize)
-    blocks = chosen_blocks(sizes)
-    assert blocks is not None, "tpu_reason refuses it"
-    rows, columns = blocks.rows * blocks.num_rows, sizes.column_tiles * TILE
-    tokens = padded(x.reshape(-1, num_channels), rows, sizes.channels)
     scale = q.channel_scale if q.has_levels else scale_value(q.scale)[0]
-    maps = (padded(a, a.shape[0], columns) for a in step_and_offset(q))
-    codes = whole_codes(q, sizes, columns)
-    inside = is_turned_inside(codes.shape[1])
-    codes = codes if inside else codes.T
-    operands = (tokens, codes, *maps, padded(scale[None], 1, columns))
-    groups = groups_of_sub_blocks(sizes.channels, num_channels, q.group_size)
-    kernel = functools.partial(_kernel, bits=q.bits, groups=groups, act_spec=spec)
-    y = _call(kernel, operands, blocks, inside, interpret)
-    return y[: math.prod(x.shape[:-1]), :width].reshape(*x.shape[:-1], width)
+    kernel = functools.partial(_kernel, act_spec=spec)
+    maps = step_and_offset(q)
+    return packed_product(kernel, x, q, sizes, maps, scale, name="tpu_levels", interpret=interpret)
 
 
 @_product.defjvp
@@ -104,66 +77,6 @@ def _product_jvp(
 ) -> tuple[Array, Array]:
     _, tangent = jax.jvp(lambda x, q: integer_matmul(x, q, ActQuant(spec)), primals, tangents)
     return _product(*primals, spec, interpret), tangent
-
-
-def _call(
-    kernel: Any, operands: tuple[Array, ...], blocks: Blocks, inside: bool, interpret: bool
-) -> Array:
-    """Returns the kernel's result `[M, N]`, padding included.
-
-    The codes among the operands are `[N, R]` where they are to be transposed `inside`, else `[R, N]`.
-    """
-    from jax.experimental.pallas import tpu as pltpu
-
-    tokens, codes, step, _, scale = operands
-    (rows, channels), width = tokens.shape, scale.shape[1]
-    columns, panel = blocks.columns, blocks.panel
-
-    def of_rows(p: Array, i: Array, j: Array) -> tuple[Any, Any]:
-        return i, 0
-
-    def of_columns(p: Array, i: Array, j: Array) -> tuple[Any, Any]:
-        return 0, p * panel + j
-
-    def once(p: Array, i: Array, j: Array) -> tuple[Any, Any]:
-        # Only the first block of rows reads them: after it, the last block stays where it is.
-        return 0, p * panel + jnp.where(i == 0, j, panel - 1)
-
-    codes_block, turned = pl.BlockSpec((codes.shape[0], columns), once), []
-    if inside:
-        codes_block = pl.BlockSpec((columns, codes.shape[1]), lambda *at: once(*at)[::-1])
-        turned = [pltpu.VMEM((codes.shape[1], columns), jnp.uint8)]
-
-    bytes_of_codes = sum(a.size * a.dtype.itemsize for a in operands[1:])
-    bytes_of_rows = tokens.dtype.itemsize * rows * (blocks.panels * channels + width)
-    return pl.pallas_call(
-        kernel,
-        grid=blocks.grid,
-        in_specs=[
-            pl.BlockSpec((blocks.rows, channels), of_rows),
-            codes_block,
-            *(pl.BlockSpec((step.shape[0], columns), once) for _ in range(2)),
-            pl.BlockSpec((1, columns), of_columns),
-        ],
-        out_specs=pl.BlockSpec((blocks.rows, columns), lambda p, i, j: (i, p * panel + j)),
-        out_shape=jax.ShapeDtypeStruct((rows, width), tokens.dtype),
-        scratch_shapes=[
-            pltpu.VMEM((blocks.rows, channels), jnp.int8),
-            pltpu.VMEM((blocks.rows, 1), jnp.float32),
-            pltpu.VMEM((panel, channels, columns), jnp.int8),
-            *turned,
-        ],
-        cost_estimate=pl.CostEstimate(
-            flops=2 * rows * channels * width,
-            transcendentals=0,
-            bytes_accessed=bytes_of_codes + bytes_of_rows,
-        ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",) * 3, vmem_limit_bytes=VMEM_LIMIT
-        ),
-        interpret=interpret,
-        name="tpu_levels",
-    )(*operands)
 
 
 # Any: references to memory, which have no public type.

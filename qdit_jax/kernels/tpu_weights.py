@@ -13,7 +13,6 @@ bytes; J blocks of columns of a panel, L rows and C columns of a block (`tpu_blo
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -22,17 +21,10 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from qdit_jax.kernels.product import Implementation
-from qdit_jax.kernels.tpu_blocks import STRIP, TILE, VMEM_LIMIT, Blocks, chosen_blocks
+from qdit_jax.kernels.tpu_blocks import STRIP
+from qdit_jax.kernels.tpu_call import packed_product
 from qdit_jax.kernels.tpu_reasons import weights_reason, weights_sizes
-from qdit_jax.kernels.tpu_words import (
-    SIGNS,
-    as_rows_of,
-    code_words,
-    groups_of_sub_blocks,
-    is_turned_inside,
-    padded,
-    whole_codes,
-)
+from qdit_jax.kernels.tpu_words import SIGNS, as_rows_of, code_words
 from qdit_jax.kernels.xla import simulated_matmul
 from qdit_jax.quant import ActQuant, QTensor, scale_value, step_and_offset
 
@@ -57,20 +49,8 @@ def weights_matmul(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _product(x: Float[Array, "*lead K"], q: QTensor, interpret: bool) -> Float[Array, "*lead N"]:
-    num_channels, width = q.shape
-    sizes = weights_sizes(x.shape, q)
-    blocks = chosen_blocks(sizes)
-    assert blocks is not None, "weights_reason refuses it"
-    rows, columns = blocks.rows * blocks.num_rows, sizes.column_tiles * TILE
-    tokens = padded(x.reshape(-1, num_channels), rows, sizes.channels)
-    maps = (padded(a, a.shape[0], columns) for a in maps_of(q))
-    codes = whole_codes(q, sizes, columns)
-    inside = is_turned_inside(codes.shape[1])
-    codes = codes if inside else codes.T
-    groups = groups_of_sub_blocks(sizes.channels, num_channels, q.group_size)
-    kernel = functools.partial(_kernel, bits=q.bits, groups=groups)
-    y = _call(kernel, (tokens, codes, *maps), blocks, inside, interpret)
-    return y[: math.prod(x.shape[:-1]), :width].reshape(*x.shape[:-1], width)
+    sizes, maps = weights_sizes(x.shape, q), maps_of(q)
+    return packed_product(_kernel, x, q, sizes, maps, name="tpu_weights", interpret=interpret)
 
 
 @_product.defjvp
@@ -91,54 +71,6 @@ def maps_of(q: QTensor) -> tuple[Float[Array, "G N"], Float[Array, "G N"], Float
     zero_point = q.zero_point
     zero = 2 ** (q.bits - 1) if zero_point is None else zero_point.astype(jnp.float32)
     return jnp.ones_like(scale), jnp.broadcast_to(zero - jnp.float32(HALF), scale.shape), scale
-
-
-def _call(
-    kernel: Any, operands: tuple[Array, ...], blocks: Blocks, inside: bool, interpret: bool
-) -> Array:
-    """Returns the kernel's result `[M, N]`, padding included.
-
-    The codes among the operands are `[N, R]` where they are to be transposed `inside`, else `[R, N]`.
-    """
-    from jax.experimental.pallas import tpu as pltpu
-
-    tokens, codes, factor, *_ = operands
-    (rows, channels), width = tokens.shape, factor.shape[1]
-    columns, panel = blocks.columns, blocks.panel
-
-    def once(p: Array, i: Array, j: Array) -> tuple[Any, Any]:
-        # Only the first block of rows reads them: after it, the last block stays where it is.
-        return 0, p * panel + jnp.where(i == 0, j, panel - 1)
-
-    codes_block, turned = pl.BlockSpec((codes.shape[0], columns), once), []
-    if inside:
-        codes_block = pl.BlockSpec((columns, codes.shape[1]), lambda *at: once(*at)[::-1])
-        turned = [pltpu.VMEM((codes.shape[1], columns), jnp.uint8)]
-
-    bytes_of_weights = sum(a.size * a.dtype.itemsize for a in operands[1:])
-    bytes_of_rows = tokens.dtype.itemsize * rows * (blocks.panels * channels + width)
-    return pl.pallas_call(
-        kernel,
-        grid=blocks.grid,
-        in_specs=[
-            pl.BlockSpec((blocks.rows, channels), lambda p, i, j: (i, 0)),
-            codes_block,
-            *(pl.BlockSpec((factor.shape[0], columns), once) for _ in range(3)),
-        ],
-        out_specs=pl.BlockSpec((blocks.rows, columns), lambda p, i, j: (i, p * panel + j)),
-        out_shape=jax.ShapeDtypeStruct((rows, width), tokens.dtype),
-        scratch_shapes=[pltpu.VMEM((panel, channels, columns), jnp.bfloat16), *turned],
-        cost_estimate=pl.CostEstimate(
-            flops=2 * rows * channels * width,
-            transcendentals=0,
-            bytes_accessed=bytes_of_weights + bytes_of_rows,
-        ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",) * 3, vmem_limit_bytes=VMEM_LIMIT
-        ),
-        interpret=interpret,
-        name="tpu_weights",
-    )(*operands)
 
 
 # Any: references to memory, which have no public type.

@@ -122,7 +122,7 @@ def test_several_panels_rows_and_columns_share_what_they_hold(monkeypatch):
     x, w = operands((70, 32, 500))
     x, q = jnp.asarray(x, jnp.float32), quantize(w, W(4, 32, **LEVELS))
     blocks = Blocks(rows=32, columns=128, num_rows=3, panels=2, panel=2)
-    monkeypatch.setattr("qdit_jax.kernels.tpu_levels.chosen_blocks", lambda sizes: blocks)
+    monkeypatch.setattr("qdit_jax.kernels.tpu_call.chosen_blocks", lambda sizes: blocks)
     by_xla = quantized_matmul(x, q, TOKEN, "integer", "xla")
     np.testing.assert_array_equal(interpreted(x, q), by_xla)
 
