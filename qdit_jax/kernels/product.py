@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 from jaxtyping import Array
@@ -69,12 +69,21 @@ class Implementation:
         return self.run_to(x, q, act, numerics, dtype)
 
 
-def layer_numerics(act: ActSpec | ActQuant | None, numerics: str) -> str:
+def layer_numerics(
+    act: ActSpec | ActQuant | None,
+    numerics: str,
+    acts: Iterable[ActSpec | ActQuant | None] | None = None,
+) -> str:
     """Returns the numerics of one layer of a network: integers need an input that is quantized.
 
     Where it is not (W4A16), a layer is a float product in both numerics, as one of full precision is.
+
+    Args:
+        acts: of all layers of the network: where none is quantized, the layer has the numerics that are
+            asked for, which integers then refuse.
     """
-    return "simulated" if act is None and numerics in NUMERICS else numerics
+    is_alone = acts is not None and all(one is None for one in acts)
+    return "simulated" if act is None and numerics in NUMERICS and not is_alone else numerics
 
 
 def invalid_reason(product: Product) -> str | None:

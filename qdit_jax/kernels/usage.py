@@ -35,12 +35,12 @@ def implementations_used(
     """
     found: Counter[str] = Counter()
     layers = list(quantized_layers(params))
-    weights_alone = all(act is None for _, _, act in layers)
+    acts = [act for _, _, act in layers]
     for path, kernel, act in layers:
         shape = ((rows or {}).get(path, 1), kernel.shape[0])
         # Without scales: an unpicked table would be refused, and its rows make no difference here.
         settings = None if act is None else ActQuant(act.spec)
-        own = numerics if weights_alone else layer_numerics(act, numerics)
+        own = layer_numerics(act, numerics, acts)
         name = implementation_of(shape, kernel, settings, own, platform, dtype)
         found[name] += math.prod(kernel.scale.shape[:-2])
     return dict(found)

@@ -78,10 +78,8 @@ class Contender:
         return dict(found)
 
     def numerics(self, layer: QuantizedLayer, way: Way) -> str:
-        """Returns how a layer is computed; without any input that is quantized, as `way` says."""
-        weights_alone = all(one.act is None for one in self.layers)
-        asked = str(way.numerics)
-        return asked if weights_alone else layer_numerics(layer.act, asked)
+        """Returns how a layer is computed, see `layer_numerics`."""
+        return layer_numerics(layer.act, str(way.numerics), [one.act for one in self.layers])
 
     def product(
         self, layer: QuantizedLayer, batch: int
