@@ -162,6 +162,12 @@ def sizes_of(
     def shape(path: str) -> tuple[int, ...]:
         return shape_of(tensors, f"{naming(path)[0]}.weight", 2)
 
+    def mlp_width() -> (
+        int
+    ):  # of a gated MLP, whose two halves are one layer, beside q, k and v in a single block
+        both = shape("double_blocks_0/img_mlp_0") if depth else shape("single_blocks_0/linear1")
+        return (both[0] - (0 if depth else 3 * width)) // 2
+
     depth, single_depth = (block_count(tensors, prefix) for prefix in prefixes)
     if not depth and not single_depth:
         raise UserError(f"there are no blocks {' or '.join(f'{p}0' for p in prefixes)} and so on.")
@@ -175,12 +181,7 @@ def sizes_of(
         single_depth=single_depth,
         width=width,
         channels=channels,
-        mlp_width=(
-            shape("double_blocks_0/img_mlp_0")[0]
-            if depth
-            else shape("single_blocks_0/linear1")[0] - 3 * width
-        )
-        // 2,
+        mlp_width=mlp_width(),
         text_width=shape("txt_in")[1],
         head_dim=of_head,
         guidance=any(key.startswith(guidance) for key in tensors),

@@ -216,10 +216,10 @@ def collect_items(
         found = trajectory_items(denoise_fn, sampler, noise, condition, keys, index, steps[start])
         return arrays_of(found)
 
-    settings = (
-        {}
-        if unfinished is None
-        else fingerprint(
+    folder, settings = None, {}
+    if unfinished is not None:
+        folder = as_path(unfinished)
+        settings = fingerprint(
             params=checkpoint.params,
             model=model,
             sampler=sampler,
@@ -231,8 +231,6 @@ def collect_items(
             shape=size,
             steps=list(steps.values()),
         )
-    )
-    folder = None if unfinished is None else as_path(unfinished)
     parts = Parts(folder, settings, compute, processes, progress_fn)
     finished = []
     for start, arrays in parts.joined(list(batches), num_samples):
