@@ -8,8 +8,7 @@ import jax
 
 from qdit_jax.checkpoint.description import Checkpoint
 from qdit_jax.models import check_dtype
-from qdit_jax.quant import OVER_TIME, expanded_params
-from qdit_jax.types import Params
+from qdit_jax.quant import OVER_TIME, QTensor, expanded_params, is_packed
 
 
 def default_dtype() -> str:
@@ -45,24 +44,22 @@ def with_expanded_weights(checkpoint: Checkpoint) -> Checkpoint:
             or bits of weights change over time.
     """
     if checkpoint.recipe is None:
-        raise ValueError("expand='load' has no effect: the checkpoint is in full precision.")
+        raise ValueError(
+            "expanding weights (--expand load) has no effect: the checkpoint is in full precision."
+        )
     table = checkpoint.params.get(OVER_TIME)
     if table is not None and table.weight_bits is not None:
         raise ValueError(
-            "expand='load' is not supported where bits of weights change over time; use 'per-call'."
+            "expanding weights (--expand load) is not supported where their bits change over time; leave "
+            "it out."
         )
-    params = expanded_params(checkpoint.params)
-    if num_bytes(params) == num_bytes(checkpoint.params):
+    leaves = jax.tree.leaves(checkpoint.params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    if not any(isinstance(leaf, QTensor) and is_packed(leaf) for leaf in leaves):
         raise ValueError(
-            f"expand='load' has no effect on {checkpoint.recipe.name}: it has no integer weights of "
-            "fewer than 8 bits."
+            f"expanding weights (--expand load) has no effect on {checkpoint.recipe.name}: it has no "
+            "integer weights of fewer than 8 bits."
         )
-    return dataclasses.replace(checkpoint, params=params)
-
-
-def num_bytes(params: Params) -> int:
-    """Returns the bytes that all arrays hold."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    return dataclasses.replace(checkpoint, params=expanded_params(checkpoint.params))
 
 
 def dtype_of(checkpoint: Checkpoint) -> str:

@@ -16,7 +16,7 @@ from qdit_jax.quant.act import (
 from qdit_jax.quant.adaptive_rounding import AdaRoundSettings, adaround
 from qdit_jax.quant.branches import true_after
 from qdit_jax.quant.division import rounded_quotients
-from qdit_jax.quant.expanding import EXPAND, expanded, expanded_params
+from qdit_jax.quant.expanding import expanded, expanded_params, is_packed
 from qdit_jax.quant.finite import GREATEST_WEIGHT, check_finite
 from qdit_jax.quant.gptq_rounding import accumulate_hessian, gptq, output_error, qdit_release_gptq
 from qdit_jax.quant.groups import effective_group_size, map_groups, num_groups
@@ -58,7 +58,6 @@ quantize_array = quantize
 
 
 __all__ = [
-    "EXPAND",
     "GREATEST_WEIGHT",
     "LEAVES",
     "OVER_TIME",
@@ -99,6 +98,7 @@ __all__ = [
     "grid_of_limits",
     "group_extremes",
     "integer_codes",
+    "is_packed",
     "kernel_of_other",
     "level_rows",
     "levels_over_time",

@@ -12,9 +12,6 @@ from qdit_jax.quant.qtensor import QTensor, packed_zeros, with_codes
 from qdit_jax.quant.rows import integer_codes, level_rows
 from qdit_jax.types import Tree
 
-# Where codes become bytes: in every product, or once, when a network is loaded to run.
-EXPAND = ("per-call", "load")
-
 
 def expanded_params(params: Tree) -> Tree:
     """Returns `params` with every kernel as `expanded` has it; other leaves stay."""
@@ -33,11 +30,14 @@ def expanded(q: QTensor) -> QTensor:
     are what a product multiplies, with the scales of the output channels. Every product gives the
     same, to the bit.
     """
-    if q.has_levels:
-        return _expanded_levels(q)
-    if q.fmt is not None or q.bits == 8:
+    if not is_packed(q):
         return q
-    return _expanded_codes(q)
+    return _expanded_levels(q) if q.has_levels else _expanded_codes(q)
+
+
+def is_packed(q: QTensor) -> bool:
+    """Returns whether a product has to unpack integers: codes of fewer than 8 bits, or levels."""
+    return q.has_levels or (q.fmt is None and q.bits < 8)
 
 
 @jax.jit

@@ -116,7 +116,7 @@ def test_labels_are_numbers_and_ranges_repeated_as_needed():
         ("gray", ("--columns", "2", "--out", "x.npz"), "--columns 2 has no effect: an .npz"),
         ("gray", ("--guidance-channels", "99"), "guidance_channels=99 is more than the 1 channels"),
         ("gray", ("--guidance", "1", "--guidance-channels", "1"), "--guidance 1 guides none"),
-        ("gray", ("--expand", "load"), "expand='load' has no effect: .* full precision"),
+        ("gray", ("--expand", "load"), "expanding weights .* has no effect: .* full precision"),
         ("gray", ("--numerics", "integer"), "no effect on this checkpoint: nothing is quantized"),
         ("gray", ("--vae", "{base}/vae"), "latents of 4 channels and the model has 1"),
         ("latents", ("--vae", "{base}/gray"), "is not an autoencoder but a DiT"),

@@ -80,9 +80,22 @@ def test_a_checkpoint_gives_the_same_samples(numerics):
     assert held[0] < held[1]
 
 
+def test_weights_are_unpacked_where_that_takes_no_more_bytes():
+    whole, _ = checkpoint_of("w8a8")
+    spec = WeightSpec(6, 8, scale_levels=2)  # 6 bits and two bytes a group of 8: as many as 8 bits
+    rule = qdit.Rule("blocks_0/mlp/fc1", qdit.LayerSpec(spec))
+    small = qdit.quantize(whole, method="rtn", recipe=qdit.Recipe((rule,), "mine"))
+    kernels = [
+        one.params["blocks_0"]["mlp"]["fc1"]["kernel"]
+        for one in (small, qdit.with_expanded_weights(small))
+    ]
+    assert [kernel.bits for kernel in kernels] == [6, 8]
+    assert kernels[0].nbytes == kernels[1].nbytes
+
+
 def test_what_has_nothing_to_unpack_is_refused():
     whole, eight = checkpoint_of("w8a8")
-    with pytest.raises(ValueError, match="is in full precision"):
+    with pytest.raises(ValueError, match="the checkpoint is in full precision"):
         qdit.with_expanded_weights(whole)
     with pytest.raises(ValueError, match="has no effect on w8a8"):
         qdit.with_expanded_weights(eight)
