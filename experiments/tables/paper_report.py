@@ -51,7 +51,7 @@ def markdown(content: dict[str, Any]) -> str:
         lines += ["| method | " + " | ".join(states) + " | bytes | s to quantize |"]
         lines += ["|---" * (len(states) + 3) + "|"]
         full = [content["full"][state].get("frechet_distance") for state in states]
-        spans = [f"{min(d):.2f} to {max(d):.2f}" if d else "" for d in full]
+        spans = [span(d, ".2f") if d else "" for d in full]
         lines += [
             f"| full precision | {' | '.join(spans)} | {content['full'][states[0]]['bytes']:,} | |"
         ]
@@ -59,10 +59,9 @@ def markdown(content: dict[str, Any]) -> str:
             found = {r["state"]: r for r in rows if (r["bits"], r["method"]) == (bits, method)}
             if found:
                 cells = " | ".join(cell(found.get(state)) for state in states)
-                some = next(iter(found.values()))
-                lines += [
-                    f"| {method} | {cells} | {some['bytes']:,} | {some['seconds_to_quantize']:.0f} |"
-                ]
+                size = span([row["bytes"] for row in found.values()], ",")
+                seconds = span([row["seconds_to_quantize"] for row in found.values()], ".0f")
+                lines += [f"| {method} | {cells} | {size} | {seconds} |"]
         lines.append("")
     lines += agreement(rows)
     if not any("frechet_distance" in row for row in rows):
@@ -96,6 +95,12 @@ def cell(row: dict[str, Any] | None) -> str:
         paired = row["feature_distance"]["estimate"]
         parts += [f"{np.mean(row['frechet_distance']):.2f}", f"{paired:.2g}"]
     return ", ".join(parts)
+
+
+def span(values: Sequence[float], form: str) -> str:
+    """Returns the least and the greatest value, or the one that all are."""
+    low, high = (format(value, form) for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
 
 
 def interval(near: dict[str, float]) -> str:
