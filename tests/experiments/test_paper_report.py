@@ -34,7 +34,10 @@ def ends(text: str, titles: list[str]) -> set[tuple[str, str, str]]:
 
 @pytest.mark.parametrize(
     ("name", "prefix", "bits"),
-    [("methods", "", ["w4a8"]), ("methods_wide", "wide_", ["w4a8", "w8a8"])],
+    [
+        ("methods", "", ["w4a8"]),
+        ("methods_wide", "wide_", ["w8a8", "w6a8", "w4a8", "w4a4", "w3a8"]),
+    ],
 )
 def test_the_documentation_has_the_bytes_and_seconds_of_all_states(
     paper_report, name, prefix, bits
