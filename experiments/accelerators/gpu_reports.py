@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from qdit_jax.kernels import gpu_tiles
-from qdit_jax.quant import WeightSpec, packed_nbytes
+from qdit_jax.quant import packed_nbytes
+from qdit_jax.recipes import LayerSpec
 from qdit_jax.speed import DEVICES
 
 WAITS = "C7510", "C7512", "C7514"  # ptxas: "wgmma ... serialized" for one reason or another
 H100 = DEVICES["h100"]
+LANES, CLOCK = 128, 1.755e9  # instructions of a multiprocessor per cycle, and cycles per second
 
 
 def emptied(folder: Path) -> None:
@@ -28,7 +30,7 @@ def kernel_reports(folder: Path, kernel: str) -> list[dict[str, Any]]:
             memory than there is, or has an empty grid.
     """
     reports = []
-    for file in sorted(folder.glob(f"{kernel}_*.ptxas")):
+    for file in sorted(folder.glob(f"{kernel}*.ptxas")):
         said = file.read_text(errors="replace")
         dump = file.with_suffix(".before_layout_inference.txt")
         report: dict[str, Any] = {
@@ -76,18 +78,27 @@ def launched(text: str, pattern: str) -> list[int]:
     return [int(constants[name]) for name in found.groups()]
 
 
-def layer_roofline(rows: int, channels: int, width: int, weight: WeightSpec | None) -> float:
+def layer_roofline(rows: int, channels: int, width: int, spec: LayerSpec | None) -> float:
     """Returns the microseconds of a layer at an H100's full rates, inputs and outputs in bfloat16.
 
-    Of a kernel the quantizer's two passes count too: the greatest magnitude of a token, then its codes.
+    Of a kernel the quantizer's two passes count too: the greatest magnitude of a token, then its codes. In
+    groups every sum of a unit is converted, multiplied twice, and corrected if the inputs have zero points;
+    full rates of that and of the tensor cores at once are assumed.
     """
     values, operations = rows * (channels + width), 2 * rows * channels * width
-    if weight is None:
+    if spec is None:
         moved = 2 * (values + channels * width)
         return microseconds(operations, "bfloat16", moved)
+    act, weight = spec.act, spec.weight
     quantizer = microseconds(0, "int8", rows * channels * (2 + 2 + 1))
     moved = rows * channels + 2 * rows * width + packed_nbytes(channels, width, weight)
-    return round(quantizer + microseconds(operations, "int8", moved), 2)
+    product = microseconds(operations, "int8", moved)
+    if not weight.has_levels and weight.group_size:
+        unit = gpu_tiles.unit_of(channels, act.group_size, weight.group_size)
+        each = 3 if act.symmetric else 4
+        instructions = rows * width * (channels // unit) * each
+        product = max(product, 1e6 * instructions / (gpu_tiles.MULTIPROCESSORS * LANES * CLOCK))
+    return round(quantizer + product, 2)
 
 
 def microseconds(operations: float, dtype: str, moved: float) -> float:

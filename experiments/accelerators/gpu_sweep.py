@@ -15,32 +15,34 @@ import numpy as np
 
 import qdit_jax as qdit
 from qdit_jax.files import replaced_file
-from qdit_jax.kernels import gpu_levels, gpu_tiles
+from qdit_jax.kernels import gpu_groups, gpu_levels, gpu_tiles
 from qdit_jax.quant import ActQuant
 from qdit_jax.speed import Call, TimeFn, interleaved, recipe_named
 
 Shape, Tiles = gpu_tiles.Shape, gpu_tiles.Tiles
 TABLE = Path(gpu_tiles.__file__).parent / gpu_tiles.TABLE
-RECIPES = {4: "w4a8-fast", 8: "w8a8-fast"}
+# By bits and by the input channels that have one scale: recipes, and who multiplies.
+RECIPES = {(4, 0): "w4a8-fast", (8, 0): "w8a8-fast", (4, 128): "w4a8-g128"}
 ROUNDS = 7
 
 
 def shapes_of(layers: Sequence[tuple[int, int]], row_counts: Sequence[int]) -> Iterator[Shape]:
     """Yields the products of a network's layers in bfloat16, those of the first row count first."""
     for rows in row_counts:
-        for bits in RECIPES:
+        for bits, unit in RECIPES:
             for channels, width in layers:
-                yield Shape(rows, channels, width, bits, 2)
+                yield Shape(rows, channels, width, bits, 2, unit)
 
 
 def product_call(shape: Shape, tiles: Tiles) -> Callable[[], Any]:
     """Returns what computes a product with these blocks, its operands on the device already."""
-    spec = recipe_named(RECIPES[shape.bits]).rules[0].spec
+    spec = recipe_named(RECIPES[shape.bits, shape.unit]).rules[0].spec
     key = jax.random.key(0)
     x = jax.random.normal(key, (shape.rows, shape.channels), jnp.bfloat16)
     q = qdit.quantize(jax.random.normal(key, (shape.channels, shape.width)), spec.weight)
     act = ActQuant(spec.act)
-    run = jax.jit(partial(gpu_levels.levels_matmul, act=act, numerics="integer", tiles=tiles))
+    matmul = gpu_groups.groups_matmul if shape.unit else gpu_levels.levels_matmul
+    run = jax.jit(partial(matmul, act=act, numerics="integer", tiles=tiles))
     return partial(run, x, q)
 
 
@@ -51,9 +53,7 @@ def swept(
     time_fn: TimeFn = interleaved,
 ) -> dict[str, Any]:
     """Returns the row of a shape: its fastest blocks, and the microseconds of all."""
-    usable = [
-        tiles for tiles in gpu_tiles.CANDIDATES if gpu_tiles.fits(tiles, shape.bits, shape.itemsize)
-    ]
+    usable = gpu_tiles.usable(shape)
     calls = [Call(str(tiles), call_fn(shape, tiles)) for tiles in usable]
     medians = 1e6 * np.median(time_fn(calls, ROUNDS), axis=1)
     best = usable[int(np.argmin(medians))]

@@ -1,6 +1,6 @@
 """The product of quantized activations and a packed kernel, and attention."""
 
-from qdit_jax.kernels import gpu_levels, gpu_tiles
+from qdit_jax.kernels import gpu_groups, gpu_levels, gpu_tiles
 from qdit_jax.kernels.attention import ATTENTION_IMPLEMENTATIONS, attention
 from qdit_jax.kernels.matmul import implementation_of, quantized_matmul, unsupported_reason
 from qdit_jax.kernels.product import (
@@ -24,6 +24,7 @@ __all__ = [
     "Numerics",
     "Product",
     "attention",
+    "gpu_groups",
     "gpu_levels",
     "gpu_tiles",
     "implementation_of",

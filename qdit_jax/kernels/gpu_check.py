@@ -1,7 +1,7 @@
-"""The kernel of `gpu_levels` on the GPU that is here: two small products against whole numbers.
+"""The kernels for NVIDIA GPUs on the GPU that is here: two small products of each against whole numbers.
 
-It was compiled for a device that nobody had at hand. So before it computes anything, once in a process, it
-multiplies what has an exact result, with packed codes of 4 and of 8 bits and results in both dtypes. A
+They were compiled for a device that nobody had at hand. So before one computes anything, once in a process,
+it multiplies what has an exact result, with packed codes of 4 and of 8 bits and results in both dtypes. A
 device on which that goes wrong is given to the next row of the table, and the reason says so.
 """
 
@@ -10,42 +10,59 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from qdit_jax.kernels.gpu_groups import groups_matmul
 from qdit_jax.kernels.gpu_levels import levels_matmul
 from qdit_jax.quant import ActQuant, ActSpec, QTensor, packing
 
 SIZES = (40, 256, 136)  # M, K, N: neither M nor N is a whole number of blocks
-SPEC = ActSpec(8, 0, symmetric=True)
 # x, weights, dtype of the result.
 ProductFn = Callable[[Float[Array, "M K"], QTensor, str], Float[Array, "M N"]]
+KernelFn = Callable[[np.random.Generator, int, int, int], tuple[QTensor, np.ndarray]]
+
+
+class Check(NamedTuple):
+    """Products of one kernel that have an exact result.
+
+    Attributes:
+        matmul: the kernel, as the table calls it.
+        act: what quantizes the inputs; whole numbers that reach both ends of its grid stay what they are.
+        kernel_fn: `(rng, bits, K, N) ->` weights and their values `[N, K]`, whole numbers.
+    """
+
+    matmul: Callable[..., Array]
+    act: ActSpec
+    kernel_fn: KernelFn
 
 
 @functools.cache
-def wrong_here() -> str | None:
-    """Returns what is wrong with the kernel's results on this device, or None; computed once."""
+def wrong_here(check: Check) -> str | None:
+    """Returns what is wrong with a kernel's results on this device, or None; computed once."""
+
+    def product(x: Float[Array, "M K"], q: QTensor, dtype: str) -> Float[Array, "M N"]:
+        return check.matmul(x, q, ActQuant(check.act), "integer", dtype)
+
     # A thread of its own: this may be asked while something else is traced.
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(wrong_with, kernel_product).result()
+        return pool.submit(wrong_with, product, check).result()
 
 
-def kernel_product(x: Float[Array, "M K"], q: QTensor, dtype: str) -> Float[Array, "M N"]:
-    """Returns the product by the kernel."""
-    return levels_matmul(x, q, ActQuant(SPEC), "integer", dtype)
-
-
-def wrong_with(product_fn: ProductFn) -> str | None:
+def wrong_with(product_fn: ProductFn, check: Check) -> str | None:
     """Returns what is wrong with the results of a product, one sentence, or None."""
     rng = np.random.default_rng(0)
     rows, channels, width = SIZES
-    x = rng.integers(-127, 128, (rows, channels)).astype(np.float32)
-    x[:, 5] = 127  # so that the scale of a token is 1
+    low = -127 if check.act.symmetric else -128
+    x = rng.integers(low, 128, (rows, channels)).astype(np.float32)
+    # Both ends in every group, so that the scales of a token are 1.
+    x[:, ::64], x[:, 1::64] = low, 127
     for bits, dtype in ((4, "bfloat16"), (8, "float32")):
-        q, levels = kernel_of_whole_numbers(rng, bits, channels, width)
-        expected = x.astype(np.float64) @ levels.T
+        q, values = check.kernel_fn(rng, bits, channels, width)
+        expected = x.astype(np.float64) @ values.T
         try:
             found = np.asarray(product_fn(jnp.asarray(x), q, dtype), np.float64)
         except Exception as error:  # whatever a compiler or driver makes of it
@@ -56,10 +73,10 @@ def wrong_with(product_fn: ProductFn) -> str | None:
     return None
 
 
-def kernel_of_whole_numbers(
+def whole_levels(
     rng: np.random.Generator, bits: int, channels: int, width: int
 ) -> tuple[QTensor, np.ndarray]:
-    """Returns weights whose channel scales are 1, and their levels `[N, K]`."""
+    """Returns weights on two levels of scales (4 bits) or per channel, and their levels `[N, K]`."""
     codes = rng.integers(0, 2**bits, (width, channels)).astype(np.uint8)
     packed = jnp.asarray(packing.pack(codes, bits))
     shape = (channels, width)
@@ -79,3 +96,28 @@ def kernel_of_whole_numbers(
         shape=shape,
     )
     return q, codes * wide_step + wide_offset - 128
+
+
+def whole_groups(
+    rng: np.random.Generator, bits: int, channels: int, width: int
+) -> tuple[QTensor, np.ndarray]:
+    """Returns weights in groups of 32 (4 bits) or 128 with zero points and scales of 1 to 3, and values."""
+    group_size = 32 if bits == 4 else 128
+    groups = (channels // group_size, width)
+    codes = rng.integers(0, 2**bits, (width, channels)).astype(np.uint8)
+    zero_point = rng.integers(0, 2**bits, groups)
+    scale = rng.integers(1, 4, groups)
+    q = QTensor(
+        jnp.asarray(packing.pack(codes, bits)),
+        jnp.asarray(scale, jnp.float32),
+        jnp.asarray(packing.pack(zero_point.T, bits).T),
+        bits=bits,
+        group_size=group_size,
+        shape=(channels, width),
+    )
+    wide_zero, wide_scale = (np.repeat(a.T, group_size, axis=1) for a in (zero_point, scale))
+    return q, (codes.astype(int) - wide_zero) * wide_scale
+
+
+LEVELS = Check(levels_matmul, ActSpec(8, 0, symmetric=True), whole_levels)
+GROUPS = Check(groups_matmul, ActSpec(8, 64), whole_groups)

@@ -26,6 +26,15 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int8, UInt8
 
 from qdit_jax.kernels import gpu_words
+from qdit_jax.kernels.gpu_memory import (
+    byte_transforms,
+    loaded,
+    loaded_words,
+    output_transforms,
+    renamed,
+    store_transposed,
+    word_layout,
+)
 from qdit_jax.kernels.gpu_tiles import (
     COMPUTING,
     HALF,
@@ -179,22 +188,6 @@ def _call(
     )(*operands)
 
 
-def byte_transforms() -> tuple[Any, ...]:
-    """Returns how 64 neighboring bytes of a row lie in shared memory."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    return plgpu.TilingTransform((8, HALF)), plgpu.SwizzleTransform(HALF)
-
-
-def output_transforms(tiles: Tiles, dtype: Any) -> tuple[Any, ...]:
-    """Returns how a block of the result lies in shared memory."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    swizzle = plgpu.find_swizzle(tiles.columns * dtype.itemsize * 8, "output")
-    tiling = plgpu.TilingTransform((8, swizzle // dtype.itemsize))
-    return tiling, plgpu.SwizzleTransform(swizzle)
-
-
 # Any: references to memory, which have no public type.
 def _kernel(
     tokens: Any,
@@ -291,40 +284,6 @@ def scaled_sums(sums: Any, token_scale: Any, channel_scale: Any, tiles: Tiles) -
     return scaled * lax.broadcast_in_dim(of_channel, shape, [0])
 
 
-def store_transposed(values: Array, out: Any) -> None:
-    """Writes `[columns, rows]` to a block `[rows, columns]` of shared memory."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    out.T[...] = plgpu.layout_cast(values, plgpu.Layout.WGMMA_TRANSPOSED)
-
-
-def loaded(block: Any, layout: Any, *, optimized: bool = True) -> Array:
-    """Returns a block of memory in registers."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    load: Any = plgpu.load  # versions of JAX differ in its further arguments
-    values: Array = load(block, layout=layout, optimized=optimized)
-    return values
-
-
-def word_layout() -> Any:
-    """Returns the layout of words whose bytes lie where tensor cores want int8 `[N, 4 W]`."""
-    from jax.experimental.mosaic.gpu import fragmented_array
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    tiling = fragmented_array.Tiling(((64, 4), (16, 4), (8, 4), (1,)))
-    return plgpu.Layout.TILED(tiling, warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1)
-
-
-def loaded_words(block: Any, interpret: Any) -> Array:
-    """Returns 64 bytes of each of a warpgroup's rows as words `[columns, 16]`."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    if interpret:
-        return gpu_words.words_of(block[...])
-    return renamed(loaded(block, plgpu.Layout.WGMMA_8BIT), to_words=True)
-
-
 def sub_block_values(block: Any, own: Any, half: int, tiles: Tiles) -> Array:
     """Returns the steps or offsets of a half run, one for each word: `[columns, 16]` in int32."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -336,33 +295,3 @@ def sub_block_values(block: Any, own: Any, half: int, tiles: Tiles) -> Array:
         values = loaded(row, layout.reduce(1), optimized=False).astype(jnp.int32)
         parts.append(plgpu.layout_cast(lax.broadcast_in_dim(values, shape, [0]), layout))
     return lax.concatenate(parts, 1)
-
-
-def renamed(values: Array, *, to_words: bool) -> Array:
-    """Returns bytes `[N, 4 W]` in registers as words `[N, W]`, or the reverse: no instruction."""
-    import numpy as np
-    from jax.experimental.mosaic import gpu as mosaic
-    from jax.experimental.mosaic.gpu import fragmented_array
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-    from jax.extend.mlir import ir
-
-    rows, columns = values.shape
-    layouts = word_layout(), plgpu.Layout.WGMMA_8BIT
-    source, target = layouts[::-1] if to_words else layouts
-    shape = (rows, columns // 4) if to_words else (rows, columns * 4)
-    dtype = jnp.int32 if to_words else jnp.int8
-
-    @plgpu.inline_mgpu(
-        arg_types=(source,), return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=target)
-    )
-    def with_other_type(_: Any, array: Any) -> Any:
-        count, width = (1, 32) if to_words else (4, 8)
-        kind = ir.VectorType.get((count,), ir.IntegerType.get_signless(width))
-        registers = np.empty(array.registers.shape, object)
-        for at, register in np.ndenumerate(array.registers):
-            registers[at] = mosaic.utils.bitcast(register, kind)
-        return fragmented_array.FragmentedArray(
-            _registers=registers, _layout=target.to_mgpu(), _is_signed=True
-        )
-
-    return with_other_type(values)

@@ -1,4 +1,4 @@
-"""The row of `gpu_levels`: what the kernel refuses, and why. The next row of the table takes it."""
+"""The rows of the kernels for NVIDIA GPUs: what each refuses, and why. The next row of the table takes it."""
 
 from __future__ import annotations
 
@@ -6,18 +6,27 @@ from importlib.util import find_spec
 
 import jax
 
-from qdit_jax.kernels.gpu_check import wrong_here
+from qdit_jax.kernels.gpu_check import GROUPS, LEVELS, Check, wrong_here
+from qdit_jax.kernels.gpu_groups import groups_matmul
 from qdit_jax.kernels.gpu_levels import levels_matmul
-from qdit_jax.kernels.gpu_tiles import RUN
+from qdit_jax.kernels.gpu_tiles import RUN, SUB
 from qdit_jax.kernels.gpu_words import BITS
-from qdit_jax.kernels.level_reasons import levels_reason, split_reason, version_reason
+from qdit_jax.kernels.level_reasons import (
+    DTYPES,
+    ReasonFn,
+    levels_reason,
+    split_reason,
+    stored_reason,
+    version_reason,
+)
 from qdit_jax.kernels.product import Implementation, Product
+from qdit_jax.quant import effective_group_size
 
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 CAPABILITY = "9.0"  # of Hopper, whose instructions no other GPU has
 
 
-def machine_reason(product: Product) -> str | None:
+def machine_reason(product: Product, check: Check) -> str | None:
     """Returns what the machine lacks."""
     if product.platform != "cuda":
         return "it runs on NVIDIA GPUs only."
@@ -34,11 +43,16 @@ def machine_reason(product: Product) -> str | None:
             f"it was compiled for Hopper (compute capability {CAPABILITY}), and this is "
             f"{device.device_kind} ({capability})."
         )
-    return split_reason("gpu") or wrong_here()
+    return split_reason("gpu") or wrong_here(check)
+
+
+def on_hopper(check: Check) -> ReasonFn:
+    """Returns `machine_reason` of one kernel."""
+    return lambda product: machine_reason(product, check)
 
 
 def size_reason(product: Product) -> str | None:
-    """Returns what it cannot unpack."""
+    """Returns what a kernel cannot unpack."""
     if product.weight.bits not in BITS:
         return f"it unpacks {' and '.join(map(str, BITS))} bits, not {product.weight.bits}."
     num_channels = product.x_shape[-1]
@@ -47,5 +61,48 @@ def size_reason(product: Product) -> str | None:
     return None
 
 
-gpu_reason = levels_reason(machine_reason, size_reason)
+def groups_reason(product: Product) -> str | None:
+    """Returns why the kernel in groups cannot compute a product, one sentence, or None if it can."""
+    return (
+        machine_reason(product, GROUPS)
+        or grouped_input_reason(product)
+        or grouped_weight_reason(product)
+        or size_reason(product)
+    )
+
+
+def grouped_input_reason(product: Product) -> str | None:
+    """Returns what is wrong with the inputs."""
+    spec = product.act_spec
+    if product.numerics != "integer" or spec is None:
+        return f"it computes integer numerics, not {product.numerics}."
+    if spec.fmt is not None:
+        return f"it takes integers as inputs, not {spec.fmt.name}."
+    if spec.mode != "dynamic":
+        return "it computes scales from the inputs, and these have calibrated ones."
+    if spec.unsigned or spec.shift:
+        return "it takes inputs with a zero point or symmetric signed ones, without a shift."
+    size = effective_group_size(product.x_shape[-1], spec.group_size)
+    if size % SUB:
+        return f"it takes inputs in groups that are multiples of {SUB}, not of {size}."
+    if product.dtype not in DTYPES:
+        return f"it takes inputs in {' or '.join(DTYPES)}, not in {product.dtype}."
+    return None
+
+
+def grouped_weight_reason(product: Product) -> str | None:
+    """Returns what is wrong with the weights."""
+    weight = product.weight
+    if weight.fmt is not None:
+        return f"it takes integers as weights, not {weight.fmt.name}."
+    if weight.has_levels:
+        return "it takes one level of scales, and the weights have two."
+    size = effective_group_size(product.x_shape[-1], weight.group_size)
+    if size % SUB:
+        return f"it takes weights in groups that are multiples of {SUB}, not of {size}."
+    return stored_reason(product)
+
+
+gpu_reason = levels_reason(on_hopper(LEVELS), size_reason)
 GPU_LEVELS = Implementation("gpu_levels", levels_matmul, gpu_reason, levels_matmul)
+GPU_GROUPS = Implementation("gpu_groups", groups_matmul, groups_reason, groups_matmul)

@@ -12,10 +12,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Mapping
 from importlib.resources import files
 
 import jax
+
+from qdit_jax.quant import effective_group_size
 
 RUN = 128  # input channels of a step of the pipeline, a run of `packing`
 HALF = 64  # of them, which the low and the high codes of 4 bits have
@@ -56,6 +59,9 @@ CANDIDATES = tuple(
     for steps in (4, 6)
 )
 
+# In groups, the sums of a unit and their total share the registers: fewer rows.
+GROUPED = tuple(Tiles(rows, 64, steps) for rows in (64, 96, 128) for steps in (4, 6))
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -66,6 +72,7 @@ class Shape:
     width: int
     bits: int
     itemsize: int  # bytes of a number of the result
+    unit: int = 0  # input channels that have one scale, where a kernel in groups cuts them; else 0
 
 
 def rounded_up(number: int, multiple: int) -> int:
@@ -73,16 +80,32 @@ def rounded_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def shared_bytes(tiles: Tiles, bits: int, itemsize: int) -> int:
+def unit_of(num_channels: int, x_group_size: int, w_group_size: int) -> int:
+    """Returns the input channels of a unit, 32, 64 or 128: inside each, both operands have one scale."""
+    sizes = (effective_group_size(num_channels, size) for size in (x_group_size, w_group_size))
+    return math.gcd(RUN, *sizes)
+
+
+def shared_bytes(tiles: Tiles, bits: int, itemsize: int, unit: int = 0) -> int:
     """Returns the shared memory of a block: runs in flight, and its part of the result."""
     run = (tiles.rows + tiles.block * bits // 8) * RUN
     maps = 2 * tiles.block * (RUN // SUB) if bits == 4 else 0
+    if unit:  # scales and two pairs of corrections, at most
+        maps = (RUN // unit) * (12 * tiles.rows + 13 * tiles.block)
     return tiles.steps * (run + maps) + tiles.rows * tiles.block * itemsize + SPARE
 
 
-def fits(tiles: Tiles, bits: int, itemsize: int) -> bool:
+def usable(shape: Shape) -> tuple[Tiles, ...]:
+    """Returns the blocks that a product may be cut into."""
+    tried = CANDIDATES
+    if shape.unit:  # 128 rows in units of 32 would spill
+        tried = tuple(tiles for tiles in GROUPED if tiles.rows < 128 or shape.unit > SUB)
+    return tuple(tiles for tiles in tried if fits(tiles, shape.bits, shape.itemsize, shape.unit))
+
+
+def fits(tiles: Tiles, bits: int, itemsize: int, unit: int = 0) -> bool:
     """Returns whether a block fits into shared memory."""
-    return shared_bytes(tiles, bits, itemsize) <= SHARED_MEMORY
+    return shared_bytes(tiles, bits, itemsize, unit) <= SHARED_MEMORY
 
 
 def chosen_tiles(shape: Shape) -> Tiles:
@@ -113,9 +136,9 @@ def tiles_by_arithmetic(shape: Shape) -> Tiles:
         cost = waves * (tiles.rows + _OVERHEAD) * tiles.block
         return cost, -tiles.rows * tiles.block
 
-    usable = [t for t in CANDIDATES if t.steps == 4 and fits(t, shape.bits, shape.itemsize)]
-    whole = [tiles for tiles in usable if shape.rows % tiles.rows == 0]
-    return min(whole or usable, key=work)
+    fitting = [tiles for tiles in usable(shape) if tiles.steps == 4]
+    whole = [tiles for tiles in fitting if shape.rows % tiles.rows == 0]
+    return min(whole or fitting, key=work)
 
 
 def this_device() -> str | None:

@@ -38,6 +38,11 @@ def level_words(
     return (codes * step + offset * EACH_BYTE) ^ SIGNS
 
 
+def centered_words(codes: Int32[Array, "N W"], offset: Int32[Array, "N #W"]) -> Int32[Array, "N W"]:
+    """Returns the int8 `code + offset - 128`, a byte each; no sum may exceed 255."""
+    return (codes + offset * EACH_BYTE) ^ SIGNS
+
+
 def symmetric_level_words(codes: Int32[Array, "N W"], bits: int) -> Int32[Array, "N W"]:
     """Returns `code - 2**(bits - 1)` of symmetric codes, a byte each."""
     moved = codes if bits == 8 else codes + np.int32((128 - 2 ** (bits - 1)) * EACH_BYTE)

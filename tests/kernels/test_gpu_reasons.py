@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -20,13 +21,16 @@ from qdit_jax.kernels import (
 )
 from qdit_jax.kernels.gpu_tiles import (
     CANDIDATES,
+    GROUPED,
     Shape,
     Tiles,
     chosen_tiles,
     fits,
     rows_of,
     tiles_by_arithmetic,
+    usable,
 )
+from qdit_jax.quant import ActSpec, formats, ranges
 
 LAYERS = ((1152, 3456), (1152, 1152), (1152, 4608), (4608, 1152))
 
@@ -40,6 +44,13 @@ def anywhere(monkeypatch):
 
 
 reason = partial(level_products.reason, row="gpu_levels", platform="cuda")
+WEIGHT, GROUP = W(4, 128), ActSpec(8, 128)
+
+
+def grouped(weight=WEIGHT, act=GROUP, **changes):
+    """Returns the sentence of the kernel in groups, which takes the product without changes."""
+    settings = {"platform": "cuda", "weight": weight, "act": act, **changes}
+    return level_products.reason(row="gpu_groups", **settings)
 
 
 @pytest.mark.usefixtures("anywhere")
@@ -68,6 +79,49 @@ def test_what_it_cannot_compute_is_refused_by_name(changes, sentence):
 
 
 @pytest.mark.usefixtures("anywhere")
+def test_products_in_groups_have_a_kernel_of_their_own():
+    for weight, act in [
+        (W(4, 128), GROUP),
+        (W(8, 32, symmetric=True), ActSpec(4, 64, symmetric=True)),
+        (W(4, 0), ActSpec(8, 0)),
+        (W(4, 288), replace(GROUP, group_size=288, range_fn=ranges.mse())),
+    ]:
+        assert grouped(weight, act) is None
+        assert reason(weight=weight, act=act) is not None
+        settings = {"platform": "cuda", "dtype": "bfloat16"}
+        name = implementation_of((4096, 1152), weight, act, "integer", **settings)
+        assert name == "gpu_groups"
+
+
+@pytest.mark.usefixtures("anywhere")
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"platform": "tpu"}, "it runs on NVIDIA GPUs only."),
+        ({"numerics": "simulated"}, "integer numerics, not simulated."),
+        ({"act": None}, "it computes integer numerics"),
+        ({"act": ActSpec(fmt=formats.fp8_e4m3, group_size=0)}, "integers as inputs, not fp8_e4m3"),
+        ({"act": replace(GROUP, mode="static")}, "calibrated ones."),
+        (
+            {"act": replace(GROUP, symmetric=True, unsigned=True)},
+            "a zero point or symmetric signed",
+        ),
+        ({"act": replace(GROUP, shift=0.17)}, "without a shift"),
+        ({"act": ActSpec(8, 48)}, "inputs in groups that are multiples of 32, not of 48."),
+        ({"dtype": "float16"}, "float32 or bfloat16, not in float16."),
+        ({"weight": W(fmt=formats.lut4, group_size=32)}, "integers as weights, not lut4."),
+        ({"weight": W(4, 32, **LEVELS)}, "it takes one level of scales"),
+        ({"weight": W(4, 48)}, "weights in groups that are multiples of 32, not of 48."),
+        ({"weight": W(4, 32, channel_group=2)}, "channel_group is 2."),
+        ({"weight": W(6, 32)}, "it unpacks 4 and 8 bits, not 6."),
+        ({"x_shape": (8, 1120)}, "runs of 128, and K is 1120."),
+    ],
+)
+def test_what_groups_cannot_be_is_refused_by_name(changes, sentence):
+    assert sentence in grouped(**changes)
+
+
+@pytest.mark.usefixtures("anywhere")
 def test_a_stack_of_kernels_is_refused():
     assert "this is a stack" in reason(weight=stack_of_kernels())
 
@@ -85,39 +139,54 @@ def test_the_machine_is_asked_before_anything_is_traced(monkeypatch):
         f"it was compiled for Hopper (compute capability 9.0), and this is {kind} (unknown)."
     )
     monkeypatch.setattr(gpu_reasons, "CAPABILITY", "unknown")
-    monkeypatch.setattr(gpu_reasons, "wrong_here", lambda: "a product was wrong.")
+    wrong = {gpu_check.LEVELS: "a product was wrong.", gpu_check.GROUPS: None}
+    monkeypatch.setattr(gpu_reasons, "wrong_here", wrong.get)
     assert reason() == "a product was wrong."
-    monkeypatch.setattr(gpu_reasons, "wrong_here", lambda: None)
+    assert grouped() is None
+    wrong[gpu_check.LEVELS] = None
     assert reason() is None
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     assert "several devices" in reason()
 
 
-def test_a_device_that_multiplies_wrong_is_found():
+@pytest.mark.parametrize("check", [gpu_check.LEVELS, gpu_check.GROUPS], ids=["levels", "groups"])
+def test_a_device_that_multiplies_wrong_is_found(check):
     def right(x, q, dtype):
-        return quantized_matmul(x, q, gpu_check.SPEC, "integer", "xla", out_dtype=dtype)
+        return quantized_matmul(x, q, check.act, "integer", "xla", out_dtype=dtype)
 
     def broken(x, q, dtype):
         raise RuntimeError("no such instruction")
 
-    assert gpu_check.wrong_with(right) is None
-    wrong = gpu_check.wrong_with(lambda x, q, dtype: right(x, q, dtype).at[3, 7].add(3000))
+    def wrong_with(product_fn):
+        return gpu_check.wrong_with(product_fn, check)
+
+    assert wrong_with(right) is None
+    wrong = wrong_with(lambda x, q, dtype: right(x, q, dtype).at[3, 7].add(9000))
     assert wrong.startswith("a product of 4 bits was wrong on this device, by ")
-    nan = gpu_check.wrong_with(lambda x, q, dtype: right(x, q, dtype) * jnp.nan)
+    nan = wrong_with(lambda x, q, dtype: right(x, q, dtype) * jnp.nan)
     assert nan.startswith("a product of 4 bits was wrong")
-    late = gpu_check.wrong_with(lambda x, q, dtype: right(x, q, dtype) + 1e3 * (q.bits == 8))
+    late = wrong_with(lambda x, q, dtype: right(x, q, dtype) + 1e4 * (q.bits == 8))
     assert late.startswith("a product of 8 bits was wrong")
-    reason = "it does not run here (RuntimeError: no such instruction)."
-    assert gpu_check.wrong_with(broken) == reason
+    assert wrong_with(broken) == "it does not run here (RuntimeError: no such instruction)."
 
 
+@pytest.mark.parametrize("unit", [0, 32, 64, 128])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_blocks_fit_and_leave_no_layer_without_one(bits):
-    for rows, (channels, width) in itertools.product((1, 512, 4096, 16384), LAYERS):
-        tiles = tiles_by_arithmetic(Shape(rows, channels, width, bits, 2))
-        assert tiles in CANDIDATES
-        assert fits(tiles, bits, 2)
-        assert rows == 1 or rows % tiles.rows == 0  # no copy without padding
+def test_blocks_fit_and_leave_no_layer_without_one(bits, unit):
+    for itemsize, rows in itertools.product((2, 4), (1, 512, 4096, 16384)):
+        for channels, width in LAYERS:
+            shape = Shape(rows, channels, width, bits, itemsize, unit)
+            tiles = tiles_by_arithmetic(shape)
+            assert tiles in usable(shape)
+            assert tiles in (GROUPED if unit else CANDIDATES)
+            assert fits(tiles, bits, itemsize, unit)
+            assert rows == 1 or rows % tiles.rows == 0  # no copy without padding
+
+
+def test_units_of_32_take_fewer_rows():
+    """128 would spill registers, as the compiler says."""
+    most = [max(t.rows for t in usable(Shape(4096, 1152, 1152, 4, 2, u))) for u in (32, 64, 128)]
+    assert most == [96, 128, 128]
 
 
 def test_few_tokens_take_small_blocks():
@@ -136,6 +205,6 @@ def test_measured_blocks_are_taken_on_their_device_and_near_their_shape(monkeypa
     monkeypatch.setattr(gpu_tiles, "measured", lambda device: table if device == "H" else {})
     assert chosen_tiles(shape) == own
     assert chosen_tiles(dataclasses.replace(shape, rows=3000)) == own
-    for other in ({"rows": 512}, {"width": 3456}, {"bits": 8}):
+    for other in ({"rows": 512}, {"width": 3456}, {"bits": 8}, {"unit": 128}):
         far = dataclasses.replace(shape, **other)
         assert chosen_tiles(far) == tiles_by_arithmetic(far)

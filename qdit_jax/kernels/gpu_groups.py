@@ -1,0 +1,398 @@
+"""A product in groups, as papers have it, in one Pallas Mosaic GPU kernel for NVIDIA's Hopper (sm_90a).
+
+Compiled ahead of time for an H100, interpreted on CPU, not run on a GPU.
+
+XLA quantizes the inputs, a scale (and a zero point) for every token and group. The kernel fetches blocks
+of their codes and of packed weights, makes int8 of these in registers, multiplies a unit of input channels
+in int32, scales its sums by token and output channel, and adds them up in float32. Zero points are exact:
+those of 4-bit weights are subtracted before the product, all others from the int32 sums.
+
+Blocks are those of `gpu_levels`, transposed and split over two warpgroups as there.
+
+Dimensions: M rows (tokens), K input channels, N output channels, all padded to whole blocks; U units,
+runs of input channels inside which both operands have one scale.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int8, Int32, Num, UInt8
+
+from qdit_jax.kernels import gpu_words
+from qdit_jax.kernels.gpu_memory import (
+    byte_transforms,
+    loaded,
+    loaded_words,
+    output_transforms,
+    renamed,
+    store_transposed,
+    word_layout,
+)
+from qdit_jax.kernels.gpu_tiles import (
+    COMPUTING,
+    HALF,
+    RUN,
+    Shape,
+    Tiles,
+    chosen_tiles,
+    rounded_up,
+    unit_of,
+)
+from qdit_jax.kernels.operands import act_elements
+from qdit_jax.kernels.xla import integer_matmul
+from qdit_jax.quant import ActQuant, ActSpec, QTensor, code_rows, effective_group_size, scale_value
+
+
+class Operands(NamedTuple):
+    """What the kernel reads.
+
+    Attributes:
+        tokens: codes of the inputs.
+        codes: packed weights, of R bytes an output channel.
+        token_scale: of the units.
+        channel_scale: of the units.
+        offset: 128 less the zero points of 4-bit weights; None where these are symmetric, or 8 bits wide.
+        pairs: of each token and of each channel, whose products are subtracted from the sums of a unit.
+    """
+
+    tokens: Int8[Array, "M K"]
+    codes: UInt8[Array, "N R"]
+    token_scale: Float[Array, "U M"]
+    channel_scale: Float[Array, "U N"]
+    offset: UInt8[Array, "U N"] | None
+    pairs: tuple[tuple[Int32[Array, "U M"], Int32[Array, "U N"]], ...]
+
+
+def groups_matmul(
+    x: Float[Array, "*lead K"],
+    q: QTensor,
+    act: ActQuant | None,
+    numerics: str,
+    dtype: str | None = None,
+    *,
+    tiles: Tiles | None = None,
+    interpret: Any = None,
+) -> Float[Array, "*lead N"]:
+    """Returns `act(x) @ q` in integer numerics, in `dtype`, by default that of `x`.
+
+    Equal to `xla.integer_matmul` to float rounding, whose derivative it has. A token that holds NaN or
+    infinity gives NaN. `interpret` is Pallas' `InterpretGPUParams`, which run it on a CPU, slowly.
+    """
+    assert act is not None, "grouped_reason refuses it"
+    dtype = dtype or x.dtype.name
+    if tiles is None:
+        rows, itemsize = math.prod(x.shape[:-1]), jnp.dtype(dtype).itemsize
+        unit = unit_of(q.shape[0], act.spec.group_size, q.group_size)
+        tiles = chosen_tiles(Shape(rows, *q.shape, q.bits, itemsize, unit))
+    return _product(x, q, act.spec, dtype, tiles, interpret)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
+def _product(
+    x: Float[Array, "*lead K"], q: QTensor, spec: ActSpec, dtype: str, tiles: Tiles, interpret: Any
+) -> Float[Array, "*lead N"]:
+    num_channels, width = q.shape
+    unit = unit_of(num_channels, spec.group_size, q.group_size)
+    operands = operands_of(x, q, spec, unit)
+    num_rows = len(operands.tokens)
+    padded = padded_to_blocks(operands, tiles)
+    y = _call(padded, q.bits, unit, jnp.dtype(dtype), tiles, interpret)
+    return y[:num_rows, :width].reshape(*x.shape[:-1], width)
+
+
+@_product.defjvp
+def _product_jvp(
+    spec: ActSpec,
+    dtype: str,
+    tiles: Tiles,
+    interpret: Any,
+    primals: tuple[Any, Any],
+    tangents: tuple[Any, Any],
+) -> tuple[Array, Array]:
+    def by_xla(x: Array, q: QTensor) -> Array:
+        return integer_matmul(x, q, ActQuant(spec)).astype(dtype)
+
+    _, tangent = jax.jvp(by_xla, primals, tangents)
+    return _product(*primals, spec, dtype, tiles, interpret), tangent
+
+
+def operands_of(x: Float[Array, "*lead K"], q: QTensor, spec: ActSpec, unit: int) -> Operands:
+    """Returns the operands, not padded; scales are NaN of a token that is not finite.
+
+    `sum (cx - zx)(cw - zw) = sum cx cw - zx sum cw - zw sum (cx - zx)`, where `zw` is 0 of 4-bit weights,
+    whose zero points were subtracted from the codes.
+    """
+    num_channels = q.shape[0]
+    wide = x.reshape(-1, num_channels).astype(jnp.float32)
+    tokens, zero, scale = act_elements(wide, ActQuant(spec), jnp.dtype(jnp.int8))
+    is_finite = jnp.all(jnp.isfinite(wide), axis=-1)
+    scale = jnp.where(is_finite[:, None], jnp.asarray(scale), jnp.nan)
+
+    def of_tokens(values: Num[Array, "M G"]) -> Num[Array, "U M"]:
+        return of_units(values.T, num_channels, spec.group_size, unit)
+
+    def of_channels(values: Num[Array, "G N"]) -> Num[Array, "U N"]:
+        return of_units(values, num_channels, q.group_size, unit)
+
+    half, channel_zero = 2 ** (q.bits - 1), None
+    if (zero_point := q.zero_point) is not None:
+        channel_zero = of_channels(zero_point.astype(jnp.int32)) - half
+    token_zero = None if zero is None else of_tokens(jnp.asarray(zero, jnp.int32))
+    offset, remaining = None, channel_zero  # what is subtracted from codes, and from sums
+    if q.bits == 4 and channel_zero is not None:
+        offset, remaining = (128 - half - channel_zero).astype(jnp.uint8), None
+    pairs = []
+    if token_zero is not None:
+        sums = unit_sums(code_rows(q).astype(jnp.int32) - half, unit)
+        if channel_zero is not None and remaining is None:
+            sums = sums - unit * channel_zero
+        pairs.append((token_zero, sums))
+    if remaining is not None:
+        sums = unit_sums(tokens.astype(jnp.int32), unit)
+        pairs.append((sums if token_zero is None else sums - unit * token_zero, remaining))
+    channel_scale = of_channels(scale_value(q.scale))
+    return Operands(
+        tokens, jnp.asarray(q.codes), of_tokens(scale), channel_scale, offset, tuple(pairs)
+    )
+
+
+def of_units(
+    values: Num[Array, "G _"], num_channels: int, group_size: int, unit: int
+) -> Num[Array, "U _"]:
+    """Returns a row for every unit of input channels; `values` themselves where these are the groups."""
+    repeats = effective_group_size(num_channels, group_size) // unit
+    if repeats == 1:
+        return values
+    count = num_channels // unit
+    whole = jnp.repeat(values, repeats, axis=0, total_repeat_length=len(values) * repeats)
+    return whole[:count]
+
+
+def unit_sums(elements: Int32[Array, "_ K"], unit: int) -> Int32[Array, "U _"]:
+    """Returns the sums over the channels of each unit."""
+    return elements.reshape(len(elements), -1, unit).sum(axis=-1).T
+
+
+def padded_to_blocks(operands: Operands, tiles: Tiles) -> Operands:
+    """Returns the operands of whole blocks: rows and output channels of zeros are added."""
+    num_rows, width = len(operands.tokens), len(operands.codes)
+    rows = rounded_up(num_rows, tiles.rows) - num_rows
+    columns = rounded_up(width, tiles.block) - width
+
+    def of_tokens(values: Num[Array, "U M"]) -> Num[Array, "U M"]:
+        return jnp.pad(values, ((0, 0), (0, rows)))
+
+    def of_channels(values: Num[Array, "U N"]) -> Num[Array, "U N"]:
+        return jnp.pad(values, ((0, 0), (0, columns)))
+
+    return Operands(
+        jnp.pad(operands.tokens, ((0, rows), (0, 0))),
+        jnp.pad(operands.codes, ((0, columns), (0, 0))),
+        of_tokens(operands.token_scale),
+        of_channels(operands.channel_scale),
+        None if operands.offset is None else of_channels(operands.offset),
+        tuple((of_tokens(token), of_channels(channel)) for token, channel in operands.pairs),
+    )
+
+
+def _call(
+    operands: Operands, bits: int, unit: int, dtype: Any, tiles: Tiles, interpret: Any
+) -> Float[Array, "M N"]:
+    """Returns the kernel's result, padding included."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    (rows, num_channels), columns = operands.tokens.shape, len(operands.codes)
+    leaves, tree = jax.tree.flatten(operands)
+    scratch = {
+        "y_block": plgpu.SMEM(
+            (COMPUTING, tiles.rows, tiles.columns),
+            dtype,
+            transforms=output_transforms(tiles, dtype),
+        )
+    }
+    if interpret:
+        scratch["elements"] = plgpu.SMEM(
+            (COMPUTING, tiles.columns, HALF), jnp.int8, transforms=byte_transforms()
+        )
+    kernel = functools.partial(
+        _kernel, tree=tree, bits=bits, unit=unit, tiles=tiles, dtype=dtype, interpret=interpret
+    )
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((rows, columns), dtype),
+        grid=(rows // tiles.rows, columns // tiles.block),
+        grid_names=("row_block", "column_block"),
+        num_threads=COMPUTING + 1,
+        thread_name="warpgroup",
+        scratch_types=scratch,
+        cost_estimate=pl.CostEstimate(
+            flops=2 * rows * num_channels * columns,
+            transcendentals=0,
+            bytes_accessed=sum(a.size * a.dtype.itemsize for a in leaves)
+            + rows * columns * dtype.itemsize,
+        ),
+        kernel_name="gpu_groups",
+        interpret=interpret,
+    )(*leaves)
+
+
+# Any: references to memory, which have no public type.
+def _kernel(
+    *refs: Any,
+    y_block: Any,
+    elements: Any = None,
+    tree: Any,
+    bits: int,
+    unit: int,
+    tiles: Tiles,
+    dtype: Any,
+    interpret: Any,
+) -> None:
+    """Writes one block of the result; `refs` are the leaves of the operands, and the result."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    *leaves, y = refs
+    warpgroup = lax.axis_index("warpgroup")
+    rows = pl.ds(lax.axis_index("row_block") * tiles.rows, tiles.rows)
+    block = pl.ds(lax.axis_index("column_block") * tiles.block, tiles.block)
+    own = pl.ds(warpgroup * tiles.columns, tiles.columns)
+    columns = pl.ds(
+        lax.axis_index("column_block") * tiles.block + warpgroup * tiles.columns, tiles.columns
+    )
+    size = tiles.columns, tiles.rows
+
+    def compute(pipeline: Any) -> None:
+        zeros = plgpu.layout_cast(jnp.zeros(size, jnp.float32), plgpu.Layout.WGMMA)
+        total = pipeline(zeros)
+        out = y_block.at[warpgroup]
+        store_transposed(total.astype(dtype), out)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out, y.at[rows, columns])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=False)
+
+    def step(_: Any, *blocks: Any) -> Any:
+        *found, total = blocks
+        one = jax.tree.unflatten(tree, found)
+        packed: dict[int, Array] = {}  # by first byte; both halves of 4 bits are in the same
+
+        def left_operand(index: int, half: int) -> Array:
+            first = half * HALF if bits == 8 else 0
+            if first not in packed:
+                packed[first] = loaded_words(one.codes.at[own, pl.ds(first, HALF)], interpret)
+            words = gpu_words.code_words(packed[first], bits, half)
+            if one.offset is None:
+                words = gpu_words.symmetric_level_words(words, bits)
+            else:
+                offset = of_words(one.offset.at[index, own], tiles.columns)
+                words = gpu_words.centered_words(words, offset)
+            return words if unit >= HALF else words & mask_words(index, unit, tiles.columns)
+
+        def multiply(sums: Any, lefts: dict[int, Array]) -> Array:
+            for half, left in lefts.items():
+                right = one.tokens.at[:, pl.ds(half * HALF, HALF)].T
+                if interpret:
+                    # The interpreter has no left operand in registers: through shared memory.
+                    elements[warpgroup] = gpu_words.bytes_of(left)
+                    plgpu.commit_smem()
+                    plgpu.wgmma(sums, elements.at[warpgroup], right)
+                    plgpu.wgmma_wait(0)
+                else:
+                    plgpu.wgmma(sums, renamed(left, to_words=False), right)
+            return sums[...]
+
+        for index in range(RUN // unit):
+            start, stop = index * unit, (index + 1) * unit
+            halves = range(start // HALF, -(-stop // HALF))
+            lefts = {half: left_operand(index, half) for half in halves}
+            sums = pl.run_scoped(
+                functools.partial(multiply, lefts=lefts), plgpu.ACC(size, jnp.int32)
+            )
+            for token, channel in one.pairs:
+                sums = sums - of_rows(token.at[index], size) * of_columns(
+                    channel.at[index, own], size
+                )
+            scaled = sums.astype(jnp.float32) * of_rows(one.token_scale.at[index], size)
+            total = total + scaled * of_columns(one.channel_scale.at[index, own], size)
+        return total
+
+    def run_of(shape: tuple[int, int]) -> Any:
+        return plgpu.BlockSpec(
+            shape, lambda k: (0, k), transforms=byte_transforms(), memory_space=plgpu.SMEM
+        )
+
+    def units_of(width: int) -> Any:
+        return plgpu.BlockSpec((RUN // unit, width), lambda k: (k, 0), memory_space=plgpu.SMEM)
+
+    whole = jax.tree.unflatten(tree, leaves)
+    of_tokens, of_channels = units_of(tiles.rows), units_of(tiles.block)
+    specs = Operands(
+        run_of((tiles.rows, RUN)),
+        run_of((tiles.block, RUN * bits // 8)),
+        of_tokens,
+        of_channels,
+        None if whole.offset is None else of_channels,
+        tuple((of_tokens, of_channels) for _ in whole.pairs),
+    )
+    blocks = Operands(
+        whole.tokens.at[rows, :],
+        whole.codes.at[block, :],
+        whole.token_scale.at[:, rows],
+        whole.channel_scale.at[:, block],
+        None if whole.offset is None else whole.offset.at[:, block],
+        tuple((token.at[:, rows], channel.at[:, block]) for token, channel in whole.pairs),
+    )
+    plgpu.emit_pipeline_warp_specialized(
+        step,
+        grid=(whole.tokens.shape[1] // RUN,),
+        memory_registers=40,
+        wg_axis="warpgroup",
+        num_compute_wgs=COMPUTING,
+        max_concurrent_steps=tiles.steps,
+        compute_context=compute,
+        in_specs=jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, plgpu.BlockSpec)),
+    )(*jax.tree.leaves(blocks))
+
+
+def of_rows(values: Any, size: tuple[int, int]) -> Array:
+    """Returns values of rows in every column of a block `[columns, rows]`."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    of_row = loaded(values, plgpu.Layout.WGMMA.reduce(0), optimized=False)
+    return lax.broadcast_in_dim(of_row, size, [1])
+
+
+def of_columns(values: Any, size: tuple[int, int]) -> Array:
+    """Returns values of columns in every row of a block `[columns, rows]`."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    of_column = loaded(values, plgpu.Layout.WGMMA.reduce(1), optimized=False)
+    return lax.broadcast_in_dim(of_column, size, [0])
+
+
+def of_words(values: Any, num_columns: int) -> Int32[Array, "N W"]:
+    """Returns values of columns for each word of half a run, in int32."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    layout = word_layout()
+    found = loaded(values, layout.reduce(1), optimized=False).astype(jnp.int32)
+    wide = lax.broadcast_in_dim(found, (num_columns, HALF // 4), [0])
+    return plgpu.layout_cast(wide, layout)
+
+
+def mask_words(index: int, unit: int, num_columns: int) -> Int32[Array, "N W"]:
+    """Returns a mask of a unit's words in the half of a run that holds it."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    layout, shape = word_layout(), (num_columns, unit // 4)
+    parts = [
+        plgpu.layout_cast(jnp.full(shape, -1 if own else 0, jnp.int32), layout)
+        for own in (number == index % (HALF // unit) for number in range(HALF // unit))
+    ]
+    return lax.concatenate(parts, 1)

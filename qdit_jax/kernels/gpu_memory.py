@@ -1,0 +1,96 @@
+"""Blocks of a product in an NVIDIA GPU's shared memory and registers, for the kernels on tensor cores.
+
+Dimensions: N output channels of a warpgroup, W words of four bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from qdit_jax.kernels import gpu_words
+from qdit_jax.kernels.gpu_tiles import HALF, Tiles
+
+# Any: references to memory and layouts, which have no public type.
+
+
+def byte_transforms() -> tuple[Any, ...]:
+    """Returns how 64 neighboring bytes of a row lie in shared memory."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.TilingTransform((8, HALF)), plgpu.SwizzleTransform(HALF)
+
+
+def output_transforms(tiles: Tiles, dtype: Any) -> tuple[Any, ...]:
+    """Returns how a block of the result lies in shared memory."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    swizzle = plgpu.find_swizzle(tiles.columns * dtype.itemsize * 8, "output")
+    tiling = plgpu.TilingTransform((8, swizzle // dtype.itemsize))
+    return tiling, plgpu.SwizzleTransform(swizzle)
+
+
+def store_transposed(values: Array, out: Any) -> None:
+    """Writes `[columns, rows]` to a block `[rows, columns]` of shared memory."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    out.T[...] = plgpu.layout_cast(values, plgpu.Layout.WGMMA_TRANSPOSED)
+
+
+def loaded(block: Any, layout: Any, *, optimized: bool = True) -> Array:
+    """Returns a block of memory in registers."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    load: Any = plgpu.load  # versions of JAX differ in its further arguments
+    values: Array = load(block, layout=layout, optimized=optimized)
+    return values
+
+
+def word_layout() -> Any:
+    """Returns the layout of words whose bytes lie where tensor cores want int8 `[N, 4 W]`."""
+    from jax.experimental.mosaic.gpu import fragmented_array
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    tiling = fragmented_array.Tiling(((64, 4), (16, 4), (8, 4), (1,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1)
+
+
+def loaded_words(block: Any, interpret: Any) -> Array:
+    """Returns 64 bytes of each of a warpgroup's rows as words `[columns, 16]`."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    if interpret:
+        return gpu_words.words_of(block[...])
+    return renamed(loaded(block, plgpu.Layout.WGMMA_8BIT), to_words=True)
+
+
+def renamed(values: Array, *, to_words: bool) -> Array:
+    """Returns bytes `[N, 4 W]` in registers as words `[N, W]`, or the reverse: no instruction."""
+    import numpy as np
+    from jax.experimental.mosaic import gpu as mosaic
+    from jax.experimental.mosaic.gpu import fragmented_array
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jax.extend.mlir import ir
+
+    rows, columns = values.shape
+    layouts = word_layout(), plgpu.Layout.WGMMA_8BIT
+    source, target = layouts[::-1] if to_words else layouts
+    shape = (rows, columns // 4) if to_words else (rows, columns * 4)
+    dtype = jnp.int32 if to_words else jnp.int8
+
+    @plgpu.inline_mgpu(
+        arg_types=(source,), return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=target)
+    )
+    def with_other_type(_: Any, array: Any) -> Any:
+        count, width = (1, 32) if to_words else (4, 8)
+        kind = ir.VectorType.get((count,), ir.IntegerType.get_signless(width))
+        registers = np.empty(array.registers.shape, object)
+        for at, register in np.ndenumerate(array.registers):
+            registers[at] = mosaic.utils.bitcast(register, kind)
+        return fragmented_array.FragmentedArray(
+            _registers=registers, _layout=target.to_mgpu(), _is_signed=True
+        )
+
+    return with_other_type(values)
