@@ -6,7 +6,7 @@ A small convolutional network learns to read single frames of `placed_digits.py`
 asked about frames of the 2,000 other digits, and of videos that the packaged model makes (`--checkpoint`
 takes another one): 30 DDIM steps, guidance 2.5, 20 videos per class. A video is read by the mean of its
 frames' logits. `jerk` is the median change of the digit's speed from frame to frame, in pixels: the length of
-the second difference of its center; a bounce is one such change, else it is 0 for whole pixels.
+the second difference of its center; a bounce is one such change, else it is 0 but for rounding to pixels.
 
 About a minute on 2 free cores.
 """

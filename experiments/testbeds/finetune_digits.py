@@ -100,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             num_inner=NUM_INNER,
             batch_size=args.batch_size,
             gamma=GAMMA,
+            noisy_weight=subject.noisy_weight,
         )
         curve.append((step + NUM_INNER, float(error(state.ema))))
         print(f"step {curve[-1][0]} noise error {curve[-1][1]:.5f}", flush=True)

@@ -126,7 +126,7 @@ def draw_moving(
     keys = jax.random.split(key, 3)
     pick = jax.random.randint(keys[0], (batch,), 0, data["labels"].size)
     start = jax.random.randint(keys[1], (batch, 2), -ROOM, ROOM + 1)
-    speed = jax.random.randint(keys[2], (batch, 2), -3, 4)
+    speed = jax.random.randint(keys[2], (batch, 2), -1, 2)
     way = start + speed * jnp.arange(num_frames)[:, None, None] + ROOM  # [F, B, 2]
     offsets = jnp.abs((way + 2 * ROOM) % (4 * ROOM) - 2 * ROOM) - ROOM
     fields = data["fields"][pick, 0]

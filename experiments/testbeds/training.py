@@ -20,9 +20,11 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 from flax import linen as nn
+from jaxtyping import Array, Float
 from published_layout import write_published
 
 import qdit_jax as qdit
+from qdit_jax.files import replaced_file
 
 NUM_TIMESTEPS = 1000
 DROPOUT = 0.1
@@ -45,6 +47,7 @@ class Subject:
         draw: returns a batch.
         preview: writes a picture of samples: path, network, params.
         num_tokens: of one sample.
+        noisy_weight: the greatest weight of an error where noise exceeds the signal, see `loss_weights`.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Subject:
     draw: Draw
     preview: Callable[[Path, Any, Any], None]
     num_tokens: Callable[[Any], int]
+    noisy_weight: float = 1.0
 
 
 class State(NamedTuple):
@@ -62,8 +66,8 @@ class State(NamedTuple):
     opt_state: Any
 
 
-def loss_fn(params, x, condition, key, model, min_snr_gamma, dropout=DROPOUT):
-    """Returns the noise error (Min-SNR weights, arXiv:2303.09556) plus the bound on the variance.
+def loss_fn(params, x, condition, key, model, min_snr_gamma, dropout=DROPOUT, noisy_weight=1.0):
+    """Returns the weighted noise error plus the bound on the variance.
 
     The variance's share is the KL divergence of the posteriors with the mean held fixed
     (improved DDPM, arXiv:2102.09672, equation 16); at timestep 0 the clipped posterior is used.
@@ -89,8 +93,8 @@ def loss_fn(params, x, condition, key, model, min_snr_gamma, dropout=DROPOUT):
     out = model.apply({"params": params}, noisy, timestep, condition)
     predicted, fraction = jnp.split(out, 2, axis=-1)
     snr = a / (1 - a)
-    weight = jnp.minimum(snr, min_snr_gamma) / snr
-    simple = (weight * jnp.square(predicted - noise)).mean()
+    weights = loss_weights(snr, min_snr_gamma, noisy_weight)
+    simple = (weights * jnp.square(predicted - noise)).mean()
 
     low, high = of_sample(log_posterior[timestep]), of_sample(jnp.log(betas)[timestep])
     log_variance = (fraction + 1) / 2 * (high - low) + low
@@ -105,6 +109,19 @@ def loss_fn(params, x, condition, key, model, min_snr_gamma, dropout=DROPOUT):
     return simple + 0.1 * kl.mean(), simple
 
 
+def loss_weights(
+    snr: Float[Array, "B ..."], gamma: float, noisy_weight: float = 1.0
+) -> Float[Array, "B ..."]:
+    """Returns the weights of squared errors of the predicted noise.
+
+    At most `gamma / SNR` where there is little noise (Min-SNR, arXiv:2303.09556). Where noise exceeds the
+    signal they are 1, or, as errors of the predicted sample count, `1 / SNR` up to `noisy_weight`: there the
+    frames of a video agree on one place, or do not.
+    """
+    little = jnp.minimum(snr, gamma) / snr
+    return jnp.maximum(little, jnp.minimum(1 / snr, noisy_weight))
+
+
 def with_nulls(model: Any, params: Any, condition: Any, dropped: jax.Array) -> Any:
     """Returns the condition with the null one in the samples that `dropped [B]` names."""
     null = model.null_condition(condition, params)
@@ -117,7 +134,16 @@ def with_nulls(model: Any, params: Any, condition: Any, dropped: jax.Array) -> A
 
 @functools.partial(
     jax.jit,
-    static_argnames=("draw", "optimizer", "model", "num_inner", "batch_size", "gamma", "dropout"),
+    static_argnames=(
+        "draw",
+        "optimizer",
+        "model",
+        "num_inner",
+        "batch_size",
+        "gamma",
+        "dropout",
+        "noisy_weight",
+    ),
 )
 def train_steps(
     state,
@@ -132,6 +158,7 @@ def train_steps(
     batch_size,
     gamma,
     dropout=DROPOUT,
+    noisy_weight=1.0,
 ):
     """Returns the state after `num_inner` steps and their mean noise error; keys follow the step."""
 
@@ -140,7 +167,9 @@ def train_steps(
         pick_key, loss_key = jax.random.split(step_key)
         x, condition = draw(data, pick_key, batch_size)
         grad_fn = jax.grad(loss_fn, has_aux=True)
-        grads, simple = grad_fn(state.params, x, condition, loss_key, model, gamma, dropout)
+        grads, simple = grad_fn(
+            state.params, x, condition, loss_key, model, gamma, dropout, noisy_weight
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(EMA_DECAY, (1 + i) / (10 + i))
@@ -206,6 +235,7 @@ def train(subject: Subject, text: str | None, argv: Sequence[str] | None = None)
         if step:
             state = manager.restore(step, args=ocp.args.StandardRestore(state))
             print(f"continuing from step {step}", flush=True)
+        cut_curve(args.out / "curve.csv", step)
         while step < args.steps:
             began = time.perf_counter()
             state, loss = train_steps(
@@ -219,12 +249,20 @@ def train(subject: Subject, text: str | None, argv: Sequence[str] | None = None)
                 num_inner=NUM_INNER,
                 batch_size=args.batch_size,
                 gamma=args.min_snr_gamma,
+                noisy_weight=subject.noisy_weight,
             )
             step += NUM_INNER
             tell(args, step, float(loss), time.perf_counter() - began, subject.num_tokens(model))
             if step % args.save_every == 0 or step >= args.steps:
                 manager.save(step, args=ocp.args.StandardSave(state))
                 save(subject, args, model, state.ema, step)
+
+
+def cut_curve(path: Path, step: int) -> None:
+    """Takes the points after a step away: what a killed run had not saved is trained again."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    with replaced_file(path) as temporary:
+        temporary.write_text("".join(line for line in lines if int(line.split(",")[0]) <= step))
 
 
 def tell(args: Any, step: int, loss: float, seconds: float, num_tokens: int) -> None:

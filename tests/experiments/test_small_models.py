@@ -133,7 +133,25 @@ def test_a_digit_moves_evenly_and_stays_inside(script, digits):
     # One speed but for the frames at which it turns.
     assert (speed <= speed.max(1, keepdims=True) + 1e-4).all()
     assert (np.abs(speed - speed.max(1, keepdims=True)) < 1e-3).mean() > 0.6
-    assert speed.max() == pytest.approx(1.5, abs=1e-3)
+    assert speed.max() == pytest.approx(0.5, abs=1e-3)
+
+
+def test_noise_above_the_signal_weighs_as_the_sample_does(script):
+    training = script("training")
+    snr = jnp.array([100.0, 5.0, 1.0, 0.5, 0.125, 0.01])
+    plain = training.loss_weights(snr, 5.0)
+    np.testing.assert_allclose(plain, [0.05, 1, 1, 1, 1, 1], rtol=1e-6)
+    found = training.loss_weights(snr, 5.0, noisy_weight=8.0)
+    np.testing.assert_allclose(found, [0.05, 1, 1, 2, 8, 8], rtol=1e-6)
+
+
+def test_a_continued_training_has_every_point_of_its_curve_once(script, tmp_path):
+    training = script("training")
+    path = tmp_path / "curve.csv"
+    training.cut_curve(path, 0)
+    path.write_text("100,2.0,0.1\n200,1.5,0.1\n300,1.2,0.1\n")
+    training.cut_curve(path, 200)
+    assert path.read_text() == "100,2.0,0.1\n200,1.5,0.1\n"
 
 
 @pytest.mark.slow
