@@ -63,14 +63,16 @@ TOKENS, FEW_TOKENS = 16 * 256, 2 * 256  # guided steps of 8 samples and of 1
 LAYERS = {"qkv": (1152, 3456), "proj": (1152, 1152), "fc1": (1152, 4608), "fc2": (4608, 1152)}
 PRESETS = ("w4a8-fast", "w8a8-fast")
 WEIGHTS = "w4a16"  # 16-bit inputs: a kernel for TPUs alone
-GROUPS = "w4a8-g128"  # a scale and a zero point per group, inputs too: a kernel for GPUs alone
-KERNELS = {True: "tpu_levels", False: "gpu_levels"}  # of `PRESETS` on a TPU, on a GPU
-OTHER_KERNELS = {WEIGHTS: "tpu_weights", GROUPS: "gpu_groups"}
+GROUPS = "w4a8-g128"  # a scale and a zero point per group, inputs too
+# Who computes a recipe on a TPU, on a GPU.
+KERNELS = {
+    True: {**dict.fromkeys(PRESETS, "tpu_levels"), WEIGHTS: "tpu_weights", GROUPS: "tpu_groups"},
+    False: {**dict.fromkeys(PRESETS, "gpu_levels"), GROUPS: "gpu_groups"},
+}
 CALLS = {
-    True: r'custom_call_target="tpu_custom_call".*tpu_(?:levels|weights)',
+    True: r'custom_call_target="tpu_custom_call".*tpu_(?:levels|weights|groups)',
     False: r'"mosaic_gpu_v2"',
 }
-RECIPES = {True: (*PRESETS, WEIGHTS), False: (*PRESETS, GROUPS)}
 DTYPE = "bfloat16"
 
 
@@ -134,10 +136,10 @@ def programs(is_tpu: bool, batches: list[int]) -> Iterator[Program]:
     for layer in LAYERS:
         for tokens in (TOKENS,) if is_tpu else (TOKENS, FEW_TOKENS):
             yield from full_precision(layer, tokens, is_tpu)
-            for preset in RECIPES[is_tpu]:
+            for preset in KERNELS[is_tpu]:
                 yield from quantized(layer, tokens, preset, is_tpu)
     for batch in batches:
-        for recipe in (None, *RECIPES[is_tpu]):
+        for recipe in (None, *KERNELS[is_tpu]):
             fn, arguments = step(recipe, batch)
             yield Program(f"step {batch} {recipe or DTYPE}", fn, arguments, bool(recipe))
 
@@ -159,7 +161,7 @@ def full_precision(layer: str, tokens: int, is_tpu: bool) -> Iterator[Program]:
 def quantized(layer: str, tokens: int, preset: str, is_tpu: bool) -> Iterator[Program]:
     """Yields a layer by XLA's operations and by the kernel."""
     channels, width = LAYERS[layer]
-    spec, kernel = recipe_named(preset).rules[0].spec, OTHER_KERNELS.get(preset, KERNELS[is_tpu])
+    spec, kernel = recipe_named(preset).rules[0].spec, KERNELS[is_tpu][preset]
     numerics = "integer" if spec.act else "simulated"
     q = jax.eval_shape(lambda w: qdit.quantize(w, spec.weight), shape((channels, width), "float32"))
     x = shape((tokens, channels), DTYPE)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qdit_jax.kernels import gpu_tiles
+from qdit_jax.kernels import gpu_tiles, unit_of
 from qdit_jax.quant import packed_nbytes
 from qdit_jax.recipes import LayerSpec
 from qdit_jax.speed import DEVICES
@@ -94,7 +94,7 @@ def layer_roofline(rows: int, channels: int, width: int, spec: LayerSpec | None)
     moved = rows * channels + 2 * rows * width + packed_nbytes(channels, width, weight)
     product = microseconds(operations, "int8", moved)
     if not weight.has_levels and weight.group_size:
-        unit = gpu_tiles.unit_of(channels, act.group_size, weight.group_size)
+        unit = unit_of(channels, act.group_size, weight.group_size)
         each = 3 if act.symmetric else 4
         instructions = rows * width * (channels // unit) * each
         product = max(product, 1e6 * instructions / (gpu_tiles.MULTIPROCESSORS * LANES * CLOCK))

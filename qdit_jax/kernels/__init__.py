@@ -13,6 +13,7 @@ from qdit_jax.kernels.product import (
 )
 from qdit_jax.kernels.segments import segments
 from qdit_jax.kernels.table import IMPLEMENTATIONS
+from qdit_jax.kernels.units import unit_of
 from qdit_jax.kernels.usage import implementations_used, quantized_layers
 
 __all__ = [
@@ -33,5 +34,6 @@ __all__ = [
     "quantized_layers",
     "quantized_matmul",
     "segments",
+    "unit_of",
     "unsupported_reason",
 ]

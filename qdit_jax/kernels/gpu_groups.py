@@ -43,11 +43,11 @@ from qdit_jax.kernels.gpu_tiles import (
     Tiles,
     chosen_tiles,
     rounded_up,
-    unit_of,
 )
 from qdit_jax.kernels.operands import act_elements
+from qdit_jax.kernels.units import of_units, unit_of, unit_sums
 from qdit_jax.kernels.xla import integer_matmul
-from qdit_jax.quant import ActQuant, ActSpec, QTensor, code_rows, effective_group_size, scale_value
+from qdit_jax.quant import ActQuant, ActSpec, QTensor, code_rows, scale_value
 
 
 class Operands(NamedTuple):
@@ -161,23 +161,6 @@ def operands_of(x: Float[Array, "*lead K"], q: QTensor, spec: ActSpec, unit: int
     return Operands(
         tokens, jnp.asarray(q.codes), of_tokens(scale), channel_scale, offset, tuple(pairs)
     )
-
-
-def of_units(
-    values: Num[Array, "G _"], num_channels: int, group_size: int, unit: int
-) -> Num[Array, "U _"]:
-    """Returns a row for every unit of input channels; `values` themselves where these are the groups."""
-    repeats = effective_group_size(num_channels, group_size) // unit
-    if repeats == 1:
-        return values
-    count = num_channels // unit
-    whole = jnp.repeat(values, repeats, axis=0, total_repeat_length=len(values) * repeats)
-    return whole[:count]
-
-
-def unit_sums(elements: Int32[Array, "_ K"], unit: int) -> Int32[Array, "U _"]:
-    """Returns the sums over the channels of each unit."""
-    return elements.reshape(len(elements), -1, unit).sum(axis=-1).T
 
 
 def padded_to_blocks(operands: Operands, tiles: Tiles) -> Operands:

@@ -11,16 +11,14 @@ from qdit_jax.kernels.gpu_groups import groups_matmul
 from qdit_jax.kernels.gpu_levels import levels_matmul
 from qdit_jax.kernels.gpu_tiles import RUN, SUB
 from qdit_jax.kernels.gpu_words import BITS
+from qdit_jax.kernels.group_reasons import grouped_input_reason, grouped_weight_reason
 from qdit_jax.kernels.level_reasons import (
-    DTYPES,
     ReasonFn,
     levels_reason,
     split_reason,
-    stored_reason,
     version_reason,
 )
 from qdit_jax.kernels.product import Implementation, Product
-from qdit_jax.quant import effective_group_size
 
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 CAPABILITY = "9.0"  # of Hopper, whose instructions no other GPU has
@@ -65,42 +63,10 @@ def groups_reason(product: Product) -> str | None:
     """Returns why the kernel in groups cannot compute a product, one sentence, or None if it can."""
     return (
         machine_reason(product, GROUPS)
-        or grouped_input_reason(product)
-        or grouped_weight_reason(product)
+        or grouped_input_reason(product, SUB)
+        or grouped_weight_reason(product, SUB)
         or size_reason(product)
     )
-
-
-def grouped_input_reason(product: Product) -> str | None:
-    """Returns what is wrong with the inputs."""
-    spec = product.act_spec
-    if product.numerics != "integer" or spec is None:
-        return f"it computes integer numerics, not {product.numerics}."
-    if spec.fmt is not None:
-        return f"it takes integers as inputs, not {spec.fmt.name}."
-    if spec.mode != "dynamic":
-        return "it computes scales from the inputs, and these have calibrated ones."
-    if spec.unsigned or spec.shift:
-        return "it takes inputs with a zero point or symmetric signed ones, without a shift."
-    size = effective_group_size(product.x_shape[-1], spec.group_size)
-    if size % SUB:
-        return f"it takes inputs in groups that are multiples of {SUB}, not of {size}."
-    if product.dtype not in DTYPES:
-        return f"it takes inputs in {' or '.join(DTYPES)}, not in {product.dtype}."
-    return None
-
-
-def grouped_weight_reason(product: Product) -> str | None:
-    """Returns what is wrong with the weights."""
-    weight = product.weight
-    if weight.fmt is not None:
-        return f"it takes integers as weights, not {weight.fmt.name}."
-    if weight.has_levels:
-        return "it takes one level of scales, and the weights have two."
-    size = effective_group_size(product.x_shape[-1], weight.group_size)
-    if size % SUB:
-        return f"it takes weights in groups that are multiples of {SUB}, not of {size}."
-    return stored_reason(product)
 
 
 gpu_reason = levels_reason(on_hopper(LEVELS), size_reason)

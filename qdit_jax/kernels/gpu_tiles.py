@@ -12,13 +12,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Mapping
 from importlib.resources import files
 
 import jax
-
-from qdit_jax.quant import effective_group_size
 
 RUN = 128  # input channels of a step of the pipeline, a run of `packing`
 HALF = 64  # of them, which the low and the high codes of 4 bits have
@@ -78,12 +75,6 @@ class Shape:
 def rounded_up(number: int, multiple: int) -> int:
     """Returns the least multiple that is not less than `number`."""
     return -(-number // multiple) * multiple
-
-
-def unit_of(num_channels: int, x_group_size: int, w_group_size: int) -> int:
-    """Returns the input channels of a unit, 32, 64 or 128: inside each, both operands have one scale."""
-    sizes = (effective_group_size(num_channels, size) for size in (x_group_size, w_group_size))
-    return math.gcd(RUN, *sizes)
 
 
 def shared_bytes(tiles: Tiles, bits: int, itemsize: int, unit: int = 0) -> int:

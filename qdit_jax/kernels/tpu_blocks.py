@@ -1,6 +1,6 @@
 """How a product is cut into blocks that fit into a TPU's vector memory (VMEM).
 
-The kernels of `tpu_levels` and `tpu_weights` run over panels of output channels, blocks of rows, and blocks of output
+The kernels of `tpu_levels`, `tpu_groups` and `tpu_weights` run over panels of output channels, blocks of rows, and blocks of output
 channels. A panel's unpacked weights stay in VMEM while all rows pass; usually one panel is all of them.
 
 Dimensions: M rows, K input channels, N output channels, all padded; G groups along K.
@@ -55,6 +55,7 @@ class Sizes:
         itemsize: bytes of a number of the input and the output.
         unpacked: bytes of a weight once it is unpacked; 1 where the rows are quantized too.
         map_bytes: of what makes a weight of a code, per group and output channel.
+        units: scales that a token has, where it has several, see `units`; else 0.
     """
 
     num_rows: int
@@ -65,6 +66,7 @@ class Sizes:
     itemsize: int
     unpacked: int = 1
     map_bytes: int = 2
+    units: int = 0
 
     @property
     def channels(self) -> int:
@@ -107,6 +109,11 @@ def vmem_bytes(sizes: Sizes, blocks: Blocks) -> int:
     if sizes.unpacked == 1:
         held += rows * channels + 4 * rows * TILE  # the rows' codes and scales
     sums = 2 * 4 * rows * columns  # int32 and float32
+    if sizes.units:  # zero points of rows, sums of weights, scales of both; sums are added up
+        units = rounded_up(sizes.units, STRIP)
+        held += 4 * (2 * rows * rounded_up(sizes.units, TILE) + units * columns * blocks.panel)
+        streamed += 4 * units * columns
+        sums += 4 * rows * columns
     return 2 * streamed + held + sums + _SPARE
 
 

@@ -37,7 +37,7 @@ def packed_product(
     q: QTensor,
     sizes: Sizes,
     maps: Sequence[Num[Array, "G N"]],
-    scale: Float[Array, " N"] | None = None,
+    scale: Float[Array, "S N"] | None = None,
     *,
     name: str,
     interpret: bool,
@@ -46,9 +46,10 @@ def packed_product(
 
     The kernel is given `bits` and `groups`, the group of every 32 input channels, and the blocks of
     `x [L, K]`, of the packed codes `[R, C]`, or `[C, R]` where the last block is room to have them turned,
-    of each of `maps [G, C]`, of `scale [1, C]` if there is one, and of the result `[L, C]`; then what stays in
+    of each of `maps [G, C]`, of `scale [S, C]` if there is one, and of the result `[L, C]`; then what stays in
     VMEM: codes `[L, K]` and scales `[L, 1]` of the rows, if these are quantized too, and the unpacked
-    weights `[J, K, C]` of the panel.
+    weights `[J, K, C]` of the panel. Where a token has scales of U units, there are `[L, U]` of them, as many
+    zero points, and after the weights room for their sums `[J, U, C]`, both int32.
     """
     blocks = chosen_blocks(sizes)
     assert blocks is not None, "the kernel's reasons refuse it"
@@ -58,7 +59,7 @@ def packed_product(
     inside = is_turned_inside(codes.shape[1])
     operands = [tokens, codes if inside else codes.T]
     operands += [padded(values, values.shape[0], columns) for values in maps]
-    operands += [] if scale is None else [padded(scale[None], 1, columns)]
+    operands += [] if scale is None else [padded(scale, scale.shape[0], columns)]
     groups = groups_of_sub_blocks(sizes.channels, sizes.num_channels, q.group_size)
     y = pl.pallas_call(
         functools.partial(kernel, bits=q.bits, groups=groups),
@@ -104,7 +105,7 @@ def in_specs(
         pl.BlockSpec((blocks.rows, tokens.shape[1]), of_rows),
         of_codes,
         *(pl.BlockSpec((values.shape[0], columns), once) for values in rest[:num_maps]),
-        *(pl.BlockSpec((1, columns), of_columns) for _ in rest[num_maps:]),
+        *(pl.BlockSpec((values.shape[0], columns), of_columns) for values in rest[num_maps:]),
     ]
 
 
@@ -113,12 +114,16 @@ def held_in_vmem(blocks: Blocks, sizes: Sizes, turned_bytes: int) -> list[Any]:
     from jax.experimental.pallas import tpu as pltpu
 
     rows, columns, channels = blocks.rows, blocks.columns, sizes.channels
-    unpacked, quantized = jnp.bfloat16, []
+    unpacked, quantized, sums = jnp.bfloat16, [], []
     if sizes.unpacked == 1:
-        unpacked = jnp.int8
-        quantized = [pltpu.VMEM((rows, channels), jnp.int8), pltpu.VMEM((rows, 1), jnp.float32)]
+        unpacked, units = jnp.int8, max(sizes.units, 1)
+        quantized = [pltpu.VMEM((rows, channels), jnp.int8), pltpu.VMEM((rows, units), jnp.float32)]
+    if sizes.units:
+        quantized.append(pltpu.VMEM((rows, units), jnp.int32))
+        sums.append(pltpu.VMEM((blocks.panel, units, columns), jnp.int32))
     turned = [pltpu.VMEM((turned_bytes, columns), jnp.uint8)] if turned_bytes else []
-    return [*quantized, pltpu.VMEM((blocks.panel, channels, columns), unpacked), *turned]
+    weights = pltpu.VMEM((blocks.panel, channels, columns), unpacked)
+    return [*quantized, weights, *sums, *turned]
 
 
 def cost(operands: Sequence[Array], blocks: Blocks, sizes: Sizes) -> pl.CostEstimate:

@@ -68,7 +68,9 @@ def _product(
     scale = q.channel_scale if q.has_levels else scale_value(q.scale)[0]
     kernel = functools.partial(_kernel, act_spec=spec)
     maps = step_and_offset(q)
-    return packed_product(kernel, x, q, sizes, maps, scale, name="tpu_levels", interpret=interpret)
+    return packed_product(
+        kernel, x, q, sizes, maps, scale[None], name="tpu_levels", interpret=interpret
+    )
 
 
 @_product.defjvp

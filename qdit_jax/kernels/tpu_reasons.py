@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import jax
 import jax.numpy as jnp
 
+from qdit_jax.kernels.group_reasons import grouped_input_reason, grouped_weight_reason
 from qdit_jax.kernels.level_reasons import (
     levels_reason,
     split_reason,
@@ -15,8 +16,8 @@ from qdit_jax.kernels.level_reasons import (
     version_reason,
 )
 from qdit_jax.kernels.product import Product
-from qdit_jax.kernels.tpu_blocks import VMEM_LIMIT, Sizes, chosen_blocks, sizes_of
-from qdit_jax.quant import QTensor, WeightSpec
+from qdit_jax.kernels.tpu_blocks import TILE, VMEM_LIMIT, Sizes, chosen_blocks, sizes_of
+from qdit_jax.quant import QTensor, WeightSpec, ranges
 
 # As `Device.device_kind` names them: those that the kernel was compiled for.
 KINDS = ("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")
@@ -80,3 +81,31 @@ def weights_input_reason(product: Product) -> str | None:
 def weights_sizes(x_shape: tuple[int, ...], weight: QTensor | WeightSpec) -> Sizes:
     """Returns the sizes of a product of `tpu_weights`: bfloat16, and three maps in float32."""
     return dataclasses.replace(sizes_of(x_shape, weight, 2), unpacked=2, map_bytes=12)
+
+
+def groups_reason(product: Product) -> str | None:
+    """Returns why the kernel of `tpu_groups` cannot compute a product, one sentence, or None if it can."""
+    itemsize = jnp.dtype(product.dtype).itemsize
+    return (
+        machine_reason(product)
+        or grouped_input_reason(product, TILE)
+        or groups_range_reason(product)
+        or grouped_weight_reason(product, TILE)
+        or blocks_reason(groups_sizes(product.x_shape, product.weight, itemsize))
+    )
+
+
+def groups_range_reason(product: Product) -> str | None:
+    """Returns what the kernel cannot compute of scales and zero points."""
+    spec, weight = product.act_spec, product.weight
+    if spec is not None and not isinstance(spec.range_fn, ranges.MinMax):
+        return f"it takes the range rule minmax for inputs, not {spec.range_fn.name}."
+    if weight.bits > 7 and not weight.symmetric:
+        return f"it takes zero points of at most 7 bits, and the weights have {weight.bits}."
+    return None
+
+
+def groups_sizes(x_shape: tuple[int, ...], weight: QTensor | WeightSpec, itemsize: int) -> Sizes:
+    """Returns the sizes of a product of `tpu_groups`, where a token has a scale for every tile of K."""
+    sizes = sizes_of(x_shape, weight, itemsize)
+    return dataclasses.replace(sizes, map_bytes=1, units=sizes.channels // TILE)

@@ -68,13 +68,13 @@ def rounded_quotients(
 ) -> Callable[[Float[Array, "M K"]], Int[Array, "M K"]]:
     """Returns the function `x -> round(quotient(x, divisor))`, ties to even, for one divisor per row.
 
-    Divisors are positive; results are in [-top - 1, top], `top` at most 127, as int32. Half of the work
+    Divisors are positive; results are in [-top - 1, top], `top` at most 255, as int32. Half of the work
     of `quotient`: the nearest half of a whole number, by the reciprocal, and its remainder, which is
     exact, so that ties are those of the quotient in float32.
     """
     reciprocal = quotient(jnp.ones_like(divisor), divisor)
     least, most = -(top + 1) * divisor, top * divisor
-    upper, lower = _halves(0.5 * divisor)  # 12 bits each: exact times a whole number of 9 bits
+    upper, lower = _halves(0.5 * divisor)  # 12 bits each: exact times a whole number of 10 bits
 
     def rounded(x: Float[Array, "M K"]) -> Int[Array, "M K"]:
         x = jnp.clip(x, least, most)

@@ -18,9 +18,9 @@ import pytest
 from grouped_products import CASES, kernel
 from level_products import W, tokens
 
-from qdit_jax.kernels.gpu_groups import of_units, operands_of, unit_sums
-from qdit_jax.kernels.gpu_tiles import unit_of
+from qdit_jax.kernels.gpu_groups import operands_of
 from qdit_jax.kernels.level_reasons import version_reason
+from qdit_jax.kernels.units import of_units, unit_of, unit_sums
 from qdit_jax.quant import ActQuant, ActSpec, code_rows, dequantize
 
 needs_interpreter = pytest.mark.skipif(
@@ -99,6 +99,7 @@ def test_every_unit_has_the_values_of_its_group():
     rows = np.array([0, 0, 0, 0, 1, 1, 1, 1, 2])
     np.testing.assert_array_equal(found, values[rows])
     assert of_units(values, 384, 128, 128) is values
+    np.testing.assert_array_equal(of_units(values[:1], 200, 0, 128), values[np.array([0, 0])])
 
 
 @pytest.mark.parametrize("weight", [W(4, 64), W(8, 64), W(4, 64, symmetric=True)], ids=str)

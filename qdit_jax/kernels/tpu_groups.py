@@ -1,0 +1,222 @@
+"""A product in groups, as papers have it, in one Pallas kernel for TPUs.
+
+Compiled for v5e, v5p and v6e, interpreted on CPU, not run on a TPU.
+
+Inputs have a scale, and a zero point, for every token and group, computed in the kernel; weights too. A block
+of rows is quantized once into VMEM, and packed codes become int8, less their zero points, there once per
+call. A unit of 128 input channels is multiplied in int32, the zero points of the inputs are subtracted, and the
+sums are scaled by token and output channel and added up in float32.
+
+Dimensions: M rows (tokens), K input channels, N output channels, G groups along K, U units of 128 input
+channels; J blocks of columns of a panel, L rows and C columns of a block (`tpu_blocks`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int, Int32, UInt8
+
+from qdit_jax.kernels.product import Implementation
+from qdit_jax.kernels.tpu_blocks import STRIP, TILE
+from qdit_jax.kernels.tpu_call import packed_product
+from qdit_jax.kernels.tpu_levels import INFINITY, LEAST_NORMAL, magnitude_bits
+from qdit_jax.kernels.tpu_reasons import groups_reason, groups_sizes
+from qdit_jax.kernels.tpu_words import EACH_BYTE, SIGNS, as_rows_of, code_words
+from qdit_jax.kernels.units import of_units
+from qdit_jax.kernels.xla import integer_matmul
+from qdit_jax.quant import (
+    ActQuant,
+    ActSpec,
+    QTensor,
+    effective_group_size,
+    rounded_quotients,
+    scale_value,
+)
+
+
+def groups_matmul(
+    x: Float[Array, "*lead K"],
+    q: QTensor,
+    act: ActQuant | None,
+    numerics: str,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "*lead N"]:
+    """Returns `act(x) @ q` in integer numerics; `interpret` runs it on any platform, slowly.
+
+    Equal to `xla.integer_matmul` to float rounding, whose derivative it has. A token that holds NaN or
+    infinity gives NaN.
+    """
+    assert act is not None, "groups_reason refuses it"
+    return _product(x, q, act.spec, interpret)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _product(
+    x: Float[Array, "*lead K"], q: QTensor, spec: ActSpec, interpret: bool
+) -> Float[Array, "*lead N"]:
+    sizes = groups_sizes(x.shape, q, x.dtype.itemsize)
+    scale = of_units(scale_value(q.scale), q.shape[0], q.group_size, TILE)
+    size = effective_group_size(q.shape[0], spec.group_size)
+    kernel = functools.partial(_kernel, act_spec=spec, tiles=-(-size // TILE))
+    maps = [offsets_of(q)]
+    return packed_product(kernel, x, q, sizes, maps, scale, name="tpu_groups", interpret=interpret)
+
+
+@_product.defjvp
+def _product_jvp(
+    spec: ActSpec, interpret: bool, primals: tuple[Any, Any], tangents: tuple[Any, Any]
+) -> tuple[Array, Array]:
+    _, tangent = jax.jvp(lambda x, q: integer_matmul(x, q, ActQuant(spec)), primals, tangents)
+    return _product(*primals, spec, interpret), tangent
+
+
+def offsets_of(q: QTensor) -> UInt8[Array, "G N"]:
+    """Returns 128 less the zero points: `(code + offset) ^ 128` is int8, less the zero point."""
+    zero_point = q.zero_point
+    if zero_point is None:
+        return jnp.full(q.scale.shape, 128 - 2 ** (q.bits - 1), jnp.uint8)
+    return (128 - zero_point.astype(jnp.int32)).astype(jnp.uint8)
+
+
+# Any: references to memory, which have no public type.
+def _kernel(
+    x: Any,
+    codes: Any,
+    offset: Any,
+    scale: Any,
+    y: Any,
+    x_codes: Any,
+    x_scale: Any,
+    x_zero: Any,
+    weights: Any,
+    sums_of_weights: Any,
+    *turned: Any,
+    bits: int,
+    groups: tuple[int, ...],
+    act_spec: ActSpec,
+    tiles: int,
+) -> None:
+    """Writes one block `[L, C]` of the result, and what later blocks share.
+
+    Shared are the codes `[L, K]`, scales and zero points `[L, U]` of the rows, and the weights `[J, K, C]` of
+    the panel with their sums `[J, U, C]`. Packed codes are `[R, C]`, or `[C, R]` where there is room to
+    have them `turned`. A group of the inputs has `tiles` units.
+    """
+    block = pl.program_id(2)
+
+    @pl.when(block == 0)
+    def _() -> None:
+        quantize_rows(x, x_codes, x_scale, x_zero, act_spec, tiles)
+
+    @pl.when(pl.program_id(1) == 0)
+    def _() -> None:
+        columns = turned[0] if turned else codes
+        if turned:
+            columns[...] = codes[...].T
+        unpack_columns(columns, offset, weights.at[block], bits, groups)
+        if not act_spec.symmetric:
+            sum_weights(weights.at[block], sums_of_weights.at[block])
+
+    total = jnp.zeros(y.shape, jnp.float32)
+    for unit in range(scale.shape[0]):
+        channels = pl.ds(unit * TILE, TILE)
+        sums = int8_dot(x_codes[:, channels], weights[block, channels, :])
+        if not act_spec.symmetric:
+            sums = sums - x_zero[:, unit : unit + 1] * sums_of_weights[block, unit : unit + 1, :]
+        scaled = sums.astype(jnp.float32) * x_scale[:, unit : unit + 1]
+        total = total + scaled * scale[unit : unit + 1, :]
+    y[...] = total.astype(y.dtype)
+
+
+def int8_dot(left: Array, right: Array) -> Int32[Array, "M N"]:
+    """Returns the product of int8, summed in int32."""
+    return jnp.dot(
+        left, right, precision=jax.lax.Precision.DEFAULT, preferred_element_type=jnp.int32
+    )
+
+
+def quantize_rows(
+    x: Any, x_codes: Any, x_scale: Any, x_zero: Any, spec: ActSpec, tiles: int
+) -> None:
+    """Writes codes, scales and zero points of a block of tokens, as `ActSpec` has them; not finite: NaN.
+
+    An int8 tile at a time, which is read three times: a strip of all K does not fit into registers.
+    """
+    units = [pl.ds(start, TILE) for start in range(0, x.shape[1], TILE)]
+    groups = [range(first, min(first + tiles, len(units))) for first in range(0, len(units), tiles)]
+
+    def quantize_strip(strip: Array, _: None) -> None:
+        rows = pl.ds(pl.multiple_of(strip * STRIP, STRIP), STRIP)
+
+        def tile(unit: int) -> Float[Array, "L K"]:
+            return x[rows, units[unit]].astype(jnp.float32)
+
+        most = functools.reduce(
+            jnp.maximum, (magnitude_bits(tile(unit)) for unit in range(len(units)))
+        )
+        is_finite = jnp.max(most, axis=1, keepdims=True) < INFINITY
+        for group in groups:
+            low = functools.reduce(jnp.minimum, (tile(unit) for unit in group))
+            high = functools.reduce(jnp.maximum, (tile(unit) for unit in group))
+            extremes = (
+                jnp.min(low, axis=1, keepdims=True),
+                jnp.max(high, axis=1, keepdims=True),
+            )
+            codes_fn, scale, zero = grid_of_rows(*extremes, is_finite, spec)
+            for unit in group:
+                x_codes[rows, units[unit]] = codes_fn(tile(unit)).astype(jnp.int8)
+                x_scale[rows, unit : unit + 1] = scale
+                x_zero[rows, unit : unit + 1] = zero
+
+    jax.lax.fori_loop(0, x.shape[0] // STRIP, quantize_strip, None)
+
+
+def grid_of_rows(
+    low: Float[Array, "L 1"], high: Float[Array, "L 1"], is_finite: Array, spec: ActSpec
+) -> tuple[
+    Callable[[Float[Array, "L K"]], Int[Array, "L K"]], Float[Array, "L 1"], Int32[Array, "L 1"]
+]:
+    """Returns what makes int8 elements of a group of each row, its scales and its zero points."""
+    half = 2 ** (spec.bits - 1)
+    low, high = spec.range_fn.limits_from_extremes(low, high, spec.bits, spec.symmetric)
+    scale = spec.range_fn.scale(low, high, spec.bits, spec.symmetric)
+    # What a TPU flushes to zero has no reciprocal.
+    divisor = jnp.where(is_finite & (scale >= LEAST_NORMAL), scale, 1.0)
+    scale = jnp.where(is_finite, divisor, jnp.nan)
+    if spec.symmetric:
+        return rounded_quotients(divisor, half - 1), scale, jnp.zeros(low.shape, jnp.int32)
+    quotients_fn = rounded_quotients(divisor, 2 * half - 1)
+    zero = jnp.clip(quotients_fn(jnp.where(is_finite, -low, 0.0)), 0, 2 * half - 1) - half
+
+    def codes_fn(x: Float[Array, "L K"]) -> Int[Array, "L K"]:
+        return jnp.clip(quotients_fn(x) + zero, -half, half - 1)
+
+    return codes_fn, scale, zero
+
+
+def unpack_columns(
+    codes: Any, offset: Any, weights: Any, bits: int, groups: tuple[int, ...]
+) -> None:
+    """Writes the int8 weights `[K, C]` of a block of columns, less their zero points."""
+    offsets = offset[...].astype(jnp.int32) * EACH_BYTE
+    for index, group in enumerate(groups):
+        word = (code_words(codes, bits, index) + offsets[group : group + 1]) ^ SIGNS
+        weights[pl.ds(index * STRIP, STRIP), :] = as_rows_of(word, jnp.int8)
+
+
+def sum_weights(weights: Any, sums: Any) -> None:
+    """Writes the sums `[U, C]` of the weights `[K, C]` of each unit."""
+    ones = jnp.ones((STRIP, TILE), jnp.int8)
+    for unit in range(sums.shape[0]):
+        found = int8_dot(ones, weights[pl.ds(unit * TILE, TILE), :])
+        sums[unit : unit + 1, :] = found[:1]
+
+
+TPU_GROUPS = Implementation("tpu_groups", groups_matmul, groups_reason)
