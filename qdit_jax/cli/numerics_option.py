@@ -47,6 +47,16 @@ def add_expand(add: AddArgument) -> None:
     )
 
 
+def add_hoist(add: AddArgument) -> None:
+    """Adds `--hoist` by `add`, a parser's or group's `add_argument`."""
+    add(
+        "--hoist",
+        action="store_true",
+        help="compute what sees timestep and condition only (modulation) before the loop, for all steps "
+        "of a batch: no step reads their weights, but their outputs take memory",
+    )
+
+
 class EarlierName(argparse.Action):
     """Stores the value and says what the option is called now; removed in the next release."""
 

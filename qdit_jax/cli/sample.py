@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qdit_jax.cli.first_frames_option import add_first_frames, first_frames_of
-from qdit_jax.cli.numerics_option import add_dtype, add_expand, add_numerics
+from qdit_jax.cli.numerics_option import add_dtype, add_expand, add_hoist, add_numerics
 from qdit_jax.cli.options import (
     LARGEST_COUNT,
     AddArgument,
@@ -103,6 +103,7 @@ def add_parser(subparsers: SubParsers) -> None:
     )
     add_dtype(add)
     add_expand(add)
+    add_hoist(add)
     add("--vae", type=path_option, help="a converted autoencoder, for checkpoints without one")
     add_processes(parser)
     parser.set_defaults(run=run, resumes=lambda args: True)
@@ -171,6 +172,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         shape=chosen.shape,
         first_frames=first_frames_of(vars(args), checkpoint, chosen.shape),
         shard_tokens=args.shard_tokens,
+        hoist=args.hoist,
     )
     check_job(job, args.out, args.columns)
     count = job.count
@@ -259,6 +261,13 @@ def check_job(job: SampleFile, out: AnyPath, columns: int | None) -> None:
         )
     denoise_fn = sampling.denoiser(model, checkpoint.params, job.guidance, job.guidance_channels)
     sampling.check_numerics(checkpoint.params, job.numerics)
+    if job.hoist:
+        sampling.check_hoisting(
+            model,
+            checkpoint.params,
+            first_frames=job.first_frames,
+            shard_tokens=job.shard_tokens,
+        )
     sampling.check_takes(denoise_fn, model, job.shape, job.condition)
 
 

@@ -61,7 +61,8 @@ class SampleFile:
     assigned cyclically to `num_samples` samples, one per condition by default. `prompts` are texts for
     captions, one per condition. `shape` is that of one sample, the network's own by default.
     `batch_size` None takes that of an unfinished run, or the device's default. `first_frames` are latents
-    that videos begin with; `shard_tokens` devices share each sample: see `sampling.generate`.
+    that videos begin with; `shard_tokens` devices share each sample, and `hoist` computes modulation before the
+    loop: see `sampling.generate`. These two change no value beyond rounding, and may differ when a run resumes.
     """
 
     checkpoint: Checkpoint
@@ -78,6 +79,7 @@ class SampleFile:
     shape: Sequence[int] | None = None
     first_frames: np.ndarray | None = None
     shard_tokens: int = 1
+    hoist: bool = False
 
     @property
     def count(self) -> int:
@@ -206,6 +208,7 @@ class SampleFile:
             shape=self.shape,
             first_frames=self.first_frames,
             shard_tokens=self.shard_tokens,
+            hoist=self.hoist,
         )
         for start, images in batches:
             check_finite(images, start, count)

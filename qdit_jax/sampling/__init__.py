@@ -29,15 +29,14 @@ from qdit_jax.sampling.conditions import (
     shape_of_sample,
 )
 from qdit_jax.sampling.decoding import decode, decodes_video, encode
+from qdit_jax.sampling.denoisers import Denoiser, denoiser
 from qdit_jax.sampling.first_frames import checked_first_frames, takes_first_frames
 from qdit_jax.sampling.generation import (
-    Denoiser,
-    denoiser,
     generate,
     generated_batches,
     initial_noise,
 )
-from qdit_jax.sampling.hoisted import HoistedDenoiser, hoisted
+from qdit_jax.sampling.hoisted import HoistedDenoiser, check_hoisting, hoisted
 from qdit_jax.sampling.own_guidance import (
     DEFAULT_GUIDANCE,
     PUBLISHED,
@@ -72,6 +71,7 @@ __all__ = [
     "check_call",
     "check_diffusion_model",
     "check_entries",
+    "check_hoisting",
     "check_numerics",
     "check_seed",
     "check_takes",

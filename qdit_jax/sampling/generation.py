@@ -6,35 +6,21 @@ Dimension letters: N = number of samples, B = batch, H, W, C = one latent or ima
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Num
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from qdit_jax import diffusion
 from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.models import (
-    NULL,
-    is_concrete,
-    null_condition_of,
-    null_entries,
-    with_guidance,
-    without_null,
-)
-from qdit_jax.quant import UNQUANTIZED, applied_over_time, select_timestep
 from qdit_jax.sampling.batches import checked_batch_size, device_mesh, filled_batch, token_mesh
 from qdit_jax.sampling.checks import (
-    calls_per_step,
     check_diffusion_model,
-    check_guidance,
     check_numerics,
     check_seed,
-    num_guided_channels,
     sample_count,
 )
 from qdit_jax.sampling.conditions import (
@@ -44,155 +30,16 @@ from qdit_jax.sampling.conditions import (
     shape_of_sample,
 )
 from qdit_jax.sampling.decoding import decode
+from qdit_jax.sampling.denoisers import denoiser
 from qdit_jax.sampling.first_frames import checked_first_frames, keeping, kept_rows
+from qdit_jax.sampling.hoisted import check_hoisting, hoisting
 from qdit_jax.sampling.own_guidance import (
     PUBLISHED,
     Guidance,
-    chosen_guidance,
-    own_guidance,
-    takes_embedded_guidance,
 )
+from qdit_jax.sampling.own_samplers import called_timesteps
 from qdit_jax.sampling.running import running_params
-from qdit_jax.sampling.token_sharding import split_tokens
-from qdit_jax.types import AnyArray, Condition, Key, Params, Progress, ProgressFn, untold
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class Denoiser:
-    """A network with its parameters as `denoise_fn`: a pytree whose arrays are the parameters."""
-
-    params: Params
-    model: nn.Module = dataclasses.field(metadata={"static": True})
-    # Whose axis `tokens` a sample's tokens are split over.
-    mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
-
-    def __call__(
-        self, x: Float[Array, "B ..."], timestep: Num[Array, "B *moments"], condition: Condition
-    ) -> Array:
-        """Returns the network's output, with the static scales and bits of the nearest timestep.
-
-        `null_*` entries of the condition do not count here, see `null_condition`.
-
-        Raises:
-            ValueError: as `check_condition`; in a traced label, what is out of range gives NaN.
-        """
-        self.check_condition(condition)
-        return diffusion.in_auto_axes(_applied, x, timestep, without_null(condition), self)
-
-    def check_condition(self, condition: Condition) -> None:
-        """Raises `ValueError` for conditions unknown to the network, unless they are traced."""
-        check = getattr(self.model, "check_condition", None)  # a function's stand-in has none
-        if check is not None and all(is_concrete(leaf) for leaf in jax.tree.leaves(condition)):
-            check(without_null(condition))
-
-    def null_condition(self, condition: Condition) -> Condition:
-        """Returns the null condition, with the same entries; see `models.null_condition_of`."""
-        found = null_condition_of(self.model, self.params, condition)
-        if null := null_entries(condition):
-            return {**cast(dict, found), **{f"{NULL}{name}": null[name] for name in null}}
-        return found
-
-
-def _applied(
-    x: Float[Array, "B ..."],
-    timestep: Num[Array, "B *moments"],
-    condition: Condition,
-    denoise_fn: Denoiser,
-) -> Array:
-    of_samples = diffusion.of_samples(timestep)
-    params = select_timestep(denoise_fn.params, of_samples)
-
-    def apply(params: Params, bits: int | None) -> Array:
-        model = denoise_fn.model
-        if bits == UNQUANTIZED and getattr(model, "numerics", "simulated") != "simulated":
-            model = model.clone(numerics="simulated")  # integers need quantized activations
-        with split_tokens(denoise_fn.mesh):
-            return cast(Array, model.apply({"params": params}, x, timestep, condition))
-
-    return applied_over_time(apply, params, of_samples)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class EmbeddedGuidance:
-    """A denoiser whose network takes the scale of guidance as an entry: one call per step.
-
-    Samples whose condition has the entry `guidance` keep it.
-    """
-
-    denoise_fn: Denoiser
-    scale: Any
-
-    def __call__(
-        self, x: Float[Array, "B ..."], timestep: Num[Array, " B"], condition: Condition
-    ) -> Array:
-        """Returns the network's output; the scale is one number, or one per sample."""
-        return self.denoise_fn(x, timestep, self.filled(condition))
-
-    def filled(self, condition: Condition) -> Condition:
-        """Returns the condition with the scale."""
-        return with_guidance(self.denoise_fn.model, condition, self.scale)
-
-    def check_condition(self, condition: Condition) -> None:
-        """Raises `ValueError` as the network does, or if two different scales are given.
-
-        The network's own scale, which is the default, does not count as given.
-        """
-        self.denoise_fn.check_condition(self.filled(condition))
-        given = condition.get("guidance") if isinstance(condition, Mapping) else None
-        if given is None or not all(is_concrete(jnp.asarray(a)) for a in (given, self.scale)):
-            return
-        scale = np.asarray(self.scale)
-        if (scale != own_guidance(self.denoise_fn.model)).any() and (
-            np.asarray(given) != scale
-        ).any():
-            raise ValueError(
-                f"guidance={self.scale}, but the condition has an entry guidance of other values; "
-                "give one of both."
-            )
-
-
-def denoiser(
-    model: nn.Module,
-    params: Params,
-    guidance: Guidance | None = PUBLISHED,
-    guidance_channels: int | str | None = PUBLISHED,
-    mesh: Mesh | None = None,
-) -> Callable[..., Array]:
-    """Returns the `denoise_fn` of a network, guided by its null condition.
-
-    Parameters and `guidance` are arguments of a function that is compiled with it, not constants.
-    `guidance="published"` is the network's own, see `own_guidance`: 1.5 for DiT, 4 and 3 for the experts
-    of Wan A14B. `guidance=None`, or the number 1, calls the network once, without the null condition.
-    Else `guidance` is a number, one per sample, or a function of the timestep such as
-    `diffusion.SteppedScale`. A network that embeds guidance (FLUX.1-dev) is given the scale as an
-    entry of its condition and is called once, also at 1.
-    `guidance_channels` counts the guided channels, at most all of the sample's: `"published"` for as
-    many as the family's published sampler guides (3 of DiT's 4), None for all as diffusers does.
-    `mesh` has the axes `batch` and `tokens` (`token_mesh`), over which activations are then split.
-
-    Raises:
-        ValueError: if the network has no null condition, or a sample fewer channels.
-    """
-    guidance = chosen_guidance(model, guidance)
-    check_guidance(guidance)
-    channels = num_guided_channels(model, guidance_channels)
-    plain = Denoiser(params, model, mesh)
-    if guidance is not None and takes_embedded_guidance(model):
-        if callable(guidance):
-            raise ValueError(
-                "this network embeds guidance, which cannot change over time; use a number."
-            )
-        return EmbeddedGuidance(plain, guidance)
-    if calls_per_step(model, guidance) == 1:
-        return plain
-    if not model.has_null:
-        raise ValueError(
-            f"guidance={guidance} needs a null class, which this model was trained without; "
-            "use guidance=None."
-        )
-    return diffusion.guided(plain, cast(Any, guidance), channels=channels)
+from qdit_jax.types import AnyArray, Condition, Key, Progress, ProgressFn, untold
 
 
 @jax.jit(static_argnames=("shape",))
@@ -236,6 +83,7 @@ def generate(
     shape: Sequence[int] | None = None,
     first_frames: AnyArray | None = None,
     shard_tokens: int = 1,
+    hoist: bool = False,
     decode_fn: Callable[[Checkpoint, Array], Array] | None = decode,
     progress_fn: ProgressFn = untold,
 ) -> Float[np.ndarray, "N *shape"]:
@@ -256,10 +104,13 @@ def generate(
             clip per sample or cycled; the network sees them as clean. See `diffusion.keeping_frames`.
         shard_tokens: how many devices share each sample, a number that divides that of the devices; each
             then holds its share of the activations and all parameters. Autoencoders decode whole samples.
+        hoist: compute the layers that see the timestep and the condition only (adaLN) before the loop, for all
+            timesteps of a batch, see `hoisted`: for memory, a step reads none of their weights.
 
     Raises:
         ValueError: if a label or the seed is out of range, there is no label, the batch size is not
-            positive, `numerics` have no effect on the checkpoint, or the network cannot take `shape`.
+            positive, `numerics` have no effect on the checkpoint, the network cannot take `shape`, or
+            `hoist` has nothing to compute before the loop.
     """
     check_diffusion_model(checkpoint.model)
     condition = checked_conditions(checkpoint.model, condition)
@@ -280,11 +131,17 @@ def generate(
         shape=shape,
         first_frames=first_frames,
         shard_tokens=shard_tokens,
+        hoist=hoist,
         decode_fn=decode_fn,
     ):
         done.append(images)
         progress_fn(Progress(len(images)))
     return np.concatenate(done)
+
+
+def always(denoise_fn: Callable[..., Array]) -> Callable[[Condition], Callable[..., Array]]:
+    """Returns the function that has the same denoiser for every batch."""
+    return lambda condition: denoise_fn
 
 
 def generated_batches(
@@ -302,6 +159,7 @@ def generated_batches(
     shape: Sequence[int] | None = None,
     first_frames: AnyArray | None = None,
     shard_tokens: int = 1,
+    hoist: bool = False,
     decode_fn: Callable[[Checkpoint, Array], Array] | None = decode,
 ) -> Iterator[tuple[int, Float[np.ndarray, "B *shape"]]]:
     """Yields what `generate` returns batch by batch: the first sample's number, and the samples.
@@ -318,9 +176,18 @@ def generated_batches(
     mesh = device_mesh() if shard_tokens == 1 else token_mesh(shard_tokens)
     split, whole = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
     model = checkpoint.model.clone(numerics=numerics)
-    params, shared = running_params(model, checkpoint.params), None if shard_tokens == 1 else mesh
-    denoise_fn = denoiser(model, params, guidance, guidance_channels, shared)
-    denoise_fn = jax.device_put(denoise_fn, whole)
+    guided = (guidance, guidance_channels)
+    if hoist:
+        check_hoisting(
+            model, checkpoint.params, first_frames=first_frames, shard_tokens=shard_tokens
+        )
+        params, timesteps = jax.device_put(checkpoint.params, whole), called_timesteps(sampler)
+        denoise_fn = denoiser(model, params, *guided)
+        denoiser_of = hoisting(model, params, timesteps, *guided, shape=size)
+    else:
+        shared = None if shard_tokens == 1 else mesh
+        denoise_fn = denoiser(model, running_params(model, checkpoint.params), *guided, shared)
+        denoiser_of = always(jax.device_put(denoise_fn, whole))
     check_takes(denoise_fn, model, shape, condition)
     if first_frames is not None:
         first_frames = checked_first_frames(model, first_frames, size)
@@ -338,7 +205,8 @@ def generated_batches(
         if first_frames is not None:
             kept = jax.device_put(kept_rows(first_frames, index, size[0]), split)
             sampler_of_batch = keeping(sampler, model, *kept)
-        out = _generated(denoise_fn, sampler_of_batch, jax.random.key(seed), numbers, chosen, size)
+        fn = denoiser_of(chosen)
+        out = _generated(fn, sampler_of_batch, jax.random.key(seed), numbers, chosen, size)
         if vae is not None and decode_fn is not None:
             out = decode_fn(vae, out)
         yield start, np.asarray(out)[: stop - start]

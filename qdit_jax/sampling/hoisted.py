@@ -19,14 +19,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Num
 
-from qdit_jax.models import KNOWN_OUTPUT, RUNS, Linear, family_of
+from qdit_jax.models import KNOWN_OUTPUT, RUNS, Linear, family_of, without_null
 from qdit_jax.quant import OVER_TIME
-from qdit_jax.sampling.generation import PUBLISHED, Denoiser, Guidance, denoiser
+from qdit_jax.sampling.denoisers import Denoiser, denoiser
+from qdit_jax.sampling.own_guidance import PUBLISHED, Guidance
 from qdit_jax.sampling.running import running_params
 from qdit_jax.types import Condition, Params
 
 MOST_BYTES = 2**30
-Outputs = dict[str, Float[Array, "T B N"]]
+SAME_TIMESTEP = 2.0**-20  # of the greatest: what two ways to compute a timestep differ by
+Outputs = dict[str, Float[Array, "T B ..."]]
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +38,7 @@ class HoistedDenoiser:
 
     Attributes:
         params: in the form in which the network runs.
-        known: by path of the layer in `params`: `[T, B, N]`, or `[T, L, B, N]` of a run of blocks.
+        known: by path of the layer in `params`: `[T, B, ...]`, or `[T, L, B, ...]` of a run of blocks.
         timesteps: of the grid, `[T]`.
         condition: that the outputs were computed for, as the network is given it.
     """
@@ -55,14 +57,15 @@ class HoistedDenoiser:
         Raises:
             ValueError: if the condition has other shapes.
         """
-        is_known = same_arrays(condition, self.condition)
+        is_known = same_arrays(without_null(condition), self.condition)
         distance = jnp.abs(self.timesteps - timestep[0].astype(self.timesteps.dtype))
         index = jnp.argmin(distance)
         params = self.params
         for path, rows in self.known.items():
             params = with_layer(params, path.split("/"), {KNOWN_OUTPUT: rows[index]})
         output = Denoiser(params, self.model)(x, timestep, condition)
-        is_known &= (distance[index] == 0) & jnp.all(timestep == timestep[0])
+        near = SAME_TIMESTEP * jnp.max(jnp.abs(self.timesteps))
+        is_known &= (distance[index] <= near) & jnp.all(timestep == timestep[0])
         return jnp.where(is_known, output, jnp.nan)
 
     def check_condition(self, condition: Condition) -> None:
@@ -88,40 +91,80 @@ def hoisted(
 
     Args:
         params: of the checkpoint, not yet in another form.
-        timesteps: `sampler_timesteps(sampler)`.
+        timesteps: `sampler_timesteps(sampler)`, and those at which Heun's rule looks.
         condition: of the batch that will be sampled, in its order.
         guidance, guidance_channels: as in `denoiser`.
         most_bytes: that the known outputs may take.
 
     Raises:
-        ValueError: if the family has no layers that see the condition only, bits change over time, or the
-            outputs take more than `most_bytes`.
+        ValueError: as `hoisting`, or if the outputs take more than `most_bytes`.
     """
-    part = family_of(model).rounded_first
-    if not part:
+    denoiser_fn = hoisting(
+        model, params, timesteps, guidance, guidance_channels, most_bytes=most_bytes
+    )
+    return denoiser_fn(condition)
+
+
+def hoisting(
+    model: nn.Module,
+    params: Params,
+    timesteps: Sequence[float],
+    guidance: Guidance | None = PUBLISHED,
+    guidance_channels: int | str | None = PUBLISHED,
+    *,
+    most_bytes: int = MOST_BYTES,
+    shape: Sequence[int] | None = None,
+) -> Callable[[Condition], Callable[..., Array]]:
+    """Returns the function from the conditions of a batch to its denoiser, see `hoisted`.
+
+    Parameters take their form for running once, and batches of one size compile once. `shape` is that of a
+    sample, by default the network's own.
+
+    Raises:
+        ValueError: if the family has no layers that see the condition only, or bits change over time; of the
+            function, if the outputs take more than `most_bytes`.
+    """
+    check_hoisting(model, params)
+    denoise_fn = denoiser(model, params, guidance, guidance_channels)
+    grid = jnp.asarray(timesteps, jnp.float32)
+    pattern = family_of(model).part_pattern(family_of(model).rounded_first)
+    compute_fn = jax.jit(
+        partial(known_outputs, pattern=pattern, shape=tuple(shape or model.sample_shape()))
+    )
+    running = running_params(model, params)
+
+    def denoiser_of(condition: Condition) -> Callable[..., Array]:
+        abstract, _ = jax.eval_shape(compute_fn, denoise_fn, grid, condition)
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in abstract.values())
+        if size > most_bytes:
+            raise ValueError(
+                f"the outputs at {len(grid)} timesteps take {size / 1e6:.0f} MB, more than "
+                f"most_bytes={most_bytes}; sample fewer at a time, or leave them in the loop."
+            )
+        outputs, seen = compute_fn(denoise_fn, grid, condition)
+        inner = HoistedDenoiser(running, in_runs(running, outputs), grid, seen, model)
+        if isinstance(denoise_fn, Denoiser):
+            return inner
+        return dataclasses.replace(denoise_fn, denoise_fn=inner)  # type: ignore[type-var]
+
+    return denoiser_of
+
+
+def check_hoisting(
+    model: nn.Module, params: Params, *, first_frames: object = None, shard_tokens: int = 1
+) -> None:
+    """Raises `ValueError` for what has no modulation that could be computed before the loop."""
+    if not family_of(model).rounded_first:
         raise ValueError(f"{type(model).__name__} has no layers that see the condition only.")
     if OVER_TIME in params or RUNS in params:
         raise ValueError(
             "bits that change over time, or blocks in runs, cannot be hoisted; give the params of a "
             "checkpoint, with the same bits at all timesteps."
         )
-    denoise_fn = denoiser(model, params, guidance, guidance_channels)
-    grid = jnp.asarray(timesteps, jnp.float32)
-    pattern = family_of(model).part_pattern(part)
-    compute_fn = partial(known_outputs, pattern=pattern, shape=tuple(model.sample_shape()))
-    abstract, _ = jax.eval_shape(compute_fn, denoise_fn, grid, condition)
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in abstract.values())
-    if size > most_bytes:
-        raise ValueError(
-            f"the outputs at {len(grid)} timesteps take {size / 1e6:.0f} MB, more than "
-            f"most_bytes={most_bytes}; sample fewer at a time, or leave them in the loop."
-        )
-    outputs, seen = jax.jit(compute_fn)(denoise_fn, grid, condition)
-    running = running_params(model, params)
-    inner = HoistedDenoiser(running, in_runs(running, outputs), grid, seen, model)
-    if isinstance(denoise_fn, Denoiser):
-        return inner
-    return dataclasses.replace(denoise_fn, denoise_fn=inner)  # type: ignore[type-var]
+    if first_frames is not None:
+        raise ValueError("first frames have timesteps of their own, which cannot be hoisted.")
+    if shard_tokens != 1:
+        raise ValueError(f"hoisting takes whole samples, and shard_tokens is {shard_tokens}.")
 
 
 def known_outputs(
@@ -143,10 +186,12 @@ def known_outputs(
         given: list[Condition] = []
 
         def keep(next_fn: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            if context.method_name == "runs_all_experts":
+                return True  # what is seen inside a branch could not leave it
             output = next_fn(*args, **kwargs)
-            path = "/".join(context.module.path)
-            if context.method_name != "__call__":
+            if context.method_name != "__call__" or context.module.scope is None:
                 return output
+            path = "/".join(context.module.path)
             if not path:
                 given.append(args[2])
             elif isinstance(context.module, Linear) and re.fullmatch(pattern, path):

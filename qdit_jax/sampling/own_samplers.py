@@ -197,6 +197,13 @@ def sampler_timesteps(sampler: diffusion.Sampler) -> tuple[float, ...]:
     return tuple(np.asarray(sampler.table.timestep, np.float32).tolist())
 
 
+def called_timesteps(sampler: diffusion.Sampler) -> tuple[float, ...]:
+    """Returns every timestep at which a sampler may call the network: of each step, and of its end."""
+    later = getattr(sampler.table, "timestep_next", ())  # where Heun's rule looks
+    more = {float(timestep) for timestep in np.asarray(later, np.float32)}
+    return (*(first := sampler_timesteps(sampler)), *sorted(more - set(first)))
+
+
 def sampler_text(checkpoint: Checkpoint) -> str | None:
     """Returns a description of the checkpoint's own scheduler, or None if it has none."""
     scheduler = own_scheduler(checkpoint.metadata)

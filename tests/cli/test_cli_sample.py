@@ -72,6 +72,14 @@ def test_an_archive_of_decoded_latents(folders, tmp_path):
     np.testing.assert_array_equal(stored["label"], [0, 1, 2])
 
 
+def test_modulation_before_the_loop_gives_the_same_latents(folders, tmp_path):
+    for name, options in {"loop": (), "ahead": ("--hoist",)}.items():
+        few = ("--labels", "0-2", "--steps", 3, "--batch-size", 2, *options)
+        run(folders / "velocity", *few, "--out", tmp_path / f"{name}.npz")
+    found, expected = (np.load(tmp_path / f"{name}.npz")["latents"] for name in ("ahead", "loop"))
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
 def test_latents_alone_go_to_an_archive(folders, tmp_path):
     out = tmp_path / "latents.npz"
     run(folders / "velocity", "--labels", "1", "--steps", 3, "--guidance", 1, "--out", out)

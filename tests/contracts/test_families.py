@@ -317,3 +317,39 @@ def test_a_quantized_network_is_close_saved_and_sampled(row, config, tmp_path):
         images = qdit.generate(full, sampler, condition, guidance=guidance, batch_size=3)
         assert images.shape == (3, *model.sample_shape())
         assert np.isfinite(images).all()
+
+
+HOISTED = (
+    "dit-0",
+    "pixart-0",
+    "sd3-0",
+    "flux-0",
+    "stdit3-0",
+    "wan-1",
+)  # unlike each other; rest slow
+
+
+@pytest.mark.parametrize(
+    ("row", "config"),
+    [
+        pytest.param(*e.values, id=e.id, marks=() if e.id in HOISTED else pytest.mark.slow)
+        for e in DENOISING
+    ],
+)
+def test_modulation_before_the_loop_gives_the_same_samples(row, config):
+    model = network(row, config)
+    full = qdit.Checkpoint(model, params_of(model))
+    condition = inputs_of(model)[2]
+    if condition is None:
+        pytest.skip("a sample has no condition, of which to tell how many there are")
+    settings = {"guidance": 1.5 if model.has_null else None, "batch_size": 2, "decode_fn": None}
+    if model.has_null and model.null_condition(condition, full.params) is None:
+        condition |= {f"null_{name}": 0.5 * entry[:1] for name, entry in condition.items()}
+    sampler = checkpoint_sampler(full, 2)
+    if not row.rounded_first:
+        with pytest.raises(ValueError, match="no layers that see the condition only"):
+            qdit.generate(full, sampler, condition, hoist=True, **settings)
+        return
+    found = qdit.generate(full, sampler, condition, hoist=True, **settings)
+    expected = qdit.generate(full, sampler, condition, **settings)
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import qdit_jax as qdit
+from qdit_jax.diffusion import heun
 from qdit_jax.models import RUNS, DiT
-from qdit_jax.sampling import denoiser, hoisted, sampler_timesteps
+from qdit_jax.sampling import check_hoisting, denoiser, hoisted, sampler_timesteps
 
 LABELS = jnp.array([1, 4, 2])
 NETWORKS = {
@@ -93,3 +94,36 @@ def test_what_cannot_be_hoisted_is_refused_by_name():
         hoisted(model, params, [7.0, 3.0], LABELS, most_bytes=1000)
     with pytest.raises(ValueError, match="blocks in runs, cannot be hoisted"):
         hoisted(model, {**params, RUNS: {}}, [7.0], LABELS)
+
+
+def test_generating_computes_it_for_every_batch():
+    model, params = network(depth=2)
+    checkpoint, sampler = qdit.Checkpoint(model, params), sampler_of(model)
+    labels = jnp.arange(5)
+    told = {"guidance": 1.5, "batch_size": 2}
+    found = qdit.generate(checkpoint, sampler, labels, hoist=True, **told)
+    expected = qdit.generate(checkpoint, sampler, labels, **told)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("flow_times", [(0.0, 1.0), (1000.0, 0.0)])
+def test_a_rule_that_looks_at_the_end_of_a_step_finds_it(flow_times):
+    model, params = network(depth=2, velocity=True)
+    checkpoint, labels = qdit.Checkpoint(model, params), jnp.arange(2)
+    sampler = qdit.flow(steps=7, solve_fn=heun, flow_times=flow_times)
+    found = qdit.generate(checkpoint, sampler, labels, hoist=True, guidance=None)
+    expected = qdit.generate(checkpoint, sampler, labels, guidance=None)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"first_frames": np.zeros(1)}, "first frames have timesteps of their own"),
+        ({"shard_tokens": 2}, "takes whole samples, and shard_tokens is 2."),
+    ],
+)
+def test_samples_that_cannot_have_it_are_refused(settings, sentence):
+    model, params = network(depth=2)
+    with pytest.raises(ValueError, match=sentence):
+        check_hoisting(model, params, **settings)
