@@ -35,7 +35,7 @@ def ends(text: str, titles: list[str]) -> set[tuple[str, str, str]]:
 @pytest.mark.parametrize(
     ("name", "prefix", "bits"),
     [
-        ("methods", "", ["w4a8"]),
+        ("methods", "", ["w8a8", "w6a8", "w4a8", "w4a4", "w3a8"]),
         ("methods_wide", "wide_", ["w8a8", "w6a8", "w4a8", "w4a4", "w3a8"]),
     ],
 )
