@@ -40,9 +40,10 @@ def packed_product(
     scale: Float[Array, "S N"] | None = None,
     *,
     name: str,
+    dtype: str,
     interpret: bool,
 ) -> Float[Array, "*lead N"]:
-    """Returns the product of `x` and `q` that `kernel` computes block by block.
+    """Returns the product of `x` and `q`, in `dtype`, that `kernel` computes block by block.
 
     The kernel is given `bits` and `groups`, the group of every 32 input channels, and the blocks of
     `x [L, K]`, of the packed codes `[R, C]`, or `[C, R]` where the last block is room to have them turned,
@@ -66,7 +67,7 @@ def packed_product(
         grid=blocks.grid,
         in_specs=in_specs(operands, blocks, len(maps), inside=inside),
         out_specs=pl.BlockSpec((blocks.rows, blocks.columns), of_both(blocks)),
-        out_shape=jax.ShapeDtypeStruct((rows, columns), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((rows, columns), dtype),
         scratch_shapes=held_in_vmem(blocks, sizes, operands[1].shape[1] if inside else 0),
         cost_estimate=cost(operands, blocks, sizes),
         compiler_params=compiler_params(),

@@ -45,36 +45,48 @@ def groups_matmul(
     q: QTensor,
     act: ActQuant | None,
     numerics: str,
+    dtype: str | None = None,
     *,
     interpret: bool = False,
 ) -> Float[Array, "*lead N"]:
-    """Returns `act(x) @ q` in integer numerics; `interpret` runs it on any platform, slowly.
+    """Returns `act(x) @ q` in integer numerics, in `dtype`, by default that of `x`.
+
+    `interpret` runs it on any platform, slowly.
 
     Equal to `xla.integer_matmul` to float rounding, whose derivative it has. A token that holds NaN or
     infinity gives NaN.
     """
     assert act is not None, "groups_reason refuses it"
-    return _product(x, q, act.spec, interpret)
+    return _product(x, q, act.spec, dtype or x.dtype.name, interpret)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def _product(
-    x: Float[Array, "*lead K"], q: QTensor, spec: ActSpec, interpret: bool
+    x: Float[Array, "*lead K"], q: QTensor, spec: ActSpec, dtype: str, interpret: bool
 ) -> Float[Array, "*lead N"]:
     sizes = groups_sizes(x.shape, q, x.dtype.itemsize)
     scale = of_units(scale_value(q.scale), q.shape[0], q.group_size, TILE)
     size = effective_group_size(q.shape[0], spec.group_size)
     kernel = functools.partial(_kernel, act_spec=spec, tiles=-(-size // TILE))
     maps = [offsets_of(q)]
-    return packed_product(kernel, x, q, sizes, maps, scale, name="tpu_groups", interpret=interpret)
+    return packed_product(
+        kernel, x, q, sizes, maps, scale, name="tpu_groups", dtype=dtype, interpret=interpret
+    )
 
 
 @_product.defjvp
 def _product_jvp(
-    spec: ActSpec, interpret: bool, primals: tuple[Any, Any], tangents: tuple[Any, Any]
+    spec: ActSpec,
+    dtype: str,
+    interpret: bool,
+    primals: tuple[Any, Any],
+    tangents: tuple[Any, Any],
 ) -> tuple[Array, Array]:
-    _, tangent = jax.jvp(lambda x, q: integer_matmul(x, q, ActQuant(spec)), primals, tangents)
-    return _product(*primals, spec, interpret), tangent
+    def by_xla(x: Array, q: QTensor) -> Array:
+        return integer_matmul(x, q, ActQuant(spec)).astype(dtype)
+
+    _, tangent = jax.jvp(by_xla, primals, tangents)
+    return _product(*primals, spec, dtype, interpret), tangent
 
 
 def offsets_of(q: QTensor) -> UInt8[Array, "G N"]:
@@ -219,4 +231,4 @@ def sum_weights(weights: Any, sums: Any) -> None:
         sums[unit : unit + 1, :] = found[:1]
 
 
-TPU_GROUPS = Implementation("tpu_groups", groups_matmul, groups_reason)
+TPU_GROUPS = Implementation("tpu_groups", groups_matmul, groups_reason, groups_matmul)

@@ -48,37 +48,47 @@ def levels_matmul(
     q: QTensor,
     act: ActQuant | None,
     numerics: str,
+    dtype: str | None = None,
     *,
     interpret: bool = False,
 ) -> Float[Array, "*lead N"]:
-    """Returns `act(x) @ q` in integer numerics; `interpret` runs it on any platform, slowly.
+    """Returns `act(x) @ q` in integer numerics, in `dtype`, by default that of `x`.
+
+    `interpret` runs it on any platform, slowly.
 
     Equal to `xla.integer_matmul` to float rounding, whose derivative it has. A token that holds NaN or
     infinity gives NaN.
     """
     assert act is not None, "tpu_reason refuses it"
-    return _product(x, q, act.spec, interpret)
+    return _product(x, q, act.spec, dtype or x.dtype.name, interpret)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def _product(
-    x: Float[Array, "*lead K"], q: QTensor, spec: ActSpec, interpret: bool
+    x: Float[Array, "*lead K"], q: QTensor, spec: ActSpec, dtype: str, interpret: bool
 ) -> Float[Array, "*lead N"]:
     sizes = sizes_of(x.shape, q, x.dtype.itemsize)
     scale = q.channel_scale if q.has_levels else scale_value(q.scale)[0]
     kernel = functools.partial(_kernel, act_spec=spec)
     maps = step_and_offset(q)
     return packed_product(
-        kernel, x, q, sizes, maps, scale[None], name="tpu_levels", interpret=interpret
+        kernel, x, q, sizes, maps, scale[None], name="tpu_levels", dtype=dtype, interpret=interpret
     )
 
 
 @_product.defjvp
 def _product_jvp(
-    spec: ActSpec, interpret: bool, primals: tuple[Any, Any], tangents: tuple[Any, Any]
+    spec: ActSpec,
+    dtype: str,
+    interpret: bool,
+    primals: tuple[Any, Any],
+    tangents: tuple[Any, Any],
 ) -> tuple[Array, Array]:
-    _, tangent = jax.jvp(lambda x, q: integer_matmul(x, q, ActQuant(spec)), primals, tangents)
-    return _product(*primals, spec, interpret), tangent
+    def by_xla(x: Array, q: QTensor) -> Array:
+        return integer_matmul(x, q, ActQuant(spec)).astype(dtype)
+
+    _, tangent = jax.jvp(by_xla, primals, tangents)
+    return _product(*primals, spec, dtype, interpret), tangent
 
 
 # Any: references to memory, which have no public type.
@@ -173,4 +183,4 @@ def unpack_columns(
         levels[rows, :] = as_rows_of((word * own_step + own_offset) ^ SIGNS, jnp.int8)
 
 
-TPU_LEVELS = Implementation("tpu_levels", levels_matmul, tpu_reason)
+TPU_LEVELS = Implementation("tpu_levels", levels_matmul, tpu_reason, levels_matmul)

@@ -50,7 +50,9 @@ def weights_matmul(
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _product(x: Float[Array, "*lead K"], q: QTensor, interpret: bool) -> Float[Array, "*lead N"]:
     sizes, maps = weights_sizes(x.shape, q), maps_of(q)
-    return packed_product(_kernel, x, q, sizes, maps, name="tpu_weights", interpret=interpret)
+    return packed_product(
+        _kernel, x, q, sizes, maps, name="tpu_weights", dtype=x.dtype.name, interpret=interpret
+    )
 
 
 @_product.defjvp

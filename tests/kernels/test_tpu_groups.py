@@ -200,3 +200,15 @@ def test_blocks_fit(channels):
     assert blocks is not None
     assert vmem_bytes(sizes, blocks) <= VMEM_LIMIT
     assert vmem_bytes(sizes, blocks) > vmem_bytes(replace(sizes, units=0), blocks)
+
+
+def test_sums_are_written_in_16_bits_at_once():
+    x, q = jnp.asarray(tokens(12, 256), jnp.float32), kernel(256, 24, W(4, 128))
+
+    def products(x, q):
+        found = groups_matmul(x, q, ActQuant(GROUP), "integer", "bfloat16", interpret=True)
+        return found, product(x, q)
+
+    found, wide = compiled(products)(x, q)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, wide.astype(jnp.bfloat16))

@@ -149,3 +149,18 @@ def test_the_derivative_is_that_of_xla():
         return ours, jax.grad(lambda x: quantized_matmul(x, q, TOKEN, "integer", "xla").sum())(x)
 
     np.testing.assert_array_equal(*compiled(derivatives)(x))
+
+
+def test_sums_are_written_in_16_bits_at_once():
+    x, q = (
+        jnp.asarray(tokens(12, 64), jnp.float32),
+        quantize(operands((12, 64, 24))[1], W(4, 32, **LEVELS)),
+    )
+
+    def products(x, q):
+        found = levels_matmul(x, q, ActQuant(TOKEN), "integer", "bfloat16", interpret=True)
+        return found, product(x, q)
+
+    found, wide = compiled(products)(x, q)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, wide.astype(jnp.bfloat16))
