@@ -78,7 +78,8 @@ OTHER_JOBS = {
     "shape": {"shape": (4, 4, 4)},
     "first_frames": {"first_frames": np.zeros((4, 1, 4, 4, 4), np.float32)},
 }
-SAME_VALUES = {"shard_tokens"}  # how many devices share a sample changes no value beyond rounding
+# How many devices share a sample, and where modulation is computed, change no value beyond rounding.
+SAME_VALUES = {"shard_tokens", "hoist"}
 PROTOCOL = Protocol(qdit.ddim(2), {"steps": 2}, num_samples=4, batch_size=2)
 CONTENDERS = (Contender("a", FULL), Contender("b", last_value_changed(FULL)))
 OTHER_PROTOCOLS = {
