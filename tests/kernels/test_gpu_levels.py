@@ -106,7 +106,7 @@ def test_the_check_of_a_device_passes_in_the_interpreter():
     def product(x, q, dtype):
         return interpreted(x.astype(jnp.float32), q).astype(dtype)
 
-    assert gpu_check.wrong_with(product) is None
+    assert gpu_check.wrong_with(product, gpu_check.LEVELS) is None
 
 
 @needs_interpreter
