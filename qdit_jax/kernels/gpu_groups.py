@@ -7,8 +7,6 @@ of their codes and of packed weights, makes int8 of these in registers, multipli
 in int32, scales its sums by token and output channel, and adds them up in float32. Zero points are exact:
 those of 4-bit weights are subtracted before the product, all others from the int32 sums.
 
-Blocks are those of `gpu_levels`, transposed and split over two warpgroups as there.
-
 Dimensions: M rows (tokens), K input channels, N output channels, all padded to whole blocks; U units,
 runs of input channels inside which both operands have one scale.
 """
@@ -26,17 +24,10 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int8, Int32, Num, UInt8
 
 from qdit_jax.kernels import gpu_words
-from qdit_jax.kernels.gpu_memory import (
-    byte_transforms,
-    loaded,
-    loaded_words,
-    output_transforms,
-    renamed,
-    store_transposed,
-    word_layout,
-)
+from qdit_jax.kernels.derivative import with_derivative_of_xla
+from qdit_jax.kernels.gpu_call import called, multiply, place_of, run_of, run_pipeline, write
+from qdit_jax.kernels.gpu_memory import loaded, loaded_words, of_columns, of_rows, word_layout
 from qdit_jax.kernels.gpu_tiles import (
-    COMPUTING,
     HALF,
     RUN,
     Shape,
@@ -46,7 +37,6 @@ from qdit_jax.kernels.gpu_tiles import (
 )
 from qdit_jax.kernels.operands import act_elements
 from qdit_jax.kernels.units import of_units, unit_of, unit_sums
-from qdit_jax.kernels.xla import integer_matmul
 from qdit_jax.quant import ActQuant, ActSpec, QTensor, code_rows, scale_value
 
 
@@ -94,7 +84,7 @@ def groups_matmul(
     return _product(x, q, act.spec, dtype, tiles, interpret)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
+@with_derivative_of_xla
 def _product(
     x: Float[Array, "*lead K"], q: QTensor, spec: ActSpec, dtype: str, tiles: Tiles, interpret: Any
 ) -> Float[Array, "*lead N"]:
@@ -103,24 +93,10 @@ def _product(
     operands = operands_of(x, q, spec, unit)
     num_rows = len(operands.tokens)
     padded = padded_to_blocks(operands, tiles)
-    y = _call(padded, q.bits, unit, jnp.dtype(dtype), tiles, interpret)
+    leaves, tree = jax.tree.flatten(padded)
+    kernel = functools.partial(_kernel, tree=tree, bits=q.bits, unit=unit)
+    y = called(kernel, leaves, jnp.dtype(dtype), tiles, name="gpu_groups", interpret=interpret)
     return y[:num_rows, :width].reshape(*x.shape[:-1], width)
-
-
-@_product.defjvp
-def _product_jvp(
-    spec: ActSpec,
-    dtype: str,
-    tiles: Tiles,
-    interpret: Any,
-    primals: tuple[Any, Any],
-    tangents: tuple[Any, Any],
-) -> tuple[Array, Array]:
-    def by_xla(x: Array, q: QTensor) -> Array:
-        return integer_matmul(x, q, ActQuant(spec)).astype(dtype)
-
-    _, tangent = jax.jvp(by_xla, primals, tangents)
-    return _product(*primals, spec, dtype, tiles, interpret), tangent
 
 
 def operands_of(x: Float[Array, "*lead K"], q: QTensor, spec: ActSpec, unit: int) -> Operands:
@@ -185,80 +161,25 @@ def padded_to_blocks(operands: Operands, tiles: Tiles) -> Operands:
     )
 
 
-def _call(
-    operands: Operands, bits: int, unit: int, dtype: Any, tiles: Tiles, interpret: Any
-) -> Float[Array, "M N"]:
-    """Returns the kernel's result, padding included."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    (rows, num_channels), columns = operands.tokens.shape, len(operands.codes)
-    leaves, tree = jax.tree.flatten(operands)
-    scratch = {
-        "y_block": plgpu.SMEM(
-            (COMPUTING, tiles.rows, tiles.columns),
-            dtype,
-            transforms=output_transforms(tiles, dtype),
-        )
-    }
-    if interpret:
-        scratch["elements"] = plgpu.SMEM(
-            (COMPUTING, tiles.columns, HALF), jnp.int8, transforms=byte_transforms()
-        )
-    kernel = functools.partial(
-        _kernel, tree=tree, bits=bits, unit=unit, tiles=tiles, dtype=dtype, interpret=interpret
-    )
-    return plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((rows, columns), dtype),
-        grid=(rows // tiles.rows, columns // tiles.block),
-        grid_names=("row_block", "column_block"),
-        num_threads=COMPUTING + 1,
-        thread_name="warpgroup",
-        scratch_types=scratch,
-        cost_estimate=pl.CostEstimate(
-            flops=2 * rows * num_channels * columns,
-            transcendentals=0,
-            bytes_accessed=sum(a.size * a.dtype.itemsize for a in leaves)
-            + rows * columns * dtype.itemsize,
-        ),
-        kernel_name="gpu_groups",
-        interpret=interpret,
-    )(*leaves)
-
-
 # Any: references to memory, which have no public type.
 def _kernel(
     *refs: Any,
     y_block: Any,
-    elements: Any = None,
+    left_block: Any = None,
     tree: Any,
     bits: int,
     unit: int,
     tiles: Tiles,
-    dtype: Any,
-    interpret: Any,
 ) -> None:
     """Writes one block of the result; `refs` are the leaves of the operands, and the result."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     *leaves, y = refs
-    warpgroup = lax.axis_index("warpgroup")
-    rows = pl.ds(lax.axis_index("row_block") * tiles.rows, tiles.rows)
-    block = pl.ds(lax.axis_index("column_block") * tiles.block, tiles.block)
-    own = pl.ds(warpgroup * tiles.columns, tiles.columns)
-    columns = pl.ds(
-        lax.axis_index("column_block") * tiles.block + warpgroup * tiles.columns, tiles.columns
-    )
-    size = tiles.columns, tiles.rows
+    at, size = place_of(tiles), (tiles.columns, tiles.rows)
 
     def compute(pipeline: Any) -> None:
         zeros = plgpu.layout_cast(jnp.zeros(size, jnp.float32), plgpu.Layout.WGMMA)
-        total = pipeline(zeros)
-        out = y_block.at[warpgroup]
-        store_transposed(total.astype(dtype), out)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out, y.at[rows, columns])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=False)
+        write(pipeline(zeros), y_block, y, at)
 
     def step(_: Any, *blocks: Any) -> Any:
         *found, total = blocks
@@ -268,26 +189,18 @@ def _kernel(
         def left_operand(index: int, half: int) -> Array:
             first = half * HALF if bits == 8 else 0
             if first not in packed:
-                packed[first] = loaded_words(one.codes.at[own, pl.ds(first, HALF)], interpret)
+                packed[first] = loaded_words(one.codes.at[at.own, pl.ds(first, HALF)], left_block)
             words = gpu_words.code_words(packed[first], bits, half)
             if one.offset is None:
                 words = gpu_words.symmetric_level_words(words, bits)
             else:
-                offset = of_words(one.offset.at[index, own], tiles.columns)
+                offset = of_words(one.offset.at[index, at.own], tiles.columns)
                 words = gpu_words.centered_words(words, offset)
             return words if unit >= HALF else words & mask_words(index, unit, tiles.columns)
 
-        def multiply(sums: Any, lefts: dict[int, Array]) -> Array:
+        def sums_of(sums: Any, lefts: dict[int, Array]) -> Array:
             for half, left in lefts.items():
-                right = one.tokens.at[:, pl.ds(half * HALF, HALF)].T
-                if interpret:
-                    # The interpreter has no left operand in registers: through shared memory.
-                    elements[warpgroup] = gpu_words.bytes_of(left)
-                    plgpu.commit_smem()
-                    plgpu.wgmma(sums, elements.at[warpgroup], right)
-                    plgpu.wgmma_wait(0)
-                else:
-                    plgpu.wgmma(sums, renamed(left, to_words=False), right)
+                multiply(sums, left, one.tokens, half, left_block)
             return sums[...]
 
         for index in range(RUN // unit):
@@ -295,20 +208,15 @@ def _kernel(
             halves = range(start // HALF, -(-stop // HALF))
             lefts = {half: left_operand(index, half) for half in halves}
             sums = pl.run_scoped(
-                functools.partial(multiply, lefts=lefts), plgpu.ACC(size, jnp.int32)
+                functools.partial(sums_of, lefts=lefts), plgpu.ACC(size, jnp.int32)
             )
             for token, channel in one.pairs:
                 sums = sums - of_rows(token.at[index], size) * of_columns(
-                    channel.at[index, own], size
+                    channel.at[index, at.own], size
                 )
             scaled = sums.astype(jnp.float32) * of_rows(one.token_scale.at[index], size)
-            total = total + scaled * of_columns(one.channel_scale.at[index, own], size)
+            total = total + scaled * of_columns(one.channel_scale.at[index, at.own], size)
         return total
-
-    def run_of(shape: tuple[int, int]) -> Any:
-        return plgpu.BlockSpec(
-            shape, lambda k: (0, k), transforms=byte_transforms(), memory_space=plgpu.SMEM
-        )
 
     def units_of(width: int) -> Any:
         return plgpu.BlockSpec((RUN // unit, width), lambda k: (k, 0), memory_space=plgpu.SMEM)
@@ -316,47 +224,24 @@ def _kernel(
     whole = jax.tree.unflatten(tree, leaves)
     of_tokens, of_channels = units_of(tiles.rows), units_of(tiles.block)
     specs = Operands(
-        run_of((tiles.rows, RUN)),
-        run_of((tiles.block, RUN * bits // 8)),
+        run_of(tiles.rows, RUN),
+        run_of(tiles.block, RUN * bits // 8),
         of_tokens,
         of_channels,
         None if whole.offset is None else of_channels,
         tuple((of_tokens, of_channels) for _ in whole.pairs),
     )
     blocks = Operands(
-        whole.tokens.at[rows, :],
-        whole.codes.at[block, :],
-        whole.token_scale.at[:, rows],
-        whole.channel_scale.at[:, block],
-        None if whole.offset is None else whole.offset.at[:, block],
-        tuple((token.at[:, rows], channel.at[:, block]) for token, channel in whole.pairs),
+        whole.tokens.at[at.rows, :],
+        whole.codes.at[at.block, :],
+        whole.token_scale.at[:, at.rows],
+        whole.channel_scale.at[:, at.block],
+        None if whole.offset is None else whole.offset.at[:, at.block],
+        tuple((token.at[:, at.rows], channel.at[:, at.block]) for token, channel in whole.pairs),
     )
-    plgpu.emit_pipeline_warp_specialized(
-        step,
-        grid=(whole.tokens.shape[1] // RUN,),
-        memory_registers=40,
-        wg_axis="warpgroup",
-        num_compute_wgs=COMPUTING,
-        max_concurrent_steps=tiles.steps,
-        compute_context=compute,
-        in_specs=jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, plgpu.BlockSpec)),
-    )(*jax.tree.leaves(blocks))
-
-
-def of_rows(values: Any, size: tuple[int, int]) -> Array:
-    """Returns values of rows in every column of a block `[columns, rows]`."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    of_row = loaded(values, plgpu.Layout.WGMMA.reduce(0), optimized=False)
-    return lax.broadcast_in_dim(of_row, size, [1])
-
-
-def of_columns(values: Any, size: tuple[int, int]) -> Array:
-    """Returns values of columns in every row of a block `[columns, rows]`."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    of_column = loaded(values, plgpu.Layout.WGMMA.reduce(1), optimized=False)
-    return lax.broadcast_in_dim(of_column, size, [0])
+    in_specs = jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, plgpu.BlockSpec))
+    pipeline = run_pipeline(step, compute, whole.tokens.shape[1] // RUN, tiles, in_specs)
+    pipeline(*jax.tree.leaves(blocks))
 
 
 def of_words(values: Any, num_columns: int) -> Int32[Array, "N W"]:

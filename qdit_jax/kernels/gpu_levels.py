@@ -6,9 +6,6 @@ XLA quantizes the inputs, one symmetric scale per token. The kernel fetches bloc
 codes, makes int8 levels of the codes in registers (`gpu_words`), multiplies, and scales the int32 sums
 by token and output channel. Memory sees the inputs, the packed codes and the result, and nothing between.
 
-Tensor cores take registers as their left operand only, so blocks of the transposed result are computed, and
-turned as they are stored. In a block one warpgroup fetches and two compute, one below the other.
-
 Dimensions: M rows (tokens), K input channels, N output channels, all padded to whole blocks; R packed
 bytes of an output channel; S sub-blocks of 32 input channels, which have one step and one offset.
 """
@@ -19,24 +16,16 @@ import functools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int8, UInt8
+from jaxtyping import Array, Float, Int8
 
 from qdit_jax.kernels import gpu_words
-from qdit_jax.kernels.gpu_memory import (
-    byte_transforms,
-    loaded,
-    loaded_words,
-    output_transforms,
-    renamed,
-    store_transposed,
-    word_layout,
-)
+from qdit_jax.kernels.derivative import with_derivative_of_xla
+from qdit_jax.kernels.gpu_call import called, multiply, place_of, run_of, run_pipeline, write
+from qdit_jax.kernels.gpu_memory import loaded, loaded_words, of_columns, of_rows, word_layout
 from qdit_jax.kernels.gpu_tiles import (
-    COMPUTING,
     HALF,
     RUN,
     SUB,
@@ -46,13 +35,11 @@ from qdit_jax.kernels.gpu_tiles import (
     rounded_up,
 )
 from qdit_jax.kernels.operands import act_elements
-from qdit_jax.kernels.xla import integer_matmul
+from qdit_jax.kernels.units import of_units
 from qdit_jax.quant import (
     ActQuant,
     ActSpec,
     QTensor,
-    effective_group_size,
-    num_groups,
     scale_value,
     step_and_offset,
 )
@@ -81,7 +68,7 @@ def levels_matmul(
     return _product(x, q, act.spec, dtype, tiles, interpret)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
+@with_derivative_of_xla
 def _product(
     x: Float[Array, "*lead K"], q: QTensor, spec: ActSpec, dtype: str, tiles: Tiles, interpret: Any
 ) -> Float[Array, "*lead N"]:
@@ -97,26 +84,11 @@ def _product(
         jnp.pad(channel_scale, (0, columns - width)),
     ]
     if q.has_levels:
-        maps = (of_sub_blocks(values, num_channels, q.group_size) for values in step_and_offset(q))
+        maps = (of_units(values, num_channels, q.group_size, SUB) for values in step_and_offset(q))
         operands += [jnp.pad(values, ((0, 0), (0, columns - width))) for values in maps]
-    y = _call(tuple(operands), q.bits, jnp.dtype(dtype), tiles, interpret)
+    kernel = functools.partial(_kernel, bits=q.bits, num_maps=len(operands) - 4)
+    y = called(kernel, operands, jnp.dtype(dtype), tiles, name="gpu_levels", interpret=interpret)
     return y[:num_rows, :width].reshape(*x.shape[:-1], width)
-
-
-@_product.defjvp
-def _product_jvp(
-    spec: ActSpec,
-    dtype: str,
-    tiles: Tiles,
-    interpret: Any,
-    primals: tuple[Any, Any],
-    tangents: tuple[Any, Any],
-) -> tuple[Array, Array]:
-    def by_xla(x: Array, q: QTensor) -> Array:
-        return integer_matmul(x, q, ActQuant(spec)).astype(dtype)
-
-    _, tangent = jax.jvp(by_xla, primals, tangents)
-    return _product(*primals, spec, dtype, tiles, interpret), tangent
 
 
 def quantized_rows(
@@ -129,65 +101,6 @@ def quantized_rows(
     return elements, jnp.where(is_finite, jnp.asarray(scale)[:, 0], jnp.nan)
 
 
-def of_sub_blocks(
-    values: UInt8[Array, "G N"], num_channels: int, group_size: int
-) -> UInt8[Array, "S N"]:
-    """Returns a row for every 32 input channels; `values` themselves where these are the groups."""
-    repeats = effective_group_size(num_channels, group_size) // SUB
-    if repeats == 1:
-        return values
-    count = num_groups(num_channels, group_size)
-    return jnp.repeat(values, repeats, axis=0, total_repeat_length=count * repeats)[
-        : num_channels // SUB
-    ]
-
-
-def _call(
-    operands: tuple[Array, ...], bits: int, dtype: Any, tiles: Tiles, interpret: Any
-) -> Float[Array, "M N"]:
-    """Returns the kernel's result, padding included."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    tokens, codes, *_ = operands
-    (rows, num_channels), columns = tokens.shape, codes.shape[0]
-    scratch = {
-        "y_block": plgpu.SMEM(
-            (COMPUTING, tiles.rows, tiles.columns),
-            dtype,
-            transforms=output_transforms(tiles, dtype),
-        )
-    }
-    if interpret:
-        scratch["levels"] = plgpu.SMEM(
-            (COMPUTING, tiles.columns, HALF), jnp.int8, transforms=byte_transforms()
-        )
-    kernel = functools.partial(
-        _kernel,
-        bits=bits,
-        tiles=tiles,
-        dtype=dtype,
-        num_maps=len(operands) - 4,
-        interpret=interpret,
-    )
-    return plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((rows, columns), dtype),
-        grid=(rows // tiles.rows, columns // tiles.block),
-        grid_names=("row_block", "column_block"),
-        num_threads=COMPUTING + 1,
-        thread_name="warpgroup",
-        scratch_types=scratch,
-        cost_estimate=pl.CostEstimate(
-            flops=2 * rows * num_channels * columns,
-            transcendentals=0,
-            bytes_accessed=sum(a.size * a.dtype.itemsize for a in operands)
-            + rows * columns * dtype.itemsize,
-        ),
-        kernel_name="gpu_levels",
-        interpret=interpret,
-    )(*operands)
-
-
 # Any: references to memory, which have no public type.
 def _kernel(
     tokens: Any,
@@ -196,35 +109,23 @@ def _kernel(
     channel_scale: Any,
     *rest: Any,
     y_block: Any,
-    levels: Any = None,
+    left_block: Any = None,
     bits: int,
-    tiles: Tiles,
-    dtype: Any,
     num_maps: int,
-    interpret: Any,
+    tiles: Tiles,
 ) -> None:
     """Writes one block of the result; `rest` are the steps and offsets, if any, and the result."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     maps, y = rest[:num_maps], rest[num_maps]
-    warpgroup = lax.axis_index("warpgroup")
-    rows = pl.ds(lax.axis_index("row_block") * tiles.rows, tiles.rows)
-    block = pl.ds(lax.axis_index("column_block") * tiles.block, tiles.block)
-    own = pl.ds(warpgroup * tiles.columns, tiles.columns)
-    columns = pl.ds(
-        lax.axis_index("column_block") * tiles.block + warpgroup * tiles.columns, tiles.columns
-    )
+    at = place_of(tiles)
 
     def compute(pipeline: Any) -> None:
         @functools.partial(pl.run_scoped, sums=plgpu.ACC((tiles.columns, tiles.rows), jnp.int32))
         def _(sums: Any) -> None:
             pipeline(sums)
-            scaled = scaled_sums(sums, token_scale.at[rows], channel_scale.at[columns], tiles)
-            out = y_block.at[warpgroup]
-            store_transposed(scaled.astype(dtype), out)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out, y.at[rows, columns])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=False)
+            of_blocks = token_scale.at[at.rows], channel_scale.at[at.columns]
+            write(scaled_sums(sums, *of_blocks, tiles), y_block, y, at)
 
     def step(_: Any, token_block: Any, code_block: Any, *rest: Any) -> Any:
         *map_blocks, sums = rest
@@ -232,56 +133,38 @@ def _kernel(
         for half in range(2):
             if words is None or bits == 8:
                 part = pl.ds(half * HALF, HALF) if bits == 8 else slice(None)
-                words = loaded_words(code_block.at[own, part], interpret)
+                words = loaded_words(code_block.at[at.own, part], left_block)
             fields = gpu_words.code_words(words, bits, half)
             if map_blocks:
-                maps = (sub_block_values(m, own, half, tiles) for m in map_blocks)
-                found = gpu_words.level_words(fields, *maps)
+                found = (sub_block_values(m, at.own, half, tiles) for m in map_blocks)
+                left = gpu_words.level_words(fields, *found)
             else:
-                found = gpu_words.symmetric_level_words(fields, bits)
-            right = token_block.at[:, pl.ds(half * HALF, HALF)].T
-            if interpret:
-                # The interpreter has no left operand in registers: through shared memory.
-                levels[warpgroup] = gpu_words.bytes_of(found)
-                plgpu.commit_smem()
-                plgpu.wgmma(sums, levels.at[warpgroup], right)
-                plgpu.wgmma_wait(0)
-            else:
-                plgpu.wgmma(sums, renamed(found, to_words=False), right)
+                left = gpu_words.symmetric_level_words(fields, bits)
+            multiply(sums, left, token_block, half, left_block)
         plgpu.wgmma_wait(0)
         return sums
 
-    def run_of(shape: tuple[int, int], transforms: tuple[Any, ...] = ()) -> Any:
-        return plgpu.BlockSpec(
-            shape, lambda k: (0, k), transforms=transforms, memory_space=plgpu.SMEM
-        )
-
-    map_spec = plgpu.BlockSpec((RUN // SUB, tiles.block), lambda k: (k, 0), memory_space=plgpu.SMEM)
-    plgpu.emit_pipeline_warp_specialized(
+    maps_of_run = plgpu.BlockSpec(
+        (RUN // SUB, tiles.block), lambda k: (k, 0), memory_space=plgpu.SMEM
+    )
+    run_pipeline(
         step,
-        grid=(tokens.shape[1] // RUN,),
-        memory_registers=40,
-        wg_axis="warpgroup",
-        num_compute_wgs=COMPUTING,
-        max_concurrent_steps=tiles.steps,
-        compute_context=compute,
-        in_specs=[
-            run_of((tiles.rows, RUN), byte_transforms()),
-            run_of((tiles.block, RUN * bits // 8), byte_transforms()),
-            *(map_spec for _ in maps),
+        compute,
+        tokens.shape[1] // RUN,
+        tiles,
+        [
+            run_of(tiles.rows, RUN),
+            run_of(tiles.block, RUN * bits // 8),
+            *(maps_of_run for _ in maps),
         ],
-    )(tokens.at[rows, :], codes.at[block, :], *(m.at[:, block] for m in maps))
+    )(tokens.at[at.rows, :], codes.at[at.block, :], *(m.at[:, at.block] for m in maps))
 
 
 def scaled_sums(sums: Any, token_scale: Any, channel_scale: Any, tiles: Tiles) -> Array:
     """Returns the block `[columns, rows]` in float32."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    shape = (tiles.columns, tiles.rows)
-    of_token = loaded(token_scale, plgpu.Layout.WGMMA.reduce(0), optimized=False)
-    of_channel = loaded(channel_scale, plgpu.Layout.WGMMA.reduce(1), optimized=False)
-    scaled = sums[...].astype(jnp.float32) * lax.broadcast_in_dim(of_token, shape, [1])
-    return scaled * lax.broadcast_in_dim(of_channel, shape, [0])
+    size = tiles.columns, tiles.rows
+    scaled = sums[...].astype(jnp.float32) * of_rows(token_scale, size)
+    return scaled * of_columns(channel_scale, size)
 
 
 def sub_block_values(block: Any, own: Any, half: int, tiles: Tiles) -> Array:

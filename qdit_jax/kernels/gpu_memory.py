@@ -1,4 +1,4 @@
-"""Blocks of a product in an NVIDIA GPU's shared memory and registers, for the kernels on tensor cores.
+"""Blocks of a product in an NVIDIA GPU's registers, for the kernels on tensor cores.
 
 Dimensions: N output channels of a warpgroup, W words of four bytes.
 """
@@ -8,35 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from qdit_jax.kernels import gpu_words
-from qdit_jax.kernels.gpu_tiles import HALF, Tiles
 
 # Any: references to memory and layouts, which have no public type.
-
-
-def byte_transforms() -> tuple[Any, ...]:
-    """Returns how 64 neighboring bytes of a row lie in shared memory."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    return plgpu.TilingTransform((8, HALF)), plgpu.SwizzleTransform(HALF)
-
-
-def output_transforms(tiles: Tiles, dtype: Any) -> tuple[Any, ...]:
-    """Returns how a block of the result lies in shared memory."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    swizzle = plgpu.find_swizzle(tiles.columns * dtype.itemsize * 8, "output")
-    tiling = plgpu.TilingTransform((8, swizzle // dtype.itemsize))
-    return tiling, plgpu.SwizzleTransform(swizzle)
-
-
-def store_transposed(values: Array, out: Any) -> None:
-    """Writes `[columns, rows]` to a block `[rows, columns]` of shared memory."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    out.T[...] = plgpu.layout_cast(values, plgpu.Layout.WGMMA_TRANSPOSED)
 
 
 def loaded(block: Any, layout: Any, *, optimized: bool = True) -> Array:
@@ -48,6 +25,22 @@ def loaded(block: Any, layout: Any, *, optimized: bool = True) -> Array:
     return values
 
 
+def of_rows(values: Any, size: tuple[int, int]) -> Array:
+    """Returns values of rows in every column of a block `[columns, rows]`."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    of_row = loaded(values, plgpu.Layout.WGMMA.reduce(0), optimized=False)
+    return lax.broadcast_in_dim(of_row, size, [1])
+
+
+def of_columns(values: Any, size: tuple[int, int]) -> Array:
+    """Returns values of columns in every row of a block `[columns, rows]`."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    of_column = loaded(values, plgpu.Layout.WGMMA.reduce(1), optimized=False)
+    return lax.broadcast_in_dim(of_column, size, [0])
+
+
 def word_layout() -> Any:
     """Returns the layout of words whose bytes lie where tensor cores want int8 `[N, 4 W]`."""
     from jax.experimental.mosaic.gpu import fragmented_array
@@ -57,11 +50,11 @@ def word_layout() -> Any:
     return plgpu.Layout.TILED(tiling, warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1)
 
 
-def loaded_words(block: Any, interpret: Any) -> Array:
+def loaded_words(block: Any, left_block: Any) -> Array:
     """Returns 64 bytes of each of a warpgroup's rows as words `[columns, 16]`."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    if interpret:
+    if left_block is not None:
         return gpu_words.words_of(block[...])
     return renamed(loaded(block, plgpu.Layout.WGMMA_8BIT), to_words=True)
 

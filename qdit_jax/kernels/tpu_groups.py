@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, Int32, UInt8
 
+from qdit_jax.kernels.derivative import with_derivative_of_xla
 from qdit_jax.kernels.product import Implementation
 from qdit_jax.kernels.tpu_blocks import STRIP, TILE
 from qdit_jax.kernels.tpu_call import packed_product
@@ -29,7 +30,6 @@ from qdit_jax.kernels.tpu_levels import INFINITY, LEAST_NORMAL, magnitude_bits
 from qdit_jax.kernels.tpu_reasons import groups_reason, groups_sizes
 from qdit_jax.kernels.tpu_words import EACH_BYTE, SIGNS, as_rows_of, code_words
 from qdit_jax.kernels.units import of_units
-from qdit_jax.kernels.xla import integer_matmul
 from qdit_jax.quant import (
     ActQuant,
     ActSpec,
@@ -60,7 +60,7 @@ def groups_matmul(
     return _product(x, q, act.spec, dtype or x.dtype.name, interpret)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+@with_derivative_of_xla
 def _product(
     x: Float[Array, "*lead K"], q: QTensor, spec: ActSpec, dtype: str, interpret: bool
 ) -> Float[Array, "*lead N"]:
@@ -72,21 +72,6 @@ def _product(
     return packed_product(
         kernel, x, q, sizes, maps, scale, name="tpu_groups", dtype=dtype, interpret=interpret
     )
-
-
-@_product.defjvp
-def _product_jvp(
-    spec: ActSpec,
-    dtype: str,
-    interpret: bool,
-    primals: tuple[Any, Any],
-    tangents: tuple[Any, Any],
-) -> tuple[Array, Array]:
-    def by_xla(x: Array, q: QTensor) -> Array:
-        return integer_matmul(x, q, ActQuant(spec)).astype(dtype)
-
-    _, tangent = jax.jvp(by_xla, primals, tangents)
-    return _product(*primals, spec, dtype, interpret), tangent
 
 
 def offsets_of(q: QTensor) -> UInt8[Array, "G N"]:

@@ -24,12 +24,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
+from qdit_jax.kernels.derivative import with_derivative_of_xla
 from qdit_jax.kernels.product import Implementation
 from qdit_jax.kernels.tpu_blocks import STRIP, TILE, sizes_of
 from qdit_jax.kernels.tpu_call import packed_product
 from qdit_jax.kernels.tpu_reasons import tpu_reason
 from qdit_jax.kernels.tpu_words import EACH_BYTE, SIGNS, as_rows_of, code_words
-from qdit_jax.kernels.xla import integer_matmul
 from qdit_jax.quant import (
     ActQuant,
     ActSpec,
@@ -63,7 +63,7 @@ def levels_matmul(
     return _product(x, q, act.spec, dtype or x.dtype.name, interpret)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+@with_derivative_of_xla
 def _product(
     x: Float[Array, "*lead K"], q: QTensor, spec: ActSpec, dtype: str, interpret: bool
 ) -> Float[Array, "*lead N"]:
@@ -74,21 +74,6 @@ def _product(
     return packed_product(
         kernel, x, q, sizes, maps, scale[None], name="tpu_levels", dtype=dtype, interpret=interpret
     )
-
-
-@_product.defjvp
-def _product_jvp(
-    spec: ActSpec,
-    dtype: str,
-    interpret: bool,
-    primals: tuple[Any, Any],
-    tangents: tuple[Any, Any],
-) -> tuple[Array, Array]:
-    def by_xla(x: Array, q: QTensor) -> Array:
-        return integer_matmul(x, q, ActQuant(spec)).astype(dtype)
-
-    _, tangent = jax.jvp(by_xla, primals, tangents)
-    return _product(*primals, spec, dtype, interpret), tangent
 
 
 # Any: references to memory, which have no public type.

@@ -14,9 +14,11 @@ import pytest
 from level_products import LEVELS, TOKEN, W, random_kernel, tokens
 
 from qdit_jax.kernels import gpu_check, gpu_words, quantized_matmul
-from qdit_jax.kernels.gpu_levels import levels_matmul, of_sub_blocks, word_layout
+from qdit_jax.kernels.gpu_levels import levels_matmul
+from qdit_jax.kernels.gpu_memory import word_layout
 from qdit_jax.kernels.gpu_tiles import Tiles
 from qdit_jax.kernels.level_reasons import version_reason
+from qdit_jax.kernels.units import of_units
 from qdit_jax.quant import (
     ActQuant,
     ActSpec,
@@ -167,7 +169,7 @@ def test_symmetric_words_become_signed_codes(bits):
 @pytest.mark.parametrize("group_size", [32, 64, 96, 0])
 def test_every_32_channels_have_the_step_of_their_group(group_size):
     q = kernel(W(4, group_size, **LEVELS), 384, 3)
-    found = of_sub_blocks(jnp.asarray(q.scale), 384, group_size)
+    found = of_units(jnp.asarray(q.scale), 384, group_size, 32)
     size = group_size or 384
     expected = np.stack([q.scale[row // size] for row in range(0, 384, 32)])
     np.testing.assert_array_equal(found, expected)
@@ -191,7 +193,7 @@ def test_a_register_is_a_word_and_four_operands():
 def test_levels_of_words_are_those_of_rows():
     q = kernel(W(4, 32, **LEVELS), 128, 5)
     words = gpu_words.words_of(jnp.asarray(q.codes))
-    maps = [of_sub_blocks(jnp.asarray(m), 128, 32) for m in (q.scale, q.offset)]
+    maps = [of_units(jnp.asarray(m), 128, 32, 32) for m in (q.scale, q.offset)]
     halves = []
     for half in range(2):
         own = [jnp.repeat(m[2 * half : 2 * half + 2].T.astype(jnp.int32), 8, axis=1) for m in maps]

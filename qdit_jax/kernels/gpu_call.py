@@ -1,0 +1,179 @@
+"""The call that the kernels for NVIDIA GPUs share: its grid, the pipeline, and what a block does with memory.
+
+Tensor cores take registers as their left operand only, so blocks of the transposed result are computed, and
+turned as they are stored. In a block one warpgroup fetches and two compute, one below the other.
+
+Dimensions: M rows (tokens), K input channels, N output channels, all padded to whole blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from qdit_jax.kernels import gpu_words
+from qdit_jax.kernels.gpu_memory import renamed
+from qdit_jax.kernels.gpu_tiles import COMPUTING, HALF, Tiles
+
+# Any: references to memory, slices of them and block specs, which have no public type.
+
+
+class Place(NamedTuple):
+    """Where a warpgroup works.
+
+    Attributes:
+        rows: of the block, in the operands.
+        block: its output channels, of both warpgroups.
+        columns: those of this warpgroup.
+        own: the same, counted in the block.
+    """
+
+    rows: Any
+    block: Any
+    columns: Any
+    own: Any
+
+
+def called(
+    kernel: Callable[..., None],
+    operands: Sequence[Array],
+    dtype: Any,
+    tiles: Tiles,
+    *,
+    name: str,
+    interpret: Any,
+) -> Float[Array, "M N"]:
+    """Returns the result of a kernel, padding included.
+
+    The first operands are the tokens `[M, K]` and the packed codes `[N, R]`. The kernel is given references to
+    all of them and to the result, `tiles`, and in shared memory `y_block` of each warpgroup's part of the
+    result; where it is interpreted, also `left_block` of its left operand.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    tokens, codes, *_ = operands
+    (rows, num_channels), columns = tokens.shape, codes.shape[0]
+    scratch = {
+        "y_block": plgpu.SMEM(
+            (COMPUTING, tiles.rows, tiles.columns),
+            dtype,
+            transforms=output_transforms(tiles, dtype),
+        )
+    }
+    if interpret:
+        scratch["left_block"] = plgpu.SMEM(
+            (COMPUTING, tiles.columns, HALF), jnp.int8, transforms=byte_transforms()
+        )
+    return plgpu.kernel(
+        functools.partial(kernel, tiles=tiles),
+        out_type=jax.ShapeDtypeStruct((rows, columns), dtype),
+        grid=(rows // tiles.rows, columns // tiles.block),
+        grid_names=("row_block", "column_block"),
+        num_threads=COMPUTING + 1,
+        thread_name="warpgroup",
+        scratch_types=scratch,
+        cost_estimate=pl.CostEstimate(
+            flops=2 * rows * num_channels * columns,
+            transcendentals=0,
+            bytes_accessed=sum(a.size * a.dtype.itemsize for a in operands)
+            + rows * columns * dtype.itemsize,
+        ),
+        kernel_name=name,
+        interpret=interpret,
+    )(*operands)
+
+
+def place_of(tiles: Tiles) -> Place:
+    """Returns where the warpgroup that asks works."""
+    warpgroup, column_block = lax.axis_index("warpgroup"), lax.axis_index("column_block")
+    return Place(
+        rows=pl.ds(lax.axis_index("row_block") * tiles.rows, tiles.rows),
+        block=pl.ds(column_block * tiles.block, tiles.block),
+        columns=pl.ds(column_block * tiles.block + warpgroup * tiles.columns, tiles.columns),
+        own=pl.ds(warpgroup * tiles.columns, tiles.columns),
+    )
+
+
+def run_pipeline(
+    step: Callable[..., Any],
+    compute: Callable[[Any], None],
+    num_runs: int,
+    tiles: Tiles,
+    in_specs: Sequence[Any],
+) -> Callable[..., None]:
+    """Returns what fetches the operands, a run of input channels after another, and gives them to `step`.
+
+    `compute` is given the pipeline, which it calls with what the first step is given.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    pipeline: Callable[..., None] = plgpu.emit_pipeline_warp_specialized(
+        step,
+        grid=(num_runs,),
+        memory_registers=40,
+        wg_axis="warpgroup",
+        num_compute_wgs=COMPUTING,
+        max_concurrent_steps=tiles.steps,
+        compute_context=compute,
+        in_specs=in_specs,
+    )
+    return pipeline
+
+
+def run_of(count: int, width: int) -> Any:
+    """Returns the block of a run: `width` bytes of each of `count` rows."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.BlockSpec(
+        (count, width), lambda k: (0, k), transforms=byte_transforms(), memory_space=plgpu.SMEM
+    )
+
+
+def multiply(sums: Any, left: Array, token_block: Any, half: int, left_block: Any) -> None:
+    """Adds the product of words `[columns, 16]` and half a run of the tokens to int32 `sums`."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    right = token_block.at[:, pl.ds(half * HALF, HALF)].T
+    if left_block is None:
+        plgpu.wgmma(sums, renamed(left, to_words=False), right)
+        return
+    # The interpreter has no left operand in registers: through shared memory.
+    own = left_block.at[lax.axis_index("warpgroup")]
+    own[...] = gpu_words.bytes_of(left)
+    plgpu.commit_smem()
+    plgpu.wgmma(sums, own, right)
+    plgpu.wgmma_wait(0)
+
+
+def write(values: Float[Array, "columns rows"], y_block: Any, y: Any, at: Place) -> None:
+    """Writes a warpgroup's block `[columns, rows]` to the result, through shared memory."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    out = y_block.at[lax.axis_index("warpgroup")]
+    out.T[...] = plgpu.layout_cast(values.astype(y.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(out, y.at[at.rows, at.columns])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=False)
+
+
+def byte_transforms() -> tuple[Any, ...]:
+    """Returns how 64 neighboring bytes of a row lie in shared memory."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.TilingTransform((8, HALF)), plgpu.SwizzleTransform(HALF)
+
+
+def output_transforms(tiles: Tiles, dtype: Any) -> tuple[Any, ...]:
+    """Returns how a block of the result lies in shared memory."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    swizzle = plgpu.find_swizzle(tiles.columns * dtype.itemsize * 8, "output")
+    tiling = plgpu.TilingTransform((8, swizzle // dtype.itemsize))
+    return tiling, plgpu.SwizzleTransform(swizzle)
