@@ -56,8 +56,8 @@ def split_reason(backend: str) -> str | None:
     return "XLA cannot split it over several devices; use one device, or shard_map."
 
 
-def input_reason(product: Product) -> str | None:
-    """Returns what is wrong with the inputs."""
+def integers_reason(product: Product) -> str | None:
+    """Returns why the inputs are no integers whose scales are computed as they come."""
     spec = product.act_spec
     if product.numerics != "integer" or spec is None:
         return f"it computes integer numerics, not {product.numerics}."
@@ -65,14 +65,22 @@ def input_reason(product: Product) -> str | None:
         return f"it takes integers as inputs, not {spec.fmt.name}."
     if spec.mode != "dynamic":
         return "it computes scales from the inputs, and these have calibrated ones."
+    if product.dtype not in DTYPES:
+        return f"it takes inputs in {' or '.join(DTYPES)}, not in {product.dtype}."
+    return None
+
+
+def input_reason(product: Product) -> str | None:
+    """Returns what is wrong with the inputs."""
+    reason, spec = integers_reason(product), product.act_spec
+    if reason is not None or spec is None:
+        return reason
     if not spec.symmetric or spec.unsigned or spec.shift:
         return "it takes symmetric signed inputs without a shift."
     if effective_group_size(product.x_shape[-1], spec.group_size) != product.x_shape[-1]:
         return f"it takes one scale per token, and the inputs have groups of {spec.group_size}."
     if not isinstance(spec.range_fn, ranges.MinMax):
         return f"it takes the range rule minmax for inputs, not {spec.range_fn.name}."
-    if product.dtype not in DTYPES:
-        return f"it takes inputs in {' or '.join(DTYPES)}, not in {product.dtype}."
     return None
 
 

@@ -139,9 +139,9 @@ def generate(
     return np.concatenate(done)
 
 
-def always(denoise_fn: Callable[..., Array]) -> Callable[[Condition], Callable[..., Array]]:
+def always(denoise_fn: Callable[..., Array]) -> Callable[[Condition, int], Callable[..., Array]]:
     """Returns the function that has the same denoiser for every batch."""
-    return lambda condition: denoise_fn
+    return lambda condition, num_samples: denoise_fn
 
 
 def generated_batches(
@@ -205,7 +205,7 @@ def generated_batches(
         if first_frames is not None:
             kept = jax.device_put(kept_rows(first_frames, index, size[0]), split)
             sampler_of_batch = keeping(sampler, model, *kept)
-        fn = denoiser_of(chosen)
+        fn = denoiser_of(chosen, padded)
         out = _generated(fn, sampler_of_batch, jax.random.key(seed), numbers, chosen, size)
         if vae is not None and decode_fn is not None:
             out = decode_fn(vae, out)

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Num
 
 from qdit_jax.models import KNOWN_OUTPUT, RUNS, Linear, family_of, without_null
 from qdit_jax.quant import OVER_TIME
+from qdit_jax.sampling.conditions import num_conditions
 from qdit_jax.sampling.denoisers import Denoiser, denoiser
 from qdit_jax.sampling.own_guidance import PUBLISHED, Guidance
 from qdit_jax.sampling.running import running_params
@@ -97,12 +98,14 @@ def hoisted(
         most_bytes: that the known outputs may take.
 
     Raises:
-        ValueError: as `hoisting`, or if the outputs take more than `most_bytes`.
+        ValueError: as `hoisting`, if the outputs take more than `most_bytes`, or there is no condition.
     """
-    denoiser_fn = hoisting(
+    if (num_samples := num_conditions(condition)) is None:
+        raise ValueError("no condition says how many samples there are; use generate(hoist=True).")
+    denoiser_of = hoisting(
         model, params, timesteps, guidance, guidance_channels, most_bytes=most_bytes
     )
-    return denoiser_fn(condition)
+    return denoiser_of(condition, num_samples)
 
 
 def hoisting(
@@ -114,8 +117,8 @@ def hoisting(
     *,
     most_bytes: int = MOST_BYTES,
     shape: Sequence[int] | None = None,
-) -> Callable[[Condition], Callable[..., Array]]:
-    """Returns the function from the conditions of a batch to its denoiser, see `hoisted`.
+) -> Callable[[Condition, int], Callable[..., Array]]:
+    """Returns the function from the conditions of a batch, and its size, to its denoiser, see `hoisted`.
 
     Parameters take their form for running once, and batches of one size compile once. `shape` is that of a
     sample, by default the network's own.
@@ -128,20 +131,20 @@ def hoisting(
     denoise_fn = denoiser(model, params, guidance, guidance_channels)
     grid = jnp.asarray(timesteps, jnp.float32)
     pattern = family_of(model).part_pattern(family_of(model).rounded_first)
-    compute_fn = jax.jit(
-        partial(known_outputs, pattern=pattern, shape=tuple(shape or model.sample_shape()))
-    )
+    size = tuple(shape or model.sample_shape())
+    compute_fn = jax.jit(known_outputs, static_argnames=("pattern", "shape"))
     running = running_params(model, params)
 
-    def denoiser_of(condition: Condition) -> Callable[..., Array]:
-        abstract, _ = jax.eval_shape(compute_fn, denoise_fn, grid, condition)
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in abstract.values())
-        if size > most_bytes:
+    def denoiser_of(condition: Condition, num_samples: int) -> Callable[..., Array]:
+        compute = partial(compute_fn, pattern=pattern, shape=(num_samples, *size))
+        abstract, _ = jax.eval_shape(compute, denoise_fn, grid, condition)
+        total = sum(leaf.size * leaf.dtype.itemsize for leaf in abstract.values())
+        if total > most_bytes:
             raise ValueError(
-                f"the outputs at {len(grid)} timesteps take {size / 1e6:.0f} MB, more than "
+                f"the outputs at {len(grid)} timesteps take {total / 1e6:.0f} MB, more than "
                 f"most_bytes={most_bytes}; sample fewer at a time, or leave them in the loop."
             )
-        outputs, seen = compute_fn(denoise_fn, grid, condition)
+        outputs, seen = compute(denoise_fn, grid, condition)
         inner = HoistedDenoiser(running, in_runs(running, outputs), grid, seen, model)
         if isinstance(denoise_fn, Denoiser):
             return inner
@@ -177,9 +180,9 @@ def known_outputs(
 ) -> tuple[Outputs, Condition]:
     """Returns the outputs of the layers that a pattern names, at every timestep, by path.
 
-    Beside them, the condition that the network is given: with guidance, null conditions as well. All of a step is traced; compiled, nothing is left but what these layers need.
+    Beside them, the condition that the network is given: with guidance, null conditions as well. All of a step
+    for samples of `shape` is traced; compiled, nothing is left but what these layers need.
     """
-    num_samples = jax.tree.leaves(condition)[0].shape[0]
 
     def at(timestep: Float[Array, ""]) -> tuple[dict[str, Array], Condition]:
         found: dict[str, Array] = {}
@@ -200,9 +203,8 @@ def known_outputs(
                 found[path] = output
             return output
 
-        x = jnp.zeros((num_samples, *shape), jnp.float32)
         with nn.intercept_methods(keep):
-            denoise_fn(x, jnp.full(num_samples, timestep), condition)
+            denoise_fn(jnp.zeros(shape, jnp.float32), jnp.full(shape[0], timestep), condition)
         return found, given[0]
 
     return jax.vmap(at, out_axes=(0, None))(timesteps)

@@ -8,7 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from level_products import W, tokens
+from level_products import W, relative_errors, tokens
 
 from qdit_jax.kernels import gpu_check, quantized_matmul
 from qdit_jax.kernels.gpu_groups import groups_matmul
@@ -70,12 +70,9 @@ def errors(weight, sizes, dtype, act, tiles):
         )
     )(x, q)
     assert (found.shape, found.dtype) == (by_xla.shape, by_xla.dtype)
-    wide, weights = (
-        np.asarray(a, np.float64) for a in (ActQuant(act)(x.astype(jnp.float32)), dequantize(q))
-    )
-    unit = np.abs(wide) @ np.abs(weights) + np.finfo(np.float32).tiny
+    exact = ActQuant(act)(x.astype(jnp.float32)), dequantize(q)
     return {
-        name: float(np.max(np.abs(np.asarray(y, np.float64) - wide @ weights) / unit))
+        name: float(relative_errors(y, by_xla, *exact)[0])
         for name, y in (("kernel", found), ("xla", by_xla))
     }
 

@@ -86,3 +86,17 @@ def tokens(num_rows, num_channels, seed=0):
     x[5] = np.round(x[5] * 20) / 2  # ties, with steps of 1
     x[5, 0] = 127
     return x
+
+
+def compiled(fn):
+    """Returns `fn` compiled without LLVM's optimizations, which take most of the time here."""
+    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def relative_errors(found, by_xla, wide, weights):
+    """Returns the greatest errors of a kernel against float64, and against XLA, by the sum of magnitudes."""
+    found, by_xla, wide, weights = (
+        np.asarray(a, np.float64) for a in (found, by_xla, wide, weights)
+    )
+    unit = np.abs(wide) @ np.abs(weights) + np.finfo(np.float32).tiny
+    return np.max(np.abs(found - wide @ weights) / unit), np.max(np.abs(found - by_xla) / unit)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from level_products import LEVELS, W, reason, stack_of_kernels, tokens
+from level_products import LEVELS, W, compiled, reason, relative_errors, stack_of_kernels, tokens
 
 from qdit_jax.kernels import implementation_of, quantized_matmul
 from qdit_jax.kernels.tpu_blocks import VMEM_LIMIT, Blocks, chosen_blocks, vmem_bytes
@@ -31,11 +31,6 @@ CASES = [
         ActSpec(8, 128, range_fn=ranges.minmax(clip=0.5)),
     ),
 ]
-
-
-def compiled(fn):
-    """Returns `fn` compiled without LLVM's optimizations, which take most of the time here."""
-    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def product(x, q, act=GROUP):
@@ -65,13 +60,10 @@ def test_the_kernel_is_the_product_of_the_rounded_operands(weight, sizes, dtype,
 
     found, by_xla, wide, weights = compiled(products)(x, q)
     assert (found.shape, found.dtype) == ((sizes[0], sizes[2]), dtype)
-    found, by_xla, wide, weights = (
-        np.asarray(a, np.float64) for a in (found, by_xla, wide, weights)
-    )
-    unit = np.abs(wide) @ np.abs(weights) + np.finfo(np.float32).tiny
     ulp = {"float32": 2**-23, "bfloat16": 2**-8}[dtype]
-    assert np.max(np.abs(found - wide @ weights) / unit) < 4 * ulp
-    assert np.max(np.abs(found - by_xla) / unit) <= 4 * ulp
+    against_exact, against_xla = relative_errors(found, by_xla, wide, weights)
+    assert against_exact < 4 * ulp
+    assert against_xla <= 4 * ulp
 
 
 def test_a_token_that_is_not_finite_is_nan_and_touches_no_other():

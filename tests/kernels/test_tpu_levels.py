@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from level_products import LEVELS, TOKEN, W, random_kernel, tokens
+from level_products import LEVELS, TOKEN, W, compiled, random_kernel, relative_errors, tokens
 
 from qdit_jax.kernels import quantized_matmul
 from qdit_jax.kernels.tpu_blocks import Blocks
@@ -43,11 +43,6 @@ CASES = [
 ]
 
 
-def compiled(fn):
-    """Returns `fn` compiled without LLVM's optimizations, which take most of the time here."""
-    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def product(x, q, act=TOKEN):
     return levels_matmul(x, q, ActQuant(act), "integer", interpret=True)
 
@@ -76,11 +71,10 @@ def test_the_kernel_is_the_product_of_the_rounded_operands(weight, sizes, dtype,
 
     found, *others = compiled(products)(x, *random_kernel(weight, *sizes[1:]))
     assert (found.shape, found.dtype) == ((sizes[0], sizes[2]), dtype)
-    found, by_xla, wide, weights = (np.asarray(a, np.float64) for a in (found, *others))
-    unit = np.abs(wide) @ np.abs(weights) + np.finfo(np.float32).tiny
     ulp = {"float32": 2**-23, "bfloat16": 2**-8}[dtype]
-    assert np.max(np.abs(found - by_xla) / unit) <= 2 * ulp
-    assert np.max(np.abs(found - wide @ weights) / unit) < 4 * ulp
+    against_exact, against_xla = relative_errors(found, *others)
+    assert against_exact < 4 * ulp
+    assert against_xla <= 2 * ulp
 
 
 def test_a_token_that_is_not_finite_is_nan_and_touches_no_other():

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from level_products import LEVELS, W, tokens
+from level_products import LEVELS, W, compiled, tokens
 
 from qdit_jax.kernels import IMPLEMENTATIONS, Product, implementation_of, quantized_matmul
 from qdit_jax.kernels.tpu_blocks import VMEM_LIMIT, chosen_blocks, vmem_bytes
@@ -31,11 +31,6 @@ CASES = [
     (W(4, 32, **LEVELS), (12, 96, 20)),
     (W(3, 64, symmetric=True, **LEVELS), (8, 128, 9)),
 ]
-
-
-def compiled(fn):
-    """Returns `fn` compiled without LLVM's optimizations, which take most of the time here."""
-    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
 
 
 interpreted = compiled(lambda x, q: weights_matmul(x, q, None, "simulated", interpret=True))

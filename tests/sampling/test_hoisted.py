@@ -92,6 +92,8 @@ def test_what_cannot_be_hoisted_is_refused_by_name():
     model, params = network(depth=2)
     with pytest.raises(ValueError, match="take 0 MB, more than most_bytes=1000"):
         hoisted(model, params, [7.0, 3.0], LABELS, most_bytes=1000)
+    with pytest.raises(ValueError, match=r"no condition says .* use generate\(hoist=True\)"):
+        hoisted(model, params, [7.0, 3.0], None)
     with pytest.raises(ValueError, match="blocks in runs, cannot be hoisted"):
         hoisted(model, {**params, RUNS: {}}, [7.0], LABELS)
 
