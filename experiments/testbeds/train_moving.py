@@ -10,7 +10,7 @@ tokens, width 96, depth 6, 1.1M values). A killed
 run continues where it last saved, also with other `--steps`. As `train_digits.py`, it writes
 `curve.csv`, `samples.png` (a video of each digit, 30 DDIM steps, guidance 2.5) and the averaged
 weights, `demo_latte.safetensors`, in the authors' layout at half precision. Expected: a weighted noise error
-of 0.029; at guidance 2.5, 96 % of videos read as their digit, whose centers change their speed by 0.22 pixels
+of 0.029; at guidance 2.5, 96.5 % of videos read as their digit, whose centers change their speed by 0.22 pixels
 between frames, real ones by 0.07 (`check_motion.py`).
 
 Two things make motion smooth. Attention over time sees one place of a frame only: digits that move by 1.5
