@@ -62,12 +62,12 @@ from qdit_jax.speed import recipe_named
 TOKENS, FEW_TOKENS = 16 * 256, 2 * 256  # guided steps of 8 samples and of 1
 LAYERS = {"qkv": (1152, 3456), "proj": (1152, 1152), "fc1": (1152, 4608), "fc2": (4608, 1152)}
 PRESETS = ("w4a8-fast", "w8a8-fast")
-WEIGHTS = "w4a16"  # 16-bit inputs: a kernel for TPUs alone
+WEIGHTS = "w4a16"  # 16-bit inputs
 GROUPS = "w4a8-g128"  # a scale and a zero point per group, inputs too
 # Who computes a recipe on a TPU, on a GPU.
 KERNELS = {
     True: {**dict.fromkeys(PRESETS, "tpu_levels"), WEIGHTS: "tpu_weights", GROUPS: "tpu_groups"},
-    False: {**dict.fromkeys(PRESETS, "gpu_levels"), GROUPS: "gpu_groups"},
+    False: {**dict.fromkeys(PRESETS, "gpu_levels"), WEIGHTS: "gpu_weights", GROUPS: "gpu_groups"},
 }
 CALLS = {
     True: r'custom_call_target="tpu_custom_call".*tpu_(?:levels|weights|groups)',

@@ -13,6 +13,7 @@ from qdit_jax.speed import DEVICES
 
 WAITS = "C7510", "C7512", "C7514"  # ptxas: "wgmma ... serialized" for one reason or another
 H100 = DEVICES["h100"]
+UNPACKING = 5  # instructions of a weight: its field, two of floats, and rounding
 LANES, CLOCK = 128, 1.755e9  # instructions of a multiprocessor per cycle, and cycles per second
 
 
@@ -83,13 +84,24 @@ def layer_roofline(rows: int, channels: int, width: int, spec: LayerSpec | None)
 
     Of a kernel the quantizer's two passes count too: the greatest magnitude of a token, then its codes. In
     groups every sum of a unit is converted, multiplied twice, and corrected if the inputs have zero points;
-    full rates of that and of the tensor cores at once are assumed.
+    full rates of that and of the tensor cores at once are assumed. Of weights alone, each block of rows
+    unpacks all weights of its columns.
     """
     values, operations = rows * (channels + width), 2 * rows * channels * width
     if spec is None:
         moved = 2 * (values + channels * width)
         return microseconds(operations, "bfloat16", moved)
     act, weight = spec.act, spec.weight
+    if act is None:
+        moved = 2 * values + packed_nbytes(channels, width, weight)
+        shape = gpu_tiles.Shape(
+            *(rows, channels, width, weight.bits, 2),
+            unit_of(channels, weight.group_size, weight.group_size),
+            x_bits=16,
+        )
+        times = -(-rows // gpu_tiles.tiles_by_arithmetic(shape).rows)  # each weight is unpacked
+        unpacking = at_full_issue(times * channels * width * UNPACKING)
+        return round(max(microseconds(operations, "bfloat16", moved), unpacking), 2)
     quantizer = microseconds(0, "int8", rows * channels * (2 + 2 + 1))
     moved = rows * channels + 2 * rows * width + packed_nbytes(channels, width, weight)
     product = microseconds(operations, "int8", moved)
@@ -97,8 +109,13 @@ def layer_roofline(rows: int, channels: int, width: int, spec: LayerSpec | None)
         unit = unit_of(channels, act.group_size, weight.group_size)
         each = 3 if act.symmetric else 4
         instructions = rows * width * (channels // unit) * each
-        product = max(product, 1e6 * instructions / (gpu_tiles.MULTIPROCESSORS * LANES * CLOCK))
+        product = max(product, at_full_issue(instructions))
     return round(quantizer + product, 2)
+
+
+def at_full_issue(instructions: float) -> float:
+    """Returns the microseconds of instructions, those of single numbers, at the full rate."""
+    return 1e6 * instructions / (gpu_tiles.MULTIPROCESSORS * LANES * CLOCK)
 
 
 def microseconds(operations: float, dtype: str, moved: float) -> float:

@@ -1,4 +1,4 @@
-"""The fastest blocks of the kernel for GPUs, by shape, and the table that it reads them from."""
+"""The fastest blocks of the kernels for GPUs, by shape, and the table that it reads them from."""
 
 from __future__ import annotations
 
@@ -15,34 +15,43 @@ import numpy as np
 
 import qdit_jax as qdit
 from qdit_jax.files import replaced_file
-from qdit_jax.kernels import gpu_groups, gpu_levels, gpu_tiles
+from qdit_jax.kernels import gpu_groups, gpu_levels, gpu_tiles, gpu_weights
 from qdit_jax.quant import ActQuant
 from qdit_jax.speed import Call, TimeFn, interleaved, recipe_named
 
 Shape, Tiles = gpu_tiles.Shape, gpu_tiles.Tiles
 TABLE = Path(gpu_tiles.__file__).parent / gpu_tiles.TABLE
-# By bits and by the input channels that have one scale: recipes, and who multiplies.
-RECIPES = {(4, 0): "w4a8-fast", (8, 0): "w8a8-fast", (4, 128): "w4a8-g128"}
+# By bits, the input channels that have one scale, and bits of the inputs: recipes.
+RECIPES = {
+    (4, 0, 8): "w4a8-fast",
+    (8, 0, 8): "w8a8-fast",
+    (4, 128, 8): "w4a8-g128",
+    (4, 128, 16): "w4a16",
+}
 ROUNDS = 7
 
 
 def shapes_of(layers: Sequence[tuple[int, int]], row_counts: Sequence[int]) -> Iterator[Shape]:
     """Yields the products of a network's layers in bfloat16, those of the first row count first."""
     for rows in row_counts:
-        for bits, unit in RECIPES:
+        for bits, unit, x_bits in RECIPES:
             for channels, width in layers:
-                yield Shape(rows, channels, width, bits, 2, unit)
+                yield Shape(rows, channels, width, bits, 2, unit, x_bits)
 
 
 def product_call(shape: Shape, tiles: Tiles) -> Callable[[], Any]:
     """Returns what computes a product with these blocks, its operands on the device already."""
-    spec = recipe_named(RECIPES[shape.bits, shape.unit]).rules[0].spec
+    spec = recipe_named(RECIPES[shape.bits, shape.unit, shape.x_bits]).rules[0].spec
     key = jax.random.key(0)
     x = jax.random.normal(key, (shape.rows, shape.channels), jnp.bfloat16)
     q = qdit.quantize(jax.random.normal(key, (shape.channels, shape.width)), spec.weight)
-    act = ActQuant(spec.act)
-    matmul = gpu_groups.groups_matmul if shape.unit else gpu_levels.levels_matmul
-    run = jax.jit(partial(matmul, act=act, numerics="integer", tiles=tiles))
+    if spec.act is None:
+        settings = {"act": None, "numerics": "simulated"}
+        matmul: Callable[..., Any] = gpu_weights.weights_matmul
+    else:
+        settings = {"act": ActQuant(spec.act), "numerics": "integer"}
+        matmul = gpu_groups.groups_matmul if shape.unit else gpu_levels.levels_matmul
+    run = jax.jit(partial(matmul, **settings, tiles=tiles))
     return partial(run, x, q)
 
 

@@ -1,6 +1,6 @@
 """The product of quantized activations and a packed kernel, and attention."""
 
-from qdit_jax.kernels import gpu_groups, gpu_levels, gpu_tiles
+from qdit_jax.kernels import gpu_groups, gpu_levels, gpu_tiles, gpu_weights
 from qdit_jax.kernels.attention import ATTENTION_IMPLEMENTATIONS, attention
 from qdit_jax.kernels.matmul import implementation_of, quantized_matmul, unsupported_reason
 from qdit_jax.kernels.product import (
@@ -28,6 +28,7 @@ __all__ = [
     "gpu_groups",
     "gpu_levels",
     "gpu_tiles",
+    "gpu_weights",
     "implementation_of",
     "implementations_used",
     "layer_numerics",

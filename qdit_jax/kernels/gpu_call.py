@@ -21,8 +21,9 @@ from jaxtyping import Array, Float
 from qdit_jax.kernels import gpu_words
 from qdit_jax.kernels.gpu_memory import renamed
 from qdit_jax.kernels.gpu_tiles import COMPUTING, HALF, Tiles
+from qdit_jax.kernels.refs import Ref, Span
 
-# Any: references to memory, slices of them and block specs, which have no public type.
+# Any: block specs and what a pipeline is given, which have no public type.
 
 
 class Place(NamedTuple):
@@ -35,10 +36,10 @@ class Place(NamedTuple):
         own: the same, counted in the block.
     """
 
-    rows: Any
-    block: Any
-    columns: Any
-    own: Any
+    rows: Span
+    block: Span
+    columns: Span
+    own: Span
 
 
 def called(
@@ -69,7 +70,9 @@ def called(
     }
     if interpret:
         scratch["left_block"] = plgpu.SMEM(
-            (COMPUTING, tiles.columns, HALF), jnp.int8, transforms=byte_transforms()
+            (COMPUTING, tiles.columns, HALF),
+            tokens.dtype,
+            transforms=operand_transforms(tokens.dtype),
         )
     return plgpu.kernel(
         functools.partial(kernel, tiles=tiles),
@@ -127,16 +130,19 @@ def run_pipeline(
     return pipeline
 
 
-def run_of(count: int, width: int) -> Any:
-    """Returns the block of a run: `width` bytes of each of `count` rows."""
+def run_of(count: int, width: int, dtype: Any = jnp.int8) -> Any:
+    """Returns the block of a run: `width` numbers of each of `count` rows, by default bytes."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     return plgpu.BlockSpec(
-        (count, width), lambda k: (0, k), transforms=byte_transforms(), memory_space=plgpu.SMEM
+        (count, width),
+        lambda k: (0, k),
+        transforms=operand_transforms(dtype),
+        memory_space=plgpu.SMEM,
     )
 
 
-def multiply(sums: Any, left: Array, token_block: Any, half: int, left_block: Any) -> None:
+def multiply(sums: Ref, left: Array, token_block: Ref, half: int, left_block: Ref) -> None:
     """Adds the product of words `[columns, 16]` and half a run of the tokens to int32 `sums`."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -152,7 +158,7 @@ def multiply(sums: Any, left: Array, token_block: Any, half: int, left_block: An
     plgpu.wgmma_wait(0)
 
 
-def write(values: Float[Array, "columns rows"], y_block: Any, y: Any, at: Place) -> None:
+def write(values: Float[Array, "columns rows"], y_block: Ref, y: Ref, at: Place) -> None:
     """Writes a warpgroup's block `[columns, rows]` to the result, through shared memory."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -163,11 +169,12 @@ def write(values: Float[Array, "columns rows"], y_block: Any, y: Any, at: Place)
     plgpu.wait_smem_to_gmem(0, wait_read_only=False)
 
 
-def byte_transforms() -> tuple[Any, ...]:
-    """Returns how 64 neighboring bytes of a row lie in shared memory."""
+def operand_transforms(dtype: Any) -> tuple[Any, ...]:
+    """Returns how 64 neighboring numbers of a row lie in shared memory, bytes or 16 bits wide."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    return plgpu.TilingTransform((8, HALF)), plgpu.SwizzleTransform(HALF)
+    swizzle = HALF * jnp.dtype(dtype).itemsize
+    return plgpu.TilingTransform((8, HALF)), plgpu.SwizzleTransform(swizzle)
 
 
 def output_transforms(tiles: Tiles, dtype: Any) -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from qdit_jax.kernels.gpu_groups import groups_matmul
 from qdit_jax.kernels.gpu_levels import levels_matmul
+from qdit_jax.kernels.gpu_weights import weights_matmul
 from qdit_jax.quant import ActQuant, ActSpec, QTensor, packing
 
 SIZES = (40, 256, 136)  # M, K, N: neither M nor N is a whole number of blocks
@@ -31,13 +32,16 @@ class Check(NamedTuple):
 
     Attributes:
         matmul: the kernel, as the table calls it.
-        act: what quantizes the inputs; whole numbers that reach both ends of its grid stay what they are.
+        act: what quantizes the inputs, if anything; whole numbers that reach both ends of its grid stay what
+            they are.
         kernel_fn: `(rng, bits, K, N) ->` weights and their values `[N, K]`, whole numbers.
+        x_dtype: of the inputs.
     """
 
     matmul: Callable[..., Array]
-    act: ActSpec
+    act: ActSpec | None
     kernel_fn: KernelFn
+    x_dtype: str = "float32"
 
 
 @functools.cache
@@ -45,6 +49,8 @@ def wrong_here(check: Check) -> str | None:
     """Returns what is wrong with a kernel's results on this device, or None; computed once."""
 
     def product(x: Float[Array, "M K"], q: QTensor, dtype: str) -> Float[Array, "M N"]:
+        if check.act is None:
+            return check.matmul(x, q, None, "simulated", dtype)
         return check.matmul(x, q, ActQuant(check.act), "integer", dtype)
 
     # A thread of its own: this may be asked while something else is traced.
@@ -56,7 +62,7 @@ def wrong_with(product_fn: ProductFn, check: Check) -> str | None:
     """Returns what is wrong with the results of a product, one sentence, or None."""
     rng = np.random.default_rng(0)
     rows, channels, width = SIZES
-    low = -127 if check.act.symmetric else -128
+    low = -127 if check.act is not None and check.act.symmetric else -128
     x = rng.integers(low, 128, (rows, channels)).astype(np.float32)
     # Both ends in every group, so that the scales of a token are 1.
     x[:, ::64], x[:, 1::64] = low, 127
@@ -64,7 +70,7 @@ def wrong_with(product_fn: ProductFn, check: Check) -> str | None:
         q, values = check.kernel_fn(rng, bits, channels, width)
         expected = x.astype(np.float64) @ values.T
         try:
-            found = np.asarray(product_fn(jnp.asarray(x), q, dtype), np.float64)
+            found = np.asarray(product_fn(jnp.asarray(x, check.x_dtype), q, dtype), np.float64)
         except Exception as error:  # whatever a compiler or driver makes of it
             return f"it does not run here ({type(error).__name__}: {str(error)[:200]})."
         worst = np.max(np.abs(found - expected)) / np.abs(expected).max()
@@ -101,12 +107,12 @@ def whole_levels(
 def whole_groups(
     rng: np.random.Generator, bits: int, channels: int, width: int
 ) -> tuple[QTensor, np.ndarray]:
-    """Returns weights in groups of 32 (4 bits) or 128 with zero points and scales of 1 to 3, and values."""
+    """Returns weights in groups of 32 (4 bits) or 128 with zero points and scales of 1 and 2, and values."""
     group_size = 32 if bits == 4 else 128
     groups = (channels // group_size, width)
     codes = rng.integers(0, 2**bits, (width, channels)).astype(np.uint8)
     zero_point = rng.integers(0, 2**bits, groups)
-    scale = rng.integers(1, 4, groups)
+    scale = rng.integers(1, 3, groups)
     q = QTensor(
         jnp.asarray(packing.pack(codes, bits)),
         jnp.asarray(scale, jnp.float32),
@@ -121,3 +127,4 @@ def whole_groups(
 
 LEVELS = Check(levels_matmul, ActSpec(8, 0, symmetric=True), whole_levels)
 GROUPS = Check(groups_matmul, ActSpec(8, 64), whole_groups)
+WEIGHTS = Check(weights_matmul, None, whole_groups, "bfloat16")

@@ -36,6 +36,7 @@ from qdit_jax.kernels.gpu_tiles import (
     rounded_up,
 )
 from qdit_jax.kernels.operands import act_elements
+from qdit_jax.kernels.refs import Ref
 from qdit_jax.kernels.units import of_units, unit_of, unit_sums
 from qdit_jax.quant import ActQuant, ActSpec, QTensor, code_rows, scale_value
 
@@ -161,11 +162,10 @@ def padded_to_blocks(operands: Operands, tiles: Tiles) -> Operands:
     )
 
 
-# Any: references to memory, which have no public type.
 def _kernel(
-    *refs: Any,
-    y_block: Any,
-    left_block: Any = None,
+    *refs: Ref,
+    y_block: Ref,
+    left_block: Ref = None,
     tree: Any,
     bits: int,
     unit: int,
@@ -198,7 +198,7 @@ def _kernel(
                 words = gpu_words.centered_words(words, offset)
             return words if unit >= HALF else words & mask_words(index, unit, tiles.columns)
 
-        def sums_of(sums: Any, lefts: dict[int, Array]) -> Array:
+        def sums_of(sums: Ref, lefts: dict[int, Array]) -> Array:
             for half, left in lefts.items():
                 multiply(sums, left, one.tokens, half, left_block)
             return sums[...]
@@ -244,7 +244,7 @@ def _kernel(
     pipeline(*jax.tree.leaves(blocks))
 
 
-def of_words(values: Any, num_columns: int) -> Int32[Array, "N W"]:
+def of_words(values: Ref, num_columns: int) -> Int32[Array, "N W"]:
     """Returns values of columns for each word of half a run, in int32."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 

@@ -35,6 +35,7 @@ from qdit_jax.kernels.gpu_tiles import (
     rounded_up,
 )
 from qdit_jax.kernels.operands import act_elements
+from qdit_jax.kernels.refs import Ref, Span
 from qdit_jax.kernels.units import of_units
 from qdit_jax.quant import (
     ActQuant,
@@ -101,15 +102,14 @@ def quantized_rows(
     return elements, jnp.where(is_finite, jnp.asarray(scale)[:, 0], jnp.nan)
 
 
-# Any: references to memory, which have no public type.
 def _kernel(
-    tokens: Any,
-    codes: Any,
-    token_scale: Any,
-    channel_scale: Any,
-    *rest: Any,
-    y_block: Any,
-    left_block: Any = None,
+    tokens: Ref,
+    codes: Ref,
+    token_scale: Ref,
+    channel_scale: Ref,
+    *rest: Ref,
+    y_block: Ref,
+    left_block: Ref = None,
     bits: int,
     num_maps: int,
     tiles: Tiles,
@@ -122,12 +122,12 @@ def _kernel(
 
     def compute(pipeline: Any) -> None:
         @functools.partial(pl.run_scoped, sums=plgpu.ACC((tiles.columns, tiles.rows), jnp.int32))
-        def _(sums: Any) -> None:
+        def _(sums: Ref) -> None:
             pipeline(sums)
             of_blocks = token_scale.at[at.rows], channel_scale.at[at.columns]
             write(scaled_sums(sums, *of_blocks, tiles), y_block, y, at)
 
-    def step(_: Any, token_block: Any, code_block: Any, *rest: Any) -> Any:
+    def step(_: Any, token_block: Ref, code_block: Ref, *rest: Any) -> Any:
         *map_blocks, sums = rest
         words = None
         for half in range(2):
@@ -160,14 +160,14 @@ def _kernel(
     )(tokens.at[at.rows, :], codes.at[at.block, :], *(m.at[:, at.block] for m in maps))
 
 
-def scaled_sums(sums: Any, token_scale: Any, channel_scale: Any, tiles: Tiles) -> Array:
+def scaled_sums(sums: Ref, token_scale: Ref, channel_scale: Ref, tiles: Tiles) -> Array:
     """Returns the block `[columns, rows]` in float32."""
     size = tiles.columns, tiles.rows
     scaled = sums[...].astype(jnp.float32) * of_rows(token_scale, size)
     return scaled * of_columns(channel_scale, size)
 
 
-def sub_block_values(block: Any, own: Any, half: int, tiles: Tiles) -> Array:
+def sub_block_values(block: Ref, own: Span, half: int, tiles: Tiles) -> Array:
     """Returns the steps or offsets of a half run, one for each word: `[columns, 16]` in int32."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 

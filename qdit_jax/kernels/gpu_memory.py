@@ -5,6 +5,7 @@ Dimensions: N output channels of a warpgroup, W words of four bytes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,11 +13,12 @@ from jax import lax
 from jaxtyping import Array
 
 from qdit_jax.kernels import gpu_words
+from qdit_jax.kernels.refs import Ref
 
-# Any: references to memory and layouts, which have no public type.
+# Any: layouts and values of MLIR, which have no public type.
 
 
-def loaded(block: Any, layout: Any, *, optimized: bool = True) -> Array:
+def loaded(block: Ref, layout: Any, *, optimized: bool = True) -> Array:
     """Returns a block of memory in registers."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -25,7 +27,7 @@ def loaded(block: Any, layout: Any, *, optimized: bool = True) -> Array:
     return values
 
 
-def of_rows(values: Any, size: tuple[int, int]) -> Array:
+def of_rows(values: Ref, size: tuple[int, int]) -> Array:
     """Returns values of rows in every column of a block `[columns, rows]`."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -33,7 +35,7 @@ def of_rows(values: Any, size: tuple[int, int]) -> Array:
     return lax.broadcast_in_dim(of_row, size, [1])
 
 
-def of_columns(values: Any, size: tuple[int, int]) -> Array:
+def of_columns(values: Ref, size: tuple[int, int]) -> Array:
     """Returns values of columns in every row of a block `[columns, rows]`."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -50,7 +52,7 @@ def word_layout() -> Any:
     return plgpu.Layout.TILED(tiling, warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1)
 
 
-def loaded_words(block: Any, left_block: Any) -> Array:
+def loaded_words(block: Ref, left_block: Ref) -> Array:
     """Returns 64 bytes of each of a warpgroup's rows as words `[columns, 16]`."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -61,9 +63,7 @@ def loaded_words(block: Any, left_block: Any) -> Array:
 
 def renamed(values: Array, *, to_words: bool) -> Array:
     """Returns bytes `[N, 4 W]` in registers as words `[N, W]`, or the reverse: no instruction."""
-    import numpy as np
     from jax.experimental.mosaic import gpu as mosaic
-    from jax.experimental.mosaic.gpu import fragmented_array
     from jax.experimental.pallas import mosaic_gpu as plgpu
     from jax.extend.mlir import ir
 
@@ -73,17 +73,41 @@ def renamed(values: Array, *, to_words: bool) -> Array:
     shape = (rows, columns // 4) if to_words else (rows, columns * 4)
     dtype = jnp.int32 if to_words else jnp.int8
 
-    @plgpu.inline_mgpu(
-        arg_types=(source,), return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=target)
-    )
-    def with_other_type(_: Any, array: Any) -> Any:
+    def with_other_type(register: Any) -> Any:
         count, width = (1, 32) if to_words else (4, 8)
         kind = ir.VectorType.get((count,), ir.IntegerType.get_signless(width))
-        registers = np.empty(array.registers.shape, object)
-        for at, register in np.ndenumerate(array.registers):
-            registers[at] = mosaic.utils.bitcast(register, kind)
+        return mosaic.utils.bitcast(register, kind)
+
+    return by_register(with_other_type, (values,), source, shape, dtype, target)
+
+
+def by_register(
+    fn: Callable[..., Any],
+    arrays: tuple[Array, ...],
+    source: Any,
+    shape: tuple[int, int],
+    dtype: Any,
+    target: Any,
+) -> Array:
+    """Returns an array in registers, each of which `fn` makes of the `arrays`' registers at its place.
+
+    `fn` takes and returns values of MLIR. All `arrays` have the layout `source`.
+    """
+    import numpy as np
+    from jax.experimental.mosaic.gpu import fragmented_array
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    @plgpu.inline_mgpu(
+        arg_types=(source,) * len(arrays),
+        return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=target),
+    )
+    def made(_: Any, *found: Any) -> Any:
+        registers = np.empty(found[0].registers.shape, object)
+        for at in np.ndindex(registers.shape):
+            registers[at] = fn(*(array.registers[at] for array in found))
+        is_signed = True if jnp.issubdtype(dtype, jnp.integer) else None
         return fragmented_array.FragmentedArray(
-            _registers=registers, _layout=target.to_mgpu(), _is_signed=True
+            _registers=registers, _layout=target.to_mgpu(), _is_signed=is_signed
         )
 
-    return with_other_type(values)
+    return made(*arrays)

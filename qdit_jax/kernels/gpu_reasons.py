@@ -6,10 +6,11 @@ from importlib.util import find_spec
 
 import jax
 
-from qdit_jax.kernels.gpu_check import GROUPS, LEVELS, Check, wrong_here
+from qdit_jax.kernels.gpu_check import GROUPS, LEVELS, WEIGHTS, Check, wrong_here
 from qdit_jax.kernels.gpu_groups import groups_matmul
 from qdit_jax.kernels.gpu_levels import levels_matmul
 from qdit_jax.kernels.gpu_tiles import RUN, SUB
+from qdit_jax.kernels.gpu_weights import weights_matmul
 from qdit_jax.kernels.gpu_words import BITS
 from qdit_jax.kernels.group_reasons import grouped_input_reason, grouped_weight_reason
 from qdit_jax.kernels.level_reasons import (
@@ -19,6 +20,7 @@ from qdit_jax.kernels.level_reasons import (
     version_reason,
 )
 from qdit_jax.kernels.product import Implementation, Product
+from qdit_jax.kernels.weight_reasons import alone_reason
 
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 CAPABILITY = "9.0"  # of Hopper, whose instructions no other GPU has
@@ -69,6 +71,12 @@ def groups_reason(product: Product) -> str | None:
     )
 
 
+def weights_reason(product: Product) -> str | None:
+    """Returns why the kernel of `gpu_weights` cannot compute a product, one sentence, or None if it can."""
+    return machine_reason(product, WEIGHTS) or alone_reason(product) or size_reason(product)
+
+
 gpu_reason = levels_reason(on_hopper(LEVELS), size_reason)
 GPU_LEVELS = Implementation("gpu_levels", levels_matmul, gpu_reason, levels_matmul)
 GPU_GROUPS = Implementation("gpu_groups", groups_matmul, groups_reason, groups_matmul)
+GPU_WEIGHTS = Implementation("gpu_weights", weights_matmul, weights_reason, weights_matmul)

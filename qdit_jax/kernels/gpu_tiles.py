@@ -27,6 +27,8 @@ SPARE = 2048  # of them, for barriers and alignment
 TABLE = "gpu_tiles.json"
 # What a block costs beside its rows, in rows: filling the pipeline, unpacking, storing. An estimate.
 _OVERHEAD = 48
+# Rows whose product takes as long as making 16-bit weights of codes, which goes on beside it: counted.
+_UNPACKING = 80
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -59,6 +61,14 @@ CANDIDATES = tuple(
 # In groups, the sums of a unit and their total share the registers: fewer rows.
 GROUPED = tuple(Tiles(rows, 64, steps) for rows in (64, 96, 128) for steps in (4, 6))
 
+# Of inputs in 16 bits, where weights become as wide in registers.
+WIDE = tuple(
+    Tiles(rows, columns, steps)
+    for rows, columns in ((64, 64), (96, 64), (128, 64), (192, 64), (64, 128))
+    for steps in (3, 4)
+)
+DEPTH = 4  # runs in flight that blocks by arithmetic have at most
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -70,6 +80,7 @@ class Shape:
     bits: int
     itemsize: int  # bytes of a number of the result
     unit: int = 0  # input channels that have one scale, where a kernel in groups cuts them; else 0
+    x_bits: int = 8  # of a number of the inputs, as the kernel reads them
 
 
 def rounded_up(number: int, multiple: int) -> int:
@@ -77,26 +88,30 @@ def rounded_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def shared_bytes(tiles: Tiles, bits: int, itemsize: int, unit: int = 0) -> int:
+def shared_bytes(tiles: Tiles, shape: Shape) -> int:
     """Returns the shared memory of a block: runs in flight, and its part of the result."""
-    run = (tiles.rows + tiles.block * bits // 8) * RUN
-    maps = 2 * tiles.block * (RUN // SUB) if bits == 4 else 0
-    if unit:  # scales and two pairs of corrections, at most
-        maps = (RUN // unit) * (12 * tiles.rows + 13 * tiles.block)
-    return tiles.steps * (run + maps) + tiles.rows * tiles.block * itemsize + SPARE
+    run = (tiles.rows * shape.x_bits + tiles.block * shape.bits) * RUN // 8
+    maps = 2 * tiles.block * (RUN // SUB) if shape.bits == 4 else 0
+    if shape.unit and shape.x_bits == 16:
+        maps = (RUN // shape.unit) * 12 * tiles.block
+    elif shape.unit:  # scales and two pairs of corrections, at most
+        maps = (RUN // shape.unit) * (12 * tiles.rows + 13 * tiles.block)
+    return tiles.steps * (run + maps) + tiles.rows * tiles.block * shape.itemsize + SPARE
 
 
 def usable(shape: Shape) -> tuple[Tiles, ...]:
     """Returns the blocks that a product may be cut into."""
     tried = CANDIDATES
-    if shape.unit:  # 128 rows in units of 32 would spill
+    if shape.x_bits == 16:
+        tried = WIDE
+    elif shape.unit:  # 128 rows in units of 32 would spill
         tried = tuple(tiles for tiles in GROUPED if tiles.rows < 128 or shape.unit > SUB)
-    return tuple(tiles for tiles in tried if fits(tiles, shape.bits, shape.itemsize, shape.unit))
+    return tuple(tiles for tiles in tried if fits(tiles, shape))
 
 
-def fits(tiles: Tiles, bits: int, itemsize: int, unit: int = 0) -> bool:
+def fits(tiles: Tiles, shape: Shape) -> bool:
     """Returns whether a block fits into shared memory."""
-    return shared_bytes(tiles, bits, itemsize, unit) <= SHARED_MEMORY
+    return shared_bytes(tiles, shape) <= SHARED_MEMORY
 
 
 def chosen_tiles(shape: Shape) -> Tiles:
@@ -124,10 +139,13 @@ def tiles_by_arithmetic(shape: Shape) -> Tiles:
     def work(tiles: Tiles) -> tuple[int, int]:
         blocks = -(-shape.rows // tiles.rows) * -(-shape.width // tiles.block)
         waves = -(-blocks // MULTIPROCESSORS)
-        cost = waves * (tiles.rows + _OVERHEAD) * tiles.block
+        busy = max(tiles.rows, _UNPACKING) if shape.x_bits == 16 else tiles.rows
+        cost = waves * (busy + _OVERHEAD) * tiles.block
         return cost, -tiles.rows * tiles.block
 
-    fitting = [tiles for tiles in usable(shape) if tiles.steps == 4]
+    tried = [tiles for tiles in usable(shape) if tiles.steps <= DEPTH]
+    deepest = {(tiles.rows, tiles.columns): tiles for tiles in sorted(tried)}
+    fitting = list(deepest.values())
     whole = [tiles for tiles in fitting if shape.rows % tiles.rows == 0]
     return min(whole or fitting, key=work)
 

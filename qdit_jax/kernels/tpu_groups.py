@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from jaxtyping import Array, Float, Int, Int32, UInt8
 
 from qdit_jax.kernels.derivative import with_derivative_of_xla
 from qdit_jax.kernels.product import Implementation
+from qdit_jax.kernels.refs import Ref
 from qdit_jax.kernels.tpu_blocks import STRIP, TILE
 from qdit_jax.kernels.tpu_call import packed_product
 from qdit_jax.kernels.tpu_levels import INFINITY, LEAST_NORMAL, magnitude_bits
@@ -82,19 +82,18 @@ def offsets_of(q: QTensor) -> UInt8[Array, "G N"]:
     return (128 - zero_point.astype(jnp.int32)).astype(jnp.uint8)
 
 
-# Any: references to memory, which have no public type.
 def _kernel(
-    x: Any,
-    codes: Any,
-    offset: Any,
-    scale: Any,
-    y: Any,
-    x_codes: Any,
-    x_scale: Any,
-    x_zero: Any,
-    weights: Any,
-    sums_of_weights: Any,
-    *turned: Any,
+    x: Ref,
+    codes: Ref,
+    offset: Ref,
+    scale: Ref,
+    y: Ref,
+    x_codes: Ref,
+    x_scale: Ref,
+    x_zero: Ref,
+    weights: Ref,
+    sums_of_weights: Ref,
+    *turned: Ref,
     bits: int,
     groups: tuple[int, ...],
     act_spec: ActSpec,
@@ -140,7 +139,7 @@ def int8_dot(left: Array, right: Array) -> Int32[Array, "M N"]:
 
 
 def quantize_rows(
-    x: Any, x_codes: Any, x_scale: Any, x_zero: Any, spec: ActSpec, tiles: int
+    x: Ref, x_codes: Ref, x_scale: Ref, x_zero: Ref, spec: ActSpec, tiles: int
 ) -> None:
     """Writes codes, scales and zero points of a block of tokens, as `ActSpec` has them; not finite: NaN.
 
@@ -199,7 +198,7 @@ def grid_of_rows(
 
 
 def unpack_columns(
-    codes: Any, offset: Any, weights: Any, bits: int, groups: tuple[int, ...]
+    codes: Ref, offset: Ref, weights: Ref, bits: int, groups: tuple[int, ...]
 ) -> None:
     """Writes the int8 weights `[K, C]` of a block of columns, less their zero points."""
     offsets = offset[...].astype(jnp.int32) * EACH_BYTE
@@ -208,7 +207,7 @@ def unpack_columns(
         weights[pl.ds(index * STRIP, STRIP), :] = as_rows_of(word, jnp.int8)
 
 
-def sum_weights(weights: Any, sums: Any) -> None:
+def sum_weights(weights: Ref, sums: Ref) -> None:
     """Writes the sums `[U, C]` of the weights `[K, C]` of each unit."""
     ones = jnp.ones((STRIP, TILE), jnp.int8)
     for unit in range(sums.shape[0]):

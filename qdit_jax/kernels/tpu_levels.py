@@ -17,7 +17,6 @@ bytes; J blocks of columns of a panel, L rows and C columns of a block (`tpu_blo
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ from jaxtyping import Array, Float, Int32
 
 from qdit_jax.kernels.derivative import with_derivative_of_xla
 from qdit_jax.kernels.product import Implementation
+from qdit_jax.kernels.refs import Ref
 from qdit_jax.kernels.tpu_blocks import STRIP, TILE, sizes_of
 from qdit_jax.kernels.tpu_call import packed_product
 from qdit_jax.kernels.tpu_reasons import tpu_reason
@@ -76,18 +76,17 @@ def _product(
     )
 
 
-# Any: references to memory, which have no public type.
 def _kernel(
-    x: Any,
-    codes: Any,
-    step: Any,
-    offset: Any,
-    scale: Any,
-    y: Any,
-    x_codes: Any,
-    x_scale: Any,
-    levels: Any,
-    *turned: Any,
+    x: Ref,
+    codes: Ref,
+    step: Ref,
+    offset: Ref,
+    scale: Ref,
+    y: Ref,
+    x_codes: Ref,
+    x_scale: Ref,
+    levels: Ref,
+    *turned: Ref,
     bits: int,
     groups: tuple[int, ...],
     act_spec: ActSpec,
@@ -119,7 +118,7 @@ def _kernel(
     y[...] = (sums.astype(jnp.float32) * x_scale[...] * scale[...]).astype(y.dtype)
 
 
-def quantize_rows(x: Any, x_codes: Any, x_scale: Any, spec: ActSpec) -> None:
+def quantize_rows(x: Ref, x_codes: Ref, x_scale: Ref, spec: ActSpec) -> None:
     """Writes codes and scales of a block of tokens, as `ActSpec` has them; not finite: NaN as scale.
 
     An int8 tile at a time, which is read twice: a strip of all K does not fit into registers.
@@ -157,7 +156,7 @@ def token_scale(
 
 
 def unpack_columns(
-    codes: Any, step: Any, offset: Any, levels: Any, bits: int, groups: tuple[int, ...]
+    codes: Ref, step: Ref, offset: Ref, levels: Ref, bits: int, groups: tuple[int, ...]
 ) -> None:
     """Writes the levels `[K, C]` of a block of columns."""
     steps, offsets = step[...].astype(jnp.int32), offset[...].astype(jnp.int32) * EACH_BYTE

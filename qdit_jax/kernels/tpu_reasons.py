@@ -12,11 +12,11 @@ from qdit_jax.kernels.group_reasons import grouped_input_reason, grouped_weight_
 from qdit_jax.kernels.level_reasons import (
     levels_reason,
     split_reason,
-    stored_reason,
     version_reason,
 )
 from qdit_jax.kernels.product import Product
 from qdit_jax.kernels.tpu_blocks import TILE, VMEM_LIMIT, Sizes, chosen_blocks, sizes_of
+from qdit_jax.kernels.weight_reasons import alone_reason
 from qdit_jax.quant import QTensor, WeightSpec, ranges
 
 # As `Device.device_kind` names them: those that the kernel was compiled for.
@@ -61,21 +61,9 @@ def weights_reason(product: Product) -> str | None:
     """Returns why the kernel of `tpu_weights` cannot compute a product, one sentence, or None if it can."""
     return (
         machine_reason(product)
-        or weights_input_reason(product)
-        or stored_reason(product)
+        or alone_reason(product)
         or blocks_reason(weights_sizes(product.x_shape, product.weight))
     )
-
-
-def weights_input_reason(product: Product) -> str | None:
-    """Returns what is wrong with the inputs, or the format of the weights."""
-    if product.act is not None:
-        return "it takes inputs that are not quantized."
-    if product.dtype != "bfloat16":
-        return f"it takes inputs in bfloat16, not in {product.dtype}."
-    if product.weight.fmt is not None:
-        return f"it takes integer weights, not {product.weight.fmt.name}."
-    return None
 
 
 def weights_sizes(x_shape: tuple[int, ...], weight: QTensor | WeightSpec) -> Sizes:

@@ -3,8 +3,7 @@
 Compiled for v5e, v5p and v6e, interpreted on CPU, not run on a TPU.
 
 Packed codes become bfloat16 weights in VMEM once per call, rounded as `quant.weight_rows` rounds them:
-memory sees the inputs, the packed codes and the result. Groups, zero points and two levels of scales are
-one map per group, `(code * factor - zero) * scale`, whose first part is exact in float32.
+memory sees the inputs, the packed codes and the result.
 
 Dimensions: M rows (tokens), K input channels, N output channels, G groups along K, R rows of packed
 bytes; J blocks of columns of a panel, L rows and C columns of a block (`tpu_blocks`).
@@ -21,14 +20,14 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from qdit_jax.kernels.product import Implementation
+from qdit_jax.kernels.refs import Ref
 from qdit_jax.kernels.tpu_blocks import STRIP
 from qdit_jax.kernels.tpu_call import packed_product
 from qdit_jax.kernels.tpu_reasons import weights_reason, weights_sizes
 from qdit_jax.kernels.tpu_words import SIGNS, as_rows_of, code_words
+from qdit_jax.kernels.weight_maps import HALF, maps_of
 from qdit_jax.kernels.xla import simulated_matmul
-from qdit_jax.quant import ActQuant, QTensor, scale_value, step_and_offset
-
-HALF = 128  # codes are moved by it, to be int8
+from qdit_jax.quant import ActQuant, QTensor
 
 
 def weights_matmul(
@@ -49,7 +48,7 @@ def weights_matmul(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _product(x: Float[Array, "*lead K"], q: QTensor, interpret: bool) -> Float[Array, "*lead N"]:
-    sizes, maps = weights_sizes(x.shape, q), maps_of(q)
+    sizes, maps = weights_sizes(x.shape, q), signed_maps(q)
     return packed_product(
         _kernel, x, q, sizes, maps, name="tpu_weights", dtype=x.dtype.name, interpret=interpret
     )
@@ -63,28 +62,22 @@ def _product_jvp(
     return _product(*primals, interpret), tangent
 
 
-def maps_of(q: QTensor) -> tuple[Float[Array, "G N"], Float[Array, "G N"], Float[Array, "G N"]]:
-    """Returns (factor, zero, scale) of codes minus `HALF`: `w = (code * factor - zero) * scale`."""
-    if q.has_levels:
-        step, offset = (a.astype(jnp.float32) for a in step_and_offset(q))
-        scale = jnp.broadcast_to(q.channel_scale, step.shape)
-        return step, HALF - offset - HALF * step, scale
-    scale = scale_value(q.scale)
-    zero_point = q.zero_point
-    zero = 2 ** (q.bits - 1) if zero_point is None else zero_point.astype(jnp.float32)
-    return jnp.ones_like(scale), jnp.broadcast_to(zero - jnp.float32(HALF), scale.shape), scale
+def signed_maps(q: QTensor) -> tuple[Float[Array, "G N"], Float[Array, "G N"], Float[Array, "G N"]]:
+    """Returns `maps_of` for codes minus `HALF`, which are int8: a factor always, and `zero` moved."""
+    factor, zero, scale = maps_of(q)
+    factor = jnp.ones_like(scale) if factor is None else factor
+    return factor, zero - HALF * factor, scale
 
 
-# Any: references to memory, which have no public type.
 def _kernel(
-    x: Any,
-    codes: Any,
-    factor: Any,
-    zero: Any,
-    scale: Any,
-    y: Any,
-    weights: Any,
-    *turned: Any,
+    x: Ref,
+    codes: Ref,
+    factor: Ref,
+    zero: Ref,
+    scale: Ref,
+    y: Ref,
+    weights: Ref,
+    *turned: Ref,
     bits: int,
     groups: tuple[int, ...],
 ) -> None:
@@ -111,7 +104,7 @@ def _kernel(
 
 
 def unpack_columns(
-    codes: Any, maps: tuple[Any, ...], weights: Any, bits: int, groups: tuple[int, ...]
+    codes: Ref, maps: tuple[Ref, ...], weights: Ref, bits: int, groups: tuple[int, ...]
 ) -> None:
     """Writes the weights `[K, C]` of a block of columns, in bfloat16."""
     for index, group in enumerate(groups):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Int32, UInt8
 
+from qdit_jax.kernels.refs import Ref
 from qdit_jax.kernels.tpu_blocks import STRIP, TILE, Sizes
 from qdit_jax.quant import QTensor, effective_group_size, num_groups, packing
 
@@ -59,7 +60,7 @@ def groups_of_sub_blocks(channels: int, num_channels: int, group_size: int) -> t
     return tuple(min(row // size, last) for row in range(0, channels, STRIP))
 
 
-def code_words(codes: Any, bits: int, index: int) -> Int32[Array, "8 C"]:
+def code_words(codes: Ref, bits: int, index: int) -> Int32[Array, "8 C"]:
     """Returns the `index`-th 32 rows of codes, four neighboring rows in a word."""
     first, shift, words = 0, 0, []
     for plane in packing.planes(bits):
@@ -69,7 +70,7 @@ def code_words(codes: Any, bits: int, index: int) -> Int32[Array, "8 C"]:
     return functools.reduce(jnp.bitwise_or, words)
 
 
-def plane_words(codes: Any, first: int, plane: int, index: int) -> Int32[Array, "8 C"]:
+def plane_words(codes: Ref, first: int, plane: int, index: int) -> Int32[Array, "8 C"]:
     """Returns what the plane of bits from row `first` on has of the `index`-th 32 rows of codes."""
     run, place = divmod(index * STRIP, packing.RUN)
     size = packing.RUN * plane // 8  # rows of bytes of a run, and rows of codes between two fields

@@ -28,7 +28,7 @@ def scripts(monkeypatch):
 def test_the_fastest_blocks_are_kept_by_device_and_shape(tmp_path):
     import gpu_sweep
 
-    usable = [tiles for tiles in CANDIDATES if fits(tiles, SHAPE.bits, SHAPE.itemsize)]
+    usable = [tiles for tiles in CANDIDATES if fits(tiles, SHAPE)]
 
     def times(calls, num_rounds):
         assert [call.name for call in calls] == [str(tiles) for tiles in usable]
@@ -52,7 +52,7 @@ def test_the_packaged_table_can_be_read():
     held = json.loads((Path(gpu_tiles.__file__).parent / gpu_tiles.TABLE).read_text())
     for device in held:
         for shape, tiles in rows_of(held, device).items():
-            assert fits(tiles, shape.bits, shape.itemsize)
+            assert fits(tiles, shape)
 
 
 @pytest.mark.usefixtures("scripts")

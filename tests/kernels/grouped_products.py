@@ -1,4 +1,4 @@
-"""Products of the kernel in groups, interpreted on CPU, as JSON: a process of its own, see `test_gpu_groups.py`."""
+"""Products of the kernel in groups, interpreted on CPU, as JSON: a process of its own, see `interpreted_gpu.py`."""
 
 from __future__ import annotations
 

@@ -1,45 +1,21 @@
-"""The Pallas kernel for products in groups on NVIDIA GPUs, interpreted on CPU, against float64 and XLA.
-
-The interpreter runs a warpgroup as a thread of its own that waits for the others, on threads that XLA for
-CPU counts by the machine's cores: on two it may wait for ever. `NPROC` is how many XLA believes in, read as
-the process begins; so all products are computed in one process of their own.
-"""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The Pallas kernel for products in groups on NVIDIA GPUs, interpreted on CPU, against float64 and XLA."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from grouped_products import CASES, kernel
+from interpreted_gpu import needs_interpreter, printed
 from level_products import W, tokens
 
 from qdit_jax.kernels.gpu_groups import operands_of
-from qdit_jax.kernels.level_reasons import version_reason
 from qdit_jax.kernels.units import of_units, unit_of, unit_sums
 from qdit_jax.quant import ActQuant, ActSpec, code_rows, dequantize
-
-needs_interpreter = pytest.mark.skipif(
-    version_reason() is not None, reason=f"the interpreter for GPUs: {version_reason()}"
-)
 
 
 @pytest.fixture(scope="module")
 def found():
-    script = Path(__file__).with_name("grouped_products.py")
-    ran = subprocess.run(
-        [sys.executable, str(script)],
-        env={**os.environ, "NPROC": "8", "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout)
+    return printed("grouped_products.py")
 
 
 @needs_interpreter

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interpreted_gpu import needs_interpreter
 from level_products import LEVELS, TOKEN, W, random_kernel, relative_errors, tokens
 
 from qdit_jax.kernels import gpu_check, gpu_words, quantized_matmul
 from qdit_jax.kernels.gpu_levels import levels_matmul
 from qdit_jax.kernels.gpu_memory import word_layout
 from qdit_jax.kernels.gpu_tiles import Tiles
-from qdit_jax.kernels.level_reasons import version_reason
 from qdit_jax.kernels.units import of_units
 from qdit_jax.quant import (
     ActQuant,
@@ -30,9 +30,6 @@ from qdit_jax.quant import (
     with_codes,
 )
 
-needs_interpreter = pytest.mark.skipif(
-    version_reason() is not None, reason=f"the interpreter for GPUs: {version_reason()}"
-)
 SMALL = Tiles(rows=64, columns=64, steps=2)
 
 # Weights, (M, K, N), the inputs' dtype and quantizer, blocks.
@@ -173,18 +170,20 @@ def test_every_32_channels_have_the_step_of_their_group(group_size):
 
 
 @needs_interpreter
-def test_a_register_is_a_word_and_four_operands():
+@pytest.mark.parametrize(("name", "count"), [("WGMMA_LAYOUT_8BIT", 4), ("WGMMA_LAYOUT", 2)])
+def test_a_register_is_a_word_and_several_operands(name, count):
+    """Four bytes, or two numbers of 16 bits."""
     from jax.experimental.mosaic.gpu import fragmented_array
 
-    operands, words = fragmented_array.WGMMA_LAYOUT_8BIT, word_layout().to_mgpu()
-    assert operands.registers_shape((64, 64)) == words.registers_shape((64, 16))
-    assert (operands.vector_length, words.vector_length) == (4, 1)
+    operands, words = getattr(fragmented_array, name), word_layout().to_mgpu()
+    assert operands.registers_shape((64, 64)) == words.registers_shape((64, 64 // count))
+    assert (operands.vector_length, words.vector_length) == (count, 1)
     assert operands.warp_dims == words.warp_dims
     assert operands.lane_dims == words.lane_dims
     for row, column in itertools.product(range(64), range(64)):
         own = operands.tiling.tile_indices((row, column))
-        other = words.tiling.tile_indices((row, column // 4))
-        assert (own[:-1], own[-1]) == (other[:-1], column % 4)
+        other = words.tiling.tile_indices((row, column // count))
+        assert (own[:-1], own[-1]) == (other[:-1], column % count)
 
 
 def test_levels_of_words_are_those_of_rows():

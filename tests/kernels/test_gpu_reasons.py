@@ -22,6 +22,7 @@ from qdit_jax.kernels import (
 from qdit_jax.kernels.gpu_tiles import (
     CANDIDATES,
     GROUPED,
+    WIDE,
     Shape,
     Tiles,
     chosen_tiles,
@@ -51,6 +52,17 @@ def grouped(weight=WEIGHT, act=GROUP, **changes):
     """Returns the sentence of the kernel in groups, which takes the product without changes."""
     settings = {"platform": "cuda", "weight": weight, "act": act, **changes}
     return level_products.reason(row="gpu_groups", **settings)
+
+
+def alone(weight=WEIGHT, act=None, **changes):
+    """Returns the sentence of the kernel for weights alone, which takes the product without changes."""
+    settings = {"platform": "cuda", "numerics": "simulated", **changes}
+    return level_products.reason(row="gpu_weights", weight=weight, act=act, **settings)
+
+
+def taken(weight, dtype):
+    settings = {"platform": "cuda", "dtype": dtype}
+    return implementation_of((4096, 1152), weight, None, "simulated", **settings)
 
 
 @pytest.mark.usefixtures("anywhere")
@@ -122,6 +134,32 @@ def test_what_groups_cannot_be_is_refused_by_name(changes, sentence):
 
 
 @pytest.mark.usefixtures("anywhere")
+def test_weights_alone_have_a_kernel_of_their_own():
+    for weight in [W(4, 128), W(8, 32, symmetric=True), W(4, 0), W(4, 32, **LEVELS)]:
+        assert alone(weight) is None
+        names = {dtype: taken(weight, dtype) for dtype in ("bfloat16", "float32")}
+        assert names == {"bfloat16": "gpu_weights", "float32": "xla"}
+
+
+@pytest.mark.usefixtures("anywhere")
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"platform": "tpu"}, "it runs on NVIDIA GPUs only."),
+        ({"act": TOKEN}, "inputs that are not quantized"),
+        ({"dtype": "float16"}, "inputs in bfloat16, not in float16"),
+        ({"weight": W(fmt=formats.nf4, group_size=32)}, "integer weights, not nf4"),
+        ({"weight": W(4, 48)}, "groups that are multiples of 32, not of 48"),
+        ({"weight": W(4, 32, channel_group=2)}, "channel_group is 2."),
+        ({"weight": W(6, 32)}, "it unpacks 4 and 8 bits, not 6."),
+        ({"x_shape": (8, 1120)}, "runs of 128, and K is 1120."),
+    ],
+)
+def test_what_weights_alone_cannot_be_is_refused_by_name(changes, sentence):
+    assert sentence in alone(**changes)
+
+
+@pytest.mark.usefixtures("anywhere")
 def test_a_stack_of_kernels_is_refused():
     assert "this is a stack" in reason(weight=stack_of_kernels())
 
@@ -139,20 +177,25 @@ def test_the_machine_is_asked_before_anything_is_traced(monkeypatch):
         f"it was compiled for Hopper (compute capability 9.0), and this is {kind} (unknown)."
     )
     monkeypatch.setattr(gpu_reasons, "CAPABILITY", "unknown")
-    wrong = {gpu_check.LEVELS: "a product was wrong.", gpu_check.GROUPS: None}
+    wrong = {gpu_check.LEVELS: "a product was wrong."}
     monkeypatch.setattr(gpu_reasons, "wrong_here", wrong.get)
     assert reason() == "a product was wrong."
     assert grouped() is None
+    assert alone() is None
     wrong[gpu_check.LEVELS] = None
     assert reason() is None
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     assert "several devices" in reason()
 
 
-@pytest.mark.parametrize("check", [gpu_check.LEVELS, gpu_check.GROUPS], ids=["levels", "groups"])
-def test_a_device_that_multiplies_wrong_is_found(check):
+@pytest.mark.parametrize("name", ["LEVELS", "GROUPS", "WEIGHTS"])
+def test_a_device_that_multiplies_wrong_is_found(name):
+    check = getattr(gpu_check, name)
+    numerics = "integer" if check.act else "simulated"
+
     def right(x, q, dtype):
-        return quantized_matmul(x, q, check.act, "integer", "xla", out_dtype=dtype)
+        wide = x.astype("float32")  # XLA rounds sums to the dtype of its input
+        return quantized_matmul(wide, q, check.act, numerics, "xla", out_dtype=dtype)
 
     def broken(x, q, dtype):
         raise RuntimeError("no such instruction")
@@ -170,16 +213,19 @@ def test_a_device_that_multiplies_wrong_is_found(check):
     assert wrong_with(broken) == "it does not run here (RuntimeError: no such instruction)."
 
 
-@pytest.mark.parametrize("unit", [0, 32, 64, 128])
+@pytest.mark.parametrize(
+    ("unit", "x_bits"), [*((u, 8) for u in (0, 32, 64, 128)), *((u, 16) for u in (32, 64, 128))]
+)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_blocks_fit_and_leave_no_layer_without_one(bits, unit):
+def test_blocks_fit_and_leave_no_layer_without_one(bits, unit, x_bits):
+    blocks = WIDE if x_bits == 16 else GROUPED if unit else CANDIDATES
     for itemsize, rows in itertools.product((2, 4), (1, 512, 4096, 16384)):
         for channels, width in LAYERS:
-            shape = Shape(rows, channels, width, bits, itemsize, unit)
+            shape = Shape(rows, channels, width, bits, itemsize, unit, x_bits)
             tiles = tiles_by_arithmetic(shape)
             assert tiles in usable(shape)
-            assert tiles in (GROUPED if unit else CANDIDATES)
-            assert fits(tiles, bits, itemsize, unit)
+            assert tiles in blocks
+            assert fits(tiles, shape)
             assert rows == 1 or rows % tiles.rows == 0  # no copy without padding
 
 
@@ -192,6 +238,11 @@ def test_units_of_32_take_fewer_rows():
 def test_few_tokens_take_small_blocks():
     few, many = (tiles_by_arithmetic(Shape(rows, 1152, 1152, 4, 2)) for rows in (512, 16384))
     assert few.rows * few.columns < many.rows * many.columns
+
+
+def test_few_rows_do_not_pay_for_unpacking_to_16_bits():
+    narrow, wide = (Shape(512, 1152, 4608, 4, 2, 128, x_bits) for x_bits in (8, 16))
+    assert tiles_by_arithmetic(narrow).rows < tiles_by_arithmetic(wide).rows
 
 
 def test_measured_blocks_are_taken_on_their_device_and_near_their_shape(monkeypatch):

@@ -1,0 +1,174 @@
+"""A product of 16-bit inputs with packed integer weights (W4A16), in one Pallas Mosaic GPU kernel for Hopper.
+
+Compiled ahead of time for an H100, interpreted on CPU, not run on a GPU.
+
+The kernel fetches blocks of inputs and of packed codes, makes bfloat16 weights of the codes in registers,
+rounded as `quant.weight_rows` rounds them, and multiplies. Weights are never written unpacked, which XLA does
+before each product.
+
+Dimensions: M rows (tokens), K input channels, N output channels, all padded to whole blocks; R packed bytes
+of an output channel; U units, runs of input channels that have one map.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from qdit_jax.kernels.gpu_call import called, place_of, run_of, run_pipeline, write
+from qdit_jax.kernels.gpu_floats import MAGIC, code_floats, multiply_floats
+from qdit_jax.kernels.gpu_memory import loaded
+from qdit_jax.kernels.gpu_tiles import HALF, RUN, Shape, Tiles, chosen_tiles, rounded_up
+from qdit_jax.kernels.refs import Ref, Span
+from qdit_jax.kernels.units import of_units, unit_of
+from qdit_jax.kernels.weight_maps import maps_of
+from qdit_jax.kernels.xla import simulated_matmul
+from qdit_jax.quant import ActQuant, QTensor
+
+
+def weights_matmul(
+    x: Float[Array, "*lead K"],
+    q: QTensor,
+    act: ActQuant | None,
+    numerics: str,
+    dtype: str | None = None,
+    *,
+    tiles: Tiles | None = None,
+    interpret: Any = None,
+) -> Float[Array, "*lead N"]:
+    """Returns `x @ q` in `dtype`, by default that of `x`, sums in float32.
+
+    Equal to `xla.simulated_matmul` to the rounding of sums, whose derivative it has. `interpret` is Pallas'
+    `InterpretGPUParams`, which run it on a CPU, slowly.
+    """
+    assert act is None, "weights_reason refuses it"
+    dtype = dtype or x.dtype.name
+    if tiles is None:
+        tiles = chosen_tiles(weights_shape(x.shape, q, dtype))
+    return _product(x, q, dtype, tiles, interpret)
+
+
+def weights_shape(x_shape: tuple[int, ...], q: QTensor, dtype: str) -> Shape:
+    """Returns the product as the table of blocks knows it."""
+    unit = unit_of(q.shape[0], q.group_size, q.group_size)
+    return Shape(
+        math.prod(x_shape[:-1]), *q.shape, q.bits, jnp.dtype(dtype).itemsize, unit, x_bits=16
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def _product(
+    x: Float[Array, "*lead K"], q: QTensor, dtype: str, tiles: Tiles, interpret: Any
+) -> Float[Array, "*lead N"]:
+    num_channels, width = q.shape
+    tokens = x.reshape(-1, num_channels)
+    num_rows = len(tokens)
+    rows, columns = rounded_up(num_rows, tiles.rows), rounded_up(width, tiles.block)
+    unit = unit_of(num_channels, q.group_size, q.group_size)
+    factor, zero, scale = maps_of(q)
+    if factor is None:  # what the codes stand on is taken away with the zero point
+        zero = zero + MAGIC
+    maps = [a for a in (factor, zero, scale) if a is not None]
+    operands = [
+        jnp.pad(tokens, ((0, rows - num_rows), (0, 0))),
+        jnp.pad(jnp.asarray(q.codes), ((0, columns - width), (0, 0))),
+        *(
+            jnp.pad(of_units(a, num_channels, q.group_size, unit), ((0, 0), (0, columns - width)))
+            for a in maps
+        ),
+    ]
+    kernel = functools.partial(_kernel, bits=q.bits, unit=unit, num_maps=len(maps))
+    y = called(kernel, operands, jnp.dtype(dtype), tiles, name="gpu_weights", interpret=interpret)
+    return y[:num_rows, :width].reshape(*x.shape[:-1], width)
+
+
+@_product.defjvp
+def _product_jvp(
+    dtype: str, tiles: Tiles, interpret: Any, primals: tuple[Any, Any], tangents: tuple[Any, Any]
+) -> tuple[Array, Array]:
+    def by_xla(x: Array, q: QTensor) -> Array:
+        return simulated_matmul(x, q, None).astype(dtype)
+
+    _, tangent = jax.jvp(by_xla, primals, tangents)
+    return _product(*primals, dtype, tiles, interpret), tangent
+
+
+def _kernel(
+    tokens: Ref,
+    codes: Ref,
+    *rest: Ref,
+    y_block: Ref,
+    left_block: Ref = None,
+    bits: int,
+    unit: int,
+    num_maps: int,
+    tiles: Tiles,
+) -> None:
+    """Writes one block of the result; `rest` are the maps and the result."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    maps, y = rest[:num_maps], rest[num_maps]
+    at = place_of(tiles)
+
+    def compute(pipeline: Any) -> None:
+        size = tiles.columns, tiles.rows
+
+        @functools.partial(pl.run_scoped, sums=plgpu.ACC(size, jnp.float32))
+        def _(sums: Ref) -> None:
+            pipeline(sums)
+            write(sums[...], y_block, y, at)
+
+    def step(_: Any, token_block: Ref, code_block: Ref, *rest: Any) -> Any:
+        *map_blocks, sums = rest
+        for half in range(2):
+            codes_of_half = code_floats(code_block, at.own, bits, half, left_block is not None)
+            found = [half_of_map(m, at.own, half, unit, tiles) for m in map_blocks]
+            left = weights_of(codes_of_half, found)
+            multiply_floats(sums, left, token_block, half, left_block)
+        plgpu.wgmma_wait(0)
+        return sums
+
+    maps_of_run = plgpu.BlockSpec(
+        (RUN // unit, tiles.block), lambda k: (k, 0), memory_space=plgpu.SMEM
+    )
+    run_pipeline(
+        step,
+        compute,
+        tokens.shape[1] // RUN,
+        tiles,
+        [
+            run_of(tiles.rows, RUN, jnp.bfloat16),
+            run_of(tiles.block, RUN * bits // 8),
+            *(maps_of_run for _ in maps),
+        ],
+    )(tokens.at[at.rows, :], codes.at[at.block, :], *(m.at[:, at.block] for m in maps))
+
+
+def weights_of(codes: Float[Array, "N K"], maps: list[Array]) -> Array:
+    """Returns weights in bfloat16 of codes that stand on `MAGIC`."""
+    if len(maps) == 3:
+        factor, zero, scale = maps
+        return (((codes - MAGIC) * factor - zero) * scale).astype(jnp.bfloat16)
+    zero, scale = maps
+    return ((codes - zero) * scale).astype(jnp.bfloat16)
+
+
+def half_of_map(block: Ref, own: Span, half: int, unit: int, tiles: Tiles) -> Float[Array, "N K"]:
+    """Returns the values of a map for the weights of half a run, in float32."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    width = min(unit, HALF)
+    parts = []
+    for start in range(half * HALF, (half + 1) * HALF, width):
+        of_columns = loaded(
+            block.at[start // unit, own], plgpu.Layout.WGMMA.reduce(1), optimized=False
+        )
+        parts.append(lax.broadcast_in_dim(of_columns, (tiles.columns, width), [0]))
+    return parts[0] if len(parts) == 1 else lax.concatenate(parts, 1)
