@@ -2,7 +2,12 @@
 
 from qdit_jax.kernels import gpu_groups, gpu_levels, gpu_tiles, gpu_weights
 from qdit_jax.kernels.attention import ATTENTION_IMPLEMENTATIONS, attention
-from qdit_jax.kernels.matmul import implementation_of, quantized_matmul, unsupported_reason
+from qdit_jax.kernels.matmul import (
+    expected,
+    implementation_of,
+    quantized_matmul,
+    unsupported_reason,
+)
 from qdit_jax.kernels.product import (
     NUMERICS,
     PLATFORMS,
@@ -25,6 +30,7 @@ __all__ = [
     "Numerics",
     "Product",
     "attention",
+    "expected",
     "gpu_groups",
     "gpu_levels",
     "gpu_tiles",

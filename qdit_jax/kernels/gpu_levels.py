@@ -61,7 +61,7 @@ def levels_matmul(
     Equal to `xla.integer_matmul` to float rounding, whose derivative it has. A token that holds NaN or
     infinity gives NaN. `interpret` is Pallas' `InterpretGPUParams`, which run it on a CPU, slowly.
     """
-    assert act is not None, "gpu_reason refuses it"
+    assert act is not None, "its row refuses it"
     dtype = dtype or x.dtype.name
     if tiles is None:
         rows, itemsize = math.prod(x.shape[:-1]), jnp.dtype(dtype).itemsize

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import jax
+from jaxtyping import Array
 
 from qdit_jax.kernels.gpu_check import GROUPS, LEVELS, WEIGHTS, Check, wrong_here
 from qdit_jax.kernels.gpu_groups import groups_matmul
@@ -15,21 +17,27 @@ from qdit_jax.kernels.gpu_words import BITS
 from qdit_jax.kernels.group_reasons import grouped_input_reason, grouped_weight_reason
 from qdit_jax.kernels.level_reasons import (
     ReasonFn,
-    levels_reason,
+    first_of,
+    input_reason,
     split_reason,
     version_reason,
+    weight_reason,
 )
 from qdit_jax.kernels.product import Implementation, Product
 from qdit_jax.kernels.weight_reasons import alone_reason
 
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+INSIDE = ("weights", "sums")  # what no kernel here writes to memory
 CAPABILITY = "9.0"  # of Hopper, whose instructions no other GPU has
 
 
-def machine_reason(product: Product, check: Check) -> str | None:
+def platform_reason(product: Product) -> str | None:
+    """Returns that a program is not compiled for an NVIDIA GPU, if it is so."""
+    return None if product.platform == "cuda" else "it runs on NVIDIA GPUs only."
+
+
+def machine_reason(check: Check) -> str | None:
     """Returns what the machine lacks."""
-    if product.platform != "cuda":
-        return "it runs on NVIDIA GPUs only."
     if not any(find_spec(plugin) for plugin in PLUGINS):
         return "JAX's plugin for CUDA is not installed."
     if (reason := version_reason()) is not None:
@@ -46,11 +54,6 @@ def machine_reason(product: Product, check: Check) -> str | None:
     return split_reason("gpu") or wrong_here(check)
 
 
-def on_hopper(check: Check) -> ReasonFn:
-    """Returns `machine_reason` of one kernel."""
-    return lambda product: machine_reason(product, check)
-
-
 def size_reason(product: Product) -> str | None:
     """Returns what a kernel cannot unpack."""
     if product.weight.bits not in BITS:
@@ -61,22 +64,25 @@ def size_reason(product: Product) -> str | None:
     return None
 
 
-def groups_reason(product: Product) -> str | None:
-    """Returns why the kernel in groups cannot compute a product, one sentence, or None if it can."""
-    return (
-        machine_reason(product, GROUPS)
-        or grouped_input_reason(product, SUB)
-        or grouped_weight_reason(product, SUB)
-        or size_reason(product)
+def row(
+    name: str, run: Callable[..., Array], check: Check, inside: tuple[str, ...], *reasons: ReasonFn
+) -> Implementation:
+    """Returns the row of a kernel, which refuses by the platform, the machine, and then by `reasons`."""
+    fit = first_of(*reasons, size_reason)
+    return Implementation(
+        name,
+        run,
+        first_of(platform_reason, lambda _: machine_reason(check), fit),
+        run,
+        misfit_reason=first_of(platform_reason, fit),
+        inside=inside,
     )
 
 
-def weights_reason(product: Product) -> str | None:
-    """Returns why the kernel of `gpu_weights` cannot compute a product, one sentence, or None if it can."""
-    return machine_reason(product, WEIGHTS) or alone_reason(product) or size_reason(product)
-
-
-gpu_reason = levels_reason(on_hopper(LEVELS), size_reason)
-GPU_LEVELS = Implementation("gpu_levels", levels_matmul, gpu_reason, levels_matmul)
-GPU_GROUPS = Implementation("gpu_groups", groups_matmul, groups_reason, groups_matmul)
-GPU_WEIGHTS = Implementation("gpu_weights", weights_matmul, weights_reason, weights_matmul)
+GPU_LEVELS = row("gpu_levels", levels_matmul, LEVELS, INSIDE, input_reason, weight_reason)
+GPU_GROUPS = row(
+    *("gpu_groups", groups_matmul, GROUPS, INSIDE),
+    lambda product: grouped_input_reason(product, SUB),
+    lambda product: grouped_weight_reason(product, SUB),
+)
+GPU_WEIGHTS = row("gpu_weights", weights_matmul, WEIGHTS, INSIDE, alone_reason)

@@ -21,21 +21,12 @@ SUB = 32  # input channels that have one step and one offset
 ReasonFn = Callable[[Product], str | None]
 
 
-def levels_reason(machine_reason: ReasonFn, size_reason: ReasonFn) -> ReasonFn:
-    """Returns why a kernel of one machine cannot compute a product, one sentence, or None if it can.
-
-    Args:
-        machine_reason: what the machine lacks; asked first.
-        size_reason: what of a product's sizes the kernel cannot hold; asked of what is right otherwise.
-    """
+def first_of(*reasons: ReasonFn) -> ReasonFn:
+    """Returns the first sentence that one of `reasons` has of a product, or None if none has."""
 
     def reason(product: Product) -> str | None:
-        return (
-            machine_reason(product)
-            or input_reason(product)
-            or weight_reason(product)
-            or size_reason(product)
-        )
+        found = (one(product) for one in reasons)
+        return next((sentence for sentence in found if sentence is not None), None)
 
     return reason
 

@@ -124,6 +124,11 @@ def first_that_fits(product: Product) -> Implementation:
     )
 
 
+def expected(product: Product) -> Implementation:
+    """Returns the row that computes a product on a machine of its platform that has all the row needs."""
+    return next(entry for entry in IMPLEMENTATIONS.values() if entry.fits(product))
+
+
 def implementation_of(
     x_shape: tuple[int, ...],
     weight: QTensor | WeightSpec,

@@ -53,12 +53,22 @@ class Implementation:
         unsupported_reason: `product -> ` why this cannot compute it, one sentence, or None.
         run_to: `(x, q, act, numerics, dtype) -> [*lead, N]` in another dtype, of code that writes its
             sums in 16 bits at once; None where the result of `run` is cast.
+        misfit_reason: `product -> ` the same as `unsupported_reason` of a machine of the product's platform
+            that has all it needs; None where it does not ask for more.
+        inside: what it keeps out of memory, for counting: "weights" unpacked, "sums" of groups, "codes" of
+            the input.
     """
 
     name: str
     run: Callable[[Array, QTensor, ActQuant | None, str], Array]
     unsupported_reason: Callable[[Product], str | None]
     run_to: Callable[[Array, QTensor, ActQuant | None, str, str], Array] | None = None
+    misfit_reason: Callable[[Product], str | None] | None = None
+    inside: tuple[str, ...] = ()
+
+    def fits(self, product: Product) -> bool:
+        """Returns whether it computes a product on a machine that has all it needs."""
+        return (self.misfit_reason or self.unsupported_reason)(product) is None
 
     def product(
         self, x: Array, q: QTensor, act: ActQuant | None, numerics: str, dtype: str

@@ -22,12 +22,11 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, Int32, UInt8
 
 from qdit_jax.kernels.derivative import with_derivative_of_xla
-from qdit_jax.kernels.product import Implementation
 from qdit_jax.kernels.refs import Ref
 from qdit_jax.kernels.tpu_blocks import STRIP, TILE
 from qdit_jax.kernels.tpu_call import packed_product
 from qdit_jax.kernels.tpu_levels import INFINITY, LEAST_NORMAL, magnitude_bits
-from qdit_jax.kernels.tpu_reasons import groups_reason, groups_sizes
+from qdit_jax.kernels.tpu_reasons import groups_reason, groups_sizes, row
 from qdit_jax.kernels.tpu_words import EACH_BYTE, SIGNS, as_rows_of, code_words
 from qdit_jax.kernels.units import of_units
 from qdit_jax.quant import (
@@ -215,4 +214,6 @@ def sum_weights(weights: Ref, sums: Ref) -> None:
         sums[unit : unit + 1, :] = found[:1]
 
 
-TPU_GROUPS = Implementation("tpu_groups", groups_matmul, groups_reason, groups_matmul)
+TPU_GROUPS = row(
+    "tpu_groups", groups_matmul, groups_matmul, ("weights", "sums", "codes"), groups_reason
+)

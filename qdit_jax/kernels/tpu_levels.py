@@ -24,11 +24,10 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
 from qdit_jax.kernels.derivative import with_derivative_of_xla
-from qdit_jax.kernels.product import Implementation
 from qdit_jax.kernels.refs import Ref
 from qdit_jax.kernels.tpu_blocks import STRIP, TILE, sizes_of
 from qdit_jax.kernels.tpu_call import packed_product
-from qdit_jax.kernels.tpu_reasons import tpu_reason
+from qdit_jax.kernels.tpu_reasons import levels_reason, row
 from qdit_jax.kernels.tpu_words import EACH_BYTE, SIGNS, as_rows_of, code_words
 from qdit_jax.quant import (
     ActQuant,
@@ -59,7 +58,7 @@ def levels_matmul(
     Equal to `xla.integer_matmul` to float rounding, whose derivative it has. A token that holds NaN or
     infinity gives NaN.
     """
-    assert act is not None, "tpu_reason refuses it"
+    assert act is not None, "levels_reason refuses it"
     return _product(x, q, act.spec, dtype or x.dtype.name, interpret)
 
 
@@ -167,4 +166,6 @@ def unpack_columns(
         levels[rows, :] = as_rows_of((word * own_step + own_offset) ^ SIGNS, jnp.int8)
 
 
-TPU_LEVELS = Implementation("tpu_levels", levels_matmul, tpu_reason, levels_matmul)
+TPU_LEVELS = row(
+    "tpu_levels", levels_matmul, levels_matmul, ("weights", "sums", "codes"), levels_reason
+)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from qdit_jax.kernels.group_reasons import grouped_input_reason, grouped_weight_reason
 from qdit_jax.kernels.level_reasons import (
-    levels_reason,
+    ReasonFn,
+    first_of,
+    input_reason,
     split_reason,
     version_reason,
+    weight_reason,
 )
-from qdit_jax.kernels.product import Product
+from qdit_jax.kernels.product import Implementation, Product
 from qdit_jax.kernels.tpu_blocks import TILE, VMEM_LIMIT, Sizes, chosen_blocks, sizes_of
 from qdit_jax.kernels.weight_reasons import alone_reason
 from qdit_jax.quant import QTensor, WeightSpec, ranges
@@ -23,10 +28,13 @@ from qdit_jax.quant import QTensor, WeightSpec, ranges
 KINDS = ("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")
 
 
-def machine_reason(product: Product) -> str | None:
+def platform_reason(product: Product) -> str | None:
+    """Returns that a program is not compiled for a TPU, if it is so."""
+    return None if product.platform == "tpu" else "it runs on TPUs only."
+
+
+def machine_reason() -> str | None:
     """Returns what the machine lacks."""
-    if product.platform != "tpu":
-        return "it runs on TPUs only."
     if find_spec("libtpu") is None:
         return "libtpu is not installed."
     if (reason := version_reason()) is not None:
@@ -54,16 +62,32 @@ def blocks_reason(sizes: Sizes) -> str | None:
     return None
 
 
-tpu_reason = levels_reason(machine_reason, size_reason)
+def row(
+    name: str,
+    run: Callable[..., Array],
+    run_to: Callable[..., Array] | None,
+    inside: tuple[str, ...],
+    *reasons: ReasonFn,
+) -> Implementation:
+    """Returns the row of a kernel, which refuses by the platform, the machine, and then by `reasons`."""
+    return Implementation(
+        name,
+        run,
+        first_of(platform_reason, lambda _: machine_reason(), *reasons),
+        run_to,
+        misfit_reason=first_of(platform_reason, *reasons),
+        inside=inside,
+    )
+
+
+def levels_reason(product: Product) -> str | None:
+    """Returns what the kernel of `tpu_levels` cannot compute of a product."""
+    return input_reason(product) or weight_reason(product) or size_reason(product)
 
 
 def weights_reason(product: Product) -> str | None:
-    """Returns why the kernel of `tpu_weights` cannot compute a product, one sentence, or None if it can."""
-    return (
-        machine_reason(product)
-        or alone_reason(product)
-        or blocks_reason(weights_sizes(product.x_shape, product.weight))
-    )
+    """Returns what the kernel of `tpu_weights` cannot compute of a product."""
+    return alone_reason(product) or blocks_reason(weights_sizes(product.x_shape, product.weight))
 
 
 def weights_sizes(x_shape: tuple[int, ...], weight: QTensor | WeightSpec) -> Sizes:
@@ -72,11 +96,10 @@ def weights_sizes(x_shape: tuple[int, ...], weight: QTensor | WeightSpec) -> Siz
 
 
 def groups_reason(product: Product) -> str | None:
-    """Returns why the kernel of `tpu_groups` cannot compute a product, one sentence, or None if it can."""
+    """Returns what the kernel of `tpu_groups` cannot compute of a product."""
     itemsize = jnp.dtype(product.dtype).itemsize
     return (
-        machine_reason(product)
-        or grouped_input_reason(product, TILE)
+        grouped_input_reason(product, TILE)
         or groups_range_reason(product)
         or grouped_weight_reason(product, TILE)
         or blocks_reason(groups_sizes(product.x_shape, product.weight, itemsize))

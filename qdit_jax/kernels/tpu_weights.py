@@ -19,11 +19,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from qdit_jax.kernels.product import Implementation
 from qdit_jax.kernels.refs import Ref
 from qdit_jax.kernels.tpu_blocks import STRIP
 from qdit_jax.kernels.tpu_call import packed_product
-from qdit_jax.kernels.tpu_reasons import weights_reason, weights_sizes
+from qdit_jax.kernels.tpu_reasons import row, weights_reason, weights_sizes
 from qdit_jax.kernels.tpu_words import SIGNS, as_rows_of, code_words
 from qdit_jax.kernels.weight_maps import HALF, maps_of
 from qdit_jax.kernels.xla import simulated_matmul
@@ -115,4 +114,4 @@ def unpack_columns(
         weights[pl.ds(index * STRIP, STRIP), :] = found.astype(jnp.bfloat16)
 
 
-TPU_WEIGHTS = Implementation("tpu_weights", weights_matmul, weights_reason)
+TPU_WEIGHTS = row("tpu_weights", weights_matmul, None, ("weights", "sums"), weights_reason)

@@ -27,9 +27,8 @@ class Device:
         rates: operations per second (two per multiply-add) by the dtype of the operands, dense.
         bandwidth: bytes per second to and from its memory.
         memory: bytes of it.
+        platform: JAX's word for it, which says whose kernels compute its products.
         fuses_attention: whether attention is computed without its weights in memory.
-        fuses_levels: whether packed weights are unpacked inside the product (`tpu_levels`,
-            `tpu_weights`).
         wide: the precision of float32 products, in words.
     """
 
@@ -38,8 +37,8 @@ class Device:
     rates: Mapping[str, float]
     bandwidth: float
     memory: float
+    platform: str
     fuses_attention: bool = True
-    fuses_levels: bool = False
     wide: str = "float32"
 
 
@@ -52,7 +51,7 @@ def tpu(name: str, tera: float, int8: float, bandwidth: float, memory: float) ->
         rates,
         bandwidth * GIGA,
         memory * GIGA,
-        fuses_levels=True,
+        "tpu",
         wide="one pass of bfloat16, JAX's default",
     )
 
@@ -66,6 +65,7 @@ DEVICES = {
             {"float32": 495 * TERA, "bfloat16": 989 * TERA, "int8": 1979 * TERA},
             3350 * GIGA,
             80 * GIGA,
+            "cuda",
             wide="TF32, JAX's default",
         ),
         tpu("v5e", 197.0, 394.0, 819.0, 16.0),
@@ -106,7 +106,7 @@ def this_cpu() -> Device:
     copied = 2 * values.nbytes / least_seconds(lambda: negated(values))
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     title = f"this machine, {os.cpu_count()} CPU cores"
-    return Device(HERE, title, rates, copied, memory, fuses_attention=False)
+    return Device(HERE, title, rates, copied, memory, "cpu", fuses_attention=False)
 
 
 def least_seconds(call: Callable[[], jax.Array], rounds: int = 5) -> float:

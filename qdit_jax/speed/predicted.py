@@ -190,8 +190,15 @@ def shapes_of(checkpoint: Checkpoint, rows: Mapping[str, int]) -> dict[str, tupl
 
 
 def spec_of(layer: QuantizedLayer) -> LayerSpec:
-    """Returns a layer's specs; of what is stored, those that `BitOps` reads."""
+    """Returns a layer's specs; of what is stored, those that counting reads."""
     weight, act = layer.weight, layer.act
     if isinstance(weight, QTensor):
-        weight = WeightSpec(weight.bits, weight.group_size, weight.symmetric)
+        is_plain = weight.fmt is None and not weight.has_levels
+        weight = WeightSpec(
+            *(weight.bits, weight.group_size, weight.symmetric),
+            scale_dtype=weight.scale.dtype.name if is_plain else "float32",
+            channel_group=weight.channel_group,
+            fmt=weight.fmt,
+            scale_levels=2 if weight.has_levels and weight.fmt is None else 1,
+        )
     return LayerSpec(weight, act.spec if isinstance(act, ActQuant) else act)

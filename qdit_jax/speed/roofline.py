@@ -5,7 +5,8 @@ bandwidth, one after another. Programs are slower; one that fuses more than is c
 faster. Counted are, of a layer: its input and output, one
 pass over each for norms, modulation, activation functions and the residual; the weights as they are
 stored; codes of the input; the copy in 8 or 16 bits that packed weights become; and a sum in float32 for
-every group inside which both operands have one scale. Of an attention: its operands and output, and the
+every group inside which both operands have one scale. What a kernel keeps inside is not counted, where the
+device has one that takes the product; nor is the work of scaling sums there. Of an attention: its operands and output, and the
 weights where the device keeps them in memory.
 
 Dimensions: R rows of a layer's input, K input channels, N output channels.
@@ -72,7 +73,7 @@ class Step:
         size = WIDE if self.dtype == "float32" else WIDE // 2
         for path, shape in self.shapes.items():
             yield layer_work(
-                self.rows[path], shape, self.specs.get(path), self.dtype, size, device.fuses_levels
+                self.rows[path], shape, self.specs.get(path), self.dtype, size, device.platform
             )
         for attention in self.attentions:
             yield attention_work(attention, self.inputs, self.dtype, size, device.fuses_attention)
@@ -93,7 +94,7 @@ def layer_work(
     spec: LayerSpec | None,
     dtype: str,
     size: int,
-    fuses_levels: bool,
+    platform: str,
 ) -> Work:
     """Returns the work of a linear layer; `size` is the bytes of one value of its input and output."""
     num_channels, width = shape
@@ -102,26 +103,37 @@ def layer_work(
     weight = None if spec is None else spec.weight
     act = None if spec is None else spec.act
     kind, count = kind_of(spec, dtype), num_sums(num_channels, spec)
+    inside = kept_inside(rows, num_channels, spec, dtype, platform)
     moved, live = 2.0 * values, float(values)
     if weight is None:
         moved += num_channels * width * (size if act is None else WIDE)
     else:
         moved += packed_nbytes(*shape, weight)
-        # A TPU's kernels: of int8 levels, and of weights alone beside inputs of 16 bits.
-        is_alone = act is None and kind == "bfloat16" and weight.fmt is None
-        is_unpacked_inside = fuses_levels and count == 1 and (kind == "int8" or is_alone)
-        if not (is_unpacked_inside or (kind == "int8" and is_plain_int8(weight))):
+        if not ("weights" in inside or (kind == "int8" and is_plain_int8(weight))):
             copy = num_channels * width * (1 if kind == "int8" else size)
             moved += 2 * copy
             live += copy
     if act is not None:
         codes = rows * num_channels * (1 if kind == "int8" else WIDE)
-        moved += size * rows * num_channels + 2 * codes
-        live += codes
-    if count > 1:
+        moved += size * rows * num_channels + (0 if "codes" in inside else 2 * codes)
+        live += 0 if "codes" in inside else codes
+    if count > 1 and "sums" not in inside:
         moved += 2 * WIDE * rows * width * count
         live += WIDE * rows * width
     return Work(kind, operations, moved, live)
+
+
+def kept_inside(
+    rows: int, num_channels: int, spec: LayerSpec | None, dtype: str, platform: str
+) -> tuple[str, ...]:
+    """Returns what of a product stays out of memory: `Implementation.inside` of who computes it."""
+    if spec is None or spec.weight is None:
+        return ()
+    numerics = "simulated" if spec.act is None else "integer"
+    product = kernels.Product(
+        (rows, num_channels), spec.weight, spec.act, numerics, platform, dtype
+    )
+    return kernels.expected(product).inside
 
 
 def kind_of(spec: LayerSpec | None, dtype: str) -> str:
