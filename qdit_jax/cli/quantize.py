@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from typing import Any
 
 from qdit_jax.cli.options import verb_parser
 from qdit_jax.cli.paths import path_option
 from qdit_jax.cli.quantize_options import (
+    Default,
     PresetOptions,
     add_method_options,
     add_preset_options,
@@ -129,4 +131,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     found = table.totals(written.params, {"before": args.checkpoint, "after": args.out})
     print(f"{totals_text(found)}\nwrote {args.out}")
+    if isinstance(args.method, Default):
+        logging.getLogger("qdit_jax").info(
+            "rounded to nearest, which looks at no inputs; --method best samples some first and comes closer"
+        )
     return {"out": args.out, "method": args.method, **found}

@@ -44,6 +44,13 @@ RANGES = (
 ACT_MODES = ("dynamic", "static", "static-per-timestep")
 # Parts of a network that have an option of their own.
 PARTS = ("adaln", "embedders", "final", "attention")
+
+
+class Default(str):
+    """The value of an option that was not given."""
+
+
+METHOD = Default("rtn")
 # What `--rounding` called the methods.
 ROUNDINGS = {"nearest": "rtn", "gptq-authors": "qdit_release"}
 # Options of a method that learns from inputs, with their defaults: how they are sampled, ...
@@ -127,9 +134,10 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--method",
         choices=METHODS,
-        type=present_name,
-        default="rtn",
-        help="how weights are quantized; `qdit methods` describes them (default rtn)",
+        type=lambda name: name if name is METHOD else present_name(name),
+        default=METHOD,
+        help="how weights are quantized; `qdit methods` describes them (default rtn, which samples "
+        "nothing; best comes closest)",
     )
     group.add_argument(
         "--rounding",
@@ -268,7 +276,7 @@ def check_options(given: Mapping[str, Any], recipe: Any) -> None:
         counted |= set(OF_SAMPLING) - {"num_samples"}
     of_sampling = {name: value for name, value in OF_SAMPLING.items() if name not in counted}
     if not method.needs:
-        reason = f"--method {given['method']} looks at no inputs"
+        reason = f"--method {given['method']} looks at no inputs; best, gptq and others do"
         refuse_inert(given, OF_FITTING | of_sampling | {"dtype": None}, reason)
     if given["weight_timesteps"] and not method.weighs_timesteps:
         reason = f"--method {given['method']} does not round by the Hessians of its inputs"

@@ -178,6 +178,13 @@ def test_the_method_brings_its_ranges_unless_one_is_given(options, method, range
         assert (spec.weight.range_fn.name, spec.act.range_fn.name) == ranges_used
 
 
+@pytest.mark.parametrize("options", [[], ["--method", "rtn"], ["--quiet"]])
+def test_who_asks_for_no_method_is_told_of_a_closer_one(folder, capsys, options):
+    assert quantize(folder, "--recipe", "w4a8", *options) == 0
+    told = "--method best samples some first" in capsys.readouterr().err
+    assert told == (options == [])
+
+
 def test_unknown_methods_are_refused_with_the_known_ones(folder, capsys):
     assert quantize(folder, "--recipe", "w4a8", "--method", "rounding") == 2
     assert "choose from" in capsys.readouterr().err
