@@ -2,6 +2,7 @@
 
 from qdit_jax.kernels import gpu_groups, gpu_levels, gpu_tiles, gpu_weights
 from qdit_jax.kernels.attention import ATTENTION_IMPLEMENTATIONS, attention
+from qdit_jax.kernels.epilogue import GELU, activated
 from qdit_jax.kernels.matmul import (
     expected,
     implementation_of,
@@ -23,12 +24,14 @@ from qdit_jax.kernels.usage import implementations_used, quantized_layers
 
 __all__ = [
     "ATTENTION_IMPLEMENTATIONS",
+    "GELU",
     "IMPLEMENTATIONS",
     "NUMERICS",
     "PLATFORMS",
     "Implementation",
     "Numerics",
     "Product",
+    "activated",
     "attention",
     "expected",
     "gpu_groups",

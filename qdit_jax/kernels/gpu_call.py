@@ -8,18 +8,19 @@ Dimensions: M rows (tokens), K input channels, N output channels, all padded to 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from qdit_jax.kernels import gpu_words
-from qdit_jax.kernels.gpu_memory import renamed
+from qdit_jax.kernels.epilogue import activated
+from qdit_jax.kernels.gpu_memory import of_columns, renamed
 from qdit_jax.kernels.gpu_tiles import COMPUTING, HALF, Tiles
 from qdit_jax.kernels.refs import Ref, Span
 
@@ -42,10 +43,35 @@ class Place(NamedTuple):
     own: Span
 
 
+class Epilogue(NamedTuple):
+    """What is done with the sums as they are written.
+
+    Attributes:
+        bias: of all output channels, padding included.
+        dtype: of the result.
+        activation: see `epilogue.activated`.
+    """
+
+    bias: Float[Array, " N"]
+    dtype: np.dtype
+    activation: str | None = None
+
+
+# Values of a block `[columns, rows]`, and where it is.
+WriteFn = Callable[[Float[Array, "columns rows"], Place], None]
+
+
+def bias_of(bias: Float[Array, " N"] | None, width: int, columns: int) -> Float[Array, " N"]:
+    """Returns the bias of `columns` output channels in float32, zeros where there is none."""
+    if bias is None:
+        return jnp.zeros(columns, jnp.float32)
+    return jnp.pad(bias.astype(jnp.float32), (0, columns - width))
+
+
 def called(
     kernel: Callable[..., None],
     operands: Sequence[Array],
-    dtype: Any,
+    epilogue: Epilogue,
     tiles: Tiles,
     *,
     name: str,
@@ -54,12 +80,13 @@ def called(
     """Returns the result of a kernel, padding included.
 
     The first operands are the tokens `[M, K]` and the packed codes `[N, R]`. The kernel is given references to
-    all of them and to the result, `tiles`, and in shared memory `y_block` of each warpgroup's part of the
-    result; where it is interpreted, also `left_block` of its left operand.
+    all of them, `tiles`, and `write_fn`, which writes the sums of a block to the result; where it is interpreted,
+    also `left_block` in shared memory, for its left operand.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     tokens, codes, *_ = operands
+    operands, dtype = [*operands, epilogue.bias], epilogue.dtype
     (rows, num_channels), columns = tokens.shape, codes.shape[0]
     scratch = {
         "y_block": plgpu.SMEM(
@@ -74,8 +101,18 @@ def called(
             tokens.dtype,
             transforms=operand_transforms(tokens.dtype),
         )
+
+    def with_epilogue(*refs: Ref, y_block: Ref, **scratch: Ref) -> None:
+        *found, bias, y = refs
+
+        def write_fn(values: Float[Array, "columns rows"], at: Place) -> None:
+            moved = values + of_columns(bias.at[at.columns], (tiles.columns, tiles.rows))
+            write(activated(moved, epilogue.activation), y_block, y, at)
+
+        kernel(*found, write_fn=write_fn, tiles=tiles, **scratch)
+
     return plgpu.kernel(
-        functools.partial(kernel, tiles=tiles),
+        with_epilogue,
         out_type=jax.ShapeDtypeStruct((rows, columns), dtype),
         grid=(rows // tiles.rows, columns // tiles.block),
         grid_names=("row_block", "column_block"),

@@ -25,7 +25,16 @@ from jaxtyping import Array, Float, Int8, Int32, Num, UInt8
 
 from qdit_jax.kernels import gpu_words
 from qdit_jax.kernels.derivative import with_derivative_of_xla
-from qdit_jax.kernels.gpu_call import called, multiply, place_of, run_of, run_pipeline, write
+from qdit_jax.kernels.gpu_call import (
+    Epilogue,
+    WriteFn,
+    bias_of,
+    called,
+    multiply,
+    place_of,
+    run_of,
+    run_pipeline,
+)
 from qdit_jax.kernels.gpu_memory import loaded, loaded_words, of_columns, of_rows, word_layout
 from qdit_jax.kernels.gpu_tiles import (
     HALF,
@@ -67,11 +76,13 @@ def groups_matmul(
     act: ActQuant | None,
     numerics: str,
     dtype: str | None = None,
+    bias: Float[Array, " N"] | None = None,
+    activation: str | None = None,
     *,
     tiles: Tiles | None = None,
     interpret: Any = None,
 ) -> Float[Array, "*lead N"]:
-    """Returns `act(x) @ q` in integer numerics, in `dtype`, by default that of `x`.
+    """Returns `activation(act(x) @ q + bias)` in integer numerics, in `dtype`, by default that of `x`.
 
     Equal to `xla.integer_matmul` to float rounding, whose derivative it has. A token that holds NaN or
     infinity gives NaN. `interpret` is Pallas' `InterpretGPUParams`, which run it on a CPU, slowly.
@@ -82,12 +93,19 @@ def groups_matmul(
         rows, itemsize = math.prod(x.shape[:-1]), jnp.dtype(dtype).itemsize
         unit = unit_of(q.shape[0], act.spec.group_size, q.group_size)
         tiles = chosen_tiles(Shape(rows, *q.shape, q.bits, itemsize, unit))
-    return _product(x, q, act.spec, dtype, tiles, interpret)
+    return _product(x, q, bias, act.spec, dtype, activation, tiles, interpret)
 
 
 @with_derivative_of_xla
 def _product(
-    x: Float[Array, "*lead K"], q: QTensor, spec: ActSpec, dtype: str, tiles: Tiles, interpret: Any
+    x: Float[Array, "*lead K"],
+    q: QTensor,
+    bias: Float[Array, " N"] | None,
+    spec: ActSpec,
+    dtype: str,
+    activation: str | None,
+    tiles: Tiles,
+    interpret: Any,
 ) -> Float[Array, "*lead N"]:
     num_channels, width = q.shape
     unit = unit_of(num_channels, spec.group_size, q.group_size)
@@ -96,7 +114,8 @@ def _product(
     padded = padded_to_blocks(operands, tiles)
     leaves, tree = jax.tree.flatten(padded)
     kernel = functools.partial(_kernel, tree=tree, bits=q.bits, unit=unit)
-    y = called(kernel, leaves, jnp.dtype(dtype), tiles, name="gpu_groups", interpret=interpret)
+    epilogue = Epilogue(bias_of(bias, width, len(padded.codes)), jnp.dtype(dtype), activation)
+    y = called(kernel, leaves, epilogue, tiles, name="gpu_groups", interpret=interpret)
     return y[:num_rows, :width].reshape(*x.shape[:-1], width)
 
 
@@ -163,23 +182,22 @@ def padded_to_blocks(operands: Operands, tiles: Tiles) -> Operands:
 
 
 def _kernel(
-    *refs: Ref,
-    y_block: Ref,
+    *leaves: Ref,
+    write_fn: WriteFn,
     left_block: Ref = None,
     tree: Any,
     bits: int,
     unit: int,
     tiles: Tiles,
 ) -> None:
-    """Writes one block of the result; `refs` are the leaves of the operands, and the result."""
+    """Writes one block of the result; `leaves` are those of the operands."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    *leaves, y = refs
     at, size = place_of(tiles), (tiles.columns, tiles.rows)
 
     def compute(pipeline: Any) -> None:
         zeros = plgpu.layout_cast(jnp.zeros(size, jnp.float32), plgpu.Layout.WGMMA)
-        write(pipeline(zeros), y_block, y, at)
+        write_fn(pipeline(zeros), at)
 
     def step(_: Any, *blocks: Any) -> Any:
         *found, total = blocks

@@ -23,7 +23,16 @@ from jaxtyping import Array, Float, Int8
 
 from qdit_jax.kernels import gpu_words
 from qdit_jax.kernels.derivative import with_derivative_of_xla
-from qdit_jax.kernels.gpu_call import called, multiply, place_of, run_of, run_pipeline, write
+from qdit_jax.kernels.gpu_call import (
+    Epilogue,
+    WriteFn,
+    bias_of,
+    called,
+    multiply,
+    place_of,
+    run_of,
+    run_pipeline,
+)
 from qdit_jax.kernels.gpu_memory import loaded, loaded_words, of_columns, of_rows, word_layout
 from qdit_jax.kernels.gpu_tiles import (
     HALF,
@@ -52,11 +61,13 @@ def levels_matmul(
     act: ActQuant | None,
     numerics: str,
     dtype: str | None = None,
+    bias: Float[Array, " N"] | None = None,
+    activation: str | None = None,
     *,
     tiles: Tiles | None = None,
     interpret: Any = None,
 ) -> Float[Array, "*lead N"]:
-    """Returns `act(x) @ q` in integer numerics, in `dtype`, by default that of `x`.
+    """Returns `activation(act(x) @ q + bias)` in integer numerics, in `dtype`, by default that of `x`.
 
     Equal to `xla.integer_matmul` to float rounding, whose derivative it has. A token that holds NaN or
     infinity gives NaN. `interpret` is Pallas' `InterpretGPUParams`, which run it on a CPU, slowly.
@@ -66,12 +77,19 @@ def levels_matmul(
     if tiles is None:
         rows, itemsize = math.prod(x.shape[:-1]), jnp.dtype(dtype).itemsize
         tiles = chosen_tiles(Shape(rows, *q.shape, q.bits, itemsize))
-    return _product(x, q, act.spec, dtype, tiles, interpret)
+    return _product(x, q, bias, act.spec, dtype, activation, tiles, interpret)
 
 
 @with_derivative_of_xla
 def _product(
-    x: Float[Array, "*lead K"], q: QTensor, spec: ActSpec, dtype: str, tiles: Tiles, interpret: Any
+    x: Float[Array, "*lead K"],
+    q: QTensor,
+    bias: Float[Array, " N"] | None,
+    spec: ActSpec,
+    dtype: str,
+    activation: str | None,
+    tiles: Tiles,
+    interpret: Any,
 ) -> Float[Array, "*lead N"]:
     num_channels, width = q.shape
     elements, scale = quantized_rows(x, spec)
@@ -87,8 +105,9 @@ def _product(
     if q.has_levels:
         maps = (of_units(values, num_channels, q.group_size, SUB) for values in step_and_offset(q))
         operands += [jnp.pad(values, ((0, 0), (0, columns - width))) for values in maps]
-    kernel = functools.partial(_kernel, bits=q.bits, num_maps=len(operands) - 4)
-    y = called(kernel, operands, jnp.dtype(dtype), tiles, name="gpu_levels", interpret=interpret)
+    kernel = functools.partial(_kernel, bits=q.bits)
+    epilogue = Epilogue(bias_of(bias, width, columns), jnp.dtype(dtype), activation)
+    y = called(kernel, operands, epilogue, tiles, name="gpu_levels", interpret=interpret)
     return y[:num_rows, :width].reshape(*x.shape[:-1], width)
 
 
@@ -107,17 +126,15 @@ def _kernel(
     codes: Ref,
     token_scale: Ref,
     channel_scale: Ref,
-    *rest: Ref,
-    y_block: Ref,
+    *maps: Ref,
+    write_fn: WriteFn,
     left_block: Ref = None,
     bits: int,
-    num_maps: int,
     tiles: Tiles,
 ) -> None:
-    """Writes one block of the result; `rest` are the steps and offsets, if any, and the result."""
+    """Writes one block of the result; `maps` are the steps and offsets, if any."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    maps, y = rest[:num_maps], rest[num_maps]
     at = place_of(tiles)
 
     def compute(pipeline: Any) -> None:
@@ -125,7 +142,7 @@ def _kernel(
         def _(sums: Ref) -> None:
             pipeline(sums)
             of_blocks = token_scale.at[at.rows], channel_scale.at[at.columns]
-            write(scaled_sums(sums, *of_blocks, tiles), y_block, y, at)
+            write_fn(scaled_sums(sums, *of_blocks, tiles), at)
 
     def step(_: Any, token_block: Ref, code_block: Ref, *rest: Any) -> Any:
         *map_blocks, sums = rest

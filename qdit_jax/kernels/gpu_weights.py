@@ -16,20 +16,27 @@ import functools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from qdit_jax.kernels.gpu_call import called, place_of, run_of, run_pipeline, write
+from qdit_jax.kernels.derivative import with_derivative_of_xla
+from qdit_jax.kernels.gpu_call import (
+    Epilogue,
+    WriteFn,
+    bias_of,
+    called,
+    place_of,
+    run_of,
+    run_pipeline,
+)
 from qdit_jax.kernels.gpu_floats import MAGIC, code_floats, multiply_floats
 from qdit_jax.kernels.gpu_memory import loaded
 from qdit_jax.kernels.gpu_tiles import HALF, RUN, Shape, Tiles, chosen_tiles, rounded_up
 from qdit_jax.kernels.refs import Ref, Span
 from qdit_jax.kernels.units import of_units, unit_of
 from qdit_jax.kernels.weight_maps import maps_of
-from qdit_jax.kernels.xla import simulated_matmul
 from qdit_jax.quant import ActQuant, QTensor
 
 
@@ -39,11 +46,13 @@ def weights_matmul(
     act: ActQuant | None,
     numerics: str,
     dtype: str | None = None,
+    bias: Float[Array, " N"] | None = None,
+    activation: str | None = None,
     *,
     tiles: Tiles | None = None,
     interpret: Any = None,
 ) -> Float[Array, "*lead N"]:
-    """Returns `x @ q` in `dtype`, by default that of `x`, sums in float32.
+    """Returns `activation(x @ q + bias)` in `dtype`, by default that of `x`, sums in float32.
 
     Equal to `xla.simulated_matmul` to the rounding of sums, whose derivative it has. `interpret` is Pallas'
     `InterpretGPUParams`, which run it on a CPU, slowly.
@@ -52,7 +61,7 @@ def weights_matmul(
     dtype = dtype or x.dtype.name
     if tiles is None:
         tiles = chosen_tiles(weights_shape(x.shape, q, dtype))
-    return _product(x, q, dtype, tiles, interpret)
+    return _product(x, q, bias, None, dtype, activation, tiles, interpret)
 
 
 def weights_shape(x_shape: tuple[int, ...], q: QTensor, dtype: str) -> Shape:
@@ -63,9 +72,16 @@ def weights_shape(x_shape: tuple[int, ...], q: QTensor, dtype: str) -> Shape:
     )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+@with_derivative_of_xla
 def _product(
-    x: Float[Array, "*lead K"], q: QTensor, dtype: str, tiles: Tiles, interpret: Any
+    x: Float[Array, "*lead K"],
+    q: QTensor,
+    bias: Float[Array, " N"] | None,
+    spec: None,
+    dtype: str,
+    activation: str | None,
+    tiles: Tiles,
+    interpret: Any,
 ) -> Float[Array, "*lead N"]:
     num_channels, width = q.shape
     tokens = x.reshape(-1, num_channels)
@@ -84,37 +100,25 @@ def _product(
             for a in maps
         ),
     ]
-    kernel = functools.partial(_kernel, bits=q.bits, unit=unit, num_maps=len(maps))
-    y = called(kernel, operands, jnp.dtype(dtype), tiles, name="gpu_weights", interpret=interpret)
+    kernel = functools.partial(_kernel, bits=q.bits, unit=unit)
+    epilogue = Epilogue(bias_of(bias, width, columns), jnp.dtype(dtype), activation)
+    y = called(kernel, operands, epilogue, tiles, name="gpu_weights", interpret=interpret)
     return y[:num_rows, :width].reshape(*x.shape[:-1], width)
-
-
-@_product.defjvp
-def _product_jvp(
-    dtype: str, tiles: Tiles, interpret: Any, primals: tuple[Any, Any], tangents: tuple[Any, Any]
-) -> tuple[Array, Array]:
-    def by_xla(x: Array, q: QTensor) -> Array:
-        return simulated_matmul(x, q, None).astype(dtype)
-
-    _, tangent = jax.jvp(by_xla, primals, tangents)
-    return _product(*primals, dtype, tiles, interpret), tangent
 
 
 def _kernel(
     tokens: Ref,
     codes: Ref,
-    *rest: Ref,
-    y_block: Ref,
+    *maps: Ref,
+    write_fn: WriteFn,
     left_block: Ref = None,
     bits: int,
     unit: int,
-    num_maps: int,
     tiles: Tiles,
 ) -> None:
-    """Writes one block of the result; `rest` are the maps and the result."""
+    """Writes one block of the result."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    maps, y = rest[:num_maps], rest[num_maps]
     at = place_of(tiles)
 
     def compute(pipeline: Any) -> None:
@@ -123,7 +127,7 @@ def _kernel(
         @functools.partial(pl.run_scoped, sums=plgpu.ACC(size, jnp.float32))
         def _(sums: Ref) -> None:
             pipeline(sums)
-            write(sums[...], y_block, y, at)
+            write_fn(sums[...], at)
 
     def step(_: Any, token_block: Ref, code_block: Ref, *rest: Any) -> Any:
         *map_blocks, sums = rest

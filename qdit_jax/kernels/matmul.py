@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qdit_jax.kernels.epilogue import ACTIVATIONS
 from qdit_jax.kernels.product import PLATFORMS, Implementation, Numerics, Product, invalid_reason
 from qdit_jax.kernels.table import IMPLEMENTATIONS
 from qdit_jax.quant import ActQuant, ActSpec, QTensor, WeightSpec
@@ -23,6 +24,8 @@ def quantized_matmul(
     implementation: str | None = None,
     *,
     out_dtype: str | None = None,
+    bias: Float[AnyArray, " N"] | None = None,
+    activation: str | None = None,
 ) -> Float[Array, "*lead N"]:
     """Returns `x @ q` `[*lead, N]` in the dtype of `x`, with `x` quantized as `act` says.
 
@@ -39,10 +42,14 @@ def quantized_matmul(
         implementation: the code that computes it, a name in `IMPLEMENTATIONS`; None takes the first
             that fits, for each platform that the program is compiled for.
         out_dtype: of the result, in place of the dtype of `x`. A kernel then writes 16 bits itself.
+        bias: added to the result, by a kernel in float32.
+        activation: of the result, after the bias: "gelu_tanh" or None.
 
     Raises:
-        ValueError: with the reason that `unsupported_reason` returns.
+        ValueError: with the reason that `unsupported_reason` returns, or for an unknown activation.
     """
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is not known; use {', '.join(ACTIVATIONS)}.")
     product = Product(
         x.shape, q, act, numerics, platform=default_platform(), dtype=jnp.dtype(x.dtype).name
     )
@@ -50,21 +57,25 @@ def quantized_matmul(
     if reason is not None:
         raise ValueError(reason)
     quantizer = ActQuant(act) if isinstance(act, ActSpec) else act
-    return _matmul(x, q, quantizer, numerics, implementation, out_dtype or product.dtype)
+    bias = None if bias is None else jnp.asarray(bias)
+    dtype = out_dtype or product.dtype
+    return _matmul(x, q, quantizer, bias, numerics, implementation, dtype, activation)
 
 
 def _matmul_traced(
     x: Float[Array, "*lead K"],
     q: QTensor,
     act: ActQuant | None,
+    bias: Float[Array, " N"] | None,
     numerics: str,
     implementation: str | None,
     dtype: str,
+    activation: str | None,
 ) -> Float[Array, "*lead N"]:
     if x.size == 0:
         return jnp.zeros((*x.shape[:-1], q.shape[1]), dtype)
     if implementation is not None:
-        return IMPLEMENTATIONS[implementation].product(x, q, act, numerics, dtype)
+        return IMPLEMENTATIONS[implementation].product(x, q, act, numerics, dtype, bias, activation)
     product = Product(x.shape, q, act, numerics, "another", jnp.dtype(x.dtype).name)
     elsewhere = first_that_fits(product)
     chosen = {
@@ -73,14 +84,14 @@ def _matmul_traced(
         if (entry := first_that_fits(dataclasses.replace(product, platform=platform))) != elsewhere
     }
 
-    def run(entry: Implementation) -> Callable[[Array, QTensor, ActQuant | None], Array]:
-        return lambda x, q, act: entry.product(x, q, act, numerics, dtype)
+    def run(entry: Implementation) -> Callable[..., Array]:
+        return lambda x, q, act, bias: entry.product(x, q, act, numerics, dtype, bias, activation)
 
     branches = {platform: run(entry) for platform, entry in chosen.items()}
-    return jax.lax.platform_dependent(x, q, act, default=run(elsewhere), **branches)
+    return jax.lax.platform_dependent(x, q, act, bias, default=run(elsewhere), **branches)
 
 
-_matmul = jax.jit(_matmul_traced, static_argnums=(3, 4, 5))
+_matmul = jax.jit(_matmul_traced, static_argnums=(4, 5, 6, 7))
 
 
 def unsupported_reason(

@@ -8,6 +8,7 @@ from typing import Literal
 
 from jaxtyping import Array
 
+from qdit_jax.kernels.epilogue import finished
 from qdit_jax.quant import ActQuant, ActSpec, QTensor, WeightSpec
 
 Numerics = Literal["simulated", "integer"]
@@ -51,8 +52,9 @@ class Implementation:
         run: `(x, q, act, numerics) -> [*lead, N]` in the dtype of `x`; traced, `act` an `ActQuant`
             or None.
         unsupported_reason: `product -> ` why this cannot compute it, one sentence, or None.
-        run_to: `(x, q, act, numerics, dtype) -> [*lead, N]` in another dtype, of code that writes its
-            sums in 16 bits at once; None where the result of `run` is cast.
+        run_to: `(x, q, act, numerics, dtype, bias, activation) -> [*lead, N]` in any dtype, of code that
+            writes its sums in 16 bits at once, with the bias added, or None, and activated, see `epilogue`;
+            None where XLA does all that with the result of `run`.
         misfit_reason: `product -> ` the same as `unsupported_reason` of a machine of the product's platform
             that has all it needs; None where it does not ask for more.
         inside: what it keeps out of memory, for counting: "weights" unpacked, "sums" of groups, "codes" of
@@ -62,7 +64,7 @@ class Implementation:
     name: str
     run: Callable[[Array, QTensor, ActQuant | None, str], Array]
     unsupported_reason: Callable[[Product], str | None]
-    run_to: Callable[[Array, QTensor, ActQuant | None, str, str], Array] | None = None
+    run_to: Callable[..., Array] | None = None
     misfit_reason: Callable[[Product], str | None] | None = None
     inside: tuple[str, ...] = ()
 
@@ -71,12 +73,19 @@ class Implementation:
         return (self.misfit_reason or self.unsupported_reason)(product) is None
 
     def product(
-        self, x: Array, q: QTensor, act: ActQuant | None, numerics: str, dtype: str
+        self,
+        x: Array,
+        q: QTensor,
+        act: ActQuant | None,
+        numerics: str,
+        dtype: str,
+        bias: Array | None = None,
+        activation: str | None = None,
     ) -> Array:
-        """Returns the product in a dtype."""
-        if dtype == x.dtype.name or self.run_to is None:
-            return self.run(x, q, act, numerics).astype(dtype)
-        return self.run_to(x, q, act, numerics, dtype)
+        """Returns the product in a dtype, with the bias added and activated."""
+        if self.run_to is None:
+            return finished(self.run(x, q, act, numerics).astype(dtype), bias, activation)
+        return self.run_to(x, q, act, numerics, dtype, bias, activation)
 
 
 def layer_numerics(

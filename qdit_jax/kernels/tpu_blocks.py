@@ -104,7 +104,7 @@ def vmem_bytes(sizes: Sizes, blocks: Blocks) -> int:
     groups = rounded_up(sizes.num_groups, STRIP)
     packed = packing.packed_bytes(sizes.code_channels, sizes.bits)
     streamed = (rows * channels + rows * columns) * sizes.itemsize
-    streamed += (packed + sizes.map_bytes * groups + 4 * 8) * columns
+    streamed += (packed + sizes.map_bytes * groups + 2 * 4 * 8) * columns
     held = blocks.panel * channels * columns * sizes.unpacked + packed * columns
     if sizes.unpacked == 1:
         held += rows * channels + 4 * rows * TILE  # the rows' codes and scales

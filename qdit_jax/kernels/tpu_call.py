@@ -37,7 +37,7 @@ def packed_product(
     q: QTensor,
     sizes: Sizes,
     maps: Sequence[Num[Array, "G N"]],
-    scale: Float[Array, "S N"] | None = None,
+    of_columns: Sequence[Float[Array, "_ N"]],
     *,
     name: str,
     dtype: str,
@@ -47,7 +47,7 @@ def packed_product(
 
     The kernel is given `bits` and `groups`, the group of every 32 input channels, and the blocks of
     `x [L, K]`, of the packed codes `[R, C]`, or `[C, R]` where the last block is room to have them turned,
-    of each of `maps [G, C]`, of `scale [S, C]` if there is one, and of the result `[L, C]`; then what stays in
+    of each of `maps [G, C]`, of each of `of_columns [_, C]`, and of the result `[L, C]`; then what stays in
     VMEM: codes `[L, K]` and scales `[L, 1]` of the rows, if these are quantized too, and the unpacked
     weights `[J, K, C]` of the panel. Where a token has scales of U units, there are `[L, U]` of them, as many
     zero points, and after the weights room for their sums `[J, U, C]`, both int32.
@@ -60,7 +60,7 @@ def packed_product(
     inside = is_turned_inside(codes.shape[1])
     operands = [tokens, codes if inside else codes.T]
     operands += [padded(values, values.shape[0], columns) for values in maps]
-    operands += [] if scale is None else [padded(scale, scale.shape[0], columns)]
+    operands += [padded(values, values.shape[0], columns) for values in of_columns]
     groups = groups_of_sub_blocks(sizes.channels, sizes.num_channels, q.group_size)
     y = pl.pallas_call(
         functools.partial(kernel, bits=q.bits, groups=groups),
@@ -75,6 +75,12 @@ def packed_product(
         name=name,
     )(*operands)
     return y[: math.prod(x.shape[:-1]), : sizes.width].reshape(*x.shape[:-1], sizes.width)
+
+
+def bias_row(bias: Float[Array, " N"] | None, q: QTensor) -> Float[Array, "1 N"]:
+    """Returns the bias as a row in float32, zeros where there is none."""
+    row = jnp.zeros(q.shape[1]) if bias is None else bias
+    return row.astype(jnp.float32)[None]
 
 
 def of_both(blocks: Blocks) -> Callable[[Array, Array, Array], Index]:

@@ -22,9 +22,10 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, Int32, UInt8
 
 from qdit_jax.kernels.derivative import with_derivative_of_xla
+from qdit_jax.kernels.epilogue import activated
 from qdit_jax.kernels.refs import Ref
 from qdit_jax.kernels.tpu_blocks import STRIP, TILE
-from qdit_jax.kernels.tpu_call import packed_product
+from qdit_jax.kernels.tpu_call import bias_row, packed_product
 from qdit_jax.kernels.tpu_levels import INFINITY, LEAST_NORMAL, magnitude_bits
 from qdit_jax.kernels.tpu_reasons import groups_reason, groups_sizes, row
 from qdit_jax.kernels.tpu_words import EACH_BYTE, SIGNS, as_rows_of, code_words
@@ -45,10 +46,12 @@ def groups_matmul(
     act: ActQuant | None,
     numerics: str,
     dtype: str | None = None,
+    bias: Float[Array, " N"] | None = None,
+    activation: str | None = None,
     *,
     interpret: bool = False,
 ) -> Float[Array, "*lead N"]:
-    """Returns `act(x) @ q` in integer numerics, in `dtype`, by default that of `x`.
+    """Returns `activation(act(x) @ q + bias)` in integer numerics, in `dtype`, by default that of `x`.
 
     `interpret` runs it on any platform, slowly.
 
@@ -56,20 +59,28 @@ def groups_matmul(
     infinity gives NaN.
     """
     assert act is not None, "groups_reason refuses it"
-    return _product(x, q, act.spec, dtype or x.dtype.name, interpret)
+    return _product(x, q, bias, act.spec, dtype or x.dtype.name, activation, interpret)
 
 
 @with_derivative_of_xla
 def _product(
-    x: Float[Array, "*lead K"], q: QTensor, spec: ActSpec, dtype: str, interpret: bool
+    x: Float[Array, "*lead K"],
+    q: QTensor,
+    bias: Float[Array, " N"] | None,
+    spec: ActSpec,
+    dtype: str,
+    activation: str | None,
+    interpret: bool,
 ) -> Float[Array, "*lead N"]:
     sizes = groups_sizes(x.shape, q, x.dtype.itemsize)
     scale = of_units(scale_value(q.scale), q.shape[0], q.group_size, TILE)
     size = effective_group_size(q.shape[0], spec.group_size)
-    kernel = functools.partial(_kernel, act_spec=spec, tiles=-(-size // TILE))
-    maps = [offsets_of(q)]
+    kernel = functools.partial(
+        _kernel, act_spec=spec, activation=activation, tiles=-(-size // TILE)
+    )
+    maps, of_columns = [offsets_of(q)], (scale, bias_row(bias, q))
     return packed_product(
-        kernel, x, q, sizes, maps, scale, name="tpu_groups", dtype=dtype, interpret=interpret
+        kernel, x, q, sizes, maps, of_columns, name="tpu_groups", dtype=dtype, interpret=interpret
     )
 
 
@@ -86,6 +97,7 @@ def _kernel(
     codes: Ref,
     offset: Ref,
     scale: Ref,
+    bias: Ref,
     y: Ref,
     x_codes: Ref,
     x_scale: Ref,
@@ -96,6 +108,7 @@ def _kernel(
     bits: int,
     groups: tuple[int, ...],
     act_spec: ActSpec,
+    activation: str | None,
     tiles: int,
 ) -> None:
     """Writes one block `[L, C]` of the result, and what later blocks share.
@@ -127,7 +140,7 @@ def _kernel(
             sums = sums - x_zero[:, unit : unit + 1] * sums_of_weights[block, unit : unit + 1, :]
         scaled = sums.astype(jnp.float32) * x_scale[:, unit : unit + 1]
         total = total + scaled * scale[unit : unit + 1, :]
-    y[...] = total.astype(y.dtype)
+    y[...] = activated(total + bias[...], activation).astype(y.dtype)
 
 
 def int8_dot(left: Array, right: Array) -> Int32[Array, "M N"]:
@@ -214,6 +227,4 @@ def sum_weights(weights: Ref, sums: Ref) -> None:
         sums[unit : unit + 1, :] = found[:1]
 
 
-TPU_GROUPS = row(
-    "tpu_groups", groups_matmul, groups_matmul, ("weights", "sums", "codes"), groups_reason
-)
+TPU_GROUPS = row("tpu_groups", groups_matmul, ("weights", "sums", "codes"), groups_reason)

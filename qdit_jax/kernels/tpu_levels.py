@@ -24,9 +24,10 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
 from qdit_jax.kernels.derivative import with_derivative_of_xla
+from qdit_jax.kernels.epilogue import activated
 from qdit_jax.kernels.refs import Ref
 from qdit_jax.kernels.tpu_blocks import STRIP, TILE, sizes_of
-from qdit_jax.kernels.tpu_call import packed_product
+from qdit_jax.kernels.tpu_call import bias_row, packed_product
 from qdit_jax.kernels.tpu_reasons import levels_reason, row
 from qdit_jax.kernels.tpu_words import EACH_BYTE, SIGNS, as_rows_of, code_words
 from qdit_jax.quant import (
@@ -48,10 +49,12 @@ def levels_matmul(
     act: ActQuant | None,
     numerics: str,
     dtype: str | None = None,
+    bias: Float[Array, " N"] | None = None,
+    activation: str | None = None,
     *,
     interpret: bool = False,
 ) -> Float[Array, "*lead N"]:
-    """Returns `act(x) @ q` in integer numerics, in `dtype`, by default that of `x`.
+    """Returns `activation(act(x) @ q + bias)` in integer numerics, in `dtype`, by default that of `x`.
 
     `interpret` runs it on any platform, slowly.
 
@@ -59,19 +62,25 @@ def levels_matmul(
     infinity gives NaN.
     """
     assert act is not None, "levels_reason refuses it"
-    return _product(x, q, act.spec, dtype or x.dtype.name, interpret)
+    return _product(x, q, bias, act.spec, dtype or x.dtype.name, activation, interpret)
 
 
 @with_derivative_of_xla
 def _product(
-    x: Float[Array, "*lead K"], q: QTensor, spec: ActSpec, dtype: str, interpret: bool
+    x: Float[Array, "*lead K"],
+    q: QTensor,
+    bias: Float[Array, " N"] | None,
+    spec: ActSpec,
+    dtype: str,
+    activation: str | None,
+    interpret: bool,
 ) -> Float[Array, "*lead N"]:
     sizes = sizes_of(x.shape, q, x.dtype.itemsize)
     scale = q.channel_scale if q.has_levels else scale_value(q.scale)[0]
-    kernel = functools.partial(_kernel, act_spec=spec)
-    maps = step_and_offset(q)
+    kernel = functools.partial(_kernel, act_spec=spec, activation=activation)
+    maps, of_columns = step_and_offset(q), (scale[None], bias_row(bias, q))
     return packed_product(
-        kernel, x, q, sizes, maps, scale[None], name="tpu_levels", dtype=dtype, interpret=interpret
+        kernel, x, q, sizes, maps, of_columns, name="tpu_levels", dtype=dtype, interpret=interpret
     )
 
 
@@ -81,6 +90,7 @@ def _kernel(
     step: Ref,
     offset: Ref,
     scale: Ref,
+    bias: Ref,
     y: Ref,
     x_codes: Ref,
     x_scale: Ref,
@@ -89,6 +99,7 @@ def _kernel(
     bits: int,
     groups: tuple[int, ...],
     act_spec: ActSpec,
+    activation: str | None,
 ) -> None:
     """Writes one block `[L, C]` of the result, and what later blocks share.
 
@@ -114,7 +125,8 @@ def _kernel(
         precision=jax.lax.Precision.DEFAULT,
         preferred_element_type=jnp.int32,
     )
-    y[...] = (sums.astype(jnp.float32) * x_scale[...] * scale[...]).astype(y.dtype)
+    scaled = sums.astype(jnp.float32) * x_scale[...] * scale[...]
+    y[...] = activated(scaled + bias[...], activation).astype(y.dtype)
 
 
 def quantize_rows(x: Ref, x_codes: Ref, x_scale: Ref, spec: ActSpec) -> None:
@@ -166,6 +178,4 @@ def unpack_columns(
         levels[rows, :] = as_rows_of((word * own_step + own_offset) ^ SIGNS, jnp.int8)
 
 
-TPU_LEVELS = row(
-    "tpu_levels", levels_matmul, levels_matmul, ("weights", "sums", "codes"), levels_reason
-)
+TPU_LEVELS = row("tpu_levels", levels_matmul, ("weights", "sums", "codes"), levels_reason)

@@ -65,7 +65,6 @@ def blocks_reason(sizes: Sizes) -> str | None:
 def row(
     name: str,
     run: Callable[..., Array],
-    run_to: Callable[..., Array] | None,
     inside: tuple[str, ...],
     *reasons: ReasonFn,
 ) -> Implementation:
@@ -74,7 +73,7 @@ def row(
         name,
         run,
         first_of(platform_reason, lambda _: machine_reason(), *reasons),
-        run_to,
+        run,
         misfit_reason=first_of(platform_reason, *reasons),
         inside=inside,
     )

@@ -12,20 +12,20 @@ bytes; J blocks of columns of a panel, L rows and C columns of a block (`tpu_blo
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from qdit_jax.kernels.derivative import with_derivative_of_xla
+from qdit_jax.kernels.epilogue import activated
 from qdit_jax.kernels.refs import Ref
 from qdit_jax.kernels.tpu_blocks import STRIP
-from qdit_jax.kernels.tpu_call import packed_product
+from qdit_jax.kernels.tpu_call import bias_row, packed_product
 from qdit_jax.kernels.tpu_reasons import row, weights_reason, weights_sizes
 from qdit_jax.kernels.tpu_words import SIGNS, as_rows_of, code_words
 from qdit_jax.kernels.weight_maps import HALF, maps_of
-from qdit_jax.kernels.xla import simulated_matmul
 from qdit_jax.quant import ActQuant, QTensor
 
 
@@ -34,31 +34,39 @@ def weights_matmul(
     q: QTensor,
     act: ActQuant | None,
     numerics: str,
+    dtype: str | None = None,
+    bias: Float[Array, " N"] | None = None,
+    activation: str | None = None,
     *,
     interpret: bool = False,
 ) -> Float[Array, "*lead N"]:
-    """Returns `x @ q`, sums in float32; `interpret` runs it on any platform, slowly.
+    """Returns `activation(x @ q + bias)` in `dtype`, by default that of `x`, sums in float32.
 
-    Equal to `xla.simulated_matmul` to the rounding of sums, whose derivative it has.
+    Equal to `xla.simulated_matmul` to the rounding of sums, whose derivative it has. `interpret` runs it on any
+    platform, slowly.
     """
     assert act is None, "weights_reason refuses it"
-    return _product(x, q, interpret)
+    return _product(x, q, bias, None, dtype or x.dtype.name, activation, interpret)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _product(x: Float[Array, "*lead K"], q: QTensor, interpret: bool) -> Float[Array, "*lead N"]:
+@with_derivative_of_xla
+def _product(
+    x: Float[Array, "*lead K"],
+    q: QTensor,
+    bias: Float[Array, " N"] | None,
+    spec: None,
+    dtype: str,
+    activation: str | None,
+    interpret: bool,
+) -> Float[Array, "*lead N"]:
     sizes, maps = weights_sizes(x.shape, q), signed_maps(q)
+    kernel = functools.partial(_kernel, activation=activation)
     return packed_product(
-        _kernel, x, q, sizes, maps, name="tpu_weights", dtype=x.dtype.name, interpret=interpret
+        *(kernel, x, q, sizes, maps, [bias_row(bias, q)]),
+        name="tpu_weights",
+        dtype=dtype,
+        interpret=interpret,
     )
-
-
-@_product.defjvp
-def _product_jvp(
-    interpret: bool, primals: tuple[Any, Any], tangents: tuple[Any, Any]
-) -> tuple[Array, Array]:
-    _, tangent = jax.jvp(lambda x, q: simulated_matmul(x, q, None), primals, tangents)
-    return _product(*primals, interpret), tangent
 
 
 def signed_maps(q: QTensor) -> tuple[Float[Array, "G N"], Float[Array, "G N"], Float[Array, "G N"]]:
@@ -74,11 +82,13 @@ def _kernel(
     factor: Ref,
     zero: Ref,
     scale: Ref,
+    bias: Ref,
     y: Ref,
     weights: Ref,
     *turned: Ref,
     bits: int,
     groups: tuple[int, ...],
+    activation: str | None,
 ) -> None:
     """Writes one block `[L, C]` of the result, and the weights `[J, K, C]` of the panel.
 
@@ -99,7 +109,7 @@ def _kernel(
         precision=jax.lax.Precision.DEFAULT,
         preferred_element_type=jnp.float32,
     )
-    y[...] = sums.astype(y.dtype)
+    y[...] = activated(sums + bias[...], activation).astype(y.dtype)
 
 
 def unpack_columns(
@@ -114,4 +124,4 @@ def unpack_columns(
         weights[pl.ds(index * STRIP, STRIP), :] = found.astype(jnp.bfloat16)
 
 
-TPU_WEIGHTS = row("tpu_weights", weights_matmul, None, ("weights", "sums"), weights_reason)
+TPU_WEIGHTS = row("tpu_weights", weights_matmul, ("weights", "sums"), weights_reason)

@@ -58,6 +58,8 @@ def seen_calls(called_fn: CalledFn) -> Iterator[None]:
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
     ) -> object:
+        if context.method_name == "is_watched":
+            return True
         out = next_fn(*args, **kwargs)
         if context.method_name == "__call__":
             called_fn("/".join(context.module.path), context.module, (args, kwargs), out)

@@ -18,6 +18,7 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float, Num
 
+from qdit_jax.kernels import GELU
 from qdit_jax.models.condition_checks import Entry, check_entries
 from qdit_jax.models.joint import (
     ModulatedOutput,
@@ -124,9 +125,9 @@ class DoubleBlock(nn.Module):
         """Returns a stream's tokens after its MLP."""
         x = x + m[2] * attended
         hidden = modulated(layer_norm(x), m[3], m[4])
-        hidden = self.layers.linear(self.mlp_width, name=f"{name}_mlp_0")(hidden)
+        hidden = self.layers.linear(self.mlp_width, name=f"{name}_mlp_0").followed_by(GELU, hidden)
         second = self.layers.linear(x.shape[-1], wide_output=True, name=f"{name}_mlp_2")
-        return x + m[5] * second(nn.gelu(hidden, approximate=True))
+        return x + m[5] * second(hidden)
 
 
 class SingleBlock(AttentionModule):

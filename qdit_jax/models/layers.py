@@ -16,7 +16,7 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Num
 
-from qdit_jax.kernels import attention
+from qdit_jax.kernels import GELU, attention
 from qdit_jax.models.linear import Layers, optional, stored, xavier
 from qdit_jax.quant import QTensor, select_columns, weight_rows
 from qdit_jax.types import AnyArray
@@ -198,7 +198,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch N"]:
         first = self.layers.linear(self.hidden_size, name="fc1")
-        hidden = nn.gelu(first(x), approximate=not self.exact)
+        hidden = nn.gelu(first(x), approximate=False) if self.exact else first.followed_by(GELU, x)
         features = self.features or x.shape[-1]
         second = self.layers.linear(features, wide_output=self.wide_output, name="fc2")
         return second(hidden)

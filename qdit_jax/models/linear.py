@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from qdit_jax.kernels import layer_numerics, quantized_matmul
+from qdit_jax.kernels import activated, layer_numerics, quantized_matmul
 from qdit_jax.quant import QTensor, Role, slots
 from qdit_jax.types import AnyArray
 
@@ -97,19 +97,49 @@ class Linear(nn.Module):
         bias = stored(self, "bias", nn.initializers.zeros_init(), (self.features,))
         x = mapped_input(self, x)
         if isinstance(kernel, QTensor):
-            act_quant, left = optional(self, "act_quant"), self.left_operand(x)
-            y = quantized_matmul(
-                left,
-                kernel,
-                act_quant,
-                layer_numerics(act_quant, self.numerics),
-                self.implementation,
-                out_dtype=left.dtype.name if self.dtype == "float32" else self.output_dtype,
-            )
+            y = self.quantized_product(x, kernel, bias)
         else:
             y = self.product(quantized_input(self, x), kernel)
-        y = with_outputs(self, x, y + bias.astype(y.dtype))
+            y = y + bias.astype(y.dtype)
+        y = with_outputs(self, x, y)
         return y if self.dtype == "float32" else y.astype(self.output_dtype)
+
+    def followed_by(self, activation: str, x: Float[Array, "*batch K"]) -> Float[Array, "*batch N"]:
+        """Returns `activation(self(x))`, a name of `kernels.epilogue`, which a kernel computes as it writes.
+
+        A layer that is not quantized, that adds more to its product, or whose own output is seen or changed by
+        who intercepts `is_watched`, is called as ever.
+        """
+        kernel = optional(self, "kernel")
+        fuses = isinstance(kernel, QTensor) and not leaves_of(self, "output")
+        if not fuses or self.is_watched():
+            return activated(self(x), activation)
+        x, bias = mapped_input(self, x), optional(self, "bias")
+        return self.quantized_product(x, kernel, bias, activation)
+
+    def is_watched(self) -> bool:
+        """Returns whether someone has to see the layer's own output; who intercepts says yes."""
+        return False
+
+    def quantized_product(
+        self,
+        x: Float[Array, "*batch K"],
+        kernel: QTensor,
+        bias: Float[AnyArray, " N"],
+        activation: str | None = None,
+    ) -> Float[Array, "*batch N"]:
+        """Returns the product of a mapped input with the bias, activated, as wide as the output."""
+        act_quant, left = optional(self, "act_quant"), self.left_operand(x)
+        return quantized_matmul(
+            left,
+            kernel,
+            act_quant,
+            layer_numerics(act_quant, self.numerics),
+            self.implementation,
+            out_dtype=left.dtype.name if self.dtype == "float32" else self.output_dtype,
+            bias=bias,
+            activation=activation,
+        )
 
     def left_operand(self, x: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:
         """Returns what output leaves leave of a mapped input, before the quantizer if any."""

@@ -47,7 +47,7 @@ def tapped(layer_fn: LayerFn, operand_fn: OperandFn | None = None) -> Iterator[N
             operand_fn(f"{'/'.join(module.path)}{OPERANDS_OF}{name}", x)
         if operand_fn is not None and context.method_name == "sees_weights":
             return True
-        if context.method_name == "runs_all_experts":
+        if context.method_name in ("runs_all_experts", "is_watched"):
             return True
         return next_fn(*args, **kwargs)
 

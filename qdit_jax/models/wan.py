@@ -25,6 +25,7 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Num
 
+from qdit_jax.kernels import GELU
 from qdit_jax.models.layers import flat_xavier, timestep_features
 from qdit_jax.models.linear import Layers
 from qdit_jax.models.network import NetworkModule
@@ -78,8 +79,8 @@ def velocity(
     shape = (*form.patch_size, form.channels, d)
     patch = layers.linear(d, flat_xavier, shape, wide_output=True, name="patch_embedding")
     tokens = patch(patches)  # [B, N, D]
-    hidden = layers.linear(d, NORMAL, name="text_embedding_0")(text)
-    text = layers.linear(d, NORMAL, name="text_embedding_2")(nn.gelu(hidden, approximate=True))
+    hidden = layers.linear(d, NORMAL, name="text_embedding_0").followed_by(GELU, text)
+    text = layers.linear(d, NORMAL, name="text_embedding_2")(hidden)
     features = timestep_features(times, form.freq_width)
     hidden = nn.silu(layers.linear(d, NORMAL, name="time_embedding_0")(features))
     time = layers.linear(d, NORMAL, wide_output=True, name="time_embedding_2")(hidden)

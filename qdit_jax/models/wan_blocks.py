@@ -11,6 +11,7 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from qdit_jax.kernels import GELU
 from qdit_jax.models.layers import AttentionModule
 from qdit_jax.models.linear import Layers, stored
 from qdit_jax.models.norms import LayerNorm, RMSNorm, layer_norm
@@ -86,7 +87,7 @@ class Block(nn.Module):
         hidden = LayerNorm(self.eps, name="norm3")(x)
         x = x + CrossAttention(*settings, name="cross_attn")(hidden, text)
         hidden = layer_norm(x, self.eps) * (1 + scale2) + shift2
-        hidden = nn.gelu(self.layers.linear(self.ffn_width, name="ffn_0")(hidden), approximate=True)
+        hidden = self.layers.linear(self.ffn_width, name="ffn_0").followed_by(GELU, hidden)
         return x + gate2 * self.layers.linear(d, wide_output=True, name="ffn_2")(hidden)
 
 

@@ -189,7 +189,7 @@ def known_outputs(
         given: list[Condition] = []
 
         def keep(next_fn: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            if context.method_name == "runs_all_experts":
+            if context.method_name in ("runs_all_experts", "is_watched"):
                 return True  # what is seen inside a branch could not leave it
             output = next_fn(*args, **kwargs)
             if context.method_name != "__call__" or context.module.scope is None:

@@ -44,7 +44,9 @@ class Shards:
         """How many devices share a sample's tokens."""
         return self.mesh.shape[TOKENS]
 
-    def linear(self, module: Linear, x: Array) -> Array | None:
+    def linear(
+        self, call: Callable[[Linear, Array], Array], module: Linear, x: Array
+    ) -> Array | None:
         """Returns a layer's output from split tokens; None if they cannot be split."""
         axis = self.axis_of(x.shape, range(1, x.ndim - 1))
         rows = math.prod(x.shape[1:-1])
@@ -53,7 +55,7 @@ class Shards:
         if axis is None:
             return None
         spec = self.spec(x.ndim, axis)
-        return self.apart(module, "__call__", (x,), (spec,), spec)
+        return self.apart(module, call, (x,), (spec,), spec)
 
     def attention(
         self, module: nn.Module, q: Array, k: Array, v: Array, mask: Array | None = None
@@ -99,7 +101,7 @@ class Shards:
     def apart(
         self,
         module: nn.Module,
-        method: str,
+        method: str | Callable[..., Array],
         given: tuple[Array, ...],
         specs: tuple[PartitionSpec, ...],
         out_spec: PartitionSpec,
@@ -123,6 +125,11 @@ class Shards:
             return call(params, *given)
         finally:
             self.is_inside = False
+
+
+def activated_by(activation: str) -> Callable[[Linear, Array], Array]:
+    """Returns what calls a layer and the activation function after it."""
+    return lambda layer, x: layer.followed_by(activation, x)
 
 
 def specs_of(params: Params) -> Any:
@@ -165,7 +172,10 @@ def split_tokens(mesh: Mesh | None) -> Iterator[None]:
         module, found = context.module, None
         if not shards.is_inside and not module.is_initializing():
             if isinstance(module, Linear) and context.method_name == "__call__":
-                found = shards.linear(module, *args, **kwargs)
+                found = shards.linear(Linear.__call__, module, *args, **kwargs)
+            elif isinstance(module, Linear) and context.method_name == "followed_by":
+                activation, x = args
+                found = shards.linear(activated_by(activation), module, x)
             elif isinstance(module, AttentionModule) and context.method_name == "attend":
                 found = shards.attention(module, *args, **kwargs)
         return next_fn(*args, **kwargs) if found is None else found
