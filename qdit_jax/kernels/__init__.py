@@ -17,6 +17,7 @@ from qdit_jax.kernels.product import (
     Product,
     layer_numerics,
 )
+from qdit_jax.kernels.prologue import Modulated, normalized, plain
 from qdit_jax.kernels.segments import segments
 from qdit_jax.kernels.table import IMPLEMENTATIONS
 from qdit_jax.kernels.units import unit_of
@@ -29,6 +30,7 @@ __all__ = [
     "NUMERICS",
     "PLATFORMS",
     "Implementation",
+    "Modulated",
     "Numerics",
     "Product",
     "activated",
@@ -41,6 +43,8 @@ __all__ = [
     "implementation_of",
     "implementations_used",
     "layer_numerics",
+    "normalized",
+    "plain",
     "quantized_layers",
     "quantized_matmul",
     "segments",

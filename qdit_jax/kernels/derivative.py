@@ -10,6 +10,7 @@ import jax
 from jaxtyping import Array
 
 from qdit_jax.kernels.epilogue import finished
+from qdit_jax.kernels.prologue import Modulated, plain
 from qdit_jax.kernels.xla import integer_matmul, simulated_matmul
 from qdit_jax.quant import ActQuant, ActSpec, QTensor
 
@@ -29,7 +30,8 @@ def with_derivative_of_xla(product_fn: Callable[..., Array]) -> Callable[..., Ar
     ) -> tuple[Array, Array]:
         *settings, primals, tangents = rest
 
-        def by_xla(x: Array, q: QTensor, bias: Array | None) -> Array:
+        def by_xla(x: Array | Modulated, q: QTensor, bias: Array | None) -> Array:
+            x = plain(x)
             sums = (
                 simulated_matmul(x, q, None)
                 if spec is None

@@ -2,7 +2,7 @@
 
 Compiled ahead of time for an H100, interpreted on CPU, not run on a GPU.
 
-XLA quantizes the inputs, one symmetric scale per token. The kernel fetches blocks of inputs and of packed
+The inputs are quantized first, one symmetric scale per token (`gpu_rows`). The kernel fetches blocks of inputs and of packed
 codes, makes int8 levels of the codes in registers (`gpu_words`), multiplies, and scales the int32 sums
 by token and output channel. Memory sees the inputs, the packed codes and the result, and nothing between.
 
@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int8
 
-from qdit_jax.kernels import gpu_words
+from qdit_jax.kernels import gpu_rows, gpu_words
 from qdit_jax.kernels.derivative import with_derivative_of_xla
 from qdit_jax.kernels.gpu_call import (
     Epilogue,
@@ -44,6 +44,7 @@ from qdit_jax.kernels.gpu_tiles import (
     rounded_up,
 )
 from qdit_jax.kernels.operands import act_elements
+from qdit_jax.kernels.prologue import Modulated, plain
 from qdit_jax.kernels.refs import Ref, Span
 from qdit_jax.kernels.units import of_units
 from qdit_jax.quant import (
@@ -56,7 +57,7 @@ from qdit_jax.quant import (
 
 
 def levels_matmul(
-    x: Float[Array, "*lead K"],
+    x: Float[Array, "*lead K"] | Modulated,
     q: QTensor,
     act: ActQuant | None,
     numerics: str,
@@ -82,7 +83,7 @@ def levels_matmul(
 
 @with_derivative_of_xla
 def _product(
-    x: Float[Array, "*lead K"],
+    x: Float[Array, "*lead K"] | Modulated,
     q: QTensor,
     bias: Float[Array, " N"] | None,
     spec: ActSpec,
@@ -91,15 +92,14 @@ def _product(
     tiles: Tiles,
     interpret: Any,
 ) -> Float[Array, "*lead N"]:
-    num_channels, width = q.shape
-    elements, scale = quantized_rows(x, spec)
-    num_rows = elements.shape[0]
+    (num_channels, width), num_rows = q.shape, math.prod(x.shape[:-1])
     rows, columns = rounded_up(num_rows, tiles.rows), rounded_up(width, tiles.block)
+    elements, scale = quantized_tokens(x, spec, rows, interpret)
     channel_scale = q.channel_scale if q.has_levels else scale_value(q.scale)[0]
     operands = [
-        jnp.pad(elements, ((0, rows - num_rows), (0, 0))),
+        elements,
         jnp.pad(jnp.asarray(q.codes), ((0, columns - width), (0, 0))),
-        jnp.pad(scale, (0, rows - num_rows)),
+        scale,
         jnp.pad(channel_scale, (0, columns - width)),
     ]
     if q.has_levels:
@@ -111,14 +111,22 @@ def _product(
     return y[:num_rows, :width].reshape(*x.shape[:-1], width)
 
 
-def quantized_rows(
-    x: Float[Array, "*lead K"], spec: ActSpec
+def quantized_tokens(
+    x: Float[Array, "*lead K"] | Modulated, spec: ActSpec, rows: int, interpret: Any
 ) -> tuple[Int8[Array, "M K"], Float[Array, " M"]]:
-    """Returns the int8 elements of tokens and their scales, NaN of a token that is not finite."""
-    wide = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    """Returns the int8 elements of tokens and their scales, NaN of a token that is not finite.
+
+    In one pass where a token fits into registers; else by XLA. Of the `rows` those beyond the tokens mean
+    nothing.
+    """
+    if gpu_rows.fits(x):
+        return gpu_rows.quantized_rows(x, spec, rows, interpret=interpret)
+    wide = plain(x).reshape(-1, x.shape[-1]).astype(jnp.float32)
     elements, _, scale = act_elements(wide, ActQuant(spec), jnp.dtype(jnp.int8))
     is_finite = jnp.all(jnp.isfinite(wide), axis=-1)
-    return elements, jnp.where(is_finite, jnp.asarray(scale)[:, 0], jnp.nan)
+    scale = jnp.where(is_finite, jnp.asarray(scale)[:, 0], jnp.nan)
+    more = rows - len(scale)
+    return jnp.pad(elements, ((0, more), (0, 0))), jnp.pad(scale, (0, more))
 
 
 def _kernel(

@@ -76,6 +76,7 @@ def row(
         run,
         misfit_reason=first_of(platform_reason, fit),
         inside=inside,
+        takes_modulated=name == "gpu_levels",
     )
 
 

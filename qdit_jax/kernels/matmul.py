@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -11,13 +12,14 @@ from jaxtyping import Array, Float
 
 from qdit_jax.kernels.epilogue import ACTIVATIONS
 from qdit_jax.kernels.product import PLATFORMS, Implementation, Numerics, Product, invalid_reason
+from qdit_jax.kernels.prologue import Modulated, plain
 from qdit_jax.kernels.table import IMPLEMENTATIONS
 from qdit_jax.quant import ActQuant, ActSpec, QTensor, WeightSpec
 from qdit_jax.types import AnyArray
 
 
 def quantized_matmul(
-    x: Float[AnyArray, "*lead K"],
+    x: Float[AnyArray, "*lead K"] | Modulated,
     q: QTensor,
     act: ActQuant | ActSpec | None = None,
     numerics: Numerics | str = "simulated",
@@ -30,7 +32,7 @@ def quantized_matmul(
     """Returns `x @ q` `[*lead, N]` in the dtype of `x`, with `x` quantized as `act` says.
 
     Args:
-        x: floating point; any leading axes.
+        x: floating point; any leading axes. Or a norm and its modulation, which a kernel may compute.
         q: the kernel `[K, N]`.
         act: None leaves `x` as it is; an `ActSpec` quantizes it dynamically; an `ActQuant` may
             carry calibrated scales.
@@ -58,12 +60,23 @@ def quantized_matmul(
         raise ValueError(reason)
     quantizer = ActQuant(act) if isinstance(act, ActSpec) else act
     bias = None if bias is None else jnp.asarray(bias)
-    dtype = out_dtype or product.dtype
+    dtype, x = out_dtype or product.dtype, x if isinstance(x, Modulated) else jnp.asarray(x)
+    if not any(entry.takes_modulated for entry in entries_of(product, implementation)):
+        x = plain(x)
     return _matmul(x, q, quantizer, bias, numerics, implementation, dtype, activation)
 
 
+def entries_of(product: Product, implementation: str | None) -> list[Implementation]:
+    """Returns who computes a product on any platform: the named one, or the first that fits on each."""
+    if implementation is not None:
+        return [IMPLEMENTATIONS[implementation]]
+    return [
+        first_that_fits(dataclasses.replace(product, platform=platform)) for platform in PLATFORMS
+    ]
+
+
 def _matmul_traced(
-    x: Float[Array, "*lead K"],
+    x: Float[Array, "*lead K"] | Modulated,
     q: QTensor,
     act: ActQuant | None,
     bias: Float[Array, " N"] | None,
@@ -72,7 +85,7 @@ def _matmul_traced(
     dtype: str,
     activation: str | None,
 ) -> Float[Array, "*lead N"]:
-    if x.size == 0:
+    if math.prod(x.shape) == 0:
         return jnp.zeros((*x.shape[:-1], q.shape[1]), dtype)
     if implementation is not None:
         return IMPLEMENTATIONS[implementation].product(x, q, act, numerics, dtype, bias, activation)

@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Literal
 
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from qdit_jax.kernels.epilogue import finished
+from qdit_jax.kernels.prologue import Modulated, plain
 from qdit_jax.quant import ActQuant, ActSpec, QTensor, WeightSpec
 
 Numerics = Literal["simulated", "integer"]
@@ -59,6 +61,7 @@ class Implementation:
             that has all it needs; None where it does not ask for more.
         inside: what it keeps out of memory, for counting: "weights" unpacked, "sums" of groups, "codes" of
             the input.
+        takes_modulated: whether `x` may be a `prologue.Modulated`, which it computes as it quantizes.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Implementation:
     run_to: Callable[..., Array] | None = None
     misfit_reason: Callable[[Product], str | None] | None = None
     inside: tuple[str, ...] = ()
+    takes_modulated: bool = False
 
     def fits(self, product: Product) -> bool:
         """Returns whether it computes a product on a machine that has all it needs."""
@@ -74,7 +78,7 @@ class Implementation:
 
     def product(
         self,
-        x: Array,
+        x: Array | Modulated,
         q: QTensor,
         act: ActQuant | None,
         numerics: str,
@@ -83,7 +87,12 @@ class Implementation:
         activation: str | None = None,
     ) -> Array:
         """Returns the product in a dtype, with the bias added and activated."""
+        if not self.takes_modulated:
+            x = plain(x)
         if self.run_to is None:
+            x = plain(x)
+            if act is not None:  # a wide result of narrow inputs
+                x = x.astype(jnp.promote_types(x.dtype, dtype))
             return finished(self.run(x, q, act, numerics).astype(dtype), bias, activation)
         return self.run_to(x, q, act, numerics, dtype, bias, activation)
 

@@ -24,9 +24,9 @@ from jaxtyping import Array, Float, Int, Int32, UInt8
 from qdit_jax.kernels.derivative import with_derivative_of_xla
 from qdit_jax.kernels.epilogue import activated
 from qdit_jax.kernels.refs import Ref
+from qdit_jax.kernels.token_scales import INFINITY, LEAST_NORMAL, magnitude_bits
 from qdit_jax.kernels.tpu_blocks import STRIP, TILE
 from qdit_jax.kernels.tpu_call import bias_row, packed_product
-from qdit_jax.kernels.tpu_levels import INFINITY, LEAST_NORMAL, magnitude_bits
 from qdit_jax.kernels.tpu_reasons import groups_reason, groups_sizes, row
 from qdit_jax.kernels.tpu_words import EACH_BYTE, SIGNS, as_rows_of, code_words
 from qdit_jax.kernels.units import of_units

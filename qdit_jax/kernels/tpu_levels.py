@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int32
 from qdit_jax.kernels.derivative import with_derivative_of_xla
 from qdit_jax.kernels.epilogue import activated
 from qdit_jax.kernels.refs import Ref
+from qdit_jax.kernels.token_scales import INFINITY, divisor_of, magnitude_bits
 from qdit_jax.kernels.tpu_blocks import STRIP, TILE, sizes_of
 from qdit_jax.kernels.tpu_call import bias_row, packed_product
 from qdit_jax.kernels.tpu_reasons import levels_reason, row
@@ -38,9 +39,6 @@ from qdit_jax.quant import (
     scale_value,
     step_and_offset,
 )
-
-MAGNITUDE, INFINITY = 0x7FFFFFFF, 0x7F800000  # bits of float32
-LEAST_NORMAL = 2.0**-126
 
 
 def levels_matmul(
@@ -149,21 +147,14 @@ def quantize_rows(x: Ref, x_codes: Ref, x_scale: Ref, spec: ActSpec) -> None:
     jax.lax.fori_loop(0, x.shape[0] // STRIP, quantize_strip, None)
 
 
-def magnitude_bits(x: Float[Array, "M K"]) -> Int32[Array, "M K"]:
-    """Returns whole numbers that are ordered as magnitudes are, NaN above infinity."""
-    return jax.lax.bitcast_convert_type(x, jnp.int32) & MAGNITUDE
-
-
 def token_scale(
     most: Int32[Array, "M 1"], spec: ActSpec
 ) -> tuple[Float[Array, "M 1"], Float[Array, "M 1"]]:
     """Returns (what to divide by, scale), given the greatest of `magnitude_bits` of every token."""
-    high = jax.lax.bitcast_convert_type(most, jnp.float32)
-    limits = spec.range_fn.limits_from_extremes(-high, high, spec.bits, True)
-    scale = spec.range_fn.scale(*limits, spec.bits, True)
-    # What a TPU flushes to zero has no reciprocal.
-    divisor = jnp.where((most < INFINITY) & (scale >= LEAST_NORMAL), scale, 1.0)
-    return divisor, jnp.where(most < INFINITY, divisor, jnp.nan)
+    is_finite = most < INFINITY
+    high = jax.lax.bitcast_convert_type(jnp.where(is_finite, most, 0), jnp.float32)
+    divisor = divisor_of(high, spec)
+    return divisor, jnp.where(is_finite, divisor, jnp.nan)
 
 
 def unpack_columns(

@@ -15,6 +15,7 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Num
 
+from qdit_jax.kernels import Modulated
 from qdit_jax.models.class_conditional import ClassConditional
 from qdit_jax.models.layers import (
     Attention,
@@ -52,12 +53,11 @@ class Block(nn.Module):
         zeros = nn.initializers.zeros_init()
         adaln = self.layers.linear(6 * d, zeros, wide_output=True, name="adaLN_modulation")
         modulation = adaln(nn.silu(c))
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
+        _, _, gate1, _, _, gate2 = jnp.split(modulation, 6, axis=-1)
         attention = Attention(self.num_heads, self.layers, name="attn")
-        x = x + over_tokens(gate1, x) * attention(modulate(layer_norm(x), shift1, scale1))
+        x = x + over_tokens(gate1, x) * attention(Modulated(x, modulation, 0, 1))
         mlp = Mlp(int(d * self.mlp_ratio), self.layers, name="mlp")
-        hidden = modulate(layer_norm(x, self.mlp_norm_eps), shift2, scale2)
-        return x + over_tokens(gate2, x) * mlp(hidden)
+        return x + over_tokens(gate2, x) * mlp(Modulated(x, modulation, 3, 4, self.mlp_norm_eps))
 
 
 class FinalLayer(nn.Module):

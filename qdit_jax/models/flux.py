@@ -25,12 +25,11 @@ from qdit_jax.models.joint import (
     StreamAttention,
     chunks,
     joint_attention,
-    modulated,
 )
 from qdit_jax.models.layers import AttentionModule, timestep_features
 from qdit_jax.models.linear import Layers
 from qdit_jax.models.network import NetworkModule
-from qdit_jax.models.norms import RMSNorm, layer_norm
+from qdit_jax.models.norms import RMSNorm, modulated_norm
 from qdit_jax.models.rotary import grid_positions, rotary_angles, rotated
 from qdit_jax.models.runs import apply_blocks
 from qdit_jax.types import Condition, Params
@@ -108,9 +107,7 @@ class DoubleBlock(nn.Module):
         attentions = [
             SelfAttention(d, self.num_heads, self.layers, name=f"{name}_attn") for name in names
         ]
-        inputs = [
-            modulated(layer_norm(x), m[0], m[1]) for x, m in zip(streams, vectors, strict=True)
-        ]
+        inputs = [modulated_norm(x, m[0], m[1]) for x, m in zip(streams, vectors, strict=True)]
         attended = joint_attention(attentions, inputs, angles)
         text, image = map(self.after, names, streams, vectors, attended)
         return text, image
@@ -124,8 +121,8 @@ class DoubleBlock(nn.Module):
     ) -> Float[Array, "B N D"]:
         """Returns a stream's tokens after its MLP."""
         x = x + m[2] * attended
-        hidden = modulated(layer_norm(x), m[3], m[4])
-        hidden = self.layers.linear(self.mlp_width, name=f"{name}_mlp_0").followed_by(GELU, hidden)
+        hidden = modulated_norm(x, m[3], m[4])
+        hidden = self.layers.linear(self.mlp_width, name=f"{name}_mlp_0").fused(hidden, GELU)
         second = self.layers.linear(x.shape[-1], wide_output=True, name=f"{name}_mlp_2")
         return x + m[5] * second(hidden)
 
@@ -147,7 +144,8 @@ class SingleBlock(AttentionModule):
         d = x.shape[-1]
         shift, scale, gate = Modulation(3, self.layers, name="modulation")(c)
         linear1 = self.layers.linear(3 * d + self.mlp_width, name="linear1")
-        qkv, hidden = jnp.split(linear1(modulated(layer_norm(x), shift, scale)), [3 * d], axis=-1)
+        both = linear1.fused(modulated_norm(x, shift, scale))
+        qkv, hidden = jnp.split(both, [3 * d], axis=-1)
         q, k, v = rearrange(qkv, "b t (qkv h d) -> qkv b t h d", qkv=3, h=self.num_heads)
         q, k = (rotated(a, angles).astype(v.dtype) for a in QKNorm(name="norm")(q, k))
         attended = rearrange(self.attend(q, k, v), "b t h d -> b t (h d)")

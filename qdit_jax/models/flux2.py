@@ -21,11 +21,11 @@ from jaxtyping import Array, Float, Num
 
 from qdit_jax.models.condition_checks import Entry, check_entries
 from qdit_jax.models.flux import TIME_UNIT, Embedder, Modulation
-from qdit_jax.models.joint import ModulatedOutput, StreamAttention, joint_attention, modulated
+from qdit_jax.models.joint import ModulatedOutput, StreamAttention, joint_attention
 from qdit_jax.models.layers import AttentionModule, timestep_features
 from qdit_jax.models.linear import Layers
 from qdit_jax.models.network import NetworkModule
-from qdit_jax.models.norms import RMSNorm, layer_norm
+from qdit_jax.models.norms import RMSNorm, modulated_norm
 from qdit_jax.models.rotary import grid_positions, rotary_angles, rotated
 from qdit_jax.models.runs import apply_blocks
 from qdit_jax.types import Condition, Params
@@ -96,7 +96,7 @@ class DoubleBlock(nn.Module):
             for name in names
         ]
         inputs = [
-            modulated(layer_norm(x, kind.norm_eps), m[0], m[1])
+            modulated_norm(x, m[0], m[1], kind.norm_eps)
             for x, m in zip(streams, vectors, strict=True)
         ]
         attended = joint_attention(attentions, inputs, angles)
@@ -108,10 +108,10 @@ class DoubleBlock(nn.Module):
     ) -> Float[Array, "B N D"]:
         """Returns a stream's tokens after its MLP."""
         x = x + m[2] * attended
-        hidden = modulated(layer_norm(x, self.kind.norm_eps), m[3], m[4])
+        hidden = modulated_norm(x, m[3], m[4], self.kind.norm_eps)
         first = self.layers.linear(2 * self.kind.mlp_width, name=f"{name}_mlp_0")
         second = self.layers.linear(x.shape[-1], wide_output=True, name=f"{name}_mlp_2")
-        return x + m[5] * second(gated(first(hidden)))
+        return x + m[5] * second(gated(first.fused(hidden)))
 
 
 class SingleBlock(AttentionModule):
@@ -130,7 +130,7 @@ class SingleBlock(AttentionModule):
         kind, d = self.kind, x.shape[-1]
         shift, scale, gate = vectors
         linear1 = self.layers.linear(3 * d + 2 * kind.mlp_width, name="linear1")
-        hidden = linear1(modulated(layer_norm(x, kind.norm_eps), shift, scale))
+        hidden = linear1.fused(modulated_norm(x, shift, scale, kind.norm_eps))
         qkv, hidden = jnp.split(hidden, [3 * d], axis=-1)
         q, k, v = rearrange(qkv, "b t (qkv h d) -> qkv b t h d", qkv=3, h=kind.num_heads)
         normed = QKNorm(kind.norm_eps, name="norm")(q, k)

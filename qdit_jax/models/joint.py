@@ -15,6 +15,7 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from qdit_jax.kernels import Modulated
 from qdit_jax.models.layers import AttentionModule
 from qdit_jax.models.linear import Layers
 from qdit_jax.models.norms import layer_norm
@@ -43,9 +44,9 @@ class StreamAttention(AttentionModule):
         if self.has_output:
             self.proj = self.layers.linear(self.width, wide_output=True, name=None)
 
-    def heads(self, x: Float[Array, "B N W"]) -> Heads:
+    def heads(self, x: Float[Array, "B N W"] | Modulated) -> Heads:
         """Returns queries, keys and values of the stream's tokens."""
-        qkv = self.qkv(x)
+        qkv = self.qkv.fused(x)
         q, k, v = rearrange(qkv, "b t (qkv h d) -> qkv b t h d", qkv=3, h=self.num_heads)
         q, k = (a.astype(v.dtype) for a in self.normed(q, k))
         return q, k, v
@@ -69,7 +70,7 @@ def joined(*streams: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
 
 def joint_attention(
     attentions: Sequence[StreamAttention],
-    inputs: Sequence[Float[Array, "B _ D"]],
+    inputs: Sequence[Float[Array, "B _ D"] | Modulated],
     angles: Float[Array, "... T half"],
 ) -> list[Array]:
     """Returns each stream's part of the attention over text and image, each with layers of its own.

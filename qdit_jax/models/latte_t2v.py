@@ -18,6 +18,7 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float, Num
 
+from qdit_jax.kernels import Modulated, plain
 from qdit_jax.models.adaln_single import (
     CaptionEmbedder,
     CrossAttention,
@@ -37,6 +38,7 @@ from qdit_jax.models.layers import (
 )
 from qdit_jax.models.linear import Layers
 from qdit_jax.models.network import NetworkModule
+from qdit_jax.models.norms import modulated_norm
 from qdit_jax.models.stdit import check_width
 from qdit_jax.types import Condition, Params
 
@@ -92,13 +94,13 @@ class LatteBlock(nn.Module):
             cross = CrossAttention(settings.num_heads, self.layers, name="cross_attn")
             flat = x.reshape(x.shape[0], -1, x.shape[-1])
             x = x + cross(flat, text, mask).reshape(x.shape)
-        return x + gate2 * self.mlp(modulated(x, shift2, scale2, settings.norm_eps))
+        return x + gate2 * self.mlp(modulated_norm(x, shift2, scale2, settings.norm_eps))
 
-    def mlp(self, x: Float[Array, "B F S D"]) -> Float[Array, "B F S D"]:
+    def mlp(self, x: Float[Array, "B F S D"] | Modulated) -> Float[Array, "B F S D"]:
         """Returns the MLP; a gated one has another name, since its `fc2` reads no GELU's output."""
         width = self.settings.mlp_width
         if self.settings.activation == "geglu":
-            return GatedMlp(width, self.layers, name="glu")(x)
+            return GatedMlp(width, self.layers, name="glu")(plain(x))
         exact = self.settings.activation == "gelu"
         return Mlp(width, self.layers, exact=exact, name="mlp")(x)
 

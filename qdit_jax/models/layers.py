@@ -16,7 +16,7 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Num
 
-from qdit_jax.kernels import GELU, attention
+from qdit_jax.kernels import GELU, Modulated, attention
 from qdit_jax.models.linear import Layers, optional, stored, xavier
 from qdit_jax.quant import QTensor, select_columns, weight_rows
 from qdit_jax.types import AnyArray
@@ -175,9 +175,9 @@ class Attention(AttentionModule):
     layers: Layers = Layers()
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B *G T D"]) -> Float[Array, "B *G T D"]:
+    def __call__(self, x: Float[Array, "B *G T D"] | Modulated) -> Float[Array, "B *G T D"]:
         d = x.shape[-1]
-        qkv = self.layers.linear(3 * d, name="qkv")(x)
+        qkv = self.layers.linear(3 * d, name="qkv").fused(x)
         q, k, v = rearrange(qkv, "... t (qkv h d) -> qkv ... t h d", qkv=3, h=self.num_heads)
         joined = rearrange(self.attend(q, k, v), "... h d -> ... (h d)")
         return self.layers.linear(d, name="proj")(joined)
@@ -196,9 +196,9 @@ class Mlp(nn.Module):
     exact: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch N"]:
+    def __call__(self, x: Float[Array, "*batch D"] | Modulated) -> Float[Array, "*batch N"]:
         first = self.layers.linear(self.hidden_size, name="fc1")
-        hidden = nn.gelu(first(x), approximate=False) if self.exact else first.followed_by(GELU, x)
+        hidden = nn.gelu(first.fused(x), approximate=False) if self.exact else first.fused(x, GELU)
         features = self.features or x.shape[-1]
         second = self.layers.linear(features, wide_output=self.wide_output, name="fc2")
         return second(hidden)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from qdit_jax.kernels import activated, layer_numerics, quantized_matmul
+from qdit_jax.kernels import Modulated, activated, layer_numerics, plain, quantized_matmul
 from qdit_jax.quant import QTensor, Role, slots
 from qdit_jax.types import AnyArray
 
@@ -104,18 +104,22 @@ class Linear(nn.Module):
         y = with_outputs(self, x, y)
         return y if self.dtype == "float32" else y.astype(self.output_dtype)
 
-    def followed_by(self, activation: str, x: Float[Array, "*batch K"]) -> Float[Array, "*batch N"]:
-        """Returns `activation(self(x))`, a name of `kernels.epilogue`, which a kernel computes as it writes.
+    def fused(
+        self, x: Float[Array, "*batch K"] | Modulated, activation: str | None = None
+    ) -> Float[Array, "*batch N"]:
+        """Returns `activation(self(x))`, where a kernel may compute what comes before and after its product.
 
-        A layer that is not quantized, that adds more to its product, or whose own output is seen or changed by
-        who intercepts `is_watched`, is called as ever.
+        `x` may be a norm and its modulation, `activation` is a name of `kernels.epilogue`. A layer that is not
+        quantized, that adds more to its product, or whose own input or output is seen or changed by who
+        intercepts `is_watched`, is called as ever.
         """
         kernel = optional(self, "kernel")
         fuses = isinstance(kernel, QTensor) and not leaves_of(self, "output")
         if not fuses or self.is_watched():
-            return activated(self(x), activation)
-        x, bias = mapped_input(self, x), optional(self, "bias")
-        return self.quantized_product(x, kernel, bias, activation)
+            return activated(self(plain(x)), activation)
+        if leaves_of(self, "input") or not leaves_of(self, "quantizer"):
+            x = mapped_input(self, plain(x))
+        return self.quantized_product(x, kernel, optional(self, "bias"), activation)
 
     def is_watched(self) -> bool:
         """Returns whether someone has to see the layer's own output; who intercepts says yes."""
@@ -123,13 +127,16 @@ class Linear(nn.Module):
 
     def quantized_product(
         self,
-        x: Float[Array, "*batch K"],
+        x: Float[Array, "*batch K"] | Modulated,
         kernel: QTensor,
         bias: Float[AnyArray, " N"],
         activation: str | None = None,
     ) -> Float[Array, "*batch N"]:
         """Returns the product of a mapped input with the bias, activated, as wide as the output."""
-        act_quant, left = optional(self, "act_quant"), self.left_operand(x)
+        act_quant = optional(self, "act_quant")
+        left = x
+        if not isinstance(x, Modulated):
+            left = self.left_operand(x) if act_quant is None else input_left(self, x)
         return quantized_matmul(
             left,
             kernel,

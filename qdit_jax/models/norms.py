@@ -1,14 +1,18 @@
-"""Normalizations with parameters: `scale`, and `bias` where there is one.
+"""Normalizations: with parameters, `scale` and `bias` where there is one, and modulated.
 
-Dimensions: D channels.
+Dimensions: B samples, T tokens, D channels.
 """
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
+
+from qdit_jax.kernels import Modulated, normalized
 
 
 class RMSNorm(nn.Module):
@@ -37,7 +41,20 @@ class LayerNorm(nn.Module):
 
 def layer_norm(x: Float[Array, "*batch D"], eps: float = 1e-6) -> Float[Array, "*batch D"]:
     """Returns `x` normalized over its last axis, without affine parameters; float32 or wider."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean = x.mean(-1, keepdims=True)
-    variance = jnp.square(x - mean).mean(-1, keepdims=True)
-    return (x - mean) * jax.lax.rsqrt(variance + eps)
+    return normalized(x.astype(jnp.promote_types(x.dtype, jnp.float32)), eps)
+
+
+def modulated_norm(
+    x: Float[Array, "B *T D"],
+    shift: Float[Array, "B *N D"],
+    scale: Float[Array, "B *N D"],
+    eps: float = 1e-6,
+) -> Float[Array, "B *T D"] | Modulated:
+    """Returns `layer_norm(x) * (1 + scale) + shift`, for the `fused` of one layer.
+
+    Not yet computed where all tokens of a sample have the same shift and scale.
+    """
+    if math.prod(shift.shape[1:-1]) != 1 or shift.shape != scale.shape:
+        return layer_norm(x, eps) * (1 + scale) + shift
+    both = jnp.concatenate([shift, scale], axis=-1)
+    return Modulated(x, both.reshape(len(shift), -1), 0, 1, eps)

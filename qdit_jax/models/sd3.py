@@ -35,7 +35,7 @@ from qdit_jax.models.layers import (
 )
 from qdit_jax.models.linear import Layers, stored
 from qdit_jax.models.network import NetworkModule
-from qdit_jax.models.norms import RMSNorm, layer_norm
+from qdit_jax.models.norms import RMSNorm, layer_norm, modulated_norm
 from qdit_jax.models.runs import apply_blocks
 from qdit_jax.types import Condition, Params
 
@@ -96,7 +96,7 @@ class Stream(nn.Module):
 
     def heads(self, x: Float[Array, "B N D"], m: list[Float[Array, "B 1 D"]]) -> Heads:
         """Returns the stream's queries, keys and values in the shared attention."""
-        return self.attn.heads(modulated(layer_norm(x), m[0], m[1]))
+        return self.attn.heads(modulated_norm(x, m[0], m[1]))
 
     def after(
         self,
@@ -110,7 +110,7 @@ class Stream(nn.Module):
         if self.is_dual:  # on the same norm: that of the tokens before the shared attention
             own = self.attn2.heads(modulated(before, m[6], m[7]))
             x = x + m[8] * self.attn2.output(self.attn2.attend(*own))
-        return x + m[5] * self.mlp(modulated(layer_norm(x), m[3], m[4]))
+        return x + m[5] * self.mlp(modulated_norm(x, m[3], m[4]))
 
 
 class JointBlock(nn.Module):

@@ -21,7 +21,6 @@ from qdit_jax.models.adaln_single import (
     CrossAttention,
     TableOutput,
     learned_null,
-    modulated,
     table_rows,
 )
 from qdit_jax.models.condition_checks import Entry, check_entries
@@ -36,6 +35,7 @@ from qdit_jax.models.layers import (
 )
 from qdit_jax.models.linear import Layers
 from qdit_jax.models.network import NetworkModule
+from qdit_jax.models.norms import modulated_norm
 from qdit_jax.types import AnyArray, Condition, Params
 
 
@@ -62,13 +62,13 @@ class STDiTBlock(nn.Module):
         d = x.shape[-1]
         shift1, scale1, gate1, shift2, scale2, gate2 = table_rows(self, m)
         space = Attention(self.num_heads, self.layers, name="attn")
-        x = x + gate1 * space(modulated(x, shift1, scale1))
+        x = x + gate1 * space(modulated_norm(x, shift1, scale1))
         time = Attention(self.num_heads, self.layers, name="attn_temp")
         x = x + gate1 * over_time(time, x if times is None else x + times)
         cross = CrossAttention(self.num_heads, self.layers, name="cross_attn")
         x = x + cross(x.reshape(x.shape[0], -1, d), text, mask).reshape(x.shape)
         mlp = Mlp(int(d * self.mlp_ratio), self.layers, name="mlp")
-        return x + gate2 * mlp(modulated(x, shift2, scale2))
+        return x + gate2 * mlp(modulated_norm(x, shift2, scale2))
 
 
 class STDiT(NetworkModule):

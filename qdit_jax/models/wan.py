@@ -79,7 +79,7 @@ def velocity(
     shape = (*form.patch_size, form.channels, d)
     patch = layers.linear(d, flat_xavier, shape, wide_output=True, name="patch_embedding")
     tokens = patch(patches)  # [B, N, D]
-    hidden = layers.linear(d, NORMAL, name="text_embedding_0").followed_by(GELU, text)
+    hidden = layers.linear(d, NORMAL, name="text_embedding_0").fused(text, GELU)
     text = layers.linear(d, NORMAL, name="text_embedding_2")(hidden)
     features = timestep_features(times, form.freq_width)
     hidden = nn.silu(layers.linear(d, NORMAL, name="time_embedding_0")(features))

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from qdit_jax.kernels import GELU
 from qdit_jax.models.layers import AttentionModule
 from qdit_jax.models.linear import Layers, stored
-from qdit_jax.models.norms import LayerNorm, RMSNorm, layer_norm
+from qdit_jax.models.norms import LayerNorm, RMSNorm, layer_norm, modulated_norm
 from qdit_jax.models.rotary import rotated
 
 NORMAL = nn.initializers.normal(0.02)
@@ -86,8 +86,8 @@ class Block(nn.Module):
         x = x + gate1 * SelfAttention(*settings, name="self_attn")(hidden, angles)
         hidden = LayerNorm(self.eps, name="norm3")(x)
         x = x + CrossAttention(*settings, name="cross_attn")(hidden, text)
-        hidden = layer_norm(x, self.eps) * (1 + scale2) + shift2
-        hidden = self.layers.linear(self.ffn_width, name="ffn_0").followed_by(GELU, hidden)
+        hidden = modulated_norm(x, shift2, scale2, self.eps)
+        hidden = self.layers.linear(self.ffn_width, name="ffn_0").fused(hidden, GELU)
         return x + gate2 * self.layers.linear(d, wide_output=True, name="ffn_2")(hidden)
 
 

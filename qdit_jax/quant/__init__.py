@@ -15,7 +15,7 @@ from qdit_jax.quant.act import (
 )
 from qdit_jax.quant.adaptive_rounding import AdaRoundSettings, adaround
 from qdit_jax.quant.branches import true_after
-from qdit_jax.quant.division import rounded_quotients
+from qdit_jax.quant.division import in_one_form, rounded_quotients
 from qdit_jax.quant.expanding import expanded, expanded_params, is_packed
 from qdit_jax.quant.finite import GREATEST_WEIGHT, check_finite
 from qdit_jax.quant.gptq_rounding import accumulate_hessian, gptq, output_error, qdit_release_gptq
@@ -97,6 +97,7 @@ __all__ = [
     "gptq",
     "grid_of_limits",
     "group_extremes",
+    "in_one_form",
     "integer_codes",
     "is_packed",
     "kernel_of_other",

@@ -7,7 +7,9 @@ on CPU; its code for GPUs is off by up to two units.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,17 @@ from qdit_jax.types import Numbers
 
 _UPPER_HALF = -(1 << 12)  # of a float32: sign, exponent and 11 bits of mantissa
 _WHOLE, _WHOLE_BITS = 1.5 * 2.0**23, 0x4B400000
+_IN_ONE_FORM: ContextVar[bool] = ContextVar("in_one_form", default=False)
+
+
+@contextmanager
+def in_one_form() -> Iterator[None]:
+    """Inside, a division has one form on all platforms, for compilers that have no branches by platform."""
+    token = _IN_ONE_FORM.set(True)
+    try:
+        yield
+    finally:
+        _IN_ONE_FORM.reset(token)
 
 
 def quotient(x: Float[Array, "*s"], divisor: Numbers) -> Float[Array, "*s"]:
@@ -25,6 +38,8 @@ def quotient(x: Float[Array, "*s"], divisor: Numbers) -> Float[Array, "*s"]:
     `divisor` broadcasts to `x`. Beyond about 1e30 and below 1e-30 the last bit is the backend's.
     """
     divisor = jnp.broadcast_to(jnp.asarray(divisor, jnp.float32), x.shape)
+    if _IN_ONE_FORM.get():
+        return _divided_again(x, divisor)
     return jax.lax.platform_dependent(x, divisor, cpu=jnp.divide, default=_divided_again)
 
 
@@ -54,7 +69,7 @@ def corrected(
     product = near * divisor
     error = ((upper * top - product) + upper * rest + lower * top) + lower * rest
     better = near + ((x - product) - error) / divisor
-    return jnp.where(jnp.isfinite(better), better, near)
+    return jnp.where(jnp.abs(better) < jnp.inf, better, near)
 
 
 def _halves(x: Float[Array, "*s"]) -> tuple[Float[Array, "*s"], Float[Array, "*s"]]:
@@ -64,11 +79,11 @@ def _halves(x: Float[Array, "*s"]) -> tuple[Float[Array, "*s"], Float[Array, "*s
 
 
 def rounded_quotients(
-    divisor: Float[Array, "M 1"], top: int
-) -> Callable[[Float[Array, "M K"]], Int[Array, "M K"]]:
-    """Returns the function `x -> round(quotient(x, divisor))`, ties to even, for one divisor per row.
+    divisor: Float[Array, "*divisors"], top: int
+) -> Callable[[Float[Array, "*s"]], Int[Array, "*s"]]:
+    """Returns the function `x -> round(quotient(x, divisor))`, ties to even.
 
-    Divisors are positive; results are in [-top - 1, top], `top` at most 255, as int32. Half of the work
+    Divisors broadcast to `x`; they are positive; results are in [-top - 1, top], `top` at most 255, as int32. Half of the work
     of `quotient`: the nearest half of a whole number, by the reciprocal, and its remainder, which is
     exact, so that ties are those of the quotient in float32.
     """
@@ -76,7 +91,7 @@ def rounded_quotients(
     least, most = -(top + 1) * divisor, top * divisor
     upper, lower = _halves(0.5 * divisor)  # 12 bits each: exact times a whole number of 10 bits
 
-    def rounded(x: Float[Array, "M K"]) -> Int[Array, "M K"]:
+    def rounded(x: Float[Array, "*s"]) -> Int[Array, "*s"]:
         x = jnp.clip(x, least, most)
         doubled = _nearest(x * (2 * reciprocal)).astype(jnp.float32)
         rest = (x - doubled * upper) - doubled * lower

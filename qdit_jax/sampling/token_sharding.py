@@ -22,6 +22,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
+from qdit_jax.kernels import plain
 from qdit_jax.models import AttentionModule, Linear
 from qdit_jax.quant import ActQuant
 from qdit_jax.types import Params
@@ -127,9 +128,9 @@ class Shards:
             self.is_inside = False
 
 
-def activated_by(activation: str) -> Callable[[Linear, Array], Array]:
+def fused_with(activation: str | None = None) -> Callable[[Linear, Array], Array]:
     """Returns what calls a layer and the activation function after it."""
-    return lambda layer, x: layer.followed_by(activation, x)
+    return lambda layer, x: layer.fused(x, activation)
 
 
 def specs_of(params: Params) -> Any:
@@ -173,9 +174,9 @@ def split_tokens(mesh: Mesh | None) -> Iterator[None]:
         if not shards.is_inside and not module.is_initializing():
             if isinstance(module, Linear) and context.method_name == "__call__":
                 found = shards.linear(Linear.__call__, module, *args, **kwargs)
-            elif isinstance(module, Linear) and context.method_name == "followed_by":
-                activation, x = args
-                found = shards.linear(activated_by(activation), module, x)
+            elif isinstance(module, Linear) and context.method_name == "fused":
+                x, *activation = args
+                found = shards.linear(fused_with(*activation), module, plain(x))
             elif isinstance(module, AttentionModule) and context.method_name == "attend":
                 found = shards.attention(module, *args, **kwargs)
         return next_fn(*args, **kwargs) if found is None else found

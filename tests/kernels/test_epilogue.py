@@ -73,7 +73,7 @@ def layer(*, is_quantized):
 def test_a_layer_and_what_follows_it_are_one_call(is_quantized):
     module, variables, x = layer(is_quantized=is_quantized)
     expected = jax.nn.gelu(module.apply(variables, x), approximate=True)
-    found = module.apply(variables, GELU, x, method="followed_by")
+    found = module.apply(variables, x, GELU, method="fused")
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
@@ -81,7 +81,7 @@ def test_who_taps_a_layer_sees_and_changes_its_own_output():
     module, variables, x = layer(is_quantized=True)
     own, inputs = module.apply(variables, x), {}
     with seen_inputs(inputs.__setitem__):
-        module.apply(variables, GELU, x, method="followed_by")
+        module.apply(variables, x, GELU, method="fused")
     np.testing.assert_array_equal(inputs[""], x)
     seen = []
 
@@ -90,6 +90,6 @@ def test_who_taps_a_layer_sees_and_changes_its_own_output():
         return 2 * seen[-1]
 
     with tapped(twice):
-        found = module.apply(variables, GELU, x, method="followed_by")
+        found = module.apply(variables, x, GELU, method="fused")
     np.testing.assert_allclose(seen[0], own, atol=1e-6)
     np.testing.assert_allclose(found, jax.nn.gelu(2 * own, approximate=True), atol=1e-5)

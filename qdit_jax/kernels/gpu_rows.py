@@ -1,0 +1,114 @@
+"""Quantizing the tokens of a product in one pass, in a Pallas Mosaic GPU kernel.
+
+XLA reads the inputs once for the greatest magnitude of each token and once for the codes, and several times
+more where they come from a norm. Here a warpgroup has a token in registers: it normalizes and modulates it
+where that comes first, finds its scale, and writes the codes.
+
+Compiled ahead of time for an H100, interpreted on CPU, not run on a GPU.
+
+Dimensions: M tokens, K input channels, B samples.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int8
+
+from qdit_jax.kernels.gpu_memory import loaded
+from qdit_jax.kernels.prologue import Modulated, normalized
+from qdit_jax.kernels.refs import Ref
+from qdit_jax.kernels.token_scales import INFINITY, divisor_of, magnitude_bits
+from qdit_jax.quant import ActSpec, in_one_form, rounded_quotients
+
+THREADS = 128  # of a warpgroup, which share a token
+# Channels that its registers hold, of a token alone and of one that is modulated.
+MOST_ALONE, MOST_MODULATED = 96 * THREADS, 48 * THREADS
+
+
+class Norm(NamedTuple):
+    """What is static of a `Modulated`, and how many tokens have one modulation."""
+
+    shift: int
+    scale: int
+    eps: float
+    tokens_per_sample: int
+
+
+def fits(x: Float[Array, "*lead K"] | Modulated) -> bool:
+    """Returns whether tokens can be quantized here."""
+    num_channels = x.shape[-1]
+    most = MOST_MODULATED if isinstance(x, Modulated) else MOST_ALONE
+    return num_channels % THREADS == 0 and num_channels <= most
+
+
+def quantized_rows(
+    x: Float[Array, "*lead K"] | Modulated, spec: ActSpec, num_rows: int, *, interpret: Any = None
+) -> tuple[Int8[Array, "M K"], Float[Array, " M"]]:
+    """Returns the int8 elements of tokens and their scales, NaN of a token that is not finite.
+
+    Both have `num_rows` rows; those beyond the tokens are whatever was in memory.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    source = x.x if isinstance(x, Modulated) else x
+    count, num_channels = source.size // source.shape[-1], source.shape[-1]
+    operands, norm = [source.reshape(count, num_channels)], None
+    if isinstance(x, Modulated):
+        operands.append(x.modulation)
+        norm = Norm(x.shift, x.scale, x.eps, count // len(x.modulation))
+    kernel = functools.partial(_kernel, spec=spec, norm=norm)
+    codes = jax.ShapeDtypeStruct((num_rows, num_channels), jnp.int8)
+    scale = jax.ShapeDtypeStruct((num_rows,), jnp.float32)
+    quantized: tuple[Array, Array] = plgpu.kernel(
+        kernel,
+        out_type=(codes, scale),
+        grid=(count,),
+        grid_names=("token",),
+        cost_estimate=pl.CostEstimate(
+            flops=20 * codes.size,
+            transcendentals=0,
+            bytes_accessed=sum(a.size * a.dtype.itemsize for a in operands) + codes.size,
+        ),
+        kernel_name="gpu_rows",
+        interpret=interpret,
+    )(*operands)
+    return quantized
+
+
+def _kernel(x: Ref, *refs: Ref, spec: ActSpec, norm: Norm | None) -> None:
+    """Writes the codes and the scale of one token."""
+    *modulation, codes, scale = refs
+    token, num_channels = lax.axis_index("token"), x.shape[1]
+    values = in_registers(x.at[token])
+    if norm is not None:
+        parts = modulation[0].at[token // norm.tokens_per_sample]
+        shift, factor = (
+            in_registers(parts.at[pl.ds(part * num_channels, num_channels)])
+            for part in (norm.shift, norm.scale)
+        )
+        values = normalized(values, norm.eps) * (1 + factor) + shift
+    bits = magnitude_bits(values)
+    is_finite = jnp.max(bits) < INFINITY
+    high = jnp.max(jnp.where(bits < INFINITY, jnp.abs(values), 0.0))
+    # Bits of a single number cannot be had here, so that all that follows is of several equal ones.
+    with in_one_form():
+        divisor = jnp.max(divisor_of(jnp.full((THREADS,), high), spec))
+        codes_fn = rounded_quotients(jnp.full(values.shape, divisor), 2 ** (spec.bits - 1) - 1)
+    codes.at[token][...] = codes_fn(values).astype(jnp.int8)
+    scale[token] = jnp.where(is_finite, divisor, jnp.nan)
+
+
+def in_registers(row: Ref) -> Float[Array, " K"]:
+    """Returns a row of memory in the registers of a warpgroup."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    together = math.gcd(row.shape[0] // THREADS, 4)
+    layout = plgpu.Layout.WG_STRIDED(row.shape, vec_size=together)
+    return loaded(row, layout, optimized=False).astype(jnp.float32)

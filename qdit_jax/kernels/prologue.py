@@ -1,0 +1,68 @@
+"""What comes before a product: a norm without parameters and its modulation.
+
+A network that says so (`Modulated`, in place of an array) lets a kernel compute it as it quantizes; XLA would
+write it, in float32, and read it several times. All else computes it as ever (`plain`).
+
+Dimensions: B samples, T tokens, K input channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+def normalized(x: Float[Array, "*batch K"], eps: float) -> Float[Array, "*batch K"]:
+    """Returns `x` less its mean and divided by its standard deviation, over the last axis."""
+    mean = x.mean(-1, keepdims=True)
+    variance = jnp.square(x - mean).mean(-1, keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(variance + eps)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["x", "modulation"],
+    meta_fields=["shift", "scale", "eps"],
+)
+@dataclasses.dataclass(frozen=True)
+class Modulated:
+    """The array `norm(x) * (1 + scale) + shift`, not yet computed.
+
+    Attributes:
+        x: `[B, *T, K]`.
+        modulation: `[B, P K]`, for all tokens of a sample; P parts, such as shift, scale and gate.
+        shift, scale: which parts they are.
+        eps: of the norm.
+    """
+
+    x: Array
+    modulation: Array
+    shift: int
+    scale: int
+    eps: float = 1e-6
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.x.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """float32 or wider."""
+        return np.dtype(jnp.promote_types(self.x.dtype, jnp.float32))
+
+    def array(self) -> Float[Array, "B *T K"]:
+        """Returns it, computed by XLA."""
+        parts = jnp.split(self.modulation, self.modulation.shape[-1] // self.shape[-1], axis=-1)
+        lead = (len(self.modulation), *(1,) * (self.x.ndim - 2), -1)
+        shift, scale = (parts[i].reshape(lead) for i in (self.shift, self.scale))
+        return normalized(self.x.astype(self.dtype), self.eps) * (1 + scale) + shift
+
+
+def plain(x: Array | Modulated) -> Array:
+    """Returns an array, computed if it was not."""
+    return x.array() if isinstance(x, Modulated) else x

@@ -1,0 +1,117 @@
+"""Tokens quantized in one pass, interpreted on CPU: the codes and scales of the quantizer, norm included."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from interpreted_gpu import needs_interpreter
+from level_products import TOKEN, tokens
+
+from qdit_jax.kernels import Modulated, gpu_rows
+from qdit_jax.kernels.gpu_levels import levels_matmul
+from qdit_jax.quant import ActQuant, ActSpec, codes_of, ranges
+
+pytestmark = needs_interpreter
+CLIPPED = ActSpec(4, 0, symmetric=True, range_fn=ranges.minmax(clip=0.7))
+
+
+def interpreter():
+    from jax.experimental.pallas import mosaic_gpu
+
+    return mosaic_gpu.InterpretGPUParams()
+
+
+def in_one_pass(x, spec, num_rows=None):
+    count = int(np.prod(x.shape[:-1]))
+    codes, scale = gpu_rows.quantized_rows(x, spec, num_rows or count, interpret=interpreter())
+    return np.asarray(codes[:count]), np.asarray(scale[:count])
+
+
+def expected(x, spec):
+    """Returns codes and scales of the quantizer, not compiled: XLA would divide by another rule."""
+    wide = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    scale, _ = ActQuant(spec).grid(wide)
+    return np.asarray(codes_of(wide, scale, None, spec)), np.asarray(scale)[:, 0]
+
+
+@pytest.mark.parametrize("spec", [TOKEN, CLIPPED], ids=["8 bits", "4 bits, clipped"])
+@pytest.mark.parametrize(("shape", "dtype"), [((12, 256), "float32"), ((2, 5, 384), "bfloat16")])
+def test_codes_and_scales_are_those_of_the_quantizer(shape, dtype, spec):
+    x = jnp.asarray(tokens(int(np.prod(shape[:-1])), shape[-1]).reshape(shape), dtype)
+    codes, scale = in_one_pass(x, spec, 16)
+    own_codes, own = expected(x, spec)
+    np.testing.assert_array_equal(scale, own)
+    np.testing.assert_array_equal(codes, own_codes)
+
+
+def modulated(seed=0, rows=(3, 4), width=256, dtype="float32"):
+    rng = np.random.default_rng(seed)
+    count = int(np.prod(rows))
+    x = tokens(max(6, count), width, seed)[:count]
+    x[2:3] *= 1e-20  # squares of greater ones are infinite
+    x = x.reshape(*rows, width)
+    modulation = rng.normal(size=(rows[0], 6 * width)) * 2
+    modulation[:, ::31] *= 20
+    return Modulated(jnp.asarray(x, dtype), jnp.asarray(modulation, jnp.float32), 3, 4, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [((3, 4), "float32"), ((2, 3, 5), "bfloat16"), ((1, 1), "float32")]
+)
+def test_a_norm_and_its_modulation_come_first(rows, dtype):
+    x = modulated(rows=rows, dtype=dtype)
+    codes, scale = in_one_pass(x, TOKEN)
+    wide = np.asarray(x.x, np.float64)
+    parts = np.asarray(x.modulation, np.float64).reshape(rows[0], *(1,) * (len(rows) - 1), 6, -1)
+    normed = wide - wide.mean(-1, keepdims=True)
+    normed /= np.sqrt(np.square(normed).mean(-1, keepdims=True) + 1e-5)
+    exact = (normed * (1 + parts[..., 4, :]) + parts[..., 3, :]).reshape(-1, wide.shape[-1])
+    own = np.abs(exact).max(-1) / 127
+    np.testing.assert_allclose(scale, own, rtol=1e-5)
+    # Nothing but what lies at the middle of a step goes the other way.
+    assert np.abs(codes - exact / own[:, None]).max() < 0.5 + 1e-2
+    np.testing.assert_allclose(x.array().reshape(exact.shape), exact, atol=1e-4 * own.max() * 127)
+
+
+def test_a_token_that_is_not_finite_has_no_scale():
+    x = tokens(8, 128)
+    x[4, 3], x[5, 60], x[6, 0] = np.nan, np.inf, -np.inf
+    codes, scale = in_one_pass(jnp.asarray(x, jnp.float32), TOKEN)
+    assert np.isnan(scale[[4, 5, 6]]).all()
+    assert np.isfinite(np.delete(scale, [4, 5, 6])).all()
+    assert (scale[0], np.abs(codes[0]).max()) == (1, 0)  # zeros
+
+
+def test_a_product_takes_it_and_has_the_derivative_of_xla():
+    from level_products import LEVELS, W
+
+    from qdit_jax.kernels import quantized_matmul
+    from qdit_jax.kernels.gpu_tiles import Tiles
+    from qdit_jax.quant import quantize
+
+    rng, modulation = np.random.default_rng(0), modulated(rows=(2, 3), width=128).modulation
+    x = Modulated(jnp.asarray(rng.normal(size=(2, 3, 128)), jnp.float32), modulation, 3, 4)
+    q = quantize(jnp.asarray(rng.normal(size=(128, 20)), jnp.float32), W(4, 32, **LEVELS))
+    settings = {"tiles": Tiles(64, 64, 2), "interpret": interpreter()}
+
+    def ours(x):
+        return levels_matmul(x, q, ActQuant(TOKEN), "integer", **settings)
+
+    def by_xla(x):
+        return quantized_matmul(x, q, TOKEN, "integer", "xla")
+
+    found, other = jax.jit(ours)(x), jax.jit(by_xla)(x)
+    assert found.shape == (2, 3, 20)
+    np.testing.assert_allclose(found, other, atol=2e-2 * np.abs(other).max())
+    slopes = (jax.grad(lambda x, fn=fn: fn(x).sum())(x) for fn in (ours, by_xla))
+    one, two = map(jax.tree.leaves, slopes)
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_wide_tokens_are_left_to_xla():
+    assert gpu_rows.fits(jnp.zeros((2, 12288)))
+    assert not gpu_rows.fits(jnp.zeros((2, 12416)))
+    assert not gpu_rows.fits(jnp.zeros((2, 130)))
+    wide = Modulated(jnp.zeros((1, 2, 6272)), jnp.zeros((1, 6272 * 2)), 0, 1)
+    assert not gpu_rows.fits(wide)
