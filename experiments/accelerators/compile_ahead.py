@@ -10,8 +10,8 @@ one guided call of the network in bfloat16, compiled as the sampler compiles it.
 
 Of a kernel for GPUs, `ptxas` says registers, spills, shared memory and whether it makes tensor cores wait
 for each product; spills and waits fail. `roofline_us` is arithmetic, not the compiler's: the larger of
-operations at an H100's full rate and bytes at its full bandwidth, with the quantizer's two passes; in groups,
-also of what scales the sums.
+operations at an H100's full rate and bytes at its full bandwidth, with the quantizer; in groups, also of what
+scales the sums. `step_roofline` is the same of every operation of a compiled step, added up (`hlo_roofline.py`).
 
 Needs an environment of its own, Python 3.12 or newer: `pip install "jax[tpu]>=0.12"` for TPUs, or
 `pip install "jax[cuda12]>=0.12"` for GPUs, and this package. `--target-config` is a file with XLA's
@@ -49,6 +49,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from gpu_reports import emptied, kernel_reports, layer_roofline
+from hlo_roofline import step_roofline
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
@@ -227,6 +228,8 @@ def compiled(program: Program, sharding: SingleDeviceSharding, is_tpu: bool) -> 
     }
     if reports:
         found["kernel_reports"] = reports
+    if not is_tpu and program.name.startswith("step"):
+        found["step_roofline"] = step_roofline(text)
     if program.roofline_us is not None:
         found["roofline_us"] = program.roofline_us
     return found
@@ -265,7 +268,7 @@ def table(kept: dict[str, Any]) -> str:
             f"{row['flops'] / 1e9:.0f}" if row["flops"] else "",
             f"{row['estimated_cycles'] / 1e3:.0f}" if row["estimated_cycles"] else "",
             str(row["kernels"]),
-            str(row.get("roofline_us", "")),
+            str(row.get("roofline_us", row.get("step_roofline", {}).get("us", ""))),
             ", ".join(str(r["registers"]) for r in row.get("kernel_reports", [])),
             ", ".join(
                 f"{r['shared_bytes'] / 1e3:.0f}"

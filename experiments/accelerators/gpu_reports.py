@@ -32,17 +32,30 @@ def kernel_reports(folder: Path, kernel: str) -> list[dict[str, Any]]:
     """
     reports = []
     for file in sorted(folder.glob(f"{kernel}*.ptxas")):
-        said = file.read_text(errors="replace")
-        dump = file.with_suffix(".before_layout_inference.txt")
+        said, dump = file.read_text(errors="replace"), launch_dump(file)
         report: dict[str, Any] = {
             "registers": numbers(r"Used (\d+) registers", said)[0],
             "spilled_bytes": check_compiled(file.name, said),
         }
-        if dump.exists():  # else it was lowered for a program before, whose report has its launch
+        if dump is not None:
             report |= launch(file.name, dump.read_text(errors="replace"))
         if report not in reports:  # layers of one shape
             reports.append(report)
     return reports
+
+
+def launch_dump(file: Path) -> Path | None:
+    """Returns the dump of a kernel's launch; None if it was lowered for a program before, as equal ones are.
+
+    Lowering and compiling count apart, so that numbers differ: kernels of one name are told by their order.
+    """
+    name = file.stem.rpartition("_")[0]
+
+    def of_name(suffix: str) -> list[Path]:
+        return sorted(file.parent.glob(f"{name}_*{suffix}"), key=lambda f: (len(f.name), f.name))
+
+    compiled, lowered = of_name(".ptxas"), of_name(".before_layout_inference.txt")
+    return lowered[compiled.index(file)] if len(lowered) == len(compiled) else None
 
 
 def launch(name: str, passes: str) -> dict[str, Any]:
@@ -82,8 +95,7 @@ def launched(text: str, pattern: str) -> list[int]:
 def layer_roofline(rows: int, channels: int, width: int, spec: LayerSpec | None) -> float:
     """Returns the microseconds of a layer at an H100's full rates, inputs and outputs in bfloat16.
 
-    Of a kernel the quantizer's two passes count too: the greatest magnitude of a token, then its codes. In
-    groups every sum of a unit is converted, multiplied twice, and corrected if the inputs have zero points;
+    Of a kernel the quantizer counts too: one pass that writes codes, or, in groups, two of XLA. There every sum of a unit is converted, multiplied twice, and corrected if the inputs have zero points;
     full rates of that and of the tensor cores at once are assumed. Of weights alone, each block of rows
     unpacks all weights of its columns.
     """
@@ -102,10 +114,11 @@ def layer_roofline(rows: int, channels: int, width: int, spec: LayerSpec | None)
         times = -(-rows // gpu_tiles.tiles_by_arithmetic(shape).rows)  # each weight is unpacked
         unpacking = at_full_issue(times * channels * width * UNPACKING)
         return round(max(microseconds(operations, "bfloat16", moved), unpacking), 2)
-    quantizer = microseconds(0, "int8", rows * channels * (2 + 2 + 1))
+    is_grouped = not weight.has_levels and weight.group_size
+    quantizer = microseconds(0, "int8", rows * channels * (2 + (2 if is_grouped else 0) + 1))
     moved = rows * channels + 2 * rows * width + packed_nbytes(channels, width, weight)
     product = microseconds(operations, "int8", moved)
-    if not weight.has_levels and weight.group_size:
+    if is_grouped:
         unit = unit_of(channels, act.group_size, weight.group_size)
         each = 3 if act.symmetric else 4
         instructions = rows * width * (channels // unit) * each

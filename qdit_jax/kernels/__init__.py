@@ -2,9 +2,10 @@
 
 from qdit_jax.kernels import gpu_groups, gpu_levels, gpu_tiles, gpu_weights
 from qdit_jax.kernels.attention import ATTENTION_IMPLEMENTATIONS, attention
-from qdit_jax.kernels.epilogue import GELU, activated
+from qdit_jax.kernels.epilogue import GELU, Gated, activated, followed
 from qdit_jax.kernels.matmul import (
     expected,
+    fused_matmul,
     implementation_of,
     quantized_matmul,
     unsupported_reason,
@@ -29,6 +30,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "NUMERICS",
     "PLATFORMS",
+    "Gated",
     "Implementation",
     "Modulated",
     "Numerics",
@@ -36,6 +38,8 @@ __all__ = [
     "activated",
     "attention",
     "expected",
+    "followed",
+    "fused_matmul",
     "gpu_groups",
     "gpu_levels",
     "gpu_tiles",

@@ -1,15 +1,20 @@
-"""What follows the sums of a product: a bias per output channel, and an activation function.
+"""What follows the sums of a product: a bias per output channel, an activation function, a gated sum.
 
-XLA fuses both with what comes next. A kernel's result it would have to read and write once more; so kernels
-do both as they write, in float32.
+XLA fuses them with what comes next. A kernel's result it would have to read and write once more; so kernels
+do it as they write, in float32.
+
+Dimensions: B samples, T tokens, N output channels.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 GELU = "gelu_tanh"  # the form with the hyperbolic tangent
@@ -26,3 +31,43 @@ def finished(
 ) -> Float[Array, "*lead N"]:
     """Returns sums with their bias, activated, in the dtype that they have."""
     return activated(y if bias is None else y + bias.astype(y.dtype), activation)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["x", "modulation"], meta_fields=["gate"])
+@dataclasses.dataclass(frozen=True)
+class Gated:
+    """What a result `y` is added to: `x + gate * y`.
+
+    Attributes:
+        x: `[B, *T, N]`.
+        modulation: `[B, P N]`, for all tokens of a sample; P parts.
+        gate: which part it is.
+    """
+
+    x: Array
+    modulation: Array
+    gate: int
+
+    @property
+    def tokens_per_sample(self) -> int:
+        """How many tokens have one gate."""
+        return self.x.size // self.x.shape[-1] // len(self.modulation)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the sum."""
+        return np.dtype(jnp.promote_types(self.x.dtype, self.modulation.dtype))
+
+    def plus(self, y: Float[Array, "B *T N"]) -> Float[Array, "B *T N"]:
+        """Returns the sum, computed by XLA."""
+        num_parts = self.modulation.shape[-1] // self.x.shape[-1]
+        gate = jnp.split(self.modulation, num_parts, axis=-1)[self.gate]
+        return self.x + gate.reshape(len(gate), *(1,) * (self.x.ndim - 2), -1) * y
+
+
+def followed(
+    y: Float[Array, "*lead N"], gated: Gated | None, parts: int
+) -> tuple[Float[Array, "*lead M"], ...]:
+    """Returns what `gated` has with `y` added, or `y` for None; its channels in `parts` arrays."""
+    y = y if gated is None else gated.plus(y)
+    return tuple(jnp.split(y, parts, axis=-1)) if parts > 1 else (y,)

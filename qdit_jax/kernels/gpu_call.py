@@ -8,6 +8,7 @@ Dimensions: M rows (tokens), K input channels, N output channels, all padded to 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,8 +20,8 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from qdit_jax.kernels import gpu_words
-from qdit_jax.kernels.epilogue import activated
-from qdit_jax.kernels.gpu_memory import of_columns, renamed
+from qdit_jax.kernels.epilogue import Gated, activated
+from qdit_jax.kernels.gpu_memory import loaded, of_columns, renamed
 from qdit_jax.kernels.gpu_tiles import COMPUTING, HALF, Tiles
 from qdit_jax.kernels.refs import Ref, Span
 
@@ -50,15 +51,93 @@ class Epilogue(NamedTuple):
         bias: of all output channels, padding included.
         dtype: of the result.
         activation: see `epilogue.activated`.
+        gated: what the result is added to; then nothing is padded, and a block of rows has one gate.
+        parts: arrays that the output channels are split among; then they are whole blocks each.
     """
 
     bias: Float[Array, " N"]
     dtype: np.dtype
     activation: str | None = None
+    gated: Gated | None = None
+    parts: int = 1
 
 
-# Values of a block `[columns, rows]`, and where it is.
-WriteFn = Callable[[Float[Array, "columns rows"], Place], None]
+class Added(NamedTuple):
+    """What a block is added to, in memory.
+
+    Attributes:
+        x, modulation: of a `Gated`.
+        first: column of the modulation where the gate begins.
+        tokens_per_sample: see `Gated`.
+        arrived: barriers of the warpgroups.
+    """
+
+    x: Ref
+    modulation: Ref
+    first: int
+    tokens_per_sample: int
+    arrived: Ref
+
+
+@dataclasses.dataclass(frozen=True)
+class Writer:
+    """Writes the blocks of a result, with its epilogue."""
+
+    bias: Ref
+    parts: Sequence[Ref]  # of the result, by columns
+    y_block: Ref  # of all warpgroups, in shared memory
+    activation: str | None
+    added: Added | None
+
+    def begin(self, at: Place) -> None:
+        """Fetches what a warpgroup's block will be added to, while it is computed."""
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        if self.added is not None:
+            own, arrived = (
+                a.at[lax.axis_index("warpgroup")] for a in (self.y_block, self.added.arrived)
+            )
+            plgpu.copy_gmem_to_smem(self.added.x.at[at.rows, at.columns], own, arrived)
+
+    def write(self, values: Float[Array, "columns rows"], at: Place) -> None:
+        """Writes a warpgroup's block, through shared memory; after `begin`."""
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        own = self.y_block.at[lax.axis_index("warpgroup")]
+        moved = values + of_columns(self.bias.at[at.columns], values.shape)
+        moved = activated(moved, self.activation)
+        if self.added is not None:
+            moved = self.sum_of(moved, own, at)
+        own.T[...] = plgpu.layout_cast(
+            moved.astype(self.y_block.dtype), plgpu.Layout.WGMMA_TRANSPOSED
+        )
+        plgpu.commit_smem()
+        width = self.parts[0].shape[1]
+        for index, part in enumerate(self.parts):
+            # Its columns are asked for where the block lies in it alone.
+            columns = pl.ds(at.columns.start - index * width, at.columns.size)
+
+            def copy(part: Ref = part, columns: Span = columns) -> None:
+                plgpu.copy_smem_to_gmem(own, part.at[at.rows, columns])
+
+            if len(self.parts) == 1:
+                copy()
+            else:
+                pl.when(at.columns.start // width == index)(copy)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=False)
+
+    def sum_of(self, values: Float[Array, "columns rows"], own: Ref, at: Place) -> Array:
+        """Returns what the block is added to plus its gate times `values`."""
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        added = self.added
+        assert added is not None, "nothing to add to"
+        plgpu.barrier_wait(added.arrived.at[lax.axis_index("warpgroup")])
+        before = plgpu.layout_cast(loaded(own.T, plgpu.Layout.WGMMA_TRANSPOSED), plgpu.Layout.WGMMA)
+        sample = lax.axis_index("row_block") * values.shape[1] // added.tokens_per_sample
+        columns = pl.ds(added.first + at.columns.start, at.columns.size)
+        gate = of_columns(added.modulation.at[sample, columns], values.shape)
+        return before.astype(jnp.float32) + gate * values
 
 
 def bias_of(bias: Float[Array, " N"] | None, width: int, columns: int) -> Float[Array, " N"]:
@@ -76,25 +155,28 @@ def called(
     *,
     name: str,
     interpret: Any,
-) -> Float[Array, "M N"]:
-    """Returns the result of a kernel, padding included.
+) -> Sequence[Float[Array, "M _"]]:
+    """Returns the parts of a kernel's result, padding included.
 
     The first operands are the tokens `[M, K]` and the packed codes `[N, R]`. The kernel is given references to
-    all of them, `tiles`, and `write_fn`, which writes the sums of a block to the result; where it is interpreted,
+    all of them, `tiles`, and `writer`, which writes the sums of a block to the result; where it is interpreted,
     also `left_block` in shared memory, for its left operand.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     tokens, codes, *_ = operands
-    operands, dtype = [*operands, epilogue.bias], epilogue.dtype
+    operands, dtype, gated = [*operands, epilogue.bias], epilogue.dtype, epilogue.gated
     (rows, num_channels), columns = tokens.shape, codes.shape[0]
-    scratch = {
+    scratch: dict[str, Any] = {
         "y_block": plgpu.SMEM(
             (COMPUTING, tiles.rows, tiles.columns),
             dtype,
             transforms=output_transforms(tiles, dtype),
         )
     }
+    if gated is not None:
+        operands += [gated.x.reshape(rows, columns), gated.modulation]
+        scratch["arrived"] = plgpu.Barrier(num_barriers=COMPUTING)
     if interpret:
         scratch["left_block"] = plgpu.SMEM(
             (COMPUTING, tiles.columns, HALF),
@@ -102,18 +184,19 @@ def called(
             transforms=operand_transforms(tokens.dtype),
         )
 
-    def with_epilogue(*refs: Ref, y_block: Ref, **scratch: Ref) -> None:
-        *found, bias, y = refs
-
-        def write_fn(values: Float[Array, "columns rows"], at: Place) -> None:
-            moved = values + of_columns(bias.at[at.columns], (tiles.columns, tiles.rows))
-            write(activated(moved, epilogue.activation), y_block, y, at)
-
-        kernel(*found, write_fn=write_fn, tiles=tiles, **scratch)
+    def with_epilogue(*refs: Ref, y_block: Ref, arrived: Ref = None, **scratch: Ref) -> None:
+        found, parts = list(refs[: -epilogue.parts]), refs[-epilogue.parts :]
+        added = None
+        if gated is not None:
+            *found, x, modulation = found
+            added = Added(x, modulation, gated.gate * columns, gated.tokens_per_sample, arrived)
+        *found, bias = found
+        writer = Writer(bias, parts, y_block, epilogue.activation, added)
+        kernel(*found, writer=writer, tiles=tiles, **scratch)
 
     return plgpu.kernel(
         with_epilogue,
-        out_type=jax.ShapeDtypeStruct((rows, columns), dtype),
+        out_type=[jax.ShapeDtypeStruct((rows, columns // epilogue.parts), dtype)] * epilogue.parts,
         grid=(rows // tiles.rows, columns // tiles.block),
         grid_names=("row_block", "column_block"),
         num_threads=COMPUTING + 1,
@@ -193,17 +276,6 @@ def multiply(sums: Ref, left: Array, token_block: Ref, half: int, left_block: Re
     plgpu.commit_smem()
     plgpu.wgmma(sums, own, right)
     plgpu.wgmma_wait(0)
-
-
-def write(values: Float[Array, "columns rows"], y_block: Ref, y: Ref, at: Place) -> None:
-    """Writes a warpgroup's block `[columns, rows]` to the result, through shared memory."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    out = y_block.at[lax.axis_index("warpgroup")]
-    out.T[...] = plgpu.layout_cast(values.astype(y.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(out, y.at[at.rows, at.columns])
-    plgpu.wait_smem_to_gmem(0, wait_read_only=False)
 
 
 def operand_transforms(dtype: Any) -> tuple[Any, ...]:

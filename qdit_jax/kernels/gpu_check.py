@@ -16,12 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from qdit_jax.kernels.epilogue import Gated
 from qdit_jax.kernels.gpu_groups import groups_matmul
-from qdit_jax.kernels.gpu_levels import levels_matmul
+from qdit_jax.kernels.gpu_levels import levels_fused, levels_matmul
 from qdit_jax.kernels.gpu_weights import weights_matmul
+from qdit_jax.kernels.prologue import Modulated
 from qdit_jax.quant import ActQuant, ActSpec, QTensor, packing
 
 SIZES = (40, 256, 136)  # M, K, N: neither M nor N is a whole number of blocks
+NEIGHBORS = (
+    2,
+    128,
+    256,
+    384,
+)  # samples, tokens, K, N: blocks in one sample and in one of three parts
 # x, weights, dtype of the result.
 ProductFn = Callable[[Float[Array, "M K"], QTensor, str], Float[Array, "M N"]]
 KernelFn = Callable[[np.random.Generator, int, int, int], tuple[QTensor, np.ndarray]]
@@ -36,12 +44,14 @@ class Check(NamedTuple):
             they are.
         kernel_fn: `(rng, bits, K, N) ->` weights and their values `[N, K]`, whole numbers.
         x_dtype: of the inputs.
+        fused: the kernel with what comes before and after it, as the table calls it, if it takes that.
     """
 
     matmul: Callable[..., Array]
     act: ActSpec | None
     kernel_fn: KernelFn
     x_dtype: str = "float32"
+    fused: Callable[..., tuple[Array, ...]] | None = None
 
 
 @functools.cache
@@ -55,7 +65,10 @@ def wrong_here(check: Check) -> str | None:
 
     # A thread of its own: this may be asked while something else is traced.
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(wrong_with, product, check).result()
+        wrong = pool.submit(wrong_with, product, check).result()
+        if wrong is None and check.fused is not None:
+            wrong = pool.submit(wrong_neighbors, check.fused, check).result()
+        return wrong
 
 
 def wrong_with(product_fn: ProductFn, check: Check) -> str | None:
@@ -76,6 +89,35 @@ def wrong_with(product_fn: ProductFn, check: Check) -> str | None:
         worst = np.max(np.abs(found - expected)) / np.abs(expected).max()
         if not worst <= {"bfloat16": 2**-8, "float32": 2**-20}[dtype]:  # NaN neither
             return f"a product of {bits} bits was wrong on this device, by {worst:.1e}."
+    return None
+
+
+def wrong_neighbors(fused_fn: Callable[..., tuple[Array, ...]], check: Check) -> str | None:
+    """Returns what is wrong with what a kernel computes before and after a product, one sentence, or None."""
+    rng, (samples, tokens, channels, width) = np.random.default_rng(0), NEIGHBORS
+    q, _ = check.kernel_fn(rng, 4, channels, width)
+
+    def normal(*shape: int) -> Float[Array, "..."]:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    x = Modulated(normal(samples, tokens, channels), normal(samples, 2 * channels), 0, 1)
+    gated = Gated(normal(samples, tokens, width), normal(samples, 2 * width), 1)
+    act = None if check.act is None else ActQuant(check.act)
+    try:
+        (alone,) = fused_fn(x.array(), q, act, "float32")
+        parts = fused_fn(x, q, act, "float32", None, None, None, 3)
+        (total,) = fused_fn(x.array(), q, act, "float32", None, None, gated)
+    except Exception as error:  # whatever a compiler or driver makes of it
+        return f"its neighbors do not run here ({type(error).__name__}: {str(error)[:200]})."
+    # Norms differ in the last bit, which may round a number the other way.
+    pairs = {
+        "norm before": (jnp.concatenate(parts, axis=-1), alone, 2**-6),
+        "sum after": (total, gated.plus(alone), 2**-20),
+    }
+    for name, (found, expected, tolerance) in pairs.items():
+        worst = jnp.max(jnp.abs(found - expected)) / jnp.max(jnp.abs(expected))
+        if not worst <= tolerance:  # NaN neither
+            return f"the {name} a product was wrong on this device, by {worst:.1e}."
     return None
 
 
@@ -125,6 +167,6 @@ def whole_groups(
     return q, (codes.astype(int) - wide_zero) * wide_scale
 
 
-LEVELS = Check(levels_matmul, ActSpec(8, 0, symmetric=True), whole_levels)
+LEVELS = Check(levels_matmul, ActSpec(8, 0, symmetric=True), whole_levels, fused=levels_fused)
 GROUPS = Check(groups_matmul, ActSpec(8, 64), whole_groups)
 WEIGHTS = Check(weights_matmul, None, whole_groups, "bfloat16")

@@ -27,7 +27,7 @@ from qdit_jax.kernels import gpu_words
 from qdit_jax.kernels.derivative import with_derivative_of_xla
 from qdit_jax.kernels.gpu_call import (
     Epilogue,
-    WriteFn,
+    Writer,
     bias_of,
     called,
     multiply,
@@ -115,7 +115,7 @@ def _product(
     leaves, tree = jax.tree.flatten(padded)
     kernel = functools.partial(_kernel, tree=tree, bits=q.bits, unit=unit)
     epilogue = Epilogue(bias_of(bias, width, len(padded.codes)), jnp.dtype(dtype), activation)
-    y = called(kernel, leaves, epilogue, tiles, name="gpu_groups", interpret=interpret)
+    (y,) = called(kernel, leaves, epilogue, tiles, name="gpu_groups", interpret=interpret)
     return y[:num_rows, :width].reshape(*x.shape[:-1], width)
 
 
@@ -183,7 +183,7 @@ def padded_to_blocks(operands: Operands, tiles: Tiles) -> Operands:
 
 def _kernel(
     *leaves: Ref,
-    write_fn: WriteFn,
+    writer: Writer,
     left_block: Ref = None,
     tree: Any,
     bits: int,
@@ -197,7 +197,7 @@ def _kernel(
 
     def compute(pipeline: Any) -> None:
         zeros = plgpu.layout_cast(jnp.zeros(size, jnp.float32), plgpu.Layout.WGMMA)
-        write_fn(pipeline(zeros), at)
+        writer.write(pipeline(zeros), at)
 
     def step(_: Any, *blocks: Any) -> Any:
         *found, total = blocks

@@ -23,9 +23,10 @@ from jaxtyping import Array, Float, Int8
 
 from qdit_jax.kernels import gpu_rows, gpu_words
 from qdit_jax.kernels.derivative import with_derivative_of_xla
+from qdit_jax.kernels.epilogue import Gated, followed
 from qdit_jax.kernels.gpu_call import (
     Epilogue,
-    WriteFn,
+    Writer,
     bias_of,
     called,
     multiply,
@@ -57,7 +58,7 @@ from qdit_jax.quant import (
 
 
 def levels_matmul(
-    x: Float[Array, "*lead K"] | Modulated,
+    x: Float[Array, "*lead K"],
     q: QTensor,
     act: ActQuant | None,
     numerics: str,
@@ -73,12 +74,43 @@ def levels_matmul(
     Equal to `xla.integer_matmul` to float rounding, whose derivative it has. A token that holds NaN or
     infinity gives NaN. `interpret` is Pallas' `InterpretGPUParams`, which run it on a CPU, slowly.
     """
+    dtype, settings = dtype or x.dtype.name, {"tiles": tiles, "interpret": interpret}
+    return levels_fused(x, q, act, dtype, bias, activation, **settings)[0]
+
+
+def levels_fused(
+    x: Float[Array, "*lead K"] | Modulated,
+    q: QTensor,
+    act: ActQuant | None,
+    dtype: str,
+    bias: Float[Array, " N"] | None = None,
+    activation: str | None = None,
+    gated: Gated | None = None,
+    parts: int = 1,
+    *,
+    tiles: Tiles | None = None,
+    interpret: Any = None,
+) -> tuple[Float[Array, "*lead M"], ...]:
+    """Returns the parts of `levels_matmul` and of what comes before and after it, see `fused_matmul`.
+
+    A gated sum is computed in the kernel where a block of rows lies in one sample, and parts are written
+    apart where a block of columns lies in one.
+    """
     assert act is not None, "its row refuses it"
-    dtype = dtype or x.dtype.name
     if tiles is None:
-        rows, itemsize = math.prod(x.shape[:-1]), jnp.dtype(dtype).itemsize
-        tiles = chosen_tiles(Shape(rows, *q.shape, q.bits, itemsize))
-    return _product(x, q, bias, act.spec, dtype, activation, tiles, interpret)
+        written = jnp.dtype(dtype) if gated is None else gated.dtype
+        tiles = chosen_tiles(Shape(math.prod(x.shape[:-1]), *q.shape, q.bits, written.itemsize))
+    inside = gated if gated is not None and is_whole(gated, tiles) else None
+    is_apart = parts == 1 or (gated is None and q.shape[1] // parts % tiles.block == 0)
+    inner = parts if is_apart else 1
+    found = _product(x, q, bias, inside, act.spec, dtype, activation, inner, tiles, interpret)
+    return found if inner > 1 else followed(found[0], None if inside else gated, parts)
+
+
+def is_whole(gated: Gated, tiles: Tiles) -> bool:
+    """Returns whether every block of the result has one gate and no padding, and the dtype of the sum."""
+    is_wide = gated.x.dtype == gated.dtype
+    return is_wide and not (gated.tokens_per_sample % tiles.rows or gated.x.shape[-1] % tiles.block)
 
 
 @with_derivative_of_xla
@@ -86,12 +118,14 @@ def _product(
     x: Float[Array, "*lead K"] | Modulated,
     q: QTensor,
     bias: Float[Array, " N"] | None,
+    gated: Gated | None,
     spec: ActSpec,
     dtype: str,
     activation: str | None,
+    parts: int,
     tiles: Tiles,
     interpret: Any,
-) -> Float[Array, "*lead N"]:
+) -> tuple[Float[Array, "*lead M"], ...]:
     (num_channels, width), num_rows = q.shape, math.prod(x.shape[:-1])
     rows, columns = rounded_up(num_rows, tiles.rows), rounded_up(width, tiles.block)
     elements, scale = quantized_tokens(x, spec, rows, interpret)
@@ -106,9 +140,12 @@ def _product(
         maps = (of_units(values, num_channels, q.group_size, SUB) for values in step_and_offset(q))
         operands += [jnp.pad(values, ((0, 0), (0, columns - width))) for values in maps]
     kernel = functools.partial(_kernel, bits=q.bits)
-    epilogue = Epilogue(bias_of(bias, width, columns), jnp.dtype(dtype), activation)
-    y = called(kernel, operands, epilogue, tiles, name="gpu_levels", interpret=interpret)
-    return y[:num_rows, :width].reshape(*x.shape[:-1], width)
+    written = jnp.dtype(dtype) if gated is None else gated.dtype
+    epilogue = Epilogue(bias_of(bias, width, columns), written, activation, gated, parts)
+    found = called(kernel, operands, epilogue, tiles, name="gpu_levels", interpret=interpret)
+    # Of one part, padding is left out; several have none.
+    shape = (*x.shape[:-1], width // parts)
+    return tuple(y[:num_rows, : width // parts].reshape(shape) for y in found)
 
 
 def quantized_tokens(
@@ -135,7 +172,7 @@ def _kernel(
     token_scale: Ref,
     channel_scale: Ref,
     *maps: Ref,
-    write_fn: WriteFn,
+    writer: Writer,
     left_block: Ref = None,
     bits: int,
     tiles: Tiles,
@@ -146,11 +183,13 @@ def _kernel(
     at = place_of(tiles)
 
     def compute(pipeline: Any) -> None:
+        writer.begin(at)
+
         @functools.partial(pl.run_scoped, sums=plgpu.ACC((tiles.columns, tiles.rows), jnp.int32))
         def _(sums: Ref) -> None:
             pipeline(sums)
             of_blocks = token_scale.at[at.rows], channel_scale.at[at.columns]
-            write_fn(scaled_sums(sums, *of_blocks, tiles), at)
+            writer.write(scaled_sums(sums, *of_blocks, tiles), at)
 
     def step(_: Any, token_block: Ref, code_block: Ref, *rest: Any) -> Any:
         *map_blocks, sums = rest

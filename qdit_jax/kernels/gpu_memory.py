@@ -35,7 +35,7 @@ def of_rows(values: Ref, size: tuple[int, int]) -> Array:
     return lax.broadcast_in_dim(of_row, size, [1])
 
 
-def of_columns(values: Ref, size: tuple[int, int]) -> Array:
+def of_columns(values: Ref, size: tuple[int, ...]) -> Array:
     """Returns values of columns in every row of a block `[columns, rows]`."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from qdit_jax.kernels.gpu_check import GROUPS, LEVELS, WEIGHTS, Check, wrong_here
 from qdit_jax.kernels.gpu_groups import groups_matmul
-from qdit_jax.kernels.gpu_levels import levels_matmul
+from qdit_jax.kernels.gpu_levels import levels_fused, levels_matmul
 from qdit_jax.kernels.gpu_tiles import RUN, SUB
 from qdit_jax.kernels.gpu_weights import weights_matmul
 from qdit_jax.kernels.gpu_words import BITS
@@ -65,7 +65,11 @@ def size_reason(product: Product) -> str | None:
 
 
 def row(
-    name: str, run: Callable[..., Array], check: Check, inside: tuple[str, ...], *reasons: ReasonFn
+    name: str,
+    run: Callable[..., Array],
+    check: Check,
+    *reasons: ReasonFn,
+    run_fused: Callable[..., tuple[Array, ...]] | None = None,
 ) -> Implementation:
     """Returns the row of a kernel, which refuses by the platform, the machine, and then by `reasons`."""
     fit = first_of(*reasons, size_reason)
@@ -75,15 +79,18 @@ def row(
         first_of(platform_reason, lambda _: machine_reason(check), fit),
         run,
         misfit_reason=first_of(platform_reason, fit),
-        inside=inside,
-        takes_modulated=name == "gpu_levels",
+        inside=INSIDE,
+        run_fused=run_fused,
     )
 
 
-GPU_LEVELS = row("gpu_levels", levels_matmul, LEVELS, INSIDE, input_reason, weight_reason)
+GPU_LEVELS = row(
+    *("gpu_levels", levels_matmul, LEVELS, input_reason, weight_reason),
+    run_fused=levels_fused,
+)
 GPU_GROUPS = row(
-    *("gpu_groups", groups_matmul, GROUPS, INSIDE),
+    *("gpu_groups", groups_matmul, GROUPS),
     lambda product: grouped_input_reason(product, SUB),
     lambda product: grouped_weight_reason(product, SUB),
 )
-GPU_WEIGHTS = row("gpu_weights", weights_matmul, WEIGHTS, INSIDE, alone_reason)
+GPU_WEIGHTS = row("gpu_weights", weights_matmul, WEIGHTS, alone_reason)

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from qdit_jax.kernels.derivative import with_derivative_of_xla
 from qdit_jax.kernels.gpu_call import (
     Epilogue,
-    WriteFn,
+    Writer,
     bias_of,
     called,
     place_of,
@@ -102,7 +102,7 @@ def _product(
     ]
     kernel = functools.partial(_kernel, bits=q.bits, unit=unit)
     epilogue = Epilogue(bias_of(bias, width, columns), jnp.dtype(dtype), activation)
-    y = called(kernel, operands, epilogue, tiles, name="gpu_weights", interpret=interpret)
+    (y,) = called(kernel, operands, epilogue, tiles, name="gpu_weights", interpret=interpret)
     return y[:num_rows, :width].reshape(*x.shape[:-1], width)
 
 
@@ -110,7 +110,7 @@ def _kernel(
     tokens: Ref,
     codes: Ref,
     *maps: Ref,
-    write_fn: WriteFn,
+    writer: Writer,
     left_block: Ref = None,
     bits: int,
     unit: int,
@@ -127,7 +127,7 @@ def _kernel(
         @functools.partial(pl.run_scoped, sums=plgpu.ACC(size, jnp.float32))
         def _(sums: Ref) -> None:
             pipeline(sums)
-            write_fn(sums[...], at)
+            writer.write(sums[...], at)
 
     def step(_: Any, token_block: Ref, code_block: Ref, *rest: Any) -> Any:
         *map_blocks, sums = rest

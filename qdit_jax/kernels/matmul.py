@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qdit_jax.kernels.epilogue import ACTIVATIONS
+from qdit_jax.kernels.epilogue import ACTIVATIONS, Gated, followed
 from qdit_jax.kernels.product import PLATFORMS, Implementation, Numerics, Product, invalid_reason
 from qdit_jax.kernels.prologue import Modulated, plain
 from qdit_jax.kernels.table import IMPLEMENTATIONS
@@ -19,7 +20,7 @@ from qdit_jax.types import AnyArray
 
 
 def quantized_matmul(
-    x: Float[AnyArray, "*lead K"] | Modulated,
+    x: Float[AnyArray, "*lead K"],
     q: QTensor,
     act: ActQuant | ActSpec | None = None,
     numerics: Numerics | str = "simulated",
@@ -32,7 +33,7 @@ def quantized_matmul(
     """Returns `x @ q` `[*lead, N]` in the dtype of `x`, with `x` quantized as `act` says.
 
     Args:
-        x: floating point; any leading axes. Or a norm and its modulation, which a kernel may compute.
+        x: floating point; any leading axes.
         q: the kernel `[K, N]`.
         act: None leaves `x` as it is; an `ActSpec` quantizes it dynamically; an `ActQuant` may
             carry calibrated scales.
@@ -50,6 +51,44 @@ def quantized_matmul(
     Raises:
         ValueError: with the reason that `unsupported_reason` returns, or for an unknown activation.
     """
+    (y,) = fused_matmul(
+        jnp.asarray(x),
+        q,
+        act,
+        numerics,
+        implementation,
+        out_dtype=out_dtype,
+        bias=bias,
+        activation=activation,
+    )
+    return y
+
+
+def fused_matmul(
+    x: Float[Array, "*lead K"] | Modulated,
+    q: QTensor,
+    act: ActQuant | ActSpec | None = None,
+    numerics: Numerics | str = "simulated",
+    implementation: str | None = None,
+    *,
+    out_dtype: str | None = None,
+    bias: Float[AnyArray, " N"] | None = None,
+    activation: str | None = None,
+    gated: Gated | None = None,
+    parts: int = 1,
+) -> tuple[Float[Array, "*lead M"], ...]:
+    """Returns the parts of `quantized_matmul` with what comes before and after it, where a kernel may do it.
+
+    Args:
+        x: an array, or a norm and its modulation.
+        gated: what the result is added to, times its gate. A kernel that does it does not round the
+            result to `out_dtype` before.
+        parts: how many arrays the output channels are split among, evenly. A kernel writes them apart,
+            so that nothing has to be copied.
+
+    Raises:
+        ValueError: as `quantized_matmul`.
+    """
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not known; use {', '.join(ACTIVATIONS)}.")
     product = Product(
@@ -60,10 +99,12 @@ def quantized_matmul(
         raise ValueError(reason)
     quantizer = ActQuant(act) if isinstance(act, ActSpec) else act
     bias = None if bias is None else jnp.asarray(bias)
-    dtype, x = out_dtype or product.dtype, x if isinstance(x, Modulated) else jnp.asarray(x)
-    if not any(entry.takes_modulated for entry in entries_of(product, implementation)):
-        x = plain(x)
-    return _matmul(x, q, quantizer, bias, numerics, implementation, dtype, activation)
+    static = (numerics, implementation, out_dtype or product.dtype, activation)
+    if any(entry.run_fused for entry in entries_of(product, implementation)):
+        return _fused(x, q, quantizer, bias, gated, *static, parts)
+    # Outside of it, where XLA fuses them with their neighbors.
+    (y,) = _fused(plain(x), q, quantizer, bias, None, *static, 1)
+    return followed(y, gated, parts)
 
 
 def entries_of(product: Product, implementation: str | None) -> list[Implementation]:
@@ -75,20 +116,29 @@ def entries_of(product: Product, implementation: str | None) -> list[Implementat
     ]
 
 
-def _matmul_traced(
+@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8, 9))
+def _fused(
     x: Float[Array, "*lead K"] | Modulated,
     q: QTensor,
     act: ActQuant | None,
     bias: Float[Array, " N"] | None,
+    gated: Gated | None,
     numerics: str,
     implementation: str | None,
     dtype: str,
     activation: str | None,
-) -> Float[Array, "*lead N"]:
+    parts: int,
+) -> tuple[Float[Array, "*lead M"], ...]:
     if math.prod(x.shape) == 0:
-        return jnp.zeros((*x.shape[:-1], q.shape[1]), dtype)
+        return followed(jnp.zeros((*x.shape[:-1], q.shape[1]), dtype), gated, parts)
+
+    def run(entry: Implementation) -> Callable[..., tuple[Array, ...]]:
+        return lambda x, q, act, bias, gated: entry.fused(
+            x, q, act, numerics, dtype, bias, activation, gated, parts
+        )
+
     if implementation is not None:
-        return IMPLEMENTATIONS[implementation].product(x, q, act, numerics, dtype, bias, activation)
+        return run(IMPLEMENTATIONS[implementation])(x, q, act, bias, gated)
     product = Product(x.shape, q, act, numerics, "another", jnp.dtype(x.dtype).name)
     elsewhere = first_that_fits(product)
     chosen = {
@@ -96,15 +146,11 @@ def _matmul_traced(
         for platform in PLATFORMS
         if (entry := first_that_fits(dataclasses.replace(product, platform=platform))) != elsewhere
     }
-
-    def run(entry: Implementation) -> Callable[..., Array]:
-        return lambda x, q, act, bias: entry.product(x, q, act, numerics, dtype, bias, activation)
-
     branches = {platform: run(entry) for platform, entry in chosen.items()}
-    return jax.lax.platform_dependent(x, q, act, bias, default=run(elsewhere), **branches)
-
-
-_matmul = jax.jit(_matmul_traced, static_argnums=(4, 5, 6, 7))
+    found: tuple[Array, ...] = jax.lax.platform_dependent(
+        x, q, act, bias, gated, default=run(elsewhere), **branches
+    )
+    return found
 
 
 def unsupported_reason(

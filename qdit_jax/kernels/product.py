@@ -9,7 +9,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from qdit_jax.kernels.epilogue import finished
+from qdit_jax.kernels.epilogue import Gated, finished, followed
 from qdit_jax.kernels.prologue import Modulated, plain
 from qdit_jax.quant import ActQuant, ActSpec, QTensor, WeightSpec
 
@@ -57,26 +57,27 @@ class Implementation:
         run_to: `(x, q, act, numerics, dtype, bias, activation) -> [*lead, N]` in any dtype, of code that
             writes its sums in 16 bits at once, with the bias added, or None, and activated, see `epilogue`;
             None where XLA does all that with the result of `run`.
+        run_fused: `(x, q, act, dtype, bias, activation, gated, parts) -> ` parts of the result, of code that
+            computes what `fused_matmul` takes beside; None where XLA does.
         misfit_reason: `product -> ` the same as `unsupported_reason` of a machine of the product's platform
             that has all it needs; None where it does not ask for more.
         inside: what it keeps out of memory, for counting: "weights" unpacked, "sums" of groups, "codes" of
             the input.
-        takes_modulated: whether `x` may be a `prologue.Modulated`, which it computes as it quantizes.
     """
 
     name: str
     run: Callable[[Array, QTensor, ActQuant | None, str], Array]
     unsupported_reason: Callable[[Product], str | None]
     run_to: Callable[..., Array] | None = None
+    run_fused: Callable[..., tuple[Array, ...]] | None = None
     misfit_reason: Callable[[Product], str | None] | None = None
     inside: tuple[str, ...] = ()
-    takes_modulated: bool = False
 
     def fits(self, product: Product) -> bool:
         """Returns whether it computes a product on a machine that has all it needs."""
         return (self.misfit_reason or self.unsupported_reason)(product) is None
 
-    def product(
+    def fused(
         self,
         x: Array | Modulated,
         q: QTensor,
@@ -85,12 +86,27 @@ class Implementation:
         dtype: str,
         bias: Array | None = None,
         activation: str | None = None,
+        gated: Gated | None = None,
+        parts: int = 1,
+    ) -> tuple[Array, ...]:
+        """Returns the parts of what `matmul.fused_matmul` computes."""
+        if self.run_fused is not None:
+            return self.run_fused(x, q, act, dtype, bias, activation, gated, parts)
+        y = self.product(plain(x), q, act, numerics, dtype, bias, activation)
+        return followed(y, gated, parts)
+
+    def product(
+        self,
+        x: Array,
+        q: QTensor,
+        act: ActQuant | None,
+        numerics: str,
+        dtype: str,
+        bias: Array | None = None,
+        activation: str | None = None,
     ) -> Array:
         """Returns the product in a dtype, with the bias added and activated."""
-        if not self.takes_modulated:
-            x = plain(x)
         if self.run_to is None:
-            x = plain(x)
             if act is not None:  # a wide result of narrow inputs
                 x = x.astype(jnp.promote_types(x.dtype, dtype))
             return finished(self.run(x, q, act, numerics).astype(dtype), bias, activation)

@@ -15,7 +15,7 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Num
 
-from qdit_jax.kernels import Modulated
+from qdit_jax.kernels import Gated, Modulated
 from qdit_jax.models.class_conditional import ClassConditional
 from qdit_jax.models.layers import (
     Attention,
@@ -24,7 +24,6 @@ from qdit_jax.models.layers import (
     PatchEmbed,
     TimestepEmbedder,
     modulate,
-    over_tokens,
     sincos_positions,
 )
 from qdit_jax.models.linear import Layers, stored
@@ -53,11 +52,10 @@ class Block(nn.Module):
         zeros = nn.initializers.zeros_init()
         adaln = self.layers.linear(6 * d, zeros, wide_output=True, name="adaLN_modulation")
         modulation = adaln(nn.silu(c))
-        _, _, gate1, _, _, gate2 = jnp.split(modulation, 6, axis=-1)
         attention = Attention(self.num_heads, self.layers, name="attn")
-        x = x + over_tokens(gate1, x) * attention(Modulated(x, modulation, 0, 1))
+        x = attention(Modulated(x, modulation, 0, 1), Gated(x, modulation, 2))
         mlp = Mlp(int(d * self.mlp_ratio), self.layers, name="mlp")
-        return x + over_tokens(gate2, x) * mlp(Modulated(x, modulation, 3, 4, self.mlp_norm_eps))
+        return mlp(Modulated(x, modulation, 3, 4, self.mlp_norm_eps), Gated(x, modulation, 5))
 
 
 class FinalLayer(nn.Module):

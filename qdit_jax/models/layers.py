@@ -16,7 +16,7 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Num
 
-from qdit_jax.kernels import GELU, Modulated, attention
+from qdit_jax.kernels import GELU, Gated, Modulated, attention
 from qdit_jax.models.linear import Layers, optional, stored, xavier
 from qdit_jax.quant import QTensor, select_columns, weight_rows
 from qdit_jax.types import AnyArray
@@ -169,24 +169,30 @@ class AttentionModule(nn.Module):
 
 
 class Attention(AttentionModule):
-    """Returns multi-head self-attention with the published names `qkv` and `proj`."""
+    """Returns multi-head self-attention with the published names `qkv` and `proj`.
+
+    `gated` is what it is added to.
+    """
 
     num_heads: int
     layers: Layers = Layers()
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B *G T D"] | Modulated) -> Float[Array, "B *G T D"]:
+    def __call__(
+        self, x: Float[Array, "B *G T D"] | Modulated, gated: Gated | None = None
+    ) -> Float[Array, "B *G T D"]:
         d = x.shape[-1]
-        qkv = self.layers.linear(3 * d, name="qkv").fused(x)
-        q, k, v = rearrange(qkv, "... t (qkv h d) -> qkv ... t h d", qkv=3, h=self.num_heads)
+        qkv = self.layers.linear(3 * d, name="qkv").fused_parts(x, 3)
+        q, k, v = (rearrange(a, "... t (h d) -> ... t h d", h=self.num_heads) for a in qkv)
         joined = rearrange(self.attend(q, k, v), "... h d -> ... (h d)")
-        return self.layers.linear(d, name="proj")(joined)
+        return self.layers.linear(d, name="proj").fused(joined, gated=gated)
 
 
 class Mlp(nn.Module):
     """Returns `fc2(gelu(fc1(x)))` with the tanh form of GELU, or the `exact` one.
 
     `features` are the output's channels, by default the input's. `wide_output` as in `Linear`.
+    `gated` is what the result is added to.
     """
 
     hidden_size: int
@@ -196,12 +202,14 @@ class Mlp(nn.Module):
     exact: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch D"] | Modulated) -> Float[Array, "*batch N"]:
+    def __call__(
+        self, x: Float[Array, "*batch D"] | Modulated, gated: Gated | None = None
+    ) -> Float[Array, "*batch N"]:
         first = self.layers.linear(self.hidden_size, name="fc1")
         hidden = nn.gelu(first.fused(x), approximate=False) if self.exact else first.fused(x, GELU)
         features = self.features or x.shape[-1]
         second = self.layers.linear(features, wide_output=self.wide_output, name="fc2")
-        return second(hidden)
+        return second.fused(hidden, gated=gated)
 
 
 def modulate(

@@ -13,7 +13,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from qdit_jax.kernels import Modulated, activated, layer_numerics, plain, quantized_matmul
+from qdit_jax.kernels import (
+    Gated,
+    Modulated,
+    activated,
+    followed,
+    fused_matmul,
+    layer_numerics,
+    plain,
+)
 from qdit_jax.quant import QTensor, Role, slots
 from qdit_jax.types import AnyArray
 
@@ -97,7 +105,7 @@ class Linear(nn.Module):
         bias = stored(self, "bias", nn.initializers.zeros_init(), (self.features,))
         x = mapped_input(self, x)
         if isinstance(kernel, QTensor):
-            y = self.quantized_product(x, kernel, bias)
+            (y,) = self.quantized_product(x, kernel, bias)
         else:
             y = self.product(quantized_input(self, x), kernel)
             y = y + bias.astype(y.dtype)
@@ -105,21 +113,41 @@ class Linear(nn.Module):
         return y if self.dtype == "float32" else y.astype(self.output_dtype)
 
     def fused(
-        self, x: Float[Array, "*batch K"] | Modulated, activation: str | None = None
+        self,
+        x: Float[Array, "*batch K"] | Modulated,
+        activation: str | None = None,
+        gated: Gated | None = None,
     ) -> Float[Array, "*batch N"]:
         """Returns `activation(self(x))`, where a kernel may compute what comes before and after its product.
 
-        `x` may be a norm and its modulation, `activation` is a name of `kernels.epilogue`. A layer that is not
-        quantized, that adds more to its product, or whose own input or output is seen or changed by who
-        intercepts `is_watched`, is called as ever.
+        `x` may be a norm and its modulation, `activation` is a name of `kernels.epilogue`, and `gated` what the
+        result is added to. A layer that is not quantized, that adds more to its product, or whose own input or
+        output is seen or changed by who intercepts `is_watched`, is called as ever.
         """
+        return self.with_neighbors(x, activation, gated, 1)[0]
+
+    def fused_parts(
+        self, x: Float[Array, "*batch K"] | Modulated, parts: int
+    ) -> tuple[Float[Array, "*batch M"], ...]:
+        """Returns `fused(x)`, its channels in several arrays."""
+        return self.with_neighbors(x, None, None, parts)
+
+    def with_neighbors(
+        self,
+        x: Float[Array, "*batch K"] | Modulated,
+        activation: str | None,
+        gated: Gated | None,
+        parts: int,
+    ) -> tuple[Float[Array, "*batch M"], ...]:
+        """Returns what `fused` and `fused_parts` do."""
         kernel = optional(self, "kernel")
         fuses = isinstance(kernel, QTensor) and not leaves_of(self, "output")
         if not fuses or self.is_watched():
-            return activated(self(plain(x)), activation)
+            return followed(activated(self(plain(x)), activation), gated, parts)
         if leaves_of(self, "input") or not leaves_of(self, "quantizer"):
             x = mapped_input(self, plain(x))
-        return self.quantized_product(x, kernel, optional(self, "bias"), activation)
+        settings = {"activation": activation, "gated": gated, "parts": parts}
+        return self.quantized_product(x, kernel, optional(self, "bias"), **settings)
 
     def is_watched(self) -> bool:
         """Returns whether someone has to see the layer's own output; who intercepts says yes."""
@@ -130,14 +158,13 @@ class Linear(nn.Module):
         x: Float[Array, "*batch K"] | Modulated,
         kernel: QTensor,
         bias: Float[AnyArray, " N"],
-        activation: str | None = None,
-    ) -> Float[Array, "*batch N"]:
-        """Returns the product of a mapped input with the bias, activated, as wide as the output."""
-        act_quant = optional(self, "act_quant")
-        left = x
+        **neighbors: Any,
+    ) -> tuple[Float[Array, "*batch M"], ...]:
+        """Returns the product of a mapped input with the bias, as wide as the output; see `fused_matmul`."""
+        act_quant, left = optional(self, "act_quant"), x
         if not isinstance(x, Modulated):
             left = self.left_operand(x) if act_quant is None else input_left(self, x)
-        return quantized_matmul(
+        return fused_matmul(
             left,
             kernel,
             act_quant,
@@ -145,7 +172,7 @@ class Linear(nn.Module):
             self.implementation,
             out_dtype=left.dtype.name if self.dtype == "float32" else self.output_dtype,
             bias=bias,
-            activation=activation,
+            **neighbors,
         )
 
     def left_operand(self, x: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:

@@ -22,7 +22,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
-from qdit_jax.kernels import plain
+from qdit_jax.kernels import Gated, Modulated, followed, plain
 from qdit_jax.models import AttentionModule, Linear
 from qdit_jax.quant import ActQuant
 from qdit_jax.types import Params
@@ -128,9 +128,28 @@ class Shards:
             self.is_inside = False
 
 
-def fused_with(activation: str | None = None) -> Callable[[Linear, Array], Array]:
-    """Returns what calls a layer and the activation function after it."""
-    return lambda layer, x: layer.fused(x, activation)
+def split_fused(
+    shards: Shards,
+    module: Linear,
+    x: Array | Modulated,
+    activation: str | None = None,
+    gated: Gated | None = None,
+) -> Array | None:
+    """Returns `Linear.fused` from split tokens, with the norm before and the sum after by XLA."""
+
+    def call(layer: Linear, x: Array) -> Array:
+        return layer.fused(x, activation)
+
+    y = shards.linear(call, module, plain(x))
+    return y if y is None or gated is None else gated.plus(y)
+
+
+def split_parts(
+    shards: Shards, module: Linear, x: Array | Modulated, parts: int
+) -> tuple[Array, ...] | None:
+    """Returns `Linear.fused_parts` from split tokens."""
+    y = split_fused(shards, module, x)
+    return None if y is None else followed(y, None, parts)
 
 
 def specs_of(params: Params) -> Any:
@@ -170,13 +189,15 @@ def split_tokens(mesh: Mesh | None) -> Iterator[None]:
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
     ) -> Any:
-        module, found = context.module, None
+        found: Any = None
+        module = context.module
         if not shards.is_inside and not module.is_initializing():
             if isinstance(module, Linear) and context.method_name == "__call__":
                 found = shards.linear(Linear.__call__, module, *args, **kwargs)
             elif isinstance(module, Linear) and context.method_name == "fused":
-                x, *activation = args
-                found = shards.linear(fused_with(*activation), module, plain(x))
+                found = split_fused(shards, module, *args, **kwargs)
+            elif isinstance(module, Linear) and context.method_name == "fused_parts":
+                found = split_parts(shards, module, *args, **kwargs)
             elif isinstance(module, AttentionModule) and context.method_name == "attend":
                 found = shards.attention(module, *args, **kwargs)
         return next_fn(*args, **kwargs) if found is None else found

@@ -1,0 +1,126 @@
+"""What comes before and after a product, by the kernel for GPUs, interpreted on CPU. As a script, JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from level_products import LEVELS, TOKEN, W
+
+import qdit_jax as qdit
+from qdit_jax.kernels import IMPLEMENTATIONS, Gated, fused_matmul, gpu_check, matmul
+from qdit_jax.kernels.gpu_levels import levels_fused
+from qdit_jax.kernels.gpu_tiles import Tiles
+from qdit_jax.models.dit import Block
+from qdit_jax.models.linear import Layers
+from qdit_jax.quant import ActQuant, quantize
+from qdit_jax.speed import recipe_named
+
+# Rows of the tokens, channels, parts, the dtype of what the result is added to.
+CASES = {
+    "whole": ((2, 64), 128, 1, "float32"),
+    "several blocks": ((1, 192), 256, 1, "float32"),
+    "frames": ((2, 2, 32), 128, 1, "float32"),
+    "across samples": ((4, 32), 128, 1, "float32"),
+    "ragged channels": ((1, 64), 130, 1, "float32"),
+    "16 bits": ((2, 64), 128, 1, "bfloat16"),
+    "parts": ((2, 35), 384, 3, None),
+    "parts of no whole blocks": ((2, 35), 192, 3, None),
+    "parts of a sum": ((1, 64), 256, 2, "float32"),
+}
+
+
+def interpreted():
+    """Returns the kernel with its neighbors, interpreted."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    settings = {"tiles": Tiles(64, 64, 2), "interpret": mosaic_gpu.InterpretGPUParams()}
+    return functools.partial(levels_fused, **settings)
+
+
+def facts(rows, width, parts, gated_dtype):
+    """Returns errors in units of the greatest value, dtypes, shapes, and whether slopes are those of XLA."""
+    rng, kernel = np.random.default_rng(0), interpreted()
+    q = quantize(jnp.asarray(rng.normal(size=(128, width)) / 16, jnp.float32), W(4, 32, **LEVELS))
+    bias = jnp.asarray(rng.normal(size=width), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(*rows, 128)), jnp.float32)
+    gated, gate, before = None, 1.0, 0.0
+    if gated_dtype is not None:
+        before = jnp.asarray(rng.normal(size=(*rows, width)) * 10, gated_dtype)
+        modulation = jnp.asarray(rng.normal(size=(rows[0], 3 * width)) * 3, jnp.float32)
+        gated = Gated(before, modulation, 1)
+        gate = modulation[:, width : 2 * width].reshape(rows[0], *(1,) * (len(rows) - 1), width)
+
+    @jax.jit
+    def product(x, gated):
+        return kernel(x, q, ActQuant(TOKEN), "float32", bias, None, gated, parts)
+
+    def by_xla(x, gated):
+        settings = {"bias": bias, "gated": gated, "parts": parts}
+        return fused_matmul(x, q, TOKEN, "integer", "xla", **settings)
+
+    found = product(x, gated)
+    (alone,) = kernel(x, q, ActQuant(TOKEN), "float32", bias)
+    expected = np.asarray(before, np.float32) + np.asarray(gate) * np.asarray(alone)
+    joined = np.concatenate(found, axis=-1)
+
+    def slopes(fn):
+        total = lambda *given: sum(part.sum() for part in fn(*given))  # noqa: E731
+        return jax.tree.leaves(jax.grad(total, (0, 1), allow_int=True)(x, gated))
+
+    pairs = zip(slopes(product), slopes(by_xla), strict=True)
+    return {
+        "dtype": found[0].dtype.name,
+        "shapes": [list(part.shape) for part in found],
+        "error": float(np.max(np.abs(joined - expected)) / np.max(np.abs(expected))),
+        "slopes": all(np.array_equal(a, b) for a, b in pairs),
+    }
+
+
+def block_facts(dtype):
+    """Returns the error of a transformer block that the kernels compute, and how many they were."""
+    block = Block(2, 2.0, 1e-6, Layers("integer", dtype=dtype))
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(size=(2, 64, 128)), jnp.float32)
+    c = jnp.asarray(rng.normal(size=(2, 128)), jnp.float32)
+    params = block.init(jax.random.key(0), x, c)["params"]
+    params = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) / 12, a.dtype), params)
+    recipe = recipe_named("w4a8-fast")
+    params = qdit.quantize_params({"blocks_0": params}, recipe=recipe)["blocks_0"]
+    by_xla = block.apply({"params": params}, x, c)
+    kernel, calls = interpreted(), []
+
+    def run_fused(*args, **kwargs):
+        calls.append(args)
+        return kernel(*args, **kwargs)
+
+    row = dataclasses.replace(
+        IMPLEMENTATIONS["xla_cpu"],
+        run_fused=run_fused,
+        unsupported_reason=lambda product: None if product.numerics == "integer" else "no integers",
+    )
+    with mock.patch.object(matmul, "IMPLEMENTATIONS", {"interpreted": row, **IMPLEMENTATIONS}):
+        jax.clear_caches()
+        found = block.apply({"params": params}, x, c)
+    lowered = sorted({(type(args[0]).__name__, args[6] is not None, args[7]) for args in calls})
+    return {
+        "error": float(jnp.max(jnp.abs(found - by_xla)) / jnp.max(jnp.abs(by_xla - x))),
+        "calls": [list(one) for one in lowered],
+    }
+
+
+def main():
+    found = {name: facts(*case) for name, case in CASES.items()}
+    found |= {f"block in {dtype}": block_facts(dtype) for dtype in ("float32", "bfloat16")}
+    found["check"] = gpu_check.wrong_neighbors(interpreted(), gpu_check.LEVELS)
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
