@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +45,9 @@ class Gated:
         gate: which part it is.
     """
 
-    x: Array
-    modulation: Array
+    # Any: `jax.tree.map` and `jax.eval_shape` put other leaves here than arrays.
+    x: Any
+    modulation: Any
     gate: int
 
     @property

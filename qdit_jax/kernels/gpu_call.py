@@ -90,7 +90,7 @@ class Writer:
     added: Added | None
 
     def begin(self, at: Place) -> None:
-        """Fetches what a warpgroup's block will be added to, while it is computed."""
+        """Fetches what a warpgroup's block will be added to, while it is computed; `write` waits for it."""
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
         if self.added is not None:
@@ -100,7 +100,7 @@ class Writer:
             plgpu.copy_gmem_to_smem(self.added.x.at[at.rows, at.columns], own, arrived)
 
     def write(self, values: Float[Array, "columns rows"], at: Place) -> None:
-        """Writes a warpgroup's block, through shared memory; after `begin`."""
+        """Writes a warpgroup's block, through shared memory."""
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
         own = self.y_block.at[lax.axis_index("warpgroup")]
@@ -225,6 +225,7 @@ def place_of(tiles: Tiles) -> Place:
 
 
 def run_pipeline(
+    writer: Writer,
     step: Callable[..., Any],
     compute: Callable[[Any], None],
     num_runs: int,
@@ -233,9 +234,13 @@ def run_pipeline(
 ) -> Callable[..., None]:
     """Returns what fetches the operands, a run of input channels after another, and gives them to `step`.
 
-    `compute` is given the pipeline, which it calls with what the first step is given.
+    `compute` is given the pipeline, which it calls with what the first step is given, and writes the result.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def begun(pipeline: Any) -> None:
+        writer.begin(place_of(tiles))
+        compute(pipeline)
 
     pipeline: Callable[..., None] = plgpu.emit_pipeline_warp_specialized(
         step,
@@ -244,7 +249,7 @@ def run_pipeline(
         wg_axis="warpgroup",
         num_compute_wgs=COMPUTING,
         max_concurrent_steps=tiles.steps,
-        compute_context=compute,
+        compute_context=begun,
         in_specs=in_specs,
     )
     return pipeline

@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from qdit_jax.kernels.epilogue import Gated
-from qdit_jax.kernels.gpu_groups import groups_matmul
+from qdit_jax.kernels.gpu_groups import groups_fused, groups_matmul
 from qdit_jax.kernels.gpu_levels import levels_fused, levels_matmul
-from qdit_jax.kernels.gpu_weights import weights_matmul
+from qdit_jax.kernels.gpu_weights import weights_fused, weights_matmul
 from qdit_jax.kernels.prologue import Modulated
 from qdit_jax.quant import ActQuant, ActSpec, QTensor, packing
 
@@ -104,9 +104,11 @@ def wrong_neighbors(fused_fn: Callable[..., tuple[Array, ...]], check: Check) ->
     gated = Gated(normal(samples, tokens, width), normal(samples, 2 * width), 1)
     act = None if check.act is None else ActQuant(check.act)
     try:
-        (alone,) = fused_fn(x.array(), q, act, "float32")
-        parts = fused_fn(x, q, act, "float32", None, None, None, 3)
-        (total,) = fused_fn(x.array(), q, act, "float32", None, None, gated)
+        computed = x.array().astype(check.x_dtype)
+        (alone,) = fused_fn(computed, q, act, "float32")
+        first = computed if act is None else x  # a norm comes before a quantizer
+        parts = fused_fn(first, q, act, "float32", None, None, None, 3)
+        (total,) = fused_fn(computed, q, act, "float32", None, None, gated)
     except Exception as error:  # whatever a compiler or driver makes of it
         return f"its neighbors do not run here ({type(error).__name__}: {str(error)[:200]})."
     # Norms differ in the last bit, which may round a number the other way.
@@ -168,5 +170,5 @@ def whole_groups(
 
 
 LEVELS = Check(levels_matmul, ActSpec(8, 0, symmetric=True), whole_levels, fused=levels_fused)
-GROUPS = Check(groups_matmul, ActSpec(8, 64), whole_groups)
-WEIGHTS = Check(weights_matmul, None, whole_groups, "bfloat16")
+GROUPS = Check(groups_matmul, ActSpec(8, 64), whole_groups, fused=groups_fused)
+WEIGHTS = Check(weights_matmul, None, whole_groups, "bfloat16", weights_fused)

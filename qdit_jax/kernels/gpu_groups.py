@@ -23,8 +23,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int8, Int32, Num, UInt8
 
-from qdit_jax.kernels import gpu_words
+from qdit_jax.kernels import gpu_group_rows, gpu_words
 from qdit_jax.kernels.derivative import with_derivative_of_xla
+from qdit_jax.kernels.epilogue import Gated
 from qdit_jax.kernels.gpu_call import (
     Epilogue,
     Writer,
@@ -36,6 +37,7 @@ from qdit_jax.kernels.gpu_call import (
     run_pipeline,
 )
 from qdit_jax.kernels.gpu_memory import loaded, loaded_words, of_columns, of_rows, word_layout
+from qdit_jax.kernels.gpu_neighbors import with_neighbors, without_padding, written_dtype
 from qdit_jax.kernels.gpu_tiles import (
     HALF,
     RUN,
@@ -45,6 +47,7 @@ from qdit_jax.kernels.gpu_tiles import (
     rounded_up,
 )
 from qdit_jax.kernels.operands import act_elements
+from qdit_jax.kernels.prologue import Modulated, plain
 from qdit_jax.kernels.refs import Ref
 from qdit_jax.kernels.units import of_units, unit_of, unit_sums
 from qdit_jax.quant import ActQuant, ActSpec, QTensor, code_rows, scale_value
@@ -87,52 +90,105 @@ def groups_matmul(
     Equal to `xla.integer_matmul` to float rounding, whose derivative it has. A token that holds NaN or
     infinity gives NaN. `interpret` is Pallas' `InterpretGPUParams`, which run it on a CPU, slowly.
     """
-    assert act is not None, "grouped_reason refuses it"
-    dtype = dtype or x.dtype.name
+    dtype, settings = dtype or x.dtype.name, {"tiles": tiles, "interpret": interpret}
+    return groups_fused(x, q, act, dtype, bias, activation, **settings)[0]
+
+
+def groups_fused(
+    x: Float[Array, "*lead K"] | Modulated,
+    q: QTensor,
+    act: ActQuant | None,
+    dtype: str,
+    bias: Float[Array, " N"] | None = None,
+    activation: str | None = None,
+    gated: Gated | None = None,
+    parts: int = 1,
+    *,
+    tiles: Tiles | None = None,
+    interpret: Any = None,
+) -> tuple[Float[Array, "*lead M"], ...]:
+    """Returns the parts of `groups_matmul` and of what comes before and after it, see `fused_matmul`."""
+    assert act is not None, "its row refuses it"
     if tiles is None:
-        rows, itemsize = math.prod(x.shape[:-1]), jnp.dtype(dtype).itemsize
-        unit = unit_of(q.shape[0], act.spec.group_size, q.group_size)
-        tiles = chosen_tiles(Shape(rows, *q.shape, q.bits, itemsize, unit))
-    return _product(x, q, bias, act.spec, dtype, activation, tiles, interpret)
+        tiles = chosen_tiles(groups_shape(x.shape, q, act.spec, dtype, gated))
+    spec = act.spec
+
+    def product(gated: Gated | None, parts: int) -> tuple[Array, ...]:
+        return _product(x, q, bias, gated, spec, dtype, activation, parts, tiles, interpret)
+
+    return with_neighbors(product, q.shape[1], gated, parts, tiles)
+
+
+def groups_shape(
+    x_shape: tuple[int, ...], q: QTensor, spec: ActSpec, dtype: str, gated: Gated | None
+) -> Shape:
+    """Returns the product as the table of blocks knows it."""
+    unit = unit_of(q.shape[0], spec.group_size, q.group_size)
+    itemsize = written_dtype(dtype, gated).itemsize
+    return Shape(math.prod(x_shape[:-1]), *q.shape, q.bits, itemsize, unit)
 
 
 @with_derivative_of_xla
 def _product(
-    x: Float[Array, "*lead K"],
+    x: Float[Array, "*lead K"] | Modulated,
     q: QTensor,
     bias: Float[Array, " N"] | None,
+    gated: Gated | None,
     spec: ActSpec,
     dtype: str,
     activation: str | None,
+    parts: int,
     tiles: Tiles,
     interpret: Any,
-) -> Float[Array, "*lead N"]:
+) -> tuple[Float[Array, "*lead M"], ...]:
     num_channels, width = q.shape
     unit = unit_of(num_channels, spec.group_size, q.group_size)
-    operands = operands_of(x, q, spec, unit)
-    num_rows = len(operands.tokens)
+    operands = operands_of(quantized_tokens(x, spec, interpret), q, spec, unit)
     padded = padded_to_blocks(operands, tiles)
     leaves, tree = jax.tree.flatten(padded)
     kernel = functools.partial(_kernel, tree=tree, bits=q.bits, unit=unit)
-    epilogue = Epilogue(bias_of(bias, width, len(padded.codes)), jnp.dtype(dtype), activation)
-    (y,) = called(kernel, leaves, epilogue, tiles, name="gpu_groups", interpret=interpret)
-    return y[:num_rows, :width].reshape(*x.shape[:-1], width)
+    epilogue = Epilogue(
+        bias_of(bias, width, len(padded.codes)),
+        written_dtype(dtype, gated),
+        activation,
+        gated,
+        parts,
+    )
+    found = called(kernel, leaves, epilogue, tiles, name="gpu_groups", interpret=interpret)
+    return without_padding(found, x.shape[:-1], width)
 
 
-def operands_of(x: Float[Array, "*lead K"], q: QTensor, spec: ActSpec, unit: int) -> Operands:
+def quantized_tokens(
+    x: Float[Array, "*lead K"] | Modulated, spec: ActSpec, interpret: Any
+) -> gpu_group_rows.Groups:
+    """Returns tokens in groups, in one pass where these are of 128 channels; else by XLA."""
+    if gpu_group_rows.fits(x, spec):
+        return gpu_group_rows.quantized_groups(x, spec, interpret=interpret)
+    return quantized_by_xla(plain(x), spec)
+
+
+def quantized_by_xla(x: Float[Array, "*lead K"], spec: ActSpec) -> gpu_group_rows.Groups:
+    """Returns tokens in groups of any size."""
+    wide = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    tokens, zero, scale = act_elements(wide, ActQuant(spec), jnp.dtype(jnp.int8))
+    is_finite = jnp.all(jnp.isfinite(wide), axis=-1)
+    scale = jnp.where(is_finite[:, None], jnp.asarray(scale), jnp.nan).T
+    return gpu_group_rows.Groups(
+        tokens, scale, None if zero is None else jnp.asarray(zero, jnp.int32).T
+    )
+
+
+def operands_of(groups: gpu_group_rows.Groups, q: QTensor, spec: ActSpec, unit: int) -> Operands:
     """Returns the operands, not padded; scales are NaN of a token that is not finite.
 
     `sum (cx - zx)(cw - zw) = sum cx cw - zx sum cw - zw sum (cx - zx)`, where `zw` is 0 of 4-bit weights,
     whose zero points were subtracted from the codes.
     """
     num_channels = q.shape[0]
-    wide = x.reshape(-1, num_channels).astype(jnp.float32)
-    tokens, zero, scale = act_elements(wide, ActQuant(spec), jnp.dtype(jnp.int8))
-    is_finite = jnp.all(jnp.isfinite(wide), axis=-1)
-    scale = jnp.where(is_finite[:, None], jnp.asarray(scale), jnp.nan)
+    tokens, scale, zero = groups
 
-    def of_tokens(values: Num[Array, "M G"]) -> Num[Array, "U M"]:
-        return of_units(values.T, num_channels, spec.group_size, unit)
+    def of_tokens(values: Num[Array, "G M"]) -> Num[Array, "U M"]:
+        return of_units(values, num_channels, spec.group_size, unit)
 
     def of_channels(values: Num[Array, "G N"]) -> Num[Array, "U N"]:
         return of_units(values, num_channels, q.group_size, unit)
@@ -140,7 +196,7 @@ def operands_of(x: Float[Array, "*lead K"], q: QTensor, spec: ActSpec, unit: int
     half, channel_zero = 2 ** (q.bits - 1), None
     if (zero_point := q.zero_point) is not None:
         channel_zero = of_channels(zero_point.astype(jnp.int32)) - half
-    token_zero = None if zero is None else of_tokens(jnp.asarray(zero, jnp.int32))
+    token_zero = None if zero is None else of_tokens(zero)
     offset, remaining = None, channel_zero  # what is subtracted from codes, and from sums
     if q.bits == 4 and channel_zero is not None:
         offset, remaining = (128 - half - channel_zero).astype(jnp.uint8), None
@@ -258,7 +314,7 @@ def _kernel(
         tuple((token.at[:, at.rows], channel.at[:, at.block]) for token, channel in whole.pairs),
     )
     in_specs = jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, plgpu.BlockSpec))
-    pipeline = run_pipeline(step, compute, whole.tokens.shape[1] // RUN, tiles, in_specs)
+    pipeline = run_pipeline(writer, step, compute, whole.tokens.shape[1] // RUN, tiles, in_specs)
     pipeline(*jax.tree.leaves(blocks))
 
 

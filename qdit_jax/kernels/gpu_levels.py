@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int8
 
 from qdit_jax.kernels import gpu_rows, gpu_words
 from qdit_jax.kernels.derivative import with_derivative_of_xla
-from qdit_jax.kernels.epilogue import Gated, followed
+from qdit_jax.kernels.epilogue import Gated
 from qdit_jax.kernels.gpu_call import (
     Epilogue,
     Writer,
@@ -35,6 +35,7 @@ from qdit_jax.kernels.gpu_call import (
     run_pipeline,
 )
 from qdit_jax.kernels.gpu_memory import loaded, loaded_words, of_columns, of_rows, word_layout
+from qdit_jax.kernels.gpu_neighbors import with_neighbors, without_padding, written_dtype
 from qdit_jax.kernels.gpu_tiles import (
     HALF,
     RUN,
@@ -91,26 +92,22 @@ def levels_fused(
     tiles: Tiles | None = None,
     interpret: Any = None,
 ) -> tuple[Float[Array, "*lead M"], ...]:
-    """Returns the parts of `levels_matmul` and of what comes before and after it, see `fused_matmul`.
-
-    A gated sum is computed in the kernel where a block of rows lies in one sample, and parts are written
-    apart where a block of columns lies in one.
-    """
+    """Returns the parts of `levels_matmul` and of what comes before and after it, see `fused_matmul`."""
     assert act is not None, "its row refuses it"
     if tiles is None:
-        written = jnp.dtype(dtype) if gated is None else gated.dtype
-        tiles = chosen_tiles(Shape(math.prod(x.shape[:-1]), *q.shape, q.bits, written.itemsize))
-    inside = gated if gated is not None and is_whole(gated, tiles) else None
-    is_apart = parts == 1 or (gated is None and q.shape[1] // parts % tiles.block == 0)
-    inner = parts if is_apart else 1
-    found = _product(x, q, bias, inside, act.spec, dtype, activation, inner, tiles, interpret)
-    return found if inner > 1 else followed(found[0], None if inside else gated, parts)
+        tiles = chosen_tiles(levels_shape(x.shape, q, dtype, gated))
+    spec = act.spec
+
+    def product(gated: Gated | None, parts: int) -> tuple[Array, ...]:
+        return _product(x, q, bias, gated, spec, dtype, activation, parts, tiles, interpret)
+
+    return with_neighbors(product, q.shape[1], gated, parts, tiles)
 
 
-def is_whole(gated: Gated, tiles: Tiles) -> bool:
-    """Returns whether every block of the result has one gate and no padding, and the dtype of the sum."""
-    is_wide = gated.x.dtype == gated.dtype
-    return is_wide and not (gated.tokens_per_sample % tiles.rows or gated.x.shape[-1] % tiles.block)
+def levels_shape(x_shape: tuple[int, ...], q: QTensor, dtype: str, gated: Gated | None) -> Shape:
+    """Returns the product as the table of blocks knows it."""
+    itemsize = written_dtype(dtype, gated).itemsize
+    return Shape(math.prod(x_shape[:-1]), *q.shape, q.bits, itemsize)
 
 
 @with_derivative_of_xla
@@ -140,12 +137,11 @@ def _product(
         maps = (of_units(values, num_channels, q.group_size, SUB) for values in step_and_offset(q))
         operands += [jnp.pad(values, ((0, 0), (0, columns - width))) for values in maps]
     kernel = functools.partial(_kernel, bits=q.bits)
-    written = jnp.dtype(dtype) if gated is None else gated.dtype
-    epilogue = Epilogue(bias_of(bias, width, columns), written, activation, gated, parts)
+    epilogue = Epilogue(
+        bias_of(bias, width, columns), written_dtype(dtype, gated), activation, gated, parts
+    )
     found = called(kernel, operands, epilogue, tiles, name="gpu_levels", interpret=interpret)
-    # Of one part, padding is left out; several have none.
-    shape = (*x.shape[:-1], width // parts)
-    return tuple(y[:num_rows, : width // parts].reshape(shape) for y in found)
+    return without_padding(found, x.shape[:-1], width)
 
 
 def quantized_tokens(
@@ -183,8 +179,6 @@ def _kernel(
     at = place_of(tiles)
 
     def compute(pipeline: Any) -> None:
-        writer.begin(at)
-
         @functools.partial(pl.run_scoped, sums=plgpu.ACC((tiles.columns, tiles.rows), jnp.int32))
         def _(sums: Ref) -> None:
             pipeline(sums)
@@ -212,6 +206,7 @@ def _kernel(
         (RUN // SUB, tiles.block), lambda k: (k, 0), memory_space=plgpu.SMEM
     )
     run_pipeline(
+        writer,
         step,
         compute,
         tokens.shape[1] // RUN,

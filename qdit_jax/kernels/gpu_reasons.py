@@ -9,10 +9,10 @@ import jax
 from jaxtyping import Array
 
 from qdit_jax.kernels.gpu_check import GROUPS, LEVELS, WEIGHTS, Check, wrong_here
-from qdit_jax.kernels.gpu_groups import groups_matmul
+from qdit_jax.kernels.gpu_groups import groups_fused, groups_matmul
 from qdit_jax.kernels.gpu_levels import levels_fused, levels_matmul
 from qdit_jax.kernels.gpu_tiles import RUN, SUB
-from qdit_jax.kernels.gpu_weights import weights_matmul
+from qdit_jax.kernels.gpu_weights import weights_fused, weights_matmul
 from qdit_jax.kernels.gpu_words import BITS
 from qdit_jax.kernels.group_reasons import grouped_input_reason, grouped_weight_reason
 from qdit_jax.kernels.level_reasons import (
@@ -68,8 +68,8 @@ def row(
     name: str,
     run: Callable[..., Array],
     check: Check,
+    run_fused: Callable[..., tuple[Array, ...]],
     *reasons: ReasonFn,
-    run_fused: Callable[..., tuple[Array, ...]] | None = None,
 ) -> Implementation:
     """Returns the row of a kernel, which refuses by the platform, the machine, and then by `reasons`."""
     fit = first_of(*reasons, size_reason)
@@ -85,12 +85,11 @@ def row(
 
 
 GPU_LEVELS = row(
-    *("gpu_levels", levels_matmul, LEVELS, input_reason, weight_reason),
-    run_fused=levels_fused,
+    *("gpu_levels", levels_matmul, LEVELS, levels_fused, input_reason, weight_reason),
 )
 GPU_GROUPS = row(
-    *("gpu_groups", groups_matmul, GROUPS),
+    *("gpu_groups", groups_matmul, GROUPS, groups_fused),
     lambda product: grouped_input_reason(product, SUB),
     lambda product: grouped_weight_reason(product, SUB),
 )
-GPU_WEIGHTS = row("gpu_weights", weights_matmul, WEIGHTS, alone_reason)
+GPU_WEIGHTS = row("gpu_weights", weights_matmul, WEIGHTS, weights_fused, alone_reason)

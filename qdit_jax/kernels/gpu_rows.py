@@ -57,13 +57,9 @@ def quantized_rows(
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    source = x.x if isinstance(x, Modulated) else x
-    count, num_channels = source.size // source.shape[-1], source.shape[-1]
-    operands, norm = [source.reshape(count, num_channels)], None
-    if isinstance(x, Modulated):
-        operands.append(x.modulation)
-        norm = Norm(x.shift, x.scale, x.eps, count // len(x.modulation))
-    kernel = functools.partial(_kernel, spec=spec, norm=norm)
+    operands = operands_of(x)
+    count, num_channels = operands[0].shape
+    kernel = functools.partial(_kernel, spec=spec, norm=norm_of(x))
     codes = jax.ShapeDtypeStruct((num_rows, num_channels), jnp.int8)
     scale = jax.ShapeDtypeStruct((num_rows,), jnp.float32)
     quantized: tuple[Array, Array] = plgpu.kernel(
@@ -80,6 +76,21 @@ def quantized_rows(
         interpret=interpret,
     )(*operands)
     return quantized
+
+
+def operands_of(x: Float[Array, "*lead K"] | Modulated) -> list[Array]:
+    """Returns what a kernel reads: tokens `[M, K]`, and of a norm its modulation."""
+    source = x.x if isinstance(x, Modulated) else x
+    tokens = source.reshape(-1, source.shape[-1])
+    return [tokens, x.modulation] if isinstance(x, Modulated) else [tokens]
+
+
+def norm_of(x: Float[Array, "*lead K"] | Modulated) -> Norm | None:
+    """Returns what is static of a norm, if there is one."""
+    if not isinstance(x, Modulated):
+        return None
+    tokens_per_sample = x.x.size // x.shape[-1] // len(x.modulation)
+    return Norm(x.shift, x.scale, x.eps, tokens_per_sample)
 
 
 def _kernel(x: Ref, *refs: Ref, spec: ActSpec, norm: Norm | None) -> None:

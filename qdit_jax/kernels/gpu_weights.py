@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from qdit_jax.kernels.derivative import with_derivative_of_xla
+from qdit_jax.kernels.epilogue import Gated
 from qdit_jax.kernels.gpu_call import (
     Epilogue,
     Writer,
@@ -33,7 +34,9 @@ from qdit_jax.kernels.gpu_call import (
 )
 from qdit_jax.kernels.gpu_floats import MAGIC, code_floats, multiply_floats
 from qdit_jax.kernels.gpu_memory import loaded
+from qdit_jax.kernels.gpu_neighbors import with_neighbors, without_padding, written_dtype
 from qdit_jax.kernels.gpu_tiles import HALF, RUN, Shape, Tiles, chosen_tiles, rounded_up
+from qdit_jax.kernels.prologue import Modulated, plain
 from qdit_jax.kernels.refs import Ref, Span
 from qdit_jax.kernels.units import of_units, unit_of
 from qdit_jax.kernels.weight_maps import maps_of
@@ -57,19 +60,40 @@ def weights_matmul(
     Equal to `xla.simulated_matmul` to the rounding of sums, whose derivative it has. `interpret` is Pallas'
     `InterpretGPUParams`, which run it on a CPU, slowly.
     """
-    assert act is None, "weights_reason refuses it"
-    dtype = dtype or x.dtype.name
+    dtype, settings = dtype or x.dtype.name, {"tiles": tiles, "interpret": interpret}
+    return weights_fused(x, q, act, dtype, bias, activation, **settings)[0]
+
+
+def weights_fused(
+    x: Float[Array, "*lead K"] | Modulated,
+    q: QTensor,
+    act: ActQuant | None,
+    dtype: str,
+    bias: Float[Array, " N"] | None = None,
+    activation: str | None = None,
+    gated: Gated | None = None,
+    parts: int = 1,
+    *,
+    tiles: Tiles | None = None,
+    interpret: Any = None,
+) -> tuple[Float[Array, "*lead M"], ...]:
+    """Returns the parts of `weights_matmul` and of what comes before and after it, see `fused_matmul`."""
+    assert act is None, "its row refuses it"
     if tiles is None:
-        tiles = chosen_tiles(weights_shape(x.shape, q, dtype))
-    return _product(x, q, bias, None, dtype, activation, tiles, interpret)
+        tiles = chosen_tiles(weights_shape(x.shape, q, dtype, gated))
+    spec = None
+
+    def product(gated: Gated | None, parts: int) -> tuple[Array, ...]:
+        return _product(plain(x), q, bias, gated, spec, dtype, activation, parts, tiles, interpret)
+
+    return with_neighbors(product, q.shape[1], gated, parts, tiles)
 
 
-def weights_shape(x_shape: tuple[int, ...], q: QTensor, dtype: str) -> Shape:
+def weights_shape(x_shape: tuple[int, ...], q: QTensor, dtype: str, gated: Gated | None) -> Shape:
     """Returns the product as the table of blocks knows it."""
     unit = unit_of(q.shape[0], q.group_size, q.group_size)
-    return Shape(
-        math.prod(x_shape[:-1]), *q.shape, q.bits, jnp.dtype(dtype).itemsize, unit, x_bits=16
-    )
+    itemsize = written_dtype(dtype, gated).itemsize
+    return Shape(math.prod(x_shape[:-1]), *q.shape, q.bits, itemsize, unit, x_bits=16)
 
 
 @with_derivative_of_xla
@@ -77,12 +101,14 @@ def _product(
     x: Float[Array, "*lead K"],
     q: QTensor,
     bias: Float[Array, " N"] | None,
+    gated: Gated | None,
     spec: None,
     dtype: str,
     activation: str | None,
+    parts: int,
     tiles: Tiles,
     interpret: Any,
-) -> Float[Array, "*lead N"]:
+) -> tuple[Float[Array, "*lead M"], ...]:
     num_channels, width = q.shape
     tokens = x.reshape(-1, num_channels)
     num_rows = len(tokens)
@@ -101,9 +127,11 @@ def _product(
         ),
     ]
     kernel = functools.partial(_kernel, bits=q.bits, unit=unit)
-    epilogue = Epilogue(bias_of(bias, width, columns), jnp.dtype(dtype), activation)
-    (y,) = called(kernel, operands, epilogue, tiles, name="gpu_weights", interpret=interpret)
-    return y[:num_rows, :width].reshape(*x.shape[:-1], width)
+    epilogue = Epilogue(
+        bias_of(bias, width, columns), written_dtype(dtype, gated), activation, gated, parts
+    )
+    found = called(kernel, operands, epilogue, tiles, name="gpu_weights", interpret=interpret)
+    return without_padding(found, x.shape[:-1], width)
 
 
 def _kernel(
@@ -143,6 +171,7 @@ def _kernel(
         (RUN // unit, tiles.block), lambda k: (k, 0), memory_space=plgpu.SMEM
     )
     run_pipeline(
+        writer,
         step,
         compute,
         tokens.shape[1] // RUN,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +41,9 @@ class Modulated:
         eps: of the norm.
     """
 
-    x: Array
-    modulation: Array
+    # Any: `jax.tree.map` and `jax.eval_shape` put other leaves here than arrays.
+    x: Any
+    modulation: Any
     shift: int
     scale: int
     eps: float = 1e-6

@@ -4,6 +4,7 @@ from qdit_jax.errors import earlier_names
 from qdit_jax.quant import adaptive_rounding, formats, packing, ranges
 from qdit_jax.quant.act import (
     ActQuant,
+    code_limits,
     codes_of,
     expand_to_channels,
     fake_quantize,
@@ -81,6 +82,7 @@ __all__ = [
     "applied_over_time",
     "bits_over_time",
     "check_finite",
+    "code_limits",
     "code_rows",
     "codes_of",
     "dequantize",

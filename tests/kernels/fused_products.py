@@ -11,45 +11,65 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from level_products import LEVELS, TOKEN, W
+from epilogues import KINDS
 
 import qdit_jax as qdit
-from qdit_jax.kernels import IMPLEMENTATIONS, Gated, fused_matmul, gpu_check, matmul
-from qdit_jax.kernels.gpu_levels import levels_fused
+from qdit_jax.kernels import (
+    IMPLEMENTATIONS,
+    Gated,
+    fused_matmul,
+    gpu_check,
+    gpu_groups,
+    gpu_levels,
+    gpu_weights,
+    matmul,
+)
 from qdit_jax.kernels.gpu_tiles import Tiles
 from qdit_jax.models.dit import Block
 from qdit_jax.models.linear import Layers
 from qdit_jax.quant import ActQuant, quantize
 from qdit_jax.speed import recipe_named
 
-# Rows of the tokens, channels, parts, the dtype of what the result is added to.
+# The kernel, rows of the tokens, channels, parts, the dtype of what the result is added to.
 CASES = {
-    "whole": ((2, 64), 128, 1, "float32"),
-    "several blocks": ((1, 192), 256, 1, "float32"),
-    "frames": ((2, 2, 32), 128, 1, "float32"),
-    "across samples": ((4, 32), 128, 1, "float32"),
-    "ragged channels": ((1, 64), 130, 1, "float32"),
-    "16 bits": ((2, 64), 128, 1, "bfloat16"),
-    "parts": ((2, 35), 384, 3, None),
-    "parts of no whole blocks": ((2, 35), 192, 3, None),
-    "parts of a sum": ((1, 64), 256, 2, "float32"),
+    "whole": ("levels", (2, 64), 128, 1, "float32"),
+    "several blocks": ("levels", (1, 192), 256, 1, "float32"),
+    "frames": ("levels", (2, 2, 32), 128, 1, "float32"),
+    "across samples": ("levels", (4, 32), 128, 1, "float32"),
+    "ragged channels": ("levels", (1, 64), 130, 1, "float32"),
+    "16 bits": ("levels", (2, 64), 128, 1, "bfloat16"),
+    "parts": ("levels", (2, 35), 384, 3, None),
+    "parts of no whole blocks": ("levels", (2, 35), 192, 3, None),
+    "parts of a sum": ("levels", (1, 64), 256, 2, "float32"),
+    "groups": ("groups", (2, 64), 128, 1, "float32"),
+    "parts in groups": ("groups", (2, 35), 256, 2, None),
+    "weights alone": ("weights", (2, 64), 128, 1, "float32"),
+    "parts of weights alone": ("weights", (2, 35), 256, 2, None),
+}
+FUSED = {
+    "levels": gpu_levels.levels_fused,
+    "groups": gpu_groups.groups_fused,
+    "weights": gpu_weights.weights_fused,
 }
 
 
-def interpreted():
-    """Returns the kernel with its neighbors, interpreted."""
+def interpreted(kind="levels"):
+    """Returns a kernel with its neighbors, interpreted."""
     from jax.experimental.pallas import mosaic_gpu
 
     settings = {"tiles": Tiles(64, 64, 2), "interpret": mosaic_gpu.InterpretGPUParams()}
-    return functools.partial(levels_fused, **settings)
+    return functools.partial(FUSED[kind], **settings)
 
 
-def facts(rows, width, parts, gated_dtype):
+def facts(kind, rows, width, parts, gated_dtype):
     """Returns errors in units of the greatest value, dtypes, shapes, and whether slopes are those of XLA."""
-    rng, kernel = np.random.default_rng(0), interpreted()
-    q = quantize(jnp.asarray(rng.normal(size=(128, width)) / 16, jnp.float32), W(4, 32, **LEVELS))
+    rng, kernel = np.random.default_rng(0), interpreted(kind)
+    weight, spec = KINDS[kind]
+    act, numerics = (None, "simulated") if spec is None else (ActQuant(spec), "integer")
+    q = quantize(jnp.asarray(rng.normal(size=(128, width)) / 16, jnp.float32), weight)
     bias = jnp.asarray(rng.normal(size=width), jnp.float32)
-    x = jnp.asarray(rng.normal(size=(*rows, 128)), jnp.float32)
+    x_dtype = "bfloat16" if spec is None else "float32"
+    x = jnp.asarray(rng.normal(size=(*rows, 128)), x_dtype)
     gated, gate, before = None, 1.0, 0.0
     if gated_dtype is not None:
         before = jnp.asarray(rng.normal(size=(*rows, width)) * 10, gated_dtype)
@@ -59,14 +79,14 @@ def facts(rows, width, parts, gated_dtype):
 
     @jax.jit
     def product(x, gated):
-        return kernel(x, q, ActQuant(TOKEN), "float32", bias, None, gated, parts)
+        return kernel(x, q, act, "float32", bias, None, gated, parts)
 
     def by_xla(x, gated):
-        settings = {"bias": bias, "gated": gated, "parts": parts}
-        return fused_matmul(x, q, TOKEN, "integer", "xla", **settings)
+        settings = {"bias": bias, "gated": gated, "parts": parts, "out_dtype": "float32"}
+        return fused_matmul(x, q, act, numerics, "xla", **settings)
 
     found = product(x, gated)
-    (alone,) = kernel(x, q, ActQuant(TOKEN), "float32", bias)
+    (alone,) = kernel(x, q, act, "float32", bias)
     expected = np.asarray(before, np.float32) + np.asarray(gate) * np.asarray(alone)
     joined = np.concatenate(found, axis=-1)
 
@@ -118,7 +138,8 @@ def block_facts(dtype):
 def main():
     found = {name: facts(*case) for name, case in CASES.items()}
     found |= {f"block in {dtype}": block_facts(dtype) for dtype in ("float32", "bfloat16")}
-    found["check"] = gpu_check.wrong_neighbors(interpreted(), gpu_check.LEVELS)
+    checks = {"levels": gpu_check.LEVELS, "groups": gpu_check.GROUPS, "weights": gpu_check.WEIGHTS}
+    found["wrong"] = [gpu_check.wrong_neighbors(interpreted(k), checks[k]) for k in checks]
     json.dump(found, sys.stdout)
 
 

@@ -8,7 +8,7 @@ from grouped_products import CASES, kernel
 from interpreted_gpu import needs_interpreter, printed
 from level_products import W, tokens
 
-from qdit_jax.kernels.gpu_groups import operands_of
+from qdit_jax.kernels.gpu_groups import operands_of, quantized_by_xla
 from qdit_jax.kernels.units import of_units, unit_of, unit_sums
 from qdit_jax.quant import ActQuant, ActSpec, code_rows, dequantize
 
@@ -84,7 +84,7 @@ def test_operands_give_the_product_in_whole_numbers(weight, act):
     """What the kernel does with its operands, step by step in float64."""
     x, q = jnp.asarray(tokens(9, 256)[3:], jnp.float32), kernel(weight, 256, 20)
     unit = unit_of(256, act.group_size, weight.group_size)
-    ours = jax.tree.map(np.asarray, operands_of(x, q, act, unit))
+    ours = jax.tree.map(np.asarray, operands_of(quantized_by_xla(x, act), q, act, unit))
     assert len(ours.pairs) == (not act.symmetric) + (not weight.symmetric and weight.bits == 8)
     codes = np.asarray(code_rows(q), np.int64)
     total = 0.0

@@ -1,4 +1,4 @@
-"""Tokens quantized in one pass, interpreted on CPU: the codes and scales of the quantizer, norm included."""
+"""Tokens quantized in one pass, interpreted on CPU: codes, scales and zero points of the quantizer, norm included."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,8 @@ import pytest
 from interpreted_gpu import needs_interpreter
 from level_products import TOKEN, tokens
 
-from qdit_jax.kernels import Modulated, gpu_rows
-from qdit_jax.kernels.gpu_levels import levels_matmul
+from qdit_jax.kernels import Modulated, gpu_group_rows, gpu_rows
+from qdit_jax.kernels.gpu_levels import levels_fused
 from qdit_jax.quant import ActQuant, ActSpec, codes_of, ranges
 
 pytestmark = needs_interpreter
@@ -85,7 +85,7 @@ def test_a_token_that_is_not_finite_has_no_scale():
 def test_a_product_takes_it_and_has_the_derivative_of_xla():
     from level_products import LEVELS, W
 
-    from qdit_jax.kernels import quantized_matmul
+    from qdit_jax.kernels import fused_matmul
     from qdit_jax.kernels.gpu_tiles import Tiles
     from qdit_jax.quant import quantize
 
@@ -95,10 +95,10 @@ def test_a_product_takes_it_and_has_the_derivative_of_xla():
     settings = {"tiles": Tiles(64, 64, 2), "interpret": interpreter()}
 
     def ours(x):
-        return levels_matmul(x, q, ActQuant(TOKEN), "integer", **settings)
+        return levels_fused(x, q, ActQuant(TOKEN), "float32", **settings)[0]
 
     def by_xla(x):
-        return quantized_matmul(x, q, TOKEN, "integer", "xla")
+        return fused_matmul(x, q, TOKEN, "integer", "xla")[0]
 
     found, other = jax.jit(ours)(x), jax.jit(by_xla)(x)
     assert found.shape == (2, 3, 20)
@@ -115,3 +115,67 @@ def test_wide_tokens_are_left_to_xla():
     assert not gpu_rows.fits(jnp.zeros((2, 130)))
     wide = Modulated(jnp.zeros((1, 2, 6272)), jnp.zeros((1, 6272 * 2)), 0, 1)
     assert not gpu_rows.fits(wide)
+
+
+GROUPED = {
+    "zero points": ActSpec(8, 128),
+    "symmetric": ActSpec(8, 128, symmetric=True),
+    "4 bits": ActSpec(4, 128),
+    "of the release": ActSpec(8, 128, range_fn=ranges.qdit_release()),
+}
+
+
+def in_groups(x, spec):
+    found = gpu_group_rows.quantized_groups(x, spec, interpret=interpreter())
+    return [None if a is None else np.asarray(a) for a in found]
+
+
+@pytest.mark.parametrize("name", GROUPED)
+@pytest.mark.parametrize(("shape", "dtype"), [((16, 384), "float32"), ((2, 4, 256), "bfloat16")])
+def test_groups_have_the_codes_of_the_quantizer(shape, dtype, name):
+    spec = GROUPED[name]
+    x = tokens(int(np.prod(shape[:-1])), shape[-1])
+    x[6, :128] = -np.abs(x[6, :128]) - 2  # on one side
+    x = jnp.asarray(x.reshape(shape), dtype)
+    codes, scale, zero = in_groups(x, spec)
+    wide = x.reshape(-1, shape[-1]).astype(jnp.float32)
+    own_scale, own_zero = ActQuant(spec).grid(wide)
+    own = np.asarray(codes_of(wide, own_scale, own_zero, spec))
+    half = 0 if spec.symmetric else 2 ** (spec.bits - 1)
+    np.testing.assert_array_equal(scale.T, own_scale)
+    np.testing.assert_array_equal(codes, own - half)
+    assert (zero is None) == spec.symmetric
+    if zero is not None:
+        np.testing.assert_array_equal(zero.T, np.asarray(own_zero) - half)
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [((3, 8), "float32"), ((2, 4, 4), "bfloat16")])
+def test_a_norm_comes_before_groups(rows, dtype):
+    x = modulated(rows=rows, dtype=dtype)
+    codes, scale, zero = in_groups(x, ActSpec(8, 128))
+    spread = np.repeat(scale.T, 128, axis=1)
+    values = (codes - np.repeat(zero.T, 128, axis=1)) * spread
+    exact = np.asarray(x.array(), np.float64).reshape(values.shape)
+    # The ends are codes of their own, rounded with the zero point: up to half a step beside.
+    assert np.abs((values - exact) / spread).max() < 1 + 1e-2
+    assert np.abs((values - exact) / spread).mean() < 0.27
+
+
+def test_a_group_that_is_not_finite_has_no_scale():
+    x = tokens(8, 256)
+    x[4, 3], x[5, 160], x[6, 0] = np.nan, np.inf, -np.inf
+    _, scale, _ = in_groups(jnp.asarray(x, jnp.float32), ActSpec(8, 128))
+    broken = np.zeros_like(scale, bool)
+    broken[0, 4] = broken[1, 5] = broken[0, 6] = True
+    np.testing.assert_array_equal(np.isnan(scale), broken)
+
+
+def test_other_groups_are_left_to_xla():
+    x, spec = jnp.zeros((2, 8, 256)), ActSpec(8, 128)
+    assert gpu_group_rows.fits(x, spec)
+    for other in (ActSpec(8, 64), ActSpec(8, 0), ActSpec(8, 128, range_fn=ranges.mse())):
+        assert not gpu_group_rows.fits(x, other)
+    assert not gpu_group_rows.fits(jnp.zeros((2, 9, 256)), spec)
+    assert not gpu_group_rows.fits(
+        Modulated(jnp.zeros((2, 4, 256)), jnp.zeros((2, 512)), 0, 1), spec
+    )

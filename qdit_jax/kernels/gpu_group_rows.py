@@ -1,0 +1,188 @@
+"""Quantizing the tokens of a product in groups, in one pass, in a Pallas Mosaic GPU kernel.
+
+As `gpu_rows`, with a scale and a zero point per unit of input channels: XLA reads its inputs four times or more,
+and writes them in float32 first where they come from a norm. A warp has two tokens; of a norm it reads them
+twice more, from the cache.
+
+Compiled ahead of time for an H100, interpreted on CPU, not run on a GPU.
+
+Dimensions: M tokens, K input channels, G groups of C channels, W tokens of a block, two per warp.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int8, Int32
+
+from qdit_jax.kernels.gpu_memory import loaded
+from qdit_jax.kernels.gpu_rows import Norm, norm_of, operands_of
+from qdit_jax.kernels.prologue import Modulated
+from qdit_jax.kernels.refs import Ref
+from qdit_jax.kernels.token_scales import INFINITY, magnitude_bits
+from qdit_jax.quant import ActSpec, code_limits, grid_of_limits, in_one_form, rounded_quotients
+
+WARPS, LANES, TOGETHER = 4, 32, 4  # of a block; threads of a warp; neighboring channels of a thread
+TOKENS, CHANNELS = 2 * WARPS, LANES * TOGETHER  # of a block: their scales fill 32 bytes
+
+
+# The first channel of a group -> its values.
+GroupFn = Callable[[int], Float[Array, "W C"]]
+
+
+class Groups(NamedTuple):
+    """Tokens in groups.
+
+    Attributes:
+        codes: elements, moved by half their range where there are zero points.
+        scale: NaN of a group that is not finite.
+        zero: moved too; None of symmetric codes.
+    """
+
+    codes: Int8[Array, "M K"]
+    scale: Float[Array, "G M"]
+    zero: Int32[Array, "G M"] | None
+
+
+def fits(x: Float[Array, "*lead K"] | Modulated, spec: ActSpec) -> bool:
+    """Returns whether tokens can be quantized here."""
+    *lead, num_channels = x.shape
+    # A block has one modulation.
+    rows = math.prod(lead[1:] if isinstance(x, Modulated) else lead)
+    is_whole = num_channels % CHANNELS == 0 and rows % TOKENS == 0
+    return is_whole and spec.group_size == CHANNELS and spec.range_fn.from_extremes
+
+
+def quantized_groups(
+    x: Float[Array, "*lead K"] | Modulated, spec: ActSpec, *, interpret: Any = None
+) -> Groups:
+    """Returns tokens quantized in groups of 128 channels."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    operands, norm = operands_of(x), norm_of(x)
+    count, num_channels = operands[0].shape
+    groups = num_channels // CHANNELS
+    out_type = [
+        jax.ShapeDtypeStruct((count, num_channels), jnp.int8),
+        jax.ShapeDtypeStruct((groups, count), jnp.float32),
+    ]
+    if not spec.symmetric:
+        out_type.append(jax.ShapeDtypeStruct((groups, count), jnp.int32))
+    found = plgpu.kernel(
+        functools.partial(_kernel, spec=spec, norm=norm),
+        out_type=out_type,
+        scratch_types=[plgpu.SMEM((groups, TOKENS), of_group.dtype) for of_group in out_type[1:]],
+        grid=(count // TOKENS,),
+        grid_names=("block",),
+        cost_estimate=pl.CostEstimate(
+            flops=20 * count * num_channels,
+            transcendentals=0,
+            bytes_accessed=sum(a.size * a.dtype.itemsize for a in operands) + count * num_channels,
+        ),
+        kernel_name="gpu_group_rows",
+        interpret=interpret,
+    )(*operands)
+    codes, scale, *zero = found
+    return Groups(codes, scale, zero[0] if zero else None)
+
+
+def _kernel(x: Ref, *refs: Ref, spec: ActSpec, norm: Norm | None) -> None:
+    """Writes codes, scales and zero points of a block of tokens."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    modulation, refs = (refs[:1], refs[1:]) if norm else ((), refs)
+    count = 1 if spec.symmetric else 2  # scales, zero points
+    codes_ref, outputs, blocks = refs[0], refs[1 : 1 + count], refs[1 + count :]
+    first = lax.axis_index("block") * TOKENS
+    tokens = pl.ds(first, TOKENS)
+    num_channels = x.shape[1]
+
+    group_fn: GroupFn = lambda start: in_registers(x.at[tokens, pl.ds(start, CHANNELS)])  # noqa: E731
+    if norm is not None:
+        parts = modulation[0].at[first // norm.tokens_per_sample]
+        group_fn = modulated_group(group_fn, parts, norm, num_channels)
+    for index in range(num_channels // CHANNELS):
+        start = index * CHANNELS
+        codes, *of_group = quantized(group_fn(start), spec)
+        codes_ref.at[tokens, pl.ds(start, CHANNELS)][...] = codes
+        for block, values in zip(blocks, of_group, strict=True):
+            block.at[index][...] = values
+    plgpu.commit_smem()
+    for block, output in zip(blocks, outputs, strict=True):
+        plgpu.copy_smem_to_gmem(block, output.at[:, tokens])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=False)
+
+
+def modulated_group(group_fn: GroupFn, parts: Ref, norm: Norm, num_channels: int) -> GroupFn:
+    """Returns what gives a group of tokens after the norm and its modulation."""
+    starts = range(0, num_channels, CHANNELS)
+
+    def mean_of(value_fn: GroupFn) -> Float[Array, "W C"]:
+        total = functools.reduce(jnp.add, map(value_fn, starts))
+        return over_channels(jnp.sum(total, axis=1) / num_channels)
+
+    mean = mean_of(group_fn)
+    variance = mean_of(lambda start: jnp.square(group_fn(start) - mean))
+    factor = lax.rsqrt(variance + norm.eps)
+
+    def group(start: int) -> Float[Array, "W C"]:
+        shift, scale = (
+            over_tokens(parts.at[pl.ds(part * num_channels + start, CHANNELS)])
+            for part in (norm.shift, norm.scale)
+        )
+        return (group_fn(start) - mean) * factor * (1 + scale) + shift
+
+    return group
+
+
+def quantized(values: Float[Array, "W C"], spec: ActSpec) -> list[Array]:
+    """Returns codes `[W, C]`, scales `[W]` and, if codes are not symmetric, zero points `[W]`."""
+    bits = magnitude_bits(values)
+    is_finite = jnp.max(bits, axis=1) < INFINITY
+    known = jnp.where(bits < INFINITY, values, 0.0)
+    low, high = jnp.min(known, axis=1), jnp.max(known, axis=1)
+    with in_one_form():
+        low, high = spec.range_fn.limits_from_extremes(low, high, spec.bits, spec.symmetric)
+        scale, zero = grid_of_limits(low, high, spec)
+        codes_fn = rounded_quotients(over_channels(scale), 2**spec.bits - 1)
+    codes = codes_fn(values)
+    lowest, highest = code_limits(spec)
+    own_scale = jnp.where(is_finite, scale, jnp.nan)
+    if zero is None:
+        return [jnp.clip(codes, lowest, highest).astype(jnp.int8), own_scale]
+    half = 2 ** (spec.bits - 1)
+    whole = zero.astype(jnp.int32)
+    codes = jnp.clip(codes + over_channels(whole), lowest, highest) - half
+    return [codes.astype(jnp.int8), own_scale, whole - half]
+
+
+def over_channels(values: Array) -> Array:
+    """Returns values `[W]` of tokens at every channel `[W, C]`."""
+    return lax.broadcast_in_dim(values, (TOKENS, CHANNELS), [0])
+
+
+def layout() -> Any:
+    """Returns the layout of `[W, C]`: a warp has rows, a thread four neighboring channels."""
+    from jax.experimental.mosaic.gpu import fragmented_array
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    tiling = fragmented_array.Tiling(((WARPS, CHANNELS), (TOGETHER,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+
+
+def in_registers(block: Ref) -> Float[Array, "W C"]:
+    """Returns a block of memory in registers."""
+    return loaded(block, layout(), optimized=False).astype(jnp.float32)
+
+
+def over_tokens(values: Ref) -> Float[Array, "W C"]:
+    """Returns values `[C]` of memory at every token `[W, C]`."""
+    found = loaded(values, layout().reduce(0), optimized=False).astype(jnp.float32)
+    return lax.broadcast_in_dim(found, (TOKENS, CHANNELS), [1])
