@@ -29,7 +29,7 @@ from qdit_jax.models.joint import (
 from qdit_jax.models.layers import AttentionModule, timestep_features
 from qdit_jax.models.linear import Layers
 from qdit_jax.models.network import NetworkModule
-from qdit_jax.models.norms import RMSNorm, modulated_norm
+from qdit_jax.models.norms import RMSNorm, added_by, modulated_norm
 from qdit_jax.models.rotary import grid_positions, rotary_angles, rotated
 from qdit_jax.models.runs import apply_blocks
 from qdit_jax.types import Condition, Params
@@ -124,7 +124,7 @@ class DoubleBlock(nn.Module):
         hidden = modulated_norm(x, m[3], m[4])
         hidden = self.layers.linear(self.mlp_width, name=f"{name}_mlp_0").fused(hidden, GELU)
         second = self.layers.linear(x.shape[-1], wide_output=True, name=f"{name}_mlp_2")
-        return x + m[5] * second(hidden)
+        return added_by(second.fused, hidden, x, m[5])
 
 
 class SingleBlock(AttentionModule):
@@ -150,7 +150,8 @@ class SingleBlock(AttentionModule):
         q, k = (rotated(a, angles).astype(v.dtype) for a in QKNorm(name="norm")(q, k))
         attended = rearrange(self.attend(q, k, v), "b t h d -> b t (h d)")
         both = jnp.concatenate([attended, nn.gelu(hidden, approximate=True)], axis=-1)
-        return x + gate * self.layers.linear(d, wide_output=True, name="linear2")(both)
+        linear2 = self.layers.linear(d, wide_output=True, name="linear2")
+        return added_by(linear2.fused, both, x, gate)
 
 
 class Flux(NetworkModule):

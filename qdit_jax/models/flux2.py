@@ -25,7 +25,7 @@ from qdit_jax.models.joint import ModulatedOutput, StreamAttention, joint_attent
 from qdit_jax.models.layers import AttentionModule, timestep_features
 from qdit_jax.models.linear import Layers
 from qdit_jax.models.network import NetworkModule
-from qdit_jax.models.norms import RMSNorm, modulated_norm
+from qdit_jax.models.norms import RMSNorm, added_by, modulated_norm
 from qdit_jax.models.rotary import grid_positions, rotary_angles, rotated
 from qdit_jax.models.runs import apply_blocks
 from qdit_jax.types import Condition, Params
@@ -111,7 +111,7 @@ class DoubleBlock(nn.Module):
         hidden = modulated_norm(x, m[3], m[4], self.kind.norm_eps)
         first = self.layers.linear(2 * self.kind.mlp_width, name=f"{name}_mlp_0")
         second = self.layers.linear(x.shape[-1], wide_output=True, name=f"{name}_mlp_2")
-        return x + m[5] * second(gated(first.fused(hidden)))
+        return added_by(second.fused, gated(first.fused(hidden)), x, m[5])
 
 
 class SingleBlock(AttentionModule):
@@ -137,7 +137,8 @@ class SingleBlock(AttentionModule):
         q, k = (rotated(a, angles).astype(v.dtype) for a in normed)
         attended = rearrange(self.attend(q, k, v), "b t h d -> b t (h d)")
         both = jnp.concatenate([attended, gated(hidden)], axis=-1)
-        return x + gate * self.layers.linear(d, wide_output=True, name="linear2")(both)
+        linear2 = self.layers.linear(d, wide_output=True, name="linear2")
+        return added_by(linear2.fused, both, x, gate)
 
 
 class Flux2(NetworkModule):

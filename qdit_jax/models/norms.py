@@ -6,13 +6,14 @@ Dimensions: B samples, T tokens, D channels.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from qdit_jax.kernels import Modulated, normalized
+from qdit_jax.kernels import Gated, Modulated, normalized
 
 
 class RMSNorm(nn.Module):
@@ -58,3 +59,15 @@ def modulated_norm(
         return layer_norm(x, eps) * (1 + scale) + shift
     both = jnp.concatenate([shift, scale], axis=-1)
     return Modulated(x, both.reshape(len(shift), -1), 0, 1, eps)
+
+
+def added_by(
+    fused_fn: Callable[..., Array],
+    hidden: Float[Array, "B *T K"] | Modulated,
+    x: Float[Array, "B *T D"],
+    gate: Float[Array, "B *N D"],
+) -> Float[Array, "B *T D"]:
+    """Returns `x + gate * y` of what a layer's `fused` makes of `hidden`."""
+    if math.prod(gate.shape[1:-1]) != 1:
+        return x + gate * fused_fn(hidden)
+    return fused_fn(hidden, gated=Gated(x, gate.reshape(len(gate), -1), 0))

@@ -38,7 +38,7 @@ from qdit_jax.models.layers import (
 )
 from qdit_jax.models.linear import Layers, stored
 from qdit_jax.models.network import NetworkModule
-from qdit_jax.models.norms import LayerNorm, modulated_norm
+from qdit_jax.models.norms import LayerNorm, added_by, modulated_norm
 from qdit_jax.models.runs import apply_blocks
 from qdit_jax.types import Condition, Params
 
@@ -132,7 +132,7 @@ class Block(nn.Module):
         x = x + gate1 * attention(modulated(x, shift1, scale1))
         x = x + CrossAttention(self.num_heads, self.layers, name="cross_attn")(x, text, mask)
         mlp = Mlp(self.mlp_width, self.layers, name="mlp")
-        return x + gate2 * mlp(modulated_norm(x, shift2, scale2))
+        return added_by(mlp, modulated_norm(x, shift2, scale2), x, gate2)
 
 
 class PixArt(NetworkModule):

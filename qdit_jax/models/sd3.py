@@ -35,7 +35,7 @@ from qdit_jax.models.layers import (
 )
 from qdit_jax.models.linear import Layers, stored
 from qdit_jax.models.network import NetworkModule
-from qdit_jax.models.norms import RMSNorm, layer_norm, modulated_norm
+from qdit_jax.models.norms import RMSNorm, added_by, layer_norm, modulated_norm
 from qdit_jax.models.runs import apply_blocks
 from qdit_jax.types import Condition, Params
 
@@ -110,7 +110,7 @@ class Stream(nn.Module):
         if self.is_dual:  # on the same norm: that of the tokens before the shared attention
             own = self.attn2.heads(modulated(before, m[6], m[7]))
             x = x + m[8] * self.attn2.output(self.attn2.attend(*own))
-        return x + m[5] * self.mlp(modulated_norm(x, m[3], m[4]))
+        return added_by(self.mlp, modulated_norm(x, m[3], m[4]), x, m[5])
 
 
 class JointBlock(nn.Module):

@@ -35,7 +35,7 @@ from qdit_jax.models.layers import (
 )
 from qdit_jax.models.linear import Layers
 from qdit_jax.models.network import NetworkModule
-from qdit_jax.models.norms import modulated_norm
+from qdit_jax.models.norms import added_by, modulated_norm
 from qdit_jax.types import AnyArray, Condition, Params
 
 
@@ -68,7 +68,7 @@ class STDiTBlock(nn.Module):
         cross = CrossAttention(self.num_heads, self.layers, name="cross_attn")
         x = x + cross(x.reshape(x.shape[0], -1, d), text, mask).reshape(x.shape)
         mlp = Mlp(int(d * self.mlp_ratio), self.layers, name="mlp")
-        return x + gate2 * mlp(modulated_norm(x, shift2, scale2))
+        return added_by(mlp, modulated_norm(x, shift2, scale2), x, gate2)
 
 
 class STDiT(NetworkModule):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from qdit_jax.kernels import GELU
 from qdit_jax.models.layers import AttentionModule
 from qdit_jax.models.linear import Layers, stored
-from qdit_jax.models.norms import LayerNorm, RMSNorm, layer_norm, modulated_norm
+from qdit_jax.models.norms import LayerNorm, RMSNorm, added_by, layer_norm, modulated_norm
 from qdit_jax.models.rotary import rotated
 
 NORMAL = nn.initializers.normal(0.02)
@@ -88,7 +88,8 @@ class Block(nn.Module):
         x = x + CrossAttention(*settings, name="cross_attn")(hidden, text)
         hidden = modulated_norm(x, shift2, scale2, self.eps)
         hidden = self.layers.linear(self.ffn_width, name="ffn_0").fused(hidden, GELU)
-        return x + gate2 * self.layers.linear(d, wide_output=True, name="ffn_2")(hidden)
+        ffn_2 = self.layers.linear(d, wide_output=True, name="ffn_2")
+        return added_by(ffn_2.fused, hidden, x, gate2)
 
 
 class Head(nn.Module):
