@@ -95,7 +95,7 @@ def launched(text: str, pattern: str) -> list[int]:
 def layer_roofline(rows: int, channels: int, width: int, spec: LayerSpec | None) -> float:
     """Returns the microseconds of a layer at an H100's full rates, inputs and outputs in bfloat16.
 
-    Of a kernel the quantizer counts too: one pass that writes codes, or, in groups, two of XLA. There every sum of a unit is converted, multiplied twice, and corrected if the inputs have zero points;
+    Of a kernel the quantizer counts too: one pass that writes codes, two of XLA in groups not of 128. In groups every sum of a unit is converted, multiplied twice, and corrected if the inputs have zero points;
     full rates of that and of the tensor cores at once are assumed. Of weights alone, each block of rows
     unpacks all weights of its columns.
     """
@@ -115,7 +115,8 @@ def layer_roofline(rows: int, channels: int, width: int, spec: LayerSpec | None)
         unpacking = at_full_issue(times * channels * width * UNPACKING)
         return round(max(microseconds(operations, "bfloat16", moved), unpacking), 2)
     is_grouped = not weight.has_levels and weight.group_size
-    quantizer = microseconds(0, "int8", rows * channels * (2 + (2 if is_grouped else 0) + 1))
+    is_by_xla = is_grouped and act.group_size != gpu_tiles.RUN
+    quantizer = microseconds(0, "int8", rows * channels * (2 + (2 if is_by_xla else 0) + 1))
     moved = rows * channels + 2 * rows * width + packed_nbytes(channels, width, weight)
     product = microseconds(operations, "int8", moved)
     if is_grouped:

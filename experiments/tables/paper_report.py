@@ -157,5 +157,5 @@ def figure(rows: Sequence[dict[str, Any]]) -> Figure:
         axis.grid(alpha=0.25)
         axis.set_yticks(range(len(methods)), methods)
     axes[0].invert_yaxis()
-    axes[-1].legend(fontsize=8)
+    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return drawn
