@@ -33,8 +33,9 @@ WARPS, LANES, TOGETHER = 4, 32, 4  # of a block; threads of a warp; neighboring 
 TOKENS, CHANNELS = 2 * WARPS, LANES * TOGETHER  # of a block: their scales fill 32 bytes
 
 
+MOST_TOGETHER = 3  # groups that are unrolled
 # The first channel of a group -> its values.
-GroupFn = Callable[[int], Float[Array, "W C"]]
+GroupFn = Callable[[Array], Float[Array, "W C"]]
 
 
 class Groups(NamedTuple):
@@ -108,31 +109,53 @@ def _kernel(x: Ref, *refs: Ref, spec: ActSpec, norm: Norm | None) -> None:
     if norm is not None:
         parts = modulation[0].at[first // norm.tokens_per_sample]
         group_fn = modulated_group(group_fn, parts, norm, num_channels)
-    for index in range(num_channels // CHANNELS):
+
+    def quantize_group(index: Array) -> None:
         start = index * CHANNELS
         codes, *of_group = quantized(group_fn(start), spec)
         codes_ref.at[tokens, pl.ds(start, CHANNELS)][...] = codes
         for block, values in zip(blocks, of_group, strict=True):
             block.at[index][...] = values
+
+    over_groups(lambda index, _: quantize_group(index), num_channels, None)
     plgpu.commit_smem()
     for block, output in zip(blocks, outputs, strict=True):
         plgpu.copy_smem_to_gmem(block, output.at[:, tokens])
     plgpu.wait_smem_to_gmem(0, wait_read_only=False)
 
 
+def over_groups(body: Callable[[Array, Any], Any], num_channels: int, carry: Any) -> Any:
+    """Returns what a body `(number of the group, carry) -> carry` makes of all groups, several at a time.
+
+    A loop, for what unrolls all takes minutes to lower; several, for their loads to be in flight together.
+    """
+    count = num_channels // CHANNELS
+    together = max(size for size in range(1, MOST_TOGETHER + 1) if count % size == 0)
+
+    def several(step: Array, carry: Any) -> Any:
+        for index in range(together):
+            carry = body(step * together + index, carry)
+        return carry
+
+    return lax.fori_loop(0, count // together, several, carry)
+
+
 def modulated_group(group_fn: GroupFn, parts: Ref, norm: Norm, num_channels: int) -> GroupFn:
     """Returns what gives a group of tokens after the norm and its modulation."""
-    starts = range(0, num_channels, CHANNELS)
+    from jax.experimental.pallas import mosaic_gpu as plgpu
 
     def mean_of(value_fn: GroupFn) -> Float[Array, "W C"]:
-        total = functools.reduce(jnp.add, map(value_fn, starts))
+        zeros = plgpu.layout_cast(jnp.zeros((TOKENS, CHANNELS), jnp.float32), layout())
+        total = over_groups(
+            lambda index, total: total + value_fn(index * CHANNELS), num_channels, zeros
+        )
         return over_channels(jnp.sum(total, axis=1) / num_channels)
 
     mean = mean_of(group_fn)
     variance = mean_of(lambda start: jnp.square(group_fn(start) - mean))
     factor = lax.rsqrt(variance + norm.eps)
 
-    def group(start: int) -> Float[Array, "W C"]:
+    def group(start: Array) -> Float[Array, "W C"]:
         shift, scale = (
             over_tokens(parts.at[pl.ds(part * num_channels + start, CHANNELS)])
             for part in (norm.shift, norm.scale)
