@@ -37,7 +37,7 @@ from qdit_jax.kernels.gpu_call import (
     run_pipeline,
 )
 from qdit_jax.kernels.gpu_memory import loaded, loaded_words, of_columns, of_rows, word_layout
-from qdit_jax.kernels.gpu_neighbors import with_neighbors, without_padding, written_dtype
+from qdit_jax.kernels.gpu_neighbors import takes, with_neighbors, without_padding, written_dtype
 from qdit_jax.kernels.gpu_tiles import (
     HALF,
     RUN,
@@ -110,7 +110,9 @@ def groups_fused(
     """Returns the parts of `groups_matmul` and of what comes before and after it, see `fused_matmul`."""
     assert act is not None, "its row refuses it"
     if tiles is None:
-        tiles = chosen_tiles(groups_shape(x.shape, q, act.spec, dtype, gated))
+        tiles = chosen_tiles(
+            groups_shape(x.shape, q, act.spec, dtype, gated), takes(gated, parts, q.shape[1])
+        )
     spec = act.spec
 
     def product(gated: Gated | None, parts: int) -> tuple[Array, ...]:

@@ -26,18 +26,26 @@ def with_neighbors(
     A gated sum is computed in the kernel where a block of rows lies in one sample, and parts are written
     apart where a block of columns lies in one.
     """
-    inside = gated if gated is not None and is_whole(gated, tiles) else None
-    is_apart = parts == 1 or (gated is None and width // parts % tiles.block == 0)
-    if is_apart and parts > 1:
+    is_inside = takes(gated, parts, width)(tiles)
+    if gated is None and is_inside:
         return product_fn(None, parts)
-    (y,) = product_fn(inside, 1)
-    return followed(y, None if inside is not None else gated, parts)
+    (y,) = product_fn(gated if is_inside else None, 1)
+    return followed(y, None if is_inside else gated, parts)
 
 
-def is_whole(gated: Gated, tiles: Tiles) -> bool:
-    """Returns whether every block of the result has one gate and no padding, and the dtype of the sum."""
-    is_wide = gated.x.dtype == gated.dtype
-    return is_wide and not (gated.tokens_per_sample % tiles.rows or gated.x.shape[-1] % tiles.block)
+def takes(gated: Gated | None, parts: int, width: int) -> Callable[[Tiles], bool]:
+    """Returns whether blocks let the kernel compute what follows a product.
+
+    Every block of a gated sum has one gate, no padding, and the dtype of the sum; of parts each lies in one.
+    """
+
+    def fits(tiles: Tiles) -> bool:
+        if gated is None:
+            return parts == 1 or width // parts % tiles.block == 0
+        is_wide = gated.x.dtype == gated.dtype
+        return is_wide and not (gated.tokens_per_sample % tiles.rows or width % tiles.block)
+
+    return fits
 
 
 def written_dtype(dtype: str, gated: Gated | None) -> np.dtype:

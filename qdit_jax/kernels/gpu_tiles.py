@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 
 import jax
@@ -114,23 +114,28 @@ def fits(tiles: Tiles, shape: Shape) -> bool:
     return shared_bytes(tiles, shape) <= SHARED_MEMORY
 
 
-def chosen_tiles(shape: Shape) -> Tiles:
-    """Returns the blocks of a product: measured ones on this device, else those by arithmetic."""
+def chosen_tiles(shape: Shape, allowed: Callable[[Tiles], bool] = lambda _: True) -> Tiles:
+    """Returns the blocks of a product: measured ones on this device, else those by arithmetic.
+
+    `allowed` says which blocks let the kernel compute what stands beside the product; where none do, any is taken.
+    """
     table = measured(this_device())
     near = [
         row
-        for row in table
-        if dataclasses.replace(row, rows=0) == dataclasses.replace(shape, rows=0)
+        for row, tiles in table.items()
+        if dataclasses.replace(row, rows=shape.rows, itemsize=shape.itemsize) == shape
+        and fits(tiles, shape)
+        and allowed(tiles)
     ]
     if near:
         closest = min(near, key=lambda row: (abs(row.rows - shape.rows), row.rows))
         # Blocks of one number of rows say little about ten times as many.
         if closest.rows <= 2 * shape.rows and shape.rows <= 2 * closest.rows:
             return table[closest]
-    return tiles_by_arithmetic(shape)
+    return tiles_by_arithmetic(shape, allowed)
 
 
-def tiles_by_arithmetic(shape: Shape) -> Tiles:
+def tiles_by_arithmetic(shape: Shape, allowed: Callable[[Tiles], bool] = lambda _: True) -> Tiles:
     """Returns the blocks with the least work of the busiest multiprocessor, of these the largest.
 
     Where some blocks divide the rows, only these: others need a copy of the result without its padding.
@@ -144,6 +149,7 @@ def tiles_by_arithmetic(shape: Shape) -> Tiles:
         return cost, -tiles.rows * tiles.block
 
     tried = [tiles for tiles in usable(shape) if tiles.steps <= DEPTH]
+    tried = [tiles for tiles in tried if allowed(tiles)] or tried
     deepest = {(tiles.rows, tiles.columns): tiles for tiles in sorted(tried)}
     fitting = list(deepest.values())
     whole = [tiles for tiles in fitting if shape.rows % tiles.rows == 0]

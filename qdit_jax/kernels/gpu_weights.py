@@ -34,7 +34,7 @@ from qdit_jax.kernels.gpu_call import (
 )
 from qdit_jax.kernels.gpu_floats import MAGIC, code_floats, multiply_floats
 from qdit_jax.kernels.gpu_memory import loaded
-from qdit_jax.kernels.gpu_neighbors import with_neighbors, without_padding, written_dtype
+from qdit_jax.kernels.gpu_neighbors import takes, with_neighbors, without_padding, written_dtype
 from qdit_jax.kernels.gpu_tiles import HALF, RUN, Shape, Tiles, chosen_tiles, rounded_up
 from qdit_jax.kernels.prologue import Modulated, plain
 from qdit_jax.kernels.refs import Ref, Span
@@ -80,7 +80,9 @@ def weights_fused(
     """Returns the parts of `weights_matmul` and of what comes before and after it, see `fused_matmul`."""
     assert act is None, "its row refuses it"
     if tiles is None:
-        tiles = chosen_tiles(weights_shape(x.shape, q, dtype, gated))
+        tiles = chosen_tiles(
+            weights_shape(x.shape, q, dtype, gated), takes(gated, parts, q.shape[1])
+        )
     spec = None
 
     def product(gated: Gated | None, parts: int) -> tuple[Array, ...]:

@@ -259,3 +259,17 @@ def test_measured_blocks_are_taken_on_their_device_and_near_their_shape(monkeypa
     for other in ({"rows": 512}, {"width": 3456}, {"bits": 8}, {"unit": 128}):
         far = dataclasses.replace(shape, **other)
         assert chosen_tiles(far) == tiles_by_arithmetic(far)
+
+
+def test_blocks_are_those_that_let_the_kernel_compute_what_follows(monkeypatch):
+    shape = Shape(4096, 1152, 1152, 4, 4)
+    wide = Tiles(96, 64, 4)
+    monkeypatch.setattr(
+        gpu_tiles, "measured", lambda _: {dataclasses.replace(shape, itemsize=2): wide}
+    )
+    assert chosen_tiles(shape) == wide  # measured with another dtype of the result
+    allowed = lambda tiles: 256 % tiles.rows == 0  # noqa: E731
+    chosen = chosen_tiles(shape, allowed)
+    assert allowed(chosen)
+    assert chosen == tiles_by_arithmetic(shape, allowed)
+    assert chosen_tiles(shape, lambda tiles: False) == tiles_by_arithmetic(shape)
