@@ -24,12 +24,8 @@ from qdit_jax.kernels.prologue import Modulated
 from qdit_jax.quant import ActQuant, ActSpec, QTensor, packing
 
 SIZES = (40, 256, 136)  # M, K, N: neither M nor N is a whole number of blocks
-NEIGHBORS = (
-    2,
-    128,
-    256,
-    384,
-)  # samples, tokens, K, N: blocks in one sample and in one of three parts
+# Samples, tokens, K, N: blocks lie in one sample, and in one of three parts.
+NEIGHBORS = (2, 128, 256, 384)
 # x, weights, dtype of the result.
 ProductFn = Callable[[Float[Array, "M K"], QTensor, str], Float[Array, "M N"]]
 KernelFn = Callable[[np.random.Generator, int, int, int], tuple[QTensor, np.ndarray]]
@@ -170,5 +166,5 @@ def whole_groups(
 
 
 LEVELS = Check(levels_matmul, ActSpec(8, 0, symmetric=True), whole_levels, fused=levels_fused)
-GROUPS = Check(groups_matmul, ActSpec(8, 64), whole_groups, fused=groups_fused)
+GROUPS = Check(groups_matmul, ActSpec(8, 128), whole_groups, fused=groups_fused)
 WEIGHTS = Check(weights_matmul, None, whole_groups, "bfloat16", weights_fused)
