@@ -35,14 +35,13 @@ from qdit_jax.kernels.gpu_call import (
     run_pipeline,
 )
 from qdit_jax.kernels.gpu_memory import loaded, loaded_words, of_columns, of_rows, word_layout
-from qdit_jax.kernels.gpu_neighbors import takes, with_neighbors, without_padding, written_dtype
+from qdit_jax.kernels.gpu_neighbors import fused_by, matmul_by, without_padding, written_dtype
 from qdit_jax.kernels.gpu_tiles import (
     HALF,
     RUN,
     SUB,
     Shape,
     Tiles,
-    chosen_tiles,
     rounded_up,
 )
 from qdit_jax.kernels.operands import act_elements
@@ -58,58 +57,9 @@ from qdit_jax.quant import (
 )
 
 
-def levels_matmul(
-    x: Float[Array, "*lead K"],
-    q: QTensor,
-    act: ActQuant | None,
-    numerics: str,
-    dtype: str | None = None,
-    bias: Float[Array, " N"] | None = None,
-    activation: str | None = None,
-    *,
-    tiles: Tiles | None = None,
-    interpret: Any = None,
-) -> Float[Array, "*lead N"]:
-    """Returns `activation(act(x) @ q + bias)` in integer numerics, in `dtype`, by default that of `x`.
-
-    Equal to `xla.integer_matmul` to float rounding, whose derivative it has. A token that holds NaN or
-    infinity gives NaN. `interpret` is Pallas' `InterpretGPUParams`, which run it on a CPU, slowly.
-    """
-    dtype, settings = dtype or x.dtype.name, {"tiles": tiles, "interpret": interpret}
-    return levels_fused(x, q, act, dtype, bias, activation, **settings)[0]
-
-
-def levels_fused(
-    x: Float[Array, "*lead K"] | Modulated,
-    q: QTensor,
-    act: ActQuant | None,
-    dtype: str,
-    bias: Float[Array, " N"] | None = None,
-    activation: str | None = None,
-    gated: Gated | None = None,
-    parts: int = 1,
-    *,
-    tiles: Tiles | None = None,
-    interpret: Any = None,
-) -> tuple[Float[Array, "*lead M"], ...]:
-    """Returns the parts of `levels_matmul` and of what comes before and after it, see `fused_matmul`."""
-    assert act is not None, "its row refuses it"
-    if tiles is None:
-        tiles = chosen_tiles(
-            levels_shape(x.shape, q, dtype, gated), takes(gated, parts, q.shape[1])
-        )
-    spec = act.spec
-
-    def product(gated: Gated | None, parts: int) -> tuple[Array, ...]:
-        return _product(x, q, bias, gated, spec, dtype, activation, parts, tiles, interpret)
-
-    return with_neighbors(product, q.shape[1], gated, parts, tiles)
-
-
-def levels_shape(x_shape: tuple[int, ...], q: QTensor, dtype: str, gated: Gated | None) -> Shape:
+def levels_shape(rows: int, q: QTensor, spec: ActSpec | None, itemsize: int) -> Shape:
     """Returns the product as the table of blocks knows it."""
-    itemsize = written_dtype(dtype, gated).itemsize
-    return Shape(math.prod(x_shape[:-1]), *q.shape, q.bits, itemsize)
+    return Shape(rows, *q.shape, q.bits, itemsize)
 
 
 @with_derivative_of_xla
@@ -144,6 +94,12 @@ def _product(
     )
     found = called(kernel, operands, epilogue, tiles, name="gpu_levels", interpret=interpret)
     return without_padding(found, x.shape[:-1], width)
+
+
+# In integer numerics. Equal to `xla.integer_matmul` to float rounding, whose derivative they have; a token that
+# holds NaN or infinity gives NaN.
+levels_fused = fused_by(_product, levels_shape)
+levels_matmul = matmul_by(levels_fused)
 
 
 def quantized_tokens(

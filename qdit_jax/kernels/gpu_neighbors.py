@@ -1,21 +1,89 @@
-"""What kernels for GPUs compute after a product where their blocks allow it: a gated sum, and parts.
+"""How kernels for GPUs are called: in which blocks, and with what of the product's neighbors.
 
-Dimensions: N output channels, M of a part.
+A gated sum and parts are computed in the kernel where its blocks allow it, else by XLA.
+
+Dimensions: K input channels, N output channels, M of a part.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from qdit_jax.kernels.epilogue import Gated, followed
-from qdit_jax.kernels.gpu_tiles import Tiles
+from qdit_jax.kernels.gpu_tiles import Shape, Tiles, chosen_tiles
+from qdit_jax.kernels.prologue import Modulated
+from qdit_jax.quant import ActQuant, ActSpec, QTensor
 
 # (what the result is added to in the kernel, how many parts it writes) -> parts.
 ProductFn = Callable[[Gated | None, int], tuple[Array, ...]]
+# (rows, weights, spec of the inputs, bytes of a number of the result) -> the product, as the table knows it.
+ShapeFn = Callable[[int, QTensor, ActSpec | None, int], Shape]
+
+
+def fused_by(
+    product_fn: Callable[..., tuple[Array, ...]], shape_fn: ShapeFn
+) -> Callable[..., tuple[Array, ...]]:
+    """Returns the function that a row of the table calls as `run_fused`.
+
+    Args:
+        product_fn: `(x, q, bias, gated, spec, dtype, activation, parts, tiles, interpret) -> parts`.
+    """
+
+    def fused(
+        x: Float[Array, "*lead K"] | Modulated,
+        q: QTensor,
+        act: ActQuant | None,
+        dtype: str,
+        bias: Float[Array, " N"] | None = None,
+        activation: str | None = None,
+        gated: Gated | None = None,
+        parts: int = 1,
+        *,
+        tiles: Tiles | None = None,
+        interpret: Any = None,
+    ) -> tuple[Float[Array, "*lead M"], ...]:
+        """Returns the parts of a product and of what comes before and after it, see `fused_matmul`.
+
+        `interpret` is Pallas' `InterpretGPUParams`, which run it on a CPU, slowly.
+        """
+        spec, width = None if act is None else act.spec, q.shape[1]
+        if tiles is None:
+            itemsize = written_dtype(dtype, gated).itemsize
+            shape = shape_fn(math.prod(x.shape[:-1]), q, spec, itemsize)
+            tiles = chosen_tiles(shape, takes(gated, parts, width))
+
+        def product(gated: Gated | None, parts: int) -> tuple[Array, ...]:
+            return product_fn(x, q, bias, gated, spec, dtype, activation, parts, tiles, interpret)
+
+        return with_neighbors(product, width, gated, parts, tiles)
+
+    return fused
+
+
+def matmul_by(fused_fn: Callable[..., tuple[Array, ...]]) -> Callable[..., Array]:
+    """Returns the function that a row of the table calls as `run` and `run_to`."""
+
+    def matmul(
+        x: Float[Array, "*lead K"],
+        q: QTensor,
+        act: ActQuant | None,
+        numerics: str,
+        dtype: str | None = None,
+        bias: Float[Array, " N"] | None = None,
+        activation: str | None = None,
+        **settings: Any,
+    ) -> Float[Array, "*lead N"]:
+        """Returns `activation(act(x) @ q + bias)`, in `dtype`, by default that of `x`."""
+        (y,) = fused_fn(x, q, act, dtype or x.dtype.name, bias, activation, **settings)
+        return y
+
+    return matmul
 
 
 def with_neighbors(

@@ -13,7 +13,6 @@ of an output channel; U units, runs of input channels that have one map.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,73 +33,24 @@ from qdit_jax.kernels.gpu_call import (
 )
 from qdit_jax.kernels.gpu_floats import MAGIC, code_floats, multiply_floats
 from qdit_jax.kernels.gpu_memory import loaded
-from qdit_jax.kernels.gpu_neighbors import takes, with_neighbors, without_padding, written_dtype
-from qdit_jax.kernels.gpu_tiles import HALF, RUN, Shape, Tiles, chosen_tiles, rounded_up
+from qdit_jax.kernels.gpu_neighbors import fused_by, matmul_by, without_padding, written_dtype
+from qdit_jax.kernels.gpu_tiles import HALF, RUN, Shape, Tiles, rounded_up
 from qdit_jax.kernels.prologue import Modulated, plain
 from qdit_jax.kernels.refs import Ref, Span
 from qdit_jax.kernels.units import of_units, unit_of
 from qdit_jax.kernels.weight_maps import maps_of
-from qdit_jax.quant import ActQuant, QTensor
+from qdit_jax.quant import QTensor
 
 
-def weights_matmul(
-    x: Float[Array, "*lead K"],
-    q: QTensor,
-    act: ActQuant | None,
-    numerics: str,
-    dtype: str | None = None,
-    bias: Float[Array, " N"] | None = None,
-    activation: str | None = None,
-    *,
-    tiles: Tiles | None = None,
-    interpret: Any = None,
-) -> Float[Array, "*lead N"]:
-    """Returns `activation(x @ q + bias)` in `dtype`, by default that of `x`, sums in float32.
-
-    Equal to `xla.simulated_matmul` to the rounding of sums, whose derivative it has. `interpret` is Pallas'
-    `InterpretGPUParams`, which run it on a CPU, slowly.
-    """
-    dtype, settings = dtype or x.dtype.name, {"tiles": tiles, "interpret": interpret}
-    return weights_fused(x, q, act, dtype, bias, activation, **settings)[0]
-
-
-def weights_fused(
-    x: Float[Array, "*lead K"] | Modulated,
-    q: QTensor,
-    act: ActQuant | None,
-    dtype: str,
-    bias: Float[Array, " N"] | None = None,
-    activation: str | None = None,
-    gated: Gated | None = None,
-    parts: int = 1,
-    *,
-    tiles: Tiles | None = None,
-    interpret: Any = None,
-) -> tuple[Float[Array, "*lead M"], ...]:
-    """Returns the parts of `weights_matmul` and of what comes before and after it, see `fused_matmul`."""
-    assert act is None, "its row refuses it"
-    if tiles is None:
-        tiles = chosen_tiles(
-            weights_shape(x.shape, q, dtype, gated), takes(gated, parts, q.shape[1])
-        )
-    spec = None
-
-    def product(gated: Gated | None, parts: int) -> tuple[Array, ...]:
-        return _product(plain(x), q, bias, gated, spec, dtype, activation, parts, tiles, interpret)
-
-    return with_neighbors(product, q.shape[1], gated, parts, tiles)
-
-
-def weights_shape(x_shape: tuple[int, ...], q: QTensor, dtype: str, gated: Gated | None) -> Shape:
+def weights_shape(rows: int, q: QTensor, spec: ActSpec | None, itemsize: int) -> Shape:
     """Returns the product as the table of blocks knows it."""
     unit = unit_of(q.shape[0], q.group_size, q.group_size)
-    itemsize = written_dtype(dtype, gated).itemsize
-    return Shape(math.prod(x_shape[:-1]), *q.shape, q.bits, itemsize, unit, x_bits=16)
+    return Shape(rows, *q.shape, q.bits, itemsize, unit, x_bits=16)
 
 
 @with_derivative_of_xla
 def _product(
-    x: Float[Array, "*lead K"],
+    x: Float[Array, "*lead K"] | Modulated,
     q: QTensor,
     bias: Float[Array, " N"] | None,
     gated: Gated | None,
@@ -112,7 +62,7 @@ def _product(
     interpret: Any,
 ) -> tuple[Float[Array, "*lead M"], ...]:
     num_channels, width = q.shape
-    tokens = x.reshape(-1, num_channels)
+    tokens = plain(x).reshape(-1, num_channels)
     num_rows = len(tokens)
     rows, columns = rounded_up(num_rows, tiles.rows), rounded_up(width, tiles.block)
     unit = unit_of(num_channels, q.group_size, q.group_size)
@@ -134,6 +84,11 @@ def _product(
     )
     found = called(kernel, operands, epilogue, tiles, name="gpu_weights", interpret=interpret)
     return without_padding(found, x.shape[:-1], width)
+
+
+# Sums in float32. Equal to `xla.simulated_matmul` to the rounding of sums, whose derivative they have.
+weights_fused = fused_by(_product, weights_shape)
+weights_matmul = matmul_by(weights_fused)
 
 
 def _kernel(
