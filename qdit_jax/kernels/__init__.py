@@ -18,7 +18,7 @@ from qdit_jax.kernels.product import (
     Product,
     layer_numerics,
 )
-from qdit_jax.kernels.prologue import Modulated, normalized, plain
+from qdit_jax.kernels.prologue import Mapped, Modulated, Pending, normalized, plain
 from qdit_jax.kernels.segments import segments
 from qdit_jax.kernels.table import IMPLEMENTATIONS
 from qdit_jax.kernels.units import unit_of
@@ -32,8 +32,10 @@ __all__ = [
     "PLATFORMS",
     "Gated",
     "Implementation",
+    "Mapped",
     "Modulated",
     "Numerics",
+    "Pending",
     "Product",
     "activated",
     "attention",

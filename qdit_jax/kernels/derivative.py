@@ -10,7 +10,7 @@ import jax
 from jaxtyping import Array
 
 from qdit_jax.kernels.epilogue import Gated, finished, followed
-from qdit_jax.kernels.prologue import Modulated, plain
+from qdit_jax.kernels.prologue import Pending, plain
 from qdit_jax.kernels.xla import integer_matmul, simulated_matmul
 from qdit_jax.quant import ActQuant, ActSpec, QTensor
 
@@ -31,7 +31,7 @@ def with_derivative_of_xla(product_fn: Callable[..., Any]) -> Callable[..., Any]
         named = dict(zip(names[first + 1 :], settings, strict=True))
 
         def by_xla(
-            x: Array | Modulated, q: QTensor, bias: Array | None, gated: Gated | None = None
+            x: Array | Pending, q: QTensor, bias: Array | None, gated: Gated | None = None
         ) -> Any:
             x = plain(x)
             sums = (

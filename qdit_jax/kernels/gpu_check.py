@@ -20,8 +20,8 @@ from qdit_jax.kernels.epilogue import Gated
 from qdit_jax.kernels.gpu_groups import groups_fused, groups_matmul
 from qdit_jax.kernels.gpu_levels import levels_fused, levels_matmul
 from qdit_jax.kernels.gpu_weights import weights_fused, weights_matmul
-from qdit_jax.kernels.prologue import Modulated
-from qdit_jax.quant import ActQuant, ActSpec, QTensor, packing
+from qdit_jax.kernels.prologue import Mapped, Modulated
+from qdit_jax.quant import ActQuant, ActSpec, InputMap, QTensor, packing
 
 SIZES = (40, 256, 136)  # M, K, N: neither M nor N is a whole number of blocks
 # Samples, tokens, K, N: blocks lie in one sample, and in one of three parts.
@@ -96,7 +96,10 @@ def wrong_neighbors(fused_fn: Callable[..., tuple[Array, ...]], check: Check) ->
     def normal(*shape: int) -> Float[Array, "..."]:
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-    x = Modulated(normal(samples, tokens, channels), normal(samples, 2 * channels), 0, 1)
+    x = Mapped(
+        Modulated(normal(samples, tokens, channels), normal(samples, 2 * channels), 0, 1),
+        InputMap(jnp.abs(normal(channels)) + 0.5, normal(channels)),
+    )
     gated = Gated(normal(samples, tokens, width), normal(samples, 2 * width), 1)
     act = None if check.act is None else ActQuant(check.act)
     try:
@@ -109,7 +112,7 @@ def wrong_neighbors(fused_fn: Callable[..., tuple[Array, ...]], check: Check) ->
         return f"its neighbors do not run here ({type(error).__name__}: {str(error)[:200]})."
     # Norms differ in the last bit, which may round a number the other way.
     pairs = {
-        "norm before": (jnp.concatenate(parts, axis=-1), alone, 2**-6),
+        "norm and map before": (jnp.concatenate(parts, axis=-1), alone, 2**-6),
         "sum after": (total, gated.plus(alone), 2**-20),
     }
     for name, (found, expected, tolerance) in pairs.items():

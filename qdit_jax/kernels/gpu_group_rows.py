@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,8 +23,8 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int8, Int32
 
 from qdit_jax.kernels.gpu_memory import loaded
-from qdit_jax.kernels.gpu_rows import Norm, norm_of, operands_of
-from qdit_jax.kernels.prologue import Modulated
+from qdit_jax.kernels.gpu_rows import Before, Norm, before_of, operands_of, split_refs
+from qdit_jax.kernels.prologue import Pending, norm_before
 from qdit_jax.kernels.refs import Ref
 from qdit_jax.kernels.token_scales import INFINITY, magnitude_bits
 from qdit_jax.quant import ActSpec, code_limits, grid_of_limits, in_one_form, rounded_quotients
@@ -52,22 +52,22 @@ class Groups(NamedTuple):
     zero: Int32[Array, "G M"] | None
 
 
-def fits(x: Float[Array, "*lead K"] | Modulated, spec: ActSpec) -> bool:
+def fits(x: Float[Array, "*lead K"] | Pending, spec: ActSpec) -> bool:
     """Returns whether tokens can be quantized here."""
     *lead, num_channels = x.shape
     # A block has one modulation.
-    rows = math.prod(lead[1:] if isinstance(x, Modulated) else lead)
+    rows = math.prod(lead[1:] if norm_before(x) else lead)
     is_whole = num_channels % CHANNELS == 0 and rows % TOKENS == 0
     return is_whole and spec.group_size == CHANNELS and spec.range_fn.from_extremes
 
 
 def quantized_groups(
-    x: Float[Array, "*lead K"] | Modulated, spec: ActSpec, *, interpret: Any = None
+    x: Float[Array, "*lead K"] | Pending, spec: ActSpec, *, interpret: Any = None
 ) -> Groups:
     """Returns tokens quantized in groups of 128 channels."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    operands, norm = operands_of(x), norm_of(x)
+    operands, before = operands_of(x), before_of(x)
     count, num_channels = operands[0].shape
     groups = num_channels // CHANNELS
     out_type = [
@@ -77,7 +77,7 @@ def quantized_groups(
     if not spec.symmetric:
         out_type.append(jax.ShapeDtypeStruct((groups, count), jnp.int32))
     found = plgpu.kernel(
-        functools.partial(_kernel, spec=spec, norm=norm),
+        functools.partial(_kernel, spec=spec, before=before),
         out_type=out_type,
         scratch_types=[plgpu.SMEM((groups, TOKENS), of_group.dtype) for of_group in out_type[1:]],
         grid=(count // TOKENS,),
@@ -94,11 +94,11 @@ def quantized_groups(
     return Groups(codes, scale, zero[0] if zero else None)
 
 
-def _kernel(x: Ref, *refs: Ref, spec: ActSpec, norm: Norm | None) -> None:
+def _kernel(x: Ref, *refs: Ref, spec: ActSpec, before: Before) -> None:
     """Writes codes, scales and zero points of a block of tokens."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    modulation, refs = (refs[:1], refs[1:]) if norm else ((), refs)
+    modulation, maps, refs = split_refs(refs, before)
     count = 1 if spec.symmetric else 2  # scales, zero points
     codes_ref, outputs, blocks = refs[0], refs[1 : 1 + count], refs[1 + count :]
     first = lax.axis_index("block") * TOKENS
@@ -106,9 +106,11 @@ def _kernel(x: Ref, *refs: Ref, spec: ActSpec, norm: Norm | None) -> None:
     num_channels = x.shape[1]
 
     group_fn: GroupFn = lambda start: in_registers(x.at[tokens, pl.ds(start, CHANNELS)])  # noqa: E731
-    if norm is not None:
+    if (norm := before.norm) is not None:
         parts = modulation[0].at[first // norm.tokens_per_sample]
         group_fn = modulated_group(group_fn, parts, norm, num_channels)
+    if maps:
+        group_fn = mapped_group(group_fn, maps)
 
     def quantize_group(index: Array) -> None:
         start = index * CHANNELS
@@ -161,6 +163,17 @@ def modulated_group(group_fn: GroupFn, parts: Ref, norm: Norm, num_channels: int
             for part in (norm.shift, norm.scale)
         )
         return (group_fn(start) - mean) * factor * (1 + scale) + shift
+
+    return group
+
+
+def mapped_group(group_fn: GroupFn, maps: Sequence[Ref]) -> GroupFn:
+    """Returns what gives a group of tokens after `InputMap`: its scale of channels, and its shift if any."""
+
+    def group(start: Array) -> Float[Array, "W C"]:
+        inverse_scale, *shift = (over_tokens(values.at[pl.ds(start, CHANNELS)]) for values in maps)
+        values = group_fn(start)
+        return (values - shift[0] if shift else values) * inverse_scale
 
     return group
 

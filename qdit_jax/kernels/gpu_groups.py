@@ -45,7 +45,7 @@ from qdit_jax.kernels.gpu_tiles import (
     rounded_up,
 )
 from qdit_jax.kernels.operands import act_elements
-from qdit_jax.kernels.prologue import Modulated, plain
+from qdit_jax.kernels.prologue import Pending, plain
 from qdit_jax.kernels.refs import Ref
 from qdit_jax.kernels.units import of_units, unit_of, unit_sums
 from qdit_jax.quant import ActQuant, ActSpec, QTensor, code_rows, scale_value
@@ -80,7 +80,7 @@ def groups_shape(rows: int, q: QTensor, spec: ActSpec | None, itemsize: int) -> 
 
 @with_derivative_of_xla
 def _product(
-    x: Float[Array, "*lead K"] | Modulated,
+    x: Float[Array, "*lead K"] | Pending,
     q: QTensor,
     bias: Float[Array, " N"] | None,
     gated: Gated | None,
@@ -115,7 +115,7 @@ groups_matmul = matmul_by(groups_fused)
 
 
 def quantized_tokens(
-    x: Float[Array, "*lead K"] | Modulated, spec: ActSpec, interpret: Any
+    x: Float[Array, "*lead K"] | Pending, spec: ActSpec, interpret: Any
 ) -> gpu_group_rows.Groups:
     """Returns tokens in groups, in one pass where these are of 128 channels; else by XLA."""
     if gpu_group_rows.fits(x, spec):

@@ -45,7 +45,7 @@ from qdit_jax.kernels.gpu_tiles import (
     rounded_up,
 )
 from qdit_jax.kernels.operands import act_elements
-from qdit_jax.kernels.prologue import Modulated, plain
+from qdit_jax.kernels.prologue import Pending, plain
 from qdit_jax.kernels.refs import Ref, Span
 from qdit_jax.kernels.units import of_units
 from qdit_jax.quant import (
@@ -64,7 +64,7 @@ def levels_shape(rows: int, q: QTensor, spec: ActSpec | None, itemsize: int) -> 
 
 @with_derivative_of_xla
 def _product(
-    x: Float[Array, "*lead K"] | Modulated,
+    x: Float[Array, "*lead K"] | Pending,
     q: QTensor,
     bias: Float[Array, " N"] | None,
     gated: Gated | None,
@@ -103,7 +103,7 @@ levels_matmul = matmul_by(levels_fused)
 
 
 def quantized_tokens(
-    x: Float[Array, "*lead K"] | Modulated, spec: ActSpec, rows: int, interpret: Any
+    x: Float[Array, "*lead K"] | Pending, spec: ActSpec, rows: int, interpret: Any
 ) -> tuple[Int8[Array, "M K"], Float[Array, " M"]]:
     """Returns the int8 elements of tokens and their scales, NaN of a token that is not finite.
 

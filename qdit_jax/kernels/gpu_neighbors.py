@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from qdit_jax.kernels.epilogue import Gated, followed
 from qdit_jax.kernels.gpu_tiles import Shape, Tiles, chosen_tiles
-from qdit_jax.kernels.prologue import Modulated
+from qdit_jax.kernels.prologue import Pending
 from qdit_jax.quant import ActQuant, ActSpec, QTensor
 
 # (what the result is added to in the kernel, how many parts it writes) -> parts.
@@ -36,7 +36,7 @@ def fused_by(
     """
 
     def fused(
-        x: Float[Array, "*lead K"] | Modulated,
+        x: Float[Array, "*lead K"] | Pending,
         q: QTensor,
         act: ActQuant | None,
         dtype: str,

@@ -2,7 +2,8 @@
 
 XLA reads the inputs once for the greatest magnitude of each token and once for the codes, and several times
 more where they come from a norm. Here a warpgroup has a token in registers: it normalizes and modulates it
-where that comes first, finds its scale, and writes the codes.
+where that comes first, scales its channels where a layer does (`InputMap`), finds its scale, and
+writes the codes.
 
 Compiled ahead of time for an H100, interpreted on CPU, not run on a GPU.
 
@@ -22,7 +23,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int8
 
 from qdit_jax.kernels.gpu_memory import loaded
-from qdit_jax.kernels.prologue import Modulated, normalized
+from qdit_jax.kernels.prologue import Mapped, Pending, norm_before, normalized, plain, unmapped
 from qdit_jax.kernels.refs import Ref
 from qdit_jax.kernels.token_scales import INFINITY, divisor_of, magnitude_bits
 from qdit_jax.quant import ActSpec, in_one_form, rounded_quotients
@@ -41,15 +42,22 @@ class Norm(NamedTuple):
     tokens_per_sample: int
 
 
-def fits(x: Float[Array, "*lead K"] | Modulated) -> bool:
+class Before(NamedTuple):
+    """What is static of what comes before the quantizer: a norm, then arrays of an `InputMap`."""
+
+    norm: Norm | None
+    num_maps: int
+
+
+def fits(x: Float[Array, "*lead K"] | Pending) -> bool:
     """Returns whether tokens can be quantized here."""
     num_channels = x.shape[-1]
-    most = MOST_MODULATED if isinstance(x, Modulated) else MOST_ALONE
+    most = MOST_MODULATED if norm_before(x) else MOST_ALONE
     return num_channels % THREADS == 0 and num_channels <= most
 
 
 def quantized_rows(
-    x: Float[Array, "*lead K"] | Modulated, spec: ActSpec, num_rows: int, *, interpret: Any = None
+    x: Float[Array, "*lead K"] | Pending, spec: ActSpec, num_rows: int, *, interpret: Any = None
 ) -> tuple[Int8[Array, "M K"], Float[Array, " M"]]:
     """Returns the int8 elements of tokens and their scales, NaN of a token that is not finite.
 
@@ -59,7 +67,7 @@ def quantized_rows(
 
     operands = operands_of(x)
     count, num_channels = operands[0].shape
-    kernel = functools.partial(_kernel, spec=spec, norm=norm_of(x))
+    kernel = functools.partial(_kernel, spec=spec, before=before_of(x))
     codes = jax.ShapeDtypeStruct((num_rows, num_channels), jnp.int8)
     scale = jax.ShapeDtypeStruct((num_rows,), jnp.float32)
     quantized: tuple[Array, Array] = plgpu.kernel(
@@ -78,33 +86,52 @@ def quantized_rows(
     return quantized
 
 
-def operands_of(x: Float[Array, "*lead K"] | Modulated) -> list[Array]:
-    """Returns what a kernel reads: tokens `[M, K]`, and of a norm its modulation."""
-    source = x.x if isinstance(x, Modulated) else x
-    tokens = source.reshape(-1, source.shape[-1])
-    return [tokens, x.modulation] if isinstance(x, Modulated) else [tokens]
+def operands_of(x: Float[Array, "*lead K"] | Pending) -> list[Array]:
+    """Returns what a kernel reads: tokens `[M, K]`, of a norm its modulation, and what maps channels `[K]`."""
+    norm, num_channels = norm_before(x), x.shape[-1]
+    source = plain(unmapped(x)) if norm is None else norm.x
+    modulation = [] if norm is None else [norm.modulation]
+    maps = [jnp.asarray(values, jnp.float32) for values in maps_of(x)]
+    return [source.reshape(-1, num_channels), *modulation, *maps]
 
 
-def norm_of(x: Float[Array, "*lead K"] | Modulated) -> Norm | None:
-    """Returns what is static of a norm, if there is one."""
-    if not isinstance(x, Modulated):
-        return None
-    tokens_per_sample = x.x.size // x.shape[-1] // len(x.modulation)
-    return Norm(x.shift, x.scale, x.eps, tokens_per_sample)
+def maps_of(x: Float[Array, "*lead K"] | Pending) -> list[Float[Array, " K"]]:
+    """Returns the arrays of an `InputMap`: its scale of channels, and its shift if any."""
+    if not isinstance(x, Mapped):
+        return []
+    return [x.map.inverse_scale, *([] if x.map.shift is None else [x.map.shift])]
 
 
-def _kernel(x: Ref, *refs: Ref, spec: ActSpec, norm: Norm | None) -> None:
+def before_of(x: Float[Array, "*lead K"] | Pending) -> Before:
+    """Returns what is static of what comes before the quantizer."""
+    norm, num_maps = norm_before(x), len(maps_of(x))
+    if norm is None:
+        return Before(None, num_maps)
+    tokens_per_sample = norm.x.size // x.shape[-1] // len(norm.modulation)
+    return Before(Norm(norm.shift, norm.scale, norm.eps, tokens_per_sample), num_maps)
+
+
+def split_refs(refs: tuple[Ref, ...], before: Before) -> tuple[tuple[Ref, ...], ...]:
+    """Returns the modulation (one or none), the arrays of a map, and the rest of what a kernel is given."""
+    first = int(before.norm is not None)
+    return refs[:first], refs[first : first + before.num_maps], refs[first + before.num_maps :]
+
+
+def _kernel(x: Ref, *refs: Ref, spec: ActSpec, before: Before) -> None:
     """Writes the codes and the scale of one token."""
-    *modulation, codes, scale = refs
+    modulation, maps, (codes, scale) = split_refs(refs, before)
     token, num_channels = lax.axis_index("token"), x.shape[1]
     values = in_registers(x.at[token])
-    if norm is not None:
+    if (norm := before.norm) is not None:
         parts = modulation[0].at[token // norm.tokens_per_sample]
         shift, factor = (
             in_registers(parts.at[pl.ds(part * num_channels, num_channels)])
             for part in (norm.shift, norm.scale)
         )
         values = normalized(values, norm.eps) * (1 + factor) + shift
+    if maps:
+        inverse_scale, *moved = (in_registers(values) for values in maps)
+        values = (values - moved[0] if moved else values) * inverse_scale
     bits = magnitude_bits(values)
     is_finite = jnp.max(bits) < INFINITY
     high = jnp.max(jnp.where(bits < INFINITY, jnp.abs(values), 0.0))

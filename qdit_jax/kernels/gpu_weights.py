@@ -35,7 +35,7 @@ from qdit_jax.kernels.gpu_floats import MAGIC, code_floats, multiply_floats
 from qdit_jax.kernels.gpu_memory import loaded
 from qdit_jax.kernels.gpu_neighbors import fused_by, matmul_by, without_padding, written_dtype
 from qdit_jax.kernels.gpu_tiles import HALF, RUN, Shape, Tiles, rounded_up
-from qdit_jax.kernels.prologue import Modulated, plain
+from qdit_jax.kernels.prologue import Pending, plain
 from qdit_jax.kernels.refs import Ref, Span
 from qdit_jax.kernels.units import of_units, unit_of
 from qdit_jax.kernels.weight_maps import maps_of
@@ -50,7 +50,7 @@ def weights_shape(rows: int, q: QTensor, spec: ActSpec | None, itemsize: int) ->
 
 @with_derivative_of_xla
 def _product(
-    x: Float[Array, "*lead K"] | Modulated,
+    x: Float[Array, "*lead K"] | Pending,
     q: QTensor,
     bias: Float[Array, " N"] | None,
     gated: Gated | None,

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from qdit_jax.kernels.epilogue import ACTIVATIONS, Gated, followed
 from qdit_jax.kernels.product import PLATFORMS, Implementation, Numerics, Product, invalid_reason
-from qdit_jax.kernels.prologue import Modulated, plain
+from qdit_jax.kernels.prologue import Pending, plain
 from qdit_jax.kernels.table import IMPLEMENTATIONS
 from qdit_jax.quant import ActQuant, ActSpec, QTensor, WeightSpec
 from qdit_jax.types import AnyArray
@@ -65,7 +65,7 @@ def quantized_matmul(
 
 
 def fused_matmul(
-    x: Float[Array, "*lead K"] | Modulated,
+    x: Float[Array, "*lead K"] | Pending,
     q: QTensor,
     act: ActQuant | ActSpec | None = None,
     numerics: Numerics | str = "simulated",
@@ -118,7 +118,7 @@ def entries_of(product: Product, implementation: str | None) -> list[Implementat
 
 @functools.partial(jax.jit, static_argnums=(5, 6, 7, 8, 9))
 def _fused(
-    x: Float[Array, "*lead K"] | Modulated,
+    x: Float[Array, "*lead K"] | Pending,
     q: QTensor,
     act: ActQuant | None,
     bias: Float[Array, " N"] | None,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from qdit_jax.kernels.epilogue import Gated, finished, followed
-from qdit_jax.kernels.prologue import Modulated, plain
+from qdit_jax.kernels.prologue import Pending, plain
 from qdit_jax.quant import ActQuant, ActSpec, QTensor, WeightSpec
 
 Numerics = Literal["simulated", "integer"]
@@ -79,7 +79,7 @@ class Implementation:
 
     def fused(
         self,
-        x: Array | Modulated,
+        x: Array | Pending,
         q: QTensor,
         act: ActQuant | None,
         numerics: str,

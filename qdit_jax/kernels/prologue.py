@@ -1,7 +1,8 @@
-"""What comes before a product: a norm without parameters and its modulation.
+"""What comes before a product: a norm without parameters and its modulation, and a scale of every channel.
 
 A network that says so (`Modulated`, in place of an array) lets a kernel compute it as it quantizes; XLA would
-write it, in float32, and read it several times. All else computes it as ever (`plain`).
+write it, in float32, and read it several times. So does a layer that scales its input's channels (`Mapped`).
+All else computes them as ever (`plain`).
 
 Dimensions: B samples, T tokens, K input channels.
 """
@@ -16,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+from qdit_jax.quant import InputMap
 
 
 def normalized(x: Float[Array, "*batch K"], eps: float) -> Float[Array, "*batch K"]:
@@ -65,6 +68,48 @@ class Modulated:
         return normalized(self.x.astype(self.dtype), self.eps) * (1 + scale) + shift
 
 
-def plain(x: Array | Modulated) -> Array:
+@partial(jax.tree_util.register_dataclass, data_fields=["x", "map"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Mapped:
+    """What an `InputMap` makes of an array or of a norm, not yet computed.
+
+    Attributes:
+        x: `[*lead, K]`.
+        map: of its channels.
+    """
+
+    # Any: `jax.tree.map` and `jax.eval_shape` put other leaves here than arrays.
+    x: Any
+    map: InputMap
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.x.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.x.dtype)
+
+    def array(self) -> Float[Array, "*lead K"]:
+        """Returns it, computed by XLA."""
+        return self.map(plain(self.x))
+
+
+# What is computed as it is quantized, in place of an array.
+Pending = Modulated | Mapped
+
+
+def plain(x: Array | Pending) -> Array:
     """Returns an array, computed if it was not."""
-    return x.array() if isinstance(x, Modulated) else x
+    return x.array() if isinstance(x, Modulated | Mapped) else x
+
+
+def unmapped(x: Array | Pending) -> Array | Modulated:
+    """Returns an input before its channels are mapped, if they are."""
+    return x.x if isinstance(x, Mapped) else x
+
+
+def norm_before(x: Array | Pending) -> Modulated | None:
+    """Returns the norm that an input begins with, if there is one."""
+    source = unmapped(x)
+    return source if isinstance(source, Modulated) else None

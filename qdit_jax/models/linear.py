@@ -15,14 +15,15 @@ from jaxtyping import Array, Float
 
 from qdit_jax.kernels import (
     Gated,
-    Modulated,
+    Mapped,
+    Pending,
     activated,
     followed,
     fused_matmul,
     layer_numerics,
     plain,
 )
-from qdit_jax.quant import QTensor, Role, slots
+from qdit_jax.quant import InputMap, QTensor, Role, slots
 from qdit_jax.types import AnyArray
 
 DTYPES = ("float32", "bfloat16")
@@ -114,7 +115,7 @@ class Linear(nn.Module):
 
     def fused(
         self,
-        x: Float[Array, "*batch K"] | Modulated,
+        x: Float[Array, "*batch K"] | Pending,
         activation: str | None = None,
         gated: Gated | None = None,
     ) -> Float[Array, "*batch N"]:
@@ -127,14 +128,14 @@ class Linear(nn.Module):
         return self.with_neighbors(x, activation, gated, 1)[0]
 
     def fused_parts(
-        self, x: Float[Array, "*batch K"] | Modulated, parts: int
+        self, x: Float[Array, "*batch K"] | Pending, parts: int
     ) -> tuple[Float[Array, "*batch M"], ...]:
         """Returns `fused(x)`, its channels in several arrays."""
         return self.with_neighbors(x, None, None, parts)
 
     def with_neighbors(
         self,
-        x: Float[Array, "*batch K"] | Modulated,
+        x: Float[Array, "*batch K"] | Pending,
         activation: str | None,
         gated: Gated | None,
         parts: int,
@@ -144,8 +145,7 @@ class Linear(nn.Module):
         fuses = isinstance(kernel, QTensor) and not leaves_of(self, "output")
         if not fuses or self.is_watched():
             return followed(activated(self(plain(x)), activation), gated, parts)
-        if leaves_of(self, "input") or not leaves_of(self, "quantizer"):
-            x = mapped_input(self, plain(x))
+        x = pending_input(self, x)
         settings = {"activation": activation, "gated": gated, "parts": parts}
         return self.quantized_product(x, kernel, optional(self, "bias"), **settings)
 
@@ -155,14 +155,14 @@ class Linear(nn.Module):
 
     def quantized_product(
         self,
-        x: Float[Array, "*batch K"] | Modulated,
+        x: Float[Array, "*batch K"] | Pending,
         kernel: QTensor,
         bias: Float[AnyArray, " N"],
         **neighbors: Any,
     ) -> tuple[Float[Array, "*batch M"], ...]:
         """Returns the product of a mapped input with the bias, as wide as the output; see `fused_matmul`."""
         act_quant, left = optional(self, "act_quant"), x
-        if not isinstance(x, Modulated):
+        if not isinstance(x, Pending):
             left = self.left_operand(x) if act_quant is None else input_left(self, x)
         return fused_matmul(
             left,
@@ -208,6 +208,14 @@ def mapped_input(module: nn.Module, x: Array) -> Array:
     for leaf in leaves_of(module, "input"):
         x = leaf(x)
     return x
+
+
+def pending_input(module: nn.Module, x: Array | Pending) -> Array | Pending:
+    """Returns what `mapped_input` does, not computed yet where a quantizer may do it."""
+    leaves = leaves_of(module, "input")
+    if not leaves_of(module, "quantizer") or any(not isinstance(leaf, InputMap) for leaf in leaves):
+        return mapped_input(module, plain(x))
+    return Mapped(x, leaves[0]) if leaves else x
 
 
 def input_left(module: nn.Module, x: Array) -> Array:

@@ -22,7 +22,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
-from qdit_jax.kernels import Gated, Modulated, followed, plain
+from qdit_jax.kernels import Gated, Pending, followed, plain
 from qdit_jax.models import AttentionModule, Linear
 from qdit_jax.quant import ActQuant
 from qdit_jax.types import Params
@@ -131,7 +131,7 @@ class Shards:
 def split_fused(
     shards: Shards,
     module: Linear,
-    x: Array | Modulated,
+    x: Array | Pending,
     activation: str | None = None,
     gated: Gated | None = None,
 ) -> Array | None:
@@ -145,7 +145,7 @@ def split_fused(
 
 
 def split_parts(
-    shards: Shards, module: Linear, x: Array | Modulated, parts: int
+    shards: Shards, module: Linear, x: Array | Pending, parts: int
 ) -> tuple[Array, ...] | None:
     """Returns `Linear.fused_parts` from split tokens."""
     y = split_fused(shards, module, x)

@@ -27,7 +27,7 @@ from qdit_jax.kernels import (
 from qdit_jax.kernels.gpu_tiles import Tiles
 from qdit_jax.models.dit import Block
 from qdit_jax.models.linear import Layers
-from qdit_jax.quant import ActQuant, quantize
+from qdit_jax.quant import ActQuant, InputMap, quantize
 from qdit_jax.speed import recipe_named
 
 # The kernel, rows of the tokens, channels, parts, the dtype of what the result is added to.
@@ -113,6 +113,8 @@ def block_facts(dtype):
     params = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) / 12, a.dtype), params)
     recipe = recipe_named("w4a8-fast")
     params = qdit.quantize_params({"blocks_0": params}, recipe=recipe)["blocks_0"]
+    inverse_scale = jnp.asarray(np.exp(rng.normal(size=256)), jnp.float32)
+    params["mlp"]["fc2"]["input_map"] = InputMap(inverse_scale)
     by_xla = block.apply({"params": params}, x, c)
     kernel, calls = interpreted(), []
 

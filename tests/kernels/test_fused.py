@@ -11,7 +11,7 @@ from level_products import LEVELS, TOKEN, W
 from qdit_jax.kernels import Gated, Modulated, fused_matmul, quantized_matmul
 from qdit_jax.models.linear import Linear
 from qdit_jax.models.taps import seen_inputs
-from qdit_jax.quant import ActQuant, quantize
+from qdit_jax.quant import ActQuant, InputMap, quantize
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,12 @@ def test_the_check_of_a_device_passes_in_the_interpreter(on_gpus):
 def test_a_block_is_what_it_is_by_xla(on_gpus, dtype, tolerance):
     found = on_gpus[f"block in {dtype}"]
     assert found["error"] < tolerance
-    # (input, whether its result is added to something, parts): fc1, qkv, and proj and fc2.
-    assert found["calls"][1:] == [["Modulated", False, 1], ["Modulated", False, 3]]
+    # (input, whether its result is added to something, parts): proj, fc2, fc1 and qkv.
+    assert found["calls"][1:] == [
+        ["Mapped", True, 1],
+        ["Modulated", False, 1],
+        ["Modulated", False, 3],
+    ]
     assert found["calls"][0][1:] == [True, 1]
 
 
@@ -70,13 +74,17 @@ def test_by_xla_it_is_what_separate_operations_are():
     )
 
 
+@pytest.mark.parametrize("is_mapped", [False, True])
 @pytest.mark.parametrize("is_quantized", [False, True])
-def test_a_layer_takes_them_all(is_quantized):
+def test_a_layer_takes_them_all(is_quantized, is_mapped):
     q, x, gated = operands()
     rng = np.random.default_rng(1)
     params = {"kernel": q, "act_quant": ActQuant(TOKEN)} if is_quantized else {}
     params = {"kernel": jnp.asarray(rng.normal(size=(64, 24)), jnp.float32), **params}
     params["bias"] = jnp.asarray(rng.normal(size=24), jnp.float32)
+    if is_mapped:
+        scale, shift = (jnp.asarray(rng.uniform(0.5, 2, 64), jnp.float32) for _ in range(2))
+        params["input_map"] = InputMap(scale, shift)
     layer, variables = Linear(24), {"params": params}
     own = layer.apply(variables, x.array())
     found = layer.apply(variables, x, None, gated, method="fused")

@@ -7,9 +7,9 @@ import pytest
 from interpreted_gpu import needs_interpreter
 from level_products import TOKEN, tokens
 
-from qdit_jax.kernels import Modulated, gpu_group_rows, gpu_rows
+from qdit_jax.kernels import Mapped, Modulated, gpu_group_rows, gpu_rows
 from qdit_jax.kernels.gpu_levels import levels_fused
-from qdit_jax.quant import ActQuant, ActSpec, codes_of, ranges
+from qdit_jax.quant import ActQuant, ActSpec, InputMap, codes_of, ranges
 
 pytestmark = needs_interpreter
 CLIPPED = ActSpec(4, 0, symmetric=True, range_fn=ranges.minmax(clip=0.7))
@@ -71,6 +71,40 @@ def test_a_norm_and_its_modulation_come_first(rows, dtype):
     # Nothing but what lies at the middle of a step goes the other way.
     assert np.abs(codes - exact / own[:, None]).max() < 0.5 + 1e-2
     np.testing.assert_allclose(x.array().reshape(exact.shape), exact, atol=1e-4 * own.max() * 127)
+
+
+def input_map(width, has_shift):
+    rng = np.random.default_rng(9)
+    inverse_scale = np.exp(rng.normal(size=width)).astype(np.float32)
+    shift = rng.normal(size=width).astype(np.float32) if has_shift else None
+    return InputMap(jnp.asarray(inverse_scale), None if shift is None else jnp.asarray(shift))
+
+
+def mapped(x, input_map):
+    """Returns what a map makes of `x`, in float64."""
+    shift = 0 if input_map.shift is None else np.asarray(input_map.shift, np.float64)
+    return (np.asarray(x, np.float64) - shift) * np.asarray(input_map.inverse_scale, np.float64)
+
+
+@pytest.mark.parametrize("has_shift", [False, True])
+@pytest.mark.parametrize(("shape", "dtype"), [((12, 256), "float32"), ((2, 5, 384), "bfloat16")])
+def test_channels_are_scaled_before_their_token_is(shape, dtype, has_shift):
+    x = jnp.asarray(tokens(int(np.prod(shape[:-1])), shape[-1]).reshape(shape), dtype)
+    known = input_map(shape[-1], has_shift)
+    codes, scale = in_one_pass(Mapped(x, known), TOKEN)
+    exact = mapped(x, known).reshape(codes.shape)
+    own = np.abs(exact).max(-1) / 127
+    own[own == 0] = 1
+    np.testing.assert_allclose(scale, own, rtol=1e-6)
+    assert np.abs(codes - exact / own[:, None]).max() < 0.5 + 1e-4
+
+
+def test_a_norm_comes_before_a_map():
+    x, known = modulated(), input_map(256, True)
+    codes, scale = in_one_pass(Mapped(x, known), TOKEN)
+    exact = mapped(x.array(), known).reshape(codes.shape)
+    np.testing.assert_allclose(scale, np.abs(exact).max(-1) / 127, rtol=1e-5)
+    assert np.abs(codes - exact / scale[:, None]).max() < 0.5 + 1e-2
 
 
 def test_a_token_that_is_not_finite_has_no_scale():
@@ -157,6 +191,18 @@ def test_a_norm_comes_before_groups(rows, dtype):
     values = (codes - np.repeat(zero.T, 128, axis=1)) * spread
     exact = np.asarray(x.array(), np.float64).reshape(values.shape)
     # The ends are codes of their own, rounded with the zero point: up to half a step beside.
+    assert np.abs((values - exact) / spread).max() < 1 + 1e-2
+    assert np.abs((values - exact) / spread).mean() < 0.27
+
+
+@pytest.mark.parametrize("has_norm", [False, True])
+def test_channels_are_scaled_before_their_group_is(has_norm):
+    x = modulated(rows=(3, 8))
+    x, known = x if has_norm else x.x, input_map(256, True)
+    codes, scale, zero = in_groups(Mapped(x, known), ActSpec(8, 128))
+    spread = np.repeat(scale.T, 128, axis=1)
+    values = (codes - np.repeat(zero.T, 128, axis=1)) * spread
+    exact = mapped(x.array() if has_norm else x, known).reshape(values.shape)
     assert np.abs((values - exact) / spread).max() < 1 + 1e-2
     assert np.abs((values - exact) / spread).mean() < 0.27
 
