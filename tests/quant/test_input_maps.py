@@ -45,8 +45,27 @@ def test_rows_of_a_regular_matrix_have_one_sum(size):
     np.testing.assert_allclose(matrix.sum(1), np.ones(size), rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "size", "orders"),
+    [
+        ("regular", 1, [1]),
+        ("regular", 256, [256]),
+        ("regular", 1024, [64, 16]),
+        ("hadamard", 4096, [64, 64]),
+        ("hadamard", 1152, [36, 32]),
+        ("hadamard", 12288, [12, 32, 32]),
+    ],
+)
+def test_matrices_are_as_few_as_memory_likes(kind, size, orders):
+    found = factors(kind, size)
+    assert [len(matrix) for matrix in found] == orders
+    for matrix in found:
+        np.testing.assert_allclose(matrix @ matrix.T, np.eye(len(matrix)), atol=1e-5)
+
+
 @pytest.mark.parametrize(("kind", "size", "width"), [
     ("regular", 16, 48), ("hadamard", 36, 36), ("hadamard", 96, 192), ("hadamard", 8, 8),
+    ("regular", 1024, 1024), ("hadamard", 512, 1024),
 ])  # fmt: skip
 @pytest.mark.parametrize("signed", [False, True])
 def test_a_rotation_is_the_product_with_its_matrix(kind, size, width, signed):
