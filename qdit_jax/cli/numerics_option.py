@@ -51,9 +51,10 @@ def add_hoist(add: AddArgument) -> None:
     """Adds `--hoist` by `add`, a parser's or group's `add_argument`."""
     add(
         "--hoist",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="compute what sees timestep and condition only (modulation) before the loop, for all steps "
-        "of a batch: no step reads their weights, but their outputs take memory",
+        "of a batch: no step reads their weights, but their outputs take memory (default: on accelerators, "
+        "where memory allows)",
     )
 
 

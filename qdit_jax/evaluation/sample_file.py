@@ -79,7 +79,7 @@ class SampleFile:
     shape: Sequence[int] | None = None
     first_frames: np.ndarray | None = None
     shard_tokens: int = 1
-    hoist: bool = False
+    hoist: bool | None = None
 
     @property
     def count(self) -> int:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from qdit_jax import diffusion
 from qdit_jax.checkpoint import Checkpoint
+from qdit_jax.sampling.batch_denoisers import batch_denoisers
 from qdit_jax.sampling.batches import checked_batch_size, device_mesh, filled_batch, token_mesh
 from qdit_jax.sampling.checks import (
     check_diffusion_model,
@@ -30,15 +31,11 @@ from qdit_jax.sampling.conditions import (
     shape_of_sample,
 )
 from qdit_jax.sampling.decoding import decode
-from qdit_jax.sampling.denoisers import denoiser
 from qdit_jax.sampling.first_frames import checked_first_frames, keeping, kept_rows
-from qdit_jax.sampling.hoisted import check_hoisting, hoisting
 from qdit_jax.sampling.own_guidance import (
     PUBLISHED,
     Guidance,
 )
-from qdit_jax.sampling.own_samplers import called_timesteps
-from qdit_jax.sampling.running import running_params
 from qdit_jax.types import AnyArray, Condition, Key, Progress, ProgressFn, untold
 
 
@@ -83,7 +80,7 @@ def generate(
     shape: Sequence[int] | None = None,
     first_frames: AnyArray | None = None,
     shard_tokens: int = 1,
-    hoist: bool = False,
+    hoist: bool | None = None,
     decode_fn: Callable[[Checkpoint, Array], Array] | None = decode,
     progress_fn: ProgressFn = untold,
 ) -> Float[np.ndarray, "N *shape"]:
@@ -105,7 +102,8 @@ def generate(
         shard_tokens: how many devices share each sample, a number that divides that of the devices; each
             then holds its share of the activations and all parameters. Autoencoders decode whole samples.
         hoist: compute the layers that see the timestep and the condition only (adaLN) before the loop, for all
-            timesteps of a batch, see `hoisted`: for memory, a step reads none of their weights.
+            timesteps of a batch, see `hoisted`: for memory, a step reads none of their weights. None does so on
+            accelerators, where it can be done and memory allows.
 
     Raises:
         ValueError: if a label or the seed is out of range, there is no label, the batch size is not
@@ -139,11 +137,6 @@ def generate(
     return np.concatenate(done)
 
 
-def always(denoise_fn: Callable[..., Array]) -> Callable[[Condition, int], Callable[..., Array]]:
-    """Returns the function that has the same denoiser for every batch."""
-    return lambda condition, num_samples: denoise_fn
-
-
 def generated_batches(
     checkpoint: Checkpoint,
     sampler: diffusion.Sampler,
@@ -159,13 +152,14 @@ def generated_batches(
     shape: Sequence[int] | None = None,
     first_frames: AnyArray | None = None,
     shard_tokens: int = 1,
-    hoist: bool = False,
+    hoist: bool | None = None,
     decode_fn: Callable[[Checkpoint, Array], Array] | None = decode,
 ) -> Iterator[tuple[int, Float[np.ndarray, "B *shape"]]]:
     """Yields what `generate` returns batch by batch: the first sample's number, and the samples.
 
     `starts` are the numbers of the batches' first samples. Conditions are assigned cyclically to
-    `num_samples` samples, one per condition by default. A batch has `batch_size` samples, the last one the rest. A batch is computed when the iterator is asked for it.
+    `num_samples` samples, one per condition by default. A batch has `batch_size` samples, the last one the
+    rest. A batch is computed when the iterator is asked for it.
     """
     check_diffusion_model(checkpoint.model)
     check_numerics(checkpoint.params, numerics)
@@ -177,17 +171,9 @@ def generated_batches(
     split, whole = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
     model = checkpoint.model.clone(numerics=numerics)
     guided = (guidance, guidance_channels)
-    if hoist:
-        check_hoisting(
-            model, checkpoint.params, first_frames=first_frames, shard_tokens=shard_tokens
-        )
-        params, timesteps = jax.device_put(checkpoint.params, whole), called_timesteps(sampler)
-        denoise_fn = denoiser(model, params, *guided)
-        denoiser_of = hoisting(model, params, timesteps, *guided, shape=size)
-    else:
-        shared = None if shard_tokens == 1 else mesh
-        denoise_fn = denoiser(model, running_params(model, checkpoint.params), *guided, shared)
-        denoiser_of = always(jax.device_put(denoise_fn, whole))
+    denoise_fn, denoiser_of = batch_denoisers(
+        model, checkpoint.params, sampler, guided, mesh, size, first_frames, shard_tokens, hoist
+    )
     check_takes(denoise_fn, model, shape, condition)
     if first_frames is not None:
         first_frames = checked_first_frames(model, first_frames, size)

@@ -24,10 +24,10 @@ from qdit_jax.quant import OVER_TIME
 from qdit_jax.sampling.conditions import num_conditions
 from qdit_jax.sampling.denoisers import Denoiser, denoiser
 from qdit_jax.sampling.own_guidance import PUBLISHED, Guidance
-from qdit_jax.sampling.running import running_params
+from qdit_jax.sampling.running import known_family, running_params
+from qdit_jax.sampling.spare_memory import MOST_BYTES
 from qdit_jax.types import Condition, Params
 
-MOST_BYTES = 2**30
 SAME_TIMESTEP = 2.0**-20  # of the greatest: what two ways to compute a timestep differ by
 Outputs = dict[str, Float[Array, "T B ..."]]
 
@@ -117,15 +117,17 @@ def hoisting(
     *,
     most_bytes: int = MOST_BYTES,
     shape: Sequence[int] | None = None,
+    falls_back: bool = False,
 ) -> Callable[[Condition, int], Callable[..., Array]]:
     """Returns the function from the conditions of a batch, and its size, to its denoiser, see `hoisted`.
 
     Parameters take their form for running once, and batches of one size compile once. `shape` is that of a
-    sample, by default the network's own.
+    sample, by default the network's own. With `falls_back`, a batch whose outputs take more than `most_bytes` gets
+    the denoiser that knows none.
 
     Raises:
         ValueError: if the family has no layers that see the condition only, or bits change over time; of the
-            function, if the outputs take more than `most_bytes`.
+            function, if the outputs take more than `most_bytes`, unless it falls back.
     """
     check_hoisting(model, params)
     denoise_fn = denoiser(model, params, guidance, guidance_channels)
@@ -139,6 +141,8 @@ def hoisting(
         compute = partial(compute_fn, pattern=pattern, shape=(num_samples, *size))
         abstract, _ = jax.eval_shape(compute, denoise_fn, grid, condition)
         total = sum(leaf.size * leaf.dtype.itemsize for leaf in abstract.values())
+        if total > most_bytes and falls_back:
+            return denoiser(model, running, guidance, guidance_channels)
         if total > most_bytes:
             raise ValueError(
                 f"the outputs at {len(grid)} timesteps take {total / 1e6:.0f} MB, more than "
@@ -157,17 +161,28 @@ def check_hoisting(
     model: nn.Module, params: Params, *, first_frames: object = None, shard_tokens: int = 1
 ) -> None:
     """Raises `ValueError` for what has no modulation that could be computed before the loop."""
-    if not family_of(model).rounded_first:
-        raise ValueError(f"{type(model).__name__} has no layers that see the condition only.")
+    reason = unhoistable_reason(model, params, first_frames, shard_tokens)
+    if reason is not None:
+        raise ValueError(reason)
+
+
+def unhoistable_reason(
+    model: nn.Module, params: Params, first_frames: object, shard_tokens: int
+) -> str | None:
+    """Returns why no modulation could be computed before the loop, one sentence, or None."""
+    family = known_family(model)
+    if family is None or not family.rounded_first:
+        return f"{type(model).__name__} has no layers that see the condition only."
     if OVER_TIME in params or RUNS in params:
-        raise ValueError(
+        return (
             "bits that change over time, or blocks in runs, cannot be hoisted; give the params of a "
             "checkpoint, with the same bits at all timesteps."
         )
     if first_frames is not None:
-        raise ValueError("first frames have timesteps of their own, which cannot be hoisted.")
+        return "first frames have timesteps of their own, which cannot be hoisted."
     if shard_tokens != 1:
-        raise ValueError(f"hoisting takes whole samples, and shard_tokens is {shard_tokens}.")
+        return f"hoisting takes whole samples, and shard_tokens is {shard_tokens}."
+    return None
 
 
 def known_outputs(

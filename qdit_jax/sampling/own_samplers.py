@@ -198,10 +198,21 @@ def sampler_timesteps(sampler: diffusion.Sampler) -> tuple[float, ...]:
 
 
 def called_timesteps(sampler: diffusion.Sampler) -> tuple[float, ...]:
-    """Returns every timestep at which a sampler may call the network: of each step, and of its end."""
-    later = getattr(sampler.table, "timestep_next", ())  # where Heun's rule looks
-    more = {float(timestep) for timestep in np.asarray(later, np.float32)}
+    """Returns every timestep at which a sampler may call the network: of each step, and where else its rule looks.
+
+    They are the columns of its table whose names begin with `timestep`.
+    """
+    names = [name for name in dir(sampler.table) if name.startswith("timestep")]
+    columns = [np.asarray(getattr(sampler.table, name), np.float32).ravel() for name in names]
+    more = {float(timestep) for column in columns for timestep in column}
     return (*(first := sampler_timesteps(sampler)), *sorted(more - set(first)))
+
+
+def has_known_calls(sampler: diffusion.Sampler) -> bool:
+    """Returns whether a sampler is known to call the network at `called_timesteps` only: those of this library."""
+    rule = getattr(sampler, "solve_fn", type(sampler))
+    own = diffusion.__name__ + "."
+    return all(one.__module__.startswith(own) for one in (rule, type(sampler)))
 
 
 def sampler_text(checkpoint: Checkpoint) -> str | None:

@@ -13,6 +13,7 @@ import pytest
 from qdit_jax import diffusion
 from qdit_jax.checkpoint import digest
 from qdit_jax.diffusion import SAMPLERS, Sampler, Schedule, linear_betas, sampler_named
+from qdit_jax.sampling.own_samplers import called_timesteps, has_known_calls
 
 MEAN, VARIANCE = 0.4, 0.25  # of the data
 SCHEDULE = Schedule(linear_betas())
@@ -315,3 +316,23 @@ def test_names_and_options_of_others_are_refused_by_name():
     ):
         sampler_named("flow").chosen(clip=2)
     assert sampler_named("ddim").chosen(eta=0.5, clip=None) == {"eta": 0.5}
+
+
+@every_sampler
+@pytest.mark.parametrize("solve", [False, True])
+def test_it_calls_the_network_where_its_table_says(row, solve):
+    if solve and "solve_fn" not in row.options:
+        pytest.skip("it has one rule")
+    sampler = made(row, 4, **({"solve_fn": OTHER["solve_fn"]} if solve else {}))
+    grid, denoise_fn = np.asarray(called_timesteps(sampler)), denoiser_of(row)
+
+    def known_only(x, timestep, condition):
+        distance = jnp.min(jnp.abs(grid - timestep[:, None]), axis=1)
+        is_known = (distance <= 2**-20 * np.abs(grid).max()).reshape(-1, 1, 1, 1)
+        return jnp.where(is_known, denoise_fn(x, timestep, condition), jnp.nan)
+
+    noise = jax.random.normal(jax.random.key(0), (2, 4, 4, 1))
+    assert has_known_calls(sampler)
+    assert np.isfinite(
+        diffusion.sample(known_only, sampler, noise, None, key=jax.random.key(1))
+    ).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,18 @@ import numpy as np
 import pytest
 
 import qdit_jax as qdit
-from qdit_jax.diffusion import heun
+from qdit_jax.diffusion import euler, heun
 from qdit_jax.models import RUNS, DiT
-from qdit_jax.sampling import check_hoisting, denoiser, hoisted, sampler_timesteps
+from qdit_jax.sampling import (
+    HoistedDenoiser,
+    batch_denoisers,
+    check_hoisting,
+    denoiser,
+    hoisted,
+    sampler_timesteps,
+)
+from qdit_jax.sampling.own_samplers import has_known_calls
+from qdit_jax.sampling.spare_memory import spare_bytes
 
 LABELS = jnp.array([1, 4, 2])
 NETWORKS = {
@@ -106,6 +116,61 @@ def test_generating_computes_it_for_every_batch():
     found = qdit.generate(checkpoint, sampler, labels, hoist=True, **told)
     expected = qdit.generate(checkpoint, sampler, labels, **told)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def hoisted_batches(monkeypatch, spare, **told):
+    """Returns samples, how many batches had known modulation, and what they should be."""
+    model, params = network(depth=2)
+    checkpoint, labels = qdit.Checkpoint(model, params), jnp.arange(5)
+    told = {"sampler": sampler_of(model), "guidance": 1.5, "batch_size": 2, **told}
+    expected = qdit.generate(checkpoint, condition=labels, **told, hoist=False)
+    calls = []
+    jax.clear_caches()  # so that it is traced once more
+    monkeypatch.setattr(batch_denoisers, "spare_bytes", lambda params: spare)
+    inner = HoistedDenoiser.__call__
+    monkeypatch.setattr(HoistedDenoiser, "__call__", lambda *a: calls.append(a) or inner(*a))
+    return qdit.generate(checkpoint, condition=labels, **told), len(calls), expected
+
+
+@pytest.mark.parametrize(("spare", "is_hoisted"), [(2**20, True), (100, False), (0, False)])
+def test_by_default_it_is_computed_where_memory_allows(monkeypatch, spare, is_hoisted):
+    found, calls, expected = hoisted_batches(monkeypatch, spare)
+    assert bool(calls) == is_hoisted
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_by_default_no_sampler_that_might_look_elsewhere_has_it(monkeypatch):
+    known = qdit.ddim(steps=3)
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Own(type(known)):
+        pass
+
+    def rule(*args):
+        return euler(*args)
+
+    fields = {field.name: getattr(known, field.name) for field in dataclasses.fields(known)}
+    assert has_known_calls(known)
+    assert not has_known_calls(qdit.flow(steps=3, solve_fn=rule))
+    found, calls, expected = hoisted_batches(monkeypatch, 2**20, sampler=Own(**fields))
+    assert calls == 0
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_device_says_what_it_can_spare(monkeypatch):
+    params = {"kernel": np.zeros((100, 10), np.float32)}
+    assert spare_bytes(params) == 0  # on CPU nothing is gained
+
+    def spare_on(stats):
+        device = SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
+        monkeypatch.setattr(jax, "local_devices", lambda: [device])
+        return spare_bytes(params)
+
+    assert spare_on({"bytes_limit": 100_000, "bytes_in_use": 20_000}) == 16_000
+    assert spare_on({"bytes_limit": 10_000}) == 0
+    assert spare_on({"bytes_limit": 2**40}) == 2**30
+    assert spare_on({}) == spare_on(None) == 0
 
 
 @pytest.mark.parametrize("flow_times", [(0.0, 1.0), (1000.0, 0.0)])
