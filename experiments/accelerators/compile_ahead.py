@@ -32,6 +32,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +58,7 @@ import qdit_jax as qdit
 from qdit_jax.kernels import implementation_of, quantized_matmul
 from qdit_jax.models import DiT, published_config
 from qdit_jax.report import provenance
-from qdit_jax.sampling import denoiser
+from qdit_jax.sampling import denoiser, with_ready_kernels
 from qdit_jax.speed import recipe_named
 
 TOKENS, FEW_TOKENS = 16 * 256, 2 * 256  # guided steps of 8 samples and of 1
@@ -141,7 +142,7 @@ def programs(is_tpu: bool, batches: list[int]) -> Iterator[Program]:
                 yield from quantized(layer, tokens, preset, is_tpu)
     for batch in batches:
         for recipe in (None, *KERNELS[is_tpu]):
-            fn, arguments = step(recipe, batch)
+            fn, arguments = step(recipe, batch, is_tpu)
             yield Program(f"step {batch} {recipe or DTYPE}", fn, arguments, bool(recipe))
 
 
@@ -179,7 +180,9 @@ def quantized(layer: str, tokens: int, preset: str, is_tpu: bool) -> Iterator[Pr
     yield Program(f"{name} {kernel}", product(None), (x, q), True, counted)
 
 
-def step(recipe: str | None, batch: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def step(
+    recipe: str | None, batch: int, is_tpu: bool
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Returns a guided step of DiT-XL/2 and the shapes of its arguments."""
     model = DiT(**published_config("DiT-XL/2"), dtype=DTYPE)
     params = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
@@ -187,6 +190,9 @@ def step(recipe: str | None, batch: int) -> tuple[Callable[..., Any], tuple[Any,
         chosen = recipe_named(recipe)
         params = jax.eval_shape(lambda params: qdit.quantize_params(params, recipe=chosen), params)
         model = model.clone(numerics="simulated" if recipe == WEIGHTS else "integer")
+        platform = "tpu" if is_tpu else "cuda"
+        ready = partial(with_ready_kernels, model, platform=platform)  # as `generate` has them
+        params = jax.eval_shape(ready, params)
     denoise_fn = denoiser(model, params, 1.5)
     x = shape((batch, *model.sample_shape()), "float32")
     rest = (shape((batch,), "float32"), shape((batch,), "int32"))

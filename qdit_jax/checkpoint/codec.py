@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qdit_jax.checkpoint.deferred import DeferredArray
 from qdit_jax.quant import LEAVES, Leaf, formats, kernel_of_other, num_groups, packing
-from qdit_jax.types import AnyArray, Params
+from qdit_jax.types import DERIVED, AnyArray, Params
 
 # One sharding for all arrays, a function `(path, shape) -> sharding`, or None for no device yet.
 Placement: TypeAlias = (
@@ -143,7 +143,7 @@ def split_fields(leaf: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the array fields and the JSON-able static fields of a quantized leaf."""
     held, static = {}, {}
     for field in dataclasses.fields(leaf):
-        value = getattr(leaf, field.name)
+        value = None if DERIVED.items() <= field.metadata.items() else getattr(leaf, field.name)
         if hasattr(value, "shape") and hasattr(value, "dtype"):
             held[field.name] = value
         elif value is not None:

@@ -19,6 +19,7 @@ from qdit_jax.kernels.product import (
     layer_numerics,
 )
 from qdit_jax.kernels.prologue import Mapped, Modulated, Pending, normalized, plain
+from qdit_jax.kernels.running import ready
 from qdit_jax.kernels.segments import segments
 from qdit_jax.kernels.table import IMPLEMENTATIONS
 from qdit_jax.kernels.units import unit_of
@@ -53,6 +54,7 @@ __all__ = [
     "plain",
     "quantized_layers",
     "quantized_matmul",
+    "ready",
     "segments",
     "unit_of",
     "unsupported_reason",

@@ -59,7 +59,7 @@ class Operands(NamedTuple):
         codes: packed weights, of R bytes an output channel.
         token_scale: of the units.
         channel_scale: of the units.
-        offset: 128 less the zero points of 4-bit weights; None where these are symmetric, or 8 bits wide.
+        zero: zero points of 4-bit weights; None where these are symmetric, or 8 bits wide.
         pairs: of each token and of each channel, whose products are subtracted from the sums of a unit.
     """
 
@@ -67,7 +67,7 @@ class Operands(NamedTuple):
     codes: UInt8[Array, "N R"]
     token_scale: Float[Array, "U M"]
     channel_scale: Float[Array, "U N"]
-    offset: UInt8[Array, "U N"] | None
+    zero: UInt8[Array, "U N"] | None
     pairs: tuple[tuple[Int32[Array, "U M"], Int32[Array, "U N"]], ...]
 
 
@@ -137,8 +137,8 @@ def quantized_by_xla(x: Float[Array, "*lead K"], spec: ActSpec) -> gpu_group_row
 def operands_of(groups: gpu_group_rows.Groups, q: QTensor, spec: ActSpec, unit: int) -> Operands:
     """Returns the operands, not padded; scales are NaN of a token that is not finite.
 
-    `sum (cx - zx)(cw - zw) = sum cx cw - zx sum cw - zw sum (cx - zx)`, where `zw` is 0 of 4-bit weights,
-    whose zero points were subtracted from the codes.
+    `sum (cx - zx)(cw - zw) = sum cx cw - zx sum (cw - zw) - zw sum cx`, where of 4-bit weights `zw` is
+    subtracted from the codes.
     """
     num_channels = q.shape[0]
     tokens, scale, zero = groups
@@ -149,26 +149,29 @@ def operands_of(groups: gpu_group_rows.Groups, q: QTensor, spec: ActSpec, unit: 
     def of_channels(values: Num[Array, "G N"]) -> Num[Array, "U N"]:
         return of_units(values, num_channels, q.group_size, unit)
 
-    half, channel_zero = 2 ** (q.bits - 1), None
-    if (zero_point := q.zero_point) is not None:
-        channel_zero = of_channels(zero_point.astype(jnp.int32)) - half
-    token_zero = None if zero is None else of_tokens(zero)
-    offset, remaining = None, channel_zero  # what is subtracted from codes, and from sums
-    if q.bits == 4 and channel_zero is not None:
-        offset, remaining = (128 - half - channel_zero).astype(jnp.uint8), None
+    zero_point = None if (stored := q.zero_point) is None else of_channels(stored)
+    code_zero = zero_point if q.bits == 4 else None  # what is subtracted from codes
     pairs = []
-    if token_zero is not None:
-        sums = unit_sums(code_rows(q).astype(jnp.int32) - half, unit)
-        if channel_zero is not None and remaining is None:
-            sums = sums - unit * channel_zero
-        pairs.append((token_zero, sums))
-    if remaining is not None:
-        sums = unit_sums(tokens.astype(jnp.int32), unit)
-        pairs.append((sums if token_zero is None else sums - unit * token_zero, remaining))
+    if zero is not None:
+        pairs.append((of_tokens(zero), sums_of_weights(q, zero_point, unit)))
+    if zero_point is not None and code_zero is None:
+        remaining = zero_point.astype(jnp.int32) - 2 ** (q.bits - 1)
+        pairs.append((unit_sums(tokens.astype(jnp.int32), unit), remaining))
     channel_scale = of_channels(scale_value(q.scale))
     return Operands(
-        tokens, jnp.asarray(q.codes), of_tokens(scale), channel_scale, offset, tuple(pairs)
+        tokens, jnp.asarray(q.codes), of_tokens(scale), channel_scale, code_zero, tuple(pairs)
     )
+
+
+def sums_of_weights(
+    q: QTensor, zero_point: UInt8[Array, "U N"] | None, unit: int
+) -> Int32[Array, "U N"]:
+    """Returns the sums over units of the codes less their zero points; those computed before where groups are units."""
+    if q.ready is not None and q.ready.sums is not None and len(q.ready.sums) * unit == q.shape[0]:
+        found: Int32[Array, "U N"] = q.ready.sums
+        return found
+    sums = unit_sums(code_rows(q).astype(jnp.int32), unit)
+    return sums - unit * (2 ** (q.bits - 1) if zero_point is None else zero_point.astype(jnp.int32))
 
 
 def padded_to_blocks(operands: Operands, tiles: Tiles) -> Operands:
@@ -177,10 +180,10 @@ def padded_to_blocks(operands: Operands, tiles: Tiles) -> Operands:
     rows = rounded_up(num_rows, tiles.rows) - num_rows
     columns = rounded_up(width, tiles.block) - width
 
-    def of_tokens(values: Num[Array, "U M"]) -> Num[Array, "U M"]:
+    def of_tokens(values: Num[Array, "U _"]) -> Num[Array, "U _"]:
         return jnp.pad(values, ((0, 0), (0, rows)))
 
-    def of_channels(values: Num[Array, "U N"]) -> Num[Array, "U N"]:
+    def of_channels(values: Num[Array, "U _"]) -> Num[Array, "U _"]:
         return jnp.pad(values, ((0, 0), (0, columns)))
 
     return Operands(
@@ -188,7 +191,7 @@ def padded_to_blocks(operands: Operands, tiles: Tiles) -> Operands:
         jnp.pad(operands.codes, ((0, columns), (0, 0))),
         of_tokens(operands.token_scale),
         of_channels(operands.channel_scale),
-        None if operands.offset is None else of_channels(operands.offset),
+        None if operands.zero is None else of_channels(operands.zero),
         tuple((of_tokens(token), of_channels(channel)) for token, channel in operands.pairs),
     )
 
@@ -221,11 +224,11 @@ def _kernel(
             if first not in packed:
                 packed[first] = loaded_words(one.codes.at[at.own, pl.ds(first, HALF)], left_block)
             words = gpu_words.code_words(packed[first], bits, half)
-            if one.offset is None:
+            if one.zero is None:
                 words = gpu_words.symmetric_level_words(words, bits)
             else:
-                offset = of_words(one.offset.at[index, at.own], tiles.columns)
-                words = gpu_words.centered_words(words, offset)
+                zero = of_words(one.zero.at[index, at.own], tiles.columns)
+                words = gpu_words.centered_words(words, 128 - zero)
             return words if unit >= HALF else words & mask_words(index, unit, tiles.columns)
 
         def sums_of(sums: Ref, lefts: dict[int, Array]) -> Array:
@@ -258,7 +261,7 @@ def _kernel(
         run_of(tiles.block, RUN * bits // 8),
         of_tokens,
         of_channels,
-        None if whole.offset is None else of_channels,
+        None if whole.zero is None else of_channels,
         tuple((of_tokens, of_channels) for _ in whole.pairs),
     )
     blocks = Operands(
@@ -266,7 +269,7 @@ def _kernel(
         whole.codes.at[at.block, :],
         whole.token_scale.at[:, at.rows],
         whole.channel_scale.at[:, at.block],
-        None if whole.offset is None else whole.offset.at[:, at.block],
+        None if whole.zero is None else whole.zero.at[:, at.block],
         tuple((token.at[:, at.rows], channel.at[:, at.block]) for token, channel in whole.pairs),
     )
     in_specs = jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, plgpu.BlockSpec))

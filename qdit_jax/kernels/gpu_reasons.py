@@ -25,6 +25,9 @@ from qdit_jax.kernels.level_reasons import (
 )
 from qdit_jax.kernels.product import Implementation, Product
 from qdit_jax.kernels.weight_reasons import alone_reason
+from qdit_jax.quant import ActSpec, QTensor, readied
+
+ReadyFn = Callable[[QTensor, ActSpec | None], QTensor]
 
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 INSIDE = ("weights", "sums")  # what no kernel here writes to memory
@@ -70,6 +73,7 @@ def row(
     check: Check,
     run_fused: Callable[..., tuple[Array, ...]],
     *reasons: ReasonFn,
+    ready_fn: ReadyFn,
 ) -> Implementation:
     """Returns the row of a kernel, which refuses by the platform, the machine, and then by `reasons`."""
     fit = first_of(*reasons, size_reason)
@@ -81,15 +85,30 @@ def row(
         misfit_reason=first_of(platform_reason, fit),
         inside=INSIDE,
         run_fused=run_fused,
+        ready_fn=ready_fn,
     )
+
+
+def ready_alone(q: QTensor, spec: ActSpec | None) -> QTensor:
+    """Returns a kernel with scales and zero points as they are read; two levels of scales are so as they are."""
+    return q if q.has_levels else readied(q, with_sums=False)
+
+
+def ready_in_groups(q: QTensor, spec: ActSpec | None) -> QTensor:
+    """Returns a kernel with the sums that the zero points of inputs need, if these have some."""
+    return readied(q, with_sums=spec is not None and not spec.symmetric)
 
 
 GPU_LEVELS = row(
     *("gpu_levels", levels_matmul, LEVELS, levels_fused, input_reason, weight_reason),
+    ready_fn=ready_alone,
 )
 GPU_GROUPS = row(
     *("gpu_groups", groups_matmul, GROUPS, groups_fused),
     lambda product: grouped_input_reason(product, SUB),
     lambda product: grouped_weight_reason(product, SUB),
+    ready_fn=ready_in_groups,
 )
-GPU_WEIGHTS = row("gpu_weights", weights_matmul, WEIGHTS, weights_fused, alone_reason)
+GPU_WEIGHTS = row(
+    *("gpu_weights", weights_matmul, WEIGHTS, weights_fused, alone_reason), ready_fn=ready_alone
+)

@@ -63,6 +63,8 @@ class Implementation:
             that has all it needs; None where it does not ask for more.
         inside: what it keeps out of memory, for counting: "weights" unpacked, "sums" of groups, "codes" of
             the input.
+        ready_fn: `(q, spec of the input) -> ` the same kernel with what each product would compute of it, for a
+            loop; None where there is nothing.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Implementation:
     run_fused: Callable[..., tuple[Array, ...]] | None = None
     misfit_reason: Callable[[Product], str | None] | None = None
     inside: tuple[str, ...] = ()
+    ready_fn: Callable[[QTensor, ActSpec | None], QTensor] | None = None
 
     def fits(self, product: Product) -> bool:
         """Returns whether it computes a product on a machine that has all it needs."""

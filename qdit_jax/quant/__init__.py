@@ -48,6 +48,7 @@ from qdit_jax.quant.qtensor import (
     step_and_offset,
     with_codes,
 )
+from qdit_jax.quant.readied import readied
 from qdit_jax.quant.rows import code_rows, dequantize, integer_codes, level_rows, weight_rows
 from qdit_jax.quant.specs import ActSpec, WeightSpec
 from qdit_jax.quant.stored_scales import scale_value
@@ -116,6 +117,7 @@ __all__ = [
     "quantize",
     "quantize_array",
     "ranges",
+    "readied",
     "regular_size",
     "rounded_quotients",
     "scale_value",

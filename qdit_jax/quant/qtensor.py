@@ -23,14 +23,14 @@ from qdit_jax.quant import codebooks, finite, formats, groups, levels, packing
 from qdit_jax.quant.division import quotient
 from qdit_jax.quant.specs import WeightSpec
 from qdit_jax.quant.stored_scales import scale_value, stored_scale
-from qdit_jax.types import AnyArray, Numbers
+from qdit_jax.types import DERIVED, AnyArray, Numbers
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=[
         *("codes", "scale", "packed_zero_point", "tensor_scale"),
-        *("channel_scale", "offset", "codebook"),
+        *("channel_scale", "offset", "codebook", "ready"),
     ],
     meta_fields=["bits", "group_size", "shape", "fmt"],
 )
@@ -57,6 +57,7 @@ class QTensor:
         offset: uint8 `[..., G, B]`, the level of code 0, plus 128; None when symmetric, or with one
             level of scales or a codebook.
         codebook: float32 `[..., 16]`, of a format that learns one; else None.
+        ready: what products would compute of the others, see `readied`; of kernels that run, never stored.
         bits, group_size, shape, fmt: static; `shape` is the logical (K, N). Leading axes of the
             arrays are batch axes (layers stacked by vmap or scan).
     """
@@ -69,6 +70,7 @@ class QTensor:
     channel_scale: Any = None
     offset: Any = None
     codebook: Any = None
+    ready: Any = dataclasses.field(default=None, metadata=DERIVED)
     bits: int = 4
     group_size: int = 128
     shape: tuple[int, int] = (0, 0)
@@ -102,6 +104,8 @@ class QTensor:
     @property
     def zero_point(self) -> UInt8[Array, "*lead G B"] | None:
         """The code of 0.0 of every group, uint8 `[..., G, B]`; None when symmetric."""
+        if self.ready is not None:
+            return self.ready.zero_point
         if self.packed_zero_point is None:
             return None
         packed = transposed(jnp.asarray(self.packed_zero_point))
@@ -265,7 +269,7 @@ def code_at(steps: Float[Array, "*s"], zero: Float[Array, "*#s"], bits: int) -> 
 
 def with_codes(grid: QTensor, codes: Integer[Array, "*lead K N"]) -> QTensor:
     """Returns the `QTensor` with these codes in `[0, 2**bits - 1]`, however they were rounded."""
-    return dataclasses.replace(grid, codes=packing.pack(transposed(codes), grid.bits))
+    return dataclasses.replace(grid, codes=packing.pack(transposed(codes), grid.bits), ready=None)
 
 
 def from_codes(
@@ -319,7 +323,8 @@ def select_columns(q: QTensor, index: Integer[AnyArray, " M"] | slice) -> QTenso
     names = ("scale", "packed_zero_point", "offset", "channel_scale")
     held = {name: getattr(q, name) for name in names}
     cuts = {name: array[..., block] for name, array in held.items() if array is not None}
-    return dataclasses.replace(q, codes=q.codes[..., index, :], shape=(q.shape[0], count), **cuts)
+    codes, shape = q.codes[..., index, :], (q.shape[0], count)
+    return dataclasses.replace(q, codes=codes, shape=shape, ready=None, **cuts)
 
 
 def scale_values(q: QTensor) -> Float[Array, "*lead G B"]:

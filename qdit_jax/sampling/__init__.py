@@ -56,7 +56,7 @@ from qdit_jax.sampling.own_samplers import (
     sampler_text,
     sampler_timesteps,
 )
-from qdit_jax.sampling.running import running_params
+from qdit_jax.sampling.running import running_params, with_ready_kernels
 from qdit_jax.sampling.sizes import size_unit, sized_shape, with_sizes
 
 __all__ = [
@@ -114,6 +114,7 @@ __all__ = [
     "takes_embedded_guidance",
     "takes_first_frames",
     "token_mesh",
+    "with_ready_kernels",
     "with_sizes",
     "write_conditions",
 ]

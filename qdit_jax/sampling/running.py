@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from qdit_jax.kernels import layer_numerics, ready
 from qdit_jax.models import Family, family_of, rows_per_sample, with_runs
 from qdit_jax.quant import OVER_TIME, QTensor
 from qdit_jax.types import Params
@@ -15,13 +16,14 @@ from qdit_jax.types import Params
 def running_params(model: nn.Module, params: Params) -> Params:
     """Returns `params` of the same outputs, as a loop should take them.
 
-    Kernels that `model` multiplies in 16 bits are stored in 16 bits, which each call does otherwise,
-    and long runs of equal blocks are stacked, to compile in the time of one; see `with_runs`.
+    Kernels that `model` multiplies in 16 bits are stored in 16 bits, and quantized ones with what their products
+    would compute of them, which each call does otherwise; and long runs of equal blocks are stacked, to
+    compile in the time of one, see `with_runs`.
     """
     family = known_family(model)
     if family is None:
         return params
-    params = with_narrow_kernels(model, params)
+    params = with_ready_kernels(model, with_narrow_kernels(model, params))
     # Bits over time name layers by their paths in the whole tree.
     is_stackable = getattr(model, "scans_blocks", False) and OVER_TIME not in params
     return with_runs(params, family.block) if is_stackable else params
@@ -41,6 +43,25 @@ def with_narrow_kernels(model: nn.Module, params: Params) -> Params:
         if kernel is None or isinstance(kernel, QTensor) or f"{path}/act_quant" in flat:
             continue
         flat[f"{path}/kernel"] = narrowed(jnp.asarray(kernel), dtype)
+    return unflatten_dict(flat, sep="/")
+
+
+def with_ready_kernels(model: nn.Module, params: Params, *, platform: str | None = None) -> Params:
+    """Returns `params` with the quantized kernels of layers as a loop should take them, see `kernels.ready`.
+
+    `platform` is who computes, by default JAX's. Bits over time choose among kernels, which stay as they are.
+    """
+    if OVER_TIME in params:
+        return params
+    flat = dict(flatten_dict(params, sep="/"))
+    settings = getattr(model, "numerics", "simulated"), getattr(model, "implementation", None)
+    for path, kernel in flat.items():
+        if not isinstance(kernel, QTensor) or not path.endswith("/kernel"):
+            continue
+        act = flat.get(f"{path.removesuffix('kernel')}act_quant")
+        numerics = layer_numerics(act, settings[0])
+        dtype = getattr(model, "dtype", "float32")
+        flat[path] = ready(kernel, act, numerics, settings[1], platform=platform, dtype=dtype)
     return unflatten_dict(flat, sep="/")
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jaxtyping import Array, Float
 
 from qdit_jax.calibration import trajectory
@@ -258,6 +259,14 @@ def entry_name(contender: Contender, batch: int, way: Way) -> str:
     return f"step {batch}, {contender.title}, {way.numerics}, {way.implementation}"
 
 
+def model_of(contender: Contender, way: Way) -> nn.Module:
+    """Returns a network that computes in this way."""
+    model = contender.checkpoint.model
+    if way.numerics is None:
+        return model
+    return model.clone(numerics=way.numerics, implementation=way.implementation)
+
+
 class Race:
     """The baseline and what it is timed against: compiled steps, and rows of the result."""
 
@@ -275,23 +284,25 @@ class Race:
         self.guidance, self.num_rounds, self.seed = guidance, num_rounds, seed
         self.time_fn, self.conditions = time_fn, conditions
         self.baseline = cache(lambda batch: self.compiled(base, batch, base_way))
-        self.held: dict[Contender, Params] = {}
+        self.held: dict[tuple[Contender, Way], Params] = {}
         self.seen: Inputs | None = None
 
-    def params(self, contender: Contender) -> Params:
+    def params(self, contender: Contender, way: Way) -> Params:
         """Returns a network's parameters on the first device; only the baseline's and these stay."""
-        if contender not in self.held:
-            self.held = {one: held for one, held in self.held.items() if one is self.base}
-            params = running_params(contender.checkpoint.model, contender.make_fn())
-            self.held[contender] = jax.device_put(params, jax.local_devices()[0])
-        return self.held[contender]
+        key = contender, way
+        if key not in self.held:
+            held = self.held.items()
+            self.held = {
+                one: p for one, p in held if one[0] is self.base and one[1] == self.base_way
+            }
+            params = running_params(model_of(contender, way), contender.make_fn())
+            self.held[key] = jax.device_put(params, jax.local_devices()[0])
+        return self.held[key]
 
     def compiled(self, contender: Contender, batch: int, way: Way) -> Compiled:
         """Returns a step of a network, compiled."""
-        model = contender.checkpoint.model
-        if way.numerics is not None:
-            model = model.clone(numerics=way.numerics, implementation=way.implementation)
-        denoise_fn = denoiser(model, self.params(contender), self.guidance)
+        model = model_of(contender, way)
+        denoise_fn = denoiser(model, self.params(contender, way), self.guidance)
         inputs = inputs_of(contender.checkpoint, batch, self.seed, self.conditions)
         began = time.perf_counter()
         call = jax.jit(step).lower(denoise_fn, *inputs).compile()
@@ -331,7 +342,7 @@ class Race:
             ),
             taken(1000 * seconds[1]),
             ratio(seconds[1], seconds[0]),
-            sum(leaf.nbytes for leaf in jax.tree.leaves(self.params(contender))),
+            sum(leaf.nbytes for leaf in jax.tree.leaves(self.params(contender, way))),
             ours.temporary_bytes,
             ours.seconds,
             **error,

@@ -90,11 +90,9 @@ def test_operands_give_the_product_in_whole_numbers(weight, act):
     total = 0.0
     for index in range(256 // unit):
         part = slice(index * unit, (index + 1) * unit)
-        offset = (
-            2 ** (weight.bits - 1) if ours.offset is None else 128 - ours.offset[index].astype(int)
-        )
+        zero = 2 ** (weight.bits - 1) if ours.zero is None else ours.zero[index].astype(int)
         left = ours.tokens[:, part].astype(np.int64)
-        right = codes[:, part] - np.reshape(offset, (-1, 1))
+        right = codes[:, part] - np.reshape(zero, (-1, 1))
         assert np.abs(right).max() <= 128
         sums = left @ right.T
         for token, channel in ours.pairs:

@@ -1,0 +1,134 @@
+"""Kernels with what a loop would compute in each step: the same products, to the bit."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from interpreted_gpu import needs_interpreter
+
+import qdit_jax as qdit
+from qdit_jax.checkpoint.codec import split_fields
+from qdit_jax.kernels import IMPLEMENTATIONS, quantized_matmul, ready
+from qdit_jax.kernels.gpu_groups import groups_matmul
+from qdit_jax.kernels.gpu_tiles import Tiles
+from qdit_jax.models import DiT
+from qdit_jax.quant import (
+    ActQuant,
+    ActSpec,
+    QTensor,
+    WeightSpec,
+    integer_codes,
+    quantize,
+    readied,
+    select_columns,
+    with_codes,
+)
+from qdit_jax.sampling import with_ready_kernels
+
+ZERO_POINTS, TOKEN = ActSpec(8, 128), ActSpec(8, 0, symmetric=True)
+SPECS = {
+    "4 bits": WeightSpec(4, 128),
+    "symmetric": WeightSpec(4, 128, symmetric=True),
+    "8 bits": WeightSpec(8, 128),
+    "groups of 32": WeightSpec(4, 32),
+    "per channel": WeightSpec(8, 0, symmetric=True),
+    "a shorter last group": WeightSpec(3, 160),
+}
+
+
+def kernel(name, channels=256, width=24):
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(channels, width))
+    w[3] *= 50
+    w[128:, 5] = np.abs(w[128:, 5])
+    return quantize(jnp.asarray(w, jnp.float32), SPECS[name])
+
+
+def inputs(channels=256):
+    return jnp.asarray(np.random.default_rng(1).normal(size=(6, channels)) + 0.5, jnp.float32)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_sums_are_those_of_the_codes_less_their_zero_points(name):
+    q = kernel(name)
+    codes, size = np.asarray(integer_codes(q), int), q.group_size or q.shape[0]
+    zero = np.full(q.scale.shape, 2 ** (q.bits - 1)) if q.symmetric else np.asarray(q.zero_point)
+    moved = codes - np.repeat(zero.astype(int), size, axis=0)[: len(codes)]
+    expected = [moved[first : first + size].sum(0) for first in range(0, len(codes), size)]
+    found = readied(q, with_sums=True)
+    np.testing.assert_array_equal(found.ready.sums, expected)
+    assert found.scale.dtype == jnp.float32
+    assert (found.zero_point is None) == q.symmetric
+
+
+@pytest.mark.parametrize("numerics", ["simulated", "integer"])
+@pytest.mark.parametrize("name", SPECS)
+def test_xla_multiplies_it_to_the_same_bits(name, numerics):
+    q, x = kernel(name), inputs()
+    found = readied(q, with_sums=True)
+    for act in (ZERO_POINTS, TOKEN):
+        one, two = (quantized_matmul(x, w, act, numerics, "xla") for w in (q, found))
+        np.testing.assert_array_equal(one, two)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("act_group", [128, 64])
+@pytest.mark.parametrize("name", ["4 bits", "symmetric", "8 bits", "groups of 32"])
+def test_the_kernel_in_groups_multiplies_it_to_the_same_bits(name, act_group):
+    from jax.experimental.pallas import mosaic_gpu
+
+    q, x = kernel(name), inputs()
+    settings = {"tiles": Tiles(64, 64, 2), "interpret": mosaic_gpu.InterpretGPUParams()}
+    act = ActQuant(ActSpec(8, act_group))
+    one, two = (
+        groups_matmul(x, w, act, "integer", **settings) for w in (q, readied(q, with_sums=True))
+    )
+    np.testing.assert_array_equal(one, two)
+
+
+def test_who_computes_a_product_says_what_it_needs():
+    q, grouped = kernel("per channel"), kernel("4 bits")
+    act = ActQuant(TOKEN)
+    assert ready(q, act, "integer", platform="cpu") is q
+    by_levels = IMPLEMENTATIONS["gpu_levels"].ready_fn(q, TOKEN)
+    assert by_levels.scale.dtype == jnp.float32
+    assert by_levels.ready.sums is None
+    assert IMPLEMENTATIONS["gpu_groups"].ready_fn(grouped, ZERO_POINTS).ready.sums is not None
+    symmetric = ActSpec(8, 128, symmetric=True)
+    assert IMPLEMENTATIONS["gpu_groups"].ready_fn(grouped, symmetric).ready.sums is None
+    with pytest.raises(ValueError, match="'fast' is not known"):
+        ready(q, act, "integer", "fast")
+
+
+def test_what_is_made_of_a_ready_kernel_is_not_ready():
+    q = readied(kernel("4 bits"), with_sums=True)
+    assert select_columns(q, slice(0, 3)).ready is None
+    assert with_codes(q, integer_codes(q)).ready is None
+    held, static = split_fields(q)
+    assert "ready" not in {**held, **static}
+
+
+def test_a_network_computes_the_same_with_them(monkeypatch):
+    model = DiT(input_size=8, hidden_size=128, num_heads=2, depth=1, numerics="integer")
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda a: 0.2 * rng.normal(size=a.shape).astype("f"), shapes)
+    params = qdit.quantize_params(params, recipe=qdit.Recipe.preset("w4a8", params, group_size=128))
+    assert all(leaf.ready is None for leaf in kernels_of(with_ready_kernels(model, params)))
+    row = dataclasses.replace(
+        IMPLEMENTATIONS["xla_cpu"], ready_fn=IMPLEMENTATIONS["gpu_groups"].ready_fn
+    )
+    monkeypatch.setitem(IMPLEMENTATIONS, "xla_cpu", row)
+    prepared = with_ready_kernels(model, params)
+    assert all(leaf.ready.sums is not None for leaf in kernels_of(prepared))
+    x = jax.random.normal(jax.random.key(1), (1, 8, 8, 4))
+    timestep, labels = jnp.ones(1), jnp.zeros(1, int)
+    one, two = (model.apply({"params": tree}, x, timestep, labels) for tree in (params, prepared))
+    np.testing.assert_array_equal(one, two)
+
+
+def kernels_of(params):
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    return [leaf for leaf in leaves if isinstance(leaf, QTensor)]
