@@ -16,7 +16,7 @@ from qdit_jax.quant.act import (
 )
 from qdit_jax.quant.adaptive_rounding import AdaRoundSettings, adaround
 from qdit_jax.quant.branches import true_after
-from qdit_jax.quant.division import in_one_form, rounded_quotients
+from qdit_jax.quant.division import in_one_form, quotients_to_narrow, rounded_quotients
 from qdit_jax.quant.expanding import expanded, expanded_params, is_packed
 from qdit_jax.quant.finite import GREATEST_WEIGHT, check_finite
 from qdit_jax.quant.gptq_rounding import accumulate_hessian, gptq, output_error, qdit_release_gptq
@@ -116,6 +116,7 @@ __all__ = [
     "qdit_release_gptq",
     "quantize",
     "quantize_array",
+    "quotients_to_narrow",
     "ranges",
     "readied",
     "regular_size",

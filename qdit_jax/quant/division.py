@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from qdit_jax.types import Numbers
 
 _UPPER_HALF = -(1 << 12)  # of a float32: sign, exponent and 11 bits of mantissa
+_FIVE_BITS, _HALF_OF_FIFTH = -(1 << 19), 1 << 18  # sign, exponent, 4 of mantissa; half the last
 _WHOLE, _WHOLE_BITS = 1.5 * 2.0**23, 0x4B400000
 _IN_ONE_FORM: ContextVar[bool] = ContextVar("in_one_form", default=False)
 
@@ -98,6 +99,26 @@ def rounded_quotients(
         return _nearest(0.5 * doubled + rest * reciprocal)
 
     return rounded
+
+
+def quotients_to_narrow(
+    divisor: Float[Array, "*divisors"],
+) -> Callable[[Float[Array, "*s"]], Float[Array, "*s"]]:
+    """Returns the function from `x` to what rounds to FP8 as `quotient(x, divisor)` does, ties included.
+
+    Divisors broadcast to `x`; they are positive. All ties of numbers of up to four significant bits have five.
+    The nearest number of five bits is found by the reciprocal, and its remainder, which is exact, is added.
+    """
+    reciprocal = quotient(jnp.ones_like(divisor), divisor)
+    upper, lower = _halves(divisor)  # 12 bits each: exact times a number of five
+
+    def narrow(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        bits = jax.lax.bitcast_convert_type(x * reciprocal, jnp.int32)
+        near = jax.lax.bitcast_convert_type((bits + _HALF_OF_FIFTH) & _FIVE_BITS, jnp.float32)
+        rest = (x - near * upper) - near * lower
+        return near + rest * reciprocal
+
+    return narrow
 
 
 def _nearest(x: Float[Array, "*s"]) -> Int[Array, "*s"]:

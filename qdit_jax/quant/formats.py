@@ -115,6 +115,11 @@ class Format:
         return jnp.asarray(self.values())[codes]
 
     @property
+    def float8_dtype(self) -> np.dtype | None:
+        """The dtype whose bytes are the codes; None of formats that are not FP8."""
+        return jnp.dtype(_DTYPES[self.element]) if self.element in ("e4m3", "e5m2") else None
+
+    @property
     def operand_dtype(self) -> np.dtype:
         """The narrowest dtype with a dot that holds this format's elements exactly."""
         return jnp.dtype(_OPERANDS[self.element][0])
