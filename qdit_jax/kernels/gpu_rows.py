@@ -20,13 +20,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Num
 
 from qdit_jax.kernels.gpu_memory import loaded
 from qdit_jax.kernels.prologue import Mapped, Pending, norm_before, normalized, plain, unmapped
 from qdit_jax.kernels.refs import Ref
-from qdit_jax.kernels.token_scales import INFINITY, divisor_of, magnitude_bits
-from qdit_jax.quant import ActSpec, in_one_form, rounded_quotients
+from qdit_jax.kernels.token_scales import (
+    INFINITY,
+    divisor_of,
+    elements_fn,
+    magnitude_bits,
+    stored_dtype,
+)
+from qdit_jax.quant import ActSpec, in_one_form
 
 THREADS = 128  # of a warpgroup, which share a token
 # Channels that its registers hold, of a token alone and of one that is modulated.
@@ -58,8 +64,8 @@ def fits(x: Float[Array, "*lead K"] | Pending) -> bool:
 
 def quantized_rows(
     x: Float[Array, "*lead K"] | Pending, spec: ActSpec, num_rows: int, *, interpret: Any = None
-) -> tuple[Int8[Array, "M K"], Float[Array, " M"]]:
-    """Returns the int8 elements of tokens and their scales, NaN of a token that is not finite.
+) -> tuple[Num[Array, "M K"], Float[Array, " M"]]:
+    """Returns the int8 or FP8 elements of tokens and their scales, NaN of a token that is not finite.
 
     Both have `num_rows` rows; those beyond the tokens are whatever was in memory.
     """
@@ -68,7 +74,7 @@ def quantized_rows(
     operands = operands_of(x)
     count, num_channels = operands[0].shape
     kernel = functools.partial(_kernel, spec=spec, before=before_of(x))
-    codes = jax.ShapeDtypeStruct((num_rows, num_channels), jnp.int8)
+    codes = jax.ShapeDtypeStruct((num_rows, num_channels), stored_dtype(spec))
     scale = jax.ShapeDtypeStruct((num_rows,), jnp.float32)
     quantized: tuple[Array, Array] = plgpu.kernel(
         kernel,
@@ -138,8 +144,8 @@ def _kernel(x: Ref, *refs: Ref, spec: ActSpec, before: Before) -> None:
     # Bits of a single number cannot be had here, so that all that follows is of several equal ones.
     with in_one_form():
         divisor = jnp.max(divisor_of(jnp.full((THREADS,), high), spec))
-        codes_fn = rounded_quotients(jnp.full(values.shape, divisor), 2 ** (spec.bits - 1) - 1)
-    codes.at[token][...] = codes_fn(values).astype(jnp.int8)
+        codes_fn = elements_fn(jnp.full(values.shape, divisor), spec)
+    codes.at[token][...] = codes_fn(values).astype(codes.dtype)
     scale[token] = jnp.where(is_finite, divisor, jnp.nan)
 
 

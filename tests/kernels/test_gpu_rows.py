@@ -9,7 +9,7 @@ from level_products import TOKEN, tokens
 
 from qdit_jax.kernels import Mapped, Modulated, gpu_group_rows, gpu_rows
 from qdit_jax.kernels.gpu_levels import levels_fused
-from qdit_jax.quant import ActQuant, ActSpec, InputMap, codes_of, ranges
+from qdit_jax.quant import ActQuant, ActSpec, InputMap, codes_of, formats, ranges
 
 pytestmark = needs_interpreter
 CLIPPED = ActSpec(4, 0, symmetric=True, range_fn=ranges.minmax(clip=0.7))
@@ -42,6 +42,22 @@ def test_codes_and_scales_are_those_of_the_quantizer(shape, dtype, spec):
     own_codes, own = expected(x, spec)
     np.testing.assert_array_equal(scale, own)
     np.testing.assert_array_equal(codes, own_codes)
+
+
+@pytest.mark.parametrize("fmt", [formats.fp8_e4m3, formats.fp8_e5m2], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize(("shape", "dtype"), [((12, 256), "float32"), ((2, 5, 384), "bfloat16")])
+def test_fp8_elements_and_scales_are_those_of_the_quantizer(shape, dtype, fmt):
+    spec = ActSpec(fmt=fmt, group_size=0)
+    x = tokens(int(np.prod(shape[:-1])), shape[-1])
+    x[5] = fmt.values()[: shape[-1]].repeat(-(-shape[-1] // 256))[: shape[-1]]
+    x[5] = np.where(np.isfinite(x[5]), x[5], 0) * 1.0625  # ties, and their scale is no power of two
+    x = jnp.asarray(x.reshape(shape), dtype)
+    elements, scale = in_one_pass(x, spec, 16)
+    codes, own = ActQuant(spec).blocks(x.reshape(-1, shape[-1]).astype(jnp.float32))
+    assert elements.dtype == fmt.float8_dtype
+    np.testing.assert_array_equal(scale, np.asarray(own)[:, 0])
+    # As numbers: a zero that was negative is positive here.
+    np.testing.assert_array_equal(elements.astype(np.float32), fmt.value(codes))
 
 
 def modulated(seed=0, rows=(3, 4), width=256, dtype="float32"):
