@@ -1,6 +1,6 @@
 """The product of quantized activations and a packed kernel, and attention."""
 
-from qdit_jax.kernels import gpu_groups, gpu_levels, gpu_tiles, gpu_weights
+from qdit_jax.kernels import gpu_fp8, gpu_groups, gpu_levels, gpu_tiles, gpu_weights
 from qdit_jax.kernels.attention import ATTENTION_IMPLEMENTATIONS, attention
 from qdit_jax.kernels.epilogue import GELU, Gated, activated, followed
 from qdit_jax.kernels.matmul import (
@@ -43,6 +43,7 @@ __all__ = [
     "expected",
     "followed",
     "fused_matmul",
+    "gpu_fp8",
     "gpu_groups",
     "gpu_levels",
     "gpu_tiles",

@@ -255,14 +255,14 @@ def run_pipeline(
     return pipeline
 
 
-def run_of(count: int, width: int, dtype: Any = jnp.int8) -> Any:
+def run_of(count: int, width: int, dtype: Any = jnp.int8, neighbors: int = HALF) -> Any:
     """Returns the block of a run: `width` numbers of each of `count` rows, by default bytes."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     return plgpu.BlockSpec(
         (count, width),
         lambda k: (0, k),
-        transforms=operand_transforms(dtype),
+        transforms=operand_transforms(dtype, neighbors),
         memory_space=plgpu.SMEM,
     )
 
@@ -283,12 +283,12 @@ def multiply(sums: Ref, left: Array, token_block: Ref, half: int, left_block: Re
     plgpu.wgmma_wait(0)
 
 
-def operand_transforms(dtype: Any) -> tuple[Any, ...]:
-    """Returns how 64 neighboring numbers of a row lie in shared memory, bytes or 16 bits wide."""
+def operand_transforms(dtype: Any, neighbors: int = HALF) -> tuple[Any, ...]:
+    """Returns how neighboring numbers of a row lie in shared memory: 64 or 128 bytes of them."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    swizzle = HALF * jnp.dtype(dtype).itemsize
-    return plgpu.TilingTransform((8, HALF)), plgpu.SwizzleTransform(swizzle)
+    swizzle = neighbors * jnp.dtype(dtype).itemsize
+    return plgpu.TilingTransform((8, neighbors)), plgpu.SwizzleTransform(swizzle)
 
 
 def output_transforms(tiles: Tiles, dtype: Any) -> tuple[Any, ...]:

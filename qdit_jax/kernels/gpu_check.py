@@ -1,7 +1,7 @@
 """The kernels for NVIDIA GPUs on the GPU that is here: two small products of each against whole numbers.
 
 They were compiled for a device that nobody had at hand. So before one computes anything, once in a process,
-it multiplies what has an exact result, with packed codes of 4 and of 8 bits and results in both dtypes. A
+it multiplies what has an exact result, with packed codes of 4 and of 8 bits or FP8, and results in both dtypes. A
 device on which that goes wrong is given to the next row of the table, and the reason says so.
 """
 
@@ -17,11 +17,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from qdit_jax.kernels.epilogue import Gated
+from qdit_jax.kernels.gpu_fp8 import fp8_fused, fp8_matmul
 from qdit_jax.kernels.gpu_groups import groups_fused, groups_matmul
 from qdit_jax.kernels.gpu_levels import levels_fused, levels_matmul
 from qdit_jax.kernels.gpu_weights import weights_fused, weights_matmul
 from qdit_jax.kernels.prologue import Mapped, Modulated
-from qdit_jax.quant import ActQuant, ActSpec, InputMap, QTensor, packing
+from qdit_jax.quant import ActQuant, ActSpec, InputMap, QTensor, formats, packing
 
 SIZES = (40, 256, 136)  # M, K, N: neither M nor N is a whole number of blocks
 # Samples, tokens, K, N: blocks lie in one sample, and in one of three parts.
@@ -29,6 +30,27 @@ NEIGHBORS = (2, 128, 256, 384)
 # x, weights, dtype of the result.
 ProductFn = Callable[[Float[Array, "M K"], QTensor, str], Float[Array, "M N"]]
 KernelFn = Callable[[np.random.Generator, int, int, int], tuple[QTensor, np.ndarray]]
+# (rng, what quantizes the inputs, M, K) -> inputs.
+InputsFn = Callable[[np.random.Generator, ActSpec | None, int, int], np.ndarray]
+
+
+def bytes_of_range(
+    rng: np.random.Generator, act: ActSpec | None, rows: int, channels: int
+) -> np.ndarray:
+    """Returns whole numbers of a byte, with both ends in every group, so that the scales of a token are 1."""
+    low = -127 if act is not None and act.symmetric else -128
+    x = rng.integers(low, 128, (rows, channels)).astype(np.float32)
+    x[:, ::64], x[:, 1::64] = low, 127
+    return x
+
+
+def multiples_of_64(
+    rng: np.random.Generator, act: ActSpec | None, rows: int, channels: int
+) -> np.ndarray:
+    """Returns numbers that FP8 (E4M3) holds, up to its greatest, so that the scales of a token are 1."""
+    x = 64 * rng.integers(-7, 8, (rows, channels)).astype(np.float32)
+    x[:, ::64], x[:, 1::64] = -448, 448
+    return x
 
 
 class Check(NamedTuple):
@@ -41,6 +63,8 @@ class Check(NamedTuple):
         kernel_fn: `(rng, bits, K, N) ->` weights and their values `[N, K]`, whole numbers.
         x_dtype: of the inputs.
         fused: the kernel with what comes before and after it, as the table calls it, if it takes that.
+        bits: of the weights of a product in 16 bits, and of one in 32.
+        inputs_fn: makes the inputs.
     """
 
     matmul: Callable[..., Array]
@@ -48,6 +72,8 @@ class Check(NamedTuple):
     kernel_fn: KernelFn
     x_dtype: str = "float32"
     fused: Callable[..., tuple[Array, ...]] | None = None
+    bits: tuple[int, int] = (4, 8)
+    inputs_fn: InputsFn = bytes_of_range
 
 
 @functools.cache
@@ -71,11 +97,8 @@ def wrong_with(product_fn: ProductFn, check: Check) -> str | None:
     """Returns what is wrong with the results of a product, one sentence, or None."""
     rng = np.random.default_rng(0)
     rows, channels, width = SIZES
-    low = -127 if check.act is not None and check.act.symmetric else -128
-    x = rng.integers(low, 128, (rows, channels)).astype(np.float32)
-    # Both ends in every group, so that the scales of a token are 1.
-    x[:, ::64], x[:, 1::64] = low, 127
-    for bits, dtype in ((4, "bfloat16"), (8, "float32")):
+    x = check.inputs_fn(rng, check.act, rows, channels)
+    for bits, dtype in zip(check.bits, ("bfloat16", "float32"), strict=True):
         q, values = check.kernel_fn(rng, bits, channels, width)
         expected = x.astype(np.float64) @ values.T
         try:
@@ -91,7 +114,7 @@ def wrong_with(product_fn: ProductFn, check: Check) -> str | None:
 def wrong_neighbors(fused_fn: Callable[..., tuple[Array, ...]], check: Check) -> str | None:
     """Returns what is wrong with what a kernel computes before and after a product, one sentence, or None."""
     rng, (samples, tokens, channels, width) = np.random.default_rng(0), NEIGHBORS
-    q, _ = check.kernel_fn(rng, 4, channels, width)
+    q, _ = check.kernel_fn(rng, check.bits[0], channels, width)
 
     def normal(*shape: int) -> Float[Array, "..."]:
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
@@ -168,6 +191,30 @@ def whole_groups(
     return q, (codes.astype(int) - wide_zero) * wide_scale
 
 
+def whole_fp8(
+    rng: np.random.Generator, bits: int, channels: int, width: int
+) -> tuple[QTensor, np.ndarray]:
+    """Returns weights in FP8 of magnitudes 1 to 1.875, and their values `[N, K]`.
+
+    Times `multiples_of_64`, a run of 128 channels has sums that 14 bits hold: multiples of 8 below 2**17.
+    """
+    fmt, shape = formats.fp8_e4m3, (width, channels)
+    codes = (rng.integers(0, 2, shape) << 7 | 7 << 3 | rng.integers(0, 8, shape)).astype(np.uint8)
+    scale = jnp.ones((1, width), jnp.float32)
+    q = QTensor(
+        jnp.asarray(codes), scale, bits=bits, group_size=0, shape=(channels, width), fmt=fmt
+    )
+    return q, fmt.values()[codes]
+
+
 LEVELS = Check(levels_matmul, ActSpec(8, 0, symmetric=True), whole_levels, fused=levels_fused)
 GROUPS = Check(groups_matmul, ActSpec(8, 128), whole_groups, fused=groups_fused)
 WEIGHTS = Check(weights_matmul, None, whole_groups, "bfloat16", weights_fused)
+FP8 = Check(
+    fp8_matmul,
+    ActSpec(fmt=formats.fp8_e4m3, group_size=0),
+    whole_fp8,
+    fused=fp8_fused,
+    bits=(8, 8),
+    inputs_fn=multiples_of_64,
+)

@@ -8,7 +8,9 @@ from importlib.util import find_spec
 import jax
 from jaxtyping import Array
 
-from qdit_jax.kernels.gpu_check import GROUPS, LEVELS, WEIGHTS, Check, wrong_here
+from qdit_jax.kernels.fp8_reasons import fp8_input_reason, fp8_weight_reason
+from qdit_jax.kernels.gpu_check import FP8, GROUPS, LEVELS, WEIGHTS, Check, wrong_here
+from qdit_jax.kernels.gpu_fp8 import fp8_fused, fp8_matmul
 from qdit_jax.kernels.gpu_groups import groups_fused, groups_matmul
 from qdit_jax.kernels.gpu_levels import levels_fused, levels_matmul
 from qdit_jax.kernels.gpu_tiles import RUN, SUB
@@ -74,6 +76,7 @@ def row(
     run_fused: Callable[..., tuple[Array, ...]],
     *reasons: ReasonFn,
     ready_fn: ReadyFn,
+    kind: str | None = None,
 ) -> Implementation:
     """Returns the row of a kernel, which refuses by the platform, the machine, and then by `reasons`."""
     fit = first_of(*reasons, size_reason)
@@ -86,6 +89,7 @@ def row(
         inside=INSIDE,
         run_fused=run_fused,
         ready_fn=ready_fn,
+        kind=kind,
     )
 
 
@@ -111,4 +115,9 @@ GPU_GROUPS = row(
 )
 GPU_WEIGHTS = row(
     *("gpu_weights", weights_matmul, WEIGHTS, weights_fused, alone_reason), ready_fn=ready_alone
+)
+GPU_FP8 = row(
+    *("gpu_fp8", fp8_matmul, FP8, fp8_fused, fp8_input_reason, fp8_weight_reason),
+    ready_fn=ready_alone,
+    kind="float8",
 )

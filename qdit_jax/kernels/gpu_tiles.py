@@ -14,6 +14,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping
 from importlib.resources import files
+from typing import Any
 
 import jax
 
@@ -67,6 +68,12 @@ WIDE = tuple(
     for rows, columns in ((64, 64), (96, 64), (128, 64), (192, 64), (64, 128))
     for steps in (3, 4)
 )
+# Of FP8, where the sums of a run and their total share the registers.
+FLOATS = tuple(
+    Tiles(rows, columns, steps)
+    for rows, columns in ((64, 64), (96, 64), (128, 64), (64, 128))
+    for steps in (4, 6)
+)
 DEPTH = 4  # runs in flight that blocks by arithmetic have at most
 
 
@@ -81,6 +88,7 @@ class Shape:
     itemsize: int  # bytes of a number of the result
     unit: int = 0  # input channels that have one scale, where a kernel in groups cuts them; else 0
     x_bits: int = 8  # of a number of the inputs, as the kernel reads them
+    elements: str = "integer"  # what tensor cores multiply: "integer" (or 16-bit floats), or "fp8"
 
 
 def rounded_up(number: int, multiple: int) -> int:
@@ -104,6 +112,8 @@ def usable(shape: Shape) -> tuple[Tiles, ...]:
     tried = CANDIDATES
     if shape.x_bits == 16:
         tried = WIDE
+    elif shape.elements == "fp8":
+        tried = FLOATS
     elif shape.unit:  # 128 rows in units of 32 would spill
         tried = tuple(tiles for tiles in GROUPED if tiles.rows < 128 or shape.unit > SUB)
     return tuple(tiles for tiles in tried if fits(tiles, shape))
@@ -173,7 +183,7 @@ def _rows(device: str) -> Mapping[Shape, Tiles]:
 
 
 def rows_of(
-    table: Mapping[str, list[dict[str, dict[str, int]]]], device: str
+    table: Mapping[str, list[dict[str, dict[str, Any]]]], device: str
 ) -> dict[Shape, Tiles]:
     """Returns `{shape: tiles}` of one kind of device in a table of `bench_accelerator.py`."""
     return {Shape(**row["shape"]): Tiles(**row["tiles"]) for row in table.get(device, [])}

@@ -50,10 +50,16 @@ def split_reason(backend: str) -> str | None:
 def integers_reason(product: Product) -> str | None:
     """Returns why the inputs are no integers whose scales are computed as they come."""
     spec = product.act_spec
+    if product.numerics == "integer" and spec is not None and spec.fmt is not None:
+        return f"it takes integers as inputs, not {spec.fmt.name}."
+    return dynamic_reason(product)
+
+
+def dynamic_reason(product: Product) -> str | None:
+    """Returns why the inputs are no elements whose scales are computed as they come."""
+    spec = product.act_spec
     if product.numerics != "integer" or spec is None:
         return f"it computes integer numerics, not {product.numerics}."
-    if spec.fmt is not None:
-        return f"it takes integers as inputs, not {spec.fmt.name}."
     if spec.mode != "dynamic":
         return "it computes scales from the inputs, and these have calibrated ones."
     if product.dtype not in DTYPES:
@@ -68,11 +74,19 @@ def input_reason(product: Product) -> str | None:
         return reason
     if not spec.symmetric or spec.unsigned or spec.shift:
         return "it takes symmetric signed inputs without a shift."
-    if effective_group_size(product.x_shape[-1], spec.group_size) != product.x_shape[-1]:
-        return f"it takes one scale per token, and the inputs have groups of {spec.group_size}."
+    if (reason := token_reason(product)) is not None:
+        return reason
     if not isinstance(spec.range_fn, ranges.MinMax):
         return f"it takes the range rule minmax for inputs, not {spec.range_fn.name}."
     return None
+
+
+def token_reason(product: Product) -> str | None:
+    """Returns that inputs have more than one scale per token, if it is so."""
+    spec, num_channels = product.act_spec, product.x_shape[-1]
+    if spec is None or effective_group_size(num_channels, spec.group_size) == num_channels:
+        return None
+    return f"it takes one scale per token, and the inputs have groups of {spec.group_size}."
 
 
 def weight_reason(product: Product) -> str | None:

@@ -41,7 +41,8 @@ def quantized_matmul(
             papers measure; "integer" multiplies the stored elements and scales their sums, what
             hardware runs: int8 dots with int32 accumulators for integers, FP4 and mixtures of
             these; dots of bfloat16 with FP8 elements and of float32 with NF4's, which hold them
-            exactly, summed in float32. They agree to float rounding.
+            exactly, summed in float32. They agree to float rounding, but for FP8 on NVIDIA's Hopper, whose
+            kernel has sums of 14 bits inside of 128 channels.
         implementation: the code that computes it, a name in `IMPLEMENTATIONS`; None takes the first
             that fits, for each platform that the program is compiled for.
         out_dtype: of the result, in place of the dtype of `x`. A kernel then writes 16 bits itself.

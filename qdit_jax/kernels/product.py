@@ -65,6 +65,7 @@ class Implementation:
             the input.
         ready_fn: `(q, spec of the input) -> ` the same kernel with what each product would compute of it, for a
             loop; None where there is nothing.
+        kind: the dtype of the operands of its products, for counting; None where XLA multiplies the same.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Implementation:
     misfit_reason: Callable[[Product], str | None] | None = None
     inside: tuple[str, ...] = ()
     ready_fn: Callable[[QTensor, ActSpec | None], QTensor] | None = None
+    kind: str | None = None
 
     def fits(self, product: Product) -> bool:
         """Returns whether it computes a product on a machine that has all it needs."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qdit_jax.kernels.gpu_reasons import GPU_GROUPS, GPU_LEVELS, GPU_WEIGHTS
+from qdit_jax.kernels.gpu_reasons import GPU_FP8, GPU_GROUPS, GPU_LEVELS, GPU_WEIGHTS
 from qdit_jax.kernels.product import Implementation
 from qdit_jax.kernels.tpu_groups import TPU_GROUPS
 from qdit_jax.kernels.tpu_levels import TPU_LEVELS
@@ -13,7 +13,7 @@ from qdit_jax.kernels.xla_order import XLA, XLA_CPU
 IMPLEMENTATIONS: dict[str, Implementation] = {
     entry.name: entry
     for entry in (
-        *(XLA_CPU, GPU_LEVELS, GPU_GROUPS, GPU_WEIGHTS),
+        *(XLA_CPU, GPU_LEVELS, GPU_GROUPS, GPU_WEIGHTS, GPU_FP8),
         *(TPU_LEVELS, TPU_GROUPS, TPU_WEIGHTS, XLA),
     )
 }

@@ -40,7 +40,7 @@ def members_of(q: QTensor) -> Int32[np.ndarray, " G"]:
 
 @partial(jax.jit, static_argnames="with_sums")
 def readied(q: QTensor, *, with_sums: bool) -> QTensor:
-    """Returns a kernel of integers with one level of scales: its scales in float32, and `Ready`.
+    """Returns a kernel with one level of scales: these in float32, and `Ready`. Sums are of integers.
 
     Every product gives the same, to the bit. A zero point is per output channel where there are sums.
     """

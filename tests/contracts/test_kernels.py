@@ -100,6 +100,7 @@ CASES = [
     # number formats with each other and with integers
     Case(A(fmt=F.fp8_e4m3, group_size=32), W(fmt=F.fp8_e5m2, group_size=48), (100, 8)),
     Case(A(fmt=F.fp8_e5m2, group_size=0), W(fmt=F.fp8_e4m3, group_size=0), (77, 8), "bfloat16"),
+    Case(A(fmt=F.fp8_e4m3, group_size=0), W(fmt=F.fp8_e4m3, group_size=0), (128, 8)),
     Case(A(fmt=F.fp4_e2m1, group_size=64), W(4, 64), (128, 8)),
     Case(A(8, 0, symmetric=True), W(fmt=F.fp4_e2m1, group_size=32), (96, 8)),
     Case(A(fmt=F.nvfp4), W(fmt=F.mxfp8), (20, 8)),
@@ -248,7 +249,11 @@ def test_reasons_need_no_values_and_names_are_their_own(name):
     entry = IMPLEMENTATIONS[name]
     assert entry.name == name
     takes = {}
-    for act, weight in ((A(8, 32), W(4, 32)), (A(8, 0, symmetric=True), W(4, 32, scale_levels=2))):
+    for act, weight in (
+        (A(8, 32), W(4, 32)),
+        (A(8, 0, symmetric=True), W(4, 32, scale_levels=2)),
+        (A(fmt=F.fp8_e4m3, group_size=0), W(fmt=F.fp8_e4m3, group_size=0)),
+    ):
         q = jax.eval_shape(lambda w, spec=weight: quantize(w, spec), jnp.ones((128, 8)))
         for platform, numerics in itertools.product(PLATFORMS, NUMERICS):
             settings = {"numerics": numerics, "implementation": name, "platform": platform}

@@ -13,12 +13,20 @@ from level_products import LEVELS, TOKEN, W, tokens
 
 from qdit_jax.kernels import GELU, quantized_matmul
 from qdit_jax.kernels.epilogue import finished
-from qdit_jax.quant import ActQuant, ActSpec, quantize
+from qdit_jax.quant import ActQuant, ActSpec, formats, quantize
 
 KINDS = {
     "levels": (W(4, 32, **LEVELS), TOKEN),
     "groups": (W(4, 128), ActSpec(8, 128)),
     "weights": (W(4, 64), None),
+}
+# Those of NVIDIA's Hopper.
+ON_GPUS = {
+    **KINDS,
+    "fp8": (
+        W(fmt=formats.fp8_e4m3, group_size=0),
+        ActSpec(fmt=formats.fp8_e4m3, group_size=0),
+    ),
 }
 
 
@@ -32,10 +40,10 @@ def kernel_named(platform, kind):
     else:
         from jax.experimental.pallas import mosaic_gpu
 
-        from qdit_jax.kernels import gpu_groups, gpu_levels, gpu_weights
+        from qdit_jax.kernels import gpu_fp8, gpu_groups, gpu_levels, gpu_weights
         from qdit_jax.kernels.gpu_tiles import Tiles
 
-        found = {"levels": gpu_levels, "groups": gpu_groups, "weights": gpu_weights}
+        found = {"levels": gpu_levels, "groups": gpu_groups, "weights": gpu_weights, "fp8": gpu_fp8}
         settings = {
             "interpret": mosaic_gpu.InterpretGPUParams(),
             "tiles": Tiles(rows=64, columns=64, steps=2),
@@ -46,7 +54,7 @@ def kernel_named(platform, kind):
 def facts(platform, kind):
     """Returns what the epilogue of a kernel does: errors in units of the greatest value, and dtypes."""
     matmul = kernel_named(platform, kind)
-    weight, spec = KINDS[kind]
+    weight, spec = ON_GPUS[kind]
     rng = np.random.default_rng(0)
     q = quantize(jnp.asarray(rng.normal(size=(128, 20)) / 16, jnp.float32), weight)
     bias = jnp.asarray(rng.normal(size=20) * rng.choice([1, 10], 20), jnp.bfloat16)
@@ -82,7 +90,7 @@ def facts(platform, kind):
 
 
 def main():
-    json.dump({kind: facts("gpu", kind) for kind in KINDS}, sys.stdout)
+    json.dump({kind: facts("gpu", kind) for kind in ON_GPUS}, sys.stdout)
 
 
 if __name__ == "__main__":

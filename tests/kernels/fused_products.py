@@ -11,7 +11,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from epilogues import KINDS
+from epilogues import ON_GPUS
 
 import qdit_jax as qdit
 from qdit_jax.kernels import (
@@ -19,6 +19,7 @@ from qdit_jax.kernels import (
     Gated,
     fused_matmul,
     gpu_check,
+    gpu_fp8,
     gpu_groups,
     gpu_levels,
     gpu_weights,
@@ -45,11 +46,14 @@ CASES = {
     "parts in groups": ("groups", (2, 35), 256, 2, None),
     "weights alone": ("weights", (2, 64), 128, 1, "float32"),
     "parts of weights alone": ("weights", (2, 35), 256, 2, None),
+    "fp8": ("fp8", (2, 64), 128, 1, "float32"),
+    "parts of fp8": ("fp8", (2, 35), 256, 2, None),
 }
 FUSED = {
     "levels": gpu_levels.levels_fused,
     "groups": gpu_groups.groups_fused,
     "weights": gpu_weights.weights_fused,
+    "fp8": gpu_fp8.fp8_fused,
 }
 
 
@@ -64,7 +68,7 @@ def interpreted(kind="levels"):
 def facts(kind, rows, width, parts, gated_dtype):
     """Returns errors in units of the greatest value, dtypes, shapes, and whether slopes are those of XLA."""
     rng, kernel = np.random.default_rng(0), interpreted(kind)
-    weight, spec = KINDS[kind]
+    weight, spec = ON_GPUS[kind]
     act, numerics = (None, "simulated") if spec is None else (ActQuant(spec), "integer")
     q = quantize(jnp.asarray(rng.normal(size=(128, width)) / 16, jnp.float32), weight)
     bias = jnp.asarray(rng.normal(size=width), jnp.float32)
@@ -140,7 +144,7 @@ def block_facts(dtype):
 def main():
     found = {name: facts(*case) for name, case in CASES.items()}
     found |= {f"block in {dtype}": block_facts(dtype) for dtype in ("float32", "bfloat16")}
-    checks = {"levels": gpu_check.LEVELS, "groups": gpu_check.GROUPS, "weights": gpu_check.WEIGHTS}
+    checks = {kind: getattr(gpu_check, kind.upper()) for kind in FUSED}
     found["wrong"] = [gpu_check.wrong_neighbors(interpreted(k), checks[k]) for k in checks]
     json.dump(found, sys.stdout)
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from epilogues import KINDS, facts
+from epilogues import KINDS, ON_GPUS, facts
 from interpreted_gpu import needs_interpreter, printed
 from level_products import TOKEN, W, tokens
 
@@ -32,7 +32,7 @@ def test_kernels_for_tpus_add_and_activate(kind):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ON_GPUS)
 def test_kernels_for_gpus_add_and_activate(on_gpus, kind):
     check(on_gpus[kind])
 

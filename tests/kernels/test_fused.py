@@ -32,7 +32,7 @@ def test_a_kernel_adds_and_parts_its_result(on_gpus, case):
 
 @needs_interpreter
 def test_the_check_of_a_device_passes_in_the_interpreter(on_gpus):
-    assert on_gpus["wrong"] == [None] * 3
+    assert on_gpus["wrong"] == [None] * 4
 
 
 @needs_interpreter

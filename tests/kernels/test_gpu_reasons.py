@@ -21,6 +21,7 @@ from qdit_jax.kernels import (
 )
 from qdit_jax.kernels.gpu_tiles import (
     CANDIDATES,
+    FLOATS,
     GROUPED,
     WIDE,
     Shape,
@@ -31,7 +32,7 @@ from qdit_jax.kernels.gpu_tiles import (
     tiles_by_arithmetic,
     usable,
 )
-from qdit_jax.quant import ActSpec, formats, ranges
+from qdit_jax.quant import ActSpec, formats, quantize, ranges
 
 LAYERS = ((1152, 3456), (1152, 1152), (1152, 4608), (4608, 1152))
 
@@ -46,6 +47,8 @@ def anywhere(monkeypatch):
 
 reason = partial(level_products.reason, row="gpu_levels", platform="cuda")
 WEIGHT, GROUP = W(4, 128), ActSpec(8, 128)
+E4M3, E5M2 = formats.fp8_e4m3, formats.fp8_e5m2
+FP8, FP8_TOKEN = W(fmt=E4M3, group_size=0), ActSpec(fmt=E4M3, group_size=0)
 
 
 def grouped(weight=WEIGHT, act=GROUP, **changes):
@@ -58,6 +61,12 @@ def alone(weight=WEIGHT, act=None, **changes):
     """Returns the sentence of the kernel for weights alone, which takes the product without changes."""
     settings = {"platform": "cuda", "numerics": "simulated", **changes}
     return level_products.reason(row="gpu_weights", weight=weight, act=act, **settings)
+
+
+def in_fp8(weight=FP8, act=FP8_TOKEN, **changes):
+    """Returns the sentence of the kernel for FP8, which takes the product without changes."""
+    settings = {"platform": "cuda", "weight": weight, "act": act, **changes}
+    return level_products.reason(row="gpu_fp8", **settings)
 
 
 def taken(weight, dtype):
@@ -160,8 +169,47 @@ def test_what_weights_alone_cannot_be_is_refused_by_name(changes, sentence):
 
 
 @pytest.mark.usefixtures("anywhere")
+def test_fp8_has_a_kernel_of_its_own():
+    for of_weight, of_input in itertools.product((E4M3, E5M2), repeat=2):
+        weight, act = W(fmt=of_weight, group_size=0), ActSpec(fmt=of_input, group_size=0)
+        for dtype in ("bfloat16", "float32"):
+            assert in_fp8(weight, act, dtype=dtype) is None
+        assert in_fp8(replace(weight, group_size=1152), replace(act, group_size=1152)) is None
+        settings = {"platform": "cuda", "dtype": "bfloat16"}
+        name = implementation_of((4096, 1152), weight, act, "integer", **settings)
+        assert name == "gpu_fp8"
+        assert implementation_of((4096, 1152), weight, act, "simulated", **settings) == "xla"
+
+
+@pytest.mark.usefixtures("anywhere")
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"platform": "tpu"}, "it runs on NVIDIA GPUs only."),
+        ({"numerics": "simulated"}, "integer numerics, not simulated."),
+        ({"act": None}, "it computes integer numerics"),
+        ({"act": TOKEN}, "FP8 with float scales as inputs, not 8-bit integers."),
+        ({"act": ActSpec(fmt=formats.mxfp8)}, "FP8 with float scales as inputs, not mxfp8."),
+        ({"act": replace(FP8_TOKEN, mode="static")}, "calibrated ones."),
+        ({"act": replace(FP8_TOKEN, group_size=128)}, "the inputs have groups of 128."),
+        ({"dtype": "float16"}, "float32 or bfloat16, not in float16."),
+        ({"weight": W(8, 0, symmetric=True)}, "float scales as weights, not 8-bit integers."),
+        ({"weight": W(fmt=formats.mxfp8)}, "float scales as weights, not mxfp8."),
+        ({"weight": W(fmt=formats.fp4_e2m1, group_size=0)}, "as weights, not fp4_e2m1."),
+        ({"weight": replace(FP8, group_size=128)}, "the weights have groups of 128."),
+        ({"weight": W(4, 32, **LEVELS)}, "float scales as weights, not 4-bit integers."),
+        ({"x_shape": (8, 1120)}, "runs of 128, and K is 1120."),
+    ],
+)
+def test_what_fp8_cannot_be_is_refused_by_name(changes, sentence):
+    assert sentence in in_fp8(**changes)
+
+
+@pytest.mark.usefixtures("anywhere")
 def test_a_stack_of_kernels_is_refused():
     assert "this is a stack" in reason(weight=stack_of_kernels())
+    stack = jax.eval_shape(jax.vmap(lambda w: quantize(w, FP8)), jnp.ones((3, 1152, 8)))
+    assert "this is a stack" in in_fp8(stack)
 
 
 def test_the_machine_is_asked_before_anything_is_traced(monkeypatch):
@@ -182,13 +230,14 @@ def test_the_machine_is_asked_before_anything_is_traced(monkeypatch):
     assert reason() == "a product was wrong."
     assert grouped() is None
     assert alone() is None
+    assert in_fp8() is None
     wrong[gpu_check.LEVELS] = None
     assert reason() is None
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     assert "several devices" in reason()
 
 
-@pytest.mark.parametrize("name", ["LEVELS", "GROUPS", "WEIGHTS"])
+@pytest.mark.parametrize("name", ["LEVELS", "GROUPS", "WEIGHTS", "FP8"])
 def test_a_device_that_multiplies_wrong_is_found(name):
     check = getattr(gpu_check, name)
     numerics = "integer" if check.act else "simulated"
@@ -205,23 +254,30 @@ def test_a_device_that_multiplies_wrong_is_found(name):
 
     assert wrong_with(right) is None
     wrong = wrong_with(lambda x, q, dtype: right(x, q, dtype).at[3, 7].add(9000))
-    assert wrong.startswith("a product of 4 bits was wrong on this device, by ")
+    first = f"a product of {check.bits[0]} bits was wrong on this device, by "
+    assert wrong.startswith(first)
     nan = wrong_with(lambda x, q, dtype: right(x, q, dtype) * jnp.nan)
-    assert nan.startswith("a product of 4 bits was wrong")
-    late = wrong_with(lambda x, q, dtype: right(x, q, dtype) + 1e4 * (q.bits == 8))
+    assert nan.startswith(first)
+    late = wrong_with(lambda x, q, dtype: right(x, q, dtype) + 1e4 * (dtype == "float32"))
     assert late.startswith("a product of 8 bits was wrong")
     assert wrong_with(broken) == "it does not run here (RuntimeError: no such instruction)."
 
 
 @pytest.mark.parametrize(
-    ("unit", "x_bits"), [*((u, 8) for u in (0, 32, 64, 128)), *((u, 16) for u in (32, 64, 128))]
+    ("unit", "x_bits", "elements"),
+    [
+        *((unit, 8, "integer") for unit in (0, 32, 64, 128)),
+        *((unit, 16, "integer") for unit in (32, 64, 128)),
+        (0, 8, "fp8"),
+    ],
 )
 @pytest.mark.parametrize("bits", [4, 8])
-def test_blocks_fit_and_leave_no_layer_without_one(bits, unit, x_bits):
+def test_blocks_fit_and_leave_no_layer_without_one(bits, unit, x_bits, elements):
     blocks = WIDE if x_bits == 16 else GROUPED if unit else CANDIDATES
+    blocks = FLOATS if elements == "fp8" else blocks
     for itemsize, rows in itertools.product((2, 4), (1, 512, 4096, 16384)):
         for channels, width in LAYERS:
-            shape = Shape(rows, channels, width, bits, itemsize, unit, x_bits)
+            shape = Shape(rows, channels, width, bits, itemsize, unit, x_bits, elements)
             tiles = tiles_by_arithmetic(shape)
             assert tiles in usable(shape)
             assert tiles in blocks
@@ -256,7 +312,7 @@ def test_measured_blocks_are_taken_on_their_device_and_near_their_shape(monkeypa
     monkeypatch.setattr(gpu_tiles, "measured", lambda device: table if device == "H" else {})
     assert chosen_tiles(shape) == own
     assert chosen_tiles(dataclasses.replace(shape, rows=3000)) == own
-    for other in ({"rows": 512}, {"width": 3456}, {"bits": 8}, {"unit": 128}):
+    for other in ({"rows": 512}, {"width": 3456}, {"bits": 8}, {"unit": 128}, {"elements": "fp8"}):
         far = dataclasses.replace(shape, **other)
         assert chosen_tiles(far) == tiles_by_arithmetic(far)
 
