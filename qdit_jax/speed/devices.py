@@ -62,7 +62,10 @@ DEVICES = {
         Device(
             "h100",
             "NVIDIA H100 SXM",
-            {"float32": 495 * TERA, "bfloat16": 989 * TERA, "int8": 1979 * TERA},
+            {
+                **{"float32": 495 * TERA, "bfloat16": 989 * TERA},
+                **{"int8": 1979 * TERA, "float8": 1979 * TERA},
+            },
             3350 * GIGA,
             80 * GIGA,
             "cuda",

@@ -102,19 +102,21 @@ def layer_work(
     values = size * rows * (num_channels + width)
     weight = None if spec is None else spec.weight
     act = None if spec is None else spec.act
-    kind, count = kind_of(spec, dtype), num_sums(num_channels, spec)
-    inside = kept_inside(rows, num_channels, spec, dtype, platform)
+    row = computed_by(rows, num_channels, spec, dtype, platform)
+    inside = () if row is None else row.inside
+    kind = row.kind if row is not None and row.kind is not None else kind_of(spec, dtype)
+    count, is_byte = num_sums(num_channels, spec), kind in ("int8", "float8")
     moved, live = 2.0 * values, float(values)
     if weight is None:
         moved += num_channels * width * (size if act is None else WIDE)
     else:
         moved += packed_nbytes(*shape, weight)
-        if not ("weights" in inside or (kind == "int8" and is_plain_int8(weight))):
-            copy = num_channels * width * (1 if kind == "int8" else size)
+        if not ("weights" in inside or (is_byte and is_plain_int8(weight))):
+            copy = num_channels * width * (1 if is_byte else size)
             moved += 2 * copy
             live += copy
     if act is not None:
-        codes = rows * num_channels * (1 if kind == "int8" else WIDE)
+        codes = rows * num_channels * (1 if is_byte else WIDE)
         moved += size * rows * num_channels + (0 if "codes" in inside else 2 * codes)
         live += 0 if "codes" in inside else codes
     if count > 1 and "sums" not in inside:
@@ -123,21 +125,21 @@ def layer_work(
     return Work(kind, operations, moved, live)
 
 
-def kept_inside(
+def computed_by(
     rows: int, num_channels: int, spec: LayerSpec | None, dtype: str, platform: str
-) -> tuple[str, ...]:
-    """Returns what of a product stays out of memory: `Implementation.inside` of who computes it."""
+) -> kernels.Implementation | None:
+    """Returns who computes a layer's product, None of one that is not quantized."""
     if spec is None or spec.weight is None:
-        return ()
+        return None
     numerics = "simulated" if spec.act is None else "integer"
     product = kernels.Product(
         (rows, num_channels), spec.weight, spec.act, numerics, platform, dtype
     )
-    return kernels.expected(product).inside
+    return kernels.expected(product)
 
 
 def kind_of(spec: LayerSpec | None, dtype: str) -> str:
-    """Returns the dtype in which a layer's product is computed, in integer numerics.
+    """Returns the dtype in which XLA computes a layer's product, in integer numerics.
 
     A quantized input is multiplied in float32, unless integers multiply it.
     """

@@ -149,6 +149,8 @@ def test_what_a_kernel_keeps_inside_is_not_counted():
         assert by_xla - moved(recipe, "cuda") == saved
         quantized = 0 if recipe == "w4a16" else 2 * codes
         assert by_xla - moved(recipe, "tpu") == saved + quantized
+    # FP8 by XLA: weights are copied in bfloat16, codes of inputs as float32.
+    assert moved("fp8_e4m3", "rocm") - moved("fp8_e4m3", "cuda") == 2 * 2 * copy + 2 * 3 * codes
     # No kernel for GPUs takes 1000 channels, and none for TPUs groups that 128 does not divide.
     assert moved("w4a8-fast", "cuda", 1000) == moved("w4a8-fast", "rocm", 1000)
     assert moved("w4a8-g32", "tpu") == moved("w4a8-g32", "rocm")
