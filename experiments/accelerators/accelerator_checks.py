@@ -13,16 +13,18 @@ import qdit_jax as qdit
 from qdit_jax.kernels import IMPLEMENTATIONS, NUMERICS, quantized_matmul, unsupported_reason
 from qdit_jax.speed import recipe_named
 
-RECIPES = ("w8a8-fast", "w4a8-fast", "w4a8-g0", "w4a8-g128", "w4a16-g128")
+RECIPES = ("w8a8-fast", "w4a8-fast", "w4a8-g0", "w4a8-g128", "w4a16-g128", "fp8_e4m3")
 SHAPES = ((33, 256, 130), (512, 1152, 1152))  # M, K, N: one that is no whole number of blocks
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2.0**-8}  # of the sum of magnitudes
+# Hopper's sums of FP8 have 14 bits inside a run; 3e-4 where that is emulated.
+COARSE = {"gpu_fp8": 2.0**-10}
 
 
 def checks(shapes: tuple[tuple[int, int, int], ...] = SHAPES) -> Iterator[dict[str, Any]]:
     """Yields, for each product and implementation, its greatest error, or why it does not compute it.
 
-    Inputs are whole numbers that reach both ends of their grid, so that quantizing them changes nothing
-    and the reference is a product in float64.
+    Inputs are elements that reach both ends of their grid, so that quantizing them changes nothing and the
+    reference is a product in float64.
     """
     for rows, channels, width in shapes:
         for recipe in RECIPES:
@@ -51,15 +53,20 @@ def checks(shapes: tuple[tuple[int, int, int], ...] = SHAPES) -> Iterator[dict[s
                         found = quantized_matmul(values, q, spec.act, numerics, name)
                         error = np.abs(np.asarray(found, np.float64) - reference)
                         worst = float(np.max(error / np.maximum(unit, 1e-30)))
-                        yield {**row, "error": worst, "passed": worst <= TOLERANCE[dtype]}
+                        most = max(TOLERANCE[dtype], COARSE.get(name, 0.0))
+                        yield {**row, "error": worst, "passed": worst <= most}
 
 
 def operands(rows: int, channels: int, width: int, act: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Returns whole inputs `[M, K]` in float64 and normal weights `[K, N]` with outliers."""
+    """Returns inputs `[M, K]` in float64, whole numbers or FP8, and normal weights `[K, N]` with outliers."""
     rng = np.random.default_rng(rows)
     is_symmetric = act is None or act.symmetric
-    low, high = (-127, 127) if is_symmetric else (-128, 127)
-    x = rng.integers(low, high, (rows, channels), endpoint=True).astype(np.float64)
+    values = np.arange(-127 if is_symmetric else -128, 128)
+    if act is not None and act.fmt is not None:
+        values = act.fmt.values()
+        values = values[np.isfinite(values)]
+    low, high = values.min(), values.max()
+    x = rng.choice(values, (rows, channels)).astype(np.float64)
     x[:, ::32], x[:, 1::32] = low, high  # in every group
     w = rng.normal(size=(channels, width)).astype(np.float32)
     w[::13] *= 10

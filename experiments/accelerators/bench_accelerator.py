@@ -10,7 +10,7 @@ Three parts, each until its share of `--seconds` is over; what was not reached i
 2. blocks: on an NVIDIA Hopper, the kernel's blocks that are fastest for each layer. They are kept in
    `qdit_jax/kernels/gpu_tiles.json` (`--tiles`), a row per device and shape, and the kernel takes them from then on.
 3. steps: a guided step of the network with random weights (`qdit bench`) in float32, bfloat16, W8A8, W4A8
-   with two levels of scales, W4A8 in groups of 128 and W4A16, at each of `--samples`, by every implementation.
+   with two levels of scales, W4A8 in groups of 128, FP8 and W4A16, at each of `--samples`, by every implementation.
 
 Writes OUT/bench_accelerator.json and .md, with device, date and versions. The same command goes on with
 the steps that are missing. Nothing is expected yet: it has not run on a GPU or TPU.
@@ -38,7 +38,7 @@ from qdit_jax.speed import Row, recipe_named
 from qdit_jax.types import Progress
 
 TINY = {"input_size": 8, "hidden_size": 128, "depth": 2, "num_heads": 2, "num_classes": 10}
-INTEGER = ("w4a8-fast", "w8a8-fast", "w4a8-g128")  # by integer numerics
+INTEGER = ("w4a8-fast", "w8a8-fast", "w4a8-g128", "fp8_e4m3")  # by integer numerics
 WEIGHTS_ALONE = ("w4a16-g128",)
 SHARES = {"numerics": 0.25, "blocks": 0.6, "steps": 1.0}  # of the seconds, by when each part ends
 
@@ -202,7 +202,8 @@ def lines(found: dict[str, Any]) -> Sequence[str]:
         blocks = f"{t['rows']} x {t['columns']}, {t['steps']} in flight"
         us = min(row["microseconds"].values())
         text.append(
-            f"| {s['rows']} | {s['channels']} | {s['width']} | {s['bits']} | {blocks} | {us} |"
+            f"| {s['rows']} | {s['channels']} | {s['width']} | {s['bits']} {s['elements']} "
+            f"| {blocks} | {us} |"
         )
     if found.get("steps"):
         text += ["", "| samples | network | by | ms a step | ratio | weights MB | dB |"]

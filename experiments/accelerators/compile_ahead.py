@@ -19,7 +19,7 @@ description of a GPU (`GpuTargetConfigProto` as text).
 
 OUT/compile_ahead.json is saved after every program, and the same command goes on from there;
 OUT/compile_ahead.md is its table. Expected: about 5 minutes a TPU or GPU on 2 cores with other
-work; kernels of w4a8-fast and w8a8-fast in each of them, in a layer no temporaries but a GPU's int8 inputs.
+work; kernels of w4a8-fast and w8a8-fast in each of them, in a layer no temporaries but a GPU's inputs in int8 or FP8.
 """
 
 from __future__ import annotations
@@ -66,10 +66,14 @@ LAYERS = {"qkv": (1152, 3456), "proj": (1152, 1152), "fc1": (1152, 4608), "fc2":
 PRESETS = ("w4a8-fast", "w8a8-fast")
 WEIGHTS = "w4a16"  # 16-bit inputs
 GROUPS = "w4a8-g128"  # a scale and a zero point per group, inputs too
+FP8 = "fp8_e4m3"  # on both sides, which TPUs before v7 have no units for
 # Who computes a recipe on a TPU, on a GPU.
 KERNELS = {
     True: {**dict.fromkeys(PRESETS, "tpu_levels"), WEIGHTS: "tpu_weights", GROUPS: "tpu_groups"},
-    False: {**dict.fromkeys(PRESETS, "gpu_levels"), WEIGHTS: "gpu_weights", GROUPS: "gpu_groups"},
+    False: {
+        **dict.fromkeys(PRESETS, "gpu_levels"),
+        **{WEIGHTS: "gpu_weights", GROUPS: "gpu_groups", FP8: "gpu_fp8"},
+    },
 }
 CALLS = {
     True: r'custom_call_target="tpu_custom_call".*tpu_(?:levels|weights|groups)',

@@ -118,7 +118,7 @@ def layer_roofline(rows: int, channels: int, width: int, spec: LayerSpec | None)
     is_by_xla = is_grouped and act.group_size != gpu_tiles.RUN
     quantizer = microseconds(0, "int8", rows * channels * (2 + (2 if is_by_xla else 0) + 1))
     moved = rows * channels + 2 * rows * width + packed_nbytes(channels, width, weight)
-    product = microseconds(operations, "int8", moved)
+    product = microseconds(operations, "int8" if weight.fmt is None else "float8", moved)
     if is_grouped:
         unit = unit_of(channels, act.group_size, weight.group_size)
         each = 3 if act.symmetric else 4

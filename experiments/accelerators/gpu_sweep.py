@@ -15,18 +15,19 @@ import numpy as np
 
 import qdit_jax as qdit
 from qdit_jax.files import replaced_file
-from qdit_jax.kernels import gpu_groups, gpu_levels, gpu_tiles, gpu_weights
+from qdit_jax.kernels import gpu_fp8, gpu_groups, gpu_levels, gpu_tiles, gpu_weights
 from qdit_jax.quant import ActQuant
 from qdit_jax.speed import Call, TimeFn, interleaved, recipe_named
 
 Shape, Tiles = gpu_tiles.Shape, gpu_tiles.Tiles
 TABLE = Path(gpu_tiles.__file__).parent / gpu_tiles.TABLE
-# By bits, the input channels that have one scale, and bits of the inputs: recipes.
+# By bits, the input channels that have one scale, bits of the inputs, and elements: recipes.
 RECIPES = {
-    (4, 0, 8): "w4a8-fast",
-    (8, 0, 8): "w8a8-fast",
-    (4, 128, 8): "w4a8-g128",
-    (4, 128, 16): "w4a16",
+    (4, 0, 8, "integer"): "w4a8-fast",
+    (8, 0, 8, "integer"): "w8a8-fast",
+    (4, 128, 8, "integer"): "w4a8-g128",
+    (4, 128, 16, "integer"): "w4a16",
+    (8, 0, 8, "fp8"): "fp8_e4m3",
 }
 ROUNDS = 7
 
@@ -34,14 +35,15 @@ ROUNDS = 7
 def shapes_of(layers: Sequence[tuple[int, int]], row_counts: Sequence[int]) -> Iterator[Shape]:
     """Yields the products of a network's layers in bfloat16, those of the first row count first."""
     for rows in row_counts:
-        for bits, unit, x_bits in RECIPES:
+        for bits, *rest in RECIPES:
             for channels, width in layers:
-                yield Shape(rows, channels, width, bits, 2, unit, x_bits)
+                yield Shape(rows, channels, width, bits, 2, *rest)
 
 
 def product_call(shape: Shape, tiles: Tiles) -> Callable[[], Any]:
     """Returns what computes a product with these blocks, its operands on the device already."""
-    spec = recipe_named(RECIPES[shape.bits, shape.unit, shape.x_bits]).rules[0].spec
+    recipe = RECIPES[shape.bits, shape.unit, shape.x_bits, shape.elements]
+    spec = recipe_named(recipe).rules[0].spec
     key = jax.random.key(0)
     x = jax.random.normal(key, (shape.rows, shape.channels), jnp.bfloat16)
     q = qdit.quantize(jax.random.normal(key, (shape.channels, shape.width)), spec.weight)
@@ -51,6 +53,7 @@ def product_call(shape: Shape, tiles: Tiles) -> Callable[[], Any]:
     else:
         settings = {"act": ActQuant(spec.act), "numerics": "integer"}
         matmul = gpu_groups.groups_matmul if shape.unit else gpu_levels.levels_matmul
+        matmul = gpu_fp8.fp8_matmul if shape.elements == "fp8" else matmul
     run = jax.jit(partial(matmul, **settings, tiles=tiles))
     return partial(run, x, q)
 

@@ -16,10 +16,13 @@ from qdit_jax.speed import DEVICES
 
 H100 = DEVICES["h100"]
 ITEMSIZE = {
-    **{"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1},
+    **{"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1},
     **{"bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "s64": 8},
 }
-RATES = {"s8": "int8", "bf16": "bfloat16", "f32": "float32"}
+RATES = {
+    **{"s8": "int8", "bf16": "bfloat16", "f32": "float32"},
+    **{"f8e4m3fn": "float8", "f8e5m2": "float8"},
+}
 FREE = {"parameter", "get-tuple-element", "tuple", "constant", "bitcast", "after-all"}
 SLICES = ("slice", "dynamic-slice")
 
@@ -131,7 +134,7 @@ def multiplied(
         return 4.0 * batch * heads * queries * keys[1] * channels, "bf16", "attention"
     if "mosaic_gpu" in line:
         dtype = shape(entry[operation.operands[0]].type)[0]
-        if operation.type.startswith("(s8"):  # codes and scales: the quantizer
+        if operation.type.startswith(("(s8", "(f8")):  # codes and scales: the quantizer
             return 0.0, dtype, "others"
         number = re.search(r"flops\\22: (\d+)", line)
         assert number is not None, line

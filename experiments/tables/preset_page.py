@@ -38,8 +38,8 @@ and how they rank on this model is no promise for yours: [evaluation](evaluation
 
 Beside these there is `w<bits>a<bits>`, 2 to 8 bits a side or 16, with `-fast` and `-all`:
 [choosing a recipe](recipes.md). A setting that you give (`--group-size`, in Python `group_size=`) comes before the
-preset's own. No format of the FP4 and FP8 rows has a kernel of its own here: XLA computes them exactly, and hardware
-that multiplies them is not used yet.
+preset's own. `fp8_e4m3` has a kernel for NVIDIA's Hopper ([compiled, not run](kernels.md#sums-of-fp8)); no other format of the FP4
+and FP8 rows has one: XLA computes them exactly, and hardware that multiplies them is not used yet.
 
 ## Found by search
 

@@ -52,6 +52,11 @@ def test_every_operation_takes_the_longer_of_its_products_and_its_bytes(hlo_roof
     assert found["us"] == pytest.approx(1e6 * (rows + part + products), abs=0.1)
 
 
+def test_fp8_is_counted_as_int8_is(hlo_roofline):
+    text = PROGRAM.replace("s8[", "f8e4m3fn[")
+    assert hlo_roofline.step_roofline(text) == hlo_roofline.step_roofline(PROGRAM)
+
+
 def test_a_loop_is_refused(hlo_roofline):
     text = PROGRAM.replace("fusion(%m.1), kind=kLoop", "while(%m.1), kind=kLoop")
     with pytest.raises(AssertionError, match="a loop"):
