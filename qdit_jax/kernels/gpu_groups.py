@@ -117,7 +117,7 @@ groups_matmul = matmul_by(groups_fused)
 def quantized_tokens(
     x: Float[Array, "*lead K"] | Pending, spec: ActSpec, interpret: Any
 ) -> gpu_group_rows.Groups:
-    """Returns tokens in groups, in one pass where these are of 128 channels; else by XLA."""
+    """Returns tokens in groups, in one pass where `gpu_group_rows` takes them; else by XLA."""
     if gpu_group_rows.fits(x, spec):
         return gpu_group_rows.quantized_groups(x, spec, interpret=interpret)
     return quantized_by_xla(plain(x), spec)

@@ -27,6 +27,14 @@ def loaded(block: Ref, layout: Any, *, optimized: bool = True) -> Array:
     return values
 
 
+def store(block: Ref, values: Array) -> None:
+    """Writes to a block of memory, in whatever pieces a warp has."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    write: Any = vars(plgpu)["store"]  # older JAX, with which no kernel runs, has none
+    write(block, values, optimized=False)
+
+
 def of_rows(values: Ref, size: tuple[int, int]) -> Array:
     """Returns values of rows in every column of a block `[columns, rows]`."""
     from jax.experimental.pallas import mosaic_gpu as plgpu

@@ -172,6 +172,8 @@ GROUPED = {
     "symmetric": ActSpec(8, 128, symmetric=True),
     "4 bits": ActSpec(4, 128),
     "of the release": ActSpec(8, 128, range_fn=ranges.qdit_release()),
+    "of 32": ActSpec(8, 32),
+    "of 64": ActSpec(8, 64, symmetric=True),
 }
 
 
@@ -181,7 +183,7 @@ def in_groups(x, spec):
 
 
 @pytest.mark.parametrize("name", GROUPED)
-@pytest.mark.parametrize(("shape", "dtype"), [((16, 384), "float32"), ((2, 4, 256), "bfloat16")])
+@pytest.mark.parametrize(("shape", "dtype"), [((16, 384), "float32"), ((2, 8, 256), "bfloat16")])
 def test_groups_have_the_codes_of_the_quantizer(shape, dtype, name):
     spec = GROUPED[name]
     x = tokens(int(np.prod(shape[:-1])), shape[-1])
@@ -199,12 +201,13 @@ def test_groups_have_the_codes_of_the_quantizer(shape, dtype, name):
         np.testing.assert_array_equal(zero.T, np.asarray(own_zero) - half)
 
 
-@pytest.mark.parametrize(("rows", "dtype"), [((3, 8), "float32"), ((2, 4, 4), "bfloat16")])
-def test_a_norm_comes_before_groups(rows, dtype):
+@pytest.mark.parametrize("size", [32, 128, 256])
+@pytest.mark.parametrize(("rows", "dtype"), [((3, 16), "float32"), ((2, 4, 4), "bfloat16")])
+def test_a_norm_comes_before_groups(rows, dtype, size):
     x = modulated(rows=rows, dtype=dtype)
-    codes, scale, zero = in_groups(x, ActSpec(8, 128))
-    spread = np.repeat(scale.T, 128, axis=1)
-    values = (codes - np.repeat(zero.T, 128, axis=1)) * spread
+    codes, scale, zero = in_groups(x, ActSpec(8, size))
+    spread = np.repeat(scale.T, size, axis=1)
+    values = (codes - np.repeat(zero.T, size, axis=1)) * spread
     exact = np.asarray(x.array(), np.float64).reshape(values.shape)
     # The ends are codes of their own, rounded with the zero point: up to half a step beside.
     assert np.abs((values - exact) / spread).max() < 1 + 1e-2
@@ -235,9 +238,11 @@ def test_a_group_that_is_not_finite_has_no_scale():
 def test_other_groups_are_left_to_xla():
     x, spec = jnp.zeros((2, 8, 256)), ActSpec(8, 128)
     assert gpu_group_rows.fits(x, spec)
-    for other in (ActSpec(8, 64), ActSpec(8, 0), ActSpec(8, 128, range_fn=ranges.mse())):
+    for other in (ActSpec(8, 96), ActSpec(8, 0), ActSpec(8, 128, range_fn=ranges.mse())):
         assert not gpu_group_rows.fits(x, other)
     assert not gpu_group_rows.fits(jnp.zeros((2, 9, 256)), spec)
+    assert gpu_group_rows.fits(jnp.zeros((2, 8, 256)), ActSpec(8, 32))
+    assert not gpu_group_rows.fits(jnp.zeros((1, 8, 256)), ActSpec(8, 32))
     assert not gpu_group_rows.fits(
         Modulated(jnp.zeros((2, 4, 256)), jnp.zeros((2, 512)), 0, 1), spec
     )

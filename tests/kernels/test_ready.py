@@ -19,6 +19,7 @@ from qdit_jax.quant import (
     ActSpec,
     QTensor,
     WeightSpec,
+    formats,
     integer_codes,
     quantize,
     readied,
@@ -100,6 +101,17 @@ def test_who_computes_a_product_says_what_it_needs():
     assert IMPLEMENTATIONS["gpu_groups"].ready_fn(grouped, symmetric).ready.sums is None
     with pytest.raises(ValueError, match="'fast' is not known"):
         ready(q, act, "integer", "fast")
+
+
+def test_fp8_has_its_scales_in_float32():
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(size=(256, 24)), jnp.float32)
+    q = quantize(w, WeightSpec(fmt=formats.fp8_e4m3, group_size=0, scale_dtype="float16"))
+    act = ActQuant(ActSpec(fmt=formats.fp8_e4m3, group_size=0))
+    found = IMPLEMENTATIONS["gpu_fp8"].ready_fn(q, act.spec)
+    assert (q.scale.dtype, found.scale.dtype) == (jnp.float16, jnp.float32)
+    one, two = (quantized_matmul(inputs(), kernel, act, "integer", "xla") for kernel in (q, found))
+    np.testing.assert_array_equal(one, two)
 
 
 def test_what_is_made_of_a_ready_kernel_is_not_ready():
