@@ -25,6 +25,7 @@ work; kernels of w4a8-fast and w8a8-fast in each of them, in a layer no temporar
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -56,9 +57,11 @@ from jax.sharding import SingleDeviceSharding
 
 import qdit_jax as qdit
 from qdit_jax.kernels import implementation_of, quantized_matmul
-from qdit_jax.models import DiT, published_config
+from qdit_jax.models import DiT, family_of, published_config
 from qdit_jax.report import provenance
-from qdit_jax.sampling import denoiser, with_ready_kernels
+from qdit_jax.sampling import HoistedDenoiser, denoiser, with_ready_kernels
+from qdit_jax.sampling.hoisted import known_outputs
+from qdit_jax.sampling.running import with_narrow_kernels
 from qdit_jax.speed import recipe_named
 
 TOKENS, FEW_TOKENS = 16 * 256, 2 * 256  # guided steps of 8 samples and of 1
@@ -146,8 +149,11 @@ def programs(is_tpu: bool, batches: list[int]) -> Iterator[Program]:
                 yield from quantized(layer, tokens, preset, is_tpu)
     for batch in batches:
         for recipe in (None, *KERNELS[is_tpu]):
-            fn, arguments = step(recipe, batch, is_tpu)
-            yield Program(f"step {batch} {recipe or DTYPE}", fn, arguments, bool(recipe))
+            name = f"step {batch} {recipe or DTYPE}"
+            fn, (denoise_fn, *inputs) = step(recipe, batch, is_tpu)
+            yield Program(name, fn, (denoise_fn, *inputs), bool(recipe))
+            ahead = with_known_modulation(denoise_fn, *inputs)
+            yield Program(f"{name}, hoisted", fn, (ahead, *inputs), bool(recipe))
 
 
 def title(layer: str, tokens: int) -> str:
@@ -194,13 +200,32 @@ def step(
         chosen = recipe_named(recipe)
         params = jax.eval_shape(lambda params: qdit.quantize_params(params, recipe=chosen), params)
         model = model.clone(numerics="simulated" if recipe == WEIGHTS else "integer")
-        platform = "tpu" if is_tpu else "cuda"
-        ready = partial(with_ready_kernels, model, platform=platform)  # as `generate` has them
-        params = jax.eval_shape(ready, params)
+    platform = "tpu" if is_tpu else "cuda"
+
+    def running(params: Any) -> Any:  # as `generate` has them, but for runs of blocks
+        narrow = with_narrow_kernels(model, params)
+        return with_ready_kernels(model, narrow, platform=platform)
+
+    params = jax.eval_shape(running, params)
     denoise_fn = denoiser(model, params, 1.5)
     x = shape((batch, *model.sample_shape()), "float32")
     rest = (shape((batch,), "float32"), shape((batch,), "int32"))
     return (lambda fn, *inputs: fn(*inputs)), (denoise_fn, x, *rest)
+
+
+def with_known_modulation(
+    denoise_fn: Any, x: jax.ShapeDtypeStruct, _: object, labels: jax.ShapeDtypeStruct
+) -> Any:
+    """Returns the denoiser of a step of 50 whose modulation was computed before the loop."""
+    inner = denoise_fn.denoise_fn
+    family = family_of(inner.model)
+    compute = partial(
+        known_outputs, pattern=family.part_pattern(family.rounded_first), shape=x.shape
+    )
+    timesteps = shape((50,), "float32")
+    known, condition = jax.eval_shape(compute, denoise_fn, timesteps, labels)
+    ahead = HoistedDenoiser(inner.params, known, timesteps, condition, inner.model)
+    return dataclasses.replace(denoise_fn, denoise_fn=ahead)
 
 
 def shape(size: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
