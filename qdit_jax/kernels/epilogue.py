@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,3 +73,33 @@ def followed(
     """Returns what `gated` has with `y` added, or `y` for None; its channels in `parts` arrays."""
     y = y if gated is None else gated.plus(y)
     return tuple(jnp.split(y, parts, axis=-1)) if parts > 1 else (y,)
+
+
+class Epilogue(NamedTuple):
+    """What is done with the sums as they are written.
+
+    Attributes:
+        bias: of all output channels, padding included.
+        dtype: of the result.
+        activation: see `epilogue.activated`.
+        gated: what the result is added to; then nothing is padded, and a block of rows has one gate.
+        parts: arrays that the output channels are split among; then they are whole blocks each.
+    """
+
+    bias: Float[Array, " N"]
+    dtype: np.dtype
+    activation: str | None = None
+    gated: Gated | None = None
+    parts: int = 1
+
+
+def bias_of(bias: Float[Array, " N"] | None, width: int, columns: int) -> Float[Array, " N"]:
+    """Returns the bias of `columns` output channels in float32, zeros where there is none."""
+    if bias is None:
+        return jnp.zeros(columns, jnp.float32)
+    return jnp.pad(bias.astype(jnp.float32), (0, columns - width))
+
+
+def written_dtype(dtype: str, gated: Gated | None) -> np.dtype:
+    """Returns what a kernel writes: the dtype of the result, or of the sum."""
+    return jnp.dtype(dtype) if gated is None else gated.dtype

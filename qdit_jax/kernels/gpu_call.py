@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from qdit_jax.kernels import gpu_words
-from qdit_jax.kernels.epilogue import Gated, activated
+from qdit_jax.kernels.epilogue import Epilogue, activated
 from qdit_jax.kernels.gpu_memory import loaded, of_columns, renamed
 from qdit_jax.kernels.gpu_tiles import COMPUTING, HALF, Tiles
 from qdit_jax.kernels.refs import Ref, Span
@@ -42,24 +41,6 @@ class Place(NamedTuple):
     block: Span
     columns: Span
     own: Span
-
-
-class Epilogue(NamedTuple):
-    """What is done with the sums as they are written.
-
-    Attributes:
-        bias: of all output channels, padding included.
-        dtype: of the result.
-        activation: see `epilogue.activated`.
-        gated: what the result is added to; then nothing is padded, and a block of rows has one gate.
-        parts: arrays that the output channels are split among; then they are whole blocks each.
-    """
-
-    bias: Float[Array, " N"]
-    dtype: np.dtype
-    activation: str | None = None
-    gated: Gated | None = None
-    parts: int = 1
 
 
 class Added(NamedTuple):
@@ -138,13 +119,6 @@ class Writer:
         columns = pl.ds(added.first + at.columns.start, at.columns.size)
         gate = of_columns(added.modulation.at[sample, columns], values.shape)
         return before.astype(jnp.float32) + gate * values
-
-
-def bias_of(bias: Float[Array, " N"] | None, width: int, columns: int) -> Float[Array, " N"]:
-    """Returns the bias of `columns` output channels in float32, zeros where there is none."""
-    if bias is None:
-        return jnp.zeros(columns, jnp.float32)
-    return jnp.pad(bias.astype(jnp.float32), (0, columns - width))
 
 
 def called(

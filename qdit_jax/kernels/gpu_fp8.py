@@ -22,20 +22,19 @@ from jaxtyping import Array, Float
 
 from qdit_jax.kernels import gpu_rows
 from qdit_jax.kernels.derivative import with_derivative_of_xla
-from qdit_jax.kernels.epilogue import Gated
+from qdit_jax.kernels.epilogue import Epilogue, Gated, bias_of, written_dtype
 from qdit_jax.kernels.gpu_call import (
-    Epilogue,
     Writer,
-    bias_of,
     called,
     place_of,
     run_of,
     run_pipeline,
 )
 from qdit_jax.kernels.gpu_memory import of_columns, of_rows
-from qdit_jax.kernels.gpu_neighbors import fused_by, matmul_by, without_padding, written_dtype
+from qdit_jax.kernels.gpu_neighbors import fused_by, without_padding
 from qdit_jax.kernels.gpu_tiles import RUN, Shape, Tiles, rounded_up
 from qdit_jax.kernels.operands import element_scale
+from qdit_jax.kernels.product import matmul_by
 from qdit_jax.kernels.prologue import Pending, plain
 from qdit_jax.kernels.refs import Ref
 from qdit_jax.kernels.token_scales import stored_dtype

@@ -23,8 +23,15 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int8, Int32
 
 from qdit_jax.kernels.gpu_memory import loaded, store
-from qdit_jax.kernels.gpu_rows import Before, Norm, before_of, operands_of, split_refs
-from qdit_jax.kernels.prologue import Pending, norm_before
+from qdit_jax.kernels.prologue import (
+    Before,
+    Norm,
+    Pending,
+    before_of,
+    norm_before,
+    operands_of,
+    split_refs,
+)
 from qdit_jax.kernels.refs import Ref
 from qdit_jax.kernels.token_scales import INFINITY, magnitude_bits
 from qdit_jax.quant import ActSpec, code_limits, grid_of_limits, in_one_form, rounded_quotients

@@ -23,11 +23,9 @@ from jaxtyping import Array, Float, Int8
 
 from qdit_jax.kernels import gpu_rows, gpu_words
 from qdit_jax.kernels.derivative import with_derivative_of_xla
-from qdit_jax.kernels.epilogue import Gated
+from qdit_jax.kernels.epilogue import Epilogue, Gated, bias_of, written_dtype
 from qdit_jax.kernels.gpu_call import (
-    Epilogue,
     Writer,
-    bias_of,
     called,
     multiply,
     place_of,
@@ -35,7 +33,7 @@ from qdit_jax.kernels.gpu_call import (
     run_pipeline,
 )
 from qdit_jax.kernels.gpu_memory import loaded, loaded_words, of_columns, of_rows, word_layout
-from qdit_jax.kernels.gpu_neighbors import fused_by, matmul_by, without_padding, written_dtype
+from qdit_jax.kernels.gpu_neighbors import fused_by, without_padding
 from qdit_jax.kernels.gpu_tiles import (
     HALF,
     RUN,
@@ -45,6 +43,7 @@ from qdit_jax.kernels.gpu_tiles import (
     rounded_up,
 )
 from qdit_jax.kernels.operands import act_elements
+from qdit_jax.kernels.product import matmul_by
 from qdit_jax.kernels.prologue import Pending, plain
 from qdit_jax.kernels.refs import Ref, Span
 from qdit_jax.kernels.units import of_units

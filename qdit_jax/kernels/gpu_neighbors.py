@@ -11,11 +11,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from qdit_jax.kernels.epilogue import Gated, followed
+from qdit_jax.kernels.epilogue import Gated, followed, written_dtype
 from qdit_jax.kernels.gpu_tiles import Shape, Tiles, chosen_tiles
 from qdit_jax.kernels.prologue import Pending
 from qdit_jax.quant import ActQuant, ActSpec, QTensor
@@ -66,26 +65,6 @@ def fused_by(
     return fused
 
 
-def matmul_by(fused_fn: Callable[..., tuple[Array, ...]]) -> Callable[..., Array]:
-    """Returns the function that a row of the table calls as `run` and `run_to`."""
-
-    def matmul(
-        x: Float[Array, "*lead K"],
-        q: QTensor,
-        act: ActQuant | None,
-        numerics: str,
-        dtype: str | None = None,
-        bias: Float[Array, " N"] | None = None,
-        activation: str | None = None,
-        **settings: Any,
-    ) -> Float[Array, "*lead N"]:
-        """Returns `activation(act(x) @ q + bias)`, in `dtype`, by default that of `x`."""
-        (y,) = fused_fn(x, q, act, dtype or x.dtype.name, bias, activation, **settings)
-        return y
-
-    return matmul
-
-
 def with_neighbors(
     product_fn: ProductFn, width: int, gated: Gated | None, parts: int, tiles: Tiles
 ) -> tuple[Float[Array, "*lead M"], ...]:
@@ -114,11 +93,6 @@ def takes(gated: Gated | None, parts: int, width: int) -> Callable[[Tiles], bool
         return is_wide and not (gated.tokens_per_sample % tiles.rows or width % tiles.block)
 
     return fits
-
-
-def written_dtype(dtype: str, gated: Gated | None) -> np.dtype:
-    """Returns what a kernel writes: the dtype of the result, or of the sum."""
-    return jnp.dtype(dtype) if gated is None else gated.dtype
 
 
 def without_padding(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,15 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Num
 
 from qdit_jax.kernels.gpu_memory import loaded
-from qdit_jax.kernels.prologue import Mapped, Pending, norm_before, normalized, plain, unmapped
+from qdit_jax.kernels.prologue import (
+    Before,
+    Pending,
+    before_of,
+    norm_before,
+    normalized,
+    operands_of,
+    split_refs,
+)
 from qdit_jax.kernels.refs import Ref
 from qdit_jax.kernels.token_scales import (
     INFINITY,
@@ -37,22 +45,6 @@ from qdit_jax.quant import ActSpec, in_one_form
 THREADS = 128  # of a warpgroup, which share a token
 # Channels that its registers hold, of a token alone and of one that is modulated.
 MOST_ALONE, MOST_MODULATED = 96 * THREADS, 48 * THREADS
-
-
-class Norm(NamedTuple):
-    """What is static of a `Modulated`, and how many tokens have one modulation."""
-
-    shift: int
-    scale: int
-    eps: float
-    tokens_per_sample: int
-
-
-class Before(NamedTuple):
-    """What is static of what comes before the quantizer: a norm, then arrays of an `InputMap`."""
-
-    norm: Norm | None
-    num_maps: int
 
 
 def fits(x: Float[Array, "*lead K"] | Pending) -> bool:
@@ -90,37 +82,6 @@ def quantized_rows(
         interpret=interpret,
     )(*operands)
     return quantized
-
-
-def operands_of(x: Float[Array, "*lead K"] | Pending) -> list[Array]:
-    """Returns what a kernel reads: tokens `[M, K]`, of a norm its modulation, and what maps channels `[K]`."""
-    norm, num_channels = norm_before(x), x.shape[-1]
-    source = plain(unmapped(x)) if norm is None else norm.x
-    modulation = [] if norm is None else [norm.modulation]
-    maps = [jnp.asarray(values, jnp.float32) for values in maps_of(x)]
-    return [source.reshape(-1, num_channels), *modulation, *maps]
-
-
-def maps_of(x: Float[Array, "*lead K"] | Pending) -> list[Float[Array, " K"]]:
-    """Returns the arrays of an `InputMap`: its scale of channels, and its shift if any."""
-    if not isinstance(x, Mapped):
-        return []
-    return [x.map.inverse_scale, *([] if x.map.shift is None else [x.map.shift])]
-
-
-def before_of(x: Float[Array, "*lead K"] | Pending) -> Before:
-    """Returns what is static of what comes before the quantizer."""
-    norm, num_maps = norm_before(x), len(maps_of(x))
-    if norm is None:
-        return Before(None, num_maps)
-    tokens_per_sample = norm.x.size // x.shape[-1] // len(norm.modulation)
-    return Before(Norm(norm.shift, norm.scale, norm.eps, tokens_per_sample), num_maps)
-
-
-def split_refs(refs: tuple[Ref, ...], before: Before) -> tuple[tuple[Ref, ...], ...]:
-    """Returns the modulation (one or none), the arrays of a map, and the rest of what a kernel is given."""
-    first = int(before.norm is not None)
-    return refs[:first], refs[first : first + before.num_maps], refs[first + before.num_maps :]
 
 
 def _kernel(x: Ref, *refs: Ref, spec: ActSpec, before: Before) -> None:

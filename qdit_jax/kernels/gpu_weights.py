@@ -21,11 +21,9 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from qdit_jax.kernels.derivative import with_derivative_of_xla
-from qdit_jax.kernels.epilogue import Gated
+from qdit_jax.kernels.epilogue import Epilogue, Gated, bias_of, written_dtype
 from qdit_jax.kernels.gpu_call import (
-    Epilogue,
     Writer,
-    bias_of,
     called,
     place_of,
     run_of,
@@ -33,8 +31,9 @@ from qdit_jax.kernels.gpu_call import (
 )
 from qdit_jax.kernels.gpu_floats import MAGIC, code_floats, multiply_floats
 from qdit_jax.kernels.gpu_memory import loaded
-from qdit_jax.kernels.gpu_neighbors import fused_by, matmul_by, without_padding, written_dtype
+from qdit_jax.kernels.gpu_neighbors import fused_by, without_padding
 from qdit_jax.kernels.gpu_tiles import HALF, RUN, Shape, Tiles, rounded_up
+from qdit_jax.kernels.product import matmul_by
 from qdit_jax.kernels.prologue import Pending, plain
 from qdit_jax.kernels.refs import Ref, Span
 from qdit_jax.kernels.units import of_units, unit_of

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from qdit_jax.kernels.refs import Ref
 from qdit_jax.quant import InputMap
 
 
@@ -113,3 +114,55 @@ def norm_before(x: Array | Pending) -> Modulated | None:
     """Returns the norm that an input begins with, if there is one."""
     source = unmapped(x)
     return source if isinstance(source, Modulated) else None
+
+
+def source_of(x: Array | Pending) -> Array:
+    """Returns the array that an input begins with."""
+    source = unmapped(x)
+    return source.x if isinstance(source, Modulated) else source
+
+
+class Norm(NamedTuple):
+    """What is static of a `Modulated`, and how many tokens have one modulation."""
+
+    shift: int
+    scale: int
+    eps: float
+    tokens_per_sample: int
+
+
+class Before(NamedTuple):
+    """What is static of what comes before the quantizer: a norm, then arrays of an `InputMap`."""
+
+    norm: Norm | None
+    num_maps: int
+
+
+def operands_of(x: Float[Array, "*lead K"] | Pending) -> list[Array]:
+    """Returns what a kernel reads: tokens `[M, K]`, of a norm its modulation, and what maps channels `[K]`."""
+    norm, num_channels = norm_before(x), x.shape[-1]
+    modulation = [] if norm is None else [norm.modulation]
+    maps = [jnp.asarray(values, jnp.float32) for values in maps_of(x)]
+    return [source_of(x).reshape(-1, num_channels), *modulation, *maps]
+
+
+def maps_of(x: Float[Array, "*lead K"] | Pending) -> list[Float[Array, " K"]]:
+    """Returns the arrays of an `InputMap`: its scale of channels, and its shift if any."""
+    if not isinstance(x, Mapped):
+        return []
+    return [x.map.inverse_scale, *([] if x.map.shift is None else [x.map.shift])]
+
+
+def before_of(x: Float[Array, "*lead K"] | Pending) -> Before:
+    """Returns what is static of what comes before the quantizer."""
+    norm, num_maps = norm_before(x), len(maps_of(x))
+    if norm is None:
+        return Before(None, num_maps)
+    tokens_per_sample = norm.x.size // x.shape[-1] // len(norm.modulation)
+    return Before(Norm(norm.shift, norm.scale, norm.eps, tokens_per_sample), num_maps)
+
+
+def split_refs(refs: tuple[Ref, ...], before: Before) -> tuple[tuple[Ref, ...], ...]:
+    """Returns the modulation (one or none), the arrays of a map, and the rest of what a kernel is given."""
+    first = int(before.norm is not None)
+    return refs[:first], refs[first : first + before.num_maps], refs[first + before.num_maps :]
