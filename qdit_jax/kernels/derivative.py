@@ -16,10 +16,10 @@ from qdit_jax.quant import ActQuant, ActSpec, QTensor
 
 
 def with_derivative_of_xla(product_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `product_fn(x, q, bias, spec, dtype, activation, ...)` with the derivative of XLA's product.
+    """Returns `product_fn(x, q, bias, gated, spec, dtype, activation, ...)` with the derivative of XLA's product.
 
     `spec` is the `ActSpec` of `x`, and None where `x` is not quantized; `dtype` is the name of the result's.
-    From `spec` on all is static. With `parts`, and `gated` before `spec`, it returns parts, see `fused_matmul`.
+    From `spec` on all is static. It returns a tuple, of `parts` arrays if that is an argument, see `fused_matmul`.
     """
     names = list(inspect.signature(product_fn).parameters)
     first = names.index("spec")
@@ -30,9 +30,7 @@ def with_derivative_of_xla(product_fn: Callable[..., Any]) -> Callable[..., Any]
         *settings, primals, tangents = rest
         named = dict(zip(names[first + 1 :], settings, strict=True))
 
-        def by_xla(
-            x: Array | Pending, q: QTensor, bias: Array | None, gated: Gated | None = None
-        ) -> Any:
+        def by_xla(x: Array | Pending, q: QTensor, bias: Array | None, gated: Gated | None) -> Any:
             x = plain(x)
             sums = (
                 simulated_matmul(x, q, None)
@@ -40,7 +38,7 @@ def with_derivative_of_xla(product_fn: Callable[..., Any]) -> Callable[..., Any]
                 else integer_matmul(x, q, ActQuant(spec))
             )
             y = finished(sums.astype(named["dtype"]), bias, named["activation"])
-            return followed(y, gated, named["parts"]) if "parts" in named else y
+            return followed(y, gated, named.get("parts", 1))
 
         _, tangent = jax.jvp(by_xla, primals, tangents)
         return derived(*primals, spec, *settings), tangent

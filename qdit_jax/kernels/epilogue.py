@@ -9,7 +9,7 @@ Dimensions: B samples, T tokens, N output channels.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -93,7 +93,7 @@ class Epilogue(NamedTuple):
     parts: int = 1
 
 
-def bias_of(bias: Float[Array, " N"] | None, width: int, columns: int) -> Float[Array, " N"]:
+def bias_of(bias: Float[Array, " N"] | None, width: int, columns: int) -> Float[Array, " C"]:
     """Returns the bias of `columns` output channels in float32, zeros where there is none."""
     if bias is None:
         return jnp.zeros(columns, jnp.float32)
@@ -103,3 +103,11 @@ def bias_of(bias: Float[Array, " N"] | None, width: int, columns: int) -> Float[
 def written_dtype(dtype: str, gated: Gated | None) -> np.dtype:
     """Returns what a kernel writes: the dtype of the result, or of the sum."""
     return jnp.dtype(dtype) if gated is None else gated.dtype
+
+
+def without_padding(
+    found: Sequence[Float[Array, "_ _"]], lead: tuple[int, ...], width: int
+) -> tuple[Float[Array, "*lead M"], ...]:
+    """Returns the parts of a result of `width` channels with the leading axes of the input."""
+    num_rows, each = int(np.prod(lead)), width // len(found)
+    return tuple(y[:num_rows, :each].reshape(*lead, each) for y in found)

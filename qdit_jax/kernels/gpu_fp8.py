@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from qdit_jax.kernels import gpu_rows
 from qdit_jax.kernels.derivative import with_derivative_of_xla
-from qdit_jax.kernels.epilogue import Epilogue, Gated, bias_of, written_dtype
+from qdit_jax.kernels.epilogue import Epilogue, Gated, bias_of, without_padding, written_dtype
 from qdit_jax.kernels.gpu_call import (
     Writer,
     called,
@@ -31,7 +31,7 @@ from qdit_jax.kernels.gpu_call import (
     run_pipeline,
 )
 from qdit_jax.kernels.gpu_memory import of_columns, of_rows
-from qdit_jax.kernels.gpu_neighbors import fused_by, without_padding
+from qdit_jax.kernels.gpu_neighbors import fused_by
 from qdit_jax.kernels.gpu_tiles import RUN, Shape, Tiles, rounded_up
 from qdit_jax.kernels.operands import element_scale
 from qdit_jax.kernels.product import matmul_by

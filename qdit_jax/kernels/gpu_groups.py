@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int8, Int32, Num, UInt8
 
 from qdit_jax.kernels import gpu_group_rows, gpu_words
 from qdit_jax.kernels.derivative import with_derivative_of_xla
-from qdit_jax.kernels.epilogue import Epilogue, Gated, bias_of, written_dtype
+from qdit_jax.kernels.epilogue import Epilogue, Gated, bias_of, without_padding, written_dtype
 from qdit_jax.kernels.gpu_call import (
     Writer,
     called,
@@ -34,7 +34,7 @@ from qdit_jax.kernels.gpu_call import (
     run_pipeline,
 )
 from qdit_jax.kernels.gpu_memory import loaded, loaded_words, of_columns, of_rows, word_layout
-from qdit_jax.kernels.gpu_neighbors import fused_by, without_padding
+from qdit_jax.kernels.gpu_neighbors import fused_by
 from qdit_jax.kernels.gpu_tiles import (
     HALF,
     RUN,

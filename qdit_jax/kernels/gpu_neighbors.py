@@ -8,10 +8,9 @@ Dimensions: K input channels, N output channels, M of a part.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from jaxtyping import Array, Float
 
 from qdit_jax.kernels.epilogue import Gated, followed, written_dtype
@@ -93,11 +92,3 @@ def takes(gated: Gated | None, parts: int, width: int) -> Callable[[Tiles], bool
         return is_wide and not (gated.tokens_per_sample % tiles.rows or width % tiles.block)
 
     return fits
-
-
-def without_padding(
-    found: Sequence[Float[Array, "_ _"]], lead: tuple[int, ...], width: int
-) -> tuple[Float[Array, "*lead M"], ...]:
-    """Returns the parts of a result of `width` channels with the leading axes of the input."""
-    num_rows, each = int(np.prod(lead)), width // len(found)
-    return tuple(y[:num_rows, :each].reshape(*lead, each) for y in found)

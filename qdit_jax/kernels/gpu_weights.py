@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from qdit_jax.kernels.derivative import with_derivative_of_xla
-from qdit_jax.kernels.epilogue import Epilogue, Gated, bias_of, written_dtype
+from qdit_jax.kernels.epilogue import Epilogue, Gated, bias_of, without_padding, written_dtype
 from qdit_jax.kernels.gpu_call import (
     Writer,
     called,
@@ -31,7 +31,7 @@ from qdit_jax.kernels.gpu_call import (
 )
 from qdit_jax.kernels.gpu_floats import MAGIC, code_floats, multiply_floats
 from qdit_jax.kernels.gpu_memory import loaded
-from qdit_jax.kernels.gpu_neighbors import fused_by, without_padding
+from qdit_jax.kernels.gpu_neighbors import fused_by
 from qdit_jax.kernels.gpu_tiles import HALF, RUN, Shape, Tiles, rounded_up
 from qdit_jax.kernels.product import matmul_by
 from qdit_jax.kernels.prologue import Pending, plain

@@ -61,6 +61,11 @@ class Modulated:
         """float32 or wider."""
         return np.dtype(jnp.promote_types(self.x.dtype, jnp.float32))
 
+    @property
+    def tokens_per_sample(self) -> int:
+        """How many tokens have one modulation."""
+        return self.x.size // self.x.shape[-1] // len(self.modulation)
+
     def array(self) -> Float[Array, "B *T K"]:
         """Returns it, computed by XLA."""
         parts = jnp.split(self.modulation, self.modulation.shape[-1] // self.shape[-1], axis=-1)
@@ -158,8 +163,7 @@ def before_of(x: Float[Array, "*lead K"] | Pending) -> Before:
     norm, num_maps = norm_before(x), len(maps_of(x))
     if norm is None:
         return Before(None, num_maps)
-    tokens_per_sample = norm.x.size // x.shape[-1] // len(norm.modulation)
-    return Before(Norm(norm.shift, norm.scale, norm.eps, tokens_per_sample), num_maps)
+    return Before(Norm(norm.shift, norm.scale, norm.eps, norm.tokens_per_sample), num_maps)
 
 
 def split_refs(refs: tuple[Ref, ...], before: Before) -> tuple[tuple[Ref, ...], ...]:

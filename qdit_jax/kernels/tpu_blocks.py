@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 from qdit_jax.quant import QTensor, WeightSpec, num_groups, packing
 
 TILE = 128  # lanes: channels are padded to multiples
 STRIP = 32  # rows of an int8 tile
+_SUBLANES = 8  # rows of a float32 tile
 VMEM_LIMIT = 48 << 20  # bytes; a core of v5p has 64 MiB, of v5e and v6e 128
 _SPARE = 4 << 20  # for what the compiler keeps there itself
 _ROWS = (512, 256, 128)  # of a block, the most first
+_LEAST_ROWS = 128  # of a block that has to lie in one sample
 _COLUMNS = (4, 3, 2, 1)  # tiles of a block
 
 
@@ -52,10 +55,14 @@ class Sizes:
         num_rows, num_channels, width: M, K, N, not padded.
         bits: of the packed codes.
         num_groups: G.
-        itemsize: bytes of a number of the input and the output.
+        itemsize: bytes of a number of the input.
         unpacked: bytes of a weight once it is unpacked; 1 where the rows are quantized too.
         map_bytes: of what makes a weight of a code, per group and output channel.
         units: scales that a token has, where it has several, see `units`; else 0.
+        result_itemsize: bytes of a number of the result; by default the most.
+        channel_rows: rows of float32 that the input's channels are scaled and moved with.
+        added_itemsize: bytes of a number of what the result is added to, or 0.
+        tokens_per_sample: which have one modulation, then a block has rows of one sample; else 0.
     """
 
     num_rows: int
@@ -67,6 +74,10 @@ class Sizes:
     unpacked: int = 1
     map_bytes: int = 2
     units: int = 0
+    result_itemsize: int = 4
+    channel_rows: int = 0
+    added_itemsize: int = 0
+    tokens_per_sample: int = 0
 
     @property
     def channels(self) -> int:
@@ -103,12 +114,16 @@ def vmem_bytes(sizes: Sizes, blocks: Blocks) -> int:
     rows, columns, channels = blocks.rows, blocks.columns, sizes.channels
     groups = rounded_up(sizes.num_groups, STRIP)
     packed = packing.packed_bytes(sizes.code_channels, sizes.bits)
-    streamed = (rows * channels + rows * columns) * sizes.itemsize
+    streamed = rows * channels * sizes.itemsize
+    streamed += rows * columns * (sizes.result_itemsize + sizes.added_itemsize)
+    streamed += 4 * _SUBLANES * (sizes.channel_rows * channels + columns)  # and a gate
     streamed += (packed + sizes.map_bytes * groups + 2 * 4 * 8) * columns
     held = blocks.panel * channels * columns * sizes.unpacked + packed * columns
     if sizes.unpacked == 1:
         held += rows * channels + 4 * rows * TILE  # the rows' codes and scales
     sums = 2 * 4 * rows * columns  # int32 and float32
+    if sizes.added_itemsize:
+        sums += 4 * rows * columns
     if sizes.units:  # zero points of rows, sums of weights, scales of both; sums are added up
         units = rounded_up(sizes.units, STRIP)
         held += 4 * (2 * rows * rounded_up(sizes.units, TILE) + units * columns * blocks.panel)
@@ -126,10 +141,27 @@ def chosen_blocks(sizes: Sizes) -> Blocks | None:
     for columns in (count for count in _COLUMNS if tiles % count == 0):
         whole = tiles // columns  # blocks of columns
         for panel in (count for count in range(whole, 0, -1) if whole % count == 0):
-            for most in _ROWS:
-                num_rows = -(-sizes.num_rows // most)
-                rows = rounded_up(-(-sizes.num_rows // num_rows), STRIP)
+            for rows, num_rows in row_blocks(sizes):
                 blocks = Blocks(rows, columns * TILE, num_rows, whole // panel, panel)
                 if vmem_bytes(sizes, blocks) <= VMEM_LIMIT:
                     return blocks
     return None
+
+
+def row_blocks(sizes: Sizes) -> Iterator[tuple[int, int]]:
+    """Yields rows of a block and how many blocks there are, the largest first.
+
+    Where a sample has a modulation, as many strips of rows as divide its tokens; none, if those are few.
+    """
+    for most in _ROWS:
+        if not sizes.tokens_per_sample:
+            num_rows = -(-sizes.num_rows // most)
+            yield rounded_up(-(-sizes.num_rows // num_rows), STRIP), num_rows
+            continue
+        fitting = [
+            rows
+            for rows in range(_LEAST_ROWS, most + 1, STRIP)
+            if sizes.tokens_per_sample % rows == 0
+        ]
+        if fitting:
+            yield fitting[-1], sizes.num_rows // fitting[-1]

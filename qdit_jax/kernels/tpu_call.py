@@ -10,7 +10,6 @@ channel.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +18,18 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Num
 
+from qdit_jax.kernels.epilogue import Epilogue, without_padding
+from qdit_jax.kernels.prologue import Pending, operands_of
+from qdit_jax.kernels.refs import Ref
 from qdit_jax.kernels.tpu_blocks import TILE, VMEM_LIMIT, Blocks, Sizes, chosen_blocks
+from qdit_jax.kernels.tpu_neighbors import (
+    Index,
+    Operand,
+    operands_after,
+    operands_before,
+    sizes_around,
+)
+from qdit_jax.kernels.tpu_rows import Around, around_of, tokens_of, writer_of
 from qdit_jax.kernels.tpu_words import (
     groups_of_sub_blocks,
     is_turned_inside,
@@ -28,59 +38,84 @@ from qdit_jax.kernels.tpu_words import (
 )
 from qdit_jax.quant import QTensor
 
-Index = tuple[Array | int, Array | int]
-
 
 def packed_product(
     kernel: Callable[..., None],
-    x: Float[Array, "*lead K"],
+    x: Float[Array, "*lead K"] | Pending,
     q: QTensor,
     sizes: Sizes,
     maps: Sequence[Num[Array, "G N"]],
     of_columns: Sequence[Float[Array, "_ N"]],
+    epilogue: Epilogue,
     *,
     name: str,
-    dtype: str,
-    interpret: bool,
-) -> Float[Array, "*lead N"]:
-    """Returns the product of `x` and `q`, in `dtype`, that `kernel` computes block by block.
+    interpret: Any,
+) -> tuple[Float[Array, "*lead N"], ...]:
+    """Returns the product of `x` and `q`, and what `epilogue` makes of it, block by block.
 
-    The kernel is given `bits` and `groups`, the group of every 32 input channels, and the blocks of
-    `x [L, K]`, of the packed codes `[R, C]`, or `[C, R]` where the last block is room to have them turned,
-    of each of `maps [G, C]`, of each of `of_columns [_, C]`, and of the result `[L, C]`; then what stays in
-    VMEM: codes `[L, K]` and scales `[L, 1]` of the rows, if these are quantized too, and the unpacked
-    weights `[J, K, C]` of the panel. Where a token has scales of U units, there are `[L, U]` of them, as many
-    zero points, and after the weights room for their sums `[J, U, C]`, both int32.
+    `sizes` are those of the product alone. The kernel is given `bits`, `groups`, the group of every 32 input
+    channels, and `writer`, which takes its sums `[L, C]`; the rows as `Tokens`, and the blocks of the packed
+    codes `[R, C]`, or `[C, R]` where the last block is room to have them turned, of each of `maps [G, C]`, and
+    of each of `of_columns [_, C]`; then what stays in VMEM: codes `[L, K]` and scales `[L, 1]` of the rows, if
+    these are quantized too, and the unpacked weights `[J, K, C]` of the panel. Where a token has scales of U
+    units, there are `[L, U]` of them, as many zero points, and after the weights room for their sums
+    `[J, U, C]`, both int32.
     """
+    sizes = sizes_around(sizes, x, epilogue.dtype, epilogue.gated)
     blocks = chosen_blocks(sizes)
     assert blocks is not None, "the kernel's reasons refuse it"
     rows, columns = blocks.rows * blocks.num_rows, sizes.column_tiles * TILE
-    tokens = padded(x.reshape(-1, sizes.num_channels), rows, sizes.channels)
     codes = whole_codes(q, sizes, columns)
     inside = is_turned_inside(codes.shape[1])
-    operands = [tokens, codes if inside else codes.T]
-    operands += [padded(values, values.shape[0], columns) for values in maps]
-    operands += [padded(values, values.shape[0], columns) for values in of_columns]
+    own = [
+        padded(operands_of(x)[0], rows, sizes.channels),
+        codes if inside else codes.T,
+        *(padded(values, values.shape[0], columns) for values in (*maps, *of_columns)),
+    ]
+    before = operands_before(x, blocks, sizes.channels)
+    after = operands_after(epilogue, blocks, of_both(blocks))
     groups = groups_of_sub_blocks(sizes.channels, sizes.num_channels, q.group_size)
+    kernel = functools.partial(kernel, bits=q.bits, groups=groups)
+    around = around_of(x, epilogue)
     y = pl.pallas_call(
-        functools.partial(kernel, bits=q.bits, groups=groups),
+        functools.partial(with_neighbors, kernel, around, len(own), len(before), len(after)),
         grid=blocks.grid,
-        in_specs=in_specs(operands, blocks, len(maps), inside=inside),
+        in_specs=[
+            *in_specs(own, blocks, len(maps), inside=inside),
+            *(operand.spec for operand in (*before, *after)),
+        ],
         out_specs=pl.BlockSpec((blocks.rows, blocks.columns), of_both(blocks)),
-        out_shape=jax.ShapeDtypeStruct((rows, columns), dtype),
-        scratch_shapes=held_in_vmem(blocks, sizes, operands[1].shape[1] if inside else 0),
-        cost_estimate=cost(operands, blocks, sizes),
+        out_shape=jax.ShapeDtypeStruct((rows, columns), epilogue.dtype),
+        scratch_shapes=held_in_vmem(
+            *(blocks, sizes, own[1].shape[1] if inside else 0),
+            has_norm=around.norm is not None,
+        ),
+        cost_estimate=cost(own, [*before, *after], blocks, sizes),
         compiler_params=compiler_params(),
         interpret=interpret,
         name=name,
-    )(*operands)
-    return y[: math.prod(x.shape[:-1]), : sizes.width].reshape(*x.shape[:-1], sizes.width)
+    )(*own, *(operand.values for operand in (*before, *after)))
+    return without_padding([y], x.shape[:-1], sizes.width)
 
 
-def bias_row(bias: Float[Array, " N"] | None, q: QTensor) -> Float[Array, "1 N"]:
-    """Returns the bias as a row in float32, zeros where there is none."""
-    row = jnp.zeros(q.shape[1]) if bias is None else bias
-    return row.astype(jnp.float32)[None]
+def with_neighbors(
+    kernel: Callable[..., None],
+    around: Around,
+    own: int,
+    before: int,
+    after: int,
+    *refs: Ref,
+) -> None:
+    """Calls a kernel with what reads its rows and what writes its sums.
+
+    `own`, `before` and `after` are how many references it has of the product, of what comes before and after.
+    """
+    (x, *of_product), rest = refs[:own], refs[own:]
+    y, *held = rest[before + after :]
+    *held, modulation = (*held, None) if around.norm is None else held
+    tokens = tokens_of(x, rest[:before], around, modulation)
+    writer = writer_of(rest[before:][:after], y, around)
+    kernel(tokens, *of_product, *held, writer=writer)
 
 
 def of_both(blocks: Blocks) -> Callable[[Array, Array, Array], Index]:
@@ -116,8 +151,11 @@ def in_specs(
     ]
 
 
-def held_in_vmem(blocks: Blocks, sizes: Sizes, turned_bytes: int) -> list[Any]:
-    """Returns what stays in VMEM, see `packed_product`; `turned_bytes` is R, or 0 for no room."""
+def held_in_vmem(blocks: Blocks, sizes: Sizes, turned_bytes: int, *, has_norm: bool) -> list[Any]:
+    """Returns what stays in VMEM, see `packed_product`; `turned_bytes` is R, or 0 for no room.
+
+    Last a block's shift and scale, where a norm comes first.
+    """
     from jax.experimental.pallas import tpu as pltpu
 
     rows, columns, channels = blocks.rows, blocks.columns, sizes.channels
@@ -130,19 +168,23 @@ def held_in_vmem(blocks: Blocks, sizes: Sizes, turned_bytes: int) -> list[Any]:
         sums.append(pltpu.VMEM((blocks.panel, units, columns), jnp.int32))
     turned = [pltpu.VMEM((turned_bytes, columns), jnp.uint8)] if turned_bytes else []
     weights = pltpu.VMEM((blocks.panel, channels, columns), unpacked)
-    return [*quantized, weights, *sums, *turned]
+    modulation = [pltpu.VMEM((2, channels), jnp.float32)] if has_norm else []
+    return [*quantized, weights, *sums, *turned, *modulation]
 
 
-def cost(operands: Sequence[Array], blocks: Blocks, sizes: Sizes) -> pl.CostEstimate:
+def cost(
+    own: Sequence[Array], neighbors: Sequence[Operand], blocks: Blocks, sizes: Sizes
+) -> pl.CostEstimate:
     """Returns what a call costs, for XLA's schedule."""
-    tokens, width = operands[0], sizes.column_tiles * TILE
+    tokens, width = own[0], sizes.column_tiles * TILE
     rows, channels = tokens.shape
-    of_weights = sum(values.size * values.dtype.itemsize for values in operands[1:])
-    of_rows = tokens.dtype.itemsize * rows * (blocks.panels * channels + width)
+    read = tokens.size * tokens.dtype.itemsize * blocks.panels
+    read += sum(values.size * values.dtype.itemsize for values in own[1:])
+    read += sum(operand.read * operand.values.dtype.itemsize for operand in neighbors)
     return pl.CostEstimate(
         flops=2 * rows * channels * width,
         transcendentals=0,
-        bytes_accessed=of_weights + of_rows,
+        bytes_accessed=read + rows * width * sizes.result_itemsize,
     )
 
 

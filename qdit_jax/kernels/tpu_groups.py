@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +23,19 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, Int32, UInt8
 
 from qdit_jax.kernels.derivative import with_derivative_of_xla
-from qdit_jax.kernels.epilogue import activated
-from qdit_jax.kernels.refs import Ref
+from qdit_jax.kernels.epilogue import Gated
+from qdit_jax.kernels.product import matmul_by
+from qdit_jax.kernels.prologue import Pending, source_of
+from qdit_jax.kernels.refs import Ref, Span
 from qdit_jax.kernels.token_scales import INFINITY, LEAST_NORMAL, magnitude_bits
 from qdit_jax.kernels.tpu_blocks import STRIP, TILE
-from qdit_jax.kernels.tpu_call import bias_row, packed_product
+from qdit_jax.kernels.tpu_call import packed_product
+from qdit_jax.kernels.tpu_neighbors import epilogue_of, fused_by
 from qdit_jax.kernels.tpu_reasons import groups_reason, groups_sizes, row
+from qdit_jax.kernels.tpu_rows import TileFn, Tokens, Writer, span
 from qdit_jax.kernels.tpu_words import EACH_BYTE, SIGNS, as_rows_of, code_words
 from qdit_jax.kernels.units import of_units
 from qdit_jax.quant import (
-    ActQuant,
     ActSpec,
     QTensor,
     effective_group_size,
@@ -40,48 +44,33 @@ from qdit_jax.quant import (
 )
 
 
-def groups_matmul(
-    x: Float[Array, "*lead K"],
-    q: QTensor,
-    act: ActQuant | None,
-    numerics: str,
-    dtype: str | None = None,
-    bias: Float[Array, " N"] | None = None,
-    activation: str | None = None,
-    *,
-    interpret: bool = False,
-) -> Float[Array, "*lead N"]:
-    """Returns `activation(act(x) @ q + bias)` in integer numerics, in `dtype`, by default that of `x`.
-
-    `interpret` runs it on any platform, slowly.
-
-    Equal to `xla.integer_matmul` to float rounding, whose derivative it has. A token that holds NaN or
-    infinity gives NaN.
-    """
-    assert act is not None, "groups_reason refuses it"
-    return _product(x, q, bias, act.spec, dtype or x.dtype.name, activation, interpret)
-
-
 @with_derivative_of_xla
 def _product(
-    x: Float[Array, "*lead K"],
+    x: Float[Array, "*lead K"] | Pending,
     q: QTensor,
     bias: Float[Array, " N"] | None,
+    gated: Gated | None,
     spec: ActSpec,
     dtype: str,
     activation: str | None,
-    interpret: bool,
-) -> Float[Array, "*lead N"]:
-    sizes = groups_sizes(x.shape, q, x.dtype.itemsize)
+    interpret: Any,
+) -> tuple[Float[Array, "*lead N"], ...]:
+    sizes = groups_sizes(x.shape, q, source_of(x).dtype.itemsize)
     scale = of_units(scale_value(q.scale), q.shape[0], q.group_size, TILE)
     size = effective_group_size(q.shape[0], spec.group_size)
-    kernel = functools.partial(
-        _kernel, act_spec=spec, activation=activation, tiles=-(-size // TILE)
-    )
-    maps, of_columns = [offsets_of(q)], (scale, bias_row(bias, q))
     return packed_product(
-        kernel, x, q, sizes, maps, of_columns, name="tpu_groups", dtype=dtype, interpret=interpret
+        functools.partial(_kernel, act_spec=spec, tiles=-(-size // TILE)),
+        *(x, q, sizes, [offsets_of(q)], [scale]),
+        epilogue_of(sizes, bias, gated, dtype, activation),
+        name="tpu_groups",
+        interpret=interpret,
     )
+
+
+# In integer numerics. Equal to `xla.integer_matmul` to float rounding, whose derivative they have; a token that
+# holds NaN or infinity gives NaN.
+groups_fused = fused_by(_product, groups_sizes)
+groups_matmul = matmul_by(groups_fused)
 
 
 def offsets_of(q: QTensor) -> UInt8[Array, "G N"]:
@@ -93,22 +82,20 @@ def offsets_of(q: QTensor) -> UInt8[Array, "G N"]:
 
 
 def _kernel(
-    x: Ref,
+    tokens: Tokens,
     codes: Ref,
     offset: Ref,
     scale: Ref,
-    bias: Ref,
-    y: Ref,
     x_codes: Ref,
     x_scale: Ref,
     x_zero: Ref,
     weights: Ref,
     sums_of_weights: Ref,
     *turned: Ref,
+    writer: Writer,
     bits: int,
     groups: tuple[int, ...],
     act_spec: ActSpec,
-    activation: str | None,
     tiles: int,
 ) -> None:
     """Writes one block `[L, C]` of the result, and what later blocks share.
@@ -121,7 +108,7 @@ def _kernel(
 
     @pl.when(block == 0)
     def _() -> None:
-        quantize_rows(x, x_codes, x_scale, x_zero, act_spec, tiles)
+        quantize_rows(tokens, x_codes, x_scale, x_zero, act_spec, tiles)
 
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
@@ -132,7 +119,7 @@ def _kernel(
         if not act_spec.symmetric:
             sum_weights(weights.at[block], sums_of_weights.at[block])
 
-    total = jnp.zeros(y.shape, jnp.float32)
+    total = jnp.zeros((x_codes.shape[0], scale.shape[1]), jnp.float32)
     for unit in range(scale.shape[0]):
         channels = pl.ds(unit * TILE, TILE)
         sums = int8_dot(x_codes[:, channels], weights[block, channels, :])
@@ -140,7 +127,7 @@ def _kernel(
             sums = sums - x_zero[:, unit : unit + 1] * sums_of_weights[block, unit : unit + 1, :]
         scaled = sums.astype(jnp.float32) * x_scale[:, unit : unit + 1]
         total = total + scaled * scale[unit : unit + 1, :]
-    y[...] = activated(total + bias[...], activation).astype(y.dtype)
+    writer.write(total)
 
 
 def int8_dot(left: Array, right: Array) -> Int32[Array, "M N"]:
@@ -151,39 +138,34 @@ def int8_dot(left: Array, right: Array) -> Int32[Array, "M N"]:
 
 
 def quantize_rows(
-    x: Ref, x_codes: Ref, x_scale: Ref, x_zero: Ref, spec: ActSpec, tiles: int
+    tokens: Tokens, x_codes: Ref, x_scale: Ref, x_zero: Ref, spec: ActSpec, tiles: int
 ) -> None:
     """Writes codes, scales and zero points of a block of tokens, as `ActSpec` has them; not finite: NaN.
 
     An int8 tile at a time, which is read three times: a strip of all K does not fit into registers.
     """
-    units = [pl.ds(start, TILE) for start in range(0, x.shape[1], TILE)]
-    groups = [range(first, min(first + tiles, len(units))) for first in range(0, len(units), tiles)]
+    count = tokens.num_tiles
+    groups = [range(first, min(first + tiles, count)) for first in range(0, count, tiles)]
 
-    def quantize_strip(strip: Array, _: None) -> None:
-        rows = pl.ds(pl.multiple_of(strip * STRIP, STRIP), STRIP)
-
-        def tile(unit: int) -> Float[Array, "L K"]:
-            return x[rows, units[unit]].astype(jnp.float32)
-
+    def quantize_strip(rows: Span, tile_fn: TileFn) -> None:
         most = functools.reduce(
-            jnp.maximum, (magnitude_bits(tile(unit)) for unit in range(len(units)))
+            jnp.maximum, (magnitude_bits(tile_fn(unit)) for unit in range(count))
         )
         is_finite = jnp.max(most, axis=1, keepdims=True) < INFINITY
         for group in groups:
-            low = functools.reduce(jnp.minimum, (tile(unit) for unit in group))
-            high = functools.reduce(jnp.maximum, (tile(unit) for unit in group))
+            low = functools.reduce(jnp.minimum, (tile_fn(unit) for unit in group))
+            high = functools.reduce(jnp.maximum, (tile_fn(unit) for unit in group))
             extremes = (
                 jnp.min(low, axis=1, keepdims=True),
                 jnp.max(high, axis=1, keepdims=True),
             )
             codes_fn, scale, zero = grid_of_rows(*extremes, is_finite, spec)
             for unit in group:
-                x_codes[rows, units[unit]] = codes_fn(tile(unit)).astype(jnp.int8)
+                x_codes[rows, span(unit)] = codes_fn(tile_fn(unit)).astype(jnp.int8)
                 x_scale[rows, unit : unit + 1] = scale
                 x_zero[rows, unit : unit + 1] = zero
 
-    jax.lax.fori_loop(0, x.shape[0] // STRIP, quantize_strip, None)
+    tokens.over_strips(quantize_strip)
 
 
 def grid_of_rows(
@@ -227,4 +209,4 @@ def sum_weights(weights: Ref, sums: Ref) -> None:
         sums[unit : unit + 1, :] = found[:1]
 
 
-TPU_GROUPS = row("tpu_groups", groups_matmul, ("weights", "sums", "codes"), groups_reason)
+TPU_GROUPS = row("tpu_groups", groups_fused, ("weights", "sums", "codes"), groups_reason)

@@ -17,6 +17,7 @@ bytes; J blocks of columns of a panel, L rows and C columns of a block (`tpu_blo
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,15 +25,18 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
 from qdit_jax.kernels.derivative import with_derivative_of_xla
-from qdit_jax.kernels.epilogue import activated
-from qdit_jax.kernels.refs import Ref
+from qdit_jax.kernels.epilogue import Gated
+from qdit_jax.kernels.product import matmul_by
+from qdit_jax.kernels.prologue import Pending, source_of
+from qdit_jax.kernels.refs import Ref, Span
 from qdit_jax.kernels.token_scales import INFINITY, divisor_of, magnitude_bits
-from qdit_jax.kernels.tpu_blocks import STRIP, TILE, sizes_of
-from qdit_jax.kernels.tpu_call import bias_row, packed_product
+from qdit_jax.kernels.tpu_blocks import STRIP, sizes_of
+from qdit_jax.kernels.tpu_call import packed_product
+from qdit_jax.kernels.tpu_neighbors import epilogue_of, fused_by
 from qdit_jax.kernels.tpu_reasons import levels_reason, row
+from qdit_jax.kernels.tpu_rows import TileFn, Tokens, Writer, span
 from qdit_jax.kernels.tpu_words import EACH_BYTE, SIGNS, as_rows_of, code_words
 from qdit_jax.quant import (
-    ActQuant,
     ActSpec,
     QTensor,
     rounded_quotients,
@@ -41,63 +45,48 @@ from qdit_jax.quant import (
 )
 
 
-def levels_matmul(
-    x: Float[Array, "*lead K"],
-    q: QTensor,
-    act: ActQuant | None,
-    numerics: str,
-    dtype: str | None = None,
-    bias: Float[Array, " N"] | None = None,
-    activation: str | None = None,
-    *,
-    interpret: bool = False,
-) -> Float[Array, "*lead N"]:
-    """Returns `activation(act(x) @ q + bias)` in integer numerics, in `dtype`, by default that of `x`.
-
-    `interpret` runs it on any platform, slowly.
-
-    Equal to `xla.integer_matmul` to float rounding, whose derivative it has. A token that holds NaN or
-    infinity gives NaN.
-    """
-    assert act is not None, "levels_reason refuses it"
-    return _product(x, q, bias, act.spec, dtype or x.dtype.name, activation, interpret)
-
-
 @with_derivative_of_xla
 def _product(
-    x: Float[Array, "*lead K"],
+    x: Float[Array, "*lead K"] | Pending,
     q: QTensor,
     bias: Float[Array, " N"] | None,
+    gated: Gated | None,
     spec: ActSpec,
     dtype: str,
     activation: str | None,
-    interpret: bool,
-) -> Float[Array, "*lead N"]:
-    sizes = sizes_of(x.shape, q, x.dtype.itemsize)
+    interpret: Any,
+) -> tuple[Float[Array, "*lead N"], ...]:
+    sizes = sizes_of(x.shape, q, source_of(x).dtype.itemsize)
     scale = q.channel_scale if q.has_levels else scale_value(q.scale)[0]
-    kernel = functools.partial(_kernel, act_spec=spec, activation=activation)
-    maps, of_columns = step_and_offset(q), (scale[None], bias_row(bias, q))
     return packed_product(
-        kernel, x, q, sizes, maps, of_columns, name="tpu_levels", dtype=dtype, interpret=interpret
+        functools.partial(_kernel, act_spec=spec),
+        *(x, q, sizes, step_and_offset(q), [scale[None]]),
+        epilogue_of(sizes, bias, gated, dtype, activation),
+        name="tpu_levels",
+        interpret=interpret,
     )
 
 
+# In integer numerics. Equal to `xla.integer_matmul` to float rounding, whose derivative they have; a token that
+# holds NaN or infinity gives NaN.
+levels_fused = fused_by(_product, sizes_of)
+levels_matmul = matmul_by(levels_fused)
+
+
 def _kernel(
-    x: Ref,
+    tokens: Tokens,
     codes: Ref,
     step: Ref,
     offset: Ref,
     scale: Ref,
-    bias: Ref,
-    y: Ref,
     x_codes: Ref,
     x_scale: Ref,
     levels: Ref,
     *turned: Ref,
+    writer: Writer,
     bits: int,
     groups: tuple[int, ...],
     act_spec: ActSpec,
-    activation: str | None,
 ) -> None:
     """Writes one block `[L, C]` of the result, and what later blocks share.
 
@@ -108,7 +97,7 @@ def _kernel(
 
     @pl.when(block == 0)
     def _() -> None:
-        quantize_rows(x, x_codes, x_scale, act_spec)
+        quantize_rows(tokens, x_codes, x_scale, act_spec)
 
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
@@ -124,27 +113,25 @@ def _kernel(
         preferred_element_type=jnp.int32,
     )
     scaled = sums.astype(jnp.float32) * x_scale[...] * scale[...]
-    y[...] = activated(scaled + bias[...], activation).astype(y.dtype)
+    writer.write(scaled)
 
 
-def quantize_rows(x: Ref, x_codes: Ref, x_scale: Ref, spec: ActSpec) -> None:
+def quantize_rows(tokens: Tokens, x_codes: Ref, x_scale: Ref, spec: ActSpec) -> None:
     """Writes codes and scales of a block of tokens, as `ActSpec` has them; not finite: NaN as scale.
 
     An int8 tile at a time, which is read twice: a strip of all K does not fit into registers.
     """
-    parts = [pl.ds(start, TILE) for start in range(0, x.shape[1], TILE)]
+    tiles = range(tokens.num_tiles)
     top = 2 ** (spec.bits - 1) - 1
 
-    def quantize_strip(strip: Array, _: None) -> None:
-        rows = pl.ds(pl.multiple_of(strip * STRIP, STRIP), STRIP)
-        tiles = (x[rows, part].astype(jnp.float32) for part in parts)
-        most = functools.reduce(jnp.maximum, (magnitude_bits(tile) for tile in tiles))
+    def quantize_strip(rows: Span, tile_fn: TileFn) -> None:
+        most = functools.reduce(jnp.maximum, (magnitude_bits(tile_fn(tile)) for tile in tiles))
         divisor, x_scale[rows, :] = token_scale(jnp.max(most, axis=1, keepdims=True), spec)
         codes_fn = rounded_quotients(divisor, top)
-        for part in parts:
-            x_codes[rows, part] = codes_fn(x[rows, part].astype(jnp.float32)).astype(jnp.int8)
+        for tile in tiles:
+            x_codes[rows, span(tile)] = codes_fn(tile_fn(tile)).astype(jnp.int8)
 
-    jax.lax.fori_loop(0, x.shape[0] // STRIP, quantize_strip, None)
+    tokens.over_strips(quantize_strip)
 
 
 def token_scale(
@@ -169,4 +156,4 @@ def unpack_columns(
         levels[rows, :] = as_rows_of((word * own_step + own_offset) ^ SIGNS, jnp.int8)
 
 
-TPU_LEVELS = row("tpu_levels", levels_matmul, ("weights", "sums", "codes"), levels_reason)
+TPU_LEVELS = row("tpu_levels", levels_fused, ("weights", "sums", "codes"), levels_reason)

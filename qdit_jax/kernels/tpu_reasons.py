@@ -19,7 +19,7 @@ from qdit_jax.kernels.level_reasons import (
     version_reason,
     weight_reason,
 )
-from qdit_jax.kernels.product import Implementation, Product
+from qdit_jax.kernels.product import Implementation, Product, matmul_by
 from qdit_jax.kernels.tpu_blocks import TILE, VMEM_LIMIT, Sizes, chosen_blocks, sizes_of
 from qdit_jax.kernels.weight_reasons import alone_reason
 from qdit_jax.quant import QTensor, WeightSpec, ranges
@@ -64,16 +64,18 @@ def blocks_reason(sizes: Sizes) -> str | None:
 
 def row(
     name: str,
-    run: Callable[..., Array],
+    run_fused: Callable[..., tuple[Array, ...]],
     inside: tuple[str, ...],
     *reasons: ReasonFn,
 ) -> Implementation:
     """Returns the row of a kernel, which refuses by the platform, the machine, and then by `reasons`."""
+    run = matmul_by(run_fused)
     return Implementation(
         name,
         run,
         first_of(platform_reason, lambda _: machine_reason(), *reasons),
         run,
+        run_fused=run_fused,
         misfit_reason=first_of(platform_reason, *reasons),
         inside=inside,
     )
@@ -89,9 +91,11 @@ def weights_reason(product: Product) -> str | None:
     return alone_reason(product) or blocks_reason(weights_sizes(product.x_shape, product.weight))
 
 
-def weights_sizes(x_shape: tuple[int, ...], weight: QTensor | WeightSpec) -> Sizes:
+def weights_sizes(
+    x_shape: tuple[int, ...], weight: QTensor | WeightSpec, itemsize: int = 2
+) -> Sizes:
     """Returns the sizes of a product of `tpu_weights`: bfloat16, and three maps in float32."""
-    return dataclasses.replace(sizes_of(x_shape, weight, 2), unpacked=2, map_bytes=12)
+    return dataclasses.replace(sizes_of(x_shape, weight, itemsize), unpacked=2, map_bytes=12)
 
 
 def groups_reason(product: Product) -> str | None:

@@ -11,7 +11,7 @@ bytes; J blocks of columns of a panel, L rows and C columns of a block (`tpu_blo
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,54 +19,43 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from qdit_jax.kernels.derivative import with_derivative_of_xla
-from qdit_jax.kernels.epilogue import activated
+from qdit_jax.kernels.epilogue import Gated
+from qdit_jax.kernels.product import matmul_by
+from qdit_jax.kernels.prologue import Pending, source_of
 from qdit_jax.kernels.refs import Ref
 from qdit_jax.kernels.tpu_blocks import STRIP
-from qdit_jax.kernels.tpu_call import bias_row, packed_product
+from qdit_jax.kernels.tpu_call import packed_product
+from qdit_jax.kernels.tpu_neighbors import epilogue_of, fused_by
 from qdit_jax.kernels.tpu_reasons import row, weights_reason, weights_sizes
+from qdit_jax.kernels.tpu_rows import Tokens, Writer
 from qdit_jax.kernels.tpu_words import SIGNS, as_rows_of, code_words
 from qdit_jax.kernels.weight_maps import HALF, maps_of
-from qdit_jax.quant import ActQuant, QTensor
-
-
-def weights_matmul(
-    x: Float[Array, "*lead K"],
-    q: QTensor,
-    act: ActQuant | None,
-    numerics: str,
-    dtype: str | None = None,
-    bias: Float[Array, " N"] | None = None,
-    activation: str | None = None,
-    *,
-    interpret: bool = False,
-) -> Float[Array, "*lead N"]:
-    """Returns `activation(x @ q + bias)` in `dtype`, by default that of `x`, sums in float32.
-
-    Equal to `xla.simulated_matmul` to the rounding of sums, whose derivative it has. `interpret` runs it on any
-    platform, slowly.
-    """
-    assert act is None, "weights_reason refuses it"
-    return _product(x, q, bias, None, dtype or x.dtype.name, activation, interpret)
+from qdit_jax.quant import QTensor
 
 
 @with_derivative_of_xla
 def _product(
-    x: Float[Array, "*lead K"],
+    x: Float[Array, "*lead K"] | Pending,
     q: QTensor,
     bias: Float[Array, " N"] | None,
+    gated: Gated | None,
     spec: None,
     dtype: str,
     activation: str | None,
-    interpret: bool,
-) -> Float[Array, "*lead N"]:
-    sizes, maps = weights_sizes(x.shape, q), signed_maps(q)
-    kernel = functools.partial(_kernel, activation=activation)
+    interpret: Any,
+) -> tuple[Float[Array, "*lead N"], ...]:
+    sizes = weights_sizes(x.shape, q, source_of(x).dtype.itemsize)
     return packed_product(
-        *(kernel, x, q, sizes, maps, [bias_row(bias, q)]),
+        *(_kernel, x, q, sizes, signed_maps(q), []),
+        epilogue_of(sizes, bias, gated, dtype, activation),
         name="tpu_weights",
-        dtype=dtype,
         interpret=interpret,
     )
+
+
+# Equal to `xla.simulated_matmul` to the rounding of sums, whose derivative they have.
+weights_fused = fused_by(_product, weights_sizes)
+weights_matmul = matmul_by(weights_fused)
 
 
 def signed_maps(q: QTensor) -> tuple[Float[Array, "G N"], Float[Array, "G N"], Float[Array, "G N"]]:
@@ -77,18 +66,16 @@ def signed_maps(q: QTensor) -> tuple[Float[Array, "G N"], Float[Array, "G N"], F
 
 
 def _kernel(
-    x: Ref,
+    tokens: Tokens,
     codes: Ref,
     factor: Ref,
     zero: Ref,
     scale: Ref,
-    bias: Ref,
-    y: Ref,
     weights: Ref,
     *turned: Ref,
+    writer: Writer,
     bits: int,
     groups: tuple[int, ...],
-    activation: str | None,
 ) -> None:
     """Writes one block `[L, C]` of the result, and the weights `[J, K, C]` of the panel.
 
@@ -104,12 +91,12 @@ def _kernel(
         unpack_columns(columns, (factor, zero, scale), weights.at[block], bits, groups)
 
     sums = jnp.dot(
-        x[...],
+        tokens.x[...],
         weights[block],
         precision=jax.lax.Precision.DEFAULT,
         preferred_element_type=jnp.float32,
     )
-    y[...] = activated(sums + bias[...], activation).astype(y.dtype)
+    writer.write(sums)
 
 
 def unpack_columns(
@@ -124,4 +111,4 @@ def unpack_columns(
         weights[pl.ds(index * STRIP, STRIP), :] = found.astype(jnp.bfloat16)
 
 
-TPU_WEIGHTS = row("tpu_weights", weights_matmul, ("weights", "sums"), weights_reason)
+TPU_WEIGHTS = row("tpu_weights", weights_fused, ("weights", "sums"), weights_reason)
