@@ -6,7 +6,8 @@
 Nothing runs, so nothing here is a time: seconds are those of the compiler, bytes and FLOPs what it
 counts, cycles what it estimates of each operation (TPUs; not of a Pallas kernel, nor where the compiler
 gives none). The layers are qkv, proj, fc1 and fc2 on 16 x 256 tokens, on a GPU on 2 x 256 as well; a step is
-one guided call of the network in bfloat16, compiled as the sampler compiles it.
+one guided call of the network in bfloat16, compiled as the sampler compiles it; of a TPU's its operations too, and
+the bytes that they move by the compiler's count (by its own of a kernel).
 
 Of a kernel for GPUs, `ptxas` says registers, spills, shared memory and whether it makes tensor cores wait
 for each product; spills and waits fail. `roofline_us` is arithmetic, not the compiler's: the larger of
@@ -51,7 +52,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from gpu_reports import emptied, kernel_reports, layer_roofline
-from hlo_roofline import step_roofline
+from hlo_roofline import FREE, step_roofline
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
@@ -261,6 +262,8 @@ def compiled(program: Program, sharding: SingleDeviceSharding, is_tpu: bool) -> 
         "kernels": kernels,
         "estimated_cycles": None if kernels else cycles(text),
     }
+    if is_tpu and program.name.startswith("step"):
+        found |= {"bytes": costs.get("bytes accessed"), "operations": operations(text)}
     if reports:
         found["kernel_reports"] = reports
     if not is_tpu and program.name.startswith("step"):
@@ -268,6 +271,14 @@ def compiled(program: Program, sharding: SingleDeviceSharding, is_tpu: bool) -> 
     if program.roofline_us is not None:
         found["roofline_us"] = program.roofline_us
     return found
+
+
+def operations(text: str) -> int:
+    """Returns how many operations a program has, without its copies to and from a TPU's vector memory."""
+    kinds = re.findall(
+        r"\n\s+(?:ROOT )?%[\w.\-]+ = (?:\(.*?\)|\S+) ([\w\-]+)\(", text[text.index("\nENTRY") :]
+    )
+    return sum(kind not in FREE and not kind.endswith(("-start", "-done")) for kind in kinds)
 
 
 def cycles(text: str) -> int | None:
@@ -292,8 +303,8 @@ def table(kept: dict[str, Any]) -> str:
     lines = [
         "Compiled, not run.\n",
         "| program | compile s | arguments MB | temporary MB | GFLOP | estimated kilocycles | kernels "
-        "| counted us | registers | shared KB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| counted us | registers | shared KB | MB moved | operations |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in kept.items():
         numbers = (
@@ -310,6 +321,8 @@ def table(kept: dict[str, Any]) -> str:
                 for r in row.get("kernel_reports", [])
                 if "shared_bytes" in r
             ),
+            f"{row['bytes'] / 1e6:.0f}" if "bytes" in row else "",
+            str(row.get("operations", "")),
         )
         lines.append(f"| {name} | {' | '.join(numbers)} |")
     return "\n".join(lines) + "\n"
