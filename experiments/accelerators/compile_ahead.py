@@ -60,9 +60,13 @@ import qdit_jax as qdit
 from qdit_jax.kernels import implementation_of, quantized_matmul
 from qdit_jax.models import DiT, family_of, published_config
 from qdit_jax.report import provenance
-from qdit_jax.sampling import HoistedDenoiser, denoiser, with_ready_kernels
-from qdit_jax.sampling.hoisted import known_outputs
-from qdit_jax.sampling.running import with_narrow_kernels
+from qdit_jax.sampling import (
+    HoistedDenoiser,
+    denoiser,
+    known_outputs,
+    with_narrow_kernels,
+    with_ready_kernels,
+)
 from qdit_jax.speed import recipe_named
 
 TOKENS, FEW_TOKENS = 16 * 256, 2 * 256  # guided steps of 8 samples and of 1

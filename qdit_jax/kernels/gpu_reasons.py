@@ -25,7 +25,7 @@ from qdit_jax.kernels.level_reasons import (
     version_reason,
     weight_reason,
 )
-from qdit_jax.kernels.product import Implementation, Product
+from qdit_jax.kernels.product import Implementation, Product, ready_alone
 from qdit_jax.kernels.weight_reasons import alone_reason
 from qdit_jax.quant import ActSpec, QTensor, readied
 
@@ -91,11 +91,6 @@ def row(
         ready_fn=ready_fn,
         kind=kind,
     )
-
-
-def ready_alone(q: QTensor, spec: ActSpec | None) -> QTensor:
-    """Returns a kernel with scales and zero points as they are read; two levels of scales are so as they are."""
-    return q if q.has_levels else readied(q, with_sums=False)
 
 
 def ready_in_groups(q: QTensor, spec: ActSpec | None) -> QTensor:

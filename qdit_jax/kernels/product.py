@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from qdit_jax.kernels.epilogue import Gated, finished, followed
 from qdit_jax.kernels.prologue import Pending, plain
-from qdit_jax.quant import ActQuant, ActSpec, QTensor, WeightSpec
+from qdit_jax.quant import ActQuant, ActSpec, QTensor, WeightSpec, readied
 
 Numerics = Literal["simulated", "integer"]
 NUMERICS = ("simulated", "integer")
@@ -136,6 +136,11 @@ def matmul_by(fused_fn: Callable[..., tuple[Array, ...]]) -> Callable[..., Array
         return y
 
     return matmul
+
+
+def ready_alone(q: QTensor, spec: ActSpec | None) -> QTensor:
+    """Returns a kernel with scales and zero points as they are read; two levels of scales are so as they are."""
+    return q if q.has_levels else readied(q, with_sums=False)
 
 
 def layer_numerics(

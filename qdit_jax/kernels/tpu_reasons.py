@@ -19,7 +19,7 @@ from qdit_jax.kernels.level_reasons import (
     version_reason,
     weight_reason,
 )
-from qdit_jax.kernels.product import Implementation, Product, matmul_by
+from qdit_jax.kernels.product import Implementation, Product, matmul_by, ready_alone
 from qdit_jax.kernels.tpu_blocks import TILE, VMEM_LIMIT, Sizes, chosen_blocks, sizes_of
 from qdit_jax.kernels.weight_reasons import alone_reason
 from qdit_jax.quant import QTensor, WeightSpec, ranges
@@ -78,6 +78,7 @@ def row(
         run_fused=run_fused,
         misfit_reason=first_of(platform_reason, *reasons),
         inside=inside,
+        ready_fn=ready_alone,
     )
 
 

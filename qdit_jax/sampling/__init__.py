@@ -36,7 +36,7 @@ from qdit_jax.sampling.generation import (
     generated_batches,
     initial_noise,
 )
-from qdit_jax.sampling.hoisted import HoistedDenoiser, check_hoisting, hoisted
+from qdit_jax.sampling.hoisted import HoistedDenoiser, check_hoisting, hoisted, known_outputs
 from qdit_jax.sampling.own_guidance import (
     DEFAULT_GUIDANCE,
     PUBLISHED,
@@ -56,7 +56,7 @@ from qdit_jax.sampling.own_samplers import (
     sampler_text,
     sampler_timesteps,
 )
-from qdit_jax.sampling.running import running_params, with_ready_kernels
+from qdit_jax.sampling.running import running_params, with_narrow_kernels, with_ready_kernels
 from qdit_jax.sampling.sizes import size_unit, sized_shape, with_sizes
 
 __all__ = [
@@ -96,6 +96,7 @@ __all__ = [
     "guidance_text",
     "hoisted",
     "initial_noise",
+    "known_outputs",
     "num_conditions",
     "num_guided_channels",
     "own_guidance",
@@ -114,6 +115,7 @@ __all__ = [
     "takes_embedded_guidance",
     "takes_first_frames",
     "token_mesh",
+    "with_narrow_kernels",
     "with_ready_kernels",
     "with_sizes",
     "write_conditions",

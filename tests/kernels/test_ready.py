@@ -97,6 +97,10 @@ def test_who_computes_a_product_says_what_it_needs():
     assert by_levels.scale.dtype == jnp.float32
     assert by_levels.ready.sums is None
     assert IMPLEMENTATIONS["gpu_groups"].ready_fn(grouped, ZERO_POINTS).ready.sums is not None
+    by_tpu = IMPLEMENTATIONS["tpu_groups"].ready_fn(grouped, ZERO_POINTS)
+    assert (by_tpu.scale.dtype, by_tpu.ready.sums) == (jnp.float32, None)
+    levels = quantize(jnp.ones((64, 8)), WeightSpec(4, 32, scale_levels=2))
+    assert IMPLEMENTATIONS["tpu_levels"].ready_fn(levels, TOKEN) is levels
     symmetric = ActSpec(8, 128, symmetric=True)
     assert IMPLEMENTATIONS["gpu_groups"].ready_fn(grouped, symmetric).ready.sums is None
     with pytest.raises(ValueError, match="'fast' is not known"):
