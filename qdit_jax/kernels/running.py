@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jaxtyping import Array
+
 from qdit_jax.kernels.matmul import checked_platform, first_that_fits
 from qdit_jax.kernels.product import Product, invalid_reason
 from qdit_jax.kernels.table import IMPLEMENTATIONS
@@ -31,4 +35,31 @@ def ready(
     if len(q.codes.shape) != 2 or invalid_reason(product) is not None:
         return q
     entry = first_that_fits(product) if implementation is None else IMPLEMENTATIONS[implementation]
-    return q if entry.ready_fn is None else entry.ready_fn(q, product.act_spec)
+    if entry.ready_fn is None:
+        return q
+    mesh = explicit_mesh(q)
+    if mesh is None:
+        return entry.ready_fn(q, product.act_spec)
+    # Under Explicit axes unpacking would have to be told how its result is sharded.
+    auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    return on_mesh(entry.ready_fn(on_mesh(q, auto), product.act_spec), mesh)
+
+
+def explicit_mesh(q: QTensor) -> Mesh | None:
+    """Returns the mesh of Explicit axes that a kernel's arrays are on, if there is one."""
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(q)]
+    meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
+    found = (m for m in meshes if isinstance(m, Mesh) and AxisType.Explicit in m.axis_types)
+    return next(found, None)
+
+
+def on_mesh(q: QTensor, mesh: Mesh) -> QTensor:
+    """Returns a kernel with the same shards on a mesh of the same devices."""
+
+    def one(leaf: Array) -> Array:
+        if not isinstance(leaf.sharding, NamedSharding):
+            return leaf
+        return jax.device_put(leaf, NamedSharding(mesh, leaf.sharding.spec))
+
+    found: QTensor = jax.tree.map(one, q)
+    return found

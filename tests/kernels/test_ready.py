@@ -1,6 +1,9 @@
 """Kernels with what a loop would compute in each step: the same products, to the bit."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -148,3 +151,40 @@ def test_a_network_computes_the_same_with_them(monkeypatch):
 def kernels_of(params):
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
     return [leaf for leaf in leaves if isinstance(leaf, QTensor)]
+
+
+ON_MESHES = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from qdit_jax.kernels import IMPLEMENTATIONS, running
+from qdit_jax.quant import ActQuant, ActSpec, WeightSpec, quantize, readied
+
+import dataclasses
+row = dataclasses.replace(IMPLEMENTATIONS["xla_cpu"], ready_fn=IMPLEMENTATIONS["gpu_groups"].ready_fn)
+IMPLEMENTATIONS["xla_cpu"] = row
+w = jnp.asarray(np.random.default_rng(0).normal(size=(256, 64)), jnp.float32)
+q = quantize(w, WeightSpec(4, 128))
+expected = readied(q, with_sums=True)
+for kind in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(kind,))
+    spec = lambda a: PartitionSpec("model", None) if a is q.codes else PartitionSpec(None, "model")
+    split = jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, spec(a))), q)
+    found = running.ready(split, ActQuant(ActSpec(8, 128)), "integer")
+    assert found.codes.sharding == split.codes.sharding, found.codes.sharding
+    for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, two)
+        assert one.sharding.mesh == mesh
+"""
+
+
+def test_shards_stay_where_they_are_on_any_mesh():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", ON_MESHES],
+        env={**os.environ, **flags},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
