@@ -53,7 +53,7 @@ def with_ready_kernels(model: nn.Module, params: Params, *, platform: str | None
     """
     if OVER_TIME in params:
         return params
-    flat = dict(flatten_dict(params, sep="/"))
+    flat, found = flatten_dict(params, sep="/"), {}
     settings = getattr(model, "numerics", "simulated"), getattr(model, "implementation", None)
     for path, kernel in flat.items():
         if not isinstance(kernel, QTensor) or not path.endswith("/kernel"):
@@ -61,8 +61,10 @@ def with_ready_kernels(model: nn.Module, params: Params, *, platform: str | None
         act = flat.get(f"{path.removesuffix('kernel')}act_quant")
         numerics = layer_numerics(act, settings[0])
         dtype = getattr(model, "dtype", "float32")
-        flat[path] = ready(kernel, act, numerics, settings[1], platform=platform, dtype=dtype)
-    return unflatten_dict(flat, sep="/")
+        found[path] = ready(kernel, act, numerics, settings[1], platform=platform, dtype=dtype)
+    if all(kernel is flat[path] for path, kernel in found.items()):
+        return params
+    return unflatten_dict({**flat, **found}, sep="/")
 
 
 @jax.jit(static_argnames="dtype")
