@@ -9,13 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from interpreted_gpu import needs_interpreter
+from interpreted_gpu import needs_interpreter, printed
 
 import qdit_jax as qdit
 from qdit_jax.checkpoint.codec import split_fields
 from qdit_jax.kernels import IMPLEMENTATIONS, quantized_matmul, ready
-from qdit_jax.kernels.gpu_groups import groups_matmul
-from qdit_jax.kernels.gpu_tiles import Tiles
 from qdit_jax.models import DiT
 from qdit_jax.quant import (
     ActQuant,
@@ -78,18 +76,10 @@ def test_xla_multiplies_it_to_the_same_bits(name, numerics):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("act_group", [128, 64])
-@pytest.mark.parametrize("name", ["4 bits", "symmetric", "8 bits", "groups of 32"])
-def test_the_kernel_in_groups_multiplies_it_to_the_same_bits(name, act_group):
-    from jax.experimental.pallas import mosaic_gpu
-
-    q, x = kernel(name), inputs()
-    settings = {"tiles": Tiles(64, 64, 2), "interpret": mosaic_gpu.InterpretGPUParams()}
-    act = ActQuant(ActSpec(8, act_group))
-    one, two = (
-        groups_matmul(x, w, act, "integer", **settings) for w in (q, readied(q, with_sums=True))
-    )
-    np.testing.assert_array_equal(one, two)
+def test_the_kernel_in_groups_multiplies_it_to_the_same_bits():
+    found = printed("ready_products.py")
+    assert len(found) == 8
+    assert all(found.values()), found
 
 
 def test_who_computes_a_product_says_what_it_needs():
