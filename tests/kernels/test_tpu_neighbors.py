@@ -1,6 +1,7 @@
 """What comes before and after a product, by the kernels for TPUs, interpreted on CPU."""
 
 import dataclasses
+import os
 from unittest import mock
 
 import jax
@@ -207,6 +208,10 @@ def test_what_a_block_reads_is_what_a_tpu_fetches_for_it(kind):
     np.testing.assert_array_equal(found, product(True))
 
 
+@pytest.mark.skipif(
+    "xla_backend_optimization_level=0" in os.environ.get("XLA_FLAGS", ""),
+    reason="without LLVM's optimizations XLA's own slopes of a map are not all finite",
+)
 @pytest.mark.parametrize("kind", ["levels", "groups"])
 def test_the_derivative_is_that_of_xla(kind):
     _, q, act, bias, gated = gated_operands(kind, (2, 128), "float32", 128)
@@ -229,7 +234,6 @@ def test_the_derivative_is_that_of_xla(kind):
         )
         return ours, by_xla
 
-    # With LLVM's optimizations: without them XLA's own slopes of a map are not all finite.
     for one, other in zip(*jax.jit(both)(x, gated), strict=True):
         assert np.isfinite(other).all()
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * np.abs(other).max())
