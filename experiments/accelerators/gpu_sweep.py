@@ -15,7 +15,7 @@ import numpy as np
 
 import qdit_jax as qdit
 from qdit_jax.files import replaced_file
-from qdit_jax.kernels import gpu_fp8, gpu_groups, gpu_levels, gpu_tiles, gpu_weights
+from qdit_jax.kernels import Product, expected, gpu_tiles
 from qdit_jax.quant import ActQuant
 from qdit_jax.speed import Call, TimeFn, interleaved, recipe_named
 
@@ -47,14 +47,9 @@ def product_call(shape: Shape, tiles: Tiles) -> Callable[[], Any]:
     key = jax.random.key(0)
     x = jax.random.normal(key, (shape.rows, shape.channels), jnp.bfloat16)
     q = qdit.quantize(jax.random.normal(key, (shape.channels, shape.width)), spec.weight)
-    if spec.act is None:
-        settings = {"act": None, "numerics": "simulated"}
-        matmul: Callable[..., Any] = gpu_weights.weights_matmul
-    else:
-        settings = {"act": ActQuant(spec.act), "numerics": "integer"}
-        matmul = gpu_groups.groups_matmul if shape.unit else gpu_levels.levels_matmul
-        matmul = gpu_fp8.fp8_matmul if shape.elements == "fp8" else matmul
-    run = jax.jit(partial(matmul, **settings, tiles=tiles))
+    act, numerics = spec.act and ActQuant(spec.act), "integer" if spec.act else "simulated"
+    kernel = expected(Product(x.shape, q, act, numerics, "cuda", x.dtype.name))
+    run = jax.jit(partial(kernel.run, act=act, numerics=numerics, tiles=tiles))
     return partial(run, x, q)
 
 

@@ -17,10 +17,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from qdit_jax.kernels.epilogue import Gated
-from qdit_jax.kernels.gpu_fp8 import fp8_fused, fp8_matmul
-from qdit_jax.kernels.gpu_groups import groups_fused, groups_matmul
-from qdit_jax.kernels.gpu_levels import levels_fused, levels_matmul
-from qdit_jax.kernels.gpu_weights import weights_fused, weights_matmul
+from qdit_jax.kernels.gpu_fp8 import fp8_fused
+from qdit_jax.kernels.gpu_groups import groups_fused
+from qdit_jax.kernels.gpu_levels import levels_fused
+from qdit_jax.kernels.gpu_weights import weights_fused
 from qdit_jax.kernels.prologue import Mapped, Modulated
 from qdit_jax.quant import ActQuant, ActSpec, InputMap, QTensor, formats, packing
 
@@ -57,21 +57,19 @@ class Check(NamedTuple):
     """Products of one kernel that have an exact result.
 
     Attributes:
-        matmul: the kernel, as the table calls it.
+        fused: the kernel with what comes before and after it, as the table calls it.
         act: what quantizes the inputs, if anything; whole numbers that reach both ends of its grid stay what
             they are.
         kernel_fn: `(rng, bits, K, N) ->` weights and their values `[N, K]`, whole numbers.
         x_dtype: of the inputs.
-        fused: the kernel with what comes before and after it, as the table calls it, if it takes that.
         bits: of the weights of a product in 16 bits, and of one in 32.
         inputs_fn: makes the inputs.
     """
 
-    matmul: Callable[..., Array]
+    fused: Callable[..., tuple[Array, ...]]
     act: ActSpec | None
     kernel_fn: KernelFn
     x_dtype: str = "float32"
-    fused: Callable[..., tuple[Array, ...]] | None = None
     bits: tuple[int, int] = (4, 8)
     inputs_fn: InputsFn = bytes_of_range
 
@@ -81,14 +79,13 @@ def wrong_here(check: Check) -> str | None:
     """Returns what is wrong with a kernel's results on this device, or None; computed once."""
 
     def product(x: Float[Array, "M K"], q: QTensor, dtype: str) -> Float[Array, "M N"]:
-        if check.act is None:
-            return check.matmul(x, q, None, "simulated", dtype)
-        return check.matmul(x, q, ActQuant(check.act), "integer", dtype)
+        (y,) = check.fused(x, q, None if check.act is None else ActQuant(check.act), dtype)
+        return y
 
     # A thread of its own: this may be asked while something else is traced.
     with ThreadPoolExecutor(1) as pool:
         wrong = pool.submit(wrong_with, product, check).result()
-        if wrong is None and check.fused is not None:
+        if wrong is None:
             wrong = pool.submit(wrong_neighbors, check.fused, check).result()
         return wrong
 
@@ -207,14 +204,13 @@ def whole_fp8(
     return q, fmt.values()[codes]
 
 
-LEVELS = Check(levels_matmul, ActSpec(8, 0, symmetric=True), whole_levels, fused=levels_fused)
-GROUPS = Check(groups_matmul, ActSpec(8, 128), whole_groups, fused=groups_fused)
-WEIGHTS = Check(weights_matmul, None, whole_groups, "bfloat16", weights_fused)
+LEVELS = Check(levels_fused, ActSpec(8, 0, symmetric=True), whole_levels)
+GROUPS = Check(groups_fused, ActSpec(8, 128), whole_groups)
+WEIGHTS = Check(weights_fused, None, whole_groups, "bfloat16")
 FP8 = Check(
-    fp8_matmul,
+    fp8_fused,
     ActSpec(fmt=formats.fp8_e4m3, group_size=0),
     whole_fp8,
-    fused=fp8_fused,
     bits=(8, 8),
     inputs_fn=multiples_of_64,
 )

@@ -13,6 +13,7 @@ Dimensions: M rows (tokens), K input channels, N output channels, all padded to 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,11 +22,9 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from qdit_jax.kernels import gpu_rows
-from qdit_jax.kernels.derivative import with_derivative_of_xla
-from qdit_jax.kernels.epilogue import Epilogue, Gated, bias_of, without_padding, written_dtype
+from qdit_jax.kernels.call import Call
 from qdit_jax.kernels.gpu_call import (
     Writer,
-    called,
     place_of,
     run_of,
     run_pipeline,
@@ -34,11 +33,9 @@ from qdit_jax.kernels.gpu_memory import of_columns, of_rows
 from qdit_jax.kernels.gpu_neighbors import fused_by
 from qdit_jax.kernels.gpu_tiles import RUN, Shape, Tiles, rounded_up
 from qdit_jax.kernels.operands import element_scale
-from qdit_jax.kernels.product import matmul_by
-from qdit_jax.kernels.prologue import Pending, plain
+from qdit_jax.kernels.prologue import Pending
 from qdit_jax.kernels.refs import Ref
-from qdit_jax.kernels.token_scales import stored_dtype
-from qdit_jax.quant import ActQuant, ActSpec, QTensor
+from qdit_jax.quant import ActSpec, QTensor
 
 
 def fp8_shape(rows: int, q: QTensor, spec: ActSpec | None, itemsize: int) -> Shape:
@@ -46,39 +43,21 @@ def fp8_shape(rows: int, q: QTensor, spec: ActSpec | None, itemsize: int) -> Sha
     return Shape(rows, *q.shape, q.bits, itemsize, elements="fp8")
 
 
-@with_derivative_of_xla
-def _product(
-    x: Float[Array, "*lead K"] | Pending,
-    q: QTensor,
-    bias: Float[Array, " N"] | None,
-    gated: Gated | None,
-    spec: ActSpec,
-    dtype: str,
-    activation: str | None,
-    parts: int,
-    tiles: Tiles,
-    interpret: Any,
-) -> tuple[Float[Array, "*lead M"], ...]:
-    width, num_rows = q.shape[1], math.prod(x.shape[:-1])
-    rows, columns = rounded_up(num_rows, tiles.rows), rounded_up(width, tiles.block)
-    elements, scale = quantized_tokens(x, spec, rows, interpret)
-    operands = [
-        elements,
-        weight_elements(q, columns),
-        scale,
-        jnp.pad(element_scale(q, q.scale[0]), (0, columns - width)),
-    ]
-    epilogue = Epilogue(
-        bias_of(bias, width, columns), written_dtype(dtype, gated), activation, gated, parts
-    )
-    found = called(_kernel, operands, epilogue, tiles, name="gpu_fp8", interpret=interpret)
-    return without_padding(found, x.shape[:-1], width)
+def _operands(
+    x: Float[Array, "*lead K"] | Pending, q: QTensor, call: Call
+) -> tuple[Callable[..., None], list[Array]]:
+    assert call.spec is not None, "its row refuses it"
+    width, tiles = q.shape[1], call.tiles
+    columns = rounded_up(width, tiles.block)
+    rows = rounded_up(math.prod(x.shape[:-1]), tiles.rows)
+    elements, scale = gpu_rows.quantized_tokens(x, call.spec, rows, call.interpret)
+    channel_scale = jnp.pad(element_scale(q, q.scale[0]), (0, columns - width))
+    return _kernel, [elements, weight_elements(q, columns), scale, channel_scale]
 
 
-# In integer numerics. Equal to `xla.integer_matmul` to the rounding of sums, whose derivative they have; a token
+# In integer numerics. Equal to `xla.integer_matmul` to the rounding of sums, whose derivative it has; a token
 # that holds NaN or infinity gives NaN.
-fp8_fused = fused_by(_product, fp8_shape)
-fp8_matmul = matmul_by(fp8_fused)
+fp8_fused = fused_by("gpu_fp8", _operands, fp8_shape)
 
 
 def weight_elements(q: QTensor, columns: int) -> Float[Array, "N K"]:
@@ -87,25 +66,6 @@ def weight_elements(q: QTensor, columns: int) -> Float[Array, "N K"]:
     assert dtype is not None, "its row refuses it"
     codes = jnp.pad(jnp.asarray(q.codes), ((0, columns - q.shape[1]), (0, 0)))
     return jax.lax.bitcast_convert_type(codes, dtype)
-
-
-def quantized_tokens(
-    x: Float[Array, "*lead K"] | Pending, spec: ActSpec, rows: int, interpret: Any
-) -> tuple[Float[Array, "M K"], Float[Array, " M"]]:
-    """Returns the FP8 elements of tokens and their scales, NaN of a token that is not finite.
-
-    In one pass where a token fits into registers; else by XLA. Of the `rows` those beyond the tokens mean
-    nothing.
-    """
-    if gpu_rows.fits(x):
-        return gpu_rows.quantized_rows(x, spec, rows, interpret=interpret)
-    wide = plain(x).reshape(-1, x.shape[-1]).astype(jnp.float32)
-    codes, scale = ActQuant(spec).blocks(wide)
-    is_finite = jnp.all(jnp.isfinite(wide), axis=-1)
-    scale = jnp.where(is_finite, scale[:, 0], jnp.nan)
-    more = rows - len(scale)
-    elements = jax.lax.bitcast_convert_type(jnp.pad(codes, ((0, more), (0, 0))), stored_dtype(spec))
-    return elements, jnp.pad(scale, (0, more))
 
 
 def _kernel(

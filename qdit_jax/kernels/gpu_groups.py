@@ -14,6 +14,7 @@ runs of input channels inside which both operands have one scale.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,11 +24,9 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int8, Int32, Num, UInt8
 
 from qdit_jax.kernels import gpu_group_rows, gpu_words
-from qdit_jax.kernels.derivative import with_derivative_of_xla
-from qdit_jax.kernels.epilogue import Epilogue, Gated, bias_of, without_padding, written_dtype
+from qdit_jax.kernels.call import Call
 from qdit_jax.kernels.gpu_call import (
     Writer,
-    called,
     multiply,
     place_of,
     run_of,
@@ -43,7 +42,6 @@ from qdit_jax.kernels.gpu_tiles import (
     rounded_up,
 )
 from qdit_jax.kernels.operands import act_elements
-from qdit_jax.kernels.product import matmul_by
 from qdit_jax.kernels.prologue import Pending, plain
 from qdit_jax.kernels.refs import Ref
 from qdit_jax.kernels.units import of_units, unit_of, unit_sums
@@ -77,40 +75,19 @@ def groups_shape(rows: int, q: QTensor, spec: ActSpec | None, itemsize: int) -> 
     return Shape(rows, *q.shape, q.bits, itemsize, unit)
 
 
-@with_derivative_of_xla
-def _product(
-    x: Float[Array, "*lead K"] | Pending,
-    q: QTensor,
-    bias: Float[Array, " N"] | None,
-    gated: Gated | None,
-    spec: ActSpec,
-    dtype: str,
-    activation: str | None,
-    parts: int,
-    tiles: Tiles,
-    interpret: Any,
-) -> tuple[Float[Array, "*lead M"], ...]:
-    num_channels, width = q.shape
-    unit = unit_of(num_channels, spec.group_size, q.group_size)
-    operands = operands_of(quantized_tokens(x, spec, interpret), q, spec, unit)
-    padded = padded_to_blocks(operands, tiles)
-    leaves, tree = jax.tree.flatten(padded)
-    kernel = functools.partial(_kernel, tree=tree, bits=q.bits, unit=unit)
-    epilogue = Epilogue(
-        bias_of(bias, width, len(padded.codes)),
-        written_dtype(dtype, gated),
-        activation,
-        gated,
-        parts,
-    )
-    found = called(kernel, leaves, epilogue, tiles, name="gpu_groups", interpret=interpret)
-    return without_padding(found, x.shape[:-1], width)
+def _operands(
+    x: Float[Array, "*lead K"] | Pending, q: QTensor, call: Call
+) -> tuple[Callable[..., None], list[Array]]:
+    assert call.spec is not None, "its row refuses it"
+    unit = unit_of(q.shape[0], call.spec.group_size, q.group_size)
+    operands = operands_of(quantized_tokens(x, call.spec, call.interpret), q, call.spec, unit)
+    leaves, tree = jax.tree.flatten(padded_to_blocks(operands, call.tiles))
+    return functools.partial(_kernel, tree=tree, bits=q.bits, unit=unit), leaves
 
 
-# In integer numerics. Equal to `xla.integer_matmul` to float rounding, whose derivative they have; a token that
+# In integer numerics. Equal to `xla.integer_matmul` to float rounding, whose derivative it has; a token that
 # holds NaN or infinity gives NaN.
-groups_fused = fused_by(_product, groups_shape)
-groups_matmul = matmul_by(groups_fused)
+groups_fused = fused_by("gpu_groups", _operands, groups_shape)
 
 
 def quantized_tokens(

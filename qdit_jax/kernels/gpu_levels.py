@@ -14,19 +14,18 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float
 
 from qdit_jax.kernels import gpu_rows, gpu_words
-from qdit_jax.kernels.derivative import with_derivative_of_xla
-from qdit_jax.kernels.epilogue import Epilogue, Gated, bias_of, without_padding, written_dtype
+from qdit_jax.kernels.call import Call
 from qdit_jax.kernels.gpu_call import (
     Writer,
-    called,
     multiply,
     place_of,
     run_of,
@@ -42,13 +41,10 @@ from qdit_jax.kernels.gpu_tiles import (
     Tiles,
     rounded_up,
 )
-from qdit_jax.kernels.operands import act_elements
-from qdit_jax.kernels.product import matmul_by
-from qdit_jax.kernels.prologue import Pending, plain
+from qdit_jax.kernels.prologue import Pending
 from qdit_jax.kernels.refs import Ref, Span
 from qdit_jax.kernels.units import of_units
 from qdit_jax.quant import (
-    ActQuant,
     ActSpec,
     QTensor,
     scale_value,
@@ -61,62 +57,30 @@ def levels_shape(rows: int, q: QTensor, spec: ActSpec | None, itemsize: int) -> 
     return Shape(rows, *q.shape, q.bits, itemsize)
 
 
-@with_derivative_of_xla
-def _product(
-    x: Float[Array, "*lead K"] | Pending,
-    q: QTensor,
-    bias: Float[Array, " N"] | None,
-    gated: Gated | None,
-    spec: ActSpec,
-    dtype: str,
-    activation: str | None,
-    parts: int,
-    tiles: Tiles,
-    interpret: Any,
-) -> tuple[Float[Array, "*lead M"], ...]:
-    (num_channels, width), num_rows = q.shape, math.prod(x.shape[:-1])
-    rows, columns = rounded_up(num_rows, tiles.rows), rounded_up(width, tiles.block)
-    elements, scale = quantized_tokens(x, spec, rows, interpret)
+def _operands(
+    x: Float[Array, "*lead K"] | Pending, q: QTensor, call: Call
+) -> tuple[Callable[..., None], list[Array]]:
+    assert call.spec is not None, "its row refuses it"
+    (num_channels, width), tiles = q.shape, call.tiles
+    rows = rounded_up(math.prod(x.shape[:-1]), tiles.rows)
+    more = (0, rounded_up(width, tiles.block) - width)  # output channels
+    elements, scale = gpu_rows.quantized_tokens(x, call.spec, rows, call.interpret)
     channel_scale = q.channel_scale if q.has_levels else scale_value(q.scale)[0]
     operands = [
         elements,
-        jnp.pad(jnp.asarray(q.codes), ((0, columns - width), (0, 0))),
+        jnp.pad(jnp.asarray(q.codes), (more, (0, 0))),
         scale,
-        jnp.pad(channel_scale, (0, columns - width)),
+        jnp.pad(channel_scale, more),
     ]
     if q.has_levels:
         maps = (of_units(values, num_channels, q.group_size, SUB) for values in step_and_offset(q))
-        operands += [jnp.pad(values, ((0, 0), (0, columns - width))) for values in maps]
-    kernel = functools.partial(_kernel, bits=q.bits)
-    epilogue = Epilogue(
-        bias_of(bias, width, columns), written_dtype(dtype, gated), activation, gated, parts
-    )
-    found = called(kernel, operands, epilogue, tiles, name="gpu_levels", interpret=interpret)
-    return without_padding(found, x.shape[:-1], width)
+        operands += [jnp.pad(values, ((0, 0), more)) for values in maps]
+    return functools.partial(_kernel, bits=q.bits), operands
 
 
-# In integer numerics. Equal to `xla.integer_matmul` to float rounding, whose derivative they have; a token that
+# In integer numerics. Equal to `xla.integer_matmul` to float rounding, whose derivative it has; a token that
 # holds NaN or infinity gives NaN.
-levels_fused = fused_by(_product, levels_shape)
-levels_matmul = matmul_by(levels_fused)
-
-
-def quantized_tokens(
-    x: Float[Array, "*lead K"] | Pending, spec: ActSpec, rows: int, interpret: Any
-) -> tuple[Int8[Array, "M K"], Float[Array, " M"]]:
-    """Returns the int8 elements of tokens and their scales, NaN of a token that is not finite.
-
-    In one pass where a token fits into registers; else by XLA. Of the `rows` those beyond the tokens mean
-    nothing.
-    """
-    if gpu_rows.fits(x):
-        return gpu_rows.quantized_rows(x, spec, rows, interpret=interpret)
-    wide = plain(x).reshape(-1, x.shape[-1]).astype(jnp.float32)
-    elements, _, scale = act_elements(wide, ActQuant(spec), jnp.dtype(jnp.int8))
-    is_finite = jnp.all(jnp.isfinite(wide), axis=-1)
-    scale = jnp.where(is_finite, jnp.asarray(scale)[:, 0], jnp.nan)
-    more = rows - len(scale)
-    return jnp.pad(elements, ((0, more), (0, 0))), jnp.pad(scale, (0, more))
+levels_fused = fused_by("gpu_levels", _operands, levels_shape)
 
 
 def _kernel(

@@ -8,13 +8,14 @@ from importlib.util import find_spec
 import jax
 from jaxtyping import Array
 
+from qdit_jax.kernels.call import matmul_of
 from qdit_jax.kernels.fp8_reasons import fp8_input_reason, fp8_weight_reason
 from qdit_jax.kernels.gpu_check import FP8, GROUPS, LEVELS, WEIGHTS, Check, wrong_here
-from qdit_jax.kernels.gpu_fp8 import fp8_fused, fp8_matmul
-from qdit_jax.kernels.gpu_groups import groups_fused, groups_matmul
-from qdit_jax.kernels.gpu_levels import levels_fused, levels_matmul
+from qdit_jax.kernels.gpu_fp8 import fp8_fused
+from qdit_jax.kernels.gpu_groups import groups_fused
+from qdit_jax.kernels.gpu_levels import levels_fused
 from qdit_jax.kernels.gpu_tiles import RUN, SUB
-from qdit_jax.kernels.gpu_weights import weights_fused, weights_matmul
+from qdit_jax.kernels.gpu_weights import weights_fused
 from qdit_jax.kernels.gpu_words import BITS
 from qdit_jax.kernels.group_reasons import grouped_input_reason, grouped_weight_reason
 from qdit_jax.kernels.level_reasons import (
@@ -71,15 +72,14 @@ def size_reason(product: Product) -> str | None:
 
 def row(
     name: str,
-    run: Callable[..., Array],
-    check: Check,
     run_fused: Callable[..., tuple[Array, ...]],
+    check: Check,
     *reasons: ReasonFn,
     ready_fn: ReadyFn,
     kind: str | None = None,
 ) -> Implementation:
     """Returns the row of a kernel, which refuses by the platform, the machine, and then by `reasons`."""
-    fit = first_of(*reasons, size_reason)
+    fit, run = first_of(*reasons, size_reason), matmul_of(run_fused)
     return Implementation(
         name,
         run,
@@ -99,20 +99,18 @@ def ready_in_groups(q: QTensor, spec: ActSpec | None) -> QTensor:
 
 
 GPU_LEVELS = row(
-    *("gpu_levels", levels_matmul, LEVELS, levels_fused, input_reason, weight_reason),
+    *("gpu_levels", levels_fused, LEVELS, input_reason, weight_reason),
     ready_fn=ready_alone,
 )
 GPU_GROUPS = row(
-    *("gpu_groups", groups_matmul, GROUPS, groups_fused),
+    *("gpu_groups", groups_fused, GROUPS),
     lambda product: grouped_input_reason(product, SUB),
     lambda product: grouped_weight_reason(product, SUB),
     ready_fn=ready_in_groups,
 )
-GPU_WEIGHTS = row(
-    *("gpu_weights", weights_matmul, WEIGHTS, weights_fused, alone_reason), ready_fn=ready_alone
-)
+GPU_WEIGHTS = row(*("gpu_weights", weights_fused, WEIGHTS, alone_reason), ready_fn=ready_alone)
 GPU_FP8 = row(
-    *("gpu_fp8", fp8_matmul, FP8, fp8_fused, fp8_input_reason, fp8_weight_reason),
+    *("gpu_fp8", fp8_fused, FP8, fp8_input_reason, fp8_weight_reason),
     ready_fn=ready_alone,
     kind="float8",
 )

@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Num
 
 from qdit_jax.kernels.gpu_memory import loaded
+from qdit_jax.kernels.operands import act_elements
 from qdit_jax.kernels.prologue import (
     Before,
     Pending,
@@ -30,6 +31,7 @@ from qdit_jax.kernels.prologue import (
     norm_before,
     normalized,
     operands_of,
+    plain,
     split_refs,
 )
 from qdit_jax.kernels.refs import Ref
@@ -40,7 +42,7 @@ from qdit_jax.kernels.token_scales import (
     magnitude_bits,
     stored_dtype,
 )
-from qdit_jax.quant import ActSpec, in_one_form
+from qdit_jax.quant import ActQuant, ActSpec, in_one_form
 
 THREADS = 128  # of a warpgroup, which share a token
 # Channels that its registers hold, of a token alone and of one that is modulated.
@@ -52,6 +54,24 @@ def fits(x: Float[Array, "*lead K"] | Pending) -> bool:
     num_channels = x.shape[-1]
     most = MOST_MODULATED if norm_before(x) else MOST_ALONE
     return num_channels % THREADS == 0 and num_channels <= most
+
+
+def quantized_tokens(
+    x: Float[Array, "*lead K"] | Pending, spec: ActSpec, num_rows: int, interpret: Any
+) -> tuple[Num[Array, "M K"], Float[Array, " M"]]:
+    """Returns what `quantized_rows` does; by XLA where a token does not fit into registers."""
+    if fits(x):
+        return quantized_rows(x, spec, num_rows, interpret=interpret)
+    wide, act = plain(x).reshape(-1, x.shape[-1]).astype(jnp.float32), ActQuant(spec)
+    if spec.fmt is None:
+        codes, _, scale = act_elements(wide, act, jnp.dtype(jnp.int8))
+    else:
+        codes, scale = act.blocks(wide)
+    is_finite = jnp.all(jnp.isfinite(wide), axis=-1)
+    scale = jnp.where(is_finite, jnp.asarray(scale)[:, 0], jnp.nan)
+    more = (0, num_rows - len(scale))
+    elements = lax.bitcast_convert_type(jnp.pad(codes, (more, (0, 0))), stored_dtype(spec))
+    return elements, jnp.pad(scale, more)
 
 
 def quantized_rows(

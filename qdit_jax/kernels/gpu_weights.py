@@ -13,6 +13,7 @@ of an output channel; U units, runs of input channels that have one map.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,11 +21,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from qdit_jax.kernels.derivative import with_derivative_of_xla
-from qdit_jax.kernels.epilogue import Epilogue, Gated, bias_of, without_padding, written_dtype
+from qdit_jax.kernels.call import Call
 from qdit_jax.kernels.gpu_call import (
     Writer,
-    called,
     place_of,
     run_of,
     run_pipeline,
@@ -33,7 +32,6 @@ from qdit_jax.kernels.gpu_floats import MAGIC, code_floats, multiply_floats
 from qdit_jax.kernels.gpu_memory import loaded
 from qdit_jax.kernels.gpu_neighbors import fused_by
 from qdit_jax.kernels.gpu_tiles import HALF, RUN, Shape, Tiles, rounded_up
-from qdit_jax.kernels.product import matmul_by
 from qdit_jax.kernels.prologue import Pending, plain
 from qdit_jax.kernels.refs import Ref, Span
 from qdit_jax.kernels.units import of_units, unit_of
@@ -47,47 +45,28 @@ def weights_shape(rows: int, q: QTensor, spec: ActSpec | None, itemsize: int) ->
     return Shape(rows, *q.shape, q.bits, itemsize, unit, x_bits=16)
 
 
-@with_derivative_of_xla
-def _product(
-    x: Float[Array, "*lead K"] | Pending,
-    q: QTensor,
-    bias: Float[Array, " N"] | None,
-    gated: Gated | None,
-    spec: None,
-    dtype: str,
-    activation: str | None,
-    parts: int,
-    tiles: Tiles,
-    interpret: Any,
-) -> tuple[Float[Array, "*lead M"], ...]:
-    num_channels, width = q.shape
+def _operands(
+    x: Float[Array, "*lead K"] | Pending, q: QTensor, call: Call
+) -> tuple[Callable[..., None], list[Array]]:
+    (num_channels, width), tiles = q.shape, call.tiles
     tokens = plain(x).reshape(-1, num_channels)
-    num_rows = len(tokens)
-    rows, columns = rounded_up(num_rows, tiles.rows), rounded_up(width, tiles.block)
+    more_rows = (0, rounded_up(len(tokens), tiles.rows) - len(tokens))
+    more = (0, rounded_up(width, tiles.block) - width)  # output channels
     unit = unit_of(num_channels, q.group_size, q.group_size)
     factor, zero, scale = maps_of(q)
     if factor is None:  # what the codes stand on is taken away with the zero point
         zero = zero + MAGIC
-    maps = [a for a in (factor, zero, scale) if a is not None]
+    maps = (a for a in (factor, zero, scale) if a is not None)
     operands = [
-        jnp.pad(tokens, ((0, rows - num_rows), (0, 0))),
-        jnp.pad(jnp.asarray(q.codes), ((0, columns - width), (0, 0))),
-        *(
-            jnp.pad(of_units(a, num_channels, q.group_size, unit), ((0, 0), (0, columns - width)))
-            for a in maps
-        ),
+        jnp.pad(tokens, (more_rows, (0, 0))),
+        jnp.pad(jnp.asarray(q.codes), (more, (0, 0))),
+        *(jnp.pad(of_units(a, num_channels, q.group_size, unit), ((0, 0), more)) for a in maps),
     ]
-    kernel = functools.partial(_kernel, bits=q.bits, unit=unit)
-    epilogue = Epilogue(
-        bias_of(bias, width, columns), written_dtype(dtype, gated), activation, gated, parts
-    )
-    found = called(kernel, operands, epilogue, tiles, name="gpu_weights", interpret=interpret)
-    return without_padding(found, x.shape[:-1], width)
+    return functools.partial(_kernel, bits=q.bits, unit=unit), operands
 
 
-# Sums in float32. Equal to `xla.simulated_matmul` to the rounding of sums, whose derivative they have.
-weights_fused = fused_by(_product, weights_shape)
-weights_matmul = matmul_by(weights_fused)
+# Sums in float32. Equal to `xla.simulated_matmul` to the rounding of sums, whose derivative it has.
+weights_fused = fused_by("gpu_weights", _operands, weights_shape)
 
 
 def _kernel(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from qdit_jax.kernels.epilogue import Gated, finished, followed
 from qdit_jax.kernels.prologue import Pending, plain
@@ -116,26 +116,6 @@ class Implementation:
                 x = x.astype(jnp.promote_types(x.dtype, dtype))
             return finished(self.run(x, q, act, numerics).astype(dtype), bias, activation)
         return self.run_to(x, q, act, numerics, dtype, bias, activation)
-
-
-def matmul_by(fused_fn: Callable[..., tuple[Array, ...]]) -> Callable[..., Array]:
-    """Returns the function that a row of the table calls as `run` and `run_to`."""
-
-    def matmul(
-        x: Float[Array, "*lead K"],
-        q: QTensor,
-        act: ActQuant | None,
-        numerics: str,
-        dtype: str | None = None,
-        bias: Float[Array, " N"] | None = None,
-        activation: str | None = None,
-        **settings: Any,
-    ) -> Float[Array, "*lead N"]:
-        """Returns `activation(act(x) @ q + bias)`, in `dtype`, by default that of `x`."""
-        (y,) = fused_fn(x, q, act, dtype or x.dtype.name, bias, activation, **settings)
-        return y
-
-    return matmul
 
 
 def ready_alone(q: QTensor, spec: ActSpec | None) -> QTensor:

@@ -11,23 +11,27 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Num
 
-from qdit_jax.kernels.epilogue import Epilogue, without_padding
-from qdit_jax.kernels.prologue import Pending, operands_of
+from qdit_jax.kernels.call import Call, fused_of
+from qdit_jax.kernels.derivative import with_derivative_of_xla
+from qdit_jax.kernels.epilogue import Epilogue, Gated, followed, without_padding, written_dtype
+from qdit_jax.kernels.prologue import Pending, operands_of, plain, source_of
 from qdit_jax.kernels.refs import Ref
 from qdit_jax.kernels.tpu_blocks import TILE, VMEM_LIMIT, Blocks, Sizes, chosen_blocks
 from qdit_jax.kernels.tpu_neighbors import (
     Index,
     Operand,
+    epilogue_of,
     operands_after,
     operands_before,
     sizes_around,
+    takes,
 )
 from qdit_jax.kernels.tpu_rows import Around, around_of, tokens_of, writer_of
 from qdit_jax.kernels.tpu_words import (
@@ -36,16 +40,80 @@ from qdit_jax.kernels.tpu_words import (
     padded,
     whole_codes,
 )
-from qdit_jax.quant import QTensor
+from qdit_jax.quant import ActSpec, QTensor
+
+
+class TPUOperands(NamedTuple):
+    """What a kernel is, and what it reads of the weights beside their codes.
+
+    Attributes:
+        kernel: see `packed_product`.
+        maps: what makes weights of codes, `[G, N]` each.
+        of_columns: what has a value per output channel, `[_, N]` each.
+    """
+
+    kernel: Callable[..., None]
+    maps: Sequence[Num[Array, "G N"]]
+    of_columns: Sequence[Float[Array, "_ N"]]
+
+
+# (weights, spec of the inputs) -> what a kernel reads.
+OperandsFn = Callable[[QTensor, ActSpec | None], TPUOperands]
+# (shape of the input, weights, bytes of a number of the input) -> sizes, without neighbors.
+SizesFn = Callable[[tuple[int, ...], QTensor, int], Sizes]
+
+
+def fused_by(
+    name: str, operands_fn: OperandsFn, sizes_fn: SizesFn
+) -> Callable[..., tuple[Array, ...]]:
+    """Returns the function that a row of the table calls as `run_fused`; it has the derivative of XLA's product.
+
+    The kernel computes a norm where 128 rows or more, a multiple of 32, divide the tokens of a sample, and a
+    gated sum where they do and N is a multiple of 128. All else is XLA's, and so are parts: it rearranges q, k
+    and v for its attention in any case.
+    """
+
+    @with_derivative_of_xla
+    def product(
+        x: Float[Array, "*lead K"] | Pending,
+        q: QTensor,
+        bias: Float[Array, " N"] | None,
+        gated: Gated | None,
+        call: Call,
+    ) -> tuple[Float[Array, "*lead N"], ...]:
+        sizes = sizes_fn(x.shape, q, source_of(x).dtype.itemsize)
+        epilogue = epilogue_of(sizes, bias, gated, call)
+        operands = operands_fn(q, call.spec)
+        return packed_product(operands, x, q, sizes, epilogue, name=name, interpret=call.interpret)
+
+    def fused(
+        x: Float[Array, "*lead K"] | Pending,
+        q: QTensor,
+        bias: Float[Array, " N"] | None,
+        gated: Gated | None,
+        call: Call,
+    ) -> tuple[Float[Array, "*lead M"], ...]:
+        def fits(gated: Gated | None) -> bool:
+            sizes = sizes_fn(x.shape, q, source_of(x).dtype.itemsize)
+            whole = sizes_around(sizes, x, written_dtype(call.dtype, gated), gated)
+            return chosen_blocks(whole) is not None
+
+        if call.spec is None or not fits(None):
+            x = plain(x)
+        own, left = None, gated
+        if gated is not None and takes(gated, call.dtype) and fits(gated):
+            own, left = gated, None
+        (y,) = product(x, q, bias, own, call._replace(parts=1))
+        return followed(y, left, call.parts)
+
+    return fused_of(fused)
 
 
 def packed_product(
-    kernel: Callable[..., None],
+    operands: TPUOperands,
     x: Float[Array, "*lead K"] | Pending,
     q: QTensor,
     sizes: Sizes,
-    maps: Sequence[Num[Array, "G N"]],
-    of_columns: Sequence[Float[Array, "_ N"]],
     epilogue: Epilogue,
     *,
     name: str,
@@ -61,6 +129,7 @@ def packed_product(
     units, there are `[L, U]` of them, as many zero points, and after the weights room for their sums
     `[J, U, C]`, both int32.
     """
+    kernel, maps, of_columns = operands
     sizes = sizes_around(sizes, x, epilogue.dtype, epilogue.gated)
     blocks = chosen_blocks(sizes)
     assert blocks is not None, "the kernel's reasons refuse it"
@@ -92,7 +161,7 @@ def packed_product(
         ),
         cost_estimate=cost(own, [*before, *after], blocks, sizes),
         compiler_params=compiler_params(),
-        interpret=interpret,
+        interpret=interpret or False,
         name=name,
     )(*own, *(operand.values for operand in (*before, *after)))
     return without_padding([y], x.shape[:-1], sizes.width)

@@ -15,22 +15,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, Int32, UInt8
 
-from qdit_jax.kernels.derivative import with_derivative_of_xla
-from qdit_jax.kernels.epilogue import Gated
-from qdit_jax.kernels.product import matmul_by
-from qdit_jax.kernels.prologue import Pending, source_of
 from qdit_jax.kernels.refs import Ref, Span
 from qdit_jax.kernels.token_scales import INFINITY, LEAST_NORMAL, magnitude_bits
 from qdit_jax.kernels.tpu_blocks import STRIP, TILE
-from qdit_jax.kernels.tpu_call import packed_product
-from qdit_jax.kernels.tpu_neighbors import epilogue_of, fused_by
+from qdit_jax.kernels.tpu_call import TPUOperands, fused_by
 from qdit_jax.kernels.tpu_reasons import groups_reason, groups_sizes, row
 from qdit_jax.kernels.tpu_rows import TileFn, Tokens, Writer, span
 from qdit_jax.kernels.tpu_words import EACH_BYTE, SIGNS, as_rows_of, code_words
@@ -44,33 +38,17 @@ from qdit_jax.quant import (
 )
 
 
-@with_derivative_of_xla
-def _product(
-    x: Float[Array, "*lead K"] | Pending,
-    q: QTensor,
-    bias: Float[Array, " N"] | None,
-    gated: Gated | None,
-    spec: ActSpec,
-    dtype: str,
-    activation: str | None,
-    interpret: Any,
-) -> tuple[Float[Array, "*lead N"], ...]:
-    sizes = groups_sizes(x.shape, q, source_of(x).dtype.itemsize)
+def _operands(q: QTensor, spec: ActSpec | None) -> TPUOperands:
+    assert spec is not None, "its row refuses it"
     scale = of_units(scale_value(q.scale), q.shape[0], q.group_size, TILE)
     size = effective_group_size(q.shape[0], spec.group_size)
-    return packed_product(
-        functools.partial(_kernel, act_spec=spec, tiles=-(-size // TILE)),
-        *(x, q, sizes, [offsets_of(q)], [scale]),
-        epilogue_of(sizes, bias, gated, dtype, activation),
-        name="tpu_groups",
-        interpret=interpret,
-    )
+    kernel = functools.partial(_kernel, act_spec=spec, tiles=-(-size // TILE))
+    return TPUOperands(kernel, [offsets_of(q)], [scale])
 
 
-# In integer numerics. Equal to `xla.integer_matmul` to float rounding, whose derivative they have; a token that
+# In integer numerics. Equal to `xla.integer_matmul` to float rounding, whose derivative it has; a token that
 # holds NaN or infinity gives NaN.
-groups_fused = fused_by(_product, groups_sizes)
-groups_matmul = matmul_by(groups_fused)
+groups_fused = fused_by("tpu_groups", _operands, groups_sizes)
 
 
 def offsets_of(q: QTensor) -> UInt8[Array, "G N"]:

@@ -17,22 +17,16 @@ bytes; J blocks of columns of a panel, L rows and C columns of a block (`tpu_blo
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
-from qdit_jax.kernels.derivative import with_derivative_of_xla
-from qdit_jax.kernels.epilogue import Gated
-from qdit_jax.kernels.product import matmul_by
-from qdit_jax.kernels.prologue import Pending, source_of
 from qdit_jax.kernels.refs import Ref, Span
 from qdit_jax.kernels.token_scales import INFINITY, divisor_of, magnitude_bits
 from qdit_jax.kernels.tpu_blocks import STRIP, sizes_of
-from qdit_jax.kernels.tpu_call import packed_product
-from qdit_jax.kernels.tpu_neighbors import epilogue_of, fused_by
+from qdit_jax.kernels.tpu_call import TPUOperands, fused_by
 from qdit_jax.kernels.tpu_reasons import levels_reason, row
 from qdit_jax.kernels.tpu_rows import TileFn, Tokens, Writer, span
 from qdit_jax.kernels.tpu_words import EACH_BYTE, SIGNS, as_rows_of, code_words
@@ -45,32 +39,16 @@ from qdit_jax.quant import (
 )
 
 
-@with_derivative_of_xla
-def _product(
-    x: Float[Array, "*lead K"] | Pending,
-    q: QTensor,
-    bias: Float[Array, " N"] | None,
-    gated: Gated | None,
-    spec: ActSpec,
-    dtype: str,
-    activation: str | None,
-    interpret: Any,
-) -> tuple[Float[Array, "*lead N"], ...]:
-    sizes = sizes_of(x.shape, q, source_of(x).dtype.itemsize)
+def _operands(q: QTensor, spec: ActSpec | None) -> TPUOperands:
+    assert spec is not None, "its row refuses it"
     scale = q.channel_scale if q.has_levels else scale_value(q.scale)[0]
-    return packed_product(
-        functools.partial(_kernel, act_spec=spec),
-        *(x, q, sizes, step_and_offset(q), [scale[None]]),
-        epilogue_of(sizes, bias, gated, dtype, activation),
-        name="tpu_levels",
-        interpret=interpret,
-    )
+    kernel = functools.partial(_kernel, act_spec=spec)
+    return TPUOperands(kernel, step_and_offset(q), [scale[None]])
 
 
-# In integer numerics. Equal to `xla.integer_matmul` to float rounding, whose derivative they have; a token that
+# In integer numerics. Equal to `xla.integer_matmul` to float rounding, whose derivative it has; a token that
 # holds NaN or infinity gives NaN.
-levels_fused = fused_by(_product, sizes_of)
-levels_matmul = matmul_by(levels_fused)
+levels_fused = fused_by("tpu_levels", _operands, sizes_of)
 
 
 def _kernel(

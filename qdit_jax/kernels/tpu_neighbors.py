@@ -1,7 +1,7 @@
 """What comes before and after a product on TPUs: which of it a kernel does, and its blocks.
 
 A block of rows lies in one sample, so that it has one modulation and one gate; what cannot be cut that way is
-XLA's, see `fused_by`.
+XLA's, see `tpu_call.fused_by`.
 
 Dimensions: M rows (tokens), K input channels, N output channels, B samples; L rows and C columns of a block,
 S samples of a block of modulations.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,24 +20,20 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from qdit_jax.kernels.epilogue import Epilogue, Gated, bias_of, followed, written_dtype
+from qdit_jax.kernels.call import Call
+from qdit_jax.kernels.epilogue import Epilogue, Gated, bias_of, written_dtype
 from qdit_jax.kernels.prologue import (
     Modulated,
     Pending,
     maps_of,
     norm_before,
     operands_of,
-    plain,
-    source_of,
 )
-from qdit_jax.kernels.tpu_blocks import TILE, Blocks, Sizes, chosen_blocks
+from qdit_jax.kernels.tpu_blocks import TILE, Blocks, Sizes
 from qdit_jax.kernels.tpu_words import padded
-from qdit_jax.quant import ActQuant, QTensor
 
 SAMPLES = 8  # of a block of modulations: a tile of float32
 
-# (shape of the input, weights, bytes of a number of the input) -> sizes, without neighbors.
-SizesFn = Callable[[tuple[int, ...], QTensor, int], Sizes]
 Index = tuple[Array | int, Array | int]
 
 
@@ -53,53 +49,6 @@ class Operand(NamedTuple):
     values: Array
     spec: pl.BlockSpec
     read: int
-
-
-def fused_by(
-    product_fn: Callable[..., tuple[Array, ...]], sizes_fn: SizesFn
-) -> Callable[..., tuple[Array, ...]]:
-    """Returns the function that a row of the table calls as `run_fused`.
-
-    The kernel computes a norm where 128 rows or more, a multiple of 32, divide the tokens of a sample, and a
-    gated sum where they do and N is a multiple of 128. All else is XLA's, and so are parts: it rearranges q, k
-    and v for its attention in any case.
-
-    Args:
-        product_fn: `(x, q, bias, gated, spec, dtype, activation, interpret) -> (the product,)`.
-    """
-
-    def fused(
-        x: Float[Array, "*lead K"] | Pending,
-        q: QTensor,
-        act: ActQuant | None,
-        dtype: str,
-        bias: Float[Array, " N"] | None = None,
-        activation: str | None = None,
-        gated: Gated | None = None,
-        parts: int = 1,
-        *,
-        interpret: Any = False,
-    ) -> tuple[Float[Array, "*lead M"], ...]:
-        """Returns the parts of a product and of what comes before and after it, see `fused_matmul`.
-
-        `interpret` runs it on any platform, slowly.
-        """
-
-        def fits(gated: Gated | None) -> bool:
-            sizes = sizes_fn(x.shape, q, source_of(x).dtype.itemsize)
-            whole = sizes_around(sizes, x, written_dtype(dtype, gated), gated)
-            return chosen_blocks(whole) is not None
-
-        if act is None or not fits(None):
-            x = plain(x)
-        own, left = None, gated
-        if gated is not None and takes(gated, dtype) and fits(gated):
-            own, left = gated, None
-        spec = None if act is None else act.spec
-        (y,) = product_fn(x, q, bias, own, spec, dtype, activation, interpret)
-        return followed(y, left, parts)
-
-    return fused
 
 
 def takes(gated: Gated, dtype: str) -> bool:
@@ -131,12 +80,11 @@ def epilogue_of(
     sizes: Sizes,
     bias: Float[Array, " N"] | None,
     gated: Gated | None,
-    dtype: str,
-    activation: str | None,
+    call: Call,
 ) -> Epilogue:
     """Returns what is done with the sums of a product as they are written."""
     whole = bias_of(bias, sizes.width, sizes.column_tiles * TILE)
-    return Epilogue(whole, written_dtype(dtype, gated), activation, gated)
+    return Epilogue(whole, written_dtype(call.dtype, gated), call.activation, gated)
 
 
 def operands_before(

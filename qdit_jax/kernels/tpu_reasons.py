@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from qdit_jax.kernels.call import matmul_of
 from qdit_jax.kernels.group_reasons import grouped_input_reason, grouped_weight_reason
 from qdit_jax.kernels.level_reasons import (
     ReasonFn,
@@ -19,7 +20,7 @@ from qdit_jax.kernels.level_reasons import (
     version_reason,
     weight_reason,
 )
-from qdit_jax.kernels.product import Implementation, Product, matmul_by, ready_alone
+from qdit_jax.kernels.product import Implementation, Product, ready_alone
 from qdit_jax.kernels.tpu_blocks import TILE, VMEM_LIMIT, Sizes, chosen_blocks, sizes_of
 from qdit_jax.kernels.weight_reasons import alone_reason
 from qdit_jax.quant import QTensor, WeightSpec, ranges
@@ -69,7 +70,7 @@ def row(
     *reasons: ReasonFn,
 ) -> Implementation:
     """Returns the row of a kernel, which refuses by the platform, the machine, and then by `reasons`."""
-    run = matmul_by(run_fused)
+    run = matmul_of(run_fused)
     return Implementation(
         name,
         run,

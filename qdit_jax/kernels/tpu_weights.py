@@ -11,51 +11,27 @@ bytes; J blocks of columns of a panel, L rows and C columns of a block (`tpu_blo
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from qdit_jax.kernels.derivative import with_derivative_of_xla
-from qdit_jax.kernels.epilogue import Gated
-from qdit_jax.kernels.product import matmul_by
-from qdit_jax.kernels.prologue import Pending, source_of
 from qdit_jax.kernels.refs import Ref
 from qdit_jax.kernels.tpu_blocks import STRIP
-from qdit_jax.kernels.tpu_call import packed_product
-from qdit_jax.kernels.tpu_neighbors import epilogue_of, fused_by
+from qdit_jax.kernels.tpu_call import TPUOperands, fused_by
 from qdit_jax.kernels.tpu_reasons import row, weights_reason, weights_sizes
 from qdit_jax.kernels.tpu_rows import Tokens, Writer
 from qdit_jax.kernels.tpu_words import SIGNS, as_rows_of, code_words
 from qdit_jax.kernels.weight_maps import HALF, maps_of
-from qdit_jax.quant import QTensor
+from qdit_jax.quant import ActSpec, QTensor
 
 
-@with_derivative_of_xla
-def _product(
-    x: Float[Array, "*lead K"] | Pending,
-    q: QTensor,
-    bias: Float[Array, " N"] | None,
-    gated: Gated | None,
-    spec: None,
-    dtype: str,
-    activation: str | None,
-    interpret: Any,
-) -> tuple[Float[Array, "*lead N"], ...]:
-    sizes = weights_sizes(x.shape, q, source_of(x).dtype.itemsize)
-    return packed_product(
-        *(_kernel, x, q, sizes, signed_maps(q), []),
-        epilogue_of(sizes, bias, gated, dtype, activation),
-        name="tpu_weights",
-        interpret=interpret,
-    )
+def _operands(q: QTensor, spec: ActSpec | None) -> TPUOperands:
+    return TPUOperands(_kernel, signed_maps(q), [])
 
 
-# Equal to `xla.simulated_matmul` to the rounding of sums, whose derivative they have.
-weights_fused = fused_by(_product, weights_sizes)
-weights_matmul = matmul_by(weights_fused)
+# Equal to `xla.simulated_matmul` to the rounding of sums, whose derivative it has.
+weights_fused = fused_by("tpu_weights", _operands, weights_sizes)
 
 
 def signed_maps(q: QTensor) -> tuple[Float[Array, "G N"], Float[Array, "G N"], Float[Array, "G N"]]:

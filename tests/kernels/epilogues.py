@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from level_products import LEVELS, TOKEN, W, tokens
 
-from qdit_jax.kernels import GELU, quantized_matmul
+from qdit_jax.kernels import GELU, IMPLEMENTATIONS, quantized_matmul
 from qdit_jax.kernels.epilogue import finished
 from qdit_jax.quant import ActQuant, ActSpec, formats, quantize
 
@@ -32,23 +32,17 @@ ON_GPUS = {
 
 def kernel_named(platform, kind):
     """Returns a kernel that is interpreted, `(x, q, act, numerics, dtype, bias, activation) -> y`."""
-    if platform == "tpu":
-        from qdit_jax.kernels import tpu_groups, tpu_levels, tpu_weights
-
-        found = {"levels": tpu_levels, "groups": tpu_groups, "weights": tpu_weights}
-        settings = {"interpret": True}
-    else:
+    settings = {"interpret": True}
+    if platform == "gpu":
         from jax.experimental.pallas import mosaic_gpu
 
-        from qdit_jax.kernels import gpu_fp8, gpu_groups, gpu_levels, gpu_weights
         from qdit_jax.kernels.gpu_tiles import Tiles
 
-        found = {"levels": gpu_levels, "groups": gpu_groups, "weights": gpu_weights, "fp8": gpu_fp8}
         settings = {
             "interpret": mosaic_gpu.InterpretGPUParams(),
             "tiles": Tiles(rows=64, columns=64, steps=2),
         }
-    return functools.partial(getattr(found[kind], f"{kind}_matmul"), **settings)
+    return functools.partial(IMPLEMENTATIONS[f"{platform}_{kind}"].run, **settings)
 
 
 def facts(platform, kind):

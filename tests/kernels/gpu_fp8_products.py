@@ -13,6 +13,7 @@ from level_products import relative_errors, tokens
 from weight_products import kernel
 
 from qdit_jax.kernels import gpu_check, gpu_fp8, quantized_matmul
+from qdit_jax.kernels.gpu_reasons import GPU_FP8
 from qdit_jax.kernels.gpu_tiles import Tiles
 from qdit_jax.quant import ActQuant, ActSpec, WeightSpec, dequantize, formats, quantize
 
@@ -45,7 +46,7 @@ def interpreted(x, q, act=None, tiles=SMALL, dtype=None):
     from jax.experimental.pallas import mosaic_gpu
 
     settings = {"tiles": tiles, "interpret": mosaic_gpu.InterpretGPUParams()}
-    return gpu_fp8.fp8_matmul(x, q, act or token(), "integer", dtype, **settings)
+    return GPU_FP8.run(x, q, act or token(), "integer", dtype, **settings)
 
 
 def errors(of_inputs, of_weights, scale_dtype, sizes, dtype, tiles):

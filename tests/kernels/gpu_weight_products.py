@@ -12,8 +12,8 @@ from level_products import LEVELS, W, tokens
 from weight_products import allowed, kernel
 
 from qdit_jax.kernels import gpu_check, quantized_matmul
+from qdit_jax.kernels.gpu_reasons import GPU_WEIGHTS
 from qdit_jax.kernels.gpu_tiles import Tiles
-from qdit_jax.kernels.gpu_weights import weights_matmul
 from qdit_jax.quant import dequantize, quantize
 
 SMALL = Tiles(rows=64, columns=64, steps=2)
@@ -37,7 +37,7 @@ def interpreted(x, q, tiles=SMALL, dtype=None):
     from jax.experimental.pallas import mosaic_gpu
 
     parameters = mosaic_gpu.InterpretGPUParams()
-    return weights_matmul(x, q, None, "simulated", dtype, tiles=tiles, interpret=parameters)
+    return GPU_WEIGHTS.run(x, q, None, "simulated", dtype, tiles=tiles, interpret=parameters)
 
 
 def errors(weight, sizes, tiles):

@@ -11,7 +11,7 @@ import numpy as np
 from level_products import W, relative_errors, tokens
 
 from qdit_jax.kernels import gpu_check, quantized_matmul
-from qdit_jax.kernels.gpu_groups import groups_matmul
+from qdit_jax.kernels.gpu_reasons import GPU_GROUPS
 from qdit_jax.kernels.gpu_tiles import Tiles
 from qdit_jax.quant import ActQuant, ActSpec, dequantize, quantize
 
@@ -47,7 +47,7 @@ def interpreted(x, q, act=GROUP, tiles=SMALL, dtype=None):
     from jax.experimental.pallas import mosaic_gpu
 
     parameters = mosaic_gpu.InterpretGPUParams()
-    return groups_matmul(x, q, ActQuant(act), "integer", dtype, tiles=tiles, interpret=parameters)
+    return GPU_GROUPS.run(x, q, ActQuant(act), "integer", dtype, tiles=tiles, interpret=parameters)
 
 
 def kernel(weight, num_channels, width):

@@ -6,7 +6,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 
-from qdit_jax.kernels.gpu_groups import groups_matmul
+from qdit_jax.kernels.gpu_reasons import GPU_GROUPS
 from qdit_jax.kernels.gpu_tiles import Tiles
 from qdit_jax.quant import ActQuant, ActSpec, WeightSpec, quantize, readied
 
@@ -29,7 +29,7 @@ def is_equal(spec, act_group):
     settings = {"tiles": Tiles(64, 64, 2), "interpret": mosaic_gpu.InterpretGPUParams()}
     act = ActQuant(ActSpec(8, act_group))
     one, two = (
-        groups_matmul(x, w, act, "integer", **settings) for w in (q, readied(q, with_sums=True))
+        GPU_GROUPS.run(x, w, act, "integer", **settings) for w in (q, readied(q, with_sums=True))
     )
     return bool(np.isfinite(one).all() and np.array_equal(one, two))
 

@@ -15,8 +15,8 @@ from interpreted_gpu import needs_interpreter
 from level_products import LEVELS, TOKEN, W, random_kernel, relative_errors, tokens
 
 from qdit_jax.kernels import gpu_check, gpu_words, quantized_matmul
-from qdit_jax.kernels.gpu_levels import levels_matmul
 from qdit_jax.kernels.gpu_memory import word_layout
+from qdit_jax.kernels.gpu_reasons import GPU_LEVELS
 from qdit_jax.kernels.gpu_tiles import Tiles
 from qdit_jax.kernels.units import of_units
 from qdit_jax.quant import (
@@ -47,7 +47,7 @@ def interpreted(x, q, act=TOKEN, tiles=SMALL):
     from jax.experimental.pallas import mosaic_gpu
 
     parameters = mosaic_gpu.InterpretGPUParams()
-    return levels_matmul(x, q, ActQuant(act), "integer", tiles=tiles, interpret=parameters)
+    return GPU_LEVELS.run(x, q, ActQuant(act), "integer", tiles=tiles, interpret=parameters)
 
 
 def kernel(weight, num_channels, width):
@@ -85,7 +85,7 @@ def test_sums_are_written_in_16_bits_at_once():
     parameters = mosaic_gpu.InterpretGPUParams()
     x, q = jnp.asarray(tokens(8, 128), jnp.float32), kernel(W(8, 0, symmetric=True), 128, 8)
     settings = {"tiles": SMALL, "interpret": parameters}
-    found = levels_matmul(x, q, ActQuant(TOKEN), "integer", "bfloat16", **settings)
+    found = GPU_LEVELS.run(x, q, ActQuant(TOKEN), "integer", "bfloat16", **settings)
     by_xla = quantized_matmul(x, q, TOKEN, "integer", "xla", out_dtype="bfloat16")
     assert found.dtype == by_xla.dtype == jnp.bfloat16
     np.testing.assert_array_equal(found, by_xla)

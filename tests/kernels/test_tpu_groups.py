@@ -10,7 +10,7 @@ from level_products import LEVELS, W, compiled, reason, relative_errors, stack_o
 
 from qdit_jax.kernels import implementation_of, quantized_matmul
 from qdit_jax.kernels.tpu_blocks import VMEM_LIMIT, Blocks, chosen_blocks, vmem_bytes
-from qdit_jax.kernels.tpu_groups import grid_of_rows, groups_matmul
+from qdit_jax.kernels.tpu_groups import TPU_GROUPS, grid_of_rows
 from qdit_jax.kernels.tpu_reasons import groups_sizes
 from qdit_jax.quant import ActQuant, ActSpec, codes_of, dequantize, formats, quantize, ranges
 
@@ -34,7 +34,7 @@ CASES = [
 
 
 def product(x, q, act=GROUP):
-    return groups_matmul(x, q, ActQuant(act), "integer", interpret=True)
+    return TPU_GROUPS.run(x, q, ActQuant(act), "integer", interpret=True)
 
 
 interpreted = compiled(product)
@@ -194,7 +194,7 @@ def test_sums_are_written_in_16_bits_at_once():
     x, q = jnp.asarray(tokens(12, 256), jnp.float32), kernel(256, 24, W(4, 128))
 
     def products(x, q):
-        found = groups_matmul(x, q, ActQuant(GROUP), "integer", "bfloat16", interpret=True)
+        found = TPU_GROUPS.run(x, q, ActQuant(GROUP), "integer", "bfloat16", interpret=True)
         return found, product(x, q)
 
     found, wide = compiled(products)(x, q)

@@ -10,7 +10,7 @@ from level_products import LEVELS, TOKEN, W, compiled, random_kernel, relative_e
 
 from qdit_jax.kernels import quantized_matmul
 from qdit_jax.kernels.tpu_blocks import Blocks
-from qdit_jax.kernels.tpu_levels import levels_matmul, magnitude_bits, token_scale
+from qdit_jax.kernels.tpu_levels import TPU_LEVELS, magnitude_bits, token_scale
 from qdit_jax.quant import (
     ActQuant,
     ActSpec,
@@ -44,7 +44,7 @@ CASES = [
 
 
 def product(x, q, act=TOKEN):
-    return levels_matmul(x, q, ActQuant(act), "integer", interpret=True)
+    return TPU_LEVELS.run(x, q, ActQuant(act), "integer", interpret=True)
 
 
 interpreted = compiled(product)
@@ -152,7 +152,7 @@ def test_sums_are_written_in_16_bits_at_once():
     )
 
     def products(x, q):
-        found = levels_matmul(x, q, ActQuant(TOKEN), "integer", "bfloat16", interpret=True)
+        found = TPU_LEVELS.run(x, q, ActQuant(TOKEN), "integer", "bfloat16", interpret=True)
         return found, product(x, q)
 
     found, wide = compiled(products)(x, q)

@@ -21,7 +21,7 @@ from qdit_jax.kernels import (
     activated,
     fused_matmul,
     matmul,
-    tpu_neighbors,
+    tpu_call,
 )
 from qdit_jax.kernels.tpu_blocks import VMEM_LIMIT, Sizes, chosen_blocks, row_blocks, vmem_bytes
 from qdit_jax.kernels.tpu_groups import groups_fused
@@ -53,8 +53,8 @@ def inside(monkeypatch):
         assert (gated, parts) == (None, 1), "computed by XLA"
         return (y,)
 
-    monkeypatch.setattr(tpu_neighbors, "plain", plain)
-    monkeypatch.setattr(tpu_neighbors, "followed", followed)
+    monkeypatch.setattr(tpu_call, "plain", plain)
+    monkeypatch.setattr(tpu_call, "followed", followed)
 
 
 def modulated(rows, width, dtype="float32", seed=0):
@@ -256,14 +256,14 @@ def test_what_cannot_be_cut_by_samples_is_left_to_xla(rows, width, parts, dtype,
     gated = dataclasses.replace(gated, modulation=gated.modulation.astype(dtype))
     x, seen = modulated(rows, 128), []
     x = dataclasses.replace(x, x=jnp.nan_to_num(x.x))
-    plain, followed = tpu_neighbors.plain, tpu_neighbors.followed
-    monkeypatch.setattr(tpu_neighbors, "plain", lambda x: seen.append("norm") or plain(x))
+    plain, followed = tpu_call.plain, tpu_call.followed
+    monkeypatch.setattr(tpu_call, "plain", lambda x: seen.append("norm") or plain(x))
 
     def spied(y, gated, parts):
         seen.extend(["sum"] * (gated is not None) + [f"{parts} parts"] * (parts > 1))
         return followed(y, gated, parts)
 
-    monkeypatch.setattr(tpu_neighbors, "followed", spied)
+    monkeypatch.setattr(tpu_call, "followed", spied)
     found = compiled(lambda *a: fused("levels", a[0], q, act, "float32", bias, None, a[1], parts))(
         x, gated
     )

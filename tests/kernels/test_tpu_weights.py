@@ -14,7 +14,7 @@ from weight_products import allowed, kernel
 from qdit_jax.kernels import IMPLEMENTATIONS, Product, implementation_of, quantized_matmul
 from qdit_jax.kernels.tpu_blocks import VMEM_LIMIT, chosen_blocks, vmem_bytes
 from qdit_jax.kernels.tpu_reasons import weights_sizes
-from qdit_jax.kernels.tpu_weights import weights_matmul
+from qdit_jax.kernels.tpu_weights import TPU_WEIGHTS
 from qdit_jax.quant import ActSpec, dequantize, formats, quantize
 
 # Weights, and (M, K, N).
@@ -34,7 +34,7 @@ CASES = [
 ]
 
 
-interpreted = compiled(lambda x, q: weights_matmul(x, q, None, "simulated", interpret=True))
+interpreted = compiled(lambda x, q: TPU_WEIGHTS.run(x, q, None, "simulated", interpret=True))
 
 
 @pytest.mark.parametrize(("weight", "sizes"), CASES, ids=str)
@@ -71,7 +71,7 @@ def test_its_derivative_is_that_of_xla():
     def slope(product):
         return jax.grad(lambda x: product(x).astype(jnp.float32).sum())(x)
 
-    ours = slope(lambda x: weights_matmul(x, q, None, "simulated", interpret=True))
+    ours = slope(lambda x: TPU_WEIGHTS.run(x, q, None, "simulated", interpret=True))
     theirs = slope(lambda x: quantized_matmul(x, q, None, "simulated", "xla"))
     np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
