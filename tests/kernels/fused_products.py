@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import sys
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from epilogues import ON_GPUS
+from quantized_block import block_facts
 
-import qdit_jax as qdit
 from qdit_jax.kernels import (
-    IMPLEMENTATIONS,
     Gated,
     fused_matmul,
     gpu_check,
@@ -23,13 +20,9 @@ from qdit_jax.kernels import (
     gpu_groups,
     gpu_levels,
     gpu_weights,
-    matmul,
 )
 from qdit_jax.kernels.gpu_tiles import Tiles
-from qdit_jax.models.dit import Block
-from qdit_jax.models.linear import Layers
-from qdit_jax.quant import ActQuant, InputMap, quantize
-from qdit_jax.speed import recipe_named
+from qdit_jax.quant import ActQuant, quantize
 
 # The kernel, rows of the tokens, channels, parts, the dtype of what the result is added to.
 CASES = {
@@ -107,43 +100,12 @@ def facts(kind, rows, width, parts, gated_dtype):
     }
 
 
-def block_facts(dtype):
-    """Returns the error of a transformer block that the kernels compute, and how many they were."""
-    block = Block(2, 2.0, 1e-6, Layers("integer", dtype=dtype))
-    rng = np.random.default_rng(1)
-    x = jnp.asarray(rng.normal(size=(2, 64, 128)), jnp.float32)
-    c = jnp.asarray(rng.normal(size=(2, 128)), jnp.float32)
-    params = block.init(jax.random.key(0), x, c)["params"]
-    params = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) / 12, a.dtype), params)
-    recipe = recipe_named("w4a8-fast")
-    params = qdit.quantize_params({"blocks_0": params}, recipe=recipe)["blocks_0"]
-    inverse_scale = jnp.asarray(np.exp(rng.normal(size=256)), jnp.float32)
-    params["mlp"]["fc2"]["input_map"] = InputMap(inverse_scale)
-    by_xla = block.apply({"params": params}, x, c)
-    kernel, calls = interpreted(), []
-
-    def run_fused(*args, **kwargs):
-        calls.append(args)
-        return kernel(*args, **kwargs)
-
-    row = dataclasses.replace(
-        IMPLEMENTATIONS["xla_cpu"],
-        run_fused=run_fused,
-        unsupported_reason=lambda product: None if product.numerics == "integer" else "no integers",
-    )
-    with mock.patch.object(matmul, "IMPLEMENTATIONS", {"interpreted": row, **IMPLEMENTATIONS}):
-        jax.clear_caches()
-        found = block.apply({"params": params}, x, c)
-    lowered = sorted({(type(args[0]).__name__, args[6] is not None, args[7]) for args in calls})
-    return {
-        "error": float(jnp.max(jnp.abs(found - by_xla)) / jnp.max(jnp.abs(by_xla - x))),
-        "calls": [list(one) for one in lowered],
-    }
-
-
 def main():
     found = {name: facts(*case) for name, case in CASES.items()}
-    found |= {f"block in {dtype}": block_facts(dtype) for dtype in ("float32", "bfloat16")}
+    found |= {
+        f"block in {dtype}": block_facts(interpreted(), dtype, 64)
+        for dtype in ("float32", "bfloat16")
+    }
     checks = {kind: getattr(gpu_check, kind.upper()) for kind in FUSED}
     found["wrong"] = [gpu_check.wrong_neighbors(interpreted(k), checks[k]) for k in checks]
     json.dump(found, sys.stdout)

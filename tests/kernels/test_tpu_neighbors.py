@@ -1,8 +1,8 @@
 """What comes before and after a product, by the kernels for TPUs, interpreted on CPU."""
 
 import dataclasses
+import functools
 import os
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,27 +10,22 @@ import numpy as np
 import pytest
 from epilogues import KINDS
 from level_products import TOKEN, W, compiled, tokens
+from quantized_block import block_facts
 
-import qdit_jax as qdit
 from qdit_jax.kernels import (
     GELU,
-    IMPLEMENTATIONS,
     Gated,
     Mapped,
     Modulated,
     activated,
     fused_matmul,
-    matmul,
     tpu_call,
 )
 from qdit_jax.kernels.tpu_blocks import VMEM_LIMIT, Sizes, chosen_blocks, row_blocks, vmem_bytes
 from qdit_jax.kernels.tpu_groups import groups_fused
 from qdit_jax.kernels.tpu_levels import levels_fused
 from qdit_jax.kernels.tpu_weights import weights_fused
-from qdit_jax.models.dit import Block
-from qdit_jax.models.linear import Layers
 from qdit_jax.quant import ActQuant, ActSpec, InputMap, quantize
-from qdit_jax.speed import recipe_named
 
 FUSED = {"levels": levels_fused, "groups": groups_fused, "weights": weights_fused}
 EPS = 1e-5
@@ -301,34 +296,8 @@ def test_what_stands_around_a_product_is_counted():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_a_block_is_what_it_is_by_xla(dtype, tolerance):
-    block = Block(2, 2.0, 1e-6, Layers("integer", dtype=dtype))
-    rng = np.random.default_rng(1)
-    x = jnp.asarray(rng.normal(size=(2, 128, 128)), jnp.float32)
-    c = jnp.asarray(rng.normal(size=(2, 128)), jnp.float32)
-    params = block.init(jax.random.key(0), x, c)["params"]
-    params = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) / 12, a.dtype), params)
-    params = qdit.quantize_params({"blocks_0": params}, recipe=recipe_named("w4a8-fast"))
-    params = params["blocks_0"]
-    params["mlp"]["fc2"]["input_map"] = InputMap(
-        jnp.asarray(np.exp(rng.normal(size=256)), "float32")
-    )
-    by_xla, calls = block.apply({"params": params}, x, c), []
-
-    def run_fused(*args):
-        calls.append((type(args[0]).__name__, args[6] is not None, args[7]))
-        return levels_fused(*args, interpret=True)
-
-    row = dataclasses.replace(
-        IMPLEMENTATIONS["xla_cpu"],
-        run_fused=run_fused,
-        unsupported_reason=lambda product: None if product.numerics == "integer" else "no integers",
-    )
-    with mock.patch.object(matmul, "IMPLEMENTATIONS", {"interpreted": row, **IMPLEMENTATIONS}):
-        jax.clear_caches()
-        found = block.apply({"params": params}, x, c)
-    jax.clear_caches()
-    error = jnp.max(jnp.abs(found - by_xla)) / jnp.max(jnp.abs(by_xla - x))
-    assert error < tolerance
+    found = block_facts(functools.partial(levels_fused, interpret=True), dtype, 128)
+    assert found["error"] < tolerance
     # fc2, proj, fc1 and qkv.
     around = {("Mapped", True, 1), ("Modulated", False, 1), ("Modulated", False, 3)}
-    assert around < set(calls)
+    assert around < set(map(tuple, found["calls"]))
