@@ -24,7 +24,7 @@ A preset is a recipe by name: it fits every network of the table, and says which
 
 ```bash
 qdit recipes xl2
-qdit quantize xl2 xl2-fast --recipe w4a8-fast --method smoothquant
+qdit quantize xl2 xl2-fast --recipe w4a8-fast --method best
 ```
 
 | preset | take it for | product of a layer | method | closeness, dB (95%) | bytes |

@@ -29,13 +29,12 @@ The weights are stored as packed codes with one scale (and zero point) per group
 quantized while the network runs, per token and group. The new checkpoint needs no other file.
 
 examples:
-  qdit quantize xl2 xl2-w4a8 --recipe w4a8 --group-size 128
-  qdit quantize xl2 xl2-w8a8 --recipe w8a8 --group-size 0       # one scale a channel
-  qdit quantize xl2 xl2-fast --recipe w4a8-fast                 # one int8 dot a layer
+  qdit quantize xl2 xl2-w4a8 --recipe w4a8 --method best        # the closest; samples inputs first
+  qdit quantize xl2 xl2-fast --recipe w4a8-fast --method best   # one int8 dot a layer
+  qdit quantize xl2 xl2-w8a8 --recipe w8a8 --group-size 0       # one scale a channel, no inputs sampled
   qdit quantize xl2 xl2-all --recipe w4a8-all                   # every layer and label table
   qdit quantize xl2 out --recipe recipe.json                    # per-layer settings
   qdit quantize xl2 out --recipe w4a8 --dry-run                 # the plan only, writes nothing
-  qdit quantize xl2 out --recipe w4a8 --method best             # the closest; samples inputs first
   qdit quantize xl2 out --recipe w4a8 --method smoothquant --group-size 0
   qdit quantize xl2 out --recipe w4a4 --method svdquant
   qdit quantize xl2 out --recipe w4a8 --method gptq --range mse --num-samples 64

@@ -48,7 +48,6 @@ ROWS = (
         "w8a8-fast",
         "Hardly any loss in the product that 8-bit hardware runs fastest.",
         INT8_DOT,
-        "smoothquant",
     ),
     NamedPreset("w4a8", "w4a8", "Half the bytes of w8a8; weights in groups of 128.", INT8_GROUPS),
     NamedPreset(
@@ -56,7 +55,6 @@ ROWS = (
         "w4a8-fast",
         "Half the bytes of w8a8-fast in the same product: codes become int8 levels.",
         INT8_DOT,
-        "smoothquant",
     ),
     NamedPreset(
         "w4a8-best",
@@ -71,9 +69,7 @@ ROWS = (
         "The smallest file: every layer and label table, the attention operands excepted.",
         INT8_GROUPS,
     ),
-    NamedPreset(
-        "w4a16", "w4a16", "Small weights, inputs untouched.", "Float dots after unpacking.", "gptq"
-    ),
+    NamedPreset("w4a16", "w4a16", "Small weights, inputs untouched.", "Float dots after unpacking."),
     NamedPreset(
         "lut4",
         "w4a8-fast",
