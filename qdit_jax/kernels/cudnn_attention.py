@@ -29,8 +29,8 @@ def cudnn_attention(
     """Returns attention by cuDNN, through `jax.nn.dot_product_attention`."""
     wide = None
     if mask is not None:
-        (batch, queries, heads, _), keys = q.shape, k.shape[1]
-        wide = jnp.broadcast_to(mask, (batch, heads, queries, keys))
+        # cuDNN reads one mask for all samples or heads where it is the same; queries have to be there.
+        wide = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))
     found = jax.nn.dot_product_attention(q, k, v, mask=wide, scale=scale, implementation="cudnn")
     if mask is None:
         return found

@@ -1,6 +1,7 @@
 """Attention by JAX's splash kernel on TPUs: no array of all weights in memory.
 
-Positions are filled up with zeros to whole blocks; no query sees the added keys.
+Positions are filled up with zeros to whole blocks; no query sees the added keys, nor those that a mask leaves out:
+they are a segment of their own.
 
 Dimensions: B batch, Q and T query and key positions, H heads, D channels of a head.
 """
@@ -12,7 +13,7 @@ from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from qdit_jax.kernels.attention_call import AttentionImplementation, AttentionShapes, WeightsFn
 from qdit_jax.kernels.level_reasons import split_reason
@@ -45,15 +46,28 @@ def splash_attention(
     attend = kernels.make_splash_mha(
         whole, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret
     )
-    segments = None
-    if keys != k.shape[1]:
-        # Queries see the keys of their own segment: the added ones are of another.
-        added = jnp.arange(keys, dtype=jnp.int32) >= k.shape[1]
-        segments = kernels.SegmentIds(jnp.zeros(queries, jnp.int32), added.astype(jnp.int32))
     scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
     operands = (heads_first(a, n) for a, n in ((scaled, queries), (k, keys), (v, keys)))
-    found = jax.vmap(lambda q, k, v: attend(q, k, v, segment_ids=segments))(*operands)
-    return jnp.swapaxes(found, 1, 2)[:, : q.shape[1]]
+    if mask is None and keys == k.shape[1]:
+        found = jax.vmap(attend)(*operands)
+    else:
+        # Queries, which are of segment 0, see the keys of theirs.
+        hidden = hidden_keys(mask, k.shape[0], k.shape[1], keys)
+        segments = kernels.SegmentIds(jnp.zeros((len(hidden), queries), jnp.int32), hidden)
+        found = jax.vmap(lambda q, k, v, ids: attend(q, k, v, segment_ids=ids))(*operands, segments)
+    found = jnp.swapaxes(found, 1, 2)[:, : q.shape[1]]
+    return found if mask is None else jnp.where(mask.any(-1)[..., None], found, 0)
+
+
+def hidden_keys(
+    mask: Bool[AnyArray, "_ 1 1 T"] | None, batch: int, positions: int, padded: int
+) -> Int[Array, "B padded"]:
+    """Returns 1 for the keys that no query of a sample sees, 0 for the others."""
+    seen = jnp.ones((batch, positions), bool)
+    if mask is not None:
+        seen &= mask[:, 0, 0]
+    added = ((0, 0), (0, padded - positions))
+    return 1 - jnp.pad(seen, added).astype(jnp.int32)
 
 
 def heads_first(
@@ -84,8 +98,8 @@ def splash_reason(shapes: AttentionShapes) -> str | None:
         return "it never holds the softmax, which is rounded or recorded here."
     if shapes.dtype != "bfloat16":
         return f"it is used for bfloat16 operands, and these are {shapes.dtype}."
-    if shapes.mask_shape is not None:
-        return "it is used without a mask only."
+    if shapes.mask_shape is not None and shapes.mask_shape[1:3] != (1, 1):
+        return "it takes masks of keys, and this one differs between heads or queries."
     if shapes.v_width not in (None, shapes.q_shape[-1]):
         return "it takes keys and values of one width."
     filled = [blocks_of(positions)[0] for positions in (queries, keys)]

@@ -69,7 +69,9 @@ ROWS = (
         "The smallest file: every layer and label table, the attention operands excepted.",
         INT8_GROUPS,
     ),
-    NamedPreset("w4a16", "w4a16", "Small weights, inputs untouched.", "Float dots after unpacking."),
+    NamedPreset(
+        "w4a16", "w4a16", "Small weights, inputs untouched.", "Float dots after unpacking."
+    ),
     NamedPreset(
         "lut4",
         "w4a8-fast",

@@ -138,6 +138,21 @@ def test_the_splash_kernel_equals_the_products_of_its_operands(queries, keys):
     np.testing.assert_allclose(found, expected(q, -k, v, scale=72**-0.5), atol=4e-6)
 
 
+@pytest.mark.parametrize("keys", [256, 200])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_splash_kernel_sees_no_key_that_is_masked(batch, keys):
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(1 + rng.normal(size=(2, n, 2, 72)), jnp.float32) for n in (130, keys, keys)
+    )
+    mask = rng.random((batch, 1, 1, keys)) < 0.4
+    mask[-1, ..., 128:] = False  # a whole block
+    if batch == 2:
+        mask[0] = False  # no key is left
+    found = splash_attention(q, -k, v, jnp.asarray(mask), 72**-0.5, None, interpret=True)
+    np.testing.assert_allclose(found, expected(q, -k, v, mask, 72**-0.5), atol=4e-6)
+
+
 @pytest.mark.parametrize(
     ("positions", "filled"),
     [(32760, (32768, 512)), (1560, (1664, 128)), (384, (384, 128)), (512, (512, 512))],
@@ -154,6 +169,9 @@ def test_the_splash_kernel_takes_the_tokens_of_a_published_video(monkeypatch):
     assert splash_reason(shapes) is None
     text = dataclasses.replace(shapes, k_shape=(1, 512, 12, 128))
     assert splash_reason(text) is None
+    assert splash_reason(dataclasses.replace(text, mask_shape=(1, 1, 1, 512))) is None
+    of_queries = dataclasses.replace(text, mask_shape=(1, 1, 32760, 512))
+    assert "differs between heads or queries" in splash_reason(of_queries)
     frames = dataclasses.replace(shapes, q_shape=(900, 16, 16, 72), k_shape=(900, 16, 16, 72))
     assert "16 queries and 16 keys 128 and 128: more than 1.5 times the work" in splash_reason(
         dataclasses.replace(frames, v_width=72)
