@@ -58,6 +58,7 @@ from qdit_jax.allocation.space import (
     uniform_sizes,
 )
 from qdit_jax.allocation.step_candidates import EXCHANGED
+from qdit_jax.allocation.step_levels import as_level, level_named, level_text
 from qdit_jax.allocation.steps import ChosenSteps, MeasuredSchedule, choose_steps
 from qdit_jax.allocation.strategies import STRATEGIES, strategy_named
 from qdit_jax.allocation.strategies.allocate import Allocate, AllocationSettings, allocate
@@ -118,6 +119,7 @@ __all__ = [
     "Within",
     "additive_solution",
     "allocate",
+    "as_level",
     "assigned_params",
     "cheapest",
     "choice_name",
@@ -136,6 +138,8 @@ __all__ = [
     "function_objective",
     "gpu_cost",
     "lagrangian_front",
+    "level_named",
+    "level_text",
     "measured_timestep_weights",
     "named_costs",
     "offspring",

@@ -15,24 +15,32 @@ from jaxtyping import Array, Float
 from qdit_jax.allocation.objectives import taken
 from qdit_jax.allocation.rollout_settings import Rollouts
 from qdit_jax.allocation.rollouts import Rollout, Seeds, seeds
+from qdit_jax.allocation.step_levels import (
+    AnyLevel,
+    as_level,
+    bits_of_levels,
+    checked_levels,
+    level_text,
+    widest,
+)
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.ptq import schedule_act_bits
-from qdit_jax.quant import OVER_TIME, UNQUANTIZED, ActQuant, Level, QTensor, levels_over_time
+from qdit_jax.quant import OVER_TIME, UNQUANTIZED, levels_over_time
 from qdit_jax.recipes import OverTime, check_act_bits
 from qdit_jax.sampling import check_diffusion_model, sampler_timesteps
 from qdit_jax.types import Condition, Key, Params
 
 ROLLOUTS = Rollouts(num_batches=1)
-# Bits of activations, or of weights and activations.
-AnyLevel = int | Level | None
+ACT_BITS = (None, UNQUANTIZED)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ScheduleError:
     """`levels [S] -> error`: of a schedule against the most bits throughout, on fixed samples.
 
-    All schedules run in one compiled program: the level of every step is data. A level is the bits of
-    activations, or a pair: of weights and activations.
+    All schedules run in one compiled program: the level of every step is data, and each level a branch.
+    A level is the bits of activations, or a pair: of weights and activations. Of pairs, the most bits
+    of either side need not be a level; they are a branch of their own then.
     """
 
     rollout: Rollout
@@ -48,31 +56,24 @@ class ScheduleError:
 
     @property
     def costs(self) -> list[float]:
-        """Returns the bits of each level, of both sides where it is a pair.
+        """Returns what each level costs: bits of activations, of a pair the product of its bits.
 
-        For a quantizer's or kernel's own bits, that is the mean over the tree's.
+        That is the bit operations of one multiply-add, 16 bits where a side is not quantized.
         """
-        is_leaf = lambda node: isinstance(node, ActQuant | QTensor)  # noqa: E731
-        nodes = jax.tree.leaves(self.params, is_leaf=is_leaf)
-        acts = [node.spec.bits for node in nodes if isinstance(node, ActQuant)]
-        kernels = [node.bits for node in nodes if isinstance(node, QTensor)]
-        own = [np.mean(bits or [UNQUANTIZED]) for bits in (kernels, acts)]
-
-        def cost(level: AnyLevel) -> float:
-            sides = list(zip(as_level(level), own, strict=True))
-            chosen = sides if isinstance(level, tuple) else sides[1:]
-            return float(sum(mean if bits is None else bits for bits, mean in chosen))
-
-        return [cost(level) for level in self.levels]
+        bits = bits_of_levels(self.params, self.levels)
+        return [
+            weights * acts if isinstance(level, tuple) else acts
+            for level, (weights, acts) in zip(self.levels, bits, strict=True)
+        ]
 
     @property
     def most(self) -> AnyLevel:
-        """Returns the level of the most bits, which errors are measured against."""
-        return self.levels[int(np.argmax(self.costs))]
+        """Returns the most bits, which errors are measured against; see `widest`."""
+        return widest(self.params, self.levels)
 
     def finals(self, chosen: Sequence[AnyLevel]) -> list[Float[np.ndarray, "B *shape"]]:
         """Returns the final latents of every batch under a schedule."""
-        levels = [as_level(level) for level in self.levels]
+        levels = list(dict.fromkeys(as_level(level) for level in (*self.levels, self.most)))
         table = levels_over_time(self.timesteps, [as_level(level) for level in chosen], levels)
         params = {**self.params, OVER_TIME: table}
         batches = range(len(self.data[0]))
@@ -92,13 +93,9 @@ class ScheduleError:
         gap = np.square(np.stack(self.finals(chosen)) - reference).mean()
         error = float(gap / np.square(reference).mean())
         if not np.isfinite(error):
-            raise ValueError(f"the samples at act_bits={list(chosen)} are not finite.")
+            names = " ".join(map(level_text, chosen))
+            raise ValueError(f"the samples at the levels {names} are not finite.")
         return error
-
-
-def as_level(level: AnyLevel) -> Level:
-    """Returns a level as the bits of weights and activations."""
-    return level if isinstance(level, tuple) else (None, level)
 
 
 @jax.jit
@@ -113,7 +110,8 @@ def schedule_error(
     checkpoint: Checkpoint,
     key: Key,
     *,
-    act_bits: Sequence[int | None] = (None, 16),
+    act_bits: Sequence[int | None] | None = None,
+    levels: Sequence[str | AnyLevel] | None = None,
     rollouts: Rollouts = ROLLOUTS,
 ) -> ScheduleError:
     """Returns the function that measures schedules of a quantized checkpoint; see `choose_steps`.
@@ -121,28 +119,34 @@ def schedule_error(
     Raises:
         ValueError: as `choose_steps`.
     """
+    if levels is not None:
+        if act_bits is not None:
+            raise ValueError(
+                f"act_bits={list(act_bits)} have no effect beside levels, which say the bits of "
+                "activations too; leave one of both out."
+            )
+        found = checked_levels(checkpoint.params, levels)
+        return error_of_levels(checkpoint, key, found, rollouts)
     table = checkpoint.params.get(OVER_TIME)
     if table is not None and table.weight_bits is not None:
         raise ValueError(
             "the checkpoint's weights change over time, which a schedule of activations alone would "
-            "undo; take that away first: schedule_act_bits(checkpoint, None)."
+            "undo; choose both by levels such as w4a8 and w8a8, or take that away first: "
+            "schedule_act_bits(checkpoint, None)."
         )
-    levels = tuple(dict.fromkeys(act_bits))
-    for bits in levels:
+    act_bits = ACT_BITS if act_bits is None else act_bits
+    of_acts = tuple(dict.fromkeys(act_bits))
+    for bits in of_acts:
         check_act_bits(bits)
-    if len(levels) < 2:
+    if len(of_acts) < 2:
         raise ValueError(f"act_bits={list(act_bits)} leave no choice; give two or more.")
-    return error_of_levels(checkpoint, key, [(None, bits) for bits in levels], levels, rollouts)
+    return error_of_levels(checkpoint, key, of_acts, rollouts)
 
 
 def error_of_levels(
-    checkpoint: Checkpoint,
-    key: Key,
-    pairs: Sequence[Level],
-    levels: tuple[AnyLevel, ...],
-    rollouts: Rollouts,
+    checkpoint: Checkpoint, key: Key, levels: tuple[AnyLevel, ...], rollouts: Rollouts
 ) -> ScheduleError:
-    """Returns the function that measures schedules of `levels`, which `pairs` are in full.
+    """Returns the function that measures schedules of `levels`.
 
     Raises:
         ValueError: if the checkpoint cannot have these bits.
@@ -152,8 +156,8 @@ def error_of_levels(
         raise ValueError("rollouts.data has no effect: schedules of bits fit nothing to inputs.")
     rollout = rollouts.rollout(checkpoint, guided=checkpoint.model.has_null)
     # Also checks that every quantizer and kernel can have these bits.
-    weight_bits, act_bits = zip(*pairs, strict=True)
-    whole = OverTime(tuple(map(float, range(len(pairs)))), act_bits, weight_bits)
+    weight_bits, act_bits = zip(*map(as_level, levels), strict=True)
+    whole = OverTime(tuple(map(float, range(len(levels)))), act_bits, weight_bits)
     params = schedule_act_bits(checkpoint, whole).params
     data = seeds(
         checkpoint.model,

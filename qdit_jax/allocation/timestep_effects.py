@@ -49,6 +49,6 @@ def measured_timestep_weights(
     params = quantize_params(checkpoint.params, recipe=recipe, stats=stats)
     rounded = dataclasses.replace(checkpoint, params=params, recipe=recipe)
     levels: tuple[Level, Level] = (full, (None, None))
-    error_fn = error_of_levels(rounded, key, levels, levels, rollouts)
+    error_fn = error_of_levels(rounded, key, levels, rollouts)
     errors = step_errors(Measure(error_fn, progress_fn=progress_fn))
     return TimestepWeights.from_effects(error_fn.timesteps, errors[:, 1])

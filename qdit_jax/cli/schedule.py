@@ -18,11 +18,17 @@ from qdit_jax.cli.paths import path_option
 from qdit_jax.cli.prompts_option import add_embeds, add_size
 
 HELP = """\
-Find the bits of activations at every sampling step that give the least error within a budget, of a
-quantized checkpoint; its weights stay as they are. One step at a time is lowered, the schedule with
-the least sum of these errors is found exactly, and measured beside neighbors and simple schedules
-(more bits last, first, ...); the best measured is kept. Errors are those of final latents against
-the most bits throughout, from the same noise.
+Find the bits at every sampling step that give the least error within a budget, of a quantized
+checkpoint: those of activations (--act-bits; its weights stay as they are), or those of weights and
+activations (--levels). One step at a time is lowered, the schedule with the least sum of these errors is
+found exactly, and measured beside neighbors and simple schedules (more bits last, first, ...); the best
+measured is kept. Errors are those of final latents against the most bits throughout, from the same
+noise.
+
+--levels chooses among kernels that CKPT holds: quantize it with each of their bits at some step first.
+All of them are in memory while steps are measured, and those that the schedule uses afterwards too. A
+level costs its bit operations per multiply-add, the bits of weights times those of activations: w4a8
+costs 32, w8a8 and w4a16 64. Formats of numbers stay: w16 beside nf4 can be chosen, w8 cannot.
 
 Writes to OUT: recipe.json (the checkpoint's, with the schedule), schedule.png (the error of every
 step, the schedule, and what was measured), history.json, and steps/ (after an interruption, run the
@@ -33,6 +39,8 @@ Bits by hand, at steps by number, are `qdit quantize --steps-at`.
 examples:
   qdit schedule xl2-w4a4 found --act-bits 4 8 --mean-bits 6
   qdit schedule xl2-w4a4 found --act-bits 4 16 --mean-bits 5 --steps 50 --write xl2-w4a4-scheduled
+  qdit quantize xl2 both --recipe w4a8 --steps-at 0=w8      # holds weights of 4 and of 8 bits
+  qdit schedule both found --levels w4a8 w4a16 w8a8 --mean-bitops 40
 """
 
 
@@ -42,19 +50,7 @@ def add_parser(subparsers: SubParsers) -> None:
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", type=path_option, help="a quantized checkpoint folder")
     add("out", metavar="OUT", type=path_option, help="the folder to write to")
-    add(
-        "--mean-bits",
-        type=finite_float,
-        required=True,
-        help="at most so many bits of activations, on average over the steps",
-    )
-    add(
-        "--act-bits",
-        type=whole_number(2, 16),
-        nargs="+",
-        required=True,
-        help="the bits to choose from, two or more; 16 is no quantizer",
-    )
+    add_levels(parser)
     add("--write", metavar="CKPT2", type=path_option, help="write the scheduled checkpoint there")
     add("--steps", type=positive_int, default=20, help="sampling steps (%(default)s)")
     add_guidance(add)
@@ -72,12 +68,56 @@ def add_parser(subparsers: SubParsers) -> None:
     parser.set_defaults(run=run, resumes=lambda args: True)
 
 
+def add_levels(parser: argparse.ArgumentParser) -> None:
+    """Adds what is chosen from, and the budget."""
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add(
+        "--act-bits",
+        type=whole_number(2, 16),
+        nargs="+",
+        help="the bits of activations to choose from, two or more; 16 is no quantizer",
+    )
+    add(
+        "--levels",
+        type=level,
+        nargs="+",
+        metavar="LEVEL",
+        help="the bits of weights and activations to choose from, two or more, such as w4a8 w4a16 "
+        "w8a8; w8 or a16 keeps the checkpoint's own bits of the other side, own those of both, and "
+        "16 is no quantizer",
+    )
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add(
+        "--mean-bits",
+        type=finite_float,
+        help="with --act-bits, at most so many bits of activations, on average over the steps",
+    )
+    add(
+        "--mean-bitops",
+        type=finite_float,
+        help="with --levels, at most so many bit operations per multiply-add (bits of weights times "
+        "bits of activations), on average over the steps",
+    )
+
+
+def level(text: str) -> tuple[int | None, int | None]:
+    """Returns the bits of weights and activations that `text` names, or raises argparse's error."""
+    from qdit_jax.allocation import level_named
+
+    try:
+        return level_named(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measures, prints progress, and writes the schedule."""
     from qdit_jax.cli.schedule_run import found_schedule, summary, write_result
     from qdit_jax.errors import UserError
     from qdit_jax.files import check_free, renewed_folder
 
+    if (args.levels is None) != (args.mean_bitops is None):
+        raise UserError("--mean-bits is the budget of --act-bits, --mean-bitops that of --levels.")
     inputs = [args.checkpoint, args.embeds]
     if (args.out / "recipe.json").exists() and not args.force:
         raise UserError(f"{args.out} holds a finished schedule; pass --force to replace it.")
@@ -90,6 +130,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             folder,
             mean_bits=args.mean_bits,
             act_bits=args.act_bits,
+            levels=args.levels,
+            mean_bitops=args.mean_bitops,
             num_steps=args.steps,
             guidance=args.guidance,
             num_batches=args.num_batches,
@@ -98,7 +140,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             options=vars(args),
         )
         write_result(folder, chosen, checkpoint)
-    print(summary(chosen))
+    print(summary(chosen, checkpoint))
     if args.write is not None:
         from qdit_jax.checkpoint import save
 
@@ -109,4 +151,4 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"out": args.out, **{name: history[name] for name in SHOWN}}
 
 
-SHOWN = ("over_time", "predicted", "measured", "mean_bits")
+SHOWN = ("over_time", "predicted", "measured", "mean_bits", "mean_bitops")

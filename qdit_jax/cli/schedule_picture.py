@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from qdit_jax.allocation import EXCHANGED, ChosenSteps
+from qdit_jax.allocation import EXCHANGED, ChosenSteps, MeasuredSchedule, as_level, level_text
 from qdit_jax.files import PathLike
 
 INK, SOFT, ACCENT, MARK = "#222222", "#9aa5b1", "#0b6e99", "#c2410c"
@@ -19,26 +19,33 @@ def draw_schedule(path: PathLike, chosen: ChosenSteps) -> None:
     figure = Figure(figsize=(7, 8), layout="constrained")
     top, middle, bottom = figure.subplots(3, 1)
     steps = np.arange(len(chosen.errors))
-    for number, bits in enumerate(chosen.levels):
+    for number, level in enumerate(chosen.levels):
         column = chosen.errors[:, number]
         if column.any():
-            label = "own bits" if bits is None else f"{bits} bits"
-            top.plot(steps, column, "o-", ms=3, lw=1, label=f"this step alone at {label}")
+            name = level_text(level) + ("" if isinstance(level, tuple) else " bits")
+            top.plot(steps, column, "o-", ms=3, lw=1, label=f"this step alone at {name}")
     if (chosen.errors[chosen.errors != 0] > 0).any():
         top.set_yscale("log")
     for axes in (top, middle):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     top.set_ylabel("error of final latents")
     top.legend(frameon=False, fontsize=9)
-    by_step = chosen.over_time.act_bits
-    shown = sorted(set(by_step), key=lambda b: -1 if b is None else b)
-    middle.step(steps, [shown.index(b) for b in by_step], where="mid", color=INK)
-    middle.set_yticks(range(len(shown)), ["own" if b is None else str(b) for b in shown])
+    by_step = chosen.by_step
+    shown = sorted(set(by_step), key=lambda one: [-1 if b is None else b for b in as_level(one)])
+    middle.step(steps, [shown.index(one) for one in by_step], where="mid", color=INK)
+    middle.set_yticks(range(len(shown)), list(map(level_text, shown)))
     middle.set_ylim(-0.5, len(shown) - 0.5)
-    middle.set_ylabel(f"bits chosen (mean {chosen.mean_bits:.3g})")
+    middle.set_ylabel(f"bits chosen\n({mean_text(chosen, chosen)})")
     middle.set_xlabel("sampling step")
     draw_candidates(bottom, chosen)
     FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
+
+
+def mean_text(chosen: ChosenSteps, row: ChosenSteps | MeasuredSchedule) -> str:
+    """Returns what a schedule costs per step, in what the budget counts."""
+    if chosen.has_pairs:
+        return f"mean {row.mean_bitops:.4g} bit operations"
+    return f"mean {row.mean_bits:.4g} bits"
 
 
 def draw_candidates(axes: Axes, chosen: ChosenSteps) -> None:

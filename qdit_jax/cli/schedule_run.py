@@ -9,18 +9,21 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
-from qdit_jax.allocation import ChosenSteps, Rollouts, choose_steps
+from qdit_jax.allocation import ChosenSteps, Rollouts, choose_steps, level_text
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.cli.checkpoints import diffusion_checkpoint
 from qdit_jax.cli.guidance_option import Given, guidance_of
 from qdit_jax.cli.progress import Bar
 from qdit_jax.cli.prompts_option import Inputs
-from qdit_jax.cli.schedule_picture import draw_schedule
+from qdit_jax.cli.schedule_picture import draw_schedule, mean_text
 from qdit_jax.errors import UserError
 from qdit_jax.files import AnyPath, replaced_file
 from qdit_jax.ptq import schedule_act_bits
+from qdit_jax.quant import Level, QTensor, kernel_of_other
 from qdit_jax.report import provenance
+from qdit_jax.types import Params
 
 SHOWN = 8  # candidates in the summary
 
@@ -29,8 +32,10 @@ def found_schedule(
     source: AnyPath,
     folder: AnyPath,
     *,
-    mean_bits: float,
-    act_bits: Sequence[int],
+    mean_bits: float | None,
+    act_bits: Sequence[int] | None,
+    levels: Sequence[Level] | None,
+    mean_bitops: float | None,
     num_steps: int,
     guidance: Given | None,
     num_batches: int,
@@ -54,11 +59,11 @@ def found_schedule(
         raise UserError(
             f"{source} is in full precision; first `qdit quantize {source} DIR --recipe w4a4`."
         )
-    if checkpoint.recipe.over_time is not None:
+    if checkpoint.recipe.over_time is not None and levels is None:
         if checkpoint.recipe.over_time.weight_bits is not None:
             raise UserError(
                 f"the weights of {source} change over time, which a schedule of activations "
-                "alone would undo; give a checkpoint whose weights do not."
+                "alone would undo; choose both by --levels, or give a checkpoint whose weights do not."
             )
         checkpoint = schedule_act_bits(checkpoint, None)  # another one is to be found
     if any((folder / "steps").glob("[0-9]*")):
@@ -77,6 +82,8 @@ def found_schedule(
             jax.random.key(seed),
             mean_bits=mean_bits,
             act_bits=act_bits,
+            levels=levels,
+            mean_bitops=mean_bitops,
             rollouts=rollouts,
             progress_fn=bar.tell,
         )
@@ -96,19 +103,31 @@ def write_result(out: AnyPath, chosen: ChosenSteps, checkpoint: Checkpoint) -> N
         path.write_text(json.dumps(recipe.to_json(), indent=1))
 
 
-def summary(chosen: ChosenSteps) -> str:
-    """Returns the schedule and the candidates beside it in a few lines."""
-    bits = chosen.over_time.act_bits
+def summary(chosen: ChosenSteps, checkpoint: Checkpoint) -> str:
+    """Returns the schedule, the weights it holds and the candidates beside it in a few lines."""
     lines = [
-        f"bits by step: {' '.join(map(str, bits))} (mean {chosen.mean_bits:.4g})",
+        f"bits by step: {' '.join(map(level_text, chosen.by_step))} ({mean_text(chosen, chosen)})",
         f"error: measured {chosen.measured:.4g}, predicted by the sum {chosen.predicted:.4g}",
-        f"best of {len(chosen.candidates)} candidates:",
     ]
+    if chosen.has_pairs:
+        lines.append(held_text(checkpoint.params))
+    lines.append(f"best of {len(chosen.candidates)} candidates:")
     lines += [
-        f"  {row.measured:.4g}  {row.name} (mean {row.mean_bits:.4g} bits, predicted "
-        f"{row.predicted:.4g})"
+        f"  {row.measured:.4g}  {row.name} ({mean_text(chosen, row)}, predicted {row.predicted:.4g})"
         for row in chosen.candidates[:SHOWN]
     ]
     if np.isclose(chosen.measured, 0):
         lines.append("the most bits throughout fit the budget")
     return "\n".join(lines)
+
+
+def held_text(params: Params) -> str:
+    """Returns the bytes of the kernels, and of those of other bits that are held beside them."""
+    own, others = 0, dict[int, int]()
+    for path, leaf in flatten_dict(params, sep="/").items():
+        if (other := kernel_of_other(path)) is not None:
+            others[other[1]] = others.get(other[1], 0) + leaf.nbytes
+        elif isinstance(leaf, QTensor) and path.split("/")[-1] == "kernel":
+            own += leaf.nbytes
+    beside = [f"those of w{bits} beside them {others[bits]:,}" for bits in sorted(others)]
+    return ", ".join([f"bytes held: kernels {own:,}", *(beside or ["of no other bits"])])

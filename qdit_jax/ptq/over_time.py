@@ -105,7 +105,8 @@ def check_held(flat: dict[str, Any], bits: int) -> None:
         if not is_own and path.removesuffix("kernel") + other_kernel(bits) not in flat:
             raise ValueError(
                 f"over_time gives weights {bits} bits at some timesteps, and {path} is held at "
-                f"{kernel.bits} bits alone; quantize the full-precision checkpoint by this recipe."
+                f"{kernel.bits} bits alone; quantize the full-precision checkpoint with w{bits} at some "
+                f"step (--steps-at 0=w{bits})."
             )
 
 
