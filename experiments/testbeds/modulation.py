@@ -68,7 +68,7 @@ def parts(model: Any, params: Any, path: str, hidden: np.ndarray) -> list[np.nda
         rows = m.reshape(len(m), 6, -1) + np.asarray(flat[f"{block}/{TABLE}"])
         return [rows[:, first], rows[:, first + 1] + 1.0]
     found = []
-    for made in producers(path, family):
+    for made in producers(path, family, flat):
         m = hidden @ flat[f"{made.layer}/kernel"] + flat[f"{made.layer}/bias"]
         found.append(m[:, family.chunk(made.layer, made.output, m.shape)] + made.offset)
     return found
@@ -77,8 +77,9 @@ def parts(model: Any, params: Any, path: str, hidden: np.ndarray) -> list[np.nda
 def loudness(model: Any, params: Any, path: str) -> Float[np.ndarray, " D"]:
     """Returns the mean square weight of every channel of v that an attention's output layer reads."""
     family = family_of(model)
-    (made,) = producers(path, family)
-    kernel = np.asarray(flatten_dict(params, sep="/")[f"{made.layer}/kernel"])
+    flat = flatten_dict(params, sep="/")
+    (made,) = producers(path, family, flat)
+    kernel = np.asarray(flat[f"{made.layer}/kernel"])
     return np.square(kernel).mean(0)[family.chunk(made.layer, made.output, kernel.shape)]
 
 

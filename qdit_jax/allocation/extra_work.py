@@ -40,7 +40,8 @@ def extra_work(layer: SearchLayer, spec: LayerSpec) -> ExtraWork:
     channels, width = layer.shape
     parts = TRANSFORMS[spec.transform or "none"]
     vectors = [part for part in parts if part in ("smooth", "shift")]
-    mapped = channels if vectors and not layer.folded else 0
+    is_free = layer.folded and not (layer.scale_only and "shift" in parts)
+    mapped = channels if vectors and not is_free else 0
     block = regular_size(channels) if {"hadamard", "pca"} & set(parts) else 1
     is_dense = "pca" in parts
     factors = (block.bit_length() - 1) // 2

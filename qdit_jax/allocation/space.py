@@ -37,7 +37,7 @@ class SearchLayer:
     """One layer of a space: its path, its kernel's shape `(K, N)`, and what it may become.
 
     `rows` is how many rows a sample sends through it, which costs are counted for; `folded` says
-    whether a scale and a shift of its input cost nothing at run time. `share` is the share of sampling
+    whether a scale of its input costs nothing at run time, and a shift neither unless `scale_only`. `share` is the share of sampling
     steps in which it runs: below 1 for a layer of one of several experts.
     """
 
@@ -46,6 +46,7 @@ class SearchLayer:
     choices: tuple[LayerSpec, ...]
     rows: int = 1
     folded: bool = dataclasses.field(default=False, metadata=DERIVED)
+    scale_only: bool = dataclasses.field(default=False, metadata=DERIVED)
     share: float = dataclasses.field(default=1.0, metadata=UNSAID)
 
     @property
@@ -171,9 +172,11 @@ def search_space(
         spec = kept if isinstance(kept, LayerSpec) else resized(choices[0], kept)
         by_path |= dict.fromkeys(matching(pattern, every, "pinned"), (spec,))
     family = family_of_params(params)
-    producers_of = {path: () if family is None else tuple(family.producers(path)) for path in every}
-    readers = Counter(producers_of.values())
     flat = flatten_dict(params, sep="/")
+    producers_of = {
+        path: () if family is None else tuple(family.producers(path, flat)) for path in every
+    }
+    readers = Counter(producers_of.values())
     found = []
     for path in sorted(by_path, key=natural_order):
         check_unquantized(path, flat[f"{path}/kernel"])
@@ -185,6 +188,7 @@ def search_space(
             by_path[path],
             (rows or {}).get(path, 1),
             folded,
+            family is not None and folded and not family.covered(path, flat).shift.all(),
             (shares or {}).get(path, 1.0),
         )
         found.append(possible(layer, f"{path}/bias" in flat, is_shared))

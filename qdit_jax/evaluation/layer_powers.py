@@ -41,6 +41,9 @@ from qdit_jax.quant import ActQuant, QTensor, dequantize, select_timestep, with_
 from qdit_jax.sampling import Denoiser
 from qdit_jax.types import Condition, Params
 
+# A fold multiplies columns; rounding alone leaves a column's projection on the reference's this near to 1.
+ONLY_ROUNDED = 0.05
+
 
 class Items(NamedTuple):
     """Inputs of single calls, on the reference's trajectories.
@@ -101,8 +104,8 @@ def folded(params: Params, reference: Params) -> Folded:
     """Returns which outputs cannot be compared, from the parameters of both networks.
 
     Columns that produce another layer's input are taken to be as in the reference if their bias is
-    the same and not all zero, or their kernel is the same; a fold leaves neither. Others may be in
-    other coordinates.
+    the same and not all zero, or their kernel is the same but for rounding; a fold leaves neither. Others
+    may be in other coordinates.
     """
     flat, full = (flatten_dict(tree, sep="/") for tree in (params, reference))
     family = family_of_params(reference)
@@ -110,7 +113,7 @@ def folded(params: Params, reference: Params) -> Folded:
     if family is None:
         return found
     for reader in layers_of(flat):
-        fold = family.fold_of(reader)
+        fold = family.fold_of(reader, full)
         for producer in () if fold is None else fold.producers:
             if producer.weight != "kernel":
                 continue  # a norm, which is no layer that is compared
@@ -139,7 +142,13 @@ def is_same(flat: Mapping[str, Any], full: Mapping[str, Any], layer: str, column
         return True
     kernel = flat[f"{layer}/kernel"]
     if isinstance(kernel, QTensor):
-        return False
+        ours, theirs = (
+            np.asarray(a, np.float32).reshape(-1, kernel.shape[1])[:, columns]
+            for a in (dequantize(kernel), full[f"{layer}/kernel"])
+        )
+        power = np.square(theirs).sum(0)
+        factors = (ours * theirs).sum(0) / np.where(power > 0, power, 1)
+        return bool((np.abs(factors - 1)[power > 0] < ONLY_ROUNDED).all())
     ours, theirs = (np.asarray(a)[..., columns] for a in (kernel, full[f"{layer}/kernel"]))
     return np.array_equal(ours, theirs)
 

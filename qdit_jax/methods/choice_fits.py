@@ -52,7 +52,7 @@ def fitted_choices(
     inputs = fitted_and_held_out(params, model, every, data, report)
     for place in every:
         for path in place.layers:
-            own = Place((path,), place.folded)
+            own = dataclasses.replace(place, layers=(path,))
             yield path, fitted(params, own, choices[path], inputs[place.layers[0]], data.seed)
 
 

@@ -81,7 +81,7 @@ class ChooseTransforms:
             # places have become: a search measures each layer's choices by themselves.
             source = params if name is None else whole
             bench = Bench.of(source, place, specs, inputs[place.layers[0]])
-            found, before, after = self.transform_of(name, bench, place.folded, data.seed)
+            found, before, after = self.transform_of(name, bench, place, data.seed)
             report.transform(place, found, before, after)
             for path in place.layers:
                 if specs[path].rank is not None:
@@ -100,11 +100,11 @@ class ChooseTransforms:
         return params, data
 
     def transform_of(
-        self, name: str | None, bench: Bench, is_free: bool, seed: int
+        self, name: str | None, bench: Bench, place: Place, seed: int
     ) -> tuple[Transform, float, float]:
         """Returns the transform of that name, or the best of the candidates, as `best` does."""
         if name is None:
-            return self.best(bench, is_free, seed)
+            return self.best(bench, place, seed)
         found = named_transform(name, bench, seed)
         return found, bench.error(Transform()), bench.error(found)
 
@@ -164,21 +164,19 @@ class ChooseTransforms:
         lost = branch_error(kernel, branch, rows, spec)
         return lost <= self.branch_share * branch_error(kernel, None, rows, spec)
 
-    def best(self, bench: Bench, is_free: bool, seed: int) -> tuple[Transform, float, float]:
-        """Returns the transform with the least error, and the errors without and with it.
-
-        `is_free` says that scale and shift cost nothing at run time.
-        """
+    def best(self, bench: Bench, place: Place, seed: int) -> tuple[Transform, float, float]:
+        """Returns the transform of a place with the least error, and the errors without and with it."""
         before = bench.error(Transform())
         found, after = (Transform(), before) if self.leave else (Transform(), float("inf"))
-        share = 1.0 if is_free or not self.leave else WORTH_IT
         for shift in (None, bench.middle)[: 1 + self.shifts]:
             if self.scales is None:
                 continue
             scales = self.scales(bench.shifted(shift), bench.kernel)
             errors = bench.errors(scales, shift, None)
+            candidate = Transform(scales[int(errors.argmin())], shift)
+            share = 1.0 if place.is_free(candidate) or not self.leave else WORTH_IT
             if (least := float(errors.min())) < share * after:
-                found, after = Transform(scales[int(errors.argmin())], shift), least
+                found, after = candidate, least
         for kind in self.rotations:
             for scaled in (found, Transform()):
                 plain = dataclasses.replace(scaled, rotation=None)

@@ -9,7 +9,10 @@ An input that is `norm * (1 + gamma) + beta`, gamma and beta from a modulation, 
 the modulation's linear, one that is an affine norm through the norm's own scale and bias; an
 attention's output is a mean of v with weights that sum to 1, so that
 the map passes through v (in a joint attention through the v of both streams, and both outputs share it).
-`Family.folds` lists a network's places; one may reach a segment of an input only. An input that comes out of GELU lets
+
+Some places take a scale and no shift: the input `act(gate) * value` of a gated MLP through the columns of
+the value, a norm or modulation without a shift, the v of a linear attention. `Family.folds` lists a
+network's places; one may reach a segment of an input only. An input that comes out of GELU lets
 nothing through: for it, shift inside the quantizer (`ActSpec.shift`).
 
 Dimensions: K input channels, N output channels.
@@ -25,7 +28,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
-from qdit_jax.models import Family, Producer, family_of_params, layers_of
+from qdit_jax.models import Covered, Family, Producer, family_of_params, layers_of
 from qdit_jax.quant import QTensor
 
 Vectors = Mapping[str, Any]
@@ -39,30 +42,32 @@ def fold_inputs(params: Any, *, scale: Vectors | None = None, shift: Vectors | N
     Args:
         scale, shift: `[K]` by layer path, such as `blocks_3/mlp/fc1`; a layer that one of the two
             leaves out has scale 1 or shift 0. Layers that read the same input share the map: name
-            one of them, or give all that are named the same. Where a fold reaches a segment of the
-            input only, the scale is 1 and the shift 0 in all other channels.
+            one of them, or give all that are named the same. Where a fold reaches some channels of
+            the input only (`Family.covered`), the scale is 1 and the shift 0 in all others.
 
     Raises:
         ValueError: if a path is not a layer that a fold reaches, a vector does not fit or holds a
-            zero scale or a value that is not finite, or a layer concerned is quantized already.
+            zero scale or a value that is not finite, a fold takes no shift, or a layer concerned is
+            quantized already.
     """
     scale, shift = scale or {}, shift or {}
     flat = dict(flatten_dict(params, sep="/"))
     family = family_of_params(params)
     for path in sorted({*scale, *shift}):
-        sources = producers(path, family)
+        sources = producers(path, family, flat)
         assert family is not None  # else there would be no producers
-        readers = [layer for layer in layers_of(flat) if made_by(layer, family) == sources]
+        readers = [layer for layer in layers_of(flat) if made_by(layer, family, flat) == sources]
         producing = [f"{source.layer}/{source.weight}" for source in sources]
         for name in (*(f"{reader}/kernel" for reader in readers), *producing):
             check_foldable(flat, path, name)
-        s, z = shared_map(path, readers, scale, shift, flat[f"{path}/kernel"].shape[0])
+        shape = flat[f"{path}/kernel"].shape
+        s, z = shared_map(path, readers, scale, shift, shape[0])
         if s is None:
             continue
-        covered = family.covered(path, flat[f"{path}/kernel"].shape)
-        check_covered(path, covered, s, z)
+        check_covered(path, family.covered(path, flat), s, z)
         for source in sources:
-            rewrite_producer(flat, family, source, s[covered], z[covered])
+            made = family.segment(path, source.inputs, shape)
+            rewrite_producer(flat, family, source, s[made], z[made])
         for reader in readers:
             rewrite_reader(flat, reader, s, z)
     return unflatten_dict(flat, sep="/")
@@ -107,9 +112,16 @@ def rewrite_reader(
         raise ValueError(f"{path} has no bias, which a shift of its input needs; scale it only.")
 
 
-def producers(path: str, family: Family | None) -> list[Producer]:
-    """Returns the columns that make the input of the layer `path`."""
-    found = [] if family is None else made_by(path, family)
+def producers(path: str, family: Family | None, flat: Mapping[str, Any]) -> list[Producer]:
+    """Returns the columns that make the input of the layer `path`.
+
+    Args:
+        flat: the network's parameters, paths joined by `/`.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    found = [] if family is None else made_by(path, family, flat)
     if not found:
         known = "" if family is None else f"; it has: {', '.join(f.layers for f in family.folds)}"
         raise ValueError(
@@ -119,22 +131,29 @@ def producers(path: str, family: Family | None) -> list[Producer]:
     return found
 
 
-def made_by(path: str, family: Family) -> list[Producer]:
-    """Returns the columns that make the input of a layer, or a segment of it; empty if none do."""
-    fold = family.fold_of(path)
+def made_by(path: str, family: Family, flat: Mapping[str, Any]) -> list[Producer]:
+    """Returns the columns that make the input of a layer, or segments of it; empty if none do."""
+    fold = family.fold_of(path, flat)
     return [] if fold is None else list(fold.producers)
 
 
 def check_covered(
-    path: str, covered: slice, scale: Float[Array, " K"], shift: Float[Array, " K"]
+    path: str, covered: Covered, scale: Float[Array, " K"], shift: Float[Array, " K"]
 ) -> None:
     """Raises `ValueError` if a map changes channels that the fold of `path` does not reach."""
-    outside = np.ones(scale.shape, bool)
-    outside[covered] = False
-    if np.any(np.asarray(scale)[outside] != 1) or np.any(np.asarray(shift)[outside]):
+    maps = (("scale", scale, 1, covered.scale), ("shift", shift, 0, covered.shift))
+    for name, values, neutral, reached in maps:
+        if not np.any(np.asarray(values)[~reached] != neutral):
+            continue
+        if not reached.any():
+            raise ValueError(
+                f"the fold of {path!r} takes a scale and no shift; leave the shift out, or apply it at "
+                "run time."
+            )
+        first, last = np.flatnonzero(reached)[[0, -1]]
         raise ValueError(
-            f"the fold of {path!r} reaches its input channels {covered.start} to {covered.stop - 1} "
-            "only; give the scale 1 and the shift 0 in all others."
+            f"the fold of {path!r} takes a {name} of input channels {first} to {last} only; give "
+            f"{neutral} in all others."
         )
 
 
@@ -145,15 +164,19 @@ def rewrite_producer(
     scale: Float[Array, " K"],
     shift: Float[Array, " K"],
 ) -> None:
-    """Replaces the producer's weight and bias in `flat`; arrays are not written to."""
-    names = [f"{producer.layer}/{name}" for name in (producer.weight, "bias")]
-    weight, bias = (jnp.asarray(flat[name]) for name in names)
+    """Replaces the producer's weight, and its bias if any, in `flat`; arrays are not written to."""
+    weight_name, bias_name = (f"{producer.layer}/{name}" for name in (producer.weight, "bias"))
+    weight = jnp.asarray(flat[weight_name])
     columns = family.chunk(producer.layer, producer.output, weight.shape)
-    taken = shift if producer.shifted else 0.0
-    moved = (bias[columns] + producer.offset - taken) / scale - producer.offset
-    flat[names[1]] = bias.at[columns].set(moved.astype(bias.dtype))
     scaled = (weight[..., columns] / scale).astype(weight.dtype)
-    flat[names[0]] = weight.at[..., columns].set(scaled)
+    flat[weight_name] = weight.at[..., columns].set(scaled)
+    if bias_name in flat:
+        bias = jnp.asarray(flat[bias_name])
+        taken = shift if producer.shifted else 0.0
+        moved = (bias[columns] + producer.offset - taken) / scale - producer.offset
+        flat[bias_name] = bias.at[columns].set(moved.astype(bias.dtype))
+    elif producer.offset or (producer.shifted and np.any(np.asarray(shift))):
+        raise ValueError(f"{producer.layer} has no bias, which takes up a fold's shift or offset.")
 
 
 def check_foldable(flat: Mapping[str, Any], path: str, name: str) -> None:

@@ -5,7 +5,8 @@ With input `x [.., K]` and kernel `W [K, N]`:
     x' = ((x - shift) / scale) R,    W' = Rᵀ (scale[:, None] * W),    b' = b + shift @ W
 
 Scale and shift go into what produces the input where `Family.folds` has a place for it, at no cost
-at run time; elsewhere, and for a rotation R always, a leaf beside the kernel maps the input.
+at run time; elsewhere, and for a rotation R always, a leaf beside the kernel maps the input. Where a fold
+takes a scale and no shift, the leaf shifts what the fold has scaled.
 
 Dimensions: M rows, K input channels, N output channels, R rank.
 """
@@ -66,21 +67,39 @@ class Place:
 
     Attributes:
         layers: the paths of those that are asked about; the first names the place.
-        folded: whether scale and shift cost nothing at run time.
+        folded: whether a scale costs nothing at run time, and a shift neither unless `scale_only`.
+        scale_only: whether the fold takes no shift.
     """
 
     layers: tuple[str, ...]
     folded: bool
+    scale_only: bool = False
+
+    def is_free(self, transform: Transform) -> bool:
+        """Returns whether a transform of the input costs nothing at run time."""
+        if transform.rotation is not None or not self.folded:
+            return transform.is_identity
+        return transform.shift is None or not self.scale_only
 
 
 def places(params: Params, paths: Iterable[str]) -> list[Place]:
     """Returns the inputs of the layers `paths`, in that order; readers of one fold make one place."""
     family = family_of_params(params)
+    flat = flatten_dict(params, sep="/")
     found: dict[Any, list[str]] = {}
     for path in paths:
-        sources = () if family is None else tuple(family.producers(path))
+        sources = () if family is None else tuple(family.producers(path, flat))
         found.setdefault(sources or path, []).append(path)
-    return [Place(tuple(layers), folded=key != layers[0]) for key, layers in found.items()]
+    return [
+        Place(
+            tuple(layers),
+            folded=key != layers[0],
+            scale_only=family is not None
+            and key != layers[0]
+            and not family.covered(layers[0], flat).shift.all(),
+        )
+        for key, layers in found.items()
+    ]
 
 
 def transformed(params: Params, place: Place, transform: Transform) -> Params:
@@ -90,18 +109,27 @@ def transformed(params: Params, place: Place, transform: Transform) -> Params:
         ValueError: if a layer is quantized or has been given other coordinates already, a vector
             does not fit, or a shift meets a layer without bias.
     """
-    if place.folded and (transform.scale is not None or transform.shift is not None):
+    if place.folded:
+        now, transform = parts(place, transform)
         first = place.layers[0]
         params = fold_inputs(
             params,
-            scale=None if transform.scale is None else {first: transform.scale},
-            shift=None if transform.shift is None else {first: transform.shift},
+            scale=None if now.scale is None else {first: now.scale},
+            shift=None if now.shift is None else {first: now.shift},
         )
-        transform = Transform(rotation=transform.rotation)
     flat = dict(flatten_dict(params, sep="/"))
     for path in place.layers:
         flat = mapped_at_run_time(flat, path, transform)
     return unflatten_dict(flat, sep="/")
+
+
+def parts(place: Place, transform: Transform) -> tuple[Transform, Transform]:
+    """Returns what the fold of a place takes of a transform, and what is left for run time after it."""
+    turned = Transform(rotation=transform.rotation)
+    if not place.scale_only or transform.shift is None:
+        return dataclasses.replace(transform, rotation=None), turned
+    scale = 1.0 if transform.scale is None else transform.scale
+    return Transform(transform.scale), dataclasses.replace(turned, shift=transform.shift / scale)
 
 
 def mapped_at_run_time(flat: dict[str, Any], path: str, transform: Transform) -> dict[str, Any]:

@@ -1,4 +1,10 @@
-"""QuaRot: randomized Hadamard rotations of whole inputs, then GPTQ."""
+"""QuaRot: randomized Hadamard rotations of whole inputs, then GPTQ.
+
+Differs from QuaRot, which folds the part of a rotation that stays within heads into v and turns across heads
+at run time: here attention's output is turned at run time as a whole. Where the numbers of heads and of their
+channels are powers of 2 that is the same matrix. The part within heads alone would cost nothing, and spreads
+outliers less.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +20,10 @@ from qdit_jax.quant import gptq
 METHOD = Method(
     name="quarot",
     paper="QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs, arXiv:2404.00456",
-    idea="Rotates every input by a Hadamard matrix of all its channels with random signs, and rounds "
-    "by GPTQ. In a diffusion transformer no rotation can be folded away: the modulation of each block "
-    "differs by sample.",
+    idea="Rotates every input by a Hadamard matrix of all its channels with random signs, and rounds by "
+    "GPTQ. Rotations of the residual stream are not folded away as in a language model: the modulation of "
+    "each block scales its channels, for each sample differently. Of the rotation of attention's output the "
+    "paper folds the part within heads into v; here it is a product at run time as a whole.",
     runtime_cost="A Hadamard product of all channels of each token, before it is quantized.",
     needs={"items": spread_items},
     prepare=(Rotate("hadamard"), static_ranges),

@@ -89,7 +89,7 @@ class Report:
         self.transforms[place.layers[0]] = {
             "layers": list(place.layers),
             "kinds": kinds + ([chosen.rotation.kind] if chosen.rotation is not None else []),
-            "folded": place.folded and chosen.rotation is None,
+            "folded": place.folded and place.is_free(chosen),
             "before_db": round(decibel(before), 2),
             "after_db": round(decibel(after), 2),
         }

@@ -21,9 +21,12 @@ from qdit_jax.types import Params
 def reparameterize(
     params: Params, *, model: nn.Module, recipe: Recipe, data: CalibrationData, report: Report
 ) -> tuple[Params, CalibrationData]:
-    """Returns `params` whose foldable inputs have one range in all channels, and `data`."""
+    """Returns `params` whose foldable inputs have one range in all channels, and `data`.
+
+    Those are the inputs whose shift folds as well: a range has two ends.
+    """
     specs = {p: s for p, s in linear_specs(params, model, recipe).items() if s.act}
-    folded = [place for place in places(params, specs) if place.folded]
+    folded = [p for p in places(params, specs) if p.folded and not p.scale_only]
     inputs = fitted_and_held_out(params, model, folded, data, report)
     for place in folded:
         act = specs[place.layers[0]].act

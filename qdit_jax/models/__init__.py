@@ -37,10 +37,7 @@ from qdit_jax.models.family import (
     OPERANDS_OF,
     TABLE,
     Family,
-    Fold,
     Network,
-    Producer,
-    Segments,
     abstract_rows,
     as_condition,
     example_inputs,
@@ -58,6 +55,7 @@ from qdit_jax.models.features import (
     i3d_features_fn,
     inception_features_fn,
 )
+from qdit_jax.models.folding import Covered, Fold, Producer, Segments
 from qdit_jax.models.i3d import BLOCKS as I3D_BLOCKS
 from qdit_jax.models.i3d import I3D
 from qdit_jax.models.inception import InceptionV3
@@ -117,6 +115,7 @@ __all__ = [
     "AttentionModule",
     "AutoencoderKL",
     "Call",
+    "Covered",
     "DiT",
     "DigitFeatures",
     "Family",

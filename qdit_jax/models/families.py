@@ -10,7 +10,8 @@ import jax
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from qdit_jax.models.family import SHIFT_SCALE_GATE, Family, Fold, Producer, from_modulation
+from qdit_jax.models.family import SHIFT_SCALE_GATE, Family
+from qdit_jax.models.folding import Fold, Producer, Segments, from_modulation, ungated
 from qdit_jax.models.joint_rows import JOINT_ROWS
 from qdit_jax.models.text_to_image_rows import TEXT_TO_IMAGE_ROWS
 from qdit_jax.models.video_families import VIDEO_FAMILIES
@@ -153,8 +154,25 @@ FAMILIES: dict[str, Family] = {
             },
             attention={"self_attention": r"blocks_\d+/attn"},
             rounded_first="adaln",
-            outputs={r"blocks_\d+/attn/qkv": ("q", "k", "v")},
-            folds=(Fold(r"(blocks_\d+)/attn/proj", (Producer(r"\1/attn/qkv", "v"),)),),
+            outputs={
+                r"blocks_\d+/adaLN_modulation": Segments(
+                    (
+                        *(f"{name}_attn" for name in SHIFT_SCALE_GATE),
+                        *(f"{name}_mlp" for name in SHIFT_SCALE_GATE),
+                    ),
+                    optional=("shift_attn", "shift_mlp"),
+                ),
+                r"final_layer/adaLN_modulation": ("shift", "scale"),
+                r"blocks_\d+/attn/qkv": ("q", "k", "v"),
+                r"blocks_\d+/mlp/w12": ("gate", "value"),
+            },
+            folds=(
+                Fold(r"(blocks_\d+)/attn/qkv", from_modulation(r"\1/adaLN_modulation", "_attn")),
+                Fold(r"(blocks_\d+)/mlp/w12", from_modulation(r"\1/adaLN_modulation", "_mlp")),
+                Fold(r"(blocks_\d+)/attn/proj", (Producer(r"\1/attn/qkv", "v"),)),
+                Fold(r"(blocks_\d+)/mlp/w3", ungated(r"\1/mlp/w12", "value")),
+                Fold(r"(final_layer)/linear", from_modulation(r"\1/adaLN_modulation")),
+            ),
             examples=(
                 SMALL_LIGHTNING,
                 {

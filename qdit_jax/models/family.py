@@ -24,6 +24,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
+from qdit_jax.models.folding import Covered, Fold, Producer, Segments
 from qdit_jax.types import AnyArray, Condition, Params
 
 # What an attention product multiplies: three projections and the weights between them. They are
@@ -87,74 +88,6 @@ class Network(Protocol):
 
     def check_condition(self, condition: Condition) -> None:
         """Raises `ValueError` if concrete values of `condition` are out of range."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Producer:
-    """Columns of a linear layer, or of a norm, that produce another layer's input.
-
-    Attributes:
-        layer: path of the layer; `\\1` is the first group of the fold's pattern.
-        output: the name of those columns in `Family.outputs`; empty for all of them.
-        offset: added to those columns where they are used: 1 for a modulation's scale.
-        shifted: whether a shift of the input is subtracted here.
-        weight: the parameter that multiplies, beside `bias`: a linear layer's kernel `[K, N]`, or a
-            norm's scale `[N]`.
-    """
-
-    layer: str
-    output: str = ""
-    offset: float = 0.0
-    shifted: bool = True
-    weight: str = "kernel"
-
-
-@dataclasses.dataclass(frozen=True)
-class Fold:
-    """A place where a channel-wise map of a layer's input is absorbed by what produces it.
-
-    Attributes:
-        layers: pattern of the layers that read the input; those of one match share the map.
-        producers: what produces the input.
-        inputs: the name in `Family.inputs` of the channels that these produce, where the rest of the
-            input comes from elsewhere; empty for all of them.
-    """
-
-    layers: str
-    producers: tuple[Producer, ...]
-    inputs: str = ""
-
-
-def from_modulation(layer: str, branch: str = "") -> tuple[Producer, ...]:
-    """Returns the producers of an input that a layer's columns `shift` and `scale` modulate."""
-    return (
-        Producer(layer, f"shift{branch}"),
-        Producer(layer, f"scale{branch}", 1.0, shifted=False),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Segments:
-    """Names of runs of a layer's input or output channels, in their order.
-
-    A run is as wide as the narrower side of the layer's kernel. A layer may have fewer runs than names.
-
-    Attributes:
-        names: of runs, from the first channel on.
-        rest: of the channels after those, of whatever number; empty if there are none.
-    """
-
-    names: tuple[str, ...]
-    rest: str = ""
-
-    def find(self, name: str, shape: tuple[int, ...], width: int) -> slice | None:
-        """Returns the channels called `name` among `width` of a layer with a kernel of `shape`."""
-        size = min(math.prod(shape[:-1]), shape[-1])
-        if name and name == self.rest:
-            return slice(len(self.names) * size, width)
-        if name not in self.names or (first := self.names.index(name) * size) + size > width:
-            return None
-        return slice(first, first + size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,35 +212,70 @@ class Family:
                 return slice(first, first + size)
         raise ValueError(f"family {self.name!r}: {layer} has no output {output!r}.")
 
-    def covered(self, layer: str, shape: tuple[int, ...]) -> slice:
-        """Returns the input channels of a layer that its fold reaches: all, or a segment.
+    def segment(self, layer: str, name: str, shape: tuple[int, ...]) -> slice:
+        """Returns the input channels of a layer that `inputs` calls `name`; all of them if empty.
 
         Args:
             shape: of the layer's kernel, `[..., N]`.
         """
-        fold, width = self.fold_of(layer), math.prod(shape[:-1])
-        if fold is None or not fold.inputs:
+        width = math.prod(shape[:-1])
+        if not name:
             return slice(0, width)
         for pattern, segments in self.inputs.items():
-            found = segments.find(fold.inputs, shape, width)
+            found = segments.find(name, shape, width)
             if re.fullmatch(pattern, layer) and found is not None:
                 return found
-        raise ValueError(f"family {self.name!r}: {layer} has no input {fold.inputs!r}.")
+        raise ValueError(f"family {self.name!r}: {layer} has no input {name!r}.")
 
-    def fold_of(self, layer: str) -> Fold | None:
-        """Returns the fold of a layer's input, or of a segment of it, with its producers' paths."""
+    def fold_of(self, layer: str, flat: Mapping[str, Any]) -> Fold | None:
+        """Returns the fold of a layer's input, or of segments of it, with the paths of its producers.
+
+        Columns that the network does not have (`Segments.optional`) are left out.
+
+        Args:
+            flat: its parameters, abstract or not, paths joined by `/`.
+        """
         for fold in self.folds:
             if match := re.fullmatch(fold.layers, layer):
                 found = (
                     dataclasses.replace(p, layer=match.expand(p.layer)) for p in fold.producers
                 )
-                return dataclasses.replace(fold, producers=tuple(found))
+                there = tuple(p for p in found if not self.is_left_out(p, flat))
+                return dataclasses.replace(fold, producers=there)
         return None
 
-    def producers(self, layer: str) -> list[Producer]:
-        """Returns what produces the whole input of a layer; empty if it has no such fold."""
-        fold = self.fold_of(layer)
-        return [] if fold is None or fold.inputs else list(fold.producers)
+    def is_left_out(self, producer: Producer, flat: Mapping[str, Any]) -> bool:
+        """Returns whether columns are optional, and the network of the parameters `flat` lacks them."""
+        weight = flat.get(f"{producer.layer}/{producer.weight}")
+        named = (
+            names
+            for pattern, names in self.outputs.items()
+            if isinstance(names, Segments) and re.fullmatch(pattern, producer.layer)
+        )
+        return weight is not None and any(
+            producer.output in names.optional
+            and names.find(producer.output, weight.shape, weight.shape[-1]) is None
+            for names in named
+        )
+
+    def covered(self, layer: str, flat: Mapping[str, Any]) -> Covered:
+        """Returns which input channels of a layer its fold reaches with a scale and with a shift."""
+        shape = flat[f"{layer}/kernel"].shape
+        scale, shift = np.zeros((2, math.prod(shape[:-1])), bool)
+        fold = self.fold_of(layer, flat)
+        for producer in () if fold is None else fold.producers:
+            reached = self.segment(layer, producer.inputs, shape)
+            scale[reached] = True
+            shift[reached] |= producer.shifted
+        return Covered(scale, shift)
+
+    def producers(self, layer: str, flat: Mapping[str, Any]) -> list[Producer]:
+        """Returns what produces the whole input of a layer, so that a scale of it costs nothing at run
+        time; empty if it has no such fold."""
+        fold = self.fold_of(layer, flat)
+        return (
+            [] if fold is None or not self.covered(layer, flat).scale.all() else [*fold.producers]
+        )
 
     def claims(self, params: Params) -> bool:
         """Returns whether a tree's layers are this family's: each belongs to one of its parts."""

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from qdit_jax.models.family import (
-    SHIFT_SCALE_GATE,
-    Family,
-    Fold,
-    Producer,
-    Segments,
-    from_modulation,
-)
+from qdit_jax.models.family import SHIFT_SCALE_GATE, Family
+from qdit_jax.models.folding import Fold, Producer, Segments, from_modulation
 
 SMALL_SD3 = {
     "sample_size": 4,
@@ -118,9 +112,9 @@ JOINT_ROWS = (
             r"single_blocks_\d+/modulation/lin": SHIFT_SCALE_GATE,
             r"final_layer/adaLN_modulation": ("shift", "scale"),
             r"double_blocks_\d+/(img|txt)_attn/qkv": ("q", "k", "v"),
-            r"single_blocks_\d+/linear1": Segments(("q", "k", "v"), rest="mlp"),
+            r"single_blocks_\d+/linear1": Segments(("q", "k", "v"), rest=("mlp",)),
         },
-        inputs={r"single_blocks_\d+/linear2": Segments(("attention",), rest="mlp")},
+        inputs={r"single_blocks_\d+/linear2": Segments(("attention",), rest=("mlp",))},
         folds=(
             Fold(
                 r"(double_blocks_\d+)/(img|txt)_attn/qkv",
@@ -141,8 +135,7 @@ JOINT_ROWS = (
             # The other channels of its input come out of a GELU.
             Fold(
                 r"(single_blocks_\d+)/linear2",
-                (Producer(r"\1/linear1", "v"),),
-                inputs="attention",
+                (Producer(r"\1/linear1", "v", inputs="attention"),),
             ),
             Fold(r"(final_layer)/linear", from_modulation(r"\1/adaLN_modulation")),
         ),

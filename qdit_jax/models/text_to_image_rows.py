@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from qdit_jax.models.family import (
-    SHIFT_SCALE_GATE,
-    Family,
-    Fold,
-    Producer,
-    Segments,
-    from_modulation,
-)
+from qdit_jax.models.family import SHIFT_SCALE_GATE, Family
+from qdit_jax.models.folding import Fold, Producer, Segments, from_modulation, ungated
 
 SMALL_SANA = {
     "sample_size": 4,
@@ -54,6 +48,12 @@ SMALL_FLUX2 = {
 Z_BLOCK = r"(?:noise_refiner|context_refiner|layers)_\d+"
 BOTH_BRANCHES = tuple(f"{name}_{branch}" for branch in ("attn", "mlp") for name in SHIFT_SCALE_GATE)
 
+
+def scaled_norm(norm: str) -> tuple[Producer, ...]:
+    """Returns the producer of an input that a norm with a scale and no bias makes."""
+    return (Producer(norm, shifted=False, weight="scale"),)
+
+
 TEXT_TO_IMAGE_ROWS = (
     Family(
         name="sana",
@@ -75,10 +75,17 @@ TEXT_TO_IMAGE_ROWS = (
             "t_block": BOTH_BRANCHES,
             r"blocks_\d+/attn/qkv": ("q", "k", "v"),
             r"blocks_\d+/cross_attn/kv_linear": ("k", "v"),
+            r"blocks_\d+/mlp/depth_conv": ("value", "gate"),
         },
-        # The modulation is shared by all blocks, q_linear reads the residual stream, and weights of the
-        # linear attention may all be 0, so that no shift passes through its v.
+        # The modulation is shared by all blocks, and so is the norm that kv_linear reads; q_linear reads
+        # the residual stream. Weights of the linear attention may all be 0, so that no shift passes
+        # through its v.
         folds=(
+            Fold(r"(blocks_\d+)/attn/proj", (Producer(r"\1/attn/qkv", "v", shifted=False),)),
+            Fold(
+                r"(blocks_\d+)/mlp/point_conv",
+                (Producer(r"\1/mlp/depth_conv", "value", shifted=False, weight="filter"),),
+            ),
             Fold(r"(blocks_\d+)/cross_attn/proj", (Producer(r"\1/cross_attn/kv_linear", "v"),)),
         ),
         examples=(
@@ -106,8 +113,17 @@ TEXT_TO_IMAGE_ROWS = (
             ),
             rf"{Z_BLOCK}/attention/qkv": ("q", "k", "v"),
         },
-        # Norms and modulations have no shift to take one up.
-        folds=(Fold(rf"({Z_BLOCK})/attention/out", (Producer(r"\1/attention/qkv", "v"),)),),
+        # Norms and modulations have no shift to take one up, a norm in every kind of block a scale.
+        folds=(
+            Fold(rf"({Z_BLOCK})/attention/qkv", scaled_norm(r"\1/attention_norm1")),
+            Fold(rf"({Z_BLOCK})/attention/out", (Producer(r"\1/attention/qkv", "v"),)),
+            Fold(rf"({Z_BLOCK})/feed_forward/w[13]", scaled_norm(r"\1/ffn_norm1")),
+            Fold(rf"({Z_BLOCK})/feed_forward/w2", ungated(r"\1/feed_forward/w3")),
+            Fold(
+                r"(final_layer)/linear",
+                (Producer(r"\1/adaLN_modulation", offset=1.0, shifted=False),),
+            ),
+        ),
         examples=(
             SMALL_Z_IMAGE,
             {**SMALL_Z_IMAGE, "sample_size": [2, 6], "patch_size": 1, "qk_norm": False},
@@ -135,9 +151,10 @@ TEXT_TO_IMAGE_ROWS = (
             "single_stream_modulation/lin": SHIFT_SCALE_GATE,
             r"final_layer/adaLN_modulation": ("shift", "scale"),
             r"double_blocks_\d+/(img|txt)_attn/qkv": ("q", "k", "v"),
-            r"single_blocks_\d+/linear1": Segments(("q", "k", "v"), rest="mlp"),
+            r"double_blocks_\d+/(img|txt)_mlp_0": ("gate", "value"),
+            r"single_blocks_\d+/linear1": Segments(("q", "k", "v"), rest=("gate", "value")),
         },
-        inputs={r"single_blocks_\d+/linear2": Segments(("attention",), rest="mlp")},
+        inputs={r"single_blocks_\d+/linear2": Segments(("attention",), rest=("mlp",))},
         # Blocks of a kind share one modulation: nothing passes through it.
         folds=(
             Fold(
@@ -147,11 +164,13 @@ TEXT_TO_IMAGE_ROWS = (
                     Producer(r"\1/txt_attn/qkv", "v"),
                 ),
             ),
-            # The other channels of its input come out of a gated MLP.
+            Fold(r"(double_blocks_\d+/(?:img|txt)_mlp)_2", ungated(r"\1_0", "value")),
             Fold(
                 r"(single_blocks_\d+)/linear2",
-                (Producer(r"\1/linear1", "v"),),
-                inputs="attention",
+                (
+                    Producer(r"\1/linear1", "v", inputs="attention"),
+                    Producer(r"\1/linear1", "value", shifted=False, inputs="mlp"),
+                ),
             ),
             Fold(r"(final_layer)/linear", from_modulation(r"\1/adaLN_modulation")),
         ),

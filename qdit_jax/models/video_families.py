@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from qdit_jax.models.family import Family, Fold, Producer
+from qdit_jax.models.family import Family
+from qdit_jax.models.folding import Fold, Producer, ungated
 
 QKV, KV = ("q", "k", "v"), ("k", "v")
 CHUNKS = tuple(f"{kind}_{of}" for of in ("attn", "mlp") for kind in ("shift", "scale", "gate"))
@@ -140,10 +141,12 @@ LATTE_T2V = Family(
     outputs={
         rf"{BLOCKS2}/attn/qkv": QKV,
         r"transformer_blocks_\d+/cross_attn/kv_linear": KV,
+        rf"{BLOCKS2}/glu/fc1": ("value", "gate"),
     },
     folds=(
         values(rf"({BLOCKS2}/attn)"),
         values(r"(transformer_blocks_\d+/cross_attn)", "kv_linear"),
+        Fold(rf"({BLOCKS2}/glu)/fc2", ungated(r"\1/fc1", "value")),
     ),
     gelu_inputs=rf"{BLOCKS2}/mlp/fc2",
     examples=(

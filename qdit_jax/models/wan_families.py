@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from qdit_jax.models.family import Family, Fold, Producer
+from qdit_jax.models.family import Family
+from qdit_jax.models.folding import Fold, Producer
 
 SMALL_WAN = {
     "sample_size": [2, 4, 4],

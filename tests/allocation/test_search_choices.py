@@ -214,6 +214,7 @@ def test_costs_count_what_transforms_and_branches_do():
     sides = (WeightSpec(4, 0, True), ActSpec(8, 0, True))
     layer = search.SearchLayer("x", (64, 100), (), rows=10)
     folded = dataclasses.replace(layer, folded=True)
+    scaled = dataclasses.replace(folded, scale_only=True)
 
     def more(cost_fn, name, rank=0, layer=layer):
         return cost_fn(layer, LayerSpec(*sides, name, rank)) - cost_fn(layer, LayerSpec(*sides))
@@ -228,6 +229,8 @@ def test_costs_count_what_transforms_and_branches_do():
     nbytes = search.Bytes()
     assert more(nbytes, "smooth+hadamard", 5) == 64 * 4 + 2 * 5 * 164
     assert more(nbytes, "smooth+shift", layer=folded) == 0
+    assert more(nbytes, "smooth", layer=scaled) == 0
+    assert more(nbytes, "smooth+shift", layer=scaled) == more(nbytes, "smooth+shift")
     assert more(nbytes, "smooth+shift") == 2 * 64 * 4
     assert more(nbytes, "pca") == 64 * 64 * 4
     assert more(search.CpuCost(), "smooth+hadamard", 5) == 10 * (64 + 768 + 5 * 164)

@@ -21,6 +21,7 @@ import qdit_jax as qdit
 from qdit_jax.allocation import BitOps, cost_table, search_space
 from qdit_jax.diffusion import SAMPLERS
 from qdit_jax.methods import fold_inputs
+from qdit_jax.methods.input_transforms import Transform, places, transformed
 from qdit_jax.models import (
     FAMILIES,
     Network,
@@ -212,7 +213,8 @@ def test_every_layer_belongs_to_one_part_and_every_pattern_to_a_layer(row, confi
         assert part != "blocks" or row.block_of(layer)
     assert row.rounded_first in ("", *row.parts)
     # A family has several kinds of networks, and some layers are of one kind only.
-    every = {p for c in row.examples for p in layers_of(abstract_params(network(row, c)))}
+    abstract = [abstract_params(network(row, c)) for c in row.examples]
+    every = {p for a in abstract for p in (*layers_of(a), *(n.rpartition("/")[0] for n in a))}
     patterns = [*row.outputs, *row.inputs, row.gelu_inputs, *(fold.layers for fold in row.folds)]
     for pattern in patterns:
         assert pattern == "(?!)" or any(re.fullmatch(pattern, layer) for layer in every), pattern
@@ -252,25 +254,53 @@ def test_folds_leave_the_function_as_it_is(row, config):
     params, inputs = params_of(model), inputs_of(model)
     flat = flatten_dict(params, sep="/")
     rng = np.random.default_rng(2)
-    reached = [layer for layer in layers_of(flat) if row.fold_of(layer)]
+    reached = [layer for layer in layers_of(flat) if row.fold_of(layer, flat)]
     assert bool(reached) == bool(row.folds)
     for layer in reached:
-        shape = flat[f"{layer}/kernel"].shape
-        covered = row.covered(layer, shape)
-        some = np.zeros(shape[0])
-        some[covered] = 1
-        scale = {layer: np.exp(0.5 * some * rng.standard_normal(shape[0]))}
-        shift = {layer: some * rng.standard_normal(shape[0])}
+        covered = row.covered(layer, flat)
+        width = len(covered.scale)
+        scale = {layer: np.exp(0.5 * covered.scale * rng.standard_normal(width))}
+        shift = {layer: covered.shift * rng.standard_normal(width)}
         folded = fold_inputs(params, scale=scale, shift=shift)
         assert relative(call(model, folded, inputs), call(model, params, inputs)) < 1e-5, layer
-        if not some.all():
-            assert not row.producers(layer)
-            with pytest.raises(
-                ValueError, match=rf"channels {covered.start} to {covered.stop - 1} only"
-            ):
-                fold_inputs(params, scale={layer: np.full(shape[0], 2.0)})
+        assert bool(row.producers(layer, flat)) == covered.scale.all()
+        assert covered.scale.any()
+        for name, taken, vector in (
+            ("scale", covered.scale, np.full(width, 2.0)),
+            ("shift", covered.shift, np.ones(width)),
+        ):
+            if not taken.all():
+                ends = np.flatnonzero(taken)[[0, -1]] if taken.any() else ()
+                told = (
+                    f"{name} of input channels {ends[0]} to {ends[1]} only"
+                    if len(ends)
+                    else "no shift"
+                )
+                with pytest.raises(ValueError, match=told):
+                    fold_inputs(params, **{name: {layer: vector}})
         changed = flatten_dict(folded, sep="/")[f"{layer}/kernel"]
         assert relative(np.asarray(changed), np.asarray(flat[f"{layer}/kernel"])) > 0.1
+
+
+@every_denoiser
+def test_a_shift_that_no_fold_takes_stays_at_run_time(row, config):
+    model = network(row, config)
+    params, inputs = params_of(model), inputs_of(model)
+    flat = flatten_dict(params, sep="/")
+    rng = np.random.default_rng(3)
+    for place in places(params, layers_of(flat)):
+        assert not (place.scale_only and not place.folded)
+        if not place.scale_only:
+            continue
+        width = len(row.covered(place.layers[0], flat).scale)
+        scale = np.exp(0.5 * rng.standard_normal(width)).astype(np.float32)
+        shift = rng.standard_normal(width).astype(np.float32)
+        changed = transformed(params, place, Transform(scale, shift))
+        assert relative(call(model, changed, inputs), call(model, params, inputs)) < 1e-5, place
+        scaled = transformed(params, place, Transform(scale))
+        for tree, is_mapped in ((changed, True), (scaled, False)):
+            found = flatten_dict(tree, sep="/")
+            assert all((f"{layer}/input_map" in found) == is_mapped for layer in place.layers)
 
 
 @every_denoiser

@@ -21,10 +21,10 @@ from qdit_jax.calibration import collect_items
 from qdit_jax.cli.output import plain
 from qdit_jax.evaluation import Limits, most_bytes
 from qdit_jax.evaluation.layer_facts import layer_facts
-from qdit_jax.evaluation.layer_powers import call_powers
+from qdit_jax.evaluation.layer_powers import call_powers, folded
 from qdit_jax.evaluation.limits import outcomes
 from qdit_jax.methods import fold_inputs
-from qdit_jax.models import FAMILIES, seen_inputs
+from qdit_jax.models import FAMILIES, build_model, seen_inputs
 from qdit_jax.ptq import schedule_act_bits
 from qdit_jax.quant import fake_quantize
 from qdit_jax.recipes import OverTime
@@ -178,6 +178,20 @@ def test_outputs_that_are_wholly_folded_are_not_given_a_number(full):
     exact = np.asarray(full.params["y_embedder"]["embedding_table"], np.float64)
     error = np.asarray(qdit.dequantize(params["y_embedder"]["embedding_table"]).T) - exact
     assert table.db == pytest.approx(decibels(np.square(exact).sum(), np.square(error).sum()))
+
+
+def test_columns_without_bias_are_compared_unless_more_than_rounding_changed_them():
+    params = random_params(build_model("z-image", {**FAMILIES["z-image"].examples[0]}))
+    flat = flatten_dict(params, sep="/")
+    zero = {p: jnp.zeros_like(a) if p.endswith("/bias") else a for p, a in flat.items()}
+    reference = unflatten_dict(zero, sep="/")
+    recipe = qdit.Recipe.preset("w8a8", group_size=8)
+    assert not folded(qdit.quantize_params(reference, recipe=recipe), reference).comparable
+    scale = {"layers_0/feed_forward/w2": np.linspace(0.5, 2, 32, dtype=np.float32)}
+    moved = qdit.quantize_params(fold_inputs(reference, scale=scale), recipe=recipe)
+    [(layer, comparable)] = folded(moved, reference).comparable.items()
+    assert layer == "layers_0/feed_forward/w3"
+    assert not comparable.any()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from qdit_jax.diffusion import ddim
 from qdit_jax.methods import CalibrationData, fold_inputs
 from qdit_jax.methods.bench import LEAST_COLUMNS, Bench, some_columns
 from qdit_jax.methods.choosing import WORTH_IT, ChooseTransforms
-from qdit_jax.methods.input_transforms import Transform
+from qdit_jax.methods.input_transforms import Place, Transform
 from qdit_jax.methods.ptq4dit import weighted_salience
 from qdit_jax.methods.ptq4dm import normal_items
 from qdit_jax.methods.repq_vit import one_range
@@ -33,6 +33,7 @@ from qdit_jax.recipes import LayerSpec, Recipe
 from qdit_jax.sampling import Denoiser
 
 SPEC = LayerSpec(WeightSpec(4, 0, symmetric=True), ActSpec(8, 0, symmetric=True))
+FREE, PAID = (Place(("a",), folded) for folded in (True, False))
 
 
 def rows_with(outliers, seed=0, m=256, k=32):
@@ -96,7 +97,7 @@ def test_channels_that_are_never_used_keep_the_scale_1():
 def test_an_outlier_channel_is_smoothed_and_its_error_falls():
     spec = LayerSpec(WeightSpec(8, 0), ActSpec(6, 0))
     place = bench(rows_with([3, 17]), kernel_of(), spec)
-    chosen, before, after = ChooseTransforms(smoothing((0.3, 0.5, 0.8))).best(place, True, 0)
+    chosen, before, after = ChooseTransforms(smoothing((0.3, 0.5, 0.8))).best(place, FREE, 0)
     assert after < 0.2 * before
     assert after == pytest.approx(place.error(chosen), rel=1e-5)
     assert chosen.scale[3] > 3 * np.median(chosen.scale)
@@ -109,11 +110,11 @@ def test_a_transform_that_does_not_help_is_left_out():
     def harmful(inputs, kernel):
         return np.geomspace(1e-3, 1e3, 32, dtype=np.float32)[None]
 
-    for is_free in (True, False):
-        chosen, before, after = ChooseTransforms(harmful, shifts=True).best(place, is_free, 0)
+    for at in (FREE, PAID):
+        chosen, before, after = ChooseTransforms(harmful, shifts=True).best(place, at, 0)
         assert chosen.is_identity
         assert before == after
-    forced, before, after = ChooseTransforms(harmful, leave=False).best(place, True, 0)
+    forced, before, after = ChooseTransforms(harmful, leave=False).best(place, FREE, 0)
     assert not forced.is_identity
     assert after > before
 
@@ -139,14 +140,33 @@ def test_what_costs_time_has_to_gain_more_than_what_is_folded():
     tried = [np.exp(rng.uniform(-0.2, 0.2, 32)).astype(np.float32) for _ in range(60)]
     little = next(s for s in tried if WORTH_IT * base < place.error(Transform(s)) < base)
     choose = ChooseTransforms(lambda inputs, kernel: little[None])
-    assert not choose.best(place, True, 0)[0].is_identity
-    assert choose.best(place, False, 0)[0].is_identity
+    assert not choose.best(place, FREE, 0)[0].is_identity
+    assert choose.best(place, PAID, 0)[0].is_identity
+
+
+def test_a_shift_costs_time_where_only_a_scale_is_folded():
+    same = ChooseTransforms(lambda inputs, kernel: np.ones((1, 32), np.float32), shifts=True)
+    spec = LayerSpec(WeightSpec(8, 0), ActSpec(4, 0, symmetric=True))
+    scale_only = Place(("a",), True, scale_only=True)
+    gains = {}
+    for offset in np.linspace(0, 2, 41):
+        rows = rows_with([]) + np.float32(offset) * np.sign(rows_with([], seed=1)[:1])
+        place = bench(rows, kernel_of(), spec)
+        share = place.error(Transform(shift=place.middle)) / place.error(Transform())
+        gains[share] = place
+    little = next(place for share, place in gains.items() if WORTH_IT < share < 1)
+    for place, at, is_shifted in (
+        (little, FREE, True),
+        (little, scale_only, False),
+        (gains[min(gains)], scale_only, True),
+    ):
+        assert (same.best(place, at, 0)[0].shift is not None) == is_shifted
 
 
 def test_an_outlier_is_spread_by_a_rotation():
     spec = LayerSpec(WeightSpec(8, 0), ActSpec(4, 0))
     place = bench(rows_with([3]), kernel_of(), spec)
-    chosen, before, after = ChooseTransforms(rotations=("regular",)).best(place, False, 0)
+    chosen, before, after = ChooseTransforms(rotations=("regular",)).best(place, PAID, 0)
     assert (chosen.rotation.kind, chosen.rotation.size) == ("regular", 16)
     assert after < 0.5 * before
 

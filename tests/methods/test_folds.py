@@ -6,14 +6,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 from tiny_models import layer_ranges
 
 from qdit_jax import Recipe, quantize_params
 from qdit_jax.methods import fold_inputs
+from qdit_jax.methods.input_transforms import places
+from qdit_jax.models import FAMILIES, abstract_params, build_model, layers_of
 from qdit_jax.testing import realistic_dit
 
 PATHS = ["blocks_0/attn/qkv", "blocks_1/attn/proj", "blocks_1/mlp/fc1", "final_layer/linear"]
 WIDTH = 128
+
+
+# By family and example: the layers of a block whose input takes a scale at no cost, and no shift.
+SCALE_ONLY = {
+    ("lightningdit", 0): {"mlp/w3"},
+    ("lightningdit", 1): {"attn/qkv", "mlp/w12", "mlp/w3"},  # its modulation has no shifts
+    ("z-image", 0): {
+        "attention/qkv",
+        *(f"feed_forward/w{i}" for i in (1, 2, 3)),
+        "final_layer/linear",
+    },
+    ("flux2", 0): {"img_mlp_2", "txt_mlp_2", "linear2"},
+    ("sana", 0): {"attn/proj", "mlp/point_conv"},
+    ("latte_t2v", 1): {"glu/fc2"},
+    ("flux", 0): set(),
+    ("dit", 0): set(),
+}
 
 
 def vectors(seed: int, paths=PATHS):
@@ -94,6 +114,25 @@ def test_scale_or_shift_alone_and_half_precision():
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
     folded = fold_inputs(half, scale=scale)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(folded)} == {"bfloat16"}
+
+
+@pytest.mark.parametrize(("name", "example"), SCALE_ONLY)
+def test_places_that_take_a_scale_alone(name, example):
+    row = FAMILIES[name]
+    flat = abstract_params(build_model(name, row.examples[example]))
+    found = [
+        place
+        for place in places(unflatten_dict(flat, sep="/"), layers_of(flat))
+        if place.scale_only
+    ]
+    kinds = {row.kind_of(layer) for place in found for layer in place.layers}
+    assert kinds == SCALE_ONLY[name, example]
+    for place in found:
+        assert place.folded
+        shared = place.layers[0].endswith("feed_forward/w1")
+        assert [layer[-2:] for layer in place.layers] == (
+            ["w1", "w3"] if shared else [place.layers[0][-2:]]
+        )
 
 
 def test_what_cannot_be_folded_is_an_error():
