@@ -11,8 +11,8 @@ from typing import Any
 
 import qdit_jax as qdit
 from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.cli.checkpoints import with_autoencoder
 from qdit_jax.demo import PACKAGED
+from qdit_jax.evaluation import with_autoencoder
 from qdit_jax.sampling import read_conditions
 
 HERE = Path(__file__).resolve().parent
