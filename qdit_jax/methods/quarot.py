@@ -18,6 +18,7 @@ METHOD = Method(
     "by GPTQ. In a diffusion transformer no rotation can be folded away: the modulation of each block "
     "differs by sample.",
     runtime_cost="A Hadamard product of all channels of each token, before it is quantized.",
+    hardware="Integer dots of 8 or 4 bits: a scale per group of weights, one per token of inputs.",
     needs={"items": spread_items},
     prepare=(Rotate("hadamard"), static_ranges),
     apply=partial(fit_rounding, round_fn=gptq),
