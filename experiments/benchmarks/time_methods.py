@@ -6,7 +6,9 @@
 
 About two minutes for these on 2 free cores. Expected for DiT-XL/2 at W4A8 in groups of 128 there: half a
 minute with rtn, three quarters of a minute more with smoothquant on 16 inputs (the goal is a minute).
-Each method is a process of its own, from reading the checkpoint to the last byte written; wall time.
+Each method is a process of its own, from reading the checkpoint to the last byte written; wall time,
+and the most memory that the process held (peak RSS). The inputs are noise that is drawn beforehand:
+sampling trajectories, which a method does where it is given no --items, is in neither.
 Prints a line each, and JSON with date and machine with --json.
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -40,6 +43,23 @@ def write_items(path: Path, checkpoint: qdit.Checkpoint, count: int, seed: int) 
     Items(x, timestep.astype(np.float32), condition, np.arange(count)).save(path)
 
 
+def timed(command: Sequence[str]) -> tuple[float, float]:
+    """Returns the wall seconds of a command and the most memory that its process held, in GB.
+
+    Raises:
+        SystemExit: if it fails.
+    """
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - began
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}.")
+    unit = 1 if sys.platform == "darwin" else 1024  # of `ru_maxrss`, in bytes
+    return round(seconds, 1), round(usage.ru_maxrss * unit / 1e9, 2)
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -57,7 +77,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    seconds = {}
+    seconds, peak = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         items = Path(folder) / "items.npz"
         write_items(items, qdit.load(args.checkpoint), args.num_items, args.seed)
@@ -67,12 +87,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             command += ["--group-size", args.group_size, "--quiet"]
             if method not in NEEDS_NOTHING:
                 command += ["--items", items, "--batch-size", args.batch_size]
-            began = time.perf_counter()
-            subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
-            seconds[method] = round(time.perf_counter() - began, 1)
-            print(f"{method}: {seconds[method]} s", file=sys.stderr, flush=True)
+            seconds[method], peak[method] = timed(list(map(str, command)))
+            told = f"{method}: {seconds[method]} s, at most {peak[method]} GB"
+            print(told, file=sys.stderr, flush=True)
     if args.json:
-        print(json.dumps({"made": provenance(), "seconds": seconds}, indent=1))
+        found = {"made": provenance(), "seconds": seconds, "peak_rss_gb": peak}
+        print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

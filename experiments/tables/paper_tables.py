@@ -5,14 +5,15 @@
     python experiments/tables/paper_tables.py --out runs/text --states text --num-samples 64 --seeds 0
     python experiments/tables/paper_tables.py --out runs/video --states video --num-samples 64 \\
         --seeds 0 --guidance 2.5 --methods rtn gptq smoothquant svdquant best --bits w8a8 w4a8 w4a4
-    python experiments/tables/paper_tables.py --out runs/xl2 --checkpoint xl2=xl2 \\
+    python experiments/tables/paper_tables.py --out runs/xl2 --checkpoint xl2=xl2 --vae vae \\
         --num-samples 10000 --seeds 0 --steps 100 --group-size 128 \\
         --reference VIRTUAL_imagenet256_labeled.npz --features inception inception_ckpt
 
 Without --checkpoint the states are those of the packaged digit model: `as_trained`, `injected` with
 outlier channels, `finetuned` with them (the packaged one), and `mixed`, whose outliers lie in no
 single channel (`mix_outliers.py`). With a checkpoint of yours, a reference and Inception weights, the
-command runs the papers' protocol. A method is a name of `qdit methods`, or `name:G` with groups of G
+command runs the papers' protocol; --vae is the autoencoder of a checkpoint without one, as a published
+`.pt` is. A method is a name of `qdit methods`, or `name:G` with groups of G
 channels (0: one scale per output channel); a method's own group size comes before --group-size.
 
 `--states text` and `video` are the packaged models under captions and of moving digits; a checkpoint
@@ -23,7 +24,8 @@ Every cell is a file in OUT/cells; a cell that is there is not computed again. P
 each sample against full precision from the same noise and condition; intervals are over samples and
 seeds (95 % bootstrap). Times are those of a busy or free machine as it was: compare within one run.
 Writes tables.json, tables.md and tables.png; every cell says when, where and with which versions it was made. --dry-run measures one short rollout and prints how many
-cells are left, and about how long they take and what they hold in memory.
+cells are left, about how long their sampling takes, without quantizing, decoding and scoring, and
+what they hold in memory.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from paper_report import write_report
 from table_states import DIGITS, STATES, State, states_of
@@ -45,7 +48,7 @@ import qdit_jax as qdit
 from qdit_jax import metrics
 from qdit_jax.calibration import Items, default_sampler
 from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.evaluation import Judge, Scoring
+from qdit_jax.evaluation import Judge, Scoring, reference_path, sample_shape
 from qdit_jax.methods import METHODS, CalibrationData, method_named
 from qdit_jax.recipes import Recipe
 from qdit_jax.report import provenance, to_uint8
@@ -137,7 +140,7 @@ def images_of(checkpoint: Checkpoint, final: np.ndarray, batch_size: int) -> np.
     if checkpoint.vae is None:
         return to_uint8(final)
     starts = range(0, len(final), batch_size)
-    parts = (decode(checkpoint.vae, final[i : i + batch_size]) for i in starts)
+    parts = (decode(checkpoint.vae, jnp.asarray(final[i : i + batch_size])) for i in starts)
     return np.concatenate([to_uint8(np.asarray(part)) for part in parts])
 
 
@@ -223,7 +226,8 @@ def scores_of(
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """Returns what a cell depends on beside its own name."""
     names = ("num_samples", "num_items", "seeds", "steps", "guidance", "reference", "features")
-    return {name: getattr(args, name) for name in names}
+    found = {name: getattr(args, name) for name in names}
+    return found if args.vae is None else found | {"vae": args.vae}
 
 
 def estimate(states: Sequence[State], num_cells: int, args: argparse.Namespace) -> str:
@@ -239,8 +243,9 @@ def estimate(states: Sequence[State], num_cells: int, args: argparse.Namespace) 
     shape = checkpoint.model.sample_shape()
     held = 2 * size + (3 * args.num_samples * len(args.seeds)) * 4 * int(np.prod(shape))
     return (
-        f"{num_cells} cells are left: about {seconds / 3600:.1f} h of sampling on this machine, and "
-        f"the quantizing beside it; {held / 1e9:.2f} GB for parameters and latents"
+        f"{num_cells} cells are left: about {seconds / 3600:.1f} h of sampling on this machine; "
+        "quantizing, and decoding and scoring, are not in that time; "
+        f"{held / 1e9:.2f} GB for parameters and latents"
     )
 
 
@@ -257,6 +262,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--states", nargs="+", choices=STATES, default=DIGITS)
     parser.add_argument("--embeds", help="embeddings of prompts (.npz), of --checkpoint")
+    parser.add_argument("--vae", help="a converted autoencoder, for a --checkpoint without one")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="NAME[:G]")
     parser.add_argument("--bits", nargs="+", default=list(BITS))
     parser.add_argument("--group-size", type=int, default=32)
@@ -269,7 +275,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--reference", default="demo", help="an .npz of images or statistics")
     parser.add_argument("--features", nargs="+", default=["demo"], help="demo, or inception CKPT")
     parser.add_argument("--dry-run", action="store_true")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.vae is not None and not args.checkpoint:
+        parser.error(f"--vae {args.vae} has no effect: it goes with --checkpoint")
+    return args
 
 
 def main() -> None:
@@ -291,6 +300,8 @@ def main() -> None:
         for entry in entries
     }
     left = [key for key, file in files.items() if not file.exists()]
+    for name in dict.fromkeys(name for name, _, _ in left):
+        check_images(name, states[name], args.reference)
     if args.dry_run:
         print(estimate(list(states.values()), len(left), args))
         return
@@ -329,6 +340,24 @@ def main() -> None:
     ]
     full = {name: json.loads((args.out / f"cells/{name}-full.json").read_text()) for name in states}
     write_report(args.out, {"made": provenance(), "settings": settings, "full": full, "rows": rows})
+
+
+def check_images(name: str, state: State, reference: str) -> None:
+    """Raises `SystemExit` if a state that is scored makes no pictures, or others than the reference.
+
+    That is found before the first sample; a network without its autoencoder makes latents.
+    """
+    if not state.scored or len(shape := sample_shape(state.read())) != 3:
+        return
+    path = reference_path(reference)
+    known = metrics.read_reference(path).has_images
+    needed = metrics.image_shape(path)[-1:] if known else (1, 3)
+    if shape[-1] not in needed:
+        raise SystemExit(
+            f"{name} makes samples of {shape[-1]} channels, and --reference {reference} needs images of "
+            f"{' or '.join(map(str, needed))}: give the autoencoder that the model was trained with, "
+            "--vae FOLDER (`qdit convert sd-vae-ft-mse/ FOLDER`)."
+        )
 
 
 def image_shape(checkpoint: Checkpoint, shape: tuple[int, ...]) -> tuple[int, ...]:

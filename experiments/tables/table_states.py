@@ -12,6 +12,7 @@ from typing import Any
 import qdit_jax as qdit
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.demo import PACKAGED
+from qdit_jax.evaluation import with_autoencoder
 from qdit_jax.sampling import read_conditions
 
 HERE = Path(__file__).resolve().parent
@@ -27,16 +28,18 @@ class State:
     Attributes:
         conditions: what its samples are conditioned on; None for all classes.
         scored: whether the network of features knows its pictures.
+        vae: the folder of an autoencoder, for a checkpoint without one.
     """
 
     path: Path
     conditions: Any = None
     scored: bool = True
+    vae: str | None = None
 
     def read(self) -> Checkpoint:
         """Returns the checkpoint in a folder, or in weights of the packaged digit model's layout."""
         if self.path.is_dir():
-            return qdit.load(self.path)
+            return with_autoencoder(qdit.load(self.path), self.vae)
         import qdit_convert
 
         return qdit_convert.convert(self.path, **PACKAGED["digits"].options)
@@ -47,7 +50,7 @@ def states_of(args: argparse.Namespace) -> dict[str, State]:
     given = [text.partition("=") for text in args.checkpoint or ()]
     if given:
         conditions = None if args.embeds is None else read_conditions(args.embeds).condition
-        return {name: State(Path(path), conditions) for name, _, path in given}
+        return {name: State(Path(path), conditions, vae=args.vae) for name, _, path in given}
     folder = args.out / "weights"
     folder.mkdir(parents=True, exist_ok=True)
     built = {name: State(path) for name, path in digit_states(folder, args.states)}

@@ -64,7 +64,7 @@ EPILOG = """\
 `qdit VERB --help` has examples; its parentheses hold the defaults of options. Every verb takes
 --json (one JSON object on stdout, everything else on stderr), --quiet, --verbose and --debug (the
 traceback of a failure). After an interruption, the same command resumes: calibrate, search,
-schedule, sample, evaluate, bench.
+quantize (with a method that learns blocks), schedule, sample, evaluate, bench.
 """
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from qdit_jax.checkpoint import Checkpoint, default_dtype, load, with_dtype
 from qdit_jax.errors import UserError
 from qdit_jax.files import PathLike
@@ -40,29 +38,3 @@ def source_of(checkpoint: Checkpoint) -> str:
     """Returns what a checkpoint was quantized from, in words, if it says so."""
     source = checkpoint.metadata.get("quantized_from")
     return f" (it was quantized from {source})" if source else ""
-
-
-def with_autoencoder(checkpoint: Checkpoint, path: PathLike | None) -> Checkpoint:
-    """Returns the checkpoint with the autoencoder at `path`, if one is given.
-
-    Raises:
-        UserError: if it is not an autoencoder, or its latents do not fit the model's, or none decodes them.
-    """
-    if path is None:
-        return checkpoint
-    reason = getattr(checkpoint.model, "latents_only", None)
-    if reason is not None:
-        raise UserError(f"--vae {path}: {reason}; leave it out, and give --out latents.npz.")
-    vae = load(path)
-    if not hasattr(vae.model, "decode"):
-        raise UserError(
-            f"--vae {path} is not an autoencoder but a {type(vae.model).__name__}; convert one "
-            "with `qdit convert sd-vae-ft-mse/ vae`."
-        )
-    ours, taken = checkpoint.model.sample_shape()[-1], vae.model.latent_channels
-    if ours != taken:
-        raise UserError(
-            f"--vae {path} decodes latents of {taken} channels and the model has {ours}; leave "
-            "--vae out, or give the autoencoder that the model was trained with."
-        )
-    return dataclasses.replace(checkpoint, vae=vae)

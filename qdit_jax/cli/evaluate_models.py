@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.cli.checkpoints import diffusion_checkpoint, with_autoencoder
+from qdit_jax.cli.checkpoints import diffusion_checkpoint
 from qdit_jax.cli.evaluate_files import watched
 from qdit_jax.cli.process import Process
 from qdit_jax.cli.processes_option import share_text
@@ -25,6 +25,7 @@ from qdit_jax.evaluation import (
     evaluated,
     judge_of,
     titles,
+    with_autoencoder,
     with_known_autoencoder,
 )
 from qdit_jax.files import AnyPath, as_path, check_apart

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 from typing import Any
 
@@ -21,6 +22,7 @@ from qdit_jax.cli.quantize_options import (
 )
 from qdit_jax.cli.steps_option import add_steps_at, with_steps
 from qdit_jax.cli.timestep_weights import timestep_weights
+from qdit_jax.methods import method_named
 
 HELP = """\
 Quantize a checkpoint's linear layers in groups of input channels.
@@ -47,7 +49,10 @@ examples:
 `qdit methods` describes the methods. Rounding to nearest (rtn) takes one layer after another from CKPT to OUT, and memory holds the
 largest layer, not the network. The other methods hold the network: they sample trajectories with
 the checkpoint and run the network once for every block, earlier blocks quantized; each layer is
-checked on held-out trajectories and keeps rounding to nearest where that is better.
+checked on held-out trajectories and keeps rounding to nearest where that is better. Where a method
+learns whole blocks (brecq, ptq4dit), a run that was stopped resumes after the last finished one: they
+are kept beside OUT, in the folder .OUT.unfinished. Trajectories are sampled anew, unless --items
+gives them.
 """
 
 
@@ -71,7 +76,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     add_method_options(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(
+        run=run, resumes=lambda args: not args.dry_run and method_named(args.method).learns_blocks
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -81,8 +88,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from qdit_jax.cli.guidance_option import guidance_of
     from qdit_jax.cli.progress import Bar
     from qdit_jax.cli.quantize_table import Table, totals_text
+    from qdit_jax.cli.quantize_unfinished import kept_blocks
     from qdit_jax.files import check_free
-    from qdit_jax.methods import method_named
     from qdit_jax.sampling import check_diffusion_model
 
     if not args.dry_run:
@@ -118,12 +125,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             **chosen.settings,
         )
     data = data_of(given, guidance, weights, chosen)
-    with Bar(0, "batch", "rounding") as bar:
+    kept = kept_blocks(args.out, args.method, checkpoint, recipe, data, args.force)
+    with kept as unfinished, Bar(0, "batch", "rounding") as bar:
         written = qdit.quantize(
             args.checkpoint,
             args.method,
             recipe,
-            data=data,
+            data=dataclasses.replace(data, unfinished=unfinished),
             out=args.out,
             overwrite=args.force,
             progress_fn=lambda event: bar.tell(table.told(event)),

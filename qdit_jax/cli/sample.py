@@ -145,8 +145,8 @@ def add_conditions(add: AddArgument) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Samples, decodes and writes; prints and returns what was written and how long it took."""
     from qdit_jax.checkpoint import dtype_of, with_expanded_weights
-    from qdit_jax.cli.checkpoints import diffusion_checkpoint, with_autoencoder
-    from qdit_jax.evaluation import SampleFile
+    from qdit_jax.cli.checkpoints import diffusion_checkpoint
+    from qdit_jax.evaluation import SampleFile, with_autoencoder
     from qdit_jax.processes import ALONE
     from qdit_jax.sampling import guidance_record, guidance_text
 

@@ -34,7 +34,8 @@ cannot be run. Nothing is written unless --out asks for it.
 
 A layer's decibels are of its output, signal to error, on the full-precision network's own
 activations: errors of other layers do not count. Outputs that a method has moved to other
-coordinates (folded) cannot be compared one by one; their row says so.
+coordinates (folded) cannot be compared one by one; their row says so. Where XLA computes a layer on
+a platform that has a kernel for its kind, the row says why that kernel does not.
 
 examples:
   qdit verify xl2-w4a8 --against xl2

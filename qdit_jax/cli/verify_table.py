@@ -44,7 +44,9 @@ def pad(text: str, width: int, side: str) -> str:
 
 def row(layer: Layer) -> tuple[str, ...]:
     """Returns a layer's line in columns."""
-    note = "; ".join(text for text in (layer.problem and f"! {layer.problem}", layer.note) if text)
+    over = layer.passed_over and f"not {layer.passed_over.removesuffix('.')}"
+    texts = (layer.problem and f"! {layer.problem}", layer.note, over)
+    note = "; ".join(text for text in texts if text)
     return (
         layer.path,
         format_text(layer.weights),

@@ -1,5 +1,6 @@
 """Sampling checkpoints in pairs and measuring how far they are apart; scores of their samples."""
 
+from qdit_jax.evaluation.autoencoders import with_autoencoder
 from qdit_jax.evaluation.evaluating import (
     PAGES,
     check_results,
@@ -97,6 +98,7 @@ __all__ = [
     "vbench_summary",
     "vbench_text",
     "verify",
+    "with_autoencoder",
     "with_known_autoencoder",
     "write_evaluation",
     "write_vbench_page",

@@ -18,6 +18,7 @@ from qdit_jax.kernels import (
     IMPLEMENTATIONS,
     implementation_of,
     layer_numerics,
+    passed_over,
     unsupported_reason,
 )
 from qdit_jax.models import OPERANDS_OF, TABLE, rows_per_sample
@@ -82,6 +83,8 @@ class LayerFacts:
         bytes_before, bytes_after: of the kernel, and of all that came to stand beside it.
         num_weights: values of the kernel.
         problem: what of the recipe is not there, in a few words; None if all is.
+        passed_over: where XLA computes the product, the kernel that this platform has for such products,
+            and why it does not: `NAME: sentence`; None if it has none, or an implementation is asked for.
     """
 
     path: str
@@ -95,6 +98,7 @@ class LayerFacts:
     bytes_after: int
     num_weights: int
     problem: str | None
+    passed_over: str | None = None
 
 
 def layer_facts(
@@ -129,8 +133,7 @@ def layer_facts(
             "the checkpoint has no recipe, and nothing in it is quantized; give the output of "
             "`qdit quantize`."
         )
-    forced = getattr(checkpoint.model, "implementation", None)
-    found = []
+    model, found = checkpoint.model, []
     for path in paths:
         spec = specs.get(path)
         if OPERANDS_OF in path:
@@ -138,7 +141,7 @@ def layer_facts(
             continue
         num_rows = rows.get(own_path(path), 0) * batch_size
         facts_fn = kernel_facts if path == own_path(path) else other_kernel_facts
-        found.append(facts_fn(flat, full, path, spec, num_rows, numerics, forced))
+        found.append(facts_fn(flat, full, path, spec, num_rows, numerics, model))
     return found
 
 
@@ -176,7 +179,7 @@ def kernel_facts(
     spec: LayerSpec | None,
     num_rows: int,
     numerics: str,
-    forced: str | None,
+    model: Any,
 ) -> LayerFacts:
     """Returns the facts of a layer or label table; `num_rows` 0 means that no `Linear` computes it."""
     is_table = path + TABLE in flat
@@ -188,9 +191,10 @@ def kernel_facts(
     beside = {slot: flat[f"{path}/{slot}"] for slot in other_slots() if f"{path}/{slot}" in flat}
     weights = weight_format(kernel) if isinstance(kernel, QTensor) else None
     inputs = None if act is None else act_format(act, channels)
-    implementation, kind = None, "table" if is_table else "linear" if num_rows else "other"
+    implementation, over = None, None
+    kind = "table" if is_table else "linear" if num_rows else "other"
     if kind == "linear" and isinstance(kernel, QTensor):
-        implementation = who_computes(path, kernel, act, num_rows, numerics, forced)
+        implementation, over = who_computes(path, kernel, act, num_rows, numerics, model)
     return LayerFacts(
         path=path,
         kind=kind,
@@ -203,6 +207,7 @@ def kernel_facts(
         bytes_after=nbytes_of([kernel, act, *beside.values()]),
         num_weights=num_weights,
         problem=None if spec is None else problem_of(spec, weights, inputs, channels),
+        passed_over=over,
     )
 
 
@@ -213,18 +218,23 @@ def other_kernel_facts(
     spec: LayerSpec | None,
     num_rows: int,
     numerics: str,
-    forced: str | None,
+    model: Any,
 ) -> LayerFacts:
     """Returns the facts of a layer's kernel of other bits, whose bytes come on top of its own."""
     own = own_path(path)
     if path not in flat:
-        facts = kernel_facts(flat, full, own, spec, num_rows, numerics, forced)
+        facts = kernel_facts(flat, full, own, spec, num_rows, numerics, model)
         facts = dataclasses.replace(
-            facts, bytes_after=0, weights=None, implementation=None, problem=NOT_QUANTIZED
+            facts,
+            bytes_after=0,
+            weights=None,
+            implementation=None,
+            passed_over=None,
+            problem=NOT_QUANTIZED,
         )
     else:
         placed = {**flat, f"{own}/kernel": flat[path]}
-        facts = kernel_facts(placed, full, own, spec, num_rows, numerics, forced)
+        facts = kernel_facts(placed, full, own, spec, num_rows, numerics, model)
         facts = dataclasses.replace(facts, bytes_after=nbytes_of([flat[path]]))
     return dataclasses.replace(facts, path=path, leaves=(), bytes_before=0, num_weights=0)
 
@@ -313,21 +323,25 @@ def who_computes(
     act: ActQuant | None,
     num_rows: int,
     numerics: str,
-    forced: str | None,
-) -> str:
-    """Returns the name of the implementation that computes a layer.
+    model: Any,
+) -> tuple[str, str | None]:
+    """Returns the name of the implementation that computes a layer, and what it was `passed_over` for.
 
     Raises:
         UserError: if none can with these numerics; it names the layer.
     """
-    shape = (num_rows, kernel.shape[0])
+    shape, forced = (num_rows, kernel.shape[0]), getattr(model, "implementation", None)
+    dtype = getattr(model, "dtype", "float32")
     # Without scales: an unpicked table would be refused, and its rows make no difference here.
     settings = None if act is None else ActQuant(act.spec)
     numerics = layer_numerics(act, numerics)
-    reason = unsupported_reason(shape, kernel, settings, numerics, forced)
+    reason = unsupported_reason(shape, kernel, settings, numerics, forced, dtype=dtype)
     if reason is not None:
         raise UserError(f"{path}: {reason}")
-    return forced or implementation_of(shape, kernel, settings, numerics)
+    if forced:
+        return forced, None
+    product = (shape, kernel, settings, numerics, None, dtype)
+    return implementation_of(*product), passed_over(*product)
 
 
 def check_implementation(name: str | None) -> None:

@@ -7,6 +7,7 @@ from qdit_jax.kernels.matmul import (
     expected,
     fused_matmul,
     implementation_of,
+    passed_over,
     quantized_matmul,
     unsupported_reason,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "implementations_used",
     "layer_numerics",
     "normalized",
+    "passed_over",
     "plain",
     "quantized_layers",
     "quantized_matmul",

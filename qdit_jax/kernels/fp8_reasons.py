@@ -10,6 +10,12 @@ from qdit_jax.kernels.product import Product
 from qdit_jax.quant import ActSpec, QTensor, WeightSpec, effective_group_size
 
 
+def is_in_fp8(product: Product) -> bool:
+    """Returns whether both sides are quantized, one of them to FP8."""
+    spec = product.act_spec
+    return spec is not None and (is_fp8(spec) or is_fp8(product.weight))
+
+
 def fp8_input_reason(product: Product) -> str | None:
     """Returns what is wrong with the inputs."""
     spec = product.act_spec

@@ -9,7 +9,7 @@ import jax
 from jaxtyping import Array
 
 from qdit_jax.kernels.call import matmul_of
-from qdit_jax.kernels.fp8_reasons import fp8_input_reason, fp8_weight_reason
+from qdit_jax.kernels.fp8_reasons import fp8_input_reason, fp8_weight_reason, is_in_fp8
 from qdit_jax.kernels.gpu_check import FP8, GROUPS, LEVELS, WEIGHTS, Check, wrong_here
 from qdit_jax.kernels.gpu_fp8 import fp8_fused
 from qdit_jax.kernels.gpu_groups import groups_fused
@@ -17,17 +17,18 @@ from qdit_jax.kernels.gpu_levels import levels_fused
 from qdit_jax.kernels.gpu_tiles import RUN, SUB
 from qdit_jax.kernels.gpu_weights import weights_fused
 from qdit_jax.kernels.gpu_words import BITS
-from qdit_jax.kernels.group_reasons import grouped_input_reason, grouped_weight_reason
+from qdit_jax.kernels.group_reasons import grouped_input_reason, grouped_weight_reason, is_in_groups
 from qdit_jax.kernels.level_reasons import (
     ReasonFn,
     first_of,
     input_reason,
+    is_in_levels,
     split_reason,
     version_reason,
     weight_reason,
 )
 from qdit_jax.kernels.product import Implementation, Product, ready_alone
-from qdit_jax.kernels.weight_reasons import alone_reason
+from qdit_jax.kernels.weight_reasons import alone_reason, is_alone
 from qdit_jax.quant import ActSpec, QTensor, readied
 
 ReadyFn = Callable[[QTensor, ActSpec | None], QTensor]
@@ -75,6 +76,7 @@ def row(
     run_fused: Callable[..., tuple[Array, ...]],
     check: Check,
     *reasons: ReasonFn,
+    meant_for: Callable[[Product], bool],
     ready_fn: ReadyFn,
     kind: str | None = None,
 ) -> Implementation:
@@ -90,6 +92,7 @@ def row(
         run_fused=run_fused,
         ready_fn=ready_fn,
         kind=kind,
+        meant_for=lambda product: platform_reason(product) is None and meant_for(product),
     )
 
 
@@ -100,17 +103,24 @@ def ready_in_groups(q: QTensor, spec: ActSpec | None) -> QTensor:
 
 GPU_LEVELS = row(
     *("gpu_levels", levels_fused, LEVELS, input_reason, weight_reason),
+    meant_for=is_in_levels,
     ready_fn=ready_alone,
 )
 GPU_GROUPS = row(
     *("gpu_groups", groups_fused, GROUPS),
     lambda product: grouped_input_reason(product, SUB),
     lambda product: grouped_weight_reason(product, SUB),
+    meant_for=lambda product: is_in_groups(product) and not is_in_fp8(product),
     ready_fn=ready_in_groups,
 )
-GPU_WEIGHTS = row(*("gpu_weights", weights_fused, WEIGHTS, alone_reason), ready_fn=ready_alone)
+GPU_WEIGHTS = row(
+    *("gpu_weights", weights_fused, WEIGHTS, alone_reason),
+    meant_for=is_alone,
+    ready_fn=ready_alone,
+)
 GPU_FP8 = row(
     *("gpu_fp8", fp8_fused, FP8, fp8_input_reason, fp8_weight_reason),
+    meant_for=is_in_fp8,
     ready_fn=ready_alone,
     kind="float8",
 )

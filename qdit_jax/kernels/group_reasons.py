@@ -11,6 +11,11 @@ from qdit_jax.kernels.product import Product
 from qdit_jax.quant import effective_group_size
 
 
+def is_in_groups(product: Product) -> bool:
+    """Returns whether both sides are quantized, weights with one level of scales."""
+    return product.act is not None and not product.weight.has_levels
+
+
 def grouped_input_reason(product: Product, multiple: int) -> str | None:
     """Returns what is wrong with the inputs, whose groups have to be multiples of some channels."""
     reason, spec = integers_reason(product), product.act_spec

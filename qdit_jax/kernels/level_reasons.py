@@ -67,6 +67,11 @@ def dynamic_reason(product: Product) -> str | None:
     return None
 
 
+def is_in_levels(product: Product) -> bool:
+    """Returns whether inputs are quantized, and weights have two levels of scales."""
+    return product.act is not None and product.weight.has_levels
+
+
 def input_reason(product: Product) -> str | None:
     """Returns what is wrong with the inputs."""
     reason, spec = integers_reason(product), product.act_spec

@@ -220,6 +220,27 @@ def implementation_of(
     return first_that_fits(product).name
 
 
+def passed_over(
+    x_shape: tuple[int, ...],
+    weight: QTensor | WeightSpec,
+    act: ActSpec | ActQuant | None = None,
+    numerics: str = "simulated",
+    platform: str | None = None,
+    dtype: str = "float32",
+) -> str | None:
+    """Returns why XLA computes a product and not the kernel that the platform has for its kind.
+
+    That is `NAME: sentence`; None where a kernel computes it, or none is for this kind and platform.
+    """
+    product = Product(x_shape, weight, act, numerics, checked_platform(platform), dtype)
+    if unsupported(product, None) is not None or first_that_fits(product).meant_for is not None:
+        return None
+    for row in IMPLEMENTATIONS.values():
+        if row.meant_for is not None and row.meant_for(product):
+            return f"{row.name}: {row.unsupported_reason(product)}"
+    return None
+
+
 def checked_platform(platform: str | None) -> str:
     """Returns `platform`, by default JAX's; raises `ValueError` for an unknown one."""
     if platform is not None and platform not in PLATFORMS:

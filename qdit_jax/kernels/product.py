@@ -66,6 +66,8 @@ class Implementation:
         ready_fn: `(q, spec of the input) -> ` the same kernel with what each product would compute of it, for a
             loop; None where there is nothing.
         kind: the dtype of the operands of its products, for counting; None where XLA multiplies the same.
+        meant_for: `product -> ` whether products of this kind and platform are what it is written for, also
+            where it refuses this one; None where it is written for no kind.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Implementation:
     inside: tuple[str, ...] = ()
     ready_fn: Callable[[QTensor, ActSpec | None], QTensor] | None = None
     kind: str | None = None
+    meant_for: Callable[[Product], bool] | None = None
 
     def fits(self, product: Product) -> bool:
         """Returns whether it computes a product on a machine that has all it needs."""

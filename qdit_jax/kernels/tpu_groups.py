@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, Int32, UInt8
 
+from qdit_jax.kernels.group_reasons import is_in_groups
 from qdit_jax.kernels.refs import Ref, Span
 from qdit_jax.kernels.token_scales import INFINITY, LEAST_NORMAL, magnitude_bits
 from qdit_jax.kernels.tpu_blocks import STRIP, TILE
@@ -187,4 +188,7 @@ def sum_weights(weights: Ref, sums: Ref) -> None:
         sums[unit : unit + 1, :] = found[:1]
 
 
-TPU_GROUPS = row("tpu_groups", groups_fused, ("weights", "sums", "codes"), groups_reason)
+TPU_GROUPS = row(
+    *("tpu_groups", groups_fused, ("weights", "sums", "codes"), groups_reason),
+    meant_for=is_in_groups,
+)

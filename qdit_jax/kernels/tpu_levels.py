@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
+from qdit_jax.kernels.level_reasons import is_in_levels
 from qdit_jax.kernels.refs import Ref, Span
 from qdit_jax.kernels.token_scales import INFINITY, divisor_of, magnitude_bits
 from qdit_jax.kernels.tpu_blocks import STRIP, sizes_of
@@ -134,4 +135,7 @@ def unpack_columns(
         levels[rows, :] = as_rows_of((word * own_step + own_offset) ^ SIGNS, jnp.int8)
 
 
-TPU_LEVELS = row("tpu_levels", levels_fused, ("weights", "sums", "codes"), levels_reason)
+TPU_LEVELS = row(
+    *("tpu_levels", levels_fused, ("weights", "sums", "codes"), levels_reason),
+    meant_for=is_in_levels,
+)

@@ -68,6 +68,7 @@ def row(
     run_fused: Callable[..., tuple[Array, ...]],
     inside: tuple[str, ...],
     *reasons: ReasonFn,
+    meant_for: Callable[[Product], bool],
 ) -> Implementation:
     """Returns the row of a kernel, which refuses by the platform, the machine, and then by `reasons`."""
     run = matmul_of(run_fused)
@@ -80,6 +81,7 @@ def row(
         misfit_reason=first_of(platform_reason, *reasons),
         inside=inside,
         ready_fn=ready_alone,
+        meant_for=lambda product: platform_reason(product) is None and meant_for(product),
     )
 
 

@@ -23,6 +23,7 @@ from qdit_jax.kernels.tpu_reasons import row, weights_reason, weights_sizes
 from qdit_jax.kernels.tpu_rows import Tokens, Writer
 from qdit_jax.kernels.tpu_words import SIGNS, as_rows_of, code_words
 from qdit_jax.kernels.weight_maps import HALF, maps_of
+from qdit_jax.kernels.weight_reasons import is_alone
 from qdit_jax.quant import ActSpec, QTensor
 
 
@@ -87,4 +88,7 @@ def unpack_columns(
         weights[pl.ds(index * STRIP, STRIP), :] = found.astype(jnp.bfloat16)
 
 
-TPU_WEIGHTS = row("tpu_weights", weights_fused, ("weights", "sums"), weights_reason)
+TPU_WEIGHTS = row(
+    *("tpu_weights", weights_fused, ("weights", "sums"), weights_reason),
+    meant_for=is_alone,
+)

@@ -6,6 +6,11 @@ from qdit_jax.kernels.level_reasons import stored_reason
 from qdit_jax.kernels.product import Product
 
 
+def is_alone(product: Product) -> bool:
+    """Returns whether weights alone are quantized."""
+    return product.act is None
+
+
 def alone_reason(product: Product) -> str | None:
     """Returns what is wrong with the inputs, or with the format of the weights or how they are stored."""
     if product.act is not None:

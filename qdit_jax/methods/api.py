@@ -162,7 +162,8 @@ def applied(
         own = recipe.within(held)
         if own is not None:
             mine = items.only(numbers == number)
-            its = dataclasses.replace(data, items=mine)
+            kept = None if data.unfinished is None else as_path(data.unfinished) / name
+            its = dataclasses.replace(data, items=mine, unfinished=kept)
             held, used = applied(method, alone, held, own, its, report)
             collected = used.stats if collected is None else collected
         parts.append(held)

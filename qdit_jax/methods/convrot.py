@@ -14,6 +14,7 @@ METHOD = Method(
     "of 4 that divides their number, so that outliers spread over their block; looks at no data. "
     "Weights are rounded to nearest.",
     runtime_cost="A product of each token with the block's matrix, before it is quantized.",
+    hardware="Integer dots of 8 or 4 bits: a scale per group of weights, one per token of inputs.",
     prepare=(Rotate("regular"),),
     apply=apply,
     settings={"act_group_size": 0},

@@ -59,7 +59,7 @@ class CalibrationData:
             (gptq and those like it); all the same if None. `allocation.measured_timestep_weights`
             measures them.
         unfinished: a folder where a method that learns block by block keeps finished blocks, to
-            resume from; the caller deletes it.
+            resume from, those of experts in folders by their names; the caller deletes it.
     """
 
     items: Items | None = None

@@ -16,6 +16,8 @@ METHOD = Method(
     idea="Rounds weights in groups of 128 by GPTQ and gives each layer's input one static range, as "
     "PTQ4DM does.",
     runtime_cost="None: static ranges are constants.",
+    hardware="Integer dots of 8 or 4 bits: a scale per group of weights, one static range per input. The "
+    "kernels here compute ranges from their inputs, so XLA multiplies.",
     needs={"items": normal_items},
     prepare=(static_ranges,),
     apply=partial(fit_rounding, round_fn=gptq),

@@ -15,7 +15,7 @@ from qdit_jax.methods.network_inputs import linear_specs
 from qdit_jax.methods.reconstruction import check_stages, reconstruct_blocks
 from qdit_jax.methods.report import Report
 from qdit_jax.methods.scales import balanced
-from qdit_jax.methods.static_ranges import PER_TENSOR, static_ranges
+from qdit_jax.methods.static_ranges import PER_TENSOR, PER_TENSOR_HARDWARE, static_ranges
 from qdit_jax.recipes import Recipe
 from qdit_jax.types import Params
 
@@ -66,6 +66,7 @@ METHOD = Method(
     "timesteps, to that of its weights; one static range per input, one scale per output channel. "
     "Rounding and the inputs' step sizes are learned block by block.",
     runtime_cost="None: the scales are folded, static ranges are constants.",
+    hardware=PER_TENSOR_HARDWARE.format(ranges="one static range per input"),
     needs={"items": spread_items},
     check=check_stages,
     prepare=(balance, static_ranges),

@@ -10,7 +10,7 @@ from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.methods.data import CalibrationData, sampled_items
 from qdit_jax.methods.method import Method
 from qdit_jax.methods.rtn import apply
-from qdit_jax.methods.static_ranges import PER_TENSOR, static_ranges
+from qdit_jax.methods.static_ranges import PER_TENSOR, PER_TENSOR_HARDWARE, static_ranges
 from qdit_jax.types import ProgressFn, untold
 
 MEAN = 0.4  # of the timesteps, as a share of the process; the paper takes at most one half
@@ -37,6 +37,7 @@ METHOD = Method(
     "normally distributed timesteps, and each output channel one scale. Weights are rounded to "
     "nearest.",
     runtime_cost="None: static ranges are constants.",
+    hardware=PER_TENSOR_HARDWARE.format(ranges="one static range per input"),
     needs={"items": normal_items},
     prepare=(static_ranges,),
     apply=apply,

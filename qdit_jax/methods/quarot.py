@@ -25,6 +25,7 @@ METHOD = Method(
     "each block scales its channels, for each sample differently. Of the rotation of attention's output the "
     "paper folds the part within heads into v; here it is a product at run time as a whole.",
     runtime_cost="A Hadamard product of all channels of each token, before it is quantized.",
+    hardware="Integer dots of 8 or 4 bits: a scale per group of weights, one per token of inputs.",
     needs={"items": spread_items},
     prepare=(Rotate("hadamard"), static_ranges),
     apply=partial(fit_rounding, round_fn=gptq),

@@ -12,7 +12,7 @@ from qdit_jax.methods.method import Method
 from qdit_jax.methods.network_inputs import fitted_and_held_out, linear_specs
 from qdit_jax.methods.report import Report
 from qdit_jax.methods.rtn import apply
-from qdit_jax.methods.static_ranges import PER_TENSOR, static_ranges
+from qdit_jax.methods.static_ranges import PER_TENSOR, PER_TENSOR_HARDWARE, static_ranges
 from qdit_jax.quant import ranges
 from qdit_jax.recipes import Recipe
 from qdit_jax.types import Params
@@ -60,6 +60,7 @@ METHOD = Method(
     "that one static range serves the layer. Weights have one scale per output channel and are "
     "rounded to nearest. The paper's logarithmic softmax is left out: attention is not quantized.",
     runtime_cost="None: static ranges are constants.",
+    hardware=PER_TENSOR_HARDWARE.format(ranges="one static range per input"),
     needs={"items": spread_items},
     prepare=(reparameterize, static_ranges),
     apply=apply,

@@ -26,6 +26,11 @@ PER_TENSOR: dict[str, Any] = {
     "range_fn": ranges.mse(),
     "act_range_fn": ranges.mse(),
 }
+# What their fast execution needs.
+PER_TENSOR_HARDWARE = (
+    "Integer dots of 8 or 4 bits over all input channels: a scale per output channel, {ranges}. The "
+    "kernels here compute ranges from their inputs, so XLA multiplies."
+)
 
 
 def static_ranges(

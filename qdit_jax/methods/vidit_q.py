@@ -58,6 +58,7 @@ METHOD = Method(
     "to nearest; the paper's mixed precision is the search's part here.",
     runtime_cost="A Hadamard product of all channels of each token, and a product per channel where no "
     "fold takes the scales.",
+    hardware="Integer dots of 8 or 4 bits: a scale per group of weights, one per token of inputs.",
     needs={"items": spread_items},
     prepare=(smooth_first_steps, Rotate("hadamard"), static_ranges),
     apply=apply,

@@ -173,6 +173,8 @@ def test_a_refusal_of_the_library_is_told_from_a_bug():
         ("search", "run the same command again to resume"),
         ("evaluate", "run the same command again to resume"),
         ("quantize", ""),
+        ("quantize --method brecq", "run the same command again to resume"),
+        ("quantize --method brecq --dry-run", ""),
     ],
 )
 def test_an_interruption_says_whether_work_goes_on(monkeypatch, capsys, verb, more):
@@ -180,9 +182,10 @@ def test_an_interruption_says_whether_work_goes_on(monkeypatch, capsys, verb, mo
     def run(args):
         raise KeyboardInterrupt
 
+    verb, *options = verb.split()
     monkeypatch.setattr(import_module(f"qdit_jax.cli.{verb}"), "run", run)
     given = {"evaluate": ["a"], "quantize": ["a", "b", "--recipe", "w4a8"]}
-    assert main([verb, *given.get(verb, ["a", "b"])]) == 130
+    assert main([verb, *given.get(verb, ["a", "b"]), *options]) == 130
     printed = capsys.readouterr().err.strip()
     assert printed == "qdit: interrupted" + (f"; {more}" if more else "")
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 
+import jax
 import numpy as np
 import pytest
 from tiny_models import tiny_checkpoint
@@ -16,7 +18,10 @@ from qdit_jax.cli import main
 from qdit_jax.cli import quantize as verb
 from qdit_jax.cli.quantize_options import PresetOptions, recipe_of
 from qdit_jax.diffusion import ddim
+from qdit_jax.files import locked
 from qdit_jax.methods import METHODS
+from qdit_jax.ptq import ReconstructionSettings, reconstruction
+from qdit_jax.ptq.unfinished import Unfinished
 from qdit_jax.quant import QTensor, ranges
 from qdit_jax.sampling import generate
 from qdit_jax.testing import realistic_dit
@@ -233,3 +238,90 @@ def test_what_is_given_comes_before_the_method_s_own_settings(folder):
 
 def quantized_to(options, method):
     return recipe_of("w4a8", options, method, tiny_checkpoint().params).rules[0].spec
+
+
+class StoppedError(BaseException):
+    """Stands for a kill."""
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory):
+    """Returns a folder with a network of two blocks, and inputs of it."""
+    folder = tmp_path_factory.mktemp("collected")
+    model, params = realistic_dit(0, hidden_size=32, depth=2, num_heads=2)
+    save(folder / "model", Checkpoint(model, params))
+    few = ["--num-samples", "4", "--steps", "2", "--collect", "spread"]
+    assert main(["calibrate", str(folder / "model"), str(folder / "items.npz"), *few]) == 0
+    return folder
+
+
+@pytest.fixture
+def learn(tmp_path, collected, monkeypatch):
+    """Returns a function that learns two blocks by the command line, killed after `stop_after`."""
+    short = functools.partial(ReconstructionSettings, num_steps=5)
+    monkeypatch.setattr(reconstruction, "ReconstructionSettings", short)
+    write, kept = Unfinished.write, []
+
+    def run(out, *options, stop_after=None, model="model"):
+        def stopping(self, number, result):
+            write(self, number, result)
+            kept.append(number)
+            if number == stop_after:
+                raise StoppedError
+
+        monkeypatch.setattr(Unfinished, "write", stopping)
+        kept.clear()
+        paths = [str(collected / model), str(tmp_path / out)]
+        given = ["--recipe", "w3a16", "--layers", r"blocks_\d/mlp/fc1", "--method", "brecq"]
+        given += ["--items", str(collected / "items.npz"), "--group-size", "16"]
+        status = main(["quantize", *paths, *given, *options])
+        return status, list(kept)
+
+    return run
+
+
+def test_blocks_that_a_killed_command_has_learned_are_kept(learn, tmp_path, capsys):
+    assert learn("whole") == (0, [0, 1])
+    with pytest.raises(StoppedError):
+        learn("out", stop_after=0)
+    assert sorted(os.listdir(tmp_path)) == [".out.unfinished", "whole"]
+    assert learn("out") == (0, [1])
+    assert "resuming from" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["out", "whole"]
+    ours, whole = (load(tmp_path / name) for name in ("out", "whole"))
+    jax.tree.map(np.testing.assert_array_equal, ours.params, whole.params)
+    layers = [loaded.metadata["quantization"]["layers"] for loaded in (ours, whole)]
+    assert layers[0] == layers[1]
+
+
+def test_blocks_of_another_command_are_not_continued(learn, collected, tmp_path, capsys):
+    with pytest.raises(StoppedError):
+        learn("out", stop_after=0)
+    save(collected / "other", tiny_checkpoint(depth=2), overwrite=True)
+    for options, model, differing in [
+        (["--batch-size", "4"], "model", "data"),
+        (["--group-size", "8"], "model", "recipe"),
+        (["--method", "ptq4dit"], "model", "method"),
+        ([], "other", "checkpoint"),
+    ]:
+        assert learn("out", *options, model=model) == (2, [])
+        told = capsys.readouterr().err
+        assert f"its {differing} is not the same" in told
+        assert "--force to start from scratch" in told
+    with pytest.raises(StoppedError):
+        learn("out", "--group-size", "8", "--force", stop_after=0)
+    assert learn("out", "--group-size", "8", "--force") == (0, [1])  # the same command resumes
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_command_that_fails_before_its_first_block_leaves_nothing(learn, tmp_path, capsys):
+    assert learn("out", "--stages", "layer") == (2, [])
+    assert "block reconstruction has stages of its own" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
+
+
+def test_two_commands_do_not_write_to_one_place(learn, tmp_path, capsys):
+    (tmp_path / ".out.unfinished").mkdir()
+    with locked(tmp_path / ".out.unfinished"):
+        assert learn("out") == (2, [])
+    assert "another process writes to" in capsys.readouterr().err

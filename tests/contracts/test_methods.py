@@ -188,6 +188,18 @@ def test_a_row_is_complete_and_can_be_written_down(name):
     assert set(method.needs) <= fields
 
 
+@every_method
+def test_the_hardware_is_that_of_its_own_settings(name):
+    method = method_named(name)
+    if name in STATIC:
+        assert "static range per input" in method.hardware
+    if method.settings.get("group_size") == 0:
+        assert "per output channel" in method.hardware
+        assert "per group" not in method.hardware
+    if method.settings.get("act_group_size") == 0 and name not in STATIC:
+        assert "per token" in method.hardware
+
+
 def test_every_file_with_a_method_is_in_the_table():
     folder = Path(methods.__file__).parent
     files = (file.stem for file in folder.glob("*.py") if file.stem != "__init__")

@@ -18,11 +18,13 @@ from tiny_models import output, random_params, tiny_checkpoint
 import qdit_jax as qdit
 from qdit_jax import metrics
 from qdit_jax.calibration import collect_items
+from qdit_jax.cli import verify_table
 from qdit_jax.cli.output import plain
-from qdit_jax.evaluation import Limits, most_bytes
+from qdit_jax.evaluation import Layer, Limits, most_bytes
 from qdit_jax.evaluation.layer_facts import layer_facts
 from qdit_jax.evaluation.layer_powers import call_powers, folded
 from qdit_jax.evaluation.limits import outcomes
+from qdit_jax.kernels import gpu_reasons, matmul
 from qdit_jax.methods import fold_inputs
 from qdit_jax.models import FAMILIES, build_model, seen_inputs
 from qdit_jax.ptq import schedule_act_bits
@@ -210,6 +212,18 @@ def test_what_the_recipe_names_and_is_not_there_fails_by_name(full, small, leave
     broken = changed(small, **{f"{path}/{name}": kinds[kind] for name, kind in leaves.items()})
     rows = layer_facts(broken, full, numerics="simulated", batch_size=2)
     assert {row.path: row.problem for row in rows} == {**dict.fromkeys(LINEARS), path: reason}
+
+
+def test_a_layer_that_falls_to_xla_says_why(full, small, monkeypatch):
+    monkeypatch.setattr(matmul, "default_platform", lambda: "cuda")
+    monkeypatch.setattr(gpu_reasons, "machine_reason", lambda check: None)
+    rows = layer_facts(small, full, numerics="integer", batch_size=2)
+    told = "gpu_groups: it takes inputs in groups that are multiples of 32, not of 16."
+    assert [(row.implementation, row.passed_over) for row in rows] == [("xla", told)] * 4
+    assert verify_table.row(Layer(**vars(rows[0])))[-1] == f"not {told[:-1]}"
+    asked = dataclasses.replace(small, model=small.model.clone(implementation="xla"))
+    rows = layer_facts(asked, full, numerics="integer", batch_size=2)
+    assert {row.passed_over for row in rows} == {None}
 
 
 def test_a_silent_no_op_fails_without_any_limit(full, small):

@@ -17,6 +17,7 @@ from qdit_jax.kernels import (
     gpu_reasons,
     gpu_tiles,
     implementation_of,
+    passed_over,
     quantized_matmul,
 )
 from qdit_jax.kernels.gpu_tiles import (
@@ -203,6 +204,26 @@ def test_fp8_has_a_kernel_of_its_own():
 )
 def test_what_fp8_cannot_be_is_refused_by_name(changes, sentence):
     assert sentence in in_fp8(**changes)
+
+
+@pytest.mark.usefixtures("anywhere")
+@pytest.mark.parametrize(
+    ("weight", "act", "numerics", "told"),
+    [
+        (W(4, 48), ActSpec(8, 48), "integer", "gpu_groups: it takes inputs in groups that are mul"),
+        (WEIGHT, GROUP, "simulated", "gpu_groups: it computes integer numerics, not simulated."),
+        (W(6, 32, **LEVELS), TOKEN, "integer", "gpu_levels: it unpacks 4 and 8 bits, not 6."),
+        (W(fmt=formats.nf4, group_size=32), None, "simulated", "gpu_weights: it takes integer wei"),
+        (replace(FP8, group_size=128), FP8_TOKEN, "integer", "gpu_fp8: it takes one scale per out"),
+        (WEIGHT, GROUP, "integer", None),  # which the kernel computes
+    ],
+)
+def test_xla_says_which_kernel_was_passed_over(weight, act, numerics, told):
+    given = ((4096, 1152), weight, act, numerics)
+    found = passed_over(*given, platform="cuda", dtype="bfloat16")
+    assert found is None if told is None else found.startswith(told)
+    for platform in ("rocm", "cpu"):  # which have no kernel of their own
+        assert passed_over(*given, platform=platform, dtype="bfloat16") is None
 
 
 @pytest.mark.usefixtures("anywhere")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from level_products import LEVELS, W, compiled, reason, relative_errors, stack_of_kernels, tokens
 
-from qdit_jax.kernels import implementation_of, quantized_matmul
+from qdit_jax.kernels import implementation_of, passed_over, quantized_matmul
 from qdit_jax.kernels.tpu_blocks import VMEM_LIMIT, Blocks, chosen_blocks, vmem_bytes
 from qdit_jax.kernels.tpu_groups import TPU_GROUPS, grid_of_rows
 from qdit_jax.kernels.tpu_reasons import groups_sizes
@@ -179,6 +179,9 @@ def test_the_published_form_is_taken_where_groups_are_whole_units():
     settings = {"platform": "tpu", "dtype": "bfloat16"}
     for weight, name in ((W(4, 128), "tpu_groups"), (W(4, 32), "xla")):
         assert implementation_of((4096, 1152), weight, GROUP, "integer", **settings) == name
+    told = "tpu_groups: it takes weights in groups that are multiples of 128, not of 32."
+    assert passed_over((4096, 1152), W(4, 32), GROUP, "integer", **settings) == told
+    assert passed_over((4096, 1152), W(4, 128), GROUP, "integer", **settings) is None
 
 
 @pytest.mark.parametrize("channels", [1152, 4608, 8960])

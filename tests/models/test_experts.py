@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,10 @@ import qdit_jax as qdit
 from qdit_jax import diffusion
 from qdit_jax.calibration import collect_items
 from qdit_jax.evaluation import verify
+from qdit_jax.methods import method_named
+from qdit_jax.methods.reconstruction import reconstruct_blocks
 from qdit_jax.models import RUNS, Wan, expert_alone, experts_of, with_runs
+from qdit_jax.ptq import ReconstructionSettings
 from qdit_jax.sampling import checkpoint_sampler, running_params
 
 CONFIG = {
@@ -168,6 +172,24 @@ def test_each_expert_is_fitted_to_its_own_inputs(full, items):
         assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True)) == same
     with pytest.raises(ValueError, match="expert 'high' runs at none of the"):
         qdit.quantize(full, "gptq", recipe, data=dataclasses.replace(data, items=items.only(late)))
+
+
+def test_finished_blocks_of_one_expert_are_not_taken_for_the_other_s(full, items, tmp_path):
+    layers = r"(high|low)/blocks_0/ffn_0"
+    recipe = qdit.Recipe.preset("w4a16", group_size=16, layers=layers)
+    data = qdit.CalibrationData(items=items, holdout=0.0, unfinished=tmp_path / "kept")
+    short = functools.partial(reconstruct_blocks, settings=ReconstructionSettings(num_steps=5))
+    method = dataclasses.replace(method_named("brecq"), apply=short)
+    first = qdit.quantize(full, method, recipe, data=data)
+    kept = sorted((tmp_path / "kept").rglob("*.npz"))
+    assert [str(path.relative_to(tmp_path / "kept")) for path in kept] == [
+        "high/0000.npz",
+        "low/0000.npz",
+    ]
+    before = [path.stat().st_mtime_ns for path in kept]
+    again = qdit.quantize(full, method, recipe, data=data)
+    assert [path.stat().st_mtime_ns for path in kept] == before
+    jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
 
 
 def test_a_recipe_of_one_expert_leaves_the_other_as_it_is(full, items):
