@@ -2,6 +2,7 @@
 
 from qdit_jax.allocation.assigned import ChosenAct, assigned_params
 from qdit_jax.allocation.budget import Budget, Priced, parse_budget, reference_spec
+from qdit_jax.allocation.choice_options import choice_options
 from qdit_jax.allocation.coordinates import Coordinates, coordinated_params
 from qdit_jax.allocation.cost import (
     FLOAT32_MAC,
@@ -18,7 +19,7 @@ from qdit_jax.allocation.cost import (
 )
 from qdit_jax.allocation.descent import additive_solution, corrected, descend
 from qdit_jax.allocation.evaluate import BadFitnessError, Evaluator
-from qdit_jax.allocation.extra_work import ExtraWork, extra_work
+from qdit_jax.allocation.extra_work import ExtraWork, extra_work, run_time_spec
 from qdit_jax.allocation.fitting import fitted_coordinates
 from qdit_jax.allocation.journal import Journal
 from qdit_jax.allocation.knapsack import Solution, lagrangian_front, pareto, solve
@@ -121,6 +122,7 @@ __all__ = [
     "assigned_params",
     "cheapest",
     "choice_name",
+    "choice_options",
     "choose_steps",
     "coordinated_params",
     "corrected",
@@ -148,6 +150,7 @@ __all__ = [
     "recipe_of",
     "reference_spec",
     "resized",
+    "run_time_spec",
     "schedule_error",
     "search",
     "search_space",

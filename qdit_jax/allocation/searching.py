@@ -105,6 +105,7 @@ def search(
     sampler = rollouts.rollout(checkpoint, strategy.guided).sampler
     space = space_of(checkpoint, strategy, space, rows, sampler_timesteps(sampler))
     priced = Priced.of(budget, strategy.budget)
+    check_measured(priced, space)
     limit = limit_of(strategy, priced, space, progress_fn)
     times = latency_facts(priced.costs[limit.name], space, progress_fn)
     asked = Asked(checkpoint, key, strategy, objective, space, rollouts, limit)
@@ -153,6 +154,13 @@ def stores(
     folders = ((as_path(state), settings), (as_path(state) / "fits", fits))
     search, fit = (stack.enter_context(Store(folder, of)) for folder, of in folders)
     return search, fit
+
+
+def check_measured(priced: Priced, space: Space) -> None:
+    """Raises `UserError` if the cost is measured times, and those of a choice are missing."""
+    cost_fn = priced.costs.get(str(priced.text).partition("=")[0])
+    if isinstance(cost_fn, Latency):
+        cost_fn.check(space)
 
 
 def latency_facts(cost_fn: CostFn, space: Space, progress_fn: ProgressFn) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from qdit_jax.recipes import LayerSpec, Recipe, Rule, layer_paths, part_pattern
 from qdit_jax.types import DERIVED, UNSAID, Numbers, Params
 
 GROUP_SIZES = (32, 64, 128, 192, 288)
+ACT_GROUP_SIZE = 128  # of the inputs where only the weights' group size varies
 UNQUANTIZED = 16
 INTEGERS = "int"  # the number format that is none of `quant.formats`
 Sides = Literal["both", "weights", "separate"]
@@ -105,7 +106,7 @@ def search_space(
     act_bits: int | Sequence[int] = 8,
     group_sizes: Sequence[int] = GROUP_SIZES,
     sides: Sides = "both",
-    act_group_size: int = 128,
+    act_group_size: int = ACT_GROUP_SIZE,
     symmetric: bool = False,
     range_fn: ranges.RangeRule = ranges.minmax,
     layers: str | None = None,

@@ -86,7 +86,12 @@ def add_parser(subparsers: SubParsers) -> None:
     add("--force", action="store_true", help="replace OUT, starting from scratch")
     choices = parser.add_argument_group("what may be chosen")
     add_choices(choices.add_argument)
-    add_beside(choices.add_argument)
+    choices.add_argument(
+        "--items",
+        type=path_option,
+        help="inputs from `qdit calibrate --collect spread` that transforms and branches are fitted "
+        "to; sampled now if absent",
+    )
     add_measuring(parser.add_argument_group("how assignments are measured").add_argument)
     add_processes(parser)
     parser.set_defaults(run=run, check=check_options, resumes=lambda args: True)
@@ -94,6 +99,12 @@ def add_parser(subparsers: SubParsers) -> None:
 
 def add_choices(add: AddArgument) -> None:
     """Adds the options that describe the space of the search."""
+    add_sizes(add)
+    add_beside(add)
+
+
+def add_sizes(add: AddArgument) -> None:
+    """Adds the options of bits and group sizes, and of the layers."""
     add("--weight-bits", type=BITS, nargs="+", help="bits of weights; several are searched too (4)")
     add(
         "--act-bits",
@@ -158,12 +169,6 @@ def add_beside(add: AddArgument) -> None:
         nargs="+",
         metavar="NAME",
         help="number formats of the weights to choose from: int, nf4, nvfp4, mxfp4, ... (int)",
-    )
-    add(
-        "--items",
-        type=path_option,
-        help="inputs from `qdit calibrate --collect spread` that transforms and branches are fitted "
-        "to; sampled now if absent",
     )
 
 
