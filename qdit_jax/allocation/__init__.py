@@ -3,6 +3,7 @@
 from qdit_jax.allocation.assigned import ChosenAct, assigned_params
 from qdit_jax.allocation.budget import Budget, Priced, parse_budget, reference_spec
 from qdit_jax.allocation.choice_options import choice_options
+from qdit_jax.allocation.choices import GROUP_SIZES, describe, resized
 from qdit_jax.allocation.coordinates import Coordinates, coordinated_params
 from qdit_jax.allocation.cost import (
     FLOAT32_MAC,
@@ -47,12 +48,9 @@ from qdit_jax.allocation.sensitivity import (
     rank_correlation,
 )
 from qdit_jax.allocation.space import (
-    GROUP_SIZES,
     SearchLayer,
     Space,
-    describe,
     recipe_of,
-    resized,
     search_space,
     specs_of,
     uniform_assignment,

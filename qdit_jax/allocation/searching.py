@@ -15,6 +15,7 @@ import numpy as np
 
 from qdit_jax.allocation.asked import AnyObjective, Asked
 from qdit_jax.allocation.budget import Budget, Priced, check_limiting, parse_budget
+from qdit_jax.allocation.choices import describe
 from qdit_jax.allocation.cost import CostFn
 from qdit_jax.allocation.fitting import fitted_coordinates
 from qdit_jax.allocation.latency import Latency
@@ -22,12 +23,7 @@ from qdit_jax.allocation.problem import Found, Front, Problem, Strategy
 from qdit_jax.allocation.records import Store
 from qdit_jax.allocation.rollout_settings import Rollouts
 from qdit_jax.allocation.rollouts import Sensitivities
-from qdit_jax.allocation.space import (
-    Space,
-    describe,
-    recipe_of,
-    search_space,
-)
+from qdit_jax.allocation.space import Space, recipe_of, search_space
 from qdit_jax.allocation.strategies import strategy_named
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.files import PathLike, as_path

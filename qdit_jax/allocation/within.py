@@ -8,7 +8,8 @@ import re
 import numpy as np
 
 from qdit_jax.allocation.budget import reference_spec
-from qdit_jax.allocation.space import SearchLayer, Space, describe
+from qdit_jax.allocation.choices import describe
+from qdit_jax.allocation.space import SearchLayer, Space
 
 WITHIN = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))dB-of-(?:w(\d+)a(\d+)-)?g(\d+)", re.IGNORECASE)
 

@@ -163,6 +163,8 @@ OFFERED = [
     {"formats": ("nvfp4", "mxfp8"), "group_sizes": (16, 32)},
     {"formats": ("int", "nf4", "nvfp4"), "weight_bits": 3, "group_sizes": (16,)},
     {"transforms": ("none", "pca"), "ranks": (0, 2), "pinned": {".*fc2": 32}},
+    {"scale_levels": (1, 2), "act_scales": ("group", "token"), "sides": "weights"},
+    {"scale_levels": 2, "act_scales": "token", "weight_bits": (4, 6), "group_sizes": (32,)},
 ]
 
 
