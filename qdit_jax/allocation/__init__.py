@@ -2,6 +2,8 @@
 
 from qdit_jax.allocation.assigned import ChosenAct, assigned_params
 from qdit_jax.allocation.budget import Budget, Priced, parse_budget, reference_spec
+from qdit_jax.allocation.choice_options import choice_options
+from qdit_jax.allocation.choices import GROUP_SIZES, describe, resized
 from qdit_jax.allocation.coordinates import Coordinates, coordinated_params
 from qdit_jax.allocation.cost import (
     FLOAT32_MAC,
@@ -18,7 +20,7 @@ from qdit_jax.allocation.cost import (
 )
 from qdit_jax.allocation.descent import additive_solution, corrected, descend
 from qdit_jax.allocation.evaluate import BadFitnessError, Evaluator
-from qdit_jax.allocation.extra_work import ExtraWork, extra_work
+from qdit_jax.allocation.extra_work import ExtraWork, extra_work, run_time_spec
 from qdit_jax.allocation.fitting import fitted_coordinates
 from qdit_jax.allocation.journal import Journal
 from qdit_jax.allocation.knapsack import Solution, lagrangian_front, pareto, solve
@@ -46,12 +48,9 @@ from qdit_jax.allocation.sensitivity import (
     rank_correlation,
 )
 from qdit_jax.allocation.space import (
-    GROUP_SIZES,
     SearchLayer,
     Space,
-    describe,
     recipe_of,
-    resized,
     search_space,
     specs_of,
     uniform_assignment,
@@ -123,6 +122,7 @@ __all__ = [
     "assigned_params",
     "cheapest",
     "choice_name",
+    "choice_options",
     "choose_steps",
     "coordinated_params",
     "corrected",
@@ -152,6 +152,7 @@ __all__ = [
     "recipe_of",
     "reference_spec",
     "resized",
+    "run_time_spec",
     "schedule_error",
     "search",
     "search_space",

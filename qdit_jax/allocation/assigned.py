@@ -1,7 +1,8 @@
 """The parameter tree of an assignment, computed inside jit: one compilation for every assignment.
 
 Choices that differ in nothing but the group size share one quantizer with a traced size; other
-differences (bits, rules) are branches of a `lax.switch`, of which one runs.
+differences (bits, rules, formats, scales) are branches of a `lax.switch`, of which one runs. Number
+formats and two levels of scales have a branch for each group size.
 """
 
 from __future__ import annotations

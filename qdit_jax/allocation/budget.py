@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from qdit_jax.allocation.choices import act_sizes_vary
 from qdit_jax.allocation.cost import CostFn, MeanGroup, cost_table, named_costs, total_cost
 from qdit_jax.allocation.space import SearchLayer, Space
 from qdit_jax.recipes import LayerSpec
@@ -185,13 +186,14 @@ def parse_limit(text: str, value: str, space: Space, cost_fn: CostFn) -> float:
 def reference_spec(layer: SearchLayer, group_size: int, bits: tuple[int, int] | None) -> LayerSpec:
     """Returns the layer's first choice at another group size (and bits); pinned layers stay.
 
-    Where no choice varies the inputs' group size, the inputs keep theirs.
+    Where no choice varies the inputs' group size, the inputs keep theirs, as they do where the first
+    choice has one scale per token.
     """
     spec = layer.choices[0]
     if len(layer.choices) == 1:
         return spec
     weight, act = spec.weight, spec.act
-    if len({choice.act.group_size for choice in layer.choices if choice.act}) > 1 or not weight:
+    if act_sizes_vary(layer.choices) or not weight:
         act = act and dataclasses.replace(act, group_size=group_size)
     weight = weight and dataclasses.replace(weight, group_size=group_size)
     if bits is not None:

@@ -11,6 +11,8 @@ from qdit_jax.allocation.space import SearchLayer
 from qdit_jax.quant import regular_size
 from qdit_jax.recipes import TRANSFORMS, LayerSpec
 
+FOLDABLE = ("smooth", "shift")  # parts of a transform that a producer of the input can absorb
+
 
 @dataclasses.dataclass(frozen=True)
 class ExtraWork:
@@ -32,16 +34,27 @@ class ExtraWork:
     num_bytes: int
 
 
+def run_time_spec(layer: SearchLayer, spec: LayerSpec) -> LayerSpec:
+    """Returns a spec with only what a layer computes of its transform and rank at run time.
+
+    Parts that are folded are left out, and what asks for nothing ("none", rank 0) is None. A shift that the
+    fold does not take needs a map, which has a scale in any case.
+    """
+    parts = TRANSFORMS[spec.transform or "none"]
+    is_free = layer.folded and not (layer.scale_only and "shift" in parts)
+    left = [part for part in parts if not (is_free and part in FOLDABLE)]
+    return dataclasses.replace(spec, transform="+".join(left) or None, rank=spec.rank or None)
+
+
 def extra_work(layer: SearchLayer, spec: LayerSpec) -> ExtraWork:
     """Returns what the transform and the rank that a spec asks for cost a layer.
 
     What is left to the method (None) counts nothing.
     """
     channels, width = layer.shape
+    spec = run_time_spec(layer, spec)
     parts = TRANSFORMS[spec.transform or "none"]
-    vectors = [part for part in parts if part in ("smooth", "shift")]
-    is_free = layer.folded and not (layer.scale_only and "shift" in parts)
-    mapped = channels if vectors and not is_free else 0
+    mapped = channels if set(FOLDABLE) & set(parts) else 0
     block = regular_size(channels) if {"hadamard", "pca"} & set(parts) else 1
     is_dense = "pca" in parts
     factors = (block.bit_length() - 1) // 2

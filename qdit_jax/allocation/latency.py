@@ -9,12 +9,14 @@ import dataclasses
 import json
 import math
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
 import jax
 
+from qdit_jax.allocation.choice_options import choice_options
+from qdit_jax.allocation.extra_work import run_time_spec
 from qdit_jax.allocation.space import SearchLayer, Space
 from qdit_jax.errors import UserError
 from qdit_jax.files import PathLike, as_path, read_once
@@ -100,26 +102,43 @@ class Latency:
         Raises:
             UserError: if they were not measured.
         """
-        name = choice_name(spec, layer.shape[0])
-        key = (*layer.shape, layer.rows * self.inputs, name)
-        if key not in self.by_key:
-            k, n, rows, _ = key
-            raise UserError(
-                f"{self.source} has no time for K={k} N={n} rows={rows} {name}, of {layer.path}; "
-                f"measure it: {self.command(spec)}"
-            )
-        return self.by_key[key].own_ms * layer.share
+        return self.time_of(layer, spec, (spec, *layer.choices)).own_ms * layer.share
 
-    def command(self, spec: LayerSpec) -> str:
-        """Returns the command that measures a choice."""
-        sides = (spec.weight, spec.act)
-        bits = [16 if side is None else side.bits for side in sides]
-        sizes = sorted({side.group_size for side in sides if side is not None})
-        text = f"qdit bench CKPT OUT --table --batch {self.batch} --numerics {self.numerics}"
-        text += f" --weight-bits {bits[0]} --act-bits {bits[1]}"
-        if sizes:
-            text += f" --group-sizes {' '.join(map(str, sizes))}"
-        return text + (" --sides separate" if len(sizes) > 1 else "")
+    def time_of(
+        self, layer: SearchLayer, spec: LayerSpec, choices: Iterable[LayerSpec]
+    ) -> LayerTime:
+        """Returns the time of a choice; `choices` are those that a new table should have.
+
+        Raises:
+            UserError: if it was not measured; the message has the command that measures `choices`.
+        """
+        k, n = layer.shape
+        rows, name = layer.rows * self.inputs, timed_name(layer, spec)
+        if (k, n, rows, name) in self.by_key:
+            return self.by_key[k, n, rows, name]
+        shapes = {key[:3] for key in self.by_key}
+        unknown = "" if (k, n, rows) in shapes else " with the --layers and --embeds of the search"
+        raise UserError(
+            f"{self.source} has no time for K={k} N={n} rows={rows} {name}, of {layer.path}; "
+            f"measure it: {self.command(choices)}{unknown}"
+        )
+
+    def check(self, space: Space) -> None:
+        """Raises `UserError` unless every choice of a space was measured.
+
+        The message has the command that measures all of them, where a call's has a layer's own.
+        """
+        choices = tuple(spec for layer in space.layers for spec in layer.choices)
+        for layer in space.layers:
+            for spec in layer.choices:
+                self.time_of(layer, spec, choices)
+
+    def command(self, choices: Iterable[LayerSpec]) -> str:
+        """Returns the command that measures choices."""
+        return (
+            f"qdit bench CKPT OUT --table --batch {self.batch} --numerics {self.numerics} "
+            f"{choice_options(choices)}"
+        )
 
     def remainder(self, space: Space) -> float:
         """Returns the milliseconds of a step that no choice changes: all but the space's layers."""
@@ -206,6 +225,14 @@ def this_device() -> str:
     """Returns the kind of this machine's device as `report.provenance` writes it."""
     device = jax.devices()[0]
     return f"{device.platform} ({device.device_kind}, {platform.machine()})"
+
+
+def timed_name(layer: SearchLayer, spec: LayerSpec) -> str:
+    """Returns the name under which the time of a layer's choice is kept.
+
+    Parts of a transform that are folded take no time, so they are not in it.
+    """
+    return choice_name(run_time_spec(layer, spec), layer.shape[0])
 
 
 def choice_name(spec: LayerSpec, num_channels: int) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 
 from qdit_jax.allocation.asked import AnyObjective, Asked
 from qdit_jax.allocation.budget import Budget, Priced, check_limiting, parse_budget
+from qdit_jax.allocation.choices import describe
 from qdit_jax.allocation.cost import CostFn
 from qdit_jax.allocation.fitting import fitted_coordinates
 from qdit_jax.allocation.latency import Latency
@@ -22,12 +23,7 @@ from qdit_jax.allocation.problem import Found, Front, Problem, Strategy
 from qdit_jax.allocation.records import Store
 from qdit_jax.allocation.rollout_settings import Rollouts
 from qdit_jax.allocation.rollouts import Sensitivities
-from qdit_jax.allocation.space import (
-    Space,
-    describe,
-    recipe_of,
-    search_space,
-)
+from qdit_jax.allocation.space import Space, recipe_of, search_space
 from qdit_jax.allocation.strategies import strategy_named
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.files import PathLike, as_path
@@ -105,6 +101,7 @@ def search(
     sampler = rollouts.rollout(checkpoint, strategy.guided).sampler
     space = space_of(checkpoint, strategy, space, rows, sampler_timesteps(sampler))
     priced = Priced.of(budget, strategy.budget)
+    check_measured(priced, space)
     limit = limit_of(strategy, priced, space, progress_fn)
     times = latency_facts(priced.costs[limit.name], space, progress_fn)
     asked = Asked(checkpoint, key, strategy, objective, space, rollouts, limit)
@@ -153,6 +150,13 @@ def stores(
     folders = ((as_path(state), settings), (as_path(state) / "fits", fits))
     search, fit = (stack.enter_context(Store(folder, of)) for folder, of in folders)
     return search, fit
+
+
+def check_measured(priced: Priced, space: Space) -> None:
+    """Raises `UserError` if the cost is measured times, and those of a choice are missing."""
+    cost_fn = priced.costs.get(str(priced.text).partition("=")[0])
+    if isinstance(cost_fn, Latency):
+        cost_fn.check(space)
 
 
 def latency_facts(cost_fn: CostFn, space: Space, progress_fn: ProgressFn) -> dict[str, Any]:

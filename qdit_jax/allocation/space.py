@@ -7,29 +7,33 @@ Dimensions: L layers, K input channels and N output channels of a layer.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
 
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from qdit_jax.allocation.choices import (
+    ACT_GROUP_SIZE,
+    GROUP,
+    GROUP_SIZES,
+    INTEGERS,
+    TOKEN,
+    Sides,
+    act_sizes_vary,
+    as_tuple,
+    beside_choices,
+    layer_choices,
+    resized,
+)
 from qdit_jax.errors import check_pattern
 from qdit_jax.methods import missing_for
 from qdit_jax.models import family_of_params
 from qdit_jax.ptq import check_unquantized, matrix_shape
-from qdit_jax.quant import ActSpec, WeightSpec, ranges
-from qdit_jax.quant import formats as number_formats
+from qdit_jax.quant import ranges
 from qdit_jax.recipes import LayerSpec, Recipe, Rule, layer_paths, part_pattern
 from qdit_jax.types import DERIVED, UNSAID, Numbers, Params
-
-GROUP_SIZES = (32, 64, 128, 192, 288)
-UNQUANTIZED = 16
-INTEGERS = "int"  # the number format that is none of `quant.formats`
-Sides = Literal["both", "weights", "separate"]
-Item = TypeVar("Item", int, str)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +110,7 @@ def search_space(
     act_bits: int | Sequence[int] = 8,
     group_sizes: Sequence[int] = GROUP_SIZES,
     sides: Sides = "both",
-    act_group_size: int = 128,
+    act_group_size: int = ACT_GROUP_SIZE,
     symmetric: bool = False,
     range_fn: ranges.RangeRule = ranges.minmax,
     layers: str | None = None,
@@ -115,6 +119,8 @@ def search_space(
     transforms: Sequence[str] = ("none",),
     ranks: Sequence[int] = (0,),
     formats: Sequence[str] = (INTEGERS,),
+    scale_levels: int | Sequence[int] = 1,
+    act_scales: str | Sequence[str] = GROUP,
 ) -> Space:
     """Returns the space of a network's linear layers: the product of all that is given.
 
@@ -141,6 +147,10 @@ def search_space(
             "none" and 0 are given, the recipe leaves both to the method.
         formats: number formats of the weights, "int" or names of `quant.formats`; a format may fix
             bits and group size.
+        scale_levels: of the weights' scales, 1 or 2, see `WeightSpec`; formats, and integers of more
+            than 6 bits, have 1.
+        act_scales: of the inputs, "group": scales and zero points of groups; "token": one symmetric
+            scale per token, whatever the group size.
 
     Raises:
         ValueError: if a pattern matches no layer, a list of choices is empty, a name is not known,
@@ -159,8 +169,10 @@ def search_space(
         sides,
         act_group_size,
         {"symmetric": symmetric, "range_fn": range_fn},
-        as_tuple(formats, "formats"),
-        beside_choices(transforms, ranks),
+        formats=as_tuple(formats, "formats"),
+        scale_levels=as_tuple(scale_levels, "scale_levels"),
+        act_scales=as_tuple(act_scales, "act_scales"),
+        beside=beside_choices(transforms, ranks),
     )
     if choices == (LayerSpec(),):
         raise ValueError(
@@ -170,6 +182,8 @@ def search_space(
     by_path = dict.fromkeys(paths, choices)
     for pattern, kept in (pinned or {}).items():
         spec = kept if isinstance(kept, LayerSpec) else resized(choices[0], kept)
+        if not isinstance(kept, LayerSpec) and as_tuple(act_scales, "act_scales")[0] == TOKEN:
+            spec = dataclasses.replace(spec, act=choices[0].act)
         by_path |= dict.fromkeys(matching(pattern, every, "pinned"), (spec,))
     family = family_of_params(params)
     flat = flatten_dict(params, sep="/")
@@ -222,68 +236,6 @@ def natural_order(path: str) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
 
 
-def layer_choices(
-    weight_bits: tuple[int, ...],
-    act_bits: tuple[int, ...],
-    group_sizes: tuple[int, ...],
-    sides: Sides,
-    act_group_size: int,
-    settings: dict[str, Any],
-    formats: tuple[str, ...] = (INTEGERS,),
-    beside: Sequence[tuple[str | None, int | None]] = ((None, None),),
-) -> tuple[LayerSpec, ...]:
-    """Returns the choices of one layer: bits outermost, then formats, transforms and ranks (pairs of
-    both in `beside`), and group sizes."""
-    if sides == "both":
-        pairs = [(size, size) for size in group_sizes]
-    elif sides == "weights":
-        pairs = [(size, act_group_size) for size in group_sizes]
-    elif sides == "separate":
-        pairs = list(itertools.product(group_sizes, group_sizes))
-    else:
-        raise ValueError(f"sides={sides!r} is not known; use 'both', 'weights' or 'separate'.")
-    choices = []
-    for w_bits, fmt, a_bits, asked, (w_size, a_size) in itertools.product(
-        weight_bits, formats, act_bits, beside, pairs
-    ):
-        weight = None if w_bits == UNQUANTIZED else weight_spec(w_bits, w_size, fmt, settings)
-        act = None if a_bits == UNQUANTIZED else ActSpec(a_bits, a_size, **settings)
-        choices.append(with_beside(LayerSpec(weight, act), *asked))
-    return tuple(dict.fromkeys(choices))  # 16 bits and formats make pairs that differ in nothing
-
-
-def weight_spec(bits: int, group_size: int, fmt: str, settings: dict[str, Any]) -> WeightSpec:
-    """Returns the spec of weights in a number format; a format has bits of its own."""
-    spec = WeightSpec(bits, group_size, **settings)
-    return spec if fmt == INTEGERS else dataclasses.replace(spec, fmt=number_formats.by_name(fmt))
-
-
-def with_beside(spec: LayerSpec, transform: str | None, rank: int | None) -> LayerSpec:
-    """Returns `spec` with a transform and a rank, where they could change something."""
-    if spec == LayerSpec():
-        return spec
-    rank = rank and (0 if spec.weight is None else rank)  # the kernel of a branch is rounded
-    return dataclasses.replace(spec, transform=transform, rank=rank)
-
-
-def beside_choices(
-    transforms: Sequence[str], ranks: Sequence[int]
-) -> list[tuple[str | None, int | None]]:
-    """Returns every pair of a transform and a rank; None for both where there is no choice."""
-    names, numbers = as_tuple(transforms, "transforms"), as_tuple(ranks, "ranks")
-    if names == ("none",) and numbers == (0,):
-        return [(None, None)]
-    return list(itertools.product(names, numbers))
-
-
-def as_tuple(value: Item | Sequence[Item], name: str) -> tuple[Item, ...]:
-    values: tuple[Any, ...] = (value,) if isinstance(value, int | str) else tuple(value)
-    if not values or len(set(values)) < len(values):
-        kind = "names" if any(isinstance(one, str) for one in values) else "numbers"
-        raise ValueError(f"{name}={value!r} must be one or more different {kind}.")
-    return values
-
-
 def matching(pattern: str, paths: Sequence[str], name: str) -> list[str]:
     """Returns the paths that `pattern` matches as a whole.
 
@@ -297,13 +249,6 @@ def matching(pattern: str, paths: Sequence[str], name: str) -> list[str]:
             f"{name}={pattern!r} matches no layer; layers are named like {paths[0]}, {paths[-1]}."
         )
     return found
-
-
-def resized(spec: LayerSpec, group_size: int) -> LayerSpec:
-    """Returns `spec` with another group size on both sides."""
-    weight = spec.weight and dataclasses.replace(spec.weight, group_size=group_size)
-    act = spec.act and dataclasses.replace(spec.act, group_size=group_size)
-    return dataclasses.replace(spec, weight=weight, act=act)
 
 
 def recipe_of(space: Space, assignment: Numbers, name: str = "search") -> Recipe:
@@ -338,7 +283,7 @@ def uniform_choice(
 ) -> int:
     if len(layer.choices) == 1:
         return 0
-    varies = len({spec.act.group_size for spec in layer.choices if spec.act}) > 1
+    varies = act_sizes_vary(layer.choices)
     found = []
     for number, spec in enumerate(layer.choices):
         sides = [spec.weight, spec.act if varies or spec.weight is None else None]
@@ -373,20 +318,3 @@ def uniform_sizes(space: Space) -> list[int]:
             continue
         found.append(size)
     return found
-
-
-def describe(spec: LayerSpec) -> str:
-    """Returns a choice in few letters: `w4 g64 a8 g128`, `w4a8 g64` where sizes agree.
-
-    A number format stands in place of its bits (`nf4 g64 a8 g64`); transform and rank follow where
-    there are any (`w4a8 g32 smooth+hadamard r16`).
-    """
-    weight, act = spec.weight, spec.act
-    asked = [] if spec.transform in (None, "none") else [spec.transform]
-    asked += [f"r{spec.rank}"] if spec.rank else []
-    if weight and act and weight.group_size == act.group_size and not weight.fmt:
-        return " ".join([f"w{weight.bits}a{act.bits} g{weight.group_size}", *asked])
-    name = "" if weight is None else weight.fmt.name if weight.fmt else f"w{weight.bits}"
-    parts = [f"{name} g{weight.group_size}" if weight else "w16"]
-    parts.append(f"a{act.bits} g{act.group_size}" if act else "a16")
-    return " ".join([*parts, *asked])

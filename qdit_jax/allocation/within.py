@@ -8,7 +8,8 @@ import re
 import numpy as np
 
 from qdit_jax.allocation.budget import reference_spec
-from qdit_jax.allocation.space import SearchLayer, Space, describe
+from qdit_jax.allocation.choices import describe
+from qdit_jax.allocation.space import SearchLayer, Space
 
 WITHIN = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))dB-of-(?:w(\d+)a(\d+)-)?g(\d+)", re.IGNORECASE)
 
@@ -57,9 +58,11 @@ class Within:
         _, weight_bits, act_bits, size = self.parts
         bits = None if weight_bits is None else (int(weight_bits), int(act_bits or 0))
         spec = reference_spec(layer, int(size), bits)
-        if spec not in layer.choices:
+        # The first transform and rank, as in `uniform_assignment`; the reference names none.
+        plain = [choice.plain for choice in layer.choices]
+        if spec.plain not in plain:
             raise ValueError(
                 f"within={self.text!r} needs the choice {describe(spec)}, which {layer.path} has not; "
                 f"offer it too: it has {', '.join(map(describe, layer.choices))}."
             )
-        return layer.choices.index(spec)
+        return plain.index(spec.plain)

@@ -33,8 +33,9 @@ bfloat16 on accelerators, else float32. The output's error is against it at four
 together.
 
 With --table, every choice of a search is timed in each distinct shape of the network's layers, and
-written to latency.json for `qdit search --latency`. Choices are described as there; groups of 128 and
-per channel are always measured, for budgets are relative to them.
+written to latency.json for `qdit search --latency`. Choices are described as there: bits, group sizes,
+number formats, scales, transforms, ranks. Groups of 128 and per channel are always measured, for budgets
+are relative to them.
 
 With --dry-run nothing is run and no array is read: bytes of the weights in each format, what a step
 needs at once beside them, and the time of a step at the full rates of devices by name. With
@@ -49,6 +50,7 @@ examples:
   qdit bench xl2-w4a8 --against xl2 --numerics integer
   qdit bench xl2 xl2-times --table --batch 8 --group-sizes 32 64 128
   qdit bench xl2 xl2-times --table --weight-bits 3 4 8 --sides separate --numerics integer
+  qdit bench xl2 xl2-times --table --transforms none smooth+hadamard --ranks 0 16 --formats int nf4
   qdit bench xl2 --recipes recipe.json --dry-run       # bytes and times; runs nothing
   qdit bench --model flux-dev --dry-run --batch 1      # of a published network, without its file
 """
@@ -139,6 +141,11 @@ CHOICES: dict[str, Any] = {
     "group_sizes": None,
     "sides": None,
     "layers": None,
+    "transforms": None,
+    "ranks": None,
+    "formats": None,
+    "scale_levels": None,
+    "act_scales": None,
     "pin": [],
     "exclude": [],
 }

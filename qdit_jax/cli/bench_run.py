@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qdit_jax.allocation import search_space
+from qdit_jax.allocation import choice_options, search_space
 from qdit_jax.checkpoint import Checkpoint, load
 from qdit_jax.cli.bench_pictures import draw_bench
 from qdit_jax.cli.bench_table import bench_lines, latency_lines
@@ -108,9 +108,10 @@ def tabulated(options: Mapping[str, Any]) -> dict[str, Any]:
         print(remainder_text(found.step_ms, found.remainder(space)))
         with replaced_file(folder / "latency.json") as path:
             path.write_text(json.dumps(found.to_json(), indent=1) + "\n")
+    asked = choice_options(spec for layer in space.layers for spec in layer.choices)
     print(
         f"wrote {out}: next, qdit search {options['checkpoint']} DIR --latency {out / 'latency.json'} "
-        "--budget latency=1.0x-g128"
+        f"--budget latency=1.0x-g128 {asked}"
     )
     return {"out": out, "remainder_ms": found.remainder(space), **found.to_json()}
 

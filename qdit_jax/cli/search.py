@@ -1,4 +1,4 @@
-"""`qdit search`: find the group size (bits, format, transform, rank) of every layer."""
+"""`qdit search`: find the group size (bits, format, scales, transform, rank) of every layer."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ from qdit_jax.errors import UserError
 DEMO = ["demo"]
 BITS = whole_number(2, 16)
 HELP = """\
-Find the group size (and bits, number format, input transform and rank of a branch, if several are
-offered) of every layer that give the least error within a budget. Needs a full-precision checkpoint.
+Find the group size (and bits, number format, levels of scales, scales of activations, input transform
+and rank of a branch, if several are offered) of every layer that give the least error within a budget.
+Needs a full-precision checkpoint.
 
 Writes to OUT: recipe.json (for `qdit quantize --recipe`), front.png (cost against error, uniform
 sizes marked), map.png (layers by choices), history.json, and state/ (intermediate results: after an
@@ -45,6 +46,8 @@ examples:
   qdit search xl2 out --latency latency.json --budget latency=1.0x-g128
   qdit search xl2 out --latency latency.json --minimize latency --within 0.5dB-of-g128
   qdit search xl2 out --minimize bytes --within 0dB-of-w4a8-g128 --weight-bits 4 3
+  qdit search xl2 out --latency latency.json --budget latency=1.0x-w4a8-g0 --group-sizes 32 128 0 \
+      --scale-levels 1 2 --act-scales group token
   qdit search xl2 out --method qdit-paper --objective frechet --reference demo
   qdit search xl2 out --exclude 'blocks_0/.*' --pin '.*/fc2=64'
   qdit quantize xl2 xl2-small --recipe xl2-search/recipe.json
@@ -86,7 +89,12 @@ def add_parser(subparsers: SubParsers) -> None:
     add("--force", action="store_true", help="replace OUT, starting from scratch")
     choices = parser.add_argument_group("what may be chosen")
     add_choices(choices.add_argument)
-    add_beside(choices.add_argument)
+    choices.add_argument(
+        "--items",
+        type=path_option,
+        help="inputs from `qdit calibrate --collect spread` that transforms and branches are fitted "
+        "to; sampled now if absent",
+    )
     add_measuring(parser.add_argument_group("how assignments are measured").add_argument)
     add_processes(parser)
     parser.set_defaults(run=run, check=check_options, resumes=lambda args: True)
@@ -94,6 +102,12 @@ def add_parser(subparsers: SubParsers) -> None:
 
 def add_choices(add: AddArgument) -> None:
     """Adds the options that describe the space of the search."""
+    add_sizes(add)
+    add_beside(add)
+
+
+def add_sizes(add: AddArgument) -> None:
+    """Adds the options of bits and group sizes, and of the layers."""
     add("--weight-bits", type=BITS, nargs="+", help="bits of weights; several are searched too (4)")
     add(
         "--act-bits",
@@ -138,7 +152,7 @@ def add_choices(add: AddArgument) -> None:
 
 
 def add_beside(add: AddArgument) -> None:
-    """Adds the options of number formats, transforms and branches among the choices."""
+    """Adds the options of number formats, scales, transforms and branches among the choices."""
     add(
         "--transforms",
         nargs="+",
@@ -160,10 +174,19 @@ def add_beside(add: AddArgument) -> None:
         help="number formats of the weights to choose from: int, nf4, nvfp4, mxfp4, ... (int)",
     )
     add(
-        "--items",
-        type=path_option,
-        help="inputs from `qdit calibrate --collect spread` that transforms and branches are fitted "
-        "to; sampled now if absent",
+        "--scale-levels",
+        type=int,
+        choices=(1, 2),
+        nargs="+",
+        help="levels of the weights' scales to choose from; 2 is a scale per channel and a whole number "
+        "per group, multiplied in one int8 dot as in w4a8-fast (1)",
+    )
+    add(
+        "--act-scales",
+        choices=("group", "token"),
+        nargs="+",
+        help="scales of activations to choose from: of groups, with zero points (group), or one "
+        "symmetric scale per token (token) (group)",
     )
 
 

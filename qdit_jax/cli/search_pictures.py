@@ -84,9 +84,9 @@ def draw_map(path: PathLike, result: SearchResult) -> None:
     for row in best:
         for layer, choice in enumerate(row["assignment"]):
             shares[layer, labels.index(names[layer][choice])] += 1 / len(best)
-    figure = Figure(
-        figsize=(3.2 + 0.45 * len(labels), 1.6 + 0.19 * len(shares)), layout="constrained"
-    )
+    # Names of choices stand upright below it.
+    height = 1.0 + 0.075 * max(map(len, labels)) + 0.19 * len(shares)
+    figure = Figure(figsize=(3.2 + 0.45 * len(labels), height), layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.4, aspect="auto")
     chosen = [

@@ -24,6 +24,7 @@ from qdit_jax.quant.groups import effective_group_size, map_groups, num_groups
 from qdit_jax.quant.hadamard import regular_size, whole_size
 from qdit_jax.quant.input_maps import InputMap, LowRank, Rotation
 from qdit_jax.quant.leaves import LEAVES, Leaf, Role, entry_name, slots, with_leaf
+from qdit_jax.quant.levels import BITS as LEVEL_BITS
 from qdit_jax.quant.over_time import (
     OVER_TIME,
     UNQUANTIZED,
@@ -62,6 +63,7 @@ quantize_array = quantize
 __all__ = [
     "GREATEST_WEIGHT",
     "LEAVES",
+    "LEVEL_BITS",
     "OVER_TIME",
     "UNQUANTIZED",
     "ActQuant",

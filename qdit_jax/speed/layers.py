@@ -22,6 +22,7 @@ from qdit_jax.allocation import (
     choice_name,
     reference_spec,
     resized,
+    run_time_spec,
 )
 from qdit_jax.checkpoint import Checkpoint, digest
 from qdit_jax.errors import UserError, check_counts
@@ -29,7 +30,8 @@ from qdit_jax.files import AnyPath
 from qdit_jax.kernels import implementation_of
 from qdit_jax.models import Linear
 from qdit_jax.ptq import quantize_params
-from qdit_jax.recipes import LayerSpec, Recipe, Rule
+from qdit_jax.quant import InputMap, LowRank, Rotation, regular_size
+from qdit_jax.recipes import TRANSFORMS, LayerSpec, Recipe, Rule
 from qdit_jax.report import provenance
 from qdit_jax.sampling import PUBLISHED, Guidance, calls_per_step, check_seed, fitting_guidance
 from qdit_jax.speed.contenders import Way, check_known, contenders_of
@@ -62,9 +64,10 @@ def layer_table(
 ) -> Latency:
     """Returns the time of every choice of every distinct shape of a space's layers.
 
-    Each shape's choices take turns, with full precision and with a call that computes nothing;
-    budgets' references (groups of 128 and per channel) are measured too. A layer runs alone, on
-    random weights and inputs: in a step its inputs may still be in a cache.
+    A choice is computed with what stands beside its kernel: a map of the input where no producer
+    absorbs it, a rotation, a branch. Each shape's choices take turns, with full precision and with a
+    call that computes nothing; budgets' references (groups of 128 and per channel) are measured too.
+    A layer runs alone, on random weights and inputs: in a step its inputs may still be in a cache.
 
     Args:
         checkpoint: in full precision; a step of it is timed for what no choice changes.
@@ -116,17 +119,21 @@ def choices_by_shape(space: Space, inputs: int) -> dict[Shape, dict[str, LayerSp
         k, n = layer.shape
         chosen = found.setdefault((k, n, layer.rows * inputs), {})
         for spec in (LayerSpec(), *layer.choices, *references(layer)):
-            chosen.setdefault(choice_name(spec, k), spec)
+            computed = run_time_spec(layer, spec)
+            chosen.setdefault(choice_name(computed, k), computed)
     return found
 
 
 def references(layer: SearchLayer) -> Iterator[LayerSpec]:
     """Yields what budgets are relative to: each bits of the choices, at the references' sizes.
 
-    The inputs have that size too, or keep theirs, as budgets take them.
+    The inputs have that size too, or keep theirs, as budgets take them; there is no transform and no
+    branch.
     """
-    pairs = {(side_bits(spec.weight), side_bits(spec.act)): spec for spec in layer.choices}
-    for spec in pairs.values():
+    first: dict[tuple[int | None, int | None], LayerSpec] = {}
+    for spec in layer.choices:
+        first.setdefault((side_bits(spec.weight), side_bits(spec.act)), spec.plain)
+    for spec in first.values():
         for size in REFERENCES:
             one = dataclasses.replace(layer, choices=(spec, *layer.choices))
             yield reference_spec(one, size, None)
@@ -151,11 +158,8 @@ def computed_by(shape: Shape, spec: LayerSpec, numerics: str) -> str | None:
     """Returns who computes a product; None in full precision.
 
     Raises:
-        ValueError: if nobody can, or the choice has more than two specs.
+        ValueError: if nobody can.
     """
-    named = {field.name for field in dataclasses.fields(spec)} - {"weight", "act"}
-    if any(getattr(spec, name) for name in named):
-        raise ValueError("a choice with more than bits and groups is not measured yet.")
     if spec.weight is None:
         return None
     return implementation_of((shape[2], shape[0]), spec.weight, spec.act, numerics)
@@ -177,7 +181,7 @@ def times_of(
     bias = np.zeros(n, np.float32)
     calls = [compiled(f"{shape} {NOTHING}", nothing, {"bias": bias}, given)]
     for name, spec in choices.items():
-        params = layer_params(kernel, bias, spec)
+        params = layer_params(kernel, bias, spec, rng)
         linear = partial(applied, Linear(n, numerics=numerics))
         calls.append(compiled(f"{shape} {name}", linear, params, given))
     seconds = 1000 * time_fn(calls, num_rounds)
@@ -191,12 +195,36 @@ def times_of(
     return {"layers": found}
 
 
-def layer_params(kernel: np.ndarray, bias: np.ndarray, spec: LayerSpec) -> Params:
-    """Returns the parameters of a layer in the format of a choice."""
+def layer_params(
+    kernel: np.ndarray, bias: np.ndarray, spec: LayerSpec, rng: np.random.Generator
+) -> Params:
+    """Returns the parameters of a layer in the format of a choice.
+
+    The kernel stays as it is in any coordinates: values make no difference to the time.
+    """
     params = {"layer": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}}
     if spec != LayerSpec():
-        params = quantize_params(params, recipe=Recipe((Rule("layer", spec),)))
-    return params["layer"]
+        params = quantize_params(params, recipe=Recipe((Rule("layer", spec.plain),)))
+    return {**params["layer"], **beside_kernel(kernel.shape[0], kernel.shape[1], spec, rng)}
+
+
+def beside_kernel(k: int, n: int, spec: LayerSpec, rng: np.random.Generator) -> dict[str, Any]:
+    """Returns what a transform and a rank place beside a kernel, by slot, with random values."""
+    parts = TRANSFORMS[spec.transform or "none"]
+    found: dict[str, Any] = {}
+    if {"smooth", "shift"} & set(parts):
+        shift = rng.normal(size=k).astype(np.float32) if "shift" in parts else None
+        found["input_map"] = InputMap(rng.uniform(0.5, 2, k).astype(np.float32), shift)
+    size = regular_size(k)
+    if "hadamard" in parts:
+        found["rotation"] = Rotation("regular", size)
+    if "pca" in parts:
+        blocks = np.linalg.qr(rng.normal(size=(k // size, size, size)))[0]
+        found["rotation"] = Rotation("dense", size, matrix=blocks.astype(np.float32))
+    if spec.rank:
+        down, up = rng.normal(size=(k, spec.rank)), rng.normal(size=(spec.rank, n))
+        found["low_rank"] = LowRank(down.astype(np.float16), up.astype(np.float16))
+    return found
 
 
 def applied(module: Linear, params: Params, x: jax.Array) -> jax.Array:

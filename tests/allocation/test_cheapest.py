@@ -203,6 +203,15 @@ def test_a_reference_that_is_not_a_choice_and_a_cost_that_is_none_are_named(spac
         Cheapest("bytes", "1dB-of-g8").budget_of("bytes=5M", space, costs)
 
 
+def test_the_reference_has_the_first_transform_and_rank():
+    beside = {"transforms": ("none", "hadamard"), "ranks": (0, 2)}
+    space = small_space(small_model()[1], **beside)
+    reference = Within("0.5dB-of-g16").reference(space)
+    assert reference.tolist() == search.uniform_assignment(space, 16).tolist()
+    chosen = search.specs_of(space, reference).values()
+    assert {search.describe(spec) for spec in chosen} == {"w4a8 g16"}
+
+
 def test_a_search_of_a_network_keeps_to_the_error(tmp_path):
     checkpoint = qdit.Checkpoint(*small_model())
     strategy = Cheapest("bytes", "1dB-of-g16", CheapestSettings(num_gate=3, num_rounds=1))

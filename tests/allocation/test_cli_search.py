@@ -18,13 +18,17 @@ from qdit_jax.allocation import (
     EvolutionSettings,
     Evolve,
     Rollouts,
+    choice_options,
     search,
+    search_space,
 )
 from qdit_jax.calibration import collect_items
+from qdit_jax.cli import bench
 from qdit_jax.cli import search as verb
 from qdit_jax.cli.options import Parser
 from qdit_jax.cli.output import set_up_logging
 from qdit_jax.cli.search_pictures import shown_labels
+from qdit_jax.cli.search_run import space_settings
 from qdit_jax.diffusion import ddim
 
 CALLS: deque[int] = deque()  # no plain value, whose content would belong to an objective
@@ -148,6 +152,45 @@ def test_a_search_over_transforms_names_the_command_that_makes_them(
     recipe = qdit.Recipe.from_json(out / "recipe.json")
     assert all(rule.spec.transform is not None for rule in recipe.rules)
     assert (out / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+OFFERED = [
+    {"group_sizes": (8, 16)},
+    {"group_sizes": (8, 0), "sides": "separate", "weight_bits": (3, 8), "act_bits": (4, 16)},
+    {"group_sizes": (8, 16), "sides": "weights", "weight_bits": (4, 16)},
+    {"weight_bits": 16, "group_sizes": (8, 16)},
+    {"act_bits": 16, "group_sizes": (8, 16), "transforms": ("smooth",)},
+    {"formats": ("nvfp4", "mxfp8"), "group_sizes": (16, 32)},
+    {"formats": ("int", "nf4", "nvfp4"), "weight_bits": 3, "group_sizes": (16,)},
+    {"transforms": ("none", "pca"), "ranks": (0, 2), "pinned": {".*fc2": 32}},
+    {"scale_levels": (1, 2), "act_scales": ("group", "token"), "sides": "weights"},
+    {"scale_levels": 2, "act_scales": "token", "weight_bits": (4, 6), "group_sizes": (32,)},
+]
+
+
+@pytest.mark.parametrize("settings", OFFERED)
+def test_options_of_choices_offer_them(checkpoint, settings):
+    space = search_space(checkpoint.params, **settings)
+    choices = {spec for layer in space.layers for spec in layer.choices}
+    parser = Parser(prog="qdit")
+    verbs = parser.add_subparsers()
+    verb.add_parser(verbs)
+    bench.add_parser(verbs)
+    words = choice_options(choices).split()
+    found, timed = (
+        space_settings(vars(parser.parse_args([name, "CKPT", "OUT", *words])))
+        for name in ("search", "bench")
+    )
+    assert found == timed
+    offered = search_space(checkpoint.params, **found)
+    again = {spec.plain for layer in offered.layers for spec in layer.choices}
+    assert {spec.plain for spec in choices} <= again
+    beside = {(spec.transform or "none", spec.rank or 0) for spec in choices}
+    assert beside <= {
+        (spec.transform or "none", spec.rank or 0)
+        for layer in offered.layers
+        for spec in layer.choices
+    }
 
 
 def test_a_map_of_many_choices_shows_those_that_are_taken():

@@ -11,12 +11,13 @@ from qdit_jax import UserError
 from qdit_jax.allocation import (
     Latency,
     LayerTime,
+    SearchLayer,
     choice_name,
     cost_table,
     named_costs,
     parse_budget,
 )
-from qdit_jax.allocation.latency import this_device
+from qdit_jax.allocation.latency import this_device, timed_name
 from qdit_jax.quant import ActSpec, WeightSpec, formats, ranges
 from qdit_jax.recipes import LayerSpec
 
@@ -84,11 +85,42 @@ def test_what_was_not_measured_is_named_with_the_command_that_measures_it(space)
     assert str(error.value) == (
         f"the latency table has no time for K={k} N={n} rows={layer.rows * 4} w3 g16 a8 g32, of "
         f"{layer.path}; measure it: qdit bench CKPT OUT --table --batch 2 --numerics simulated "
-        "--weight-bits 3 --act-bits 8 --group-sizes 16 32 --sides separate"
+        "--weight-bits 3 4 --act-bits 8 --group-sizes 8 16 32 64 --sides separate"
     )
     moved = dataclasses.replace(layer, rows=layer.rows + 1)
-    with pytest.raises(UserError, match=f"rows={layer.rows * 4 + 4} w4 g8 a8 g8"):
+    text = f"rows={layer.rows * 4 + 4} w4 g8 a8 g8.*64 with the --layers and --embeds of the search"
+    with pytest.raises(UserError, match=text):
         times(moved, layer.choices[0])
+
+
+def test_a_space_is_refused_with_the_command_that_measures_all_of_it(space):
+    times = table_of(space, by_segments)
+    times.check(space)
+    beside = {"transforms": ("none", "smooth"), "ranks": (0, 2), "formats": ("int", "nf4")}
+    wider = small_space(small_model()[1], **beside)
+    with pytest.raises(UserError) as error:
+        times.check(wider)
+    layer = wider.layers[0]
+    assert str(error.value) == (
+        f"the latency table has no time for K=64 N=64 rows={layer.rows * 4} w4 g8 a8 g8 rank=2, of "
+        f"{layer.path}; measure it: qdit bench CKPT OUT --table --batch 2 --numerics simulated "
+        "--weight-bits 4 --act-bits 8 --group-sizes 8 16 32 64 --formats int nf4 "
+        "--transforms none smooth --ranks 0 2"
+    )
+
+
+def test_what_is_folded_takes_no_time():
+    sides = (WeightSpec(4, 32), ActSpec(8, 32))
+    layer = SearchLayer("x", (64, 100), ())
+    folded = dataclasses.replace(layer, folded=True)
+
+    def names(transform, rank=0):
+        spec = LayerSpec(*sides, transform, rank)
+        return [timed_name(one, spec).removeprefix("w4 g32 a8 g32") for one in (layer, folded)]
+
+    assert names("none") == ["", ""]
+    assert names("smooth+shift", 3) == [" transform=smooth+shift rank=3", " rank=3"]
+    assert names("smooth+hadamard") == [" transform=smooth+hadamard", " transform=hadamard"]
 
 
 def test_a_name_says_all_that_time_may_depend_on():

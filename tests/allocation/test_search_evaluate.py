@@ -30,6 +30,7 @@ def drawn_assignments(space, count, seed=0):
         {},
         {"sides": "separate", "layers": ".*"},
         {"weight_bits": (3, 4, 16), "act_bits": (4, 8), "sides": "weights"},
+        {"scale_levels": (1, 2), "act_scales": ("group", "token"), "layers": ".*fc2"},
         pytest.param(
             {"symmetric": True, "group_sizes": (24, 0, 5000), "weight_bits": 3},
             marks=pytest.mark.slow,

@@ -4,11 +4,15 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 from tiny_models import tiny_checkpoint
 
 import qdit_jax as qdit
+from qdit_jax.allocation import Latency, cost_table, search_space
+from qdit_jax.calibration import Items
 from qdit_jax.cli import main
+from qdit_jax.models import rows_per_sample
 
 FAST = ("--batch", "2", "--repeats", "2")
 ROWS = ("--recipes", "w4a8-g16", "--numerics", "simulated", "--implementation", "xla")
@@ -107,6 +111,38 @@ def test_the_fastest_recipe_within_an_error_from_measured_times(folder, tmp_path
     assert "measure it: qdit bench CKPT OUT --table --batch 2" in error
 
 
+@pytest.mark.slow
+def test_times_of_transforms_branches_and_formats_lead_a_search(folder, tmp_path, capsys):
+    times, out, layers = tmp_path / "times", tmp_path / "search", "blocks_0/mlp/fc2"
+    offered = {"group_sizes": (16,), "transforms": ("none", "smooth+hadamard"), "ranks": (0, 2)}
+    offered["formats"] = ("int", "nf4")
+    choices = "--group-sizes 16 --formats int nf4 --transforms none smooth+hadamard --ranks 0 2"
+    words = (*choices.split(), "--layers", layers)
+    shown = printed(capsys, "bench", folder / "full", times, *FAST, "--table", *words).out
+    assert "w-nf4 g16 symmetric=True a8 g16 transform=smooth+hadamard rank=2" in shown
+    assert choices in shown  # of the search that comes next
+    checkpoint, table = qdit.load(folder / "full"), Latency.read(times / "latency.json")
+    rows = rows_per_sample(checkpoint.model)
+    space = search_space(checkpoint.params, rows=rows, layers=layers, **offered)
+    [costs] = cost_table(space, table)
+    assert len(costs) == 8
+    labels = np.zeros(4, np.int32)
+    x = np.zeros((4, *checkpoint.model.sample_shape()), np.float32)
+    Items(x, np.full(4, 500, np.float32), labels, np.arange(4)).save(tmp_path / "items.npz")
+    words += ("--items", tmp_path / "items.npz", "--latency", times / "latency.json")
+    words += ("--objective", "predicted", "--budget", f"latency={np.median(costs):.9f}")
+    words += ("--steps", "2", "--num-batches", "1", "--batch-size", "2")
+    printed(capsys, "search", folder / "full", out, *words)
+    history = json.loads((out / "history.json").read_text())
+    assert history["cost"] == pytest.approx(costs[history["assignment"][0]])
+    assert history["cost"] <= np.median(costs)
+    words = ["search", folder / "full", tmp_path / "no", *words, "--ranks", "0", "4"]
+    assert main([str(word) for word in words]) == 2
+    error = capsys.readouterr().err
+    assert "a8 g16 rank=4, of blocks_0/mlp/fc2; measure it: qdit bench CKPT OUT --table" in error
+    assert choices.replace("--ranks 0 2", "--ranks 0 4") in error
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -114,6 +150,7 @@ def test_the_fastest_recipe_within_an_error_from_measured_times(folder, tmp_path
         (["OUT", "--table", "--recipes", "w4a8"], "--recipes w4a8 has no effect: --table times la"),
         (["OUT", "--table", "--batch", "1", "2"], "--batch: --table takes one, not 2"),
         (["--group-sizes", "8"], "--group-sizes 8 has no effect: without --table"),
+        (["--ranks", "4"], "--ranks 4 has no effect: without --table"),
         (["--force"], "--force has no effect: without OUT"),
         (["OUT", "--dry-run"], "has no effect: --dry-run writes nothing"),
         (["--recipes", "w4a8-g8", "--group-size", "8"], "--group-size 8 has no effect: every rec"),

@@ -1,14 +1,28 @@
 """`layer_table`: what is timed, how often, and that a search can use it."""
 
+import dataclasses
+import functools
+import operator
+
 import jax
 import numpy as np
 import pytest
 from tiny_models import tiny_checkpoint
 
 import qdit_jax as qdit
-from qdit_jax.allocation import Priced, Rollouts, search, search_space
+from qdit_jax.allocation import (
+    Priced,
+    Rollouts,
+    recipe_of,
+    run_time_spec,
+    search,
+    search_space,
+)
+from qdit_jax.calibration import Items
+from qdit_jax.methods import CalibrationData, method_named
 from qdit_jax.models import rows_per_sample
 from qdit_jax.speed import layer_table
+from qdit_jax.speed.layers import choices_by_shape, layer_params, times_of
 
 FULL_MS, CALL_MS = 8.0, 0.25
 
@@ -70,6 +84,46 @@ def test_costs_and_remainder_are_what_the_timer_said(times, space):
     assert times(layer, layer.choices[0]) == pytest.approx(2.0)
     assert times(layer, layer.choices[1]) == pytest.approx(1.5)
     assert times.remainder(space) == pytest.approx(100 - len(space.layers) * (FULL_MS - CALL_MS))
+
+
+def test_what_is_timed_holds_what_a_method_makes(checkpoint):
+    """A layer is timed with leaves of the types, shapes and dtypes that `best` places beside it."""
+    settings = {"transforms": ("smooth+shift+hadamard", "smooth+shift+pca"), "ranks": (2,)}
+    settings["formats"] = ("int", "nf4")
+    space = search_space(checkpoint.params, layers=".*fc.", group_sizes=(16,), **settings)
+    x = jax.random.normal(jax.random.key(3), (4, *checkpoint.model.sample_shape()))
+    labels = np.zeros(4, np.int32)
+    items = Items(np.asarray(x), np.full(4, 500.0, np.float32), labels, np.arange(4))
+    best = dataclasses.replace(method_named("best"), apply=method_named("rtn").apply)
+    recipe = recipe_of(space, [0, 3])
+    made = qdit.quantize(checkpoint, best, recipe, data=CalibrationData(items=items)).params
+    for layer, choice in zip(space.layers, (0, 3), strict=True):
+        spec = run_time_spec(layer, layer.choices[choice])
+        k, n = layer.shape
+        rng = np.random.default_rng(0)
+        timed = layer_params(np.ones((k, n), np.float32), np.ones(n, np.float32), spec, rng)
+        own = functools.reduce(operator.getitem, layer.path.split("/"), made)
+        assert jax.tree.map(abstract, timed) == jax.tree.map(abstract, own), spec
+    assert sorted(own) == ["act_quant", "bias", "input_map", "kernel", "low_rank", "rotation"]
+
+
+def abstract(array):
+    return array.shape, str(array.dtype)
+
+
+def test_every_coordinate_is_timed_but_those_that_folds_take(checkpoint):
+    settings = {"group_sizes": (16,), "transforms": ("none", "smooth+hadamard"), "ranks": (2,)}
+    space = search_space(checkpoint.params, layers=".*fc.", **settings)
+    found = choices_by_shape(space, 6)
+    references = ["w4 g0 a8 g16", "w4 g0 a8 g0"]  # which have no transform and no branch
+    for layer in space.layers:
+        part = "hadamard" if layer.folded else "smooth+hadamard"
+        choices = ["w4 g16 a8 g16 rank=2", f"w4 g16 a8 g16 transform={part} rank=2"]
+        assert [*found[*layer.shape, 6]] == ["w16 a16", *choices, *references]
+    assert {layer.folded for layer in space.layers} == {True, False}
+    shape, chosen = next(iter(found.items()))
+    times = times_of(shape, chosen, "integer", 2, 0, FakeTimer())["layers"]
+    assert [one["choice"] for one in times] == [*chosen]
 
 
 def test_a_stopped_table_goes_on(checkpoint, space, tmp_path):
