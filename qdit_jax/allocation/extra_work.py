@@ -8,8 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from qdit_jax.allocation.space import SearchLayer
-from qdit_jax.quant import regular_size
-from qdit_jax.recipes import TRANSFORMS, LayerSpec
+from qdit_jax.recipes import TRANSFORMS, LayerSpec, rotated_block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +40,7 @@ def extra_work(layer: SearchLayer, spec: LayerSpec) -> ExtraWork:
     parts = TRANSFORMS[spec.transform or "none"]
     vectors = [part for part in parts if part in ("smooth", "shift")]
     mapped = channels if vectors and not layer.folded else 0
-    block = regular_size(channels) if {"hadamard", "pca"} & set(parts) else 1
+    block = rotated_block(spec.transform, channels) or 1
     is_dense = "pca" in parts
     factors = (block.bit_length() - 1) // 2
     branch = (spec.rank or 0) * (channels + width)
