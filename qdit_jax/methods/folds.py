@@ -20,10 +20,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from qdit_jax.models import Family, Producer, family_of_params, layers_of
 from qdit_jax.quant import QTensor
@@ -95,15 +96,16 @@ def shared_map(
 
 
 def rewrite_reader(
-    flat: dict[str, Any], path: str, scale: Float[Array, " K"], shift: Float[Array, " K"]
+    flat: dict[str, Any], path: str, scale: Float[np.ndarray, " K"], shift: Float[np.ndarray, " K"]
 ) -> None:
     """Replaces the reading layer's kernel and bias in `flat`."""
-    kernel = flat[f"{path}/kernel"]
+    kernel = jnp.asarray(flat[f"{path}/kernel"])
     flat[f"{path}/kernel"] = (scale[:, None] * kernel).astype(kernel.dtype)
     bias = flat.get(f"{path}/bias")
     if bias is not None:
-        flat[f"{path}/bias"] = (bias + shift @ kernel).astype(bias.dtype)
-    elif np.any(np.asarray(shift)):
+        moved = bias + jnp.matmul(shift, kernel, precision=jax.lax.Precision.HIGHEST)
+        flat[f"{path}/bias"] = moved.astype(bias.dtype)
+    elif np.any(shift):
         raise ValueError(f"{path} has no bias, which a shift of its input needs; scale it only.")
 
 
@@ -126,12 +128,12 @@ def made_by(path: str, family: Family) -> list[Producer]:
 
 
 def check_covered(
-    path: str, covered: slice, scale: Float[Array, " K"], shift: Float[Array, " K"]
+    path: str, covered: slice, scale: Float[np.ndarray, " K"], shift: Float[np.ndarray, " K"]
 ) -> None:
     """Raises `ValueError` if a map changes channels that the fold of `path` does not reach."""
     outside = np.ones(scale.shape, bool)
     outside[covered] = False
-    if np.any(np.asarray(scale)[outside] != 1) or np.any(np.asarray(shift)[outside]):
+    if np.any(scale[outside] != 1) or np.any(shift[outside]):
         raise ValueError(
             f"the fold of {path!r} reaches its input channels {covered.start} to {covered.stop - 1} "
             "only; give the scale 1 and the shift 0 in all others."
@@ -142,8 +144,8 @@ def rewrite_producer(
     flat: dict[str, Any],
     family: Family,
     producer: Producer,
-    scale: Float[Array, " K"],
-    shift: Float[Array, " K"],
+    scale: Float[np.ndarray, " K"],
+    shift: Float[np.ndarray, " K"],
 ) -> None:
     """Replaces the producer's weight and bias in `flat`; arrays are not written to."""
     names = [f"{producer.layer}/{name}" for name in (producer.weight, "bias")]
@@ -167,7 +169,7 @@ def check_foldable(flat: Mapping[str, Any], path: str, name: str) -> None:
         )
 
 
-def vector(path: str, name: str, values: Any, width: int) -> Float[Array, " K"]:
+def vector(path: str, name: str, values: Any, width: int) -> Float[np.ndarray, " K"]:
     """Returns `values` as an array; raises `ValueError` if they are no usable `name` of a layer."""
     values = np.asarray(values)
     if values.shape != (width,):
@@ -177,4 +179,4 @@ def vector(path: str, name: str, values: Any, width: int) -> Float[Array, " K"]:
     if not np.isfinite(values).all() or (name == "scale" and (values == 0).any()):
         rule = "finite and not 0" if name == "scale" else "finite"
         raise ValueError(f"{name} of {path} must be {rule} in every channel.")
-    return jnp.asarray(values, jnp.result_type(float))
+    return np.asarray(values, jnp.result_type(float))
