@@ -8,8 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from qdit_jax.allocation.space import SearchLayer
-from qdit_jax.quant import regular_size
-from qdit_jax.recipes import TRANSFORMS, LayerSpec
+from qdit_jax.recipes import TRANSFORMS, LayerSpec, rotated_block
 
 FOLDABLE = ("smooth", "shift")  # parts of a transform that a producer of the input can absorb
 
@@ -55,7 +54,7 @@ def extra_work(layer: SearchLayer, spec: LayerSpec) -> ExtraWork:
     spec = run_time_spec(layer, spec)
     parts = TRANSFORMS[spec.transform or "none"]
     mapped = channels if set(FOLDABLE) & set(parts) else 0
-    block = regular_size(channels) if {"hadamard", "pca"} & set(parts) else 1
+    block = rotated_block(spec.transform, channels) or 1
     is_dense = "pca" in parts
     factors = (block.bit_length() - 1) // 2
     branch = (spec.rank or 0) * (channels + width)

@@ -124,8 +124,8 @@ def search_space(
 ) -> Space:
     """Returns the space of a network's linear layers: the product of all that is given.
 
-    Choices that a layer cannot have (a rotation of channels that 4 does not divide, a rank above its
-    kernel's) are left out, and so are transforms of an input that several layers read, because
+    Choices that a layer cannot have (a rotation whose blocks do not divide its channels, a rank above
+    its kernel's) are left out, and so are transforms of an input that several layers read, because
     they have one transform in common.
 
     Args:

@@ -158,7 +158,7 @@ def add_beside(add: AddArgument) -> None:
         nargs="+",
         metavar="NAME",
         help="input transforms to choose from: none, or smooth, shift, hadamard and pca joined by +, "
-        "such as smooth+hadamard (left to the method)",
+        "such as smooth+hadamard; hadamard64 has blocks of 64 channels (left to the method)",
     )
     add(
         "--ranks",

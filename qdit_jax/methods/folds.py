@@ -23,10 +23,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from qdit_jax.models import Covered, Family, Producer, family_of_params, layers_of
 from qdit_jax.quant import QTensor
@@ -100,15 +101,16 @@ def shared_map(
 
 
 def rewrite_reader(
-    flat: dict[str, Any], path: str, scale: Float[Array, " K"], shift: Float[Array, " K"]
+    flat: dict[str, Any], path: str, scale: Float[np.ndarray, " K"], shift: Float[np.ndarray, " K"]
 ) -> None:
     """Replaces the reading layer's kernel and bias in `flat`."""
-    kernel = flat[f"{path}/kernel"]
+    kernel = jnp.asarray(flat[f"{path}/kernel"])
     flat[f"{path}/kernel"] = (scale[:, None] * kernel).astype(kernel.dtype)
     bias = flat.get(f"{path}/bias")
     if bias is not None:
-        flat[f"{path}/bias"] = (bias + shift @ kernel).astype(bias.dtype)
-    elif np.any(np.asarray(shift)):
+        moved = bias + jnp.matmul(shift, kernel, precision=jax.lax.Precision.HIGHEST)
+        flat[f"{path}/bias"] = moved.astype(bias.dtype)
+    elif np.any(shift):
         raise ValueError(f"{path} has no bias, which a shift of its input needs; scale it only.")
 
 
@@ -138,12 +140,12 @@ def made_by(path: str, family: Family, flat: Mapping[str, Any]) -> list[Producer
 
 
 def check_covered(
-    path: str, covered: Covered, scale: Float[Array, " K"], shift: Float[Array, " K"]
+    path: str, covered: Covered, scale: Float[np.ndarray, " K"], shift: Float[np.ndarray, " K"]
 ) -> None:
     """Raises `ValueError` if a map changes channels that the fold of `path` does not reach."""
     maps = (("scale", scale, 1, covered.scale), ("shift", shift, 0, covered.shift))
     for name, values, neutral, reached in maps:
-        if not np.any(np.asarray(values)[~reached] != neutral):
+        if not np.any(values[~reached] != neutral):
             continue
         if not reached.any():
             raise ValueError(
@@ -161,8 +163,8 @@ def rewrite_producer(
     flat: dict[str, Any],
     family: Family,
     producer: Producer,
-    scale: Float[Array, " K"],
-    shift: Float[Array, " K"],
+    scale: Float[np.ndarray, " K"],
+    shift: Float[np.ndarray, " K"],
 ) -> None:
     """Replaces the producer's weight, and its bias if any, in `flat`; arrays are not written to."""
     weight_name, bias_name = (f"{producer.layer}/{name}" for name in (producer.weight, "bias"))
@@ -175,7 +177,7 @@ def rewrite_producer(
         taken = shift if producer.shifted else 0.0
         moved = (bias[columns] + producer.offset - taken) / scale - producer.offset
         flat[bias_name] = bias.at[columns].set(moved.astype(bias.dtype))
-    elif producer.offset or (producer.shifted and np.any(np.asarray(shift))):
+    elif producer.offset or (producer.shifted and np.any(shift)):
         raise ValueError(f"{producer.layer} has no bias, which takes up a fold's shift or offset.")
 
 
@@ -190,7 +192,7 @@ def check_foldable(flat: Mapping[str, Any], path: str, name: str) -> None:
         )
 
 
-def vector(path: str, name: str, values: Any, width: int) -> Float[Array, " K"]:
+def vector(path: str, name: str, values: Any, width: int) -> Float[np.ndarray, " K"]:
     """Returns `values` as an array; raises `ValueError` if they are no usable `name` of a layer."""
     values = np.asarray(values)
     if values.shape != (width,):
@@ -200,4 +202,4 @@ def vector(path: str, name: str, values: Any, width: int) -> Float[Array, " K"]:
     if not np.isfinite(values).all() or (name == "scale" and (values == 0).any()):
         rule = "finite and not 0" if name == "scale" else "finite"
         raise ValueError(f"{name} of {path} must be {rule} in every channel.")
-    return jnp.asarray(values, jnp.result_type(float))
+    return np.asarray(values, jnp.result_type(float))

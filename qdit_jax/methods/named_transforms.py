@@ -15,11 +15,8 @@ from qdit_jax.methods.bench import Bench
 from qdit_jax.methods.branches import weight_branch
 from qdit_jax.methods.input_transforms import Place, Transform
 from qdit_jax.methods.scales import ALPHAS, smoothing
-from qdit_jax.quant import LowRank, regular_size
-from qdit_jax.recipes import TRANSFORMS, LayerSpec
-
-# The parts of a transform that turn the input, and the kinds of `Bench.rotation`.
-TURNS = {"hadamard": "regular", "pca": "pca"}
+from qdit_jax.quant import LowRank, Rotation
+from qdit_jax.recipes import TRANSFORMS, LayerSpec, rotated_block
 
 
 def named_transform(name: str, bench: Bench, seed: int) -> Transform:
@@ -30,14 +27,14 @@ def named_transform(name: str, bench: Bench, seed: int) -> Transform:
     """
     parts = TRANSFORMS[name]
     shift = bench.middle if "shift" in parts else None
-    turn = next((TURNS[part] for part in parts if part in TURNS), None)
-    fixed = None if turn in (None, "pca") else bench.rotation(turn, Transform(), seed)
+    size = None if "pca" in parts else rotated_block(name, bench.rows.shape[1])
+    fixed = None if size is None else Rotation("regular", size)
     scale = None
     if "smooth" in parts:
         scales = smoothing(ALPHAS)(bench.shifted(shift), bench.kernel)
         scale = scales[int(bench.errors(scales, shift, fixed).argmin())]
     plain = Transform(scale, shift)
-    turned = bench.rotation("pca", plain, seed) if turn == "pca" else fixed
+    turned = bench.rotation("pca", plain, seed) if "pca" in parts else fixed
     return dataclasses.replace(plain, rotation=turned)
 
 
@@ -58,11 +55,11 @@ def named_branch(
 
 def missing_for(spec: LayerSpec, shape: tuple[int, int], has_bias: bool) -> str | None:
     """Returns in a few words why a layer cannot have the transform and rank of a spec, or None."""
-    parts = TRANSFORMS[spec.transform or "none"]
-    if "shift" in parts and not has_bias:
+    if "shift" in TRANSFORMS[spec.transform or "none"] and not has_bias:
         return "it has no bias, which a shift of its input needs"
-    if set(parts) & set(TURNS) and regular_size(shape[0]) == 1:
-        return f"4 does not divide its {shape[0]} input channels"
+    size = rotated_block(spec.transform, shape[0])
+    if size is not None and (size == 1 or shape[0] % size):
+        return f"{max(size, 4)} does not divide its {shape[0]} input channels"
     if (spec.rank or 0) > min(shape):
         return f"its kernel is {shape[0]}x{shape[1]}"
     return None

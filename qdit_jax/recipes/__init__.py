@@ -5,7 +5,7 @@ from qdit_jax.recipes.names import layer_paths, operand_paths, part_names, part_
 from qdit_jax.recipes.other_weights import at_weight_bits, other_weights
 from qdit_jax.recipes.over_time import OverTime, bits_named, check_act_bits
 from qdit_jax.recipes.recipe import Recipe
-from qdit_jax.recipes.rules import TRANSFORMS, LayerSpec, Rule
+from qdit_jax.recipes.rules import TRANSFORMS, LayerSpec, Rule, rotated_block
 
 __all__ = [
     "NAMED",
@@ -24,4 +24,5 @@ __all__ = [
     "other_weights",
     "part_names",
     "part_pattern",
+    "rotated_block",
 ]

@@ -10,13 +10,20 @@ from typing import Any
 import numpy as np
 
 from qdit_jax.errors import check_pattern
-from qdit_jax.quant import ActSpec, WeightSpec
+from qdit_jax.quant import ActSpec, WeightSpec, regular_size
 from qdit_jax.types import UNSAID
 
 # Stands for a part of whatever family the parameters turn out to be, as in `part:blocks`.
 PART = "part:"
 
 
+# Parts of a transform that rotate blocks of channels, and how many channels a block has; None for the
+# largest power of 4, at most 256, that divides their number.
+TURNS: Mapping[str, int | None] = {
+    "hadamard": None,
+    "pca": None,
+    **{f"hadamard{size}": size for size in (4, 16, 64, 256)},
+}
 # Names of input transforms, and the parts of each in the order in which they work: `smooth` divides
 # every channel by a scale, `shift` takes the middle of its range off first, `hadamard` multiplies
 # blocks of channels by a regular Hadamard matrix, `pca` by the inputs' principal directions.
@@ -25,8 +32,8 @@ TRANSFORMS: Mapping[str, tuple[str, ...]] = {
     **{
         name: tuple(name.split("+"))
         for name in (
-            *("smooth", "shift", "hadamard", "pca", "smooth+shift", "smooth+hadamard"),
-            *("smooth+pca", "smooth+shift+hadamard", "smooth+shift+pca"),
+            *("smooth", "shift", "smooth+shift"),
+            *(f"{before}{turn}" for turn in TURNS for before in ("", "smooth+", "smooth+shift+")),
         )
     },
 }
@@ -72,6 +79,16 @@ class LayerSpec:
         if self.transform not in (None, "none"):
             return f"transform={self.transform!r}"
         return f"rank={self.rank}" if self.rank else None
+
+
+def rotated_block(transform: str | None, num_channels: int) -> int | None:
+    """Returns the block size of the rotation in the transform of that name; None if it has none.
+
+    A size that the name asks for is returned whether or not it divides `num_channels`; the size that
+    is chosen by `num_channels` may be 1.
+    """
+    turn = next((part for part in TRANSFORMS[transform or "none"] if part in TURNS), None)
+    return None if turn is None else TURNS[turn] or regular_size(num_channels)
 
 
 def check_transform(name: object) -> None:

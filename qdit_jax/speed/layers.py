@@ -30,8 +30,8 @@ from qdit_jax.files import AnyPath
 from qdit_jax.kernels import implementation_of
 from qdit_jax.models import Linear
 from qdit_jax.ptq import quantize_params
-from qdit_jax.quant import InputMap, LowRank, Rotation, regular_size
-from qdit_jax.recipes import TRANSFORMS, LayerSpec, Recipe, Rule
+from qdit_jax.quant import InputMap, LowRank, Rotation
+from qdit_jax.recipes import TRANSFORMS, LayerSpec, Recipe, Rule, rotated_block
 from qdit_jax.report import provenance
 from qdit_jax.sampling import PUBLISHED, Guidance, calls_per_step, check_seed, fitting_guidance
 from qdit_jax.speed.contenders import Way, check_known, contenders_of
@@ -215,10 +215,10 @@ def beside_kernel(k: int, n: int, spec: LayerSpec, rng: np.random.Generator) -> 
     if {"smooth", "shift"} & set(parts):
         shift = rng.normal(size=k).astype(np.float32) if "shift" in parts else None
         found["input_map"] = InputMap(rng.uniform(0.5, 2, k).astype(np.float32), shift)
-    size = regular_size(k)
-    if "hadamard" in parts:
+    size = rotated_block(spec.transform, k)
+    if size is not None and "pca" not in parts:
         found["rotation"] = Rotation("regular", size)
-    if "pca" in parts:
+    if size is not None and "pca" in parts:
         blocks = np.linalg.qr(rng.normal(size=(k // size, size, size)))[0]
         found["rotation"] = Rotation("dense", size, matrix=blocks.astype(np.float32))
     if spec.rank:

@@ -90,9 +90,9 @@ def test_what_a_layer_cannot_have_is_left_out_or_refused():
     with pytest.raises(ValueError, match="must be one or more different names"):
         small_space(params, transforms=("smooth", "smooth"))
     odd = {"layer": {"kernel": jnp.ones((6, 8))}}
-    spaces = search.search_space(odd, layers="layer", transforms=("none", "hadamard", "smooth"))
-    names = {spec.transform for spec in spaces.layers[0].choices}
-    assert names == {"none", "smooth"}
+    names = ("none", "hadamard", "hadamard64", "smooth")
+    space = search.search_space(odd, layers="layer", transforms=names)
+    assert {spec.transform for spec in space.layers[0].choices} == {"none", "smooth"}
     with pytest.raises(ValueError, match="no bias, which a shift"):
         search.search_space(odd, layers="layer", transforms=("shift",))
 
@@ -224,6 +224,7 @@ def test_costs_count_what_transforms_and_branches_do():
     assert more(ops, "smooth") == 10 * 64 * 1024
     assert more(ops, "smooth", layer=folded) == 0
     assert more(ops, "hadamard") == 10 * 64 * 4 * 3 * 256  # three factors of order 4
+    assert more(ops, "smooth+hadamard16", layer=folded) == 10 * 64 * 4 * 2 * 256
     assert more(ops, "smooth+pca", layer=folded) == 10 * 64 * 64 * 256
     assert more(ops, "none", 5) == 10 * 5 * 164 * 256
     nbytes = search.Bytes()

@@ -324,13 +324,14 @@ def test_a_bad_pattern_is_a_sentence(make):
         make()
 
 
-def test_transforms_and_ranks_survive_json_and_are_absent_where_the_method_decides():
+@pytest.mark.parametrize("name", ["smooth+hadamard", "hadamard64", "smooth+shift+hadamard256"])
+def test_transforms_and_ranks_survive_json_and_are_absent_where_the_method_decides(name):
     side = WeightSpec(4, 16)
-    asked = LayerSpec(side, None, "smooth+hadamard", np.int64(8))
+    asked = LayerSpec(side, None, name, np.int64(8))
     recipe = Recipe((Rule("a", asked), Rule("b", LayerSpec(side)), Rule("c", LayerSpec())))
     data = json.loads(json.dumps(recipe.to_json()))
     assert Recipe.from_json(data) == recipe
-    assert (data["rules"][0]["transform"], data["rules"][0]["rank"]) == ("smooth+hadamard", 8)
+    assert (data["rules"][0]["transform"], data["rules"][0]["rank"]) == (name, 8)
     assert set(data["rules"][1]) == {"layers", "weight", "act"}
     assert recipe.for_rounding().rules[0].spec == LayerSpec(side)
     off = LayerSpec(side, None, "none", 0)
