@@ -13,6 +13,7 @@ import numpy as np
 
 from qdit_jax import metrics
 from qdit_jax.evaluation.trajectories import BatchSampler, Trajectory
+from qdit_jax.sampling import on_one_device
 from qdit_jax.types import Condition
 
 Tree = TypeVar("Tree")
@@ -79,7 +80,9 @@ def probe(
     device = jax.local_devices()[0]
     fns = [jax.device_put(w.denoise_fn, device) for w in (reference, other)]
     given = jax.device_put((trajectory.x, trajectory.timestep, condition), device)
-    signal, noise = (np.asarray(power) for power in output_powers(*fns, *given))
+    with on_one_device():
+        powers = output_powers(*fns, *given)
+    signal, noise = (np.asarray(power) for power in powers)
     return metrics.decibels(signal, noise).T
 
 

@@ -46,6 +46,7 @@ from qdit_jax.sampling import (
     device_mesh,
     filled_batch,
     guidance_record,
+    on_one_device,
     sample_rows,
 )
 from qdit_jax.types import Progress, ProgressFn, untold
@@ -218,4 +219,5 @@ def used_by(checkpoint: Checkpoint, protocol: Protocol, batch_size: int) -> dict
     """Returns how many quantized layers each implementation computes, by its name."""
     found = sample_rows(checkpoint.model, protocol.shape, protocol.conditions)
     rows = {path: n * batch_size for path, n in found.items()}
-    return implementations_used(checkpoint.params, protocol.numerics, rows=rows)
+    with on_one_device():  # as each of them computes
+        return implementations_used(checkpoint.params, protocol.numerics, rows=rows)

@@ -22,6 +22,7 @@ from qdit_jax.metrics import temporal_flickering
 from qdit_jax.models import Network, with_guidance
 from qdit_jax.report import to_uint8
 from qdit_jax.sampling import (
+    BATCH,
     PUBLISHED,
     Denoiser,
     Guidance,
@@ -30,6 +31,9 @@ from qdit_jax.sampling import (
     decode,
     denoiser,
     initial_noise,
+    layout_of,
+    on_each_device,
+    run_per_device,
     running_params,
     shape_of_sample,
 )
@@ -125,24 +129,26 @@ class BatchSampler:
         denoise_fn: DenoiseFn,
         vae: Checkpoint | None,
         protocol: Protocol,
-        split: NamedSharding,
+        mesh: Mesh,
     ) -> None:
         self.denoise_fn = denoise_fn
         self.vae = vae
         self.protocol = protocol
-        self.split = split
+        self.mesh = mesh
         self.compiled: jax.stages.Compiled | None = None
 
     def __call__(self, index: Int[np.ndarray, " B"], condition: Condition) -> Trajectory:
         """Returns the trajectories of the samples numbered `index`."""
         model = network(self.denoise_fn).model
-        numbers, condition = jax.device_put((index, condition), self.split)
+        split = NamedSharding(self.mesh, PartitionSpec(BATCH))
+        numbers, condition = jax.device_put((index, condition), split)
         key = jax.random.key(self.protocol.seed)
         given = (self.denoise_fn, self.protocol.sampler, key, numbers, condition)
         compile_seconds, began = 0.0, time.perf_counter()
         if self.compiled is None:
+            layout = layout_of(given, self.mesh)
             self.compiled = compiled_trajectory.lower(
-                *given, shape=self.protocol.shape_of(model)
+                *given, shape=self.protocol.shape_of(model), layout=layout
             ).compile()
             compile_seconds = time.perf_counter() - began
         began = time.perf_counter()
@@ -159,14 +165,20 @@ class BatchSampler:
         )
 
 
-@jax.jit(static_argnames=("shape",))
-def compiled_trajectory(denoise_fn, sampler, key, index, condition, shape):
+@jax.jit(static_argnames=("shape", "layout"))
+def compiled_trajectory(denoise_fn, sampler, key, index, condition, shape, layout=None):
     """Returns timesteps `[S]`, inputs `[S, B, H, W, C]` and final latents `[B, H, W, C]`."""
-    noise, keys = initial_noise(key, index, shape)
-    final, (timestep, x) = diffusion.sample_trajectory(
-        denoise_fn, sampler, noise, condition, keys, collect_fn=timestep_and_input
-    )
-    return timestep, x, final
+
+    def sampled(denoise_fn, sampler, key, index, condition):
+        noise, keys = initial_noise(key, index, shape)
+        final, (timestep, x) = diffusion.sample_trajectory(
+            denoise_fn, sampler, noise, condition, keys, collect_fn=timestep_and_input
+        )
+        return timestep, x, final
+
+    given = (denoise_fn, sampler, key, index, condition)
+    specs = PartitionSpec(), PartitionSpec(None, BATCH), PartitionSpec(BATCH)
+    return run_per_device(layout, sampled, given, specs)
 
 
 def timestep_and_input(step: diffusion.Step) -> tuple[AnyArray, AnyArray]:
@@ -184,13 +196,13 @@ def batch_sampler(checkpoint: Checkpoint, protocol: Protocol, mesh: Mesh) -> Bat
     whole = NamedSharding(mesh, PartitionSpec())
     model = checkpoint.model.clone(numerics=protocol.numerics)
     guidance, channels = protocol.guidance, protocol.guidance_channels
-    params = running_params(model, checkpoint.params)
+    with diffusion.on_one_device():  # as each of them computes
+        params = running_params(model, checkpoint.params)
     denoise_fn = denoiser(model, params, guidance, channels)
     vae = checkpoint.vae
     if vae is not None:
         vae = dataclasses.replace(vae, params=jax.device_put(vae.params, whole))
-    split = NamedSharding(mesh, PartitionSpec("batch"))
-    return BatchSampler(jax.device_put(denoise_fn, whole), vae, protocol, split)
+    return BatchSampler(on_each_device(denoise_fn, mesh), vae, protocol, mesh)
 
 
 def check_finite(trajectory: Trajectory, title: str, start: int) -> None:

@@ -34,6 +34,7 @@ from qdit_jax.sampling import (
     fitting_guidance,
     guidance_record,
     num_guided_channels,
+    on_one_device,
     sample_rows,
 )
 from qdit_jax.types import Condition, ProgressFn, untold
@@ -143,7 +144,8 @@ def verify(
     # A guided call has the null samples as well.
     call_size = (protocol.batch_size or 1) * calls_per_step(full.model, protocol.guidance)
     rows = sample_rows(full.model, shape, conditions)
-    facts = layer_facts(ours, full, numerics=numerics, batch_size=call_size, rows=rows)
+    with on_one_device():
+        facts = layer_facts(ours, full, numerics=numerics, batch_size=call_size, rows=rows)
     first, condition, final = paired_samples(pair, protocol, progress_fn)
     model = full.model.clone(numerics=numerics)
     denoise_fns = [Denoiser(tree, model) for tree in (full.params, ours.params)]

@@ -36,6 +36,7 @@ from qdit_jax.sampling.own_guidance import (
     PUBLISHED,
     Guidance,
 )
+from qdit_jax.sampling.per_device import BATCH, Layout, layout_of, run_per_device
 from qdit_jax.types import AnyArray, Condition, Key, Progress, ProgressFn, untold
 
 
@@ -53,7 +54,7 @@ def initial_noise(
     return noise, keys[:, 1]
 
 
-@jax.jit(static_argnames=("shape",))
+@jax.jit(static_argnames=("shape", "layout"))
 def _generated(
     denoise_fn: Callable[..., Array],
     sampler: diffusion.Sampler,
@@ -61,9 +62,21 @@ def _generated(
     index: Int[Array, " B"],
     condition: Condition,
     shape: tuple[int, ...],
+    layout: Layout | None = None,
 ) -> Float[Array, "B *shape"]:
-    noise, keys = initial_noise(key, index, shape)
-    return diffusion.sample(denoise_fn, sampler, noise, condition, keys)
+    def sampled(
+        denoise_fn: Callable[..., Array],
+        sampler: diffusion.Sampler,
+        key: Key,
+        index: Int[Array, " B"],
+        condition: Condition,
+    ) -> Float[Array, "B *shape"]:
+        noise, keys = initial_noise(key, index, shape)
+        return diffusion.sample(denoise_fn, sampler, noise, condition, keys)
+
+    given = (denoise_fn, sampler, key, index, condition)
+    found: Array = run_per_device(layout, sampled, given, PartitionSpec(BATCH))
+    return found
 
 
 def generate(
@@ -192,7 +205,10 @@ def generated_batches(
             kept = jax.device_put(kept_rows(first_frames, index, size[0]), split)
             sampler_of_batch = keeping(sampler, model, *kept)
         fn = denoiser_of(chosen, padded)
-        out = _generated(fn, sampler_of_batch, jax.random.key(seed), numbers, chosen, size)
+        given = (fn, sampler_of_batch, jax.random.key(seed), numbers, chosen)
+        # Layers whose tokens are split are `shard_map`s themselves.
+        layout = layout_of(given, mesh) if shard_tokens == 1 else None
+        out = _generated(*given, size, layout)
         if vae is not None and decode_fn is not None:
             out = decode_fn(vae, out)
         yield start, np.asarray(out)[: stop - start]
