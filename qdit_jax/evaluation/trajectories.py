@@ -26,13 +26,17 @@ from qdit_jax.sampling import (
     PUBLISHED,
     Denoiser,
     Guidance,
+    batch_spec,
     chosen_guidance,
     cyclic_conditions,
     decode,
     denoiser,
     initial_noise,
+    kept_in_place,
     layout_of,
     on_each_device,
+    partition_mesh,
+    partitioned_denoisers,
     run_per_device,
     running_params,
     shape_of_sample,
@@ -130,23 +134,25 @@ class BatchSampler:
         vae: Checkpoint | None,
         protocol: Protocol,
         mesh: Mesh,
+        is_partitioned: bool = False,
     ) -> None:
         self.denoise_fn = denoise_fn
         self.vae = vae
         self.protocol = protocol
         self.mesh = mesh
+        self.is_partitioned = is_partitioned  # parameters are split over the mesh
         self.compiled: jax.stages.Compiled | None = None
 
     def __call__(self, index: Int[np.ndarray, " B"], condition: Condition) -> Trajectory:
         """Returns the trajectories of the samples numbered `index`."""
         model = network(self.denoise_fn).model
-        split = NamedSharding(self.mesh, PartitionSpec(BATCH))
+        split = NamedSharding(self.mesh, batch_spec(self.mesh))
         numbers, condition = jax.device_put((index, condition), split)
         key = jax.random.key(self.protocol.seed)
         given = (self.denoise_fn, self.protocol.sampler, key, numbers, condition)
         compile_seconds, began = 0.0, time.perf_counter()
         if self.compiled is None:
-            layout = layout_of(given, self.mesh)
+            layout = None if self.is_partitioned else layout_of(given, self.mesh)
             self.compiled = compiled_trajectory.lower(
                 *given, shape=self.protocol.shape_of(model), layout=layout
             ).compile()
@@ -192,17 +198,23 @@ def network(denoise_fn: DenoiseFn) -> Denoiser:
 
 
 def batch_sampler(checkpoint: Checkpoint, protocol: Protocol, mesh: Mesh) -> BatchSampler:
-    """Returns the sampler of a checkpoint with its parameters on every device."""
-    whole = NamedSharding(mesh, PartitionSpec())
+    """Returns the sampler of a checkpoint with its parameters on every device; split ones stay on their own mesh."""
+    home = partition_mesh(checkpoint.params)
+    mesh = home or mesh
     model = checkpoint.model.clone(numerics=protocol.numerics)
     guidance, channels = protocol.guidance, protocol.guidance_channels
-    with diffusion.on_one_device():  # as each of them computes
-        params = running_params(model, checkpoint.params)
-    denoise_fn = denoiser(model, params, guidance, channels)
+    denoise_fn: Any
+    if home is None:
+        with diffusion.on_one_device():  # as each of them computes
+            params = running_params(model, checkpoint.params)
+        denoise_fn = on_each_device(denoiser(model, params, guidance, channels), mesh)
+    else:
+        given = model, checkpoint.params, (guidance, channels), home
+        denoise_fn, _ = partitioned_denoisers(*given)
     vae = checkpoint.vae
     if vae is not None:
-        vae = dataclasses.replace(vae, params=jax.device_put(vae.params, whole))
-    return BatchSampler(on_each_device(denoise_fn, mesh), vae, protocol, mesh)
+        vae = dataclasses.replace(vae, params=kept_in_place(vae.params, mesh))
+    return BatchSampler(denoise_fn, vae, protocol, mesh, home is not None)
 
 
 def check_finite(trajectory: Trajectory, title: str, start: int) -> None:

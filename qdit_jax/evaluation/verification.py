@@ -29,6 +29,7 @@ from qdit_jax.sampling import (
     check_diffusion_model,
     check_numerics,
     check_seed,
+    check_whole,
     checked_batch_size,
     checkpoint_sampler,
     fitting_guidance,
@@ -136,6 +137,8 @@ def verify(
         for contender in contenders(checkpoint, against)
     ]
     full, ours = (contender.checkpoint for contender in pair)
+    for contender in pair:
+        check_whole(contender.checkpoint.params, "verify")
     check_numerics(ours.params, numerics)
     protocol = protocol_of(full, num_samples, steps, guidance, batch_size, shape)
     chosen = {"seed": check_seed(seed), "numerics": numerics, "conditions": conditions}

@@ -15,6 +15,7 @@ from qdit_jax.sampling.denoisers import denoiser
 from qdit_jax.sampling.hoisted import check_hoisting, hoisting, unhoistable_reason
 from qdit_jax.sampling.own_guidance import Guidance
 from qdit_jax.sampling.own_samplers import called_timesteps, has_known_calls
+from qdit_jax.sampling.partitioned import kept_in_place
 from qdit_jax.sampling.per_device import on_each_device
 from qdit_jax.sampling.running import running_params
 from qdit_jax.sampling.spare_memory import MOST_BYTES, spare_bytes
@@ -61,6 +62,18 @@ def batch_denoisers(
     settings: Any = {"most_bytes": most_bytes, "shape": size, "falls_back": falls_back}
     denoiser_of = hoisting(model, params, timesteps, *guided, mesh=mesh, **settings)
     return denoiser(model, params, *guided), denoiser_of
+
+
+def partitioned_denoisers(
+    model: nn.Module,
+    params: Params,
+    guided: tuple[Guidance | None, int | str | None],
+    mesh: Mesh,
+) -> tuple[DenoiseFn, DenoiserOf]:
+    """Returns the same of parameters that are split over a mesh, where they stay."""
+    running = running_params(model, kept_in_place(params, mesh))
+    fn = denoiser(model, running, *guided)
+    return fn, always(fn)
 
 
 def always(denoise_fn: DenoiseFn) -> DenoiserOf:

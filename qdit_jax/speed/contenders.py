@@ -22,7 +22,7 @@ from qdit_jax.models import DTYPES, rows_per_sample
 from qdit_jax.ptq import plan, quantize_params
 from qdit_jax.quant import ActQuant, ActSpec, QTensor, WeightSpec
 from qdit_jax.recipes import Recipe
-from qdit_jax.sampling import on_one_device
+from qdit_jax.sampling import check_whole, on_one_device
 from qdit_jax.types import Params
 
 GROUPED = re.compile(r"(.+)-g(\d+)")
@@ -120,8 +120,11 @@ def contenders_of(
 
     Raises:
         UserError: if recipes are given for a quantized checkpoint, or `expand` for full precision.
+        ValueError: if parameters are split over devices.
     """
     recipes, dtype = list(recipes), dtype or default_dtype()
+    for one in (checkpoint, *([] if against is None else [against])):
+        check_whole(one.params, "bench")
     rows = rows_per_sample(checkpoint.model)
     if checkpoint.recipe is None:
         if against is not None:

@@ -384,7 +384,7 @@ def errors(base: Compiled, ours: Compiled, path: Inputs) -> dict[str, float | No
     condition = jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], path.condition)
     signal = noise = 0.0
     for x, timestep in zip(path.x, path.timestep, strict=True):
-        given = (x[index], jnp.full((batch,), timestep, jnp.float32), condition)
+        given = x[index], jnp.full((batch,), timestep, jnp.float32), condition
         a, b = (
             np.asarray(one.call(one.denoise_fn, *given)[..., :num_channels], np.float64)
             for one in (base, ours)
