@@ -25,7 +25,7 @@ from qdit_jax.allocation.coordinates import Coordinates
 from qdit_jax.allocation.objectives import Objective
 from qdit_jax.allocation.space import Space
 from qdit_jax.processes import naming_lost_workers
-from qdit_jax.sampling import device_mesh, filled_batch
+from qdit_jax.sampling import check_whole, device_mesh, filled_batch
 from qdit_jax.types import AnyArray, Numbers, Params, Progress, ProgressFn, untold
 
 Tree = TypeVar("Tree")
@@ -69,6 +69,7 @@ class Evaluator:
         self.objective = objective
         self.mesh = device_mesh(jax.devices()) if mesh is None else mesh
         self.num_items = per_device * self.mesh.size
+        check_whole(params, "search")
         check_coordinates(space, coordinates or {})
         self.data = replicated((params, dict(coordinates or {}), objective), self.mesh)
         self.measure = measurer(space, self.mesh, per_device, batch_size)

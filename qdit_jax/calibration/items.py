@@ -5,6 +5,7 @@ Dimensions: I items, B batch, S steps, M items of one trajectory, H, W, C one la
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from qdit_jax.sampling import (
     denoiser,
     fitting_guidance,
     initial_noise,
+    params_in_place,
     sampler_timesteps,
     shape_of_sample,
 )
@@ -193,6 +195,7 @@ def collect_items(
         UserError: if `unfinished` holds the batches of other settings.
     """
     check_diffusion_model(checkpoint.model)
+    checkpoint = dataclasses.replace(checkpoint, params=params_in_place(checkpoint.params))
     check_counts(num_samples=num_samples, batch_size=batch_size)
     model = checkpoint.model
     guidance = fitting_guidance(model, guidance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -50,6 +51,7 @@ from qdit_jax.sampling import (
     denoiser,
     fitting_guidance,
     initial_noise,
+    params_in_place,
     sampler_timesteps,
     shape_of_sample,
 )
@@ -102,6 +104,7 @@ def calibrate(
         UserError: if `unfinished` was written with other settings.
     """
     check_diffusion_model(checkpoint.model)
+    checkpoint = dataclasses.replace(checkpoint, params=params_in_place(checkpoint.params))
     check_counts(num_samples=num_samples, batch_size=batch_size)
     check_counts(0, num_tokens=num_tokens)
     model, params = checkpoint.model, checkpoint.params

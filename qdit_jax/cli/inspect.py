@@ -237,11 +237,13 @@ def implementations(manifest: dict[str, Any]) -> dict[str, dict[str, int]]:
     """
     from qdit_jax.checkpoint import abstract_params
     from qdit_jax.kernels import NUMERICS, implementations_used
+    from qdit_jax.sampling import on_one_device
 
     params, found = abstract_params(manifest), {}
     for numerics in NUMERICS:
         try:
-            used = implementations_used(params, numerics)
+            with on_one_device():
+                used = implementations_used(params, numerics)
         except ValueError:  # integer numerics of a layer whose input is not quantized
             continue
         if used:

@@ -298,13 +298,14 @@ def labels_of(job: SampleFile) -> list[Any]:
 def precision(job: SampleFile) -> str:
     """Returns how the numbers were computed and by what, in words."""
     from qdit_jax.kernels import implementations_used
-    from qdit_jax.sampling import sample_rows
+    from qdit_jax.sampling import on_one_device, sample_rows
 
     checkpoint, numerics = job.checkpoint, job.numerics
     if checkpoint.recipe is None:
         return "full precision"
     rows = sample_rows(checkpoint.model, job.shape, job.condition)
-    used = implementations_used(checkpoint.params, numerics, rows=rows)
+    with on_one_device():  # as each of them computes
+        used = implementations_used(checkpoint.params, numerics, rows=rows)
     names = ", ".join(f"{name} ({count} layers)" for name, count in used.items())
     return f"quantized, {numerics} numerics" + (f" by {names}" if names else "")
 

@@ -82,7 +82,7 @@ if TYPE_CHECKING:
         shown,
         understood,
     )
-    from qdit_jax.diffusion.sharded import in_auto_axes
+    from qdit_jax.diffusion.sharded import in_auto_axes, on_one_device
     from qdit_jax.diffusion.unipc_flow import UniPC, unipc
     from qdit_jax.diffusion.velocity_flow import Flow, euler, flow, heun
 
@@ -145,7 +145,7 @@ LAZY = {
         "zero_snr_betas",
     ),
     "settings": ("HARMLESS", "Setting", "Table", "check_setting", "shown", "understood"),
-    "sharded": ("in_auto_axes",),
+    "sharded": ("in_auto_axes", "on_one_device"),
     "unipc_flow": ("UniPC", "unipc"),
     "velocity_flow": ("Flow", "euler", "flow", "heun"),
 }
@@ -202,6 +202,7 @@ __all__ = [
     "linear_betas",
     "noised",
     "of_samples",
+    "on_one_device",
     "process_text",
     "read_scheduler",
     "resolution_shift",

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from qdit_jax.diffusion.guidance import as_pytree, check_condition
 from qdit_jax.diffusion.posterior import DenoiseFn
 from qdit_jax.diffusion.samplers import Sampler, Step, initial_state, take_step
+from qdit_jax.diffusion.sharded import where_alone
 from qdit_jax.types import AnyArray, Condition, Key, Numbers
 
 
@@ -95,9 +96,9 @@ def sample_trajectory(
         raise ValueError("this sampler draws noise at every step; give key, or step_noise.")
     else:
         key = _typed(key, noise.shape[0])
-    return _sample_loop(
-        as_pytree(denoise_fn), sampler, noise, condition, key, step_noise, collect_fn
-    )
+    given = as_pytree(denoise_fn), sampler, noise, condition, key, step_noise
+    with where_alone(given):
+        return _sample_loop(*given, collect_fn)
 
 
 def check_batch(condition: Condition, noise: AnyArray) -> None:

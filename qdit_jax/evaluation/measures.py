@@ -5,7 +5,7 @@ Dimensions: B samples of a batch, S steps, T frames of a clip.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import numpy as np
 
 from qdit_jax import metrics
 from qdit_jax.evaluation.trajectories import BatchSampler, Trajectory
+from qdit_jax.sampling import kept_in_place, on_one_device
 from qdit_jax.types import Condition
 
 Tree = TypeVar("Tree")
@@ -75,11 +76,17 @@ def probe(
     The inputs are those of the reference's trajectory, so that no earlier error counts; the
     channels of a learned variance do not count either.
     """
-    # One device: the few samples may not divide evenly among all.
-    device = jax.local_devices()[0]
-    fns = [jax.device_put(w.denoise_fn, device) for w in (reference, other)]
-    given = jax.device_put((trajectory.x, trajectory.timestep, condition), device)
-    signal, noise = (np.asarray(power) for power in output_powers(*fns, *given))
+    homes = [w.mesh for w in (reference, other) if w.is_partitioned]
+    fns: Any = [w.denoise_fn for w in (reference, other)]
+    given: Any = (trajectory.x, trajectory.timestep, condition)
+    if homes:  # where the parameters are
+        fns, given = kept_in_place((fns, given), homes[0])
+        powers = output_powers(*fns, *given)
+    else:  # on one device: the few samples may not divide evenly among all
+        fns, given = jax.device_put((fns, given), jax.local_devices()[0])
+        with on_one_device():
+            powers = output_powers(*fns, *given)
+    signal, noise = (np.asarray(power) for power in powers)
     return metrics.decibels(signal, noise).T
 
 

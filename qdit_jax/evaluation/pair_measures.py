@@ -40,7 +40,7 @@ from qdit_jax.evaluation.trajectories import (
 )
 from qdit_jax.models import without_null
 from qdit_jax.quant import kernel_of_other, other_kernel, with_weight_bits
-from qdit_jax.sampling import Denoiser, device_mesh, filled_batch
+from qdit_jax.sampling import Denoiser, device_mesh, filled_batch, on_one_device
 from qdit_jax.types import Condition, Params, Progress, ProgressFn
 
 NUM_TIMESTEPS, NUM_SAMPLES = 4, 4  # of the single calls in which layers are measured
@@ -101,11 +101,13 @@ def measured(
     alone = linears_alone(other.params, reference.params, model)
     operands = operand_quantizers(other.params, facts)
     given = jax.device_put((alone, operands, where.comparable, items), jax.local_devices()[0])
-    outputs, powers = jax.device_get(call_powers(reference, other, *given))
+    with on_one_device():
+        outputs, powers = jax.device_get(call_powers(reference, other, *given))
     sums = {path: np.asarray(both, np.float64).sum(0) for path, both in powers.items()}
     for bits in sorted({own[1] for layer in facts if (own := kernel_of_other(layer.path))}):
         changed = linears_alone(with_weight_bits(other.params, bits), reference.params, model)
-        found = jax.device_get(call_powers(reference, other, changed, *given[1:]))[1]
+        with on_one_device():
+            found = jax.device_get(call_powers(reference, other, changed, *given[1:]))[1]
         for path, both in found.items():
             sums[f"{path}/{other_kernel(bits)}"] = np.asarray(both, np.float64).sum(0)
     sums |= table_powers(other.params, reference.params, facts)
@@ -199,7 +201,8 @@ def timed(
     x, device = trajectory.x[0], jax.local_devices()[0]
     timestep = np.full(len(x), trajectory.timestep[0], np.float32)
     given = jax.device_put(Items(x, timestep, without_null(condition)), device)
-    compiled = [one_call.lower(fn, given).compile() for fn in denoise_fns]
+    with on_one_device():
+        compiled = [one_call.lower(fn, given).compile() for fn in denoise_fns]
     seconds: list[list[float]] = [[], []]
     for repeat in range(NUM_TIMINGS + 1):
         for fn, call, taken in zip(denoise_fns, compiled, seconds, strict=True):

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -29,6 +31,7 @@ from qdit_jax.evaluation.shared_run import (
 from qdit_jax.evaluation.store import open_run, write_shard
 from qdit_jax.evaluation.trajectories import (
     NUM_PROBED,
+    BatchSampler,
     Contender,
     Protocol,
     batch_sampler,
@@ -39,6 +42,7 @@ from qdit_jax.kernels import implementations_used
 from qdit_jax.models import Network
 from qdit_jax.processes import ALONE, Processes
 from qdit_jax.sampling import (
+    batch_parts,
     check_seed,
     check_takes,
     default_batch_size,
@@ -46,6 +50,8 @@ from qdit_jax.sampling import (
     device_mesh,
     filled_batch,
     guidance_record,
+    on_one_device,
+    partition_mesh,
     sample_rows,
 )
 from qdit_jax.types import Progress, ProgressFn, untold
@@ -181,8 +187,10 @@ def shards(
     if not missing:
         return
     mesh = device_mesh()
-    padded = -(-batch_size // mesh.size) * mesh.size
     batch_samplers = [batch_sampler(c.checkpoint, protocol, mesh) for c in contenders]
+    check_same_devices(batch_samplers)
+    parts = math.lcm(*(batch_parts(one.mesh) for one in batch_samplers))
+    padded = -(-batch_size // parts) * parts
     device = jax.local_devices()[0]
     place = f"{mesh.size} x {device.platform} ({device.device_kind})"
     used = {
@@ -218,4 +226,16 @@ def used_by(checkpoint: Checkpoint, protocol: Protocol, batch_size: int) -> dict
     """Returns how many quantized layers each implementation computes, by its name."""
     found = sample_rows(checkpoint.model, protocol.shape, protocol.conditions)
     rows = {path: n * batch_size for path, n in found.items()}
-    return implementations_used(checkpoint.params, protocol.numerics, rows=rows)
+    is_whole = partition_mesh(checkpoint.params) is None
+    with on_one_device() if is_whole else nullcontext():  # as each of them computes
+        return implementations_used(checkpoint.params, protocol.numerics, rows=rows)
+
+
+def check_same_devices(batch_samplers: Sequence[BatchSampler]) -> None:
+    """Raises `ValueError` if the parameters of two networks are split over different devices."""
+    meshes = [one.mesh for one in batch_samplers if one.is_partitioned]
+    if any(set(mesh.devices.flat) != set(meshes[0].devices.flat) for mesh in meshes):
+        raise ValueError(
+            "the parameters of two checkpoints are split over different devices, where their outputs cannot "
+            "be compared; split them over the same ones."
+        )

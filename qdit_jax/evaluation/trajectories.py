@@ -22,14 +22,22 @@ from qdit_jax.metrics import temporal_flickering
 from qdit_jax.models import Network, with_guidance
 from qdit_jax.report import to_uint8
 from qdit_jax.sampling import (
+    BATCH,
     PUBLISHED,
     Denoiser,
     Guidance,
+    batch_spec,
     chosen_guidance,
     cyclic_conditions,
     decode,
     denoiser,
     initial_noise,
+    kept_in_place,
+    layout_of,
+    on_each_device,
+    partition_mesh,
+    partitioned_denoisers,
+    run_per_device,
     running_params,
     shape_of_sample,
 )
@@ -125,24 +133,28 @@ class BatchSampler:
         denoise_fn: DenoiseFn,
         vae: Checkpoint | None,
         protocol: Protocol,
-        split: NamedSharding,
+        mesh: Mesh,
+        is_partitioned: bool = False,
     ) -> None:
         self.denoise_fn = denoise_fn
         self.vae = vae
         self.protocol = protocol
-        self.split = split
+        self.mesh = mesh
+        self.is_partitioned = is_partitioned  # parameters are split over the mesh
         self.compiled: jax.stages.Compiled | None = None
 
     def __call__(self, index: Int[np.ndarray, " B"], condition: Condition) -> Trajectory:
         """Returns the trajectories of the samples numbered `index`."""
         model = network(self.denoise_fn).model
-        numbers, condition = jax.device_put((index, condition), self.split)
+        split = NamedSharding(self.mesh, batch_spec(self.mesh))
+        numbers, condition = jax.device_put((index, condition), split)
         key = jax.random.key(self.protocol.seed)
         given = (self.denoise_fn, self.protocol.sampler, key, numbers, condition)
         compile_seconds, began = 0.0, time.perf_counter()
         if self.compiled is None:
+            layout = None if self.is_partitioned else layout_of(given, self.mesh)
             self.compiled = compiled_trajectory.lower(
-                *given, shape=self.protocol.shape_of(model)
+                *given, shape=self.protocol.shape_of(model), layout=layout
             ).compile()
             compile_seconds = time.perf_counter() - began
         began = time.perf_counter()
@@ -159,14 +171,20 @@ class BatchSampler:
         )
 
 
-@jax.jit(static_argnames=("shape",))
-def compiled_trajectory(denoise_fn, sampler, key, index, condition, shape):
+@jax.jit(static_argnames=("shape", "layout"))
+def compiled_trajectory(denoise_fn, sampler, key, index, condition, shape, layout=None):
     """Returns timesteps `[S]`, inputs `[S, B, H, W, C]` and final latents `[B, H, W, C]`."""
-    noise, keys = initial_noise(key, index, shape)
-    final, (timestep, x) = diffusion.sample_trajectory(
-        denoise_fn, sampler, noise, condition, keys, collect_fn=timestep_and_input
-    )
-    return timestep, x, final
+
+    def sampled(denoise_fn, sampler, key, index, condition):
+        noise, keys = initial_noise(key, index, shape)
+        final, (timestep, x) = diffusion.sample_trajectory(
+            denoise_fn, sampler, noise, condition, keys, collect_fn=timestep_and_input
+        )
+        return timestep, x, final
+
+    given = (denoise_fn, sampler, key, index, condition)
+    specs = PartitionSpec(), PartitionSpec(None, BATCH), PartitionSpec(BATCH)
+    return run_per_device(layout, sampled, given, specs)
 
 
 def timestep_and_input(step: diffusion.Step) -> tuple[AnyArray, AnyArray]:
@@ -180,17 +198,23 @@ def network(denoise_fn: DenoiseFn) -> Denoiser:
 
 
 def batch_sampler(checkpoint: Checkpoint, protocol: Protocol, mesh: Mesh) -> BatchSampler:
-    """Returns the sampler of a checkpoint with its parameters on every device."""
-    whole = NamedSharding(mesh, PartitionSpec())
+    """Returns the sampler of a checkpoint with its parameters on every device; split ones stay on their own mesh."""
+    home = partition_mesh(checkpoint.params)
+    mesh = home or mesh
     model = checkpoint.model.clone(numerics=protocol.numerics)
     guidance, channels = protocol.guidance, protocol.guidance_channels
-    params = running_params(model, checkpoint.params)
-    denoise_fn = denoiser(model, params, guidance, channels)
+    denoise_fn: Any
+    if home is None:
+        with diffusion.on_one_device():  # as each of them computes
+            params = running_params(model, checkpoint.params)
+        denoise_fn = on_each_device(denoiser(model, params, guidance, channels), mesh)
+    else:
+        given = model, checkpoint.params, (guidance, channels), home
+        denoise_fn, _ = partitioned_denoisers(*given)
     vae = checkpoint.vae
     if vae is not None:
-        vae = dataclasses.replace(vae, params=jax.device_put(vae.params, whole))
-    split = NamedSharding(mesh, PartitionSpec("batch"))
-    return BatchSampler(jax.device_put(denoise_fn, whole), vae, protocol, split)
+        vae = dataclasses.replace(vae, params=kept_in_place(vae.params, mesh))
+    return BatchSampler(denoise_fn, vae, protocol, mesh, home is not None)
 
 
 def check_finite(trajectory: Trajectory, title: str, start: int) -> None:

@@ -29,11 +29,13 @@ from qdit_jax.sampling import (
     check_diffusion_model,
     check_numerics,
     check_seed,
+    check_whole,
     checked_batch_size,
     checkpoint_sampler,
     fitting_guidance,
     guidance_record,
     num_guided_channels,
+    on_one_device,
     sample_rows,
 )
 from qdit_jax.types import Condition, ProgressFn, untold
@@ -135,6 +137,8 @@ def verify(
         for contender in contenders(checkpoint, against)
     ]
     full, ours = (contender.checkpoint for contender in pair)
+    for contender in pair:
+        check_whole(contender.checkpoint.params, "verify")
     check_numerics(ours.params, numerics)
     protocol = protocol_of(full, num_samples, steps, guidance, batch_size, shape)
     chosen = {"seed": check_seed(seed), "numerics": numerics, "conditions": conditions}
@@ -143,7 +147,8 @@ def verify(
     # A guided call has the null samples as well.
     call_size = (protocol.batch_size or 1) * calls_per_step(full.model, protocol.guidance)
     rows = sample_rows(full.model, shape, conditions)
-    facts = layer_facts(ours, full, numerics=numerics, batch_size=call_size, rows=rows)
+    with on_one_device():
+        facts = layer_facts(ours, full, numerics=numerics, batch_size=call_size, rows=rows)
     first, condition, final = paired_samples(pair, protocol, progress_fn)
     model = full.model.clone(numerics=numerics)
     denoise_fns = [Denoiser(tree, model) for tree in (full.params, ours.params)]

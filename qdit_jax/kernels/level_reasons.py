@@ -39,12 +39,17 @@ def version_reason() -> str | None:
 
 
 def split_reason(backend: str) -> str | None:
-    """Returns why a Pallas kernel cannot run on `backend`, if XLA would have to split it over devices."""
+    """Returns why a Pallas kernel cannot run on `backend`, if XLA would have to split it over devices.
+
+    The mesh on which a program is traced says that nothing is left to split: every axis is manual, as inside of
+    `shard_map`, or one device long. Without a mesh, arguments may lie on all devices that JAX sees.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    is_on_one = bool(mesh.axis_names) and len(mesh.manual_axes) == len(mesh.axis_names)
+    left = [size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes]
+    is_on_one = bool(mesh.axis_names) and all(size == 1 for size in left)
     if jax.default_backend() != backend or jax.device_count() == 1 or is_on_one:
         return None
-    return "XLA cannot split it over several devices; use one device, or shard_map."
+    return "XLA cannot split it over several devices; use shard_map, or set a mesh of one device."
 
 
 def integers_reason(product: Product) -> str | None:

@@ -1,5 +1,7 @@
 """From a checkpoint to images: denoisers, a checkpoint's own scheduler, batched generation."""
 
+from qdit_jax.diffusion import on_one_device
+from qdit_jax.sampling.batch_denoisers import partitioned_denoisers
 from qdit_jax.sampling.batches import (
     checked_batch_size,
     default_batch_size,
@@ -56,16 +58,35 @@ from qdit_jax.sampling.own_samplers import (
     sampler_text,
     sampler_timesteps,
 )
+from qdit_jax.sampling.partitioned import (
+    batch_parts,
+    batch_spec,
+    check_whole,
+    kept_in_place,
+    params_in_place,
+    partition_mesh,
+)
+from qdit_jax.sampling.per_device import (
+    BATCH,
+    Layout,
+    layout_of,
+    on_each_device,
+    run_per_device,
+)
 from qdit_jax.sampling.running import running_params, with_narrow_kernels, with_ready_kernels
 from qdit_jax.sampling.sizes import size_unit, sized_shape, with_sizes
 
 __all__ = [
+    "BATCH",
     "DEFAULT_GUIDANCE",
     "PUBLISHED",
     "Conditions",
     "Denoiser",
     "Guidance",
     "HoistedDenoiser",
+    "Layout",
+    "batch_parts",
+    "batch_spec",
     "by_expert",
     "calls_per_step",
     "check_call",
@@ -75,6 +96,7 @@ __all__ = [
     "check_numerics",
     "check_seed",
     "check_takes",
+    "check_whole",
     "checked_batch_size",
     "checked_conditions",
     "checked_first_frames",
@@ -96,14 +118,22 @@ __all__ = [
     "guidance_text",
     "hoisted",
     "initial_noise",
+    "kept_in_place",
     "known_outputs",
+    "layout_of",
     "num_conditions",
     "num_guided_channels",
+    "on_each_device",
+    "on_one_device",
     "own_guidance",
     "own_sampler",
     "own_scheduler",
+    "params_in_place",
+    "partition_mesh",
+    "partitioned_denoisers",
     "read_conditions",
     "rows_of",
+    "run_per_device",
     "running_params",
     "sample_count",
     "sample_rows",

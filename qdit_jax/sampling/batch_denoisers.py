@@ -15,6 +15,8 @@ from qdit_jax.sampling.denoisers import denoiser
 from qdit_jax.sampling.hoisted import check_hoisting, hoisting, unhoistable_reason
 from qdit_jax.sampling.own_guidance import Guidance
 from qdit_jax.sampling.own_samplers import called_timesteps, has_known_calls
+from qdit_jax.sampling.partitioned import kept_in_place
+from qdit_jax.sampling.per_device import on_each_device
 from qdit_jax.sampling.running import running_params
 from qdit_jax.sampling.spare_memory import MOST_BYTES, spare_bytes
 from qdit_jax.types import Condition, Params
@@ -52,12 +54,26 @@ def batch_denoisers(
         hoist = reason is None and has_known_calls(sampler) and most_bytes > 0
     if not hoist:
         shared = None if shard_tokens == 1 else mesh
-        fn = denoiser(model, running_params(model, params), *guided, shared)
-        return fn, always(jax.device_put(fn, whole))
+        with diffusion.on_one_device():  # as each of them computes
+            running = running_params(model, params)
+        fn = denoiser(model, running, *guided, shared)
+        return fn, always(on_each_device(fn, mesh))
     params, timesteps = jax.device_put(params, whole), called_timesteps(sampler)
     settings: Any = {"most_bytes": most_bytes, "shape": size, "falls_back": falls_back}
-    denoiser_of = hoisting(model, params, timesteps, *guided, **settings)
+    denoiser_of = hoisting(model, params, timesteps, *guided, mesh=mesh, **settings)
     return denoiser(model, params, *guided), denoiser_of
+
+
+def partitioned_denoisers(
+    model: nn.Module,
+    params: Params,
+    guided: tuple[Guidance | None, int | str | None],
+    mesh: Mesh,
+) -> tuple[DenoiseFn, DenoiserOf]:
+    """Returns the same of parameters that are split over a mesh, where they stay."""
+    running = running_params(model, kept_in_place(params, mesh))
+    fn = denoiser(model, running, *guided)
+    return fn, always(fn)
 
 
 def always(denoise_fn: DenoiseFn) -> DenoiserOf:

@@ -63,17 +63,19 @@ def default_batch_size(shard_tokens: int = 1) -> int:
     return each * num_parts(shard_tokens)
 
 
-def checked_batch_size(num_samples: int, batch_size: int | None, shard_tokens: int = 1) -> int:
+def checked_batch_size(
+    num_samples: int, batch_size: int | None, shard_tokens: int = 1, parts: int | None = None
+) -> int:
     """Returns the number of samples in a batch, rounded up to a multiple of the local devices.
 
     That is `batch_size`, or the devices' default, and not more than `num_samples`. Of devices that share
-    samples it is a multiple of their groups.
+    samples it is a multiple of their groups, or of `parts`.
 
     Raises:
         ValueError: if `batch_size` is not positive.
     """
     if batch_size is not None:
         check_counts(batch_size=batch_size)
-    parts = num_parts(shard_tokens)
+    parts = num_parts(shard_tokens) if parts is None else parts
     wanted = min(batch_size or default_batch_size(shard_tokens), num_samples)
     return -(-wanted // parts) * parts

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from qdit_jax import diffusion
 from qdit_jax.checkpoint import Checkpoint
-from qdit_jax.sampling.batch_denoisers import batch_denoisers
+from qdit_jax.sampling.batch_denoisers import batch_denoisers, partitioned_denoisers
 from qdit_jax.sampling.batches import checked_batch_size, device_mesh, filled_batch, token_mesh
 from qdit_jax.sampling.checks import (
     check_diffusion_model,
@@ -36,6 +36,14 @@ from qdit_jax.sampling.own_guidance import (
     PUBLISHED,
     Guidance,
 )
+from qdit_jax.sampling.partitioned import (
+    batch_parts,
+    batch_spec,
+    check_partitioned,
+    kept_in_place,
+    partition_mesh,
+)
+from qdit_jax.sampling.per_device import BATCH, Layout, layout_of, run_per_device
 from qdit_jax.types import AnyArray, Condition, Key, Progress, ProgressFn, untold
 
 
@@ -53,7 +61,7 @@ def initial_noise(
     return noise, keys[:, 1]
 
 
-@jax.jit(static_argnames=("shape",))
+@jax.jit(static_argnames=("shape", "layout"))
 def _generated(
     denoise_fn: Callable[..., Array],
     sampler: diffusion.Sampler,
@@ -61,9 +69,21 @@ def _generated(
     index: Int[Array, " B"],
     condition: Condition,
     shape: tuple[int, ...],
+    layout: Layout | None = None,
 ) -> Float[Array, "B *shape"]:
-    noise, keys = initial_noise(key, index, shape)
-    return diffusion.sample(denoise_fn, sampler, noise, condition, keys)
+    def sampled(
+        denoise_fn: Callable[..., Array],
+        sampler: diffusion.Sampler,
+        key: Key,
+        index: Int[Array, " B"],
+        condition: Condition,
+    ) -> Float[Array, "B *shape"]:
+        noise, keys = initial_noise(key, index, shape)
+        return diffusion.sample(denoise_fn, sampler, noise, condition, keys)
+
+    given = (denoise_fn, sampler, key, index, condition)
+    found: Array = run_per_device(layout, sampled, given, PartitionSpec(BATCH))
+    return found
 
 
 def generate(
@@ -87,7 +107,8 @@ def generate(
     """Returns one sample per condition, from full-precision or quantized parameters; about [-1, 1].
 
     Sample i depends on `seed`, i and its condition only.  Batches are split over all local devices;
-    `batch_size` is the total over devices, by default 16 per device, 4 on CPU.  Where the checkpoint has an autoencoder,
+    `batch_size` is the total over devices, by default 16 per device, 4 on CPU. Parameters that are split over the
+    devices of a mesh stay so: batches lie over its axis `batch` or `data`, and XLA divides the products.  Where the checkpoint has an autoencoder,
     `decode_fn` turns latents into images; None returns the latents.  `progress_fn` is called after
     every batch with the number of samples in it.
 
@@ -113,7 +134,9 @@ def generate(
     check_diffusion_model(checkpoint.model)
     condition = checked_conditions(checkpoint.model, condition)
     num_samples = sample_count(condition, num_samples)
-    size = checked_batch_size(num_samples, batch_size, shard_tokens)
+    home = partition_mesh(checkpoint.params)
+    parts = None if home is None else batch_parts(home)
+    size = checked_batch_size(num_samples, batch_size, shard_tokens, parts)
     done = []
     for _, images in generated_batches(
         checkpoint,
@@ -167,20 +190,25 @@ def generated_batches(
     condition = checked_conditions(checkpoint.model, condition)
     num_samples = num_samples or sample_count(condition, None)
     size = shape_of_sample(checkpoint.model, shape)
-    mesh = device_mesh() if shard_tokens == 1 else token_mesh(shard_tokens)
-    split, whole = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
+    home = partition_mesh(checkpoint.params)
+    check_partitioned(home, shard_tokens, hoist)
+    mesh = home or (device_mesh() if shard_tokens == 1 else token_mesh(shard_tokens))
+    split = NamedSharding(mesh, batch_spec(mesh))
     model = checkpoint.model.clone(numerics=numerics)
     guided = (guidance, guidance_channels)
-    denoise_fn, denoiser_of = batch_denoisers(
-        model, checkpoint.params, sampler, guided, mesh, size, first_frames, shard_tokens, hoist
-    )
+    if home is None:
+        denoise_fn, denoiser_of = batch_denoisers(
+            model, checkpoint.params, sampler, guided, mesh, size, first_frames, shard_tokens, hoist
+        )
+    else:
+        denoise_fn, denoiser_of = partitioned_denoisers(model, checkpoint.params, guided, home)
     check_takes(denoise_fn, model, shape, condition)
     if first_frames is not None:
         first_frames = checked_first_frames(model, first_frames, size)
     vae = checkpoint.vae if decode_fn else None
     if vae is not None:
-        vae = dataclasses.replace(vae, params=jax.device_put(vae.params, whole))
-    parts = mesh.shape["batch"]
+        vae = dataclasses.replace(vae, params=kept_in_place(vae.params, mesh))
+    parts = batch_parts(mesh)
     padded = -(-batch_size // parts) * parts
     for start in starts:
         stop = min(start + batch_size, num_samples)
@@ -192,7 +220,11 @@ def generated_batches(
             kept = jax.device_put(kept_rows(first_frames, index, size[0]), split)
             sampler_of_batch = keeping(sampler, model, *kept)
         fn = denoiser_of(chosen, padded)
-        out = _generated(fn, sampler_of_batch, jax.random.key(seed), numbers, chosen, size)
+        given = (fn, sampler_of_batch, jax.random.key(seed), numbers, chosen)
+        # Layers whose tokens are split are `shard_map`s themselves; split parameters are XLA's to divide.
+        is_per_device = shard_tokens == 1 and home is None
+        layout = layout_of(given, mesh) if is_per_device else None
+        out = _generated(*given, size, layout)
         if vae is not None and decode_fn is not None:
             out = decode_fn(vae, out)
         yield start, np.asarray(out)[: stop - start]

@@ -11,19 +11,29 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Num
 
+from qdit_jax.diffusion import on_one_device
 from qdit_jax.models import KNOWN_OUTPUT, RUNS, Linear, family_of, without_null
 from qdit_jax.quant import OVER_TIME
 from qdit_jax.sampling.conditions import num_conditions
 from qdit_jax.sampling.denoisers import Denoiser, denoiser
 from qdit_jax.sampling.own_guidance import PUBLISHED, Guidance
+from qdit_jax.sampling.per_device import (
+    BATCH,
+    Layout,
+    layout_of,
+    on_each_device,
+    run_per_device,
+)
 from qdit_jax.sampling.running import known_family, running_params
 from qdit_jax.sampling.spare_memory import MOST_BYTES
 from qdit_jax.types import Condition, Params
@@ -118,12 +128,14 @@ def hoisting(
     most_bytes: int = MOST_BYTES,
     shape: Sequence[int] | None = None,
     falls_back: bool = False,
+    mesh: Mesh | None = None,
 ) -> Callable[[Condition, int], Callable[..., Array]]:
     """Returns the function from the conditions of a batch, and its size, to its denoiser, see `hoisted`.
 
     Parameters take their form for running once, and batches of one size compile once. `shape` is that of a
     sample, by default the network's own. With `falls_back`, a batch whose outputs take more than `most_bytes` gets
-    the denoiser that knows none.
+    the denoiser that knows none. Over the axis `batch` of `mesh`, on which parameters and conditions are, each device
+    computes what its own samples need, at most so many bytes.
 
     Raises:
         ValueError: if the family has no layers that see the condition only, or bits change over time; of the
@@ -131,25 +143,41 @@ def hoisting(
     """
     check_hoisting(model, params)
     denoise_fn = denoiser(model, params, guidance, guidance_channels)
+    if mesh is not None:
+        denoise_fn = on_each_device(denoise_fn, mesh)
     grid = jnp.asarray(timesteps, jnp.float32)
     pattern = family_of(model).part_pattern(family_of(model).rounded_first)
     size = tuple(shape or model.sample_shape())
-    compute_fn = jax.jit(known_outputs, static_argnames=("pattern", "shape"))
-    running = running_params(model, params)
+    parts = 1 if mesh is None else mesh.shape[BATCH]
+    with nullcontext() if mesh is None else on_one_device():  # as each of them computes
+        running = running_params(model, params)
+
+    @partial(jax.jit, static_argnames=("num_samples", "layout"))
+    def compute(*given: Any, num_samples: int, layout: Layout | None) -> tuple[Outputs, Condition]:
+        own = partial(known_outputs, pattern=pattern, shape=(num_samples // parts, *size))
+        specs = PartitionSpec(None, BATCH), PartitionSpec(BATCH)
+        found: tuple[Outputs, Condition] = run_per_device(layout, own, given, specs)
+        return found
 
     def denoiser_of(condition: Condition, num_samples: int) -> Callable[..., Array]:
-        compute = partial(compute_fn, pattern=pattern, shape=(num_samples, *size))
-        abstract, _ = jax.eval_shape(compute, denoise_fn, grid, condition)
-        total = sum(leaf.size * leaf.dtype.itemsize for leaf in abstract.values())
+        given = (denoise_fn, grid, condition)
+        layout = None if mesh is None else layout_of(given, mesh)
+        settings: Any = {"num_samples": num_samples, "layout": layout}
+        abstract, _ = jax.eval_shape(partial(compute, **settings), *given)
+        total = sum(leaf.size * leaf.dtype.itemsize for leaf in abstract.values()) // parts
         if total > most_bytes and falls_back:
-            return denoiser(model, running, guidance, guidance_channels)
+            found = denoiser(model, running, guidance, guidance_channels)
+            return found if mesh is None else on_each_device(found, mesh)
         if total > most_bytes:
             raise ValueError(
                 f"the outputs at {len(grid)} timesteps take {total / 1e6:.0f} MB, more than "
                 f"most_bytes={most_bytes}; sample fewer at a time, or leave them in the loop."
             )
-        outputs, seen = compute(denoise_fn, grid, condition)
-        inner = HoistedDenoiser(running, in_runs(running, outputs), grid, seen, model)
+        outputs, seen = compute(*given, **settings)
+        known = in_runs(running, outputs)
+        if mesh is not None:
+            known = {path: split_rows(path, rows, mesh) for path, rows in known.items()}
+        inner = HoistedDenoiser(running, known, grid, seen, model)
         if isinstance(denoise_fn, Denoiser):
             return inner
         return dataclasses.replace(denoise_fn, denoise_fn=inner)  # type: ignore[type-var]
@@ -246,6 +274,12 @@ def in_runs(params: Params, outputs: Outputs) -> dict[str, Array]:
             members = [rest.pop(f"{name}/{layer}") for name in names]
             found[f"{RUNS}/{first}/{layer}"] = jnp.stack(members, axis=1)
     return {**rest, **found}
+
+
+def split_rows(path: str, rows: Float[Array, "T *lead"], mesh: Mesh) -> Float[Array, "T *lead"]:
+    """Returns known outputs with the samples of a batch split over a mesh, see `HoistedDenoiser.known`."""
+    before = 2 if path.startswith(f"{RUNS}/") else 1
+    return jax.device_put(rows, NamedSharding(mesh, PartitionSpec(*[None] * before, BATCH)))
 
 
 def with_layer(params: Params, path: Sequence[str], layer: Mapping[str, Any]) -> Params:

@@ -22,6 +22,7 @@ from qdit_jax.models import DTYPES, rows_per_sample
 from qdit_jax.ptq import plan, quantize_params
 from qdit_jax.quant import ActQuant, ActSpec, QTensor, WeightSpec
 from qdit_jax.recipes import Recipe
+from qdit_jax.sampling import check_whole, on_one_device
 from qdit_jax.types import Params
 
 GROUPED = re.compile(r"(.+)-g(\d+)")
@@ -74,7 +75,9 @@ class Contender:
             return {way.implementation: len(self.layers)}
         found: Counter[str] = Counter()
         for layer in self.layers:
-            found[implementation_of(*self.product(layer, batch), self.numerics(layer, way))] += 1
+            product, numerics = self.product(layer, batch), self.numerics(layer, way)
+            with on_one_device():
+                found[implementation_of(*product, numerics)] += 1
         return dict(found)
 
     def numerics(self, layer: QuantizedLayer, way: Way) -> str:
@@ -92,7 +95,9 @@ class Contender:
     def why_not(self, layer: QuantizedLayer, batch: int, way: Way) -> str | None:
         """Returns why a layer cannot be computed this way, one sentence, or None if it can."""
         product = self.product(layer, batch)
-        reason = unsupported_reason(*product, self.numerics(layer, way), way.implementation)
+        numerics = self.numerics(layer, way)
+        with on_one_device():
+            reason = unsupported_reason(*product, numerics, way.implementation)
         return None if reason is None else f"{layer.path}: {reason}"
 
 
@@ -115,8 +120,11 @@ def contenders_of(
 
     Raises:
         UserError: if recipes are given for a quantized checkpoint, or `expand` for full precision.
+        ValueError: if parameters are split over devices.
     """
     recipes, dtype = list(recipes), dtype or default_dtype()
+    for one in (checkpoint, *([] if against is None else [against])):
+        check_whole(one.params, "bench")
     rows = rows_per_sample(checkpoint.model)
     if checkpoint.recipe is None:
         if against is not None:

@@ -33,7 +33,14 @@ from qdit_jax.ptq import quantize_params
 from qdit_jax.quant import InputMap, LowRank, Rotation
 from qdit_jax.recipes import TRANSFORMS, LayerSpec, Recipe, Rule, rotated_block
 from qdit_jax.report import provenance
-from qdit_jax.sampling import PUBLISHED, Guidance, calls_per_step, check_seed, fitting_guidance
+from qdit_jax.sampling import (
+    PUBLISHED,
+    Guidance,
+    calls_per_step,
+    check_seed,
+    fitting_guidance,
+    on_one_device,
+)
 from qdit_jax.speed.contenders import Way, check_known, contenders_of
 from qdit_jax.speed.records import Records
 from qdit_jax.speed.steps import NUM_ROUNDS, Race, Row, entry_name, settings_of
@@ -162,7 +169,8 @@ def computed_by(shape: Shape, spec: LayerSpec, numerics: str) -> str | None:
     """
     if spec.weight is None:
         return None
-    return implementation_of((shape[2], shape[0]), spec.weight, spec.act, numerics)
+    with on_one_device():
+        return implementation_of((shape[2], shape[0]), spec.weight, spec.act, numerics)
 
 
 def times_of(
@@ -242,5 +250,6 @@ def compiled(
 ) -> Call:
     """Returns a compiled call with its arguments."""
     params = jax.device_put(params, jax.local_devices()[0])
-    call = jax.jit(apply).lower(params, x).compile()
+    with on_one_device():
+        call = jax.jit(apply).lower(params, x).compile()
     return Call(name, partial(call, params, x))

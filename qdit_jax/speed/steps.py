@@ -36,6 +36,7 @@ from qdit_jax.sampling import (
     fitting_guidance,
     guidance_record,
     initial_noise,
+    on_one_device,
     running_params,
     sampler_timesteps,
 )
@@ -291,11 +292,11 @@ class Race:
         """Returns a network's parameters on the first device; only the baseline's and these stay."""
         key = contender, way
         if key not in self.held:
-            held = self.held.items()
-            self.held = {
-                one: p for one, p in held if one[0] is self.base and one[1] == self.base_way
-            }
-            params = running_params(model_of(contender, way), contender.make_fn())
+            kept = self.base, self.base_way
+            self.held = {one: p for one, p in self.held.items() if one == kept}
+            params = contender.make_fn()
+            with on_one_device():
+                params = running_params(model_of(contender, way), params)
             self.held[key] = jax.device_put(params, jax.local_devices()[0])
         return self.held[key]
 
@@ -305,7 +306,8 @@ class Race:
         denoise_fn = denoiser(model, self.params(contender, way), self.guidance)
         inputs = inputs_of(contender.checkpoint, batch, self.seed, self.conditions)
         began = time.perf_counter()
-        call = jax.jit(step).lower(denoise_fn, *inputs).compile()
+        with on_one_device():
+            call = jax.jit(step).lower(denoise_fn, *inputs).compile()
         seconds = time.perf_counter() - began
         memory = call.memory_analysis()
         held = None if memory is None else int(memory.temp_size_in_bytes)
@@ -382,7 +384,7 @@ def errors(base: Compiled, ours: Compiled, path: Inputs) -> dict[str, float | No
     condition = jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], path.condition)
     signal = noise = 0.0
     for x, timestep in zip(path.x, path.timestep, strict=True):
-        given = (x[index], jnp.full((batch,), timestep, jnp.float32), condition)
+        given = x[index], jnp.full((batch,), timestep, jnp.float32), condition
         a, b = (
             np.asarray(one.call(one.denoise_fn, *given)[..., :num_channels], np.float64)
             for one in (base, ours)

@@ -10,7 +10,9 @@ import level_products
 import pytest
 from level_products import LEVELS, REFUSED, W, stack_of_kernels
 
+from qdit_jax.diffusion import on_one_device
 from qdit_jax.kernels import tpu_reasons
+from qdit_jax.kernels.level_reasons import split_reason
 from qdit_jax.kernels.tpu_blocks import VMEM_LIMIT, Sizes, chosen_blocks, vmem_bytes
 
 
@@ -92,6 +94,27 @@ def test_the_machine_is_asked_before_anything_is_traced(monkeypatch):
     split = jax.P("batch")
     jax.jit(jax.shard_map(one_device, mesh=mesh, in_specs=split, out_specs=split))(jnp.ones(1))
     assert found == [None]
+
+
+@pytest.mark.parametrize("backend", ["gpu", "tpu"])
+def test_the_mesh_says_whether_a_program_is_split(monkeypatch, backend):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    assert "several devices" in split_reason(backend)
+    auto, manual = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Manual
+    for sizes, kinds, is_split in [
+        ((1,), (auto,), False),
+        ((8,), (auto,), True),
+        ((8,), (manual,), False),
+        ((2, 4), (manual, manual), False),
+        ((2, 4), (manual, auto), True),
+        ((8, 1), (manual, auto), False),
+    ]:
+        mesh = jax.sharding.AbstractMesh(sizes, ("batch", "model")[: len(sizes)], axis_types=kinds)
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert (split_reason(backend) is not None) == is_split, (sizes, kinds)
+    with on_one_device():
+        assert split_reason(backend) is None
 
 
 def kind():
