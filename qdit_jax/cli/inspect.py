@@ -233,15 +233,15 @@ def sampling_facts(description: dict[str, Any]) -> dict[str, Any]:
 def implementations(manifest: dict[str, Any]) -> dict[str, dict[str, int]]:
     """Returns how many quantized layers each implementation computes, by numerics.
 
-    Counted for JAX's default platform and one row of input; empty in full precision.
+    Counted for JAX's default platform, its dtype and one row of input; empty in full precision.
     """
-    from qdit_jax.checkpoint import abstract_params
+    from qdit_jax.checkpoint import abstract_params, default_dtype
     from qdit_jax.kernels import NUMERICS, implementations_used
 
     params, found = abstract_params(manifest), {}
     for numerics in NUMERICS:
         try:
-            used = implementations_used(params, numerics)
+            used = implementations_used(params, numerics, dtype=default_dtype())
         except ValueError:  # integer numerics of a layer whose input is not quantized
             continue
         if used:

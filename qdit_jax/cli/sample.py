@@ -297,6 +297,7 @@ def labels_of(job: SampleFile) -> list[Any]:
 
 def precision(job: SampleFile) -> str:
     """Returns how the numbers were computed and by what, in words."""
+    from qdit_jax.checkpoint import dtype_of
     from qdit_jax.kernels import implementations_used
     from qdit_jax.sampling import sample_rows
 
@@ -304,7 +305,8 @@ def precision(job: SampleFile) -> str:
     if checkpoint.recipe is None:
         return "full precision"
     rows = sample_rows(checkpoint.model, job.shape, job.condition)
-    used = implementations_used(checkpoint.params, numerics, rows=rows)
+    dtype = dtype_of(checkpoint)
+    used = implementations_used(checkpoint.params, numerics, dtype=dtype, rows=rows)
     names = ", ".join(f"{name} ({count} layers)" for name, count in used.items())
     return f"quantized, {numerics} numerics" + (f" by {names}" if names else "")
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from flax.traverse_util import flatten_dict
 
-from qdit_jax.checkpoint import Checkpoint
+from qdit_jax.checkpoint import Checkpoint, dtype_of
 from qdit_jax.errors import UserError
 from qdit_jax.kernels import (
     IMPLEMENTATIONS,
@@ -129,7 +129,7 @@ def layer_facts(
             "the checkpoint has no recipe, and nothing in it is quantized; give the output of "
             "`qdit quantize`."
         )
-    forced = getattr(checkpoint.model, "implementation", None)
+    forced, dtype = getattr(checkpoint.model, "implementation", None), dtype_of(checkpoint)
     found = []
     for path in paths:
         spec = specs.get(path)
@@ -138,7 +138,7 @@ def layer_facts(
             continue
         num_rows = rows.get(own_path(path), 0) * batch_size
         facts_fn = kernel_facts if path == own_path(path) else other_kernel_facts
-        found.append(facts_fn(flat, full, path, spec, num_rows, numerics, forced))
+        found.append(facts_fn(flat, full, path, spec, num_rows, numerics, forced, dtype))
     return found
 
 
@@ -177,6 +177,7 @@ def kernel_facts(
     num_rows: int,
     numerics: str,
     forced: str | None,
+    dtype: str,
 ) -> LayerFacts:
     """Returns the facts of a layer or label table; `num_rows` 0 means that no `Linear` computes it."""
     is_table = path + TABLE in flat
@@ -190,7 +191,7 @@ def kernel_facts(
     inputs = None if act is None else act_format(act, channels)
     implementation, kind = None, "table" if is_table else "linear" if num_rows else "other"
     if kind == "linear" and isinstance(kernel, QTensor):
-        implementation = who_computes(path, kernel, act, num_rows, numerics, forced)
+        implementation = who_computes(path, kernel, act, num_rows, numerics, forced, dtype)
     return LayerFacts(
         path=path,
         kind=kind,
@@ -214,17 +215,18 @@ def other_kernel_facts(
     num_rows: int,
     numerics: str,
     forced: str | None,
+    dtype: str,
 ) -> LayerFacts:
     """Returns the facts of a layer's kernel of other bits, whose bytes come on top of its own."""
     own = own_path(path)
     if path not in flat:
-        facts = kernel_facts(flat, full, own, spec, num_rows, numerics, forced)
+        facts = kernel_facts(flat, full, own, spec, num_rows, numerics, forced, dtype)
         facts = dataclasses.replace(
             facts, bytes_after=0, weights=None, implementation=None, problem=NOT_QUANTIZED
         )
     else:
         placed = {**flat, f"{own}/kernel": flat[path]}
-        facts = kernel_facts(placed, full, own, spec, num_rows, numerics, forced)
+        facts = kernel_facts(placed, full, own, spec, num_rows, numerics, forced, dtype)
         facts = dataclasses.replace(facts, bytes_after=nbytes_of([flat[path]]))
     return dataclasses.replace(facts, path=path, leaves=(), bytes_before=0, num_weights=0)
 
@@ -314,6 +316,7 @@ def who_computes(
     num_rows: int,
     numerics: str,
     forced: str | None,
+    dtype: str,
 ) -> str:
     """Returns the name of the implementation that computes a layer.
 
@@ -324,10 +327,10 @@ def who_computes(
     # Without scales: an unpicked table would be refused, and its rows make no difference here.
     settings = None if act is None else ActQuant(act.spec)
     numerics = layer_numerics(act, numerics)
-    reason = unsupported_reason(shape, kernel, settings, numerics, forced)
+    reason = unsupported_reason(shape, kernel, settings, numerics, forced, dtype=dtype)
     if reason is not None:
         raise UserError(f"{path}: {reason}")
-    return forced or implementation_of(shape, kernel, settings, numerics)
+    return forced or implementation_of(shape, kernel, settings, numerics, dtype=dtype)
 
 
 def check_implementation(name: str | None) -> None:

@@ -218,4 +218,5 @@ def used_by(checkpoint: Checkpoint, protocol: Protocol, batch_size: int) -> dict
     """Returns how many quantized layers each implementation computes, by its name."""
     found = sample_rows(checkpoint.model, protocol.shape, protocol.conditions)
     rows = {path: n * batch_size for path, n in found.items()}
-    return implementations_used(checkpoint.params, protocol.numerics, rows=rows)
+    dtype = dtype_of(checkpoint)
+    return implementations_used(checkpoint.params, protocol.numerics, dtype=dtype, rows=rows)

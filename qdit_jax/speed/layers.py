@@ -41,6 +41,7 @@ from qdit_jax.types import Condition, Params, Progress, ProgressFn, untold
 BATCH = 8
 # Budgets are written relative to these: groups of 128, and one group per channel.
 REFERENCES = (128, 0)
+DTYPE = "float32"  # of the inputs and the layers that are timed
 NOTHING = "nothing"  # the name of a call that computes nothing
 Shape = tuple[int, int, int]  # K, N, R
 
@@ -158,7 +159,8 @@ def computed_by(shape: Shape, spec: LayerSpec, numerics: str) -> str | None:
         raise ValueError("a choice with more than bits and groups is not measured yet.")
     if spec.weight is None:
         return None
-    return implementation_of((shape[2], shape[0]), spec.weight, spec.act, numerics)
+    given = ((shape[2], shape[0]), spec.weight, spec.act, numerics)
+    return implementation_of(*given, dtype=DTYPE)
 
 
 def times_of(
@@ -172,13 +174,13 @@ def times_of(
     """Returns the times of one shape's choices, taken in turn, in JSON's types."""
     k, n, rows = shape
     rng = np.random.default_rng([seed, *shape])
-    given = jax.device_put(rng.normal(size=(rows, k)).astype(np.float32), jax.local_devices()[0])
+    given = jax.device_put(rng.normal(size=(rows, k)).astype(DTYPE), jax.local_devices()[0])
     kernel = (rng.normal(size=(k, n)) / k**0.5).astype(np.float32)
     bias = np.zeros(n, np.float32)
     calls = [compiled(f"{shape} {NOTHING}", nothing, {"bias": bias}, given)]
     for name, spec in choices.items():
         params = layer_params(kernel, bias, spec)
-        linear = partial(applied, Linear(n, numerics=numerics))
+        linear = partial(applied, Linear(n, numerics=numerics, dtype=DTYPE))
         calls.append(compiled(f"{shape} {name}", linear, params, given))
     seconds = 1000 * time_fn(calls, num_rounds)
     call_ms = float(np.median(seconds[0]))
