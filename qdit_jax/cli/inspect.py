@@ -198,6 +198,8 @@ def summarize(path: str, found: dict[str, Any]) -> dict[str, Any]:
         summary["sampling"] = found_sampling
     if used := implementations(description["params"]):
         summary["implementations"] = used
+        if "sampling" in summary:
+            summary["attention"] = attention(description)
     if found.get("recipe"):
         summary["recipe"] = found["recipe"]
         if (over_time := found["recipe"].get("over_time")) is not None:
@@ -247,6 +249,18 @@ def implementations(manifest: dict[str, Any]) -> dict[str, dict[str, int]]:
         if used:
             found[numerics] = used
     return found
+
+
+def attention(description: dict[str, Any]) -> dict[str, int]:
+    """Returns how many attentions each implementation computes on JAX's default platform, in its dtype."""
+    from qdit_jax.checkpoint import abstract_params, default_dtype
+    from qdit_jax.models import build_model
+    from qdit_jax.sampling import sample_attention
+
+    model = build_model(description["family"], description["config"])
+    if hasattr(model, "dtype"):
+        model = model.clone(dtype=default_dtype())
+    return sample_attention(model, abstract_params(description["params"]))
 
 
 def product(shape: list[int]) -> int:

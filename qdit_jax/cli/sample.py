@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from qdit_jax.cli.checkpoints import diffusion_checkpoint, with_autoencoder
     from qdit_jax.evaluation import SampleFile
     from qdit_jax.processes import ALONE
-    from qdit_jax.sampling import guidance_record, guidance_text
+    from qdit_jax.sampling import guidance_record, guidance_text, sample_attention
 
     inputs = [args.checkpoint, args.vae, args.embeds, args.first_frames]
     check_output(args.out, args.columns, args.force, inputs)
@@ -187,11 +187,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "seed": args.seed,
         "precision": precision(job),
         "dtype": dtype_of(checkpoint),
+        "attention": sample_attention(
+            checkpoint.model, checkpoint.params, job.shape, job.condition
+        ),
     }
     print(
         share_text(processes, args.out)
         or f"{args.out}: {count} samples, {settings['sampler']} {process.steps} steps, "
-        f"guidance {guidance_text(job.guidance)}, {settings['precision']} in {settings['dtype']}, {seconds:.1f} s with compilation."
+        f"guidance {guidance_text(job.guidance)}, {settings['precision']} in {settings['dtype']}, {attention_text(settings)}{seconds:.1f} s with compilation."
     )
     named = {"prompts" if isinstance(chosen.conditions, Mapping) else "labels": labels_of(job)}
     found = {"out": args.out, "num_samples": count, **named}
@@ -309,6 +312,13 @@ def precision(job: SampleFile) -> str:
     used = implementations_used(checkpoint.params, numerics, dtype=dtype, rows=rows)
     names = ", ".join(f"{name} ({count} layers)" for name, count in used.items())
     return f"quantized, {numerics} numerics" + (f" by {names}" if names else "")
+
+
+def attention_text(settings: Mapping[str, Any]) -> str:
+    """Returns who computed attention, for a line; nothing of a network without."""
+    used = settings["attention"]
+    names = ", ".join(name if len(used) == 1 else f"{name} {n}" for name, n in used.items())
+    return f"attention by {names}, " if names else ""
 
 
 def chosen_labels(text: str | None, num_samples: int | None, num_classes: int) -> np.ndarray:

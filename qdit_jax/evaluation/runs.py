@@ -46,6 +46,7 @@ from qdit_jax.sampling import (
     device_mesh,
     filled_batch,
     guidance_record,
+    sample_attention,
     sample_rows,
 )
 from qdit_jax.types import Progress, ProgressFn, untold
@@ -185,10 +186,12 @@ def shards(
     batch_samplers = [batch_sampler(c.checkpoint, protocol, mesh) for c in contenders]
     device = jax.local_devices()[0]
     place = f"{mesh.size} x {device.platform} ({device.device_kind})"
-    used = {
-        f"{i}/implementations": json.dumps(used_by(c.checkpoint, protocol, padded))
-        for i, c in enumerate(contenders)
-    }
+    used = {}
+    for i, c in enumerate(contenders):
+        used[f"{i}/implementations"] = json.dumps(used_by(c.checkpoint, protocol, padded))
+        model, params = c.checkpoint.model, c.checkpoint.params
+        attention = sample_attention(model, params, protocol.shape, protocol.conditions)
+        used[f"{i}/attention"] = json.dumps(attention)
     for start, stop in missing:
         index = filled_batch(start, padded, protocol.num_samples)
         condition = protocol.condition_of(contenders[0].checkpoint.model, index)

@@ -25,6 +25,7 @@ from qdit_jax.sampling.conditions import (
     cyclic_conditions,
     num_conditions,
     rows_of,
+    sample_attention,
     sample_rows,
     shape_of_sample,
 )
@@ -105,6 +106,7 @@ __all__ = [
     "read_conditions",
     "rows_of",
     "running_params",
+    "sample_attention",
     "sample_count",
     "sample_rows",
     "sampler_text",
