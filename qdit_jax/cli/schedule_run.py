@@ -33,6 +33,7 @@ def found_schedule(
     act_bits: Sequence[int],
     num_steps: int,
     guidance: Given | None,
+    dtype: str | None,
     num_batches: int,
     batch_size: int,
     seed: int,
@@ -43,13 +44,14 @@ def found_schedule(
     Args:
         source: the quantized checkpoint's folder.
         guidance: None for the model's default.
+        dtype: that the network computes in; None for the platform's own.
         options: those of conditions and sizes, see `Inputs`.
 
     Raises:
         UserError: if the checkpoint is in full precision.
         ValueError: as `choose_steps`.
     """
-    checkpoint = diffusion_checkpoint(source)
+    checkpoint = diffusion_checkpoint(source, dtype)
     if checkpoint.recipe is None:
         raise UserError(
             f"{source} is in full precision; first `qdit quantize {source} DIR --recipe w4a4`."
