@@ -135,11 +135,12 @@ def attention_shapes(
     flat, found = flatten_dict(params, sep="/"), []
 
     def look(path: str, q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
-        shapes = [(math.prod(a.shape[:-3]), *a.shape[-3:]) for a in (q, k, v)]
+        one, other, third = ((math.prod(a.shape[:-3]), *a.shape[-3:]) for a in (q, k, v))
         wide = ["float32" for name in "qkv" if f"{path}/{name}_quant" in flat]
         dtype = jnp.result_type(*(a.dtype for a in (q, k, v)), *wide).name
-        mask = None if mask is None else checked_mask(mask, *shapes[:2])
-        found.append(call_shapes(*shapes, mask, f"{path}/softmax_quant" in flat, dtype))
+        wide_mask = None if mask is None else checked_mask(mask, one, other)
+        is_seen = f"{path}/softmax_quant" in flat
+        found.append(call_shapes(one, other, third, wide_mask, is_seen, dtype))
         return jnp.zeros((*q.shape[:-1], v.shape[-1]), v.dtype)
 
     def intercept(
