@@ -10,7 +10,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qdit_jax.cli.first_frames_option import add_first_frames, first_frames_of
-from qdit_jax.cli.numerics_option import add_dtype, add_expand, add_hoist, add_numerics
+from qdit_jax.cli.numerics_option import (
+    add_dtype,
+    add_expand,
+    add_hoist,
+    add_numerics,
+    note_if_slow,
+)
 from qdit_jax.cli.options import (
     LARGEST_COUNT,
     AddArgument,
@@ -179,6 +185,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if (text := process.scheduler_text(checkpoint)) is not None:
         print(text)
     processes = args.processes or ALONE
+    if processes.is_first:
+        note_if_slow([checkpoint], args.numerics)
     seconds = write_samples(job, vars(args), processes)
     settings = {
         "sampler": type(job.sampler).__name__,
