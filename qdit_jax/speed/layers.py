@@ -34,7 +34,8 @@ from qdit_jax.report import provenance
 from qdit_jax.sampling import PUBLISHED, Guidance, calls_per_step, check_seed, fitting_guidance
 from qdit_jax.speed.contenders import Way, check_known, contenders_of
 from qdit_jax.speed.records import Records
-from qdit_jax.speed.steps import NUM_ROUNDS, Race, Row, entry_name, settings_of
+from qdit_jax.speed.rows import Row
+from qdit_jax.speed.steps import NUM_ROUNDS, Race, entry_name, settings_of
 from qdit_jax.speed.timing import Call, TimeFn, interleaved, taken
 from qdit_jax.types import Condition, Params, Progress, ProgressFn, untold
 
