@@ -206,14 +206,15 @@ def lines(found: dict[str, Any]) -> Sequence[str]:
             f"| {blocks} | {us} |"
         )
     if found.get("steps"):
-        text += ["", "| samples | network | by | ms a step | ratio | weights MB | dB |"]
-        text += ["|---|---|---|---|---|---|---|"]
+        text += ["", "| samples | network | by | ms a step | ratio | of peak | weights MB | dB |"]
+        text += ["|---|---|---|---|---|---|---|---|"]
     for row in (Row.from_json(entry) for entry in found.get("steps", [])):
         by = ", ".join(f"{name} {count}" for name, count in row.implementations.items())
         ms, ratio = row.milliseconds, row.ratio
         text.append(
             f"| {row.batch} | {row.title} | {by} | {ms.median:.2f} ({ms.low:.2f} to {ms.high:.2f}) "
             f"| {ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f}) "
+            f"| {'' if row.peak_share is None else f'{row.peak_share:.1%}'} "
             f"| {row.weight_bytes / 1e6:.1f} | {'' if row.db is None else f'{row.db:.1f}'} |"
         )
     return [*text, "", *(f"- Left out: {reason}" for reason in found["left_out"])]

@@ -190,7 +190,7 @@ def quantized(layer: str, tokens: int, preset: str, is_tpu: bool) -> Iterator[Pr
     yield Program(f"{name} xla", product("xla"), (x, q), False)
     # It is the first that fits: the kernel refuses what it cannot hold, and cuts all else into blocks.
     platform = "tpu" if is_tpu else "cuda"
-    assert implementation_of(x.shape, q, spec.act, numerics, platform, DTYPE) == kernel
+    assert implementation_of(x.shape, q, spec.act, numerics, platform, dtype=DTYPE) == kernel
     counted = None if is_tpu else layer_roofline(tokens, channels, width, spec)
     yield Program(f"{name} {kernel}", product(None), (x, q), True, counted)
 

@@ -30,7 +30,9 @@ Every network takes turns with the baseline, A B A B, so that what slows the mac
 the ratios, with the interval that holds their median in 95 of 100 runs. The baseline's ratio to
 itself shows how much of that is chance. The baseline is full precision in the dtype of the platform:
 bfloat16 on accelerators, else float32. The output's error is against it at four steps of the sampler,
-together.
+together. "of peak" is the time of a step's products at the full rates of the device, as a share of the
+measured; - where these are not known (CPUs), and for float32 products of simulated numerics. A row that takes more than
+1.2 times as long as bfloat16 is marked.
 
 With --table, every choice of a search is timed in each distinct shape of the network's layers, and
 written to latency.json for `qdit search --latency`. Choices are described as there: bits, group sizes,
@@ -67,7 +69,7 @@ def add_parser(subparsers: SubParsers) -> None:
         nargs="+",
         metavar="RECIPE",
         help="w4a8, w4a8-g32 (groups of 32), w8a8-g0 (per channel), ..., or files such as recipe.json "
-        "(w4a8 w8a8)",
+        "(w8a8-fast w4a8-fast w4a8 w4a16)",
     )
     add(
         "--group-size",

@@ -23,8 +23,6 @@ from qdit_jax.speed import (
     predicted,
 )
 
-RECIPES = ("w8a8-fast", "w4a8-fast", "w4a8", "w4a16")
-
 
 def dry_run(options: Mapping[str, Any]) -> dict[str, Any]:
     """Prints what counting says of each network, and returns it."""
@@ -33,7 +31,7 @@ def dry_run(options: Mapping[str, Any]) -> dict[str, Any]:
     devices = devices_named(names)
     found = predicted(
         checkpoint,
-        recipes_of(options, checkpoint, RECIPES),
+        recipes_of(options, checkpoint),
         options["batch"] or BATCHES,
         calls,
         devices=devices,

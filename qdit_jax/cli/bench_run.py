@@ -35,17 +35,15 @@ from qdit_jax.speed import (
 from qdit_jax.types import Condition
 
 
-def recipes_of(
-    options: Mapping[str, Any], checkpoint: Checkpoint, default: Sequence[str] = RECIPES
-) -> list[Recipe]:
-    """Returns the recipes that were asked for, or those of `default`; none of a quantized checkpoint.
+def recipes_of(options: Mapping[str, Any], checkpoint: Checkpoint) -> list[Recipe]:
+    """Returns the recipes that were asked for, or `RECIPES`; none of a quantized checkpoint.
 
     Raises:
         UserError: if `--group-size` has no effect.
     """
     given = options["recipes"]
     size = options["group_size"]
-    names = given or (() if checkpoint.recipe is not None else default)
+    names = given or (() if checkpoint.recipe is not None else RECIPES)
     if size is not None and not any(takes_group_size(name) for name in names):
         raise UserError(f"--group-size {size} has no effect: every recipe says its own.")
     return [recipe_named(name, size) for name in names]
@@ -159,12 +157,14 @@ def timed(options: Mapping[str, Any], folder: AnyPath | None) -> Bench:
     checkpoint = load(options["checkpoint"])
     check_diffusion_model(checkpoint.model, options["checkpoint"])
     conditions = conditions_of(options, checkpoint)
+    recipes = recipes_of(options, checkpoint)
     with Bar(0, "row", "measuring") as bar:
         return bench(
             checkpoint,
-            recipes_of(options, checkpoint),
+            recipes if options["recipes"] else None,
             batches=options["batch"] or BATCHES,
             against=options["against"],
+            group_size=options["group_size"],
             numerics=options["numerics"] or NUMERICS,
             implementations=options["implementation"] or (),
             guidance=guidance_of(checkpoint, options["guidance"]),

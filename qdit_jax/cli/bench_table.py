@@ -8,13 +8,13 @@ import jax
 
 from qdit_jax.allocation import Latency
 from qdit_jax.sampling import guidance_text
-from qdit_jax.speed import Bench, Row, Taken
+from qdit_jax.speed import SLOW, Bench, Row, Taken
 
 HEADER = (
     "batch", "network", "numerics", "computed by", "ms per step", "interval", "x of {}", "interval",
-    "MB weights", "MB beside", "compile s", "error", "dB",
+    "of peak", "MB weights", "MB beside", "compile s", "error", "dB", "",
 )  # fmt: skip
-TEXTS = {"network", "numerics", "computed by", "layer"}  # columns of text, to the left
+TEXTS = {"network", "numerics", "computed by", "layer", ""}  # columns of text, to the left
 
 
 def bench_lines(found: Bench) -> list[str]:
@@ -50,11 +50,13 @@ def row_cells(row: Row) -> tuple[str, ...]:
         interval_text(row.milliseconds),
         f"{row.ratio.median:.2f}",
         interval_text(row.ratio),
+        "-" if row.peak_share is None else f"{row.peak_share:.1%}",
         megabytes(row.weight_bytes),
         megabytes(row.temporary_bytes),
         f"{row.compile_seconds:.1f}",
         "-" if row.relative_error is None else f"{row.relative_error:.2%}",
         "-" if row.db is None else f"{row.db:.1f}",
+        f"more than {SLOW:g} x bfloat16" if row.is_slow else "",
     )
 
 

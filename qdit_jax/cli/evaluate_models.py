@@ -10,6 +10,7 @@ from typing import Any
 from qdit_jax.checkpoint import Checkpoint
 from qdit_jax.cli.checkpoints import diffusion_checkpoint
 from qdit_jax.cli.evaluate_files import watched
+from qdit_jax.cli.numerics_option import note_if_slow
 from qdit_jax.cli.process import Process
 from qdit_jax.cli.processes_option import share_text
 from qdit_jax.cli.progress import Bar
@@ -131,6 +132,8 @@ def evaluate_models(
     protocol = comparison.protocol(contenders, chosen)
     check_inputs(contenders, protocol)
     judge = None if scoring is None else judge_of(scoring, contenders, protocol)
+    if processes.is_first:
+        note_if_slow((contender.checkpoint for contender in contenders), comparison.numerics)
     with shared_folder(out, force, "evaluation", inputs, processes=processes) as folder:
         if processes.is_first and (folder / "shards").exists():
             logging.getLogger("qdit_jax").info("resuming from %s", folder)

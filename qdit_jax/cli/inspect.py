@@ -198,6 +198,8 @@ def summarize(path: str, found: dict[str, Any]) -> dict[str, Any]:
         summary["sampling"] = found_sampling
     if used := implementations(description["params"]):
         summary["implementations"] = used
+        if "sampling" in summary:
+            summary["attention"] = attention(description)
     if found.get("recipe"):
         summary["recipe"] = found["recipe"]
         if (over_time := found["recipe"].get("over_time")) is not None:
@@ -233,9 +235,9 @@ def sampling_facts(description: dict[str, Any]) -> dict[str, Any]:
 def implementations(manifest: dict[str, Any]) -> dict[str, dict[str, int]]:
     """Returns how many quantized layers each implementation computes, by numerics.
 
-    Counted for JAX's default platform and one row of input; empty in full precision.
+    Counted for JAX's default platform, its dtype and one row of input; empty in full precision.
     """
-    from qdit_jax.checkpoint import abstract_params
+    from qdit_jax.checkpoint import abstract_params, default_dtype
     from qdit_jax.kernels import NUMERICS, implementations_used
     from qdit_jax.sampling import on_one_device
 
@@ -243,12 +245,24 @@ def implementations(manifest: dict[str, Any]) -> dict[str, dict[str, int]]:
     for numerics in NUMERICS:
         try:
             with on_one_device():
-                used = implementations_used(params, numerics)
+                used = implementations_used(params, numerics, dtype=default_dtype())
         except ValueError:  # integer numerics of a layer whose input is not quantized
             continue
         if used:
             found[numerics] = used
     return found
+
+
+def attention(description: dict[str, Any]) -> dict[str, int]:
+    """Returns how many attentions each implementation computes on JAX's default platform, in its dtype."""
+    from qdit_jax.checkpoint import abstract_params, default_dtype
+    from qdit_jax.models import build_model
+    from qdit_jax.sampling import sample_attention
+
+    model = build_model(description["family"], description["config"])
+    if hasattr(model, "dtype"):
+        model = model.clone(dtype=default_dtype())
+    return sample_attention(model, abstract_params(description["params"]))
 
 
 def product(shape: list[int]) -> int:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from qdit_jax.cli.options import AddArgument
+
+if TYPE_CHECKING:  # help is printed without it
+    from qdit_jax.checkpoint import Checkpoint
 
 CHOICES = ("simulated", "integer")
 DTYPES = ("float32", "bfloat16")
@@ -56,6 +60,25 @@ def add_hoist(add: AddArgument) -> None:
         "of a batch: no step reads their weights, but their outputs take memory (default: on accelerators, "
         "where memory allows)",
     )
+
+
+SLOW = (
+    "simulated numerics multiply quantized inputs in float32, which is slower than bfloat16 on this device; "
+    "kernels compute --numerics integer"
+)
+
+
+def note_if_slow(checkpoints: Iterable[Checkpoint], numerics: str) -> None:
+    """Logs, on an accelerator, that simulated numerics of quantized inputs cost time."""
+    import jax
+
+    from qdit_jax.kernels import quantized_layers
+
+    if numerics != "simulated" or jax.default_backend() == "cpu":
+        return
+    acts = (act for one in checkpoints for _, _, act in quantized_layers(one.params))
+    if any(act is not None for act in acts):
+        logging.getLogger("qdit_jax").info(SLOW)
 
 
 class EarlierName(argparse.Action):

@@ -10,7 +10,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qdit_jax.cli.first_frames_option import add_first_frames, first_frames_of
-from qdit_jax.cli.numerics_option import add_dtype, add_expand, add_hoist, add_numerics
+from qdit_jax.cli.numerics_option import (
+    add_dtype,
+    add_expand,
+    add_hoist,
+    add_numerics,
+    note_if_slow,
+)
 from qdit_jax.cli.options import (
     LARGEST_COUNT,
     AddArgument,
@@ -148,7 +154,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from qdit_jax.cli.checkpoints import diffusion_checkpoint
     from qdit_jax.evaluation import SampleFile, with_autoencoder
     from qdit_jax.processes import ALONE
-    from qdit_jax.sampling import guidance_record, guidance_text
+    from qdit_jax.sampling import guidance_record, guidance_text, sample_attention
 
     inputs = [args.checkpoint, args.vae, args.embeds, args.first_frames]
     check_output(args.out, args.columns, args.force, inputs)
@@ -179,6 +185,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if (text := process.scheduler_text(checkpoint)) is not None:
         print(text)
     processes = args.processes or ALONE
+    if processes.is_first:
+        note_if_slow([checkpoint], args.numerics)
     seconds = write_samples(job, vars(args), processes)
     settings = {
         "sampler": type(job.sampler).__name__,
@@ -187,11 +195,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "seed": args.seed,
         "precision": precision(job),
         "dtype": dtype_of(checkpoint),
+        "attention": sample_attention(
+            checkpoint.model, checkpoint.params, job.shape, job.condition
+        ),
     }
     print(
         share_text(processes, args.out)
         or f"{args.out}: {count} samples, {settings['sampler']} {process.steps} steps, "
-        f"guidance {guidance_text(job.guidance)}, {settings['precision']} in {settings['dtype']}, {seconds:.1f} s with compilation."
+        f"guidance {guidance_text(job.guidance)}, {settings['precision']} in {settings['dtype']}, {attention_text(settings)}{seconds:.1f} s with compilation."
     )
     named = {"prompts" if isinstance(chosen.conditions, Mapping) else "labels": labels_of(job)}
     found = {"out": args.out, "num_samples": count, **named}
@@ -297,6 +308,7 @@ def labels_of(job: SampleFile) -> list[Any]:
 
 def precision(job: SampleFile) -> str:
     """Returns how the numbers were computed and by what, in words."""
+    from qdit_jax.checkpoint import dtype_of
     from qdit_jax.kernels import implementations_used
     from qdit_jax.sampling import on_one_device, sample_rows
 
@@ -304,10 +316,18 @@ def precision(job: SampleFile) -> str:
     if checkpoint.recipe is None:
         return "full precision"
     rows = sample_rows(checkpoint.model, job.shape, job.condition)
+    dtype = dtype_of(checkpoint)
     with on_one_device():  # as each of them computes
-        used = implementations_used(checkpoint.params, numerics, rows=rows)
+        used = implementations_used(checkpoint.params, numerics, dtype=dtype, rows=rows)
     names = ", ".join(f"{name} ({count} layers)" for name, count in used.items())
     return f"quantized, {numerics} numerics" + (f" by {names}" if names else "")
+
+
+def attention_text(settings: Mapping[str, Any]) -> str:
+    """Returns who computed attention, for a line; nothing of a network without."""
+    used = settings["attention"]
+    names = ", ".join(name if len(used) == 1 else f"{name} {n}" for name, n in used.items())
+    return f"attention by {names}, " if names else ""
 
 
 def chosen_labels(text: str | None, num_samples: int | None, num_classes: int) -> np.ndarray:

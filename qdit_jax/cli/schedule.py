@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from qdit_jax.cli.guidance_option import add_guidance
+from qdit_jax.cli.numerics_option import add_dtype
 from qdit_jax.cli.options import (
     SubParsers,
     finite_float,
@@ -54,6 +55,7 @@ def add_parser(subparsers: SubParsers) -> None:
     add("--write", metavar="CKPT2", type=path_option, help="write the scheduled checkpoint there")
     add("--steps", type=positive_int, default=20, help="sampling steps (%(default)s)")
     add_guidance(add)
+    add_dtype(add)
     add(
         "--num-batches",
         type=positive_int,
@@ -134,6 +136,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             mean_bitops=args.mean_bitops,
             num_steps=args.steps,
             guidance=args.guidance,
+            dtype=args.dtype,
             num_batches=args.num_batches,
             batch_size=args.batch_size,
             seed=args.seed,

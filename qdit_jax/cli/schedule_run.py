@@ -38,6 +38,7 @@ def found_schedule(
     mean_bitops: float | None,
     num_steps: int,
     guidance: Given | None,
+    dtype: str | None,
     num_batches: int,
     batch_size: int,
     seed: int,
@@ -48,13 +49,14 @@ def found_schedule(
     Args:
         source: the quantized checkpoint's folder.
         guidance: None for the model's default.
+        dtype: that the network computes in; None for the platform's own.
         options: those of conditions and sizes, see `Inputs`.
 
     Raises:
         UserError: if the checkpoint is in full precision.
         ValueError: as `choose_steps`.
     """
-    checkpoint = diffusion_checkpoint(source)
+    checkpoint = diffusion_checkpoint(source, dtype)
     if checkpoint.recipe is None:
         raise UserError(
             f"{source} is in full precision; first `qdit quantize {source} DIR --recipe w4a4`."

@@ -340,8 +340,8 @@ def who_computes(
         raise UserError(f"{path}: {reason}")
     if forced:
         return forced, None
-    product = (shape, kernel, settings, numerics, None, dtype)
-    return implementation_of(*product), passed_over(*product)
+    product = (shape, kernel, settings, numerics)
+    return implementation_of(*product, dtype=dtype), passed_over(*product, dtype=dtype)
 
 
 def check_implementation(name: str | None) -> None:

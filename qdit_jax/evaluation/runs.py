@@ -52,6 +52,7 @@ from qdit_jax.sampling import (
     guidance_record,
     on_one_device,
     partition_mesh,
+    sample_attention,
     sample_rows,
 )
 from qdit_jax.types import Progress, ProgressFn, untold
@@ -193,10 +194,12 @@ def shards(
     padded = -(-batch_size // parts) * parts
     device = jax.local_devices()[0]
     place = f"{mesh.size} x {device.platform} ({device.device_kind})"
-    used = {
-        f"{i}/implementations": json.dumps(used_by(c.checkpoint, protocol, padded))
-        for i, c in enumerate(contenders)
-    }
+    used = {}
+    for i, c in enumerate(contenders):
+        used[f"{i}/implementations"] = json.dumps(used_by(c.checkpoint, protocol, padded))
+        model, params = c.checkpoint.model, c.checkpoint.params
+        attention = sample_attention(model, params, protocol.shape, protocol.conditions)
+        used[f"{i}/attention"] = json.dumps(attention)
     for start, stop in missing:
         index = filled_batch(start, padded, protocol.num_samples)
         condition = protocol.condition_of(contenders[0].checkpoint.model, index)
@@ -226,9 +229,9 @@ def used_by(checkpoint: Checkpoint, protocol: Protocol, batch_size: int) -> dict
     """Returns how many quantized layers each implementation computes, by its name."""
     found = sample_rows(checkpoint.model, protocol.shape, protocol.conditions)
     rows = {path: n * batch_size for path, n in found.items()}
-    is_whole = partition_mesh(checkpoint.params) is None
+    is_whole, dtype = partition_mesh(checkpoint.params) is None, dtype_of(checkpoint)
     with on_one_device() if is_whole else nullcontext():  # as each of them computes
-        return implementations_used(checkpoint.params, protocol.numerics, rows=rows)
+        return implementations_used(checkpoint.params, protocol.numerics, dtype=dtype, rows=rows)
 
 
 def check_same_devices(batch_samplers: Sequence[BatchSampler]) -> None:

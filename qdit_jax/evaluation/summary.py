@@ -79,7 +79,8 @@ def model_facts(run: Run, table: Table, number: int, contender: Contender) -> di
         "recipe": None if checkpoint.recipe is None else checkpoint.recipe.name,
         "numerics": precision(contender, run.settings["numerics"]),
         "dtype": dtype_of(checkpoint),
-        "implementations": implementations(table, number),
+        "implementations": counted(table, number, "implementations"),
+        "attention": counted(table, number, "attention"),
         "bytes": num_bytes(checkpoint.params),
         "seconds_per_sample": float(np.median(seconds)) / batch,
         "num_timings": len(seconds),
@@ -93,9 +94,9 @@ def precision(contender: Contender, chosen: str) -> str:
     return f"quantized, {chosen} numerics" if quantized else "full precision"
 
 
-def implementations(table: Table, number: int) -> dict[str, int]:
-    """Returns how many layers of a contender each implementation computed, on all its devices."""
-    stored = {str(text) for text in table.get(f"{number}/implementations", ())}
+def counted(table: Table, number: int, name: str) -> dict[str, int]:
+    """Returns how many layers or attentions of a contender each implementation computed, on all its devices."""
+    stored = {str(text) for text in table.get(f"{number}/{name}", ())}
     return {name: count for text in sorted(stored) for name, count in json.loads(text).items()}
 
 

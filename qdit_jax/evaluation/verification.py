@@ -36,6 +36,7 @@ from qdit_jax.sampling import (
     guidance_record,
     num_guided_channels,
     on_one_device,
+    sample_attention,
     sample_rows,
 )
 from qdit_jax.types import Condition, ProgressFn, untold
@@ -51,6 +52,7 @@ class Verification:
         recipe: the name of the recipe; None where the checkpoint has none.
         settings: how it was measured, in JSON's types.
         layers: one entry per layer that is quantized or should be.
+        attention: how many attentions of the quantized network each implementation computes.
         failures: what failed although no limit asks for it, one sentence each.
         limits: what became of every limit.
         notes: what a reader should know.
@@ -66,6 +68,7 @@ class Verification:
     recipe: str | None
     settings: dict[str, Any]
     layers: list[Layer]
+    attention: dict[str, int]
     failures: list[str]
     limits: list[Outcome]
     notes: list[str]
@@ -171,6 +174,7 @@ def verify(
         recipe=None if ours.recipe is None else ours.recipe.name,
         settings={**settings_of(protocol, steps), "dtype": dtype_of(full)},
         layers=layers,
+        attention=sample_attention(ours.model, ours.params, shape, conditions),
         failures=failures,
         limits=kept,
         notes=[*notes, *notes_on(ours)],

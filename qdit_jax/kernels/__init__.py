@@ -1,7 +1,14 @@
 """The product of quantized activations and a packed kernel, and attention."""
 
 from qdit_jax.kernels import gpu_fp8, gpu_groups, gpu_levels, gpu_tiles, gpu_weights
-from qdit_jax.kernels.attention import ATTENTION_IMPLEMENTATIONS, attention
+from qdit_jax.kernels.attention import (
+    ATTENTION_IMPLEMENTATIONS,
+    attention,
+    attentions_used,
+    call_shapes,
+    checked_mask,
+)
+from qdit_jax.kernels.attention_call import AttentionShapes
 from qdit_jax.kernels.epilogue import GELU, Gated, activated, followed
 from qdit_jax.kernels.matmul import (
     expected,
@@ -32,6 +39,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "NUMERICS",
     "PLATFORMS",
+    "AttentionShapes",
     "Gated",
     "Implementation",
     "Mapped",
@@ -41,6 +49,9 @@ __all__ = [
     "Product",
     "activated",
     "attention",
+    "attentions_used",
+    "call_shapes",
+    "checked_mask",
     "expected",
     "followed",
     "fused_matmul",

@@ -6,7 +6,8 @@ Dimensions: B batch, Q and T query and key positions, H heads, D channels of a h
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -49,15 +50,8 @@ def attention(
     """
     check_shapes(q.shape, k.shape, v.shape)
     wide_mask = None if mask is None else checked_mask(mask, q.shape, k.shape)
-    shapes = AttentionShapes(
-        q.shape,
-        k.shape,
-        None if wide_mask is None else wide_mask.shape,
-        weights_fn is not None,
-        jnp.result_type(q, k, v).name,
-        default_platform(),
-        v.shape[-1],
-    )
+    dtype = jnp.result_type(q, k, v).name
+    shapes = call_shapes(q.shape, k.shape, v.shape, wide_mask, weights_fn is not None, dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
     def run(entry: AttentionImplementation) -> Callable[..., Array]:
@@ -73,6 +67,24 @@ def attention(
         return XLA.run(q, k, v, wide_mask, scale, weights_fn)
     branches = {name: run(entry) for name, entry in by_platform.items() if entry is not XLA}
     return jax.lax.platform_dependent(q, k, v, wide_mask, default=run(XLA), **branches)
+
+
+def call_shapes(
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    v: tuple[int, ...],
+    mask: Bool[AnyArray, "_ _ _ T"] | None,
+    sees_weights: bool,
+    dtype: str,
+) -> AttentionShapes:
+    """Returns a call of operands of these shapes on JAX's platform, as the table takes it."""
+    mask_shape = None if mask is None else mask.shape
+    return AttentionShapes(q, k, mask_shape, sees_weights, dtype, default_platform(), v[-1])
+
+
+def attentions_used(calls: Iterable[AttentionShapes]) -> dict[str, int]:
+    """Returns how many calls each implementation computes, by name, for reports."""
+    return dict(Counter(first_that_fits(call).name for call in calls))
 
 
 def first_that_fits(shapes: AttentionShapes) -> AttentionImplementation:

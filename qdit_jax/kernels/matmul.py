@@ -161,13 +161,13 @@ def unsupported_reason(
     numerics: str = "simulated",
     implementation: str | None = None,
     *,
+    dtype: str,
     platform: str | None = None,
-    dtype: str = "float32",
 ) -> str | None:
     """Returns why the product cannot run this way, one sentence, or None if it can.
 
-    Only shapes and settings are read, so arrays may be abstract or traced.
-    `platform` is one of `PLATFORMS`, by default that of JAX's default backend.
+    Only shapes and settings are read, so arrays may be abstract or traced. `dtype` is the input's, of a
+    layer that of its network. `platform` is one of `PLATFORMS`, by default that of JAX's default backend.
     """
     product = Product(x_shape, weight, act, numerics, checked_platform(platform), dtype)
     return unsupported(product, implementation)
@@ -206,9 +206,12 @@ def implementation_of(
     act: ActSpec | ActQuant | None = None,
     numerics: str = "simulated",
     platform: str | None = None,
-    dtype: str = "float32",
+    *,
+    dtype: str,
 ) -> str:
     """Returns the name of the implementation that `quantized_matmul` takes; for reports.
+
+    `dtype` and `platform` are as in `unsupported_reason`.
 
     Raises:
         ValueError: with the reason that `unsupported_reason` returns.
@@ -226,7 +229,8 @@ def passed_over(
     act: ActSpec | ActQuant | None = None,
     numerics: str = "simulated",
     platform: str | None = None,
-    dtype: str = "float32",
+    *,
+    dtype: str,
 ) -> str | None:
     """Returns why XLA computes a product and not the kernel that the platform has for its kind.
 

@@ -37,7 +37,7 @@ class Product:
     act: ActSpec | ActQuant | None
     numerics: str
     platform: str
-    dtype: str = "float32"
+    dtype: str
 
     @property
     def act_spec(self) -> ActSpec | None:

@@ -18,8 +18,8 @@ def ready(
     numerics: str,
     implementation: str | None = None,
     *,
+    dtype: str,
     platform: str | None = None,
-    dtype: str = "float32",
 ) -> QTensor:
     """Returns the same kernel as who computes its products has it in a loop.
 

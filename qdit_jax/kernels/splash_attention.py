@@ -54,9 +54,10 @@ def splash_attention(
         # Queries, which are of segment 0, see the keys of theirs.
         hidden = hidden_keys(mask, k.shape[0], k.shape[1], keys)
         segments = kernels.SegmentIds(jnp.zeros((len(hidden), queries), jnp.int32), hidden)
-        found = jax.vmap(lambda q, k, v, ids: attend(q, k, v, segment_ids=ids))(*operands, segments)
+        seeing = lambda ids, q, k, v: attend(q, k, v, segment_ids=ids)  # noqa: E731
+        found = jax.vmap(seeing)(segments, *operands)
     found = jnp.swapaxes(found, 1, 2)[:, : q.shape[1]]
-    return found if mask is None else jnp.where(mask.any(-1)[..., None], found, 0)
+    return found if mask is None else jnp.where(jnp.any(mask, -1, keepdims=True), found, 0)
 
 
 def hidden_keys(

@@ -16,15 +16,16 @@ def implementations_used(
     params: Params,
     numerics: str = "simulated",
     *,
+    dtype: str,
     platform: str | None = None,
     rows: Mapping[str, int] | None = None,
-    dtype: str = "float32",
 ) -> dict[str, int]:
     """Returns how many quantized kernels of a network each implementation computes, by name.
 
     Empty for a network in full precision. Arrays may be abstract; each kernel of a stack counts.
 
     Args:
+        dtype: that the network computes in, see `checkpoint.dtype_of`.
         platform: one of `PLATFORMS`, by default JAX's.
         rows: how many rows each layer is given, by path (`models.rows_per_sample` times the batch);
             1 where it is not named.
@@ -41,7 +42,7 @@ def implementations_used(
         # Without scales: an unpicked table would be refused, and its rows make no difference here.
         settings = None if act is None else ActQuant(act.spec)
         own = layer_numerics(act, numerics, acts)
-        name = implementation_of(shape, kernel, settings, own, platform, dtype)
+        name = implementation_of(shape, kernel, settings, own, platform, dtype=dtype)
         found[name] += math.prod(kernel.scale.shape[:-2])
     return dict(found)
 

@@ -81,6 +81,7 @@ from qdit_jax.models.runs import RUNS, apply_blocks, with_runs
 from qdit_jax.models.taps import (
     AttentionCall,
     attention_calls,
+    attention_shapes,
     layers_in_order,
     rows_per_sample,
     seen_inputs,
@@ -139,6 +140,7 @@ __all__ = [
     "asset",
     "at_timestep",
     "attention_calls",
+    "attention_shapes",
     "build_model",
     "check_all_run",
     "check_dtype",

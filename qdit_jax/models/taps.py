@@ -12,11 +12,16 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 from jaxtyping import Array
 
+from qdit_jax.kernels import AttentionShapes, call_shapes, checked_mask
 from qdit_jax.models.family import OPERANDS_OF, Network, example_inputs
+from qdit_jax.models.layers import AttentionModule
 from qdit_jax.models.linear import Linear, mapped_input, quantized_input
+from qdit_jax.types import Params
 
 # (path, layer, input, call) -> output, where `call()` is what the layer itself would return.
 LayerFn = Callable[[str, Linear, Array, Callable[[], Array]], Array]
@@ -114,6 +119,43 @@ def attention_calls(
 
     inputs = example_inputs(model) if inputs is None else inputs
     with tapped(lambda path, layer, x, call: call(), look):
+        jax.eval_shape(model.init, jax.random.key(0), *inputs)  # type: ignore[attr-defined]
+    return tuple(found)
+
+
+def attention_shapes(
+    model: Network, params: Params, inputs: tuple[Any, ...] | None = None
+) -> tuple[AttentionShapes, ...]:
+    """Returns the attentions of one sample as who computes them sees them, in their order.
+
+    Args:
+        params: whose quantizers of operands make these wide; arrays may be abstract.
+        inputs: as of `rows_per_sample`.
+    """
+    flat, found = flatten_dict(params, sep="/"), []
+
+    def look(path: str, q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
+        one, other, third = ((math.prod(a.shape[:-3]), *a.shape[-3:]) for a in (q, k, v))
+        wide = ["float32" for name in "qkv" if f"{path}/{name}_quant" in flat]
+        dtype = jnp.result_type(*(a.dtype for a in (q, k, v)), *wide).name
+        wide_mask = None if mask is None else checked_mask(mask, one, other)
+        is_seen = f"{path}/softmax_quant" in flat
+        found.append(call_shapes(one, other, third, wide_mask, is_seen, dtype))
+        return jnp.zeros((*q.shape[:-1], v.shape[-1]), v.dtype)
+
+    def intercept(
+        next_fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> object:
+        module = context.module
+        if isinstance(module, AttentionModule) and context.method_name == "attend":
+            return look("/".join(module.path), *args, **kwargs)
+        return next_fn(*args, **kwargs)
+
+    inputs = example_inputs(model) if inputs is None else inputs
+    with nn.intercept_methods(intercept):
         jax.eval_shape(model.init, jax.random.key(0), *inputs)  # type: ignore[attr-defined]
     return tuple(found)
 

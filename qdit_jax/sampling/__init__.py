@@ -27,6 +27,7 @@ from qdit_jax.sampling.conditions import (
     cyclic_conditions,
     num_conditions,
     rows_of,
+    sample_attention,
     sample_rows,
     shape_of_sample,
 )
@@ -135,6 +136,7 @@ __all__ = [
     "rows_of",
     "run_per_device",
     "running_params",
+    "sample_attention",
     "sample_count",
     "sample_rows",
     "sampler_text",

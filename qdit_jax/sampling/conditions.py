@@ -16,6 +16,7 @@ from jaxtyping import Int
 
 from qdit_jax import diffusion
 from qdit_jax.errors import check_counts
+from qdit_jax.kernels import attentions_used
 from qdit_jax.models import (
     ENTRIES,
     NULL,
@@ -23,6 +24,7 @@ from qdit_jax.models import (
     Network,
     abstract_rows,
     as_condition,
+    attention_shapes,
     check_null_names,
     example_inputs,
     is_concrete,
@@ -31,7 +33,7 @@ from qdit_jax.models import (
     with_guidance,
     without_null,
 )
-from qdit_jax.types import AnyArray, Condition
+from qdit_jax.types import AnyArray, Condition, Params
 
 Shape = tuple[int, ...]
 
@@ -305,13 +307,30 @@ def sample_rows(
     model: Network, shape: Sequence[int] | None, conditions: Condition
 ) -> dict[str, int]:
     """Returns `rows_per_sample` for samples of a shape, and embeddings of that length."""
+    return rows_per_sample(model, sample_inputs(model, shape, conditions))
+
+
+def sample_attention(
+    model: Network,
+    params: Params,
+    shape: Sequence[int] | None = None,
+    conditions: Condition = None,
+) -> dict[str, int]:
+    """Returns how many attentions of a network each implementation computes, by name, for such samples."""
+    return attentions_used(attention_shapes(model, params, sample_inputs(model, shape, conditions)))
+
+
+def sample_inputs(
+    model: Network, shape: Sequence[int] | None, conditions: Condition
+) -> tuple[Any, ...] | None:
+    """Returns abstract arguments of a call with one such sample; None where they are the network's own."""
     given = without_null(conditions) if isinstance(conditions, Mapping) else None
     if shape is None and given is None:
-        return rows_per_sample(model)
+        return None
     given = None if given is None else checked_conditions(model, given)
     given = with_guidance(model, given, 1.0)
     size = shape_of_sample(model, shape)
-    return rows_per_sample(model, example_inputs(model, 1, size, given))
+    return example_inputs(model, 1, size, given)
 
 
 def shapes_text(condition: Mapping[str, Any]) -> str:

@@ -6,7 +6,8 @@ from qdit_jax.speed.devices import DEVICES, HERE, Device, devices_named
 from qdit_jax.speed.layers import BATCH, layer_table
 from qdit_jax.speed.predicted import Predicted, abstract_checkpoint, predicted
 from qdit_jax.speed.records import Records
-from qdit_jax.speed.steps import BATCHES, NUM_ROUNDS, RECIPES, Bench, Row, bench
+from qdit_jax.speed.rows import SLOW, Bench, Row
+from qdit_jax.speed.steps import BATCHES, NUM_ROUNDS, RECIPES, bench
 from qdit_jax.speed.timing import Call, Taken, TimeFn, interleaved, ratio, taken
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "HERE",
     "NUM_ROUNDS",
     "RECIPES",
+    "SLOW",
     "Bench",
     "Call",
     "Device",

@@ -8,7 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from qdit_jax.checkpoint import Checkpoint, default_dtype, digest, with_dtype, with_expanded_weights
+from qdit_jax.checkpoint import (
+    Checkpoint,
+    default_dtype,
+    digest,
+    dtype_of,
+    with_dtype,
+    with_expanded_weights,
+)
 from qdit_jax.errors import UserError
 from qdit_jax.kernels import (
     IMPLEMENTATIONS,
@@ -74,10 +81,11 @@ class Contender:
         if way.implementation is not None:
             return {way.implementation: len(self.layers)}
         found: Counter[str] = Counter()
+        dtype = dtype_of(self.checkpoint)
         for layer in self.layers:
             product, numerics = self.product(layer, batch), self.numerics(layer, way)
             with on_one_device():
-                found[implementation_of(*product, numerics)] += 1
+                found[implementation_of(*product, numerics, dtype=dtype)] += 1
         return dict(found)
 
     def numerics(self, layer: QuantizedLayer, way: Way) -> str:
@@ -94,10 +102,9 @@ class Contender:
 
     def why_not(self, layer: QuantizedLayer, batch: int, way: Way) -> str | None:
         """Returns why a layer cannot be computed this way, one sentence, or None if it can."""
-        product = self.product(layer, batch)
-        numerics = self.numerics(layer, way)
+        product = (*self.product(layer, batch), self.numerics(layer, way), way.implementation)
         with on_one_device():
-            reason = unsupported_reason(*product, numerics, way.implementation)
+            reason = unsupported_reason(*product, dtype=dtype_of(self.checkpoint))
         return None if reason is None else f"{layer.path}: {reason}"
 
 

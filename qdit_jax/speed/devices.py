@@ -30,6 +30,7 @@ class Device:
         platform: JAX's word for it, which says whose kernels compute its products.
         fuses_attention: whether attention is computed without its weights in memory.
         wide: the precision of float32 products, in words.
+        kinds: JAX's words for devices with these rates.
     """
 
     name: str
@@ -40,9 +41,12 @@ class Device:
     platform: str
     fuses_attention: bool = True
     wide: str = "float32"
+    kinds: tuple[str, ...] = ()
 
 
-def tpu(name: str, tera: float, int8: float, bandwidth: float, memory: float) -> Device:
+def tpu(
+    name: str, tera: float, int8: float, bandwidth: float, memory: float, *kinds: str
+) -> Device:
     """Returns a TPU; JAX multiplies float32 there in one pass of bfloat16 unless it is told not to."""
     rates = {"float32": tera * TERA, "bfloat16": tera * TERA, "int8": int8 * TERA}
     return Device(
@@ -53,6 +57,7 @@ def tpu(name: str, tera: float, int8: float, bandwidth: float, memory: float) ->
         memory * GIGA,
         "tpu",
         wide="one pass of bfloat16, JAX's default",
+        kinds=kinds,
     )
 
 
@@ -70,10 +75,11 @@ DEVICES = {
             80 * GIGA,
             "cuda",
             wide="TF32, JAX's default",
+            kinds=("NVIDIA H100 80GB HBM3", "NVIDIA H200"),
         ),
-        tpu("v5e", 197.0, 394.0, 819.0, 16.0),
-        tpu("v5p", 459.0, 918.0, 2765.0, 95.0),
-        tpu("v6e", 918.0, 1836.0, 1640.0, 32.0),
+        tpu("v5e", 197.0, 394.0, 819.0, 16.0, "TPU v5 lite", "TPU v5e"),
+        tpu("v5p", 459.0, 918.0, 2765.0, 95.0, "TPU v5", "TPU v5p"),
+        tpu("v6e", 918.0, 1836.0, 1640.0, 32.0, "TPU v6 lite", "TPU v6e"),
     )
 }
 HERE = "cpu"  # the name of the machine that asks, whose rates are measured
@@ -91,6 +97,12 @@ def devices_named(names: list[str]) -> list[Device]:
             f"device={unknown[0]!r} is not known; use {', '.join(DEVICES)}, or {HERE} for this machine."
         )
     return [this_cpu() if name == HERE else DEVICES[name] for name in names]
+
+
+def present_device() -> Device | None:
+    """Returns the row that has the rates of JAX's first device; None where none has, as of a CPU."""
+    kind = jax.devices()[0].device_kind
+    return next((row for row in DEVICES.values() if kind in row.kinds), None)
 
 
 def this_cpu() -> Device:

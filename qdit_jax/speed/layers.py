@@ -43,13 +43,15 @@ from qdit_jax.sampling import (
 )
 from qdit_jax.speed.contenders import Way, check_known, contenders_of
 from qdit_jax.speed.records import Records
-from qdit_jax.speed.steps import NUM_ROUNDS, Race, Row, entry_name, settings_of
+from qdit_jax.speed.rows import Row
+from qdit_jax.speed.steps import NUM_ROUNDS, Race, entry_name, settings_of
 from qdit_jax.speed.timing import Call, TimeFn, interleaved, taken
 from qdit_jax.types import Condition, Params, Progress, ProgressFn, untold
 
 BATCH = 8
 # Budgets are written relative to these: groups of 128, and one group per channel.
 REFERENCES = (128, 0)
+DTYPE = "float32"  # of the inputs and the layers that are timed
 NOTHING = "nothing"  # the name of a call that computes nothing
 Shape = tuple[int, int, int]  # K, N, R
 
@@ -169,8 +171,9 @@ def computed_by(shape: Shape, spec: LayerSpec, numerics: str) -> str | None:
     """
     if spec.weight is None:
         return None
+    given = ((shape[2], shape[0]), spec.weight, spec.act, numerics)
     with on_one_device():
-        return implementation_of((shape[2], shape[0]), spec.weight, spec.act, numerics)
+        return implementation_of(*given, dtype=DTYPE)
 
 
 def times_of(
@@ -184,13 +187,13 @@ def times_of(
     """Returns the times of one shape's choices, taken in turn, in JSON's types."""
     k, n, rows = shape
     rng = np.random.default_rng([seed, *shape])
-    given = jax.device_put(rng.normal(size=(rows, k)).astype(np.float32), jax.local_devices()[0])
+    given = jax.device_put(rng.normal(size=(rows, k)).astype(DTYPE), jax.local_devices()[0])
     kernel = (rng.normal(size=(k, n)) / k**0.5).astype(np.float32)
     bias = np.zeros(n, np.float32)
     calls = [compiled(f"{shape} {NOTHING}", nothing, {"bias": bias}, given)]
     for name, spec in choices.items():
         params = layer_params(kernel, bias, spec, rng)
-        linear = partial(applied, Linear(n, numerics=numerics))
+        linear = partial(applied, Linear(n, numerics=numerics, dtype=DTYPE))
         calls.append(compiled(f"{shape} {name}", linear, params, given))
     seconds = 1000 * time_fn(calls, num_rounds)
     call_ms = float(np.median(seconds[0]))

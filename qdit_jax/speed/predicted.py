@@ -65,13 +65,12 @@ class Counted:
         self.attentions: tuple[AttentionCall, ...] = attention_calls(model)
         self.shapes = shapes_of(checkpoint, self.rows)
 
-    def step(self, contender: Contender, inputs: int) -> Step:
-        """Returns a step of one format, of so many network inputs."""
+    def step(self, contender: Contender, inputs: int, implementation: str | None = None) -> Step:
+        """Returns a step of one format, of so many network inputs, by `Step.implementation`."""
         specs = {layer.path: spec_of(layer) for layer in contender.layers}
         rows = {path: count * inputs for path, count in self.rows.items()}
-        return Step(
-            self.shapes, rows, specs, self.attentions, inputs, dtype_of(contender.checkpoint)
-        )
+        dtype = dtype_of(contender.checkpoint)
+        return Step(self.shapes, rows, specs, self.attentions, inputs, dtype, implementation)
 
 
 def predicted(

@@ -59,6 +59,7 @@ class Step:
         attentions: its attentions, of one network input.
         inputs: network inputs in one step.
         dtype: of operands that are not quantized.
+        implementation: who computes quantized products; None is who would on a device that lacks nothing.
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -67,14 +68,14 @@ class Step:
     attentions: tuple[AttentionCall, ...]
     inputs: int
     dtype: str
+    implementation: str | None = None
 
     def work(self, device: Device) -> Iterable[Work]:
         """Yields the parts of the step on a device."""
         size = WIDE if self.dtype == "float32" else WIDE // 2
         for path, shape in self.shapes.items():
-            yield layer_work(
-                self.rows[path], shape, self.specs.get(path), self.dtype, size, device.platform
-            )
+            given = (self.rows[path], shape, self.specs.get(path), self.dtype, size)
+            yield layer_work(*given, device.platform, self.implementation)
         for attention in self.attentions:
             yield attention_work(attention, self.inputs, self.dtype, size, device.fuses_attention)
 
@@ -95,6 +96,7 @@ def layer_work(
     dtype: str,
     size: int,
     platform: str,
+    implementation: str | None = None,
 ) -> Work:
     """Returns the work of a linear layer; `size` is the bytes of one value of its input and output."""
     num_channels, width = shape
@@ -103,6 +105,8 @@ def layer_work(
     weight = None if spec is None else spec.weight
     act = None if spec is None else spec.act
     row = computed_by(rows, num_channels, spec, dtype, platform)
+    if row is not None and implementation is not None:
+        row = kernels.IMPLEMENTATIONS[implementation]
     inside = () if row is None else row.inside
     kind = row.kind if row is not None and row.kind is not None else kind_of(spec, dtype)
     count, is_byte = num_sums(num_channels, spec), kind in ("int8", "float8")

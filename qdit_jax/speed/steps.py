@@ -6,9 +6,10 @@ Dimensions: B samples, R rounds.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -49,73 +50,19 @@ from qdit_jax.speed.contenders import (
     recipe_named,
     ways_of,
 )
+from qdit_jax.speed.devices import present_device
+from qdit_jax.speed.peak import peak_share
+from qdit_jax.speed.predicted import Counted
 from qdit_jax.speed.records import Records
-from qdit_jax.speed.timing import Call, Taken, TimeFn, interleaved, ratio, taken
+from qdit_jax.speed.rows import Bench, Row, marked
+from qdit_jax.speed.timing import Call, TimeFn, interleaved, ratio, taken
 from qdit_jax.types import Condition, Params, Progress, ProgressFn, untold
 
 NUM_ROUNDS = 21
 NUM_STEPS, NUM_SAMPLES = 4, 4  # of the trajectory on which errors are measured
-RECIPES, BATCHES = ("w4a8", "w8a8"), (1, 8, 32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One network, computed one way, at one batch size.
-
-    Attributes:
-        title: what is timed, such as `float32`, `bfloat16` or `w4a8-g128`.
-        batch: samples of a step; guided, the network sees twice as many.
-        numerics: of quantized layers; None in full precision.
-        implementations: how many layers each computes.
-        milliseconds: of a step.
-        ratio: of its time to the baseline's, round by round; of the baseline to itself it shows how
-            much chance there is in the others.
-        weight_bytes: that its parameters hold.
-        temporary_bytes: that the compiled step needs beside them, as XLA plans it.
-        compile_seconds: of tracing and compiling the step.
-        relative_error, db: of its output against full precision on the same inputs, those of four steps
-            of the sampler in full precision, as a share of the output's norm and as signal to error;
-            None without full precision to compare with.
-    """
-
-    title: str
-    batch: int
-    numerics: str | None
-    implementations: Mapping[str, int]
-    milliseconds: Taken
-    ratio: Taken
-    weight_bytes: int
-    temporary_bytes: int | None
-    compile_seconds: float
-    relative_error: float | None
-    db: float | None
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Row:
-        """Returns the row that `dataclasses.asdict` described."""
-        times = {name: Taken(**data[name]) for name in ("milliseconds", "ratio")}
-        return cls(**{**data, **times})
-
-
-@dataclasses.dataclass(frozen=True)
-class Bench:
-    """What `bench` measured.
-
-    Attributes:
-        rows: by batch size, the baseline first.
-        baseline: the title of what the ratios are to.
-        settings: how it was measured, in JSON's types.
-        provenance: date, versions and device.
-    """
-
-    rows: list[Row]
-    baseline: str
-    settings: dict[str, Any]
-    provenance: dict[str, str]
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns everything in JSON's types."""
-        return dataclasses.asdict(self)
+# What kernels compute: int8 per channel, two levels of scales, groups, and weights alone.
+RECIPES = ("w8a8-fast", "w4a8-fast", "w4a8", "w4a16")
+BATCHES = (1, 8, 32)
 
 
 class Inputs(NamedTuple):
@@ -169,7 +116,8 @@ def bench(
     Args:
         checkpoint: in full precision; or quantized, which is timed as it is.
         recipes: names such as `w4a8` or `w4a8-g32`, paths of recipe files, or recipes; the weights
-            are rounded to nearest. `RECIPES` by default.
+            are rounded to nearest. By default those of `RECIPES` that can be computed in one of the numerics
+            and by the implementations.
         batches: samples per step.
         against: of a quantized checkpoint, the full-precision one that is the baseline; without it
             the baseline is the checkpoint itself, the first way in which it is computed.
@@ -193,13 +141,15 @@ def bench(
     check_counts(2, num_rounds=num_rounds)
     check_known(numerics, implementations)
     ours, full = opened(checkpoint), None if against is None else opened(against)
+    is_default = recipes is None
     if recipes is None:
         recipes = () if ours.recipe is not None else RECIPES
     wanted = [r if isinstance(r, Recipe) else recipe_named(r, group_size) for r in recipes]
     entrants = contenders_of(ours, wanted, full, expand=expand)
     guidance = fitting_guidance(ours.model, guidance)
     settings = settings_of(entrants, guidance, num_rounds, check_seed(seed), conditions)
-    jobs = list(jobs_of(entrants, batches, numerics, implementations, guidance))
+    optional = entrants[len(entrants) - len(wanted) :] if is_default else []
+    jobs = list(jobs_of(entrants, batches, numerics, implementations, guidance, optional))
     records = Records(state, settings)
     race = Race(entrants[0], jobs[0][2], guidance, num_rounds, seed, time_fn, conditions)
     total_fn(len(jobs))
@@ -209,7 +159,7 @@ def bench(
         rows.append(Row.from_json(found))
         progress_fn(Progress(1))
     rows.sort(key=lambda row: batches.index(row.batch))
-    return Bench(rows, entrants[0].title, settings, provenance())
+    return Bench(marked(rows), entrants[0].title, settings, provenance())
 
 
 def opened(source: Checkpoint | PathLike) -> Checkpoint:
@@ -246,12 +196,26 @@ def jobs_of(
     numerics: Sequence[str],
     implementations: Sequence[str],
     guidance: object,
+    optional: Sequence[Contender] = (),
 ) -> Iterator[tuple[Contender, int, Way]]:
-    """Yields what is to be timed: one network after another, in every way that applies."""
+    """Yields what is to be timed: one network after another, in every way that applies.
+
+    Raises:
+        UserError: if nothing applies to one; of those that are `optional`, to all.
+    """
+    refused = 0
     for contender in entrants:
         for batch in batches:
             inputs = batch * calls_per_step(contender.checkpoint.model, guidance)
-            for way in ways_of(contender, numerics, implementations, inputs):
+            try:
+                ways = ways_of(contender, numerics, implementations, inputs)
+            except UserError as error:
+                refused += 1
+                if contender not in optional or refused == len(optional) * len(batches):
+                    raise
+                logging.getLogger("qdit_jax").info("left out at batch %d: %s", batch, error)
+                continue
+            for way in ways:
                 yield contender, batch, way
 
 
@@ -284,6 +248,8 @@ class Race:
         self.base, self.base_way = base, base_way
         self.guidance, self.num_rounds, self.seed = guidance, num_rounds, seed
         self.time_fn, self.conditions = time_fn, conditions
+        self.device = present_device()
+        self.counted = cache(lambda: Counted(base.checkpoint, base.rows))
         self.baseline = cache(lambda batch: self.compiled(base, batch, base_way))
         self.held: dict[tuple[Contender, Way], Params] = {}
         self.seen: Inputs | None = None
@@ -335,19 +301,23 @@ class Race:
         error: dict[str, float | None] = {"relative_error": None, "db": None}
         if self.base_way.numerics is None and not is_base:
             error = errors(base, ours, self.path(base.denoise_fn))
+        inputs = batch * calls_per_step(contender.checkpoint.model, self.guidance)
+        ms, share = taken(1000 * seconds[1]), None
+        if self.device is not None:
+            share = peak_share(self.counted(), contender, way, inputs, self.device, ms.median)
         row = Row(
             contender.title,
             batch,
             way.numerics,
-            contender.implementations(
-                way, batch * calls_per_step(contender.checkpoint.model, self.guidance)
-            ),
-            taken(1000 * seconds[1]),
+            contender.implementations(way, inputs),
+            ms,
             ratio(seconds[1], seconds[0]),
             sum(leaf.nbytes for leaf in jax.tree.leaves(self.params(contender, way))),
             ours.temporary_bytes,
             ours.seconds,
-            **error,
+            error["relative_error"],
+            error["db"],
+            share,
         )
         return dataclasses.asdict(row)
 

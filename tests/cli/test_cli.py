@@ -86,6 +86,7 @@ def test_inspect_counts_bytes_by_part(folder, capsys):
     count = {"xla_cpu": num_kernels(folder / "small")}
     used = {"simulated": count, "integer": count}
     assert summary["implementations"] == used
+    assert summary["attention"] == {"xla": summary["config"]["depth"]}
     assert main(["inspect", str(folder / "small")]) == 0
     assert "family: dit" in capsys.readouterr().out
 

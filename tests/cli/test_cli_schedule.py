@@ -117,3 +117,17 @@ def test_refusals_are_one_sentence(folder, capsys):
         assert message in printed or message.replace("=", " ") in printed
         assert printed.count("\n") == 1
         assert not (folder / "new").exists()
+
+
+def test_it_computes_in_the_dtype_that_is_asked_for(folder, monkeypatch):
+    seen = []
+
+    def stopped(checkpoint, key, **settings):
+        seen.append(checkpoint.model.dtype)
+        raise qdit.UserError("stopped")
+
+    monkeypatch.setattr("qdit_jax.cli.schedule_run.choose_steps", stopped)
+    given = ["schedule", str(folder / "small"), str(folder / "narrow"), "--mean-bits", "6"]
+    for words in ([], ["--dtype", "bfloat16"]):
+        assert main([*given, "--act-bits", "4", "8", *words]) == 2
+    assert seen == ["float32", "bfloat16"]

@@ -273,8 +273,9 @@ def test_reasons_need_no_values_and_names_are_their_own(name):
     ):
         q = jax.eval_shape(lambda w, spec=weight: quantize(w, spec), jnp.ones((128, 8)))
         for platform, numerics in itertools.product(PLATFORMS, NUMERICS):
-            settings = {"numerics": numerics, "implementation": name, "platform": platform}
-            takes[weight, platform, numerics] = unsupported_reason((2, 128), q, act, **settings)
+            settings = {"platform": platform, "dtype": "float32"}
+            reason = unsupported_reason((2, 128), q, act, numerics, name, **settings)
+            takes[weight, platform, numerics] = reason
     for reason in takes.values():
         assert reason is None or reason.startswith(f"implementation={name!r}: ")
     missing = [
@@ -292,13 +293,13 @@ def test_something_runs_everything_everywhere(platform):
         act = None if case.act is None else ActQuant(case.act)
         for numerics in NUMERICS if act else NUMERICS[:1]:
             shape = (2, case.sizes[0])
-            assert implementation_of(shape, q, act, numerics, platform, case.dtype)
+            assert implementation_of(shape, q, act, numerics, platform, dtype=case.dtype)
 
 
 def test_the_first_that_fits_runs_and_reports_say_which():
     q = quantize(np.ones((96, 8), np.float32), W(4, 32))
     for platform, name in {"cpu": "xla_cpu", "cuda": "xla", "tpu": "xla"}.items():
-        assert implementation_of((2, 96), q, A(), "integer", platform) == name
+        assert implementation_of((2, 96), q, A(), "integer", platform, dtype="float32") == name
     stack = jax.vmap(lambda w: quantize(w, W(4, 32)))(jnp.ones((3, 96, 8)))
     table = ActQuant(A(mode="static"), jnp.ones((5, 1)), jnp.ones((5, 1)))
     params = {
@@ -306,11 +307,13 @@ def test_the_first_that_fits_runs_and_reports_say_which():
         "blocks": {"fc": {"kernel": stack, "act_quant": ActQuant(A())}},
         "final": {"kernel": jnp.ones((4, 4))},
     }
-    used = implementations_used(params, "integer", platform="cpu", rows={"proj": 16})
+    used = implementations_used(
+        params, "integer", dtype="float32", platform="cpu", rows={"proj": 16}
+    )
     assert used == {"xla_cpu": 4}
-    assert implementations_used({"final": params["final"]}) == {}
+    assert implementations_used({"final": params["final"]}, dtype="float32") == {}
     with pytest.raises(ValueError, match="integer numerics need quantized activations"):
-        implementations_used({"proj": {"kernel": q}}, "integer")
+        implementations_used({"proj": {"kernel": q}}, "integer", dtype="float32")
 
 
 def test_a_name_that_does_not_fit_is_refused_with_its_reason():
@@ -318,19 +321,21 @@ def test_a_name_that_does_not_fit_is_refused_with_its_reason():
     x = jnp.ones((2, 96))
     with pytest.raises(ValueError, match="implementation='fast' is not known; use one of xla"):
         quantized_matmul(x, q, implementation="fast")
-    reason = unsupported_reason((2, 96), q, implementation="xla_cpu", platform="cuda")
+    reason = unsupported_reason(
+        (2, 96), q, implementation="xla_cpu", platform="cuda", dtype="float32"
+    )
     assert reason == (
         "implementation='xla_cpu': xla_cpu orders the work of XLA:CPU, not of cuda; use 'xla'."
     )
     with pytest.raises(ValueError, match="platform='gpu' is not known; use one of cpu, cuda"):
-        implementation_of((2, 96), q, platform="gpu")
+        implementation_of((2, 96), q, platform="gpu", dtype="float32")
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_the_result_has_the_dtype_that_is_asked_for(name):
     x, act = inputs(128, "float32"), A(8, 0, symmetric=True)
     q = quantize(kernel_values(128, 8), W(4, 32, scale_levels=2))
-    if unsupported_reason(x.shape, q, act, "integer", name):
+    if unsupported_reason(x.shape, q, act, "integer", name, dtype="float32"):
         pytest.skip(f"{name} does not run here")
     wide = quantized_matmul(x, q, act, "integer", name)
     found = quantized_matmul(x, q, act, "integer", name, out_dtype="bfloat16")

@@ -149,6 +149,7 @@ def test_what_ran_is_named_with_bytes_and_time(compared):
     assert numerics == ["full precision", *["quantized, simulated numerics"] * 2]
     used = [list(model["implementations"]) for model in summary["models"]]
     assert used == [[], ["xla_cpu"], ["xla_cpu"]]
+    assert all(list(model["attention"]) == ["xla"] for model in summary["models"])
     sizes = [model["bytes"] for model in summary["models"]]
     assert sizes[0] > sizes[2] > sizes[1]
     assert all(model["seconds_per_sample"] > 0 for model in summary["models"])

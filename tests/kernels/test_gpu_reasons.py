@@ -33,7 +33,7 @@ from qdit_jax.kernels.gpu_tiles import (
     tiles_by_arithmetic,
     usable,
 )
-from qdit_jax.quant import ActSpec, formats, quantize, ranges
+from qdit_jax.quant import ActSpec, expanded, formats, quantize, ranges
 
 LAYERS = ((1152, 3456), (1152, 1152), (1152, 4608), (4608, 1152))
 
@@ -98,6 +98,17 @@ def test_what_the_presets_make_is_taken_before_xla():
 )
 def test_what_it_cannot_compute_is_refused_by_name(changes, sentence):
     assert sentence in reason(**changes)
+
+
+@pytest.mark.usefixtures("anywhere")
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 7])
+def test_bits_that_they_do_not_unpack_reach_them_expanded(bits):
+    for act, name in ((None, "gpu_weights"), (GROUP, "gpu_groups")):
+        q = quantize(jnp.ones((128, 64)), W(bits, 128))
+        numerics = "simulated" if act is None else "integer"
+        given = (act, numerics, "cuda")
+        assert implementation_of((4096, 128), q, *given, dtype="bfloat16") == "xla"
+        assert implementation_of((4096, 128), expanded(q), *given, dtype="bfloat16") == name
 
 
 @pytest.mark.usefixtures("anywhere")

@@ -1,5 +1,6 @@
 """The product of quantized operands: two numerics, one meaning."""
 
+import functools
 import re
 
 import jax
@@ -114,18 +115,19 @@ def test_long_channels_of_levels_do_not_overflow():
 
 def test_reasons_come_from_shapes_and_settings_alone():
     weight, act = WeightSpec(4, 32), ActSpec()
+    reason_of = functools.partial(unsupported_reason, dtype="float32")
     q = jax.eval_shape(lambda w: quantize(w, weight), jnp.ones((96, N)))
-    assert unsupported_reason((2, 96), q, act, numerics="integer") is None
-    assert "x has 95 channels" in unsupported_reason((2, 95), q)
-    assert "pass act" in unsupported_reason((2, 96), weight, numerics="integer")
+    assert reason_of((2, 96), q, act, numerics="integer") is None
+    assert "x has 95 channels" in reason_of((2, 95), q)
+    assert "pass act" in reason_of((2, 96), weight, numerics="integer")
     for fmt in formats.FORMATS.values():
         of_format = (WeightSpec(fmt=fmt), ActSpec() if fmt.has_codebook else ActSpec(fmt=fmt))
-        assert unsupported_reason((2, 96), *of_format, numerics="integer") is None
-    assert "use one of simulated, integer" in unsupported_reason((2, 96), q, numerics="fast")
+        assert reason_of((2, 96), *of_format, numerics="integer") is None
+    assert "use one of simulated, integer" in reason_of((2, 96), q, numerics="fast")
     static = ActSpec(mode="static")
-    assert "calibrated scales" in unsupported_reason((2, 96), q, static)
+    assert "calibrated scales" in reason_of((2, 96), q, static)
     table = ActQuant(static, jnp.ones((3, 1)), jnp.ones((3, 1)))
-    assert "pick one" in unsupported_reason((2, 96), q, table)
+    assert "pick one" in reason_of((2, 96), q, table)
 
 
 def test_what_cannot_run_raises_its_reason():

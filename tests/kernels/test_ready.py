@@ -85,7 +85,7 @@ def test_the_kernel_in_groups_multiplies_it_to_the_same_bits():
 def test_who_computes_a_product_says_what_it_needs():
     q, grouped = kernel("per channel"), kernel("4 bits")
     act = ActQuant(TOKEN)
-    assert ready(q, act, "integer", platform="cpu") is q
+    assert ready(q, act, "integer", platform="cpu", dtype="float32") is q
     by_levels = IMPLEMENTATIONS["gpu_levels"].ready_fn(q, TOKEN)
     assert by_levels.scale.dtype == jnp.float32
     assert by_levels.ready.sums is None
@@ -97,7 +97,7 @@ def test_who_computes_a_product_says_what_it_needs():
     symmetric = ActSpec(8, 128, symmetric=True)
     assert IMPLEMENTATIONS["gpu_groups"].ready_fn(grouped, symmetric).ready.sums is None
     with pytest.raises(ValueError, match="'fast' is not known"):
-        ready(q, act, "integer", "fast")
+        ready(q, act, "integer", "fast", dtype="float32")
 
 
 def test_fp8_has_its_scales_in_float32():
@@ -159,7 +159,7 @@ for kind in (AxisType.Auto, AxisType.Explicit):
     mesh = jax.make_mesh((4,), ("model",), axis_types=(kind,))
     spec = lambda a: PartitionSpec("model", None) if a is q.codes else PartitionSpec(None, "model")
     split = jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, spec(a))), q)
-    found = running.ready(split, ActQuant(ActSpec(8, 128)), "integer")
+    found = running.ready(split, ActQuant(ActSpec(8, 128)), "integer", dtype="float32")
     assert found.codes.sharding == split.codes.sharding, found.codes.sharding
     for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one, two)

@@ -1,5 +1,6 @@
 """`bench` on a tiny network: rows, ratios, errors, resuming, and what counting predicts."""
 
+import dataclasses
 import json
 
 import jax
@@ -11,16 +12,22 @@ import qdit_jax as qdit
 from qdit_jax.checkpoint import num_bytes
 from qdit_jax.models import FAMILIES, build_model, family_named, rows_per_sample
 from qdit_jax.speed import (
+    DEVICES,
+    RECIPES,
     Device,
+    Taken,
     abstract_checkpoint,
     bench,
     devices_named,
     predicted,
     recipe_named,
 )
-from qdit_jax.speed.contenders import contenders_of
+from qdit_jax.speed.contenders import Way, contenders_of
+from qdit_jax.speed.peak import peak_share
 from qdit_jax.speed.predicted import Counted
 from qdit_jax.speed.roofline import layer_work
+from qdit_jax.speed.rows import marked
+from qdit_jax.speed.steps import jobs_of
 
 SECONDS = {"float32": 2.0, "bfloat16": 4.0, "w4a8-g16": 1.0, "w8a8-g16": 3.0}
 FAST = {"batches": (2,), "numerics": ("simulated",), "implementations": ("xla",)}
@@ -70,6 +77,50 @@ def test_rows_say_bytes_error_and_who_computes(found, checkpoint):
     assert eight.relative_error == pytest.approx(10 ** (-eight.db / 20))
     assert (full.implementations, four.implementations) == ({}, {"xla": 4})
     json.dumps(found.to_json())
+
+
+def test_rows_that_take_longer_than_bfloat16_are_marked(found):
+    _, narrow, four, _ = found.rows
+    assert [row.is_slow for row in found.rows] == [None, None, False, False]
+    for ratio, is_slow in ((2.39, False), (2.41, True)):  # bfloat16 takes twice as long as float32
+        row = dataclasses.replace(four, ratio=Taken(ratio, ratio, ratio, 5))
+        assert marked([narrow, row])[1].is_slow is is_slow
+        assert marked([row])[0].is_slow is None
+        assert marked([narrow, dataclasses.replace(row, batch=3)])[1].is_slow is None
+
+
+def test_the_share_of_peak_is_of_each_product_in_its_own_dtype(checkpoint):
+    recipes = [recipe_named(name) for name in ("w8a8-fast", "w4a16-g32", "w4a8-g32")]
+    full, _, eight, alone, _ = entrants = contenders_of(checkpoint, recipes, dtype="bfloat16")
+    counted, h100 = Counted(checkpoint, full.rows), DEVICES["h100"]
+
+    def share(contender, *way):
+        return peak_share(counted, contender, Way(*way), 4, h100, ms=2.0)
+
+    operations = sum(part.operations for part in counted.step(full, 4).work(h100))
+    assert share(full) == pytest.approx(operations / 989e12 / 2e-3)
+    assert share(alone, "simulated") == pytest.approx(share(full))
+    assert 0.5 * share(full) < share(eight, "integer") < share(full)
+    assert share(eight, "integer", "xla") == share(eight, "integer")
+    assert share(entrants[-1], "simulated") is None  # products in float32
+
+
+def test_a_bench_has_the_share_of_peak_where_the_device_is_known(checkpoint, found, monkeypatch):
+    assert all(row.peak_share is None for row in found.rows)
+    monkeypatch.setattr("qdit_jax.speed.steps.present_device", lambda: DEVICES["v6e"])
+    rows = bench(checkpoint, [], num_rounds=2, time_fn=FakeTimer(), **FAST).rows
+    assert all(0 < row.peak_share < 1 for row in rows)
+
+
+def test_default_recipes_are_those_that_can_be_computed(checkpoint):
+    entrants = contenders_of(checkpoint, map(recipe_named, RECIPES))
+    optional = entrants[2:]
+    jobs = list(jobs_of(entrants, (1, 2), ("integer",), (), None, optional))
+    titles = [job[0].title for job in jobs]
+    assert {"float32", "w8a8-fast-g0", "w4a8-fast-g32", "w4a8-g128"} <= set(titles)
+    assert "w4a16-g128" not in titles
+    with pytest.raises(qdit.UserError, match="w4a16-g128 cannot be computed this way: integer"):
+        list(jobs_of(entrants[-1:], (1, 2), ("integer",), (), None, entrants[-1:]))
 
 
 def test_counting_predicts_the_bytes_that_are_held(found, checkpoint):
