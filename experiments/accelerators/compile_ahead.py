@@ -12,7 +12,10 @@ the bytes that they move by the compiler's count (by its own of a kernel).
 Of a kernel for GPUs, `ptxas` says registers, spills, shared memory and whether it makes tensor cores wait
 for each product; spills and waits fail. `roofline_us` is arithmetic, not the compiler's: the larger of
 operations at an H100's full rate and bytes at its full bandwidth, with the quantizer; in groups, also of what
-scales the sums. `step_roofline` is the same of every operation of a compiled step, added up (`hlo_roofline.py`).
+scales the sums. `step_roofline` is the same of every operation of a compiled step, added up (`hlo_roofline.py`). A step on
+a GPU is compiled twice, XLA's products by Triton (untuned: there is no GPU to tune on) and by cuBLASLt, and the way that
+counts less is kept, with both counts. `bound_us` of a layer, and of a TPU's step, is the larger of all of its operations at
+the device's full rate and all of its bytes. Arguments and temporaries have to fit into the device's memory.
 
 Needs an environment of its own, Python 3.12 or newer: `pip install "jax[tpu]>=0.12"` for TPUs, or
 `pip install "jax[cuda12]>=0.12"` for GPUs, and this package. `--target-config` is a file with XLA's
@@ -31,6 +34,7 @@ import importlib.metadata
 import json
 import os
 import re
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -67,7 +71,7 @@ from qdit_jax.sampling import (
     with_narrow_kernels,
     with_ready_kernels,
 )
-from qdit_jax.speed import recipe_named
+from qdit_jax.speed import DEVICES, recipe_named
 
 TOKENS, FEW_TOKENS = 16 * 256, 2 * 256  # guided steps of 8 samples and of 1
 LAYERS = {"qkv": (1152, 3456), "proj": (1152, 1152), "fc1": (1152, 4608), "fc2": (4608, 1152)}
@@ -88,6 +92,10 @@ CALLS = {
     False: r'"mosaic_gpu_v2"',
 }
 DTYPE = "bfloat16"
+# What the products of a recipe multiply, where it is not int8.
+MULTIPLIED = {"float32": "float32", DTYPE: DTYPE, WEIGHTS: DTYPE, FP8: "float8"}
+# Who computes XLA's products on a GPU. A run there measures which is faster, product by product; here it cannot.
+WAYS = {"Triton": {}, "cuBLASLt": {"xla_gpu_enable_triton_gemm": False}}
 
 
 class Program(NamedTuple):
@@ -115,6 +123,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "compile_ahead.json"
     kept = json.loads(file.read_text())["programs"] if file.exists() else {}
+    kept = {name: with_bounds(name, row) for name, row in kept.items()}
     for target in [*args.targets, *([args.target_config] if args.target_config else [])]:
         sharding, is_tpu = device(target)
         kind = getattr(target, "stem", target)
@@ -123,9 +132,10 @@ def main() -> None:
             if args.only in name and name not in kept:
                 kept[name] = {
                     "target": kind,
-                    **compiled(program, sharding, is_tpu),
+                    **compiled(program, sharding, kind),
                     "made": versions_and_date(),
                 }
+                kept[name] = with_bounds(name, kept[name])
                 print(name, {k: v for k, v in kept[name].items() if k != "made"}, flush=True)
                 file.write_text(
                     json.dumps({"note": "compiled, not run", "programs": kept}, indent=1)
@@ -237,30 +247,50 @@ def shape(size: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(size, jnp.dtype(dtype))
 
 
-def compiled(program: Program, sharding: SingleDeviceSharding, is_tpu: bool) -> dict[str, Any]:
-    """Returns what the compiler says of a program."""
+def compiled(program: Program, sharding: SingleDeviceSharding, kind: str) -> dict[str, Any]:
+    """Returns what the compiler says of a program: of a step on a GPU the way that counts less, and both counts."""
 
     def placed(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf), sharding=sharding)
 
+    is_tpu, is_step = DEVICES[kind].platform == "tpu", program.name.startswith("step")
     emptied(Path(os.environ["MOSAIC_GPU_DUMP_TO"]))
     began = time.perf_counter()
     lowered = jax.jit(program.fn).lower(*jax.tree.map(placed, program.arguments))
-    traced = time.perf_counter()
-    done = lowered.compile()
-    seconds = time.perf_counter() - traced
+    trace_seconds = round(time.perf_counter() - began, 2)
+    first, *others = WAYS if is_step and not is_tpu else [""]
+    found = {first: said(program, lowered, is_tpu, first)}
+    reports = kernel_reports(Path(os.environ["MOSAIC_GPU_DUMP_TO"]), "gpu_")
+    # A step may have kernels of layers only, which were compiled, and reported, with those.
+    kernels = found[first]["kernels"]
+    is_told = bool(reports) == bool(kernels) or (kernels and is_step)
+    assert is_tpu or is_told, f"{program.name}: no report of a kernel"
+    found |= {way: said(program, lowered, is_tpu, way) for way in others}
+    counted = {way: row["step_roofline"]["us"] for way, row in found.items() if way}
+    way = min(counted, key=counted.__getitem__) if counted else first
+    row = {"trace_seconds": trace_seconds, **found[way]}
+    if counted:
+        row |= {"products": way, "us_by_products": counted}
+    if reports:
+        row["kernel_reports"] = reports
+    if program.roofline_us is not None:
+        row["roofline_us"] = program.roofline_us
+    return row
+
+
+def said(program: Program, lowered: jax.stages.Lowered, is_tpu: bool, way: str) -> dict[str, Any]:
+    """Returns what the compiler says of a lowered program, its products left to a way of `WAYS`."""
+    began = time.perf_counter()
+    done = lowered.compile(compiler_options=WAYS.get(way))
+    seconds = time.perf_counter() - began
     text, memory, costs = done.as_text(), done.memory_analysis(), done.cost_analysis() or {}
     kernels = len(re.findall(CALLS[is_tpu], text))
     expected = bool(kernels) if program.expects_kernel is None else program.expects_kernel
     assert bool(kernels) == expected, f"{program.name}: {kernels} calls of a kernel"
-    reports = kernel_reports(Path(os.environ["MOSAIC_GPU_DUMP_TO"]), "gpu_")
-    # A step may have kernels of layers only, which were compiled, and reported, with those.
-    is_told = bool(reports) == bool(kernels) or (kernels and program.name.startswith("step"))
-    assert is_tpu or is_told, f"{program.name}: no report of a kernel"
     found = {
-        "trace_seconds": round(traced - began, 2),
         "compile_seconds": round(seconds, 2),
         "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "flops": costs.get("flops"),
         "kernels": kernels,
@@ -268,13 +298,37 @@ def compiled(program: Program, sharding: SingleDeviceSharding, is_tpu: bool) -> 
     }
     if is_tpu and program.name.startswith("step"):
         found |= {"bytes": costs.get("bytes accessed"), "operations": operations(text)}
-    if reports:
-        found["kernel_reports"] = reports
     if not is_tpu and program.name.startswith("step"):
         found["step_roofline"] = step_roofline(text)
-    if program.roofline_us is not None:
-        found["roofline_us"] = program.roofline_us
     return found
+
+
+def with_bounds(name: str, row: dict[str, Any]) -> dict[str, Any]:
+    """Returns a row with the least time of its program, `bound_us`: all operations at the full rate, or all bytes.
+
+    Operations of a layer are those of its product, counted from its shape, and bytes its arguments and its result, each
+    once; those of a TPU's step are the compiler's. A GPU's step has `step_roofline`.
+
+    Raises:
+        AssertionError: if arguments and temporaries do not fit into the device's memory.
+    """
+    device = DEVICES[row["target"]]
+    assert row["argument_bytes"] + row["temporary_bytes"] <= device.memory, f"{name} does not fit"
+    _, program, *words = name.split(" ")
+    if program == "layer":
+        tokens = FEW_TOKENS if f"of {FEW_TOKENS}" in name else TOKENS
+        channels, width = LAYERS[words[0]]
+        recipe = words[3 if tokens == FEW_TOKENS else 1]
+        itemsize = 4 if recipe == "float32" else 2
+        flops = 2.0 * tokens * channels * width
+        moved = row["argument_bytes"] + itemsize * tokens * width
+        row = {**row, "product_flops": flops, "bytes": moved}
+    elif device.platform == "tpu":
+        recipe, flops, moved = words[1].rstrip(","), row["flops"], row["bytes"]
+    else:
+        return row
+    bound = max(flops / device.rates[MULTIPLIED.get(recipe, "int8")], moved / device.bandwidth)
+    return {**row, "bound_us": round(1e6 * bound, 2)}
 
 
 def operations(text: str) -> int:
@@ -292,8 +346,12 @@ def cycles(text: str) -> int | None:
 
 
 def versions_and_date() -> dict[str, str]:
-    """Returns the date, the machine and the versions of what compiled."""
+    """Returns the date, the machine, the commit and the versions of what compiled."""
     versions = provenance()
+    described = ["git", "describe", "--always", "--dirty"]
+    versions["commit"] = subprocess.run(
+        described, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    ).stdout.strip()
     for package in ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin"):
         try:
             versions[package] = importlib.metadata.version(package)
@@ -307,15 +365,16 @@ def table(kept: dict[str, Any]) -> str:
     lines = [
         "Compiled, not run.\n",
         "| program | compile s | arguments MB | temporary MB | GFLOP | estimated kilocycles | kernels "
-        "| counted us | registers | shared KB | MB moved | operations |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| counted us | registers | shared KB | MB moved | operations "
+        "| bound us | products |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in kept.items():
         numbers = (
             f"{row['compile_seconds']:.1f}",
             f"{row['argument_bytes'] / 1e6:.1f}",
             f"{row['temporary_bytes'] / 1e6:.1f}",
-            f"{row['flops'] / 1e9:.0f}" if row["flops"] else "",
+            f"{(row['flops'] or row.get('product_flops', 0)) / 1e9:.0f}",
             f"{row['estimated_cycles'] / 1e3:.0f}" if row["estimated_cycles"] else "",
             str(row["kernels"]),
             str(row.get("roofline_us", row.get("step_roofline", {}).get("us", ""))),
@@ -327,6 +386,8 @@ def table(kept: dict[str, Any]) -> str:
             ),
             f"{row['bytes'] / 1e6:.0f}" if "bytes" in row else "",
             str(row.get("operations", "")),
+            str(row.get("bound_us", "")),
+            row.get("products", ""),
         )
         lines.append(f"| {name} | {' | '.join(numbers)} |")
     return "\n".join(lines) + "\n"

@@ -87,12 +87,21 @@ def least_seconds(
     operation: Operation, entry: Computation, computations: dict[str, Computation]
 ) -> tuple[str, float]:
     """Returns what kind of work an operation is, and the least time that it takes."""
-    moved = size(operation.type)
+    moved = size(written(operation))
     for index, name in enumerate(operation.operands):
         moved += read_bytes(operation, index, entry[name], computations)
     number, dtype, kind = multiplied(operation, entry, computations)
     at_rate = number / H100.rates[RATES[dtype]] if number else 0.0
     return kind, max(at_rate, moved / H100.bandwidth)
+
+
+def written(operation: Operation) -> str:
+    """Returns the type of what an operation writes: of a product of cuBLAS not its workspace."""
+    if "cublas" not in operation.line:
+        return operation.type
+    found = re.match(r"\(?(\w+\[[\d,]*\])", operation.type)
+    assert found is not None, operation.type
+    return found[1]
 
 
 def read_bytes(

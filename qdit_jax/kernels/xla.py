@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from qdit_jax.kernels.operands import (
     ActSegment,
+    Elements,
     WeightSegment,
     act_operand,
     element_dtype,
@@ -23,6 +24,7 @@ from qdit_jax.kernels.operands import (
 from qdit_jax.kernels.segments import segments
 from qdit_jax.kernels.token_blocks import in_token_blocks
 from qdit_jax.quant import ActQuant, QTensor, weight_rows
+from qdit_jax.types import AnyArray
 
 ONES = 8  # XLA:CPU has no int8 dot of a single row or column
 
@@ -76,25 +78,50 @@ def all_segments(
     acts = act_operand(x, act_quant, exact, cuts)
     weights = weight_operand(q, exact, cuts)
 
+    stacked = (acts.stacked, weights.stacked, cuts.members)
+
+    def elements(act: ActSegment, weight: WeightSegment) -> tuple[Elements, Elements]:
+        return acts.segment(act), weights.segment(weight)
+
+    def scaled(
+        operands: tuple[Elements, Elements], members: Int[AnyArray, ""]
+    ) -> tuple[Float[Array, "T N"], Float[Array, " N"] | None]:
+        (left, zx, sx), (right, zw, sw) = operands
+        product = dot_of_differences(left, zx, right, zw, members)
+        sums = channel_sums(right, zw, members).astype(jnp.float32) * sw if shift else None
+        return product.astype(jnp.float32) * sx * sw, None if sums is None else sums[None]
+
     def add_segment(
         total: Float[Array, "T N"], one: tuple[ActSegment, WeightSegment, AnyArray]
     ) -> tuple[Float[Array, "T N"], Float[Array, " N"] | None]:
         act, weight, members = one
-        left, zx, sx = acts.segment(act)
-        right, zw, sw = weights.segment(weight)
-        product = dot_of_differences(left, zx, right, zw, members)
-        total = total + product.astype(jnp.float32) * sx * sw
-        sums = channel_sums(right, zw, members).astype(jnp.float32) * sw if shift else None
-        return total, sums
+        more, sums = scaled(elements(act, weight), members)
+        return total + more, sums
 
-    total = jnp.zeros((x.size // num_channels, width), jnp.float32)
-    operands = (acts.stacked, weights.stacked, cuts.members)
-    total, weight_sums = jax.lax.scan(add_segment, total, operands)
+    if len(cuts.members) == 1:
+        act, weight, members = jax.tree.map(lambda values: jnp.squeeze(values, 0), stacked)
+        total, weight_sums = scaled(made_before(elements(act, weight)), members)
+    else:
+        total = jnp.zeros((x.size // num_channels, width), jnp.float32)
+        total, weight_sums = jax.lax.scan(add_segment, total, stacked)
     if weight_sums is not None:
         total = total - shift * jnp.sum(weight_sums, axis=0)
     # Integer codes cannot represent NaN or infinity, and calibrated scales do not show them.
     is_finite = jnp.all(jnp.isfinite(x), axis=-1)[..., None]
     return jnp.where(is_finite, total.reshape(*x.shape[:-1], width), jnp.nan).astype(dtype)
+
+
+def made_before(operands: tuple[Elements, Elements]) -> tuple[Elements, Elements]:
+    """Returns the operands of a product, made before it on GPUs.
+
+    XLA for GPUs fuses the quantizer with what scales the sums otherwise, and writes float32 copies of both. That for
+    TPUs fuses it into the product, and XLA:CPU drops barriers.
+    """
+    hold = jax.lax.optimization_barrier
+    found: tuple[Elements, Elements] = jax.lax.platform_dependent(
+        operands, cuda=hold, rocm=hold, default=lambda operands: operands
+    )
+    return found
 
 
 def dot_of_differences(

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qdit_jax.kernels import layer_numerics, ready
-from qdit_jax.models import Family, family_of, rows_per_sample, with_runs
+from qdit_jax.models import (
+    Family,
+    Linear,
+    Network,
+    example_inputs,
+    family_of,
+    tapped,
+    with_runs,
+)
 from qdit_jax.quant import OVER_TIME, QTensor
 from qdit_jax.types import Params
 
@@ -16,7 +26,7 @@ from qdit_jax.types import Params
 def running_params(model: nn.Module, params: Params) -> Params:
     """Returns `params` of the same outputs, as a loop should take them.
 
-    Kernels that `model` multiplies in 16 bits are stored in 16 bits, and quantized ones with what their products
+    Kernels that `model` multiplies in 16 bits are stored in 16 bits, with their biases, and quantized ones with what their products
     would compute of them, which each call does otherwise; and long runs of equal blocks are stacked, to
     compile in the time of one, see `with_runs`.
     """
@@ -30,20 +40,35 @@ def running_params(model: nn.Module, params: Params) -> Params:
 
 
 def with_narrow_kernels(model: nn.Module, params: Params) -> Params:
-    """Returns `params` with the kernels that `model` multiplies in 16 bits stored in 16 bits.
+    """Returns `params` with the kernels that `model` multiplies in 16 bits, and their biases, stored in 16 bits.
 
-    Quantized kernels, those of layers with a quantized input, biases and tables stay as they are.
+    Biases that are added in float32 stay as they are, and so do tables, quantized kernels, layers with a
+    quantized input, and their biases.
     """
     dtype = getattr(model, "dtype", "float32")
     if dtype == "float32":
         return params
     flat = dict(flatten_dict(params, sep="/"))
-    for path in rows_per_sample(model):
+    for path, output_dtype in output_dtypes(model).items():
         kernel = flat.get(f"{path}/kernel")
         if kernel is None or isinstance(kernel, QTensor) or f"{path}/act_quant" in flat:
             continue
-        flat[f"{path}/kernel"] = narrowed(jnp.asarray(kernel), dtype)
+        for name in ("kernel", "bias") if output_dtype == dtype else ("kernel",):
+            flat[f"{path}/{name}"] = narrowed(jnp.asarray(flat[f"{path}/{name}"]), dtype)
     return unflatten_dict(flat, sep="/")
+
+
+def output_dtypes(model: Network) -> dict[str, str]:
+    """Returns the dtype in which each layer without a quantized input adds its bias, from a trace of the network."""
+    found = {}
+
+    def look(path: str, layer: Linear, x: jax.Array, call: Callable[[], jax.Array]) -> jax.Array:
+        found[path] = layer.output_dtype
+        return call()
+
+    with tapped(look):
+        jax.eval_shape(model.init, jax.random.key(0), *example_inputs(model))  # type: ignore[attr-defined]
+    return found
 
 
 def with_ready_kernels(model: nn.Module, params: Params, *, platform: str | None = None) -> Params:
@@ -68,9 +93,9 @@ def with_ready_kernels(model: nn.Module, params: Params, *, platform: str | None
 
 
 @jax.jit(static_argnames="dtype")
-def narrowed(kernel: jax.Array, dtype: str) -> jax.Array:
-    """Returns a kernel in `dtype`."""
-    return kernel.astype(dtype)
+def narrowed(values: jax.Array, dtype: str) -> jax.Array:
+    """Returns an array in `dtype`."""
+    return values.astype(dtype)
 
 
 def known_family(model: nn.Module) -> Family | None:

@@ -61,3 +61,17 @@ def test_a_loop_is_refused(hlo_roofline):
     text = PROGRAM.replace("fusion(%m.1), kind=kLoop", "while(%m.1), kind=kLoop")
     with pytest.raises(AssertionError, match="a loop"):
         hlo_roofline.step_roofline(text)
+
+
+def test_the_workspace_of_cublas_is_not_written(hlo_roofline):
+    text = """HloModule a_product
+
+ENTRY %main (x.1: bf16[16,1152], w.1: bf16[1152,6912]) -> bf16[16,6912] {
+  %x.1 = bf16[16,1152]{1,0} parameter(0)
+  %w.1 = bf16[1152,6912]{1,0} parameter(1)
+  %both = (bf16[16,6912]{1,0}, s8[4194304]{0}) custom-call(%x.1, %w.1), custom_call_target="__cublas$lt$matmul", backend_config={"lhs_contracting_dimensions":["1"]}
+  ROOT %out = bf16[16,6912]{1,0} get-tuple-element(%both), index=0
+}
+"""
+    moved = 2 * (16 * 1152 + 1152 * 6912 + 16 * 6912)
+    assert hlo_roofline.step_roofline(text)["us"] == pytest.approx(1e6 * moved / 3350e9, abs=0.1)

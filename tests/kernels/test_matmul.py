@@ -181,6 +181,49 @@ def test_only_the_cpu_program_holds_a_product_back_until_its_input(numerics):
         assert len(waits) == held_back, platform
 
 
+ONE_DOT = [
+    (ActSpec(8, 0), WeightSpec(4, 0)),
+    (ActSpec(8, 0, symmetric=True), WeightSpec(4, 32, scale_levels=2)),
+    (ActSpec(fmt=formats.fp8_e4m3, group_size=0), WeightSpec(fmt=formats.fp8_e4m3, group_size=0)),
+]
+
+
+@pytest.mark.parametrize(("platform", "held"), [("cuda", 1), ("rocm", 1), ("tpu", 0), ("cpu", 0)])
+@pytest.mark.parametrize(("act", "weight"), ONE_DOT, ids=["zero points", "two levels", "fp8"])
+def test_on_gpus_the_operands_of_a_single_dot_are_made_before_it(platform, held, act, weight):
+    x, w = operands(96)
+
+    def product(x, q):
+        return quantized_matmul(x, q, act, "integer", "xla")
+
+    traced = jax.jit(product).trace(x, quantize(w, weight))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    codes = re.compile(r"optimization_barrier .*tensor<6x96x(i8|bf16)>.*tensor<8x96x(i8|bf16)>")
+    assert len(codes.findall(text)) == held
+    assert "stablehlo.while" not in text
+
+
+@pytest.mark.parametrize(("act", "weight"), ONE_DOT, ids=["zero points", "two levels", "fp8"])
+def test_a_barrier_changes_no_product_and_no_derivative(monkeypatch, act, weight):
+    x, w = operands(96)
+    q = quantize(w, weight)
+
+    def results():
+        def product(x, q):
+            return xla.integer_matmul(x, q, ActQuant(act))
+
+        def loss(x):
+            return jnp.sum(jnp.sin(product(x, q)))
+
+        stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), q)
+        mapped = jax.jit(jax.vmap(product, (None, 0)))(x, stack)
+        return jax.jit(product)(x, q), jax.jit(jax.grad(loss))(x), mapped
+
+    plain = results()
+    monkeypatch.setattr(xla, "made_before", jax.lax.optimization_barrier)
+    jax.tree.map(np.testing.assert_array_equal, results(), plain)
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="of XLA:CPU's order of work")
 @pytest.mark.parametrize("spec", [WeightSpec(4, 32), WeightSpec(fmt=formats.nf4, group_size=0)])
 def test_weights_of_a_network_are_unpacked_a_layer_at_a_time(spec):

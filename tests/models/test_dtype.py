@@ -189,7 +189,7 @@ def test_a_digest_of_float32_is_that_of_networks_before_the_choice():
     assert digest(model.clone(dtype="bfloat16")) != digest(model)
 
 
-def test_kernels_are_cast_once_before_the_loop_and_nothing_changes():
+def test_kernels_and_biases_are_cast_once_before_the_loop_and_nothing_changes():
     full = with_dtype(tiny_checkpoint(), "bfloat16")
     small = qdit.quantize(full, "rtn", qdit.Recipe.preset("w4a8", full, group_size=16))
     for params in (full.params, small.params):
@@ -198,8 +198,10 @@ def test_kernels_are_cast_once_before_the_loop_and_nothing_changes():
         np.testing.assert_array_equal(*(output(full.model, p, *given) for p in (ran, params)))
         flat = flatten_dict(ran, sep="/")
         assert flat["blocks_0/adaLN_modulation/kernel"].dtype == jnp.bfloat16
-        assert flat["blocks_0/adaLN_modulation/bias"].dtype == jnp.float32
+        assert flat["blocks_0/adaLN_modulation/bias"].dtype == jnp.bfloat16
+        assert flat["x_embedder/proj/bias"].dtype == jnp.float32  # added in float32
         assert flat["y_embedder/embedding_table"].dtype == jnp.float32
     assert isinstance(flat["blocks_0/mlp/fc1/kernel"], QTensor)
+    assert flat["blocks_0/mlp/fc1/bias"].dtype == jnp.float32  # which a kernel adds in float32
     plain = tiny_checkpoint()
     assert running_params(plain.model, plain.params) is plain.params
