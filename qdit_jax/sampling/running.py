@@ -26,9 +26,9 @@ from qdit_jax.types import Params
 def running_params(model: nn.Module, params: Params) -> Params:
     """Returns `params` of the same outputs, as a loop should take them.
 
-    Kernels that `model` multiplies in 16 bits are stored in 16 bits, with their biases, and quantized ones with what their products
-    would compute of them, which each call does otherwise; and long runs of equal blocks are stacked, to
-    compile in the time of one, see `with_runs`.
+    Kernels that `model` multiplies in 16 bits are stored in 16 bits, with their biases, and quantized ones
+    with what their products would compute of them, which each call does otherwise; and long runs of equal
+    blocks are stacked, to compile in the time of one, see `with_runs`.
     """
     family = known_family(model)
     if family is None:
@@ -54,7 +54,8 @@ def with_narrow_kernels(model: nn.Module, params: Params) -> Params:
         if kernel is None or isinstance(kernel, QTensor) or f"{path}/act_quant" in flat:
             continue
         for name in ("kernel", "bias") if output_dtype == dtype else ("kernel",):
-            flat[f"{path}/{name}"] = narrowed(jnp.asarray(flat[f"{path}/{name}"]), dtype)
+            if f"{path}/{name}" in flat:
+                flat[f"{path}/{name}"] = narrowed(jnp.asarray(flat[f"{path}/{name}"]), dtype)
     return unflatten_dict(flat, sep="/")
 
 
