@@ -135,7 +135,9 @@ def check_leaves(params, seen, every, parts):
             rotates = width % (2 if kind == "hadamard" else 4) == 0 and kind is not None
             rotation = flat.get(f"{path}/rotation")
             assert getattr(rotation, "kind", None) == (kind if rotates else None), path
-            mapped = bool({"scale", "shift"} & set(parts)) and not place.folded
+            vectors = {"scale", "shift"} & set(parts)
+            taken = place.folded and not (place.scale_only and "shift" in vectors)
+            mapped = bool(vectors) and not taken
             assert (f"{path}/input_map" in flat) == mapped, path
             assert (f"{path}/low_rank" in flat) == bool({"branch", "subspace"} & set(parts)), path
 
