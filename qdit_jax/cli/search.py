@@ -175,7 +175,7 @@ def add_beside(add: AddArgument) -> None:
     )
     add(
         "--scale-levels",
-        type=int,
+        type=positive_int,
         choices=(1, 2),
         nargs="+",
         help="levels of the weights' scales to choose from; 2 is a scale per channel and a whole number "

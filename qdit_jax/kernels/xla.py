@@ -85,7 +85,7 @@ def all_segments(
 
     def scaled(
         operands: tuple[Elements, Elements], members: Int[AnyArray, ""]
-    ) -> tuple[Float[Array, "T N"], Float[Array, " N"] | None]:
+    ) -> tuple[Float[Array, "T N"], Float[Array, "1 N"] | None]:
         (left, zx, sx), (right, zw, sw) = operands
         product = dot_of_differences(left, zx, right, zw, members)
         sums = channel_sums(right, zw, members).astype(jnp.float32) * sw if shift else None
@@ -93,7 +93,7 @@ def all_segments(
 
     def add_segment(
         total: Float[Array, "T N"], one: tuple[ActSegment, WeightSegment, AnyArray]
-    ) -> tuple[Float[Array, "T N"], Float[Array, " N"] | None]:
+    ) -> tuple[Float[Array, "T N"], Float[Array, "1 N"] | None]:
         act, weight, members = one
         more, sums = scaled(elements(act, weight), members)
         return total + more, sums
@@ -115,13 +115,17 @@ def made_before(operands: tuple[Elements, Elements]) -> tuple[Elements, Elements
     """Returns the operands of a product, made before it on GPUs.
 
     XLA for GPUs fuses the quantizer with what scales the sums otherwise, and writes float32 copies of both. That for
-    TPUs fuses it into the product, and XLA:CPU drops barriers.
+    TPUs fuses it into the product, and XLA:CPU drops barriers. Zero points that are Python numbers stay so.
     """
     hold = jax.lax.optimization_barrier
-    found: tuple[Elements, Elements] = jax.lax.platform_dependent(
-        operands, cuda=hold, rocm=hold, default=lambda operands: operands
+    leaves, structure = jax.tree.flatten(operands)
+    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+    held = iter(
+        jax.lax.platform_dependent(arrays, cuda=hold, rocm=hold, default=lambda arrays: arrays)
     )
-    return found
+    found = (next(held) if isinstance(leaf, jax.Array) else leaf for leaf in leaves)
+    together: tuple[Elements, Elements] = jax.tree.unflatten(structure, found)
+    return together
 
 
 def dot_of_differences(

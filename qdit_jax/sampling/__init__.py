@@ -74,7 +74,12 @@ from qdit_jax.sampling.per_device import (
     on_each_device,
     run_per_device,
 )
-from qdit_jax.sampling.running import running_params, with_narrow_kernels, with_ready_kernels
+from qdit_jax.sampling.running import (
+    narrow_names,
+    running_params,
+    with_narrow_kernels,
+    with_ready_kernels,
+)
 from qdit_jax.sampling.sizes import size_unit, sized_shape, with_sizes
 
 __all__ = [
@@ -122,6 +127,7 @@ __all__ = [
     "kept_in_place",
     "known_outputs",
     "layout_of",
+    "narrow_names",
     "num_conditions",
     "num_guided_channels",
     "on_each_device",

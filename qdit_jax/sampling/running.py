@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,18 +46,30 @@ def with_narrow_kernels(model: nn.Module, params: Params) -> Params:
     Biases that are added in float32 stay as they are, and so do tables, quantized kernels, layers with a
     quantized input, and their biases.
     """
-    dtype = getattr(model, "dtype", "float32")
-    if dtype == "float32":
-        return params
     flat = dict(flatten_dict(params, sep="/"))
+    names = narrow_names(model, flat)
+    for name in names:
+        flat[name] = narrowed(jnp.asarray(flat[name]), model.dtype)  # type: ignore[attr-defined]
+    return unflatten_dict(flat, sep="/") if names else params
+
+
+def narrow_names(model: nn.Module, flat: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the parameters that `with_narrow_kernels` stores in 16 bits.
+
+    Args:
+        flat: the network's parameters, paths joined by `/`; what it lacks is left out.
+    """
+    dtype, found = getattr(model, "dtype", "float32"), list[str]()
+    if dtype == "float32":
+        return found
     for path, output_dtype in output_dtypes(model).items():
         kernel = flat.get(f"{path}/kernel")
         if kernel is None or isinstance(kernel, QTensor) or f"{path}/act_quant" in flat:
             continue
-        for name in ("kernel", "bias") if output_dtype == dtype else ("kernel",):
-            if f"{path}/{name}" in flat:
-                flat[f"{path}/{name}"] = narrowed(jnp.asarray(flat[f"{path}/{name}"]), dtype)
-    return unflatten_dict(flat, sep="/")
+        found.append(f"{path}/kernel")
+        if output_dtype == dtype and f"{path}/bias" in flat:
+            found.append(f"{path}/bias")
+    return found
 
 
 def output_dtypes(model: Network) -> dict[str, str]:

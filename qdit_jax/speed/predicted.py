@@ -25,6 +25,7 @@ from qdit_jax.models import (
 from qdit_jax.ptq import plan
 from qdit_jax.quant import ActQuant, QTensor, WeightSpec
 from qdit_jax.recipes import LayerSpec, Recipe
+from qdit_jax.sampling import narrow_names
 from qdit_jax.speed.contenders import Contender, QuantizedLayer, contenders_of
 from qdit_jax.speed.devices import Device
 from qdit_jax.speed.roofline import Step
@@ -133,20 +134,17 @@ def abstract_checkpoint(model: nn.Module) -> Checkpoint:
 def held_bytes(contender: Contender, recipe: Recipe | None) -> int:
     """Returns the bytes of a network's parameters when it runs, rounded by `recipe` if there is one.
 
-    Kernels that are multiplied in 16 bits are held in 16 bits.
+    What `with_narrow_kernels` stores in 16 bits is held so.
     """
     checkpoint = contender.checkpoint
     params = checkpoint.params
     total = nbytes(params) if recipe is None else bytes_after(checkpoint, recipe)
-    if dtype_of(checkpoint) == "float32":
-        return total
     specs = {} if recipe is None else recipe.resolve(params)
-    flat = flatten_dict(params, sep="/")
-    for path in contender.rows:
-        kernel, quantized = flat[f"{path}/kernel"], specs.get(path)
-        if isinstance(kernel, QTensor) or quantized is not None or f"{path}/act_quant" in flat:
-            continue
-        total -= math.prod(kernel.shape) * max(np.dtype(kernel.dtype).itemsize - 2, 0)
+    rounded = {f"{path}/kernel" for path, spec in specs.items() if spec is not None}
+    flat = {n: leaf for n, leaf in flatten_dict(params, sep="/").items() if n not in rounded}
+    for name in narrow_names(checkpoint.model, flat):
+        leaf = flat[name]
+        total -= math.prod(leaf.shape) * max(np.dtype(leaf.dtype).itemsize - 2, 0)
     return total
 
 
