@@ -117,15 +117,26 @@ def made_before(operands: tuple[Elements, Elements]) -> tuple[Elements, Elements
     XLA for GPUs fuses the quantizer with what scales the sums otherwise, and writes float32 copies of both. That for
     TPUs fuses it into the product, and XLA:CPU drops barriers. Zero points that are Python numbers stay so.
     """
-    hold = jax.lax.optimization_barrier
     leaves, structure = jax.tree.flatten(operands)
-    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
-    held = iter(
-        jax.lax.platform_dependent(arrays, cuda=hold, rocm=hold, default=lambda arrays: arrays)
-    )
-    found = (next(held) if isinstance(leaf, jax.Array) else leaf for leaf in leaves)
+    made = iter(held([leaf for leaf in leaves if isinstance(leaf, jax.Array)]))
+    found = (next(made) if isinstance(leaf, jax.Array) else leaf for leaf in leaves)
     together: tuple[Elements, Elements] = jax.tree.unflatten(structure, found)
     return together
+
+
+@jax.custom_jvp
+def held(arrays: list[Array]) -> list[Array]:
+    """Returns arrays behind a barrier on GPUs; tangents pass by it, for JAX 0.12 transposes none with integers."""
+    hold = jax.lax.optimization_barrier
+    found: list[Array] = jax.lax.platform_dependent(
+        arrays, cuda=hold, rocm=hold, default=lambda arrays: arrays
+    )
+    return found
+
+
+@held.defjvp
+def _(primals: tuple[list[Array]], tangents: tuple[list[Array]]) -> tuple[list[Array], list[Array]]:
+    return held(*primals), tangents[0]
 
 
 def dot_of_differences(

@@ -59,7 +59,7 @@ def toys(monkeypatch):
 # Without LLVM's optimizations and XLA's fused loops, compiling takes a third of the time.
 compiled = partial(
     jax.jit,
-    compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False},
+    compiler_options={"xla_backend_optimization_level": 0},
 )
 
 
