@@ -135,8 +135,10 @@ def held(arrays: list[Array]) -> list[Array]:
 
 
 @held.defjvp
-def _(primals: tuple[list[Array]], tangents: tuple[list[Array]]) -> tuple[list[Array], list[Array]]:
-    return held(*primals), tangents[0]
+def _(
+    primals: tuple[list[Array]], tangents: tuple[list[AnyArray]]
+) -> tuple[list[Array], list[AnyArray]]:
+    return held(*primals), tangents[0]  # those of integers are NumPy arrays of JAX's `float0`
 
 
 def dot_of_differences(
