@@ -8,6 +8,8 @@ Dimensions: T tokens, K input channels, N output channels, L channels of a segme
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -135,9 +137,7 @@ def held(arrays: list[Array]) -> list[Array]:
 
 
 @held.defjvp
-def _(
-    primals: tuple[list[Array]], tangents: tuple[list[AnyArray]]
-) -> tuple[list[Array], list[AnyArray]]:
+def _(primals: tuple[list[Array]], tangents: tuple[list[Any]]) -> tuple[list[Array], list[Any]]:
     return held(*primals), tangents[0]  # those of integers are NumPy arrays of JAX's `float0`
 
 
