@@ -9,6 +9,12 @@ while the network runs. Error: of the output against the float32 output of the s
 what the arrays say of themselves, or of what torch saves. Bytes on disk: Orbax (JAX) or torch.save. Compile time:
 of the first call. Step: median of rounds in which all take turns. Lines: of the function here that a user would
 write. A library that is not installed, or refuses, is a row that says so.
+
+    pip install diffusers torch
+    python experiments/benchmarks/bench_peers.py --network dit-s/2 --out experiments/results/peers_dit.json
+
+A whole DiT-S/2 at 8 samples, as diffusers has it (eager and compiled by torch) and as qdit has it, float32 and
+quantized (`peer_dit.py`), all taking turns in one run; about 4 minutes on 2 free cores. diffusers' is needed here.
 """
 
 from __future__ import annotations
@@ -28,6 +34,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from peer_dit import dit_rows, dit_table, error_db
 from peer_networks import LinenNet, NnxNet, linen_params, torch_net, weights_of
 
 import qdit_jax as qdit
@@ -187,11 +194,6 @@ def full_precision(weights, x) -> dict[str, Made]:
     return found
 
 
-def error_db(out: np.ndarray, reference: np.ndarray) -> float:
-    """Returns signal to error in decibels."""
-    return float(10 * np.log10(np.mean(reference**2) / np.mean((out - reference) ** 2)))
-
-
 def first_call(made: Made) -> tuple[np.ndarray, float]:
     """Returns the output and the seconds of the first call, compilation included."""
     began = time.perf_counter()
@@ -258,20 +260,30 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=256)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--network", choices=("mlp", "dit-s/2"), default="mlp")
+    parser.add_argument("--batch", type=int, default=8, help="samples of a step of dit-s/2")
+    parser.add_argument("--width", type=int, default=384, help="of mlp")
+    parser.add_argument("--depth", type=int, default=4, help="of mlp")
+    parser.add_argument("--tokens", type=int, default=256, help="of mlp")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    weights = weights_of(args.width, args.depth)
-    x = np.random.default_rng(1).standard_normal((2, args.tokens, args.width)).astype(np.float32)
-    x[..., :: args.width // 6] *= 8
-    rows = rows_of(weights, jax.numpy.asarray(x), args.rounds)
-    print(table(rows))
+    names = ("batch",) if args.network == "dit-s/2" else ("width", "depth", "tokens")
+    settings = {name: getattr(args, name) for name in ("network", *names, "rounds")}
+    if args.network == "dit-s/2":
+        rows = dit_rows(args.batch, args.rounds)
+        print(dit_table(rows))
+    else:
+        weights = weights_of(args.width, args.depth)
+        x = np.random.default_rng(1).standard_normal((2, args.tokens, args.width))
+        x = x.astype(np.float32)
+        x[..., :: args.width // 6] *= 8
+        rows = rows_of(weights, jax.numpy.asarray(x), args.rounds)
+        print(table(rows))
     if args.out is not None:
-        settings = {name: getattr(args, name) for name in ("width", "depth", "tokens", "rounds")}
         found = {
             "made": provenance(),
             "versions": versions(),
@@ -285,7 +297,7 @@ def versions() -> dict[str, str]:
     """Returns the versions of the libraries that are there."""
     from importlib.metadata import version
 
-    names = ("qwix", "torchao", "torch", "flax")
+    names = ("qwix", "torchao", "torch", "diffusers", "flax")
     return {n: version(n) for n in names if importlib.util.find_spec(n) is not None}
 
 
