@@ -20,8 +20,7 @@ import numpy as np
 import qdit_jax as qdit
 from qdit_convert import convert
 from qdit_jax.sampling import running_params
-from qdit_jax.speed import Call, interleaved
-from qdit_jax.speed.timing import ratio
+from qdit_jax.speed import Call, interleaved, ratio
 
 SIZES = {
     **{"num_attention_heads": 6, "attention_head_dim": 64, "num_layers": 12},  # of DiT-S/2
