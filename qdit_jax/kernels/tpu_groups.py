@@ -134,7 +134,8 @@ def _kernel(
     # A loop, for the compiler gives every unit room of its own otherwise.
     whole, rest = divmod(scale.shape[0], EIGHT)
     total = jnp.zeros((x_codes.shape[0], scale.shape[1]), jnp.float32)
-    total = jax.lax.fori_loop(0, whole, lambda i, total: with_units(i, total, EIGHT), total)
+    if whole:
+        total = jax.lax.fori_loop(0, whole, lambda i, total: with_units(i, total, EIGHT), total)
     if rest:
         total = with_units(whole, total, rest)
     writer.write(total)

@@ -31,6 +31,9 @@ CASES = [
     (W(7, 96, symmetric=True), (8, 320, 9), "float32", ActSpec(8, 96)),
     (W(4, 288), (40, 1152, 20), "bfloat16", ActSpec(8, 288)),
     (W(2, 64), (7, 200, 5), "float32", ActSpec(8, 160)),
+    pytest.param(  # more scales than a tile has lanes
+        *(W(4, 0), (8, 4224, 8), "float32", ActSpec(8, 32)), marks=pytest.mark.slow
+    ),
     (W(8, 64, symmetric=True), (8, 192, 9), "float32", ActSpec(8, 64, symmetric=True)),
     (
         W(4, 384),
@@ -70,7 +73,8 @@ def test_the_kernel_is_the_product_of_the_rounded_operands(weight, sizes, dtype,
     assert (found.shape, found.dtype) == ((sizes[0], sizes[2]), dtype)
     ulp = {"float32": 2**-23, "bfloat16": 2**-8}[dtype]
     against_exact, against_xla = relative_errors(found, by_xla, wide, weights)
-    assert against_exact < 4 * ulp
+    # Sums of many units are rounded more often.
+    assert against_exact < (4 if sizes[1] <= 1152 else 16) * ulp
     assert against_xla <= 4 * ulp
 
 
