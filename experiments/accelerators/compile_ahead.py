@@ -78,6 +78,7 @@ LAYERS = {"qkv": (1152, 3456), "proj": (1152, 1152), "fc1": (1152, 4608), "fc2":
 PRESETS = ("w4a8-fast", "w8a8-fast")
 WEIGHTS = "w4a16"  # 16-bit inputs
 GROUPS = "w4a8-g128"  # a scale and a zero point per group, inputs too
+OTHER_GROUPS = ("w4a8-g32", "w4a8-g288")  # layers alone
 FP8 = "fp8_e4m3"  # on both sides, which TPUs before v7 have no units for
 # Who computes a recipe on a TPU, on a GPU.
 KERNELS = {
@@ -160,7 +161,7 @@ def programs(is_tpu: bool, batches: list[int]) -> Iterator[Program]:
     for layer in LAYERS:
         for tokens in (TOKENS,) if is_tpu else (TOKENS, FEW_TOKENS):
             yield from full_precision(layer, tokens, is_tpu)
-            for preset in KERNELS[is_tpu]:
+            for preset in (*KERNELS[is_tpu], *OTHER_GROUPS):
                 yield from quantized(layer, tokens, preset, is_tpu)
     for batch in batches:
         for recipe in (None, *KERNELS[is_tpu]):
@@ -188,7 +189,8 @@ def full_precision(layer: str, tokens: int, is_tpu: bool) -> Iterator[Program]:
 def quantized(layer: str, tokens: int, preset: str, is_tpu: bool) -> Iterator[Program]:
     """Yields a layer by XLA's operations and by the kernel."""
     channels, width = LAYERS[layer]
-    spec, kernel = recipe_named(preset).rules[0].spec, KERNELS[is_tpu][preset]
+    spec = recipe_named(preset).rules[0].spec
+    kernel = KERNELS[is_tpu][GROUPS if preset in OTHER_GROUPS else preset]
     numerics = "integer" if spec.act else "simulated"
     q = jax.eval_shape(lambda w: qdit.quantize(w, spec.weight), shape((channels, width), "float32"))
     x = shape((tokens, channels), DTYPE)

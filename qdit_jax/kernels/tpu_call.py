@@ -59,8 +59,8 @@ class TPUOperands(NamedTuple):
 
 # (weights, spec of the inputs) -> what a kernel reads.
 OperandsFn = Callable[[QTensor, ActSpec | None], TPUOperands]
-# (shape of the input, weights, bytes of a number of the input) -> sizes, without neighbors.
-SizesFn = Callable[[tuple[int, ...], QTensor, int], Sizes]
+# (shape of the input, weights, bytes of a number of the input, how it is quantized) -> sizes, without neighbors.
+SizesFn = Callable[[tuple[int, ...], QTensor, int, ActSpec | None], Sizes]
 
 
 def fused_by(
@@ -81,7 +81,7 @@ def fused_by(
         gated: Gated | None,
         call: Call,
     ) -> tuple[Float[Array, "*lead N"], ...]:
-        sizes = sizes_fn(x.shape, q, source_of(x).dtype.itemsize)
+        sizes = sizes_fn(x.shape, q, source_of(x).dtype.itemsize, call.spec)
         epilogue = epilogue_of(sizes, bias, gated, call)
         operands = operands_fn(q, call.spec)
         return packed_product(operands, x, q, sizes, epilogue, name=name, interpret=call.interpret)
@@ -94,7 +94,7 @@ def fused_by(
         call: Call,
     ) -> tuple[Float[Array, "*lead M"], ...]:
         def fits(gated: Gated | None) -> bool:
-            sizes = sizes_fn(x.shape, q, source_of(x).dtype.itemsize)
+            sizes = sizes_fn(x.shape, q, source_of(x).dtype.itemsize, call.spec)
             whole = sizes_around(sizes, x, written_dtype(call.dtype, gated), gated)
             return chosen_blocks(whole) is not None
 
@@ -230,11 +230,12 @@ def held_in_vmem(blocks: Blocks, sizes: Sizes, turned_bytes: int, *, has_norm: b
     rows, columns, channels = blocks.rows, blocks.columns, sizes.channels
     unpacked, quantized, sums = jnp.bfloat16, [], []
     if sizes.unpacked == 1:
-        unpacked, units = jnp.int8, max(sizes.units, 1)
-        quantized = [pltpu.VMEM((rows, channels), jnp.int8), pltpu.VMEM((rows, units), jnp.float32)]
+        of_rows = (-(-sizes.units // TILE), rows, TILE) if sizes.units else (rows, 1)
+        unpacked = jnp.int8
+        quantized = [pltpu.VMEM((rows, channels), jnp.int8), pltpu.VMEM(of_rows, jnp.float32)]
     if sizes.units:
-        quantized.append(pltpu.VMEM((rows, units), jnp.int32))
-        sums.append(pltpu.VMEM((blocks.panel, units, columns), jnp.int32))
+        quantized.append(pltpu.VMEM(of_rows, jnp.int32))
+        sums.append(pltpu.VMEM((blocks.panel, sizes.units, columns), jnp.int32))
     turned = [pltpu.VMEM((turned_bytes, columns), jnp.uint8)] if turned_bytes else []
     weights = pltpu.VMEM((blocks.panel, channels, columns), unpacked)
     modulation = [pltpu.VMEM((2, channels), jnp.float32)] if has_norm else []

@@ -4,10 +4,11 @@ Compiled for v5e, v5p and v6e, interpreted on CPU, not run on a TPU.
 
 Inputs have a scale, and a zero point, for every token and group, computed in the kernel; weights too. A block
 of rows is quantized once into VMEM, and packed codes become int8, less their zero points, there once per
-call. A unit of 128 input channels is multiplied in int32, the zero points of the inputs are subtracted, and the
-sums are scaled by token and output channel and added up in float32.
+call. A unit of 32, 64 or 128 input channels is multiplied in int32, the zero points of the inputs are subtracted,
+and the sums are scaled by token and output channel and added up in float32. A product always has 128 channels: of
+a smaller unit, the others are zeros in the rows.
 
-Dimensions: M rows (tokens), K input channels, N output channels, G groups along K, U units of 128 input
+Dimensions: M rows (tokens), K input channels, N output channels, G groups along K, U units of input
 channels; J blocks of columns of a panel, L rows and C columns of a block (`tpu_blocks`).
 """
 
@@ -15,35 +16,51 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int, Int32, UInt8
+from jaxtyping import Array, Bool, Float, Int, Int8, Int32, Num, UInt8
 
 from qdit_jax.kernels.group_reasons import is_in_groups
 from qdit_jax.kernels.refs import Ref, Span
 from qdit_jax.kernels.token_scales import INFINITY, LEAST_NORMAL, magnitude_bits
-from qdit_jax.kernels.tpu_blocks import STRIP, TILE
+from qdit_jax.kernels.tpu_blocks import STRIP, TILE, rounded_up
 from qdit_jax.kernels.tpu_call import TPUOperands, fused_by
-from qdit_jax.kernels.tpu_reasons import groups_reason, groups_sizes, row
+from qdit_jax.kernels.tpu_reasons import group_unit, groups_reason, groups_sizes, row
 from qdit_jax.kernels.tpu_rows import TileFn, Tokens, Writer, span
 from qdit_jax.kernels.tpu_words import EACH_BYTE, SIGNS, as_rows_of, code_words
 from qdit_jax.kernels.units import of_units
 from qdit_jax.quant import (
     ActSpec,
     QTensor,
-    effective_group_size,
     rounded_quotients,
     scale_value,
 )
 
+EIGHT = 8  # units of a step, whose rows of float32 fill a tile
+
+
+class Cut(NamedTuple):
+    """Input channels of a group of the inputs, and of a unit."""
+
+    group: int
+    unit: int
+
+    @property
+    def units(self) -> int:
+        """Of a tile."""
+        return TILE // self.unit
+
 
 def _operands(q: QTensor, spec: ActSpec | None) -> TPUOperands:
     assert spec is not None, "its row refuses it"
-    scale = of_units(scale_value(q.scale), q.shape[0], q.group_size, TILE)
-    size = effective_group_size(q.shape[0], spec.group_size)
-    kernel = functools.partial(_kernel, act_spec=spec, tiles=-(-size // TILE))
+    unit = group_unit(q.shape[0], spec.group_size, q.group_size)
+    scale = of_units(scale_value(q.scale), q.shape[0], q.group_size, unit)
+    # Of all channels: those of padding too.
+    size = spec.group_size if 0 < spec.group_size < q.shape[0] else rounded_up(q.shape[0], TILE)
+    kernel = functools.partial(_kernel, act_spec=spec, cut=Cut(size, unit))
     return TPUOperands(kernel, [offsets_of(q)], [scale])
 
 
@@ -75,19 +92,19 @@ def _kernel(
     bits: int,
     groups: tuple[int, ...],
     act_spec: ActSpec,
-    tiles: int,
+    cut: Cut,
 ) -> None:
     """Writes one block `[L, C]` of the result, and what later blocks share.
 
-    Shared are the codes `[L, K]`, scales and zero points `[L, U]` of the rows, and the weights `[J, K, C]` of
-    the panel with their sums `[J, U, C]`. Packed codes are `[R, C]`, or `[C, R]` where there is room to
-    have them `turned`. A group of the inputs has `tiles` units.
+    Shared are the codes `[L, K]`, scales and zero points `[_, L, 128]` of the rows, U lanes of them, and the
+    weights `[J, K, C]` of the panel with their sums `[J, U, C]`. Packed codes are `[R, C]`, or `[C, R]` where there is room to
+    have them `turned`.
     """
     block = pl.program_id(2)
 
     @pl.when(block == 0)
     def _() -> None:
-        quantize_rows(tokens, x_codes, x_scale, x_zero, act_spec, tiles)
+        quantize_rows(tokens, x_codes, x_scale, x_zero, act_spec, cut)
 
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
@@ -96,17 +113,49 @@ def _kernel(
             columns[...] = codes[...].T
         unpack_columns(columns, offset, weights.at[block], bits, groups)
         if not act_spec.symmetric:
-            sum_weights(weights.at[block], sums_of_weights.at[block])
+            sum_weights(weights.at[block], sums_of_weights.at[block], cut)
 
+    def with_units(index: Array | int, total: Float[Array, "L C"], count: int) -> Array:
+        """Returns `total` and the scaled sums of `count` units, the `index`-th eight."""
+        x_scales, x_zeros = (eight_lanes(ref, index) for ref in (x_scale, x_zero))
+        eight = run(index, EIGHT, count)
+        w_scales, w_sums = scale[eight, :], sums_of_weights[block, eight, :]
+        for i in range(count):
+            tile, place = index * (EIGHT // cut.units) + i // cut.units, i % cut.units
+            channels = run(tile, TILE, TILE)
+            own = only_lanes(x_codes[:, channels], place, cut)
+            sums = int8_dot(own, weights[block, channels, :])
+            if not act_spec.symmetric:
+                sums = sums - x_zeros[:, i : i + 1] * w_sums[i : i + 1, :]
+            scaled = sums.astype(jnp.float32) * x_scales[:, i : i + 1]
+            total = total + scaled * w_scales[i : i + 1, :]
+        return total
+
+    # A loop, for the compiler gives every unit room of its own otherwise.
+    whole, rest = divmod(scale.shape[0], EIGHT)
     total = jnp.zeros((x_codes.shape[0], scale.shape[1]), jnp.float32)
-    for unit in range(scale.shape[0]):
-        channels = pl.ds(unit * TILE, TILE)
-        sums = int8_dot(x_codes[:, channels], weights[block, channels, :])
-        if not act_spec.symmetric:
-            sums = sums - x_zero[:, unit : unit + 1] * sums_of_weights[block, unit : unit + 1, :]
-        scaled = sums.astype(jnp.float32) * x_scale[:, unit : unit + 1]
-        total = total + scaled * scale[unit : unit + 1, :]
+    if whole:
+        total = jax.lax.fori_loop(0, whole, lambda i, total: with_units(i, total, EIGHT), total)
+    if rest:
+        total = with_units(whole, total, rest)
     writer.write(total)
+
+
+def eight_lanes(values: Ref, index: Array | int) -> Num[Array, "L 128"]:
+    """Returns values `[_, L, 128]` with the `index`-th eight of all lanes first."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    count = TILE // EIGHT  # of lanes
+    if isinstance(index, int):
+        return pltpu.roll(values[index // count], -index * EIGHT % TILE, 1)
+    shift = jax.lax.rem(TILE - jax.lax.rem(index, count) * EIGHT, TILE)
+    return pltpu.roll(values[jax.lax.div(index, count)], shift, 1)
+
+
+def run(index: Array | int, size: int, count: int) -> Span:
+    """Returns `count` places from the start of the `index`-th run of `size` on."""
+    start = index * size
+    return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, size), count)
 
 
 def int8_dot(left: Array, right: Array) -> Int32[Array, "M N"]:
@@ -116,35 +165,81 @@ def int8_dot(left: Array, right: Array) -> Int32[Array, "M N"]:
     )
 
 
+def only_lanes(values: Int8[Array, "L 128"], place: int, cut: Cut) -> Int8[Array, "L 128"]:
+    """Returns the values of one unit of a tile's, zeros elsewhere."""
+    if cut.units == 1:
+        return values
+    words = as_rows_of(values, jnp.int32)  # four rows of a channel
+    first = place * cut.unit
+    return as_rows_of(jnp.where(lanes_of(words.shape, first, cut.unit), words, 0), jnp.int8)
+
+
+def lanes_of(shape: tuple[int, ...], first: int, count: int) -> Bool[Array, "_ 128"]:
+    """Returns where `count` lanes from `first` on are; lanes that a tile has not are left out."""
+    lanes = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    return (lanes >= first) & (lanes < first + count)
+
+
 def quantize_rows(
-    tokens: Tokens, x_codes: Ref, x_scale: Ref, x_zero: Ref, spec: ActSpec, tiles: int
+    tokens: Tokens, x_codes: Ref, x_scale: Ref, x_zero: Ref, spec: ActSpec, cut: Cut
 ) -> None:
     """Writes codes, scales and zero points of a block of tokens, as `ActSpec` has them; not finite: NaN.
 
     An int8 tile at a time, which is read three times: a strip of all K does not fit into registers.
     """
-    count = tokens.num_tiles
-    groups = [range(first, min(first + tiles, count)) for first in range(0, count, tiles)]
+    channels = tokens.num_tiles * TILE
 
     def quantize_strip(rows: Span, tile_fn: TileFn) -> None:
         most = functools.reduce(
-            jnp.maximum, (magnitude_bits(tile_fn(unit)) for unit in range(count))
+            jnp.maximum, (magnitude_bits(tile_fn(tile)) for tile in range(tokens.num_tiles))
         )
         is_finite = jnp.max(most, axis=1, keepdims=True) < INFINITY
-        for group in groups:
-            low = functools.reduce(jnp.minimum, (tile_fn(unit) for unit in group))
-            high = functools.reduce(jnp.maximum, (tile_fn(unit) for unit in group))
-            extremes = (
-                jnp.min(low, axis=1, keepdims=True),
-                jnp.max(high, axis=1, keepdims=True),
-            )
-            codes_fn, scale, zero = grid_of_rows(*extremes, is_finite, spec)
-            for unit in group:
-                x_codes[rows, span(unit)] = codes_fn(tile_fn(unit)).astype(jnp.int8)
-                x_scale[rows, unit : unit + 1] = scale
-                x_zero[rows, unit : unit + 1] = zero
+        unfinished: dict[int, Array] = {}  # codes of tiles whose later channels are of other groups
+        for first in range(0, channels, cut.group):
+            group = Group(first, min(cut.group, channels - first))
+            codes_fn, scale, zero = grid_of_rows(*group.extremes(tile_fn), is_finite, spec)
+            for tile in group.tiles():
+                codes = codes_fn(tile_fn(tile))
+                if (before := unfinished.pop(tile, None)) is not None:
+                    codes = jnp.where(group.lanes(tile, codes.shape), codes, before)
+                if group.first + group.size < (tile + 1) * TILE:
+                    unfinished[tile] = codes
+                else:
+                    x_codes[rows, span(tile)] = codes.astype(jnp.int8)
+            for unit in range(first // cut.unit, -(-(first + group.size) // cut.unit)):
+                chunk, lane = divmod(unit, TILE)
+                x_scale[chunk, rows, lane : lane + 1] = scale
+                x_zero[chunk, rows, lane : lane + 1] = zero
 
     tokens.over_strips(quantize_strip)
+
+
+class Group(NamedTuple):
+    """A group of the inputs' channels: the first, and how many, all multiples of 32."""
+
+    first: int
+    size: int
+
+    def tiles(self) -> range:
+        """Returns the tiles that have some of its channels."""
+        return range(self.first // TILE, -(-(self.first + self.size) // TILE))
+
+    def lanes(self, tile: int, shape: tuple[int, ...]) -> Bool[Array, "_ 128"]:
+        """Returns where its channels are in a tile."""
+        first = max(self.first - tile * TILE, 0)
+        return lanes_of(shape, first, self.first + self.size - tile * TILE - first)
+
+    def extremes(self, tile_fn: TileFn) -> tuple[Float[Array, "R 1"], Float[Array, "R 1"]]:
+        """Returns the least and the greatest of its values, by row."""
+
+        def values(tile: int, others: float) -> Float[Array, "R 128"]:
+            found = tile_fn(tile)
+            is_whole = self.first <= tile * TILE and self.first + self.size >= (tile + 1) * TILE
+            return found if is_whole else jnp.where(self.lanes(tile, found.shape), found, others)
+
+        low = functools.reduce(jnp.minimum, (values(tile, jnp.inf) for tile in self.tiles()))
+        high = functools.reduce(jnp.maximum, (values(tile, -jnp.inf) for tile in self.tiles()))
+        return jnp.min(low, axis=1, keepdims=True), jnp.max(high, axis=1, keepdims=True)
 
 
 def grid_of_rows(
@@ -180,12 +275,13 @@ def unpack_columns(
         weights[pl.ds(index * STRIP, STRIP), :] = as_rows_of(word, jnp.int8)
 
 
-def sum_weights(weights: Ref, sums: Ref) -> None:
+def sum_weights(weights: Ref, sums: Ref, cut: Cut) -> None:
     """Writes the sums `[U, C]` of the weights `[K, C]` of each unit."""
     ones = jnp.ones((STRIP, TILE), jnp.int8)
+    own = [only_lanes(ones, place, cut) for place in range(cut.units)]
     for unit in range(sums.shape[0]):
-        found = int8_dot(ones, weights[pl.ds(unit * TILE, TILE), :])
-        sums[unit : unit + 1, :] = found[:1]
+        tile, place = divmod(unit, cut.units)
+        sums[unit : unit + 1, :] = int8_dot(own[place], weights[span(tile), :])[:1]
 
 
 TPU_GROUPS = row(

@@ -49,7 +49,9 @@ def _operands(q: QTensor, spec: ActSpec | None) -> TPUOperands:
 
 # In integer numerics. Equal to `xla.integer_matmul` to float rounding, whose derivative it has; a token that
 # holds NaN or infinity gives NaN.
-levels_fused = fused_by("tpu_levels", _operands, sizes_of)
+levels_fused = fused_by(
+    "tpu_levels", _operands, lambda shape, q, itemsize, _: sizes_of(shape, q, itemsize)
+)
 
 
 def _kernel(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from importlib.util import find_spec
 
@@ -21,9 +22,9 @@ from qdit_jax.kernels.level_reasons import (
     weight_reason,
 )
 from qdit_jax.kernels.product import Implementation, Product, ready_alone
-from qdit_jax.kernels.tpu_blocks import TILE, VMEM_LIMIT, Sizes, chosen_blocks, sizes_of
+from qdit_jax.kernels.tpu_blocks import STRIP, TILE, VMEM_LIMIT, Sizes, chosen_blocks, sizes_of
 from qdit_jax.kernels.weight_reasons import alone_reason
-from qdit_jax.quant import QTensor, WeightSpec, ranges
+from qdit_jax.quant import ActSpec, QTensor, WeightSpec, ranges
 
 # As `Device.device_kind` names them: those that the kernel was compiled for.
 KINDS = ("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")
@@ -106,10 +107,10 @@ def groups_reason(product: Product) -> str | None:
     """Returns what the kernel of `tpu_groups` cannot compute of a product."""
     itemsize = jnp.dtype(product.dtype).itemsize
     return (
-        grouped_input_reason(product, TILE)
+        grouped_input_reason(product, STRIP)
         or groups_range_reason(product)
-        or grouped_weight_reason(product, TILE)
-        or blocks_reason(groups_sizes(product.x_shape, product.weight, itemsize))
+        or grouped_weight_reason(product, STRIP)
+        or blocks_reason(groups_sizes(product.x_shape, product.weight, itemsize, product.act_spec))
     )
 
 
@@ -123,7 +124,16 @@ def groups_range_reason(product: Product) -> str | None:
     return None
 
 
-def groups_sizes(x_shape: tuple[int, ...], weight: QTensor | WeightSpec, itemsize: int) -> Sizes:
-    """Returns the sizes of a product of `tpu_groups`, where a token has a scale for every tile of K."""
+def groups_sizes(
+    x_shape: tuple[int, ...], weight: QTensor | WeightSpec, itemsize: int, spec: ActSpec | None
+) -> Sizes:
+    """Returns the sizes of a product of `tpu_groups`, where a token has a scale for every unit of K."""
     sizes = sizes_of(x_shape, weight, itemsize)
-    return dataclasses.replace(sizes, map_bytes=1, units=sizes.channels // TILE)
+    size = 0 if spec is None else spec.group_size
+    unit = group_unit(sizes.num_channels, size, weight.group_size)
+    return dataclasses.replace(sizes, map_bytes=1, units=sizes.channels // unit)
+
+
+def group_unit(num_channels: int, x_group_size: int, w_group_size: int) -> int:
+    """Returns the input channels of a unit, 32, 64 or 128; a group of all channels cuts none."""
+    return math.gcd(TILE, *(s for s in (x_group_size, w_group_size) if 0 < s < num_channels))

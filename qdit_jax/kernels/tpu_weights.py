@@ -32,7 +32,9 @@ def _operands(q: QTensor, spec: ActSpec | None) -> TPUOperands:
 
 
 # Equal to `xla.simulated_matmul` to the rounding of sums, whose derivative it has.
-weights_fused = fused_by("tpu_weights", _operands, weights_sizes)
+weights_fused = fused_by(
+    "tpu_weights", _operands, lambda shape, q, itemsize, _: weights_sizes(shape, q, itemsize)
+)
 
 
 def signed_maps(q: QTensor) -> tuple[Float[Array, "G N"], Float[Array, "G N"], Float[Array, "G N"]]:
