@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -59,10 +60,15 @@ from qdit_jax.speed.timing import Call, TimeFn, interleaved, ratio, taken
 from qdit_jax.types import Condition, Params, Progress, ProgressFn, untold
 
 NUM_ROUNDS = 21
+SECONDS = 2.0  # for which a network is timed in a row, at the most, if that is 6 rounds
 NUM_STEPS, NUM_SAMPLES = 4, 4  # of the trajectory on which errors are measured
 # What kernels compute: int8 per channel, two levels of scales, groups, and weights alone.
 RECIPES = ("w8a8-fast", "w4a8-fast", "w4a8", "w4a16")
 BATCHES = (1, 8, 32)
+CPU_BATCHES = (
+    1,
+    8,
+)  # CPUs are busy with 8 samples: 32 take four times as long, at about the same ratios
 
 
 class Inputs(NamedTuple):
@@ -91,7 +97,7 @@ def bench(
     checkpoint: Checkpoint | PathLike,
     recipes: Iterable[str | Recipe] | None = None,
     *,
-    batches: Sequence[int] = BATCHES,
+    batches: Sequence[int] | None = None,
     against: Checkpoint | PathLike | None = None,
     group_size: int | None = None,
     numerics: Sequence[str] = NUMERICS,
@@ -99,10 +105,11 @@ def bench(
     guidance: Guidance | None = PUBLISHED,
     expand: bool = False,
     num_rounds: int = NUM_ROUNDS,
+    seconds: float = SECONDS,
     seed: int = 0,
     conditions: Condition = None,
     state: AnyPath | None = None,
-    time_fn: TimeFn = interleaved,
+    time_fn: TimeFn | None = None,
     total_fn: Callable[[int], object] = lambda total: None,
     progress_fn: ProgressFn = untold,
 ) -> Bench:
@@ -118,27 +125,31 @@ def bench(
         recipes: names such as `w4a8` or `w4a8-g32`, paths of recipe files, or recipes; the weights
             are rounded to nearest. By default those of `RECIPES` that can be computed in one of the numerics
             and by the implementations.
-        batches: samples per step.
+        batches: samples per step; by default 1, 8 and 32, on CPUs 1 and 8.
         against: of a quantized checkpoint, the full-precision one that is the baseline; without it
             the baseline is the checkpoint itself, the first way in which it is computed.
         group_size: of recipes that do not name one; by default the preset's own.
-        numerics, implementations: which are timed, of those that apply; no implementation is all.
+        numerics, implementations: which are timed, of those that apply; no implementation is all, on CPUs
+            the one that the table of kernels takes.
         guidance: the network's own by default; 1 or None calls it once, without the null condition.
         expand: of a quantized checkpoint, also time it with its weights unpacked when it was loaded.
-        num_rounds: how often each is timed.
+        num_rounds: how often each is timed at most.
+        seconds: for which each network of a row is timed at most: where a step is slow there are fewer
+            rounds, but 6 or more, of which an interval can be told. A row's `ratio.count` says how many.
         seed: of the noise.
         conditions: labels or prompts that samples take in turn; by default every class, or random prompts.
         state: a folder that keeps what was measured; the same call goes on from there.
-        time_fn: takes the times, see `interleaved`.
+        time_fn: takes the times, by default `interleaved` with `seconds`.
         total_fn, progress_fn: called with the number of rows, and with how many are done.
 
     Raises:
         UserError: if a setting does not fit the checkpoint, or `state` holds other measurements.
         ValueError: if a recipe cannot be read or matches nothing.
     """
+    batches = default_batches() if batches is None else batches
     for batch in batches:
         check_counts(batches=batch)
-    check_counts(2, num_rounds=num_rounds)
+    check_rounds(num_rounds, seconds)
     check_known(numerics, implementations)
     ours, full = opened(checkpoint), None if against is None else opened(against)
     is_default = recipes is None
@@ -147,10 +158,11 @@ def bench(
     wanted = [r if isinstance(r, Recipe) else recipe_named(r, group_size) for r in recipes]
     entrants = contenders_of(ours, wanted, full, expand=expand)
     guidance = fitting_guidance(ours.model, guidance)
-    settings = settings_of(entrants, guidance, num_rounds, check_seed(seed), conditions)
+    settings = settings_of(entrants, guidance, num_rounds, seconds, check_seed(seed), conditions)
     optional = entrants[len(entrants) - len(wanted) :] if is_default else []
     jobs = list(jobs_of(entrants, batches, numerics, implementations, guidance, optional))
     records = Records(state, settings)
+    time_fn = time_fn or partial(interleaved, seconds=seconds)
     race = Race(entrants[0], jobs[0][2], guidance, num_rounds, seed, time_fn, conditions)
     total_fn(len(jobs))
     rows = []
@@ -160,6 +172,18 @@ def bench(
         progress_fn(Progress(1))
     rows.sort(key=lambda row: batches.index(row.batch))
     return Bench(marked(rows), entrants[0].title, settings, provenance())
+
+
+def default_batches() -> tuple[int, ...]:
+    """Returns the samples per step that are timed by default where JAX computes."""
+    return CPU_BATCHES if jax.default_backend() == "cpu" else BATCHES
+
+
+def check_rounds(num_rounds: int, seconds: float) -> None:
+    """Raises `UserError` for rounds that give no median, or for seconds that are none."""
+    check_counts(2, num_rounds=num_rounds)
+    if not seconds > 0:
+        raise UserError(f"seconds={seconds} is not supported; use a number above 0.")
 
 
 def opened(source: Checkpoint | PathLike) -> Checkpoint:
@@ -173,6 +197,7 @@ def settings_of(
     entrants: Sequence[Contender],
     guidance: object,
     num_rounds: int,
+    seconds: float,
     seed: int,
     conditions: Condition = None,
 ) -> dict[str, Any]:
@@ -183,6 +208,7 @@ def settings_of(
         network=digest(list(networks.values())),
         guidance=guidance_record(float(guidance) if isinstance(guidance, int) else guidance),
         num_rounds=num_rounds,
+        seconds=float(seconds) if math.isfinite(seconds) else None,
         seed=seed,
         machine=platform.node(),
         **({} if conditions is None else {"conditions": conditions}),
