@@ -42,12 +42,12 @@ from qdit_jax.sampling import (
     on_one_device,
 )
 from qdit_jax.speed.contenders import Way, check_known, contenders_of
+from qdit_jax.speed.race import Race
 from qdit_jax.speed.records import Records
 from qdit_jax.speed.rows import Row
 from qdit_jax.speed.steps import (
     NUM_ROUNDS,
     SECONDS,
-    Race,
     check_rounds,
     entry_name,
     settings_of,

@@ -107,7 +107,7 @@ def test_the_share_of_peak_is_of_each_product_in_its_own_dtype(checkpoint):
 
 def test_a_bench_has_the_share_of_peak_where_the_device_is_known(checkpoint, found, monkeypatch):
     assert all(row.peak_share is None for row in found.rows)
-    monkeypatch.setattr("qdit_jax.speed.steps.present_device", lambda: DEVICES["v6e"])
+    monkeypatch.setattr("qdit_jax.speed.race.present_device", lambda: DEVICES["v6e"])
     rows = bench(checkpoint, [], num_rounds=2, time_fn=FakeTimer(), **FAST).rows
     assert all(0 < row.peak_share < 1 for row in rows)
 
