@@ -7,8 +7,9 @@ Three parts, each until its share of `--seconds` is over; what was not reached i
 
 1. numerics: every implementation that the device has, against float64, in several formats. The first wrong
    product ends the run, for its time would mean nothing.
-2. blocks: on an NVIDIA Hopper, the kernel's blocks that are fastest for each layer. They are kept in
-   `qdit_jax/kernels/gpu_tiles.json` (`--tiles`), a row per device and shape, and the kernel takes them from then on.
+2. blocks: on an NVIDIA Hopper or a TPU, the kernels' blocks that are fastest for each layer. They are kept in
+   `gpu_tiles.json` or `tpu_blocks.json` of `qdit_jax/kernels` (`--tiles`), a row per device and shape, and the kernels
+   take them from then on.
 3. steps: a guided step of the network with random weights (`qdit bench`) in float32, bfloat16, W8A8, W4A8
    with two levels of scales, W4A8 in groups of 128, FP8 and W4A16, at each of `--samples`, by every implementation.
 
@@ -28,7 +29,7 @@ from typing import Any
 
 import jax
 from accelerator_checks import SHAPES, checks, device_name
-from gpu_sweep import TABLE, keep, shapes_of, swept
+from block_sweep import GPU, TPU, keep, layers_of, swept
 
 import qdit_jax as qdit
 from qdit_jax.kernels import unsupported_reason
@@ -68,7 +69,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=420, help="of the whole run (%(default)s)")
     parser.add_argument("--rounds", type=int, default=11, help="timed rounds (%(default)s)")
-    parser.add_argument("--tiles", type=Path, default=TABLE, help="the table of blocks to add to")
+    parser.add_argument("--tiles", type=Path, help="the table of blocks to add to (the package's)")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -108,24 +109,27 @@ def fastest_blocks(
     model: DiT, args: argparse.Namespace, clock: Clock, left_out: list[str]
 ) -> list[dict[str, Any]]:
     """Returns the rows of `swept`, which are added to the table as well."""
+    platform = TPU if jax.default_backend() == "tpu" else GPU
     spec = recipe_named("w4a8-fast").rules[0].spec
     reason = unsupported_reason(
-        (128, 128), spec.weight, spec.act, "integer", "gpu_levels", dtype="bfloat16"
+        (128, 128), spec.weight, spec.act, "integer", platform.kernel, dtype="bfloat16"
     )
     if reason is not None:
         left_out.append(f"blocks: {reason}")
         return []
     width, hidden = model.hidden_size, int(model.hidden_size * model.mlp_ratio)
-    layers = ((width, hidden), (hidden, width), (width, 3 * width), (width, width))
+    sizes = ((width, hidden), (hidden, width), (width, 3 * width), (width, width))
     tokens = model.num_tokens(model.sample_shape())
     rows: list[dict[str, Any]] = []
-    for shape in shapes_of(layers, [2 * samples * tokens for samples in args.samples]):
+    kind, table = jax.devices()[0].device_kind, args.tiles or platform.table
+    for layer in layers_of(platform, sizes, [2 * samples for samples in args.samples], tokens):
         if clock.is_over("blocks"):
-            left_out.append(f"blocks of {shape}: out of time")
+            left_out.append(f"blocks of {layer}: out of time")
             continue
-        rows.append(swept(shape))
-        print(rows[-1]["shape"], rows[-1]["tiles"], flush=True)
-        keep(rows[-1:], jax.devices()[0].device_kind, provenance(), args.tiles)
+        found = swept(platform, layer)
+        print(layer, *(row["tiles"] for row in found), flush=True)
+        keep(platform, found, kind, provenance(), table)
+        rows += found
     return rows
 
 
@@ -196,15 +200,12 @@ def lines(found: dict[str, Any]) -> Sequence[str]:
             f"| {shape} | {row['error']:.1e}{'' if row['passed'] else ' WRONG'} |"
         )
     if found.get("blocks"):
-        text += ["", "| rows | K | N | bits | fastest blocks | us |", "|---|---|---|---|---|---|"]
+        text += ["", "| rows | K | N | recipe | tokens | fastest blocks | us |"]
+        text += ["|---|---|---|---|---|---|---|"]
     for row in found.get("blocks", []):
-        s, t = row["shape"], row["tiles"]
-        blocks = f"{t['rows']} x {t['columns']}, {t['steps']} in flight"
+        blocks = ", ".join(f"{name} {value}" for name, value in row["tiles"].items())
         us = min(row["microseconds"].values())
-        text.append(
-            f"| {s['rows']} | {s['channels']} | {s['width']} | {s['bits']} {s['elements']} "
-            f"| {blocks} | {us} |"
-        )
+        text.append(f"| {' | '.join(map(str, row['layer'].values()))} | {blocks} | {us} |")
     if found.get("steps"):
         text += ["", "| samples | network | by | ms a step | ratio | of peak | weights MB | dB |"]
         text += ["|---|---|---|---|---|---|---|---|"]

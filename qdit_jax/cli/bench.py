@@ -10,6 +10,7 @@ from qdit_jax.cli.guidance_option import add_guidance
 from qdit_jax.cli.options import (
     AddArgument,
     SubParsers,
+    positive_float,
     positive_int,
     refuse_inert,
     seed_number,
@@ -28,7 +29,8 @@ numerics and by every implementation that applies. A quantized checkpoint is mea
 
 Every network takes turns with the baseline, A B A B, so that what slows the machine slows both: read
 the ratios, with the interval that holds their median in 95 of 100 runs. The baseline's ratio to
-itself shows how much of that is chance. The baseline is full precision in the dtype of the platform:
+itself shows how much of that is chance. There are --repeats rounds, and fewer where a step is so slow
+that they would take longer than --seconds, but 6 at least, which an interval needs. The baseline is full precision in the dtype of the platform:
 bfloat16 on accelerators, else float32. The output's error is against it at four steps of the sampler,
 together. "of peak" is the time of a step's products at the full rates of the device, as a share of the
 measured; - where these are not known (CPUs), and for float32 products of simulated numerics. A row that takes more than
@@ -99,7 +101,12 @@ def add_parser(subparsers: SubParsers) -> None:
 
 
 def add_measuring(add: AddArgument) -> None:
-    add("--batch", type=positive_int, nargs="+", help="samples per step (1 8 32)")
+    add(
+        "--batch",
+        type=positive_int,
+        nargs="+",
+        help="samples per step (1 8 32; on CPUs, which 8 keep busy, 1 8)",
+    )
     add_guidance(add)
     add(
         "--numerics",
@@ -111,7 +118,8 @@ def add_measuring(add: AddArgument) -> None:
         "--implementation",
         nargs="+",
         metavar="NAME",
-        help="who computes quantized layers, such as xla or xla_cpu (each that can)",
+        help="who computes quantized layers, such as xla or xla_cpu (each that can; on CPUs the one that "
+        "qdit sample takes)",
     )
     add_embeds(add)
     add(
@@ -119,7 +127,14 @@ def add_measuring(add: AddArgument) -> None:
         action="store_true",
         help="of a quantized CKPT: also with its weights unpacked when they are loaded, see qdit sample",
     )
-    add("--repeats", type=whole_number(2), default=21, help="rounds of turns (%(default)s)")
+    add("--repeats", type=whole_number(2), default=21, help="rounds of turns at most (%(default)s)")
+    add(
+        "--seconds",
+        type=positive_float,
+        default=2.0,
+        help="for which each network, or choice of --table, is timed at most, in 6 rounds or more "
+        "(%(default)s)",
+    )
     add("--seed", type=seed_number, default=0, help="seed of the noise (%(default)s)")
 
 

@@ -25,7 +25,6 @@ from qdit_jax.recipes import Recipe
 from qdit_jax.sampling import check_diffusion_model, sample_rows
 from qdit_jax.speed import (
     BATCH,
-    BATCHES,
     RECIPES,
     Bench,
     bench,
@@ -96,6 +95,7 @@ def tabulated(options: Mapping[str, Any]) -> dict[str, Any]:
                 numerics=numerics,
                 guidance=guidance_of(checkpoint, options["guidance"]),
                 num_rounds=options["repeats"],
+                seconds=options["seconds"],
                 seed=options["seed"],
                 conditions=conditions,
                 state=folder,
@@ -162,7 +162,7 @@ def timed(options: Mapping[str, Any], folder: AnyPath | None) -> Bench:
         return bench(
             checkpoint,
             recipes if options["recipes"] else None,
-            batches=options["batch"] or BATCHES,
+            batches=options["batch"],
             against=options["against"],
             group_size=options["group_size"],
             numerics=options["numerics"] or NUMERICS,
@@ -170,6 +170,7 @@ def timed(options: Mapping[str, Any], folder: AnyPath | None) -> Bench:
             guidance=guidance_of(checkpoint, options["guidance"]),
             expand=options["expand"],
             num_rounds=options["repeats"],
+            seconds=options["seconds"],
             seed=options["seed"],
             conditions=conditions,
             state=folder,

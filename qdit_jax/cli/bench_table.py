@@ -12,7 +12,7 @@ from qdit_jax.speed import SLOW, Bench, Row, Taken
 
 HEADER = (
     "batch", "network", "numerics", "computed by", "ms per step", "interval", "x of {}", "interval",
-    "of peak", "MB weights", "MB beside", "compile s", "error", "dB", "",
+    "rounds", "of peak", "MB weights", "MB beside", "compile s", "error", "dB", "",
 )  # fmt: skip
 TEXTS = {"network", "numerics", "computed by", "layer", ""}  # columns of text, to the left
 
@@ -20,7 +20,8 @@ TEXTS = {"network", "numerics", "computed by", "layer", ""}  # columns of text, 
 def bench_lines(found: Bench) -> list[str]:
     """Returns the table and what is to be said of it."""
     header = tuple(name.format(found.baseline) for name in HEADER)
-    rounds, guidance = found.settings["num_rounds"], found.settings["guidance"]
+    counts, guidance = [row.ratio.count for row in found.rows], found.settings["guidance"]
+    rounds = str(max(counts)) if len({*counts}) == 1 else f"{min(counts)} to {max(counts)}"
     guided = "not guided" if guidance in (None, 1) else f"guided by {guidance_text(guidance)}"
     cached = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     return [
@@ -50,6 +51,7 @@ def row_cells(row: Row) -> tuple[str, ...]:
         interval_text(row.milliseconds),
         f"{row.ratio.median:.2f}",
         interval_text(row.ratio),
+        str(row.ratio.count),
         "-" if row.peak_share is None else f"{row.peak_share:.1%}",
         megabytes(row.weight_bytes),
         megabytes(row.temporary_bytes),

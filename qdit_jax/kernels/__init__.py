@@ -1,6 +1,6 @@
 """The product of quantized activations and a packed kernel, and attention."""
 
-from qdit_jax.kernels import gpu_fp8, gpu_groups, gpu_levels, gpu_tiles, gpu_weights
+from qdit_jax.kernels import gpu_fp8, gpu_groups, gpu_levels, gpu_tiles, gpu_weights, tpu_blocks
 from qdit_jax.kernels.attention import (
     ATTENTION_IMPLEMENTATIONS,
     attention,
@@ -70,6 +70,7 @@ __all__ = [
     "quantized_matmul",
     "ready",
     "segments",
+    "tpu_blocks",
     "unit_of",
     "unsupported_reason",
 ]

@@ -20,7 +20,7 @@ class Call(NamedTuple):
         dtype: of the result.
         activation: of the result, see `epilogue.activated`.
         parts: arrays that the output channels are split among.
-        tiles: blocks of a kernel for GPUs; None chooses them.
+        tiles: how a kernel cuts the product, `gpu_tiles.Tiles` or `tpu_blocks.Tiles`; None chooses.
         interpret: what runs a kernel on a CPU, slowly: `InterpretGPUParams` of Pallas, of a TPU's also True.
     """
 

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Mapping
-from importlib.resources import files
 from typing import Any
 
-import jax
+from qdit_jax.kernels.measured import closest, device_kind, packaged
+from qdit_jax.kernels.measured import rows_of as rows_of_table
 
 RUN = 128  # input channels of a step of the pipeline, a run of `packing`
 HALF = 64  # of them, which the low and the high codes of 4 bits have
@@ -129,20 +128,13 @@ def chosen_tiles(shape: Shape, allowed: Callable[[Tiles], bool] = lambda _: True
 
     `allowed` says which blocks let the kernel compute what stands beside the product; where none do, any is taken.
     """
-    table = measured(this_device())
-    near = [
-        row
-        for row, tiles in table.items()
-        if dataclasses.replace(row, rows=shape.rows, itemsize=shape.itemsize) == shape
-        and fits(tiles, shape)
-        and allowed(tiles)
-    ]
-    if near:
-        closest = min(near, key=lambda row: (abs(row.rows - shape.rows), row.rows))
-        # Blocks of one number of rows say little about ten times as many.
-        if closest.rows <= 2 * shape.rows and shape.rows <= 2 * closest.rows:
-            return table[closest]
-    return tiles_by_arithmetic(shape, allowed)
+
+    def applies(row: Shape, tiles: Tiles) -> bool:
+        alike = dataclasses.replace(row, rows=shape.rows, itemsize=shape.itemsize) == shape
+        return alike and fits(tiles, shape) and allowed(tiles)
+
+    found = closest(measured(this_device()), shape.rows, lambda row: row.rows, applies)
+    return found or tiles_by_arithmetic(shape, allowed)
 
 
 def tiles_by_arithmetic(shape: Shape, allowed: Callable[[Tiles], bool] = lambda _: True) -> Tiles:
@@ -168,7 +160,7 @@ def tiles_by_arithmetic(shape: Shape, allowed: Callable[[Tiles], bool] = lambda 
 
 def this_device() -> str | None:
     """Returns the kind of GPU that JAX runs on; None if it runs on something else."""
-    return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else None
+    return device_kind("gpu")
 
 
 def measured(device: str | None) -> Mapping[Shape, Tiles]:
@@ -178,15 +170,14 @@ def measured(device: str | None) -> Mapping[Shape, Tiles]:
 
 @functools.cache
 def _rows(device: str) -> Mapping[Shape, Tiles]:
-    text = files("qdit_jax.kernels").joinpath(TABLE).read_text()
-    return rows_of(json.loads(text), device)
+    return rows_of(packaged(TABLE), device)
 
 
 def rows_of(
     table: Mapping[str, list[dict[str, dict[str, Any]]]], device: str
 ) -> dict[Shape, Tiles]:
-    """Returns `{shape: tiles}` of one kind of device in a table of `bench_accelerator.py`."""
-    return {Shape(**row["shape"]): Tiles(**row["tiles"]) for row in table.get(device, [])}
+    """Returns `{shape: tiles}` of one kind of device in a table of `bench_accelerator.py`, see `measured`."""
+    return rows_of_table(table, device, Shape, Tiles, TABLE)
 
 
 def forget() -> None:

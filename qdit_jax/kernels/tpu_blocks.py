@@ -3,16 +3,24 @@
 The kernels of `tpu_levels`, `tpu_groups` and `tpu_weights` run over panels of output channels, blocks of rows, and blocks of output
 channels. A panel's unpacked weights stay in VMEM while all rows pass; usually one panel is all of them.
 
+Which blocks are fastest is measured, by `experiments/accelerators/bench_accelerator.py`, and kept in
+`tpu_blocks.json`, a row per device and product (of none yet: nothing has run on a TPU). Products without a row get
+blocks by arithmetic, see `blocks_by_arithmetic`.
+
 Dimensions: M rows, K input channels, N output channels, all padded; G groups along K.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from qdit_jax.quant import QTensor, WeightSpec, num_groups, packing
+from qdit_jax.kernels.measured import closest, device_kind, packaged
+from qdit_jax.kernels.measured import rows_of as rows_of_table
+from qdit_jax.quant import ActSpec, QTensor, WeightSpec, num_groups, packing
 
 TILE = 128  # lanes: channels are padded to multiples
 STRIP = 32  # rows of an int8 tile
@@ -22,6 +30,22 @@ _SPARE = 4 << 20  # for what the compiler keeps there itself
 _ROWS = (512, 256, 128)  # of a block, the most first
 _LEAST_ROWS = 128  # of a block that has to lie in one sample
 _COLUMNS = (4, 3, 2, 1)  # tiles of a block
+TABLE = "tpu_blocks.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How a product is cut.
+
+    Attributes:
+        rows: of a block, a multiple of 32.
+        columns: of a block, a multiple of 128 that divides the padded output channels.
+        panels: of whole blocks of columns.
+    """
+
+    rows: int
+    columns: int
+    panels: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +128,28 @@ def sizes_of(x_shape: tuple[int, ...], weight: QTensor | WeightSpec, itemsize: i
     return Sizes(num_rows, num_channels, width, weight.bits, count, itemsize)
 
 
+def weights_sizes(
+    x_shape: tuple[int, ...], weight: QTensor | WeightSpec, itemsize: int = 2
+) -> Sizes:
+    """Returns the sizes of a product of `tpu_weights`: bfloat16, and three maps in float32."""
+    return dataclasses.replace(sizes_of(x_shape, weight, itemsize), unpacked=2, map_bytes=12)
+
+
+def groups_sizes(
+    x_shape: tuple[int, ...], weight: QTensor | WeightSpec, itemsize: int, spec: ActSpec | None
+) -> Sizes:
+    """Returns the sizes of a product of `tpu_groups`, where a token has a scale for every unit of K."""
+    sizes = sizes_of(x_shape, weight, itemsize)
+    size = 0 if spec is None else spec.group_size
+    unit = group_unit(sizes.num_channels, size, weight.group_size)
+    return dataclasses.replace(sizes, map_bytes=1, units=sizes.channels // unit)
+
+
+def group_unit(num_channels: int, x_group_size: int, w_group_size: int) -> int:
+    """Returns the input channels of a unit, 32, 64 or 128; a group of all channels cuts none."""
+    return math.gcd(TILE, *(s for s in (x_group_size, w_group_size) if 0 < s < num_channels))
+
+
 def rounded_up(number: int, multiple: int) -> int:
     """Returns the least multiple that is not less than `number`."""
     return -(-number // multiple) * multiple
@@ -133,19 +179,82 @@ def vmem_bytes(sizes: Sizes, blocks: Blocks) -> int:
 
 
 def chosen_blocks(sizes: Sizes) -> Blocks | None:
+    """Returns the blocks of a product: measured ones on this device, else those by arithmetic; None if none fit.
+
+    Measured are products alone: with what stands around it, a product takes their blocks where these fit. A row
+    that has the tokens of a sample says which of the blocks that divide them are fastest, and is read where they must.
+    """
+
+    def applies(row: Sizes, tiles: Tiles) -> bool:
+        is_whole = sizes.tokens_per_sample > 0 or row.tokens_per_sample == 0
+        return is_whole and alone(row) == alone(sizes) and misfit(tiles, sizes) is None
+
+    found = closest(measured(this_device()), sizes.num_rows, lambda row: row.num_rows, applies)
+    return blocks_by_arithmetic(sizes) if found is None else blocks_of(found, sizes)
+
+
+def alone(sizes: Sizes) -> Sizes:
+    """Returns the sizes without rows and without what stands around a product: what a row of the table says."""
+    around = {"result_itemsize": 4, "channel_rows": 0, "added_itemsize": 0, "tokens_per_sample": 0}
+    return dataclasses.replace(sizes, num_rows=0, **around)
+
+
+def blocks_by_arithmetic(sizes: Sizes) -> Blocks | None:
     """Returns the blocks with the fewest panels that fit, and of these the largest; None if none do.
 
     Narrower blocks of columns are tried where even one such block is too much.
     """
+    for columns, panels in cuts(sizes):
+        for rows, _ in row_blocks(sizes):
+            tiles = Tiles(rows, columns, panels)
+            if misfit(tiles, sizes) is None:
+                return blocks_of(tiles, sizes)
+    return None
+
+
+def usable(sizes: Sizes) -> tuple[Tiles, ...]:
+    """Returns how a product may be cut: each number of rows and columns in the fewest panels that fit.
+
+    More panels would read and quantize the inputs once more. The choice by arithmetic is among them.
+    """
+    found: dict[tuple[int, int], Tiles] = {}
+    for columns, panels in cuts(sizes):
+        for rows, _ in row_blocks(sizes):
+            tiles = Tiles(rows, columns, panels)
+            if (rows, columns) not in found and misfit(tiles, sizes) is None:
+                found[rows, columns] = tiles
+    return tuple(found.values())
+
+
+def cuts(sizes: Sizes) -> Iterator[tuple[int, int]]:
+    """Yields columns of a block and panels, the widest blocks first, of each the fewest panels."""
     tiles = sizes.column_tiles
     for columns in (count for count in _COLUMNS if tiles % count == 0):
         whole = tiles // columns  # blocks of columns
-        for panel in (count for count in range(whole, 0, -1) if whole % count == 0):
-            for rows, num_rows in row_blocks(sizes):
-                blocks = Blocks(rows, columns * TILE, num_rows, whole // panel, panel)
-                if vmem_bytes(sizes, blocks) <= VMEM_LIMIT:
-                    return blocks
+        yield from ((columns * TILE, n) for n in range(1, whole + 1) if whole % n == 0)
+
+
+def misfit(tiles: Tiles, sizes: Sizes) -> str | None:
+    """Returns why a product cannot be cut so, or None if it can."""
+    rows, columns, panels = tiles.rows, tiles.columns, tiles.panels
+    if rows < STRIP or rows % STRIP:
+        return f"rows={rows} are no multiple of {STRIP}."
+    if sizes.tokens_per_sample % rows:
+        return f"rows={rows} do not divide the {sizes.tokens_per_sample} tokens of a sample."
+    if columns < TILE or columns % TILE or sizes.column_tiles % (columns // TILE):
+        return f"columns={columns} are no tiles of {TILE} that divide the {sizes.column_tiles}."
+    if panels < 1 or sizes.column_tiles * TILE // columns % panels:
+        return f"panels={panels} do not divide the blocks of {columns} columns."
+    if (needed := vmem_bytes(sizes, blocks_of(tiles, sizes))) > VMEM_LIMIT:
+        return f"they need {needed / 2**20:.1f} MiB of VMEM, more than {VMEM_LIMIT >> 20}."
     return None
+
+
+def blocks_of(tiles: Tiles, sizes: Sizes) -> Blocks:
+    """Returns the grid of a product that is cut so."""
+    panel = sizes.column_tiles * TILE // tiles.columns // tiles.panels
+    num_rows = -(-sizes.num_rows // tiles.rows)
+    return Blocks(tiles.rows, tiles.columns, num_rows, tiles.panels, panel)
 
 
 def row_blocks(sizes: Sizes) -> Iterator[tuple[int, int]]:
@@ -165,3 +274,28 @@ def row_blocks(sizes: Sizes) -> Iterator[tuple[int, int]]:
         ]
         if fitting:
             yield fitting[-1], sizes.num_rows // fitting[-1]
+
+
+def this_device() -> str | None:
+    """Returns the kind of TPU that JAX runs on; None if it runs on something else."""
+    return device_kind("tpu")
+
+
+def measured(device: str | None) -> Mapping[Sizes, Tiles]:
+    """Returns the rows of the table for a kind of device."""
+    return {} if device is None else _rows(device)
+
+
+@functools.cache
+def _rows(device: str) -> Mapping[Sizes, Tiles]:
+    return rows_of(packaged(TABLE), device)
+
+
+def rows_of(table: Mapping[str, Any], device: str) -> dict[Sizes, Tiles]:
+    """Returns `{sizes: tiles}` of one kind of device in a table of `bench_accelerator.py`, see `measured`."""
+    return rows_of_table(table, device, Sizes, Tiles, TABLE)
+
+
+def forget() -> None:
+    """Makes the next product read the table anew, after rows were added to it."""
+    _rows.cache_clear()

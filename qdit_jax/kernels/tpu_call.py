@@ -23,7 +23,16 @@ from qdit_jax.kernels.derivative import with_derivative_of_xla
 from qdit_jax.kernels.epilogue import Epilogue, Gated, followed, without_padding, written_dtype
 from qdit_jax.kernels.prologue import Pending, operands_of, plain, source_of
 from qdit_jax.kernels.refs import Ref
-from qdit_jax.kernels.tpu_blocks import TILE, VMEM_LIMIT, Blocks, Sizes, chosen_blocks
+from qdit_jax.kernels.tpu_blocks import (
+    TILE,
+    VMEM_LIMIT,
+    Blocks,
+    Sizes,
+    Tiles,
+    blocks_of,
+    chosen_blocks,
+    misfit,
+)
 from qdit_jax.kernels.tpu_neighbors import (
     Index,
     Operand,
@@ -84,7 +93,8 @@ def fused_by(
         sizes = sizes_fn(x.shape, q, source_of(x).dtype.itemsize, call.spec)
         epilogue = epilogue_of(sizes, bias, gated, call)
         operands = operands_fn(q, call.spec)
-        return packed_product(operands, x, q, sizes, epilogue, name=name, interpret=call.interpret)
+        settings = {"name": name, "tiles": call.tiles, "interpret": call.interpret}
+        return packed_product(operands, x, q, sizes, epilogue, **settings)
 
     def fused(
         x: Float[Array, "*lead K"] | Pending,
@@ -96,6 +106,8 @@ def fused_by(
         def fits(gated: Gated | None) -> bool:
             sizes = sizes_fn(x.shape, q, source_of(x).dtype.itemsize, call.spec)
             whole = sizes_around(sizes, x, written_dtype(call.dtype, gated), gated)
+            if call.tiles is not None:
+                return misfit(call.tiles, whole) is None
             return chosen_blocks(whole) is not None
 
         if call.spec is None or not fits(None):
@@ -117,6 +129,7 @@ def packed_product(
     epilogue: Epilogue,
     *,
     name: str,
+    tiles: Tiles | None,
     interpret: Any,
 ) -> tuple[Float[Array, "*lead N"], ...]:
     """Returns the product of `x` and `q`, and what `epilogue` makes of it, block by block.
@@ -128,10 +141,15 @@ def packed_product(
     these are quantized too, and the unpacked weights `[J, K, C]` of the panel. Where a token has scales of U
     units, there are `[L, U]` of them, as many zero points, and after the weights room for their sums
     `[J, U, C]`, both int32.
+
+    Raises:
+        ValueError: if the product cannot be cut into `tiles`; None chooses them.
     """
     kernel, maps, of_columns = operands
     sizes = sizes_around(sizes, x, epilogue.dtype, epilogue.gated)
-    blocks = chosen_blocks(sizes)
+    if tiles is not None and (reason := misfit(tiles, sizes)) is not None:
+        raise ValueError(f"{tiles}: {reason}")
+    blocks = chosen_blocks(sizes) if tiles is None else blocks_of(tiles, sizes)
     assert blocks is not None, "the kernel's reasons refuse it"
     rows, columns = blocks.rows * blocks.num_rows, sizes.column_tiles * TILE
     codes = whole_codes(q, sizes, columns)

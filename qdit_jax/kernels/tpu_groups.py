@@ -26,9 +26,9 @@ from jaxtyping import Array, Bool, Float, Int, Int8, Int32, Num, UInt8
 from qdit_jax.kernels.group_reasons import is_in_groups
 from qdit_jax.kernels.refs import Ref, Span
 from qdit_jax.kernels.token_scales import INFINITY, LEAST_NORMAL, magnitude_bits
-from qdit_jax.kernels.tpu_blocks import STRIP, TILE, rounded_up
+from qdit_jax.kernels.tpu_blocks import STRIP, TILE, group_unit, groups_sizes, rounded_up
 from qdit_jax.kernels.tpu_call import TPUOperands, fused_by
-from qdit_jax.kernels.tpu_reasons import group_unit, groups_reason, groups_sizes, row
+from qdit_jax.kernels.tpu_reasons import groups_reason, row
 from qdit_jax.kernels.tpu_rows import TileFn, Tokens, Writer, span
 from qdit_jax.kernels.tpu_words import EACH_BYTE, SIGNS, as_rows_of, code_words
 from qdit_jax.kernels.units import of_units

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable
 from importlib.util import find_spec
 
@@ -22,9 +20,17 @@ from qdit_jax.kernels.level_reasons import (
     weight_reason,
 )
 from qdit_jax.kernels.product import Implementation, Product, ready_alone
-from qdit_jax.kernels.tpu_blocks import STRIP, TILE, VMEM_LIMIT, Sizes, chosen_blocks, sizes_of
+from qdit_jax.kernels.tpu_blocks import (
+    STRIP,
+    VMEM_LIMIT,
+    Sizes,
+    chosen_blocks,
+    groups_sizes,
+    sizes_of,
+    weights_sizes,
+)
 from qdit_jax.kernels.weight_reasons import alone_reason
-from qdit_jax.quant import ActSpec, QTensor, WeightSpec, ranges
+from qdit_jax.quant import ranges
 
 # As `Device.device_kind` names them: those that the kernel was compiled for.
 KINDS = ("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")
@@ -96,13 +102,6 @@ def weights_reason(product: Product) -> str | None:
     return alone_reason(product) or blocks_reason(weights_sizes(product.x_shape, product.weight))
 
 
-def weights_sizes(
-    x_shape: tuple[int, ...], weight: QTensor | WeightSpec, itemsize: int = 2
-) -> Sizes:
-    """Returns the sizes of a product of `tpu_weights`: bfloat16, and three maps in float32."""
-    return dataclasses.replace(sizes_of(x_shape, weight, itemsize), unpacked=2, map_bytes=12)
-
-
 def groups_reason(product: Product) -> str | None:
     """Returns what the kernel of `tpu_groups` cannot compute of a product."""
     itemsize = jnp.dtype(product.dtype).itemsize
@@ -122,18 +121,3 @@ def groups_range_reason(product: Product) -> str | None:
     if weight.bits > 7 and not weight.symmetric:
         return f"it takes zero points of at most 7 bits, and the weights have {weight.bits}."
     return None
-
-
-def groups_sizes(
-    x_shape: tuple[int, ...], weight: QTensor | WeightSpec, itemsize: int, spec: ActSpec | None
-) -> Sizes:
-    """Returns the sizes of a product of `tpu_groups`, where a token has a scale for every unit of K."""
-    sizes = sizes_of(x_shape, weight, itemsize)
-    size = 0 if spec is None else spec.group_size
-    unit = group_unit(sizes.num_channels, size, weight.group_size)
-    return dataclasses.replace(sizes, map_bytes=1, units=sizes.channels // unit)
-
-
-def group_unit(num_channels: int, x_group_size: int, w_group_size: int) -> int:
-    """Returns the input channels of a unit, 32, 64 or 128; a group of all channels cuts none."""
-    return math.gcd(TILE, *(s for s in (x_group_size, w_group_size) if 0 < s < num_channels))

@@ -17,9 +17,9 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from qdit_jax.kernels.refs import Ref
-from qdit_jax.kernels.tpu_blocks import STRIP
+from qdit_jax.kernels.tpu_blocks import STRIP, weights_sizes
 from qdit_jax.kernels.tpu_call import TPUOperands, fused_by
-from qdit_jax.kernels.tpu_reasons import row, weights_reason, weights_sizes
+from qdit_jax.kernels.tpu_reasons import row, weights_reason
 from qdit_jax.kernels.tpu_rows import Tokens, Writer
 from qdit_jax.kernels.tpu_words import SIGNS, as_rows_of, code_words
 from qdit_jax.kernels.weight_maps import HALF, maps_of

@@ -32,6 +32,8 @@ from qdit_jax.recipes import Recipe
 from qdit_jax.sampling import check_whole, on_one_device
 from qdit_jax.types import Params
 
+# XLA's products in the order that suits CPUs: `xla` beside them would be the same ones, compiled once more.
+REORDERED = frozenset({"xla_cpu"})
 GROUPED = re.compile(r"(.+)-g(\d+)")
 
 
@@ -210,7 +212,8 @@ def ways_of(
     """Returns the ways in which a network can be computed: one, without any, in full precision.
 
     For each of the numerics that fits, the implementations that the table takes, then every other one
-    that can compute all layers. `implementations` restricts them; empty is no restriction.
+    that can compute all layers. `implementations` restricts them; empty is no restriction, but leaves out
+    the others where the table takes `REORDERED`.
 
     Raises:
         UserError: if nothing fits.
@@ -220,6 +223,8 @@ def ways_of(
     found: dict[tuple[str, frozenset[str]], Way] = {}
     reasons = []
     for way in (Way(one, name) for one in numerics for name in (None, *IMPLEMENTATIONS)):
+        if way.implementation and not implementations and (str(way.numerics), REORDERED) in found:
+            continue
         given = (contender.why_not(layer, batch, way) for layer in contender.layers)
         reason = next(filter(None, given), None)
         if reason is not None:

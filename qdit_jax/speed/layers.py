@@ -42,9 +42,16 @@ from qdit_jax.sampling import (
     on_one_device,
 )
 from qdit_jax.speed.contenders import Way, check_known, contenders_of
+from qdit_jax.speed.race import Race
 from qdit_jax.speed.records import Records
 from qdit_jax.speed.rows import Row
-from qdit_jax.speed.steps import NUM_ROUNDS, Race, entry_name, settings_of
+from qdit_jax.speed.steps import (
+    NUM_ROUNDS,
+    SECONDS,
+    check_rounds,
+    entry_name,
+    settings_of,
+)
 from qdit_jax.speed.timing import Call, TimeFn, interleaved, taken
 from qdit_jax.types import Condition, Params, Progress, ProgressFn, untold
 
@@ -64,10 +71,11 @@ def layer_table(
     numerics: str = "simulated",
     guidance: Guidance | None = PUBLISHED,
     num_rounds: int = NUM_ROUNDS,
+    seconds: float = SECONDS,
     seed: int = 0,
     conditions: Condition = None,
     state: AnyPath | None = None,
-    time_fn: TimeFn = interleaved,
+    time_fn: TimeFn | None = None,
     total_fn: Callable[[int], object] = lambda total: None,
     progress_fn: ProgressFn = untold,
 ) -> Latency:
@@ -83,7 +91,7 @@ def layer_table(
         space: whose layers, with their rows per sample.
         batch, guidance: of a step; guided, layers see twice the samples.
         numerics: of quantized products.
-        num_rounds, seed, conditions, state, time_fn: as in `bench`.
+        num_rounds, seconds, seed, conditions, state, time_fn: as in `bench`; seconds are those of a choice.
         total_fn, progress_fn: called with the number of times to take, and how many were just taken.
 
     Raises:
@@ -91,7 +99,7 @@ def layer_table(
             `state` holds other measurements.
     """
     check_counts(batch=batch)
-    check_counts(2, num_rounds=num_rounds)
+    check_rounds(num_rounds, seconds)
     check_known([numerics], [])
     if checkpoint.recipe is not None:
         raise UserError(
@@ -100,7 +108,8 @@ def layer_table(
         )
     entrants = contenders_of(checkpoint, ())
     guidance = fitting_guidance(checkpoint.model, guidance)
-    settings = settings_of(entrants, guidance, num_rounds, check_seed(seed), conditions)
+    settings = settings_of(entrants, guidance, num_rounds, seconds, check_seed(seed), conditions)
+    time_fn = time_fn or partial(interleaved, seconds=seconds)
     records = Records(state, settings)
     inputs = batch * calls_per_step(checkpoint.model, guidance)
     shapes = choices_by_shape(space, inputs)

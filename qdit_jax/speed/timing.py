@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 LEAST_SECONDS = 10e-3  # of one timing; shorter calls are repeated until they take as long
 MOST_REPEATS = 200
+LEAST_ROUNDS = 6  # of which the sign test makes an interval of 95 %
 LEVEL = 0.95
 
 
@@ -42,23 +43,34 @@ class Taken:
 
 
 def interleaved(
-    calls: Sequence[Call], num_rounds: int, *, clock: Callable[[], float] = time.perf_counter
+    calls: Sequence[Call],
+    num_rounds: int,
+    *,
+    seconds: float = math.inf,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Float[np.ndarray, "C R"]:
     """Returns the seconds of every call in every round: A B A B, after two runs of each.
 
     A call shorter than `LEAST_SECONDS` runs several times per round; the median of these counts, which
     other processes of a shared machine disturb less than the mean.
+
+    Args:
+        num_rounds: the most rounds.
+        seconds: per call. When the rounds have taken as long for all calls together, no further one begins;
+            but `LEAST_ROUNDS` are always taken, or `num_rounds` if that is fewer.
     """
     repeats = []
     for call in calls:
         jax.block_until_ready(call.run())  # warms up
         repeats.append(repeats_of(seconds_of(call, clock)))
-    seconds = np.zeros((len(calls), num_rounds))
-    for number in range(num_rounds):
-        for i, call in enumerate(calls):
-            each = [seconds_of(call, clock) for _ in range(repeats[i])]
-            seconds[i, number] = np.median(each)
-    return seconds
+    rounds: list[list[float]] = []
+    end = clock() + seconds * len(calls)
+    while len(rounds) < num_rounds and (len(rounds) < LEAST_ROUNDS or clock() < end):
+        each = (
+            [seconds_of(c, clock) for _ in range(n)] for c, n in zip(calls, repeats, strict=True)
+        )
+        rounds.append([float(np.median(runs)) for runs in each])
+    return np.array(rounds).T
 
 
 def seconds_of(call: Call, clock: Callable[[], float]) -> float:

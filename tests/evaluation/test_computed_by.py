@@ -63,14 +63,16 @@ def test_verifying_says_it_of_every_layer(small, full, expected):
     assert {row.implementation for row in rows if row.kind == "linear"} == {expected[1]}
 
 
-def test_a_bench_times_it_and_xla_beside_it(full, expected):
+def test_a_bench_times_it_and_xla_beside_a_kernel(full, expected):
     dtype, name = expected
     recipe = qdit.Recipe.preset("w4a16", full, group_size=32)
     *_, rounded = contenders_of(full, [recipe], dtype=dtype)
     ways = ways_of(rounded, ["simulated"], (), batch=2)
     assert [rounded.implementations(way, 2) for way in ways] == [
-        {one: 4} for one in dict.fromkeys((name, "xla"))
+        {one: 4} for one in dict.fromkeys((name, name if name == "xla_cpu" else "xla"))
     ]
+    both = ways_of(rounded, ["simulated"], [name, "xla"], batch=2)
+    assert [*rounded.implementations(both[-1], 2)] == ["xla"]
     assert ways_of(rounded, ["simulated"], [name], batch=2) == [Way("simulated")]
 
 

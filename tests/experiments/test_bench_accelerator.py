@@ -8,11 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from qdit_jax.kernels import gpu_tiles
+from qdit_jax.kernels import gpu_tiles, tpu_blocks
 from qdit_jax.kernels.gpu_tiles import CANDIDATES, Shape, fits, rows_of
+from qdit_jax.kernels.measured import packaged
+from qdit_jax.kernels.tpu_blocks import Tiles
+from qdit_jax.quant import ActSpec, WeightSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "experiments" / "accelerators"
@@ -26,7 +30,7 @@ def scripts(monkeypatch):
 
 @pytest.mark.usefixtures("scripts")
 def test_the_fastest_blocks_are_kept_by_device_and_shape(tmp_path):
-    import gpu_sweep
+    from block_sweep import GPU, Layer, keep, swept
 
     usable = [tiles for tiles in CANDIDATES if fits(tiles, SHAPE)]
 
@@ -34,25 +38,68 @@ def test_the_fastest_blocks_are_kept_by_device_and_shape(tmp_path):
         assert [call.name for call in calls] == [str(tiles) for tiles in usable]
         return np.array([[1e-6 * (5 - i) ** 2 + 1e-6] * num_rounds for i in range(len(calls))])
 
-    row = gpu_sweep.swept(SHAPE, call_fn=lambda shape, tiles: lambda: None, time_fn=times)
+    layer = Layer(4096, 1152, 1152, "w4a8-fast", 256)
+    [row] = swept(GPU, layer, call_fn=lambda *_: lambda: None, time_fn=times)
     assert row["tiles"] == dataclasses.asdict(usable[5])
     assert row["microseconds"][str(usable[5])] == 1.0
     table = tmp_path / "tiles.json"
-    gpu_sweep.keep([row], "H", {"date": "today"}, table)
-    gpu_sweep.keep([row], "another", {"date": "today"}, table)
+    keep(GPU, [row], "H", {"date": "today"}, table)
+    keep(GPU, [row], "another", {"date": "today"}, table)
     slower = {**row, "tiles": dataclasses.asdict(usable[0])}
-    gpu_sweep.keep([slower], "H", {"date": "tomorrow"}, table)
+    keep(GPU, [slower], "H", {"date": "tomorrow"}, table)
     held = json.loads(table.read_text())
     assert [len(rows) for rows in held.values()] == [1, 1]
     assert rows_of(held, "H") == {SHAPE: usable[0]}
     assert rows_of(held, "another") == {SHAPE: usable[5]}
 
 
-def test_the_packaged_table_can_be_read():
-    held = json.loads((Path(gpu_tiles.__file__).parent / gpu_tiles.TABLE).read_text())
-    for device in held:
-        for shape, tiles in rows_of(held, device).items():
-            assert fits(tiles, shape)
+@pytest.mark.usefixtures("scripts")
+def test_on_a_tpu_blocks_that_divide_a_sample_have_a_row_of_their_own(tmp_path):
+    from block_sweep import TPU, Layer, keep, layers_of, swept
+
+    def times(calls, num_rounds):  # the first, of 512 rows, is the fastest
+        return np.arange(1, len(calls) + 1)[:, None] * np.full((1, num_rounds), 1e-6)
+
+    assert len(list(layers_of(TPU, [(1152, 4608), (4608, 1152)], [16, 2], 256))) == 16
+    layer = Layer(4096, 1152, 1152, "w4a8-g128", 256)
+    rows = swept(TPU, layer, call_fn=lambda *_: lambda: None, time_fn=times)
+    table = tmp_path / "blocks.json"
+    keep(TPU, rows, "V", {"date": "today"}, table)
+    held = tpu_blocks.rows_of(json.loads(table.read_text()), "V")
+    alone = tpu_blocks.groups_sizes((4096, 1152), WeightSpec(4, 128), 2, ActSpec(8, 128))
+    alone = dataclasses.replace(alone, width=1152)
+    in_samples = dataclasses.replace(alone, tokens_per_sample=256)
+    assert held == {alone: Tiles(512, 384), in_samples: Tiles(256, 384)}
+
+
+@pytest.mark.usefixtures("scripts")
+@pytest.mark.parametrize("recipe", ["w4a8-fast", "w8a8-fast", "w4a8-g128", "w4a16"])
+def test_shapes_of_a_tpus_sweep_are_those_that_its_kernels_ask_for(recipe, monkeypatch):
+    from block_sweep import TPU, Layer, product_call
+
+    asked = []
+
+    def chosen(sizes):
+        asked.append(sizes)
+        return tpu_blocks.blocks_by_arithmetic(sizes)
+
+    monkeypatch.setattr("qdit_jax.kernels.tpu_call.chosen_blocks", chosen)
+    monkeypatch.setattr("qdit_jax.kernels.tpu_reasons.machine_reason", lambda: None)
+    layer = Layer(64, 256, 256, recipe, 32)
+    run = product_call(TPU, layer, None)
+    jax.eval_shape(run.func, *run.args)
+    assert {tpu_blocks.alone(sizes) for sizes in asked} == {
+        tpu_blocks.alone(sizes) for sizes in TPU.shapes(layer)
+    }
+
+
+def test_the_packaged_tables_can_be_read():
+    for device, rows in packaged(gpu_tiles.TABLE).items():
+        held = rows_of({device: rows}, device)
+        assert all(fits(tiles, shape) for shape, tiles in held.items())
+    for device, rows in packaged(tpu_blocks.TABLE).items():
+        held = tpu_blocks.rows_of({device: rows}, device)
+        assert {tpu_blocks.misfit(tiles, sizes) for sizes, tiles in held.items()} == {None}
 
 
 @pytest.mark.usefixtures("scripts")

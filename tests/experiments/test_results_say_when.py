@@ -25,7 +25,7 @@ OTHERS = {
     "house_figures.py",
     "grow_outliers.py",
     "paper_report.py",
-    "gpu_sweep.py",
+    "block_sweep.py",
 }
 WRITERS = [
     path

@@ -12,8 +12,7 @@ from level_products import LEVELS, W, compiled, tokens
 from weight_products import allowed, kernel
 
 from qdit_jax.kernels import IMPLEMENTATIONS, Product, implementation_of, quantized_matmul
-from qdit_jax.kernels.tpu_blocks import VMEM_LIMIT, chosen_blocks, vmem_bytes
-from qdit_jax.kernels.tpu_reasons import weights_sizes
+from qdit_jax.kernels.tpu_blocks import VMEM_LIMIT, chosen_blocks, vmem_bytes, weights_sizes
 from qdit_jax.kernels.tpu_weights import TPU_WEIGHTS
 from qdit_jax.quant import ActSpec, dequantize, formats, quantize
 

@@ -107,7 +107,7 @@ def test_the_share_of_peak_is_of_each_product_in_its_own_dtype(checkpoint):
 
 def test_a_bench_has_the_share_of_peak_where_the_device_is_known(checkpoint, found, monkeypatch):
     assert all(row.peak_share is None for row in found.rows)
-    monkeypatch.setattr("qdit_jax.speed.steps.present_device", lambda: DEVICES["v6e"])
+    monkeypatch.setattr("qdit_jax.speed.race.present_device", lambda: DEVICES["v6e"])
     rows = bench(checkpoint, [], num_rounds=2, time_fn=FakeTimer(), **FAST).rows
     assert all(0 < row.peak_share < 1 for row in rows)
 
@@ -238,6 +238,20 @@ def test_a_stopped_bench_goes_on_and_only_on_its_own(checkpoint, tmp_path):
         bench(other, recipes, num_rounds=5, state=tmp_path, time_fn=timer, **FAST)
 
 
+def test_on_a_cpu_a_network_is_timed_as_it_is_sampled_and_rows_say_their_rounds(checkpoint):
+    asked = {"numerics": ("integer",), "num_rounds": 21, "seconds": 1e-9}
+    rows = bench(checkpoint, ["w4a8-g16"], **asked).rows
+    assert [row.batch for row in rows] == [1] * 3 + [8] * 3
+    assert [row.implementations for row in rows[2::3]] == [{"xla_cpu": 4}] * 2
+    assert {row.ratio.count for row in rows} == {6}
+    both = bench(
+        checkpoint, ["w4a8-g16"], batches=(2,), implementations=("xla", "xla_cpu"), **asked
+    )
+    assert [row.implementations for row in both.rows[2:]] == [{"xla_cpu": 4}, {"xla": 4}]
+    with pytest.raises(qdit.UserError, match="seconds=nan"):
+        bench(checkpoint, [], seconds=float("nan"))
+
+
 def test_a_quantized_checkpoint_is_timed_as_it_is(checkpoint):
     recipe = qdit.Recipe.preset("w4a8", group_size=16)
     params = qdit.quantize_params(checkpoint.params, recipe=recipe)
@@ -264,6 +278,7 @@ def test_a_quantized_checkpoint_is_timed_as_it_is(checkpoint):
         ({"batches": (0,)}, "batches=0"),
         ({"expand": True, "recipes": None}, "only the weights of a quantized checkpoint"),
         ({"num_rounds": 1}, "num_rounds=1"),
+        ({"seconds": 0.0}, "seconds=0.0 is not supported; use a number above 0"),
         ({"numerics": ("exact",)}, "numerics='exact' is not known"),
         ({"implementations": ("magic",)}, "implementation='magic' is not known"),
         ({"recipes": ["w9a9"]}, "bits=9"),

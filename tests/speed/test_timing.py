@@ -42,6 +42,16 @@ def test_short_calls_are_repeated_and_what_disturbs_a_few_does_not_count():
     np.testing.assert_allclose(found, [[1e-3] * 2])
 
 
+@pytest.mark.parametrize(("seconds", "count"), [(0.1, 6), (5.0, 7), (6.0, 8), (100.0, 21)])
+def test_slow_calls_have_fewer_rounds_but_enough_for_an_interval(seconds, count):
+    machine = Machine()
+    calls = [machine.call("a", 1.0), machine.call("b", 0.5)]
+    found = interleaved(calls, 21, seconds=seconds, clock=lambda: machine.now)
+    assert found.shape == (2, count)
+    fewest = interleaved(calls, 3, seconds=seconds, clock=lambda: machine.now)
+    assert fewest.shape == (2, 3)
+
+
 def test_ratios_do_not_depend_on_how_fast_the_machine_is():
     machine = Machine()
 
