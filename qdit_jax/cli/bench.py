@@ -36,7 +36,7 @@ measured; - where these are not known (CPUs), and for float32 products of simula
 
 With --table, every choice of a search is timed in each distinct shape of the network's layers, and
 written to latency.json for `qdit search --latency`. Choices are described as there: bits, group sizes,
-number formats, scales, transforms, ranks. Groups of 128 and per channel are always measured, for budgets
+number formats, scales, zero points, transforms, ranks. Groups of 128 and per channel are always measured, for budgets
 are relative to them.
 
 With --dry-run nothing is run and no array is read: bytes of the weights in each format, what a step
@@ -147,6 +147,8 @@ CHOICES: dict[str, Any] = {
     "ranks": None,
     "formats": None,
     "scale_levels": None,
+    "weight_symmetric": None,
+    "act_formats": None,
     "act_scales": None,
     "pin": [],
     "exclude": [],
