@@ -13,6 +13,7 @@ from tiny_models import output
 import qdit_jax as qdit
 from qdit_jax.allocation.choices import multiplies
 from qdit_jax.allocation.cost import unit_bits
+from qdit_jax.checkpoint import fingerprint
 from qdit_jax.ptq import quantize_params
 from qdit_jax.quant import ActSpec, WeightSpec, formats
 from qdit_jax.recipes import LayerSpec
@@ -115,6 +116,10 @@ def test_the_default_space_is_as_before(params):
     both = small_space(params, symmetric=True)
     assert all(spec.weight.symmetric and spec.act.symmetric for spec in both.layers[0].choices)
     assert both == small_space(params, symmetric=True, weight_symmetric=True)
+    fp8 = {"formats": "fp8_e4m3", "act_formats": "fp8_e4m3"}
+    spaces = [small_space(params, **fp8 | {"act_formats": one}) for one in ("int", FP8.name)]
+    spaces += [plain, small_space(params, weight_symmetric=True)]
+    assert len({fingerprint(space=space)["space"] for space in spaces}) == len(spaces)
     weights = small_space(params, weight_symmetric=True, group_sizes=(16,)).layers[0].choices
     assert weights == (LayerSpec(WeightSpec(4, 16, True), ActSpec(8, 16)),)
 
