@@ -128,6 +128,7 @@ def test_every_coordinate_is_timed_but_those_that_folds_take(checkpoint):
 
 def test_zero_points_and_formats_of_inputs_are_timed(checkpoint):
     settings = {"formats": ("int", "fp8_e4m3"), "act_formats": ("int", "fp8_e4m3")}
+    settings["layers"] = ".*attn/proj"
     settings |= {"weight_bits": 8, "weight_symmetric": (False, True), "act_scales": "token"}
     rows = rows_per_sample(checkpoint.model)
     space = search_space(checkpoint.params, rows=rows, group_sizes=(16,), **settings)
