@@ -12,6 +12,7 @@ from qdit_jax.allocation.choices import (
     INTEGERS,
     TOKEN,
     UNQUANTIZED,
+    format_name,
     has_token_scale,
 )
 from qdit_jax.quant import ActSpec, WeightSpec
@@ -25,13 +26,16 @@ def choice_options(choices: Iterable[LayerSpec]) -> str:
     them.
     """
     specs = list(dict.fromkeys(choices))
+    sizes = size_options(specs)
     asked = {
         "--weight-bits": weight_bits(specs),
         "--act-bits": act_bits(specs),
-        **size_options(specs),
+        **sizes,
         "--formats": formats(specs),
         "--scale-levels": unless_only(1, scale_levels(specs)),
-        "--act-scales": unless_only(GROUP, [scales_of(act) for act in acts_of(specs)]),
+        "--weight-symmetric": unless_only("no", weight_symmetric(specs)),
+        "--act-formats": unless_only(INTEGERS, [format_name(act) for act in acts_of(specs)]),
+        "--act-scales": unless_only(GROUP, [scales_of(spec, sizes) for spec in specs]),
         "--transforms": unless_only("none", [spec.transform for spec in specs]),
         "--ranks": unless_only(0, [spec.rank for spec in specs]),
     }
@@ -53,14 +57,16 @@ def weight_bits(specs: Sequence[LayerSpec]) -> list[int]:
 
 
 def act_bits(specs: Sequence[LayerSpec]) -> list[int]:
-    """Returns the bits of inputs."""
-    return sorted({UNQUANTIZED if spec.act is None else spec.act.bits for spec in specs})
+    """Returns the bits of integer inputs, or those of number formats where there are no integers."""
+    every = acts_of(specs)
+    integers = {act.bits for act in every if act.fmt is None}
+    found = integers or {act.bits for act in every}
+    return sorted(found | ({UNQUANTIZED} if len(every) < len(specs) else set()))
 
 
 def formats(specs: Sequence[LayerSpec]) -> list[str]:
     """Returns the number formats, none where there are integers alone."""
-    names = [weight.fmt.name if weight.fmt else INTEGERS for weight in weights_of(specs)]
-    return unless_only(INTEGERS, names)
+    return unless_only(INTEGERS, [format_name(weight) for weight in weights_of(specs)])
 
 
 def scale_levels(specs: Sequence[LayerSpec]) -> list[int]:
@@ -68,13 +74,32 @@ def scale_levels(specs: Sequence[LayerSpec]) -> list[int]:
     return sorted({weight.scale_levels for weight in weights_of(specs) if weight.fmt is None})
 
 
+def weight_symmetric(specs: Sequence[LayerSpec]) -> list[str]:
+    """Returns whether integer weights have no zero points, "no" first."""
+    found = {weight.symmetric for weight in weights_of(specs) if weight.fmt is None}
+    return [("no", "yes")[symmetric] for symmetric in sorted(found)]
+
+
 def acts_of(specs: Iterable[LayerSpec]) -> list[ActSpec]:
     return [spec.act for spec in specs if spec.act is not None]
 
 
-def scales_of(act: ActSpec) -> str:
-    """Returns what a scale of the inputs belongs to."""
-    return TOKEN if has_token_scale(act) else GROUP
+def scales_of(spec: LayerSpec, sizes: dict[str, list[Any]]) -> str | None:
+    """Returns what a scale of the inputs belongs to; None where both options offer the same.
+
+    Args:
+        sizes: the options of group sizes and sides.
+    """
+    act, weight = spec.act, spec.weight
+    if act is None or has_blocks(act):
+        return None
+    if not has_token_scale(act):
+        return GROUP
+    # Formats have no zero points: a group that is the whole token is the same, if that size is offered.
+    [sides] = sizes["--sides"] or ["both"]
+    is_paired = weight is None or weight.group_size == 0 or sides == "separate"
+    is_either = act.fmt and 0 in sizes["--group-sizes"] and is_paired and sides != "weights"
+    return None if is_either else TOKEN
 
 
 def unless_only(default: object, values: Sequence[object]) -> list[Any]:
@@ -103,10 +128,15 @@ def size_options(specs: Sequence[LayerSpec]) -> dict[str, list[Any]]:
 def chosen_size(spec: LayerSpec) -> int | None:
     """Returns the group size of weights, None where a number format fixes it."""
     weight = spec.weight
-    has_blocks = weight is not None and weight.fmt is not None and weight.fmt.block_size
-    return None if weight is None or has_blocks else weight.group_size
+    return None if weight is None or has_blocks(weight) else weight.group_size
 
 
 def act_size(spec: LayerSpec) -> int | None:
-    """Returns the group size of inputs, None where they have a scale per token."""
-    return None if spec.act is None or has_token_scale(spec.act) else spec.act.group_size
+    """Returns the group size of inputs, None where a format fixes it or they have a scale per token."""
+    act = spec.act
+    return None if act is None or has_blocks(act) or has_token_scale(act) else act.group_size
+
+
+def has_blocks(side: WeightSpec | ActSpec) -> bool:
+    """Returns whether a number format fixes the group size."""
+    return side.fmt is not None and side.fmt.block_size > 0

@@ -65,6 +65,17 @@ def side_bits(spec: LayerSpec) -> tuple[int, int]:
     )
 
 
+def unit_bits(spec: LayerSpec) -> int:
+    """Returns the bits at which a matrix unit multiplies both sides.
+
+    FP8 is multiplied as it is stored by FP8 alone; beside integers, and NF4 always, as 16-bit floats.
+    """
+    formats = [side.fmt for side in (spec.weight, spec.act) if side is not None]
+    floats = [fmt for fmt in formats if fmt is not None and fmt.operand_dtype.itemsize > 1]
+    are_float8 = len(floats) == 2 and all(fmt.float8_dtype is not None for fmt in floats)
+    return max(side_bits(spec)) if are_float8 or not floats else 16
+
+
 def segment_lengths(layer: SearchLayer, spec: LayerSpec) -> np.ndarray:
     """Returns the lengths of the pieces of K inside which neither side's scale changes, `[G]`."""
     act_size = 0 if spec.act is None else spec.act.group_size
@@ -158,7 +169,7 @@ class HardwareCost:
 
     `T N sum_segments(roundup(length, depth)) / rate + T N G k rescale + T K quantize + T extra`
 
-    A segment shorter than the unit's depth fills it with zeros. `rate` is how much faster than
+    A segment shorter than the unit's depth fills it with zeros; bits are `unit_bits`. `rate` is how much faster than
     8 bits the unit works at this width; `rescale` and `quantize` are float32 multiply-adds of the
     vector unit, in 8-bit multiply-adds of the matrix unit. `extra` is what a transform and a branch
     do: the vector unit scales channels, the matrix unit multiplies by a branch in 16 bits, and a
@@ -178,7 +189,7 @@ class HardwareCost:
     def __call__(self, layer: SearchLayer, spec: LayerSpec) -> float:
         num_channels, width = layer.shape
         tokens = layer.mean_rows
-        bits = max(side_bits(spec))
+        bits = unit_bits(spec)
         depth = self.depth4 if bits <= 4 else self.depth8
         rate = {4: self.rate4, 8: 1.0, 16: RATE16}[next(b for b in (4, 8, 16) if bits <= b)]
         padded = sum(-(-length // depth) * depth for length in segment_lengths(layer, spec))

@@ -26,6 +26,7 @@ from qdit_jax.allocation.choices import (
     beside_choices,
     layer_choices,
     resized,
+    whether,
 )
 from qdit_jax.errors import check_pattern
 from qdit_jax.methods import missing_for
@@ -120,6 +121,8 @@ def search_space(
     ranks: Sequence[int] = (0,),
     formats: Sequence[str] = (INTEGERS,),
     scale_levels: int | Sequence[int] = 1,
+    weight_symmetric: bool | Sequence[bool] | None = None,
+    act_formats: str | Sequence[str] = INTEGERS,
     act_scales: str | Sequence[str] = GROUP,
 ) -> Space:
     """Returns the space of a network's linear layers: the product of all that is given.
@@ -138,6 +141,7 @@ def search_space(
         group_sizes: any sizes; more than a layer's K, or 0, is the whole channel.
         sides: "both": weights and inputs of a layer share the size (the paper); "weights": the
             inputs stay at `act_group_size` (what the release does); "separate": every pair.
+        symmetric: of both sides, integers without zero points.
         range_fn: of both sides; see `qdit_jax.quant.ranges`.
         layers: the pattern of the layers, a regular expression of the whole path; by default the
             linear layers of the family's blocks.
@@ -149,12 +153,16 @@ def search_space(
             bits and group size.
         scale_levels: of the weights' scales, 1 or 2, see `WeightSpec`; formats, and integers of more
             than 6 bits, have 1.
+        weight_symmetric: of the weights alone, False, True or both; None is `symmetric`. Formats have no
+            zero points in any case.
+        act_formats: number formats of the inputs, "int" or names of `quant.formats`. Integers go with
+            all weights, FP8 with weights of FP8 (or 16 bits), others with weights of the same format.
         act_scales: of the inputs, "group": scales and zero points of groups; "token": one symmetric
             scale per token, whatever the group size.
 
     Raises:
         ValueError: if a pattern matches no layer, a list of choices is empty, a name is not known,
-            or a layer can have none of the choices.
+            a format of either side goes with none of the other, or a layer can have none of the choices.
     """
     every = layer_paths(params)
     pattern = part_pattern("blocks", params) if layers is None else layers
@@ -171,6 +179,8 @@ def search_space(
         {"symmetric": symmetric, "range_fn": range_fn},
         formats=as_tuple(formats, "formats"),
         scale_levels=as_tuple(scale_levels, "scale_levels"),
+        weight_symmetric=whether(weight_symmetric, "weight_symmetric"),
+        act_formats=as_tuple(act_formats, "act_formats"),
         act_scales=as_tuple(act_scales, "act_scales"),
         beside=beside_choices(transforms, ranks),
     )

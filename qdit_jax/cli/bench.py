@@ -38,8 +38,8 @@ measured; - where these are not known (CPUs), and for float32 products of simula
 
 With --table, every choice of a search is timed in each distinct shape of the network's layers, and
 written to latency.json for `qdit search --latency`. Choices are described as there: bits, group sizes,
-number formats, scales, transforms, ranks. Groups of 128 and per channel are always measured, for budgets
-are relative to them.
+number formats, scales, zero points, transforms, ranks. Groups of 128 and per channel are always
+measured, for budgets are relative to them.
 
 With --dry-run nothing is run and no array is read: bytes of the weights in each format, what a step
 needs at once beside them, and the time of a step at the full rates of devices by name. With
@@ -162,6 +162,8 @@ CHOICES: dict[str, Any] = {
     "ranks": None,
     "formats": None,
     "scale_levels": None,
+    "weight_symmetric": None,
+    "act_formats": None,
     "act_scales": None,
     "pin": [],
     "exclude": [],

@@ -1,4 +1,4 @@
-"""`qdit search`: find the group size (bits, format, scales, transform, rank) of every layer."""
+"""`qdit search`: find the group size (bits, formats, scales, transform, rank) of every layer."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from qdit_jax.errors import UserError
 DEMO = ["demo"]
 BITS = whole_number(2, 16)
 HELP = """\
-Find the group size (and bits, number format, levels of scales, scales of activations, input transform
-and rank of a branch, if several are offered) of every layer that give the least error within a budget.
-Needs a full-precision checkpoint.
+Find the group size (and bits, number formats of weights and activations, levels of scales, zero points,
+scales of activations, input transform and rank of a branch, if several are offered) of every layer that
+give the least error within a budget. Needs a full-precision checkpoint.
 
 Writes to OUT: recipe.json (for `qdit quantize --recipe`), front.png (cost against error, uniform
 sizes marked), map.png (layers by choices), history.json, and state/ (intermediate results: after an
@@ -48,6 +48,8 @@ examples:
   qdit search xl2 out --minimize bytes --within 0dB-of-w4a8-g128 --weight-bits 4 3
   qdit search xl2 out --latency latency.json --budget latency=1.0x-w4a8-g0 --group-sizes 32 128 0 \
       --scale-levels 1 2 --act-scales group token
+  qdit search xl2 out --weight-bits 8 --group-sizes 0 --weight-symmetric yes --act-scales token \
+      --formats int fp8_e4m3 --act-formats int fp8_e4m3
   qdit search xl2 out --method qdit-paper --objective frechet --reference demo
   qdit search xl2 out --exclude 'blocks_0/.*' --pin '.*/fc2=64'
   qdit quantize xl2 xl2-small --recipe xl2-search/recipe.json
@@ -182,6 +184,20 @@ def add_beside(add: AddArgument) -> None:
         "per group, multiplied in one int8 dot as in w4a8-fast (1)",
     )
     add(
+        "--weight-symmetric",
+        type=yes_or_no,
+        nargs="+",
+        metavar="{no,yes}",
+        help="whether integer weights have no zero points: no, yes, or both to choose from (no)",
+    )
+    add(
+        "--act-formats",
+        nargs="+",
+        metavar="NAME",
+        help="number formats of activations to choose from: int, fp8_e4m3, fp8_e5m2, ...; int goes with "
+        "all weights, FP8 with FP8 weights, which --formats offers (int)",
+    )
+    add(
         "--act-scales",
         choices=("group", "token"),
         nargs="+",
@@ -271,6 +287,13 @@ def pin(text: str) -> tuple[str, int]:
     if not regex or not size.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} cannot be read; write PATTERN=SIZE")
     return pattern(regex), whole_number(0)(size)
+
+
+def yes_or_no(text: str) -> bool:
+    """Returns what `yes` or `no` says."""
+    if text not in ("no", "yes"):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be read; write no or yes")
+    return text == "yes"
 
 
 def check_options(options: Mapping[str, Any]) -> None:

@@ -189,7 +189,8 @@ def space_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the options that describe the space, those that were given."""
     names = (
         *("weight_bits", "act_bits", "group_sizes", "sides", "layers"),
-        *("transforms", "ranks", "formats", "scale_levels", "act_scales"),
+        *("transforms", "ranks", "formats", "scale_levels"),
+        *("weight_symmetric", "act_formats", "act_scales"),
     )
     found = {name: options[name] for name in names}
     found |= {"pinned": dict(options["pin"]), "excluded": options["exclude"]}

@@ -116,6 +116,8 @@ def test_a_search_writes_a_recipe_that_quantizes_and_pictures(folder, checkpoint
         (["--latency", "absent.json", "--minimize", "latency"], "absent.json does not exist"),
         (["--transforms", "none", "smoth"], "transform='smoth' is not known; use one of none"),
         (["--formats", "int9"], "unknown format 'int9'"),
+        (["--act-formats", "int", "fp8_e4m3"], "act_formats='fp8_e4m3' is in no choice: such inp"),
+        (["--weight-symmetric", "maybe"], "'maybe' cannot be read; write no or yes"),
         (["--ranks", "4096"], "rank=4096 of blocks_0/attn/proj: its kernel is 64x64"),
         (["--items", "x.npz"], "--items x.npz has no effect: without --transforms and --ranks"),
     ],
@@ -165,6 +167,20 @@ OFFERED = [
     {"transforms": ("none", "pca"), "ranks": (0, 2), "pinned": {".*fc2": 32}},
     {"scale_levels": (1, 2), "act_scales": ("group", "token"), "sides": "weights"},
     {"scale_levels": 2, "act_scales": "token", "weight_bits": (4, 6), "group_sizes": (32,)},
+    {"weight_symmetric": (False, True), "scale_levels": (1, 2), "group_sizes": (8, 16)},
+    {"weight_symmetric": True, "weight_bits": 8, "group_sizes": (0,), "act_scales": "token"},
+    *(
+        {"formats": ("int", "fp8_e4m3"), "act_formats": ("int", "fp8_e4m3"), **more}
+        for more in (
+            {"group_sizes": (0, 32)},
+            {"group_sizes": (0,), "act_scales": "token", "weight_symmetric": True},
+            {"group_sizes": (0,), "act_scales": ("group", "token"), "sides": "weights"},
+            {"group_sizes": (16, 32), "act_scales": ("group", "token"), "act_bits": (4, 8)},
+            {"group_sizes": (16, 0), "sides": "separate", "act_bits": (8, 16)},
+        )
+    ),
+    {"formats": ("fp8_e4m3", "mxfp8"), "act_formats": ("fp8_e5m2", "mxfp8"), "group_sizes": (16,)},
+    {"formats": "nvfp4", "act_formats": "nvfp4"},
 ]
 
 
@@ -185,6 +201,8 @@ def test_options_of_choices_offer_them(checkpoint, settings):
     offered = search_space(checkpoint.params, **found)
     again = {spec.plain for layer in offered.layers for spec in layer.choices}
     assert {spec.plain for spec in choices} <= again
+    if "act_formats" in settings or "weight_symmetric" in settings:
+        assert {spec.plain for spec in choices} == again
     beside = {(spec.transform or "none", spec.rank or 0) for spec in choices}
     assert beside <= {
         (spec.transform or "none", spec.rank or 0)

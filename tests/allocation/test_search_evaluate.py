@@ -31,6 +31,11 @@ def drawn_assignments(space, count, seed=0):
         {"sides": "separate", "layers": ".*"},
         {"weight_bits": (3, 4, 16), "act_bits": (4, 8), "sides": "weights"},
         {"scale_levels": (1, 2), "act_scales": ("group", "token"), "layers": ".*fc2"},
+        {
+            **{"formats": ("int", "fp8_e4m3"), "act_formats": ("int", "fp8_e4m3", "fp8_e5m2")},
+            **{"weight_symmetric": (False, True), "act_scales": ("group", "token")},
+            **{"weight_bits": 8, "group_sizes": (16, 0)},
+        },
         pytest.param(
             {"symmetric": True, "group_sizes": (24, 0, 5000), "weight_bits": 3},
             marks=pytest.mark.slow,

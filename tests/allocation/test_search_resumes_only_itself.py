@@ -75,6 +75,7 @@ CHANGES = {
         "strategy": Evolve(dataclasses.replace(SETTINGS, mutation_probability=0.2))
     },
     "the space": lambda g: {"space": {"group_sizes": (8, 16), "weight_bits": 3}},
+    "zero points": lambda g: {"space": {"group_sizes": (8, 16), "weight_symmetric": True}},
     "steps": with_rollouts(num_steps=2),
     "the sampler": with_rollouts(sampler=qdit.ddim(1, eta=0.5)),
     "guidance": with_rollouts(guidance=2.0),

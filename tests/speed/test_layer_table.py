@@ -126,6 +126,27 @@ def test_every_coordinate_is_timed_but_those_that_folds_take(checkpoint):
     assert [one["choice"] for one in times] == [*chosen]
 
 
+def test_zero_points_and_formats_of_inputs_are_timed(checkpoint):
+    settings = {"formats": ("int", "fp8_e4m3"), "act_formats": ("int", "fp8_e4m3")}
+    settings["layers"] = ".*attn/proj"
+    settings |= {"weight_bits": 8, "weight_symmetric": (False, True), "act_scales": "token"}
+    rows = rows_per_sample(checkpoint.model)
+    space = search_space(checkpoint.params, rows=rows, group_sizes=(16,), **settings)
+    options = {"batch": 3, "numerics": "integer", "num_rounds": 2}
+    found = layer_table(checkpoint, space, **options, time_fn=FakeTimer())
+    names = [time.choice for time in found.layers if time.key[:2] == (32, 32)]
+    token, fp8 = "g0 symmetric=True", "w-fp8_e4m3 g16 symmetric=True"
+    assert names[1:5] == [
+        *(f"w8 g16 a8 {token}", f"w8 g16 symmetric=True a8 {token}"),
+        *(f"{fp8} a8 {token}", f"{fp8} a-fp8_e4m3 {token}"),
+    ]
+    found.check(space)
+    settings |= {"act_scales": "group", "weight_symmetric": True}
+    other = search_space(checkpoint.params, rows=rows, group_sizes=(16,), **settings)
+    with pytest.raises(qdit.UserError, match="--weight-symmetric yes --act-formats int fp8_e4m3"):
+        found.check(other)
+
+
 def test_a_stopped_table_goes_on(checkpoint, space, tmp_path):
     class StoppedError(Exception):
         pass
