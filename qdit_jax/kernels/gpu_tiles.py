@@ -173,9 +173,7 @@ def _rows(device: str) -> Mapping[Shape, Tiles]:
     return rows_of(packaged(TABLE), device)
 
 
-def rows_of(
-    table: Mapping[str, list[dict[str, dict[str, Any]]]], device: str
-) -> dict[Shape, Tiles]:
+def rows_of(table: Mapping[str, Any], device: str) -> dict[Shape, Tiles]:
     """Returns `{shape: tiles}` of one kind of device in a table of `bench_accelerator.py`, see `measured`."""
     return rows_of_table(table, device, Shape, Tiles, TABLE)
 
