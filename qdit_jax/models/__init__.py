@@ -77,7 +77,7 @@ from qdit_jax.models.linear import (
 )
 from qdit_jax.models.network import NetworkModule
 from qdit_jax.models.published import PUBLISHED_NETWORKS, Published, published_named
-from qdit_jax.models.runs import RUNS, apply_blocks, with_runs
+from qdit_jax.models.runs import RUNS, apply_blocks, run_members, with_runs
 from qdit_jax.models.taps import (
     AttentionCall,
     attention_calls,
@@ -171,6 +171,7 @@ __all__ = [
     "quantized_input",
     "recorded_calls",
     "rows_per_sample",
+    "run_members",
     "runs_layer",
     "seen_inputs",
     "sincos_positions",
