@@ -41,8 +41,7 @@ import jax
 import jax.numpy as jnp
 
 import qdit_jax as qdit
-from qdit_jax.demo import PACKAGED
-from qdit_jax.demo.run import recipes
+from qdit_jax.demo import PACKAGED, recipes
 from qdit_jax.models import published_named
 from qdit_jax.recipes import Recipe, Rule
 from qdit_jax.report import provenance
@@ -226,7 +225,8 @@ def table(rows: dict[str, Any]) -> str:
         "| programs | scanned, s | unrolled, s | ratio (of the computed seconds) |",
         "|---|---|---|---|",
     ]
-    for row, forms in rows.items():
+    for row in ROWS:
+        forms = rows.get(row, {})
         if len(forms) < len(FORMS):
             continue
         clock, computed = (
