@@ -49,9 +49,8 @@ class NetworkModule(nn.Module, kw_only=True):
     implementation: str | None = None
     dtype: str = "float32"
 
-    scans_blocks: ClassVar[bool] = (
-        False  # whether it applies its blocks by `apply_blocks` or `apply_periods`
-    )
+    # Whether it applies its blocks by `apply_blocks` or `apply_periods`.
+    scans_blocks: ClassVar[bool] = False
     default_guidance: ClassVar[Guidances] = 1.5
     latents_only: ClassVar[str | None] = None
     flow_times: ClassVar[tuple[float, float]] = (0.0, 1.0)
