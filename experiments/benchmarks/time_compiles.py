@@ -15,7 +15,7 @@ to the compiled program as the clock says, `cpu_seconds` what the process comput
 other work on the machine changes less. The two forms of a row are timed one after the other; `--rounds` more
 than once, and the median counts. The file --out is saved after every process, and the same command goes on from there.
 
-Expected on 2 free cores: 6 minutes; scanned samplers of XL/2 in at most 8 s.
+Took 12 minutes on 2 cores with other work; the uniform scanned samplers of XL/2 at most 8 s each.
 """
 
 from __future__ import annotations
