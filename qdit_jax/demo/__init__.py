@@ -14,7 +14,7 @@ from qdit_jax.demo.captions import (
     mixed_captions,
 )
 from qdit_jax.demo.packaged import PACKAGED, Packaged
-from qdit_jax.demo.run import DemoSettings, run_demo
+from qdit_jax.demo.run import DemoSettings, recipes, run_demo
 
 __all__ = [
     "ARTICLE",
@@ -31,5 +31,6 @@ __all__ = [
     "caption",
     "embed_captions",
     "mixed_captions",
+    "recipes",
     "run_demo",
 ]

@@ -77,7 +77,14 @@ from qdit_jax.models.linear import (
 )
 from qdit_jax.models.network import NetworkModule
 from qdit_jax.models.published import PUBLISHED_NETWORKS, Published, published_named
-from qdit_jax.models.runs import RUNS, apply_blocks, with_runs
+from qdit_jax.models.runs import (
+    RUNS,
+    BlockKind,
+    apply_blocks,
+    apply_periods,
+    run_members,
+    with_runs,
+)
 from qdit_jax.models.taps import (
     AttentionCall,
     attention_calls,
@@ -115,6 +122,7 @@ __all__ = [
     "AttentionCall",
     "AttentionModule",
     "AutoencoderKL",
+    "BlockKind",
     "Call",
     "Covered",
     "DiT",
@@ -136,6 +144,7 @@ __all__ = [
     "abstract_params",
     "abstract_rows",
     "apply_blocks",
+    "apply_periods",
     "as_condition",
     "asset",
     "at_timestep",
@@ -171,6 +180,7 @@ __all__ = [
     "quantized_input",
     "recorded_calls",
     "rows_per_sample",
+    "run_members",
     "runs_layer",
     "seen_inputs",
     "sincos_positions",

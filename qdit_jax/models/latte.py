@@ -8,6 +8,8 @@ frame, D width.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +29,7 @@ from qdit_jax.models.layers import (
 )
 from qdit_jax.models.linear import stored
 from qdit_jax.models.network import NetworkModule
+from qdit_jax.models.runs import BlockKind, apply_periods
 from qdit_jax.types import Condition, Params
 
 
@@ -54,6 +57,7 @@ class Latte(ClassConditional, NetworkModule):
     null_class: bool = True
     learn_sigma: bool = True
 
+    scans_blocks = True
     prediction = "epsilon"
     default_sampler = "ddim"
     default_guidance = 7.0
@@ -86,14 +90,19 @@ class Latte(ClassConditional, NetworkModule):
         if condition is not None and self.num_classes:
             rows = self.num_classes + int(self.null_class)
             c = c + LabelEmbedder(rows, d, name="y_embedder")(condition)
-        for i in range(self.depth):
-            block = Block(self.num_heads, self.mlp_ratio, 1e-6, self.layers, name=f"blocks_{i}")
-            if i == 1:
-                tokens = tokens + times[:, :, None]
-            tokens = over_time(block, tokens, c) if i % 2 else block(tokens, c)
+        make_fn = partial(Block, self.num_heads, self.mlp_ratio, 1e-6, self.layers)
+        tokens = make_fn(name="blocks_0")(tokens, c) + times[:, :, None]
+        tokens = over_time(make_fn(name="blocks_1"), tokens, c)
+        spatial = BlockKind(make_fn, lambda block, x: block(x, c))
+        temporal = BlockKind(make_fn, lambda block, x: over_time(block, x, c))
+        tokens = apply_periods(self, (spatial, temporal), self.block_periods(), tokens)
         channels = self.in_channels * (2 if self.learn_sigma else 1)
         out = FinalLayer(p * p * channels, self.layers, name="final_layer")(tokens, c)
         return rearrange(out, "b f (h w) (p q c) -> b f (h p) (w q) c", h=x.shape[2] // p, p=p, q=p)
+
+    def block_periods(self) -> list[tuple[str, ...]]:
+        """Returns the pairs of blocks but for the first, between which positions in time are added."""
+        return [(f"blocks_{i}", f"blocks_{i + 1}") for i in range(2, self.depth, 2)]
 
     @property
     def learned_variance(self) -> bool:

@@ -9,6 +9,7 @@ of a frame, D width, L rows of text, K channels of text.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,9 +40,11 @@ from qdit_jax.models.layers import (
 from qdit_jax.models.linear import Layers
 from qdit_jax.models.network import NetworkModule
 from qdit_jax.models.norms import modulated_norm
+from qdit_jax.models.runs import BlockKind, apply_periods
 from qdit_jax.models.stdit import check_width
 from qdit_jax.types import Condition, Params
 
+SPATIAL, TEMPORAL = "transformer_blocks_{}", "temporal_transformer_blocks_{}"
 ACTIVATIONS = ("gelu-approximate", "gelu", "geglu")
 
 
@@ -134,6 +137,7 @@ class LatteT2V(NetworkModule):
     activation: str = "gelu-approximate"
     norm_eps: float = 1e-6
 
+    scans_blocks = True
     prediction = "epsilon"
     has_null = True  # the caller's: the pipeline embeds an empty prompt
     default_sampler = "ddim"
@@ -163,16 +167,21 @@ class LatteT2V(NetworkModule):
         settings = BlockSettings(
             self.num_heads, int(d * self.mlp_ratio), self.activation, self.norm_eps
         )
-        for i in range(self.depth):
-            spatial = LatteBlock(settings, self.layers, name=f"transformer_blocks_{i}")
-            tokens = spatial(tokens, m, text, mask)
-            if i == 0 and frames > 1:
-                tokens = tokens + line_positions(d, np.arange(frames))[:, None]
-            name = f"temporal_transformer_blocks_{i}"
-            tokens = LatteBlock(settings, self.layers, is_temporal=True, name=name)(tokens, m)
+        make_fn = partial(LatteBlock, settings, self.layers)
+        spatial = BlockKind(make_fn, lambda block, x: block(x, m, text, mask))
+        temporal = BlockKind(partial(make_fn, is_temporal=True), lambda block, x: block(x, m))
+        tokens = make_fn(name=SPATIAL.format(0))(tokens, m, text, mask)
+        if frames > 1:
+            tokens = tokens + line_positions(d, np.arange(frames))[:, None]
+        tokens = make_fn(is_temporal=True, name=TEMPORAL.format(0))(tokens, m)
+        tokens = apply_periods(self, (spatial, temporal), self.block_periods(), tokens)
         features = p * p * self.out_channels
         out = TableOutput(features, self.layers, name="final_layer")(tokens, t_emb)
         return rearrange(out, "b f (h w) (p q c) -> b f (h p) (w q) c", h=rows, p=p, q=p)
+
+    def block_periods(self) -> list[tuple[str, ...]]:
+        """Returns the pairs of blocks but for the first, between which positions in time are added."""
+        return [(SPATIAL.format(i), TEMPORAL.format(i)) for i in range(1, self.depth)]
 
     @property
     def learned_variance(self) -> bool:

@@ -5,6 +5,7 @@ Dimensions: B batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, TypeAlias, cast
 
 from flax import linen as nn
@@ -48,7 +49,8 @@ class NetworkModule(nn.Module, kw_only=True):
     implementation: str | None = None
     dtype: str = "float32"
 
-    scans_blocks: ClassVar[bool] = False  # whether it applies its blocks by `apply_blocks`
+    # Whether it applies its blocks by `apply_blocks` or `apply_periods`.
+    scans_blocks: ClassVar[bool] = False
     default_guidance: ClassVar[Guidances] = 1.5
     latents_only: ClassVar[str | None] = None
     flow_times: ClassVar[tuple[float, float]] = (0.0, 1.0)
@@ -64,6 +66,14 @@ class NetworkModule(nn.Module, kw_only=True):
     def layers(self) -> Layers:
         """What the parts of the network are built with."""
         return Layers(self.numerics, self.implementation, self.dtype)
+
+    def block_periods(self) -> Sequence[tuple[str, ...]] | None:
+        """Returns the names of the blocks of each period that may be in a run; see `with_runs`.
+
+        None of a network that applies its blocks by `apply_blocks`. One whose blocks differ in turn
+        says it, and applies them by `apply_periods`; what it leaves out is never in a run.
+        """
+        return None
 
     def num_tokens(self, shape: tuple[int, ...]) -> int | None:
         """Returns the tokens of a sample of `shape`, channels last; None if that is not said."""

@@ -7,6 +7,7 @@ columns, C latent channels, S positions of a frame, D width, L rows of text, K c
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -36,6 +37,7 @@ from qdit_jax.models.layers import (
 from qdit_jax.models.linear import Layers
 from qdit_jax.models.network import NetworkModule
 from qdit_jax.models.norms import added_by, modulated_norm
+from qdit_jax.models.runs import BlockKind, apply_periods
 from qdit_jax.types import AnyArray, Condition, Params
 
 
@@ -95,6 +97,7 @@ class STDiT(NetworkModule):
     time_scale: float = 1.0
     learn_sigma: bool = True
 
+    scans_blocks = True
     prediction = "epsilon"
     has_null = True
     default_sampler = "ddpm"
@@ -121,12 +124,17 @@ class STDiT(NetworkModule):
         m = self.layers.linear(6 * d, wide_output=True, name="t_block")(nn.silu(t_emb))
         captions = CaptionEmbedder(d, self.caption_length, self.layers, name="y_embedder")
         text, mask = captions(condition["text"]), condition.get("text_mask")
-        for i in range(self.depth):
-            block = STDiTBlock(self.num_heads, self.mlp_ratio, self.layers, name=f"blocks_{i}")
-            tokens = block(tokens, m, text, mask, None if i else times)
+        make_fn = partial(STDiTBlock, self.num_heads, self.mlp_ratio, self.layers)
+        tokens = make_fn(name="blocks_0")(tokens, m, text, mask, times)
+        kind = BlockKind(make_fn, lambda block, x: block(x, m, text, mask, None))
+        tokens = apply_periods(self, (kind,), self.block_periods(), tokens)
         channels = self.in_channels * (2 if self.learn_sigma else 1)
         out = TableOutput(p * p * channels, self.layers, name="final_layer")(tokens, t_emb)
         return rearrange(out, "b f (h w) (p q c) -> b f (h p) (w q) c", h=rows, p=p, q=p)
+
+    def block_periods(self) -> list[tuple[str, ...]]:
+        """Returns the blocks but for the first, in which positions in time are added."""
+        return [(f"blocks_{i}",) for i in range(1, self.depth)]
 
     @property
     def learned_variance(self) -> bool:

@@ -7,6 +7,7 @@ columns, C latent channels, S positions of a frame, D width, L rows of text, K c
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from qdit_jax.models.linear import Layers, stored
 from qdit_jax.models.network import NetworkModule
 from qdit_jax.models.norms import RMSNorm
 from qdit_jax.models.rotary import rotated
+from qdit_jax.models.runs import BlockKind, apply_periods
 from qdit_jax.models.stdit import check_width, text_entries
 from qdit_jax.types import Condition, Params
 
@@ -156,6 +158,7 @@ class STDiT3(NetworkModule):
     qk_norm: bool = True
     learn_sigma: bool = True
 
+    scans_blocks = True
     prediction = "velocity"
     flow_times = (1000.0, 0.0)  # at the noise, at the data
     velocity_to = "data"
@@ -192,16 +195,19 @@ class STDiT3(NetworkModule):
         captions = CaptionEmbedder(d, self.caption_length, self.layers, name="y_embedder")
         text, mask = captions(condition["text"]), condition.get("text_mask")
         angles = Rope(d // self.num_heads // 2, name="rope")(frames)
-        settings = (self.num_heads, self.mlp_ratio, self.qk_norm, self.layers)
-        for i in range(self.depth):
-            tokens = STDiT3Block(*settings, name=f"spatial_blocks_{i}")(tokens, m, text, mask)
-            temporal = STDiT3Block(*settings, name=f"temporal_blocks_{i}")
-            tokens = temporal(tokens, m, text, mask, angles)
+        make_fn = partial(STDiT3Block, self.num_heads, self.mlp_ratio, self.qk_norm, self.layers)
+        spatial = BlockKind(make_fn, lambda block, x: block(x, m, text, mask))
+        temporal = BlockKind(make_fn, lambda block, x: block(x, m, text, mask, angles))
+        tokens = apply_periods(self, (spatial, temporal), self.block_periods(), tokens)
         channels = self.in_channels * (2 if self.learn_sigma else 1)
         final = MaskedOutput(p * p * channels, self.layers, name="final_layer")
         out = final(tokens, t_emb, frame_mask)
         out = rearrange(out, "b f (h w) (p q c) -> b f (h p) (w q) c", h=grid[0], p=p, q=p)
         return out[:, :, :height, :width, : self.in_channels]
+
+    def block_periods(self) -> list[tuple[str, ...]]:
+        """Returns the pairs of blocks."""
+        return [(f"spatial_blocks_{i}", f"temporal_blocks_{i}") for i in range(self.depth)]
 
     def modulation(
         self,

@@ -22,7 +22,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Num
 
 from qdit_jax.diffusion import on_one_device
-from qdit_jax.models import KNOWN_OUTPUT, RUNS, Linear, family_of, without_null
+from qdit_jax.models import (
+    KNOWN_OUTPUT,
+    RUNS,
+    Linear,
+    NetworkModule,
+    family_of,
+    run_members,
+    without_null,
+)
 from qdit_jax.quant import OVER_TIME
 from qdit_jax.sampling.conditions import num_conditions
 from qdit_jax.sampling.denoisers import Denoiser, denoiser
@@ -174,7 +182,7 @@ def hoisting(
                 f"most_bytes={most_bytes}; sample fewer at a time, or leave them in the loop."
             )
         outputs, seen = compute(*given, **settings)
-        known = in_runs(running, outputs)
+        known = in_runs(model, running, outputs)
         if mesh is not None:
             known = {path: split_rows(path, rows, mesh) for path, rows in known.items()}
         inner = HoistedDenoiser(running, known, grid, seen, model)
@@ -262,13 +270,13 @@ def same_arrays(first: Condition, second: Condition) -> Bool[Array, ""]:
     return jnp.all(jnp.asarray(jax.tree.leaves(equal)))
 
 
-def in_runs(params: Params, outputs: Outputs) -> dict[str, Array]:
+def in_runs(model: nn.Module, params: Params, outputs: Outputs) -> dict[str, Array]:
     """Returns outputs by the path that a layer has in `params`, those of a run of blocks stacked."""
     rest, found = dict(outputs), {}
     for first, tree in params.get(RUNS, {}).items():
-        prefix, _, number = first.rpartition("_")
+        assert isinstance(model, NetworkModule)
         length = jax.tree.leaves(tree)[0].shape[0]
-        names = [f"{prefix}_{int(number) + i}" for i in range(length)]
+        names = run_members(first, length, model.block_periods())
         for path in [path for path in outputs if path.split("/")[0] == first]:
             layer = path.split("/", 1)[1]
             members = [rest.pop(f"{name}/{layer}") for name in names]

@@ -15,6 +15,7 @@ from qdit_jax.models import (
     Family,
     Linear,
     Network,
+    NetworkModule,
     example_inputs,
     family_of,
     tapped,
@@ -36,8 +37,9 @@ def running_params(model: nn.Module, params: Params) -> Params:
         return params
     params = with_ready_kernels(model, with_narrow_kernels(model, params))
     # Bits over time name layers by their paths in the whole tree.
-    is_stackable = getattr(model, "scans_blocks", False) and OVER_TIME not in params
-    return with_runs(params, family.block) if is_stackable else params
+    if OVER_TIME in params or not isinstance(model, NetworkModule) or not model.scans_blocks:
+        return params
+    return with_runs(params, family.block, periods=model.block_periods())
 
 
 def with_narrow_kernels(model: nn.Module, params: Params) -> Params:
