@@ -79,6 +79,21 @@ def input_branch(rank_fn: RankFn = published_rank) -> BranchFn:
     return branch
 
 
+def closest_branch(*rules: BranchFn) -> BranchFn:
+    """Returns the rule that takes whichever branch of `rules` leaves the least error on held-out rows."""
+
+    def branch(
+        kernel: np.ndarray, rows: np.ndarray, held_out: np.ndarray, spec: LayerSpec
+    ) -> LowRank | None:
+        made = (rule(kernel, rows, held_out, spec) for rule in rules)
+        found = [each for each in made if each is not None]
+        if len(found) < 2:
+            return found[0] if found else None
+        return min(found, key=lambda each: branch_error(kernel, each, held_out, spec))
+
+    return branch
+
+
 def truncated_svd(matrix: Float[np.ndarray, "K N"], rank: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns `[K, R]` and `[R, N]` whose product is the best approximation of that rank."""
     if min(matrix.shape) <= max(WHOLE_SVD, rank + 1):

@@ -9,7 +9,7 @@ Dimensions: M rows, H held-out rows, K input channels, N output channels.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from flax import linen as nn
@@ -50,7 +50,8 @@ class ChooseTransforms:
         shifts: whether a channel's middle may be taken off as well.
         rotations: kinds that may follow, see `rotation_of`.
         branch: a low-rank branch for every layer, in the coordinates chosen.
-        branch_share: a branch stays where it lowers the squared error to this share; None: always.
+        share_fn: of a layer's settings; a branch stays where it lowers the squared error to this share.
+            None: always.
         leave: whether a layer may stay as it is; else it gets the best of the candidates.
     """
 
@@ -58,7 +59,7 @@ class ChooseTransforms:
     shifts: bool = False
     rotations: tuple[str, ...] = ()
     branch: BranchFn | None = None
-    branch_share: float | None = None
+    share_fn: Callable[[LayerSpec], float] | None = None
     leave: bool = True
 
     def __call__(
@@ -159,10 +160,10 @@ class ChooseTransforms:
         spec: LayerSpec,
     ) -> bool:
         """Returns whether a branch lowers the output error on `rows` enough for what it costs."""
-        if self.branch_share is None:
+        if self.share_fn is None:
             return True
         lost = branch_error(kernel, branch, rows, spec)
-        return lost <= self.branch_share * branch_error(kernel, None, rows, spec)
+        return lost <= self.share_fn(spec) * branch_error(kernel, None, rows, spec)
 
     def best(self, bench: Bench, place: Place, seed: int) -> tuple[Transform, float, float]:
         """Returns the transform of a place with the least error, and the errors without and with it."""

@@ -17,8 +17,9 @@ from told import Told
 import qdit_jax as qdit
 from qdit_jax.calibration import LayerInputs, collect_items
 from qdit_jax.diffusion import ddim
-from qdit_jax.methods import CalibrationData, fold_inputs
+from qdit_jax.methods import CalibrationData, fold_inputs, method_named
 from qdit_jax.methods.bench import LEAST_COLUMNS, Bench, some_columns
+from qdit_jax.methods.branches import branch_error, closest_branch, weight_branch
 from qdit_jax.methods.choosing import WORTH_IT, ChooseTransforms
 from qdit_jax.methods.input_transforms import Place, Transform
 from qdit_jax.methods.ptq4dit import weighted_salience
@@ -28,7 +29,15 @@ from qdit_jax.methods.scales import activation_aware, balanced, smoothing
 from qdit_jax.methods.scoring import output_errors, rounded_rows
 from qdit_jax.methods.vidit_q import nearest_to_noise
 from qdit_jax.models import FAMILIES
-from qdit_jax.quant import ActSpec, InputMap, QTensor, Rotation, WeightSpec, fake_quantize
+from qdit_jax.quant import (
+    ActSpec,
+    InputMap,
+    LowRank,
+    QTensor,
+    Rotation,
+    WeightSpec,
+    fake_quantize,
+)
 from qdit_jax.recipes import LayerSpec, Recipe
 from qdit_jax.sampling import Denoiser
 
@@ -304,3 +313,44 @@ def test_a_layer_that_is_no_linear_is_refused_by_name(monkeypatch):
     recipe = Recipe.preset("w8a8", full.params, layers="down/.*", group_size=4)
     with pytest.raises(ValueError, match="down/spread is not a linear layer"):
         qdit.quantize(full, "convrot", recipe)
+
+
+def test_with_few_bits_the_best_branch_may_be_of_the_inputs():
+    rng = np.random.default_rng(0)
+    directions = rng.standard_normal((2, 64)).astype(np.float32)
+    rows = 20 * rng.standard_normal((256, 2)).astype(np.float32) @ directions
+    rows += rng.standard_normal((256, 64)).astype(np.float32)
+    kernel = kernel_of(k=64, n=64)
+
+    def own(bits):
+        spec = LayerSpec(WeightSpec(bits, 32), ActSpec(8, 32))
+        (choose, _) = method_named("best").prepare
+        branch = choose.own_branch(kernel, rows[::2], rows[1::2], spec)
+        if branch is None:
+            return None, 1.0
+        before, after = (branch_error(kernel, b, rows[1::2], spec) for b in (None, branch))
+        return branch, after / before
+
+    for bits in (2, 3):
+        branch, share = own(bits)
+        assert branch.subspace
+        assert share < 0.8
+    branch, _ = own(4)
+    assert branch is None or not branch.subspace
+
+
+def test_the_closest_branch_is_taken_and_none_is_none():
+    rows, kernel = rows_with([3]), kernel_of()
+    made = [
+        LowRank(np.zeros((32, 1)), np.zeros((1, 24))),
+        weight_branch()(kernel, rows, rows, SPEC),
+    ]
+
+    def rule(*found):
+        return closest_branch(*(lambda *_, f=f: f for f in found))(kernel, rows, rows, SPEC)
+
+    least = min(made, key=lambda b: branch_error(kernel, b, rows, SPEC))
+    assert rule(*made) is least
+    assert rule(*made[::-1]) is least
+    assert rule(None, made[0]) is made[0]
+    assert rule(None, None) is None
