@@ -91,13 +91,15 @@ def errors(layer: LayerReport) -> str:
 
 
 def short(spec: Any, num_channels: int) -> str:
-    """Returns a spec in few letters, such as `4b g128`: the group size that the layer really has.
+    """Returns a spec in few letters, such as `4b g128` or `fp8_e4m3 g96`: the group size that the layer really has.
 
-    `x2` stands for two levels of scales, `s` for symmetric.
+    `x2` stands for two levels of scales, `s` for symmetric integers.
     """
     if spec is None:
         return "-"
     size = effective_group_size(num_channels, spec.group_size)
+    if spec.fmt is not None:
+        return f"{spec.fmt.name} g{size}"
     levels = "x2" if getattr(spec, "scale_levels", 1) == 2 else ""
     return f"{spec.bits}b g{size}" + levels + ("s" if spec.symmetric else "")
 

@@ -10,7 +10,7 @@ import pytest
 from qdit_jax.checkpoint import Checkpoint, load, save
 from qdit_jax.cli import main
 from qdit_jax.cli import quantize_table as table
-from qdit_jax.quant import ActSpec, WeightSpec
+from qdit_jax.quant import ActSpec, WeightSpec, formats
 from qdit_jax.recipes import Recipe
 from qdit_jax.testing import realistic_dit
 
@@ -28,6 +28,8 @@ def test_group_sizes_are_those_that_the_layer_has():
     assert table.short(WeightSpec(4, 0, True), 36) == "4b g36s"
     assert table.short(ActSpec(8, 16), 36) == "8b g16"
     assert table.short(None, 36) == "-"
+    assert table.short(ActSpec(fmt=formats.fp8_e4m3, group_size=0), 36) == "fp8_e4m3 g36"
+    assert table.short(WeightSpec(fmt=formats.nf4, group_size=12), 36) == "nf4 g12"
 
 
 def test_the_whole_checkpoint_is_told_before_and_after(folder, capsys):
