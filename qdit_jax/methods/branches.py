@@ -24,7 +24,7 @@ BranchFn = Callable[[np.ndarray, np.ndarray, np.ndarray, LayerSpec], LowRank | N
 # The shape of a kernel -> the rank of its branch.
 RankFn = Callable[[tuple[int, ...]], int]
 LARGEST_RANK, CHANNELS_PER_RANK = 32, 32
-WHOLE_SVD = 512  # kernels with fewer channels on one side are decomposed whole
+WHOLE_SVD = 512  # what has fewer channels on one side is decomposed whole
 
 
 def published_rank(shape: tuple[int, ...]) -> int:
@@ -70,9 +70,7 @@ def input_branch(rank_fn: RankFn = published_rank) -> BranchFn:
         kernel: np.ndarray, rows: np.ndarray, held_out: np.ndarray, spec: LayerSpec
     ) -> LowRank | None:
         size = rank_fn(kernel.shape)
-        covariance = rows.T.astype(np.float64) @ rows
-        down = np.linalg.eigh(covariance)[1][:, ::-1][:, :size].astype(np.float32)
-        stored = sixteen_bits(down)
+        stored = sixteen_bits(leading_directions(rows.T.astype(np.float64) @ rows, size))
         up = np.asarray(stored, np.float32).T @ kernel
         return LowRank(stored, sixteen_bits(up), subspace=True)
 
@@ -94,6 +92,20 @@ def closest_branch(*rules: BranchFn) -> BranchFn:
     return branch
 
 
+def is_worth(
+    branch: LowRank | None,
+    share: float,
+    kernel: Float[np.ndarray, "K N"],
+    rows: Float[np.ndarray, "M K"],
+    spec: LayerSpec,
+) -> bool:
+    """Returns whether there is a branch that lowers the squared output error on `rows` to that share."""
+    if branch is None:
+        return False
+    whole = branch_error(kernel, None, rows, spec)
+    return branch_error(kernel, branch, rows, spec) <= share * whole
+
+
 def truncated_svd(matrix: Float[np.ndarray, "K N"], rank: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns `[K, R]` and `[R, N]` whose product is the best approximation of that rank."""
     if min(matrix.shape) <= max(WHOLE_SVD, rank + 1):
@@ -104,6 +116,16 @@ def truncated_svd(matrix: Float[np.ndarray, "K N"], rank: int) -> tuple[np.ndarr
     largest = np.argsort(-s)[:rank]
     root = np.sqrt(s[largest])
     return u[:, largest] * root, root[:, None] * v[largest]
+
+
+def leading_directions(covariance: Float[np.ndarray, "K K"], count: int) -> np.ndarray:
+    """Returns the eigenvectors `[K, count]` of the greatest eigenvalues, the greatest first."""
+    if len(covariance) <= max(WHOLE_SVD, count + 1):
+        vectors = np.linalg.eigh(covariance)[1]
+    else:
+        start = np.ones(len(covariance))  # so that the result is the same each time
+        _, vectors = scipy.sparse.linalg.eigsh(covariance, count, v0=start)
+    return vectors[:, ::-1][:, :count].astype(np.float32)
 
 
 def product_of(branch: LowRank) -> Float[np.ndarray, "K N"]:

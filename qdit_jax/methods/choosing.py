@@ -9,15 +9,13 @@ Dimensions: M rows, H held-out rows, K input channels, N output channels.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-import numpy as np
 from flax import linen as nn
-from jaxtyping import Float
 
 from qdit_jax.calibration import LayerInputs
 from qdit_jax.methods.bench import Bench
-from qdit_jax.methods.branches import BranchFn, branch_error, with_folds
+from qdit_jax.methods.branches import BranchFn, with_folds
 from qdit_jax.methods.data import CalibrationData
 from qdit_jax.methods.input_transforms import (
     Place,
@@ -49,9 +47,7 @@ class ChooseTransforms:
         scales: the candidate scales; None for no scaling.
         shifts: whether a channel's middle may be taken off as well.
         rotations: kinds that may follow, see `rotation_of`.
-        branch: a low-rank branch for every layer, in the coordinates chosen.
-        share_fn: of a layer's settings; a branch stays where it lowers the squared error to this share.
-            None: always.
+        branch: a low-rank branch for every layer, in the coordinates chosen, where the rule has one.
         leave: whether a layer may stay as it is; else it gets the best of the candidates.
     """
 
@@ -59,7 +55,6 @@ class ChooseTransforms:
     shifts: bool = False
     rotations: tuple[str, ...] = ()
     branch: BranchFn | None = None
-    share_fn: Callable[[LayerSpec], float] | None = None
     leave: bool = True
 
     def __call__(
@@ -133,37 +128,11 @@ class ChooseTransforms:
                 before = chosen.of_kernel(matrix_of(whole, [path]))
                 branch = with_folds(named[path], before, kernel)
             else:
-                branch = self.own_branch(kernel, rows, held_out, spec)
+                branch = self.branch and self.branch(kernel, rows, held_out, spec)
             if branch is not None:
                 params = with_branch(params, path, branch)
                 report.branch(place)
         return params
-
-    def own_branch(
-        self,
-        kernel: Float[np.ndarray, "K N"],
-        rows: Float[np.ndarray, "M K"],
-        held_out: Float[np.ndarray, "H K"],
-        spec: LayerSpec,
-    ) -> LowRank | None:
-        """Returns the method's own branch, if it has one that is worth what it costs."""
-        branch = None if self.branch is None else self.branch(kernel, rows, held_out, spec)
-        if branch is None or not self.is_worth(branch, kernel, held_out, spec):
-            return None
-        return branch
-
-    def is_worth(
-        self,
-        branch: LowRank,
-        kernel: Float[np.ndarray, "K N"],
-        rows: Float[np.ndarray, "M K"],
-        spec: LayerSpec,
-    ) -> bool:
-        """Returns whether a branch lowers the output error on `rows` enough for what it costs."""
-        if self.share_fn is None:
-            return True
-        lost = branch_error(kernel, branch, rows, spec)
-        return lost <= self.share_fn(spec) * branch_error(kernel, None, rows, spec)
 
     def best(self, bench: Bench, place: Place, seed: int) -> tuple[Transform, float, float]:
         """Returns the transform of a place with the least error, and the errors without and with it."""

@@ -17,7 +17,7 @@ from told import Told
 import qdit_jax as qdit
 from qdit_jax.calibration import LayerInputs, collect_items
 from qdit_jax.diffusion import ddim
-from qdit_jax.methods import CalibrationData, fold_inputs, method_named
+from qdit_jax.methods import CalibrationData, best, fold_inputs
 from qdit_jax.methods.bench import LEAST_COLUMNS, Bench, some_columns
 from qdit_jax.methods.branches import branch_error, closest_branch, weight_branch
 from qdit_jax.methods.choosing import WORTH_IT, ChooseTransforms
@@ -315,28 +315,28 @@ def test_a_layer_that_is_no_linear_is_refused_by_name(monkeypatch):
         qdit.quantize(full, "convrot", recipe)
 
 
-def test_with_few_bits_the_best_branch_may_be_of_the_inputs():
+def test_beside_groups_the_best_branch_may_be_of_the_inputs():
     rng = np.random.default_rng(0)
     directions = rng.standard_normal((2, 64)).astype(np.float32)
     rows = 20 * rng.standard_normal((256, 2)).astype(np.float32) @ directions
     rows += rng.standard_normal((256, 64)).astype(np.float32)
     kernel = kernel_of(k=64, n=64)
 
-    def own(bits):
-        spec = LayerSpec(WeightSpec(bits, 32), ActSpec(8, 32))
-        (choose, _) = method_named("best").prepare
-        branch = choose.own_branch(kernel, rows[::2], rows[1::2], spec)
-        if branch is None:
-            return None, 1.0
-        before, after = (branch_error(kernel, b, rows[1::2], spec) for b in (None, branch))
-        return branch, after / before
+    def own(weight, act):
+        return best.branch(kernel, rows[::2], rows[1::2], LayerSpec(weight, act))
 
-    for bits in (2, 3):
-        branch, share = own(bits)
-        assert branch.subspace
-        assert share < 0.8
-    branch, _ = own(4)
-    assert branch is None or not branch.subspace
+    for spec in (
+        LayerSpec(WeightSpec(4, 32), ActSpec(8, 32)),
+        LayerSpec(WeightSpec(8, 0), ActSpec(8, 32)),
+        LayerSpec(WeightSpec(3, 32), None),
+    ):
+        found = own(spec.weight, spec.act)
+        assert found.subspace
+        before, after = (branch_error(kernel, b, rows[1::2], spec) for b in (None, found))
+        assert after < 0.8 * before
+    # One dot a layer: of the kernel alone, and this one has no few directions.
+    for weight in (WeightSpec(4, 0), WeightSpec(4, 32, symmetric=True, scale_levels=2)):
+        assert own(weight, ActSpec(8, 0)) is None
 
 
 def test_the_closest_branch_is_taken_and_none_is_none():

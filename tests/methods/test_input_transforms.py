@@ -11,7 +11,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tiny_models import tiny_checkpoint
 
 import qdit_jax as qdit
-from qdit_jax.methods.branches import input_branch, published_rank, weight_branch
+from qdit_jax.methods.branches import (
+    input_branch,
+    leading_directions,
+    published_rank,
+    weight_branch,
+)
 from qdit_jax.methods.input_transforms import (
     Place,
     Transform,
@@ -93,6 +98,14 @@ def test_a_branch_of_the_inputs_takes_their_largest_directions_off():
     branch = input_branch(lambda shape: 2)(kernel, rows, rows, SPEC)
     assert branch.subspace
     assert np.abs(branch.rest(jnp.asarray(rows))).max() < 0.2 * np.abs(rows).max()
+
+
+def test_the_largest_directions_of_many_channels_are_those_of_a_whole_decomposition():
+    rows = np.random.default_rng(0).standard_normal((200, 600)) * np.exp(-np.arange(600) / 40)
+    covariance = rows.T @ rows
+    found = leading_directions(covariance, 5)
+    whole = np.linalg.eigh(covariance)[1][:, ::-1][:, :5]
+    np.testing.assert_allclose(np.abs(np.sum(found * whole, axis=0)), 1, atol=1e-5)
 
 
 def test_a_branch_is_as_thin_in_small_kernels_as_the_published_one_in_large_ones():
