@@ -75,7 +75,7 @@ def test_every_layer_has_the_transform_of_that_name_and_computes_the_same(name):
 
 def test_a_rotation_has_blocks_of_the_size_that_its_name_asks_for():
     wide, path = tiny_checkpoint(hidden_size=64), "blocks_0/mlp/fc2"
-    recipe = Recipe((Rule(path, LayerSpec(*SIDES, transform="smooth+hadamard64")),))
+    recipe = Recipe((Rule(path, LayerSpec(*SIDES, transform="smooth+hadamard64", rank=0)),))
     made, _ = prepared(Recipe.from_json(json.loads(json.dumps(recipe.to_json()))), source=wide)
     rotation = flatten_dict(made, sep="/")[f"{path}/rotation"]
     assert matrix_of(made, [path]).shape == (256, 64)
