@@ -58,7 +58,7 @@ class Platform(NamedTuple):
     @property
     def table(self) -> Path:
         """Returns the packaged table."""
-        return Path(self.blocks.__file__).parent / self.blocks.TABLE
+        return Path(self.blocks.__file__).parent / self.blocks.TABLE.file
 
     def shapes(self, layer: Layer) -> list[Any]:
         """Returns the shapes of a layer."""
@@ -168,4 +168,4 @@ def keep(
     held[device] = [*old, *({**row, "made": made} for row in rows)]
     with replaced_file(table) as temporary:
         temporary.write_text(json.dumps(held, indent=1) + "\n")
-    platform.blocks.forget()
+    platform.blocks.TABLE.forget()

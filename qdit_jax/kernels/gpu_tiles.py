@@ -10,12 +10,9 @@ Dimensions: M rows (tokens), K input channels, N output channels.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
-from qdit_jax.kernels.measured import closest, device_kind, packaged
-from qdit_jax.kernels.measured import rows_of as rows_of_table
+from qdit_jax.kernels.measured import Table, closest
 
 RUN = 128  # input channels of a step of the pipeline, a run of `packing`
 HALF = 64  # of them, which the low and the high codes of 4 bits have
@@ -24,7 +21,6 @@ COMPUTING = 2  # warpgroups that multiply, one below the other
 MULTIPROCESSORS = 132  # of an H100 SXM
 SHARED_MEMORY = 232448  # bytes that a block may have there
 SPARE = 2048  # of them, for barriers and alignment
-TABLE = "gpu_tiles.json"
 # What a block costs beside its rows, in rows: filling the pipeline, unpacking, storing. An estimate.
 _OVERHEAD = 48
 # Rows whose product takes as long as making 16-bit weights of codes, which goes on beside it: counted.
@@ -133,7 +129,7 @@ def chosen_tiles(shape: Shape, allowed: Callable[[Tiles], bool] = lambda _: True
         alike = dataclasses.replace(row, rows=shape.rows, itemsize=shape.itemsize) == shape
         return alike and fits(tiles, shape) and allowed(tiles)
 
-    found = closest(measured(this_device()), shape.rows, lambda row: row.rows, applies)
+    found = closest(TABLE.rows(), shape.rows, lambda row: row.rows, applies)
     return found or tiles_by_arithmetic(shape, allowed)
 
 
@@ -158,26 +154,4 @@ def tiles_by_arithmetic(shape: Shape, allowed: Callable[[Tiles], bool] = lambda 
     return min(whole or fitting, key=work)
 
 
-def this_device() -> str | None:
-    """Returns the kind of GPU that JAX runs on; None if it runs on something else."""
-    return device_kind("gpu")
-
-
-def measured(device: str | None) -> Mapping[Shape, Tiles]:
-    """Returns the rows of the table for a kind of device."""
-    return {} if device is None else _rows(device)
-
-
-@functools.cache
-def _rows(device: str) -> Mapping[Shape, Tiles]:
-    return rows_of(packaged(TABLE), device)
-
-
-def rows_of(table: Mapping[str, Any], device: str) -> dict[Shape, Tiles]:
-    """Returns `{shape: tiles}` of one kind of device in a table of `bench_accelerator.py`, see `measured`."""
-    return rows_of_table(table, device, Shape, Tiles, TABLE)
-
-
-def forget() -> None:
-    """Makes the next product read the table anew, after rows were added to it."""
-    _rows.cache_clear()
+TABLE = Table("gpu_tiles.json", "gpu", Shape, Tiles)

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping
 from importlib.resources import files
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 
@@ -17,38 +18,57 @@ ShapeT = TypeVar("ShapeT")
 TilesT = TypeVar("TilesT")
 
 
-def device_kind(platform: str) -> str | None:
-    """Returns the kind of device that JAX runs on; None if it is not of a platform such as `gpu`."""
-    return jax.devices()[0].device_kind if jax.default_backend() == platform else None
-
-
+@functools.cache
 def packaged(file: str) -> Any:
-    """Returns what a file of this package holds."""
+    """Returns what a file of this package holds, read once."""
     return json.loads(files("qdit_jax.kernels").joinpath(file).read_text())
 
 
-def rows_of(
-    table: Mapping[str, Any],
-    device: str,
-    shape_type: type[ShapeT],
-    tiles_type: type[TilesT],
-    file: str,
-) -> dict[ShapeT, TilesT]:
-    """Returns `{shape: tiles}` of one kind of device.
+@dataclasses.dataclass(frozen=True)
+class Table(Generic[ShapeT, TilesT]):
+    """A table of measured blocks.
 
-    Raises:
-        ValueError: if a row lacks a field, has an unknown one or one that is no whole number (or word); it
-            names the file, the device, the row and the field.
+    Attributes:
+        file: in this package.
+        backend: of JAX, whose devices it has rows of.
+        shape_type, tiles_type: dataclasses, of what a row is for and what it says.
     """
-    found = {}
-    for number, row in enumerate(table.get(device, [])):
-        where = f"{file}, {device}, row {number}"
-        shape, tiles = (
-            made(kind, row.get(name) if isinstance(row, dict) else None, f"{where}, {name}")
-            for name, kind in (("shape", shape_type), ("tiles", tiles_type))
-        )
-        found[shape] = tiles
-    return found
+
+    file: str
+    backend: str
+    shape_type: type[ShapeT]
+    tiles_type: type[TilesT]
+
+    def device(self) -> str | None:
+        """Returns the kind of device that JAX runs on; None if it is not of this backend."""
+        is_here = jax.default_backend() == self.backend
+        return jax.devices()[0].device_kind if is_here else None
+
+    def rows(self) -> Mapping[ShapeT, TilesT]:
+        """Returns the rows of the device that JAX runs on."""
+        device = self.device()
+        return {} if device is None else self.rows_of(packaged(self.file), device)
+
+    def forget(self) -> None:
+        """Makes the next product read the table anew, after rows were added to it."""
+        packaged.cache_clear()
+
+    def rows_of(self, table: Mapping[str, Any], device: str) -> dict[ShapeT, TilesT]:
+        """Returns `{shape: tiles}` of one kind of device in a table that was read.
+
+        Raises:
+            ValueError: if a row lacks a field, has an unknown one or one that is no whole number (or
+                word); it names the file, the device, the row and the field.
+        """
+        found = {}
+        for number, row in enumerate(table.get(device, [])):
+            where = f"{self.file}, {device}, row {number}"
+            shape, tiles = (
+                made(kind, row.get(name) if isinstance(row, dict) else None, f"{where}, {name}")
+                for name, kind in (("shape", self.shape_type), ("tiles", self.tiles_type))
+            )
+            found[shape] = tiles
+        return found
 
 
 def made(kind: Any, values: Any, where: str) -> Any:

@@ -13,13 +13,11 @@ Dimensions: M rows, K input channels, N output channels, all padded; G groups al
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
-from qdit_jax.kernels.measured import closest, device_kind, packaged
-from qdit_jax.kernels.measured import rows_of as rows_of_table
+from qdit_jax.kernels.measured import Table, closest
+from qdit_jax.kernels.units import unit_of
 from qdit_jax.quant import ActSpec, QTensor, WeightSpec, num_groups, packing
 
 TILE = 128  # lanes: channels are padded to multiples
@@ -30,7 +28,6 @@ _SPARE = 4 << 20  # for what the compiler keeps there itself
 _ROWS = (512, 256, 128)  # of a block, the most first
 _LEAST_ROWS = 128  # of a block that has to lie in one sample
 _COLUMNS = (4, 3, 2, 1)  # tiles of a block
-TABLE = "tpu_blocks.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,13 +138,8 @@ def groups_sizes(
     """Returns the sizes of a product of `tpu_groups`, where a token has a scale for every unit of K."""
     sizes = sizes_of(x_shape, weight, itemsize)
     size = 0 if spec is None else spec.group_size
-    unit = group_unit(sizes.num_channels, size, weight.group_size)
+    unit = unit_of(sizes.num_channels, size, weight.group_size)
     return dataclasses.replace(sizes, map_bytes=1, units=sizes.channels // unit)
-
-
-def group_unit(num_channels: int, x_group_size: int, w_group_size: int) -> int:
-    """Returns the input channels of a unit, 32, 64 or 128; a group of all channels cuts none."""
-    return math.gcd(TILE, *(s for s in (x_group_size, w_group_size) if 0 < s < num_channels))
 
 
 def rounded_up(number: int, multiple: int) -> int:
@@ -189,7 +181,7 @@ def chosen_blocks(sizes: Sizes) -> Blocks | None:
         is_whole = sizes.tokens_per_sample > 0 or row.tokens_per_sample == 0
         return is_whole and alone(row) == alone(sizes) and misfit(tiles, sizes) is None
 
-    found = closest(measured(this_device()), sizes.num_rows, lambda row: row.num_rows, applies)
+    found = closest(TABLE.rows(), sizes.num_rows, lambda row: row.num_rows, applies)
     return blocks_by_arithmetic(sizes) if found is None else blocks_of(found, sizes)
 
 
@@ -276,26 +268,4 @@ def row_blocks(sizes: Sizes) -> Iterator[tuple[int, int]]:
             yield fitting[-1], sizes.num_rows // fitting[-1]
 
 
-def this_device() -> str | None:
-    """Returns the kind of TPU that JAX runs on; None if it runs on something else."""
-    return device_kind("tpu")
-
-
-def measured(device: str | None) -> Mapping[Sizes, Tiles]:
-    """Returns the rows of the table for a kind of device."""
-    return {} if device is None else _rows(device)
-
-
-@functools.cache
-def _rows(device: str) -> Mapping[Sizes, Tiles]:
-    return rows_of(packaged(TABLE), device)
-
-
-def rows_of(table: Mapping[str, Any], device: str) -> dict[Sizes, Tiles]:
-    """Returns `{sizes: tiles}` of one kind of device in a table of `bench_accelerator.py`, see `measured`."""
-    return rows_of_table(table, device, Sizes, Tiles, TABLE)
-
-
-def forget() -> None:
-    """Makes the next product read the table anew, after rows were added to it."""
-    _rows.cache_clear()
+TABLE = Table("tpu_blocks.json", "tpu", Sizes, Tiles)

@@ -139,8 +139,8 @@ def packed_product(
     codes `[R, C]`, or `[C, R]` where the last block is room to have them turned, of each of `maps [G, C]`, and
     of each of `of_columns [_, C]`; then what stays in VMEM: codes `[L, K]` and scales `[L, 1]` of the rows, if
     these are quantized too, and the unpacked weights `[J, K, C]` of the panel. Where a token has scales of U
-    units, there are `[L, U]` of them, as many zero points, and after the weights room for their sums
-    `[J, U, C]`, both int32.
+    units, there are `[_, L, 128]` of them, a lane each, as many zero points, and after the weights room for
+    their sums `[J, U, C]`, both int32.
 
     Raises:
         ValueError: if the product cannot be cut into `tiles`; None chooses them.

@@ -26,12 +26,12 @@ from jaxtyping import Array, Bool, Float, Int, Int8, Int32, Num, UInt8
 from qdit_jax.kernels.group_reasons import is_in_groups
 from qdit_jax.kernels.refs import Ref, Span
 from qdit_jax.kernels.token_scales import INFINITY, LEAST_NORMAL, magnitude_bits
-from qdit_jax.kernels.tpu_blocks import STRIP, TILE, group_unit, groups_sizes, rounded_up
+from qdit_jax.kernels.tpu_blocks import STRIP, TILE, groups_sizes, rounded_up
 from qdit_jax.kernels.tpu_call import TPUOperands, fused_by
 from qdit_jax.kernels.tpu_reasons import groups_reason, row
 from qdit_jax.kernels.tpu_rows import TileFn, Tokens, Writer, span
 from qdit_jax.kernels.tpu_words import EACH_BYTE, SIGNS, as_rows_of, code_words
-from qdit_jax.kernels.units import of_units
+from qdit_jax.kernels.units import of_units, unit_of
 from qdit_jax.quant import (
     ActSpec,
     QTensor,
@@ -56,7 +56,7 @@ class Cut(NamedTuple):
 
 def _operands(q: QTensor, spec: ActSpec | None) -> TPUOperands:
     assert spec is not None, "its row refuses it"
-    unit = group_unit(q.shape[0], spec.group_size, q.group_size)
+    unit = unit_of(q.shape[0], spec.group_size, q.group_size)
     scale = of_units(scale_value(q.scale), q.shape[0], q.group_size, unit)
     # Of all channels: those of padding too.
     size = spec.group_size if 0 < spec.group_size < q.shape[0] else rounded_up(q.shape[0], TILE)

@@ -18,9 +18,11 @@ MOST = 128  # input channels of a unit
 
 
 def unit_of(num_channels: int, x_group_size: int, w_group_size: int) -> int:
-    """Returns the input channels of a unit, 32, 64 or 128: inside each, both operands have one scale."""
-    sizes = (effective_group_size(num_channels, size) for size in (x_group_size, w_group_size))
-    return math.gcd(MOST, *sizes)
+    """Returns the input channels of a unit, 32, 64 or 128: inside each, both operands have one scale.
+
+    A group of all channels cuts none.
+    """
+    return math.gcd(MOST, *(s for s in (x_group_size, w_group_size) if 0 < s < num_channels))
 
 
 def of_units(

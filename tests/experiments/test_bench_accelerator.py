@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from qdit_jax.kernels import gpu_tiles, tpu_blocks
-from qdit_jax.kernels.gpu_tiles import CANDIDATES, Shape, fits, rows_of
+from qdit_jax.kernels.gpu_tiles import CANDIDATES, Shape, fits
 from qdit_jax.kernels.measured import packaged
 from qdit_jax.kernels.tpu_blocks import Tiles
 from qdit_jax.quant import ActSpec, WeightSpec
@@ -49,8 +49,8 @@ def test_the_fastest_blocks_are_kept_by_device_and_shape(tmp_path):
     keep(GPU, [slower], "H", {"date": "tomorrow"}, table)
     held = json.loads(table.read_text())
     assert [len(rows) for rows in held.values()] == [1, 1]
-    assert rows_of(held, "H") == {SHAPE: usable[0]}
-    assert rows_of(held, "another") == {SHAPE: usable[5]}
+    assert gpu_tiles.TABLE.rows_of(held, "H") == {SHAPE: usable[0]}
+    assert gpu_tiles.TABLE.rows_of(held, "another") == {SHAPE: usable[5]}
 
 
 @pytest.mark.usefixtures("scripts")
@@ -65,7 +65,7 @@ def test_on_a_tpu_blocks_that_divide_a_sample_have_a_row_of_their_own(tmp_path):
     rows = swept(TPU, layer, call_fn=lambda *_: lambda: None, time_fn=times)
     table = tmp_path / "blocks.json"
     keep(TPU, rows, "V", {"date": "today"}, table)
-    held = tpu_blocks.rows_of(json.loads(table.read_text()), "V")
+    held = tpu_blocks.TABLE.rows_of(json.loads(table.read_text()), "V")
     alone = tpu_blocks.groups_sizes((4096, 1152), WeightSpec(4, 128), 2, ActSpec(8, 128))
     alone = dataclasses.replace(alone, width=1152)
     in_samples = dataclasses.replace(alone, tokens_per_sample=256)
@@ -94,11 +94,11 @@ def test_shapes_of_a_tpus_sweep_are_those_that_its_kernels_ask_for(recipe, monke
 
 
 def test_the_packaged_tables_can_be_read():
-    for device, rows in packaged(gpu_tiles.TABLE).items():
-        held = rows_of({device: rows}, device)
+    for device, rows in packaged(gpu_tiles.TABLE.file).items():
+        held = gpu_tiles.TABLE.rows_of({device: rows}, device)
         assert all(fits(tiles, shape) for shape, tiles in held.items())
-    for device, rows in packaged(tpu_blocks.TABLE).items():
-        held = tpu_blocks.rows_of({device: rows}, device)
+    for device, rows in packaged(tpu_blocks.TABLE.file).items():
+        held = tpu_blocks.TABLE.rows_of({device: rows}, device)
         assert {tpu_blocks.misfit(tiles, sizes) for sizes, tiles in held.items()} == {None}
 
 

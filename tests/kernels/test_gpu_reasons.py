@@ -15,8 +15,8 @@ from level_products import LEVELS, REFUSED, TOKEN, W, stack_of_kernels
 from qdit_jax.kernels import (
     gpu_check,
     gpu_reasons,
-    gpu_tiles,
     implementation_of,
+    measured,
     passed_over,
     quantized_matmul,
 )
@@ -24,15 +24,16 @@ from qdit_jax.kernels.gpu_tiles import (
     CANDIDATES,
     FLOATS,
     GROUPED,
+    TABLE,
     WIDE,
     Shape,
     Tiles,
     chosen_tiles,
     fits,
-    rows_of,
     tiles_by_arithmetic,
     usable,
 )
+from qdit_jax.kernels.measured import Table
 from qdit_jax.quant import ActSpec, expanded, formats, quantize, ranges
 
 LAYERS = ((1152, 3456), (1152, 1152), (1152, 4608), (4608, 1152))
@@ -337,11 +338,11 @@ def test_measured_blocks_are_taken_on_their_device_and_near_their_shape(monkeypa
     own = Tiles(96, 64, 6)
     shape = Shape(4096, 1152, 1152, 4, 2)
     row = {"shape": dataclasses.asdict(shape), "tiles": dataclasses.asdict(own)}
-    table = rows_of({"H": [row]}, "H")
+    table = TABLE.rows_of({"H": [row]}, "H")
     assert table == {shape: own}
-    assert rows_of({"H": [row]}, "another") == {}
-    monkeypatch.setattr(gpu_tiles, "this_device", lambda: "H")
-    monkeypatch.setattr(gpu_tiles, "measured", lambda device: table if device == "H" else {})
+    assert TABLE.rows_of({"H": [row]}, "another") == {}
+    monkeypatch.setattr(Table, "device", lambda self: "H")
+    monkeypatch.setattr(measured, "packaged", lambda file: {"H": [row]})
     assert chosen_tiles(shape) == own
     assert chosen_tiles(dataclasses.replace(shape, rows=3000)) == own
     for other in ({"rows": 512}, {"width": 3456}, {"bits": 8}, {"unit": 128}, {"elements": "fp8"}):
@@ -352,9 +353,7 @@ def test_measured_blocks_are_taken_on_their_device_and_near_their_shape(monkeypa
 def test_blocks_are_those_that_let_the_kernel_compute_what_follows(monkeypatch):
     shape = Shape(4096, 1152, 1152, 4, 4)
     wide = Tiles(96, 64, 4)
-    monkeypatch.setattr(
-        gpu_tiles, "measured", lambda _: {dataclasses.replace(shape, itemsize=2): wide}
-    )
+    monkeypatch.setattr(Table, "rows", lambda _: {dataclasses.replace(shape, itemsize=2): wide})
     assert chosen_tiles(shape) == wide  # measured with another dtype of the result
     allowed = lambda tiles: 256 % tiles.rows == 0  # noqa: E731
     chosen = chosen_tiles(shape, allowed)

@@ -9,7 +9,9 @@ from epilogues import KINDS
 from level_products import compiled
 
 from qdit_jax.kernels import GELU, Gated, Mapped, Modulated, gpu_tiles, tpu_blocks, tpu_call
+from qdit_jax.kernels.measured import Table
 from qdit_jax.kernels.tpu_blocks import (
+    TABLE,
     Blocks,
     Sizes,
     Tiles,
@@ -17,7 +19,6 @@ from qdit_jax.kernels.tpu_blocks import (
     blocks_of,
     chosen_blocks,
     misfit,
-    rows_of,
     usable,
 )
 from qdit_jax.kernels.tpu_groups import groups_fused
@@ -75,11 +76,11 @@ def test_measured_blocks_are_taken_on_their_device_and_near_their_shape(monkeypa
         {"shape": dataclasses.asdict(sizes), "tiles": dataclasses.asdict(tiles)}
         for sizes, tiles in ((in_samples, narrow), (SIZES, own))
     ]
-    table = rows_of({"V": rows}, "V")
+    table = TABLE.rows_of({"V": rows}, "V")
     assert table == {in_samples: narrow, SIZES: own}
-    assert rows_of({"V": rows}, "another") == {}
-    monkeypatch.setattr(tpu_blocks, "this_device", lambda: "V")
-    monkeypatch.setattr(tpu_blocks, "measured", lambda device: table if device == "V" else {})
+    assert TABLE.rows_of({"V": rows}, "another") == {}
+    monkeypatch.setattr(Table, "device", lambda self: "V")
+    monkeypatch.setattr(Table, "rows", lambda self: table if self.device() == "V" else {})
     assert chosen_blocks(SIZES) == Blocks(512, 128, 8, 2, 18)
     near = dataclasses.replace(SIZES, num_rows=3000, result_itemsize=2, channel_rows=2)
     assert chosen_blocks(near) == Blocks(512, 128, 6, 2, 18)
@@ -92,7 +93,7 @@ def test_measured_blocks_are_taken_on_their_device_and_near_their_shape(monkeypa
         assert chosen_blocks(far) == blocks_by_arithmetic(far)
     table[SIZES] = Tiles(512, 640)  # of another version: it is not taken
     assert chosen_blocks(SIZES) == blocks_by_arithmetic(SIZES)
-    monkeypatch.setattr(tpu_blocks, "this_device", lambda: None)
+    monkeypatch.setattr(Table, "device", lambda self: None)
     assert chosen_blocks(in_samples) == blocks_by_arithmetic(in_samples)
 
 
@@ -121,8 +122,8 @@ def test_a_malformed_row_is_refused_by_name(kind, change, sentence):
     if kind == "gpu" and "is missing" in sentence:
         other["shape"] = {"rows": 4096}
         sentence = "row 1, shape: 'channels' is missing."
-    with pytest.raises(ValueError, match=rf"{module.TABLE}, D, row 1") as error:
-        module.rows_of({"D": [row, other]}, "D")
+    with pytest.raises(ValueError, match=rf"{module.TABLE.file}, D, row 1") as error:
+        module.TABLE.rows_of({"D": [row, other]}, "D")
     assert sentence in str(error.value)
 
 
