@@ -43,3 +43,8 @@ def batches_of_noise(model: Any, num_batches: int = 2, size: int = 3) -> tuple[A
         label.reshape(num_batches, size),
         keys.reshape(num_batches, size),
     )
+
+
+def names_of_choices(params: Any, **settings: Any) -> list[str]:
+    """Returns what the choices of the first layer are called."""
+    return [search.describe(spec) for spec in small_space(params, **settings).layers[0].choices]

@@ -7,7 +7,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from search_models import search, small_model, small_space
+from search_models import names_of_choices, search, small_model, small_space
 from tiny_models import output
 
 import qdit_jax as qdit
@@ -35,13 +35,8 @@ def params():
     return small_model()[1]
 
 
-def names(params, **settings):
-    layer = small_space(params, **settings).layers[0]
-    return [search.describe(spec) for spec in layer.choices]
-
-
 def test_fp8_inputs_stand_beside_fp8_weights_alone(params):
-    assert names(params, **EIGHT) == [
+    assert names_of_choices(params, **EIGHT) == [
         *("w8 g0 a8 token", "w8 g0 symmetric a8 token"),
         *("fp8_e4m3 g0 a8 token", "fp8_e4m3 g0 a-fp8_e4m3 token"),
     ]
@@ -51,8 +46,8 @@ def test_fp8_inputs_stand_beside_fp8_weights_alone(params):
         assert rule.spec in found
     both = {"formats": ("fp8_e4m3", "fp8_e5m2"), "act_formats": ("fp8_e5m2", "mxfp8")}
     with pytest.raises(ValueError, match="act_formats='mxfp8' is in no choice"):
-        names(params, **both)
-    found = names(params, **both | {"act_formats": "fp8_e5m2"}, group_sizes=(16, 0))
+        names_of_choices(params, **both)
+    found = names_of_choices(params, **both | {"act_formats": "fp8_e5m2"}, group_sizes=(16, 0))
     assert found == [
         *("fp8_e4m3 g16 a-fp8_e5m2 g16", "fp8_e4m3 g0 a-fp8_e5m2 token"),
         *("fp8_e5m2 g16 a-fp8_e5m2 g16", "fp8_e5m2 g0 a-fp8_e5m2 token"),
@@ -76,7 +71,7 @@ def test_inputs_go_with_weights_that_hardware_multiplies():
 
 def test_16_bits_go_with_all(params):
     settings = {**EIGHT, "weight_bits": (8, 16), "act_bits": (8, 16), "weight_symmetric": True}
-    assert names(params, **settings) == [
+    assert names_of_choices(params, **settings) == [
         *("w8 g0 symmetric a8 token", "w8 g0 symmetric a16"),
         *("fp8_e4m3 g0 a8 token", "fp8_e4m3 g0 a-fp8_e4m3 token", "fp8_e4m3 g0 a16"),
         *("w16 a8 token", "w16 a-fp8_e4m3 token", "w16 a16"),
@@ -126,7 +121,7 @@ def test_the_default_space_is_as_before(params):
 
 def test_zero_points_are_a_choice_at_all_bits_and_levels(params):
     settings = {"weight_symmetric": (False, True), "scale_levels": (1, 2), "group_sizes": (16,)}
-    assert names(params, **settings, weight_bits=(4, 8)) == [
+    assert names_of_choices(params, **settings, weight_bits=(4, 8)) == [
         *("w4a8 g16", "w4a8 g16 symmetric", "w4a8 g16 two-level", "w4a8 g16 symmetric two-level"),
         *("w8a8 g16", "w8a8 g16 symmetric"),
     ]

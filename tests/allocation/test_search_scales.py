@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 import pytest
-from search_models import search, small_model, small_space
+from search_models import names_of_choices, search, small_model, small_space
 
 import qdit_jax as qdit
 from qdit_jax.allocation import Latency, LayerTime
@@ -23,13 +23,8 @@ def params():
     return small_model()[1]
 
 
-def names(params, **settings):
-    layer = small_space(params, **settings).layers[0]
-    return [search.describe(spec) for spec in layer.choices]
-
-
 def test_the_choices_are_the_product_with_both(params):
-    assert names(params, **BOTH) == [
+    assert names_of_choices(params, **BOTH) == [
         *("w4a8 g16", "w4a8 g32", "w4 g16 a8 token", "w4 g32 a8 token"),
         *("w4a8 g16 two-level", "w4a8 g32 two-level"),
         *("w4 g16 two-level a8 token", "w4 g32 two-level a8 token"),
@@ -47,19 +42,19 @@ def test_the_choices_are_the_product_with_both(params):
 
 def test_formats_and_more_than_6_bits_have_one_level(params):
     settings = {**BOTH, "group_sizes": (32,), "act_scales": "token"}
-    found = names(params, **settings, weight_bits=(4, 8), formats=("int", "nf4"))
+    found = names_of_choices(params, **settings, weight_bits=(4, 8), formats=("int", "nf4"))
     assert found == [
         *("w4 g32 a8 token", "w4 g32 two-level a8 token", "nf4 g32 a8 token", "w8 g32 a8 token"),
     ]
-    found = names(params, **settings, weight_bits=(4, 16), act_bits=(8, 16))
+    found = names_of_choices(params, **settings, weight_bits=(4, 16), act_bits=(8, 16))
     assert found == [
         *("w4 g32 a8 token", "w4 g32 a16", "w4 g32 two-level a8 token", "w4 g32 two-level a16"),
         *("w16 a8 token", "w16 a16"),
     ]
     with pytest.raises(ValueError, match="scale_levels=2 with bits=8 is not supported"):
-        names(params, scale_levels=2, weight_bits=8)
+        names_of_choices(params, scale_levels=2, weight_bits=8)
     with pytest.raises(ValueError, match="act_scales='tensor' is not known; use 'group' or 'tok"):
-        names(params, act_scales="tensor")
+        names_of_choices(params, act_scales="tensor")
 
 
 @pytest.mark.parametrize("sides", ["both", "weights", "separate"])

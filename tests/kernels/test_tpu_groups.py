@@ -10,7 +10,8 @@ from level_products import LEVELS, W, compiled, reason, relative_errors, stack_o
 
 from qdit_jax.kernels import implementation_of, passed_over, quantized_matmul
 from qdit_jax.kernels.tpu_blocks import VMEM_LIMIT, Blocks, chosen_blocks, groups_sizes, vmem_bytes
-from qdit_jax.kernels.tpu_groups import TPU_GROUPS, grid_of_rows
+from qdit_jax.kernels.tpu_group_rows import grid_of_rows
+from qdit_jax.kernels.tpu_groups import TPU_GROUPS
 from qdit_jax.quant import ActQuant, ActSpec, codes_of, dequantize, formats, quantize, ranges
 
 GROUP = ActSpec(8, 128)
