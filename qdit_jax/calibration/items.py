@@ -264,11 +264,12 @@ def trajectory_items(
     steps: Int[np.ndarray, "B M"],
 ) -> Items:
     """Returns the chosen steps of the trajectories from `noise`, sample by sample."""
-    final, (x, timestep) = diffusion.sample_trajectory(
+    final, seen_by_model = diffusion.sample_trajectory(
         denoise_fn, sampler, noise, condition, keys, collect_fn=model_inputs
     )
     check_finite("the samples of the network that items are drawn from", final)
-    x, timestep = np.asarray(x), np.asarray(timestep, np.float32)
+    x, timestep = (np.asarray(a) for a in seen_by_model)
+    timestep = timestep.astype(np.float32)
     column = np.repeat(np.arange(len(index)), steps.shape[1])
     flat = steps.reshape(-1)
     seen = jax.tree.map(lambda leaf: np.asarray(leaf)[column], condition)

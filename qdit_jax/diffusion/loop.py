@@ -16,7 +16,7 @@ from qdit_jax.diffusion.guidance import as_pytree, check_condition
 from qdit_jax.diffusion.posterior import DenoiseFn
 from qdit_jax.diffusion.samplers import Sampler, Step, initial_state, take_step
 from qdit_jax.diffusion.sharded import where_alone
-from qdit_jax.types import AnyArray, Condition, Key, Numbers
+from qdit_jax.types import AnyArray, Condition, Key, Numbers, Tree
 
 
 def sample(

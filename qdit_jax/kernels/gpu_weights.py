@@ -36,7 +36,7 @@ from qdit_jax.kernels.prologue import Pending, plain
 from qdit_jax.kernels.refs import Ref, Span
 from qdit_jax.kernels.units import of_units, unit_of
 from qdit_jax.kernels.weight_maps import maps_of
-from qdit_jax.quant import QTensor
+from qdit_jax.quant import ActSpec, QTensor
 
 
 def weights_shape(rows: int, q: QTensor, spec: ActSpec | None, itemsize: int) -> Shape:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qdit_jax.types import Numbers
+from qdit_jax.types import AnyArray, Numbers
 
 # Differences of greater weights overflow float32.
 GREATEST_WEIGHT = 2.0**126
