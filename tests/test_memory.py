@@ -62,7 +62,7 @@ if what == "make":
     save(folder + "/full", Checkpoint(model, jax.tree.map(
         lambda s: rng.standard_normal(s.shape, np.float32), shapes)))
 else:
-    options = ["--recipe", "w4a16", "--layers", what, "--force"]
+    options = ["--recipe", "w4a16", "--layers", what, "--force", "--method", "rtn"]
     assert main(["quantize", folder + "/full", folder + "/out", *options]) == 0
     # Not getrusage: its peak is that of the process that started this one, where that is greater.
     status = dict(line.split(":", 1) for line in open("/proc/self/status"))

@@ -173,7 +173,15 @@ def test_a_layer_that_lost_itself_is_marked_in_the_table(network, tmp_path, caps
     flat = flatten_dict(params, sep="/")
     flat[f"{LAYER}/kernel"] = flat[f"{LAYER}/kernel"] * np.float32(1e-8)
     qdit.save(tmp_path / "ckpt", qdit.Checkpoint(model, unflatten_dict(flat, sep="/")))
-    command = ["quantize", str(tmp_path / "ckpt"), str(tmp_path / "out"), "--group-size", "16"]
+    command = [
+        "quantize",
+        str(tmp_path / "ckpt"),
+        str(tmp_path / "out"),
+        "--method",
+        "rtn",
+        "--group-size",
+        "16",
+    ]
     assert main([*command, "--recipe", "w8a8", "--range", "qdit-release"]) == 0
     marked = [line for line in capsys.readouterr().out.splitlines() if "  ! " in line]
     assert len(marked) == 1

@@ -93,7 +93,7 @@ def stages(args: argparse.Namespace, source: Path, full: Path) -> dict[str, list
     found: dict[str, Sequence[object]] = {"convert": [*convert, *size]}
     for title in args.recipes:
         out, recipe = folder_of(args, title), ["--recipe", RECIPES[title], "--force"]
-        found[f"quantize W4A8, {title}"] = ["quantize", full, out, *recipe]
+        found[f"quantize W4A8, {title}"] = ["quantize", full, out, *recipe, "--method", "rtn"]
     if args.steps:
         sampling = ["--steps", args.steps, "--numerics", "simulated"]
         sampling += ["--size", args.size] if args.size else []

@@ -39,7 +39,11 @@ import source_figures as source
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_LINES = 60
-METHOD_OPTIONS = ("--method", "--rounding")  # today's and an earlier name of the option
+NEAREST = "nearest"
+METHOD_OPTIONS = {
+    "--method": "rtn",
+    "--rounding": "nearest",
+}  # today's and an earlier name; to nearest
 NUM_HEADS = "4"  # of the packaged model
 
 
@@ -119,7 +123,7 @@ def walk_figures(steps: list[tuple[str, str, str]]) -> dict[str, int]:
     }
 
 
-def traced(root: Path, method: str | None) -> dict[str, Any]:
+def traced(root: Path, method: str) -> dict[str, Any]:
     """Returns the walk of `qdit quantize` in this process, whose packages are those of `root`."""
     from qdit_jax.cli import main
 
@@ -130,11 +134,13 @@ def traced(root: Path, method: str | None) -> dict[str, Any]:
         if main(["convert", weights, model, "--num-heads", NUM_HEADS]):
             raise SystemExit("the packaged model was not converted")
         trace = Trace(root, verb)
-        options = ["--recipe", "w4a8", "--group-size", "32"]
-        if method is not None:
-            text = "".join(file.read_text() for file in verb.parent.glob("quantize*.py"))
-            named = next(name for name in METHOD_OPTIONS if f'"{name}"' in text)
-            options += [named, method, "--num-samples", "4", "--steps", "2"]
+        text = "".join(file.read_text() for file in verb.parent.glob("quantize*.py"))
+        named = next(name for name in METHOD_OPTIONS if f'"{name}"' in text)
+        options = ["--recipe", "w4a8", "--group-size", "32", named]
+        if method == NEAREST:
+            options += [METHOD_OPTIONS[named]]
+        else:
+            options += [method, "--num-samples", "4", "--steps", "2"]
         sys.setprofile(trace)
         try:
             status = main(["quantize", model, out, *options])
@@ -146,13 +152,13 @@ def traced(root: Path, method: str | None) -> dict[str, Any]:
     return {**walk_figures(trace.steps), "walk": walk}
 
 
-def walked(root: Path, method: str | None) -> dict[str, Any]:
+def walked(root: Path, method: str) -> dict[str, Any]:
     """Returns the walk of `qdit quantize` in a working tree, from a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         paths = (str(root), f"{folder}", os.environ.get("PYTHONPATH", ""))
         Path(folder, "qdit_convert").symlink_to(root / "convert")
         out = Path(folder) / "walk.json"
-        command = [sys.executable, __file__, str(root), "--trace", method or "", "--out", str(out)]
+        command = [sys.executable, __file__, str(root), "--trace", method, "--out", str(out)]
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(paths),
@@ -172,10 +178,10 @@ def main() -> None:
     args = parser.parse_args()
     root = args.root.resolve()
     if args.trace is not None:
-        args.out.write_text(json.dumps(traced(root, args.trace or None)))
+        args.out.write_text(json.dumps(traced(root, args.trace)))
         return
     found: dict[str, Any] = figures(root)
-    for name, method in (("rounding to nearest", None), ("GPTQ", "gptq")):
+    for name, method in (("rounding to nearest", NEAREST), ("GPTQ", "gptq")):
         found[f"qdit quantize, {name}"] = walked(root, method)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(found, indent=1))

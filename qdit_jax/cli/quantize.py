@@ -10,15 +10,13 @@ from typing import Any
 from qdit_jax.cli.options import verb_parser
 from qdit_jax.cli.paths import path_option
 from qdit_jax.cli.quantize_options import (
-    Default,
-    PresetOptions,
     add_method_options,
     add_preset_options,
     check_options,
     data_of,
     inputs_of,
+    recipe_and_method,
     recipe_file,
-    recipe_of,
 )
 from qdit_jax.cli.steps_option import add_steps_at, with_steps
 from qdit_jax.cli.timestep_weights import timestep_weights
@@ -31,9 +29,10 @@ The weights are stored as packed codes with one scale (and zero point) per group
 quantized while the network runs, per token and group. The new checkpoint needs no other file.
 
 examples:
-  qdit quantize xl2 xl2-w4a8 --recipe w4a8 --method best        # the closest; samples inputs first
-  qdit quantize xl2 xl2-fast --recipe w4a8-fast --method best   # one int8 dot a layer
-  qdit quantize xl2 xl2-w8a8 --recipe w8a8 --group-size 0       # one scale a channel, no inputs sampled
+  qdit quantize xl2 xl2-w4a8 --recipe w4a8                      # method best: samples inputs first
+  qdit quantize xl2 xl2-w4a8 --recipe w4a8 --method rtn         # to nearest: looks at no inputs
+  qdit quantize xl2 xl2-fast --recipe w4a8-fast                 # one int8 dot a layer
+  qdit quantize xl2 xl2-w8a8 --recipe w8a8 --group-size 0       # one scale a channel
   qdit quantize xl2 xl2-all --recipe w4a8-all                   # every layer and label table
   qdit quantize xl2 out --recipe recipe.json                    # per-layer settings
   qdit quantize xl2 out --recipe w4a8 --dry-run                 # the plan only, writes nothing
@@ -41,11 +40,12 @@ examples:
   qdit quantize xl2 out --recipe w4a4 --method svdquant
   qdit quantize xl2 out --recipe w4a8 --method gptq --range mse --num-samples 64
   qdit quantize xl2 out --recipe w4a8 --method qdit_release --adaln w4a16
-  qdit quantize pixart out --recipe w4a8 --method gptq --embeds prompts.npz
+  qdit quantize pixart out --recipe w4a8 --embeds prompts.npz
   qdit quantize xl2 out --recipe w4a8 --adaln w8a8 --embedders w8a8 --final w8a8 --attention w16a8
-  qdit quantize xl2 out --recipe w4a8 --act-mode static-per-timestep --stats stats.npz
+  qdit quantize xl2 out --recipe w4a8 --act-mode static-per-timestep  # ranges calibrated, not of the input
   qdit quantize xl2 out --recipe w4a4 --steps-at 0-3,last=a16 --steps 50   # those steps W4A16
 
+Without --method it is the one that the preset is meant for (`qdit recipes`): best for most, and for recipe files.
 `qdit methods` describes the methods. Rounding to nearest (rtn) takes one layer after another from CKPT to OUT, and memory holds the
 largest layer, not the network. The other methods hold the network: they sample trajectories with
 the checkpoint and run the network once for every block, earlier blocks quantized; each layer is
@@ -54,6 +54,9 @@ learns whole blocks (brecq, ptq4dit), a run that was stopped resumes after the l
 are kept beside OUT, in the folder .OUT.unfinished. Trajectories are sampled anew, unless --items
 gives them.
 """
+
+# Said of a method that nobody asked for.
+SAMPLED = "method %s: samples %d trajectories of %d steps first; --method rtn looks at no inputs"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -77,7 +80,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     add_method_options(parser)
     parser.set_defaults(
-        run=run, resumes=lambda args: not args.dry_run and method_named(args.method).learns_blocks
+        run=run,
+        resumes=lambda args: bool(
+            args.method and not args.dry_run and method_named(args.method).learns_blocks
+        ),
     )
 
 
@@ -100,12 +106,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         check_free(args.out, args.force, "checkpoint", inputs)
     checkpoint = open_checkpoint(args.checkpoint)  # which reads no array
     check_diffusion_model(checkpoint.model, args.checkpoint)
+    is_default = args.method is None
     given = vars(args)
-    recipe = recipe_of(args.recipe, PresetOptions.of(given), args.method, checkpoint.params)
+    recipe, method = recipe_and_method(given, checkpoint.params)
+    args.method = method.name
+    learns = bool(method.needs) and not args.dry_run
     check_options(given, recipe)
     recipe = with_steps(recipe, args.steps_at, checkpoint, args.steps)
     table = Table(checkpoint.params, recipe)
-    learns = bool(method_named(args.method).needs) and not args.dry_run
+    if is_default and learns and args.items is None:
+        logging.getLogger("qdit_jax").info(SAMPLED, args.method, args.num_samples, args.steps)
     print(table.header("outputs" if learns else "weights"))
     if args.dry_run:
         found = table.totals()
@@ -138,8 +148,4 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     found = table.totals(written.params, {"before": args.checkpoint, "after": args.out})
     print(f"{totals_text(found)}\nwrote {args.out}")
-    if isinstance(args.method, Default):
-        logging.getLogger("qdit_jax").info(
-            "rounded to nearest, which looks at no inputs; --method best samples some first and comes closer"
-        )
     return {"out": args.out, "method": args.method, **found}

@@ -29,6 +29,7 @@ from qdit_jax.methods import METHODS, method_named, present_name
 
 if TYPE_CHECKING:
     from qdit_jax.checkpoint import Checkpoint
+    from qdit_jax.methods import Method
 
 SHIFTED_GELU_HELP = "unsigned codes for the inputs of fc2, after GELU"
 STAGES = ("block", "layer")
@@ -46,11 +47,6 @@ ACT_MODES = ("dynamic", "static", "static-per-timestep")
 PARTS = ("adaln", "embedders", "final", "attention")
 
 
-class Default(str):
-    """The value of an option that was not given."""
-
-
-METHOD = Default("rtn")
 # What `--rounding` called the methods.
 ROUNDINGS = {"nearest": "rtn", "gptq-authors": "qdit_release"}
 # Options of a method that learns from inputs, with their defaults: how they are sampled, ...
@@ -134,10 +130,10 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--method",
         choices=METHODS,
-        type=lambda name: name if name is METHOD else present_name(name),
-        default=METHOD,
-        help="how weights are quantized; `qdit methods` describes them (default rtn, which samples "
-        "nothing; best comes closest)",
+        type=present_name,
+        help="how weights are quantized; `qdit methods` describes them (default: the one that "
+        "`qdit recipes` names for the preset, best for most and for files, which samples inputs first; "
+        "rtn looks at none)",
     )
     group.add_argument(
         "--rounding",
@@ -190,6 +186,15 @@ def recipe_file(text: str) -> AnyPath | None:
     """Returns the file that `--recipe` names, or None if it names a preset."""
     path = as_path(text)
     return path if path.suffix == ".json" or path.exists() else None
+
+
+def recipe_and_method(given: Mapping[str, Any], params: Any) -> tuple[Any, Method]:
+    """Returns the recipe, see `recipe_of`, and the method that was named or that it is meant for."""
+    from qdit_jax.methods import method_for
+
+    text, name = given["recipe"], given["method"]
+    recipe = recipe_of(text, PresetOptions.of(given), name or method_for(text), params)
+    return recipe, method_named(name or method_for(text if recipe_file(text) is None else recipe))
 
 
 def recipe_of(text: str, options: PresetOptions, method: str, params: Any) -> Any:
@@ -306,7 +311,12 @@ def inputs_of(given: Mapping[str, Any], checkpoint: Checkpoint) -> Inputs:
     samples = "items" in method_named(given["method"]).needs and given["items"] is None
     if not samples and not given["weight_timesteps"]:
         return Inputs()
-    return Inputs.of(given, checkpoint, given["checkpoint"])
+    try:
+        return Inputs.of(given, checkpoint, given["checkpoint"])
+    except UserError as error:
+        if given["embeds"] is not None:
+            raise
+        raise UserError(f"{error} Or use --method rtn, which looks at no inputs.") from None
 
 
 def data_of(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qdit_jax.methods.api import quantize
     from qdit_jax.methods.choice_fits import FittedChoice, fitted_choices
     from qdit_jax.methods.data import CalibrationData, qdit_release_items, spread_items
+    from qdit_jax.methods.default import method_for
     from qdit_jax.methods.fitting import fit_rounding
     from qdit_jax.methods.folds import fold_inputs, producers
     from qdit_jax.methods.method import Method
@@ -27,6 +28,7 @@ LAZY = {
     "api": ("quantize",),
     "data": ("CalibrationData", "qdit_release_items", "spread_items"),
     "choice_fits": ("FittedChoice", "fitted_choices"),
+    "default": ("method_for",),
     "fitting": ("fit_rounding",),
     "folds": ("fold_inputs", "producers"),
     "method": ("Method",),
@@ -45,6 +47,7 @@ __all__ = [
     "fit_rounding",
     "fitted_choices",
     "fold_inputs",
+    "method_for",
     "method_named",
     "missing_for",
     "present_name",

@@ -16,13 +16,14 @@ from qdit_jax.calibration import Items
 from qdit_jax.checkpoint import Checkpoint, load, materialized, open_checkpoint, save, with_dtype
 from qdit_jax.files import PathLike, as_path, check_free
 from qdit_jax.methods.data import CalibrationData, with_own_guidance
+from qdit_jax.methods.default import method_for
 from qdit_jax.methods.input_transforms import places
 from qdit_jax.methods.method import Method
 from qdit_jax.methods.named_transforms import check_named, check_shared
 from qdit_jax.methods.report import Report
 from qdit_jax.methods.table import method_named
 from qdit_jax.models import check_all_run, expert_alone, expert_numbers, experts_of, merged
-from qdit_jax.ptq import check_one_weight_format, plan
+from qdit_jax.ptq import check_finite_params, check_one_weight_format, plan
 from qdit_jax.quant import QTensor, WeightSpec, quantize_array
 from qdit_jax.recipes import LayerSpec, Recipe
 from qdit_jax.types import Params, ProgressFn, untold
@@ -38,7 +39,7 @@ REMEDIES = {
 @overload
 def quantize(
     source: Source,
-    method: str | Method = "rtn",
+    method: str | Method | None = None,
     recipe: PathLike | Recipe = "w4a8",
     *,
     data: CalibrationData | None = None,
@@ -51,13 +52,14 @@ def quantize(source: Any, spec: WeightSpec) -> QTensor: ...
 def quantize(source: Any, *settings: Any, **options: Any) -> Any:
     """Returns a checkpoint quantized by a method, or an array as `quantize_array(w, spec)` does.
 
-    `quantize(checkpoint, method="rtn", recipe="w4a8", *, data=None, out=None, overwrite=False, ...)`:
+    `quantize(checkpoint, method=None, recipe="w4a8", *, data=None, out=None, overwrite=False, ...)`:
     the metadata of the result says under `"quantization"` what was done: method, versions, date,
     recipe, calibration data, notes and the error of every layer.
 
     Args:
         source: a `Checkpoint`, or the path of one; an array `[K, N]` with `spec`.
-        method: a name of `METHODS`, or a `Method`.
+        method: a name of `METHODS`, or a `Method`. None is the one that the preset is meant for, `"best"`
+            for most and for every other recipe, which samples inputs first; `"rtn"` looks at none.
         recipe: a `Recipe`, the path of one, or a preset's name, which gets the method's own ranges.
         data: what the method learns from; None has it sampled from the checkpoint's trajectories.
         out: a folder, or a `.safetensors` file, to write. A method that can (rtn) takes one layer
@@ -86,7 +88,7 @@ def quantize(source: Any, *settings: Any, **options: Any) -> Any:
 
 def quantize_whole(
     source: Source,
-    method: str | Method = "rtn",
+    method: str | Method | None = None,
     recipe: Any = "w4a8",
     *,
     data: CalibrationData | None = None,
@@ -95,11 +97,13 @@ def quantize_whole(
     progress_fn: ProgressFn = untold,
 ) -> Checkpoint:
     """Returns the quantized checkpoint; see `quantize`."""
-    method = method if isinstance(method, Method) else method_named(method)
     if out is not None:
         check_free(out, overwrite)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    recipe = recipe_of(recipe, method, checkpoint.params)
+    asked = recipe_or_name(recipe)
+    chosen = method_for(asked) if method is None else method
+    method = chosen if isinstance(chosen, Method) else method_named(chosen)
+    recipe = asked if isinstance(asked, Recipe) else method.preset(asked, checkpoint.params)
     data = with_own_guidance(checkpoint, CalibrationData() if data is None else data)
     check(method, checkpoint, recipe, data)
     report = Report(progress_fn)
@@ -118,6 +122,8 @@ def quantize_whole(
         )
         return load(out) if isinstance(source, Checkpoint) else written
     whole = with_dtype(materialized(checkpoint), data.dtype)
+    if method.needs:  # before the network runs on its inputs for long
+        check_finite_params(whole.params, recipe.resolve(whole.params))
     sampled = any(getattr(data, name) is None for name in method.needs)
     data = completed(method, whole, data)
     params, data = applied(method, whole.model, whole.params, recipe, data, report)
@@ -170,8 +176,8 @@ def applied(
     return merged(parts), dataclasses.replace(data, stats=collected)
 
 
-def recipe_of(recipe: Any, method: Method, params: Any) -> Recipe:
-    """Returns the recipe that was given, read from a file, or made from a preset's name.
+def recipe_or_name(recipe: Any) -> Recipe | str:
+    """Returns the recipe that was given or is read from a file; or the name of a preset as it is.
 
     Raises:
         ValueError: if a name is neither a preset's nor a file's.
@@ -186,7 +192,7 @@ def recipe_of(recipe: Any, method: Method, params: Any) -> Recipe:
         )
     path = as_path(recipe)
     if isinstance(recipe, str) and path.suffix != ".json" and not path.is_file():
-        return method.preset(recipe, params)
+        return recipe
     return Recipe.from_json(path)
 
 
@@ -194,6 +200,8 @@ def check(method: Method, checkpoint: Checkpoint, recipe: Recipe, data: Calibrat
     """Raises `ValueError` if the recipe or the data do not fit, before anything is computed."""
     plan(checkpoint.params, recipe)
     specs = recipe.resolve(checkpoint.params)
+    if method.rounds_integers:
+        check_integers(specs, method)
     if method.learns_blocks:
         check_one_weight_format(checkpoint.params, recipe, f"method {method.name!r}")
     if data.timestep_weights is not None and not method.weighs_timesteps:
@@ -260,6 +268,16 @@ def check_transforms(method: Method, params: Params, specs: Mapping[str, LayerSp
     check_shared(places(params, [path for path in specs if f"{path}/kernel" in flat]), specs)
 
 
+def check_integers(specs: Mapping[str, LayerSpec], method: Method) -> None:
+    """Raises `ValueError` for weights of a number format, which learned roundings cannot reach."""
+    for path, spec in specs.items():
+        if spec.weight is not None and spec.weight.fmt is not None:
+            raise ValueError(
+                f"method {method.name!r} rounds to integer codes, but the recipe gives {path} weights of "
+                f"the format {spec.weight.fmt.name!r}; use a method such as 'smoothquant' or 'rtn'."
+            )
+
+
 def check_stats(specs: Mapping[str, LayerSpec], data: CalibrationData, method: Method) -> None:
     """Raises `ValueError` if static activations lack statistics, or the method takes its own."""
     static = [path for path, spec in specs.items() if spec.act and spec.act.mode == "static"]
@@ -267,7 +285,7 @@ def check_stats(specs: Mapping[str, LayerSpec], data: CalibrationData, method: M
         if data.stats is not None:
             raise ValueError(
                 f"method {method.name!r} takes the ranges of static activations from its own inputs, "
-                "after its change of coordinates; leave stats (--stats) out."
+                "after its change of coordinates; leave stats (--stats) out, or use a method such as 'rtn'."
             )
         return
     if static and method.prepare:

@@ -78,6 +78,11 @@ class Method:
         return getattr(self.apply, "func", self.apply) is fit_rounding
 
     @property
+    def rounds_integers(self) -> bool:
+        """Whether its rounding is learned, for codes that are whole numbers."""
+        return self.weighs_timesteps or self.learns_blocks
+
+    @property
     def makes_transforms(self) -> bool:
         """Whether it makes the transforms and branches that a recipe asks for."""
         return any(isinstance(step, ChooseTransforms) for step in self.prepare)

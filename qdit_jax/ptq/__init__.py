@@ -2,6 +2,7 @@
 
 from qdit_jax.errors import earlier_names
 from qdit_jax.ptq.block_learning import ReconstructionSettings
+from qdit_jax.ptq.finite_params import check_finite_params
 from qdit_jax.ptq.over_time import (
     check_one_weight_format,
     num_passes,
@@ -45,6 +46,7 @@ __all__ = [
     "by_block",
     "by_block_qdit_release",
     "by_layer",
+    "check_finite_params",
     "check_one_weight_format",
     "check_rounding_only",
     "check_unquantized",

@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from qdit_jax.calibration import Stats
 from qdit_jax.checkpoint import DeferredArray
 from qdit_jax.models import TABLE
+from qdit_jax.ptq.finite_params import finite_where_kept
 from qdit_jax.ptq.over_time import NameFn, bits_of_passes, quantized_over_time
 from qdit_jax.ptq.rewriting import rewrite_layers, weight_name
 from qdit_jax.ptq.static_acts import act_quantizer
@@ -169,37 +170,6 @@ def check_rounding_only(specs: Mapping[str, LayerSpec]) -> None:
                 "qdit.quantize(checkpoint, method='best', recipe=recipe), or round by "
                 "recipe.for_rounding(), which leaves it out."
             )
-
-
-def finite_where_kept(params: Params, written: Params) -> dict[str, Any]:
-    """Returns `written`, after a check of the leaves unchanged from `params` for NaN and infinity.
-
-    Arrays that are still on disk are checked when they are read.
-
-    Raises:
-        ValueError: if one in memory is not finite; it names the leaf.
-    """
-    flat, kept = dict(flatten_dict(written, sep="/")), flatten_dict(params, sep="/")
-    for name, leaf in flat.items():
-        if leaf is not kept.get(name) or not hasattr(leaf, "dtype"):
-            continue
-        called = name.removesuffix("/kernel")  # errors name a layer by its path
-        if isinstance(leaf, DeferredArray):
-            flat[name] = checked_when_read(called, leaf)
-        else:
-            check_finite(called, leaf)
-    return unflatten_dict(flat, sep="/")
-
-
-def checked_when_read(name: str, leaf: DeferredArray) -> DeferredArray:
-    """Returns a lazy array that is checked for NaN and infinity when it is read, by `name`."""
-
-    def make() -> dict[str, Any]:
-        array = leaf.make()[leaf.name]
-        check_finite(name, array)
-        return {leaf.name: array}
-
-    return dataclasses.replace(leaf, make=make)
 
 
 def as_matrix(name: str, leaf: Leaf) -> Leaf:

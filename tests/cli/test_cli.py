@@ -36,6 +36,8 @@ def test_quantize_writes_what_it_says(folder, capsys):
         "w4a8",
         "--group-size",
         "32",
+        "--method",
+        "rtn",
     ]
     assert main(["quantize", *arguments]) == 0
     printed = capsys.readouterr().out
@@ -60,7 +62,7 @@ def test_a_dry_run_writes_nothing(folder, capsys):
     [
         (["--recipe", "w4"], "--recipe w4 is not a preset"),
         (["--recipe", "w4a8", "--layers", "nothing"], "matches no layer"),
-        (["--recipe", "w4a8", "--act-mode", "static"], "need --stats"),
+        (["--recipe", "w4a8", "--act-mode", "static", "--method", "rtn"], "need --stats"),
         (["--recipe", "absent.json"], "recipe file absent.json does not exist"),
         (["--recipe", "absent.json", "--group-size", "32"], "belong to presets"),
     ],
@@ -75,7 +77,8 @@ def test_quantize_refuses_in_one_sentence(folder, options, message, capsys):
 
 
 def test_inspect_counts_bytes_by_part(folder, capsys):
-    main(["quantize", str(folder / "model"), str(folder / "small"), "--recipe", "w4a8"])
+    paths = [str(folder / "model"), str(folder / "small")]
+    main(["quantize", *paths, "--recipe", "w4a8", "--method", "rtn"])
     capsys.readouterr()
     assert main(["inspect", str(folder / "small"), "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
@@ -125,7 +128,7 @@ def test_calibrate_then_static(folder, capsys):
     model = str(folder / "model")
     assert main(["calibrate", model, stats, "--num-samples", "3", "--steps", "2"]) == 0
     assert "at 2 timesteps" in capsys.readouterr().out
-    static = ["--recipe", "w8a8", "--act-mode", "static", "--stats", stats]
+    static = ["--recipe", "w8a8", "--act-mode", "static", "--stats", stats, "--method", "rtn"]
     assert main(["quantize", model, str(folder / "static"), *static]) == 0
     act = load(folder / "static").params["blocks_0"]["attn"]["qkv"]["act_quant"]
     assert act.scale.shape == (1,)

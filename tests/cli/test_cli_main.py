@@ -83,7 +83,8 @@ def test_every_verb_has_the_shared_options_and_examples(verb, capsys):
 
 def test_json_is_alone_on_stdout(model_folder, tmp_path, capsys):
     out = tmp_path / "out"
-    arguments = ["quantize", str(model_folder), str(out), "--recipe", "w4a8", "--json"]
+    options = ["--recipe", "w4a8", "--method", "rtn", "--json"]
+    arguments = ["quantize", str(model_folder), str(out), *options]
     assert main(arguments) == 0
     printed = capsys.readouterr()
     found = json.loads(printed.out)

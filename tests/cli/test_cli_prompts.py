@@ -182,6 +182,14 @@ def test_verbs_say_that_prompts_are_missing(base, tmp_path, capsys, arguments):
     assert NEEDED in refused(capsys, verb, base / name, *given)
 
 
+def test_quantize_by_default_names_the_method_that_needs_no_prompts(base, tmp_path, capsys):
+    given = ("quantize", base / "video", tmp_path / "q", "--recipe", "w4a8")
+    message = refused(capsys, *given)
+    assert NEEDED in message
+    assert "Or use --method rtn, which looks at no inputs." in message
+    assert run(*given, "--method", "rtn") == 0
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "options", "message"),
     [

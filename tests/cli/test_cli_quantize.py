@@ -13,16 +13,18 @@ import numpy as np
 import pytest
 from tiny_models import tiny_checkpoint
 
+import qdit_jax as qdit
 from qdit_jax.checkpoint import Checkpoint, load, save
 from qdit_jax.cli import main
 from qdit_jax.cli import quantize as verb
 from qdit_jax.cli.quantize_options import PresetOptions, recipe_of
 from qdit_jax.diffusion import ddim
 from qdit_jax.files import locked
-from qdit_jax.methods import METHODS
+from qdit_jax.methods import METHODS, CalibrationData
 from qdit_jax.ptq import ReconstructionSettings, reconstruction
 from qdit_jax.ptq.unfinished import Unfinished
 from qdit_jax.quant import QTensor, ranges
+from qdit_jax.recipes import Recipe
 from qdit_jax.sampling import generate
 from qdit_jax.testing import realistic_dit
 
@@ -87,7 +89,9 @@ def test_other_roundings_write_a_checkpoint(folder, rounding, capsys):
 
 def test_parts_have_bits_of_their_own(folder, capsys):
     parts = ["--adaln", "w6a8", "--embedders", "w8a8", "--final", "w8a16", "--attention", "w16a8"]
-    assert quantize(folder, "--recipe", "w4a8", "--group-size", "16", *parts) == 0
+    assert (
+        quantize(folder, "--recipe", "w4a8", "--group-size", "16", "--method", "rtn", *parts) == 0
+    )
     assert "10 layers" in capsys.readouterr().out
     params = load(folder / "out").params
     bits = {
@@ -110,7 +114,10 @@ def test_static_per_timestep_survives_the_checkpoint(folder, capsys):
     assert main(["calibrate", model, stats, "--num-samples", "2", "--steps", "2"]) == 0
     assert not [name for name in os.listdir(folder) if "unfinished" in name]
     options = ["--recipe", "w8a8", "--act-mode", "static-per-timestep", "--stats", stats]
-    assert quantize(folder, *options, "--group-size", "0", "--attention", "w16a8") == 0
+    assert (
+        quantize(folder, *options, "--group-size", "0", "--attention", "w16a8", "--method", "rtn")
+        == 0
+    )
     attention = load(folder / "out").params["blocks_0"]["attn"]
     assert attention["qkv"]["act_quant"].scale.shape == (2, 1)
     assert attention["softmax_quant"].timesteps.shape == (2,)
@@ -125,11 +132,14 @@ def test_static_per_timestep_survives_the_checkpoint(folder, capsys):
         (["--layers", "nothing"], "matches no layer"),
         (["--recipe", "w16a16"], "quantizes nothing"),
         (["--stats", "s.npz"], "--stats s.npz has no effect: no activation is static"),
-        (["--holdout", "0.5"], "--holdout 0.5 has no effect: --method rtn looks at no"),
-        (["--num-samples", "8"], "--num-samples 8 has no effect: --method rtn"),
+        (
+            ["--method", "rtn", "--holdout", "0.5"],
+            "--holdout 0.5 has no effect: --method rtn looks at no",
+        ),
+        (["--method", "rtn", "--num-samples", "8"], "--num-samples 8 has no effect: --method rtn"),
         (["--recipe", "w4a16", "--act-group-size", "8"], "--act-group-size 8 has no effect"),
         (["--recipe", "w4a16", "--act-mode", "static"], "--act-mode static has no effect"),
-        (["--recipe", "w16a8", "--range", "mse"], "--range mse has no effect"),
+        (["--recipe", "w16a8", "--range", "mse", "--method", "rtn"], "--range mse has no effect"),
         (["--recipe", "w16a8", "--rounding", "gptq"], "--method gptq has no effect"),
         (["--recipe", "w4a16", "--shifted-gelu"], "--shifted-gelu has no effect"),
         (["--recipe", "w4a8-all", "--layers", ".*"], "does not go with --recipe w4a8-all"),
@@ -168,7 +178,7 @@ def test_methods_are_listed_in_words_and_as_json(capsys):
         (["--rounding", "gptq-authors"], "qdit_release", ("qdit_release_gptq", "qdit_release")),
         (["--method", "qdit_release", "--range", "mse"], "qdit_release", ("mse", "minmax")),
         (["--method", "qdit_release_gptq"], "qdit_release_gptq", ("qdit_release_gptq", "minmax")),
-        ([], "rtn", ("minmax", "minmax")),
+        (["--method", "rtn"], "rtn", ("minmax", "minmax")),
     ],
 )
 def test_the_method_brings_its_ranges_unless_one_is_given(options, method, ranges_used):
@@ -183,11 +193,36 @@ def test_the_method_brings_its_ranges_unless_one_is_given(options, method, range
         assert (spec.weight.range_fn.name, spec.act.range_fn.name) == ranges_used
 
 
-@pytest.mark.parametrize("options", [[], ["--method", "rtn"], ["--quiet"]])
-def test_who_asks_for_no_method_is_told_of_a_closer_one(folder, capsys, options):
-    assert quantize(folder, "--recipe", "w4a8", *options) == 0
-    told = "--method best samples some first" in capsys.readouterr().err
+def method_of(folder):
+    return load(folder / "out").metadata["quantization"]["method"]
+
+
+@pytest.mark.parametrize(
+    ("options", "method"),
+    [([], "best"), (["--quiet"], "best"), (["--method", "rtn"], "rtn"), (["--bits", "nf4"], "rtn")],
+)
+def test_who_asks_for_no_method_gets_the_preset_s_and_is_told(folder, capsys, options, method):
+    layer = ["--layers", "blocks_0/mlp/fc1"]
+    few = [] if method == "rtn" else ["--num-samples", "4", "--steps", "4"]
+    assert quantize(folder, "--recipe", "w4a8", *layer, *few, *options) == 0
+    told = (
+        "method best: samples 4 trajectories of 4 steps first; --method rtn"
+        in capsys.readouterr().err
+    )
     assert told == (options == [])
+    assert method_of(folder) == method
+
+
+def test_a_recipe_s_file_gets_the_best_method_in_python_too(folder):
+    recipe = Recipe.preset("w4a8", layers="blocks_0/mlp/fc1", group_size=16)
+    (folder / "recipe.json").write_text(json.dumps(recipe.to_json()))
+    few = CalibrationData(num_samples=4, num_steps=4)
+    full = load(folder / "model")
+    fp8 = Recipe.preset("fp8_e4m3", layers="blocks_0/mlp/fc1")
+    expected = {"best": (recipe, folder / "recipe.json"), "rtn": ("nf4",), "smoothquant": (fp8,)}
+    for given, method in ((given, method) for method, some in expected.items() for given in some):
+        made = qdit.quantize(full, recipe=given, data=None if method == "rtn" else few)
+        assert made.metadata["quantization"]["method"] == method
 
 
 def test_unknown_methods_are_refused_with_the_known_ones(folder, capsys):

@@ -42,7 +42,7 @@ def test_it_writes_a_recipe_a_picture_and_the_checkpoint(folder, capsys):
     assert loaded.recipe == recipe
     assert OVER_TIME in loaded.params
     assert main(["quantize", str(folder / "full"), str(folder / "again"),
-                 "--recipe", str(folder / "out" / "recipe.json")]) == 0  # fmt: skip
+                 "--recipe", str(folder / "out" / "recipe.json"), "--method", "rtn"]) == 0  # fmt: skip
     again = qdit.load(folder / "again")
     jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
     capsys.readouterr()
@@ -57,7 +57,17 @@ def test_it_writes_a_recipe_a_picture_and_the_checkpoint(folder, capsys):
 
 def test_weights_are_chosen_too_and_the_recipe_is_one_by_hand(folder, capsys):
     both, found = str(folder / "both"), folder / "levels"
-    given = ["quantize", str(folder / "full"), both, "--recipe", "w4a8", "--group-size", "16"]
+    given = [
+        "quantize",
+        str(folder / "full"),
+        both,
+        "--recipe",
+        "w4a8",
+        "--group-size",
+        "16",
+        "--method",
+        "rtn",
+    ]
     assert main([*given, "--steps", "3", "--steps-at", "0=w8"]) == 0
     given = ["schedule", both, str(found), "--levels", "w4a8", "w8a16", *FAST]
     given += ["--mean-bitops", "64", "--write", str(folder / "chosen")]
@@ -79,7 +89,7 @@ def test_weights_are_chosen_too_and_the_recipe_is_one_by_hand(folder, capsys):
     assert np.shape(history["errors"]) == (3, 2)
     assert history["levels"] == [[4, 8], [8, 16]]
     # By the recipe, and by hand.
-    quantize = ["quantize", str(folder / "full")]
+    quantize = ["quantize", str(folder / "full"), "--method", "rtn"]
     assert main([*quantize, str(folder / "by-recipe"), "--recipe", str(found / "recipe.json")]) == 0
     assert "blocks_0/mlp/fc1/kernel_w8" in capsys.readouterr().out
     by_hand = [option for i, name in enumerate(names) for option in ("--steps-at", f"{i}={name}")]

@@ -95,7 +95,16 @@ def test_static_scales_at_every_timestep(family, tmp_path):
     qdit.write_conditions(tmp_path / "p.npz", conditions(qdit.load(full), family), list("abcd"))
     prompts = ("--embeds", tmp_path / "p.npz", "--steps", 2, "--batch-size", 2, "--num-samples", 2)
     run("calibrate", full, stats, *prompts)
-    static = ("--act-mode", "static-per-timestep", "--stats", stats, "--group-size", 8)
+    static = (
+        "--act-mode",
+        "static-per-timestep",
+        "--stats",
+        stats,
+        "--group-size",
+        8,
+        "--method",
+        "rtn",
+    )
     run("quantize", full, small, "--recipe", "w8a8", *static)
     found = []
     for checkpoint in (small, full):

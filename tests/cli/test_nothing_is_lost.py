@@ -25,7 +25,7 @@ BENCH = (
     "--batch", "1", "--recipes", "w4a8-g16", "--repeats", "2", "--numerics", "simulated",
     "--implementation", "xla",
 )  # fmt: skip
-QUANTIZE = ("--recipe", "w4a8", "--group-size", "16")
+QUANTIZE = ("--recipe", "w4a8", "--group-size", "16", "--method", "rtn")
 # Verb, options; CKPT and OUT stand for paths.
 WRITERS = {
     "quantize": ("quantize", "CKPT", "OUT", *QUANTIZE, "--force"),

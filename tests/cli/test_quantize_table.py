@@ -34,7 +34,8 @@ def test_group_sizes_are_those_that_the_layer_has():
 
 def test_the_whole_checkpoint_is_told_before_and_after(folder, capsys):
     out = folder / "small"
-    arguments = ["quantize", str(folder / "model"), str(out), "--recipe", "w4a8", "--json"]
+    options = ["--recipe", "w4a8", "--method", "rtn", "--json"]
+    arguments = ["quantize", str(folder / "model"), str(out), *options]
     assert main(arguments) == 0
     printed = capsys.readouterr()
     found = json.loads(printed.out)
@@ -60,7 +61,8 @@ def test_the_whole_checkpoint_is_told_before_and_after(folder, capsys):
 
 
 def test_every_layer_in_one_word_says_what_it_leaves(folder, capsys):
-    arguments = ["quantize", str(folder / "model"), str(folder / "all"), "--recipe", "w4a8-all"]
+    options = ["--recipe", "w4a8-all", "--method", "rtn"]
+    arguments = ["quantize", str(folder / "model"), str(folder / "all"), *options]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "y_embedder" in printed

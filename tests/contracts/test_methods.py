@@ -168,8 +168,8 @@ def test_what_is_written_is_what_is_returned(name, out, tmp_path):
 def test_from_disk_to_disk_is_what_memory_makes(tmp_path):
     qdit.save(tmp_path / "full", checkpoint())
     recipe = recipe_for("rtn", 4)
-    written = qdit.quantize(str(tmp_path / "full"), recipe=recipe, out=tmp_path / "out")
-    kept = qdit.quantize(tmp_path / "full", recipe=recipe)
+    written = qdit.quantize(str(tmp_path / "full"), "rtn", recipe, out=tmp_path / "out")
+    kept = qdit.quantize(tmp_path / "full", "rtn", recipe)
     jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "out").params, kept.params)
     assert written.metadata == kept.metadata == load(tmp_path / "out").metadata
     assert kept.metadata["quantized_from"] == str(tmp_path / "full")
@@ -293,6 +293,15 @@ def test_names_settings_and_data_are_refused_by_name():
     whole = Recipe.preset("w4a8", group_size=0)
     with pytest.raises(ValueError, match=r"'qdit': .* has group_size=0"):
         qdit.quantize(checkpoint(), "qdit", whole)
+
+
+@pytest.mark.parametrize("name", ["best", "gptq", "svdquant", "adaround", "brecq"])
+def test_methods_that_learn_a_rounding_refuse_number_formats_before_they_sample(name):
+    recipe = Recipe.preset("nvfp4", layers="blocks_0/mlp/fc1")
+    with pytest.raises(
+        ValueError, match=r"gives blocks_0/mlp/fc1 weights of the format 'nvfp4'; use"
+    ):
+        qdit.quantize(checkpoint(), name, recipe, data=CalibrationData(num_samples=10**9))
 
 
 def test_a_method_of_ones_own_says_what_it_lacks():

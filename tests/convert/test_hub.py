@@ -158,7 +158,7 @@ print(checkpoint.recipe.name, type(checkpoint.params["blocks_0"]["mlp"]["fc1"]["
 def test_a_checkpoint_is_pushed_with_its_card_and_loaded(repositories, tmp_path):
     checkpoint = convert(repositories["someone/small"] / "small.safetensors", num_heads=2)
     recipe = qdit.Recipe.preset("w4a8", checkpoint, group_size=8)
-    qdit.quantize(checkpoint, recipe=recipe, out=tmp_path / "packed.safetensors")
+    qdit.quantize(checkpoint, "rtn", recipe, out=tmp_path / "packed.safetensors")
     interval = {"estimate": 20.5, "low": 19.0, "high": 22.0}
     measured = {"paired": {"w4a8": {"latent_snr_db": interval}}, "settings": {"num_samples": 10}}
     (tmp_path / "metrics.json").write_text(json.dumps(measured))

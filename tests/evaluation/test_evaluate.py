@@ -20,7 +20,7 @@ SETTINGS = {"num_samples": 4, "batch_size": 2, "guidance": 1.5, "seed": 3}
 def pair():
     full = tiny_checkpoint()
     recipe = qdit.Recipe.preset("w4a8", full, group_size=16)
-    return full, qdit.quantize(full, recipe=recipe)
+    return full, qdit.quantize(full, "rtn", recipe)
 
 
 def test_a_pair_in_memory_is_compared_and_nothing_is_kept(pair, tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ def test_a_row_is_a_prompt_and_a_column_a_model():
 
 def test_videos_are_written_moving_and_stand_on_the_page(tmp_path):
     full = qdit.Checkpoint(VIDEO, random_params(VIDEO))
-    small = qdit.quantize(full, recipe=qdit.Recipe.preset("w4a8", full, group_size=16))
+    small = qdit.quantize(full, "rtn", recipe=qdit.Recipe.preset("w4a8", full, group_size=16))
     found = qdit.evaluate(
         small, against=full, num_samples=2, batch_size=2, sampler=qdit.ddim(2), out=tmp_path / "out"
     )

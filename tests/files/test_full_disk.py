@@ -30,12 +30,13 @@ def full(monkeypatch):
 
 def test_sizes_are_known_beforehand(folder, tmp_path, full, monkeypatch, capsys):
     out = str(tmp_path / "out")
+    quantize = ["quantize", str(folder), out, "--recipe", "w4a8", "--group-size", "16"]
     verbs = {
-        "nearest": ["quantize", str(folder), out, "--recipe", "w4a8", "--group-size", "16"],
+        "nearest": [*quantize, "--method", "rtn"],
+        "gptq": [*quantize, "--method", "gptq"],
         "export": ["export", str(folder), f"{out}.safetensors"],
         "sample": ["sample", str(folder), "--num-samples", "1000", "--out", f"{out}.npz"],
     }
-    verbs["gptq"] = [*verbs["nearest"], "--rounding", "gptq"]
     for arguments in verbs.values():
         assert main(arguments) == 2
         told = capsys.readouterr().err
@@ -67,7 +68,8 @@ import resource, sys
 from qdit_jax.cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 for out in sys.argv[2:]:
-    verb = ["export"] if out.endswith("s") else ["quantize", "--recipe", "w8a8", "--group-size", "16"]
+    options = ["--recipe", "w8a8", "--group-size", "16", "--method", "rtn"]
+    verb = ["export"] if out.endswith("s") else ["quantize", *options]
     print(main([verb[0], sys.argv[1], out, *verb[1:]]), flush=True)
 """
 

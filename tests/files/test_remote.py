@@ -117,7 +117,7 @@ def test_the_command_line_takes_urls(bucket, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     whole = tiny_checkpoint(in_channels=1)
     checkpoints.save("gs://b/whole", whole)
-    options = ("--recipe", "w4a8", "--group-size", "16")
+    options = ("--recipe", "w4a8", "--group-size", "16", "--method", "rtn")
     assert main(["quantize", "gs://b/whole", "gs://b/small", *options]) == 0
     assert main(["inspect", "gs://b/small"]) == 0
     options = ("--num-samples", "3", "--batch-size", "2", "--steps", "2")

@@ -131,7 +131,7 @@ def test_everything_leaves_only_biases_and_positions(tmp_path):
     assert "act_quant" not in quantized["y_embedder"]
     save(tmp_path / "full", Checkpoint(model, params))
     (tmp_path / "recipe.json").write_text(json.dumps(EVERYTHING.to_json()))
-    arguments = [str(tmp_path / "full"), str(tmp_path / "q")]
+    arguments = [str(tmp_path / "full"), str(tmp_path / "q"), "--method", "rtn"]
     assert main(["quantize", *arguments, "--recipe", str(tmp_path / "recipe.json")]) == 0
     equal(load(tmp_path / "q").params, quantized)
 

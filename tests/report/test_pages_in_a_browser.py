@@ -54,7 +54,7 @@ def pages(tmp_path_factory):
     model, params = realistic_dit(0)
     save(folder / "full", Checkpoint(model, params))
     full, small = str(folder / "full"), str(folder / "small")
-    assert main(["quantize", full, small, "--recipe", "w4a8-fast"]) == 0
+    assert main(["quantize", full, small, "--recipe", "w4a8-fast", "--method", "rtn"]) == 0
     assert main(["inspect", full, "--stats", "--out", str(folder / "inspected")]) == 0
     compared = ["--num-samples", "10", "--steps", "2", "--out", str(folder / "compared")]
     assert main(["evaluate", small, "--against", full, *compared]) == 0

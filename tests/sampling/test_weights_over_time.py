@@ -280,7 +280,7 @@ def test_json_keeps_what_older_releases_wrote():
 def test_quantize_takes_steps_by_number(full, tmp_path, capsys):
     qdit.save(tmp_path / "full", full)
     given = ["quantize", str(tmp_path / "full"), str(tmp_path / "out"), "--recipe", "w4a4"]
-    given += ["--group-size", "16", "--steps", "4"]
+    given += ["--group-size", "16", "--steps", "4", "--method", "rtn"]
     options = ["--steps-at", "0-1,last=16", "--steps-at", "0=w8a8"]
     assert main([*given, *options]) == 0
     printed = capsys.readouterr().out

@@ -174,7 +174,7 @@ def test_a_bound_is_that_of_operations_or_of_bytes():
 )
 def test_a_stored_network_counts_as_its_recipe_does(checkpoint, name):
     recipe = recipe_named(name)
-    stored = qdit.quantize(checkpoint, recipe=recipe)
+    stored = qdit.quantize(checkpoint, "rtn", recipe)
     devices = devices_named(["h100", "v6e"])
     own = predicted(stored, [], (1,), 1, devices=devices)
     by_recipe = predicted(checkpoint, [recipe], (1,), 1, devices=devices)
