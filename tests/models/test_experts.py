@@ -102,7 +102,8 @@ def test_only_the_experts_of_the_batch_run(full):
     given = inputs([999.0, 700.0])
     assert np.isfinite(outputs(full.model, broken, given)).all()
     program = jax.make_jaxpr(lambda p: full.model.apply({"params": p}, *given))(full.params)
-    assert str(program).count("cond[") == 2
+    # One of each expert; what they hold chooses by platform.
+    assert sum(equation.primitive.name == "cond" for equation in program.eqns) == 2
 
 
 def test_an_expert_that_the_network_lacks_is_refused():
