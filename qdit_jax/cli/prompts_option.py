@@ -28,6 +28,10 @@ CLIPS = (".gif", ".mp4")
 Size = tuple[int, int]
 
 
+class PromptsMissingError(UserError):
+    """A network takes prompts, and no file gives any."""
+
+
 def add_embeds(add: AddArgument) -> None:
     """Adds the options of conditions by `add`, a parser's or a group's `add_argument`."""
     add(
@@ -144,10 +148,10 @@ def is_clip(options: Mapping[str, Any]) -> bool:
 
 
 def check_needs_no_embeds(checkpoint: Checkpoint, path: PathLike) -> None:
-    """Raises `UserError` if the network takes prompts, which only a file can give."""
+    """Raises `PromptsMissingError` if the network takes prompts, which only a file can give."""
     example = checkpoint.model.example_condition(1)
     if isinstance(example, Mapping):
-        raise UserError(
+        raise PromptsMissingError(
             f"{path} takes prompts ({', '.join(example)}); give --embeds FILE, an .npz with these "
             "arrays, such as `qdit embed-text` writes."
         )

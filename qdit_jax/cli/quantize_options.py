@@ -22,7 +22,7 @@ from qdit_jax.cli.options import (
     share,
 )
 from qdit_jax.cli.paths import path_option
-from qdit_jax.cli.prompts_option import Inputs, add_embeds, add_size
+from qdit_jax.cli.prompts_option import Inputs, PromptsMissingError, add_embeds, add_size
 from qdit_jax.errors import UserError
 from qdit_jax.files import AnyPath, as_path
 from qdit_jax.methods import METHODS, method_named, present_name
@@ -313,9 +313,7 @@ def inputs_of(given: Mapping[str, Any], checkpoint: Checkpoint) -> Inputs:
         return Inputs()
     try:
         return Inputs.of(given, checkpoint, given["checkpoint"])
-    except UserError as error:
-        if given["embeds"] is not None:
-            raise
+    except PromptsMissingError as error:
         raise UserError(f"{error} Or use --method rtn, which looks at no inputs.") from None
 
 

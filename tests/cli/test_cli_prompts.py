@@ -187,6 +187,7 @@ def test_quantize_by_default_names_the_method_that_needs_no_prompts(base, tmp_pa
     message = refused(capsys, *given)
     assert NEEDED in message
     assert "Or use --method rtn, which looks at no inputs." in message
+    assert "Or use" not in refused(capsys, *given, "--prompts-from", "0")
     assert run(*given, "--method", "rtn") == 0
 
 
