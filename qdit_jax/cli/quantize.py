@@ -45,9 +45,9 @@ examples:
   qdit quantize xl2 out --recipe w4a8 --act-mode static-per-timestep  # ranges calibrated, not of the input
   qdit quantize xl2 out --recipe w4a4 --steps-at 0-3,last=a16 --steps 50   # those steps W4A16
 
-Without --method it is the one that the preset is meant for (`qdit recipes`): best for most, and for recipe files.
-`qdit methods` describes the methods. Rounding to nearest (rtn) takes one layer after another from CKPT to OUT, and memory holds the
-largest layer, not the network. The other methods hold the network: they sample trajectories with
+Without --method it is the one that the preset is meant for (`qdit recipes`): best for most, and for
+recipe files. `qdit methods` describes the methods. Rounding to nearest (rtn) takes one layer after
+another from CKPT to OUT, and memory holds the largest layer, not the network. The other methods hold the network: they sample trajectories with
 the checkpoint and run the network once for every block, earlier blocks quantized; each layer is
 checked on held-out trajectories and keeps rounding to nearest where that is better. Where a method
 learns whole blocks (brecq, ptq4dit), a run that was stopped resumes after the last finished one: they

@@ -1,6 +1,6 @@
 """Recipes: which layer of a network is quantized, and to what."""
 
-from qdit_jax.recipes.named import NAMED, NamedPreset, measured_presets
+from qdit_jax.recipes.named import DEFAULT_METHOD, NAMED, NamedPreset, measured_presets
 from qdit_jax.recipes.names import layer_paths, operand_paths, part_names, part_pattern
 from qdit_jax.recipes.other_weights import at_weight_bits, other_weights
 from qdit_jax.recipes.over_time import OverTime, bits_named, check_act_bits
@@ -8,6 +8,7 @@ from qdit_jax.recipes.recipe import Recipe
 from qdit_jax.recipes.rules import TRANSFORMS, LayerSpec, Rule, rotated_block
 
 __all__ = [
+    "DEFAULT_METHOD",
     "NAMED",
     "TRANSFORMS",
     "LayerSpec",

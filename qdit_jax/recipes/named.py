@@ -12,6 +12,7 @@ from qdit_jax.models import asset
 
 INT8_DOT = "One int8 dot over all input channels."
 INT8_GROUPS = "An int8 dot per group of input channels."
+DEFAULT_METHOD = "best"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class NamedPreset:
     bits: str
     idea: str
     hardware: str
-    method: str = "best"
+    method: str = DEFAULT_METHOD
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
