@@ -24,7 +24,7 @@ quantize in several ways, sample from the same noise and conditions with each, c
 Models: digits of a class (DiT), text: digits under a caption (PixArt), video: moving digits (Latte).
 Writes checkpoints, pictures.png, metrics.json and report.html (self-contained), of videos clips.gif
 too, to the folder --out.
-It takes two to three minutes on two free cores; a second run is faster, for compiled programs are cached.
+It takes two to six minutes on two cores; a second run is faster, for compiled programs are cached.
 
 examples:
   qdit demo
